@@ -1,0 +1,182 @@
+"""Stage C, the prior: turns a caption into a small semantic latent.
+
+  caption -CLIP-> (B,77,1280) -[C]-> (B,16,24,24) -[B]-> (B,4,256,256) -[A]-> (B,3,1024,1024)
+
+Stage C decides what is in the picture; B and A add detail. 1024 px become 24 positions per side
+(42.67 : 1), so it works on 576 positions, needs no U-shape, and is cheap to train: this is the whole
+point of Würstchen. It is a diffusion model: given a noisy latent, the noise level and the text, it
+predicts the noise; wuerstchen.py starts from pure noise and removes it in some 30 steps.
+In   x_t (B,16,24,24) noisy latent; t (B,) noise level, 0 = clean, 1 = noise; text (B,77,1280) of CLIP-bigG
+Out  eps (B,16,24,24), the noise in x_t. Surprise: the last layer does not output it directly, see
+     StageC.forward.
+
+Inside, activations are channels-last, (B,H,W,C): a Linear or a norm then reads C contiguously, and a
+convolution gets its (B,C,H,W) as a view with channels-last strides, which costs nothing.
+Paper: arXiv:2306.00637 (Stage C).  Needs: torch only. This file works when copied alone.
+"""
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+OFFICIAL = dict(c_in=16, c=1536, c_cond=1280, c_timestep=64, depth=32, heads=24, dropout=0.1)
+
+
+def channels_first(x: Tensor) -> Tensor:
+    """(B,H,W,C) -> (B,C,H,W), a view. Convolutions want this order of dimensions."""
+    return x.permute(0, 3, 1, 2)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """(B,C,H,W) -> (B,H,W,C), a view. Linear layers and norms want this order of dimensions."""
+    return x.permute(0, 2, 3, 1)
+
+
+def layer_norm(x: Tensor) -> Tensor:
+    """(..., C) -> (..., C) with mean 0 and variance 1 over C, and nothing learned."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def timestep_embedding(t: Tensor, width: int) -> Tensor:
+    """Noise levels t (B,) in [0, 1] -> (B, width): sines, then cosines, of t at falling frequencies.
+
+    Always float32 and always in this order of operations: the angle reaches 10^4, where float32 has
+    steps of 1e-3, so any other rounding moves the networks' outputs by 1e-4, and half precision
+    would make the leading columns noise. The caller casts the result. Source: arXiv:1706.03762, sec. 3.5.
+    """
+    half = width // 2
+    frequencies = (torch.arange(half, device=t.device).float() * -(math.log(10000) / (half - 1))).exp()
+    angles = (t.float() * 10000)[:, None] * frequencies[None]                            # (B, width // 2)
+    return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, width % 2))         # (B, width); odd: a 0 at the end
+
+
+class GlobalResponseNorm(nn.Module):
+    """Lets the channels compete: each is scaled by its energy over the picture, relative to the mean channel.
+
+    y = gamma * (x * n) + beta + x with n = |x| / mean_channels |x|, |.| the L2 norm over H and W.
+    Since |.| grows with the number of positions, a tile is not treated as the whole: no padding, no
+    tiling. Starts as the identity. Source: ConvNeXt V2, arXiv:2301.00808, sec. 3.1.
+    """
+    def __init__(self, c: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(c))
+        self.beta = nn.Parameter(torch.zeros(c))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B,H,W,C) -> (B,H,W,C)."""
+        energy = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)                   # (B, 1, 1, C)
+        n = energy / (energy.mean(-1, keepdim=True) + 1e-6)                              # (B, 1, 1, C)
+        # gamma * (x * n) + x = x * (1 + gamma * n): the small factor first, so that x is read only once.
+        return torch.addcmul(self.beta, x, 1 + self.gamma * n)
+
+
+class ResBlock(nn.Module):
+    """x + MLP(norm(depthwise(x))): a convolution mixes positions, then a wide MLP mixes channels.
+
+    Extra inputs (a U-Net skip, the semantic features) join behind the norm, in front of the MLP.
+    """
+    def __init__(self, c: int, c_skip: int = 0, kernel_size: int = 3, dropout: float = 0.0):
+        super().__init__()
+        self.depthwise = nn.Conv2d(c, c, kernel_size, padding=kernel_size // 2, groups=c)
+        self.expand = nn.Linear(c + c_skip, 4 * c)
+        self.grn = GlobalResponseNorm(4 * c)
+        self.dropout = dropout
+        self.contract = nn.Linear(4 * c, c)
+
+    def forward(self, x: Tensor, *skips: Tensor) -> Tensor:
+        """x (B,H,W,C), skips (B,H,W,C_i) with sum C_i = c_skip -> (B,H,W,C)."""
+        h = layer_norm(channels_last(self.depthwise(channels_first(x))))                 # (B, H, W, C)
+        if skips:
+            h = torch.cat([h, *skips], dim=-1)                                           # (B, H, W, C + C_skip)
+        h = self.grn(F.gelu(self.expand(h)))                                             # (B, H, W, 4C)
+        return x + self.contract(F.dropout(h, self.dropout, self.training))              # (B, H, W, C)
+
+
+class TimestepBlock(nn.Module):
+    """Tells the network how noisy its input is: a scale and a shift per channel, computed from t."""
+    def __init__(self, c: int, c_timestep: int):
+        super().__init__()
+        self.mapper = nn.Linear(c_timestep, 2 * c)
+
+    def forward(self, x: Tensor, t_embedding: Tensor) -> Tensor:
+        """x (B,H,W,C), t_embedding (B,c_timestep) -> (B,H,W,C)."""
+        scale, shift = self.mapper(t_embedding)[:, None, None].chunk(2, dim=-1)          # 2 x (B, 1, 1, C)
+        return torch.addcmul(shift, x, 1 + scale)
+
+
+class AttentionBlock(nn.Module):
+    """Every position looks at all positions and at the text, in one attention.
+
+    Keys and values are the normalised picture tokens, then the text tokens. Padding tokens of the
+    text are not masked: the released weights were trained with them in view.
+    """
+    def __init__(self, c: int, c_text: int, heads: int, dropout: float = 0.0):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.text_mapper = nn.Linear(c_text, c)
+        self.query, self.key, self.value, self.out = (nn.Linear(c, c) for _ in range(4))
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        """x (B,H,W,C), text (B,N,c_text) -> (B,H,W,C)."""
+        tokens = layer_norm(x).flatten(1, 2)                                             # (B, H*W, C)
+        context = torch.cat([tokens, self.text_mapper(F.silu(text))], dim=1)             # (B, H*W + N, C)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2)                     # (B, heads, ..., C / heads)
+                   for y in (self.query(tokens), self.key(context), self.value(context)))
+        h = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        return x + self.out(h.transpose(1, 2).flatten(2)).view_as(x)                     # (B, H, W, C)
+
+
+class StageC(nn.Module):
+    """The prior: `depth` times (ResBlock, TimestepBlock, AttentionBlock). Defaults are the official v2 sizes (994 M parameters).
+
+    v1 differs in c_cond alone: 1024, the width of CLIP-H.
+    """
+    def __init__(self, c_in: int = 16, c: int = 1536, c_cond: int = 1280, c_timestep: int = 64, depth: int = 32,
+                 heads: int = 24, dropout: float = 0.1):
+        super().__init__()
+        self.config = dict(c_in=c_in, c=c, c_cond=c_cond, c_timestep=c_timestep, depth=depth, heads=heads, dropout=dropout)
+        self.c_timestep = c_timestep
+        self.embed = nn.Linear(c_in, c)
+        self.embed_text = nn.Sequential(nn.Linear(c_cond, c), nn.LeakyReLU(0.2), nn.Linear(c, c))
+        self.res_blocks = nn.ModuleList(ResBlock(c, dropout=dropout) for _ in range(depth))
+        self.timestep_blocks = nn.ModuleList(TimestepBlock(c, c_timestep) for _ in range(depth))
+        self.attention_blocks = nn.ModuleList(AttentionBlock(c, c, heads, dropout) for _ in range(depth))
+        self.head = nn.Linear(c, 2 * c_in)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Starting point for training from scratch; loading weights overwrites all of it."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.embed_text[0].weight, std=0.02)
+        nn.init.normal_(self.embed_text[2].weight, std=0.02)
+        nn.init.zeros_(self.head.weight)       # the first prediction is then x_t, see forward
+        for block in self.res_blocks:
+            block.contract.weight *= math.sqrt(1 / len(self.res_blocks))   # depth branches add up to a variance of 1
+        for block in self.timestep_blocks:
+            nn.init.zeros_(block.mapper.weight)                            # every noise level starts alike
+
+    def forward(self, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        """x_t (B,16,h,w) of any size, t (B,) in [0, 1], text (B,N,c_cond) -> eps (B,16,h,w).
+
+        Raises ValueError for a wrong number of channels.
+        """
+        if x_t.shape[1] != self.config["c_in"]:
+            raise ValueError(f"Stage C got latents of shape {tuple(x_t.shape)}, expected {self.config['c_in']} channels: "
+                             f"4 channels are Stage A latents, encode pictures with the image encoder instead.")
+        t_embedding = timestep_embedding(t, self.c_timestep).to(x_t.dtype)               # (B, c_timestep)
+        text = self.embed_text(text)                                                     # (B, N, C)
+        x = self.embed(channels_last(x_t))                                               # (B, h, w, C)
+        for res_block, timestep_block, attention_block in zip(self.res_blocks, self.timestep_blocks, self.attention_blocks):
+            x = attention_block(timestep_block(res_block(x), t_embedding), text)         # (B, h, w, C)
+        a, b = channels_first(self.head(layer_norm(x))).chunk(2, dim=1)                  # 2 x (B, 16, h, w)
+        # From x_t = sqrt(ab) x_0 + sqrt(1 - ab) eps follows eps = (x_t - sqrt(ab) x_0) / sqrt(1 - ab),
+        # ab = alphas_cumprod. The head has that form: a is the signal, |1 - b| the noise's scale. It starts
+        # at a = b = 0 and returns x_t, which at high noise is nearly the answer. abs() and 1e-5 keep
+        # the divisor positive; a sign of 1 - b cannot be learned.
+        return (x_t - a) / ((1 - b).abs() + 1e-5)                                        # (B, 16, h, w)

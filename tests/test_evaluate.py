@@ -1,0 +1,159 @@
+"""The judge must be right about pictures whose content is known, and must not be kind."""
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import evaluate
+from data import CAPTIONED, COLOURS, RELATIONS, Scene, held_out, render
+from evaluate import degrade, fixed_prompts, real_picture, score, verdict
+
+FACTS = fixed_prompts()
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return evaluate.Judge()
+
+
+def fact(objects, relation=None, colour="red", size=None):
+    return {"kind": "pair_seen" if relation else "single", "objects": objects,
+            "relation": relation, "colour": colour, "size": size, "prompt": ""}
+
+
+CAT_LEFT_OF_KEY = render(Scene(("cat", "key"), (44, 48), ((32, 60), (96, 66)), "red", "left of"))
+
+
+# ---- the prompts -----------------------------------------------------------------------------
+
+def test_half_of_the_prompts_are_held_out_pairs():
+    """The question of the evaluation: does the model compose what it never saw together?"""
+    kinds = [f["kind"] for f in FACTS]
+    assert {k: kinds.count(k) for k in kinds} == {"pair_held_out": 128, "pair_seen": 64, "single": 64}
+    for f in FACTS:
+        if f["kind"] != "single":
+            assert held_out(*f["objects"]) == (f["kind"] == "pair_held_out")
+    assert {f["objects"] for f in FACTS if f["kind"] == "single"} == {(name,) for name in CAPTIONED}
+
+
+def test_prompts_are_fixed_distinct_and_balanced():
+    """Figures of two models are comparable only if both drew the same things."""
+    assert fixed_prompts() == FACTS and len({f["prompt"] for f in FACTS}) == 256
+    assert all(f["objects"][0] in f["prompt"] and f["colour"] in f["prompt"] for f in FACTS)
+    for colour in COLOURS:
+        assert sum(f["colour"] == colour for f in FACTS) == 32
+    for relation in RELATIONS:
+        assert 40 <= sum(f["relation"] == relation for f in FACTS) <= 56
+
+
+def test_the_first_prompts_are_a_fair_sample():
+    """So that --prompts 32 is a quick look at all kinds."""
+    kinds = [f["kind"] for f in FACTS[:32]]
+    assert [kinds.count(k) for k in ("pair_held_out", "pair_seen", "single")] == [16, 8, 8]
+
+
+# ---- the judge is right ----------------------------------------------------------------------
+
+def test_the_judge_accepts_real_scenes_clean_or_degraded(judge):
+    """Its own errors must not count against a model: by hand, 1536 of 1536 of either were right."""
+    rng = np.random.default_rng(0)
+    pictures = [real_picture(f, rng) for f in FACTS[:32]]
+    pictures = pictures[:20] + [degrade(picture, rng) for picture in pictures[20:]]
+    figures = score(pictures, FACTS[:32], judge)
+    assert set(figures) == {"background", "single_object", "single_size", "pair_seen",
+                            "pair_seen_objects", "pair_held_out", "pair_held_out_objects"}
+    assert figures["background"]["n"] == 32 and figures["pair_held_out"]["n"] == 16
+    assert all(figure["right"] == 1.0 for figure in figures.values()), figures
+
+
+def test_size_and_place_are_found_within_a_few_pixels(judge):
+    """Relations and size words are judged by them; sizes come in steps of 11 %."""
+    found, colour = judge.find(CAT_LEFT_OF_KEY)
+    assert colour == "red" and {name for name, *_ in found} == {"cat", "key"}
+    truth = {"cat": (44, (32, 60)), "key": (48, (96, 66))}
+    for name, size, center, explained in found:
+        assert abs(size - truth[name][0]) <= 6 and explained > evaluate.MIN_EXPLAINED
+        assert np.abs(np.subtract(center, truth[name][1])).max() <= 4
+
+
+def test_the_gain_is_the_drop_in_squared_error(judge):
+    """The closed form by FFT against placing the sprite and subtracting, at one odd place."""
+    s, y, x = 3, 21, 30
+    k = evaluate.SIZES[s]
+    pixels = np.asarray(Image.fromarray(CAT_LEFT_OF_KEY).resize((64, 64), Image.BOX), np.float32) / 255
+    background = pixels[0, 0]
+    sprite = evaluate.half_size_sprite("key", k)
+    D = (pixels - background).transpose(2, 0, 1)
+    R = np.zeros_like(D)
+    R[:, y:y + k, x:x + k] = sprite[:3] - sprite[3:] * background[:, None, None]
+    expected = (D ** 2).sum() - ((D - R) ** 2).sum()
+    alone = evaluate.Judge(objects=["key"])          # the search keeps only the best of its objects
+    gain, _, explained = alone._search(pixels, background)
+    assert gain[s, y, x] == pytest.approx(expected, abs=1e-2)
+    assert explained[s, y, x] == pytest.approx(expected / (R ** 2).sum(), abs=1e-3)
+
+
+# ---- and not kind ----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("wanted, wrong", [
+    (fact(("cat", "key"), "left of"), []),
+    (fact(("key", "cat"), "right of"), []),
+    (fact(("cat", "key"), "right of"), ["relation"]),
+    (fact(("key", "cat"), "left of"), ["relation"]),
+    (fact(("cat", "key"), "above"), ["relation"]),
+    (fact(("cat", "crown"), "left of"), ["objects", "relation"]),
+    (fact(("cat",)), ["objects"]),
+    (fact(("cat", "key"), "left of", colour="orange"), ["background"]),
+], ids=["true", "true, said the other way", "other side", "swapped", "other axis", "other object",
+        "one object too many", "other colour"])
+def test_a_picture_that_differs_from_its_prompt_is_wrong(judge, wanted, wrong):
+    """Each prompt against one picture: a cat left of a key on red."""
+    seen = verdict(*judge.find(CAT_LEFT_OF_KEY), wanted)
+    assert [key for key, value in seen.items() if value is False] == wrong
+
+
+def test_a_missing_object_is_wrong(judge):
+    """A pair prompt answered with one object fails in objects and so in the relation."""
+    alone = render(Scene(("cat",), (48,), ((40, 64),), "red"))
+    seen = verdict(*judge.find(alone), fact(("cat", "key"), "left of"))
+    assert seen["objects"] is False and seen["relation"] is False
+    assert verdict(*judge.find(alone), fact(("cat",)))["objects"]
+
+
+def test_small_is_not_large(judge):
+    """The size word counts only if the prompt has one."""
+    seen = judge.find(render(Scene(("cat",), (34,), ((60, 64),), "red")))
+    assert verdict(*seen, fact(("cat",), size="small"))["size"] is True
+    assert verdict(*seen, fact(("cat",), size="large"))["size"] is False
+    assert verdict(*seen, fact(("cat",)))["size"] is None
+
+
+def test_an_empty_picture_shows_nothing_and_gray_is_no_colour(judge):
+    """Nothing may be found where nothing is, noise included."""
+    empty = np.full((128, 128, 3), COLOURS["blue"], np.uint8)
+    noisy = np.clip(empty + np.random.default_rng(0).normal(0, 10, empty.shape), 0, 255)
+    assert judge.find(empty) == ([], "blue") and judge.find(noisy.astype(np.uint8)) == ([], "blue")
+    assert judge.find(np.full((128, 128, 3), 128, np.uint8)) == ([], None)
+
+
+# ---- the script ------------------------------------------------------------------------------
+
+def test_the_script_judges_real_scenes_and_writes_figures_and_grid(tmp_path, capsys):
+    """--real needs no weights; what it writes must be complete enough to look into failures."""
+    out, grid = tmp_path / "eval.json", tmp_path / "eval.png"
+    evaluate.main(evaluate.parse_args(["--real", "--prompts", "4", "--out", str(out),
+                                       "--grid", str(grid)]))
+    report = json.loads(out.read_text())
+    assert "pair_held_out" in capsys.readouterr().out
+    assert [run["title"] for run in report["runs"]] == ["real scenes", "real scenes, degraded"]
+    assert len(report["runs"][0]["pictures"]) == 4 and report["settings"]["prompts"] == 4
+    assert Image.open(grid).size[0] == 8 * 136
+
+
+def test_wrong_input_is_refused_in_one_line(judge):
+    """A float picture in 0..1 would look black; a missing picture would shift all verdicts."""
+    with pytest.raises(ValueError, match=r"float32 of shape \(128, 128, 3\), expected .* uint8"):
+        judge.find(np.zeros((128, 128, 3), np.float32))
+    with pytest.raises(ValueError, match="Got 1 images for 2 prompts"):
+        score([CAT_LEFT_OF_KEY], FACTS[:2], judge)

@@ -1,0 +1,159 @@
+"""Trains Stage B, the diffusion decoder, jointly with the image encoder, on emoji scenes made on the fly.
+
+  python train_b.py --vqgan runs/a/vqgan --out runs/smoke_b --steps 20 --batch 4     # CPU smoke run, a minute
+  python train_b.py --vqgan runs/a/vqgan --out runs/b --steps 4000                   # the tiny model that ships
+  python train_b.py --vqgan runs/a/vqgan --out runs/b --steps 4000 --resume          # go on from the last checkpoint
+
+A diffusion autoencoder: the encoder squeezes a picture into 3x3x16 numbers, and the only way to
+lower the loss is to put into them what Stage B needs to denoise the VQGAN's latents. The tiny text
+encoder is born later, with Stage C, so Stage B first trains with one zero token in place of text;
+after Stage C, --init runs/b --freeze-encoder --text-encoder ... shows it the real text.
+Written to --out: checkpoint.pt, loss.csv, samples/*.png, and at the end decoder/ and image_encoder/.
+Paper: arXiv:2306.00637 (Stage B).  Needs: torch, numpy, pillow, tqdm; transformers with --text-encoder.
+"""
+import argparse
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    g = p.add_argument_group("model")
+    g.add_argument("--vqgan", required=True, help="folder of the trained Stage A")
+    g.add_argument("--text-encoder", default=None, help="folder with text_encoder/ and tokenizer/ (default: train without text)")
+    g.add_argument("--init", default=None, help="folder with decoder/ and image_encoder/ to start from (default: random weights)")
+    g.add_argument("--freeze-encoder", action="store_true", help="leave the image encoder as it is: Stage C stays valid")
+    g.add_argument("--c-text", type=int, default=128, help="width of the text encoder that will be used (official 1024)")
+    g = p.add_argument_group("optimisation")
+    g.add_argument("--steps", type=int, default=4000, help="optimizer steps in all, resumed ones included")
+    g.add_argument("--batch", type=int, default=32, help="pictures per forward pass")
+    g.add_argument("--grad-accum", type=int, default=1, help="forward passes per optimizer step; the effective batch is batch x grad-accum")
+    g.add_argument("--lr", type=float, default=1.5e-3, help="peak learning rate: linear warm-up, constant, linear decay to 0 over the last fifth")
+    g.add_argument("--warmup", type=int, default=100, help="optimizer steps of warm-up")
+    g.add_argument("--clip", type=float, default=1.0, help="gradient norm above which gradients are scaled down")
+    g.add_argument("--ema", type=float, default=0.998, help="decay of the averaged weights, which are the ones kept")
+    g.add_argument("--semantic-dropout", type=float, default=0.05, help="share of pictures whose semantic latent is zeroed, for guidance")
+    g.add_argument("--semantic-noise", type=float, default=0.3, help="share of pictures whose semantic latent gets noise of a level up to 0.5, so that Stage C's small errors do no harm")
+    g.add_argument("--text-dropout", type=float, default=0.05, help="share of captions replaced by the empty one")
+    g.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="autocast type; fp32 on CPUs, bf16 on recent GPUs")
+    g.add_argument("--device", default=None, help="cuda, cpu, ... (default: cuda where there is one)")
+    g.add_argument("--seed", type=int, default=0, help="seed of weights, data and noise")
+    g = p.add_argument_group("output")
+    g.add_argument("--out", required=True, help="folder for checkpoints, losses and pictures")
+    g.add_argument("--resume", action="store_true", help="go on from OUT/checkpoint.pt")
+    g.add_argument("--save-every", type=int, default=250, help="optimizer steps between checkpoints")
+    g.add_argument("--sample-every", type=int, default=500, help="optimizer steps between sample grids")
+    g.add_argument("--log-every", type=int, default=20, help="optimizer steps between lines of loss.csv")
+    return p.parse_args(argv)
+
+
+def main(args):
+    # Imported here, so that --help answers at once.
+    import copy
+    import torch
+    from tqdm import tqdm
+    from data import EmojiScenes
+    from stage_b import StageB, TinyImageEncoder, preprocess
+    from training import learning_rate, log_losses, save_checkpoint, save_grid, start_run, to_tensor
+    from weights import load_image_encoder, load_stage_a, load_stage_b, load_text_encoder, save_image_encoder, save_stage_b
+    from wuerstchen import TextEncoder, add_noise, linear_timesteps, p2_weight, per_row, sample, to_raw, to_stored
+
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    autocast = torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.dtype),
+                              enabled=args.dtype != "fp32")
+    torch.manual_seed(args.seed)
+
+    # --- data and models ---------------------------------------------------------------------------
+    scenes = EmojiScenes("all", seed=args.seed + 1)          # scene i is a function of (seed, i): a resume is exact
+    vqgan = load_stage_a(args.vqgan).to(device).requires_grad_(False)
+    text_encoder = None
+    if args.text_encoder:
+        text_encoder = TextEncoder(*load_text_encoder(f"{args.text_encoder}/text_encoder", f"{args.text_encoder}/tokenizer"))
+        text_encoder.model.to(device)
+    if args.init:
+        decoder, encoder = load_stage_b(f"{args.init}/decoder").train(), load_image_encoder(f"{args.init}/image_encoder")
+    else:
+        decoder = StageB(c_timestep=32, c_cond=64, c_hidden=(64, 128, 192), heads=(-1, 4, 6), blocks=(2, 2, 2),
+                         levels=("CT", "CT", "CTA"), inject=(False, True, True), c_text=args.c_text, dropout=0.0)
+        encoder = TinyImageEncoder()
+    # Frozen means eval() too: BatchNorm would go on drifting, gradients or not.
+    encoder.train(not args.freeze_encoder).requires_grad_(not args.freeze_encoder)
+    encoder.norm.requires_grad_(False)                       # its 42 and -1 fix the latents' units
+    model = torch.nn.ModuleDict(dict(decoder=decoder, encoder=encoder)).to(device)
+    ema = copy.deepcopy(model).requires_grad_(False).eval()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr, betas=(0.9, 0.99),
+                                  weight_decay=1e-3)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
+    parts = dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler)
+    first_step = start_run(args, parts)
+
+    def embed(captions: list[str]) -> torch.Tensor:
+        """Captions -> (B, N, c_text); without a text encoder one zero token each."""
+        if text_encoder is None:
+            return torch.zeros(len(captions), 1, decoder.config["c_text"], device=device)
+        return text_encoder(captions)
+
+    # --- one pass of this loop is one optimizer step -----------------------------------------------
+    for step in tqdm(range(first_step, args.steps), initial=first_step, total=args.steps, desc="Stage B"):
+        optimizer.param_groups[0]["lr"] = learning_rate(step, args.steps, args.lr, args.warmup)
+        loss_sum = 0.0
+        for micro in range(args.grad_accum):
+            pictures, captions = scenes.batch((step * args.grad_accum + micro) * args.batch, args.batch)
+            images = to_tensor(pictures, device)                                         # (B, 3, 128, 128)
+            with torch.no_grad():
+                x_0 = vqgan.encode(images)                                               # (B, 4, 32, 32) never quantised
+                keep = torch.rand(args.batch) >= args.text_dropout                       # (B,) every draw is per picture
+                text = embed([c if k else "" for c, k in zip(captions, keep.tolist())])  # (B, N, c_text)
+            # Noise levels a little past 1, clamped: a share of 7 % trains at t = 1, where sampling starts.
+            t = ((1 - torch.rand(args.batch, device=device)) * 1.08 + 0.001).clamp(0.001, 1)        # (B,)
+            eps = torch.randn_like(x_0)
+            x_t = add_noise(x_0, eps, t)                                                 # (B, 4, 32, 32)
+            t_semantic = torch.rand(args.batch, device=device) * 0.5                     # (B,)
+            noisy = torch.rand(args.batch, device=device) < args.semantic_noise          # (B,)
+            dropped = torch.rand(args.batch, device=device) < args.semantic_dropout      # (B,)
+            with autocast:
+                semantic = model["encoder"](preprocess(images, 96)).float()              # (B, 16, 3, 3)
+                stored = to_stored(semantic)
+                noised = to_raw(add_noise(stored, torch.randn_like(stored), t_semantic))
+                semantic = torch.where(per_row(noisy, stored), noised, semantic)
+                semantic = semantic.masked_fill(per_row(dropped, stored), 0.0)
+                eps_hat = model["decoder"](x_t, t, semantic, text).float()               # (B, 4, 32, 32)
+            loss = ((eps_hat - eps).square().mean(dim=(1, 2, 3)) * p2_weight(t)).mean()
+            scaler.scale(loss / args.grad_accum).backward()      # sum of parts = gradient of the mean
+            loss_sum += loss.detach() / args.grad_accum
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            decay = min(args.ema, (1 + step) / (10 + step))      # young averages must forget the first weights
+            for p_ema, p in zip(ema.parameters(), model.parameters()):
+                p_ema.lerp_(p, 1 - decay)
+            for b_ema, b in zip(ema.buffers(), model.buffers()):
+                b_ema.copy_(b)                                   # BatchNorm's running statistics are averages already
+
+        # --- log, sample, save ---------------------------------------------------------------------
+        done = step + 1
+        if done % args.log_every == 0 or done == args.steps:
+            log_losses(args, done, loss=loss_sum.item(), grad_norm=grad_norm.item())
+        if done % args.sample_every == 0 or done == args.steps:
+            with torch.no_grad():
+                pictures, captions = scenes.batch(10 ** 9, 16)                           # far beyond any training index
+                shown, generator = to_tensor(pictures, device), torch.Generator().manual_seed(0)
+                semantic, text = ema["encoder"](preprocess(shown, 96)), embed(captions)
+                latents = sample(lambda x, t: ema["decoder"](x, t, semantic, text),
+                                 lambda: torch.randn(16, 4, 32, 32, generator=generator).to(device), linear_timesteps(12))
+                painted = vqgan.decode(latents).clamp(0, 1)
+                psnr = -10 * (painted - shown).square().mean().log10().item()
+            tqdm.write(f"step {done}: loss {loss_sum.item():.4f}, PSNR of 16 unseen scenes through encoder, B and A {psnr:.2f} dB")
+            save_grid(f"{args.out}/samples/step_{done:06d}.png",
+                      torch.stack([shown, vqgan.decode(vqgan.encode(shown)), painted], 1).flatten(0, 1).unflatten(0, (2, 8, 3))
+                      .transpose(1, 2).flatten(0, 2), columns=8)                         # rows: scene, A alone, all, twice
+        if done % args.save_every == 0 or done == args.steps:
+            save_checkpoint(args, done, parts)
+
+    save_stage_b(ema["decoder"], f"{args.out}/decoder")
+    save_image_encoder(ema["encoder"], f"{args.out}/image_encoder")
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,568 @@
+"""Weight files: reads and writes the released format, and translates the released names into ours.
+
+  folder/config.json + folder/diffusion_pytorch_model.safetensors  <->  StageA, StageB, StageC
+
+The released weights exist in two namings. "original" is that of the authors' training code,
+"diffusers" that of the Hugging Face library; they differ in the attention layers, whose query, key
+and value are one fused matrix in the first and three in the second, and in the name of the codebook.
+Our models use a third one, meant for readers ("expand" instead of "channelwise.0"), so a table stands
+between: for every part of a model, what it is called here and what it is called there. The numbers
+are never changed, and the way back gives the same file again.
+
+Shapes differ in two places, since we work channels-last: what others write as a 1x1 convolution
+(D,C,1,1) is a Linear (D,C) here, and the vectors of GlobalResponseNorm are (1,1,1,C) there, (C,) here.
+
+Loading is strict, as weights in the wrong place make pictures that are merely bad: every tensor must
+be known, present, of the right shape and free of NaN. What is wrong with a file is a WeightsError of
+one line. Nothing is downloaded, and nothing in a file is executed.
+Needs: torch, safetensors; transformers for text encoders; stage_a.py, stage_b.py, stage_c.py.
+"""
+import json
+import os
+import warnings
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from stage_a import StageA
+from stage_b import EfficientNetEncoder, StageB, TinyImageEncoder
+from stage_c import StageC
+
+
+class WeightsError(ValueError):
+    """A file or folder of weights that will not do; the message says what was expected."""
+
+
+# ----- names: ours, diffusers', and how the shape differs --------------------------------------------
+# A rule stands for a part with all its tensors (weight, bias, running_mean, ...) or for one tensor.
+# Third column: "1x1" is a Linear here and a 1x1 convolution there, "grn" has three leading ones there.
+
+RES_BLOCK = [
+    ("depthwise",   "depthwise",          ""),
+    ("expand",      "channelwise.0",      ""),       # channelwise.1 is GELU
+    ("grn",         "channelwise.2",      "grn"),    # channelwise.3 is Dropout
+    ("contract",    "channelwise.4",      ""),
+]
+TIMESTEP_BLOCK = [
+    ("mapper",      "mapper",             ""),
+]
+ATTENTION_BLOCK = [
+    ("text_mapper", "kv_mapper.1",        ""),       # kv_mapper.0 is SiLU
+    ("query",       "attention.to_q",     ""),
+    ("key",         "attention.to_k",     ""),
+    ("value",       "attention.to_v",     ""),
+    ("out",         "attention.to_out.0", ""),       # to_out.1 is Dropout
+]
+VQ_RES_BLOCK = [
+    ("depthwise",   "depthwise.1",        ""),       # depthwise.0 is the padding
+    ("expand",      "channelwise.0",      ""),
+    ("contract",    "channelwise.2",      ""),
+    ("gammas",      "gammas",             ""),
+]
+BLOCKS = {"C": RES_BLOCK, "T": TIMESTEP_BLOCK, "A": ATTENTION_BLOCK}     # the letters of Stage B's level patterns
+
+
+def inside(ours: str, theirs: str, block: list) -> list:
+    """The rules of a block, for the block called `ours` here and `theirs` there."""
+    return [(f"{ours}.{a}", f"{theirs}.{b}", kind) for a, b, kind in block]
+
+
+def rules_a(levels: int, bottleneck_blocks: int, **_) -> list:
+    """Stage A. Encoder and decoder are flat lists there, with the latent layers at one end of each."""
+    encoder = (["block"] + ["downsample", "block"] * (levels - 1))
+    decoder = ["block"] * bottleneck_blocks + ["upsample", "block"] * (levels - 1)
+    rules = [
+        ("embed",          "in_block.1",                   "1x1"),       # in_block.0 is PixelUnshuffle
+        ("to_latent",      f"down_blocks.{len(encoder)}.0", "1x1"),
+        ("norm_latent",    f"down_blocks.{len(encoder)}.1", ""),
+        ("codebook.codes", "vquantizer.embedding.weight",  ""),
+        ("from_latent",    "up_blocks.0.0",                "1x1"),
+        ("to_pixels",      "out_block.0",                  "1x1"),
+    ]
+    for i, layer in enumerate(encoder):
+        rules += inside(f"encoder.{i}", f"down_blocks.{i}", VQ_RES_BLOCK) if layer == "block" else \
+            [(f"encoder.{i}", f"down_blocks.{i}", "")]
+    for i, layer in enumerate(decoder):
+        rules += inside(f"decoder.{i}", f"up_blocks.{i + 1}", VQ_RES_BLOCK) if layer == "block" else \
+            [(f"decoder.{i}", f"up_blocks.{i + 1}", "")]
+    return rules
+
+
+def rules_b(levels, blocks, inject, **_) -> list:
+    """Stage B. There, down- and upsampling stand inside the levels' lists of blocks, and everything on
+    the way up is counted from the deepest level, n - 1, to the finest, 0; here a level keeps its number."""
+    n = len(levels)
+    rules = [
+        ("embed",      "embedding.1", "1x1"),        # embedding.0 is PixelUnshuffle
+        ("embed_text", "clip_mapper", ""),
+        ("head",       "clf.1",       "1x1"),        # clf.0 is the norm
+    ]
+    for i in range(n):
+        up = n - 1 - i                               # level i on the way up, in their numbers
+        pattern = levels[i] * blocks[i]
+        if inject[i]:
+            rules += [(f"semantic_down.{i}", f"effnet_mappers.{i}",      "1x1"),
+                      (f"semantic_up.{i}",   f"effnet_mappers.{n + up}", "1x1")]
+        if i > 0:                                    # .0.0 and .{last}.0 are norms
+            rules += [(f"downsample.{i}",    f"down_blocks.{i}.0.1",                ""),
+                      (f"upsample.{i}",      f"up_blocks.{up}.{len(pattern)}.1",    "")]
+        for k, letter in enumerate(pattern):
+            first = 1 if i > 0 else 0                # the downsampler is the level's element 0
+            rules += inside(f"down_blocks.{i}.{k}", f"down_blocks.{i}.{first + k}", BLOCKS[letter])
+            rules += inside(f"up_blocks.{i}.{k}",   f"up_blocks.{up}.{k}",          BLOCKS[letter])
+    return rules
+
+
+def rules_c(depth: int, **_) -> list:
+    """Stage C. There, the three kinds of blocks are one list, in the order in which they run."""
+    rules = [
+        ("embed",        "projection",    "1x1"),
+        ("embed_text.0", "cond_mapper.0", ""),
+        ("embed_text.2", "cond_mapper.2", ""),
+        ("head",         "out.1",         "1x1"),    # out.0 is the norm
+    ]
+    for i in range(depth):
+        rules += inside(f"res_blocks.{i}",       f"blocks.{3 * i}",     RES_BLOCK)
+        rules += inside(f"timestep_blocks.{i}",  f"blocks.{3 * i + 1}", TIMESTEP_BLOCK)
+        rules += inside(f"attention_blocks.{i}", f"blocks.{3 * i + 2}", ATTENTION_BLOCK)
+    return rules
+
+
+def rules_efficientnet(**_) -> list:
+    """The semantic compressor; `backbone` is torchvision's and keeps its names."""
+    return [
+        ("backbone",    "backbone", ""),
+        ("to_semantic", "mapper.0", ""),
+        ("norm",        "mapper.1", ""),
+    ]
+
+
+def rules_tiny(**_) -> list:
+    """Ours alone, so there is nothing to translate."""
+    return [(name, name, "") for name in ("downsample", "blocks", "to_semantic", "norm")]
+
+
+def name_table(model: nn.Module) -> dict[str, tuple[str, str]]:
+    """For a model of ours: name of a tensor in diffusers' naming -> (our name, "1x1", "grn" or "")."""
+    rules = {StageA: rules_a, StageB: rules_b, StageC: rules_c, EfficientNetEncoder: rules_efficientnet,
+             TinyImageEncoder: rules_tiny}[type(model)]
+    parts = {ours: (theirs, kind) for ours, theirs, kind in rules(**model.config)}
+    table = {}
+    for name in model.state_dict():
+        part = name
+        while part not in parts:                     # "embed.weight" belongs to the part "embed"
+            assert part, f"no rule for {name} in {type(model).__name__}"
+            part = part.rpartition(".")[0]
+        theirs, kind = parts[part]
+        table[theirs + name[len(part):]] = (name, kind)
+    return table
+
+
+# ----- state dicts: from either naming to ours and back ----------------------------------------------
+
+def naming(state_dict: dict[str, Tensor]) -> str:
+    """"original" or "diffusers". Where no tensor tells (neither attention nor codebook), they are the same."""
+    tell = (".attn.in_proj_weight", "vquantizer.codebook.weight")
+    return "original" if any(name.endswith(tell) for name in state_dict) else "diffusers"
+
+
+def original_to_diffusers(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """nn.MultiheadAttention stacks the rows of query, key and value; diffusers keeps three layers."""
+    result = {}
+    for name, tensor in state_dict.items():
+        if ".attn.in_proj_" in name:                                                     # (3C, C) or (3C,)
+            for part, third in zip(("to_q", "to_k", "to_v"), tensor.chunk(3)):
+                result[name.replace("attn.in_proj_", f"{part}.")] = third                # (C, C) or (C,)
+        else:
+            name = name.replace(".attn.out_proj.", ".to_out.0.")
+            result[name.replace("vquantizer.codebook.", "vquantizer.embedding.")] = tensor
+    return result
+
+
+def diffusers_to_original(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The exact inverse of original_to_diffusers."""
+    result = {}
+    for name, tensor in state_dict.items():
+        if ".attention.to_q." in name:
+            thirds = [state_dict[name.replace(".to_q.", f".{part}.")] for part in ("to_q", "to_k", "to_v")]
+            result[name.replace(".to_q.", ".attn.in_proj_")] = torch.cat(thirds)         # (3C, C) or (3C,)
+        elif ".attention.to_k." not in name and ".attention.to_v." not in name:
+            name = name.replace(".attention.to_out.0.", ".attention.attn.out_proj.")
+            result[name.replace("vquantizer.embedding.", "vquantizer.codebook.")] = tensor
+    return result
+
+
+def add_ones(tensor: Tensor, kind: str) -> Tensor:
+    """Our shape -> theirs. The bias of a 1x1 convolution is a vector in both."""
+    if kind == "1x1" and tensor.ndim == 2:
+        return tensor[:, :, None, None]                                                  # (D, C, 1, 1)
+    return tensor[None, None, None] if kind == "grn" else tensor                         # (1, 1, 1, C)
+
+
+def drop_ones(tensor: Tensor, kind: str) -> Tensor:
+    """Their shape -> ours."""
+    if kind == "1x1" and tensor.ndim == 4:
+        return tensor[:, :, 0, 0]                                                        # (D, C)
+    return tensor[0, 0, 0] if kind == "grn" else tensor                                  # (C,)
+
+
+def to_ours(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """A state dict in either official naming -> one that model.load_state_dict takes. Tensors are views.
+
+    Raises WeightsError if tensors are missing, unknown or of another shape than `model` needs.
+    """
+    if naming(state_dict) == "original":
+        state_dict = original_to_diffusers(state_dict)
+    table, wanted = name_table(model), model.state_dict()
+    shapes = {theirs: tuple(add_ones(wanted[ours], kind).shape) for theirs, (ours, kind) in table.items()}
+    check_names({name: tuple(tensor.shape) for name, tensor in state_dict.items()}, shapes)
+    return {ours: drop_ones(state_dict[theirs], kind) for theirs, (ours, kind) in table.items()}
+
+
+def to_diffusers(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """model.state_dict(), or another one with its names (averaged weights) -> diffusers' naming. Tensors are views."""
+    return {theirs: add_ones(state_dict[ours], kind) for theirs, (ours, kind) in name_table(model).items()}
+
+
+def to_original(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The same in the original naming."""
+    return diffusers_to_original(to_diffusers(state_dict, model))
+
+
+def check_names(found: dict[str, tuple], wanted: dict[str, tuple]) -> None:
+    """Both: name -> shape. Raises WeightsError with everything that differs, the first few of each kind by name."""
+    def some(names: list) -> str:
+        return f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+
+    missing = [name for name in wanted if name not in found]
+    unknown = [name for name in found if name not in wanted]
+    misshapen = [f"{name} is {found[name]}, expected {wanted[name]}"
+                 for name in wanted if name in found and found[name] != wanted[name]]
+    problems = [f"{label}: {some(names)}" for label, names in
+                (("missing tensors", missing), ("unknown tensors", unknown), ("wrong shapes", misshapen)) if names]
+    if problems:
+        raise WeightsError(f"the weights do not fit the model: {'; '.join(problems)}")
+
+
+# ----- config.json: our constructor arguments and diffusers' -----------------------------------------
+# our argument = (their key, the value that a missing key stands for: the default of diffusers' class)
+
+CONFIGS = {
+    StageA: ("PaellaVQModel", dict(
+        levels=("levels", 2), bottleneck_blocks=("bottleneck_blocks", 12), c_hidden=("embed_dim", 384),
+        c_latent=("latent_channels", 4), codebook_size=("num_vq_embeddings", 8192),
+        scale_factor=("scale_factor", 0.3764))),
+    StageB: ("WuerstchenDiffNeXt", dict(
+        c_in=("c_in", 4), c_out=("c_out", 4), c_timestep=("c_r", 64), patch_size=("patch_size", 2),
+        c_cond=("c_cond", 1024), c_hidden=("c_hidden", [320, 640, 1280, 1280]), heads=("nhead", [-1, 10, 20, 20]),
+        blocks=("blocks", [4, 4, 14, 4]), levels=("level_config", ["CT", "CTA", "CTA", "CTA"]),
+        inject=("inject_effnet", [False, True, True, True]), c_semantic=("effnet_embd", 16),
+        c_text=("clip_embd", 1024), kernel_size=("kernel_size", 3), dropout=("dropout", 0.1))),
+    StageC: ("WuerstchenPrior", dict(      # these defaults are not the released sizes; the released files spell theirs out
+        c_in=("c_in", 16), c=("c", 1280), c_cond=("c_cond", 1024), c_timestep=("c_r", 64), depth=("depth", 16),
+        heads=("nhead", 16), dropout=("dropout", 0.1))),
+    EfficientNetEncoder: ("EfficientNetEncoder", dict(c_semantic=("c_semantic", 16))),
+    TinyImageEncoder: ("TinyImageEncoder", dict(
+        c_semantic=("c_semantic", 16), c_hidden=("c_hidden", [32, 64, 128, 256]), blocks=("blocks", [1, 2, 2, 2]))),
+}
+# Options of diffusers' class that our StageA does not have; only these values are possible.
+FIXED = {StageA: dict(in_channels=3, out_channels=3, up_down_scale_factor=2)}
+
+
+def config_to_ours(config: dict, stage: type) -> dict:
+    """The content of a config.json -> arguments for `stage`. Raises WeightsError for another class or impossible values."""
+    class_name, table = CONFIGS[stage]
+    if config.get("_class_name", class_name) != class_name:
+        raise WeightsError(f"it describes a {config['_class_name']}, expected a {class_name}")
+    fixed = FIXED.get(stage, {})
+    for key, value in fixed.items():
+        if config.get(key, value) != value:
+            raise WeightsError(f"{key} is {config[key]!r}, only {value!r} is supported")
+    known = {key for key, _ in table.values()} | fixed.keys()
+    unknown = [key for key in config if not key.startswith("_") and key not in known]
+    if unknown:
+        # Not an error: later versions add options, and those that change a tensor are caught by its shape.
+        warnings.warn(f"config.json of {class_name} has options that are not used here: {', '.join(unknown)}")
+    arguments = {}
+    for argument, (key, default) in table.items():
+        value = config.get(key, default)
+        if type(value) is not type(default) and not (type(value) is int and type(default) is float):
+            raise WeightsError(f"{key} is {value!r}, expected something like {default!r}")
+        arguments[argument] = tuple(value) if isinstance(value, list) else value
+    return arguments
+
+
+def config_to_diffusers(model: nn.Module) -> dict:
+    """model.config -> the content of a config.json that diffusers reads."""
+    class_name, table = CONFIGS[type(model)]
+    values = {key: model.config[argument] for argument, (key, _) in table.items()}
+    values = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+    return {"_class_name": class_name, **FIXED.get(type(model), {}), **values}
+
+
+# ----- reading ---------------------------------------------------------------------------------------
+
+def read_config(folder: str | Path) -> dict:
+    """folder/config.json as a dict. Raises WeightsError if there is none that can be read."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise WeightsError(f"{folder} is not a folder: expected one with config.json and the weights")
+    path = folder / "config.json"
+    if not path.is_file():
+        raise WeightsError(f"{path} is missing: found {listing(folder)}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise WeightsError(f"{path} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise WeightsError(f"{path} does not hold a JSON object")
+    return config
+
+
+def listing(folder: Path) -> str:
+    names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir() if not path.name.startswith("."))
+    return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "") or "nothing in the folder"
+
+
+def read_tensors(folder: str | Path, stems: tuple[str, ...]) -> tuple[dict[str, Tensor], Path]:
+    """The first of folder/{stem}.safetensors, then folder/{stem}.bin, that exists -> (state dict, its path).
+
+    Raises WeightsError if there is none, or if it is not a whole file of tensors.
+    """
+    paths = [Path(folder) / f"{stem}{suffix}" for suffix in (".safetensors", ".bin") for stem in stems]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        raise WeightsError(f"{paths[0]} is missing: found {listing(Path(folder))}")
+    with open(path, "rb") as file:
+        start = file.read(512)
+    if start.startswith(b"version https://git-lfs"):
+        raise WeightsError(f"{path} is a Git LFS pointer, not the weights: fetch the file itself with `git lfs pull`")
+    if start.lstrip()[:1] == b"<":
+        raise WeightsError(f"{path} is a web page, not weights: the download went wrong")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+            tensors = load_file(path)
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:     # each library raises its own kinds, and RuntimeError, EOFError, KeyError ...
+        reason = str(error).split("\n")[0][:200]
+        raise WeightsError(f"{path} cannot be read, presumably it is cut off or not a file of weights: {reason}") from error
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise WeightsError(f"{path} does not hold a table of tensors")
+    return tensors, path
+
+
+def assign(model: nn.Module, state_dict: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
+    """Puts the tensors, in `dtype`, into a model that was built on the meta device, and sets eval mode.
+
+    A model on "meta" has shapes but no memory: a billion random numbers that would be overwritten are
+    never drawn. Counters (num_batches_tracked) stay integers. Raises WeightsError for NaN or infinity.
+    """
+    converted = {}
+    for name, wanted in model.state_dict().items():
+        tensor = state_dict[name].to(dtype if wanted.is_floating_point() else wanted.dtype)
+        if not tensor.isfinite().all():
+            raise WeightsError(f"{name} contains NaN or infinity in {dtype}")
+        converted[name] = tensor
+    model.load_state_dict(converted, strict=True, assign=True)
+    left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    assert not left, f"buffers that no file holds were not filled: {left}"
+    return model.eval()
+
+
+def load(stage: type, folder: str | Path, stem: str, dtype: torch.dtype) -> nn.Module:
+    """One model from its folder: config.json gives the sizes, {stem}.safetensors (or .bin) the weights."""
+    config = read_config(folder)
+    try:
+        with torch.device("meta"):
+            model = stage(**config_to_ours(config, stage))
+    except (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError) as error:     # impossible numbers in it
+        raise WeightsError(f"{Path(folder) / 'config.json'} cannot be used: {error}") from error
+    tensors, path = read_tensors(folder, (stem,))
+    try:
+        return assign(model, to_ours(tensors, model), dtype)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from error
+
+
+def load_stage_a(folder: str | Path, dtype: torch.dtype = torch.float32) -> StageA:
+    """A `vqgan` folder -> the VQGAN in eval mode. Raises WeightsError."""
+    return load(StageA, folder, "diffusion_pytorch_model", dtype)
+
+
+def load_stage_b(folder: str | Path, dtype: torch.dtype = torch.float32) -> StageB:
+    """A `decoder` folder -> the diffusion decoder in eval mode. Raises WeightsError."""
+    return load(StageB, folder, "diffusion_pytorch_model", dtype)
+
+
+def load_stage_c(folder: str | Path, dtype: torch.dtype = torch.float32) -> StageC:
+    """A `prior` folder -> the prior in eval mode. Raises WeightsError."""
+    return load(StageC, folder, "diffusion_pytorch_model", dtype)
+
+
+def load_image_encoder(folder: str | Path, dtype: torch.dtype = torch.float32) -> EfficientNetEncoder | TinyImageEncoder:
+    """An `image_encoder` folder -> the semantic compressor in eval mode. Raises WeightsError."""
+    name = read_config(folder).get("_class_name")
+    encoders = {stage.__name__: stage for stage in (EfficientNetEncoder, TinyImageEncoder)}
+    if name not in encoders:
+        raise WeightsError(f"{Path(folder) / 'config.json'} describes a {name}, expected one of {', '.join(encoders)}")
+    return load(encoders[name], folder, "model", dtype)
+
+
+def load_text_encoder(encoder_folder: str | Path, tokenizer_folder: str | Path, dtype: torch.dtype = torch.float32):
+    """Two folders as transformers writes them -> (tokenizer, CLIPTextModel in eval mode). Raises WeightsError.
+
+    The published files have "text_model." in front of every name, those that transformers 5 writes do
+    not, and its model does not either. Older files also hold `position_ids`, which is 0, 1, 2, ...
+    """
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    read_config(encoder_folder)                                        # for its error messages
+    try:
+        with torch.device("meta"):
+            model = CLIPTextModel(CLIPTextConfig.from_pretrained(encoder_folder, local_files_only=True))
+    except Exception as error:
+        raise WeightsError(f"{Path(encoder_folder) / 'config.json'} cannot be used: {error}") from error
+    tensors, path = read_tensors(encoder_folder, ("model", "pytorch_model"))
+    wanted = model.state_dict()
+    prefix = "text_model." if all(name.startswith("text_model.") for name in wanted) else ""
+    tensors = {prefix + name.removeprefix("text_model."): tensor for name, tensor in tensors.items()
+               if not name.endswith("embeddings.position_ids")}
+    positions = torch.arange(model.config.max_position_embeddings)[None]                 # (1, 77), in no file
+    for module in model.modules():
+        if "position_ids" in dict(module.named_buffers(recurse=False)):
+            module.position_ids = positions
+    try:
+        check_names({name: tuple(tensor.shape) for name, tensor in tensors.items()},
+                    {name: tuple(tensor.shape) for name, tensor in wanted.items()})
+        assign(model, tensors, dtype)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from error
+
+    tokenizer_folder = Path(tokenizer_folder)
+    if not any((tokenizer_folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise WeightsError(f"{tokenizer_folder} holds no tokenizer: expected tokenizer.json, or vocab.json and merges.txt")
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+    except Exception as error:     # tokenizers raises plain Exception
+        raise WeightsError(f"the tokenizer in {tokenizer_folder} cannot be read: {error}") from error
+    return tokenizer, model
+
+
+# ----- writing ---------------------------------------------------------------------------------------
+
+def write_atomically(path: str | Path, write) -> None:
+    """Calls write(temporary_path), then renames: a file is either whole or not there, even after a power cut."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def to_half(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """float16 copies on the CPU, as released weights are. Counters stay integers, and BatchNorm's running
+    statistics float32: they are few, and a small variance is what float16 holds worst.
+
+    Raises WeightsError for numbers that float16 cannot hold.
+    """
+    result = {}
+    for name, tensor in tensors.items():
+        keep = not tensor.is_floating_point() or name.endswith(("running_mean", "running_var"))
+        result[name] = tensor.detach().to("cpu", tensor.dtype if keep else torch.float16).contiguous()
+        if not result[name].isfinite().all():
+            raise WeightsError(f"{name} cannot be saved in float16, whose largest number is 65504: "
+                               f"its largest is {tensor.abs().max().item():g}")
+    return result
+
+
+def write_model(config: dict, tensors: dict[str, Tensor], folder: str | Path, stem: str) -> None:
+    """folder/config.json and folder/{stem}.safetensors; converts before it writes, so that an error leaves the old files."""
+    from safetensors.torch import save_file
+    tensors = to_half(tensors)
+    write_atomically(Path(folder) / f"{stem}.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    write_atomically(Path(folder) / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def save_stage_a(model: StageA, folder: str | Path) -> None:
+    """Writes the VQGAN as diffusers would, in float16. Its scale_factor goes into config.json."""
+    assert model.config["scale_factor"] == model.scale_factor, "scale_factor was changed in one place only"
+    write_model(config_to_diffusers(model), to_diffusers(model.state_dict(), model), folder, "diffusion_pytorch_model")
+
+
+def save_stage_b(model: StageB, folder: str | Path) -> None:
+    """Writes the diffusion decoder as diffusers would, in float16."""
+    write_model(config_to_diffusers(model), to_diffusers(model.state_dict(), model), folder, "diffusion_pytorch_model")
+
+
+def save_stage_c(model: StageC, folder: str | Path) -> None:
+    """Writes the prior as diffusers would, in float16."""
+    write_model(config_to_diffusers(model), to_diffusers(model.state_dict(), model), folder, "diffusion_pytorch_model")
+
+
+def save_image_encoder(model: EfficientNetEncoder | TinyImageEncoder, folder: str | Path) -> None:
+    """Writes config.json and model.safetensors, in float16; EfficientNet in the official names."""
+    write_model(config_to_diffusers(model), to_diffusers(model.state_dict(), model), folder, "model")
+
+
+def save_text_encoder(tokenizer, encoder, folder: str | Path, tokenizer_folder: str | Path) -> None:
+    """Writes a CLIPTextModel, in float16 and with the published names, and its tokenizer, as transformers reads them."""
+    import tempfile
+    config = json.loads(encoder.config.to_json_string(use_diff=False))
+    config.update(architectures=["CLIPTextModel"], dtype="float16", torch_dtype="float16")   # read by transformers 5, 4
+    tensors = {"text_model." + name.removeprefix("text_model."): tensor for name, tensor in encoder.state_dict().items()}
+    write_model(config, tensors, folder, "model")
+    with tempfile.TemporaryDirectory() as temporary:
+        tokenizer.save_pretrained(temporary)
+        for source in Path(temporary).iterdir():
+            data = source.read_bytes()
+            write_atomically(Path(tokenizer_folder) / source.name, lambda path: path.write_bytes(data))
+
+
+# ----- folders ---------------------------------------------------------------------------------------
+# Where the parts of a whole pipeline stand in a folder. The first layout whose three models are all there counts.
+
+LAYOUTS = {
+    "one folder": dict(             # ours: one text encoder and one scheduler serve Stages C and B
+        prior="prior", prior_text_encoder="text_encoder", prior_tokenizer="tokenizer", prior_scheduler="scheduler",
+        decoder="decoder", text_encoder="text_encoder", tokenizer="tokenizer", scheduler="scheduler",
+        vqgan="vqgan", image_encoder="image_encoder"),
+    "combined pipeline": dict(      # diffusers' WuerstchenCombinedPipeline
+        prior="prior_prior", prior_text_encoder="prior_text_encoder", prior_tokenizer="prior_tokenizer",
+        prior_scheduler="prior_scheduler",
+        decoder="decoder", text_encoder="text_encoder", tokenizer="tokenizer", scheduler="scheduler",
+        vqgan="vqgan", image_encoder="image_encoder"),
+    "published pair": dict(         # the two released folders side by side
+        prior="wuerstchen-prior/prior", prior_text_encoder="wuerstchen-prior/text_encoder",
+        prior_tokenizer="wuerstchen-prior/tokenizer", prior_scheduler="wuerstchen-prior/scheduler",
+        decoder="wuerstchen/decoder", text_encoder="wuerstchen/text_encoder", tokenizer="wuerstchen/tokenizer",
+        scheduler="wuerstchen/scheduler",
+        vqgan="wuerstchen/vqgan", image_encoder="wuerstchen-prior/image_encoder"),
+}
+OPTIONAL = ("image_encoder", "scheduler", "prior_scheduler")
+
+
+def find_parts(folder: str | Path) -> dict[str, Path | None]:
+    """The folders of a pipeline's parts, under the names used in LAYOUTS; None for optional parts that are absent.
+
+    Raises WeightsError if the folder follows none of the layouts, or lacks a part that is needed.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise WeightsError(f"{folder} is not a folder of weights: there is no such folder")
+    for name, layout in LAYOUTS.items():
+        if all((folder / layout[part]).is_dir() for part in ("prior", "decoder", "vqgan")):
+            parts = {part: folder / place for part, place in layout.items()}
+            missing = [layout[part] for part, path in parts.items() if part not in OPTIONAL and not path.is_dir()]
+            if missing:
+                raise WeightsError(f"{folder} looks like the layout {name!r} but lacks {', '.join(missing)}")
+            return {part: path if path.is_dir() else None for part, path in parts.items()}
+    wanted = "; or ".join(", ".join(f"{layout[part]}/" for part in ("prior", "decoder", "vqgan"))
+                          for layout in LAYOUTS.values())
+    raise WeightsError(f"{folder} holds no weights that are understood: looked for {wanted}; found {listing(folder)}")
