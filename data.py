@@ -102,7 +102,7 @@ def random_scene(rng: np.random.Generator, objects: Sequence[str] = CAPTIONED,
     held_out_pairs=True gives test scenes: always two objects, always a held-out pair.
     """
     colour = list(COLOURS)[rng.integers(len(COLOURS))]
-    if len(objects) == 1 or (not held_out_pairs and rng.random() < 0.4):
+    if not held_out_pairs and (len(objects) == 1 or rng.random() < 0.4):
         name = objects[rng.integers(len(objects))]
         return place_single(rng, name, list(SIZE_CLASSES)[rng.integers(len(SIZE_CLASSES))], colour)
     a, b = _draw_pair(rng, objects, held_out_pairs)

@@ -327,8 +327,7 @@ def preprocess(images: Tensor, shorter_side: int = 768) -> Tensor:
     The longer side keeps the picture's shape and is cropped in its middle to a multiple of 32.
     """
     h, w = images.shape[-2:]
-    scale = shorter_side / min(h, w)
-    size = (max(shorter_side, round(h * scale)), max(shorter_side, round(w * scale)))
+    size = (shorter_side * h // min(h, w), shorter_side * w // min(h, w))      # rounded down, as in torchvision's Resize
     images = F.interpolate(images, size=size, mode="bilinear", antialias=True, align_corners=False)
     top, left = size[0] % 32 // 2, size[1] % 32 // 2
     images = images[..., top:top + size[0] // 32 * 32, left:left + size[1] // 32 * 32]

@@ -21,6 +21,7 @@ def parse_args(argv=None):
     g.add_argument("--text-encoder", default=None, help="folder with text_encoder/ and tokenizer/ (default: train without text)")
     g.add_argument("--init", default=None, help="folder with decoder/ and image_encoder/ to start from (default: random weights)")
     g.add_argument("--freeze-encoder", action="store_true", help="leave the image encoder as it is: Stage C stays valid")
+    g.add_argument("--encoder-warmup", type=int, default=1200, help="steps in which a fresh image encoder first learns to name objects, as EfficientNet has on ImageNet")
     g.add_argument("--c-text", type=int, default=128, help="width of the text encoder that will be used (official 1024)")
     g = p.add_argument_group("optimisation")
     g.add_argument("--steps", type=int, default=4000, help="optimizer steps in all, resumed ones included")
@@ -33,6 +34,7 @@ def parse_args(argv=None):
     g.add_argument("--semantic-dropout", type=float, default=0.05, help="share of pictures whose semantic latent is zeroed, for guidance")
     g.add_argument("--semantic-noise", type=float, default=0.3, help="share of pictures whose semantic latent gets noise of a level up to 0.5, so that Stage C's small errors do no harm")
     g.add_argument("--text-dropout", type=float, default=0.05, help="share of captions replaced by the empty one")
+    g.add_argument("--loss-weight", choices=["v", "p2", "none"], default="v", help="what errors count by noise level: see v_weight and p2_weight in wuerstchen.py; none: all alike")
     g.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="autocast type; fp32 on CPUs, bf16 on recent GPUs")
     g.add_argument("--device", default=None, help="cuda, cpu, ... (default: cuda where there is one)")
     g.add_argument("--seed", type=int, default=0, help="seed of weights, data and noise")
@@ -45,6 +47,53 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 
+def warm_up(encoder, scenes, args, device):
+    """Teaches a fresh image encoder what is where, before Stage B: the place of EfficientNet's ImageNet weights.
+
+    A throw-away head must tell from the (B,16,3,3) semantic latent which object, or which bare
+    background, lies under each point of a 16 x 16 grid. Without this the encoder would learn from
+    Stage B's loss alone, which at nearly all noise levels can see the objects in x_t itself.
+    """
+    import numpy as np
+    import torch
+    from tqdm import tqdm
+    from data import COLOURS, OBJECTS
+    from stage_b import preprocess
+    from training import learning_rate, log_losses, to_tensor
+    from wuerstchen import add_noise, to_stored
+    y, x = np.mgrid[4:128:8, 4:128:8]                                    # (16, 16) px, the grid's points
+    number = {name: i for i, name in enumerate([*OBJECTS, *COLOURS])}
+
+    def labels(scene) -> np.ndarray:
+        """-> (16, 16) int64: index of the object under each point, or 128 + index of the colour."""
+        grid = np.full((16, 16), number[scene.colour])
+        for name, size, (cx, cy) in zip(scene.objects, scene.sizes, scene.centers):
+            grid[(x - cx) ** 2 + (y - cy) ** 2 < (0.42 * size) ** 2] = number[name]
+        return grid
+
+    head = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(144, 512), torch.nn.GELU(), torch.nn.Linear(512, 256 * 24),
+                               torch.nn.Unflatten(1, (256, 24)), torch.nn.GELU(), torch.nn.Linear(24, len(number))).to(device)
+    optimizer = torch.optim.AdamW([p for p in [*encoder.parameters(), *head.parameters()] if p.requires_grad],
+                                  lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-3)
+    for step in tqdm(range(args.encoder_warmup), desc="Image encoder"):
+        optimizer.param_groups[0]["lr"] = learning_rate(step, args.encoder_warmup, args.lr, args.warmup)
+        start = 5 * 10 ** 8 + step * 64                                  # not the scenes Stage B starts with
+        target = torch.from_numpy(np.stack([labels(scene) for scene in scenes.scenes(start, 64)])).to(device).flatten(1)
+        stored = to_stored(encoder(preprocess(to_tensor(scenes.batch(start, 64)[0], device), 96)))   # (64, 16, 3, 3)
+        # Noise on the latent makes neighbouring codes mean similar things; Stage C will not hit them exactly.
+        stored = add_noise(stored, torch.randn_like(stored), torch.rand(64, device=device) * 0.3)
+        logits = head(stored)                                                                        # (64, 256, 136)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(encoder.parameters(), args.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if (step + 1) % args.log_every == 0:
+            objects = target < len(OBJECTS)
+            right = (logits.argmax(-1) == target)[objects].float().mean().item()
+            log_losses(args, step + 1, "encoder_loss.csv", loss=loss.item(), objects_right=right)
+
+
 def main(args):
     # Imported here, so that --help answers at once.
     import copy
@@ -54,12 +103,14 @@ def main(args):
     from stage_b import StageB, TinyImageEncoder, preprocess
     from training import learning_rate, log_losses, save_checkpoint, save_grid, start_run, to_tensor
     from weights import load_image_encoder, load_stage_a, load_stage_b, load_text_encoder, save_image_encoder, save_stage_b
-    from wuerstchen import TextEncoder, add_noise, linear_timesteps, p2_weight, per_row, sample, to_raw, to_stored
+    from wuerstchen import TextEncoder, add_noise, linear_timesteps, p2_weight, per_row, sample, to_raw, to_stored, v_weight
 
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     autocast = torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.dtype),
                               enabled=args.dtype != "fp32")
     torch.manual_seed(args.seed)
+
+    weight = dict(v=v_weight, p2=p2_weight, none=torch.ones_like)[args.loss_weight]
 
     # --- data and models ---------------------------------------------------------------------------
     scenes = EmojiScenes("all", seed=args.seed + 1)          # scene i is a function of (seed, i): a resume is exact
@@ -73,7 +124,9 @@ def main(args):
     else:
         decoder = StageB(c_timestep=32, c_cond=64, c_hidden=(64, 128, 192), heads=(-1, 4, 6), blocks=(2, 2, 2),
                          levels=("CT", "CT", "CTA"), inject=(False, True, True), c_text=args.c_text, dropout=0.0)
-        encoder = TinyImageEncoder()
+        encoder = TinyImageEncoder().to(device)
+        if not args.resume:
+            warm_up(encoder, scenes, args, device)
     # Frozen means eval() too: BatchNorm would go on drifting, gradients or not.
     encoder.train(not args.freeze_encoder).requires_grad_(not args.freeze_encoder)
     encoder.norm.requires_grad_(False)                       # its 42 and -1 fix the latents' units
@@ -116,7 +169,7 @@ def main(args):
                 semantic = torch.where(per_row(noisy, stored), noised, semantic)
                 semantic = semantic.masked_fill(per_row(dropped, stored), 0.0)
                 eps_hat = model["decoder"](x_t, t, semantic, text).float()               # (B, 4, 32, 32)
-            loss = ((eps_hat - eps).square().mean(dim=(1, 2, 3)) * p2_weight(t)).mean()
+            loss = ((eps_hat - eps).square().mean(dim=(1, 2, 3)) * weight(t)).mean()
             scaler.scale(loss / args.grad_accum).backward()      # sum of parts = gradient of the mean
             loss_sum += loss.detach() / args.grad_accum
         scaler.unscale_(optimizer)

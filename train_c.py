@@ -32,6 +32,7 @@ def parse_args(argv=None):
     g.add_argument("--clip", type=float, default=1.0, help="gradient norm above which gradients are scaled down")
     g.add_argument("--ema", type=float, default=0.998, help="decay of the averaged weights, which are the ones kept")
     g.add_argument("--caption-dropout", type=float, default=0.05, help="share of captions replaced by the empty one")
+    g.add_argument("--loss-weight", choices=["v", "p2", "none"], default="p2", help="what errors count by noise level: see v_weight and p2_weight in wuerstchen.py; none: all alike")
     g.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="autocast type; fp32 on CPUs, bf16 on recent GPUs")
     g.add_argument("--device", default=None, help="cuda, cpu, ... (default: cuda where there is one)")
     g.add_argument("--seed", type=int, default=0, help="seed of weights, data and noise")
@@ -97,12 +98,14 @@ def main(args):
     from training import learning_rate, log_losses, save_checkpoint, save_grid, start_run, to_tensor
     from weights import (load_image_encoder, load_stage_a, load_stage_b, load_stage_c, load_text_encoder, save_stage_c,
                          save_text_encoder)
-    from wuerstchen import TextEncoder, Wuerstchen, add_noise, p2_weight, to_stored
+    from wuerstchen import TextEncoder, Wuerstchen, add_noise, p2_weight, to_stored, v_weight
 
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     autocast = torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.dtype),
                               enabled=args.dtype != "fp32")
     torch.manual_seed(args.seed)
+
+    weight = dict(v=v_weight, p2=p2_weight, none=torch.ones_like)[args.loss_weight]
 
     # --- data and models ---------------------------------------------------------------------------
     scenes = EmojiScenes("captioned", seed=args.seed + 2)    # scene i is a function of (seed, i): a resume is exact
@@ -143,7 +146,7 @@ def main(args):
             x_t = add_noise(x_0, eps, t)                                                 # (B, 16, 3, 3)
             with autocast:
                 eps_hat = model["prior"](x_t, t, embed(captions)).float()                # (B, 16, 3, 3)
-            loss = ((eps_hat - eps).square().mean(dim=(1, 2, 3)) * p2_weight(t)).mean()
+            loss = ((eps_hat - eps).square().mean(dim=(1, 2, 3)) * weight(t)).mean()
             scaler.scale(loss / args.grad_accum).backward()      # sum of parts = gradient of the mean
             loss_sum += loss.detach() / args.grad_accum
         scaler.unscale_(optimizer)

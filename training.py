@@ -54,9 +54,9 @@ def save_checkpoint(args, step: int, parts: dict) -> None:
     write_atomically(Path(args.out) / "checkpoint.pt", lambda path: torch.save(checkpoint, path))
 
 
-def log_losses(args, step: int, **values: float) -> None:
-    """Appends a line to args.out/loss.csv. Lines at or after `step`, left by a run that was cut, are dropped first."""
-    path = Path(args.out) / "loss.csv"
+def log_losses(args, step: int, name: str = "loss.csv", **values: float) -> None:
+    """Appends a line to args.out/NAME. Lines at or after `step`, left by a run that was cut, are dropped first."""
+    path = Path(args.out) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = []
     if path.exists():

@@ -559,7 +559,7 @@ def find_parts(folder: str | Path) -> dict[str, Path | None]:
     for name, layout in LAYOUTS.items():
         if all((folder / layout[part]).is_dir() for part in ("prior", "decoder", "vqgan")):
             parts = {part: folder / place for part, place in layout.items()}
-            missing = [layout[part] for part, path in parts.items() if part not in OPTIONAL and not path.is_dir()]
+            missing = {layout[part]: None for part, path in parts.items() if part not in OPTIONAL and not path.is_dir()}
             if missing:
                 raise WeightsError(f"{folder} looks like the layout {name!r} but lacks {', '.join(missing)}")
             return {part: path if path.is_dir() else None for part, path in parts.items()}

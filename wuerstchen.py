@@ -12,6 +12,7 @@ Stage C works on (raw + 1) / 42 of what the image encoder gives and Stage B take
 Paper: arXiv:2306.00637; schedule: arXiv:2102.09672; steps: arXiv:2006.11239, arXiv:2010.02502.
 Needs: torch, numpy, pillow, tqdm; transformers for the text encoders; stage_a/b/c.py, weights.py.
 """
+import math
 import warnings
 from pathlib import Path
 from typing import Callable, Iterable
@@ -58,6 +59,17 @@ def p2_weight(t: Tensor, k: float = 1.0, gamma: float = 1.0) -> Tensor:
     """
     ab = alphas_cumprod(t)
     return (k + ab / (1 - ab)) ** -gamma
+
+
+def v_weight(t: Tensor, least: float = 0.01) -> Tensor:
+    """Loss weight 1 / alphas_cumprod, t (B,) -> (B,): the squared error of noise becomes that of v-prediction.
+
+    In terms of the clean x_0 that is an error weight of 1 / (1 - alphas_cumprod), where p2 has
+    alphas_cumprod: nothing at high noise. There a prediction rests on the condition alone, so
+    this is what makes a network listen to its condition early in training. Capped at 1 / least.
+    Source: Salimans & Ho 2022, arXiv:2202.00512, sec. 4 ("SNR+1 weighting").
+    """
+    return 1 / alphas_cumprod(t).clamp(min=least)
 
 
 def ddpm_step(x_t: Tensor, eps: Tensor, t: Tensor, t_prev: Tensor, noise: Tensor) -> Tensor:
@@ -162,6 +174,16 @@ def latent_sizes(height: int, width: int) -> tuple[tuple[int, int], tuple[int, i
 
 # ----- pipeline -------------------------------------------------------------------------------------
 
+def usable_device(name: str | torch.device) -> torch.device:
+    """Raises ValueError where torch does not know the name or cannot compute there, before anything is loaded."""
+    try:
+        torch.ones(1, device=name).tolist()                # "meta" is a device, too, but has no numbers
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:        # torch has several for what is not there
+        reason = str(error).split("\n")[0].split(". ")[0].rstrip(".")
+    raise ValueError(f"device {name!r} cannot be used here: {reason}. \"cpu\" always works.")
+
+
 class TextEncoder:
     """A CLIP tokenizer and text model from transformers: prompts -> one vector per token."""
     def __init__(self, tokenizer, model):
@@ -176,8 +198,11 @@ class TextEncoder:
         """
         for prompt, ids in zip(prompts, self.tokenizer(prompts, truncation=False, verbose=False)["input_ids"]):
             if len(ids) > self.length:
-                cut = self.tokenizer.decode(ids[self.length - 1:-1]).strip()
-                warnings.warn(f"the prompt is longer than the {self.length} tokens the text encoder takes; this part was cut off: {cut!r}")
+                # The last token kept is the end mark, so the first one lost is number length - 1. Its place in the
+                # prompt tells what was lost in the user's own words; decoded tokens would be lower case.
+                places = self.tokenizer(prompt, truncation=False, verbose=False, return_offsets_mapping=True)["offset_mapping"]
+                warnings.warn(f"a prompt is longer than the {self.length} tokens that the text encoder takes; "
+                              f"this part was cut off: {prompt[places[self.length - 1][0]:]!r}")
         batch = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt")
         batch = batch.to(self.model.device)
         return self.model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
@@ -199,10 +224,11 @@ class Wuerstchen:
         """weights: "tiny", which ships with the code, or a folder in any of diffusers' layouts (see weights.find_parts).
 
         device: default cuda where there is one, else cpu. dtype of the networks: default float32 on a
-        CPU, bfloat16 on a GPU. Raises weights.WeightsError (a ValueError) for folders and files that will not do.
+        CPU, bfloat16 on a GPU. Raises weights.WeightsError (a ValueError) for folders and files that will not do,
+        ValueError for devices that are not there.
         """
         import weights as files
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         folder = Path(__file__).parent / "models" / "tiny" if weights == "tiny" else Path(weights)
         parts = files.find_parts(folder)
@@ -238,14 +264,15 @@ class Wuerstchen:
         """Prompts -> a list of PIL images, num_images for each prompt, in order.
 
         negative_prompt  what guidance steers away from; one for all, or one for each prompt.
-        seed             image i uses seed + i, or the i-th of a list: its noise is drawn on the CPU from
-                         its own generator, so it does not depend on the images beside it.
+        seed             0 to 2^32 - 1. Image i uses seed + i, or the i-th of a list: its noise is drawn on the
+                         CPU from its own generator, so it does not depend on the images beside it.
         steps_c, steps_b sampling steps of Stages C and B.
         guidance_c, _b   guidance scales, see `guide`. 1 switches guidance off and halves the work.
         width, height    px, multiples of 128; default 128 for the tiny weights, 1024 for others.
-        Raises ValueError for empty prompts, impossible sizes, lists that do not fit together.
+        Raises ValueError for empty prompts, impossible sizes and numbers, lists that do not fit together: all
+        of it before the first step; and for pictures that came out as NaN.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
         if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
             raise ValueError("the prompt is empty: say what to paint, for example \"a red apple on a blue background\".")
         negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
@@ -253,11 +280,18 @@ class Wuerstchen:
             raise ValueError(f"got {len(negatives)} negative prompts for {len(prompts)} prompts: give one for all, or one for each.")
         if num_images < 1:
             raise ValueError(f"the number of images must be at least 1, got {num_images}.")
-        size_c, size_b = latent_sizes(height or self.size, width or self.size)
+        for name, scale in (("guidance_c", guidance_c), ("guidance_b", guidance_b)):
+            if not math.isfinite(scale):
+                raise ValueError(f"{name} is {scale}, expected a number: 1 is no guidance, 4 is usual for Stage C.")
+        timesteps_c, timesteps_b = default_timesteps_c(steps_c), linear_timesteps(steps_b)
+        size_c, size_b = latent_sizes(self.size if height is None else height, self.size if width is None else width)
         n = len(prompts) * num_images
         seeds = [seed + i for i in range(n)] if isinstance(seed, int) else list(seed)
         if len(seeds) != n:
             raise ValueError(f"got {len(seeds)} seeds for {n} images: give one for all, or one for each.")
+        if not all(0 <= s < 2 ** 32 for s in seeds):
+            # torch takes larger ones, but its generator only looks at 32 bits: 2^32 + 1 would be 1 again.
+            raise ValueError(f"seeds must lie between 0 and 2^32 - 1 = {2 ** 32 - 1}, got {min(seeds)} to {max(seeds)}.")
         generators = [torch.Generator().manual_seed(s) for s in seeds]
 
         def noise(channels: int, size: tuple[int, int]) -> Callable[[], Tensor]:
@@ -265,13 +299,14 @@ class Wuerstchen:
 
         text, unconditional = self.encode_text(self.text_encoder_c, prompts, negatives, num_images)
         semantic = self.sample_c(text, unconditional, noise(self.stage_c.config["c_in"], size_c),
-                                 default_timesteps_c(steps_c), guidance_c, progress)
+                                 timesteps_c, guidance_c, progress)
         if self.text_encoder_b is not self.text_encoder_c:
             text, unconditional = self.encode_text(self.text_encoder_b, prompts, negatives, num_images)
         latents = self.sample_b(semantic, text, unconditional, noise(self.stage_b.config["c_in"], size_b),
-                                linear_timesteps(steps_b), guidance_b, progress)
+                                timesteps_b, guidance_b, progress)
         return to_pil(self.decode(latents))
 
+    @torch.no_grad()
     def encode_text(self, encoder: TextEncoder, prompts: list[str], negatives: list[str], num_images: int) -> tuple[Tensor, Tensor]:
         """-> embeddings of the prompts and of the negative prompts, each (len(prompts) * num_images, N, D)."""
         text, unconditional = encoder(prompts + negatives).chunk(2)
@@ -311,18 +346,24 @@ class Wuerstchen:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """VQGAN latents (B,4,h,w) -> images (B,3,4h,4w) float32 in [0, 1]."""
-        return self.stage_a.decode(latents.to(self.dtype)).float().clamp(0, 1)
+        """VQGAN latents (B,4,h,w) -> images (B,3,4h,4w) float32 in [0, 1]. Raises ValueError for NaN and infinity."""
+        images = self.stage_a.decode(latents.to(self.dtype)).float()
+        if not images.isfinite().all():      # in 8 bits it would be a black picture
+            raise ValueError(f"the picture came out as NaN or infinity in {self.dtype}. float16 ends at 65504: "
+                             f"use bfloat16 or float32, or a lower guidance scale.")
+        return images.clamp(0, 1)
 
     @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:
         """images (B,3,H,W) in [0, 1] -> raw semantic latents (B,16,h,w): what Stage C would have to paint to get them.
 
         In float32: the encoder's BatchNorm statistics do not survive half precision.
+        Raises ValueError for sides that are not multiples of 128 px, and for weights without image encoder.
         """
         from stage_b import preprocess
         if self.image_encoder is None:
             raise ValueError("these weights hold no image encoder, which encoding a picture needs.")
+        latent_sizes(*images.shape[-2:])       # for its error message
         return self.image_encoder(preprocess(images.float().to(self.device), min(images.shape[-2:]) * 3 // 4))
 
     @staticmethod

@@ -1,0 +1,407 @@
+"""The networks compute what the released code computes.
+
+The references in golden/ were made by two public implementations, the authors' and diffusers, from random
+weights of both namings. rel = largest deviation / largest value; tolerances are those of golden/README.md.
+"""
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import weights
+from helpers import build, capture, draw, golden, manifest, rel, under, weights_from_names
+from stage_a import StageA, VQResBlock
+from stage_b import (AttentionBlock, EfficientNetEncoder, ResBlock, StageB, TimestepBlock, TinyImageEncoder, channels_first,
+                     channels_last, layer_norm, pixel_shuffle, pixel_unshuffle, preprocess, resize_semantic, timestep_embedding)
+from stage_c import StageC
+
+NAMINGS = ["original", "diffusers"]
+
+
+def model_from(stage, name, naming="diffusers"):
+    data, config = golden(name)
+    return build(stage, config["model"], under(f"sd/{naming}/", data)), data, config
+
+
+# --- Stage C -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("naming", NAMINGS)
+def test_stage_c_equals_both_peers(naming):
+    """Four latent sizes, among them 1 x 1 and odd ones, from one token to 77, noise levels from 0 to 1."""
+    model, data, config = model_from(StageC, "prior", naming)
+    for i in range(len(config["sets"])):
+        eps = model(data[f"in/set{i}/x"], data[f"in/set{i}/r"], data[f"in/set{i}/c"])
+        for peer in NAMINGS:
+            assert rel(eps, data[f"out/set{i}/{peer}"]) < 1e-5
+
+
+@torch.no_grad()
+def test_stage_c_agrees_block_by_block():
+    """A mistake in one block shows here, in that block, and not only as a wrong output."""
+    model, data, config = model_from(StageC, "prior")
+    blocks = [block for three in zip(model.res_blocks, model.timestep_blocks, model.attention_blocks) for block in three]
+    outputs = capture(dict(projection=model.embed, c_embed=model.embed_text, out_ab=model.head,
+                           **{f"block{i}": block for i, block in enumerate(blocks)}))
+    model(data["in/set0/x"], data["in/set0/r"], data["in/set0/c"])
+    assert outputs.keys() | {"r_embed"} == under("mid/set0/", data).keys()
+    for name, output in outputs.items():
+        assert rel(output if output.ndim == 3 else channels_first(output), data[f"mid/set0/{name}"]) < 1e-5, name
+    assert rel(timestep_embedding(data["in/set0/r"], model.c_timestep), data["mid/set0/r_embed"]) < 1e-6
+
+
+@pytest.mark.parametrize("naming", NAMINGS)
+def test_stage_c_edges(naming):
+    """Odd timestep width; a divisor of exactly 1e-5 (channel 0), a lost sign of 1 - b (channel 1). Each channel has its
+    own scale, 10^5 apart, so each is compared on its own."""
+    model, data, _ = model_from(StageC, "prior_edges", naming)
+    eps = model(data["in/set0/x"], data["in/set0/r"], data["in/set0/c"])
+    for channel in range(eps.shape[1]):
+        assert rel(eps[:, channel], data["out/set0/original"][:, channel]) < 1e-5
+
+
+def test_untrained_stage_c_returns_its_input():
+    """Zero output layer => a = b = 0 => eps = x_t / (1 + 1e-5): a small loss at high noise from the start."""
+    model = StageC(c_in=16, c=32, c_cond=24, depth=1, heads=4).eval()
+    x_t = torch.randn(2, 16, 12, 12)
+    torch.testing.assert_close(model(x_t, torch.rand(2), torch.randn(2, 7, 24)), x_t, rtol=2e-5, atol=0)
+
+
+def test_stage_c_training_step_equals_the_original():
+    """Scaled features, noise, prediction, weighted loss, gradients, clipping, one AdamW step: each as in the authors' loop."""
+    from wuerstchen import add_noise, p2_weight, to_stored
+    data, config = golden("training_stage_c")
+    model = build(StageC, {**config["model"], "dropout": 0.0}, under("sd/original/", data)).train()
+    latents = to_stored(data["in/raw_features"])
+    t = ((1 - data["in/u"]) * 1.08 + 0.001).clamp(0.001, 1)
+    x_t = add_noise(latents, data["in/noise"], t)
+    eps = model(x_t, t, data["in/c"])
+    per_row = F.mse_loss(eps, data["in/noise"], reduction="none").mean((1, 2, 3))        # (B,)
+    loss = (per_row * p2_weight(t)).mean()
+    for name, value in dict(latents=latents, t=t, noised=x_t, p2_weight=p2_weight(t), loss_per_row=per_row,
+                            loss_plain_mse=per_row.mean(), loss_adjusted=loss).items():
+        assert rel(value, data[f"out/{name}"]) < 1e-6, name
+    assert rel(eps, data["out/pred"]) < 1e-5
+    loss.backward()
+
+    def compare(tensors, prefix, tolerance):
+        found, wanted = weights.to_original(tensors, model), under(prefix, data)
+        assert found.keys() == wanted.keys()
+        for name, tensor in found.items():
+            reference = wanted[name]
+            if name.endswith("in_proj_bias"):
+                # A bias on all keys adds the same to all scores, which softmax ignores. Its gradient is zero but for
+                # rounding, and AdamW makes steps of up to lr even of that.
+                (q, k, v), (q_ref, k_ref, v_ref) = tensor.chunk(3), reference.chunk(3)
+                assert (k - k_ref).abs().max() < 2 * config["lr"]
+                tensor, reference = torch.cat([q, v]), torch.cat([q_ref, v_ref])
+            assert rel(tensor, reference) < tolerance, name
+
+    compare({name: p.grad.clone() for name, p in model.named_parameters()}, "out/grad/", 1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config["lr"])
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    assert rel(norm, data["out/grad_norm"]) < 1e-4
+    optimizer.step()
+    # The first step is lr * g / (|g| + 1e-8): where g is that small, its rounding shows. 1e-5 is some 5 % of a step.
+    compare({name: p.detach() for name, p in model.named_parameters()}, "out/after_adamw/", 1e-5)
+
+
+def test_ema_is_the_lerp_of_the_training_scripts():
+    """beta 0.9: 1 * 0.9 + 3 * 0.1, the form in which train_*.py write it."""
+    data, _ = golden("training_stage_c")
+    assert torch.tensor(1.0).lerp_(torch.tensor(3.0), 1 - 0.9) == pytest.approx(data["out/ema_of_1_and_3_beta_0.9"].item(), rel=1e-6)
+
+
+# --- Stage B -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["diffnext", "diffnext_three_levels"])
+@pytest.mark.parametrize("naming", NAMINGS)
+def test_stage_b_equals_both_peers(name, naming):
+    """Semantic latents smaller and larger than the levels they go to, non-square pictures, three and four levels."""
+    model, data, config = model_from(StageB, name, naming)
+    for i in range(len(config["sets"])):
+        eps = model(*(data[f"in/set{i}/{key}"] for key in ("x", "r", "effnet", "clip")))
+        for peer in NAMINGS:
+            assert rel(eps, data[f"out/set{i}/{peer}"]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["diffnext", "diffnext_three_levels"])
+@torch.no_grad()
+def test_stage_b_agrees_level_by_level(name):
+    """Levels are numbered from the finest here, on both ways; there the way up counts from the deepest."""
+    model, data, _ = model_from(StageB, name)
+    n = len(model.down_blocks)
+    modules = dict(clip_embed=model.embed_text, embedding=model.embed, ab=model.head)
+    for i in range(n):
+        up = n - 1 - i
+        modules[f"down{i}"] = model.down_blocks[i][-1]
+        modules[f"up{up}"] = model.upsample[i] if i > 0 else model.up_blocks[i][-1]
+        if model.semantic_down[i] is not None:
+            modules[f"effnet_c{i}"], modules[f"effnet_c{n + up}"] = model.semantic_down[i], model.semantic_up[i]
+    outputs = capture(modules)
+    model(*(data[f"in/set0/{key}"] for key in ("x", "r", "effnet", "clip")))
+    a, b = channels_first(pixel_shuffle(outputs.pop("ab"), model.patch_size)).chunk(2, 1)
+    assert rel(a, data["out/set0/original_a"]) < 1e-5
+    assert rel(b.sigmoid() * (1 - 2e-3) + 1e-3, data["out/set0/original_b"]) < 1e-5
+    outputs["clip_embed"], outputs["embedding"] = layer_norm(outputs["clip_embed"]), layer_norm(outputs["embedding"])
+    assert outputs.keys() == under("mid/set0/", data).keys()
+    for key, output in outputs.items():
+        if output.ndim == 4 and key not in [f"up{j}" for j in range(n - 1)]:    # upsampling gives channels first
+            output = channels_first(output)
+        assert rel(output, data[f"mid/set0/{key}"]) < 1e-5, key
+
+
+def test_stage_b_resizes_the_semantic_latent_like_the_peers():
+    """Bicubic with antialias and align_corners has a kernel of its own in torch; all sizes met in Stage B and some odd ones."""
+    data, config = golden("interpolate")
+    for (h, w), outputs in config["sizes"]:
+        for H, W in outputs:
+            assert rel(channels_first(resize_semantic(data[f"in/{h}x{w}"], (H, W))), data[f"out/{h}x{w}/{H}x{W}"]) < 1e-6
+
+
+def test_stage_b_has_no_plain_feed_forward_blocks():
+    """The original has a letter F, which no released weights use: an error is better than a block nobody can check."""
+    _, config = golden("diffnext_original_only")
+    with pytest.raises(ValueError, match="'CTF' has an unknown letter 'F': use C, T and A"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")          # config_to_ours also warns of self_attn
+        StageB(**weights.config_to_ours(config["model"], StageB))
+
+
+# --- Stage A -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["vqgan", "vqgan_three_levels"])
+@pytest.mark.parametrize("naming", NAMINGS)
+@torch.no_grad()
+def test_stage_a_equals_both_peers(name, naming):
+    """Encoding, with and without the codebook, decoding, from latents and from indices, and the losses."""
+    model, data, config = model_from(StageA, name, naming)
+    for i in range(len(config["sets"])):
+        image, latents, out = data[f"in/set{i}/image"], data[f"in/set{i}/latents"], under(f"out/set{i}/", data)
+        scale = model.scale_factor
+        assert rel(model.encode(image), out["original_encode_x"]) < 1e-5
+        assert rel(model.encode(image, quantise=True), out["original_encode_qe"]) < 1e-5
+        assert rel(model.encode(image) * scale, out["diffusers_encode"]) < 1e-5
+        assert torch.equal(model.encode_indices(image), out["indices"])
+        assert rel(model.decode(latents), out["original_decode"]) < 1e-5
+        assert rel(model.decode(latents), out["diffusers_decode_of_scaled"]) < 1e-5
+        assert rel(model.decode_indices(out["indices"]), out["original_decode_indices"]) < 1e-5
+        assert rel(model.decode(model.encode(image)), out["diffusers_forward"]) < 1e-5
+        losses = model(image)
+        vq_loss = losses["codebook"] + 0.25 * losses["commitment"]
+        assert rel(vq_loss, out["original_encode_loss"]) < 1e-5
+        assert rel(vq_loss, out["diffusers_vq_loss"]) < 1e-5
+
+
+@torch.no_grad()
+def test_stage_a_forward_can_quantise_row_by_row():
+    """quantise as one bool for each row mixes both kinds of training in a batch; each row is as if it were alone."""
+    model, data, _ = model_from(StageA, "vqgan")
+    image = data["in/set0/image"]
+    mixed = model(image, torch.tensor([True, False]))["images"]
+    assert rel(mixed[0], model.decode(model.encode(image, quantise=True))[0]) < 1e-5
+    assert rel(mixed[1], model.decode(model.encode(image))[1]) < 1e-5
+
+
+def test_stage_a_passes_gradients_through_the_codebook():
+    """argmin has no gradient; without the straight-through estimate the encoder would learn nothing from pictures."""
+    model, data, _ = model_from(StageA, "vqgan")
+    model.train()(data["in/set0/image"])["reconstruction"].backward()
+    assert model.embed.weight.grad.abs().max() > 0
+    assert model.codebook.codes.grad is None or model.codebook.codes.grad.abs().max() == 0
+
+
+def test_untrained_vq_blocks_return_their_input():
+    """gammas start at zero: an untrained autoencoder is only its resampling layers, which learn first."""
+    x = torch.randn(2, 5, 3, 8)
+    assert torch.equal(VQResBlock(8)(x), x)
+
+
+# --- image encoders ----------------------------------------------------------------------------------
+
+def test_pixel_shuffles_equal_torch():
+    """Our channels-last versions, same channel order; the second undoes the first."""
+    x = torch.randn(2, 6, 4, 3)
+    assert torch.equal(channels_first(pixel_unshuffle(x, 2)), F.pixel_unshuffle(channels_first(x), 2))
+    assert torch.equal(pixel_shuffle(pixel_unshuffle(x, 2), 2), x)
+
+
+@torch.no_grad()
+def test_image_encoder_equals_the_original():
+    """The whole encoder of official size with weights made from names, and its last layers on given features."""
+    pytest.importorskip("torchvision", reason="the official image encoder is torchvision's EfficientNetV2-S")
+    data, _ = golden("effnet")
+    encoder = build(EfficientNetEncoder, {}, weights_from_names(manifest("effnet_v2")))
+    stages = capture({str(i): stage for i, stage in enumerate(encoder.backbone)})
+    for tag, shape in (("a", (1, 3, 96, 64)), ("b", (2, 3, 75, 100))):
+        raw = encoder(draw(f"efficientnet_v2_s.{tag}", *shape))
+        assert rel(raw, data[f"out/efficientnet_v2_s/{tag}/mapper"]) < 1e-5
+        for i, x in stages.items():
+            facts = torch.stack([x.mean(), x.std(), x.flatten()[0]])
+            assert rel(facts, data[f"mid/efficientnet_v2_s/{tag}/stage{i}_mean_std_first"]) < 1e-5
+    head = {name.replace("/", ".", 1): tensor for name, tensor in under("sd/", data).items()}       # "mapper/0.weight"
+    mapper = {ours: head[theirs] for theirs, (ours, _) in weights.name_table(encoder).items() if theirs in head}
+    encoder.load_state_dict(mapper, strict=False)
+    raw = encoder.norm(encoder.to_semantic(data["in/head/features"]))
+    assert rel(raw, data["out/head/mapper"]) < 1e-5
+    from wuerstchen import to_stored
+    assert rel(to_stored(raw), data["out/head/scaled"]) < 1e-5
+
+
+def test_preprocess_equals_the_original_where_both_keep_the_pixel():
+    """The original crops the middle square, we keep the longer side too, in multiples of 32: compare what is in both."""
+    data, _ = golden("effnet")
+    ours = preprocess(data["in/preprocess/32_50x70"], 32)                                # resized to 32 x 44
+    assert rel(ours, data["out/preprocess/32_50x70"]) < 1e-5
+    ours = preprocess(data["in/preprocess/384_60x90"], 384)                              # (1, 3, 384, 576)
+    assert rel(ours[..., 96:480][..., ::16, ::16], data["out/preprocess/384_60x90_every_16th"]) < 1e-5
+    ours = preprocess(data["in/preprocess/48_40x40"], 48)                                # (1, 3, 32, 32)
+    assert rel(ours, data["out/preprocess/48_40x40"][..., 8:40, 8:40]) < 1e-5
+
+
+@torch.no_grad()
+def test_tiny_image_encoder_reduces_32_times():
+    """It stands in for EfficientNet, so it must give the same shape, for non-square pictures too."""
+    encoder = TinyImageEncoder(c_hidden=(8, 8, 8, 8), blocks=(1, 1, 1, 1)).eval()
+    assert encoder(torch.randn(2, 3, 96, 64)).shape == (2, 16, 3, 2)
+
+
+# --- properties --------------------------------------------------------------------------------------
+
+def small_b():
+    model = StageB(c_timestep=8, c_cond=8, c_hidden=(8, 12), heads=(2, 3), blocks=(1, 2), levels=("CT", "CTA"),
+                   inject=(False, True), c_semantic=3, c_text=5)
+    return randomise(model).eval()
+
+
+def small_c():
+    return randomise(StageC(c_in=3, c=16, c_cond=5, c_timestep=8, depth=2, heads=2)).eval()
+
+
+@torch.no_grad()
+def randomise(model):
+    """Initial values hide mistakes: much of what starts at zero would not be seen."""
+    for p in model.parameters():
+        p.add_(0.05 * torch.randn_like(p))
+    return model
+
+
+@pytest.mark.parametrize("which", ["a", "b", "c"])
+@torch.no_grad()
+def test_activations_stay_channels_last(which):
+    """What runs from block to block is a contiguous (B,H,W,C): a stray copy or transposition costs time at every block."""
+    if which == "a":
+        model, args = randomise(StageA(2, 2, 16, 4, 32)), (torch.rand(2, 3, 12, 20),)
+    elif which == "b":
+        model, args = small_b(), (torch.randn(2, 4, 12, 20), torch.rand(2), torch.randn(2, 3, 2, 3), torch.randn(2, 4, 5))
+    else:
+        model, args = small_c(), (torch.randn(2, 3, 5, 7), torch.rand(2), torch.randn(2, 4, 5))
+    kinds = (VQResBlock,) if which == "a" else (ResBlock, TimestepBlock, AttentionBlock)
+    blocks = {name: module for name, module in model.named_modules() if type(module).__name__ in [k.__name__ for k in kinds]}
+    outputs = capture(blocks)
+    model(*args)
+    assert len(outputs) == len(blocks) >= 5
+    for name, x in outputs.items():
+        assert x.ndim == 4 and x.is_contiguous(), f"{name} gives strides {x.stride()} for shape {tuple(x.shape)}"
+
+
+@torch.no_grad()
+def test_rows_of_a_batch_do_not_see_each_other():
+    """A picture must not depend on the pictures beside it: every row alone gives what it gives in the batch."""
+    c, b = small_c(), small_b()
+    a = model_from(StageA, "vqgan")[0]
+    x, t, text = torch.randn(3, 3, 5, 7), torch.rand(3), torch.randn(3, 4, 5)
+    x_b, semantic, images = torch.randn(3, 4, 12, 20), torch.randn(3, 3, 2, 3), torch.rand(3, 3, 12, 20)
+    for model, args in ((c, (x, t, text)), (b, (x_b, t, semantic, text)), (a.encode, (images,)), (a.decode, (torch.randn(3, 4, 3, 5),))):
+        together = model(*args)
+        alone = torch.cat([model(*(arg[i:i + 1] for arg in args)) for i in range(3)])
+        assert rel(alone, together) < 1e-5
+
+
+@torch.no_grad()
+def test_text_padding_is_seen():
+    """No token is masked: the released weights were trained with the padding in view, so it must change the result."""
+    c, b = small_c(), small_b()
+    x, t, text = torch.randn(1, 3, 5, 7), torch.rand(1), torch.randn(1, 4, 5)
+    changed = text.clone()
+    changed[:, -1] += 1
+    assert not torch.allclose(c(x, t, text), c(x, t, changed))
+    x, semantic = torch.randn(1, 4, 8, 8), torch.randn(1, 3, 2, 2)
+    assert not torch.allclose(b(x, t, semantic, text), b(x, t, semantic, changed))
+
+
+@pytest.mark.parametrize("width", [8, 9, 64])
+def test_timestep_embedding_is_float32_whatever_goes_in(width):
+    """In half precision t * 10000 is rounded to steps of 32 and the sine is noise: the embedding must not follow the dtype."""
+    t = torch.tensor([0.0, 0.25, 0.5, 1.0])                  # exact in bfloat16
+    embedding = timestep_embedding(t.bfloat16(), width)
+    assert embedding.dtype == torch.float32 and embedding.shape == (4, width)
+    assert torch.equal(embedding, timestep_embedding(t, width))
+    assert width % 2 == 0 or (embedding[:, -1] == 0).all()
+
+
+def test_wrong_shapes_are_explained():
+    """What came, what was expected, what to do, instead of an error from deep inside a convolution."""
+    t, text = torch.rand(1), torch.randn(1, 4, 5)
+    with pytest.raises(ValueError, match=r"Stage C got latents of shape \(1, 4, 5, 7\), expected 3 channels"):
+        small_c()(torch.randn(1, 4, 5, 7), t, text)
+    for shape in ((1, 3, 8, 8), (1, 4, 8, 6), (1, 4, 6, 8)):
+        with pytest.raises(ValueError, match=r"Stage B got latents of shape .*multiples of 4"):
+            small_b()(torch.randn(shape), t, torch.randn(1, 3, 2, 2), text)
+    a = StageA(2, 1, 16, 4, 32)
+    for shape in ((1, 4, 8, 8), (1, 3, 8, 6), (1, 3, 10, 8)):
+        with pytest.raises(ValueError, match=r"Stage A got images of shape .*multiples of 4: crop or resize"):
+            a.encode(torch.rand(shape))
+    with pytest.raises(ValueError, match="16 channels are Stage C latents, decode them with Stage B"):
+        a.decode(torch.randn(1, 16, 3, 3))
+
+
+# --- official sizes ----------------------------------------------------------------------------------
+
+def check_facts(found, name, data, tolerance):
+    """Full-size outputs are stored as shape, mean, standard deviation, smallest and largest value, and 512 values."""
+    assert tuple(found.shape) == tuple(data[f"out/{name}/shape"].tolist())
+    facts = torch.stack([found.mean(), found.std(), found.min(), found.max()])
+    deviations = rel(facts, data[f"out/{name}/mean_std_min_max"]), rel(found.flatten()[:512], data[f"out/{name}/first_512"])
+    print(f"{name}: rel {deviations[0]:.1e} (mean, std, min, max), {deviations[1]:.1e} (first 512)")
+    assert max(deviations) < tolerance, name
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_official_stage_c_equals_the_original():
+    """994 M parameters, 96 blocks deep: rounding must not add up."""
+    data, _ = golden("fullsize")
+    config = dict(c=1536, c_cond=1280, depth=32, nhead=24)
+    model = build(StageC, config, weights_from_names(manifest("stage_c_v2")))
+    outputs = capture(dict(block0=model.res_blocks[0], block2=model.attention_blocks[0], block95=model.attention_blocks[31],
+                           out_ab=model.head))
+    eps = model(draw("fullsize.stage_c.x", 1, 16, 5, 7), torch.tensor([0.4]), draw("fullsize.stage_c.c", 1, 77, 1280))
+    for name, output in outputs.items():
+        check_facts(channels_first(output), f"stage_c_v2/{name}", data, 1e-5)
+    check_facts(eps, "stage_c_v2/noise", data, 1e-3)       # some divisors are small
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_official_stage_b_equals_the_original():
+    """1055 M parameters, four levels."""
+    data, _ = golden("fullsize")
+    model = build(StageB, {}, weights_from_names(manifest("stage_b_v2")))
+    outputs = capture({f"down{i}": blocks[-1] for i, blocks in enumerate(model.down_blocks)})
+    eps = model(draw("fullsize.stage_b.x", 1, 4, 32, 48), torch.tensor([0.7]), draw("fullsize.stage_b.effnet", 1, 16, 3, 5),
+                draw("fullsize.stage_b.clip", 1, 77, 1024))
+    for name, output in outputs.items():
+        check_facts(channels_first(output), f"stage_b_v2/{name}", data, 1e-4)
+    check_facts(eps, "stage_b_v2/noise", data, 1e-4)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_official_stage_a_equals_the_original():
+    """18 M parameters; with all 8192 codes, where near ties are common, the indices must still be the same."""
+    data, _ = golden("fullsize")
+    model = build(StageA, {}, weights_from_names(manifest("stage_a_vqgan")))
+    image = draw("fullsize.vqgan.image", 1, 3, 96, 128) * 0.25 + 0.5
+    check_facts(model.encode(image), "vqgan/encode_x", data, 1e-4)
+    check_facts(model.decode(draw("fullsize.vqgan.latents", 1, 4, 24, 32)), "vqgan/decode", data, 1e-4)
+    assert torch.equal(model.encode_indices(image), data["out/vqgan/indices"])

@@ -1,0 +1,88 @@
+"""Each stage file can be copied into another project alone, and the copies in the three files are the same."""
+import inspect
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import stage_a
+import stage_b
+import stage_c
+
+ROOT = Path(stage_a.__file__).parent
+
+# Runs in a fresh interpreter, in a folder that holds one stage file. What torch itself imports is known once torch
+# has been imported; from then on, anything else that is not in the standard library is refused.
+GUARD = """
+import sys
+import torch
+allowed = set(sys.stdlib_module_names) | {name.partition(".")[0] for name in sys.modules}
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] not in allowed | {STAGE}:
+            raise ImportError(f"{STAGE}.py wants {name}")
+
+assert not {"torchvision", "transformers", "diffusers", "safetensors"} & allowed
+sys.meta_path.insert(0, Refuse())
+sys.path.insert(0, FOLDER)
+torch.set_num_threads(1)
+"""
+FORWARD = {
+    "stage_a": "from stage_a import StageA\n"
+               "m = StageA(2, 1, 8, 4, 16).eval()\n"
+               "x = m(torch.rand(1, 3, 8, 12))['images']\n"
+               "assert x.shape == m.decode(m.encode(x)).shape == (1, 3, 8, 12)\n",
+    "stage_b": "from stage_b import StageB, TinyImageEncoder, preprocess\n"
+               "m = StageB(4, 4, 8, 2, 8, (8, 12), (2, 3), (1, 1), ('CT', 'CTA'), (False, True), 16, 5).eval()\n"
+               "semantic = TinyImageEncoder(c_hidden=(4, 4, 4, 4)).eval()(preprocess(torch.rand(1, 3, 128, 128), 96))\n"
+               "assert m(torch.randn(1, 4, 8, 12), torch.rand(1), semantic, torch.randn(1, 3, 5)).shape == (1, 4, 8, 12)\n",
+    "stage_c": "from stage_c import StageC\n"
+               "m = StageC(16, 16, 5, 8, 1, 2).eval()\n"
+               "assert m(torch.randn(1, 16, 3, 5), torch.rand(1), torch.randn(1, 3, 5)).shape == (1, 16, 3, 5)\n",
+}
+
+
+@pytest.mark.parametrize("stage", FORWARD)
+def test_stage_file_works_when_copied_alone(stage, tmp_path):
+    """Nothing of ours, nothing but torch and the standard library; for Stage B not even torchvision."""
+    shutil.copy(ROOT / f"{stage}.py", tmp_path)
+    script = f"STAGE, FOLDER = {stage!r}, {str(tmp_path)!r}\n{GUARD}{FORWARD[stage]}"
+    run = subprocess.run([sys.executable, "-I", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_stage_b_needs_torchvision_only_for_efficientnet(tmp_path):
+    """And the guard of the test above works: the same import is refused there."""
+    shutil.copy(ROOT / "stage_b.py", tmp_path)
+    script = f"STAGE, FOLDER = 'stage_b', {str(tmp_path)!r}\n{GUARD}from stage_b import EfficientNetEncoder\nEfficientNetEncoder()\n"
+    run = subprocess.run([sys.executable, "-I", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert "ImportError: stage_b.py wants torchvision" in run.stderr
+
+
+def definitions(module) -> dict:
+    """The functions and classes written in a file, not those it imports."""
+    return {name: thing for name, thing in vars(module).items()
+            if (inspect.isfunction(thing) or inspect.isclass(thing)) and thing.__module__ == module.__name__}
+
+
+STAGES = [definitions(module) for module in (stage_a, stage_b, stage_c)]
+COPIED = sorted(name for name in set().union(*STAGES) if sum(name in stage for stage in STAGES) > 1)
+
+
+@pytest.mark.parametrize("name", COPIED)
+def test_copied_blocks_have_not_drifted(name):
+    """Each stage file must work alone, so it carries its own copy; the copies must be identical, comments included.
+
+    A class that has to differ gets another name. New copies are found by themselves.
+    """
+    sources = {inspect.getsource(stage[name]) for stage in STAGES if name in stage}
+    assert len(sources) == 1, f"{name} differs between stage_a.py, stage_b.py and stage_c.py"
+
+
+def test_the_known_copies_are_found():
+    """Guards the test above: a search that finds nothing would pass."""
+    assert {"channels_first", "channels_last", "layer_norm", "timestep_embedding", "GlobalResponseNorm", "ResBlock",
+            "TimestepBlock", "AttentionBlock", "pixel_unshuffle", "pixel_shuffle"} <= set(COPIED)

@@ -1,0 +1,443 @@
+"""Weights arrive where they belong, come back unchanged, and what is wrong with a file is said in one line."""
+import json
+import pickle
+import shutil
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import stage_a
+import stage_b
+import stage_c
+import weights
+from helpers import COMBINED, MANIFESTS, PUBLISHED, build, golden, manifest, rel, under
+from stage_a import StageA
+from stage_b import EfficientNetEncoder, StageB, TinyImageEncoder
+from stage_c import StageC
+from weights import WeightsError
+
+CONFIGS = MANIFESTS / "diffusers_configs"
+PARTS = {StageA: ("vqgan", weights.load_stage_a, weights.save_stage_a),
+         StageB: ("decoder", weights.load_stage_b, weights.save_stage_b),
+         StageC: ("prior_prior", weights.load_stage_c, weights.save_stage_c)}
+STAGES = list(PARTS)
+FILE = "diffusion_pytorch_model.safetensors"
+
+
+def small_tiny_encoder():
+    return TinyImageEncoder(c_hidden=(4, 8, 8, 8), blocks=(1, 1, 1, 1))
+
+
+# --- names and shapes --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, build_model, translate", [
+    ("stage_a_vqgan", lambda: StageA(), weights.to_original),
+    ("stage_b_v2", lambda: StageB(), weights.to_original),
+    ("stage_c_v2", lambda: StageC(), weights.to_original),
+    ("stage_c_v1", lambda: StageC(c_cond=1024), weights.to_original),
+    ("effnet_v2", lambda: EfficientNetEncoder(), weights.to_original),
+    ("diffusers_vqgan", lambda: StageA(), weights.to_diffusers),
+    ("diffusers_decoder_v2", lambda: StageB(), weights.to_diffusers),
+    ("diffusers_prior_v2", lambda: StageC(), weights.to_diffusers)])
+def test_official_sizes_have_the_official_names_and_shapes(name, build_model, translate):
+    """The defaults of our classes are the released sizes, and every released tensor has its place, with no memory spent."""
+    with torch.device("meta"):
+        model = build_model()
+    found = {key: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for key, t in translate(model.state_dict(), model).items()}
+    assert found == manifest(name)
+
+
+@pytest.mark.parametrize("name, stage", [
+    ("prior", StageC), ("prior_edges", StageC), ("diffnext", StageB), ("diffnext_three_levels", StageB),
+    ("vqgan", StageA), ("vqgan_three_levels", StageA)])
+@pytest.mark.parametrize("naming", ["original", "diffusers"])
+def test_names_go_to_ours_and_back_unchanged(name, stage, naming):
+    """Both namings, to the bit: a file loaded and saved is the same file."""
+    data, config = golden(name)
+    source = under(f"sd/{naming}/", data)
+    model = build(stage, config["model"], source)
+    assert weights.naming(source) == naming
+    for back, other in ((weights.to_original, "original"), (weights.to_diffusers, "diffusers")):
+        found, wanted = back(model.state_dict(), model), under(f"sd/{other}/", data)
+        assert found.keys() == wanted.keys()
+        assert all(found[key].shape == wanted[key].shape and torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+def test_attention_thirds_are_query_key_value_in_this_order():
+    """Swapped thirds have the same shapes, so nothing but the order itself can be checked."""
+    fused = {"attention.attn.in_proj_bias": torch.arange(6.0)}
+    split = weights.original_to_diffusers(fused)
+    assert {name: t.tolist() for name, t in split.items()} == {
+        "attention.to_q.bias": [0, 1], "attention.to_k.bias": [2, 3], "attention.to_v.bias": [4, 5]}
+
+
+# --- config.json -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("place, stage, module", [
+    ("combined/vqgan", StageA, stage_a), ("combined/decoder", StageB, stage_b), ("combined/prior_prior", StageC, stage_c),
+    ("wuerstchen/vqgan", StageA, stage_a), ("wuerstchen/decoder", StageB, stage_b), ("wuerstchen-prior/prior", StageC, stage_c)])
+def test_published_configs_are_our_defaults(place, stage, module):
+    """And are written back as they were, but for diffusers' version number."""
+    config = json.loads((CONFIGS / place / "config.json").read_text())
+    arguments = weights.config_to_ours(config, stage)
+    assert arguments == module.OFFICIAL
+    with torch.device("meta"):
+        written, default = weights.config_to_diffusers(stage(**arguments)), stage()
+    del config["_diffusers_version"]
+    assert written == config and default.config == module.OFFICIAL
+
+
+def test_missing_keys_mean_diffusers_defaults():
+    """diffusers leaves such keys to its classes, whose defaults for Stage C are not the released sizes."""
+    assert weights.config_to_ours({}, StageC) == dict(c_in=16, c=1280, c_cond=1024, c_timestep=64, depth=16, heads=16, dropout=0.1)
+    assert weights.config_to_ours({}, StageB) == stage_b.OFFICIAL
+    assert weights.config_to_ours({"scale_factor": 1}, StageA) == {**stage_a.OFFICIAL, "scale_factor": 1}
+
+
+@pytest.mark.parametrize("stage, change, message", [
+    (StageC, {"_class_name": "WuerstchenDiffNeXt"}, "describes a WuerstchenDiffNeXt, expected a WuerstchenPrior"),
+    (StageC, {"depth": "two"}, "depth is 'two', expected something like 16"),
+    (StageB, {"dropout": [0.1, 0.1, 0.1, 0.1]}, "dropout is .*expected something like 0.1"),
+    (StageB, {"level_config": ["CT", "CTF", "CTA", "CTA"]}, "'CTF' has an unknown letter 'F'"),
+    (StageB, {"blocks": [1]}, "cannot be used"),
+    (StageA, {"in_channels": 4}, "in_channels is 4, only 3 is supported"),
+    (StageC, {"c": -8}, "cannot be used")])
+def test_impossible_configs_are_explained(stage, change, message, tmp_path):
+    place, load, _ = PARTS[stage]
+    shutil.copytree(COMBINED / place, tmp_path / "x")
+    config = json.loads((tmp_path / "x/config.json").read_text())
+    (tmp_path / "x/config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(WeightsError, match=message) as error:
+        load(tmp_path / "x")
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_unknown_options_are_only_warned_of():
+    """Later versions of diffusers may add some; what changes a tensor is caught by its shape."""
+    with pytest.warns(UserWarning, match="not used here: flavour"):
+        weights.config_to_ours({"flavour": "ham", "_diffusers_version": "9"}, StageC)
+
+
+# --- loading -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_loading_gives_a_model_ready_to_use(stage):
+    """Eval mode, float32, trainable, every buffer filled, and no random number drawn: nothing was initialised in vain."""
+    place, load, _ = PARTS[stage]
+    state = torch.get_rng_state()
+    model = load(COMBINED / place)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not model.training and all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
+    assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
+    found, wanted = weights.to_diffusers(model.state_dict(), model), load_file(COMBINED / place / FILE)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_dtype_reaches_all_but_counters():
+    model = weights.load_stage_a(COMBINED / "vqgan", torch.bfloat16)
+    dtypes = {name: t.dtype for name, t in model.state_dict().items()}
+    assert dtypes.pop("norm_latent.num_batches_tracked") == torch.int64
+    assert set(dtypes.values()) == {torch.bfloat16}
+
+
+def test_bin_files_are_a_fallback(tmp_path):
+    """Older folders hold a pickle instead; it is read without running what is in it."""
+    shutil.copy(COMBINED / "vqgan/config.json", tmp_path)
+    tensors = load_file(COMBINED / "vqgan" / FILE)
+    torch.save(tensors, tmp_path / "diffusion_pytorch_model.bin")
+    a, b = weights.load_stage_a(tmp_path), weights.load_stage_a(COMBINED / "vqgan")
+    assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
+
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "was_here"), "w"))
+    torch.save({"x": Evil()}, tmp_path / "diffusion_pytorch_model.bin", pickle_module=pickle)
+    with pytest.raises(WeightsError, match="cannot be read"):
+        weights.load_stage_a(tmp_path)
+    assert not (tmp_path / "was_here").exists()
+
+
+def damage(folder, how):
+    """Spoils a Stage C folder in the way named."""
+    path = folder / FILE
+    tensors = load_file(path)
+    if how == "config missing":
+        (folder / "config.json").unlink()
+    elif how == "config broken":
+        (folder / "config.json").write_text('{"c": 32,')
+    elif how == "config is a list":
+        (folder / "config.json").write_text("[]")
+    elif how == "weights missing":
+        path.unlink()
+    elif how == "cut off":
+        path.write_bytes(path.read_bytes()[:5000])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "lfs":
+        path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    elif how == "html":
+        path.write_text("\n<!DOCTYPE html><html><body>404</body></html>")
+    elif how == "tensor missing":
+        del tensors["projection.weight"], tensors["blocks.0.depthwise.bias"]
+        save_file(tensors, path)
+    elif how == "tensor unknown":
+        save_file({**tensors, "blocks.6.mapper.weight": torch.zeros(1)}, path)
+    elif how == "shape":
+        save_file({**tensors, "projection.weight": torch.zeros(32, 16)}, path)
+    elif how == "nan":
+        tensors["blocks.1.mapper.weight"][3, 3] = float("nan")
+        save_file(tensors, path)
+    elif how == "infinity":
+        tensors["blocks.1.mapper.weight"][3, 3] = float("-inf")
+        save_file(tensors, path)
+
+
+@pytest.mark.parametrize("how, message", [
+    ("config missing", "config.json is missing: found diffusion_pytorch_model.safetensors"),
+    ("config broken", "config.json cannot be read"),
+    ("config is a list", "does not hold a JSON object"),
+    ("weights missing", "safetensors is missing: found config.json"),
+    ("cut off", "cannot be read, presumably it is cut off"),
+    ("empty", "cannot be read, presumably it is cut off"),
+    ("lfs", "is a Git LFS pointer, not the weights: fetch the file itself"),
+    ("html", "is a web page, not weights"),
+    ("tensor missing", r"missing tensors: 2 \(projection.weight, blocks.0.depthwise.bias\)"),
+    ("tensor unknown", r"unknown tensors: 1 \(blocks.6.mapper.weight\)"),
+    ("shape", r"wrong shapes: 1 \(projection.weight is \(32, 16\), expected \(32, 16, 1, 1\)\)"),
+    ("nan", "timestep_blocks.0.mapper.weight contains NaN or infinity"),
+    ("infinity", "timestep_blocks.0.mapper.weight contains NaN or infinity")])
+def test_damaged_folders_are_explained_in_one_line(how, message, tmp_path):
+    """Never a traceback from a library, never a model that loads and paints badly."""
+    folder = tmp_path / "prior"
+    shutil.copytree(COMBINED / "prior_prior", folder)
+    damage(folder, how)
+    with pytest.raises(WeightsError, match=message) as error:
+        weights.load_stage_c(folder)
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_folder_is_explained(tmp_path):
+    with pytest.raises(WeightsError, match="nowhere is not a folder"):
+        weights.load_stage_b(tmp_path / "nowhere")
+
+
+def test_weights_of_another_size_name_the_first_few():
+    """One line even where hundreds of tensors differ."""
+    data, config = golden("diffnext")
+    with pytest.raises(WeightsError, match="missing tensors: .*unknown tensors: .*wrong shapes: ") as error:
+        build(StageB, {**config["model"], "c_cond": 16, "blocks": [1, 2, 1, 1]}, under("sd/original/", data))
+    assert len(str(error.value)) < 1000
+
+
+def test_overflow_in_half_precision_is_found():
+    """70000 is fine in float32 and infinite in float16."""
+    data, config = golden("prior")
+    state_dict = under("sd/diffusers/", data)
+    state_dict["projection.bias"] = state_dict["projection.bias"] + 70000
+    build(StageC, config["model"], state_dict)
+    with pytest.raises(WeightsError, match="embed.bias contains NaN or infinity in torch.float16"):
+        build(StageC, config["model"], state_dict, torch.float16)
+
+
+# --- saving ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_saved_models_are_as_diffusers_writes_them(stage, tmp_path):
+    """Same names, shapes and config.json; float16; saving what was loaded gives the same bytes again."""
+    place, load, save = PARTS[stage]
+    save(load(COMBINED / place), tmp_path / "1")
+    found, wanted = load_file(tmp_path / "1" / FILE), load_file(COMBINED / place / FILE)
+    assert {name: t.shape for name, t in found.items()} == {name: t.shape for name, t in wanted.items()}
+    for name, tensor in found.items():
+        assert torch.equal(tensor, wanted[name].to(tensor.dtype))
+        assert tensor.dtype == torch.float16 or name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+    text = (COMBINED / place / "config.json").read_text()
+    assert (tmp_path / "1/config.json").read_text().strip() == "\n".join(
+        line for line in text.splitlines() if "_diffusers_version" not in line)
+    save(load(tmp_path / "1"), tmp_path / "2")
+    assert (tmp_path / "1" / FILE).read_bytes() == (tmp_path / "2" / FILE).read_bytes()
+    assert sorted(path.name for path in (tmp_path / "1").iterdir()) == ["config.json", FILE]      # no temporary files
+
+
+def test_scale_factor_of_training_is_saved(tmp_path):
+    """It is measured at the end of training, when the model has long been built."""
+    model = StageA(2, 1, 16, 4, 32, scale_factor=1.0)
+    model.scale_factor = model.config["scale_factor"] = 0.4321
+    weights.save_stage_a(model, tmp_path)
+    assert weights.load_stage_a(tmp_path).scale_factor == 0.4321
+    model.scale_factor = 2.0
+    with pytest.raises(AssertionError, match="in one place only"):
+        weights.save_stage_a(model, tmp_path)
+
+
+@pytest.mark.parametrize("value", [70000.0, float("nan")])
+def test_numbers_float16_cannot_hold_are_not_saved(value, tmp_path):
+    """An infinity would be written without a word; the old file stays as it is."""
+    model = weights.load_stage_c(COMBINED / "prior_prior")
+    weights.save_stage_c(model, tmp_path)
+    before = (tmp_path / FILE).read_bytes()
+    with torch.no_grad():
+        model.head.bias[0] = value
+    with pytest.raises(WeightsError, match="out.1.bias cannot be saved in float16"):
+        weights.save_stage_c(model, tmp_path)
+    assert (tmp_path / FILE).read_bytes() == before
+
+
+@torch.no_grad()
+def test_image_encoders_are_saved_and_loaded(tmp_path):
+    """Ours with its fixed scale of 42 still fixed; running statistics to the bit, since encoding divides by them."""
+    model = small_tiny_encoder()
+    model(torch.randn(4, 3, 64, 64))                         # train mode: moves the running statistics
+    weights.save_image_encoder(model, tmp_path)
+    loaded = weights.load_image_encoder(tmp_path)
+    assert loaded.config == model.config and not loaded.training
+    assert torch.equal(loaded.norm.running_var, model.norm.running_var)
+    assert [p.requires_grad for p in loaded.parameters()] == [p.requires_grad for p in model.parameters()]
+    x = torch.randn(1, 3, 64, 64)
+    assert rel(loaded(x), model.eval()(x)) < 1e-2             # float16 weights
+    assert json.loads((tmp_path / "config.json").read_text()) == {
+        "_class_name": "TinyImageEncoder", "c_semantic": 16, "c_hidden": [4, 8, 8, 8], "blocks": [1, 1, 1, 1]}
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(WeightsError, match="describes a None, expected one of EfficientNetEncoder, TinyImageEncoder"):
+        weights.load_image_encoder(tmp_path)
+
+
+def test_efficientnet_is_saved_with_the_official_names(tmp_path):
+    """So that the file is one that others can use."""
+    pytest.importorskip("torchvision", reason="the official image encoder is torchvision's EfficientNetV2-S")
+    model = EfficientNetEncoder()
+    weights.save_image_encoder(model, tmp_path)
+    assert {name: tuple(t.shape) for name, t in load_file(tmp_path / "model.safetensors").items()} == \
+        {name: shape for name, (shape, _) in manifest("effnet_v2").items()}
+    assert type(weights.load_image_encoder(tmp_path)) is EfficientNetEncoder
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    """Power cuts and full disks happen at the end of long trainings."""
+    path = tmp_path / "new" / "file.txt"
+    weights.write_atomically(path, lambda temporary: temporary.write_text("old"))
+
+    def fail(temporary):
+        temporary.write_text("half")
+        raise OSError("disk full")
+    with pytest.raises(OSError, match="disk full"):
+        weights.write_atomically(path, fail)
+    assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
+
+
+# --- text encoders -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("folder", [COMBINED, PUBLISHED], ids=["combined", "published"])
+@pytest.mark.parametrize("side", ["prior", "decoder"])
+@torch.no_grad()
+def test_text_encoders_equal_the_reference(folder, side):
+    """Both layouts, that is names with and without "text_model."; six prompts, one empty, one too long, one beyond ASCII."""
+    data, _ = golden("pipeline_text")
+    texts = metadata_texts()
+    parts = weights.find_parts(folder)
+    names = ("prior_text_encoder", "prior_tokenizer") if side == "prior" else ("text_encoder", "tokenizer")
+    tokenizer, encoder = weights.load_text_encoder(*(parts[name] for name in names))
+    batch = tokenizer(texts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt")
+    assert torch.equal(batch["input_ids"], data[f"text/{side}/input_ids"])
+    assert torch.equal(batch["attention_mask"], data[f"text/{side}/attention_mask"])
+    assert not encoder.training
+    output = encoder(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    assert rel(output, data[f"text/{side}/last_hidden_state"]) < 1e-5
+
+
+def metadata_texts():
+    from safetensors import safe_open
+    from helpers import GOLDEN
+    with safe_open(GOLDEN / "pipeline_text.safetensors", "pt") as file:
+        return json.loads(file.metadata()["texts"])
+
+
+@torch.no_grad()
+def test_text_encoder_survives_saving(tmp_path):
+    """float16 on disk, float32 in memory; transformers itself reads the folder too, and gets the same."""
+    from transformers import CLIPTextModel, CLIPTokenizer
+    tokenizer, encoder = weights.load_text_encoder(COMBINED / "text_encoder", COMBINED / "tokenizer")
+    weights.save_text_encoder(tokenizer, encoder, tmp_path / "text_encoder", tmp_path / "tokenizer")
+    tensors = load_file(tmp_path / "text_encoder/model.safetensors")
+    assert all(name.startswith("text_model.") and t.dtype == torch.float16 for name, t in tensors.items())
+    tokenizer2, encoder2 = weights.load_text_encoder(tmp_path / "text_encoder", tmp_path / "tokenizer")
+    ids = tokenizer2(["a red house"], padding="max_length", return_tensors="pt")["input_ids"]
+    assert torch.equal(ids, tokenizer(["a red house"], padding="max_length", return_tensors="pt")["input_ids"])
+    assert encoder2.dtype == torch.float32
+    theirs = CLIPTextModel.from_pretrained(tmp_path / "text_encoder", dtype=torch.float32).eval()
+    CLIPTokenizer.from_pretrained(tmp_path / "tokenizer")
+    output = encoder2(ids).last_hidden_state
+    assert rel(output, encoder(ids).last_hidden_state) < 1e-2
+    assert rel(output, theirs(ids).last_hidden_state) < 1e-6
+
+
+def test_text_encoder_loading_is_strict_but_for_position_ids(tmp_path):
+    """transformers would fill a missing tensor with random numbers and mention it in a log line."""
+    shutil.copytree(COMBINED / "text_encoder", tmp_path / "e")
+    path = tmp_path / "e/model.safetensors"
+    tensors = load_file(path)
+    length = json.loads((tmp_path / "e/config.json").read_text())["max_position_embeddings"]
+    prefixed = {f"text_model.{name.removeprefix('text_model.')}": t for name, t in tensors.items()}
+    save_file({**prefixed, "text_model.embeddings.position_ids": torch.arange(length)[None]}, path)
+    weights.load_text_encoder(tmp_path / "e", COMBINED / "tokenizer")
+    first = next(iter(tensors))
+    for spoilt, message in (({name: t for name, t in tensors.items() if name != first}, "missing tensors: 1"),
+                            ({**tensors, first: torch.full_like(tensors[first], float("nan"))}, "contains NaN"),
+                            ({**tensors, "more": torch.zeros(1)}, r"unknown tensors: 1 \(more\)")):
+        save_file(spoilt, path)
+        with pytest.raises(WeightsError, match=message):
+            weights.load_text_encoder(tmp_path / "e", COMBINED / "tokenizer")
+
+
+def test_missing_tokenizer_is_explained(tmp_path):
+    """transformers makes an empty tokenizer of an empty folder, and every prompt means the same."""
+    with pytest.raises(WeightsError, match="holds no tokenizer"):
+        weights.load_text_encoder(COMBINED / "text_encoder", tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(WeightsError, match="cannot be read"):
+        weights.load_text_encoder(COMBINED / "text_encoder", tmp_path)
+
+
+@pytest.mark.parametrize("name, sizes", [
+    ("text_encoder_h", dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)),
+    ("text_encoder_bigg", dict(hidden_size=1280, num_hidden_layers=32, num_attention_heads=20, intermediate_size=5120))])
+def test_official_text_encoders_have_the_published_names(name, sizes):
+    """What save_text_encoder writes is named as in the published folders."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+    with torch.device("meta"):
+        model = CLIPTextModel(CLIPTextConfig(hidden_act="gelu", **sizes))
+    found = {f"text_model.{key.removeprefix('text_model.')}": tuple(t.shape) for key, t in model.state_dict().items()}
+    assert found == {key: shape for key, (shape, _) in manifest(name).items()}
+
+
+# --- folders -----------------------------------------------------------------------------------------
+
+def test_all_three_layouts_are_recognised(tmp_path):
+    """Ours, diffusers' combined pipeline, and the two published folders side by side."""
+    parts = weights.find_parts(COMBINED)
+    assert parts["prior"] == COMBINED / "prior_prior" and parts["image_encoder"] is None
+    assert parts["prior_scheduler"] == COMBINED / "prior_scheduler"
+    parts = weights.find_parts(PUBLISHED)
+    assert parts["prior"] == PUBLISHED / "wuerstchen-prior/prior" and parts["vqgan"] == PUBLISHED / "wuerstchen/vqgan"
+    assert parts["text_encoder"] != parts["prior_text_encoder"]
+    for name in ("prior", "text_encoder", "tokenizer", "decoder", "vqgan", "image_encoder"):
+        (tmp_path / name).mkdir()
+    parts = weights.find_parts(tmp_path)
+    assert parts["text_encoder"] == parts["prior_text_encoder"] == tmp_path / "text_encoder"
+    assert parts["image_encoder"] == tmp_path / "image_encoder" and parts["scheduler"] is None
+
+
+def test_unknown_layouts_are_explained(tmp_path):
+    """What was looked for, and what was there instead."""
+    with pytest.raises(WeightsError, match="there is no such folder"):
+        weights.find_parts(tmp_path / "nowhere")
+    with pytest.raises(WeightsError, match="looked for prior/, decoder/, vqgan/; or prior_prior/.*found nothing"):
+        weights.find_parts(tmp_path)
+    with pytest.raises(WeightsError, match="found decoder/, .*vqgan/"):
+        weights.find_parts(PUBLISHED / "wuerstchen")
+    for name in ("prior", "decoder", "vqgan", "tokenizer"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(WeightsError, match="looks like the layout 'one folder' but lacks text_encoder$"):
+        weights.find_parts(tmp_path)
