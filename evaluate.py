@@ -252,7 +252,8 @@ def draw_grid(images, facts: list[dict], verdicts: list[dict], columns: int = 8)
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("what is judged")
     g.add_argument("--weights", default="tiny", help="weights that Wuerstchen.load understands: a name or a folder")
     g.add_argument("--real", action="store_true", help="judge drawn scenes instead of samples: the judge's own accuracy, clean and degraded")
@@ -281,7 +282,8 @@ def sample(args, prompts: list[str]) -> list[Image.Image]:
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     images = []
     for start in tqdm(range(0, len(prompts), args.batch), desc="sampling", unit="batch"):
-        # Another seed per batch: else pictures 0, 32, 64, ... would start from the same noise.
+        # Picture i of a call starts from the noise of seed + i, so picture n of all gets seed + n:
+        # the same one whatever --batch is.
         images += model(prompts[start:start + args.batch], seed=args.seed + start, **options)
     return images
 

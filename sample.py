@@ -78,6 +78,12 @@ def parse_args(argv=None) -> argparse.Namespace:
             getattr(args, name).encode()
         except UnicodeEncodeError:
             fail(f"--{name.replace('_', '-')} holds bytes that are no UTF-8 text: check the terminal's encoding")
+    for name in ("height", "width"):
+        side = getattr(args, name)
+        if side is not None and (side < 128 or side % 128):      # as latent_sizes does, which cannot be imported without torch
+            below = max(side // 128 * 128, 128)
+            nearest = f"{below} or {below + 128}" if side > 128 else "128"
+            fail(f"{name} {side} is not possible, pictures have sides that are multiples of 128 px: use {nearest}.")
     for name in ("guidance_c", "guidance_b"):
         if not math.isfinite(getattr(args, name)):
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a number such as 1 or 4")
@@ -139,9 +145,8 @@ def paint(args: argparse.Namespace) -> tuple[list, dict]:
     """-> PIL images, and the settings they share. Ends the program for weights, sizes and devices that will not do."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")       # its advice is for programmers
     import torch
-    from wuerstchen import Wuerstchen, latent_sizes
+    from wuerstchen import Wuerstchen
     try:
-        latent_sizes(*(128 if side is None else side for side in (args.height, args.width)))    # for its error message
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(args.dtype)
         model = Wuerstchen.load(args.weights, args.device, dtype)
         images = model(args.prompt, args.negative_prompt, seed=args.seed, num_images=args.num_images,

@@ -50,48 +50,58 @@ def parse_args(argv=None):
 def warm_up(encoder, scenes, args, device):
     """Teaches a fresh image encoder what is where, before Stage B: the place of EfficientNet's ImageNet weights.
 
-    A throw-away head must tell from the (B,16,3,3) semantic latent which object, or which bare
-    background, lies under each point of a 16 x 16 grid. Without this the encoder would learn from
-    Stage B's loss alone, which at nearly all noise levels can see the objects in x_t itself.
+    A throw-away head, the same for each of the 3 x 3 positions of the semantic latent, must tell from
+    its 16 numbers which object has its center in that cell, where exactly, how large, and on which
+    colour (the idea of arXiv:1506.02640). Without this the encoder would learn from Stage B's loss
+    alone, which at nearly all noise levels can see the objects in x_t itself.
     """
     import numpy as np
     import torch
+    import torch.nn.functional as F
     from tqdm import tqdm
     from data import COLOURS, OBJECTS
     from stage_b import preprocess
     from training import learning_rate, log_losses, to_tensor
     from wuerstchen import add_noise, to_stored
-    y, x = np.mgrid[4:128:8, 4:128:8]                                    # (16, 16) px, the grid's points
-    number = {name: i for i, name in enumerate([*OBJECTS, *COLOURS])}
+    nothing, cell = len(OBJECTS), 128 / 3                                # a class of its own; px
+    number = {name: i for i, name in enumerate(OBJECTS)}
 
-    def labels(scene) -> np.ndarray:
-        """-> (16, 16) int64: index of the object under each point, or 128 + index of the colour."""
-        grid = np.full((16, 16), number[scene.colour])
-        for name, size, (cx, cy) in zip(scene.objects, scene.sizes, scene.centers):
-            grid[(x - cx) ** 2 + (y - cy) ** 2 < (0.42 * size) ** 2] = number[name]
-        return grid
+    def facts(batch: list) -> tuple:
+        """-> object in each cell (B,9), its place in the cell and its size, all about 0..1 (B,9,3), colour (B,)."""
+        objects, places = np.full((len(batch), 9), nothing), np.zeros((len(batch), 9, 3), np.float32)
+        for i, scene in enumerate(batch):
+            for name, size, (x, y) in zip(scene.objects, scene.sizes, scene.centers):
+                k = int(y // cell) * 3 + int(x // cell)
+                objects[i, k], places[i, k] = number[name], (x / cell % 1, y / cell % 1, size / 64)
+        colours = np.array([list(COLOURS).index(scene.colour) for scene in batch])
+        return tuple(torch.from_numpy(a).to(device) for a in (objects, places, colours))
 
-    head = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(144, 512), torch.nn.GELU(), torch.nn.Linear(512, 256 * 24),
-                               torch.nn.Unflatten(1, (256, 24)), torch.nn.GELU(), torch.nn.Linear(24, len(number))).to(device)
+    head = torch.nn.Sequential(torch.nn.Linear(16, 256), torch.nn.GELU(), torch.nn.Linear(256, 128 + 1 + 3 + 8)).to(device)
+    importance = torch.ones(129, device=device)
+    importance[nothing] = 0.2                                            # most cells hold nothing
     optimizer = torch.optim.AdamW([p for p in [*encoder.parameters(), *head.parameters()] if p.requires_grad],
                                   lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-3)
     for step in tqdm(range(args.encoder_warmup), desc="Image encoder"):
         optimizer.param_groups[0]["lr"] = learning_rate(step, args.encoder_warmup, args.lr, args.warmup)
         start = 5 * 10 ** 8 + step * 64                                  # not the scenes Stage B starts with
-        target = torch.from_numpy(np.stack([labels(scene) for scene in scenes.scenes(start, 64)])).to(device).flatten(1)
+        objects, places, colours = facts(scenes.scenes(start, 64))
         stored = to_stored(encoder(preprocess(to_tensor(scenes.batch(start, 64)[0], device), 96)))   # (64, 16, 3, 3)
         # Noise on the latent makes neighbouring codes mean similar things; Stage C will not hit them exactly.
-        stored = add_noise(stored, torch.randn_like(stored), torch.rand(64, device=device) * 0.3)
-        logits = head(stored)                                                                        # (64, 256, 136)
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten())
+        noisy = add_noise(stored, torch.randn_like(stored), torch.rand(64, device=device) * 0.3)
+        out = head(noisy.flatten(2).transpose(1, 2))                                                 # (64, 9, 140)
+        there = objects != nothing                                                                   # (64, 9)
+        loss = F.cross_entropy(out[..., :129].flatten(0, 1), objects.flatten(), importance) \
+            + 4 * (out[..., 129:132] - places)[there].abs().mean() \
+            + 0.3 * F.cross_entropy(out[..., 132:].flatten(0, 1), colours.repeat_interleave(9))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(encoder.parameters(), args.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % args.log_every == 0:
-            objects = target < len(OBJECTS)
-            right = (logits.argmax(-1) == target)[objects].float().mean().item()
-            log_losses(args, step + 1, "encoder_loss.csv", loss=loss.item(), objects_right=right)
+            log_losses(args, step + 1, "encoder_loss.csv", loss=loss.item(),
+                       objects_right=(out[..., :129].argmax(-1) == objects)[there].float().mean().item(),
+                       place_error=(out[..., 129:132] - places)[there].abs().mean().item(),
+                       colour_right=(out[..., 132:].argmax(-1) == colours[:, None]).float().mean().item())
 
 
 def main(args):

@@ -1,0 +1,121 @@
+"""The three training scripts, from random weights to a folder that paints, at sizes that take seconds."""
+from pathlib import Path
+
+import pytest
+import torch
+
+import sample
+import train_a
+import train_b
+import train_c
+import training
+from training import learning_rate, log_losses, save_grid, to_tensor
+
+SMALL = ["--batch", "2", "--log-every", "1", "--save-every", "2", "--sample-every", "100", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """The README's sequence A, B, C with 2 steps each, every script reading what the one before wrote."""
+    folder = tmp_path_factory.mktemp("runs")
+    train_a.main(train_a.parse_args([*SMALL, "--out", f"{folder}", "--steps", "2", "--width", "16"]))
+    for name, script, more in (("b", train_b, ["--vqgan", f"{folder}/vqgan", "--encoder-warmup", "2", "--c-text", "32"]),
+                               ("c", train_c, ["--image-encoder", f"{folder}/image_encoder", "--width", "32", "--depth", "1",
+                                               "--text-width", "32", "--text-depth", "1"])):
+        (folder / "checkpoint.pt").unlink()        # one folder for all three, so that it ends as a pipeline's
+        script.main(script.parse_args([*SMALL, "--out", f"{folder}", "--steps", "2", *more]))
+    return folder
+
+
+def test_the_scripts_write_a_folder_that_paints(runs, tmp_path):
+    """A, B and C agree on every file: what three scripts wrote is one pipeline, and sample.py opens it."""
+    assert {path.name for path in runs.iterdir()} >= {"vqgan", "decoder", "image_encoder", "prior", "text_encoder", "tokenizer"}
+    sample.main(["--weights", str(runs), "--prompt", "a cat on a red background", "--steps-c", "2", "--steps-b", "1",
+                 "--seed", "0", "--out", str(tmp_path / "cat.png"), "--device", "cpu"])
+    assert (tmp_path / "cat.png").stat().st_size > 1000
+
+
+def test_stage_b_can_be_tuned_with_the_image_encoder_frozen(runs, tmp_path):
+    """Stage C was trained on this encoder's latents: tuning Stage B afterwards must not move it by a bit."""
+    train_b.main(train_b.parse_args([*SMALL, "--vqgan", f"{runs}/vqgan", "--init", str(runs), "--freeze-encoder",
+                                     "--text-encoder", str(runs), "--out", str(tmp_path), "--steps", "2"]))
+    def read(folder):
+        return (folder / "image_encoder" / "model.safetensors").read_bytes()
+    assert read(tmp_path) == read(runs)
+
+
+@pytest.mark.parametrize("name", ["a", "b", "c"])
+def test_a_resumed_run_is_the_unbroken_run(name, runs, tmp_path, monkeypatch):
+    """Killed after step 2 of 4 and resumed: the same weights to the last bit, since data, noise and optimizer go on exactly."""
+    script, more = dict(a=(train_a, ["--width", "16"]),
+                        b=(train_b, ["--vqgan", f"{runs}/vqgan", "--encoder-warmup", "1"]),
+                        c=(train_c, ["--image-encoder", f"{runs}/image_encoder", "--width", "32", "--depth", "1",
+                                     "--text-width", "32", "--text-depth", "1"]))[name]
+
+    def train(out, *resume):
+        script.main(script.parse_args([*SMALL, "--out", str(out), "--steps", "4", *more, *resume]))
+        return torch.load(out / "checkpoint.pt", weights_only=True)["parts"]
+
+    unbroken = train(tmp_path / "unbroken")
+    save = training.save_checkpoint
+
+    def save_and_die(args, step, parts):
+        save(args, step, parts)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "save_checkpoint", save_and_die)
+        train(tmp_path / "broken")
+    resumed = train(tmp_path / "broken", "--resume")
+    for part in ("model", "ema"):
+        for key, value in unbroken[part].items():
+            assert torch.equal(value, resumed[part][key]), f"{part}.{key} differs"
+
+
+def test_a_run_is_never_overwritten_silently(runs, tmp_path, capsys):
+    """A forgotten --out must not cost a night of training: one line says what to do, exit code 2."""
+    (tmp_path / "checkpoint.pt").write_bytes(b"a night of training")
+    with pytest.raises(SystemExit) as stop:
+        train_a.main(train_a.parse_args([*SMALL, "--out", str(tmp_path), "--steps", "1", "--width", "16"]))
+    assert stop.value.code == 2
+    assert "exists already: add --resume" in capsys.readouterr().err
+    assert (tmp_path / "checkpoint.pt").read_bytes() == b"a night of training"
+
+
+def test_resuming_nothing_says_so(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train_a.main(train_a.parse_args([*SMALL, "--out", str(tmp_path), "--steps", "1", "--width", "16", "--resume"]))
+    assert stop.value.code == 2
+    assert "which is not there: leave --resume away" in capsys.readouterr().err
+
+
+def test_the_learning_rate_warms_up_stays_and_decays():
+    """And until the decay starts it does not depend on the number of steps, so that a run can be lengthened."""
+    rates = [learning_rate(step, 100, 1.0, 10) for step in range(100)]
+    assert rates[0] == 0.1 and rates[9:80] == [1.0] * 71 and rates[90] == 0.5 and rates[99] == 0.05
+    assert [learning_rate(step, 1000, 1.0, 10) for step in range(80)] == rates[:80]
+
+
+def test_the_loss_file_of_a_resumed_run_has_no_doubled_lines(tmp_path):
+    """A run cut after step 30 whose checkpoint was at 20 writes 30 again: the old line goes."""
+    args = train_a.parse_args(["--out", str(tmp_path)])
+    for step in (10, 20, 30, 30, 40):
+        log_losses(args, step, loss=step / 10)
+    assert (tmp_path / "loss.csv").read_text().split() == ["step,loss", "10,1", "20,2", "30,3", "40,4"]
+
+
+def test_a_grid_shows_the_pictures_row_by_row(tmp_path):
+    from PIL import Image
+    images = torch.zeros(4, 3, 8, 8)
+    images[1, 0] = images[2, 1] = 1.0                # second picture red, third green
+    save_grid(tmp_path / "grid.png", images, columns=2)
+    grid = Image.open(tmp_path / "grid.png")
+    assert grid.size == (16, 16) and grid.getpixel((12, 4)) == (255, 0, 0) and grid.getpixel((4, 12)) == (0, 255, 0)
+
+
+def test_pictures_become_tensors_without_rounding():
+    import numpy as np
+    pictures = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
+    tensor = to_tensor(pictures)
+    assert tensor.shape == (2, 3, 4, 4)
+    assert (tensor * 255).round().byte().permute(0, 2, 3, 1).numpy().tolist() == pictures.tolist()

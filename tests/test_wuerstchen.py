@@ -1,0 +1,529 @@
+"""Schedule, steps, guidance and the whole way from prompt to picture.
+
+References are in golden/, made by the authors' code and by diffusers (see golden/README.md). A number of
+tests pin down what other implementations get wrong; their docstrings say what happens there.
+"""
+import json
+import math
+import warnings
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+import wuerstchen
+from helpers import COMBINED, GOLDEN, PUBLISHED, golden, rel
+from stage_b import TinyImageEncoder
+from wuerstchen import (Wuerstchen, add_noise, alphas_cumprod, ddim_step, ddpm_step, default_timesteps_c, guide, latent_sizes,
+                        linear_timesteps, p2_weight, sample, to_pil, to_raw, to_stored, usable_device)
+
+LAYOUTS = {"combined": COMBINED, "published": PUBLISHED}
+RUNS = ["pipeline_two_prompts", "pipeline_wide_decoder_cfg", "pipeline_two_images_no_cfg"]
+CAT, HOUSE = "a photo of a cat", "the old red house by the lake"
+QUICK = dict(steps_c=4, steps_b=2, width=128, height=128)
+
+
+@pytest.fixture(scope="module")
+def pipes() -> dict[str, Wuerstchen]:
+    return {name: Wuerstchen.load(folder, "cpu") for name, folder in LAYOUTS.items()}
+
+
+@pytest.fixture(scope="module")
+def pipe(pipes) -> Wuerstchen:
+    """Random weights: its pictures show nothing, but every part of it is at work."""
+    return pipes["combined"]
+
+
+@pytest.fixture(scope="module")
+def schedule() -> dict[str, Tensor]:
+    return golden("scheduler")[0]
+
+
+def draws(first: Tensor, others: Tensor):
+    """A `draw` that gives recorded noise, and fails where more is drawn than was recorded."""
+    noise = iter([first, *others])
+    return lambda: next(noise)
+
+
+def pixels(image) -> np.ndarray:
+    return np.asarray(image).astype(int)
+
+
+def same(a, b) -> bool:
+    return np.array_equal(pixels(a), pixels(b))
+
+
+def alike(a, b) -> bool:
+    """Another batch size may add up in another order: 2 of 255 levels are allowed for that."""
+    return np.abs(pixels(a) - pixels(b)).max() <= 2
+
+
+class Recorder:
+    """Forward hook that keeps the positional inputs of each call."""
+    def __init__(self, module: torch.nn.Module):
+        self.calls = []
+        self.hook = module.register_forward_pre_hook(lambda module, args, kwargs: self.calls.append((args, kwargs)), with_kwargs=True)
+
+    def __enter__(self):
+        return self.calls
+
+    def __exit__(self, *_):
+        self.hook.remove()
+
+
+# --- schedule ----------------------------------------------------------------------------------------
+
+def test_alphas_cumprod_is_the_released_one(schedule):
+    """Also against its formula in float64. The references' warped variants, scaler 0.5 and 2, are not
+    supported, by design: no released weights use them."""
+    ours = alphas_cumprod(schedule["in/grid"])
+    for reference in ("alpha_cumprod", "alpha_cumprod_f64_analytic"):
+        assert (ours - schedule[f"out/{reference}/s0.008_scaler1"]).abs().max() < 5e-7
+
+
+def test_there_is_always_some_signal_and_some_noise():
+    """The steps divide by the square roots of both. One implementation lost a factor 1/2 where the cosine is scaled to 1 at
+    t = 0, and has a third too little noise on the nearly clean levels: here 1 - alphas_cumprod(1/60) must be right."""
+    ab = alphas_cumprod(torch.linspace(0, 1, 1001))
+    assert (ab.diff() <= 0).all() and ab[0] == torch.tensor(0.9999) and ab[-1] == torch.tensor(0.0001)
+    quarter_turn = [math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2 for t in (0, 1 / 60)]
+    assert 1 - alphas_cumprod(torch.tensor(1 / 60)).item() == pytest.approx(1 - quarter_turn[1] / quarter_turn[0], rel=1e-3)
+
+
+def test_half_precision_noise_levels_are_computed_in_float32():
+    """Only t itself is rounded then; a schedule in half precision would be off by several steps near t = 1."""
+    t = torch.linspace(0, 1, 30)
+    for dtype in (torch.float16, torch.bfloat16):
+        assert torch.equal(alphas_cumprod(t.to(dtype)), alphas_cumprod(t.to(dtype).float()))
+
+
+@pytest.mark.parametrize("t", [[500.0], [-0.1], [0.2, 1.01], [math.nan]])
+def test_noise_levels_outside_0_to_1_are_refused(t):
+    """Integer timesteps 0..999, the habit elsewhere, would otherwise be taken for pure noise, silently."""
+    for use in (alphas_cumprod, p2_weight, lambda t: add_noise(torch.zeros(len(t), 3), torch.zeros(len(t), 3), t)):
+        with pytest.raises(ValueError, match=r"noise levels must lie in \[0, 1\]"):
+            use(torch.tensor(t))
+
+
+@pytest.mark.parametrize("k, gamma", [(1.0, 1.0), (1.0, 0.5), (2.0, 1.0)])
+def test_p2_weight_is_the_released_one(schedule, k, gamma):
+    assert rel(p2_weight(schedule["in/grid"], k, gamma), schedule[f"out/p2_weight/s0.008_scaler1_k{k}_gamma{gamma}"]) < 1e-6
+
+
+def test_p2_weight_is_the_share_of_noise(schedule):
+    torch.testing.assert_close(p2_weight(schedule["in/grid"]), 1 - alphas_cumprod(schedule["in/grid"]), rtol=2e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("steps", [5, 12, 60])
+def test_linear_timesteps_are_the_released_ones(schedule, steps):
+    assert torch.equal(linear_timesteps(steps), schedule[f"out/timesteps/linspace{steps}"])
+
+
+def test_default_timesteps_c_are_the_published_list(schedule):
+    """DEFAULT_STAGE_C_TIMESTEPS of diffusers: 29 steps."""
+    published = np.concatenate([np.linspace(1, 2 / 3, 20), np.linspace(2 / 3, 0, 11)[1:]])
+    for timesteps in (default_timesteps_c(), default_timesteps_c(29)):
+        assert torch.equal(timesteps, schedule["out/timesteps/default_stage_c"])
+        assert torch.equal(timesteps, torch.tensor(published, dtype=torch.float32))
+
+
+def test_30_steps_are_the_authors_own_schedule(schedule):
+    """Theirs has 20 + 10 steps, and diffusers, with 19 + 10, one less: whoever wants the authors' asks for 30."""
+    torch.testing.assert_close(default_timesteps_c(30), schedule["out/timesteps/original_two_segments_20_10"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("timesteps", [linear_timesteps, default_timesteps_c])
+def test_any_number_of_steps_falls_strictly_from_1_to_0(timesteps):
+    for n in range(1, 101):
+        t = timesteps(n)
+        assert t.dtype == torch.float32 and len(t) == n + 1 and t[0] == 1 and t[-1] == 0 and (t.diff() < 0).all(), n
+
+
+@pytest.mark.parametrize("timesteps", [linear_timesteps, default_timesteps_c])
+@pytest.mark.parametrize("steps", [0, -3])
+def test_no_steps_are_refused(timesteps, steps):
+    with pytest.raises(ValueError, match=f"number of steps must be at least 1, got {steps}"):
+        timesteps(steps)
+
+
+# --- noise and steps ---------------------------------------------------------------------------------
+
+def test_add_noise_equals_both_peers(schedule):
+    noisy = add_noise(schedule["in/noise/x"], schedule["in/noise/noise"], schedule["in/noise/t"])
+    for peer in ("add_noise", "diffuse"):
+        assert rel(noisy, schedule[f"out/noise/{peer}"]) < 1e-6
+
+
+@pytest.mark.parametrize("step, name", [(ddpm_step, "ddpm"), (ddim_step, "ddim")])
+def test_one_step_with_its_own_noise_level_in_each_row(schedule, step, name):
+    """diffusers takes the next level of the first row for all rows, silently; the authors' code does not, nor ours.
+    The second row steps to t = 0, where no noise is added."""
+    x = step(schedule["in/noise/x"], schedule["in/step/pred"], schedule["in/step/t"], schedule["in/step/t_prev"],
+             schedule["in/noise/noise"])
+    assert rel(x, schedule[f"out/step/original_{name}"]) < 1e-6
+
+
+@pytest.mark.parametrize("timesteps", ["default_stage_c", "linspace12"])
+@pytest.mark.parametrize("step, name", [(ddpm_step, "ddpm"), (ddim_step, "ddim_original")])
+def test_trajectories_equal_the_peers_in_every_step(schedule, timesteps, step, name):
+    data = {key.rpartition("/")[2]: value for key, value in schedule.items() if f"traj/{timesteps}/" in key}
+    states, preds = [], iter(data["preds"])
+
+    def recorded(*args):
+        states.append(step(*args))
+        return states[-1]
+    sample(lambda x, t: 0.9 * x + 0.3 * next(preds), draws(data["x"], data["noises"]), data["timesteps"], recorded)
+    assert rel(torch.stack(states), data[name]) < 1e-6
+
+
+@pytest.mark.parametrize("step, name", [(ddpm_step, "ddpm"), (ddim_step, "ddim")])
+def test_guided_sampling_equals_the_authors_loop(schedule, step, name):
+    """Seven steps at guidance 4, conditional and unconditional prediction in one batch."""
+    data = {key.rpartition("/")[2]: value for key, value in schedule.items() if "/loop/" in key}
+    condition = torch.cat([data["c"], data["c_uncond"]])[..., None, None]                # (2B, 3, 1, 1)
+    states = []
+
+    def predict(x, t):
+        x, t = torch.cat([x, x]), torch.cat([t, t])
+        mixed = torch.einsum("dc,bchw->bdhw", data["mix"], x)
+        return guide(*(0.9 * x + mixed * t[:, None, None, None] + condition).chunk(2), 4.0)
+
+    def recorded(*args):
+        states.append(step(*args))
+        return states[-1]
+    sample(predict, draws(data["x_init"], data["noises"]), linear_timesteps(7), recorded)
+    assert rel(torch.stack(states), data[name]) < 1e-6
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 4.0, 8.0])
+def test_guidance_rounds_like_the_released_samplers(schedule, scale):
+    found = guide(schedule["in/cfg/cond"], schedule["in/cfg/uncond"], scale)
+    assert torch.equal(found, schedule[f"out/cfg/lerp_{scale}"])
+
+
+def test_a_perfect_prediction_leads_back_to_the_data():
+    """With the true noise, DDIM walks straight to x_0, in one step or in ten, but for the 1e-4 of noise left at t = 0."""
+    x_0, eps = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
+    for steps in (1, 10):
+        x = sample(lambda x, t: eps, lambda: add_noise(x_0, eps, torch.ones(2)), linear_timesteps(steps), ddim_step)
+        torch.testing.assert_close(x, add_noise(x_0, eps, torch.zeros(2)), rtol=0, atol=1e-3)
+
+
+def test_sampling_stays_in_float32_whatever_the_network_computes_in():
+    """Noise levels too: rounded to half precision before they are embedded, as in diffusers, they are off by whole radians
+    in a third of the embedding's columns."""
+    seen = []
+
+    def predict(x, t):
+        seen.append((x.dtype, t.dtype))
+        return (0.5 * x).to(torch.bfloat16)
+    x = sample(predict, lambda: torch.randn(2, 3, dtype=torch.bfloat16), default_timesteps_c(3))
+    assert x.dtype == torch.float32 and set(seen) == {(torch.float32, torch.float32)}
+
+
+@pytest.mark.parametrize("timesteps", [[1.0, 0.5, 0.5, 0.0], [0.0, 1.0], [1.0], [], [1.0, math.nan], [[1.0, 0.0]]])
+def test_timesteps_that_do_not_fall_are_refused(timesteps):
+    """Elsewhere a repeated level stalls: its successor is looked up by value, and found to be itself."""
+    with pytest.raises(ValueError, match="strictly falling"):
+        sample(lambda x, t: x, lambda: torch.zeros(1, 2), torch.tensor(timesteps))
+
+
+# --- latents and sizes -------------------------------------------------------------------------------
+
+def test_the_latent_scale_is_undone_exactly_once():
+    """Stage C sees (raw + 1) / 42, Stage B raw: in the authors' repository the factor moved from one file to another,
+    and older weights would be scaled wrongly."""
+    raw = torch.randn(2, 16, 3, 3) * 42
+    torch.testing.assert_close(to_raw(to_stored(raw)), raw, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(to_stored(torch.tensor([-1.0, 41.0])), torch.tensor([0.0, 1.0]))
+
+
+def test_multiples_of_128_get_the_published_latent_sizes():
+    sizes = json.loads((GOLDEN / "image_sizes.json").read_text())
+    assert sizes["by_pixels_columns"] == ["requested", "prior_latent", "stage_b_latent", "image_side", "stage_b_runs"]
+    for requested, c, b, image, runs in sizes["by_pixels_multiples_of_8"]:
+        if requested % 128 == 0:
+            assert latent_sizes(requested, 128) == ((c, 3), (b, 32)) and latent_sizes(128, requested) == ((3, c), (32, b))
+            assert image == requested and runs
+
+
+@pytest.mark.parametrize("side, nearest", [(0, "128"), (-128, "128"), (88, "128"), (129, "128 or 256"), (255, "128 or 256"),
+                                           (576, "512 or 640"), (720, "640 or 768"), (1000, "896 or 1024"), (1080, "1024 or 1152")])
+def test_other_sizes_are_refused_with_the_nearest_possible(pipe, side, nearest):
+    """Nothing checks this elsewhere: 1000 px become 1024, and 720 or 1080 px end in a shape error deep inside Stage B."""
+    for name, size in (("height", (side, 128)), ("width", (128, side))):
+        with pytest.raises(ValueError, match=f"^{name} {side} is not possible.* use {nearest}\\.$"):
+            latent_sizes(*size)
+        with pytest.raises(ValueError, match=f"^{name} {side} is not possible"):
+            pipe(CAT, **QUICK | {name: side})
+
+
+# --- text --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("side", ["prior", "decoder"])
+def test_text_embeddings_equal_the_published_pipelines(pipes, layout, side):
+    """Six prompts, empty, odd, and too long. Ids and the mask of padding, too: without the mask, which one of the other
+    trainers forgets, embeddings differ by half their size at the padding, where the stages do look."""
+    data, _ = golden("pipeline_text")
+    with safe_open(GOLDEN / "pipeline_text.safetensors", "pt") as file:
+        texts = json.loads(file.metadata()["texts"])
+    encoder = pipes[layout].text_encoder_c if side == "prior" else pipes[layout].text_encoder_b
+    with Recorder(encoder.model) as calls, warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        embeddings = encoder(texts)
+    (ids,), kwargs = calls[0]
+    assert torch.equal(ids, data[f"text/{side}/input_ids"].long())
+    assert torch.equal(kwargs["attention_mask"], data[f"text/{side}/attention_mask"].long())
+    assert rel(embeddings, data[f"text/{side}/last_hidden_state"]) < 1e-5
+
+
+def test_what_does_not_fit_is_named_in_the_users_own_words(pipe):
+    """Elsewhere a long prompt is cut silently, or is an error from the depths of the text encoder."""
+    prompt = "the old red house by the lake at night, the old red house by the Lake — naïve, at NIGHT"
+    with pytest.warns(UserWarning, match="longer than the 20 tokens") as record:
+        pipe.encode_text(pipe.text_encoder_c, [prompt], [""], 1)
+    assert str(record[0].message).endswith("this part was cut off: 'by the Lake — naïve, at NIGHT'")
+    with pytest.warns(UserWarning), torch.no_grad():
+        whole = pipe.text_encoder_c([prompt])
+    assert torch.equal(whole, pipe.text_encoder_c([prompt.removesuffix("by the Lake — naïve, at NIGHT")]))
+
+
+def test_prompts_that_fit_bring_no_warning(pipe):
+    """18 words of one token each, a start and an end mark: exactly 20."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe.encode_text(pipe.text_encoder_c, ["the old red house by the lake at night the old red house by the lake at night"], [""], 1)
+
+
+# --- whole pipelines against the published ones ------------------------------------------------------
+
+def reference_run(name: str):
+    """Recorded numbers and our arguments: prompts, negatives, images per prompt, timesteps and guidance of both stages."""
+    data, run = golden(name)
+    prompts = [run["prompt"]] if isinstance(run["prompt"], str) else run["prompt"]
+    negatives = run.get("negative_prompt", "")
+    negatives = [negatives] * len(prompts) if isinstance(negatives, str) else negatives
+    timesteps_c = default_timesteps_c() if run.get("prior_timesteps") == "default" else linear_timesteps(run["prior_num_inference_steps"])
+    # Without guidance, diffusers' decoder has scale 0; in our convention, and in its prior's, that is 1.
+    guidance_b = run["decoder_guidance_scale"] or 1.0
+    return data, run["seed"], (prompts, negatives, run.get("num_images_per_prompt", 1)), \
+        (timesteps_c, run["prior_guidance_scale"]), (linear_timesteps(run["num_inference_steps"]), guidance_b)
+
+
+def run_through(pipe: Wuerstchen, text, stage_c, stage_b, draw_c, draw_b):
+    semantic = pipe.sample_c(*pipe.encode_text(pipe.text_encoder_c, *text), draw_c, *stage_c)
+    latents = pipe.sample_b(semantic, *pipe.encode_text(pipe.text_encoder_b, *text), draw_b, *stage_b)
+    return semantic, latents, pipe.decode(latents)
+
+
+def assert_as_published(data: dict, semantic: Tensor, latents: Tensor, images: Tensor):
+    assert rel(semantic, data["out/image_embeddings"]) < 1e-4
+    assert rel(latents, data["out/decoder_latents"]) < 1e-4
+    if "out/image" in data:
+        torch.testing.assert_close(images, data["out/image"], rtol=0, atol=1e-4)
+    else:
+        torch.testing.assert_close(images[..., ::4, ::4], data["out/image_every_4th"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", RUNS)
+def test_pictures_equal_those_of_the_published_pipelines(pipes, layout, name):
+    """Two prompts at once, guidance in both stages, a wide picture, two images of a prompt: from text to pixels, with the
+    noise that was recorded there. Two prompts at once are an error in diffusers' Stage B: the reference made them one by one."""
+    data, _, text, stage_c, stage_b = reference_run(name)
+    pipe = pipes[layout]
+    with Recorder(pipe.stage_c) as calls:
+        results = run_through(pipe, text, stage_c, stage_b, draws(data["in/prior_latents"], data["in/prior_noises"]),
+                              draws(data["in/decoder_latents"], data["in/decoder_noises"]))
+    assert_as_published(data, *results)
+    # And step by step: what step i + 1 is given is what step i made.
+    for i, ((x, *_), _) in enumerate(calls[1:]):
+        assert rel(x[:len(results[0])], data["out/prior_steps"][i]) < 1e-4, f"step {i}"
+
+
+@pytest.mark.parametrize("name", ["pipeline_wide_decoder_cfg", "pipeline_two_images_no_cfg"])
+def test_a_seed_draws_the_noise_that_it_draws_in_the_published_pipelines(pipe, name):
+    """One generator for everything: start and steps of Stage C, then those of Stage B, the unused last noise included."""
+    data, seed, text, stage_c, stage_b = reference_run(name)
+    generator = torch.Generator().manual_seed(seed)
+    results = run_through(pipe, text, stage_c, stage_b,
+                          lambda: torch.randn(data["in/prior_latents"].shape, generator=generator),
+                          lambda: torch.randn(data["in/decoder_latents"].shape, generator=generator))
+    assert_as_published(data, *results)
+
+
+def test_one_call_gives_the_picture_that_the_published_pipelines_give_for_its_seed(pipe, monkeypatch):
+    """For a single image our generators and theirs are the same. That run has evenly spaced steps in Stage C."""
+    data, seed, (prompts, negatives, _), (timesteps_c, guidance_c), (timesteps_b, guidance_b) = reference_run(RUNS[1])
+    monkeypatch.setattr(wuerstchen, "default_timesteps_c", linear_timesteps)
+    image, = pipe(prompts[0], negatives[0], seed=seed, steps_c=len(timesteps_c) - 1, steps_b=len(timesteps_b) - 1,
+                  guidance_c=guidance_c, guidance_b=guidance_b, height=128, width=256)
+    reference, = to_pil(data["out/image"])
+    assert image.size == (256, 128) and np.abs(pixels(image) - pixels(reference)).max() <= 1
+
+
+# --- one call: prompts, seeds, batches ---------------------------------------------------------------
+
+def test_the_same_seed_gives_the_same_picture_and_another_seed_another(pipe):
+    torch.manual_seed(1)
+    first, = pipe(CAT, seed=5, **QUICK)
+    torch.manual_seed(2)          # the global generator has no say
+    second, other = pipe(CAT, seed=5, **QUICK)[0], pipe(CAT, seed=6, **QUICK)[0]
+    assert same(first, second) and not alike(first, other)
+
+
+def test_num_images_are_different_pictures_with_consecutive_seeds(pipe):
+    """Elsewhere all images of a prompt share one result of Stage C, and differ in detail only."""
+    with Recorder(pipe.stage_b) as calls:
+        images = pipe(CAT, seed=5, num_images=3, **QUICK)
+    semantic = calls[0][0][2]                                                            # (3, 16, 3, 3)
+    assert len(images) == 3 and all(rel(a, b) > 0.1 for a, b in pairwise(semantic))
+    for i, image in enumerate(images):
+        assert alike(image, pipe(CAT, seed=5 + i, **QUICK)[0])
+
+
+def test_a_picture_does_not_depend_on_its_neighbours(pipe):
+    """To the bit where the batch is of the same size, whoever is in it; at guidance 4, with conditional and unconditional rows
+    in one batch. One of the other samplers rescales by a standard deviation over the whole batch."""
+    a = pipe([CAT, HOUSE], ["blurry", ""], seed=[5, 6], **QUICK)
+    b = pipe([CAT, "An astronaut"], ["blurry", "the moon"], seed=[5, 77], **QUICK)
+    assert same(a[0], b[0]) and not alike(a[1], b[1])
+    assert alike(a[0], pipe(CAT, "blurry", seed=5, **QUICK)[0])
+
+
+def test_several_images_of_several_prompts(pipe):
+    """In order, each as if painted alone. diffusers' Stage B pairs such embeddings wrongly and ends in a shape error."""
+    images = pipe([CAT, HOUSE], num_images=2, seed=[5, 6, 7, 8], guidance_b=1.5, **QUICK)
+    assert len(images) == 4
+    for image, prompt, seed in zip(images, [CAT, CAT, HOUSE, HOUSE], [5, 6, 7, 8]):
+        assert alike(image, pipe(prompt, seed=seed, guidance_b=1.5, **QUICK)[0])
+
+
+def test_one_negative_prompt_serves_all_prompts(pipe):
+    """In diffusers a string does not go with a list of prompts."""
+    one, each = (pipe([CAT, HOUSE], negative, seed=5, **QUICK) for negative in ("blurry", ["blurry", "blurry"]))
+    assert all(map(same, one, each))
+    assert not same(one[0], pipe([CAT, HOUSE], seed=5, **QUICK)[0])
+
+
+# --- guidance ----------------------------------------------------------------------------------------
+
+def test_unconditional_is_the_encoding_of_the_empty_prompt(pipe):
+    """Not zeros, which the authors' sampler takes if told nothing: the networks never saw them. For Stage B, whose semantic
+    latent was dropped in training, zeros in its place are right."""
+    with Recorder(pipe.stage_c) as calls_c, Recorder(pipe.stage_b) as calls_b, torch.no_grad():
+        pipe(CAT, seed=5, guidance_c=4, guidance_b=1.5, **QUICK)
+        empty_c, empty_b = pipe.text_encoder_c([""]), pipe.text_encoder_b([""])
+    x_t, t, text = calls_c[0][0]
+    assert len(x_t) == len(t) == 2 and rel(text[1:], empty_c) < 1e-5
+    x_t, t, semantic, text = calls_b[0][0]
+    assert len(x_t) == len(t) == 2 and rel(text[1:], empty_b) < 1e-5
+    assert semantic[0].abs().sum() > 0 and semantic[1].abs().sum() == 0
+
+
+def test_guidance_1_is_plain_sampling_at_half_the_work(pipe):
+    with Recorder(pipe.stage_c) as calls_c, Recorder(pipe.stage_b) as calls_b:
+        plain = pipe(CAT, "blurry", seed=5, guidance_c=1, guidance_b=1, **QUICK)
+    assert {len(args[0]) for args, _ in calls_c + calls_b} == {1}
+    assert same(plain[0], pipe(CAT, "the moon", seed=5, guidance_c=1, guidance_b=1, **QUICK)[0])
+
+
+def test_guidance_below_1_is_used(pipe):
+    """diffusers takes every scale up to 1 for "off"; as a lerp, 0.5 is halfway and 0 does not know the prompt."""
+    half, plain = (pipe(CAT, seed=5, guidance_c=scale, **QUICK)[0] for scale in (0.5, 1))
+    assert not alike(half, plain)
+    no_text = dict(seed=5, guidance_c=0, guidance_b=0, **QUICK)
+    assert same(pipe(CAT, **no_text)[0], pipe(HOUSE, **no_text)[0])
+
+
+# --- half precision ----------------------------------------------------------------------------------
+
+def test_in_half_precision_the_networks_get_exact_noise_levels():
+    """bfloat16 has no number between 0.98 and 0.984: rounded like that, t = 2/3 would be another step's level. And the picture
+    must have a value everywhere."""
+    pipe = Wuerstchen.load(COMBINED, "cpu", torch.bfloat16)
+    with Recorder(pipe.stage_c) as calls:
+        image, = pipe(CAT, seed=5, **QUICK)
+    levels = torch.stack([args[1][0] for args, _ in calls])
+    assert {args[0].dtype for args, _ in calls} == {torch.bfloat16} and image.size == (128, 128)
+    assert torch.equal(levels, default_timesteps_c(4)[:-1])
+
+
+def test_overflow_is_an_error_and_not_a_black_picture(pipe):
+    """NaN in 8 bits is 0."""
+    for value in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="NaN or infinity in torch.float32.*use bfloat16 or float32"):
+            pipe.decode(torch.full((1, 4, 32, 32), value))
+
+
+def test_8_bits_are_rounded():
+    """Cutting off, as one implementation does, darkens by half a level."""
+    levels = torch.arange(256).float().repeat(3, 1)[None, :, None] / 255                 # (1, 3, 1, 256)
+    for shift in (0, 0.49 / 255, -0.49 / 255):
+        assert np.array_equal(np.asarray(to_pil((levels + shift).clamp(0, 1))[0])[0, :, 0], np.arange(256))
+
+
+# --- mistakes ----------------------------------------------------------------------------------------
+
+MISTAKES = [
+    (dict(prompt=""), "the prompt is empty"),
+    (dict(prompt="  \n"), "the prompt is empty"),
+    (dict(prompt=[CAT, ""]), "the prompt is empty"),
+    (dict(prompt=[]), "the prompt is empty"),
+    (dict(prompt=None), "the prompt is empty"),
+    (dict(negative_prompt=["a", "b"]), "2 negative prompts for 1 prompts: give one for all, or one for each"),
+    (dict(num_images=0), "number of images must be at least 1, got 0"),
+    (dict(steps_c=0), "number of steps must be at least 1, got 0"),
+    (dict(steps_b=0), "number of steps must be at least 1, got 0"),
+    (dict(guidance_c=math.nan), "guidance_c is nan"),
+    (dict(guidance_b=math.inf), "guidance_b is inf"),
+    (dict(seed=[1, 2]), "2 seeds for 1 images: give one for all, or one for each"),
+    (dict(seed=-1), "seeds must lie between 0 and"),
+    (dict(seed=2 ** 32), "seeds must lie between 0 and"),
+    (dict(seed=2 ** 32 - 1, num_images=2), "seeds must lie between 0 and"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", MISTAKES, ids=[" ".join(map(str, a)) + f" {i}" for i, (a, _) in enumerate(MISTAKES)])
+def test_mistakes_are_found_before_the_first_step(pipe, arguments, message):
+    """Stage C takes a minute with the released weights: a mistake about Stage B must not wait for it."""
+    with Recorder(pipe.stage_c) as calls, pytest.raises(ValueError, match=message):
+        pipe(**dict(prompt=CAT, **QUICK) | arguments)
+    assert not calls
+
+
+def test_seeds_beyond_32_bits_would_repeat_others():
+    """The reason why they are refused."""
+    def numbers(seed):
+        return torch.randn(8, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(numbers(1), numbers(1 + 2 ** 32))
+
+
+@pytest.mark.parametrize("device", ["gpu", "", "meta"] + ([] if torch.cuda.is_available() else ["cuda", "cuda:7"]))
+def test_devices_that_are_not_there_are_one_clear_line(device):
+    with pytest.raises(ValueError, match="cannot be used here: .*\"cpu\" always works") as error:
+        usable_device(device)
+    assert "\n" not in str(error.value)
+
+
+# --- the object --------------------------------------------------------------------------------------
+
+def test_loading_shares_what_the_weights_share_and_keeps_float32_on_a_cpu(pipe):
+    """1024 px where the weights do not say otherwise: at diffusers' default of 512 the released models do badly."""
+    assert pipe.text_encoder_c is not pipe.text_encoder_b
+    assert (pipe.device.type, pipe.dtype, pipe.size, pipe.image_encoder) == ("cpu", torch.float32, 1024, None)
+    assert not any(part.training for part in (pipe.stage_a, pipe.stage_b, pipe.stage_c))
+
+
+def test_encoding_a_picture_needs_an_image_encoder_and_a_possible_size(pipe):
+    with pytest.raises(ValueError, match="no image encoder"):
+        pipe.encode_image(torch.rand(1, 3, 128, 128))
+    with_encoder = Wuerstchen(pipe.stage_a, pipe.stage_b, pipe.stage_c, pipe.text_encoder_c, pipe.text_encoder_b,
+                              TinyImageEncoder(c_hidden=(4, 4, 4, 4)).eval())
+    assert with_encoder.encode_image(torch.rand(2, 3, 128, 256)).shape == (2, 16, *latent_sizes(128, 256)[0])
+    with pytest.raises(ValueError, match="height 100 is not possible"):
+        with_encoder.encode_image(torch.rand(1, 3, 100, 128))
