@@ -101,9 +101,10 @@ def targets(args: argparse.Namespace) -> list[Path]:
     """Where each picture goes. Ends the program if that cannot be, while nothing has been computed yet."""
     seeds = range(args.seed, args.seed + args.num_images)
     out = Path(args.out)
-    is_file = out.suffix.lower() == ".png" and not out.is_dir()
+    if any(len(os.fsencode(part)) > 240 for part in out.parts):      # file systems take 255 bytes, and write_atomically adds some
+        fail(f"cannot write to {out}: the name is too long")
     try:
-        if is_file:
+        if out.suffix.lower() == ".png" and not out.is_dir():
             paths = [out] if args.num_images == 1 else [out.with_stem(f"{out.stem}_{seed}") for seed in seeds]
             for path in paths:
                 if path.exists():
@@ -152,7 +153,7 @@ def paint(args: argparse.Namespace) -> tuple[list, dict]:
         images = model(args.prompt, args.negative_prompt, seed=args.seed, num_images=args.num_images,
                        steps_c=args.steps_c, steps_b=args.steps_b, guidance_c=args.guidance_c, guidance_b=args.guidance_b,
                        width=args.width, height=args.height, progress=True)
-    except ValueError as error:
+    except (ValueError, OSError) as error:      # OSError: files that may not be read
         fail(error)
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError) and "out of memory" not in str(error) and "allocate memory" not in str(error):

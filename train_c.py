@@ -8,7 +8,7 @@ Pictures become targets through the image encoder of Stage B: 3x3x16 numbers, of
 (raw + 1) / 42. The released models use a ready-made CLIP text encoder; the tiny one is trained here,
 from nothing, since 60 objects and 8 colours need no more. 5 % of the captions are replaced by "",
 each on its own: without that, classifier-free guidance has nothing to steer away from.
-Written to --out: checkpoint.pt, loss.csv, and at the end prior/, text_encoder/ and tokenizer/.
+Written to --out: checkpoint.pt, loss.csv, and at the end prior/, scheduler/, text_encoder/ and tokenizer/.
 Paper: arXiv:2306.00637 (Stage C).  Needs: torch, transformers, numpy, pillow, tqdm.
 """
 import argparse
@@ -25,14 +25,14 @@ def parse_args(argv=None):
     g.add_argument("--text-depth", type=int, default=3, help="layers of the text encoder (official 32)")
     g = p.add_argument_group("optimisation")
     g.add_argument("--steps", type=int, default=8000, help="optimizer steps in all, resumed ones included")
-    g.add_argument("--batch", type=int, default=128, help="captioned pictures per forward pass")
+    g.add_argument("--batch", type=int, default=64, help="captioned pictures per forward pass")
     g.add_argument("--grad-accum", type=int, default=1, help="forward passes per optimizer step; the effective batch is batch x grad-accum")
     g.add_argument("--lr", type=float, default=1e-3, help="peak learning rate: linear warm-up, constant, linear decay to 0 over the last fifth")
     g.add_argument("--warmup", type=int, default=200, help="optimizer steps of warm-up")
     g.add_argument("--clip", type=float, default=1.0, help="gradient norm above which gradients are scaled down")
     g.add_argument("--ema", type=float, default=0.998, help="decay of the averaged weights, which are the ones kept")
     g.add_argument("--caption-dropout", type=float, default=0.05, help="share of captions replaced by the empty one")
-    g.add_argument("--loss-weight", choices=["v", "p2", "none"], default="p2", help="what errors count by noise level: see v_weight and p2_weight in wuerstchen.py; none: all alike")
+    g.add_argument("--loss-weight", choices=["v", "p2", "none"], default="v", help="what errors count by noise level: see v_weight and p2_weight in wuerstchen.py; none: all alike")
     g.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="autocast type; fp32 on CPUs, bf16 on recent GPUs")
     g.add_argument("--device", default=None, help="cuda, cpu, ... (default: cuda where there is one)")
     g.add_argument("--seed", type=int, default=0, help="seed of weights, data and noise")
@@ -96,8 +96,8 @@ def main(args):
     from stage_b import preprocess
     from stage_c import StageC
     from training import learning_rate, log_losses, save_checkpoint, save_grid, start_run, to_tensor
-    from weights import (load_image_encoder, load_stage_a, load_stage_b, load_stage_c, load_text_encoder, save_stage_c,
-                         save_text_encoder)
+    from weights import (load_image_encoder, load_stage_a, load_stage_b, load_stage_c, load_text_encoder, save_scheduler,
+                         save_stage_c, save_text_encoder)
     from wuerstchen import TextEncoder, Wuerstchen, add_noise, p2_weight, to_stored, v_weight
 
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -170,6 +170,7 @@ def main(args):
             save_checkpoint(args, done, parts)
 
     save_stage_c(ema["prior"], f"{args.out}/prior")
+    save_scheduler(f"{args.out}/scheduler")
     save_text_encoder(tokenizer, ema["text"], f"{args.out}/text_encoder", f"{args.out}/tokenizer")
 
 

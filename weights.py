@@ -451,6 +451,25 @@ def load_text_encoder(encoder_folder: str | Path, tokenizer_folder: str | Path, 
     return tokenizer, model
 
 
+def check_scheduler(folder: str | Path | None) -> None:
+    """Raises WeightsError if a `scheduler` folder asks for another noise schedule than wuerstchen.py has. None: nothing to check.
+
+    All released weights use s = 0.008 and scaler = 1; sampled with another schedule, weights make grey noise.
+    """
+    if folder is None:
+        return
+    path = Path(folder) / "scheduler_config.json"
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise WeightsError(f"{path} does not hold a JSON object")
+    if config.get("s", 0.008) != 0.008 or config.get("scaler", 1.0) != 1.0:
+        raise WeightsError(f"{path} asks for a noise schedule with s = {config.get('s')} and scaler = {config.get('scaler')}; "
+                           f"only s = 0.008 and scaler = 1 are supported")
+
+
 # ----- writing ---------------------------------------------------------------------------------------
 
 def write_atomically(path: str | Path, write) -> None:
@@ -509,6 +528,12 @@ def save_stage_c(model: StageC, folder: str | Path) -> None:
 def save_image_encoder(model: EfficientNetEncoder | TinyImageEncoder, folder: str | Path) -> None:
     """Writes config.json and model.safetensors, in float16; EfficientNet in the official names."""
     write_model(config_to_diffusers(model), to_diffusers(model.state_dict(), model), folder, "model")
+
+
+def save_scheduler(folder: str | Path) -> None:
+    """Writes a `scheduler` folder, so that diffusers too finds all parts: the only schedule there is here."""
+    config = dict(_class_name="DDPMWuerstchenScheduler", s=0.008, scaler=1.0)
+    write_atomically(Path(folder) / "scheduler_config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
 
 
 def save_text_encoder(tokenizer, encoder, folder: str | Path, tokenizer_folder: str | Path) -> None:

@@ -232,6 +232,8 @@ class Wuerstchen:
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         folder = Path(__file__).parent / "models" / "tiny" if weights == "tiny" else Path(weights)
         parts = files.find_parts(folder)
+        files.check_scheduler(parts["scheduler"])
+        files.check_scheduler(parts["prior_scheduler"])
         text_c = TextEncoder(*files.load_text_encoder(parts["prior_text_encoder"], parts["prior_tokenizer"], dtype))
         shared = parts["text_encoder"] == parts["prior_text_encoder"]
         text_b = text_c if shared else TextEncoder(*files.load_text_encoder(parts["text_encoder"], parts["tokenizer"], dtype))

@@ -441,3 +441,21 @@ def test_unknown_layouts_are_explained(tmp_path):
         (tmp_path / name).mkdir()
     with pytest.raises(WeightsError, match="looks like the layout 'one folder' but lacks text_encoder$"):
         weights.find_parts(tmp_path)
+
+
+def test_only_the_released_noise_schedule_is_accepted(tmp_path):
+    """Sampled with another schedule than in training, weights make grey noise, and nothing else would tell why."""
+    weights.check_scheduler(None)
+    weights.check_scheduler(COMBINED / "scheduler")
+    weights.check_scheduler(PUBLISHED / "wuerstchen-prior/scheduler")
+    weights.save_scheduler(tmp_path)
+    weights.check_scheduler(tmp_path)
+    path = tmp_path / "scheduler_config.json"
+    for text, message in (('{"s": 0.01}', "only s = 0.008 and scaler = 1"), ('{"scaler": 2.0}', "only s = 0.008 and scaler = 1"),
+                          ("[]", "does not hold a JSON object"), ("{", "cannot be read")):
+        path.write_text(text)
+        with pytest.raises(WeightsError, match=message):
+            weights.check_scheduler(tmp_path)
+    path.unlink()
+    with pytest.raises(WeightsError, match="cannot be read"):
+        weights.check_scheduler(tmp_path)
