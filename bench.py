@@ -1,15 +1,16 @@
 """Measures how long things take on this machine, each beside something it can be compared with.
 
   python bench.py                                  # the tiny weights, a few minutes at most
-  python bench.py --repeats 9 --skip-start         # only what happens between start and end of a network
+  python bench.py --repeats 9 --skip-start         # only the networks
   python bench.py --weights PATH --side 128        # other weights, smaller pictures than their default
 
-start    from `python sample.py` to the picture on disk, and as its floor a Python that does nothing but
-         import torch and transformers' CLIP, without which no Würstchen paints
-stages   one step of Stage C (guided: two rows), one of Stage B (one row), one decoding by Stage A
-diffusers  the same calls, weights and inputs there, where diffusers is installed
-What is compared is run in turns, A B A B ..., so that another program that slows the machine down for a while
-slows both; figures are medians. They are printed, nothing is asserted: a figure belongs to its machine.
+start      from `python sample.py` to the picture on disk; beside it, a Python that does nothing but
+           import torch and transformers' CLIP, the floor for any program that uses both
+stages     one step of Stage C (guided: two rows), one of Stage B (one row), one decoding by Stage A
+diffusers  the same calls with the same weights and inputs there, where diffusers is installed
+
+What is compared is run in turns, A B A B ..., so that whatever slows the machine down for a while slows
+both. Figures are medians. They are printed, nothing is asserted: a figure belongs to its machine.
 Needs: what wuerstchen.py needs; diffusers for the comparison.
 """
 import argparse
@@ -78,7 +79,8 @@ def their_networks(parts: dict, model) -> dict | None:
         return None
     classes = dict(prior=theirs.modeling_wuerstchen_prior.WuerstchenPrior, decoder=theirs.modeling_wuerstchen_diffnext.WuerstchenDiffNeXt,
                    vqgan=theirs.modeling_paella_vq_model.PaellaVQModel)
-    return {part: kind.from_pretrained(parts[part], torch_dtype=model.dtype).to(model.device) for part, kind in classes.items()}
+    # low_cpu_mem_usage would need another library, and say so at length.
+    return {part: kind.from_pretrained(parts[part], torch_dtype=model.dtype, low_cpu_mem_usage=False).to(model.device) for part, kind in classes.items()}
 
 
 def networks(args) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
@@ -132,7 +134,8 @@ def networks(args) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
 def main(argv=None):
     args = parse_args(argv)
     import torch
-    print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}, "
+    load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""      # Windows has none
+    print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} CPUs{load}, "
           f"Python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
           f"weights {args.weights}, medians of {args.repeats}\n")
     if not args.skip_start:

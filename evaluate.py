@@ -271,6 +271,9 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if not 1 <= args.prompts <= 256:
         p.error(f"--prompts is {args.prompts}, expected 1 to 256.")
+    for path in filter(None, (args.out, args.grid)):
+        if Path(path).exists():
+            p.error(f"{path} exists already and will not be overwritten: choose another name, or remove it.")
     return args
 
 
@@ -289,6 +292,7 @@ def sample(args, prompts: list[str]) -> list[Image.Image]:
 
 
 def main(args):
+    from weights import write_atomically
     facts = fixed_prompts()[:args.prompts]
     if args.real:
         rng = np.random.default_rng(args.seed)
@@ -307,9 +311,10 @@ def main(args):
                     for fact, (found, colour), v in zip(facts, seen, verdicts)]
         report["runs"].append({"title": title, "figures": figures, "pictures": pictures})
     if args.out:
-        Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
+        write_atomically(args.out, lambda path: path.write_text(json.dumps(report, indent=1) + "\n"))
     if args.grid:                             # of the last run
-        draw_grid(images[:64], facts, verdicts).save(args.grid)
+        grid = draw_grid(images[:64], facts, verdicts)
+        write_atomically(args.grid, grid.save)
 
 
 if __name__ == "__main__":
