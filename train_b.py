@@ -22,10 +22,11 @@ def parse_args(argv=None):
     g.add_argument("--init", default=None, help="folder with decoder/ and image_encoder/ to start from (default: random weights)")
     g.add_argument("--freeze-encoder", action="store_true", help="leave the image encoder as it is: Stage C stays valid")
     g.add_argument("--encoder-warmup", type=int, default=1200, help="steps in which a fresh image encoder first learns to name objects, as EfficientNet has on ImageNet")
+    g.add_argument("--cache", type=int, default=0, help="with a frozen encoder: number of pictures whose latents are kept in memory and used again and again, which saves a third of the time (default: new pictures for ever)")
     g.add_argument("--c-text", type=int, default=128, help="width of the text encoder that will be used (official 1024)")
     g = p.add_argument_group("optimisation")
     g.add_argument("--steps", type=int, default=4000, help="optimizer steps in all, resumed ones included")
-    g.add_argument("--batch", type=int, default=32, help="pictures per forward pass")
+    g.add_argument("--batch", type=int, default=16, help="pictures per forward pass")
     g.add_argument("--grad-accum", type=int, default=1, help="forward passes per optimizer step; the effective batch is batch x grad-accum")
     g.add_argument("--lr", type=float, default=1.5e-3, help="peak learning rate: linear warm-up, constant, linear decay to 0 over the last fifth")
     g.add_argument("--warmup", type=int, default=100, help="optimizer steps of warm-up")
@@ -34,8 +35,10 @@ def parse_args(argv=None):
     g.add_argument("--semantic-dropout", type=float, default=0.05, help="share of pictures whose semantic latent is zeroed, for guidance")
     g.add_argument("--semantic-noise", type=float, default=0.3, help="share of pictures whose semantic latent gets noise of a level up to 0.5, so that Stage C's small errors do no harm")
     g.add_argument("--text-dropout", type=float, default=0.05, help="share of captions replaced by the empty one")
+    g.add_argument("--high-noise", type=float, default=1.5, help="exponent that draws noise levels towards 1, where Stage B must rely on the semantic latent; 1 draws them evenly")
     g.add_argument("--loss-weight", choices=["v", "p2", "none"], default="v", help="what errors count by noise level: see v_weight and p2_weight in wuerstchen.py; none: all alike")
     g.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="autocast type; fp32 on CPUs, bf16 on recent GPUs")
+    g.add_argument("--compile", action="store_true", help="let torch.compile make the networks faster; needs a C++ compiler on CPUs")
     g.add_argument("--device", default=None, help="cuda, cpu, ... (default: cuda where there is one)")
     g.add_argument("--seed", type=int, default=0, help="seed of weights, data and noise")
     g = p.add_argument_group("output")
@@ -61,7 +64,7 @@ def warm_up(encoder, scenes, args, device):
     from tqdm import tqdm
     from data import COLOURS, OBJECTS
     from stage_b import preprocess
-    from training import learning_rate, log_losses, to_tensor
+    from training import fail, learning_rate, log_losses, to_tensor
     from wuerstchen import add_noise, to_stored
     nothing, cell = len(OBJECTS), 128 / 3                                # a class of its own; px
     number = {name: i for i, name in enumerate(OBJECTS)}
@@ -111,10 +114,12 @@ def main(args):
     from tqdm import tqdm
     from data import EmojiScenes
     from stage_b import StageB, TinyImageEncoder, preprocess
-    from training import learning_rate, log_losses, save_checkpoint, save_grid, start_run, to_tensor
+    from training import fail, learning_rate, log_losses, save_checkpoint, save_grid, start_run, to_tensor
     from weights import load_image_encoder, load_stage_a, load_stage_b, load_text_encoder, save_image_encoder, save_stage_b
     from wuerstchen import TextEncoder, add_noise, linear_timesteps, p2_weight, per_row, sample, to_raw, to_stored, v_weight
 
+    if args.cache and not args.freeze_encoder:
+        fail("--cache needs --freeze-encoder: an encoder in training gives other latents at every step")
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     autocast = torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.dtype),
                               enabled=args.dtype != "fp32")
@@ -142,11 +147,15 @@ def main(args):
     encoder.norm.requires_grad_(False)                       # its 42 and -1 fix the latents' units
     model = torch.nn.ModuleDict(dict(decoder=decoder, encoder=encoder)).to(device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
+    if args.compile:
+        model["decoder"].compile()                           # fuses the small operations; takes a minute or two first
+        model["encoder"].compile()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr, betas=(0.9, 0.99),
                                   weight_decay=1e-3)
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
     parts = dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler)
     first_step = start_run(args, parts)
+    cache = {}                                               # batch number -> VQGAN latents, semantic latents, captions
 
     def embed(captions: list[str]) -> torch.Tensor:
         """Captions -> (B, N, c_text); without a text encoder one zero token each."""
@@ -159,21 +168,32 @@ def main(args):
         optimizer.param_groups[0]["lr"] = learning_rate(step, args.steps, args.lr, args.warmup)
         loss_sum = 0.0
         for micro in range(args.grad_accum):
-            pictures, captions = scenes.batch((step * args.grad_accum + micro) * args.batch, args.batch)
-            images = to_tensor(pictures, device)                                         # (B, 3, 128, 128)
+            number = step * args.grad_accum + micro
+            if args.cache:
+                number %= max(args.cache // args.batch, 1)
+            if number in cache:
+                x_0, semantic, captions = cache[number]
+            else:
+                pictures, captions = scenes.batch(number * args.batch, args.batch)
+                images = to_tensor(pictures, device)                                     # (B, 3, 128, 128)
+                with torch.no_grad():
+                    x_0 = vqgan.encode(images)                                           # (B, 4, 32, 32) never quantised
+                with autocast, torch.set_grad_enabled(not args.freeze_encoder):
+                    semantic = model["encoder"](preprocess(images, 96)).float()          # (B, 16, 3, 3)
+                if args.cache:
+                    cache[number] = x_0, semantic, captions
             with torch.no_grad():
-                x_0 = vqgan.encode(images)                                               # (B, 4, 32, 32) never quantised
                 keep = torch.rand(args.batch) >= args.text_dropout                       # (B,) every draw is per picture
                 text = embed([c if k else "" for c, k in zip(captions, keep.tolist())])  # (B, N, c_text)
             # Noise levels a little past 1, clamped: a share of 7 % trains at t = 1, where sampling starts.
             t = ((1 - torch.rand(args.batch, device=device)) * 1.08 + 0.001).clamp(0.001, 1)        # (B,)
+            t = 1 - (1 - t) ** args.high_noise                                           # (B,)
             eps = torch.randn_like(x_0)
             x_t = add_noise(x_0, eps, t)                                                 # (B, 4, 32, 32)
             t_semantic = torch.rand(args.batch, device=device) * 0.5                     # (B,)
             noisy = torch.rand(args.batch, device=device) < args.semantic_noise          # (B,)
             dropped = torch.rand(args.batch, device=device) < args.semantic_dropout      # (B,)
             with autocast:
-                semantic = model["encoder"](preprocess(images, 96)).float()              # (B, 16, 3, 3)
                 stored = to_stored(semantic)
                 noised = to_raw(add_noise(stored, torch.randn_like(stored), t_semantic))
                 semantic = torch.where(per_row(noisy, stored), noised, semantic)
