@@ -1,8 +1,8 @@
 """Trains Stage A, the VQGAN, on emoji scenes made on the fly.
 
   python train_a.py --out runs/smoke_a --steps 20 --batch 4                  # CPU smoke run, half a minute
-  python train_a.py --out runs/a --steps 3000                                # the tiny model that ships
-  python train_a.py --out runs/a --steps 3000 --resume                       # go on from the last checkpoint
+  python train_a.py --out runs/a --steps 1400                                # the tiny model that ships
+  python train_a.py --out runs/a --steps 1400 --resume                       # go on from the last checkpoint
 
 Order of the paper: A, then B with its image encoder (train_b.py), then C (train_c.py).
 Written to --out: checkpoint.pt (everything a resume needs), loss.csv, samples/*.png, and at the end
@@ -19,7 +19,7 @@ def parse_args(argv=None):
     g.add_argument("--bottleneck-blocks", type=int, default=4, help="decoder blocks at the coarsest level (official 12)")
     g.add_argument("--codebook-size", type=int, default=1024, help="number of codes (official 8192)")
     g = p.add_argument_group("optimisation")
-    g.add_argument("--steps", type=int, default=3000, help="optimizer steps in all, resumed ones included")
+    g.add_argument("--steps", type=int, default=1400, help="optimizer steps in all, resumed ones included")
     g.add_argument("--batch", type=int, default=16, help="pictures per forward pass")
     g.add_argument("--grad-accum", type=int, default=1, help="forward passes per optimizer step; the effective batch is batch x grad-accum")
     g.add_argument("--lr", type=float, default=2e-3, help="peak learning rate: linear warm-up, constant, linear decay to 0 over the last fifth")

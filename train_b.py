@@ -1,8 +1,8 @@
 """Trains Stage B, the diffusion decoder, jointly with the image encoder, on emoji scenes made on the fly.
 
-  python train_b.py --vqgan runs/a/vqgan --out runs/smoke_b --steps 20 --batch 4     # CPU smoke run, a minute
-  python train_b.py --vqgan runs/a/vqgan --out runs/b --steps 4000                   # the tiny model that ships
-  python train_b.py --vqgan runs/a/vqgan --out runs/b --steps 4000 --resume          # go on from the last checkpoint
+  python train_b.py --vqgan runs/a/vqgan --out runs/smoke_b --steps 20 --batch 4 --encoder-warmup 20  # CPU smoke run, a minute
+  python train_b.py --vqgan runs/a/vqgan --out runs/b                                # a whole run, hours on 2 cores
+  python train_b.py --vqgan runs/a/vqgan --out runs/b --resume                       # go on from the last checkpoint
 
 A diffusion autoencoder: the encoder squeezes a picture into 3x3x16 numbers, and the only way to
 lower the loss is to put into them what Stage B needs to denoise the VQGAN's latents. The tiny text
@@ -25,8 +25,8 @@ def parse_args(argv=None):
     g.add_argument("--cache", type=int, default=0, help="with a frozen encoder: number of pictures whose latents are kept in memory and used again and again, which saves a third of the time (default: new pictures for ever)")
     g.add_argument("--c-text", type=int, default=128, help="width of the text encoder that will be used (official 1024)")
     g = p.add_argument_group("optimisation")
-    g.add_argument("--steps", type=int, default=4000, help="optimizer steps in all, resumed ones included")
-    g.add_argument("--batch", type=int, default=16, help="pictures per forward pass")
+    g.add_argument("--steps", type=int, default=6000, help="optimizer steps in all, resumed ones included")
+    g.add_argument("--batch", type=int, default=32, help="pictures per forward pass")
     g.add_argument("--grad-accum", type=int, default=1, help="forward passes per optimizer step; the effective batch is batch x grad-accum")
     g.add_argument("--lr", type=float, default=1.5e-3, help="peak learning rate: linear warm-up, constant, linear decay to 0 over the last fifth")
     g.add_argument("--warmup", type=int, default=100, help="optimizer steps of warm-up")
@@ -36,7 +36,7 @@ def parse_args(argv=None):
     g.add_argument("--semantic-noise", type=float, default=0.3, help="share of pictures whose semantic latent gets noise of a level up to 0.5, so that Stage C's small errors do no harm")
     g.add_argument("--text-dropout", type=float, default=0.05, help="share of captions replaced by the empty one")
     g.add_argument("--high-noise", type=float, default=1.5, help="exponent that draws noise levels towards 1, where Stage B must rely on the semantic latent; 1 draws them evenly")
-    g.add_argument("--blind", type=int, default=0, help="first steps in which x_t shows nothing of the picture, so that Stage B must paint it from the semantic latent alone: the fastest way to learn that")
+    g.add_argument("--blind", type=int, default=2000, help="first steps in which x_t shows nothing of the picture, so that Stage B must paint it from the semantic latent alone: the fastest way to learn that")
     g.add_argument("--loss-weight", choices=["v", "p2", "none"], default="v", help="what errors count by noise level: see v_weight and p2_weight in wuerstchen.py; none: all alike")
     g.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="autocast type; fp32 on CPUs, bf16 on recent GPUs")
     g.add_argument("--compile", action="store_true", help="let torch.compile make the networks faster; needs a C++ compiler on CPUs")

@@ -1,7 +1,7 @@
 """Trains Stage C, the prior, and the tiny text encoder with it, on captioned emoji scenes made on the fly.
 
   python train_c.py --image-encoder runs/b/image_encoder --out runs/smoke_c --steps 20 --batch 8   # CPU smoke run
-  python train_c.py --image-encoder runs/b/image_encoder --out runs/c --steps 8000                 # the tiny model that ships
+  python train_c.py --image-encoder runs/b/image_encoder --out runs/c --steps 8000                 # a whole run, an hour on 2 cores
   python train_c.py --image-encoder runs/b/image_encoder --out runs/c --steps 8000 --resume        # go on from the last checkpoint
 
 Pictures become targets through the image encoder of Stage B: 3x3x16 numbers, of which Stage C sees

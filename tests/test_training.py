@@ -19,7 +19,7 @@ def runs(tmp_path_factory) -> Path:
     """The README's sequence A, B, C with 2 steps each, every script reading what the one before wrote."""
     folder = tmp_path_factory.mktemp("runs")
     train_a.main(train_a.parse_args([*SMALL, "--out", f"{folder}", "--steps", "2", "--width", "16"]))
-    for name, script, more in (("b", train_b, ["--vqgan", f"{folder}/vqgan", "--encoder-warmup", "2", "--c-text", "32"]),
+    for name, script, more in (("b", train_b, ["--vqgan", f"{folder}/vqgan", "--encoder-warmup", "2", "--blind", "1", "--c-text", "32"]),
                                ("c", train_c, ["--image-encoder", f"{folder}/image_encoder", "--width", "32", "--depth", "1",
                                                "--text-width", "32", "--text-depth", "1"])):
         (folder / "checkpoint.pt").unlink()        # one folder for all three, so that it ends as a pipeline's
@@ -38,7 +38,7 @@ def test_the_scripts_write_a_folder_that_paints(runs, tmp_path):
 def test_stage_b_can_be_tuned_with_the_image_encoder_frozen(runs, tmp_path):
     """Stage C was trained on this encoder's latents: tuning Stage B afterwards must not move it by a bit."""
     train_b.main(train_b.parse_args([*SMALL, "--vqgan", f"{runs}/vqgan", "--init", str(runs), "--freeze-encoder",
-                                     "--text-encoder", str(runs), "--out", str(tmp_path), "--steps", "2"]))
+                                     "--text-encoder", str(runs), "--out", str(tmp_path), "--steps", "3", "--cache", "4"]))
     def read(folder):
         return (folder / "image_encoder" / "model.safetensors").read_bytes()
     assert read(tmp_path) == read(runs)
@@ -70,6 +70,14 @@ def test_a_resumed_run_is_the_unbroken_run(name, runs, tmp_path, monkeypatch):
     for part in ("model", "ema"):
         for key, value in unbroken[part].items():
             assert torch.equal(value, resumed[part][key]), f"{part}.{key} differs"
+
+
+def test_a_cache_needs_a_frozen_encoder(runs, tmp_path, capsys):
+    """Kept latents of an encoder that moves on would teach Stage B the past."""
+    with pytest.raises(SystemExit) as stop:
+        train_b.main(train_b.parse_args([*SMALL, "--vqgan", f"{runs}/vqgan", "--out", str(tmp_path), "--cache", "4"]))
+    assert stop.value.code == 2
+    assert "--cache needs --freeze-encoder" in capsys.readouterr().err
 
 
 def test_a_run_is_never_overwritten_silently(runs, tmp_path, capsys):
