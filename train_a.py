@@ -67,10 +67,12 @@ def main(args):
     discriminator = PatchDiscriminator().to(device)
     d_optimizer = torch.optim.AdamW(discriminator.parameters(), lr=args.lr / 4, betas=(0.5, 0.99), weight_decay=0)
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
+    usage = torch.nn.Module()                                # a module, so that a checkpoint keeps what it counts
+    usage.register_buffer("used", torch.zeros(args.codebook_size, dtype=torch.bool, device=device))
+    usage.register_buffer("codes", torch.zeros((), dtype=torch.long, device=device))
     parts = dict(model=model, ema=ema, optimizer=optimizer, discriminator=discriminator, d_optimizer=d_optimizer,
-                 scaler=scaler)
+                 scaler=scaler, usage=usage)
     first_step = start_run(args, parts)
-    used, codes_used = torch.zeros(args.codebook_size, dtype=torch.bool, device=device), 0
 
     # --- one pass of this loop is one optimizer step -----------------------------------------------
     for step in tqdm(range(first_step, args.steps), initial=first_step, total=args.steps, desc="Stage A"):
@@ -98,13 +100,14 @@ def main(args):
             for name in ("reconstruction", "codebook", "commitment"):
                 log[name] = log.get(name, 0) + out[name].detach() / args.grad_accum
         with torch.no_grad():
-            used[out["indices"].flatten()] = True
+            usage.used[out["indices"].flatten()] = True
             if (step + 1) % args.revive_every == 0:
                 # A code without latents gets no gradient and stays dead: restart it at a random latent.
                 z = model.encode_raw(images).flatten(0, 2)                               # (B*h*w, 4)
-                dead = ~used                                                             # (K,)
+                dead = ~usage.used                                                       # (K,)
                 model.codebook.codes[dead] = z[torch.randint(len(z), (int(dead.sum()),), device=device)]
-                codes_used, used = int(used.sum()), torch.zeros_like(used)
+                usage.codes.copy_(usage.used.sum())
+                usage.used.zero_()
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         scaler.step(optimizer)
@@ -120,7 +123,7 @@ def main(args):
         # --- log, sample, save ---------------------------------------------------------------------
         done = step + 1
         if done % args.log_every == 0 or done == args.steps:
-            log_losses(args, done, **{name: value.item() for name, value in log.items()}, codes_used=codes_used)
+            log_losses(args, done, **{name: value.item() for name, value in log.items()}, codes_used=usage.codes.item())
         if done % args.sample_every == 0 or done == args.steps:
             with torch.no_grad():
                 shown = to_tensor(scenes.batch(10 ** 9, 8)[0], device)                   # far beyond any training index

@@ -47,7 +47,7 @@ def test_stage_b_can_be_tuned_with_the_image_encoder_frozen(runs, tmp_path):
 @pytest.mark.parametrize("name", ["a", "b", "c"])
 def test_a_resumed_run_is_the_unbroken_run(name, runs, tmp_path, monkeypatch):
     """Killed after step 2 of 4 and resumed: the same weights to the last bit, since data, noise and optimizer go on exactly."""
-    script, more = dict(a=(train_a, ["--width", "16"]),
+    script, more = dict(a=(train_a, ["--width", "16", "--revive-every", "3"]),
                         b=(train_b, ["--vqgan", f"{runs}/vqgan", "--encoder-warmup", "1"]),
                         c=(train_c, ["--image-encoder", f"{runs}/image_encoder", "--width", "32", "--depth", "1",
                                      "--text-width", "32", "--text-depth", "1"]))[name]
