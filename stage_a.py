@@ -189,7 +189,7 @@ class StageA(nn.Module):
 
 
 class PatchDiscriminator(nn.Module):
-    """Says for every patch of 22 x 22 pixels how real it looks. Used in training only.
+    """Says for every patch of 18 x 18 pixels how real it looks. Used in training only.
 
     A mean error is smallest for a blurred average of all plausible details; a discriminator rejects
     blur, since no real patch looks like it (arXiv:1611.07004, sec. 3.2).

@@ -293,7 +293,7 @@ class EfficientNetEncoder(nn.Module):
 
 
 class TinyImageEncoder(nn.Module):
-    """The same job for 128 px pictures in 0.7 % of the work: four levels of ResBlocks instead of EfficientNet.
+    """The same job for 128 px pictures in 7 % of the work: four levels of ResBlocks instead of EfficientNet.
 
     BatchNorm has a fixed weight of 42 and bias of -1, so that Stage C, which is given (raw + 1) / 42 as
     the released one is, sees numbers of mean 0 and variance 1: what diffusion is made for.

@@ -106,7 +106,6 @@ def main(args):
     autocast = torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.dtype),
                               enabled=args.dtype != "fp32")
     torch.manual_seed(args.seed)
-
     weight = dict(v=v_weight, p2=p2_weight, none=torch.ones_like)[args.loss_weight]
 
     # --- data and models ---------------------------------------------------------------------------
