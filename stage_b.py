@@ -231,6 +231,13 @@ class StageB(nn.Module):
 
         Raises ValueError if the sides of x_t are not multiples of `multiple` (official: 16).
         """
+        # From x_t = sqrt(ab) x_0 + sqrt(1 - ab) eps follows eps = (x_t - sqrt(ab) x_0) / sqrt(1 - ab),
+        # ab = alphas_cumprod. The head has that form: a is the signal, b in (0.001, 0.999) the noise's scale.
+        a, b = self.signal_and_scale(x_t, t, semantic, text)
+        return (x_t - a) / b                                                             # (B, 4, h, w)
+
+    def signal_and_scale(self, x_t: Tensor, t: Tensor, semantic: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """What the head outputs, a and b of forward, both (B,4,h,w): for a training that teaches them one by one."""
         if x_t.shape[1] != self.config["c_in"] or x_t.shape[2] % self.multiple or x_t.shape[3] % self.multiple:
             raise ValueError(f"Stage B got latents of shape {tuple(x_t.shape)}, expected (B, {self.config['c_in']}, h, w) "
                              f"with h and w multiples of {self.multiple}: pictures need sides that are multiples of 128.")
@@ -252,10 +259,7 @@ class StageB(nn.Module):
                 x = channels_last(self.upsample[i](channels_first(layer_norm(x))))       # (B, 2H, 2W, C_(i-1))
 
         a, b = pixel_shuffle(self.head(layer_norm(x)), self.patch_size).chunk(2, dim=-1) # 2 x (B, h, w, 4)
-        # From x_t = sqrt(ab) x_0 + sqrt(1 - ab) eps follows eps = (x_t - sqrt(ab) x_0) / sqrt(1 - ab),
-        # ab = alphas_cumprod. The head has that form: a is the signal, b in (0.001, 0.999) the noise's scale.
-        b = b.sigmoid() * (1 - 2e-3) + 1e-3
-        return (x_t - channels_first(a)) / channels_first(b)                             # (B, 4, h, w)
+        return channels_first(a), channels_first(b.sigmoid() * (1 - 2e-3) + 1e-3)        # 2 x (B, 4, h, w)
 
     def run_level(self, blocks: nn.ModuleList, x: Tensor, t_embedding: Tensor, text: Tensor, semantic: Tensor,
                   mapper: nn.Linear | None, skip: Tensor | None = None) -> Tensor:

@@ -72,12 +72,54 @@ def test_a_resumed_run_is_the_unbroken_run(name, runs, tmp_path, monkeypatch):
             assert torch.equal(value, resumed[part][key]), f"{part}.{key} differs"
 
 
-def test_a_cache_needs_a_frozen_encoder(runs, tmp_path, capsys):
-    """Kept latents of an encoder that moves on would teach Stage B the past."""
-    with pytest.raises(SystemExit) as stop:
-        train_b.main(train_b.parse_args([*SMALL, "--vqgan", f"{runs}/vqgan", "--out", str(tmp_path), "--cache", "4"]))
-    assert stop.value.code == 2
-    assert "--cache needs --freeze-encoder" in capsys.readouterr().err
+@pytest.mark.parametrize("frozen, encoded", [(False, 4), (True, 2)])
+def test_a_cache_keeps_only_what_does_not_change(frozen, encoded, runs, tmp_path, monkeypatch):
+    """4 steps over 2 cached batches: VQGAN latents once per batch, but those of an encoder that learns at each step."""
+    from stage_a import StageA
+    from stage_b import TinyImageEncoder
+    calls = {StageA.encode: 0, TinyImageEncoder.forward: 0}
+
+    def counted(function):
+        def call(self, x, *args, **kwargs):
+            calls[function] += len(x) == 2                  # batches of 2; the sample grid has 16 pictures
+            return function(self, x, *args, **kwargs)
+        return call
+    monkeypatch.setattr(StageA, "encode", counted(StageA.encode))
+    monkeypatch.setattr(TinyImageEncoder, "forward", counted(TinyImageEncoder.forward))
+    train_b.main(train_b.parse_args([*SMALL, "--vqgan", f"{runs}/vqgan", "--init", str(runs), "--out", str(tmp_path), "--steps", "4",
+                                     "--cache", "4", *["--freeze-encoder"] * frozen]))
+    assert list(calls.values()) == [2, encoded]
+
+
+@pytest.mark.parametrize("name", ["b", "c"])
+def test_both_losses_teach_the_same_noise(name, runs, tmp_path, monkeypatch):
+    """A head that is right has a loss of 0, whether measured in eps or in the head's two outputs."""
+    import wuerstchen
+    from stage_b import StageB
+    from stage_c import StageC
+    seen, add_noise = {}, wuerstchen.add_noise
+
+    def spy(x_0, eps, t):
+        seen.setdefault("x_0", x_0)                          # the first call of a step noises the picture's latents
+        return add_noise(x_0, eps, t)
+
+    def perfect(self, x_t, t, *condition):
+        ab = wuerstchen.per_row(wuerstchen.alphas_cumprod(t), x_t)
+        zero = next(self.parameters()).sum() * 0             # the loss needs something to differentiate
+        return ab.sqrt() * seen.pop("x_0") + zero, (1 - ab).sqrt().expand_as(x_t)
+    monkeypatch.setattr(wuerstchen, "add_noise", spy)
+    monkeypatch.setattr(StageB if name == "b" else StageC, "signal_and_scale", perfect)
+    monkeypatch.setattr(training, "save_grid", lambda *args, **kwargs: None)
+    script, more = dict(b=(train_b, ["--vqgan", f"{runs}/vqgan", "--image-encoder", f"{runs}/image_encoder", "--blind", "0", "--freeze-encoder"]),
+                        c=(train_c, ["--image-encoder", f"{runs}/image_encoder", "--width", "32", "--depth", "1",
+                                     "--text-width", "32", "--text-depth", "1"]))[name]
+    for loss in ("eps", "head"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(training, "log_losses", lambda args, step, **values: seen.update(loss=values["loss"]))
+            with pytest.raises((KeyError, SystemExit)):      # B samples a grid after its last step: no x_0 there
+                script.main(script.parse_args([*SMALL, "--out", str(tmp_path / loss), "--steps", "1", "--loss", loss, *more]))
+                raise SystemExit
+        assert seen.pop("loss") < 1e-4
 
 
 def test_a_run_is_never_overwritten_silently(runs, tmp_path, capsys):
