@@ -44,12 +44,13 @@ RELATIONS = ("left of", "right of", "above", "below")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 # Size class of a single object: smallest and largest px, how far its center strays. Even sizes
-# only: half as many resized sprites to keep (80 MB for all). The gaps between the classes make
-# "small" and "large" unambiguous; a medium object is never called anything.
-SIZE_CLASSES = {"small": (28, 40, 24), "medium": (44, 60, 18), "large": (68, 88, 12)}
-PAIR_SIZES = (36, 52)
+# only: half as many resized sprites to keep (50 MB for all). The gaps between the classes make
+# "small" and "large" unambiguous; a medium object is never called anything. All are large in the picture:
+# of 40 px, Stage B sees 10 x 10 latents.
+SIZE_CLASSES = {"small": (40, 46, 10), "medium": (56, 62, 8), "large": (80, 88, 6)}
+PAIR_SIZES = (50, 58)
 MARGIN = 2         # px around a scene that always show the bare background
-PAIR_STRAY = 9     # px: two centers differ by <= 18 across and >= 36 along their relation's axis
+PAIR_STRAY = 5     # px: two centers differ by <= 10 across and >= 50 along their relation's axis
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ SIZES = (14, 16, 18, 20, 22, 24, 27, 30, 33, 37, 41, 45)
 SLACK = 1                      # px of SIDE by which two found boxes may overlap
 BACKGROUND_TOLERANCE = 40      # RGB distance; the two nearest of COLOURS are 84 apart
 MIN_EXPLAINED = 0.25           # see Judge.find
-SMALL_UP_TO, LARGE_FROM = 42, 64       # px of a scene; between data.py's size classes
+SMALL_UP_TO, LARGE_FROM = 51, 71       # px of a scene; between data.py's size classes
 
 
 # ---- the prompts -----------------------------------------------------------------------------

@@ -166,15 +166,6 @@ class StageC(nn.Module):
 
         Raises ValueError for a wrong number of channels.
         """
-        # From x_t = sqrt(ab) x_0 + sqrt(1 - ab) eps follows eps = (x_t - sqrt(ab) x_0) / sqrt(1 - ab),
-        # ab = alphas_cumprod. The head has that form: a is the signal, |1 - b| the noise's scale. It starts
-        # at a = b = 0 and returns x_t, which at high noise is nearly the answer. abs() and 1e-5 keep
-        # the divisor positive; a sign of 1 - b cannot be learned.
-        a, scale = self.signal_and_scale(x_t, t, text)
-        return (x_t - a) / scale                                                         # (B, 16, h, w)
-
-    def signal_and_scale(self, x_t: Tensor, t: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """What forward divides, a and |1 - b| + 1e-5, both (B,16,h,w): for a training that teaches them one by one."""
         if x_t.shape[1] != self.config["c_in"]:
             raise ValueError(f"Stage C got latents of shape {tuple(x_t.shape)}, expected {self.config['c_in']} channels: "
                              f"4 channels are Stage A latents, encode pictures with the image encoder instead.")
@@ -184,4 +175,8 @@ class StageC(nn.Module):
         for res_block, timestep_block, attention_block in zip(self.res_blocks, self.timestep_blocks, self.attention_blocks):
             x = attention_block(timestep_block(res_block(x), t_embedding), text)         # (B, h, w, C)
         a, b = channels_first(self.head(layer_norm(x))).chunk(2, dim=1)                  # 2 x (B, 16, h, w)
-        return a, (1 - b).abs() + 1e-5                                                   # 2 x (B, 16, h, w)
+        # From x_t = sqrt(ab) x_0 + sqrt(1 - ab) eps follows eps = (x_t - sqrt(ab) x_0) / sqrt(1 - ab),
+        # ab = alphas_cumprod. The head has that form: a is the signal, |1 - b| the noise's scale. It starts
+        # at a = b = 0 and returns x_t, which at high noise is nearly the answer. abs() and 1e-5 keep
+        # the divisor positive; a sign of 1 - b cannot be learned.
+        return (x_t - a) / ((1 - b).abs() + 1e-5)                                        # (B, 16, h, w)

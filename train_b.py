@@ -264,4 +264,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    args = parse_args()                                      # first, so that --help answers at once
+    from training import mistakes_in_one_line
+    with mistakes_in_one_line():
+        main(args)

@@ -33,7 +33,6 @@ def parse_args(argv=None):
     g.add_argument("--clip", type=float, default=1.0, help="gradient norm above which gradients are scaled down")
     g.add_argument("--ema", type=float, default=0.998, help="decay of the averaged weights, which are the ones kept")
     g.add_argument("--caption-dropout", type=float, default=0.05, help="share of captions replaced by the empty one")
-    g.add_argument("--loss", choices=["eps", "head"], default="eps", help="eps: error of the predicted noise, as the released models were trained; head: signal and noise scale, the two outputs it is made of, each by itself, which learns faster from random weights")
     g.add_argument("--loss-weight", choices=["v", "p2", "none"], default="v", help="what errors count by noise level: see v_weight and p2_weight in wuerstchen.py; none: all alike")
     g.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="autocast type; fp32 on CPUs, bf16 on recent GPUs")
     g.add_argument("--compile", action="store_true", help="let torch.compile make the networks faster; needs a C++ compiler on CPUs")
@@ -101,7 +100,7 @@ def main(args):
     from training import learning_rate, log_losses, save_checkpoint, save_grid, start_run, to_tensor
     from weights import (load_image_encoder, load_stage_a, load_stage_b, load_stage_c, load_text_encoder, save_scheduler,
                          save_stage_c, save_text_encoder)
-    from wuerstchen import TextEncoder, Wuerstchen, add_noise, alphas_cumprod, p2_weight, per_row, to_stored, v_weight
+    from wuerstchen import TextEncoder, Wuerstchen, add_noise, p2_weight, to_stored, v_weight
 
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     autocast = torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.dtype),
@@ -122,7 +121,7 @@ def main(args):
     model = torch.nn.ModuleDict(dict(prior=prior, text=text_model)).to(device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     if args.compile:
-        prior.signal_and_scale = torch.compile(prior.signal_and_scale)         # fuses the small operations; slow to start
+        model["prior"].compile()                             # fuses the small operations; takes a minute or two first
     embed = TextEncoder(tokenizer, model["text"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
@@ -158,17 +157,8 @@ def main(args):
             eps = torch.randn_like(x_0)
             x_t = add_noise(x_0, eps, t)                                                 # (B, 16, 3, 3)
             with autocast:
-                a, scale = prior.signal_and_scale(x_t, t, embed(captions))               # 2 x (B, 16, 3, 3)
-            a, scale = a.float(), scale.float()
-            if args.loss == "eps":
-                error = ((x_t - a) / scale - eps).square()
-            else:
-                # eps = (x_t - a) / scale is right for a = sqrt(ab) x_0 and scale = sqrt(1 - ab), and both are known. In
-                # eps, any error of the scale is multiplied by x_t's noise, and that drowns what the text has to teach. The
-                # divisor turns errors of `a` into errors of eps; its least value keeps nearly clean latents from ruling.
-                ab = per_row(alphas_cumprod(t), x_0)                                     # (B, 1, 1, 1)
-                error = ((a - ab.sqrt() * x_0).square() + (scale - (1 - ab).sqrt()).square()) / (1 - ab).clamp(min=0.2)
-            loss = (error.mean(dim=(1, 2, 3)) * weight(t)).mean()
+                eps_hat = model["prior"](x_t, t, embed(captions)).float()                # (B, 16, 3, 3)
+            loss = ((eps_hat - eps).square().mean(dim=(1, 2, 3)) * weight(t)).mean()
             scaler.scale(loss / args.grad_accum).backward()      # sum of parts = gradient of the mean
             loss_sum += loss.detach() / args.grad_accum
         scaler.unscale_(optimizer)
@@ -197,4 +187,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    args = parse_args()                                      # first, so that --help answers at once
+    from training import mistakes_in_one_line
+    with mistakes_in_one_line():
+        main(args)

@@ -4,6 +4,7 @@ The loops themselves stand in the scripts, each in full; here is only what would
 three times and could drift. Nothing in here knows a model.
 Needs: torch, numpy, pillow; weights.py.
 """
+import contextlib
 import csv
 import sys
 from pathlib import Path
@@ -13,12 +14,24 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from weights import write_atomically
+from weights import WeightsError, write_atomically
 
 
 def fail(message: str):
     """Ends the program for a user's mistake: one line on stderr, exit code 2, no traceback."""
     sys.exit(print(f"error: {message}", file=sys.stderr) or 2)
+
+
+@contextlib.contextmanager
+def mistakes_in_one_line():
+    """Around a whole script: unusable weights and files, and Ctrl-C, end it with one line and no traceback."""
+    try:
+        yield
+    except (WeightsError, OSError) as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        print("stopped: --resume goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
 
 
 def start_run(args, parts: dict) -> int:
