@@ -8,8 +8,8 @@ Gaussian errors). Half of the prompts name a pair of objects that no training pi
 In   pictures, uint8 RGB of any square size, and the facts of their prompts
 Out  fractions: background, single_object, pair_seen, pair_held_out (both objects and relation), ...
 Surprise: a picture that shows more than its prompt says is wrong, too.
-On real scenes the judge is right every time: 1536 drawn ones (the prompts of six seeds), and as
-many blurred by 0.8 px with noise of sigma 10/255. --real measures 256 of each again.
+The judge is right on 512 of 512 real scenes (two seeds), and on 511 of them blurred by 0.8 px with
+noise of sigma 10/255. --real measures 256 of each again.
 Needs: torch, numpy, pillow, data.py; wuerstchen.py for sampling.
 
   python evaluate.py --real                                      # the judge's own accuracy
