@@ -237,7 +237,7 @@ class StageB(nn.Module):
         return (x_t - a) / b                                                             # (B, 4, h, w)
 
     def signal_and_scale(self, x_t: Tensor, t: Tensor, semantic: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """What the head outputs, a and b of forward, both (B,4,h,w): for a training that teaches them one by one."""
+        """Takes and raises what forward does -> its a and b, both (B,4,h,w), for a training that teaches them one by one."""
         if x_t.shape[1] != self.config["c_in"] or x_t.shape[2] % self.multiple or x_t.shape[3] % self.multiple:
             raise ValueError(f"Stage B got latents of shape {tuple(x_t.shape)}, expected (B, {self.config['c_in']}, h, w) "
                              f"with h and w multiples of {self.multiple}: pictures need sides that are multiples of 128.")

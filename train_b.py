@@ -1,8 +1,8 @@
 """Trains Stage B, the diffusion decoder, jointly with the image encoder, on emoji scenes made on the fly.
 
   python train_b.py --vqgan runs/a/vqgan --out runs/smoke_b --steps 20 --batch 4 --encoder-warmup 20  # CPU smoke run, a minute
-  python train_b.py --vqgan runs/a/vqgan --out runs/b                                # a whole run, hours on 2 cores
-  python train_b.py --vqgan runs/a/vqgan --out runs/b --resume                       # go on from the last checkpoint
+  python train_b.py --vqgan runs/a/vqgan --out runs/b --loss head --cache 32000      # a whole run, hours on 2 cores
+  python train_b.py --vqgan runs/a/vqgan --out runs/b --loss head --cache 32000 --resume   # go on from the last checkpoint
 
 A diffusion autoencoder: the encoder squeezes a picture into 3x3x16 numbers, and the only way to
 lower the loss is to put into them what Stage B needs to denoise the VQGAN's latents. The tiny text
