@@ -59,7 +59,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     g.add_argument("--guidance-c", type=float, default=4.0,
                    help="how strongly Stage C follows the prompt: 1 is plain sampling, in half the time; raise it where the "
                         "prompt is ignored, lower it where colours glare (default: 4)")
-    g.add_argument("--guidance-b", type=float, default=1.0, help="the same for Stage B, which rarely needs it (default: 1)")
+    g.add_argument("--guidance-b", type=float, default=None,
+                   help="the same for Stage B, which rarely needs it unless it is small (default: 3 for the tiny weights, 1 for others)")
     g = p.add_argument_group("weights and machine")
     g.add_argument("--weights", default="tiny", help="\"tiny\", which ships with the code, or a folder of weights (default: tiny)")
     g.add_argument("--device", default=None, help="cuda, cuda:1, cpu, mps (default: cuda where there is one, else cpu)")
@@ -85,7 +86,7 @@ def parse_args(argv=None) -> argparse.Namespace:
             nearest = f"{below} or {below + 128}" if side > 128 else "128"
             fail(f"{name} {side} is not possible, pictures have sides that are multiples of 128 px: use {nearest}.")
     for name in ("guidance_c", "guidance_b"):
-        if not math.isfinite(getattr(args, name)):
+        if getattr(args, name) is not None and not math.isfinite(getattr(args, name)):
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a number such as 1 or 4")
     last = 2 ** 32 - args.num_images
     if args.seed is None:
@@ -160,7 +161,8 @@ def paint(args: argparse.Namespace) -> tuple[list, dict]:
             raise
         fail("memory ran out: paint fewer or smaller pictures, or try --dtype bf16")
     return images, dict(prompt=args.prompt, negative_prompt=args.negative_prompt, weights=args.weights,
-                        steps_c=args.steps_c, steps_b=args.steps_b, guidance_c=args.guidance_c, guidance_b=args.guidance_b,
+                        steps_c=args.steps_c, steps_b=args.steps_b, guidance_c=args.guidance_c,
+                        guidance_b=model.guidance_b if args.guidance_b is None else args.guidance_b,
                         width=images[0].width, height=images[0].height, device=model.device,
                         dtype=str(model.dtype).removeprefix("torch."), software="wuerstchen, sample.py")
 

@@ -153,8 +153,6 @@ class StageC(nn.Module):
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.normal_(self.embed_text[0].weight, std=0.02)
-        nn.init.normal_(self.embed_text[2].weight, std=0.02)
         nn.init.zeros_(self.head.weight)       # the first prediction is then x_t, see forward
         for block in self.res_blocks:
             block.contract.weight *= math.sqrt(1 / len(self.res_blocks))   # depth branches add up to a variance of 1

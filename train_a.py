@@ -50,9 +50,10 @@ def main(args):
     from tqdm import tqdm
     from data import EmojiScenes
     from stage_a import PatchDiscriminator, StageA, discriminator_loss, generator_loss
-    from training import learning_rate, log_losses, save_checkpoint, save_grid, start_run, to_tensor
+    from training import check_out, learning_rate, log_losses, save_checkpoint, save_grid, start_run, to_tensor
     from weights import save_stage_a
 
+    check_out(args)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     autocast = torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.dtype),
                               enabled=args.dtype != "fp32")

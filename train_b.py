@@ -117,11 +117,12 @@ def main(args):
     from tqdm import tqdm
     from data import EmojiScenes
     from stage_b import StageB, TinyImageEncoder, preprocess
-    from training import learning_rate, log_losses, save_checkpoint, save_grid, start_run, to_tensor
+    from training import check_out, learning_rate, log_losses, save_checkpoint, save_grid, start_run, to_tensor
     from weights import load_image_encoder, load_stage_a, load_stage_b, load_text_encoder, save_image_encoder, save_stage_b
     from wuerstchen import (TextEncoder, add_noise, alphas_cumprod, linear_timesteps, p2_weight, per_row,
                             sample, to_raw, to_stored, v_weight)
 
+    check_out(args)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     autocast = torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.dtype),
                               enabled=args.dtype != "fp32")

@@ -5,9 +5,10 @@
   python train_c.py --image-encoder runs/b/image_encoder --out runs/c --steps 8000 --resume        # go on from the last checkpoint
 
 Pictures become targets through the image encoder of Stage B: 3x3x16 numbers, of which Stage C sees
-(raw + 1) / 42. The released models use a ready-made CLIP text encoder; the tiny one is trained here,
-from nothing, since 60 objects and 8 colours need no more. 5 % of the captions are replaced by "",
-each on its own: without that, classifier-free guidance has nothing to steer away from.
+(raw + 1) / 42. The released models use a ready-made CLIP text encoder; the tiny one is trained here
+first, from nothing, since 64 objects and 8 colours need no more; then it stays as it is. 5 % of the
+captions are replaced by "", each on its own: without that, classifier-free guidance has nothing to
+steer away from.
 Written to --out: checkpoint.pt, loss.csv, and at the end prior/, scheduler/, text_encoder/ and tokenizer/.
 Paper: arXiv:2306.00637 (Stage C).  Needs: torch, transformers, numpy, pillow, tqdm.
 """
@@ -24,11 +25,13 @@ def parse_args(argv=None):
     g.add_argument("--depth", type=int, default=6, help="blocks of Stage C (official 32)")
     g.add_argument("--text-width", type=int, default=128, help="channels of the text encoder (official 1280)")
     g.add_argument("--text-depth", type=int, default=3, help="layers of the text encoder (official 32)")
+    g.add_argument("--text-warmup", type=int, default=1500, help="steps in which a fresh text encoder first learns what captions look like, as CLIP has from 2 billion pictures")
+    g.add_argument("--train-text", action="store_true", help="let the text encoder learn along with Stage C (default: it stays as it is)")
     g = p.add_argument_group("optimisation")
     g.add_argument("--steps", type=int, default=8000, help="optimizer steps in all, resumed ones included")
     g.add_argument("--batch", type=int, default=64, help="captioned pictures per forward pass")
     g.add_argument("--grad-accum", type=int, default=1, help="forward passes per optimizer step; the effective batch is batch x grad-accum")
-    g.add_argument("--lr", type=float, default=1e-3, help="peak learning rate: linear warm-up, constant, linear decay to 0 over the last fifth")
+    g.add_argument("--lr", type=float, default=2e-3, help="peak learning rate: linear warm-up, constant, linear decay to 0 over the last fifth")
     g.add_argument("--warmup", type=int, default=200, help="optimizer steps of warm-up")
     g.add_argument("--clip", type=float, default=1.0, help="gradient norm above which gradients are scaled down")
     g.add_argument("--ema", type=float, default=0.998, help="decay of the averaged weights, which are the ones kept")
@@ -88,6 +91,39 @@ def new_text_encoder(width: int, depth: int, length: int = 20):
     return tokenizer, CLIPTextModel(config)
 
 
+def warm_up(tokenizer, text_model, encoder, scenes, args, device):
+    """Teaches a fresh text encoder what captions look like, before Stage C: the place of CLIP's pre-training.
+
+    CLIP learned to lay the vector at a caption's end mark beside the vector of its picture
+    (arXiv:2103.00020). The same in its plainest form: a throw-away linear layer must tell from that
+    vector which semantic latent to expect. What objects look like, and that "left of" says where they
+    go, is learned here in minutes; from Stage C's loss alone, which at most noise levels can see the
+    objects in x_t itself, it takes many hours.
+    """
+    import torch
+    from tqdm import tqdm
+    from stage_b import preprocess
+    from training import learning_rate, log_losses, to_tensor
+    from wuerstchen import to_stored
+    head = torch.nn.Linear(text_model.config.hidden_size, 16 * 3 * 3).to(device)
+    parameters = [*text_model.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=3e-3, betas=(0.9, 0.99), weight_decay=1e-3)
+    for step in tqdm(range(args.text_warmup), desc="Text encoder"):
+        optimizer.param_groups[0]["lr"] = learning_rate(step, args.text_warmup, 3e-3, 100)
+        pictures, captions = scenes.batch(5 * 10 ** 8 + step * 128, 128)     # not the scenes Stage C starts with
+        with torch.no_grad():
+            x_0 = to_stored(encoder(preprocess(to_tensor(pictures, device), 96)))            # (128, 16, 3, 3)
+        tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").to(device)
+        expected = head(text_model(**tokens).pooler_output)                                  # (128, 144) from the end mark
+        loss = (expected - x_0.flatten(1)).square().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, args.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if (step + 1) % args.log_every == 0:
+            log_losses(args, step + 1, "text_loss.csv", loss=loss.item())
+
+
 def main(args):
     # Imported here, so that --help answers at once.
     import copy
@@ -97,11 +133,12 @@ def main(args):
     from data import EmojiScenes
     from stage_b import preprocess
     from stage_c import StageC
-    from training import learning_rate, log_losses, save_checkpoint, save_grid, start_run, to_tensor
+    from training import check_out, learning_rate, log_losses, save_checkpoint, save_grid, start_run, to_tensor
     from weights import (load_image_encoder, load_stage_a, load_stage_b, load_stage_c, load_text_encoder, save_scheduler,
                          save_stage_c, save_text_encoder)
     from wuerstchen import TextEncoder, Wuerstchen, add_noise, p2_weight, to_stored, v_weight
 
+    check_out(args)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     autocast = torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.dtype),
                               enabled=args.dtype != "fp32")
@@ -114,16 +151,20 @@ def main(args):
     if args.init:
         prior = load_stage_c(f"{args.init}/prior").train()
         tokenizer, text_model = load_text_encoder(f"{args.init}/text_encoder", f"{args.init}/tokenizer")
-        text_model.train()
     else:
         tokenizer, text_model = new_text_encoder(args.text_width, args.text_depth)
+        text_model.to(device).train()
+        if not args.resume:
+            warm_up(tokenizer, text_model, encoder, scenes, args, device)
         prior = StageC(c=args.width, c_cond=args.text_width, c_timestep=32, depth=args.depth, heads=args.width // 32, dropout=0.0)
+    text_model.train(args.train_text).requires_grad_(args.train_text)
     model = torch.nn.ModuleDict(dict(prior=prior, text=text_model)).to(device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     if args.compile:
         model["prior"].compile()                             # fuses the small operations; takes a minute or two first
     embed = TextEncoder(tokenizer, model["text"])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr, betas=(0.9, 0.99),
+                                  weight_decay=1e-3, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
     parts = dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler)
     first_step = start_run(args, parts)
@@ -132,7 +173,7 @@ def main(args):
     if args.decoder:
         text = TextEncoder(tokenizer, ema["text"])
         painter = Wuerstchen(load_stage_a(f"{args.decoder}/vqgan"), load_stage_b(f"{args.decoder}/decoder"), ema["prior"],
-                             text, text, size=128).to(device)
+                             text, text, size=128, guidance_b=3.0).to(device)
 
     # --- one pass of this loop is one optimizer step -----------------------------------------------
     for step in tqdm(range(first_step, args.steps), initial=first_step, total=args.steps, desc="Stage C"):

@@ -34,19 +34,26 @@ def mistakes_in_one_line():
         sys.exit(130)
 
 
-def start_run(args, parts: dict) -> int:
-    """Opens the folder args.out for a fresh run (returns 0) or, with args.resume, loads `parts` (returns the step).
+def check_out(args) -> None:
+    """Looks at the folder args.out before any work is done: a run already in it is never overwritten silently.
 
-    parts maps names to objects with state_dict/load_state_dict. A finished or half-finished run is
-    never overwritten silently: without --resume an existing checkpoint ends the program.
+    Ends the program if there is a checkpoint and --resume was not given, or the other way round.
     """
     path = Path(args.out) / "checkpoint.pt"
-    if not args.resume:
-        if path.exists():
-            fail(f"{path} exists already: add --resume to go on from it, or choose another --out")
-        return 0
-    if not path.exists():
+    if path.exists() and not args.resume:
+        fail(f"{path} exists already: add --resume to go on from it, or choose another --out")
+    if args.resume and not path.exists():
         fail(f"--resume needs {path}, which is not there: leave --resume away to start a new run")
+
+
+def start_run(args, parts: dict) -> int:
+    """A fresh run: returns 0. With args.resume: loads `parts` from args.out/checkpoint.pt, returns the step.
+
+    parts maps names to objects with state_dict/load_state_dict.
+    """
+    if not args.resume:
+        return 0
+    path = Path(args.out) / "checkpoint.pt"
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     if checkpoint["parts"].keys() != parts.keys():
         fail(f"{path} holds {sorted(checkpoint['parts'])}, expected {sorted(parts)}: it belongs to another script")

@@ -212,12 +212,14 @@ class Wuerstchen:
     """Text to picture. Load it with Wuerstchen.load, call it with a prompt.
 
     The parts are plain attributes: stage_a, stage_b, stage_c, text_encoder_c, text_encoder_b (the same
-    object where the weights share it) and image_encoder (None where the weights have none).
+    object where the weights share it) and image_encoder (None where the weights have none). size (px)
+    and guidance_b are these weights' own defaults.
     """
-    def __init__(self, stage_a, stage_b, stage_c, text_encoder_c, text_encoder_b, image_encoder=None, size: int = 1024):
+    def __init__(self, stage_a, stage_b, stage_c, text_encoder_c, text_encoder_b, image_encoder=None, size: int = 1024,
+                 guidance_b: float = 1.0):
         self.stage_a, self.stage_b, self.stage_c = stage_a, stage_b, stage_c
         self.text_encoder_c, self.text_encoder_b = text_encoder_c, text_encoder_b
-        self.image_encoder, self.size = image_encoder, size
+        self.image_encoder, self.size, self.guidance_b = image_encoder, size, guidance_b
 
     @classmethod
     def load(cls, weights: str | Path = "tiny", device: str | None = None, dtype: torch.dtype | None = None) -> "Wuerstchen":
@@ -238,9 +240,10 @@ class Wuerstchen:
         shared = parts["text_encoder"] == parts["prior_text_encoder"]
         text_b = text_c if shared else TextEncoder(*files.load_text_encoder(parts["text_encoder"], parts["tokenizer"], dtype))
         encoder = files.load_image_encoder(parts["image_encoder"]) if parts["image_encoder"] else None
+        # A small Stage B hesitates between objects; guidance makes it follow the semantic latent more resolutely.
+        own = dict(size=128, guidance_b=3.0) if type(encoder).__name__ == "TinyImageEncoder" else {}
         self = cls(files.load_stage_a(parts["vqgan"], dtype), files.load_stage_b(parts["decoder"], dtype),
-                   files.load_stage_c(parts["prior"], dtype), text_c, text_b, encoder,
-                   size=128 if parts["image_encoder"] and type(encoder).__name__ == "TinyImageEncoder" else 1024)
+                   files.load_stage_c(parts["prior"], dtype), text_c, text_b, encoder, **own)
         return self.to(device)
 
     def to(self, device) -> "Wuerstchen":
@@ -261,7 +264,7 @@ class Wuerstchen:
 
     @torch.no_grad()
     def __call__(self, prompt: str | list[str], negative_prompt: str | list[str] = "", *, seed: int | list[int] = 0,
-                 num_images: int = 1, steps_c: int = 29, steps_b: int = 12, guidance_c: float = 4.0, guidance_b: float = 1.0,
+                 num_images: int = 1, steps_c: int = 29, steps_b: int = 12, guidance_c: float = 4.0, guidance_b: float | None = None,
                  width: int | None = None, height: int | None = None, progress: bool = False) -> list:
         """Prompts -> a list of PIL images, num_images for each prompt, in order.
 
@@ -269,7 +272,8 @@ class Wuerstchen:
         seed             0 to 2^32 - 1. Image i uses seed + i, or the i-th of a list: its noise is drawn on the
                          CPU from its own generator, so it does not depend on the images beside it.
         steps_c, steps_b sampling steps of Stages C and B.
-        guidance_c, _b   guidance scales, see `guide`. 1 switches guidance off and halves the work.
+        guidance_c, _b   guidance scales, see `guide`. 1 switches guidance off and halves the work; default of
+                         Stage B: 3 for the tiny weights, 1 for others.
         width, height    px, multiples of 128; default 128 for the tiny weights, 1024 for others.
         Raises ValueError for empty prompts, impossible sizes and numbers, lists that do not fit together: all
         of it before the first step; and for pictures that came out as NaN.
@@ -282,6 +286,7 @@ class Wuerstchen:
             raise ValueError(f"got {len(negatives)} negative prompts for {len(prompts)} prompts: give one for all, or one for each.")
         if num_images < 1:
             raise ValueError(f"the number of images must be at least 1, got {num_images}.")
+        guidance_b = self.guidance_b if guidance_b is None else guidance_b
         for name, scale in (("guidance_c", guidance_c), ("guidance_b", guidance_b)):
             if not math.isfinite(scale):
                 raise ValueError(f"{name} is {scale}, expected a number: 1 is no guidance, 4 is usual for Stage C.")

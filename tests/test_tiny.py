@@ -52,13 +52,13 @@ def test_the_background_is_always_right(tiny, judge):
 @NOT_YET_TRAINED
 def test_a_picture_survives_its_semantic_latent(tiny, judge):
     """128 x 128 x 3 numbers through 3 x 3 x 16 and back: the same objects on the same background."""
-    scene = Scene(("rocket", "moon"), (48, 44), ((32, 64), (96, 60)), "blue", "left of")
+    scene = Scene(("rocket", "moon"), (54, 52), ((32, 64), (96, 60)), "blue", "left of")
     semantic = tiny.encode_image(to_tensor(render(scene)[None]))                         # (1, 16, 3, 3)
     assert semantic.shape == (1, 16, 3, 3)
     text, unconditional = tiny.encode_text(tiny.text_encoder_b, [""], [""], 1)
     generator = torch.Generator().manual_seed(0)
     latents = tiny.sample_b(semantic, text, unconditional, lambda: torch.randn(1, 4, 32, 32, generator=generator),
-                            linear_timesteps(12))
+                            linear_timesteps(12), tiny.guidance_b)
     picture = (tiny.decode(latents)[0] * 255).round().byte().permute(1, 2, 0).numpy()
     found, colour = judge.find(picture)
     assert colour == "blue" and {name for name, *_ in found} == {"rocket", "moon"}
@@ -91,6 +91,6 @@ def test_diffusers_paints_the_same_picture_from_the_same_folder(tiny):
     prompt, generator = "a red apple on a blue background", torch.Generator().manual_seed(3)
     embedding = prior(prompt, height=128, width=128, timesteps=DEFAULT_STAGE_C_TIMESTEPS, guidance_scale=4.0,
                       generator=generator).image_embeddings
-    theirs = decoder(embedding, prompt, num_inference_steps=12, guidance_scale=0.0, generator=generator, output_type="np").images[0]
+    theirs = decoder(embedding, prompt, num_inference_steps=12, guidance_scale=tiny.guidance_b, generator=generator, output_type="np").images[0]
     ours = np.asarray(tiny(prompt, seed=3)[0]) / 255
     assert np.abs(ours - theirs).max() < 2 / 255

@@ -22,7 +22,7 @@ def runs(tmp_path_factory) -> Path:
     train_a.main(train_a.parse_args([*SMALL, "--out", f"{folder}", "--steps", "2", "--width", "16"]))
     for name, script, more in (("b", train_b, ["--vqgan", f"{folder}/vqgan", "--encoder-warmup", "2", "--blind", "1", "--c-text", "32"]),
                                ("c", train_c, ["--image-encoder", f"{folder}/image_encoder", "--width", "32", "--depth", "1",
-                                               "--text-width", "32", "--text-depth", "1"])):
+                                               "--text-width", "32", "--text-depth", "1", "--text-warmup", "2"])):
         (folder / "checkpoint.pt").unlink()        # one folder for all three, so that it ends as a pipeline's
         script.main(script.parse_args([*SMALL, "--out", f"{folder}", "--steps", "2", *more]))
     return folder
@@ -45,13 +45,29 @@ def test_stage_b_can_be_tuned_with_the_image_encoder_frozen(runs, tmp_path):
     assert read(tmp_path) == read(runs)
 
 
+@pytest.mark.parametrize("train_text", [False, True])
+def test_stage_c_leaves_the_text_encoder_as_it_is_unless_told_otherwise(train_text, runs, tmp_path):
+    """Stage B reads the same text encoder: when Stage C is tuned, its words must not change their meaning unasked."""
+    train_c.main(train_c.parse_args([*SMALL, "--image-encoder", f"{runs}/image_encoder", "--init", str(runs), "--out", str(tmp_path),
+                                     "--steps", "2", *["--train-text"] * train_text]))
+    before, after = ((folder / "text_encoder" / "model.safetensors").read_bytes() for folder in (runs, tmp_path))
+    assert (before == after) is not train_text
+
+
+def test_the_text_encoder_learns_from_pictures_first(runs):
+    """The warm-up that stands for CLIP's pre-training: it starts at the latents' variance, about 1, and its loss is kept."""
+    lines = (runs / "text_loss.csv").read_text().split()
+    assert lines[0] == "step,loss" and len(lines) == 3
+    assert 0.5 < float(lines[1].split(",")[1]) < 4
+
+
 @pytest.mark.parametrize("name", ["a", "b", "c"])
 def test_a_resumed_run_is_the_unbroken_run(name, runs, tmp_path, monkeypatch):
     """Killed after step 2 of 4 and resumed: the same weights to the last bit, since data, noise and optimizer go on exactly."""
     script, more = dict(a=(train_a, ["--width", "16", "--revive-every", "3"]),
                         b=(train_b, ["--vqgan", f"{runs}/vqgan", "--encoder-warmup", "1"]),
                         c=(train_c, ["--image-encoder", f"{runs}/image_encoder", "--width", "32", "--depth", "1",
-                                     "--text-width", "32", "--text-depth", "1"]))[name]
+                                     "--text-width", "32", "--text-depth", "1", "--text-warmup", "1"]))[name]
 
     def train(out, *resume):
         script.main(script.parse_args([*SMALL, "--out", str(out), "--steps", "4", *more, *resume]))
