@@ -40,6 +40,9 @@ def positive(text: str) -> int:
     return int(text)
 
 
+FILES = ("prior", "decoder", "vqgan", "image_encoder", "prior_text_encoder", "text_encoder")     # parts that may come from elsewhere
+
+
 def parse_args(argv=None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = fail                               # argparse would print its usage, too: many lines for one mistake
@@ -60,9 +63,17 @@ def parse_args(argv=None) -> argparse.Namespace:
                    help="how strongly Stage C follows the prompt: 1 is plain sampling, in half the time; raise it where the "
                         "prompt is ignored, lower it where colours glare (default: 4)")
     g.add_argument("--guidance-b", type=float, default=None,
-                   help="the same for Stage B, which rarely needs it unless it is small (default: 3 for the tiny weights, 1 for others)")
+                   help="the same for Stage B, which rarely needs it unless it is small (default: 4 for the tiny weights, 1 for others)")
     g = p.add_argument_group("weights and machine")
-    g.add_argument("--weights", default="tiny", help="\"tiny\", which ships with the code, or a folder of weights (default: tiny)")
+    g.add_argument("--weights", default=None,
+                   help="\"tiny\", which ships with the code; \"v2\", \"v2-base\" or \"v2-aesthetic\", 7 GB fetched once; or a folder, of "
+                        "diffusers' layout or of the original .pt files (default: tiny; v2 if a part is given below)")
+    for part, what in (("prior", "Stage C"), ("decoder", "Stage B"), ("vqgan", "Stage A"), ("image-encoder", "the image encoder"),
+                       ("prior-text-encoder", "Stage C's text encoder"), ("text-encoder", "Stage B's text encoder")):
+        g.add_argument(f"--{part}", default=None, help=f"{what} from this folder" + (" or file" if "text" not in part else "") + " instead")
+    g.add_argument("--revision", default=None, help="branch, tag or commit on the hub in place of the tested one")
+    g.add_argument("--offline", action="store_true", help="never use the network: what is not in the cache is an error")
+    g.add_argument("--low-memory", action="store_true", default=None, help="keep one part in memory at a time (default: if they do not all fit)")
     g.add_argument("--device", default=None, help="cuda, cuda:1, cpu, mps (default: cuda where there is one, else cpu)")
     g.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default=None,
                    help="numbers to compute in: fp32 is exact, the others need half the memory (default: bf16 on a GPU, else fp32)")
@@ -150,7 +161,9 @@ def paint(args: argparse.Namespace) -> tuple[list, dict]:
     from wuerstchen import Wuerstchen
     try:
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(args.dtype)
-        model = Wuerstchen.load(args.weights, args.device, dtype)
+        files = {part: getattr(args, part) for part in FILES if getattr(args, part)}
+        model = Wuerstchen.load(args.weights, args.device, dtype, offline=args.offline, revision=args.revision,
+                                low_memory=args.low_memory, **files)
         images = model(args.prompt, args.negative_prompt, seed=args.seed, num_images=args.num_images,
                        steps_c=args.steps_c, steps_b=args.steps_b, guidance_c=args.guidance_c, guidance_b=args.guidance_b,
                        width=args.width, height=args.height, progress=True)
@@ -160,7 +173,7 @@ def paint(args: argparse.Namespace) -> tuple[list, dict]:
         if not isinstance(error, MemoryError) and "out of memory" not in str(error) and "allocate memory" not in str(error):
             raise
         fail("memory ran out: paint fewer or smaller pictures, or try --dtype bf16")
-    return images, dict(prompt=args.prompt, negative_prompt=args.negative_prompt, weights=args.weights,
+    return images, dict(prompt=args.prompt, negative_prompt=args.negative_prompt, weights=args.weights or ("v2" if files else "tiny"),
                         steps_c=args.steps_c, steps_b=args.steps_b, guidance_c=args.guidance_c,
                         guidance_b=model.guidance_b if args.guidance_b is None else args.guidance_b,
                         width=images[0].width, height=images[0].height, device=model.device,

@@ -208,17 +208,41 @@ def drop_ones(tensor: Tensor, kind: str) -> Tensor:
     return tensor[0, 0, 0] if kind == "grn" else tensor                                  # (C,)
 
 
+def in_our_names(names, model: nn.Module) -> bool:
+    """Do these tensor names look like ours rather than the others'? Some stand in both, for different tensors."""
+    return len(names & model.state_dict().keys()) > len(names & name_table(model).keys())
+
+
+def translate(tensors, names, model: nn.Module):
+    """(name, tensor) pairs in any of the three namings, and the names of all -> pairs with our names and shapes. Views."""
+    if in_our_names(names, model):
+        yield from tensors
+        return
+    table = name_table(model)
+    for name, tensor in tensors:
+        for theirs, part in original_to_diffusers({name: tensor}).items():
+            ours, kind = table[theirs]
+            yield ours, drop_ones(part, kind)
+
+
+def check_fit(shapes: dict[str, tuple], model: nn.Module) -> None:
+    """Do tensors of these names and shapes, in any of the three namings, make up `model`? Raises WeightsError if not."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if not in_our_names(shapes.keys(), model):
+        wanted = {theirs: tuple(add_ones(torch.empty(wanted[ours], device="meta"), kind).shape)
+                  for theirs, (ours, kind) in name_table(model).items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in original_to_diffusers(
+            {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}).items()}
+    check_names(shapes, wanted)
+
+
 def to_ours(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """A state dict in either official naming -> one that model.load_state_dict takes. Tensors are views.
+    """A state dict in any naming -> one that model.load_state_dict takes. Tensors are views.
 
     Raises WeightsError if tensors are missing, unknown or of another shape than `model` needs.
     """
-    if naming(state_dict) == "original":
-        state_dict = original_to_diffusers(state_dict)
-    table, wanted = name_table(model), model.state_dict()
-    shapes = {theirs: tuple(add_ones(wanted[ours], kind).shape) for theirs, (ours, kind) in table.items()}
-    check_names({name: tuple(tensor.shape) for name, tensor in state_dict.items()}, shapes)
-    return {ours: drop_ones(state_dict[theirs], kind) for theirs, (ours, kind) in table.items()}
+    check_fit({name: tuple(tensor.shape) for name, tensor in state_dict.items()}, model)
+    return dict(translate(state_dict.items(), state_dict.keys(), model))
 
 
 def to_diffusers(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -234,7 +258,7 @@ def to_original(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Te
 def check_names(found: dict[str, tuple], wanted: dict[str, tuple]) -> None:
     """Both: name -> shape. Raises WeightsError with everything that differs, the first few of each kind by name."""
     def some(names: list) -> str:
-        return f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        return f"{len(names)} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
 
     missing = [name for name in wanted if name not in found]
     unknown = [name for name in found if name not in wanted]
@@ -244,6 +268,31 @@ def check_names(found: dict[str, tuple], wanted: dict[str, tuple]) -> None:
                 (("missing tensors", missing), ("unknown tensors", unknown), ("wrong shapes", misshapen)) if names]
     if problems:
         raise WeightsError(f"the weights do not fit the model: {'; '.join(problems)}")
+
+
+def what_it_is(shapes: dict[str, tuple]) -> str | None:
+    """What a file with these names and shapes probably is, for error messages; None if nothing tells."""
+    def width(name: str, axis: int = 1) -> int | None:
+        return shapes[name][axis] if name in shapes and len(shapes[name]) > axis else None
+
+    if any("lora" in name for name in shapes):
+        return "a LoRA, which is added to a model and is none by itself"
+    if any(name.startswith(("clip_txt_mapper.", "clip_txt_pooled_mapper.")) for name in shapes):
+        return "Stable Cascade (Würstchen v3), which is another architecture"
+    if "byt5_mapper.weight" in shapes:
+        return "a v1 Stage B (Paella, a model of tokens); v2 needs a DiffNeXt"
+    text = width("cond_mapper.0.weight")
+    if text is not None:
+        return {1024: "a v1 Stage C (text width 1024); v2 needs 1280",
+                1280: "a v2 Stage C (text width 1280)"}.get(text, f"a Stage C for texts of width {text}")
+    for name, answer in (("clip_mapper.weight", "a Stage B (DiffNeXt)"), ("in_block.1.weight", "a Stage A (VQGAN)"),
+                         ("backbone.0.0.weight", "an image encoder (EfficientNet)"),
+                         ("text_model.embeddings.token_embedding.weight", "a CLIP text encoder"),
+                         ("embeddings.token_embedding.weight", "a CLIP text encoder"),
+                         ("embed_text.0.weight", "a Stage C in our own names"), ("embed_text.weight", "a Stage B in our own names")):
+        if name in shapes:
+            return answer
+    return None
 
 
 # ----- config.json: our constructor arguments and diffusers' -----------------------------------------
@@ -326,66 +375,124 @@ def listing(folder: Path) -> str:
     return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "") or "nothing in the folder"
 
 
-def read_tensors(folder: str | Path, stems: tuple[str, ...]) -> tuple[dict[str, Tensor], Path]:
-    """The first of folder/{stem}.safetensors, then folder/{stem}.bin, that exists -> (state dict, its path).
+# The original files hold several tables; this is where each model stands, the averaged weights first.
+SECTIONS = {StageA: ("state_dict",), StageB: ("state_dict",), StageC: ("ema_state_dict", "state_dict"),
+            EfficientNetEncoder: ("effnet_state_dict",)}
+CHUNK = 128 * 2 ** 20          # bytes read between two openings of a file, see TensorFile
 
-    Raises WeightsError if there is none, or if it is not a whole file of tensors.
+
+class TensorFile:
+    """A .safetensors, .bin or .pt file: names and shapes at once, the numbers one tensor at a time.
+
+    The file is mapped into memory, so that only what is read takes space. But what was read stays there
+    until the mapping ends: hence a new mapping every CHUNK bytes, and copies of what is handed out.
+    Nothing in a file is executed. Raises WeightsError if it is not a whole file of tensors.
     """
-    paths = [Path(folder) / f"{stem}{suffix}" for suffix in (".safetensors", ".bin") for stem in stems]
-    path = next((path for path in paths if path.is_file()), None)
-    if path is None:
-        raise WeightsError(f"{paths[0]} is missing: found {listing(Path(folder))}")
-    with open(path, "rb") as file:
-        start = file.read(512)
-    if start.startswith(b"version https://git-lfs"):
-        raise WeightsError(f"{path} is a Git LFS pointer, not the weights: fetch the file itself with `git lfs pull`")
-    if start.lstrip()[:1] == b"<":
-        raise WeightsError(f"{path} is a web page, not weights: the download went wrong")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-            tensors = load_file(path)
-        else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:     # each library raises its own kinds, and RuntimeError, EOFError, KeyError ...
-        reason = str(error).split("\n")[0][:200]
-        raise WeightsError(f"{path} cannot be read, presumably it is cut off or not a file of weights: {reason}") from error
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise WeightsError(f"{path} does not hold a table of tensors")
-    return tensors, path
+    def __init__(self, path: Path, sections: tuple[str, ...] = ()):
+        self.path, self.sections = path, sections
+        with open(path, "rb") as file:
+            start = file.read(512)
+        if start.startswith(b"version https://git-lfs"):
+            raise WeightsError(f"{path} is a Git LFS pointer, not the weights: fetch the file itself with `git lfs pull`")
+        if start.lstrip()[:1] == b"<":
+            raise WeightsError(f"{path} is a web page, not weights: the download went wrong")
+        self.shapes = {name: tuple(shape) for name, shape in self._open()}
+
+    def _open(self):
+        """Maps the file anew -> (name, shape) of every tensor."""
+        try:
+            if self.path.suffix == ".safetensors":
+                from safetensors import safe_open
+                self._tensors = safe_open(self.path, "pt")
+                return [(name, self._tensors.get_slice(name).get_shape()) for name in self._tensors.keys()]
+            try:
+                content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError:                     # files older than 2020 are no zip archives and cannot be mapped
+                content = torch.load(self.path, map_location="cpu", weights_only=True)
+        except Exception as error:     # each library raises its own kinds, and RuntimeError, EOFError, KeyError ...
+            reason = str(error).split("\n")[0][:200]
+            raise WeightsError(f"{self.path} cannot be read, presumably it is cut off or not a file of weights: {reason}") from error
+        if isinstance(content, dict):
+            content = next((content[key] for key in self.sections if isinstance(content.get(key), dict)), content)
+        if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
+            raise WeightsError(f"{self.path} does not hold a table of tensors" + (
+                f", nor one called {' or '.join(self.sections)}" if self.sections else ""))
+        self._tensors = content
+        return [(name, tensor.shape) for name, tensor in content.items()]
+
+    def __iter__(self):
+        """(name, tensor) of every tensor; a tensor is valid until the next one is asked for: copy it."""
+        read = 0
+        for name in self.shapes:
+            if read > CHUNK:
+                self._tensors, read = None, 0
+                self._open()
+            tensor = self._tensors.get_tensor(name) if self.path.suffix == ".safetensors" else self._tensors[name]
+            read += tensor.nbytes
+            yield name, tensor
+        self._tensors = None
 
 
-def assign(model: nn.Module, state_dict: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
-    """Puts the tensors, in `dtype`, into a model that was built on the meta device, and sets eval mode.
+def find_file(path: str | Path, stems: tuple[str, ...]) -> Path:
+    """A file itself; of a folder, the first of {stem}.safetensors, {stem}.fp16.safetensors, {stem}.bin, ... that exists."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    paths = [path / f"{stem}{half}{suffix}" for suffix in (".safetensors", ".bin") for half in ("", ".fp16") for stem in stems]
+    found = next((path for path in paths if path.is_file()), None)
+    if found is None:
+        raise WeightsError(f"{paths[0]} is missing: found {listing(path)}" if path.is_dir() else f"{path}: there is no such file or folder")
+    return found
+
+
+def fill(model: nn.Module, tensors, dtype: torch.dtype) -> nn.Module:
+    """Puts (our name, tensor) pairs, in `dtype`, into a model that was built on the meta device, and sets eval mode.
 
     A model on "meta" has shapes but no memory: a billion random numbers that would be overwritten are
-    never drawn. Counters (num_batches_tracked) stay integers. Raises WeightsError for NaN or infinity.
+    never drawn, and what is read is converted tensor by tensor, so that the file never stands in memory
+    beside the model. Counters (num_batches_tracked) stay integers. Raises WeightsError for NaN or infinity.
     """
-    converted = {}
-    for name, wanted in model.state_dict().items():
-        tensor = state_dict[name].to(dtype if wanted.is_floating_point() else wanted.dtype)
-        if not tensor.isfinite().all():
-            raise WeightsError(f"{name} contains NaN or infinity in {dtype}")
-        converted[name] = tensor
+    wanted, converted = model.state_dict(), {}
+    for name, tensor in tensors:
+        converted[name] = tensor.to(dtype if wanted[name].is_floating_point() else wanted[name].dtype, copy=True).contiguous()
+        if not converted[name].isfinite().all():
+            raise WeightsError(f"{name} contains NaN or infinity" + (f" in {dtype}" if tensor.isfinite().all() else ""))
     model.load_state_dict(converted, strict=True, assign=True)
     left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     assert not left, f"buffers that no file holds were not filled: {left}"
     return model.eval()
 
 
-def load(stage: type, folder: str | Path, stem: str, dtype: torch.dtype) -> nn.Module:
-    """One model from its folder: config.json gives the sizes, {stem}.safetensors (or .bin) the weights."""
-    config = read_config(folder)
+def plan(stage: type, path: str | Path, stem: str) -> tuple[nn.Module, TensorFile]:
+    """A model without memory, and the file that fits it by names and shapes, of which no number has been read yet.
+
+    path: its folder, or a single file. config.json beside the file gives the sizes; without one, as beside
+    the original .pt files, they are the official ones. Raises WeightsError.
+    """
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    file = TensorFile(find_file(path, (stem,)), SECTIONS.get(stage, ())) if not Path(path).is_dir() else None
+    config = read_config(folder) if file is None or (folder / "config.json").is_file() else None
     try:
         with torch.device("meta"):
-            model = stage(**config_to_ours(config, stage))
+            model = stage(**(config_to_ours(config, stage) if config is not None else {}))
     except (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError) as error:     # impossible numbers in it
-        raise WeightsError(f"{Path(folder) / 'config.json'} cannot be used: {error}") from error
-    tensors, path = read_tensors(folder, (stem,))
+        raise WeightsError(f"{folder / 'config.json'} cannot be used: {error}") from error
+    file = file or TensorFile(find_file(path, (stem,)), SECTIONS.get(stage, ()))
     try:
-        return assign(model, to_ours(tensors, model), dtype)
+        check_fit(file.shapes, model)
     except WeightsError as error:
-        raise WeightsError(f"{path}: {error}") from error
+        looks = what_it_is(file.shapes)
+        raise WeightsError(f"{file.path}: {error}" + (f". This looks like {looks}" if looks else "")) from error
+    return model, file
+
+
+def load(stage: type, path: str | Path, stem: str, dtype: torch.dtype) -> nn.Module:
+    """One model from its folder or file, see plan, in eval mode."""
+    model, file = plan(stage, path, stem)
+    try:
+        return fill(model, translate(file, file.shapes.keys(), model), dtype)
+    except WeightsError as error:
+        raise WeightsError(f"{file.path}: {error}") from error
 
 
 def load_stage_a(folder: str | Path, dtype: torch.dtype = torch.float32) -> StageA:
@@ -403,13 +510,27 @@ def load_stage_c(folder: str | Path, dtype: torch.dtype = torch.float32) -> Stag
     return load(StageC, folder, "diffusion_pytorch_model", dtype)
 
 
-def load_image_encoder(folder: str | Path, dtype: torch.dtype = torch.float32) -> EfficientNetEncoder | TinyImageEncoder:
-    """An `image_encoder` folder -> the semantic compressor in eval mode. Raises WeightsError."""
-    name = read_config(folder).get("_class_name")
-    encoders = {stage.__name__: stage for stage in (EfficientNetEncoder, TinyImageEncoder)}
-    if name not in encoders:
-        raise WeightsError(f"{Path(folder) / 'config.json'} describes a {name}, expected one of {', '.join(encoders)}")
-    return load(encoders[name], folder, "model", dtype)
+def load_image_encoder(path: str | Path, dtype: torch.dtype = torch.float32) -> EfficientNetEncoder | TinyImageEncoder:
+    """An `image_encoder` folder, or a file such as model_v2_stage_b.pt -> the semantic compressor in eval mode. Raises WeightsError."""
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    stage = EfficientNetEncoder
+    if path.is_dir() or (folder / "config.json").is_file():
+        name = read_config(folder).get("_class_name")
+        encoders = {stage.__name__: stage for stage in (EfficientNetEncoder, TinyImageEncoder)}
+        if name not in encoders:
+            raise WeightsError(f"{folder / 'config.json'} describes a {name}, expected one of {', '.join(encoders)}")
+        stage = encoders[name]
+    return load(stage, path, "model", dtype)
+
+
+def extract_image_encoder(file: str | Path, folder: str | Path) -> None:
+    """Takes the image encoder out of the original decoder file, 6 GB, into a folder of 80 MB, bit by bit the same."""
+    from safetensors.torch import save_file
+    model = load_image_encoder(file)
+    tensors = {name: tensor.contiguous() for name, tensor in to_diffusers(model.state_dict(), model).items()}
+    write_atomically(Path(folder) / "config.json", lambda path: path.write_text(json.dumps(config_to_diffusers(model), indent=2) + "\n"))
+    write_atomically(Path(folder) / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
 
 
 def load_text_encoder(encoder_folder: str | Path, tokenizer_folder: str | Path, dtype: torch.dtype = torch.float32):
@@ -425,19 +546,22 @@ def load_text_encoder(encoder_folder: str | Path, tokenizer_folder: str | Path, 
             model = CLIPTextModel(CLIPTextConfig.from_pretrained(encoder_folder, local_files_only=True))
     except Exception as error:
         raise WeightsError(f"{Path(encoder_folder) / 'config.json'} cannot be used: {error}") from error
-    tensors, path = read_tensors(encoder_folder, ("model", "pytorch_model"))
-    wanted = model.state_dict()
+    path = find_file(encoder_folder, ("model", "pytorch_model"))
+    file, wanted = TensorFile(path), {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     prefix = "text_model." if all(name.startswith("text_model.") for name in wanted) else ""
-    tensors = {prefix + name.removeprefix("text_model."): tensor for name, tensor in tensors.items()
-               if not name.endswith("embeddings.position_ids")}
+
+    def here(name: str) -> str:
+        return prefix + name.removeprefix("text_model.")
+
+    def stray(name: str) -> bool:
+        return name.endswith("embeddings.position_ids")
     positions = torch.arange(model.config.max_position_embeddings)[None]                 # (1, 77), in no file
     for module in model.modules():
         if "position_ids" in dict(module.named_buffers(recurse=False)):
             module.position_ids = positions
     try:
-        check_names({name: tuple(tensor.shape) for name, tensor in tensors.items()},
-                    {name: tuple(tensor.shape) for name, tensor in wanted.items()})
-        assign(model, tensors, dtype)
+        check_names({here(name): shape for name, shape in file.shapes.items() if not stray(name)}, wanted)
+        fill(model, ((here(name), tensor) for name, tensor in file if not stray(name)), dtype)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from error
 
@@ -449,6 +573,20 @@ def load_text_encoder(encoder_folder: str | Path, tokenizer_folder: str | Path, 
     except Exception as error:     # tokenizers raises plain Exception
         raise WeightsError(f"the tokenizer in {tokenizer_folder} cannot be read: {error}") from error
     return tokenizer, model
+
+
+def check_widths(width: int, folder: str | Path, stage: str) -> None:
+    """Raises WeightsError if the text encoder in `folder` gives vectors of another width than a stage takes."""
+    found = read_config(folder).get("hidden_size")
+    if found != width:
+        raise WeightsError(f"{stage} takes texts of width {width}, the text encoder {folder} gives {found}: "
+                           f"CLIP bigG (1280) belongs to v2's Stage C, CLIP H (1024) to v2's Stage B and to v1")
+
+
+def is_tiny(place: str | Path) -> bool:
+    """Is this image encoder the small one of models/tiny, for pictures of 128 px?"""
+    folder = Path(place) if Path(place).is_dir() else Path(place).parent
+    return (folder / "config.json").is_file() and read_config(folder).get("_class_name") == "TinyImageEncoder"
 
 
 def check_scheduler(folder: str | Path | None) -> None:
@@ -550,8 +688,8 @@ def save_text_encoder(tokenizer, encoder, folder: str | Path, tokenizer_folder: 
             write_atomically(Path(tokenizer_folder) / source.name, lambda path: path.write_bytes(data))
 
 
-# ----- folders ---------------------------------------------------------------------------------------
-# Where the parts of a whole pipeline stand in a folder. The first layout whose three models are all there counts.
+# ----- whole pipelines: which part stands where -------------------------------------------------------
+# The first layout whose three models are all there counts. Lists: the first that exists.
 
 LAYOUTS = {
     "one folder": dict(             # ours: one text encoder and one scheduler serve Stages C and B
@@ -569,25 +707,95 @@ LAYOUTS = {
         decoder="wuerstchen/decoder", text_encoder="wuerstchen/text_encoder", tokenizer="wuerstchen/tokenizer",
         scheduler="wuerstchen/scheduler",
         vqgan="wuerstchen/vqgan", image_encoder="wuerstchen-prior/image_encoder"),
+    "original files": dict(         # the authors' .pt files; the text encoders were never among them
+        prior="model_v2_stage_c*.pt", prior_text_encoder="prior_text_encoder", prior_tokenizer="prior_tokenizer",
+        prior_scheduler="prior_scheduler",
+        decoder="model_v2_stage_b.pt", text_encoder="text_encoder", tokenizer="tokenizer", scheduler="scheduler",
+        vqgan="vqgan_f4_v1_500k.pt", image_encoder="model_v2_stage_b.pt"),
 }
 OPTIONAL = ("image_encoder", "scheduler", "prior_scheduler")
+TEXT = ("prior_text_encoder", "prior_tokenizer", "text_encoder", "tokenizer")
 
 
 def find_parts(folder: str | Path) -> dict[str, Path | None]:
-    """The folders of a pipeline's parts, under the names used in LAYOUTS; None for optional parts that are absent.
+    """Where the parts of a pipeline stand in a folder, under the names used in LAYOUTS; None for parts that are absent
+    and optional, and, beside the original files, for text encoders.
 
     Raises WeightsError if the folder follows none of the layouts, or lacks a part that is needed.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise WeightsError(f"{folder} is not a folder of weights: there is no such folder")
+
+    def there(place: str) -> Path | None:
+        found = sorted(folder.glob(place))           # a pattern only where several files would do: the last is the newest
+        if len(found) > 1:
+            warnings.warn(f"{folder} holds several files {place}: taking {found[-1].name}")
+        return found[-1] if found and (found[-1].is_dir() or found[-1].suffix == ".pt") else None
     for name, layout in LAYOUTS.items():
-        if all((folder / layout[part]).is_dir() for part in ("prior", "decoder", "vqgan")):
-            parts = {part: folder / place for part, place in layout.items()}
-            missing = {layout[part]: None for part, path in parts.items() if part not in OPTIONAL and not path.is_dir()}
+        parts = {part: there(place) for part, place in layout.items()}
+        if all(parts[part] for part in ("prior", "decoder", "vqgan")):
+            needed = parts.keys() - set(OPTIONAL) - set(TEXT if name == "original files" else ())
+            missing = {layout[part]: None for part in layout if part in needed and parts[part] is None}
             if missing:
                 raise WeightsError(f"{folder} looks like the layout {name!r} but lacks {', '.join(missing)}")
-            return {part: path if path.is_dir() else None for part, path in parts.items()}
-    wanted = "; or ".join(", ".join(f"{layout[part]}/" for part in ("prior", "decoder", "vqgan"))
-                          for layout in LAYOUTS.values())
+            return parts
+    wanted = "; or ".join(", ".join(layout[part] + "/" * (name != "original files") for part in ("prior", "decoder", "vqgan"))
+                          for name, layout in LAYOUTS.items())
     raise WeightsError(f"{folder} holds no weights that are understood: looked for {wanted}; found {listing(folder)}")
+
+
+
+# ----- python weights.py convert ----------------------------------------------------------------------
+
+# A tensor that tells which model a file holds: its name elsewhere, its name here.
+TELLTALES = {StageA: ("in_block.1.weight", "codebook.codes"), StageB: ("clip_mapper.weight", "embed_text.weight"),
+             StageC: ("cond_mapper.0.weight", "embed_text.0.weight"), EfficientNetEncoder: ("backbone.0.0.weight",) * 2}
+
+
+def convert(source: str | Path, target: str | Path, to: str) -> int:
+    """Rewrites one model in another naming: "ours", "diffusers" or "original"; the numbers stay as they are, bit by bit.
+
+    source, target: a folder with config.json, or a file. A target .pt holds one table as the authors' files do, a
+    .safetensors the tensors alone. Returns the number of tensors written. Raises WeightsError.
+    """
+    from safetensors.torch import save_file
+    target = Path(target)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise WeightsError(f"{target} exists already and is not overwritten: choose another name")
+    stems = ("diffusion_pytorch_model", "model")
+    file = TensorFile(find_file(source, stems), sum(SECTIONS.values(), ()))
+    stage = next((stage for stage, names in TELLTALES.items() if any(name in file.shapes for name in names)), None)
+    if stage is None:
+        raise WeightsError(f"{file.path} holds none of the models that are converted: Stage A, B, C or the image encoder"
+                           + (f". This looks like {looks}" if (looks := what_it_is(file.shapes)) else ""))
+    model, file = plan(stage, source, "model" if stage is EfficientNetEncoder else stems[0])
+    ours = {name: tensor.clone() for name, tensor in translate(file, file.shapes.keys(), model)}
+    tensors = {"ours": lambda ours, _: ours, "diffusers": to_diffusers, "original": to_original}[to](ours, model)
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    if target.suffix in (".pt", ".bin"):
+        table = {SECTIONS[stage][0]: tensors} if target.suffix == ".pt" else tensors
+        write_atomically(target, lambda path: torch.save(table, path))
+    elif target.suffix == ".safetensors":
+        write_atomically(target, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    else:
+        stem = "model" if stage is EfficientNetEncoder else stems[0]
+        write_atomically(target / f"{stem}.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+        text = json.dumps(config_to_diffusers(model), indent=2, sort_keys=True) + "\n"
+        write_atomically(target / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
+    return len(tensors)
+
+
+if __name__ == "__main__":
+    import argparse
+    import sys
+    p = argparse.ArgumentParser(description="Converts one model's weights between the three namings; see the top of weights.py.")
+    command = p.add_subparsers(dest="command", required=True).add_parser("convert", help="rewrite a model's names, not its numbers")
+    command.add_argument("source", help="folder with config.json, or a .safetensors, .bin or .pt file")
+    command.add_argument("target", help="folder, .safetensors, .bin or .pt; must not exist yet")
+    command.add_argument("--to", required=True, choices=["ours", "diffusers", "original"], help="the naming to write")
+    args = p.parse_args()
+    try:
+        print(f"{convert(args.source, args.target, args.to)} tensors written to {args.target}")
+    except (WeightsError, OSError) as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)

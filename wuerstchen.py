@@ -208,59 +208,106 @@ class TextEncoder:
         return self.model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
 
 
+def free_memory(device: torch.device) -> float:
+    """Bytes that can still be taken on a device; infinite where there is no telling."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()           # Linux; "available" counts caches, too
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return math.inf
+
+
+PARTS = ("stage_a", "stage_b", "stage_c", "text_encoder_c", "text_encoder_b", "image_encoder")
+
+
 class Wuerstchen:
     """Text to picture. Load it with Wuerstchen.load, call it with a prompt.
 
     The parts are plain attributes: stage_a, stage_b, stage_c, text_encoder_c, text_encoder_b (the same
-    object where the weights share it) and image_encoder (None where the weights have none). size (px)
-    and guidance_b are these weights' own defaults.
+    object where the weights share it) and image_encoder (None where the weights have none). Each may be
+    given as a function that loads it, to be called when the part is first needed; with low_memory, all
+    other parts are let go just before. size (px) and guidance_b are these weights' own defaults.
     """
     def __init__(self, stage_a, stage_b, stage_c, text_encoder_c, text_encoder_b, image_encoder=None, size: int = 1024,
-                 guidance_b: float = 1.0):
-        self.stage_a, self.stage_b, self.stage_c = stage_a, stage_b, stage_c
-        self.text_encoder_c, self.text_encoder_b = text_encoder_c, text_encoder_b
-        self.image_encoder, self.size, self.guidance_b = image_encoder, size, guidance_b
+                 guidance_b: float = 1.0, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
+                 low_memory: bool = False):
+        self.sources = dict(zip(PARTS, (stage_a, stage_b, stage_c, text_encoder_c, text_encoder_b, image_encoder)))
+        self.loaded = {}
+        self.size, self.guidance_b, self.low_memory = size, guidance_b, low_memory
+        self.device, self.dtype = torch.device(device), dtype
+
+    def __getattr__(self, name: str):
+        """Only called for what is no ordinary attribute: the parts."""
+        if name not in PARTS:
+            raise AttributeError(f"a Wuerstchen has no {name!r}; its parts are {', '.join(PARTS)}")
+        if name not in self.loaded:
+            source = self.sources[name]
+            if self.low_memory:
+                self.loaded.clear()                            # what nothing else holds is freed at once
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+            shared = next((other for other in self.loaded if self.sources[other] is source), None)
+            part = self.loaded[shared] if shared else source
+            if part is not None and not shared:
+                part = part if isinstance(part, (torch.nn.Module, TextEncoder)) else part()
+                (part.model if isinstance(part, TextEncoder) else part).to(self.device)
+            self.loaded[name] = part
+        return self.loaded[name]
 
     @classmethod
-    def load(cls, weights: str | Path = "tiny", device: str | None = None, dtype: torch.dtype | None = None) -> "Wuerstchen":
-        """weights: "tiny", which ships with the code, or a folder in any of diffusers' layouts (see weights.find_parts).
+    def load(cls, weights: str | Path | None = None, device: str | None = None, dtype: torch.dtype | None = None, *,
+             offline: bool = False, revision: str | None = None, low_memory: bool | None = None, **files) -> "Wuerstchen":
+        """weights: "tiny", which ships with the code; "v2", "v2-base", "v2-aesthetic", fetched if need be; or a folder in any
+        of diffusers' layouts, or of the original .pt files (see weights.find_parts).
 
-        device: default cuda where there is one, else cpu. dtype of the networks: default float32 on a
-        CPU, bfloat16 on a GPU. Raises weights.WeightsError (a ValueError) for folders and files that will not do,
-        ValueError for devices that are not there.
+        device: default cuda where there is one, else cpu. dtype of the networks: default float32 on a CPU, bfloat16 on
+        a GPU. files: single parts from elsewhere, each a folder or a file: prior, decoder, vqgan, image_encoder,
+        prior_text_encoder, text_encoder; the rest then comes from `weights`, by default "v2". offline, revision: see
+        hub.fetch. low_memory: one part in memory at a time; default: if they do not all fit.
+        Raises weights.WeightsError (a ValueError) for what will not do, ValueError for devices that are not there.
         """
-        import weights as files
+        import hub
+        import weights as w
         device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-        folder = Path(__file__).parent / "models" / "tiny" if weights == "tiny" else Path(weights)
-        parts = files.find_parts(folder)
-        files.check_scheduler(parts["scheduler"])
-        files.check_scheduler(parts["prior_scheduler"])
-        text_c = TextEncoder(*files.load_text_encoder(parts["prior_text_encoder"], parts["prior_tokenizer"], dtype))
-        shared = parts["text_encoder"] == parts["prior_text_encoder"]
-        text_b = text_c if shared else TextEncoder(*files.load_text_encoder(parts["text_encoder"], parts["tokenizer"], dtype))
-        encoder = files.load_image_encoder(parts["image_encoder"]) if parts["image_encoder"] else None
+        places = hub.locate(weights or ("v2" if files else "tiny"), files, half=dtype != torch.float32, offline=offline, revision=revision)
+        w.check_scheduler(places["scheduler"])
+        w.check_scheduler(places["prior_scheduler"])
+        # Before the first number is read: do the files fit the models, and the models each other?
+        plans = {part: w.plan(stage, places[part], "diffusion_pytorch_model")[0]
+                 for part, stage in (("vqgan", w.StageA), ("decoder", w.StageB), ("prior", w.StageC))}
+        w.check_widths(plans["prior"].config["c_cond"], places["prior_text_encoder"], "Stage C")
+        w.check_widths(plans["decoder"].config["c_text"], places["text_encoder"], "Stage B")
+
+        def text_c():
+            return TextEncoder(*w.load_text_encoder(places["prior_text_encoder"], places["prior_tokenizer"], dtype))
+
+        def text_b():
+            return TextEncoder(*w.load_text_encoder(places["text_encoder"], places["tokenizer"], dtype))
+
+        def image_encoder():
+            # In float32: BatchNorm's statistics do not survive half precision.
+            place = places["image_encoder"] or hub.fetch("v2", ("image_encoder",), offline=offline, revision=revision)["image_encoder"]
+            return w.load_image_encoder(place)
+        shared = places["text_encoder"] == places["prior_text_encoder"]
         # A small Stage B hesitates between objects; guidance makes it follow the semantic latent more resolutely.
-        own = dict(size=128, guidance_b=3.0) if type(encoder).__name__ == "TinyImageEncoder" else {}
-        self = cls(files.load_stage_a(parts["vqgan"], dtype), files.load_stage_b(parts["decoder"], dtype),
-                   files.load_stage_c(parts["prior"], dtype), text_c, text_b, encoder, **own)
-        return self.to(device)
-
-    def to(self, device) -> "Wuerstchen":
-        """Moves all parts."""
-        for part in (self.stage_a, self.stage_b, self.stage_c, self.text_encoder_c.model, self.text_encoder_b.model,
-                     self.image_encoder):
-            if part is not None:
-                part.to(device)
+        tiny = places["image_encoder"] and w.is_tiny(places["image_encoder"])
+        self = cls(lambda: w.load_stage_a(places["vqgan"], dtype), lambda: w.load_stage_b(places["decoder"], dtype),
+                   lambda: w.load_stage_c(places["prior"], dtype), text_c, text_c if shared else text_b,
+                   image_encoder if places["image_encoder"] or weights in hub.NAMES else None,
+                   **(dict(size=128, guidance_b=4.0) if tiny else {}), device=device, dtype=dtype)
+        if low_memory is None:
+            bytes_wanted = sum(p.numel() for model in plans.values() for p in model.parameters()) * dtype.itemsize
+            bytes_wanted += sum(w.find_file(places[part], ("model", "pytorch_model")).stat().st_size
+                                for part in ("prior_text_encoder", "text_encoder"))
+            low_memory = 1.25 * bytes_wanted > free_memory(device)       # a quarter more, for activations
+        self.low_memory = low_memory
+        if not low_memory:
+            for part in PARTS[:-1]:                                      # what is wrong with a file is said now
+                getattr(self, part)
         return self
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.stage_c.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.stage_c.parameters()).dtype
 
     @torch.no_grad()
     def __call__(self, prompt: str | list[str], negative_prompt: str | list[str] = "", *, seed: int | list[int] = 0,
@@ -273,7 +320,7 @@ class Wuerstchen:
                          CPU from its own generator, so it does not depend on the images beside it.
         steps_c, steps_b sampling steps of Stages C and B.
         guidance_c, _b   guidance scales, see `guide`. 1 switches guidance off and halves the work; default of
-                         Stage B: 3 for the tiny weights, 1 for others.
+                         Stage B: 4 for the tiny weights, 1 for others.
         width, height    px, multiples of 128; default 128 for the tiny weights, 1024 for others.
         Raises ValueError for empty prompts, impossible sizes and numbers, lists that do not fit together: all
         of it before the first step; and for pictures that came out as NaN.
@@ -307,7 +354,7 @@ class Wuerstchen:
         text, unconditional = self.encode_text(self.text_encoder_c, prompts, negatives, num_images)
         semantic = self.sample_c(text, unconditional, noise(self.stage_c.config["c_in"], size_c),
                                  timesteps_c, guidance_c, progress)
-        if self.text_encoder_b is not self.text_encoder_c:
+        if self.sources["text_encoder_b"] is not self.sources["text_encoder_c"]:
             text, unconditional = self.encode_text(self.text_encoder_b, prompts, negatives, num_images)
         latents = self.sample_b(semantic, text, unconditional, noise(self.stage_b.config["c_in"], size_b),
                                 timesteps_b, guidance_b, progress)
@@ -368,7 +415,7 @@ class Wuerstchen:
         Raises ValueError for sides that are not multiples of 128 px, and for weights without image encoder.
         """
         from stage_b import preprocess
-        if self.image_encoder is None:
+        if self.sources["image_encoder"] is None:
             raise ValueError("these weights hold no image encoder, which encoding a picture needs.")
         latent_sizes(*images.shape[-2:])       # for its error message
         return self.image_encoder(preprocess(images.float().to(self.device), min(images.shape[-2:]) * 3 // 4))

@@ -39,7 +39,7 @@ def build(stage: type, config: dict, state_dict: dict[str, Tensor], dtype=torch.
     """A model of ours in eval mode from a configuration in diffusers' words and weights in either official naming."""
     with torch.device("meta"):
         model = stage(**weights.config_to_ours(config, stage))
-    return weights.assign(model, weights.to_ours(state_dict, model), dtype)
+    return weights.fill(model, weights.to_ours(state_dict, model).items(), dtype)
 
 
 def rel(found: Tensor, reference: Tensor) -> float:

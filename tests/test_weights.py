@@ -219,7 +219,7 @@ def test_damaged_folders_are_explained_in_one_line(how, message, tmp_path):
 
 
 def test_missing_folder_is_explained(tmp_path):
-    with pytest.raises(WeightsError, match="nowhere is not a folder"):
+    with pytest.raises(WeightsError, match="nowhere: there is no such file or folder"):
         weights.load_stage_b(tmp_path / "nowhere")
 
 
@@ -459,3 +459,81 @@ def test_only_the_released_noise_schedule_is_accepted(tmp_path):
     path.unlink()
     with pytest.raises(WeightsError, match="cannot be read"):
         weights.check_scheduler(tmp_path)
+
+
+# --- single files, the authors' own, and conversion ----------------------------------------------------
+
+def tiny_official(stage):
+    """A small model of a stage, in eval mode, and its config.json's folder among the goldens."""
+    part, load, _ = PARTS[stage]
+    return load(COMBINED / part), COMBINED / part
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("ending", [".pt", ".safetensors", ".bin", ""])
+@pytest.mark.parametrize("naming", ["ours", "diffusers", "original"])
+def test_conversion_there_and_back_is_the_same_to_the_bit(naming, ending, stage, tmp_path):
+    """Three namings, four kinds of places: nothing is rounded, and what was converted loads as what it was."""
+    model, folder = tiny_official(stage)
+    shutil.copy(folder / "config.json", tmp_path)
+    there, back = tmp_path / f"there{ending}", tmp_path / "back"
+    assert weights.convert(folder, there, naming) > 0
+    weights.convert(there, back, "diffusers")
+    before, after = load_file(folder / FILE), load_file(back / FILE)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    loaded = PARTS[stage][1](there).state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
+
+
+def test_conversion_overwrites_nothing(tmp_path):
+    (tmp_path / "out.safetensors").write_bytes(b"precious")
+    with pytest.raises(WeightsError, match="exists already and is not overwritten"):
+        weights.convert(COMBINED / "vqgan", tmp_path / "out.safetensors", "ours")
+    assert (tmp_path / "out.safetensors").read_bytes() == b"precious"
+
+
+def test_the_authors_files_hold_several_tables(tmp_path):
+    """model_v2_stage_b.pt holds decoder and image encoder, Stage C's file the averaged weights beside others: each finds its own."""
+    model, folder = tiny_official(StageC)
+    shutil.copy(folder / "config.json", tmp_path)
+    right = weights.to_original(model.state_dict(), model)
+    torch.save({"ema_state_dict": right, "state_dict": {name: t * 2 for name, t in right.items()}, "step": 7}, tmp_path / "c.pt")
+    loaded = weights.load_stage_c(tmp_path / "c.pt").state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
+    torch.save({"optimizer": {"lr": 1.0}}, tmp_path / "c.pt")
+    with pytest.raises(WeightsError, match="does not hold a table of tensors, nor one called ema_state_dict or state_dict"):
+        weights.load_stage_c(tmp_path / "c.pt")
+
+
+@pytest.mark.parametrize("load, name, looks", [
+    (weights.load_stage_c, "stage_c_v1", r"a v1 Stage C \(text width 1024\); v2 needs 1280"),
+    (weights.load_stage_c, "stage_b_v2", r"a Stage B \(DiffNeXt\)"),
+    (weights.load_stage_b, "stage_c_v2", r"a v2 Stage C \(text width 1280\)"),
+    (weights.load_stage_b, "stage_a_vqgan", r"a Stage A \(VQGAN\)"),
+    (weights.load_stage_a, "effnet_v2", r"an image encoder \(EfficientNet\)")])
+def test_a_file_in_the_wrong_place_is_named_for_what_it_is(load, name, looks, tmp_path, monkeypatch):
+    """The official names and shapes, without the gigabytes: only they are looked at before a number is read."""
+    shapes = {key: shape for key, (shape, _) in manifest(name).items()}
+
+    class Names:
+        def __init__(self, path, sections):
+            self.path, self.shapes = path, shapes
+    (tmp_path / "file.pt").write_bytes(b"")
+    monkeypatch.setattr(weights, "TensorFile", Names)
+    with pytest.raises(WeightsError, match=f"This looks like {looks}") as error:
+        load(tmp_path / "file.pt")
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_of_the_authors_files_is_recognised(tmp_path):
+    """Text encoders were never among them, so these may be absent."""
+    for name in ("vqgan_f4_v1_500k.pt", "model_v2_stage_b.pt", "model_v2_stage_c_finetune_interpolation.pt"):
+        (tmp_path / name).write_bytes(b"")
+    parts = weights.find_parts(tmp_path)
+    assert parts["prior"].name == "model_v2_stage_c_finetune_interpolation.pt"
+    assert parts["decoder"] == parts["image_encoder"] == tmp_path / "model_v2_stage_b.pt" and parts["text_encoder"] is None
+
+
+def test_a_text_encoder_of_another_width_is_found_before_sampling():
+    with pytest.raises(WeightsError, match="Stage C takes texts of width 1280, the text encoder .* gives 128"):
+        weights.check_widths(1280, weights.Path(weights.__file__).parent / "models/tiny/text_encoder", "Stage C")

@@ -1,0 +1,210 @@
+"""Fetches the official weights from the Hugging Face hub: only what a task needs, once, resumable.
+
+  "v2", the parts wanted  -fetch->  part -> its folder or file in the hub's cache (HF_HOME)
+
+Text-to-image needs seven parts of two repositories; encoding a picture needs the image encoder
+alone. Of each part only the configuration and one weight file are fetched: .safetensors before
+.bin, half precision where it is wanted and offered. What is in the cache already is not fetched
+again, and with offline=True (or HF_HUB_OFFLINE=1) nothing is.
+Files are taken by name. The published model_index.json files name a module that diffusers has
+moved since, so that diffusers itself cannot open these folders at present.
+Needs: huggingface_hub, which comes with transformers.
+
+  python hub.py v2                      # fetches v2 for text-to-image and says where it is
+  python hub.py v2-base --parts prior   # one part only
+"""
+import argparse
+import contextlib
+import errno
+import os
+import sys
+from pathlib import Path
+
+from weights import LAYOUTS, WeightsError, extract_image_encoder, find_parts
+
+# Which state of each repository. A commit's hash where one is known; "main" where none could be
+# looked up, as for those whose files have not changed since 2023. --revision NAME overrides.
+REVISIONS = {
+    "warp-ai/wuerstchen":                        "c3da41406ddd4d9c48c49aa93981a82354351b83",
+    "warp-ai/wuerstchen-prior":                  "main",
+    "warp-ai/wuerstchen-prior-model-base":       "3f9205c8c2e7cf103192954fe6f096e66f9d4efc",
+    "warp-ai/wuerstchen-prior-model-finetuned":  "main",
+    "dome272/wuerstchen":                        "6eb6cf5494fa67472afdbcfd78a31dcb091b0c05",
+}
+
+# part -> (repository, folder in it, stem of its weight file; None: all of TOKENIZER_FILES)
+V2 = {
+    "prior":               ("warp-ai/wuerstchen-prior", "prior", "diffusion_pytorch_model"),
+    "prior_text_encoder":  ("warp-ai/wuerstchen-prior", "text_encoder", "model"),            # CLIP bigG
+    "prior_tokenizer":     ("warp-ai/wuerstchen-prior", "tokenizer", None),
+    "decoder":             ("warp-ai/wuerstchen", "decoder", "diffusion_pytorch_model"),
+    "text_encoder":        ("warp-ai/wuerstchen", "text_encoder", "model"),                  # CLIP H
+    "tokenizer":           ("warp-ai/wuerstchen", "tokenizer", None),
+    "vqgan":               ("warp-ai/wuerstchen", "vqgan", "diffusion_pytorch_model"),
+}
+NAMES = {
+    "v2":           V2,                                      # halfway between the two below: the best for most prompts
+    "v2-base":      V2 | {"prior": ("warp-ai/wuerstchen-prior-model-base", "", "diffusion_pytorch_model")},       # to fine-tune
+    "v2-aesthetic": V2 | {"prior": ("warp-ai/wuerstchen-prior-model-finetuned", "", "diffusion_pytorch_model")},  # 1024 px only
+}
+NAMES["v2-interpolated"] = NAMES["v2"]
+# The image encoder was published only inside this file of 6 GB, next to the decoder.
+IMAGE_ENCODER = ("dome272/wuerstchen", "model_v2_stage_b.pt")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+TEXT_TO_IMAGE = tuple(V2)                   # what it needs: all but the image encoder
+
+
+def locate(weights: str | Path, files: dict[str, str | Path] | None = None, half: bool = False, offline: bool = False,
+           revision: str | None = None) -> dict[str, Path | None]:
+    """Where the parts of a pipeline are -> part: folder or file, under the names used in weights.LAYOUTS; None if absent.
+
+    weights: "tiny", a name in NAMES, or a folder. files: single parts from elsewhere, which are then not looked for.
+    A text encoder's tokenizer stands in the same folder, or beside it in one called tokenizer. Raises WeightsError.
+    """
+    own = {part: Path(path) for part, path in (files or {}).items() if path is not None}
+    for encoder, tokenizer in (("prior_text_encoder", "prior_tokenizer"), ("text_encoder", "tokenizer")):
+        if encoder in own:
+            own.setdefault(tokenizer, own[encoder] if (own[encoder] / "tokenizer_config.json").is_file() else own[encoder].parent / "tokenizer")
+    if weights in NAMES:
+        found = fetch(weights, tuple(part for part in TEXT_TO_IMAGE if part not in own), half, offline, revision)
+    else:
+        if weights != "tiny" and not Path(weights).is_dir():
+            raise WeightsError(f"there are no weights called {str(weights)!r}, and no such folder: expected tiny, {', '.join(NAMES)}, or a folder")
+        found = find_parts(Path(__file__).parent / "models" / "tiny" if weights == "tiny" else weights)
+        # The authors published their .pt files without the text encoders, which are CLIP's own.
+        absent = tuple(part for part in TEXT_TO_IMAGE if found[part] is None and part not in own)
+        found |= fetch("v2", absent, half, offline, revision) if absent else {}
+    return dict.fromkeys(LAYOUTS["one folder"]) | found | own
+
+
+def choices(folder: str, stem: str | None, half: bool) -> list[list[str]]:
+    """The files of one part in one repository: of each inner list the first that exists is fetched."""
+    def inside(name: str) -> str:
+        return f"{folder}/{name}" if folder else name
+    if stem is None:
+        return [[inside(name)] for name in TOKENIZER_FILES]
+    names = [f"{stem}{half_mark}{suffix}" for suffix in (".safetensors", ".bin")
+             for half_mark in ((".fp16", "") if half else ("", ".fp16"))]
+    if stem == "model":                      # transformers has another name for its pickles
+        names = [name.replace("model", "pytorch_model") if name.endswith(".bin") else name for name in names]
+    return [[inside("config.json")], [inside(name) for name in names]]
+
+
+def fetch(name: str, parts: tuple[str, ...] = TEXT_TO_IMAGE, half: bool = False, offline: bool = False,
+          revision: str | None = None) -> dict[str, Path]:
+    """The parts of the weights called `name`, from the cache or the hub -> part: its folder in the cache.
+
+    parts: names of V2, or "image_encoder". half: prefer weight files in float16. revision: a branch, tag or
+    commit in place of REVISIONS'. Raises WeightsError, in one line, for whatever goes wrong.
+    """
+    offline = offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    sources = {part: NAMES[name][part] for part in parts if part != "image_encoder"}
+    target = image_encoder_folder()
+    extract = "image_encoder" in parts and not (target / "model.safetensors").is_file()
+    wanted = {}                                                     # repository -> what choices() returns
+    for repo, folder, stem in sources.values():
+        wanted.setdefault(repo, []).extend(choices(folder, stem, half))
+    if extract:
+        wanted.setdefault(IMAGE_ENCODER[0], []).append([IMAGE_ENCODER[1]])
+
+    chosen = {repo: choose(repo, revision or REVISIONS[repo], files, offline) for repo, files in wanted.items()}
+    new = [size for files in chosen.values() for size in files.values()]
+    if any(new):
+        print(f"Fetching {sum(size > 0 for size in new)} files, {sum(new) / 1e9:.2f} GB, into {cache_folder()}", file=sys.stderr)
+    snapshots = {repo: download(repo, revision or REVISIONS[repo], files) for repo, files in chosen.items()}
+
+    found = {part: snapshots[repo] / folder for part, (repo, folder, _) in sources.items()}
+    if "image_encoder" in parts:
+        if extract:
+            extract_image_encoder(snapshots[IMAGE_ENCODER[0]] / IMAGE_ENCODER[1], target)
+        found["image_encoder"] = target
+    return found
+
+
+def choose(repo: str, revision: str, files: list[list[str]], offline: bool) -> dict[str, int]:
+    """-> {file: bytes still to be fetched, 0 if in the cache}: of each inner list the first that there is."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    def cached(name: str, commit: str) -> bool:
+        return isinstance(try_to_load_from_cache(repo, name, revision=commit), str)
+    if offline:
+        there = {name: 0 for options in files for name in options if cached(name, revision)}
+    else:
+        with hub_mistakes(repo, revision):
+            info = HfApi().model_info(repo, revision=revision, files_metadata=True)
+        there = {file.rfilename: 0 if cached(file.rfilename, info.sha) else file.size or 1 for file in info.siblings}
+    chosen = {}
+    for options in files:
+        name = next((name for name in options if name in there), None)
+        if name is not None:
+            chosen[name] = there[name]
+        elif Path(options[0]).name not in TOKENIZER_FILES:          # of a tokenizer's files, some are enough
+            raise WeightsError(f"{repo}: {options[0]} is not in the cache {cache_folder()}, and offline nothing is fetched" if offline
+                               else f"{repo} at revision {revision} holds no {options[0]}")
+    return chosen
+
+
+def download(repo: str, revision: str, files: dict[str, int]) -> Path:
+    """Fetches what is not in the cache yet -> the folder there that holds it all. What was interrupted goes on where it stopped."""
+    from huggingface_hub import hf_hub_download
+    with hub_mistakes(repo, revision):
+        for name, new in files.items():
+            path = hf_hub_download(repo, name, revision=revision, local_files_only=new == 0)
+    return Path(path).parents[name.count("/")]
+
+
+@contextlib.contextmanager
+def hub_mistakes(repo: str, revision: str):
+    """Around calls of huggingface_hub: its many exceptions become a WeightsError that says what to do."""
+    from huggingface_hub import constants, errors
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise WeightsError(f"{repo} asks for its terms to be accepted: do so on {constants.ENDPOINT}/{repo}, then run `hf auth login`") from error
+    except errors.RepositoryNotFoundError as error:
+        raise WeightsError(f"{constants.ENDPOINT} has no {repo}, or shows it to its members only: is HF_ENDPOINT right? "
+                           f"Does `hf auth login` help?") from error
+    except errors.RevisionNotFoundError as error:
+        raise WeightsError(f"{repo} has no revision {revision!r}: choose another with --revision, main is the newest") from error
+    except errors.RemoteEntryNotFoundError as error:
+        raise WeightsError(f"{repo} at revision {revision} lost a file while it was being fetched: {first_line(error)}") from error
+    except errors.HfHubHTTPError as error:
+        raise WeightsError(f"{constants.ENDPOINT} answered with an error: {first_line(error)}") from error
+    except Exception as error:               # no network: the class of its exception changes with the HTTP library
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise WeightsError(f"the disk is full: make room in {cache_folder()}, or set HF_HOME to another disk") from error
+        raise WeightsError(f"{constants.ENDPOINT} cannot be reached ({first_line(error)}): is there a network? "
+                           f"What is in the cache can be used with --offline") from error
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200] or type(error).__name__
+
+
+def cache_folder() -> str:
+    from huggingface_hub import constants
+    return constants.HF_HUB_CACHE
+
+
+def image_encoder_folder() -> Path:
+    """Where the image encoder lies once it has been taken out of the big file."""
+    from huggingface_hub import constants
+    return Path(constants.HF_HOME) / "wuerstchen" / "image_encoder"
+
+
+def main(args):
+    try:
+        for part, place in fetch(args.name, tuple(args.parts), args.half, args.offline, args.revision).items():
+            print(f"{part:20}{place}")
+    except WeightsError as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+
+
+if __name__ == "__main__":
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("name", choices=sorted(NAMES), help="which weights")
+    p.add_argument("--parts", nargs="+", choices=[*V2, "image_encoder"], default=list(TEXT_TO_IMAGE), help="default: all that text-to-image needs")
+    p.add_argument("--half", action="store_true", help="weights in float16 where they are offered")
+    p.add_argument("--offline", action="store_true", help="look in the cache only")
+    p.add_argument("--revision", help="branch, tag or commit in place of the tested one")
+    main(p.parse_args())

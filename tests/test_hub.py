@@ -1,0 +1,211 @@
+"""Fetching weights, against a stand-in for the hub on this machine: what is asked for, what is said when it goes wrong.
+
+The stand-in serves the tiny weights under the official names, so that the whole way from "v2" to a picture is walked.
+Every call runs in a process of its own, as huggingface_hub reads its settings once, when it is imported.
+"""
+import hashlib
+import http.server
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import hub
+
+ROOT = Path(hub.__file__).parent
+TINY = ROOT / "models" / "tiny"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def official_files() -> dict[str, dict[str, bytes]]:
+    """repository -> {file: content}, with files nobody needs: pickles, float32 beside float16, pictures, model_index.json."""
+    def folder(name, inside):
+        return {f"{inside}/{path.name}" if inside else path.name: path.read_bytes() for path in (TINY / name).iterdir()}
+    text = folder("text_encoder", "text_encoder") | folder("tokenizer", "tokenizer")
+    unused = {"README.md": b"# hello", "model_index.json": b'{"prior": ["wuerstchen", "WuerstchenPrior"]}', "collage.jpg": b"\xff\xd8"}
+    prior = folder("prior", "")
+    return {
+        "warp-ai/wuerstchen-prior": text | folder("prior", "prior") | unused | {
+            "prior/diffusion_pytorch_model.bin": b"pickle", "text_encoder/pytorch_model.bin": b"pickle"},
+        "warp-ai/wuerstchen": text | folder("decoder", "decoder") | folder("vqgan", "vqgan") | unused,
+        "warp-ai/wuerstchen-prior-model-base": prior,
+    }
+
+
+class Hub:
+    """A web server that answers as the hub does; `asked` are the files whose content was asked for, with the first byte."""
+    def __init__(self, files):
+        self.files, self.asked, self.cut, self.status = files, [], None, None
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *args):
+                pass
+
+            def answer(self, status, body=b"", **headers):
+                self.send_response(status)
+                for name, value in {"Content_Length": str(len(body)), **headers}.items():
+                    self.send_header(name.replace("_", "-"), value)
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(body)
+
+            def do_HEAD(self):
+                self.do_GET()
+
+            def do_GET(self):
+                if outer.status:
+                    return self.answer(outer.status[0], b"{}", **outer.status[1])
+                commit = (re.findall(r"/([0-9a-f]{40})(?:/|\?|$)", self.path) or [COMMIT])[0]      # a branch stands for one
+                if api := re.match(r"/api/models/([^/]+/[^/?]+)", self.path):
+                    files = outer.files.get(api[1])
+                    if files is None:
+                        return self.answer(401, b"{}", X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
+                    siblings = [{"rfilename": name, "size": len(data)} for name, data in files.items()]
+                    return self.answer(200, json.dumps({"id": api[1], "sha": commit, "siblings": siblings}).encode())
+                place = re.match(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", self.path)
+                if place is None:
+                    return self.answer(404)
+                data = outer.files[place[1]][place[2]]
+                headers = dict(X_Repo_Commit=commit, ETag=f'"{hashlib.sha1(data).hexdigest()}"', Accept_Ranges="bytes")
+                if self.command == "HEAD":
+                    return self.answer(200, **headers, Content_Length=str(len(data)))
+                first = int(re.match(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-"))[1])
+                outer.asked.append((f"{place[1]}/{place[2]}", first))
+                if outer.cut and place[2].endswith(outer.cut[0]) and first < outer.cut[1]:
+                    # A line that breaks, once: fewer bytes than were promised.
+                    self.answer(200, data[first:outer.cut[1]], **headers, Content_Length=str(len(data) - first))
+                    self.close_connection, outer.cut = True, None
+                    return
+                partly = {"Content_Range": f"bytes {first}-{len(data) - 1}/{len(data)}"} if "Range" in self.headers else {}
+                self.answer(206 if partly else 200, data[first:], **headers, **partly)
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture()
+def served():
+    server = Hub(official_files())
+    yield server
+    server.close()
+
+
+def run(served, home: Path, script: str, *arguments: str, **environment) -> subprocess.CompletedProcess:
+    settings = dict(HF_ENDPOINT=served.url, HF_HOME=str(home), HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1", **environment)
+    return subprocess.run([sys.executable, str(ROOT / script), *arguments], capture_output=True, text=True, cwd=home,
+                          env={**os.environ, **settings})
+
+
+def error_of(result: subprocess.CompletedProcess) -> str:
+    """The one line of a user's mistake."""
+    assert result.returncode == 2, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in result.stderr
+    return lines[0]
+
+
+NEEDED = {f"warp-ai/wuerstchen-prior/{name}" for name in ("prior/config.json", "prior/diffusion_pytorch_model.safetensors")} \
+    | {f"warp-ai/wuerstchen/{part}/{name}" for part in ("decoder", "vqgan") for name in ("config.json", "diffusion_pytorch_model.safetensors")} \
+    | {f"warp-ai/{repo}/{name}" for repo in ("wuerstchen", "wuerstchen-prior")
+       for name in ("text_encoder/config.json", "text_encoder/model.safetensors", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json")}
+
+
+def test_text_to_image_fetches_what_it_needs_once_and_nothing_else(served, tmp_path):
+    """Seven parts, one weight file each, .safetensors before .bin, no image encoder; the second time, not a byte."""
+    result = run(served, tmp_path, "hub.py", "v2")
+    assert result.returncode == 0, result.stderr
+    assert {name for name, _ in served.asked} == NEEDED
+    size = sum(len(served.files["/".join(name.split("/")[:2])]["/".join(name.split("/")[2:])]) for name in NEEDED)
+    assert f"Fetching {len(NEEDED)} files, {size / 1e9:.2f} GB" in result.stderr
+    served.asked.clear()
+    assert run(served, tmp_path, "hub.py", "v2").stdout == result.stdout and served.asked == []
+
+
+def test_what_was_fetched_serves_without_a_network(served, tmp_path):
+    run(served, tmp_path, "hub.py", "v2")
+    served.close()
+    online = run(served, tmp_path, "hub.py", "v2", "--offline")
+    assert online.returncode == 0, online.stderr
+    assert run(served, tmp_path, "hub.py", "v2", HF_HUB_OFFLINE="1").stdout == online.stdout
+    assert "prior" in error_of(run(served, tmp_path, "hub.py", "v2-base", "--offline"))
+
+
+def test_v2_is_painted_as_its_files_say(served, tmp_path):
+    """From the name to the picture: the same as from the same files in a folder."""
+    from PIL import Image
+    from wuerstchen import Wuerstchen
+    import numpy as np
+    prompt, settings = "a cat on a red background", ("--steps-c", "2", "--steps-b", "2", "--seed", "3", "--width", "128", "--height", "128")
+    result = run(served, tmp_path, "sample.py", "--weights", "v2", "--prompt", prompt, *settings, "--out", "cat.png", "--device", "cpu")
+    assert result.returncode == 0, result.stderr
+    here = Wuerstchen.load("tiny", "cpu")(prompt, seed=3, steps_c=2, steps_b=2, guidance_b=1.0)[0]
+    assert np.abs(np.asarray(Image.open(tmp_path / "cat.png"), int) - np.asarray(here, int)).max() <= 1
+
+
+def test_a_broken_download_goes_on_where_it_stopped(served, tmp_path):
+    """Of 30 MB, 15 arrive before the line breaks. huggingface_hub writes pieces of 10 MB, so that at most the last one is lost."""
+    name, content = "decoder/diffusion_pytorch_model.safetensors", bytes(range(256)) * 120_000
+    served.files["warp-ai/wuerstchen"][name] = content
+    served.cut = (name, len(content) // 2)
+    result = run(served, tmp_path, "hub.py", "v2", "--parts", "decoder")
+    assert result.returncode == 0, result.stderr
+    starts = [first for asked, first in served.asked if asked.endswith(name)]
+    assert len(starts) == 2 and starts[0] == 0 and starts[1] >= 10_000_000
+    folder = Path(result.stdout.split(maxsplit=1)[1].strip())
+    assert (folder / "diffusion_pytorch_model.safetensors").read_bytes() == content
+
+
+@pytest.mark.parametrize("status, headers, message", [
+    (401, {"X_Error_Code": "RepoNotFound"}, "has no warp-ai/wuerstchen"),
+    (404, {"X_Error_Code": "RepoNotFound"}, "has no warp-ai/wuerstchen"),
+    (403, {"X_Error_Code": "GatedRepo"}, "asks for its terms to be accepted"),
+    (404, {"X_Error_Code": "RevisionNotFound"}, "has no revision"),
+    (500, {}, "answered with an error")])
+def test_what_the_hub_refuses_is_said_in_one_line(status, headers, message, served, tmp_path):
+    served.status = (status, headers)
+    assert message in error_of(run(served, tmp_path, "hub.py", "v2", "--parts", "vqgan"))
+
+
+def test_no_network_is_said_in_one_line(served, tmp_path):
+    served.close()
+    message = error_of(run(served, tmp_path, "hub.py", "v2", "--parts", "vqgan"))
+    assert "cannot be reached" in message and "--offline" in message
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4\n", "is a Git LFS pointer"),
+    (b"<!DOCTYPE html><html>rate limited</html>", "is a web page, not weights")])
+def test_what_is_no_weight_file_is_recognised(content, message, served, tmp_path):
+    served.files["warp-ai/wuerstchen"]["vqgan/diffusion_pytorch_model.safetensors"] = content
+    assert message in error_of(run(served, tmp_path, "sample.py", "--weights", "v2", "--prompt", "a cat"))
+
+
+def test_the_image_encoder_is_taken_out_of_the_big_file_once(served, tmp_path):
+    """80 MB of 6 GB: fetched and read once, then kept as a small file of its own, the same bit by bit."""
+    import io
+    from stage_b import EfficientNetEncoder
+    from weights import load_image_encoder, to_diffusers
+    torch.manual_seed(0)
+    model = EfficientNetEncoder().eval()
+    file = io.BytesIO()
+    torch.save({"state_dict": {"x": torch.zeros(1)}, "effnet_state_dict": to_diffusers(model.state_dict(), model)}, file)
+    served.files["dome272/wuerstchen"] = {"model_v2_stage_b.pt": file.getvalue()}
+    result = run(served, tmp_path, "hub.py", "v2", "--parts", "image_encoder")
+    assert result.returncode == 0, result.stderr
+    loaded = load_image_encoder(result.stdout.split(maxsplit=1)[1].strip()).state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
+    served.asked.clear()
+    assert run(served, tmp_path, "hub.py", "v2", "--parts", "image_encoder").returncode == 0 and served.asked == []
