@@ -60,7 +60,7 @@ def parse_args(argv=None) -> argparse.Namespace:
                    help="how strongly Stage C follows the prompt: 1 is plain sampling, in half the time; raise it where the "
                         "prompt is ignored, lower it where colours glare (default: 4)")
     g.add_argument("--guidance-b", type=float, default=None,
-                   help="the same for Stage B, which rarely needs it unless it is small (default: 3 for the tiny weights, 1 for others)")
+                   help="the same for Stage B, which rarely needs it unless it is small (default: 4 for the tiny weights, 1 for others)")
     g = p.add_argument_group("weights and machine")
     g.add_argument("--weights", default="tiny", help="\"tiny\", which ships with the code, or a folder of weights (default: tiny)")
     g.add_argument("--device", default=None, help="cuda, cuda:1, cpu, mps (default: cuda where there is one, else cpu)")

@@ -241,7 +241,7 @@ class Wuerstchen:
         text_b = text_c if shared else TextEncoder(*files.load_text_encoder(parts["text_encoder"], parts["tokenizer"], dtype))
         encoder = files.load_image_encoder(parts["image_encoder"]) if parts["image_encoder"] else None
         # A small Stage B hesitates between objects; guidance makes it follow the semantic latent more resolutely.
-        own = dict(size=128, guidance_b=3.0) if type(encoder).__name__ == "TinyImageEncoder" else {}
+        own = dict(size=128, guidance_b=4.0) if type(encoder).__name__ == "TinyImageEncoder" else {}
         self = cls(files.load_stage_a(parts["vqgan"], dtype), files.load_stage_b(parts["decoder"], dtype),
                    files.load_stage_c(parts["prior"], dtype), text_c, text_b, encoder, **own)
         return self.to(device)
@@ -273,7 +273,7 @@ class Wuerstchen:
                          CPU from its own generator, so it does not depend on the images beside it.
         steps_c, steps_b sampling steps of Stages C and B.
         guidance_c, _b   guidance scales, see `guide`. 1 switches guidance off and halves the work; default of
-                         Stage B: 3 for the tiny weights, 1 for others.
+                         Stage B: 4 for the tiny weights, 1 for others.
         width, height    px, multiples of 128; default 128 for the tiny weights, 1024 for others.
         Raises ValueError for empty prompts, impossible sizes and numbers, lists that do not fit together: all
         of it before the first step; and for pictures that came out as NaN.
