@@ -140,7 +140,7 @@ def main(args):
         decoder = load_stage_b(f"{args.init}/decoder").train()
     else:
         # Shaped by what a CPU can train: little work at 16 x 16, most of it at 8 x 8 and 4 x 4.
-        decoder = StageB(c_timestep=32, c_cond=64, c_hidden=(32, 128, 256), heads=(-1, 4, 4), blocks=(1, 1, 1),
+        decoder = StageB(c_timestep=32, c_cond=64, c_hidden=(32, 128, 256), heads=(-1, 4, 4), blocks=(2, 3, 1),
                          levels=("CT", "CT", "CTCTA"), inject=(False, True, True), c_text=args.c_text, dropout=0.0)
     if args.image_encoder or args.init:
         encoder = load_image_encoder(args.image_encoder or f"{args.init}/image_encoder")

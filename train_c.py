@@ -1,8 +1,8 @@
 """Trains Stage C, the prior, and the tiny text encoder with it, on captioned emoji scenes made on the fly.
 
-  python train_c.py --image-encoder runs/b/image_encoder --out runs/smoke_c --steps 20 --batch 8   # CPU smoke run
-  python train_c.py --image-encoder runs/b/image_encoder --out runs/c --steps 8000                 # a whole run, an hour on 2 cores
-  python train_c.py --image-encoder runs/b/image_encoder --out runs/c --steps 8000 --resume        # go on from the last checkpoint
+  python train_c.py --image-encoder runs/b/image_encoder --out runs/smoke_c --steps 20 --batch 8 --text-warmup 20   # CPU smoke run
+  python train_c.py --image-encoder runs/b/image_encoder --out runs/c                 # a whole run, half an hour on 2 cores
+  python train_c.py --image-encoder runs/b/image_encoder --out runs/c --resume        # go on from the last checkpoint
 
 Pictures become targets through the image encoder of Stage B: 3x3x16 numbers, of which Stage C sees
 (raw + 1) / 42. The released models use a ready-made CLIP text encoder; the tiny one is trained here
@@ -28,7 +28,7 @@ def parse_args(argv=None):
     g.add_argument("--text-warmup", type=int, default=1500, help="steps in which a fresh text encoder first learns what captions look like, as CLIP has from 2 billion pictures")
     g.add_argument("--train-text", action="store_true", help="let the text encoder learn along with Stage C (default: it stays as it is)")
     g = p.add_argument_group("optimisation")
-    g.add_argument("--steps", type=int, default=8000, help="optimizer steps in all, resumed ones included")
+    g.add_argument("--steps", type=int, default=3000, help="optimizer steps in all, resumed ones included")
     g.add_argument("--batch", type=int, default=64, help="captioned pictures per forward pass")
     g.add_argument("--grad-accum", type=int, default=1, help="forward passes per optimizer step; the effective batch is batch x grad-accum")
     g.add_argument("--lr", type=float, default=2e-3, help="peak learning rate: linear warm-up, constant, linear decay to 0 over the last fifth")
@@ -173,7 +173,11 @@ def main(args):
     if args.decoder:
         text = TextEncoder(tokenizer, ema["text"])
         painter = Wuerstchen(load_stage_a(f"{args.decoder}/vqgan"), load_stage_b(f"{args.decoder}/decoder"), ema["prior"],
+<<<<<<< HEAD
                              text, text, size=128, guidance_b=4.0, device=device)
+=======
+                             text, text, size=128, guidance_b=4.0).to(device)
+>>>>>>> main
 
     # --- one pass of this loop is one optimizer step -----------------------------------------------
     for step in tqdm(range(first_step, args.steps), initial=first_step, total=args.steps, desc="Stage C"):
