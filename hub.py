@@ -69,7 +69,7 @@ def locate(weights: str | Path, files: dict[str, str | Path] | None = None, half
         found = fetch(weights, tuple(part for part in TEXT_TO_IMAGE if part not in own), half, offline, revision)
     else:
         if weights != "tiny" and not Path(weights).is_dir():
-            raise WeightsError(f"there are no weights called {str(weights)!r}, and no such folder: expected tiny, {', '.join(NAMES)}, or a folder")
+            raise WeightsError(f"there are no weights called {str(weights)!r}, and there is no such folder: expected tiny, {', '.join(NAMES)}, or a folder")
         found = find_parts(Path(__file__).parent / "models" / "tiny" if weights == "tiny" else weights)
         # The authors published their .pt files without the text encoders, which are CLIP's own.
         absent = tuple(part for part in TEXT_TO_IMAGE if found[part] is None and part not in own)

@@ -85,9 +85,9 @@ def parse_args(argv=None) -> argparse.Namespace:
 
     if not args.prompt.strip():
         fail("the prompt is empty: say what to paint, for example --prompt \"a red apple on a blue background\"")
-    for name in ("prompt", "negative_prompt", "weights"):
+    for name in ("prompt", "negative_prompt", "weights", *FILES):
         try:
-            getattr(args, name).encode()
+            (getattr(args, name) or "").encode()
         except UnicodeEncodeError:
             fail(f"--{name.replace('_', '-')} holds bytes that are no UTF-8 text: check the terminal's encoding")
     for name in ("height", "width"):

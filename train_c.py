@@ -173,11 +173,7 @@ def main(args):
     if args.decoder:
         text = TextEncoder(tokenizer, ema["text"])
         painter = Wuerstchen(load_stage_a(f"{args.decoder}/vqgan"), load_stage_b(f"{args.decoder}/decoder"), ema["prior"],
-<<<<<<< HEAD
                              text, text, size=128, guidance_b=4.0, device=device)
-=======
-                             text, text, size=128, guidance_b=4.0).to(device)
->>>>>>> main
 
     # --- one pass of this loop is one optimizer step -----------------------------------------------
     for step in tqdm(range(first_step, args.steps), initial=first_step, total=args.steps, desc="Stage C"):
