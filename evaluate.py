@@ -301,7 +301,8 @@ def main(args):
     else:
         runs = {args.weights: sample(args, [fact["prompt"] for fact in facts])}
     judge = Judge()
-    report = {"settings": vars(args), "runs": []}
+    # What decides the figures; where they are written does not, and a path would tell of a machine.
+    report = {"settings": {k: v for k, v in vars(args).items() if k not in ("out", "grid")}, "runs": []}
     for title, images in runs.items():
         seen = [judge.find(image) for image in images]
         verdicts = [verdict(found, colour, fact) for (found, colour), fact in zip(seen, facts)]

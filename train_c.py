@@ -98,7 +98,7 @@ def warm_up(tokenizer, text_model, encoder, scenes, args, device):
     (arXiv:2103.00020). The same in its plainest form: a throw-away linear layer must tell from that
     vector which semantic latent to expect. What objects look like, and that "left of" says where they
     go, is learned here in minutes; from Stage C's loss alone, which at most noise levels can see the
-    objects in x_t itself, it takes many hours.
+    objects in x_t itself, an hour taught half of it.
     """
     import torch
     from tqdm import tqdm

@@ -54,11 +54,18 @@ def test_stage_c_leaves_the_text_encoder_as_it_is_unless_told_otherwise(train_te
     assert (before == after) is not train_text
 
 
-def test_the_text_encoder_learns_from_pictures_first(runs):
-    """The warm-up that stands for CLIP's pre-training: it starts at the latents' variance, about 1, and its loss is kept."""
+def test_the_text_encoder_learns_from_pictures_first(runs, tmp_path):
+    """The warm-up that stands for CLIP's pre-training: it starts at the latents' variance, about 1, and its loss is kept.
+
+    Stage C leaves the text encoder alone, so whatever differs from a run without warm-up was learned in it.
+    """
     lines = (runs / "text_loss.csv").read_text().split()
     assert lines[0] == "step,loss" and len(lines) == 3
     assert 0.5 < float(lines[1].split(",")[1]) < 4
+    train_c.main(train_c.parse_args([*SMALL, "--image-encoder", f"{runs}/image_encoder", "--width", "32", "--depth", "1", "--text-width", "32",
+                                     "--text-depth", "1", "--text-warmup", "0", "--out", str(tmp_path), "--steps", "1"]))
+    warm, cold = ((folder / "text_encoder" / "model.safetensors").read_bytes() for folder in (runs, tmp_path))
+    assert warm != cold
 
 
 @pytest.mark.parametrize("name", ["a", "b", "c"])
