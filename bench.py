@@ -3,11 +3,14 @@
   python bench.py                                  # the tiny weights, a few minutes at most
   python bench.py --repeats 9 --skip-start         # only the networks
   python bench.py --weights PATH --side 128        # other weights, smaller pictures than their default
+  python bench.py --memory                         # what official sizes take; needs 7 GB of disk and some minutes
 
 start      from `python sample.py` to the picture on disk; beside it, a Python that does nothing but
            import torch and transformers' CLIP, the floor for any program that uses both
 stages     one step of Stage C (guided: two rows), one of Stage B (one row), one decoding by Stage A
 diffusers  the same calls with the same weights and inputs there, where diffusers is installed
+memory     the most that was taken at any time, in a process of its own: loading Stage C, and a whole picture with
+           --low-memory, two steps each; beside it, the size of what is loaded. On a CPU that includes pages of files
 
 What is compared is run in turns, A B A B ..., so that whatever slows the machine down for a while slows
 both. Figures are medians. They are printed, nothing is asserted: a figure belongs to its machine.
@@ -37,6 +40,7 @@ def parse_args(argv=None):
     p.add_argument("--repeats", type=int, default=5, help="runs of everything, of which the median counts; more where figures jump (default: 5)")
     p.add_argument("--calls", type=int, default=10, help="calls of a network per run; fewer for large weights (default: 10)")
     p.add_argument("--device", default=None, help="cuda, cpu, ... (default: cuda where there is one, else cpu)")
+    p.add_argument("--memory", action="store_true", help="measure memory in place of time: random weights of official size (Linux only)")
     p.add_argument("--skip-start", action="store_true", help="do not measure program starts, which take longest")
     return p.parse_args(argv)
 
@@ -131,6 +135,76 @@ def networks(args) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     return times, differences
 
 
+# ----- memory ----------------------------------------------------------------------------------------
+
+# Each runs in a process of its own and prints two numbers, bytes at the peak and bytes of what was loaded. Linux keeps
+# the peak of a process as VmHWM; what importing torch took before is not counted.
+MEASURED = """
+import sys, torch, weights, wuerstchen
+from pathlib import Path
+from transformers import CLIPTextModel
+folder, device, dtype = sys.argv[1], torch.device(sys.argv[2]), getattr(torch, sys.argv[3])
+def memory(line):
+    return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(line))
+torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)
+before = memory("VmRSS")
+{what}
+print(torch.cuda.max_memory_allocated() if device.type == "cuda" else memory("VmHWM") - before, size)
+"""
+LOADING = """
+model = weights.load_stage_c(folder + "/prior_prior", dtype).to(device)
+size = sum(tensor.nbytes for tensor in model.state_dict().values())
+"""
+PAINTING = f"""
+model = wuerstchen.Wuerstchen.load(folder, str(device), dtype, low_memory=True)
+model({PROMPT!r}, steps_c=2, steps_b=2)
+size = max(sum(p.numel() for p in weights.plan(stage, folder + "/" + part)[0].parameters()) * dtype.itemsize
+           for part, stage in (("prior_prior", weights.StageC), ("decoder", weights.StageB)))
+"""
+
+
+def official_files(folder: Path) -> None:
+    """Random weights with the official names, sizes and places, in float16, 6.3 GB, in the layout of diffusers' combined pipeline."""
+    import shutil
+    import torch
+    from transformers import CLIPTextConfig, CLIPTextModel
+    import weights as w
+
+    def random_tensor(name: str, shape: tuple) -> torch.Tensor:
+        values = torch.empty(shape, dtype=torch.float16).normal_(std=0.02)
+        return values.abs() + 0.5 if name.endswith("running_var") else values
+    for part, stage in (("prior_prior", w.StageC), ("decoder", w.StageB), ("vqgan", w.StageA)):
+        with torch.device("meta"):
+            model = stage()
+        tensors = {name: random_tensor(name, tensor.shape) if tensor.is_floating_point() else torch.zeros(tensor.shape, dtype=tensor.dtype)
+                   for name, tensor in model.state_dict().items()}
+        w.write_files(w.config_to_diffusers(model), {n: t.contiguous() for n, t in w.to_diffusers(tensors, model).items()}, folder / part, w.STEM)
+    tokenizer = Path(__file__).parent / "models" / "tiny" / "tokenizer"         # its words do not matter here
+    for side, width, layers, heads in (("prior_", 1280, 32, 20), ("", 1024, 24, 16)):
+        config = CLIPTextConfig(vocab_size=49408, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
+                                intermediate_size=4 * width, hidden_act="gelu")
+        with torch.device("meta"):
+            model = CLIPTextModel(config)
+        tensors = {name: random_tensor(name, tensor.shape) for name, tensor in model.state_dict().items() if not name.endswith("position_ids")}
+        w.write_files(config.to_dict(), tensors, folder / f"{side}text_encoder", "model")
+        shutil.copytree(tokenizer, folder / f"{side}tokenizer")
+
+
+def memory(args) -> None:
+    """Prints the peaks beside the sizes."""
+    import torch
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        official_files(Path(folder))
+        for title, what, dtype in (("loading Stage C", LOADING, "float16"), ("loading Stage C", LOADING, "float32"),
+                                   ("text to image at 1024 px, one part at a time", PAINTING, "float32" if device == "cpu" else "float16")):
+            result = subprocess.run([sys.executable, "-c", MEASURED.format(what=what), folder, device, dtype], cwd=Path(__file__).parent,
+                                    stdout=subprocess.PIPE, text=True, check=True)
+            peak, size = map(int, result.stdout.split()[-2:])
+            print(f"{title}, {dtype}: peak {peak / 1e6:.0f} MB; {'its' if what is LOADING else 'the largest'} weights {size / 1e6:.0f} MB; "
+                  f"ratio {peak / size:.2f}", flush=True)
+
+
 def main(argv=None):
     args = parse_args(argv)
     import torch
@@ -138,6 +212,8 @@ def main(argv=None):
     print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} CPUs{load}, "
           f"Python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
           f"weights {args.weights}, medians of {args.repeats}\n")
+    if args.memory:
+        return memory(args)
     if not args.skip_start:
         start = start_to_picture(args)
         print(f"start to picture   {start['sample.py']:8.2f} s    imports alone {start['floor']:8.2f} s     "

@@ -20,36 +20,38 @@ import os
 import sys
 from pathlib import Path
 
-from weights import LAYOUTS, WeightsError, extract_image_encoder, find_parts
+from weights import LAYOUTS, STEM, WeightsError, extract_image_encoder, find_parts
 
 # Which state of each repository. A commit's hash where one is known; "main" where none could be
-# looked up, as for those whose files have not changed since 2023. --revision NAME overrides.
+# looked up, as for those whose files have not changed since 2023. --revision overrides.
 REVISIONS = {
     "warp-ai/wuerstchen":                        "c3da41406ddd4d9c48c49aa93981a82354351b83",
     "warp-ai/wuerstchen-prior":                  "main",
     "warp-ai/wuerstchen-prior-model-base":       "3f9205c8c2e7cf103192954fe6f096e66f9d4efc",
     "warp-ai/wuerstchen-prior-model-finetuned":  "main",
+    "warp-ai/EfficientNetEncoder":               "main",
     "dome272/wuerstchen":                        "6eb6cf5494fa67472afdbcfd78a31dcb091b0c05",
 }
 
 # part -> (repository, folder in it, stem of its weight file; None: all of TOKENIZER_FILES)
 V2 = {
-    "prior":               ("warp-ai/wuerstchen-prior", "prior", "diffusion_pytorch_model"),
+    "prior":               ("warp-ai/wuerstchen-prior", "prior", STEM),
     "prior_text_encoder":  ("warp-ai/wuerstchen-prior", "text_encoder", "model"),            # CLIP bigG
     "prior_tokenizer":     ("warp-ai/wuerstchen-prior", "tokenizer", None),
-    "decoder":             ("warp-ai/wuerstchen", "decoder", "diffusion_pytorch_model"),
+    "decoder":             ("warp-ai/wuerstchen", "decoder", STEM),
     "text_encoder":        ("warp-ai/wuerstchen", "text_encoder", "model"),                  # CLIP H
     "tokenizer":           ("warp-ai/wuerstchen", "tokenizer", None),
-    "vqgan":               ("warp-ai/wuerstchen", "vqgan", "diffusion_pytorch_model"),
+    "vqgan":               ("warp-ai/wuerstchen", "vqgan", STEM),
 }
 NAMES = {
     "v2":           V2,                                      # halfway between the two below: the best for most prompts
-    "v2-base":      V2 | {"prior": ("warp-ai/wuerstchen-prior-model-base", "", "diffusion_pytorch_model")},       # to fine-tune
-    "v2-aesthetic": V2 | {"prior": ("warp-ai/wuerstchen-prior-model-finetuned", "", "diffusion_pytorch_model")},  # 1024 px only
+    "v2-base":      V2 | {"prior": ("warp-ai/wuerstchen-prior-model-base", "", STEM)},       # to fine-tune
+    "v2-aesthetic": V2 | {"prior": ("warp-ai/wuerstchen-prior-model-finetuned", "", STEM)},  # 1024 px only
 }
 NAMES["v2-interpolated"] = NAMES["v2"]
-# The image encoder was published only inside this file of 6 GB, next to the decoder.
-IMAGE_ENCODER = ("dome272/wuerstchen", "model_v2_stage_b.pt")
+# The image encoder has a repository of its own, 80 MB; and it is part of the authors' decoder file of 6 GB.
+IMAGE_ENCODER = ("warp-ai/EfficientNetEncoder", "", STEM)
+IMAGE_ENCODER_INSIDE = ("dome272/wuerstchen", "model_v2_stage_b.pt")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 TEXT_TO_IMAGE = tuple(V2)                   # what it needs: all but the image encoder
 
@@ -70,11 +72,17 @@ def locate(weights: str | Path, files: dict[str, str | Path] | None = None, half
     else:
         if weights != "tiny" and not Path(weights).is_dir():
             raise WeightsError(f"there are no weights called {str(weights)!r}, and there is no such folder: expected tiny, {', '.join(NAMES)}, or a folder")
-        found = find_parts(Path(__file__).parent / "models" / "tiny" if weights == "tiny" else weights)
+        found = find_parts(Path(__file__).parent / "models" / "tiny" if weights == "tiny" else weights, own)
         # The authors published their .pt files without the text encoders, which are CLIP's own.
         absent = tuple(part for part in TEXT_TO_IMAGE if found[part] is None and part not in own)
         found |= fetch("v2", absent, half, offline, revision) if absent else {}
     return dict.fromkeys(LAYOUTS["one folder"]) | found | own
+
+
+def revision_of(repo: str, override: str | None) -> str:
+    """REVISIONS', unless the override, "NAME" for all repositories or "REPO=NAME" for one, concerns this one."""
+    which, _, name = (override or "").rpartition("=")
+    return name if name and which in ("", repo) else REVISIONS[repo]
 
 
 def choices(folder: str, stem: str | None, half: bool) -> list[list[str]]:
@@ -94,31 +102,36 @@ def fetch(name: str, parts: tuple[str, ...] = TEXT_TO_IMAGE, half: bool = False,
           revision: str | None = None) -> dict[str, Path]:
     """The parts of the weights called `name`, from the cache or the hub -> part: its folder in the cache.
 
-    parts: names of V2, or "image_encoder". half: prefer weight files in float16. revision: a branch, tag or
-    commit in place of REVISIONS'. Raises WeightsError, in one line, for whatever goes wrong.
+    parts: names of V2, or "image_encoder". half: prefer weight files in float16. revision: in place of
+    REVISIONS', see revision_of. Raises WeightsError, in one line, for whatever goes wrong.
     """
     offline = offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     sources = {part: NAMES[name][part] for part in parts if part != "image_encoder"}
-    target = image_encoder_folder()
-    extract = "image_encoder" in parts and not (target / "model.safetensors").is_file()
     wanted = {}                                                     # repository -> what choices() returns
     for repo, folder, stem in sources.values():
         wanted.setdefault(repo, []).extend(choices(folder, stem, half))
-    if extract:
-        wanted.setdefault(IMAGE_ENCODER[0], []).append([IMAGE_ENCODER[1]])
-
-    chosen = {repo: choose(repo, revision or REVISIONS[repo], files, offline) for repo, files in wanted.items()}
+    chosen = {repo: choose(repo, revision_of(repo, revision), files, offline) for repo, files in wanted.items()}
+    target = image_encoder_folder()
+    extract = False
+    if "image_encoder" in parts and not (target / "config.json").is_file():
+        repo, folder, stem = IMAGE_ENCODER
+        try:
+            chosen[repo] = choose(repo, revision_of(repo, revision), choices(folder, stem, half=False), offline)
+            sources["image_encoder"] = IMAGE_ENCODER
+        except WeightsError:
+            extract, (repo, file) = True, IMAGE_ENCODER_INSIDE
+            chosen[repo] = choose(repo, revision_of(repo, revision), [[file]], offline)
     new = [size for files in chosen.values() for size in files.values()]
     if any(new):
         print(f"Fetching {sum(size > 0 for size in new)} files, {sum(new) / 1e9:.2f} GB, into {cache_folder()}", file=sys.stderr)
-    snapshots = {repo: download(repo, revision or REVISIONS[repo], files) for repo, files in chosen.items()}
+    snapshots = {repo: download(repo, revision_of(repo, revision), files) for repo, files in chosen.items()}
 
     found = {part: snapshots[repo] / folder for part, (repo, folder, _) in sources.items()}
-    if "image_encoder" in parts:
-        if extract:
-            extract_image_encoder(snapshots[IMAGE_ENCODER[0]] / IMAGE_ENCODER[1], target)
-        found["image_encoder"] = target
-    return found
+    if extract:
+        repo, file = IMAGE_ENCODER_INSIDE
+        extract_image_encoder(snapshots[repo] / file, target)
+        print(f"The image encoder is now in {target}; {snapshots[repo] / file} is no longer needed", file=sys.stderr)
+    return found if "image_encoder" not in parts else {"image_encoder": target} | found
 
 
 def choose(repo: str, revision: str, files: list[list[str]], offline: bool) -> dict[str, int]:
@@ -206,5 +219,5 @@ if __name__ == "__main__":
     p.add_argument("--parts", nargs="+", choices=[*V2, "image_encoder"], default=list(TEXT_TO_IMAGE), help="default: all that text-to-image needs")
     p.add_argument("--half", action="store_true", help="weights in float16 where they are offered")
     p.add_argument("--offline", action="store_true", help="look in the cache only")
-    p.add_argument("--revision", help="branch, tag or commit in place of the tested one")
+    p.add_argument("--revision", help="branch, tag or commit in place of the tested ones; REPO=NAME for one repository")
     main(p.parse_args())

@@ -71,7 +71,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     for part, what in (("prior", "Stage C"), ("decoder", "Stage B"), ("vqgan", "Stage A"), ("image-encoder", "the image encoder"),
                        ("prior-text-encoder", "Stage C's text encoder"), ("text-encoder", "Stage B's text encoder")):
         g.add_argument(f"--{part}", default=None, help=f"{what} from this folder" + (" or file" if "text" not in part else "") + " instead")
-    g.add_argument("--revision", default=None, help="branch, tag or commit on the hub in place of the tested one")
+    g.add_argument("--revision", default=None, help="branch, tag or commit on the hub in place of the tested ones; REPO=NAME for one repository")
     g.add_argument("--offline", action="store_true", help="never use the network: what is not in the cache is an error")
     g.add_argument("--low-memory", action="store_true", default=None, help="keep one part in memory at a time (default: if they do not all fit)")
     g.add_argument("--device", default=None, help="cuda, cuda:1, cpu, mps (default: cuda where there is one, else cpu)")

@@ -21,6 +21,7 @@ import json
 import os
 import warnings
 from pathlib import Path
+from typing import Iterable
 
 import torch
 import torch.nn as nn
@@ -312,18 +313,19 @@ CONFIGS = {
     StageC: ("WuerstchenPrior", dict(      # these defaults are not the released sizes; the released files spell theirs out
         c_in=("c_in", 16), c=("c", 1280), c_cond=("c_cond", 1024), c_timestep=("c_r", 64), depth=("depth", 16),
         heads=("nhead", 16), dropout=("dropout", 0.1))),
-    EfficientNetEncoder: ("EfficientNetEncoder", dict(c_semantic=("c_semantic", 16))),
+    EfficientNetEncoder: ("EfficientNetEncoder", dict(c_semantic=("c_latent", 16))),
     TinyImageEncoder: ("TinyImageEncoder", dict(
         c_semantic=("c_semantic", 16), c_hidden=("c_hidden", [32, 64, 128, 256]), blocks=("blocks", [1, 2, 2, 2]))),
 }
-# Options of diffusers' class that our StageA does not have; only these values are possible.
-FIXED = {StageA: dict(in_channels=3, out_channels=3, up_down_scale_factor=2)}
+# Options of their classes that ours do not have; only these values are possible.
+FIXED = {StageA: dict(in_channels=3, out_channels=3, up_down_scale_factor=2),
+         EfficientNetEncoder: dict(effnet="efficientnet_v2_s", c_cond=1280)}
 
 
 def config_to_ours(config: dict, stage: type) -> dict:
     """The content of a config.json -> arguments for `stage`. Raises WeightsError for another class or impossible values."""
     class_name, table = CONFIGS[stage]
-    if config.get("_class_name", class_name) != class_name:
+    if config.get("_class_name", class_name).removeprefix("Wuerstchen") != class_name.removeprefix("Wuerstchen"):
         raise WeightsError(f"it describes a {config['_class_name']}, expected a {class_name}")
     fixed = FIXED.get(stage, {})
     for key, value in fixed.items():
@@ -378,6 +380,7 @@ def listing(folder: Path) -> str:
 # The original files hold several tables; this is where each model stands, the averaged weights first.
 SECTIONS = {StageA: ("state_dict",), StageB: ("state_dict",), StageC: ("ema_state_dict", "state_dict"),
             EfficientNetEncoder: ("effnet_state_dict",)}
+STEM = "diffusion_pytorch_model"      # diffusers' name for weight files, and so ours; transformers' are called "model"
 CHUNK = 128 * 2 ** 20          # bytes read between two openings of a file, see TensorFile
 
 
@@ -463,21 +466,21 @@ def fill(model: nn.Module, tensors, dtype: torch.dtype) -> nn.Module:
     return model.eval()
 
 
-def plan(stage: type, path: str | Path, stem: str) -> tuple[nn.Module, TensorFile]:
+def plan(stage: type, path: str | Path) -> tuple[nn.Module, TensorFile]:
     """A model without memory, and the file that fits it by names and shapes, of which no number has been read yet.
 
-    path: its folder, or a single file. config.json beside the file gives the sizes; without one, as beside
+    path: its folder, or a single file. A config.json beside the file gives the sizes; without one, as beside
     the original .pt files, they are the official ones. Raises WeightsError.
     """
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    file = TensorFile(find_file(path, (stem,)), SECTIONS.get(stage, ())) if not Path(path).is_dir() else None
+    file = TensorFile(find_file(path, (STEM, "model")), SECTIONS.get(stage, ())) if not Path(path).is_dir() else None
     config = read_config(folder) if file is None or (folder / "config.json").is_file() else None
     try:
         with torch.device("meta"):
             model = stage(**(config_to_ours(config, stage) if config is not None else {}))
     except (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError) as error:     # impossible numbers in it
         raise WeightsError(f"{folder / 'config.json'} cannot be used: {error}") from error
-    file = file or TensorFile(find_file(path, (stem,)), SECTIONS.get(stage, ()))
+    file = file or TensorFile(find_file(path, (STEM, "model")), SECTIONS.get(stage, ()))
     try:
         check_fit(file.shapes, model)
     except WeightsError as error:
@@ -486,9 +489,9 @@ def plan(stage: type, path: str | Path, stem: str) -> tuple[nn.Module, TensorFil
     return model, file
 
 
-def load(stage: type, path: str | Path, stem: str, dtype: torch.dtype) -> nn.Module:
+def load(stage: type, path: str | Path, dtype: torch.dtype) -> nn.Module:
     """One model from its folder or file, see plan, in eval mode."""
-    model, file = plan(stage, path, stem)
+    model, file = plan(stage, path)
     try:
         return fill(model, translate(file, file.shapes.keys(), model), dtype)
     except WeightsError as error:
@@ -497,17 +500,17 @@ def load(stage: type, path: str | Path, stem: str, dtype: torch.dtype) -> nn.Mod
 
 def load_stage_a(folder: str | Path, dtype: torch.dtype = torch.float32) -> StageA:
     """A `vqgan` folder -> the VQGAN in eval mode. Raises WeightsError."""
-    return load(StageA, folder, "diffusion_pytorch_model", dtype)
+    return load(StageA, folder, dtype)
 
 
 def load_stage_b(folder: str | Path, dtype: torch.dtype = torch.float32) -> StageB:
     """A `decoder` folder -> the diffusion decoder in eval mode. Raises WeightsError."""
-    return load(StageB, folder, "diffusion_pytorch_model", dtype)
+    return load(StageB, folder, dtype)
 
 
 def load_stage_c(folder: str | Path, dtype: torch.dtype = torch.float32) -> StageC:
     """A `prior` folder -> the prior in eval mode. Raises WeightsError."""
-    return load(StageC, folder, "diffusion_pytorch_model", dtype)
+    return load(StageC, folder, dtype)
 
 
 def load_image_encoder(path: str | Path, dtype: torch.dtype = torch.float32) -> EfficientNetEncoder | TinyImageEncoder:
@@ -518,19 +521,18 @@ def load_image_encoder(path: str | Path, dtype: torch.dtype = torch.float32) -> 
     if path.is_dir() or (folder / "config.json").is_file():
         name = read_config(folder).get("_class_name")
         encoders = {stage.__name__: stage for stage in (EfficientNetEncoder, TinyImageEncoder)}
+        name = str(name).removeprefix("Wuerstchen")      # OneTrainer's name for it
         if name not in encoders:
             raise WeightsError(f"{folder / 'config.json'} describes a {name}, expected one of {', '.join(encoders)}")
         stage = encoders[name]
-    return load(stage, path, "model", dtype)
+    return load(stage, path, dtype)
 
 
 def extract_image_encoder(file: str | Path, folder: str | Path) -> None:
     """Takes the image encoder out of the original decoder file, 6 GB, into a folder of 80 MB, bit by bit the same."""
-    from safetensors.torch import save_file
     model = load_image_encoder(file)
     tensors = {name: tensor.contiguous() for name, tensor in to_diffusers(model.state_dict(), model).items()}
-    write_atomically(Path(folder) / "config.json", lambda path: path.write_text(json.dumps(config_to_diffusers(model), indent=2) + "\n"))
-    write_atomically(Path(folder) / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    write_files(config_to_diffusers(model), tensors, folder, STEM)
 
 
 def load_text_encoder(encoder_folder: str | Path, tokenizer_folder: str | Path, dtype: torch.dtype = torch.float32):
@@ -638,34 +640,38 @@ def to_half(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def write_model(config: dict, tensors: dict[str, Tensor], folder: str | Path, stem: str) -> None:
-    """folder/config.json and folder/{stem}.safetensors; converts before it writes, so that an error leaves the old files."""
+def write_files(config: dict, tensors: dict[str, Tensor], folder: str | Path, stem: str) -> None:
+    """folder/config.json and folder/{stem}.safetensors, the tensors as they are."""
     from safetensors.torch import save_file
-    tensors = to_half(tensors)
     write_atomically(Path(folder) / f"{stem}.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     write_atomically(Path(folder) / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
 
 
+def write_model(config: dict, tensors: dict[str, Tensor], folder: str | Path, stem: str) -> None:
+    """The same, in float16; converts before it writes, so that an error leaves the old files."""
+    write_files(config, to_half(tensors), folder, stem)
+
+
 def save_stage_a(model: StageA, folder: str | Path) -> None:
     """Writes the VQGAN as diffusers would, in float16. Its scale_factor goes into config.json."""
     assert model.config["scale_factor"] == model.scale_factor, "scale_factor was changed in one place only"
-    write_model(config_to_diffusers(model), to_diffusers(model.state_dict(), model), folder, "diffusion_pytorch_model")
+    write_model(config_to_diffusers(model), to_diffusers(model.state_dict(), model), folder, STEM)
 
 
 def save_stage_b(model: StageB, folder: str | Path) -> None:
     """Writes the diffusion decoder as diffusers would, in float16."""
-    write_model(config_to_diffusers(model), to_diffusers(model.state_dict(), model), folder, "diffusion_pytorch_model")
+    write_model(config_to_diffusers(model), to_diffusers(model.state_dict(), model), folder, STEM)
 
 
 def save_stage_c(model: StageC, folder: str | Path) -> None:
     """Writes the prior as diffusers would, in float16."""
-    write_model(config_to_diffusers(model), to_diffusers(model.state_dict(), model), folder, "diffusion_pytorch_model")
+    write_model(config_to_diffusers(model), to_diffusers(model.state_dict(), model), folder, STEM)
 
 
 def save_image_encoder(model: EfficientNetEncoder | TinyImageEncoder, folder: str | Path) -> None:
-    """Writes config.json and model.safetensors, in float16; EfficientNet in the official names."""
-    write_model(config_to_diffusers(model), to_diffusers(model.state_dict(), model), folder, "model")
+    """Writes the image encoder in float16; EfficientNet in the official names."""
+    write_model(config_to_diffusers(model), to_diffusers(model.state_dict(), model), folder, STEM)
 
 
 def save_scheduler(folder: str | Path) -> None:
@@ -717,9 +723,9 @@ OPTIONAL = ("image_encoder", "scheduler", "prior_scheduler")
 TEXT = ("prior_text_encoder", "prior_tokenizer", "text_encoder", "tokenizer")
 
 
-def find_parts(folder: str | Path) -> dict[str, Path | None]:
+def find_parts(folder: str | Path, given: Iterable[str] = ()) -> dict[str, Path | None]:
     """Where the parts of a pipeline stand in a folder, under the names used in LAYOUTS; None for parts that are absent
-    and optional, and, beside the original files, for text encoders.
+    and optional, and, beside the original files, for text encoders. given: parts that need not be there.
 
     Raises WeightsError if the folder follows none of the layouts, or lacks a part that is needed.
     """
@@ -734,8 +740,8 @@ def find_parts(folder: str | Path) -> dict[str, Path | None]:
         return found[-1] if found and (found[-1].is_dir() or found[-1].suffix == ".pt") else None
     for name, layout in LAYOUTS.items():
         parts = {part: there(place) for part, place in layout.items()}
-        if all(parts[part] for part in ("prior", "decoder", "vqgan")):
-            needed = parts.keys() - set(OPTIONAL) - set(TEXT if name == "original files" else ())
+        if any(parts.values()) and all(parts[part] or part in given for part in ("prior", "decoder", "vqgan")):
+            needed = parts.keys() - set(OPTIONAL) - set(TEXT if name == "original files" else ()) - set(given)
             missing = {layout[part]: None for part in layout if part in needed and parts[part] is None}
             if missing:
                 raise WeightsError(f"{folder} looks like the layout {name!r} but lacks {', '.join(missing)}")
@@ -763,13 +769,12 @@ def convert(source: str | Path, target: str | Path, to: str) -> int:
     target = Path(target)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise WeightsError(f"{target} exists already and is not overwritten: choose another name")
-    stems = ("diffusion_pytorch_model", "model")
-    file = TensorFile(find_file(source, stems), sum(SECTIONS.values(), ()))
+    file = TensorFile(find_file(source, (STEM, "model")), sum(SECTIONS.values(), ()))
     stage = next((stage for stage, names in TELLTALES.items() if any(name in file.shapes for name in names)), None)
     if stage is None:
         raise WeightsError(f"{file.path} holds none of the models that are converted: Stage A, B, C or the image encoder"
                            + (f". This looks like {looks}" if (looks := what_it_is(file.shapes)) else ""))
-    model, file = plan(stage, source, "model" if stage is EfficientNetEncoder else stems[0])
+    model, file = plan(stage, source)
     ours = {name: tensor.clone() for name, tensor in translate(file, file.shapes.keys(), model)}
     tensors = {"ours": lambda ours, _: ours, "diffusers": to_diffusers, "original": to_original}[to](ours, model)
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -779,10 +784,7 @@ def convert(source: str | Path, target: str | Path, to: str) -> int:
     elif target.suffix == ".safetensors":
         write_atomically(target, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     else:
-        stem = "model" if stage is EfficientNetEncoder else stems[0]
-        write_atomically(target / f"{stem}.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-        text = json.dumps(config_to_diffusers(model), indent=2, sort_keys=True) + "\n"
-        write_atomically(target / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
+        write_files(config_to_diffusers(model), tensors, target, STEM)
     return len(tensors)
 
 

@@ -276,7 +276,7 @@ class Wuerstchen:
         w.check_scheduler(places["scheduler"])
         w.check_scheduler(places["prior_scheduler"])
         # Before the first number is read: do the files fit the models, and the models each other?
-        plans = {part: w.plan(stage, places[part], "diffusion_pytorch_model")[0]
+        plans = {part: w.plan(stage, places[part])[0]
                  for part, stage in (("vqgan", w.StageA), ("decoder", w.StageB), ("prior", w.StageC))}
         w.check_widths(plans["prior"].config["c_cond"], places["prior_text_encoder"], "Stage C")
         w.check_widths(plans["decoder"].config["c_text"], places["text_encoder"], "Stage B")
@@ -299,10 +299,10 @@ class Wuerstchen:
                    image_encoder if places["image_encoder"] or weights in hub.NAMES else None,
                    **(dict(size=128, guidance_b=4.0) if tiny else {}), device=device, dtype=dtype)
         if low_memory is None:
-            bytes_wanted = sum(p.numel() for model in plans.values() for p in model.parameters()) * dtype.itemsize
-            bytes_wanted += sum(w.find_file(places[part], ("model", "pytorch_model")).stat().st_size
-                                for part in ("prior_text_encoder", "text_encoder"))
-            low_memory = 1.25 * bytes_wanted > free_memory(device)       # a quarter more, for activations
+            numbers = sum(p.numel() for model in plans.values() for p in model.parameters())
+            numbers += sum(math.prod(shape) for part in {"prior_text_encoder", "prior_text_encoder" if shared else "text_encoder"}
+                           for shape in w.TensorFile(w.find_file(places[part], ("model", "pytorch_model"))).shapes.values())
+            low_memory = 1.25 * numbers * dtype.itemsize > free_memory(device)       # a quarter more, for activations
         self.low_memory = low_memory
         if not low_memory:
             for part in PARTS[:-1]:                                      # what is wrong with a file is said now
@@ -401,7 +401,11 @@ class Wuerstchen:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """VQGAN latents (B,4,h,w) -> images (B,3,4h,4w) float32 in [0, 1]. Raises ValueError for NaN and infinity."""
-        images = self.stage_a.decode(latents.to(self.dtype)).float()
+        stage_a = self.stage_a
+        images = stage_a.decode(latents.to(next(stage_a.parameters()).dtype)).float()
+        if not images.isfinite().all() and self.dtype == torch.float16:
+            # Inside the VQGAN numbers can pass 65504, where float16 ends. It is small: from now on in float32.
+            images = stage_a.float().decode(latents.float())
         if not images.isfinite().all():      # in 8 bits it would be a black picture
             raise ValueError(f"the picture came out as NaN or infinity in {self.dtype}. float16 ends at 65504: "
                              f"use bfloat16 or float32, or a lower guidance scale.")

@@ -1,6 +1,6 @@
 """Lets `pytest` in the repository's root find our modules, and makes every test start from the same seed.
 
-WUERSTCHEN_SLOW=1 pytest   also runs the tests marked slow: models of official size, some 5 GB and a minute each.
+WUERSTCHEN_SLOW=1 pytest   also runs the tests marked slow: models of official size, up to 13 GB and a minute or two each.
 """
 import os
 import sys
@@ -14,7 +14,7 @@ import torch
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: needs about 5 GB and a minute; runs only with WUERSTCHEN_SLOW=1")
+    config.addinivalue_line("markers", "slow: needs up to 13 GB and a minute or two; runs only with WUERSTCHEN_SLOW=1")
     torch.set_num_threads(1)      # the models are tiny: handing work to a second thread costs more than it saves
 
 
@@ -22,7 +22,7 @@ def pytest_collection_modifyitems(items):
     if not os.environ.get("WUERSTCHEN_SLOW"):
         for item in items:
             if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs about 5 GB and a minute: set WUERSTCHEN_SLOW=1 to run it"))
+                item.add_marker(pytest.mark.skip(reason="needs up to 13 GB and a minute or two: set WUERSTCHEN_SLOW=1 to run it"))
 
 
 @pytest.fixture(autouse=True)

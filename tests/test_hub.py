@@ -207,5 +207,30 @@ def test_the_image_encoder_is_taken_out_of_the_big_file_once(served, tmp_path):
     assert result.returncode == 0, result.stderr
     loaded = load_image_encoder(result.stdout.split(maxsplit=1)[1].strip()).state_dict()
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
+    assert "is no longer needed" in result.stderr
     served.asked.clear()
     assert run(served, tmp_path, "hub.py", "v2", "--parts", "image_encoder").returncode == 0 and served.asked == []
+
+
+def test_the_image_encoder_of_its_own_repository_spares_the_big_file(served, tmp_path):
+    """80 MB in place of 6 GB, where the hub has it, in the form diffusers' training code gave it."""
+    from safetensors.torch import save
+    from stage_b import EfficientNetEncoder
+    from weights import load_image_encoder, to_diffusers
+    torch.manual_seed(0)
+    model = EfficientNetEncoder().eval()
+    config = {"_class_name": "EfficientNetEncoder", "_diffusers_version": "0.24.0", "c_cond": 1280, "c_latent": 16, "effnet": "efficientnet_v2_s"}
+    served.files["warp-ai/EfficientNetEncoder"] = {"config.json": json.dumps(config).encode(), "diffusion_pytorch_model.safetensors": save(
+        {name: tensor.contiguous() for name, tensor in to_diffusers(model.state_dict(), model).items()})}
+    result = run(served, tmp_path, "hub.py", "v2", "--parts", "image_encoder")
+    assert result.returncode == 0, result.stderr
+    assert {name for name, _ in served.asked} == {f"warp-ai/EfficientNetEncoder/{name}" for name in ("config.json", "diffusion_pytorch_model.safetensors")}
+    loaded = load_image_encoder(result.stdout.split(maxsplit=1)[1].strip()).state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_revision_is_for_all_repositories_or_for_one():
+    repo = "warp-ai/wuerstchen"
+    assert hub.revision_of(repo, None) == hub.REVISIONS[repo]
+    assert hub.revision_of(repo, "refs/pr/1") == hub.revision_of(repo, f"{repo}=refs/pr/1") == "refs/pr/1"
+    assert hub.revision_of(repo, "warp-ai/wuerstchen-prior=refs/pr/1") == hub.REVISIONS[repo]

@@ -534,6 +534,16 @@ def test_a_folder_of_the_authors_files_is_recognised(tmp_path):
     assert parts["decoder"] == parts["image_encoder"] == tmp_path / "model_v2_stage_b.pt" and parts["text_encoder"] is None
 
 
+def test_what_is_given_elsewhere_need_not_be_in_the_folder(tmp_path):
+    """So a folder that train_c.py wrote, which has no decoder, can be painted with."""
+    (tmp_path / "prior").mkdir()
+    for part in ("text_encoder", "tokenizer"):
+        (tmp_path / part).mkdir()
+    assert weights.find_parts(tmp_path, ("decoder", "vqgan"))["prior"] == tmp_path / "prior"
+    with pytest.raises(WeightsError, match="holds no weights that are understood"):
+        weights.find_parts(tmp_path, ("decoder",))
+
+
 def test_a_text_encoder_of_another_width_is_found_before_sampling():
     with pytest.raises(WeightsError, match="Stage C takes texts of width 1280, the text encoder .* gives 128"):
         weights.check_widths(1280, weights.Path(weights.__file__).parent / "models/tiny/text_encoder", "Stage C")

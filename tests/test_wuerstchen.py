@@ -460,6 +460,18 @@ def test_overflow_is_an_error_and_not_a_black_picture(pipe):
             pipe.decode(torch.full((1, 4, 32, 32), value))
 
 
+def test_the_vqgan_goes_on_in_float32_where_float16_ends():
+    """Numbers beyond 65504 inside the VQGAN: a picture as in float32, and not the black one of published half-precision pipelines."""
+    pipe = Wuerstchen.load(COMBINED, "cpu", torch.float16)
+    with torch.no_grad():
+        pipe.stage_a.from_latent.weight *= 4096                # large inside, ordinary outside
+        pipe.stage_a.to_pixels.weight /= 4096
+    latents = 100 * torch.randn(1, 4, 32, 32)
+    assert not pipe.stage_a.decode(latents.half()).isfinite().all()
+    image = pipe.decode(latents)
+    assert torch.equal(image, pipe.stage_a.float().decode(latents).clamp(0, 1)) and image.std() > 0.1
+
+
 def test_8_bits_are_rounded():
     """Cutting off, as one implementation does, darkens by half a level."""
     levels = torch.arange(256).float().repeat(3, 1)[None, :, None] / 255                 # (1, 3, 1, 256)
