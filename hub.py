@@ -53,14 +53,17 @@ NAMES["v2-interpolated"] = NAMES["v2"]
 IMAGE_ENCODER = ("warp-ai/EfficientNetEncoder", "", STEM)
 IMAGE_ENCODER_INSIDE = ("dome272/wuerstchen", "model_v2_stage_b.pt")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
-TEXT_TO_IMAGE = tuple(V2)                   # what it needs: all but the image encoder
+# What a task needs.
+TEXT_TO_IMAGE = tuple(V2)                                                               # all but the image encoder
+RECONSTRUCTION = ("image_encoder", "decoder", "text_encoder", "tokenizer", "vqgan")     # a picture, encoded and painted again
 
 
-def locate(weights: str | Path, files: dict[str, str | Path] | None = None, half: bool = False, offline: bool = False,
-           revision: str | None = None) -> dict[str, Path | None]:
+def locate(weights: str | Path, files: dict[str, str | Path] | None = None, parts: tuple[str, ...] = TEXT_TO_IMAGE,
+           half: bool = False, offline: bool = False, revision: str | None = None) -> dict[str, Path | None]:
     """Where the parts of a pipeline are -> part: folder or file, under the names used in weights.LAYOUTS; None if absent.
 
-    weights: "tiny", a name in NAMES, or a folder. files: single parts from elsewhere, which are then not looked for.
+    weights: "tiny", a name in NAMES, or a folder. parts: what is wanted; only that is fetched, and missed where a folder
+    lacks it. files: single parts from elsewhere, which are then not looked for.
     A text encoder's tokenizer stands in the same folder, or beside it in one called tokenizer. Raises WeightsError.
     """
     own = {part: Path(path) for part, path in (files or {}).items() if path is not None}
@@ -68,13 +71,14 @@ def locate(weights: str | Path, files: dict[str, str | Path] | None = None, half
         if encoder in own:
             own.setdefault(tokenizer, own[encoder] if (own[encoder] / "tokenizer_config.json").is_file() else own[encoder].parent / "tokenizer")
     if weights in NAMES:
-        found = fetch(weights, tuple(part for part in TEXT_TO_IMAGE if part not in own), half, offline, revision)
+        found = fetch(weights, tuple(part for part in parts if part not in own), half, offline, revision)
     else:
         if weights != "tiny" and not Path(weights).is_dir():
             raise WeightsError(f"there are no weights called {str(weights)!r}, and there is no such folder: expected tiny, {', '.join(NAMES)}, or a folder")
-        found = find_parts(Path(__file__).parent / "models" / "tiny" if weights == "tiny" else weights, own)
+        found = find_parts(Path(__file__).parent / "models" / "tiny" if weights == "tiny" else weights,
+                           given=own.keys() | set(TEXT_TO_IMAGE) - set(parts))
         # The authors published their .pt files without the text encoders, which are CLIP's own.
-        absent = tuple(part for part in TEXT_TO_IMAGE if found[part] is None and part not in own)
+        absent = tuple(part for part in TEXT_TO_IMAGE if part in parts and found[part] is None and part not in own)
         found |= fetch("v2", absent, half, offline, revision) if absent else {}
     return dict.fromkeys(LAYOUTS["one folder"]) | found | own
 

@@ -12,6 +12,7 @@ Stage C works on (raw + 1) / 42 of what the image encoder gives and Stage B take
 Paper: arXiv:2306.00637; schedule: arXiv:2102.09672; steps: arXiv:2006.11239, arXiv:2010.02502.
 Needs: torch, numpy, pillow, tqdm; transformers for the text encoders; stage_a/b/c.py, weights.py.
 """
+import gc
 import math
 import warnings
 from pathlib import Path
@@ -244,8 +245,11 @@ class Wuerstchen:
             raise AttributeError(f"a Wuerstchen has no {name!r}; its parts are {', '.join(PARTS)}")
         if name not in self.loaded:
             source = self.sources[name]
+            if source is None and name != "image_encoder":
+                raise ValueError(f"{name} is needed for this, but was not among the parts that were loaded.")
             if self.low_memory:
-                self.loaded.clear()                            # what nothing else holds is freed at once
+                self.loaded.clear()
+                gc.collect()                                   # transformers' models hold themselves, in circles
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
             shared = next((other for other in self.loaded if self.sources[other] is source), None)
@@ -258,28 +262,31 @@ class Wuerstchen:
 
     @classmethod
     def load(cls, weights: str | Path | None = None, device: str | None = None, dtype: torch.dtype | None = None, *,
-             offline: bool = False, revision: str | None = None, low_memory: bool | None = None, **files) -> "Wuerstchen":
+             parts: tuple[str, ...] | None = None, offline: bool = False, revision: str | None = None,
+             low_memory: bool | None = None, **files) -> "Wuerstchen":
         """weights: "tiny", which ships with the code; "v2", "v2-base", "v2-aesthetic", fetched if need be; or a folder in any
         of diffusers' layouts, or of the original .pt files (see weights.find_parts).
 
         device: default cuda where there is one, else cpu. dtype of the networks: default float32 on a CPU, bfloat16 on
         a GPU. files: single parts from elsewhere, each a folder or a file: prior, decoder, vqgan, image_encoder,
-        prior_text_encoder, text_encoder; the rest then comes from `weights`, by default "v2". offline, revision: see
-        hub.fetch. low_memory: one part in memory at a time; default: if they do not all fit.
+        prior_text_encoder, text_encoder; the rest then comes from `weights`, by default "v2". parts: what will be needed,
+        hub.TEXT_TO_IMAGE (the default) or hub.RECONSTRUCTION; nothing else is fetched. offline, revision: see hub.fetch. low_memory: one part in memory at a time; default: if they do not all fit.
         Raises weights.WeightsError (a ValueError) for what will not do, ValueError for devices that are not there.
         """
         import hub
         import weights as w
         device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-        places = hub.locate(weights or ("v2" if files else "tiny"), files, half=dtype != torch.float32, offline=offline, revision=revision)
+        places = hub.locate(weights or ("v2" if files else "tiny"), files, parts or hub.TEXT_TO_IMAGE, half=dtype != torch.float32,
+                            offline=offline, revision=revision)
         w.check_scheduler(places["scheduler"])
         w.check_scheduler(places["prior_scheduler"])
         # Before the first number is read: do the files fit the models, and the models each other?
         plans = {part: w.plan(stage, places[part])[0]
-                 for part, stage in (("vqgan", w.StageA), ("decoder", w.StageB), ("prior", w.StageC))}
-        w.check_widths(plans["prior"].config["c_cond"], places["prior_text_encoder"], "Stage C")
-        w.check_widths(plans["decoder"].config["c_text"], places["text_encoder"], "Stage B")
+                 for part, stage in (("vqgan", w.StageA), ("decoder", w.StageB), ("prior", w.StageC)) if places[part]}
+        for part, key, encoder, name in (("prior", "c_cond", "prior_text_encoder", "Stage C"), ("decoder", "c_text", "text_encoder", "Stage B")):
+            if part in plans and places[encoder]:
+                w.check_widths(plans[part].config[key], places[encoder], name)
 
         def text_c():
             return TextEncoder(*w.load_text_encoder(places["prior_text_encoder"], places["prior_tokenizer"], dtype))
@@ -291,22 +298,28 @@ class Wuerstchen:
             # In float32: BatchNorm's statistics do not survive half precision.
             place = places["image_encoder"] or hub.fetch("v2", ("image_encoder",), offline=offline, revision=revision)["image_encoder"]
             return w.load_image_encoder(place)
+
+        def source(part: str, load: Callable):
+            return load if places[part] else None
         shared = places["text_encoder"] == places["prior_text_encoder"]
         # A small Stage B hesitates between objects; guidance makes it follow the semantic latent more resolutely.
         tiny = places["image_encoder"] and w.is_tiny(places["image_encoder"])
-        self = cls(lambda: w.load_stage_a(places["vqgan"], dtype), lambda: w.load_stage_b(places["decoder"], dtype),
-                   lambda: w.load_stage_c(places["prior"], dtype), text_c, text_c if shared else text_b,
+        self = cls(source("vqgan", lambda: w.load_stage_a(places["vqgan"], dtype)),
+                   source("decoder", lambda: w.load_stage_b(places["decoder"], dtype)),
+                   source("prior", lambda: w.load_stage_c(places["prior"], dtype)),
+                   source("prior_text_encoder", text_c), source("text_encoder", text_c if shared else text_b),
                    image_encoder if places["image_encoder"] or weights in hub.NAMES else None,
                    **(dict(size=128, guidance_b=4.0) if tiny else {}), device=device, dtype=dtype)
         if low_memory is None:
             numbers = sum(p.numel() for model in plans.values() for p in model.parameters())
-            numbers += sum(math.prod(shape) for part in {"prior_text_encoder", "prior_text_encoder" if shared else "text_encoder"}
-                           for shape in w.TensorFile(w.find_file(places[part], ("model", "pytorch_model"))).shapes.values())
+            numbers += sum(math.prod(shape) for place in {places["prior_text_encoder"], places["text_encoder"]} - {None}
+                           for shape in w.TensorFile(w.find_file(place, ("model", "pytorch_model"))).shapes.values())
             low_memory = 1.25 * numbers * dtype.itemsize > free_memory(device)       # a quarter more, for activations
         self.low_memory = low_memory
         if not low_memory:
             for part in PARTS[:-1]:                                      # what is wrong with a file is said now
-                getattr(self, part)
+                if self.sources[part] is not None:
+                    getattr(self, part)
         return self
 
     @torch.no_grad()

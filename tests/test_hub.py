@@ -105,8 +105,9 @@ def served():
 
 def run(served, home: Path, script: str, *arguments: str, **environment) -> subprocess.CompletedProcess:
     settings = dict(HF_ENDPOINT=served.url, HF_HOME=str(home), HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1", **environment)
-    return subprocess.run([sys.executable, str(ROOT / script), *arguments], capture_output=True, text=True, cwd=home,
-                          env={**os.environ, **settings})
+    program = [script] if script == "-c" else [str(ROOT / script)]
+    return subprocess.run([sys.executable, *program, *arguments], capture_output=True, text=True, cwd=home,
+                          env={**os.environ, **settings, "PYTHONPATH": str(ROOT)})
 
 
 def error_of(result: subprocess.CompletedProcess) -> str:
@@ -132,6 +133,21 @@ def test_text_to_image_fetches_what_it_needs_once_and_nothing_else(served, tmp_p
     assert f"Fetching {len(NEEDED)} files, {size / 1e9:.2f} GB" in result.stderr
     served.asked.clear()
     assert run(served, tmp_path, "hub.py", "v2").stdout == result.stdout and served.asked == []
+
+
+def test_reconstruction_never_fetches_stage_c(served, tmp_path):
+    """Encoding a picture and painting it again takes the image encoder, Stage B with its text encoder, and Stage A."""
+    from safetensors.torch import save
+    from stage_b import EfficientNetEncoder
+    from weights import to_diffusers
+    model = EfficientNetEncoder()
+    served.files["warp-ai/EfficientNetEncoder"] = {"config.json": b'{"_class_name": "EfficientNetEncoder"}', "diffusion_pytorch_model.safetensors": save(
+        {name: tensor.contiguous() for name, tensor in to_diffusers(model.state_dict(), model).items()})}
+    result = run(served, tmp_path, "-c", "import wuerstchen, hub; wuerstchen.Wuerstchen.load('v2', 'cpu', parts=hub.RECONSTRUCTION)")
+    assert result.returncode == 0, result.stderr
+    asked = {name for name, _ in served.asked}
+    assert "warp-ai/EfficientNetEncoder/diffusion_pytorch_model.safetensors" in asked
+    assert asked - {name for name in asked if "EfficientNetEncoder" in name} == {name for name in NEEDED if "wuerstchen-prior" not in name}
 
 
 def test_what_was_fetched_serves_without_a_network(served, tmp_path):

@@ -5,7 +5,9 @@ tests pin down what other implementations get wrong; their docstrings say what h
 """
 import json
 import math
+import shutil
 import warnings
+import weakref
 from itertools import pairwise
 
 import numpy as np
@@ -14,6 +16,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+import hub
+import weights
 import wuerstchen
 from helpers import COMBINED, GOLDEN, PUBLISHED, golden, rel
 from stage_b import TinyImageEncoder
@@ -477,6 +481,56 @@ def test_8_bits_are_rounded():
     levels = torch.arange(256).float().repeat(3, 1)[None, :, None] / 255                 # (1, 3, 1, 256)
     for shift in (0, 0.49 / 255, -0.49 / 255):
         assert np.array_equal(np.asarray(to_pil((levels + shift).clamp(0, 1))[0])[0, :, 0], np.arange(256))
+
+
+# --- parts from elsewhere ----------------------------------------------------------------------------
+
+def test_single_parts_in_any_naming_are_mixed_freely(tmp_path):
+    """Stage C as the authors' .pt, Stage B in our own names, the rest from the folder: the same picture."""
+    tiny = weights.Path(wuerstchen.__file__).parent / "models" / "tiny"
+    for part, name, naming in (("prior", "prior.pt", "original"), ("decoder", "decoder.safetensors", "ours")):
+        weights.convert(tiny / part, tmp_path / part / name, naming)
+        shutil.copy(tiny / part / "config.json", tmp_path / part)          # without it: the official sizes
+    mixed = Wuerstchen.load("tiny", "cpu", prior=tmp_path / "prior/prior.pt", decoder=tmp_path / "decoder/decoder.safetensors")
+    assert same(mixed(CAT, seed=5, **QUICK)[0], Wuerstchen.load("tiny", "cpu")(CAT, seed=5, **QUICK)[0])
+
+
+# --- memory ------------------------------------------------------------------------------------------
+
+def test_low_memory_holds_one_part_at_a_time(pipe, monkeypatch):
+    """Each part is gone before the next is loaded, and the picture is the same."""
+    alive, found = weakref.WeakSet(), []
+
+    def counting(load):
+        def counted(*args):
+            found.append(len(alive))
+            loaded = load(*args)
+            alive.add(loaded[1] if isinstance(loaded, tuple) else loaded)
+            return loaded
+        return counted
+    for name in ("load_text_encoder", "load_stage_c", "load_stage_b", "load_stage_a"):
+        monkeypatch.setattr(weights, name, counting(getattr(weights, name)))
+    frugal = Wuerstchen.load(COMBINED, "cpu", low_memory=True)
+    assert found == []                                             # nothing yet: only names and shapes were looked at
+    assert same(frugal(CAT, seed=5, **QUICK)[0], pipe(CAT, seed=5, **QUICK)[0])
+    assert found == [0, 0, 0, 0, 0]                                # text encoder, C, text encoder, B, A
+
+
+@pytest.mark.parametrize("free, low", [(0, True), (math.inf, False)])
+def test_low_memory_is_the_default_where_not_all_fits(free, low, monkeypatch):
+    monkeypatch.setattr(wuerstchen, "free_memory", lambda device: free)
+    assert Wuerstchen.load("tiny", "cpu").low_memory is low
+    assert Wuerstchen.load("tiny", "cpu", low_memory=not low).low_memory is not low
+
+
+def test_parts_that_were_not_loaded_are_named():
+    model = Wuerstchen.load("tiny", "cpu", parts=hub.RECONSTRUCTION)
+    latent = model.encode_image(torch.rand(1, 3, 128, 128))
+    text, _ = model.encode_text(model.text_encoder_b, [CAT], [""], 1)
+    latents = model.sample_b(latent, text, text, lambda: torch.randn(1, 4, 32, 32), linear_timesteps(2))
+    assert model.decode(latents).shape == (1, 3, 128, 128)
+    with pytest.raises(ValueError, match="stage_c is needed for this, but was not among the parts"):
+        model.stage_c
 
 
 # --- mistakes ----------------------------------------------------------------------------------------
