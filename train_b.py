@@ -40,6 +40,7 @@ def parse_args(argv=None):
     g.add_argument("--blind", type=int, default=2000, help="first steps in which x_t is empty, so that Stage B must paint the picture from the semantic latent alone: the fastest way to learn that")
     g.add_argument("--loss", choices=["eps", "head"], default="eps", help="eps: error of the predicted noise, as the released models were trained; head: signal and noise scale, the two outputs it is made of, each by itself, which learns faster from random weights")
     g.add_argument("--loss-weight", choices=["v", "p2", "none"], default="v", help="what errors count by noise level: see v_weight and p2_weight in wuerstchen.py; none: all alike")
+    g.add_argument("--even-contrast", action="store_true", help="let pictures of little contrast (a fish on its own colour, a snowflake's lines) count more: the squared error alone hardly sees them")
     g.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="autocast type; fp32 on CPUs, bf16 on recent GPUs")
     g.add_argument("--compile", action="store_true", help="let torch.compile make the networks faster; needs a C++ compiler on CPUs")
     g.add_argument("--device", default=None, help="cuda, cpu, ... (default: cuda where there is one)")
@@ -110,6 +111,16 @@ def warm_up(encoder, scenes, args, device):
                        colour_right=(out[..., 132:].argmax(-1) == colours[:, None]).float().mean().item())
 
 
+def contrast_weight(x_0):
+    """Weights of mean 1 that let pictures of little contrast count more: x_0 (B,4,h,w) -> (B,).
+
+    How much a wrong object costs in squared error goes with its contrast, how wrong it is does not. The variance
+    within the latent of an emoji scene is 0.04 at least, 0.3 in the median, 1.2 at most.
+    """
+    weight = 1 / (x_0.var(dim=(2, 3)).mean(dim=1) + 0.15)                # 0.15: few shall not rule; weights end up at 0.3 to 2.2
+    return weight / weight.mean()
+
+
 def main(args):
     # Imported here, so that --help answers at once.
     import copy
@@ -140,7 +151,7 @@ def main(args):
         decoder = load_stage_b(f"{args.init}/decoder").train()
     else:
         # Shaped by what a CPU can train: little work at 16 x 16, most of it at 8 x 8 and 4 x 4.
-        decoder = StageB(c_timestep=32, c_cond=64, c_hidden=(32, 128, 256), heads=(-1, 4, 4), blocks=(2, 3, 1),
+        decoder = StageB(c_timestep=32, c_cond=64, c_hidden=(32, 128, 256), heads=(-1, 4, 4), blocks=(4, 4, 1),
                          levels=("CT", "CT", "CTCTA"), inject=(False, True, True), c_text=args.c_text, dropout=0.0)
     if args.image_encoder or args.init:
         encoder = load_image_encoder(args.image_encoder or f"{args.init}/image_encoder")
@@ -225,7 +236,7 @@ def main(args):
                 # turns errors of `a` into errors of eps; its least value keeps nearly clean pictures from ruling.
                 ab = per_row(alphas_cumprod(t), x_0)                                     # (B, 1, 1, 1)
                 error = ((a - ab.sqrt() * x_0).square() + (b - (1 - ab).sqrt()).square()) / (1 - ab).clamp(min=0.2)
-            loss = (error.mean(dim=(1, 2, 3)) * weight(t)).mean()
+            loss = (error.mean(dim=(1, 2, 3)) * weight(t) * (contrast_weight(x_0) if args.even_contrast else 1)).mean()
             scaler.scale(loss / args.grad_accum).backward()      # sum of parts = gradient of the mean
             loss_sum += loss.detach() / args.grad_accum
         scaler.unscale_(optimizer)

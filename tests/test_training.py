@@ -39,10 +39,18 @@ def test_the_scripts_write_a_folder_that_paints(runs, tmp_path):
 def test_stage_b_can_be_tuned_with_the_image_encoder_frozen(runs, tmp_path):
     """Stage C was trained on this encoder's latents: tuning Stage B afterwards must not move it by a bit."""
     train_b.main(train_b.parse_args([*SMALL, "--vqgan", f"{runs}/vqgan", "--init", str(runs), "--freeze-encoder",
-                                     "--text-encoder", str(runs), "--out", str(tmp_path), "--steps", "3", "--cache", "4"]))
+                                     "--text-encoder", str(runs), "--out", str(tmp_path), "--steps", "3", "--cache", "4", "--even-contrast"]))
     def read(folder):
         return (folder / "image_encoder" / "model.safetensors").read_bytes()
     assert read(tmp_path) == read(runs)
+
+
+def test_pictures_of_little_contrast_count_more():
+    """A fish on its own orange is as wrong as a panda on white, though its squared error is a fraction of that."""
+    scenes = torch.randn(3, 4, 32, 32) * torch.tensor([0.03, 0.3, 1.5]).sqrt().view(3, 1, 1, 1) + 2
+    weight = train_b.contrast_weight(scenes)
+    assert weight.mean() == pytest.approx(1) and torch.equal(weight, train_b.contrast_weight(scenes + 5))
+    assert weight[0] / weight[1] == pytest.approx(0.45 / 0.18, rel=0.05) and weight[1] / weight[2] == pytest.approx(1.65 / 0.45, rel=0.05)
 
 
 @pytest.mark.parametrize("train_text", [False, True])
