@@ -41,7 +41,7 @@ def test_stage_b_can_be_tuned_with_the_image_encoder_frozen(runs, tmp_path):
     train_b.main(train_b.parse_args([*SMALL, "--vqgan", f"{runs}/vqgan", "--init", str(runs), "--freeze-encoder",
                                      "--text-encoder", str(runs), "--out", str(tmp_path), "--steps", "3", "--cache", "4", "--even-contrast"]))
     def read(folder):
-        return (folder / "image_encoder" / "model.safetensors").read_bytes()
+        return (folder / "image_encoder" / "diffusion_pytorch_model.safetensors").read_bytes()
     assert read(tmp_path) == read(runs)
 
 
