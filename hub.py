@@ -80,7 +80,8 @@ def locate(weights: str | Path, files: dict[str, str | Path] | None = None, part
         # The authors published their .pt files without the text encoders, which are CLIP's own.
         absent = tuple(part for part in TEXT_TO_IMAGE if part in parts and found[part] is None and part not in own)
         found |= fetch("v2", absent, half, offline, revision) if absent else {}
-    return dict.fromkeys(LAYOUTS["one folder"]) | found | own
+    not_wanted = dict.fromkeys(set(TEXT_TO_IMAGE) - set(parts))
+    return dict.fromkeys(LAYOUTS["one folder"]) | found | not_wanted | own
 
 
 def revision_of(repo: str, override: str | None) -> str:

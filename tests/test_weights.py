@@ -309,7 +309,7 @@ def test_efficientnet_is_saved_with_the_official_names(tmp_path):
     pytest.importorskip("torchvision", reason="the official image encoder is torchvision's EfficientNetV2-S")
     model = EfficientNetEncoder()
     weights.save_image_encoder(model, tmp_path)
-    assert {name: tuple(t.shape) for name, t in load_file(tmp_path / "model.safetensors").items()} == \
+    assert {name: tuple(t.shape) for name, t in load_file(tmp_path / "diffusion_pytorch_model.safetensors").items()} == \
         {name: shape for name, (shape, _) in manifest("effnet_v2").items()}
     assert type(weights.load_image_encoder(tmp_path)) is EfficientNetEncoder
 
