@@ -17,8 +17,11 @@ be known, present, of the right shape and free of NaN. What is wrong with a file
 one line. Nothing is downloaded, and nothing in a file is executed.
 Needs: torch, safetensors; transformers for text encoders; stage_a.py, stage_b.py, stage_c.py.
 """
+import contextlib
+import ctypes
 import json
 import os
+import sys
 import warnings
 from pathlib import Path
 from typing import Iterable
@@ -448,6 +451,26 @@ def find_file(path: str | Path, stems: tuple[str, ...]) -> Path:
     return found
 
 
+@contextlib.contextmanager
+def memory_of_its_own():
+    """What is allocated inside stands apart from the heap, and so goes back to the operating system as soon as it is freed.
+
+    glibc keeps freed pieces of up to 32 MB, which most weights are, for later, in a heap that ends up full of holes: up to
+    1.5 GB more while Stage C is loaded, 2 GB more at the peak with low_memory. Other C libraries are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        yield
+        return
+    threshold = -3                                       # M_MMAP_THRESHOLD
+    mallopt(threshold, 2 ** 20)
+    try:
+        yield
+    finally:
+        mallopt(threshold, 32 * 2 ** 20)                 # where glibc's own adjustment ends up; activations are quicker in the heap
+
+
+@memory_of_its_own()
 def fill(model: nn.Module, tensors, dtype: torch.dtype) -> nn.Module:
     """Puts (our name, tensor) pairs, in `dtype`, into a model that was built on the meta device, and sets eval mode.
 
@@ -790,7 +813,6 @@ def convert(source: str | Path, target: str | Path, to: str) -> int:
 
 if __name__ == "__main__":
     import argparse
-    import sys
     p = argparse.ArgumentParser(description="Converts one model's weights between the three namings; see the top of weights.py.")
     command = p.add_subparsers(dest="command", required=True).add_parser("convert", help="rewrite a model's names, not its numbers")
     command.add_argument("source", help="folder with config.json, or a .safetensors, .bin or .pt file")

@@ -12,10 +12,8 @@ Stage C works on (raw + 1) / 42 of what the image encoder gives and Stage B take
 Paper: arXiv:2306.00637; schedule: arXiv:2102.09672; steps: arXiv:2006.11239, arXiv:2010.02502.
 Needs: torch, numpy, pillow, tqdm; transformers for the text encoders; stage_a/b/c.py, weights.py.
 """
-import ctypes
 import gc
 import math
-import sys
 import warnings
 from pathlib import Path
 from typing import Callable, Iterable
@@ -222,17 +220,6 @@ def free_memory(device: torch.device) -> float:
         return math.inf
 
 
-def give_back_memory(device: torch.device) -> None:
-    """Returns what is no longer used, now and from now on, where it would be kept for later otherwise."""
-    gc.collect()                                               # transformers' models hold themselves, in circles
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    if sys.platform == "linux":
-        # glibc keeps freed pieces of up to 32 MB, which most weights are, in a heap that ends up full of holes: 2 GB more at
-        # the peak. Pieces from 1 MB on go back at once with this (M_MMAP_THRESHOLD is -3); other C libraries do not have it.
-        getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 0)(-3, 2 ** 20)
-
-
 PARTS = ("stage_a", "stage_b", "stage_c", "text_encoder_c", "text_encoder_b", "image_encoder")
 
 
@@ -262,7 +249,9 @@ class Wuerstchen:
                 raise ValueError(f"{name} is needed for this, but was not among the parts that were loaded.")
             if self.low_memory:
                 self.loaded.clear()
-                give_back_memory(self.device)
+                gc.collect()                                   # transformers' models hold themselves, in circles
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
             shared = next((other for other in self.loaded if self.sources[other] is source), None)
             part = self.loaded[shared] if shared else source
             if part is not None and not shared:
