@@ -245,6 +245,18 @@ def test_the_image_encoder_of_its_own_repository_spares_the_big_file(served, tmp
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("half, offered, taken", [
+    (True, ["model.safetensors", "model.fp16.safetensors", "pytorch_model.bin"], "model.fp16.safetensors"),
+    (False, ["model.fp16.safetensors", "model.safetensors"], "model.safetensors"),
+    (True, ["pytorch_model.bin", "model.safetensors"], "model.safetensors"),
+    (True, ["pytorch_model.bin", "pytorch_model.fp16.bin"], "pytorch_model.fp16.bin"),
+    (False, ["pytorch_model.bin"], "pytorch_model.bin")])
+def test_one_weight_file_of_those_offered_is_taken(half, offered, taken):
+    """.safetensors before .bin; half precision where it is wanted and there."""
+    _, names = hub.choices("text_encoder", "model", half)
+    assert next(name for name in names if name.removeprefix("text_encoder/") in offered) == f"text_encoder/{taken}"
+
+
 def test_a_revision_is_for_all_repositories_or_for_one():
     repo = "warp-ai/wuerstchen"
     assert hub.revision_of(repo, None) == hub.REVISIONS[repo]
