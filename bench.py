@@ -141,7 +141,6 @@ def networks(args) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
 # the peak of a process as VmHWM; what importing torch took before is not counted.
 MEASURED = """
 import sys, torch, weights, wuerstchen
-from pathlib import Path
 from transformers import CLIPTextModel
 folder, device, dtype = sys.argv[1], torch.device(sys.argv[2]), getattr(torch, sys.argv[3])
 def memory(line):

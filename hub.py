@@ -123,7 +123,7 @@ def fetch(name: str, parts: tuple[str, ...] = TEXT_TO_IMAGE, half: bool = False,
         try:
             chosen[repo] = choose(repo, revision_of(repo, revision), choices(folder, stem, half=False), offline)
             sources["image_encoder"] = IMAGE_ENCODER
-        except WeightsError:
+        except WeightsError:                 # not there, or not in the cache: then out of the big file
             extract, (repo, file) = True, IMAGE_ENCODER_INSIDE
             chosen[repo] = choose(repo, revision_of(repo, revision), [[file]], offline)
     new = [size for files in chosen.values() for size in files.values()]

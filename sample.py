@@ -66,7 +66,7 @@ def parse_args(argv=None) -> argparse.Namespace:
                    help="the same for Stage B, which rarely needs it unless it is small (default: 4 for the tiny weights, 1 for others)")
     g = p.add_argument_group("weights and machine")
     g.add_argument("--weights", default=None,
-                   help="\"tiny\", which ships with the code; \"v2\", \"v2-base\" or \"v2-aesthetic\", 7 GB fetched once; or a folder, of "
+                   help="\"tiny\", which ships with the code; \"v2\", \"v2-base\" or \"v2-aesthetic\", 12 GB fetched once, half of it where float16 is wanted and offered; or a folder, of "
                         "diffusers' layout or of the original .pt files (default: tiny; v2 if a part is given below)")
     for part, what in (("prior", "Stage C"), ("decoder", "Stage B"), ("vqgan", "Stage A"), ("image-encoder", "the image encoder"),
                        ("prior-text-encoder", "Stage C's text encoder"), ("text-encoder", "Stage B's text encoder")):

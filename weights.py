@@ -718,7 +718,7 @@ def save_text_encoder(tokenizer, encoder, folder: str | Path, tokenizer_folder: 
 
 
 # ----- whole pipelines: which part stands where -------------------------------------------------------
-# The first layout whose three models are all there counts. Lists: the first that exists.
+# The first layout whose three models are all there counts.
 
 LAYOUTS = {
     "one folder": dict(             # ours: one text encoder and one scheduler serve Stages C and B
@@ -772,7 +772,6 @@ def find_parts(folder: str | Path, given: Iterable[str] = ()) -> dict[str, Path 
     wanted = "; or ".join(", ".join(layout[part] + "/" * (name != "original files") for part in ("prior", "decoder", "vqgan"))
                           for name, layout in LAYOUTS.items())
     raise WeightsError(f"{folder} holds no weights that are understood: looked for {wanted}; found {listing(folder)}")
-
 
 
 # ----- python weights.py convert ----------------------------------------------------------------------

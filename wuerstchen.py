@@ -270,15 +270,16 @@ class Wuerstchen:
         device: default cuda where there is one, else cpu. dtype of the networks: default float32 on a CPU, bfloat16 on
         a GPU. files: single parts from elsewhere, each a folder or a file: prior, decoder, vqgan, image_encoder,
         prior_text_encoder, text_encoder; the rest then comes from `weights`, by default "v2". parts: what will be needed,
-        hub.TEXT_TO_IMAGE (the default) or hub.RECONSTRUCTION; nothing else is fetched. offline, revision: see hub.fetch. low_memory: one part in memory at a time; default: if they do not all fit.
+        hub.TEXT_TO_IMAGE (the default) or hub.RECONSTRUCTION; nothing else is fetched. offline, revision: see hub.fetch.
+        low_memory: one part in memory at a time; default: if they do not all fit.
         Raises weights.WeightsError (a ValueError) for what will not do, ValueError for devices that are not there.
         """
         import hub
         import weights as w
         device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-        places = hub.locate(weights or ("v2" if files else "tiny"), files, parts or hub.TEXT_TO_IMAGE, half=dtype != torch.float32,
-                            offline=offline, revision=revision)
+        weights = weights or ("v2" if files else "tiny")
+        places = hub.locate(weights, files, parts or hub.TEXT_TO_IMAGE, half=dtype != torch.float32, offline=offline, revision=revision)
         w.check_scheduler(places["scheduler"])
         w.check_scheduler(places["prior_scheduler"])
         # Before the first number is read: do the files fit the models, and the models each other?
