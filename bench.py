@@ -90,7 +90,7 @@ def their_networks(parts: dict, model) -> dict | None:
 def networks(args) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     """-> milliseconds per call: {what: {"ours": ms, "diffusers": ms}}, and the largest relative difference of the results."""
     import torch
-    from weights import find_parts
+    from hub import find_parts
     from wuerstchen import Wuerstchen, latent_sizes
 
     model = Wuerstchen.load(args.weights, args.device)

@@ -292,7 +292,7 @@ def sample(args, prompts: list[str]) -> list[Image.Image]:
 
 
 def main(args):
-    from weights import write_atomically
+    from files import write_atomically
     facts = fixed_prompts()[:args.prompts]
     if args.real:
         rng = np.random.default_rng(args.seed)

@@ -1,4 +1,4 @@
-"""Fetches the official weights from the Hugging Face hub: only what a task needs, once, resumable.
+"""Finds the parts of a pipeline: in a folder of any layout, or on the Hugging Face hub, which it fetches them from.
 
   "v2", the parts wanted  -fetch->  part -> its folder or file in the hub's cache (HF_HOME)
 
@@ -16,11 +16,15 @@ Needs: huggingface_hub, which comes with transformers.
 import argparse
 import contextlib
 import errno
+import json
 import os
 import sys
+import warnings
 from pathlib import Path
+from typing import Iterable
 
-from weights import LAYOUTS, STEM, WeightsError, extract_image_encoder, find_parts
+from files import STEM, WeightsError, listing
+from weights import extract_image_encoder
 
 # Which state of each repository. A commit's hash where one is known; "main" where none could be
 # looked up, as for those whose files have not changed since 2023. --revision overrides.
@@ -58,9 +62,87 @@ TEXT_TO_IMAGE = tuple(V2)                                                       
 RECONSTRUCTION = ("image_encoder", "decoder", "text_encoder", "tokenizer", "vqgan")     # a picture, encoded and painted again
 
 
+# ----- folders: which part stands where ---------------------------------------------------------------
+# The first layout whose three models are all there counts.
+
+LAYOUTS = {
+    "one folder": dict(             # ours: one text encoder and one scheduler serve Stages C and B
+        prior="prior", prior_text_encoder="text_encoder", prior_tokenizer="tokenizer", prior_scheduler="scheduler",
+        decoder="decoder", text_encoder="text_encoder", tokenizer="tokenizer", scheduler="scheduler",
+        vqgan="vqgan", image_encoder="image_encoder"),
+    "combined pipeline": dict(      # diffusers' WuerstchenCombinedPipeline
+        prior="prior_prior", prior_text_encoder="prior_text_encoder", prior_tokenizer="prior_tokenizer",
+        prior_scheduler="prior_scheduler",
+        decoder="decoder", text_encoder="text_encoder", tokenizer="tokenizer", scheduler="scheduler",
+        vqgan="vqgan", image_encoder="image_encoder"),
+    "published pair": dict(         # the two released folders side by side
+        prior="wuerstchen-prior/prior", prior_text_encoder="wuerstchen-prior/text_encoder",
+        prior_tokenizer="wuerstchen-prior/tokenizer", prior_scheduler="wuerstchen-prior/scheduler",
+        decoder="wuerstchen/decoder", text_encoder="wuerstchen/text_encoder", tokenizer="wuerstchen/tokenizer",
+        scheduler="wuerstchen/scheduler",
+        vqgan="wuerstchen/vqgan", image_encoder="wuerstchen-prior/image_encoder"),
+    "original files": dict(         # the authors' .pt files; the text encoders were never among them
+        prior="model_v2_stage_c*.pt", prior_text_encoder="prior_text_encoder", prior_tokenizer="prior_tokenizer",
+        prior_scheduler="prior_scheduler",
+        decoder="model_v2_stage_b.pt", text_encoder="text_encoder", tokenizer="tokenizer", scheduler="scheduler",
+        vqgan="vqgan_f4_v1_500k.pt", image_encoder="model_v2_stage_b.pt"),
+}
+OPTIONAL = ("image_encoder", "scheduler", "prior_scheduler")
+TEXT = ("prior_text_encoder", "prior_tokenizer", "text_encoder", "tokenizer")
+
+
+def find_parts(folder: str | Path, given: Iterable[str] = ()) -> dict[str, Path | None]:
+    """Where the parts of a pipeline stand in a folder, under the names used in LAYOUTS; None for parts that are absent
+    and optional, and, beside the original files, for text encoders. given: parts that need not be there.
+
+    Raises WeightsError if the folder follows none of the layouts, or lacks a part that is needed.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise WeightsError(f"{folder} is not a folder of weights: there is no such folder")
+
+    def there(place: str) -> Path | None:
+        found = sorted(folder.glob(place))           # a pattern only where several files would do: the last is the newest
+        if len(found) > 1:
+            warnings.warn(f"{folder} holds several files {place}: taking {found[-1].name}")
+        return found[-1] if found and (found[-1].is_dir() or found[-1].suffix == ".pt") else None
+    for name, layout in LAYOUTS.items():
+        parts = {part: there(place) for part, place in layout.items()}
+        if any(parts.values()) and all(parts[part] or part in given for part in ("prior", "decoder", "vqgan")):
+            needed = parts.keys() - set(OPTIONAL) - set(TEXT if name == "original files" else ()) - set(given)
+            missing = {layout[part]: None for part in layout if part in needed and parts[part] is None}
+            if missing:
+                raise WeightsError(f"{folder} looks like the layout {name!r} but lacks {', '.join(missing)}")
+            return parts
+    wanted = "; or ".join(", ".join(layout[part] + "/" * (name != "original files") for part in ("prior", "decoder", "vqgan"))
+                          for name, layout in LAYOUTS.items())
+    raise WeightsError(f"{folder} holds no weights that are understood: looked for {wanted}; found {listing(folder)}")
+
+
+def check_scheduler(folder: str | Path | None) -> None:
+    """Raises WeightsError if a `scheduler` folder asks for another noise schedule than wuerstchen.py has. None: nothing to check.
+
+    All released weights use s = 0.008 and scaler = 1; sampled with another schedule, weights make grey noise.
+    """
+    if folder is None:
+        return
+    path = Path(folder) / "scheduler_config.json"
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise WeightsError(f"{path} does not hold a JSON object")
+    if config.get("s", 0.008) != 0.008 or config.get("scaler", 1.0) != 1.0:
+        raise WeightsError(f"{path} asks for a noise schedule with s = {config.get('s')} and scaler = {config.get('scaler')}; "
+                           f"only s = 0.008 and scaler = 1 are supported")
+
+
+# ----- the hub -----------------------------------------------------------------------------------------
+
 def locate(weights: str | Path, files: dict[str, str | Path] | None = None, parts: tuple[str, ...] = TEXT_TO_IMAGE,
            half: bool = False, offline: bool = False, revision: str | None = None) -> dict[str, Path | None]:
-    """Where the parts of a pipeline are -> part: folder or file, under the names used in weights.LAYOUTS; None if absent.
+    """Where the parts of a pipeline are -> part: folder or file, under the names used in LAYOUTS; None if absent.
 
     weights: "tiny", a name in NAMES, or a folder. parts: what is wanted; only that is fetched, and missed where a folder
     lacks it. files: single parts from elsewhere, which are then not looked for.
@@ -80,6 +162,8 @@ def locate(weights: str | Path, files: dict[str, str | Path] | None = None, part
         # The authors published their .pt files without the text encoders, which are CLIP's own.
         absent = tuple(part for part in TEXT_TO_IMAGE if part in parts and found[part] is None and part not in own)
         found |= fetch("v2", absent, half, offline, revision) if absent else {}
+    for part in ("scheduler", "prior_scheduler"):
+        check_scheduler(found.get(part))
     not_wanted = dict.fromkeys(set(TEXT_TO_IMAGE) - set(parts))
     return dict.fromkeys(LAYOUTS["one folder"]) | found | not_wanted | own
 

@@ -145,7 +145,7 @@ def free(path: Path) -> Path:
 def save(image, path: Path, settings: dict) -> None:
     """A PIL image -> a PNG file with the settings as text, whole or not at all."""
     from PIL.PngImagePlugin import PngInfo
-    from weights import write_atomically
+    from files import write_atomically
     text = PngInfo()
     for name, value in settings.items():
         text.add_text(name, str(value))

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from weights import WeightsError, write_atomically
+from files import WeightsError, write_atomically
 
 
 def fail(message: str):

@@ -1,4 +1,4 @@
-"""Weight files: reads and writes the released format, and translates the released names into ours.
+"""Weights: loads and saves the released format, and translates the released names into ours.
 
   folder/config.json + folder/diffusion_pytorch_model.safetensors  <->  StageA, StageB, StageC
 
@@ -15,28 +15,22 @@ Shapes differ in two places, since we work channels-last: what others write as a
 Loading is strict, as weights in the wrong place make pictures that are merely bad: every tensor must
 be known, present, of the right shape and free of NaN. What is wrong with a file is a WeightsError of
 one line. Nothing is downloaded, and nothing in a file is executed.
-Needs: torch, safetensors; transformers for text encoders; stage_a.py, stage_b.py, stage_c.py.
+Needs: torch, safetensors; transformers for text encoders; stage_a.py, stage_b.py, stage_c.py, files.py.
 """
-import contextlib
-import ctypes
 import json
-import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Iterable
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
+from files import (STEM, TensorFile, WeightsError, find_file, memory_of_its_own, read_config, write_atomically, write_files,
+                   write_model)
 from stage_a import StageA
 from stage_b import EfficientNetEncoder, StageB, TinyImageEncoder
 from stage_c import StageC
-
-
-class WeightsError(ValueError):
-    """A file or folder of weights that will not do; the message says what was expected."""
 
 
 # ----- names: ours, diffusers', and how the shape differs --------------------------------------------
@@ -356,118 +350,11 @@ def config_to_diffusers(model: nn.Module) -> dict:
     return {"_class_name": class_name, **FIXED.get(type(model), {}), **values}
 
 
-# ----- reading ---------------------------------------------------------------------------------------
-
-def read_config(folder: str | Path) -> dict:
-    """folder/config.json as a dict. Raises WeightsError if there is none that can be read."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise WeightsError(f"{folder} is not a folder: expected one with config.json and the weights")
-    path = folder / "config.json"
-    if not path.is_file():
-        raise WeightsError(f"{path} is missing: found {listing(folder)}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise WeightsError(f"{path} cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise WeightsError(f"{path} does not hold a JSON object")
-    return config
-
-
-def listing(folder: Path) -> str:
-    names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir() if not path.name.startswith("."))
-    return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "") or "nothing in the folder"
-
+# ----- loading: one model from its folder or file ------------------------------------------------------
 
 # The original files hold several tables; this is where each model stands, the averaged weights first.
 SECTIONS = {StageA: ("state_dict",), StageB: ("state_dict",), StageC: ("ema_state_dict", "state_dict"),
             EfficientNetEncoder: ("effnet_state_dict",)}
-STEM = "diffusion_pytorch_model"      # diffusers' name for weight files, and so ours; transformers' are called "model"
-CHUNK = 128 * 2 ** 20          # bytes read between two openings of a file, see TensorFile
-
-
-class TensorFile:
-    """A .safetensors, .bin or .pt file: names and shapes at once, the numbers one tensor at a time.
-
-    The file is mapped into memory, so that only what is read takes space. But what was read stays there
-    until the mapping ends: hence a new mapping every CHUNK bytes, and copies of what is handed out.
-    Nothing in a file is executed. Raises WeightsError if it is not a whole file of tensors.
-    """
-    def __init__(self, path: Path, sections: tuple[str, ...] = ()):
-        self.path, self.sections = path, sections
-        with open(path, "rb") as file:
-            start = file.read(512)
-        if start.startswith(b"version https://git-lfs"):
-            raise WeightsError(f"{path} is a Git LFS pointer, not the weights: fetch the file itself with `git lfs pull`")
-        if start.lstrip()[:1] == b"<":
-            raise WeightsError(f"{path} is a web page, not weights: the download went wrong")
-        self.shapes = {name: tuple(shape) for name, shape in self._open()}
-
-    def _open(self):
-        """Maps the file anew -> (name, shape) of every tensor."""
-        try:
-            if self.path.suffix == ".safetensors":
-                from safetensors import safe_open
-                self._tensors = safe_open(self.path, "pt")
-                return [(name, self._tensors.get_slice(name).get_shape()) for name in self._tensors.keys()]
-            try:
-                content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError:                     # files older than 2020 are no zip archives and cannot be mapped
-                content = torch.load(self.path, map_location="cpu", weights_only=True)
-        except Exception as error:     # each library raises its own kinds, and RuntimeError, EOFError, KeyError ...
-            reason = str(error).split("\n")[0][:200]
-            raise WeightsError(f"{self.path} cannot be read, presumably it is cut off or not a file of weights: {reason}") from error
-        if isinstance(content, dict):
-            content = next((content[key] for key in self.sections if isinstance(content.get(key), dict)), content)
-        if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
-            raise WeightsError(f"{self.path} does not hold a table of tensors" + (
-                f", nor one called {' or '.join(self.sections)}" if self.sections else ""))
-        self._tensors = content
-        return [(name, tensor.shape) for name, tensor in content.items()]
-
-    def __iter__(self):
-        """(name, tensor) of every tensor; a tensor is valid until the next one is asked for: copy it."""
-        read = 0
-        for name in self.shapes:
-            if read > CHUNK:
-                self._tensors, read = None, 0
-                self._open()
-            tensor = self._tensors.get_tensor(name) if self.path.suffix == ".safetensors" else self._tensors[name]
-            read += tensor.nbytes
-            yield name, tensor
-        self._tensors = None
-
-
-def find_file(path: str | Path, stems: tuple[str, ...]) -> Path:
-    """A file itself; of a folder, the first of {stem}.safetensors, {stem}.fp16.safetensors, {stem}.bin, ... that exists."""
-    path = Path(path)
-    if path.is_file():
-        return path
-    paths = [path / f"{stem}{half}{suffix}" for suffix in (".safetensors", ".bin") for half in ("", ".fp16") for stem in stems]
-    found = next((path for path in paths if path.is_file()), None)
-    if found is None:
-        raise WeightsError(f"{paths[0]} is missing: found {listing(path)}" if path.is_dir() else f"{path}: there is no such file or folder")
-    return found
-
-
-@contextlib.contextmanager
-def memory_of_its_own():
-    """What is allocated inside stands apart from the heap, and so goes back to the operating system as soon as it is freed.
-
-    glibc keeps freed pieces of up to 32 MB, which most weights are, for later, in a heap that ends up full of holes: up to
-    1.5 GB more while Stage C is loaded, 2 GB more at the peak with low_memory. Other C libraries are left as they are.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None:
-        yield
-        return
-    threshold = -3                                       # M_MMAP_THRESHOLD
-    mallopt(threshold, 2 ** 20)
-    try:
-        yield
-    finally:
-        mallopt(threshold, 32 * 2 ** 20)                 # where glibc's own adjustment ends up; activations are quicker in the heap
 
 
 @memory_of_its_own()
@@ -614,67 +501,7 @@ def is_tiny(place: str | Path) -> bool:
     return (folder / "config.json").is_file() and read_config(folder).get("_class_name") == "TinyImageEncoder"
 
 
-def check_scheduler(folder: str | Path | None) -> None:
-    """Raises WeightsError if a `scheduler` folder asks for another noise schedule than wuerstchen.py has. None: nothing to check.
-
-    All released weights use s = 0.008 and scaler = 1; sampled with another schedule, weights make grey noise.
-    """
-    if folder is None:
-        return
-    path = Path(folder) / "scheduler_config.json"
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path} cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise WeightsError(f"{path} does not hold a JSON object")
-    if config.get("s", 0.008) != 0.008 or config.get("scaler", 1.0) != 1.0:
-        raise WeightsError(f"{path} asks for a noise schedule with s = {config.get('s')} and scaler = {config.get('scaler')}; "
-                           f"only s = 0.008 and scaler = 1 are supported")
-
-
-# ----- writing ---------------------------------------------------------------------------------------
-
-def write_atomically(path: str | Path, write) -> None:
-    """Calls write(temporary_path), then renames: a file is either whole or not there, even after a power cut."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def to_half(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """float16 copies on the CPU, as released weights are. Counters stay integers, and BatchNorm's running
-    statistics float32: they are few, and a small variance is what float16 holds worst.
-
-    Raises WeightsError for numbers that float16 cannot hold.
-    """
-    result = {}
-    for name, tensor in tensors.items():
-        keep = not tensor.is_floating_point() or name.endswith(("running_mean", "running_var"))
-        result[name] = tensor.detach().to("cpu", tensor.dtype if keep else torch.float16).contiguous()
-        if not result[name].isfinite().all():
-            raise WeightsError(f"{name} cannot be saved in float16, whose largest number is 65504: "
-                               f"its largest is {tensor.abs().max().item():g}")
-    return result
-
-
-def write_files(config: dict, tensors: dict[str, Tensor], folder: str | Path, stem: str) -> None:
-    """folder/config.json and folder/{stem}.safetensors, the tensors as they are."""
-    from safetensors.torch import save_file
-    write_atomically(Path(folder) / f"{stem}.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    write_atomically(Path(folder) / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
-
-
-def write_model(config: dict, tensors: dict[str, Tensor], folder: str | Path, stem: str) -> None:
-    """The same, in float16; converts before it writes, so that an error leaves the old files."""
-    write_files(config, to_half(tensors), folder, stem)
-
+# ----- saving -----------------------------------------------------------------------------------------
 
 def save_stage_a(model: StageA, folder: str | Path) -> None:
     """Writes the VQGAN as diffusers would, in float16. Its scale_factor goes into config.json."""
@@ -715,63 +542,6 @@ def save_text_encoder(tokenizer, encoder, folder: str | Path, tokenizer_folder: 
         for source in Path(temporary).iterdir():
             data = source.read_bytes()
             write_atomically(Path(tokenizer_folder) / source.name, lambda path: path.write_bytes(data))
-
-
-# ----- whole pipelines: which part stands where -------------------------------------------------------
-# The first layout whose three models are all there counts.
-
-LAYOUTS = {
-    "one folder": dict(             # ours: one text encoder and one scheduler serve Stages C and B
-        prior="prior", prior_text_encoder="text_encoder", prior_tokenizer="tokenizer", prior_scheduler="scheduler",
-        decoder="decoder", text_encoder="text_encoder", tokenizer="tokenizer", scheduler="scheduler",
-        vqgan="vqgan", image_encoder="image_encoder"),
-    "combined pipeline": dict(      # diffusers' WuerstchenCombinedPipeline
-        prior="prior_prior", prior_text_encoder="prior_text_encoder", prior_tokenizer="prior_tokenizer",
-        prior_scheduler="prior_scheduler",
-        decoder="decoder", text_encoder="text_encoder", tokenizer="tokenizer", scheduler="scheduler",
-        vqgan="vqgan", image_encoder="image_encoder"),
-    "published pair": dict(         # the two released folders side by side
-        prior="wuerstchen-prior/prior", prior_text_encoder="wuerstchen-prior/text_encoder",
-        prior_tokenizer="wuerstchen-prior/tokenizer", prior_scheduler="wuerstchen-prior/scheduler",
-        decoder="wuerstchen/decoder", text_encoder="wuerstchen/text_encoder", tokenizer="wuerstchen/tokenizer",
-        scheduler="wuerstchen/scheduler",
-        vqgan="wuerstchen/vqgan", image_encoder="wuerstchen-prior/image_encoder"),
-    "original files": dict(         # the authors' .pt files; the text encoders were never among them
-        prior="model_v2_stage_c*.pt", prior_text_encoder="prior_text_encoder", prior_tokenizer="prior_tokenizer",
-        prior_scheduler="prior_scheduler",
-        decoder="model_v2_stage_b.pt", text_encoder="text_encoder", tokenizer="tokenizer", scheduler="scheduler",
-        vqgan="vqgan_f4_v1_500k.pt", image_encoder="model_v2_stage_b.pt"),
-}
-OPTIONAL = ("image_encoder", "scheduler", "prior_scheduler")
-TEXT = ("prior_text_encoder", "prior_tokenizer", "text_encoder", "tokenizer")
-
-
-def find_parts(folder: str | Path, given: Iterable[str] = ()) -> dict[str, Path | None]:
-    """Where the parts of a pipeline stand in a folder, under the names used in LAYOUTS; None for parts that are absent
-    and optional, and, beside the original files, for text encoders. given: parts that need not be there.
-
-    Raises WeightsError if the folder follows none of the layouts, or lacks a part that is needed.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise WeightsError(f"{folder} is not a folder of weights: there is no such folder")
-
-    def there(place: str) -> Path | None:
-        found = sorted(folder.glob(place))           # a pattern only where several files would do: the last is the newest
-        if len(found) > 1:
-            warnings.warn(f"{folder} holds several files {place}: taking {found[-1].name}")
-        return found[-1] if found and (found[-1].is_dir() or found[-1].suffix == ".pt") else None
-    for name, layout in LAYOUTS.items():
-        parts = {part: there(place) for part, place in layout.items()}
-        if any(parts.values()) and all(parts[part] or part in given for part in ("prior", "decoder", "vqgan")):
-            needed = parts.keys() - set(OPTIONAL) - set(TEXT if name == "original files" else ()) - set(given)
-            missing = {layout[part]: None for part in layout if part in needed and parts[part] is None}
-            if missing:
-                raise WeightsError(f"{folder} looks like the layout {name!r} but lacks {', '.join(missing)}")
-            return parts
-    wanted = "; or ".join(", ".join(layout[part] + "/" * (name != "original files") for part in ("prior", "decoder", "vqgan"))
-                          for name, layout in LAYOUTS.items())
-    raise WeightsError(f"{folder} holds no weights that are understood: looked for {wanted}; found {listing(folder)}")
 
 
 # ----- python weights.py convert ----------------------------------------------------------------------

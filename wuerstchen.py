@@ -10,7 +10,7 @@ know no network. The second half, class Wuerstchen, calls text encoders, stages 
 Two things are easily missed. Noise levels t are real numbers in [0, 1], not integers 0..999. And
 Stage C works on (raw + 1) / 42 of what the image encoder gives and Stage B takes: see to_raw.
 Paper: arXiv:2306.00637; schedule: arXiv:2102.09672; steps: arXiv:2006.11239, arXiv:2010.02502.
-Needs: torch, numpy, pillow, tqdm; transformers for the text encoders; stage_a/b/c.py, weights.py.
+Needs: torch, numpy, pillow, tqdm; transformers for the text encoders; stage_a/b/c.py, weights.py, files.py, hub.py.
 """
 import gc
 import math
@@ -265,23 +265,22 @@ class Wuerstchen:
              parts: tuple[str, ...] | None = None, offline: bool = False, revision: str | None = None,
              low_memory: bool | None = None, **files) -> "Wuerstchen":
         """weights: "tiny", which ships with the code; "v2", "v2-base", "v2-aesthetic", fetched if need be; or a folder in any
-        of diffusers' layouts, or of the original .pt files (see weights.find_parts).
+        of diffusers' layouts, or of the original .pt files (see hub.find_parts).
 
         device: default cuda where there is one, else cpu. dtype of the networks: default float32 on a CPU, bfloat16 on
         a GPU. files: single parts from elsewhere, each a folder or a file: prior, decoder, vqgan, image_encoder,
         prior_text_encoder, text_encoder; the rest then comes from `weights`, by default "v2". parts: what will be needed,
         hub.TEXT_TO_IMAGE (the default) or hub.RECONSTRUCTION; nothing else is fetched. offline, revision: see hub.fetch.
         low_memory: one part in memory at a time; default: if they do not all fit.
-        Raises weights.WeightsError (a ValueError) for what will not do, ValueError for devices that are not there.
+        Raises files.WeightsError (a ValueError) for what will not do, ValueError for devices that are not there.
         """
         import hub
         import weights as w
+        from files import TensorFile, find_file
         device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         weights = weights or ("v2" if files else "tiny")
         places = hub.locate(weights, files, parts or hub.TEXT_TO_IMAGE, half=dtype != torch.float32, offline=offline, revision=revision)
-        w.check_scheduler(places["scheduler"])
-        w.check_scheduler(places["prior_scheduler"])
         # Before the first number is read: do the files fit the models, and the models each other?
         plans = {part: w.plan(stage, places[part])[0]
                  for part, stage in (("vqgan", w.StageA), ("decoder", w.StageB), ("prior", w.StageC)) if places[part]}
@@ -314,7 +313,7 @@ class Wuerstchen:
         if low_memory is None:
             numbers = sum(p.numel() for model in plans.values() for p in model.parameters())
             numbers += sum(math.prod(shape) for place in {places["prior_text_encoder"], places["text_encoder"]} - {None}
-                           for shape in w.TensorFile(w.find_file(place, ("model", "pytorch_model"))).shapes.values())
+                           for shape in TensorFile(find_file(place, ("model", "pytorch_model"))).shapes.values())
             low_memory = 1.25 * numbers * dtype.itemsize > free_memory(device)       # a quarter more, for activations
         self.low_memory = low_memory
         if not low_memory:

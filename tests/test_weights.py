@@ -8,15 +8,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import files
+import hub
 import stage_a
 import stage_b
 import stage_c
 import weights
+from files import WeightsError
 from helpers import COMBINED, MANIFESTS, PUBLISHED, build, golden, manifest, rel, under
 from stage_a import StageA
 from stage_b import EfficientNetEncoder, StageB, TinyImageEncoder
 from stage_c import StageC
-from weights import WeightsError
 
 CONFIGS = MANIFESTS / "diffusers_configs"
 PARTS = {StageA: ("vqgan", weights.load_stage_a, weights.save_stage_a),
@@ -317,13 +319,13 @@ def test_efficientnet_is_saved_with_the_official_names(tmp_path):
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     """Power cuts and full disks happen at the end of long trainings."""
     path = tmp_path / "new" / "file.txt"
-    weights.write_atomically(path, lambda temporary: temporary.write_text("old"))
+    files.write_atomically(path, lambda temporary: temporary.write_text("old"))
 
     def fail(temporary):
         temporary.write_text("half")
         raise OSError("disk full")
     with pytest.raises(OSError, match="disk full"):
-        weights.write_atomically(path, fail)
+        files.write_atomically(path, fail)
     assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
 
 
@@ -336,7 +338,7 @@ def test_text_encoders_equal_the_reference(folder, side):
     """Both layouts, that is names with and without "text_model."; six prompts, one empty, one too long, one beyond ASCII."""
     data, _ = golden("pipeline_text")
     texts = metadata_texts()
-    parts = weights.find_parts(folder)
+    parts = hub.find_parts(folder)
     names = ("prior_text_encoder", "prior_tokenizer") if side == "prior" else ("text_encoder", "tokenizer")
     tokenizer, encoder = weights.load_text_encoder(*(parts[name] for name in names))
     batch = tokenizer(texts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt")
@@ -416,15 +418,15 @@ def test_official_text_encoders_have_the_published_names(name, sizes):
 
 def test_all_three_layouts_are_recognised(tmp_path):
     """Ours, diffusers' combined pipeline, and the two published folders side by side."""
-    parts = weights.find_parts(COMBINED)
+    parts = hub.find_parts(COMBINED)
     assert parts["prior"] == COMBINED / "prior_prior" and parts["image_encoder"] is None
     assert parts["prior_scheduler"] == COMBINED / "prior_scheduler"
-    parts = weights.find_parts(PUBLISHED)
+    parts = hub.find_parts(PUBLISHED)
     assert parts["prior"] == PUBLISHED / "wuerstchen-prior/prior" and parts["vqgan"] == PUBLISHED / "wuerstchen/vqgan"
     assert parts["text_encoder"] != parts["prior_text_encoder"]
     for name in ("prior", "text_encoder", "tokenizer", "decoder", "vqgan", "image_encoder"):
         (tmp_path / name).mkdir()
-    parts = weights.find_parts(tmp_path)
+    parts = hub.find_parts(tmp_path)
     assert parts["text_encoder"] == parts["prior_text_encoder"] == tmp_path / "text_encoder"
     assert parts["image_encoder"] == tmp_path / "image_encoder" and parts["scheduler"] is None
 
@@ -432,33 +434,33 @@ def test_all_three_layouts_are_recognised(tmp_path):
 def test_unknown_layouts_are_explained(tmp_path):
     """What was looked for, and what was there instead."""
     with pytest.raises(WeightsError, match="there is no such folder"):
-        weights.find_parts(tmp_path / "nowhere")
+        hub.find_parts(tmp_path / "nowhere")
     with pytest.raises(WeightsError, match="looked for prior/, decoder/, vqgan/; or prior_prior/.*found nothing"):
-        weights.find_parts(tmp_path)
+        hub.find_parts(tmp_path)
     with pytest.raises(WeightsError, match="found decoder/, .*vqgan/"):
-        weights.find_parts(PUBLISHED / "wuerstchen")
+        hub.find_parts(PUBLISHED / "wuerstchen")
     for name in ("prior", "decoder", "vqgan", "tokenizer"):
         (tmp_path / name).mkdir()
     with pytest.raises(WeightsError, match="looks like the layout 'one folder' but lacks text_encoder$"):
-        weights.find_parts(tmp_path)
+        hub.find_parts(tmp_path)
 
 
 def test_only_the_released_noise_schedule_is_accepted(tmp_path):
     """Sampled with another schedule than in training, weights make grey noise, and nothing else would tell why."""
-    weights.check_scheduler(None)
-    weights.check_scheduler(COMBINED / "scheduler")
-    weights.check_scheduler(PUBLISHED / "wuerstchen-prior/scheduler")
+    hub.check_scheduler(None)
+    hub.check_scheduler(COMBINED / "scheduler")
+    hub.check_scheduler(PUBLISHED / "wuerstchen-prior/scheduler")
     weights.save_scheduler(tmp_path)
-    weights.check_scheduler(tmp_path)
+    hub.check_scheduler(tmp_path)
     path = tmp_path / "scheduler_config.json"
     for text, message in (('{"s": 0.01}', "only s = 0.008 and scaler = 1"), ('{"scaler": 2.0}', "only s = 0.008 and scaler = 1"),
                           ("[]", "does not hold a JSON object"), ("{", "cannot be read")):
         path.write_text(text)
         with pytest.raises(WeightsError, match=message):
-            weights.check_scheduler(tmp_path)
+            hub.check_scheduler(tmp_path)
     path.unlink()
     with pytest.raises(WeightsError, match="cannot be read"):
-        weights.check_scheduler(tmp_path)
+        hub.check_scheduler(tmp_path)
 
 
 # --- single files, the authors' own, and conversion ----------------------------------------------------
@@ -529,7 +531,7 @@ def test_a_folder_of_the_authors_files_is_recognised(tmp_path):
     """Text encoders were never among them, so these may be absent."""
     for name in ("vqgan_f4_v1_500k.pt", "model_v2_stage_b.pt", "model_v2_stage_c_finetune_interpolation.pt"):
         (tmp_path / name).write_bytes(b"")
-    parts = weights.find_parts(tmp_path)
+    parts = hub.find_parts(tmp_path)
     assert parts["prior"].name == "model_v2_stage_c_finetune_interpolation.pt"
     assert parts["decoder"] == parts["image_encoder"] == tmp_path / "model_v2_stage_b.pt" and parts["text_encoder"] is None
 
@@ -539,9 +541,9 @@ def test_what_is_given_elsewhere_need_not_be_in_the_folder(tmp_path):
     (tmp_path / "prior").mkdir()
     for part in ("text_encoder", "tokenizer"):
         (tmp_path / part).mkdir()
-    assert weights.find_parts(tmp_path, ("decoder", "vqgan"))["prior"] == tmp_path / "prior"
+    assert hub.find_parts(tmp_path, ("decoder", "vqgan"))["prior"] == tmp_path / "prior"
     with pytest.raises(WeightsError, match="holds no weights that are understood"):
-        weights.find_parts(tmp_path, ("decoder",))
+        hub.find_parts(tmp_path, ("decoder",))
 
 
 def test_a_text_encoder_of_another_width_is_found_before_sampling():
