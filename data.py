@@ -1,277 +1,381 @@
-"""Emoji scenes: pictures with captions, drawn on the fly, nothing to download.
+"""Captioned pictures from anywhere, and an order of training that can be taken up at any step.
 
-  (seed, i) -random_scene-> Scene -render-> (128,128,3) uint8     the picture
-                                  -caption-> "a cat left of a moon on a blue background"
+  folder | tar shards | pipe:... | parquet | hub:... | scenes -open_pictures-> Pictures: read(i), captions(i), key(i), sizes
+  sizes (N,2) -nearest_bucket-> buckets (N,): to which of bucket_sizes each picture is cut
+  buckets -Plan-> step k: positions (batch,), indices (batch,) -split-> the share of one GPU -read, fit-> (h,w,3) uint8
 
-One scene is one or two emojis on a plain background. The world is small enough to be learned in
-an hour and rich enough to test a text-to-image model: objects, sizes, colours and relations. About
-a tenth of all pairs of objects is held out, never shown in training: a model that draws them
-rightly has learned to compose, not to remember.
-  128 objects    64 captioned (Stage C learns their names), 64 uncaptioned: Stages A and B see
-                 them too, Stage C does not, so they are new words for a later fine-tuning
-  8 colours      of the background, exact RGB values in COLOURS
-Out  EmojiScenes.batch(start, n) -> images (n,128,128,3) uint8, RGB; captions, n strings.
-Surprise: there is no list of pictures. Picture i depends on (seed, i) alone, so the set is endless
-and a training that resumes at picture 12800 sees exactly what an unbroken one would have seen.
-Pictures: Noto Color Emoji, assets/OFL.txt, sheet by tools/make_sprites.py.  Needs: numpy, pillow.
+What cannot be used is left out, counted and named, never silently. A resolution always means pixels of the picture; of
+those the image encoder sees 0.75 x as many.
+Surprise: nothing here has a state. Which pictures make up step k is a function of (seed, k), and what is drawn for a
+sample (crop, caption, noise) one of (seed, its position in the stream, purpose). So a run that is resumed opens no
+picture to find its place, and two GPUs see together in a step what one would have seen, whatever ran before.
+Needs: torch, numpy, pillow, sources.py, images.py; scenes.py for `scenes`.
 """
-import difflib
-import functools
+import bisect
+import hashlib
+import io
+import itertools
 import json
+import math
+import os
+import re
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
-ASSETS = Path(__file__).parent / "assets"
-CANVAS, CELL, COLUMNS = 128, 80, 16       # px of a scene; px and columns of the sprite sheet
-
-# Muted, so that a red apple still shows on red; any two differ by 84 or more in RGB distance.
-COLOURS = {
-    "white": (245, 245, 245), "black": (26, 26, 30), "red": (176, 44, 52),
-    "orange": (236, 142, 62), "yellow": (250, 222, 110), "green": (84, 158, 92),
-    "blue": (72, 122, 204), "purple": (146, 90, 178),
-}
-_TABLE = json.loads((ASSETS / "emoji.json").read_text())     # in the order of the sheet's cells
-OBJECTS = [row["name"] for row in _TABLE]
-CAPTIONED = [row["name"] for row in _TABLE if row["captioned"]]
-UNCAPTIONED = [row["name"] for row in _TABLE if not row["captioned"]]
-
-RELATIONS = ("left of", "right of", "above", "below")
-OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-
-# Size class of a single object: smallest and largest px, how far its center strays. Even sizes
-# only: half as many resized sprites to keep (50 MB for all). The gaps between the classes make
-# "small" and "large" unambiguous; a medium object is never called anything. All are large in the picture:
-# of 40 px, Stage B sees 10 x 10 latents.
-SIZE_CLASSES = {"small": (40, 46, 10), "medium": (56, 62, 8), "large": (80, 88, 6)}
-PAIR_SIZES = (50, 58)
-MARGIN = 2         # px around a scene that always show the bare background
-PAIR_STRAY = 5     # px: two centers differ by <= 10 across and >= 50 along their relation's axis
+from images import read_image
+from sources import SUFFIXES, Place, content_of, reason, samples_of
 
 
-@dataclass(frozen=True)
-class Scene:
-    """What is where.  `relation` holds from objects[0] to objects[1]; None for a single object."""
-    objects: tuple[str, ...]
-    sizes: tuple[int, ...]                    # px, of the square that the sprite fills
-    centers: tuple[tuple[int, int], ...]      # (x, y) in px, y points down
-    colour: str
-    relation: str | None = None
-
-    def __post_init__(self):
-        for name in self.objects:
-            check_name(name, OBJECTS, "object")
-        check_name(self.colour, COLOURS, "colour")
-        if self.relation is not None:
-            check_name(self.relation, RELATIONS, "relation")
-
-    @property
-    def size_class(self) -> str | None:
-        """"small", "medium" or "large" for a single object, None for two."""
-        if len(self.objects) == 2:
-            return None
-        return next((name for name, (low, high, _) in SIZE_CLASSES.items()
-                     if low <= self.sizes[0] <= high), "medium")
+class BrokenPicture(ValueError):
+    """A file that turned out to be no whole picture when it was read; the message names it."""
 
 
-def check_name(name: str, known: Sequence[str], kind: str) -> None:
-    """Raises ValueError with the nearest known names if `name` is not one of `known`."""
-    if name not in known:
-        near = difflib.get_close_matches(str(name), known, n=3) or list(known)[:3]
-        raise ValueError(f"Unknown {kind} {name!r}; near matches: {', '.join(near)}.")
+# ----- opening ---------------------------------------------------------------------------------------
 
+def open_pictures(source: str | Path, *, min_side: int = 64, captions_required: bool = True,
+                  index_folder: str | Path | None = None, require_keys: bool = False, **filters: float) -> "Pictures":
+    """Finds all pictures of a source and their captions, from headers and text only.
 
-@functools.cache
-def held_out(a: str, b: str) -> bool:
-    """Is this pair kept out of training?  A tenth of all pairs is; the order does not matter.
-
-    A checksum, not a random draw: the same pairs for every seed, version and machine.
+    source  FOLDER, with all below it: NAME.jpg (or .jpeg .png .webp .bmp .gif .tif) beside NAME.txt (a caption per line),
+            NAME.caption (one) or NAME.json; or metadata.jsonl / metadata.csv with file_name and text, which come first
+            data/*.tar, data/{000..031}.tar: uncompressed tar files of the same; a folder that holds only such will do, too
+            pipe:COMMAND: COMMAND's output is such a tar file; kept in index_folder.  Braces as above
+            FILE.parquet (needs pyarrow), hub:NAME[:SPLIT] (needs datasets): rewritten once into index_folder
+            scenes[:captioned|uncaptioned|all][:N][:SEED]: N (24000) emoji scenes.  ./scenes is a folder of that name
+    min_side           px: pictures with a shorter side are left out
+    captions_required  leave out pictures without a caption; False: they get the caption ""
+    index_folder       where indexes and copies of remote shards go (default: an index stands beside its shard)
+    filters            min_KEY, max_KEY: bounds, included, on numbers in .json or metadata, such as max_punsafe=0.99. A picture
+                       without such a number, or with null, stays unless require_keys.
+    Raises ValueError, in one line, for a source that cannot be read, and if no picture is left: what was found instead.
     """
-    return zlib.crc32(f"{min(a, b)}|{max(a, b)}".encode()) % 10 == 0
+    text, folder = str(source), Path(index_folder) if index_folder else None
+    limits, found, known, skipped = _limits(filters), Counter(), set(), []
+    if text.split(":")[0] == "scenes":
+        if limits:
+            raise ValueError(f"{text} has no keys to filter by: leave {', '.join(filters)} away")
+        return ScenePictures(text)
+
+    def kept() -> Iterator[dict]:                # a million samples pass through here one at a time
+        for sample in samples_of(text, folder, found):
+            known.update(sample.get("numbers", ()))
+            problem = sample["problem"] or _problem(sample, min_side, captions_required, limits, require_keys)
+            if problem:
+                skipped.append((sample["name"], problem))
+            else:
+                yield sample
+
+    pictures = Pictures(text, kept(), skipped, folder / "keys.txt" if folder else None)
+    if not len(pictures):
+        files = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in found.most_common(8)) or "no file"
+        raise ValueError(f"{text}: no picture to train on. Looked for {' '.join(SUFFIXES)}" + " with a caption in NAME.txt, "
+                         "NAME.caption, NAME.json or metadata.jsonl/.csv" * captions_required + f"; found {files}; {_listed(skipped)}")
+    if unknown := sorted(limits.keys() - known):           # a slip of the pen would otherwise let everything through
+        raise ValueError(f"{text}: no picture has a number {unknown[0]!r} to filter by, found: {', '.join(sorted(known)) or 'none'}")
+    return pictures
 
 
-# ---- drawing scenes at random ----------------------------------------------------------------
+def _limits(filters: dict) -> dict[str, tuple[float, float]]:
+    """{"max_punsafe": 0.9} -> {"punsafe": (-inf, 0.9)}"""
+    limits = {}
+    for name, bound in filters.items():
+        side, _, key = name.partition("_")
+        if side not in ("min", "max") or not key:
+            raise ValueError(f"unknown option {name!r}: expected a filter min_KEY or max_KEY, such as max_pwatermark=0.5")
+        low, high = limits.get(key, (-math.inf, math.inf))
+        limits[key] = (float(bound), high) if side == "min" else (low, float(bound))
+    return limits
 
-def random_scene(rng: np.random.Generator, objects: Sequence[str] = CAPTIONED,
-                 held_out_pairs: bool = False) -> Scene:
-    """One scene: 40 % a single object, 60 % two different ones.
 
-    held_out_pairs=True gives test scenes: always two objects, always a held-out pair.
+def _problem(sample: dict, min_side: int, captions_required: bool, limits: dict, require_keys: bool) -> str | None:
+    """Why a sample is left out, or None."""
+    height, width = sample["size"]
+    if min(height, width) < min_side:
+        return f"{width} x {height} px, fewer than {min_side}"
+    if captions_required and not sample["captions"]:
+        return "no caption"
+    for key, (low, high) in limits.items():
+        value = sample["numbers"].get(key)       # None only if there is none: 0.0 is a number, often the best one
+        if value is None and require_keys:
+            return f"no number {key}"
+        if value is not None and not low <= value <= high:
+            return f"{key} {value:g}"
+    return None
+
+
+def _listed(skipped: list[tuple[str, str]]) -> str:
+    names = ", ".join(f"{name} ({why})" for name, why in skipped[:5])
+    return f"{len(skipped)} skipped" + (f": {names}" if names else "") + (", ..." if len(skipped) > 5 else "")
+
+
+# ----- pictures --------------------------------------------------------------------------------------
+
+class Pictures:
+    """Pictures and captions by number, 0 to N - 1, always in the same order.
+
+    sizes (N,2) int32: height and width as shown, after EXIF orientation.  skipped: name and reason of what was left out.
     """
-    colour = list(COLOURS)[rng.integers(len(COLOURS))]
-    if not held_out_pairs and (len(objects) == 1 or rng.random() < 0.4):
-        name = objects[rng.integers(len(objects))]
-        return place_single(rng, name, list(SIZE_CLASSES)[rng.integers(len(SIZE_CLASSES))], colour)
-    a, b = _draw_pair(rng, objects, held_out_pairs)
-    return place_pair(rng, a, b, RELATIONS[rng.integers(len(RELATIONS))], colour)
+    def __init__(self, source: str, samples: Iterable[dict], skipped: list[tuple[str, str]], key_file: Path | None = None):
+        self.source, self.skipped = source, skipped
+        # All texts in one piece of memory, not a million objects: to look at a Python object is to write its reference
+        # count, so every worker process would sooner or later hold a copy of them all.
+        records, ends, sizes = bytearray(), array("q", [0]), array("i")
+        for sample in samples:
+            records += json.dumps([sample["name"], sample["place"], sample["captions"]]).encode()
+            ends.append(len(records))
+            sizes.extend(sample["size"])
+        self._records, self._ends = bytes(records), np.array(ends)
+        self.sizes = np.array(sizes, np.int32).reshape(-1, 2)                  # (N, 2)
+        self._key_file, self._keys = key_file, None
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def _record(self, i: int) -> tuple[str, Place, list[str]]:
+        if not 0 <= i < len(self):
+            raise IndexError(f"picture {i} of {len(self)}")
+        return json.loads(self._records[self._ends[i]:self._ends[i + 1]])
+
+    def name(self, i: int) -> str:
+        return self._record(i)[0]
+
+    def captions(self, i: int) -> list[str]:
+        """At least one; [""] for a picture without."""
+        return self._record(i)[2] or [""]
+
+    def key(self, i: int) -> str:
+        """sha256 of the picture's bytes, in hex.  With an index_folder, files that stay as they are are read for it only once."""
+        file, offset, length = self._record(i)[1]
+        stat = os.stat(file)         # as make does: same name, size and time of change, same content
+        version = f"{os.path.abspath(file)} {offset} {length} {stat.st_size} {stat.st_mtime_ns}"
+        known_as = hashlib.sha256(version.encode()).hexdigest()[:24]
+        if self._keys is None:
+            lines = self._key_file.read_text().split("\n") if self._key_file and self._key_file.exists() else []
+            self._keys = dict(line.split() for line in lines if re.fullmatch("[0-9a-f]{24} [0-9a-f]{64}", line))
+        if known_as not in self._keys:
+            self._keys[known_as] = hashlib.sha256(content_of((file, offset, length))).hexdigest()
+            if self._key_file:       # one short write at the end of the file: lines of several processes do not mix
+                self._key_file.parent.mkdir(parents=True, exist_ok=True)
+                with open(self._key_file, "ab", buffering=0) as out:
+                    out.write(f"{known_as} {self._keys[known_as]}\n".encode())
+        return self._keys[known_as]
+
+    def read(self, i: int) -> np.ndarray:
+        """(H,W,3) uint8, RGB: upright, and over white where it is transparent.  Raises BrokenPicture."""
+        name, place, _ = self._record(i)
+        try:
+            return _decode(content_of(place))
+        except Exception as error:               # each of Pillow's decoders raises its own kinds for a damaged file
+            raise BrokenPicture(f"{name} cannot be read: {reason(error)}") from error
+
+    def read_or_next(self, i: int, allowed: np.ndarray) -> tuple[np.ndarray, int]:
+        """read(i) and i; if that file is broken, the same of the next one among `allowed`, ascending, round from the end.
+
+        Which one it is depends on the files alone, so all runs agree. The broken one is remembered in `skipped`: of this
+        process, so whoever reads in worker processes should look for j != i. Raises BrokenPicture if none can be read.
+        """
+        allowed = np.asarray(allowed)
+        for j in itertools.chain([i], allowed[allowed > i], allowed[allowed < i]):
+            try:
+                return self.read(int(j)), int(j)
+            except BrokenPicture as error:
+                name = self.name(int(j))
+                entry = name, str(error).removeprefix(f"{name} cannot be read: ")
+                if entry not in self.skipped:
+                    self.skipped.append(entry)
+        raise BrokenPicture(f"{self.source}: none of {len(allowed)} pictures of this size can be read; {_listed(self.skipped)}")
+
+    def describe(self) -> str:
+        """One line: how many, from where, what was left out."""
+        return f"{len(self)} pictures in {self.source}" + (f"; {_listed(self.skipped)}" if self.skipped else "")
 
 
-def _draw_pair(rng, objects, held_out_pairs) -> tuple[str, str]:
-    for _ in range(10_000):                   # 10 draws are enough on average, even for held-out
-        a, b = (objects[i] for i in rng.integers(len(objects), size=2))
-        if a != b and held_out(a, b) == held_out_pairs:
-            return a, b
-    kind = "held-out" if held_out_pairs else "training"
-    raise ValueError(f"No {kind} pair among these {len(objects)} objects; give more objects.")
+class ScenePictures(Pictures):
+    """Emoji scenes in the same dress: drawn when they are asked for."""
+    def __init__(self, source: str):
+        from scenes import CANVAS, EmojiScenes
+        _, *words = source.split(":")
+        self._objects = words.pop(0) if words and not words[0].isdecimal() else "captioned"
+        if len(words) > 2 or not all(word.isdecimal() for word in words) or words[:1] == ["0"]:
+            raise ValueError(f"cannot read {source!r}: expected scenes[:captioned|uncaptioned|all][:N][:SEED], "
+                             "such as scenes:all:500:1")
+        count, self._seed = (int(word) for word in (words + ["24000", "0"][len(words):]))
+        self.source, self.skipped, self._scenes = source, [], EmojiScenes(self._objects, seed=self._seed)
+        self.sizes = np.full((count, 2), CANVAS, np.int32)
+
+    def _record(self, i: int):
+        if not 0 <= i < len(self):
+            raise IndexError(f"picture {i} of {len(self)}")
+        return f"scene {i}", None, [self._scenes.caption(i)]
+
+    def key(self, i: int) -> str:
+        return hashlib.sha256(f"scene {self._seed} {self._objects} {i}".encode()).hexdigest()
+
+    def read(self, i: int) -> np.ndarray:
+        return self._scenes.batch(i, 1)[0][0]    # (128, 128, 3)
 
 
-def place_single(rng: np.random.Generator, name: str, size_class: str, colour: str) -> Scene:
-    """A scene of one object, at a random size of its class and a random place around the middle."""
-    check_name(size_class, list(SIZE_CLASSES), "size class")
-    low, high, stray = SIZE_CLASSES[size_class]
-    size = int(rng.integers(low // 2, high // 2 + 1)) * 2
-    x, y = (CANVAS // 2 + rng.integers(-stray, stray + 1, size=2)).tolist()
-    return Scene((name,), (size,), ((x, y),), colour)
+def _decode(content: bytes) -> np.ndarray:
+    """A file's content -> (H,W,3) uint8, the same as images.read_image."""
+    with Image.open(io.BytesIO(content)) as image:
+        if image.has_transparency_data or image.mode.startswith("I") or image.mode == "F":
+            return (read_image(image) * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
+        return np.array(ImageOps.exif_transpose(image).convert("RGB"))         # without the way through floats: half the time
 
 
-def place_pair(rng: np.random.Generator, a: str, b: str, relation: str, colour: str) -> Scene:
-    """A scene "a RELATION b", each in its half of the canvas: their boxes cannot overlap."""
-    low, high = PAIR_SIZES
-    sizes = (rng.integers(low // 2, high // 2 + 1, size=2) * 2).tolist()
-    half = CANVAS // 2
-    # Along the axis of the relation: anywhere in its own half. Across: near the middle.
-    first = int(rng.integers(MARGIN + sizes[0] // 2, half - sizes[0] // 2 + 1))
-    second = int(rng.integers(half + sizes[1] // 2, CANVAS - MARGIN - sizes[1] // 2 + 1))
-    across = (half + rng.integers(-PAIR_STRAY, PAIR_STRAY + 1, size=2)).tolist()
-    if relation in ("right of", "below"):     # a is then the one in the right or lower half:
-        first, second = CANVAS - first, CANVAS - second       # mirror, sizes are even
-    centers = ((first, across[0]), (second, across[1]))
-    if relation in ("above", "below"):
-        centers = tuple((x, y) for y, x in centers)
-    return Scene((a, b), tuple(sizes), centers, colour, relation)
+# ----- shapes ----------------------------------------------------------------------------------------
 
+def bucket_sizes(resolution: int, step: int = 128, max_ratio: float = 2.0) -> list[tuple[int, int]]:
+    """(height, width) of the shapes that pictures are cut to: multiples of `step` px, each of about resolution^2 px.
 
-# ---- picture ---------------------------------------------------------------------------------
-
-@functools.cache
-def _sheet() -> Image.Image:
-    # "RGBa" is RGB already multiplied by alpha: what may be averaged when resizing, as the hidden
-    # colour of transparent pixels then counts nothing.
-    return Image.open(ASSETS / "emoji.png").convert("RGBa")
-
-
-@functools.cache
-def sprite(name: str, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """One object at size x size px: colour times alpha (size,size,3) uint8, and what it lets
-    through, 255 - alpha, (size,size,3) uint8."""
-    check_name(name, OBJECTS, "object")
-    column, row = OBJECTS.index(name) % COLUMNS * CELL, OBJECTS.index(name) // COLUMNS * CELL
-    cell = _sheet().crop((column, row, column + CELL, row + CELL))     # before the resize, so that
-    rgba = np.array(cell.resize((size, size), Image.LANCZOS))          # neighbors do not bleed in
-    alpha = rgba[..., 3:]
-    # Lanczos overshoots at edges; colour <= alpha keeps the sum in render() within 255.
-    return np.minimum(rgba[..., :3], alpha), np.repeat(255 - alpha, 3, axis=2)
-
-
-@functools.cache
-def _background(colour: str) -> np.ndarray:
-    return np.full((CANVAS, CANVAS, 3), COLOURS[colour], np.uint8)
-
-
-def render(scene: Scene, size: int = CANVAS) -> np.ndarray:
-    """The picture of a scene, (size,size,3) uint8 RGB.  Drawn at 128 px, resized for other sizes.
-
-    Raises ValueError if an object reaches over the edge.
+    128 px, as 0.75 x 128 = 96 = 3 x 32: 3 positions of the semantic latent, none of them cut. The longer side is at most
+    max_ratio times the shorter. Shapes whose area is off by more than a quarter are left out, so that a batch of each
+    takes about the same memory; up to 256 px only the square remains.  Raises ValueError unless step divides resolution.
     """
-    image = _background(scene.colour).copy()
-    for name, k, (x, y) in zip(scene.objects, scene.sizes, scene.centers):
-        left, top = x - k // 2, y - k // 2
-        if min(left, top) < 0 or max(left, top) + k > CANVAS:
-            raise ValueError(f"{name!r} of {k} px at {(x, y)} reaches over the {CANVAS} px canvas; "
-                             f"make it smaller or move it to the middle.")
-        colour, through = sprite(name, k)
-        window = image[top:top + k, left:left + k]           # a view: only k x k pixels are touched
-        # v / 255, rounded, is (v + 128 + (v + 128 >> 8)) >> 8 for all v up to 255 * 255: no
-        # division per pixel, and all of it fits in 16 bits.
-        behind = np.multiply(window, through, dtype=np.uint16) + np.uint16(128)   # (k, k, 3)
-        window[:] = colour + (behind + (behind >> 8) >> 8).astype(np.uint8)
-    if size != CANVAS:
-        image = np.array(Image.fromarray(image).resize((size, size), Image.BICUBIC))
-    return image
+    n = resolution // step                       # from here on in units of step
+    if n < 1 or resolution % step:
+        raise ValueError(f"a resolution of {resolution} px: expected a multiple of {step}, such as {max(1, n) * step}")
+    shapes = {(n, n)}
+    for a in range(1, n * n + 1):
+        b = min(range(1, n * n + 1), key=lambda b: abs(a * b - n * n))
+        if max(a, b) <= max_ratio * min(a, b) and 0.8 <= a * b / n ** 2 <= 1.25:
+            shapes |= {(a, b), (b, a)}
+    return sorted((a * step, b * step) for a, b in shapes)
 
 
-# ---- caption ---------------------------------------------------------------------------------
+def nearest_bucket(sizes: np.ndarray, buckets: list[tuple[int, int]]) -> np.ndarray:
+    """sizes (N,2) of pictures -> (N,) which bucket is nearest in shape.
 
-# Plain grammar:  a [small|large] OBJECT on a COLOUR background
-#                 a OBJECT left of|right of|above|below a OBJECT on a COLOUR background
-# 15 % of the captions say one of these instead, so that prompts in other words are understood:
-VARIANT_SHARE = 0.15
-VARIANTS = {
-    "left of": ("to the left of", "on the left of"),
-    "right of": ("to the right of", "on the right of"),
-    "above": ("over", "on top of"),
-    "below": ("under", "beneath"),
-    "{things} on {a_colour} background": (
-        "{things} on {colour} background",
-        "{things} in front of {a_colour} background",
-        "{a_colour} background with {things}",
-    ),
-}
-LAYOUT = "{things} on {a_colour} background"
-
-
-def article(words: str) -> str:
-    """"an" before a vowel letter, else "a".  By spelling, except for unicorn."""
-    return f"an {words}" if words[0] in "aeiou" and words != "unicorn" else f"a {words}"
-
-
-def plain_caption(objects: Sequence[str], colour: str, relation: str | None = None,
-                  size_word: str | None = None, layout: str = LAYOUT) -> str:
-    """The caption of given facts, without chance.  Lower case, no full stop."""
-    if relation is None:
-        things = article(f"{size_word} {objects[0]}" if size_word else objects[0])
-    else:
-        things = f"{article(objects[0])} {relation} {article(objects[1])}"
-    return layout.format(things=things, colour=colour, a_colour=article(colour))
-
-
-def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """One of the captions that fit the scene: either object first, size word or not, variants."""
-    objects, relation, size_word, layout = scene.objects, scene.relation, None, LAYOUT
-    if relation is None and scene.size_class != "medium" and rng.random() < 0.5:
-        size_word = scene.size_class
-    if relation is not None and rng.random() < 0.5:
-        objects, relation = objects[::-1], OPPOSITE[relation]
-    if rng.random() < VARIANT_SHARE:
-        if relation is not None and rng.random() < 0.5:
-            relation = VARIANTS[relation][rng.integers(len(VARIANTS[relation]))]
-        else:
-            layout = VARIANTS[LAYOUT][rng.integers(len(VARIANTS[LAYOUT]))]
-    return plain_caption(objects, scene.colour, relation, size_word, layout)
-
-
-# ---- data set --------------------------------------------------------------------------------
-
-class EmojiScenes:
-    """An endless, numbered set of scenes.
-
-    objects  "captioned" (train Stage C), "uncaptioned" (fine-tune), or "all" (train Stages A and
-             B): there a scene with an uncaptioned object gets the caption "", so that no stage
-             learns the name before its time.
-    size     px of the pictures.  seed  another seed is another, equally endless set.
+    By the logarithm of height / width: what is cut off is a share, and 1:2 is as far from 1:1 as 2:1 is. By the ratio
+    itself, 0.5 and 2, flat pictures would be pushed towards the square.
     """
-    def __init__(self, objects: str = "all", size: int = CANVAS, seed: int = 0):
-        choices = {"all": OBJECTS, "captioned": CAPTIONED, "uncaptioned": UNCAPTIONED}
-        check_name(objects, list(choices), "set of objects")
-        self.objects, self.size, self.seed = choices[objects], size, seed
-        self.captioned = frozenset(CAPTIONED if objects == "all" else self.objects)
+    shapes, targets = (np.log(np.asarray(x, float)) @ [1, -1] for x in (sizes, buckets))    # (N,), (M,)
+    return np.abs(shapes[:, None] - targets).argmin(axis=1)                                 # (N,)
 
-    def _draw(self, i: int) -> tuple[Scene, str]:
-        rng = np.random.default_rng([self.seed, i])          # nothing but (seed, i) enters
-        scene = random_scene(rng, self.objects)
-        return scene, caption(scene, rng) if self.captioned.issuperset(scene.objects) else ""
 
-    def scene(self, i: int) -> Scene:
-        return self._draw(i)[0]
+def fit(image: np.ndarray, size: tuple[int, int], crop: str = "center", flip: bool = False,
+        rng: np.random.Generator | None = None) -> np.ndarray:
+    """image (H,W,3) uint8 -> (h,w,3) uint8: the largest piece of that shape, resized, and mirrored if flip is true.
 
-    def scenes(self, start: int, n: int) -> list[Scene]:
-        return [self.scene(i) for i in range(start, start + n)]
+    crop  "center", or "random": anywhere along the side that is too long, drawn from rng
+    flip  mirror or not; a coin, if there is one, is the caller's, who may have to remember how it fell
+    Raises ValueError for other crops and arrays.
+    """
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"an image of shape {image.shape} and {image.dtype}, expected (H,W,3) of uint8")
+    if crop not in ("center", "random"):
+        raise ValueError(f"unknown crop {crop!r}, expected center or random")
+    (height, width), (h, w) = image.shape[:2], size
+    scale = min(height / h, width / w)           # px of the image per px of the result
+    box_height, box_width = min(h * scale, height), min(w * scale, width)      # min: h * (height / h) may round up
+    where = rng.random(2) if crop == "random" else (0.5, 0.5)
+    # Whole pixels, so that a picture of the right scale is cut and not resampled.
+    top, left = (int(share * (int(spare) + 1)) for share, spare in zip(where, (height - box_height, width - box_width)))
+    # Pillow's bicubic widens its kernel when it shrinks a picture: no pixel is passed over, in any version of any library.
+    # Sharper than bilinear, without most of the ringing of Lanczos.
+    result = Image.fromarray(image).resize((w, h), Image.BICUBIC, box=(left, top, left + box_width, top + box_height))
+    return np.ascontiguousarray(np.asarray(result)[:, ::-1] if flip else np.asarray(result))
 
-    def batch(self, start: int, n: int) -> tuple[np.ndarray, list[str]]:
-        """Pictures start .. start + n - 1: (n,size,size,3) uint8 and their n captions."""
-        scenes, captions = zip(*(self._draw(i) for i in range(start, start + n)))
-        return np.stack([render(scene, self.size) for scene in scenes]), list(captions)
+
+# ----- order -----------------------------------------------------------------------------------------
+
+def sample_rng(seed: int, position: int, purpose: str) -> np.random.Generator:
+    """Chance for one sample and one purpose ("crop", "caption", "noise", ...), a function of these three alone.
+
+    position: the sample's place in the stream of Plan. It differs from visit to visit, and between all samples of a step,
+    so two GPUs never draw the same noise. Whoever draws more for one purpose changes nothing for the others.
+    """
+    return np.random.Generator(np.random.PCG64([seed, position, zlib.crc32(purpose.encode())]))
+
+
+class Plan:
+    """Which samples make up which optimizer step, for ever, as a function of (buckets, batch, seed).
+
+    Epoch after epoch, each in an order of its own, the samples form one stream of positions 0, 1, 2, ... Each goes to the
+    queue of its bucket; a queue that holds `batch` samples, all of one size, is the next step. What is left in the queues
+    at the end of an epoch stays there, so nothing is dropped, however rare its shape. The batch is that of the whole
+    step: how many GPUs and micro-steps share it makes no difference, see `split`.
+
+    buckets (N,) integers, one per picture; with one bucket, steps are consecutive pieces of the stream.
+    """
+    def __init__(self, buckets: np.ndarray, batch: int, seed: int):
+        buckets = np.asarray(buckets)
+        if buckets.ndim != 1 or not len(buckets) or batch < 1:
+            raise ValueError(f"got buckets of shape {buckets.shape} and a batch of {batch}: expected (N,), one per picture, "
+                             "and at least 1")
+        self.batch, self.seed, self._n = batch, seed, len(buckets)
+        self._buckets, codes, self._counts = np.unique(buckets, return_inverse=True, return_counts=True)
+        self._codes = codes.astype(np.min_scalar_type(len(self._buckets)))     # (N,) sorted five times faster as small integers
+        self._starts = np.cumsum(self._counts) - self._counts
+        self._epochs = {}                        # the last few, see _epoch
+
+    def epoch_of(self, position: int) -> int:
+        return position // self._n
+
+    def steps(self, start: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+        """step(start), step(start + 1), ... without end."""
+        return map(self.step, itertools.count(start))
+
+    def step(self, k: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """-> positions (batch,) in the stream, ascending; indices (batch,) of the pictures; the bucket they share.
+
+        For any k at once, no step before it is gone through: every epoch holds the same number of each bucket, count, so
+        count * e of them have come before epoch e, and that makes count * e // batch steps.
+        """
+        # The last epoch that begins with at most k steps done. The queues hold back less than a step per bucket.
+        latest = (k + len(self._buckets) + 1) * self.batch // self._n + 2
+        epoch = bisect.bisect_right(range(latest), k, key=self._steps_before) - 1
+        _, _, step_buckets, step_numbers = self._epoch(epoch)
+        i = k - self._steps_before(epoch)
+        code, number = step_buckets[i], step_numbers[i]
+        count, start = self._counts[code], self._starts[code]
+        members = number * self.batch + np.arange(self.batch)    # (batch,) the bucket's samples, counted from the beginning
+        epochs = members // count                                # (batch,) more than one where something was left over
+        positions, indices = np.empty_like(members), np.empty_like(members)
+        for e in range(epochs[0], epochs[-1] + 1):
+            order, by_bucket, _, _ = self._epoch(e)
+            inside = by_bucket[start + members[epochs == e] - e * count]
+            positions[epochs == e], indices[epochs == e] = e * self._n + inside, order[inside]
+        return positions, indices, int(self._buckets[code])
+
+    def _steps_before(self, epoch: int) -> int:
+        return int((epoch * self._counts // self.batch).sum())
+
+    def _epoch(self, e: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """-> order (N,), the pictures of epoch e; by_bucket (N,), places in it, one bucket after the other; and of the steps
+        that are completed in it, in order, bucket and number (counted per bucket, from the beginning)."""
+        if e not in self._epochs:
+            while len(self._epochs) > 3:         # a million samples take 0.3 s to lay out, and 16 MB
+                del self._epochs[next(iter(self._epochs))]
+            # Raw bits, sorted: numpy promises never to change those, as it may permutation().
+            order = np.argsort(sample_rng(self.seed, e, "epoch").bit_generator.random_raw(self._n), kind="stable")
+            by_bucket = np.argsort(self._codes[order], kind="stable")
+            # A bucket's step n ends with its sample (n + 1) * batch - 1, counted from the beginning.
+            numbers = [np.arange(e * count // self.batch, (e + 1) * count // self.batch) for count in self._counts]
+            ends = [by_bucket[start + (n + 1) * self.batch - 1 - e * count]
+                    for n, start, count in zip(numbers, self._starts, self._counts)]
+            codes = np.repeat(np.arange(len(numbers)), [len(n) for n in numbers])
+            by_end = np.argsort(np.concatenate(ends))
+            self._epochs[e] = order, by_bucket, codes[by_end], np.concatenate(numbers)[by_end]
+        return self._epochs[e]
+
+
+def split(positions: np.ndarray, micro: int, rank: int, world: int, micro_batch: int) -> slice:
+    """The part of a step's samples that one GPU computes in micro-step `micro`: positions[split(...)], (micro_batch,).
+
+    All parts together are the step, each once.  Raises ValueError if they cannot be of the same size.
+    """
+    parts, rest = divmod(len(positions), micro_batch * world)
+    if rest or not parts:
+        raise ValueError(f"a step of {len(positions)} samples cannot be shared by {world} GPUs in micro-steps of {micro_batch}: "
+                         f"expected a multiple of {micro_batch * world}")
+    if not (0 <= micro < parts and 0 <= rank < world):
+        raise ValueError(f"micro-step {micro} of {parts}, rank {rank} of {world}: expected to count from 0")
+    start = (micro * world + rank) * micro_batch
+    return slice(start, start + micro_batch)

@@ -2,7 +2,7 @@
 
   fixed_prompts -> 256 prompts -Wuerstchen-> pictures -Judge-> objects, places, colour -> score
 
-The world of data.py is known exactly, so no classifier is trained: the judge knows every sprite and
+The world of scenes.py is known exactly, so no classifier is trained: the judge knows every sprite and
 asks which sprite, at which size and place, explains the picture best (maximum likelihood for
 Gaussian errors). Half of the prompts name a pair of objects that no training picture shows.
 In   pictures, uint8 RGB of any square size, and the facts of their prompts
@@ -10,7 +10,7 @@ Out  fractions: background, single_object, pair_seen, pair_held_out (both object
 Surprise: a picture that shows more than its prompt says is wrong, too.
 The judge is right on 512 of 512 real scenes (two seeds), and on 511 of them blurred by 0.8 px with
 noise of sigma 10/255. --real measures 256 of each again.
-Needs: torch, numpy, pillow, data.py; wuerstchen.py for sampling.
+Needs: torch, numpy, pillow, scenes.py, sample.py; wuerstchen.py for sampling.
 
   python evaluate.py --real                                      # the judge's own accuracy
   python evaluate.py --weights tiny --out eval.json --grid eval.png
@@ -23,8 +23,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from data import (CANVAS, CAPTIONED, COLOURS, OBJECTS, RELATIONS, held_out, place_pair,
-                  place_single, plain_caption, render, sprite)
+from sample import number, several, steps
+from scenes import (CANVAS, CAPTIONED, COLOURS, OBJECTS, RELATIONS, held_out, place_pair,
+                    place_single, plain_caption, render, sprite)
 
 SIDE = 64                      # px at which the judge compares: half of a scene
 # Sizes the judge tries, px of SIDE: steps of about 11 %, so a true size is off by 6 % at most.
@@ -32,7 +33,7 @@ SIZES = (14, 16, 18, 20, 22, 24, 27, 30, 33, 37, 41, 45)
 SLACK = 1                      # px of SIDE by which two found boxes may overlap
 BACKGROUND_TOLERANCE = 40      # RGB distance; the two nearest of COLOURS are 84 apart
 MIN_EXPLAINED = 0.25           # see Judge.find
-SMALL_UP_TO, LARGE_FROM = 51, 71       # px of a scene; between data.py's size classes
+SMALL_UP_TO, LARGE_FROM = 51, 71       # px of a scene; between scenes.py's size classes
 
 
 # ---- the prompts -----------------------------------------------------------------------------
@@ -259,10 +260,11 @@ def parse_args(argv=None):
     g.add_argument("--real", action="store_true", help="judge drawn scenes instead of samples: the judge's own accuracy, clean and degraded")
     g.add_argument("--prompts", type=int, default=256, help="judge the first N of the 256 prompts; fewer is faster, kinds keep their shares")
     g = p.add_argument_group("sampling; what is not given is left to Wuerstchen")
-    g.add_argument("--steps-c", type=int, help="sampling steps of Stage C")
-    g.add_argument("--steps-b", type=int, help="sampling steps of Stage B")
-    g.add_argument("--guidance-c", type=float, help="classifier-free guidance scale of Stage C; higher follows the prompt more closely, varies less")
-    g.add_argument("--guidance-b", type=float, help="classifier-free guidance scale of Stage B")
+    for stage in "cb":
+        g.add_argument(f"--steps-{stage}", type=steps, help=f"sampling steps of Stage {stage.upper()}, in any form that sample.py takes")
+        g.add_argument(f"--sampler-{stage}", choices=["ddpm", "ddim", "dpm++"], help=f"sampler of Stage {stage.upper()}")
+        g.add_argument(f"--guidance-{stage}", type=several(number, 1, 2), help=f"classifier-free guidance scale of Stage {stage.upper()}, or two for start and end; "
+                       "higher follows the prompt more closely, varies less")
     g.add_argument("--batch", type=int, default=32, help="pictures sampled at a time; less if memory runs out")
     g.add_argument("--seed", type=int, default=0, help="seed of the noise (--real: of the layouts); the prompts stay the same")
     g = p.add_argument_group("output")
@@ -281,7 +283,7 @@ def sample(args, prompts: list[str]) -> list[Image.Image]:
     from tqdm import tqdm                     # here, so that --help and --real start at once
     from wuerstchen import Wuerstchen
     model = Wuerstchen.load(args.weights)
-    names = ("steps_c", "steps_b", "guidance_c", "guidance_b")
+    names = [f"{name}_{stage}" for name in ("steps", "sampler", "guidance") for stage in "cb"]
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     images = []
     for start in tqdm(range(0, len(prompts), args.batch), desc="sampling", unit="batch"):

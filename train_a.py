@@ -48,7 +48,7 @@ def main(args):
     import copy
     import torch
     from tqdm import tqdm
-    from data import EmojiScenes
+    from scenes import EmojiScenes
     from stage_a import PatchDiscriminator, StageA, discriminator_loss, generator_loss
     from training import check_out, learning_rate, log_losses, save_checkpoint, save_grid, start_run, to_tensor
     from weights import save_stage_a

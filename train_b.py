@@ -39,7 +39,7 @@ def parse_args(argv=None):
     g.add_argument("--high-noise", type=float, default=1.5, help="exponent that draws noise levels towards 1, where Stage B must rely on the semantic latent; 1 draws them evenly")
     g.add_argument("--blind", type=int, default=2000, help="first steps in which x_t is empty, so that Stage B must paint the picture from the semantic latent alone: the fastest way to learn that")
     g.add_argument("--loss", choices=["eps", "head"], default="eps", help="eps: error of the predicted noise, as the released models were trained; head: signal and noise scale, the two outputs it is made of, each by itself, which learns faster from random weights")
-    g.add_argument("--loss-weight", choices=["v", "p2", "none"], default="v", help="what errors count by noise level: see v_weight and p2_weight in wuerstchen.py; none: all alike")
+    g.add_argument("--loss-weight", choices=["v", "p2", "none"], default="v", help="what errors count by noise level: see v_weight and p2_weight in diffusion.py; none: all alike")
     g.add_argument("--even-contrast", action="store_true", help="let pictures of little contrast (a fish on its own colour, a snowflake's lines) count more: the squared error alone hardly sees them")
     g.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="autocast type; fp32 on CPUs, bf16 on recent GPUs")
     g.add_argument("--compile", action="store_true", help="let torch.compile make the networks faster; needs a C++ compiler on CPUs")
@@ -66,10 +66,11 @@ def warm_up(encoder, scenes, args, device):
     import torch
     import torch.nn.functional as F
     from tqdm import tqdm
-    from data import COLOURS, OBJECTS
+    from scenes import COLOURS, OBJECTS
     from stage_b import preprocess
     from training import learning_rate, log_losses, to_tensor
-    from wuerstchen import add_noise, to_stored
+    from diffusion import add_noise
+    from wuerstchen import to_stored
     nothing, cell = len(OBJECTS), 128 / 3                                # a class of its own; px
     number = {name: i for i, name in enumerate(OBJECTS)}
 
@@ -126,12 +127,13 @@ def main(args):
     import copy
     import torch
     from tqdm import tqdm
-    from data import EmojiScenes
+    from scenes import EmojiScenes
+    from diffusion import add_noise, alphas_cumprod, denoise, linear_timesteps, p2_weight, per_row, v_weight
     from stage_b import StageB, TinyImageEncoder, preprocess
+    from text import TextEncoder
     from training import check_out, learning_rate, log_losses, save_checkpoint, save_grid, start_run, to_tensor
     from weights import load_image_encoder, load_stage_a, load_stage_b, load_text_encoder, save_image_encoder, save_stage_b
-    from wuerstchen import (TextEncoder, add_noise, alphas_cumprod, linear_timesteps, p2_weight, per_row,
-                            sample, to_raw, to_stored, v_weight)
+    from wuerstchen import to_raw, to_stored
 
     check_out(args)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -260,8 +262,9 @@ def main(args):
                 pictures, captions = scenes.batch(10 ** 9, 16)                           # far beyond any training index
                 shown, generator = to_tensor(pictures, device), torch.Generator().manual_seed(0)
                 semantic, text = ema["encoder"](preprocess(shown, 96)), embed(captions)
-                latents = sample(lambda x, t: ema["decoder"](x, t, semantic, text),
-                                 lambda: torch.randn(16, 4, 32, 32, generator=generator).to(device), linear_timesteps(12))
+                def draw():
+                    return torch.randn(16, 4, 32, 32, generator=generator).to(device)
+                latents = denoise(lambda x, t, _: ema["decoder"](x, t, semantic, text), draw(), draw, linear_timesteps(12))
                 painted = vqgan.decode(latents).clamp(0, 1)
                 psnr = -10 * (painted - shown).square().mean().log10().item()
             tqdm.write(f"step {done}: loss {loss_sum.item():.4f}, PSNR of 16 unseen scenes through encoder, B and A {psnr:.2f} dB")

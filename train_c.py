@@ -36,7 +36,7 @@ def parse_args(argv=None):
     g.add_argument("--clip", type=float, default=1.0, help="gradient norm above which gradients are scaled down")
     g.add_argument("--ema", type=float, default=0.998, help="decay of the averaged weights, which are the ones kept")
     g.add_argument("--caption-dropout", type=float, default=0.05, help="share of captions replaced by the empty one")
-    g.add_argument("--loss-weight", choices=["v", "p2", "none"], default="v", help="what errors count by noise level: see v_weight and p2_weight in wuerstchen.py; none: all alike")
+    g.add_argument("--loss-weight", choices=["v", "p2", "none"], default="v", help="what errors count by noise level: see v_weight and p2_weight in diffusion.py; none: all alike")
     g.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="autocast type; fp32 on CPUs, bf16 on recent GPUs")
     g.add_argument("--compile", action="store_true", help="let torch.compile make the networks faster; needs a C++ compiler on CPUs")
     g.add_argument("--device", default=None, help="cuda, cpu, ... (default: cuda where there is one)")
@@ -68,7 +68,7 @@ def new_text_encoder(width: int, depth: int, length: int = 20):
     from collections import Counter
     from tokenizers import pre_tokenizers
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-    from data import OBJECTS, EmojiScenes
+    from scenes import OBJECTS, EmojiScenes
     # Byte-pair encoding: join the most frequent pair of pieces, again and again, here until each word is one
     # piece. Ties go by spelling, so that the tokenizer is the same on every machine (arXiv:1508.07909).
     words = {word for text in EmojiScenes("captioned").batch(0, 4096)[1] + OBJECTS for word in text.split()}
@@ -130,13 +130,15 @@ def main(args):
     import numpy as np
     import torch
     from tqdm import tqdm
-    from data import EmojiScenes
+    from scenes import EmojiScenes
+    from diffusion import add_noise, p2_weight, v_weight
     from stage_b import preprocess
     from stage_c import StageC
+    from text import TextEncoder
     from training import check_out, learning_rate, log_losses, save_checkpoint, save_grid, start_run, to_tensor
     from weights import (load_image_encoder, load_stage_a, load_stage_b, load_stage_c, load_text_encoder, save_scheduler,
                          save_stage_c, save_text_encoder)
-    from wuerstchen import TextEncoder, Wuerstchen, add_noise, p2_weight, to_stored, v_weight
+    from wuerstchen import Wuerstchen, to_stored
 
     check_out(args)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -1,223 +1,782 @@
-"""What training may rely on: scenes are reproducible, true to their captions, and fairly split."""
+"""What training may rely on: every captioned picture is found and counted, and the order is the same however it is computed."""
+import csv
+import functools
+import gzip
+import hashlib
+import io
 import itertools
+import json
+import os
+import pickle
+import random
 import re
+import subprocess
+import sys
+import tarfile
+import types
+import warnings
+from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import data
-from data import (CAPTIONED, COLOURS, OBJECTS, OPPOSITE, RELATIONS, UNCAPTIONED, VARIANTS,
-                  EmojiScenes, Scene, caption, held_out, random_scene, render)
-
-SCENES = EmojiScenes("captioned").scenes(0, 2000)
-
-
-def boxes(scene):
-    return [(x - k // 2, y - k // 2, x + k // 2, y + k // 2)
-            for k, (x, y) in zip(scene.sizes, scene.centers)]
+import sources
+from data import BrokenPicture, Plan, bucket_sizes, fit, nearest_bucket, open_pictures, sample_rng, split
+from images import read_image
+from scenes import EmojiScenes
 
 
-def parse(text):
-    """Facts of a caption, variants included: (objects, relation, size word, colour)."""
-    synonym = {words: plain for plain in RELATIONS for words in (plain, *VARIANTS[plain])}
-    colour = "|".join(COLOURS)
-    layouts = (rf"(?P<things>.+) (?:on|in front of) (?:an? )?(?P<colour>{colour}) background",
-               rf"an? (?P<colour>{colour}) background with (?P<things>.+)")
-    match = next(m for m in (re.fullmatch(layout, text) for layout in layouts) if m)
-    words = "|".join(sorted(synonym, key=len, reverse=True))
-    pair = re.fullmatch(rf"an? (.+?) ({words}) an? (.+)", match["things"])
-    if pair:
-        return (pair[1], pair[3]), synonym[pair[2]], None, match["colour"]
-    single = re.fullmatch(r"an? (?:(small|large) )?(.+)", match["things"])
-    return (single[2],), None, single[1], match["colour"]
+def picture(seed: int = 0, width: int = 80, height: int = 64) -> Image.Image:
+    """Coarse noise: no two alike, and none hurt by JPEG."""
+    cells = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3), np.uint8)
+    return Image.fromarray(cells).resize((width, height), Image.NEAREST)
 
 
-# ---- objects and colours ---------------------------------------------------------------------
-
-def test_there_are_128_distinct_names_half_of_them_captioned():
-    """A name used twice would be two objects with one caption."""
-    assert len(set(OBJECTS)) == 128 and OBJECTS == CAPTIONED + UNCAPTIONED
-    assert len(CAPTIONED) == len(UNCAPTIONED) == 64
-    assert {"rocket", "moon", "red apple"} <= set(CAPTIONED)
+def encoded(image: Image.Image, suffix: str = ".png", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, {".jpg": "JPEG", ".tif": "TIFF"}.get(suffix, suffix[1:].upper()), **options)
+    return buffer.getvalue()
 
 
-def test_names_are_plain_lower_case_words():
-    """They are put into captions as they are, so they must read well after "a"."""
-    assert all(re.fullmatch(r"[a-z]+( [a-z]+){0,2}", name) for name in OBJECTS)
+def write(folder, files: dict[str, bytes | str]):
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return folder
 
 
-def test_every_cell_of_the_sheet_holds_its_own_picture():
-    """The table names cells by order alone: one missing or doubled cell would shift the rest."""
-    with Image.open(data.ASSETS / "emoji.png") as sheet:
-        assert (sheet.mode, sheet.size) == ("RGBA", (16 * 80, 8 * 80))
-    pictures = [data.sprite(name, 40)[0].astype(int) for name in OBJECTS]
-    assert all((data.sprite(name, 40)[1] < 128).mean() > 0.1 for name in OBJECTS)
-    difference = [np.abs(a - b).mean() for a, b in itertools.combinations(pictures, 2)]
-    assert min(difference) > 10
+def tar(path, files: dict[str, bytes | str], **options):
+    with tarfile.open(path, "w", **options) as shard:
+        for name, content in files.items():
+            content = content.encode() if isinstance(content, str) else content
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            shard.addfile(member, io.BytesIO(content))
+    return path
 
 
-def test_colours_are_far_apart():
-    """The judge calls a background right within an RGB distance of 40, half of the least gap."""
-    gaps = [np.linalg.norm(np.subtract(a, b))
-            for a, b in itertools.combinations(COLOURS.values(), 2)]
-    assert len(COLOURS) == 8 and min(gaps) > 2 * 40
+def pairs(count: int, first: int = 0) -> dict[str, bytes | str]:
+    """0.png, 0.txt, 1.png, ..."""
+    return {name: content for i in range(first, first + count)
+            for name, content in ((f"{i:03d}.png", encoded(picture(i))), (f"{i:03d}.txt", f"picture {i}"))}
 
 
-# ---- held-out pairs --------------------------------------------------------------------------
-
-def test_about_a_tenth_of_all_pairs_is_held_out_in_either_order():
-    """Asymmetry would show the pair in training after all, named the other way round."""
-    pairs = list(itertools.combinations(OBJECTS, 2))
-    assert 0.09 < np.mean([held_out(a, b) for a, b in pairs]) < 0.11
-    assert all(held_out(a, b) == held_out(b, a) for a, b in pairs)
-    assert sum(held_out(a, b) for a, b in itertools.combinations(CAPTIONED, 2)) >= 128
+def captions_of(pictures) -> list[list[str]]:
+    return [pictures.captions(i) for i in range(len(pictures))]
 
 
-def test_held_out_pairs_never_appear_in_training_scenes():
-    """Else drawing them would be memory, not composition."""
-    pairs = [scene.objects for scene in SCENES if len(scene.objects) == 2]
-    assert 0.55 < len(pairs) / len(SCENES) < 0.65
-    assert not any(held_out(*pair) for pair in pairs)
+def names_of(pictures) -> list[str]:
+    return [pictures.name(i) for i in range(len(pictures))]
 
 
-def test_held_out_scenes_show_nothing_else():
-    """They are the test set."""
-    rng = np.random.default_rng(0)
-    scenes = [random_scene(rng, held_out_pairs=True) for _ in range(100)]
-    assert all(len(s.objects) == 2 and held_out(*s.objects) for s in scenes)
+# ----- folders ---------------------------------------------------------------------------------------
+
+def test_a_folder_is_read_with_all_below_it_in_the_order_of_names(tmp_path):
+    """The order of a directory listing is chance; a seed would mean something else on every machine."""
+    write(tmp_path, {f"{name}.png": encoded(picture(i)) for i, name in enumerate(("b", "a", "sub/c", "sub/deep/d", "B"))})
+    pictures = open_pictures(tmp_path, captions_required=False)
+    assert names_of(pictures) == ["B.png", "a.png", "b.png", "sub/c.png", "sub/deep/d.png"]
+    np.testing.assert_array_equal(pictures.read(1), np.asarray(picture(1)))
+    assert pictures.sizes.dtype == np.int32 and pictures.sizes.tolist() == [[64, 80]] * 5
+    assert captions_of(pictures) == [[""]] * 5
+    with pytest.raises(IndexError):
+        pictures.read(5)
 
 
-# ---- scenes ----------------------------------------------------------------------------------
-
-def test_the_same_index_gives_the_same_picture_whatever_came_before():
-    """Resuming a training at picture n must go on as if it had never stopped."""
-    images, captions = EmojiScenes(seed=3).batch(0, 12)
-    again, again_captions = EmojiScenes(seed=3).batch(7, 5)
-    np.testing.assert_array_equal(images[7:], again)
-    assert captions[7:] == again_captions
-    assert (EmojiScenes(seed=4).batch(0, 12)[0] != images).any()
+def test_captions_stand_beside_pictures_one_per_line_or_as_a_whole(tmp_path):
+    """Of several captions, training draws one per visit."""
+    image = encoded(picture())
+    write(tmp_path, {"a.png": image, "a.txt": "\ufeffone\r\n\r\n  two  words \n", "b.PNG": image, "b.caption": "a tale\nof two lines",
+                     "c.png": image, "c.json": json.dumps({"caption": "from json", "width": 3}), "d.e.png": image, "d.e.txt": "dotted",
+                     "f.png": image, "f.txt": "text wins", "f.caption": "no", "f.json": '{"caption": "no"}', "README.txt": "not a caption"})
+    assert captions_of(open_pictures(tmp_path)) == [["one", "two words"], ["a tale of two lines"], ["from json"], ["dotted"], ["text wins"]]
 
 
-def test_two_objects_never_overlap_and_stay_off_the_rim():
-    """The judge and the relations rely on objects side by side on bare background."""
-    for scene in SCENES:
-        for left, top, right, bottom in boxes(scene):
-            assert min(left, top) >= data.MARGIN and max(right, bottom) <= 128 - data.MARGIN
-        if scene.relation:
-            a, b = boxes(scene)
-            assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+def test_metadata_comes_before_files_beside_and_the_nearest_one_counts(tmp_path):
+    """The Hub's ImageFolder layout; U+2028 inside a text is no end of a line."""
+    image = encoded(picture())
+    rows = [{"file_name": "a.png", "text": "from\u2028metadata"}, {"file_name": "sub/b.png", "text": "too far"},
+            {"file_name": "c.png", "captions": ["x", "y", ""]}, {"file_name": "gone.png", "text": "?"}]
+    write(tmp_path, {"a.png": image, "a.txt": "beside", "sub/b.png": image, "c.png": image, "d.png": image, "d.txt": "beside d",
+                     "metadata.jsonl": "\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n"})
+    with open(tmp_path / "sub" / "metadata.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["file_name", "captions"], ["b.png", json.dumps(['near, with "commas"', "and\nlines"])]])
+    pictures = open_pictures(tmp_path)
+    assert captions_of(pictures) == [["from metadata"], ["x", "y"], ["beside d"], ['near, with "commas"', "and lines"]]
+    assert pictures.skipped == [("gone.png", "named in metadata.jsonl, but not there")]
 
 
-def test_the_relation_is_what_the_centers_say():
-    """And clearly so: along its axis the distance is twice that across."""
-    for scene in (s for s in SCENES if s.relation):
-        (x1, y1), (x2, y2) = scene.centers
-        along, across = {"left of": (x2 - x1, y2 - y1), "right of": (x1 - x2, y2 - y1),
-                         "above": (y2 - y1, x2 - x1), "below": (y1 - y2, x2 - x1)}[scene.relation]
-        assert along >= 2 * abs(across) and along >= 36
-
-
-def test_sizes_of_single_objects_leave_gaps_between_the_classes():
-    """So that "small" and "large" are never a matter of taste."""
-    sizes = {c: [s.sizes[0] for s in SCENES if s.size_class == c] for c in data.SIZE_CLASSES}
-    assert min(map(len, sizes.values())) > 200
-    assert max(sizes["small"]) < min(sizes["medium"]) <= max(sizes["medium"]) < min(sizes["large"])
-
-
-# ---- pictures --------------------------------------------------------------------------------
-
-def test_the_border_has_exactly_the_background_colour():
-    """No frame, no gradient: a wrong background of a model is the model's own."""
-    for scene in SCENES[:100]:
-        image = render(scene)
-        rim = np.concatenate([image[:2].reshape(-1, 3), image[-2:].reshape(-1, 3),
-                              image[:, :2].reshape(-1, 3), image[:, -2:].reshape(-1, 3)])
-        assert image.dtype == np.uint8 and (rim == COLOURS[scene.colour]).all()
-
-
-def test_render_is_alpha_compositing_as_pillow_does_it():
-    """Reference for the 16-bit arithmetic; 1 of 255 is left to the order of rounding."""
-    for scene in SCENES[:50]:
-        picture = Image.new("RGBA", (128, 128), COLOURS[scene.colour])
-        for name, k, (left, top, *_) in zip(scene.objects, scene.sizes, boxes(scene)):
-            colour, through = data.sprite(name, k)
-            glyph = np.concatenate([colour, 255 - through[..., :1]], axis=2)
-            straight = Image.frombytes("RGBa", (k, k), glyph.tobytes()).convert("RGBA")
-            picture.alpha_composite(straight, (left, top))
-        reference = np.asarray(picture.convert("RGB"), int)
-        assert np.abs(render(scene).astype(int) - reference).max() <= 2
-
-
-def test_other_sizes_are_the_same_picture_resized():
-    """A model for larger pictures sees the same world."""
-    scene = SCENES[0]
-    small, large = render(scene), render(scene, 256)
-    assert large.shape == (256, 256, 3)
-    halved = large.reshape(128, 2, 128, 2, 3).mean(axis=(1, 3))
-    assert np.abs(halved - small).mean() < 2
-
-
-# ---- captions --------------------------------------------------------------------------------
-
-def test_captions_say_what_the_scene_shows():
-    """Read back by an independent grammar: objects, relation in either order, size, colour."""
-    rng = np.random.default_rng(0)
-    for scene in SCENES:
-        text = caption(scene, rng)
-        objects, relation, size_word, colour = parse(text)
-        assert colour == scene.colour and text == text.lower().strip(".")
-        assert size_word in (None, scene.size_class)
-        if relation == OPPOSITE.get(scene.relation) and objects != scene.objects:
-            objects, relation = objects[::-1], OPPOSITE[relation]
-        assert (objects, relation) == (scene.objects, scene.relation)
-
-
-def test_about_one_caption_in_seven_is_a_variant_and_half_name_the_size():
-    """Variants make a model understand other words; too many would blur the plain grammar."""
-    rng = np.random.default_rng(0)
-    texts = [caption(scene, rng) for scene in SCENES]
-    plain = {data.plain_caption(objects, s.colour, relation, size)
-             for s in SCENES for size in (None, "small", "large")
-             for objects, relation in ((s.objects, s.relation),
-                                       (s.objects[::-1], OPPOSITE.get(s.relation)))}
-    assert 0.12 < np.mean([text not in plain for text in texts]) < 0.18
-    named = [parse(t)[2] is not None for t, s in zip(texts, SCENES)
-             if s.size_class in ("small", "large")]
-    assert 0.4 < np.mean(named) < 0.6
-
-
-@pytest.mark.parametrize("words, expected", [("octopus", "an octopus"), ("orange", "an orange"),
-                                             ("unicorn", "a unicorn"), ("moon", "a moon")])
-def test_articles_follow_the_sound(words, expected):
-    """CLIP has read English; "a orange background" would be a rare phrase to it."""
-    assert data.article(words) == expected
-
-
-def test_scenes_with_uncaptioned_objects_have_no_caption_in_the_mixed_set():
-    """Stage C must not learn the names that are kept for fine-tuning, nor miss one of its own."""
-    scenes, captions = EmojiScenes("all").scenes(0, 300), EmojiScenes("all").batch(0, 300)[1]
-    for scene, text in zip(scenes, captions):
-        assert (text == "") == (not set(scene.objects) <= set(CAPTIONED))
-    fine_tune = EmojiScenes("uncaptioned")
-    assert all(set(s.objects) <= set(UNCAPTIONED) for s in fine_tune.scenes(0, 100))
-    assert all(fine_tune.batch(0, 20)[1])
-
-
-# ---- errors ----------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("make, message", [
-    (lambda: Scene(("rokcet",), (40,), ((64, 64),), "red"), "Unknown object 'rokcet'.*rocket"),
-    (lambda: Scene(("rocket",), (40,), ((64, 64),), "gren"), "Unknown colour 'gren'.*green"),
-    (lambda: Scene(("rocket", "moon"), (40, 40), ((30, 64), (90, 64)), "red", "left"),
-     "Unknown relation 'left'.*left of"),
-    (lambda: EmojiScenes("captions"), "Unknown set of objects 'captions'.*captioned"),
-    (lambda: render(Scene(("rocket",), (60,), ((10, 64),), "red")), "'rocket' of 60 px .* canvas"),
-    (lambda: random_scene(np.random.default_rng(0), ["cat"], held_out_pairs=True),
-     "No held-out pair among these 1 objects"),
+@pytest.mark.parametrize("name, text, message", [
+    ("metadata.jsonl", '{"file_name": "a.png"}\n{"file_name": ', "metadata.jsonl, row 2: .*expected file_name and text"),
+    ("metadata.jsonl", '{"image": "a.png"}', "metadata.jsonl, row 1: 'file_name'"),
+    ("metadata.jsonl", '["a.png"]', "metadata.jsonl, row 1"),
+    ("metadata.csv", "name,text\na.png,hello", "metadata.csv, row 1: 'file_name'"),
 ])
-def test_errors_say_what_was_wrong_and_what_is_near(make, message):
-    """One line, with a way out."""
+def test_metadata_that_cannot_be_read_stops_with_its_row(tmp_path, name, text, message):
+    """To go on without would be to train on other captions."""
+    write(tmp_path, {"a.png": encoded(picture()), name: text})
     with pytest.raises(ValueError, match=message) as error:
-        make()
+        open_pictures(tmp_path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
+def test_sizes_are_those_of_the_upright_picture(tmp_path, suffix):
+    """From the header alone, and yet what read() gives: phones write most photos lying on their side."""
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        write(tmp_path, {f"{orientation}{suffix}": encoded(picture(), suffix, exif=exif)})
+    pictures = open_pictures(tmp_path, captions_required=False)
+    for i in range(8):
+        assert tuple(pictures.sizes[i]) == pictures.read(i).shape[:2] == ((64, 80) if i < 4 else (80, 64))
+
+
+@pytest.mark.parametrize("suffix, image", [
+    (".png", picture().convert("RGBA").rotate(30)), (".png", picture().convert("P")), (".png", picture().convert("L")),
+    (".png", Image.fromarray(np.arange(4096, dtype=np.uint16).reshape(64, 64) * 16)), (".png", picture().convert("1")),
+    (".jpg", picture().convert("CMYK")), (".webp", picture().convert("RGBA").rotate(30)), (".bmp", picture()),
+    (".tif", picture().convert("LA")), (".tif", picture().convert("F").point(lambda value: value / 255)),
+])
+def test_pictures_of_all_kinds_are_read_as_the_model_would_read_them(tmp_path, suffix, image):
+    """What is transparent lies over white, 16 bits and floats are scaled: images.read_image is the reference."""
+    write(tmp_path, {f"a{suffix}": encoded(image, suffix)})
+    found = open_pictures(tmp_path, captions_required=False).read(0)
+    expected = (read_image(tmp_path / f"a{suffix}") * 255).round().byte().permute(1, 2, 0).numpy()
+    assert found.dtype == np.uint8 and found.flags.writeable
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_of_an_animation_the_first_frame_is_taken(tmp_path):
+    frames = [picture(i).convert("L") for i in range(3)]
+    write(tmp_path, {"a.gif": encoded(frames[0], ".gif", save_all=True, append_images=frames[1:])})
+    np.testing.assert_array_equal(open_pictures(tmp_path, captions_required=False).read(0)[..., 0], np.asarray(frames[0]))
+
+
+def test_headers_longer_than_what_is_read_first_are_read_all_the_same(tmp_path):
+    """A preview or a colour profile may stand before the size; a phone's JPEG file may hold several pictures."""
+    profile = np.random.default_rng(0).bytes(2 * sources.HEAD)
+    write(tmp_path, {"a.jpg": encoded(picture(), ".jpg", icc_profile=profile), "b.png": encoded(picture(), icc_profile=profile),
+                     "c.jpg": encoded(picture(0, 800, 640), ".mpo", save_all=True, append_images=[picture(1, 800, 640)] * 3, quality=100)})
+    assert (tmp_path / "c.jpg").stat().st_size > 2 * sources.HEAD
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pictures = open_pictures(tmp_path, captions_required=False)
+    assert pictures.sizes.tolist() == [[64, 80], [64, 80], [640, 800]]
+
+
+def test_what_cannot_be_used_is_counted_and_named(tmp_path):
+    """A silent drop looks like training. Files that start with a dot are a system's own and no pictures."""
+    write(tmp_path, {**pairs(2), "tiny.png": encoded(picture(0, 80, 32)), "tiny.txt": "tiny", "mute.png": encoded(picture()),
+                     "blank.png": encoded(picture()), "blank.txt": " \n", "empty.jpg": "", "empty.txt": "x", "text.jpg": "not a picture",
+                     "latin.png": encoded(picture()), "latin.txt": "caf\xe9".encode("latin-1"), "late.tar": "x",
+                     "list.png": encoded(picture()), "list.json": "[1]", "._000.png": "a Mac's", ".trash/a.png": "deleted"})
+    pictures = open_pictures(tmp_path)
+    assert names_of(pictures) == ["000.png", "001.png"]
+    reasons = dict(pictures.skipped)
+    assert reasons.keys() == {"tiny.png", "mute.png", "blank.png", "empty.jpg", "text.jpg", "latin.png", "list.png", "late.tar"}
+    assert reasons["tiny.png"] == "80 x 32 px, fewer than 64" and reasons["mute.png"] == reasons["blank.png"] == "no caption"
+    assert reasons["empty.jpg"] == reasons["text.jpg"] == "holds no picture in a known format"
+    assert reasons["late.tar"] == "a shard beside pictures: name it by itself"
+    assert reasons["latin.png"].startswith("the text beside it cannot be read: 'utf-8'")
+    assert re.fullmatch(rf"2 pictures in {re.escape(str(tmp_path))}; 8 skipped: (\S+ \(.*\)(, )?){{5}}\.\.\.", pictures.describe())
+    assert len(open_pictures(tmp_path, min_side=32)) == 3
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    """Large sets are often put together from links."""
+    write(tmp_path / "elsewhere", pairs(2))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "linked").symlink_to(tmp_path / "elsewhere")
+    assert names_of(open_pictures(tmp_path / "set")) == ["linked/000.png", "linked/001.png"]
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "set")
+    with pytest.raises(ValueError, match="back is a link to a folder that is below .*remove the link"):
+        open_pictures(tmp_path / "set")
+
+
+def test_a_file_cut_off_is_found_when_it_is_read_and_the_next_of_its_size_takes_its_place(tmp_path):
+    """The same one in every run, whatever was read before, or a resumed run would differ from the unbroken one."""
+    write(tmp_path, pairs(6))
+    for i in (2, 5):
+        (tmp_path / f"{i:03d}.png").write_bytes(encoded(picture(i))[:-200])
+    pictures = open_pictures(tmp_path)
+    assert len(pictures) == 6 and not pictures.skipped
+    with pytest.raises(BrokenPicture, match=r"^002.png cannot be read: .*truncated"):
+        pictures.read(2)
+    allowed = np.array([1, 2, 4, 5])
+    for _ in range(2):
+        for i, expected in ((1, 1), (2, 4), (5, 1)):       # after the last comes the first
+            array, j = pictures.read_or_next(i, allowed)
+            assert j == expected
+            np.testing.assert_array_equal(array, np.asarray(picture(j)))
+    assert [name for name, _ in pictures.skipped] == ["002.png", "005.png"] and "truncated" in pictures.skipped[0][1]
+    assert len(pictures) == 6                              # numbers stay what they were
+    with pytest.raises(BrokenPicture, match="none of 2 pictures of this size can be read; 2 skipped: 002.png"):
+        pictures.read_or_next(5, np.array([2, 5]))
+
+
+def test_a_file_that_is_gone_is_a_broken_picture_too(tmp_path):
+    pictures = open_pictures(write(tmp_path, pairs(2)))
+    (tmp_path / "000.png").unlink()
+    with pytest.raises(BrokenPicture, match="000.png cannot be read: No such file"):
+        pictures.read(0)
+
+
+def test_the_key_is_the_content_and_is_computed_once_per_file(tmp_path, monkeypatch):
+    """A cache keyed by names would serve old latents for new pictures; to hash a terabyte at each start would take hours."""
+    write(tmp_path / "set", pairs(3))
+    write(tmp_path / "set", {"003.png": encoded(picture(0)), "003.txt": "the same again"})
+    first = open_pictures(tmp_path / "set", index_folder=tmp_path / "index")
+    keys = [first.key(i) for i in range(4)]
+    assert keys[0] == keys[3] == hashlib.sha256(encoded(picture(0))).hexdigest() and len(set(keys)) == 3
+    with open(tmp_path / "index" / "keys.txt", "a") as file:
+        file.write("0123 torn line")
+    write(tmp_path / "set", {"002.png": encoded(picture(7))})
+    again = open_pictures(tmp_path / "set", index_folder=tmp_path / "index")
+    read = []
+    monkeypatch.setattr(data, "content_of", lambda place: read.append(place[0]) or sources.content_of(place))
+    assert [again.key(i) for i in range(4)] == [*keys[:2], hashlib.sha256(encoded(picture(7))).hexdigest(), keys[3]]
+    assert read == [str(tmp_path / "set" / "002.png")]
+
+
+@pytest.mark.parametrize("files, options, message", [
+    ({}, {}, "no picture to train on. Looked for .jpg .* with a caption in NAME.txt.*; found no file; 0 skipped"),
+    ({"a.md": "", "b.md": "", "c.heic": "", "LICENSE": ""}, {}, "found 2 .md, 1 without suffix, 1 .heic; 0 skipped"),
+    ({"a.png": encoded(picture())}, {}, r"found 1 .png; 1 skipped: a.png \(no caption\)"),
+    ({"a.png": encoded(picture(0, 16, 16))}, dict(captions_required=False), r"Looked for [^,]*\.tiff; .*a.png \(16 x 16 px, fewer than 64\)"),
+])
+def test_an_empty_set_says_what_was_looked_for_and_what_was_found(tmp_path, files, options, message):
+    """An empty loop would end at once, content."""
+    with pytest.raises(ValueError, match=message) as error:
+        open_pictures(write(tmp_path, files), **options)
+    assert "\n" not in str(error.value)
+
+
+# ----- shards ----------------------------------------------------------------------------------------
+
+def test_a_tar_file_gives_what_the_same_folder_gives(tmp_path):
+    """Random access: read by offset, in any order, also by worker processes."""
+    files = {**pairs(5), "sub/x.jpg": encoded(picture(9), ".jpg"), "sub/x.json": '{"text": "from json", "other": null}',
+             "n" * 150 + ".webp": encoded(picture(8), ".webp"), "n" * 150 + ".caption": "a long name", "._000.png": "a Mac's"}
+    folder = open_pictures(write(tmp_path / "folder", files))
+    for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
+        shard = pickle.loads(pickle.dumps(open_pictures(tar(tmp_path / f"{form}.tar", files, format=form))))
+        in_shard = {name.removeprefix(f"{tmp_path / str(form)}.tar/"): i for i, name in enumerate(names_of(shard))}
+        assert len(shard) == len(folder) == 7 and not shard.skipped
+        for i, name in reversed(list(enumerate(names_of(folder)))):
+            j = in_shard[name]
+            assert folder.captions(i) == shard.captions(j) and folder.key(i) == shard.key(j) and (folder.sizes[i] == shard.sizes[j]).all()
+            np.testing.assert_array_equal(folder.read(i), shard.read(j))
+
+
+def test_a_tar_file_is_gone_through_once(tmp_path, monkeypatch):
+    """The second time its index is read; one of another file, or half a one, is made anew."""
+    path = tar(tmp_path / "a.tar", pairs(3))
+    counted = []
+    monkeypatch.setattr(sources, "_tar_places", lambda path, original=sources._tar_places: counted.append(path) or original(path))
+    first, second = open_pictures(path), open_pictures(path)
+    assert len(counted) == 1 and captions_of(first) == captions_of(second) and first.sizes.tolist() == second.sizes.tolist()
+    index = tmp_path / "a.tar.index.json"
+    for damage in (index.read_text()[:50], "[]", '{"stamp": 3}'):
+        index.write_text(damage)
+        assert len(open_pictures(path)) == 3
+    tar(path, pairs(4))
+    assert len(open_pictures(path)) == 4 and len(counted) == 5
+    tar(path, pairs(4, first=1))                           # of the same size
+    os.utime(path, ns=(0, 10 ** 9))
+    assert captions_of(open_pictures(path))[0] == ["picture 1"] and len(counted) == 6
+    assert len(open_pictures(path, index_folder=tmp_path / "elsewhere")) == 4 and len(counted) == 7
+    assert len(list((tmp_path / "elsewhere").glob("a-*.index.json"))) == 1
+
+
+def test_an_index_keeps_what_is_found_apart_from_what_is_wanted(tmp_path):
+    """Made under strict options, it must not hide pictures from lenient ones."""
+    path = tar(tmp_path / "a.tar", {**pairs(2), "tiny.png": encoded(picture(0, 40, 40)), "tiny.txt": "tiny"})
+    assert len(open_pictures(path)) == 2 and len(open_pictures(path, min_side=8)) == 3 and len(open_pictures(path, min_side=8)) == 3
+
+
+def test_shards_where_nothing_may_be_written_are_read_all_the_same(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(sources, "write_atomically", refuse)
+    assert len(open_pictures(tar(tmp_path / "a.tar", pairs(2)))) == 2 and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("source", ["{}/s-*.tar", "{}/s-{{00..02}}.tar", "{}/s-0{{0,1,2}}.tar", "{}/{{s,}}-{{00..02}}.tar", "{}"])
+def test_globs_braces_and_folders_name_shards_in_order(tmp_path, source):
+    """The ways to name shards; their order is part of the seed's meaning."""
+    for i in (2, 0, 1):
+        tar(tmp_path / f"s-0{i}.tar", pairs(2, 2 * i))
+        if "{{s," in source:
+            tar(tmp_path / f"-0{i}.tar", pairs(2, 2 * i))
+    found = captions_of(open_pictures(source.format(tmp_path)))
+    assert found == [[f"picture {i}"] for i in range(6)] * (2 if "{{s," in source else 1)
+
+
+@pytest.mark.parametrize("pattern, expected", [
+    ("a{8..11}.tar", ["a8.tar", "a9.tar", "a10.tar", "a11.tar"]), ("{a,b}{0..1}", ["a0", "a1", "b0", "b1"]),
+    ("${HOME}/{x}", ["${HOME}/{x}"]), ("${A,B}", ["${A,B}"]), ("plain", ["plain"]),
+])
+def test_braces_mean_what_they_mean_to_a_shell(pattern, expected):
+    assert sources._expand(pattern) == expected
+
+
+def test_a_shard_that_is_cut_off_gives_what_is_whole_and_says_so(tmp_path):
+    """tarfile takes a damaged header for the end: half a download would pass for a smaller shard."""
+    whole = tar(tmp_path / "whole.tar", pairs(4)).read_bytes()
+    end = len(whole.rstrip(b"\0"))
+    rng = random.Random(0)
+    cuts = [512, 700, 1024, *(rng.randrange(512, end) for _ in range(20)), end]
+    for cut in cuts:
+        path = tmp_path / "cut.tar"
+        path.write_bytes(whole[:cut])
+        try:
+            pictures = open_pictures(path, captions_required=False)
+        except ValueError as error:              # not even one picture is whole
+            assert cut < 2000 and ("cut.tar" in str(error))
+            continue
+        assert "cut off or damaged after" in dict(pictures.skipped)[f"{path}/..."]
+        for i in range(len(pictures)):
+            np.testing.assert_array_equal(pictures.read(i), np.asarray(picture(i)))
+    damaged = bytearray(whole)
+    at = whole.index(b"002.png")
+    damaged[at:at + 512] = b"x" * 512
+    path.write_bytes(damaged)
+    pictures = open_pictures(path)
+    assert len(pictures) == 2 and dict(pictures.skipped) == {f"{path}/...": "cut off or damaged after 4 files"}
+
+
+def test_a_name_that_comes_twice_in_a_shard_is_counted(tmp_path):
+    """As tar has it, the last one counts."""
+    with tarfile.open(tmp_path / "a.tar", "w") as shard:
+        for seed in (1, 2):
+            member = tarfile.TarInfo("./a.png")
+            member.size = len(encoded(picture(seed)))
+            shard.addfile(member, io.BytesIO(encoded(picture(seed))))
+    pictures = open_pictures(tmp_path / "a.tar", captions_required=False)
+    np.testing.assert_array_equal(pictures.read(0), np.asarray(picture(2)))
+    assert pictures.skipped == [(f"{tmp_path}/a.tar/a.png", "twice in the shard, the last one counts")]
+
+
+@pytest.mark.parametrize("make, source, message", [
+    (lambda f: (f / "a.tar").write_bytes(gzip.compress(tar(f / "b.tar", pairs(1)).read_bytes())), "{}/a.tar", "a.tar is compressed.*unpack it"),
+    (lambda f: (f / "a.tar").write_text("<html>404"), "{}/a.tar", "a.tar cannot be read as a tar file: expected a folder"),
+    (lambda f: (f / "a.tar").write_text(""), "{}/a.tar", "a.tar cannot be read as a tar file"),
+    (lambda f: (f / "a.png").write_bytes(encoded(picture())), "{}/a.png", "a.png cannot be read as a tar file: expected a folder of pictures"),
+    (lambda f: tar(f / "a.tar", {"x.md": ""}), "{}/a.tar", "no picture to train on.*found 1 .md"),
+    (lambda f: tar(f / "s-1.tar", pairs(1)), "{}/s-{{0..3}}.tar", "s-0.tar: there is no such folder or file, and 2 more of .* are missing"),
+    (lambda f: None, "{}/*.tar", r"\*.tar: there is no such folder or file$"),
+    (lambda f: None, "{}/nowhere", "nowhere: there is no such folder or file$"),
+    (lambda f: None, "{}/s-{{3..1}}.tar", r"range \{3..1\} is empty"),
+    (lambda f: None, "https://host/a.tar", "not on this disk: give the command that fetches it, such as 'pipe:curl -sfL https://host/a.tar'"),
+    (lambda f: None, "s3://bucket/a.tar", "not on this disk"),
+    (lambda f: None, "pipe:cat a.tar", "pipe:cat a.tar needs an index_folder"),
+])
+def test_sources_that_cannot_be_read_say_why(tmp_path, make, source, message):
+    make(tmp_path)
+    with pytest.raises(ValueError, match=message) as error:
+        open_pictures(source.format(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+# ----- pipes, parquet files, the Hub -----------------------------------------------------------------
+
+def test_what_a_pipe_gives_is_kept_and_fetched_once(tmp_path):
+    """From then on it is a tar file on this disk, read in any order."""
+    for i in range(2):
+        tar(tmp_path / f"{i}.tar", pairs(2, 2 * i))
+    source = f"pipe:echo fetched >> {tmp_path}/log; cat {tmp_path}/{{0..1}}.tar | cat"
+    for _ in range(2):
+        pictures = open_pictures(source, index_folder=tmp_path / "kept")
+        assert captions_of(pictures) == [[f"picture {i}"] for i in range(4)]
+        np.testing.assert_array_equal(pictures.read(3), np.asarray(picture(3)))
+    assert (tmp_path / "log").read_text() == "fetched\n" * 2 and len(list((tmp_path / "kept").glob("*.tar"))) == 2
+
+
+@pytest.mark.parametrize("command, message", [
+    ("echo no such host >&2; exit 6", "failed with exit status 6: no such host"), ("head -c 3000 {}/a.tar", "its output of 3000 bytes is cut off"),
+    ("cat {}/missing.tar | cat", "its output cannot be read as a tar file.*No such file"), ("gzip -c {}/a.tar", "its output is compressed"),
+    ("true", "its output cannot be read as a tar file.*it said nothing"),
+])
+def test_a_pipe_that_fails_leaves_nothing_behind(tmp_path, command, message):
+    """Half a shard kept under the name of a whole one would be used for ever."""
+    tar(tmp_path / "a.tar", pairs(3))
+    with pytest.raises(ValueError, match=message) as error:
+        open_pictures("pipe:" + command.format(tmp_path), index_folder=tmp_path / "kept")
+    assert "\n" not in str(error.value) and not list((tmp_path / "kept").iterdir())
+
+
+def test_no_local_path_is_ever_given_to_a_shell(tmp_path, monkeypatch):
+    """Another trainer turned every path into a download command."""
+    def refuse(*_, **__):
+        raise AssertionError("a command was run")
+    monkeypatch.setattr(subprocess, "run", refuse)
+    folder = tmp_path / "s3 $(touch oops); `x`"
+    folder.mkdir()
+    for name in ("a|b.tar", "pipe:x.tar", "[1].tar", "{1,2}.tar"):
+        assert len(open_pictures(tar(folder / name, pairs(1)))) == 1
+    assert len(open_pictures(folder)) == 4 and not list(tmp_path.glob("**/oops"))
+
+
+def table(count: int) -> list[dict]:
+    return [{"image": {"bytes": encoded(picture(i)), "path": None}, "text": f"picture {i}", "score": i / 4, "note": None} for i in range(count)]
+
+
+@pytest.fixture
+def no_optional_packages(monkeypatch):
+    for name in ("pyarrow", "pyarrow.parquet", "datasets"):
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+@pytest.mark.parametrize("source, message", [("{}/a.parquet", "a.parquet needs the package pyarrow: pip install pyarrow"),
+                                             ("{}", "a.parquet needs the package pyarrow"),
+                                             ("hub:some/set:test", "hub:some/set needs the package datasets: pip install datasets")])
+def test_a_missing_package_is_named(tmp_path, no_optional_packages, source, message):
+    """Few need it, so it is not installed with the rest."""
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=message):
+        open_pictures(source.format(tmp_path), index_folder=tmp_path / "kept")
+
+
+def test_a_data_set_of_the_hub_becomes_a_tar_file_once(tmp_path, monkeypatch):
+    """With a stand-in for the package: pictures as bytes, whatever else is text or number beside them."""
+    class Table(list):
+        features = dict(image=types.SimpleNamespace(decode=True), text=None)
+
+        def cast_column(self, name, kind):
+            assert name == "image" and not kind.decode
+            return self
+    asked = []
+
+    def load_dataset(name, split):
+        asked.append((name, split))
+        if "/" not in name:
+            raise FileNotFoundError("Couldn't find it\nanywhere")
+        return Table(table(3))
+    module = types.SimpleNamespace(load_dataset=load_dataset, Image=types.SimpleNamespace)
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    for _ in range(2):
+        pictures = open_pictures("hub:some/set:test", index_folder=tmp_path, min_score=0.25)
+        assert captions_of(pictures) == [["picture 1"], ["picture 2"]]
+        np.testing.assert_array_equal(pictures.read(1), np.asarray(picture(2)))
+    open_pictures("hub:some/set", index_folder=tmp_path)
+    assert asked == [("some/set", "test"), ("some/set", "train")]
+    with pytest.raises(ValueError, match="hub:nowhere cannot be loaded: Couldn't find it$"):
+        open_pictures("hub:nowhere", index_folder=tmp_path)
+
+
+def test_parquet_files_become_tar_files_once(tmp_path):
+    """A row of a parquet file cannot be read without its neighbors."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+    (tmp_path / "set").mkdir()
+    for i in range(2):
+        parquet.write_table(pyarrow.Table.from_pylist(table(20 + i)), tmp_path / "set" / f"{i}.parquet")
+    for source in (tmp_path / "set", f"{tmp_path}/set/*.parquet", f"{tmp_path}/set/{{0..1}}.parquet"):
+        pictures = open_pictures(source, index_folder=tmp_path / "kept", max_score=5)
+        assert len(pictures) == 41 and pictures.captions(20) == ["picture 0"]
+        np.testing.assert_array_equal(pictures.read(40), np.asarray(picture(20)))
+    assert len(list((tmp_path / "kept").glob("*.tar"))) == 2
+
+
+def test_a_table_without_pictures_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="row 0 holds no picture: expected a column of bytes, found url, text"):
+        sources._write_tar([{"url": "http://", "text": "x"}], tmp_path / "a.tar")
+
+
+# ----- filters ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("facts, filters, kept", [
+    ({"pwatermark": 0.0}, dict(max_pwatermark=0.5), True),           # a perfect score is a number, not a missing one
+    ({"pwatermark": 0.6}, dict(max_pwatermark=0.5), False), ({"pwatermark": 0.5}, dict(max_pwatermark=0.5), True),
+    ({"aesthetic": 4.9}, dict(min_aesthetic=5), False), ({"aesthetic": 5}, dict(min_aesthetic=5), True),
+    ({"aesthetic": "5.5"}, dict(min_aesthetic=5), True), ({"aesthetic": 0}, dict(min_aesthetic=-1, max_aesthetic=1), True),
+    ({"a": 1}, dict(max_pwatermark=0.5), True), ({"pwatermark": None}, dict(max_pwatermark=0.5), True),
+    ({"pwatermark": float("nan")}, dict(max_pwatermark=0.5), True), ({"pwatermark": "unknown"}, dict(max_pwatermark=0.5), True),
+    ({"a": 1}, dict(max_pwatermark=0.5, require_keys=True), False), ({"pwatermark": None}, dict(max_pwatermark=0.5, require_keys=True), False),
+    ({"pwatermark": 0.0}, dict(max_pwatermark=0.5, require_keys=True), True),
+])
+def test_filters_compare_numbers_and_nothing_else(tmp_path, facts, filters, kept):
+    """`value or 1.0` once rejected the best pictures, and all that had no .json, without a word."""
+    files = {**pairs(1), "000.json": json.dumps({"pwatermark": 0, "aesthetic": 1, **{k: 0.0 for k in facts}}),
+             "a.png": encoded(picture(1)), "a.json": json.dumps({"text": "a", **facts})}
+    if "min_aesthetic" in filters:
+        files["000.json"] = '{"aesthetic": 5, "pwatermark": 0}' if filters["min_aesthetic"] == 5 else '{"aesthetic": 0}'
+    for source in (write(tmp_path / "folder", files), tar(tmp_path / "a.tar", files)):
+        pictures = open_pictures(source, **filters)
+        assert len(pictures) == 1 + kept and len(pictures.skipped) == 1 - kept
+        assert all(re.search("pwatermark|aesthetic", reason) for _, reason in pictures.skipped)
+
+
+def test_filters_work_on_metadata(tmp_path):
+    write(tmp_path, {f"{i}.png": encoded(picture(i)) for i in range(4)})
+    (tmp_path / "metadata.csv").write_text("file_name,text,punsafe\n" + "".join(f"{i}.png,t,{value}\n" for i, value in enumerate(("0.1", "0.999", "", "0"))))
+    pictures = open_pictures(tmp_path, max_punsafe=0.99)
+    assert names_of(pictures) == ["0.png", "2.png", "3.png"] and pictures.skipped == [("1.png", "punsafe 0.999")]
+
+
+@pytest.mark.parametrize("filters, message", [
+    (dict(max_pwatermak=0.5), "no picture has a number 'pwatermak' to filter by, found: punsafe"),
+    (dict(pwatermark=0.5), "unknown option 'pwatermark': expected a filter min_KEY or max_KEY"),
+    (dict(max_=0.5), "unknown option 'max_'"),
+])
+def test_a_filter_that_can_match_nothing_is_refused(tmp_path, filters, message):
+    """A slip of the pen would let everything through."""
+    write(tmp_path, {**pairs(1), "000.json": '{"punsafe": 0.5}'})
+    with pytest.raises(ValueError, match=message):
+        open_pictures(tmp_path, **filters)
+
+
+# ----- scenes ----------------------------------------------------------------------------------------
+
+def test_emoji_scenes_are_pictures_like_any_other():
+    """The tiny model is trained by the same script as the large one."""
+    pictures = open_pictures("scenes:all:50:3")
+    images, captions = EmojiScenes("all", seed=3).batch(0, 50)
+    assert len(pictures) == 50 and (pictures.sizes == 128).all() and pictures.describe() == "50 pictures in scenes:all:50:3"
+    assert captions_of(pictures) == [[text] for text in captions]
+    np.testing.assert_array_equal(np.stack([pictures.read(i) for i in range(50)]), images)
+    assert pictures.read_or_next(7, np.arange(50))[1] == 7 and pictures.name(7) == "scene 7"
+    with pytest.raises(IndexError):
+        pictures.captions(50)
+
+
+def test_scenes_have_keys_without_being_drawn():
+    """The cache asks for keys of them all."""
+    sets = [open_pictures(source) for source in ("scenes", "scenes:500", "scenes:uncaptioned:500", "scenes:500:1", "scenes:captioned:500:0")]
+    assert [len(pictures) for pictures in sets] == [24000] + [500] * 4
+    assert sets[0].key(9) == sets[1].key(9) == sets[4].key(9) == hashlib.sha256(b"scene 0 captioned 9").hexdigest()
+    assert len({pictures.key(i) for pictures in sets[1:4] for i in range(500)}) == 1500
+
+
+@pytest.mark.parametrize("source, message", [("scenes:some", "Unknown set of objects 'some'"), ("scenes:all:x", "cannot read 'scenes:all:x': expected"),
+                                             ("scenes:all:1:2:3", "cannot read"), ("scenes:0", "cannot read"), ("scenes:all:-5", "cannot read")])
+def test_scenes_misspelled_are_refused(source, message):
+    with pytest.raises(ValueError, match=message):
+        open_pictures(source)
+    with pytest.raises(ValueError, match="scenes has no keys to filter by: leave max_x away"):
+        open_pictures("scenes", max_x=1)
+
+
+# ----- shapes ----------------------------------------------------------------------------------------
+
+def test_a_resolution_is_pixels_of_the_picture():
+    """And so is every shape: near resolution^2 in area, on the grid of 128 px, the square among them."""
+    for resolution in range(128, 2049, 128):
+        shapes = bucket_sizes(resolution)
+        assert (resolution, resolution) in shapes and len(set(shapes)) == len(shapes) and shapes == sorted(shapes)
+        for height, width in shapes:
+            assert height % 128 == width % 128 == 0 and 0.5 <= height / width <= 2 and (width, height) in shapes
+            assert 0.8 <= height * width / resolution ** 2 <= 1.25
+    assert bucket_sizes(128) == [(128, 128)] and bucket_sizes(1024, max_ratio=1) == [(1024, 1024)]
+    assert bucket_sizes(1024) == [(768, 1280), (768, 1408), (896, 1152), (1024, 1024), (1152, 896), (1280, 768), (1408, 768)]
+
+
+@pytest.mark.parametrize("resolution", [0, 64, 500, 1000])
+def test_resolutions_off_the_grid_are_refused(resolution):
+    with pytest.raises(ValueError, match="expected a multiple of 128, such as"):
+        bucket_sizes(resolution)
+
+
+def test_the_nearest_shape_is_found_by_the_logarithm_of_the_ratio():
+    """By the ratio itself, 0.7 would be nearer to 1 than to 0.5, though more is cut off; and flat and tall would differ."""
+    buckets = [(512, 1024), (724, 724), (1024, 512)]
+    sizes = np.array([[690, 1000], [1000, 690], [720, 1000], [1000, 720], [100, 1000], [1000, 100], [64, 64]])
+    assert nearest_bucket(sizes, buckets).tolist() == [0, 2, 1, 1, 0, 2, 1]
+    assert nearest_bucket(np.array([[64, 80]]), bucket_sizes(128)).tolist() == [0]
+
+
+def test_a_picture_of_the_right_size_stays_as_it_is_and_a_larger_one_of_the_right_scale_is_only_cut():
+    """To resample what fits would blur it."""
+    image = np.random.default_rng(0).integers(0, 256, (128, 200, 3), np.uint8)
+    np.testing.assert_array_equal(fit(image, (128, 200)), image)
+    np.testing.assert_array_equal(fit(image, (128, 128)), image[:, 36:164])
+    np.testing.assert_array_equal(fit(image, (128, 128), flip=True), image[:, 36:164][:, ::-1])
+    lefts = set()
+    for i in range(400):
+        piece = fit(image, (128, 128), "random", rng=np.random.default_rng(i))
+        left = next(left for left in range(73) if (piece == image[:, left:left + 128]).all())
+        lefts.add(left)
+    assert {0, 72} <= lefts and len(lefts) > 60            # both ends are reached
+
+
+@pytest.mark.parametrize("size, expected", [((64, 64), (1, 1)), ((128, 64), (2, 1)), ((96, 160), (3, 5))])
+def test_pictures_keep_their_proportions(size, expected):
+    """A linear ramp in x and y shows what became of both axes."""
+    height, width = 333, 517
+    image = np.stack(np.broadcast_arrays(np.linspace(0, 255, height)[:, None], np.linspace(0, 255, width), 0.0), axis=-1).round().astype(np.uint8)
+    result = fit(image, size).astype(float)
+    assert result.shape == (*size, 3)
+    down, along = (result[-2, :, 0] - result[1, :, 0]).mean() * height, (result[:, -2, 1] - result[:, 1, 1]).mean() * width
+    assert down / along == pytest.approx((size[0] - 3) / (size[1] - 3), rel=0.03)
+
+
+def test_shrinking_passes_over_no_pixel():
+    """A fine checkerboard becomes grey. Without antialiasing it stays black and white, in a pattern that is not there."""
+    image = np.repeat(np.indices((1000, 1000)).sum(0)[..., None] % 2 * 255, 3, axis=2).astype(np.uint8)
+    assert np.abs(fit(image, (128, 128)).astype(int) - 127.5).max() < 30
+    assert np.abs(fit(image, (128, 128)).astype(int)[8:-8, 8:-8] - 127.5).max() < 8
+
+
+@pytest.mark.parametrize("arguments, message", [((np.zeros((8, 8, 3)), (4, 4)), "float64, expected .H,W,3. of uint8"),
+                                                ((np.zeros((8, 8), np.uint8), (4, 4)), "shape .8, 8."),
+                                                ((np.zeros((8, 8, 3), np.uint8), (4, 4), "smart"), "unknown crop 'smart', expected center or random")])
+def test_fit_says_what_it_expects(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        fit(*arguments)
+
+
+# ----- chance ----------------------------------------------------------------------------------------
+
+def test_chance_depends_on_seed_position_and_purpose_alone():
+    """Not on rank, worker, or what was drawn before. Another trainer seeded all ranks alike: the same noise on every GPU."""
+    draws = {key: tuple(sample_rng(*key).random(4)) for key in itertools.product((0, 1, 2 ** 40), (0, 1, 10 ** 12), ("crop", "noise"))}
+    assert len(set(draws.values())) == len(draws) == 18
+    for key in reversed(draws):
+        assert tuple(sample_rng(*key).random(4)) == draws[key]
+    coins = [sample_rng(0, position, "dropout").random() < 0.05 for position in range(4000)]       # one per sample, not per batch
+    assert 150 < sum(coins) < 250 and sum(map(np.logical_and, coins, coins[1:])) < 30
+
+
+# ----- order -----------------------------------------------------------------------------------------
+
+def by_queues(plan: Plan, buckets, batch: int, epochs: int) -> list:
+    """The definition, taken literally: one queue per bucket, one sample at a time."""
+    queues, steps, position = {bucket: [] for bucket in set(buckets)}, [], 0
+    for e in range(epochs):
+        for index in plan._epoch(e)[0]:
+            queue = queues[buckets[index]]
+            queue.append((position, index))
+            position += 1
+            if len(queue) == batch:
+                steps.append((*map(list, zip(*queue)), buckets[index]))
+                queue.clear()
+    return steps
+
+
+@pytest.mark.parametrize("counts, batch", [((40,), 8), ((37,), 8), ((3,), 8), ((1,), 1), ((30, 12, 5), 4), ((30, 12, 1, 1), 4), ((2, 1, 1), 16), ((5, 5), 1)])
+def test_steps_are_what_queues_would_give(counts, batch):
+    """Computed for any step at once, the plan equals the process it stands for: also for sets smaller than a batch and for
+    shapes so rare that their queue takes many epochs to fill."""
+    buckets = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)) * 3 + 1, counts))
+    plan = Plan(buckets, batch, seed=5)
+    expected = by_queues(plan, buckets, batch, 40)
+    assert expected
+    for (positions, indices, bucket), step in zip(Plan(buckets, batch, seed=5).steps(), expected):
+        assert (positions.tolist(), indices.tolist(), bucket) == step
+    for k in random.Random(0).sample(range(len(expected)), min(20, len(expected))):        # and in any order
+        positions, indices, bucket = plan.step(k)
+        assert (positions.tolist(), indices.tolist(), bucket) == expected[k]
+
+
+def test_with_one_bucket_every_epoch_shows_every_picture_once():
+    """Steps are consecutive pieces of the stream, across the ends of epochs too, and every epoch has an order of its own."""
+    steps = list(itertools.islice(Plan(np.zeros(50, int), 8, seed=0).steps(), 25))
+    positions, indices = (np.concatenate(parts) for parts in list(zip(*steps))[:2])
+    assert positions.tolist() == list(range(200))
+    epochs = indices.reshape(4, 50)
+    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4 and (np.diff(epochs[0]) != 1).any()
+    other = Plan(np.zeros(50, int), 8, seed=1)
+    assert other.step(0)[1].tolist() != steps[0][1].tolist()
+    assert [other.epoch_of(p) for p in (0, 49, 50, 199)] == [0, 0, 1, 3]
+
+
+def test_with_several_buckets_nothing_is_lost_and_no_step_mixes_sizes():
+    """Others drop what does not fill a batch at the end of an epoch: the rarest shapes, always."""
+    buckets = np.random.default_rng(1).choice(4, 500, p=[0.7, 0.2, 0.09, 0.01])
+    counts, batch = np.bincount(buckets), 16
+    plan, visits, seen, position = Plan(buckets, batch, 0), np.zeros(500, int), set(), 0
+    steps = plan._steps_before(20)
+    for positions, indices, bucket in itertools.islice(plan.steps(), steps):
+        assert (buckets[indices] == bucket).all() and (np.diff(positions) > 0).all() and not seen & set(positions)
+        assert positions[-1] > position                    # steps come in the order in which they fill up
+        position = positions[-1]
+        seen |= set(positions.tolist())
+        visits += np.bincount(indices, minlength=500)
+    waiting = set(range(20 * 500)) - seen
+    assert len(waiting) == sum(counts * 20 % batch) and 20 * 500 - len(seen) < 4 * batch
+    assert counts.min() < batch and all(visits[buckets == b].min() >= 20 - -(-batch // counts[b]) for b in range(4)) and visits.max() <= 20
+
+
+def test_a_plan_goes_on_from_any_step_and_from_there_again():
+    """Also after a second resume: counts belong to the training, not to the run."""
+    buckets = np.random.default_rng(0).choice(3, 100, p=[0.8, 0.15, 0.05])
+    unbroken = [step[1].tolist() for step in itertools.islice(Plan(buckets, 8, 3).steps(), 60)]
+    resumed = []
+    for start, stop in ((0, 13), (13, 14), (14, 47), (47, 60)):
+        resumed += [step[1].tolist() for step in itertools.islice(Plan(buckets, 8, 3).steps(start), stop - start)]
+    assert resumed == unbroken
+    copy = pickle.loads(pickle.dumps(Plan(buckets, 8, 3)))
+    assert copy.step(59)[1].tolist() == unbroken[59]
+
+
+def test_a_start_far_into_training_goes_through_nothing_before_it(monkeypatch):
+    """A hundred million steps in: what an epoch holds of each bucket is known, so only the epochs of this step are laid out."""
+    laid_out = []
+    monkeypatch.setattr(data, "sample_rng", lambda *key, original=sample_rng: laid_out.append(key) or original(*key))
+    buckets = np.random.default_rng(0).choice(5, 20_000, p=[0.5, 0.2, 0.2, 0.05, 0.05])
+    positions, indices, bucket = Plan(buckets, 64, 0).step(10 ** 8)
+    assert len(laid_out) <= 2 and (buckets[indices] == bucket).all() and abs(positions[-1] / (64 * 10 ** 8) - 1) < 1e-6
+
+
+@pytest.mark.parametrize("world, micro_batch", [(1, 8), (2, 4), (1, 4), (4, 1), (8, 1), (2, 2)])
+def test_a_step_is_the_same_work_however_it_is_shared(world, micro_batch):
+    """1 process x 8, 2 x 4, 1 x 4 x 2 accumulation steps: the parts of a step are the step, each sample once."""
+    plan = Plan(np.random.default_rng(0).choice(3, 60), 8, 0)
+    for positions, indices, _ in itertools.islice(plan.steps(), 20):
+        parts = [indices[split(positions, micro, rank, world, micro_batch)] for micro in range(8 // world // micro_batch) for rank in range(world)]
+        assert all(len(part) == micro_batch for part in parts) and np.concatenate(parts).tolist() == indices.tolist()
+
+
+@pytest.mark.parametrize("arguments, message", [((0, 0, 3, 1), "8 samples cannot be shared by 3 GPUs in micro-steps of 1: expected a multiple of 3"),
+                                                ((0, 0, 2, 8), "multiple of 16"), ((2, 0, 2, 2), "micro-step 2 of 2"), ((0, 2, 2, 2), "rank 2 of 2")])
+def test_shares_that_do_not_add_up_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        split(np.arange(8), *arguments)
+
+
+@pytest.mark.parametrize("buckets, batch", [([], 1), ([0], 0), ([[0, 1]], 1)])
+def test_plans_of_nothing_are_refused(buckets, batch):
+    """The loop over an empty plan would never end."""
+    with pytest.raises(ValueError, match="expected .N,., one per picture"):
+        Plan(np.array(buckets, int), batch, 0)
+
+
+class Training(torch.utils.data.Dataset):
+    """What a training script does with this file, for one rank: its shares of the steps, one sample per item."""
+    def __init__(self, folder, world, rank, micro_batch):
+        self.pictures = open_pictures(folder)
+        self.shapes = bucket_sizes(384)
+        plan, self.samples = Plan(nearest_bucket(self.pictures.sizes, self.shapes), 4, 0), []
+        for positions, indices, bucket in itertools.islice(plan.steps(), 6):
+            for micro in range(4 // world // micro_batch):
+                part = split(positions, micro, rank, world, micro_batch)
+                self.samples += [(int(p), int(i), bucket) for p, i in zip(positions[part], indices[part])]
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, n):
+        position, i, bucket = self.samples[n]
+        draw = functools.partial(sample_rng, 0, position)
+        captions = self.pictures.captions(i)
+        image = fit(self.pictures.read(i), self.shapes[bucket], "random", bool(draw("flip").integers(2)), draw("crop"))
+        return position, captions[draw("caption").integers(len(captions))], hashlib.sha256(image).hexdigest()
+
+
+def test_what_a_sample_becomes_depends_on_no_rank_and_no_worker(tmp_path):
+    """Crop, flip and caption of every position: 1 process, 2 ranks, 2 ranks with 2 micro-steps each, worker processes."""
+    for i in range(10):
+        write(tmp_path, {f"{i}.png": encoded(picture(i, *((96, 64), (64, 96), (72, 80))[i % 3])), f"{i}.txt": "one\ntwo\nthree"})
+
+    def run(world, micro_batch, workers=0):
+        ranks = [Training(tmp_path, world, rank, micro_batch) for rank in range(world)]
+        return Counter(tuple(sample) for rank in ranks for sample in torch.utils.data.DataLoader(rank, batch_size=None, num_workers=workers))
+    reference = run(1, 4)
+    assert len(reference) == 24 and len({caption for _, caption, _ in reference}) == 3
+    assert run(2, 2) == run(2, 1) == run(4, 1) == run(1, 2, workers=2) == reference

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 import evaluate
-from data import CAPTIONED, COLOURS, RELATIONS, Scene, held_out, render
 from evaluate import degrade, fixed_prompts, real_picture, score, verdict
+from scenes import CAPTIONED, COLOURS, RELATIONS, Scene, held_out, render
 
 FACTS = fixed_prompts()
 

@@ -125,19 +125,19 @@ def test_a_cache_keeps_only_what_does_not_change(frozen, encoded, runs, tmp_path
 
 def test_both_losses_of_stage_b_teach_the_same_noise(runs, tmp_path, monkeypatch):
     """A head that is right has a loss of 0, whether measured in eps or in the head's two outputs."""
-    import wuerstchen
+    import diffusion
     from stage_b import StageB
-    seen, add_noise = {}, wuerstchen.add_noise
+    seen, add_noise = {}, diffusion.add_noise
 
     def spy(x_0, eps, t):
         seen.setdefault("x_0", x_0)                          # the first call of a step noises the picture's latents
         return add_noise(x_0, eps, t)
 
     def perfect(self, x_t, t, semantic, text):
-        ab = wuerstchen.per_row(wuerstchen.alphas_cumprod(t), x_t)
+        ab = diffusion.per_row(diffusion.alphas_cumprod(t), x_t)
         zero = next(self.parameters()).sum() * 0             # the loss needs something to differentiate
         return ab.sqrt() * seen["x_0"] + zero, (1 - ab).sqrt().expand_as(x_t)
-    monkeypatch.setattr(wuerstchen, "add_noise", spy)
+    monkeypatch.setattr(diffusion, "add_noise", spy)
     monkeypatch.setattr(StageB, "signal_and_scale", perfect)
     monkeypatch.setattr(StageB, "forward", lambda self, x_t, *rest: x_t)                # the sample grid's, not the loss's
     monkeypatch.setattr(training, "log_losses", lambda args, step, **values: seen.update(values))

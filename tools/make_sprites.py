@@ -2,7 +2,7 @@
 
   font glyph 109 px -crop to its alpha-> square -LANCZOS-> 80 x 80 RGBA -> cell of a 16 x 8 sheet
 
-Rows 1 to 4 are the 64 captioned objects, rows 5 to 8 the 64 uncaptioned ones (data.py says why).
+Rows 1 to 4 are the 64 captioned objects, rows 5 to 8 the 64 uncaptioned ones (scenes.py says why).
 The sheet is kept in the repository because another version of the font draws other pictures, and
 trained weights remember these.
 Surprise: the font holds bitmaps of one size only, so 109 is the only size that loads.
