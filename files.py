@@ -12,6 +12,7 @@ import ctypes
 import json
 import os
 import sys
+import uuid
 from pathlib import Path
 
 import torch
@@ -138,7 +139,7 @@ def write_atomically(path: str | Path, write) -> None:
     """Calls write(temporary_path), then renames: a file is either whole or not there, even after a power cut."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")    # machines may share the folder
     try:
         write(temporary)
         with open(temporary, "rb") as file:

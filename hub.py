@@ -18,12 +18,13 @@ import contextlib
 import errno
 import json
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
 from typing import Iterable
 
-from files import STEM, WeightsError, listing
+from files import STEM, WeightsError, find_file, listing, write_atomically
 from weights import extract_image_encoder
 
 # Which state of each repository. A commit's hash where one is known; "main" where none could be
@@ -283,6 +284,34 @@ def first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0][:200] or type(error).__name__
 
 
+def hashes(places: dict[str, Path | None]) -> dict[str, str]:
+    """part -> sha256 of its weight file: what a picture was made with. For files from the hub it is their name in the cache;
+    for others it is computed, and remembered for large ones."""
+    import hashlib
+    memory_file, result = own_cache() / "hashes.json", {}
+    try:
+        memory = json.loads(memory_file.read_text())
+    except (OSError, ValueError):
+        memory = {}
+    for part in ("prior", "decoder", "vqgan", "prior_text_encoder", "text_encoder"):
+        if places.get(part) is None:
+            continue
+        path = find_file(places[part], (STEM, "model", "pytorch_model")).resolve()       # the hub's cache holds links to files named by hash
+        if re.fullmatch("[0-9a-f]{64}", path.name):
+            result[part] = path.name
+            continue
+        state = path.stat()
+        key = f"{path} {state.st_size} {state.st_mtime_ns}"
+        if key not in memory:
+            with open(path, "rb") as file:
+                memory[key] = hashlib.file_digest(file, "sha256").hexdigest()
+            if state.st_size > 100e6:                                # a second or more
+                with contextlib.suppress(OSError):
+                    write_atomically(memory_file, lambda temporary: temporary.write_text(json.dumps(memory)))
+        result[part] = memory[key]
+    return result
+
+
 def cache_folder() -> str:
     from huggingface_hub import constants
     return constants.HF_HUB_CACHE
@@ -290,8 +319,13 @@ def cache_folder() -> str:
 
 def image_encoder_folder() -> Path:
     """Where the image encoder lies once it has been taken out of the big file."""
+    return own_cache() / "image_encoder"
+
+
+def own_cache() -> Path:
+    """Where what we make of fetched weights is kept, beside the hub's own cache."""
     from huggingface_hub import constants
-    return Path(constants.HF_HOME) / "wuerstchen" / "image_encoder"
+    return Path(constants.HF_HOME) / "wuerstchen"
 
 
 def main(args):

@@ -165,6 +165,24 @@ class StageA(nn.Module):
                              f"{self.config['c_latent']} channels: 16 channels are Stage C latents, decode them with Stage B.")
         return self.decode_raw(channels_last(latents * self.scale_factor))
 
+    def decode_tiled(self, latents: Tensor, tile: int = 64) -> Tensor:
+        """The same pictures as `decode`, in tiles of `tile` x `tile` latents: memory for a large one is that for a tile.
+
+        Nothing in the decoder looks at the whole picture, so a tile comes out right if it is decoded with as many
+        neighbours around it as the decoder looks far: one for each block, one for each upsampling. The
+        tiles then fit together without blending, equal to `decode` but for the rounding of larger products.
+        """
+        h, w = latents.shape[-2:]
+        reach, up = len(self.decoder) + 1, self.downscale
+        images = latents.new_empty(len(latents), 3, h * up, w * up)
+        for y in range(0, h, tile):
+            for x in range(0, w, tile):
+                top, left = max(y - reach, 0), max(x - reach, 0)
+                part = self.decode(latents[..., top:y + tile + reach, left:x + tile + reach])
+                part = part[..., (y - top) * up:(y - top + tile) * up, (x - left) * up:(x - left + tile) * up]
+                images[..., y * up:(y + tile) * up, x * up:(x + tile) * up] = part
+        return images                                                                    # (B, 3, H, W)
+
     def encode_indices(self, images: Tensor) -> Tensor:
         """images (B,3,H,W) in [0, 1] -> codebook indices (B,H/4,W/4), int64."""
         return self.codebook.nearest(self.encode_raw(images))

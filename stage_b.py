@@ -324,14 +324,15 @@ class TinyImageEncoder(nn.Module):
         return self.norm(self.to_semantic(channels_first(x)))                            # (B, 16, H/32, W/32)
 
 
-def preprocess(images: Tensor, shorter_side: int = 768) -> Tensor:
+def preprocess(images: Tensor, size: int | tuple[int, int] = 768) -> Tensor:
     """images (B,3,H,W) in [0, 1] -> what the image encoders expect: resized (bilinear, antialiased), ImageNet's mean and std.
 
-    shorter_side in px: 0.75 of the picture's, a multiple of 32 (official 1024 -> 768, tiny 128 -> 96).
-    The longer side keeps the picture's shape and is cropped in its middle to a multiple of 32.
+    size in px: of the shorter side, 0.75 of the picture's, a multiple of 32 (official 1024 -> 768, tiny 128 -> 96);
+    the longer side keeps the picture's shape and is cropped in its middle to a multiple of 32. Or (height, width).
     """
     h, w = images.shape[-2:]
-    size = (shorter_side * h // min(h, w), shorter_side * w // min(h, w))      # rounded down, as in torchvision's Resize
+    if isinstance(size, int):
+        size = (size * h // min(h, w), size * w // min(h, w))                  # rounded down, as in torchvision's Resize
     images = F.interpolate(images, size=size, mode="bilinear", antialias=True, align_corners=False)
     top, left = size[0] % 32 // 2, size[1] % 32 // 2
     images = images[..., top:top + size[0] // 32 * 32, left:left + size[1] // 32 * 32]

@@ -20,6 +20,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 OFFICIAL = dict(c_in=16, c=1536, c_cond=1280, c_timestep=64, depth=32, heads=24, dropout=0.1)
 
@@ -138,6 +139,7 @@ class StageC(nn.Module):
         super().__init__()
         self.config = dict(c_in=c_in, c=c, c_cond=c_cond, c_timestep=c_timestep, depth=depth, heads=heads, dropout=dropout)
         self.c_timestep = c_timestep
+        self.checkpointing = False             # while training: keep only what stands between blocks, compute the inside again
         self.embed = nn.Linear(c_in, c)
         self.embed_text = nn.Sequential(nn.Linear(c_cond, c), nn.LeakyReLU(0.2), nn.Linear(c, c))
         self.res_blocks = nn.ModuleList(ResBlock(c, dropout=dropout) for _ in range(depth))
@@ -159,6 +161,10 @@ class StageC(nn.Module):
         for block in self.timestep_blocks:
             nn.init.zeros_(block.mapper.weight)                            # every noise level starts alike
 
+    def three_blocks(self, i: int, x: Tensor, t_embedding: Tensor, text: Tensor) -> Tensor:
+        """x (B,h,w,C) -> (B,h,w,C)."""
+        return self.attention_blocks[i](self.timestep_blocks[i](self.res_blocks[i](x), t_embedding), text)
+
     def forward(self, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
         """x_t (B,16,h,w) of any size, t (B,) in [0, 1], text (B,N,c_cond) -> eps (B,16,h,w).
 
@@ -170,8 +176,11 @@ class StageC(nn.Module):
         t_embedding = timestep_embedding(t, self.c_timestep).to(x_t.dtype)               # (B, c_timestep)
         text = self.embed_text(text)                                                     # (B, N, C)
         x = self.embed(channels_last(x_t))                                               # (B, h, w, C)
-        for res_block, timestep_block, attention_block in zip(self.res_blocks, self.timestep_blocks, self.attention_blocks):
-            x = attention_block(timestep_block(res_block(x), t_embedding), text)         # (B, h, w, C)
+        for i in range(len(self.res_blocks)):
+            if self.checkpointing and self.training:
+                x = checkpoint(self.three_blocks, i, x, t_embedding, text, use_reentrant=False)
+            else:
+                x = self.three_blocks(i, x, t_embedding, text)                           # (B, h, w, C)
         a, b = channels_first(self.head(layer_norm(x))).chunk(2, dim=1)                  # 2 x (B, 16, h, w)
         # From x_t = sqrt(ab) x_0 + sqrt(1 - ab) eps follows eps = (x_t - sqrt(ab) x_0) / sqrt(1 - ab),
         # ab = alphas_cumprod. The head has that form: a is the signal, |1 - b| the noise's scale. It starts

@@ -1,148 +1,33 @@
-"""Würstchen, put together: noise schedule, sampling steps, guidance, and the pipeline from text to picture.
+"""Würstchen, put together: the pipeline from text, or from a picture, to pictures.
 
   caption -CLIP-> (B,77,1280) -[C]-> (B,16,24,24) -[B]-> (B,4,256,256) -[A]-> (B,3,1024,1024)
 
   from wuerstchen import Wuerstchen
-  picture = Wuerstchen.load("tiny")("a red apple on a blue background", seed=1)[0]     # a PIL image
+  model = Wuerstchen.load("tiny")
+  picture = model("a red apple on a blue background", seed=1)[0]                       # a PIL image
+  other = model("a rocket on a blue background", init=picture, strength=0.9)[0]        # image to image
 
-The first half of this file is diffusion in plain functions: they work on tensors of any shape and
-know no network. The second half, class Wuerstchen, calls text encoders, stages C, B and A in turn.
-Two things are easily missed. Noise levels t are real numbers in [0, 1], not integers 0..999. And
-Stage C works on (raw + 1) / 42 of what the image encoder gives and Stage B takes: see to_raw.
-Paper: arXiv:2306.00637; schedule: arXiv:2102.09672; steps: arXiv:2006.11239, arXiv:2010.02502.
-Needs: torch, numpy, pillow, tqdm; transformers for the text encoders; stage_a/b/c.py, weights.py, files.py, hub.py.
+Schedule, samplers and guidance are in diffusion.py, the networks in stage_*.py; here they are called in turn.
+Easily missed: Stage C works on (raw + 1) / 42 of what the image encoder gives and Stage B takes: see to_raw.
+Paper: arXiv:2306.00637.
+Needs: torch, numpy, pillow, tqdm; transformers for the text encoders; our other files but the scripts.
 """
+import contextlib
 import gc
+import json
 import math
 import warnings
 from pathlib import Path
 from typing import Callable, Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-# ----- diffusion ------------------------------------------------------------------------------------
-
-
-def alphas_cumprod(t: Tensor, s: float = 0.008) -> Tensor:
-    """Share of the variance at noise level t that is still signal: the cosine schedule in continuous time.
-
-    t any shape, in [0, 1], 0 = clean, 1 = noise.  Returns float32 of the same shape, clamped to
-    [1e-4, 1 - 1e-4] because the steps below divide by sqrt(alphas_cumprod) and sqrt(1 - alphas_cumprod);
-    so t = 0 is not quite clean, and t = 1 not quite pure noise.
-    Raises ValueError for t outside [0, 1], the usual sign of integer timesteps 0..999.
-    Source: Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 17.
-    """
-    if t.numel() and not (t.min() >= 0 and t.max() <= 1):
-        raise ValueError(f"noise levels must lie in [0, 1], got {t.min().item():g} to {t.max().item():g}: "
-                         f"divide integer timesteps by their number first.")
-    s = torch.tensor(s, device=t.device)       # float32 from here on, as the released models were trained
-    start = torch.cos(s / (1 + s) * torch.pi * 0.5) ** 2
-    return (torch.cos((t.float() + s) / (1 + s) * torch.pi * 0.5) ** 2 / start).clamp(1e-4, 1 - 1e-4)
-
-
-def per_row(values: Tensor, x: Tensor) -> Tensor:
-    """(B,) -> (B,1,1,...), so that row i of x meets value i."""
-    return values.view(-1, *[1] * (x.ndim - 1))
-
-
-def add_noise(x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """Forward diffusion: x_0 and eps (B,...), t (B,) -> x_t (B,...).  arXiv:2006.11239, eq. 4."""
-    ab = per_row(alphas_cumprod(t), x_0)
-    return ab.sqrt() * x_0 + (1 - ab).sqrt() * eps
-
-
-def p2_weight(t: Tensor, k: float = 1.0, gamma: float = 1.0) -> Tensor:
-    """Loss weight (k + SNR)^-gamma, t (B,) -> (B,).  With k = gamma = 1 it is 1 - alphas_cumprod.
-
-    Plain noise prediction spends itself on the nearly clean levels, where little is decided;
-    this turns it to the noisy ones.  Source: Choi et al. 2022, arXiv:2204.00227, eq. 8.
-    """
-    ab = alphas_cumprod(t)
-    return (k + ab / (1 - ab)) ** -gamma
-
-
-def v_weight(t: Tensor, least: float = 0.01) -> Tensor:
-    """Loss weight 1 / alphas_cumprod, t (B,) -> (B,): the squared error of noise becomes that of v-prediction.
-
-    In terms of the clean x_0 that is an error weight of 1 / (1 - alphas_cumprod), where p2 has
-    alphas_cumprod: nothing at high noise. There a prediction rests on the condition alone, so
-    this is what makes a network listen to its condition early in training. Capped at 1 / least.
-    Source: Salimans & Ho 2022, arXiv:2202.00512, sec. 4 ("SNR+1 weighting").
-    """
-    return 1 / alphas_cumprod(t).clamp(min=least)
-
-
-def ddpm_step(x_t: Tensor, eps: Tensor, t: Tensor, t_prev: Tensor, noise: Tensor) -> Tensor:
-    """One step from t down to t_prev < t, with fresh noise.  x_t, eps, noise (B,...); t, t_prev (B,).
-
-    The last step, to t_prev = 0, adds none. Returns float32.  Source: arXiv:2006.11239, algorithm 2,
-    with the smaller of its two variances.
-    """
-    ab, ab_prev = per_row(alphas_cumprod(t), x_t), per_row(alphas_cumprod(t_prev), x_t)
-    alpha = ab / ab_prev
-    mean = (1 / alpha).sqrt() * (x_t - (1 - alpha) * eps / (1 - ab).sqrt())
-    std = ((1 - alpha) * (1 - ab_prev) / (1 - ab)).sqrt()
-    return mean + std * noise * per_row(t_prev != 0, x_t)
-
-
-def ddim_step(x_t: Tensor, eps: Tensor, t: Tensor, t_prev: Tensor, noise: Tensor | None = None) -> Tensor:
-    """The same step without chance: guess x_0, then put the same noise back, less of it.  arXiv:2010.02502, eq. 12, eta = 0.
-
-    `noise` is not used; it is there so that both steps are called alike.
-    """
-    ab, ab_prev = per_row(alphas_cumprod(t), x_t), per_row(alphas_cumprod(t_prev), x_t)
-    x_0 = (x_t - (1 - ab).sqrt() * eps) / ab.sqrt()
-    return ab_prev.sqrt() * x_0 + (1 - ab_prev).sqrt() * eps
-
-
-def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance: away from what is likely anyway, towards what the text asks for.
-
-    scale 0: ignores the text; 1: plain prediction; above: exaggerates.  arXiv:2207.12598, eq. 6, where
-    their w is our scale - 1. torch.lerp rather than the formula: the released samplers round like that.
-    """
-    return torch.lerp(unconditional, conditional, scale)
-
-
-def linear_timesteps(steps: int) -> Tensor:
-    """Evenly spaced noise levels, 1 to 0: (steps + 1,) float32."""
-    if steps < 1:
-        raise ValueError(f"the number of steps must be at least 1, got {steps}.")
-    return torch.linspace(1, 0, steps + 1)
-
-
-def default_timesteps_c(steps: int = 29) -> Tensor:
-    """Stage C's schedule: two thirds of the steps in the noisiest third, where the picture is decided.  (steps + 1,) float32.
-
-    29 steps are diffusers' DEFAULT_STAGE_C_TIMESTEPS: 19 steps from 1 to 2/3, 10 from there to 0.
-    Other numbers keep the proportion.
-    """
-    if steps < 2:
-        return linear_timesteps(steps)
-    first = min(max(round(steps * 19 / 29), 1), steps - 1)
-    # Made in float64, as the published list was, then rounded once.
-    return torch.cat([torch.linspace(1, 2 / 3, first + 1, dtype=torch.float64),
-                      torch.linspace(2 / 3, 0, steps - first + 1, dtype=torch.float64)[1:]]).float()
-
-
-def sample(predict: Callable[[Tensor, Tensor], Tensor], draw: Callable[[], Tensor], timesteps: Tensor,
-           step: Callable = ddpm_step, progress: Callable[[Iterable], Iterable] = iter) -> Tensor:
-    """From noise to data.  predict(x_t, t) -> eps; draw() -> fresh Gaussian noise (B,...); timesteps (n + 1,) falling to 0.
-
-    Noise is drawn once to start and once in each step, also in the last, where it is not used: so a
-    seed gives the same numbers here as in the published pipelines. x stays float32 throughout, whatever
-    the network computes in.  Raises ValueError for timesteps that do not fall.
-    """
-    if timesteps.ndim != 1 or len(timesteps) < 2 or not (timesteps[1:] < timesteps[:-1]).all():
-        raise ValueError(f"timesteps must be a list of at least two strictly falling numbers, got {timesteps.tolist()}.")
-    x = draw().float()                                                                   # (B, ...)
-    timesteps = timesteps.to(x.device)
-    for i in progress(range(len(timesteps) - 1)):
-        t, t_prev = timesteps[i].expand(len(x)), timesteps[i + 1].expand(len(x))         # (B,), (B,)
-        x = step(x, predict(x, t).float(), t, t_prev, draw())                            # (B, ...)
-    return x
-
+from diffusion import (SAMPLERS, Guidance, Keep, Noise, add_noise, cut_timesteps, ddim_step, ddpm_step, default_timesteps_c, denoise,
+                       linear_timesteps, slerp, timesteps)
+from images import apply_linear, cover, feather, fit_linear, fitting_size, read_image, read_mask, to_pil
+from text import TextEncoder, Texts
 
 # ----- latents and sizes ----------------------------------------------------------------------------
 
@@ -162,15 +47,30 @@ def to_raw(stored: Tensor) -> Tensor:
 def latent_sizes(height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """Picture size in px -> ((h, w) of Stage C's latent, (h, w) of Stage B's).  1024 -> 24 and 256; 128 -> 3 and 32.
 
-    Raises ValueError for sides that are not multiples of 128. Others would be computed on the next
-    multiple anyway (Stage C positions are 42 2/3 px wide, Stage B's U-Net halves its input 4 times).
+    Any size from 64 px: the next grids that cover it. Stage C's positions are 42 2/3 px wide; Stage B's U-Net
+    halves its input up to 4 times, so that its side is a multiple of 16, that is 64 px. What is rendered
+    beyond the picture is cropped. Raises ValueError for less, and for what is no whole number.
     """
     for name, side in (("height", height), ("width", width)):
-        if side < 128 or side % 128:
-            below = max(side // 128 * 128, 128)
-            nearest = f"{below} or {below + 128}" if side > 128 else "128"
-            raise ValueError(f"{name} {side} is not possible, pictures have sides that are multiples of 128 px: use {nearest}.")
-    return (height * 3 // 128, width * 3 // 128), (height // 4, width // 4)
+        if not isinstance(side, int) or side < 64:
+            raise ValueError(f"{name} {side} is not possible, pictures have sides of 64 px or more, in whole pixels.")
+    return tuple(-(-side * 3 // 128) for side in (height, width)), tuple(-(-side // 64) * 16 for side in (height, width))
+
+
+def crop(images: Tensor, height: int, width: int) -> Tensor:
+    """The middle of images (...,H,W) -> (...,height,width)."""
+    top, left = (images.shape[-2] - height) // 2, (images.shape[-1] - width) // 2
+    return images[..., top:top + height, left:left + width]
+
+
+def extend(image: Tensor, height: int, width: int) -> Tensor:
+    """(C,H,W) -> (C,height,width), its edges repeated: crop undoes it."""
+    top, left = (height - image.shape[-2]) // 2, (width - image.shape[-1]) // 2
+    return F.pad(image[None], (left, width - image.shape[-1] - left, top, height - image.shape[-2] - top), mode="replicate")[0]
+
+
+class Stopped(Exception):
+    """A callback has asked to stop."""
 
 
 # ----- pipeline -------------------------------------------------------------------------------------
@@ -185,30 +85,6 @@ def usable_device(name: str | torch.device) -> torch.device:
     raise ValueError(f"device {name!r} cannot be used here: {reason}. \"cpu\" always works.")
 
 
-class TextEncoder:
-    """A CLIP tokenizer and text model from transformers: prompts -> one vector per token."""
-    def __init__(self, tokenizer, model):
-        self.tokenizer, self.model = tokenizer, model
-        self.length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
-
-    def __call__(self, prompts: list[str]) -> Tensor:
-        """n prompts -> (n, N, D) float, N = 77 for the official encoders. Warns of what did not fit.
-
-        The attention mask matters: without it, the vectors at padding positions, which Stages B and C
-        do attend to, differ by half their size.
-        """
-        for prompt, ids in zip(prompts, self.tokenizer(prompts, truncation=False, verbose=False)["input_ids"]):
-            if len(ids) > self.length:
-                # The last token kept is the end mark, so the first one lost is number length - 1. Its place in the
-                # prompt tells what was lost in the user's own words; decoded tokens would be lower case.
-                places = self.tokenizer(prompt, truncation=False, verbose=False, return_offsets_mapping=True)["offset_mapping"]
-                warnings.warn(f"a prompt is longer than the {self.length} tokens that the text encoder takes; "
-                              f"this part was cut off: {prompt[places[self.length - 1][0]:]!r}")
-        batch = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt")
-        batch = batch.to(self.model.device)
-        return self.model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-
-
 def free_memory(device: torch.device) -> float:
     """Bytes that can still be taken on a device; infinite where there is no telling."""
     if device.type == "cuda":
@@ -220,6 +96,10 @@ def free_memory(device: torch.device) -> float:
         return math.inf
 
 
+def network(part: "torch.nn.Module | TextEncoder") -> torch.nn.Module:
+    return part.model if isinstance(part, TextEncoder) else part
+
+
 PARTS = ("stage_a", "stage_b", "stage_c", "text_encoder_c", "text_encoder_b", "image_encoder")
 
 
@@ -229,14 +109,16 @@ class Wuerstchen:
     The parts are plain attributes: stage_a, stage_b, stage_c, text_encoder_c, text_encoder_b (the same
     object where the weights share it) and image_encoder (None where the weights have none). Each may be
     given as a function that loads it, to be called when the part is first needed; with low_memory, all
-    other parts are let go just before. size (px) and guidance_b are these weights' own defaults.
+    other parts are let go just before; with offload, they wait in main memory. size (px) and guidance_b are
+    these weights' own defaults.
     """
     def __init__(self, stage_a, stage_b, stage_c, text_encoder_c, text_encoder_b, image_encoder=None, size: int = 1024,
                  guidance_b: float = 1.0, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
-                 low_memory: bool = False):
+                 low_memory: bool = False, offload: bool = False, compiled: bool = False, preview_file: Path | None = None):
         self.sources = dict(zip(PARTS, (stage_a, stage_b, stage_c, text_encoder_c, text_encoder_b, image_encoder)))
-        self.loaded = {}
-        self.size, self.guidance_b, self.low_memory = size, guidance_b, low_memory
+        self.loaded, self.configs, self.on_device, self.maps = {}, {}, None, None
+        self.size, self.guidance_b, self.preview_file = size, guidance_b, preview_file
+        self.low_memory, self.offload, self.compiled = low_memory, offload, compiled
         self.device, self.dtype = torch.device(device), dtype
 
     def __getattr__(self, name: str):
@@ -249,6 +131,7 @@ class Wuerstchen:
                 raise ValueError(f"{name} is needed for this, but was not among the parts that were loaded.")
             if self.low_memory:
                 self.loaded.clear()
+                self.on_device = None
                 gc.collect()                                   # transformers' models hold themselves, in circles
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
@@ -256,14 +139,27 @@ class Wuerstchen:
             part = self.loaded[shared] if shared else source
             if part is not None and not shared:
                 part = part if isinstance(part, (torch.nn.Module, TextEncoder)) else part()
-                (part.model if isinstance(part, TextEncoder) else part).to(self.device)
+                if not self.offload:
+                    network(part).to(self.device)
+                if self.compiled and name in ("stage_b", "stage_c"):
+                    part.compile()                             # at the first call, which then takes a minute
             self.loaded[name] = part
-        return self.loaded[name]
+        part = self.loaded[name]
+        if self.offload and part is not None and part is not self.loaded.get(self.on_device):
+            if self.on_device is not None:
+                network(self.loaded[self.on_device]).to("cpu")
+            network(part).to(self.device)
+            self.on_device = name
+        return part
+
+    def config(self, name: str) -> dict:
+        """The sizes of a stage; known from the files before its numbers are read."""
+        return self.configs.get(name) or getattr(self, name).config
 
     @classmethod
     def load(cls, weights: str | Path | None = None, device: str | None = None, dtype: torch.dtype | None = None, *,
              parts: tuple[str, ...] | None = None, offline: bool = False, revision: str | None = None,
-             low_memory: bool | None = None, **files) -> "Wuerstchen":
+             low_memory: bool | None = None, offload: bool = False, compile: bool = False, **files) -> "Wuerstchen":
         """weights: "tiny", which ships with the code; "v2", "v2-base", "v2-aesthetic", fetched if need be; or a folder in any
         of diffusers' layouts, or of the original .pt files (see hub.find_parts).
 
@@ -271,7 +167,8 @@ class Wuerstchen:
         a GPU. files: single parts from elsewhere, each a folder or a file: prior, decoder, vqgan, image_encoder,
         prior_text_encoder, text_encoder; the rest then comes from `weights`, by default "v2". parts: what will be needed,
         hub.TEXT_TO_IMAGE (the default) or hub.RECONSTRUCTION; nothing else is fetched. offline, revision: see hub.fetch.
-        low_memory: one part in memory at a time; default: if they do not all fit.
+        low_memory: one part in memory at a time, read again when needed; default: if they do not all fit.
+        offload: one part on the device at a time, the others wait in main memory. compile: torch.compile for Stages B and C.
         Raises files.WeightsError (a ValueError) for what will not do, ValueError for devices that are not there.
         """
         import hub
@@ -309,116 +206,301 @@ class Wuerstchen:
                    source("prior", lambda: w.load_stage_c(places["prior"], dtype)),
                    source("prior_text_encoder", text_c), source("text_encoder", text_c if shared else text_b),
                    image_encoder if places["image_encoder"] or weights in hub.NAMES else None,
-                   **(dict(size=128, guidance_b=4.0) if tiny else {}), device=device, dtype=dtype)
-        if low_memory is None:
+                   **(dict(size=128, guidance_b=4.0) if tiny else {}), device=device, dtype=dtype, offload=offload, compiled=compile,
+                   preview_file=(hub.own_cache() if weights in hub.NAMES else places["vqgan"].parent) / "preview.json")
+        if files.get("vqgan") or files.get("image_encoder"):
+            self.preview_file = None                                     # what is there was fitted to others
+        self.places, self.configs = places, {
+            stage: plans[part].config for part, stage in (("decoder", "stage_b"), ("prior", "stage_c")) if part in plans}
+        if low_memory is None and not offload:
             numbers = sum(p.numel() for model in plans.values() for p in model.parameters())
             numbers += sum(math.prod(shape) for place in {places["prior_text_encoder"], places["text_encoder"]} - {None}
                            for shape in TensorFile(find_file(place, ("model", "pytorch_model"))).shapes.values())
             low_memory = 1.25 * numbers * dtype.itemsize > free_memory(device)       # a quarter more, for activations
-        self.low_memory = low_memory
-        if not low_memory:
+        self.low_memory = bool(low_memory)
+        if not self.low_memory:
             for part in PARTS[:-1]:                                      # what is wrong with a file is said now
                 if self.sources[part] is not None:
                     getattr(self, part)
         return self
 
+    # ----- the whole way ----------------------------------------------------------------------------
+
     @torch.no_grad()
-    def __call__(self, prompt: str | list[str], negative_prompt: str | list[str] = "", *, seed: int | list[int] = 0,
-                 num_images: int = 1, steps_c: int = 29, steps_b: int = 12, guidance_c: float = 4.0, guidance_b: float | None = None,
-                 width: int | None = None, height: int | None = None, progress: bool = False) -> list:
+    def __call__(self, prompt: str | list[str] | None = None, negative_prompt: str | list[str] = "", *, seed: int | list[int] = 0,
+                 num_images: int = 1, width: int | None = None, height: int | None = None, init=None, strength: float | None = None,
+                 mask=None, steps_c=29, t_start_c: float = 1.0, t_end_c: float = 0.0, sampler_c: str = "ddpm", eta_c: float = 0.0,
+                 guidance_c: float | tuple = 4.0, interval_c: tuple = (0.0, 1.0), rescale_c: float = 0.0,
+                 steps_b=12, t_start_b: float = 1.0, t_end_b: float = 0.0, sampler_b: str = "ddpm", eta_b: float = 0.0,
+                 guidance_b: float | tuple | None = None, interval_b: tuple = (0.0, 1.0), rescale_b: float = 0.0,
+                 embeddings: dict[str, Tensor] | None = None, semantic: Tensor | None = None, latents_c: Tensor | None = None,
+                 latents_b: Tensor | None = None, noise: Callable | None = None, output: str = "pil", tile: int | None = None,
+                 callback: Callable | None = None, preview: Callable | None = None, progress: bool = False):
         """Prompts -> a list of PIL images, num_images for each prompt, in order.
 
         negative_prompt  what guidance steers away from; one for all, or one for each prompt.
-        seed             0 to 2^32 - 1. Image i uses seed + i, or the i-th of a list: its noise is drawn on the
-                         CPU from its own generator, so it does not depend on the images beside it.
-        steps_c, steps_b sampling steps of Stages C and B.
-        guidance_c, _b   guidance scales, see `guide`. 1 switches guidance off and halves the work; default of
-                         Stage B: 4 for the tiny weights, 1 for others.
-        width, height    px, multiples of 128; default 128 for the tiny weights, 1024 for others.
-        Raises ValueError for empty prompts, impossible sizes and numbers, lists that do not fit together: all
-        of it before the first step; and for pictures that came out as NaN.
+        seed             0 to 2^32 - 1. Image i uses seed + i, or the i-th of a list, see Noise.
+        width, height    px, any from 64 on; default: the picture in `init`, its shorter side at the weights' own size; else that size.
+        init             a picture (see images.read_image): its semantic latent, noised to level `strength`, is where Stage C starts.
+                         0 is a reconstruction, 1 keeps nothing; default 0.6, with a mask 1. The prompt may then be left out:
+                         variations, default 0.3, as beyond that nothing holds the object.
+        mask             a picture, white where `init` is to be painted anew; the rest stays as it is.
+        steps_           a number of steps between t_start_ and t_end_, segments such as {2/3: 20, 0.0: 10}, the levels themselves,
+                         or "DEFAULT_STAGE_C_TIMESTEPS": see diffusion.timesteps. _c and _b: for Stages C and B.
+        sampler_, eta_   "ddpm", "ddim" (its chance: eta), or "dpm++", which needs half as many steps.
+        guidance_, interval_, rescale_   see diffusion.Guidance; 1 is no guidance, in half the time. Stage B's default: these weights'.
+        embeddings       in place of text: any of prompt_c, negative_c, prompt_b, negative_b, each (prompts or 1, N, D).
+        semantic         raw semantic latents (images or 1,16,h,w), as output="semantic" gives them: Stage C is not used. With a mask,
+                         `init` still says what stays.
+        latents_c, _b    what the stages start from, in place of noise: (images or 1,C,h,w).
+        noise            where random numbers come from in place of the seeds: noise(C, h, w) -> (images or 1,C,h,w).
+        output           "pil"; "np" (images,H,W,3) or "pt" (images,3,H,W) in [0, 1]; "semantic" or "latents_b": what Stage C or B made.
+        tile             latents per side of a tile in which Stage A decodes; default: all at once if memory allows.
+        callback         callback("C" or "B", step, t, latents) after each step; may return other latents, or False to stop: [] is returned.
+        preview          preview("C" or "B", step, images (images,3,h,w)): a rough picture of what it will become, after each step.
+        Raises ValueError for what does not fit together, nearly all of it before the first step; and as soon as latents are NaN.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
-        if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
-            raise ValueError("the prompt is empty: say what to paint, for example \"a red apple on a blue background\".")
-        negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
-        if len(negatives) != len(prompts):
-            raise ValueError(f"got {len(negatives)} negative prompts for {len(prompts)} prompts: give one for all, or one for each.")
+        how_c = self.how("guidance_c", steps_c, t_start_c, t_end_c, sampler_c, eta_c, guidance_c, interval_c, rescale_c, default_timesteps_c)
+        how_b = self.how("guidance_b", steps_b, t_start_b, t_end_b, sampler_b, eta_b, self.guidance_b if guidance_b is None else guidance_b,
+                         interval_b, rescale_b, linear_timesteps)
+        if output not in ("pil", "np", "pt", "semantic", "latents_b"):
+            raise ValueError(f"output is {output!r}, expected \"pil\", \"np\", \"pt\", \"semantic\" or \"latents_b\".")
         if num_images < 1:
             raise ValueError(f"the number of images must be at least 1, got {num_images}.")
-        guidance_b = self.guidance_b if guidance_b is None else guidance_b
-        for name, scale in (("guidance_c", guidance_c), ("guidance_b", guidance_b)):
-            if not math.isfinite(scale):
-                raise ValueError(f"{name} is {scale}, expected a number: 1 is no guidance, 4 is usual for Stage C.")
-        timesteps_c, timesteps_b = default_timesteps_c(steps_c), linear_timesteps(steps_b)
-        size_c, size_b = latent_sizes(self.size if height is None else height, self.size if width is None else width)
-        n = len(prompts) * num_images
-        seeds = [seed + i for i in range(n)] if isinstance(seed, int) else list(seed)
-        if len(seeds) != n:
-            raise ValueError(f"got {len(seeds)} seeds for {n} images: give one for all, or one for each.")
-        if not all(0 <= s < 2 ** 32 for s in seeds):
-            # torch takes larger ones, but its generator only looks at 32 bits: 2^32 + 1 would be 1 again.
-            raise ValueError(f"seeds must lie between 0 and 2^32 - 1 = {2 ** 32 - 1}, got {min(seeds)} to {max(seeds)}.")
-        generators = [torch.Generator().manual_seed(s) for s in seeds]
+        if tile is not None and tile < 1:
+            raise ValueError(f"tile is {tile}, expected at least 1 latent per side; 64 need little memory.")
+        if semantic is not None and semantic.ndim != 4:
+            raise ValueError(f"semantic has shape {tuple(semantic.shape)}, expected (images or 1, 16, h, w).")
+        stages = ("c" if semantic is None else "") + ("b" if output != "semantic" else "")
+        texts = Texts(self, prompt, negative_prompt, embeddings or {}, num_images, stages, optional=init is not None or semantic is not None)
+        n = texts.rows * num_images
+        if noise is None:
+            seeds = list(seed) if isinstance(seed, Iterable) else [seed + i for i in range(n)]
+            if len(seeds) != n:
+                raise ValueError(f"got {len(seeds)} seeds for {n} images: give one for all, or one for each.")
+            noise = Noise(seeds)
+        if init is None and (mask is not None or strength is not None):
+            raise ValueError("a mask or a strength needs a picture to start from: give it as init.")
+        if latents_c is not None and (init is not None or semantic is not None):
+            raise ValueError("latents_c say where Stage C starts, and so do init and semantic: give one of them.")
+        init = None if init is None else read_image(init)                                # (3, H0, W0)
+        height, width = self.picture_size(height, width, init, semantic)
+        size_c, size_b = latent_sizes(height, width)
+        known = None
+        if init is not None:
+            if strength is None:
+                strength = 1.0 if mask is not None else 0.3 if texts.silent else 0.6
+            how_c["levels"] = cut_timesteps(how_c["levels"], strength)
+            known = Known(self, init, mask, height, width)                               # from here on, pictures are encoded
 
-        def noise(channels: int, size: tuple[int, int]) -> Callable[[], Tensor]:
-            return lambda: torch.stack([torch.randn(channels, *size, generator=g) for g in generators]).to(self.device)
+        def checked(name: str, tensor: Tensor | None, *shape: int) -> Tensor | None:
+            if tensor is not None and (tuple(tensor.shape[1:]) != shape or len(tensor) not in (1, n)):
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected ({n} or 1, {', '.join(map(str, shape))}).")
+            return None if tensor is None else tensor.to(self.device, torch.float32).expand(n, *shape)
 
-        text, unconditional = self.encode_text(self.text_encoder_c, prompts, negatives, num_images)
-        semantic = self.sample_c(text, unconditional, noise(self.stage_c.config["c_in"], size_c),
-                                 timesteps_c, guidance_c, progress)
-        if self.sources["text_encoder_b"] is not self.sources["text_encoder_c"]:
-            text, unconditional = self.encode_text(self.text_encoder_b, prompts, negatives, num_images)
-        latents = self.sample_b(semantic, text, unconditional, noise(self.stage_b.config["c_in"], size_b),
-                                timesteps_b, guidance_b, progress)
-        return to_pil(self.decode(latents))
+        def draw(stage: str, size: tuple[int, int]) -> Callable[[], Tensor]:
+            channels = self.config(stage)["c_in"]
+            return lambda: checked("what noise() gave", noise(channels, *size), channels, *size)
+
+        # Stage C takes a minute: what is wrong with something for Stage B is said before.
+        if semantic is not None:
+            semantic = checked("semantic", semantic, self.config("stage_b")["c_semantic"], *size_c)
+        if latents_b is not None:
+            latents_b = checked("latents_b", latents_b, self.config("stage_b")["c_in"], *size_b)
+        told_b = None if output == "semantic" else texts("b")
+        try:
+            if semantic is None and len(how_c["levels"]) == 1:                           # strength 0: nothing to do for Stage C
+                semantic = to_raw(known.semantic).expand(n, -1, -1, -1)
+            elif semantic is None:
+                told_c, draw_c = texts("c"), draw("stage_c", size_c)
+                x = draw_c() if latents_c is None else checked("latents_c", latents_c, self.config("stage_c")["c_in"], *size_c)
+                keep = None
+                if known is not None:                                                    # x (n, 16, h, w)
+                    keep, x = known.keep_c(x), known.noised_c(x, how_c["levels"][0])
+                semantic = self.sample_c(*told_c, draw_c, x=x, keep=keep, progress=progress, watch=self.watch("C", callback, preview), **how_c)
+            if output == "semantic":
+                return semantic
+            draw_b = draw("stage_b", size_b)
+            x = draw_b() if latents_b is None else latents_b                             # (n, 4, h', w')
+            latents = self.sample_b(semantic, *told_b, draw_b, x=x, keep=known and known.keep_b(x), progress=progress,
+                                    watch=self.watch("B", callback, preview), **how_b)
+        except Stopped:
+            return []
+        if output == "latents_b":
+            return latents
+        images = crop(self.decode(latents, tile), height, width)                         # (n, 3, height, width)
+        if known is not None:
+            images = known.paste(images)
+        return {"pil": to_pil, "pt": lambda x: x, "np": lambda x: x.permute(0, 2, 3, 1).cpu().numpy()}[output](images)
+
+    def reconstruct(self, image, prompt: str = "", **options):
+        """A picture (see images.read_image) -> what is left of it after the way through the semantic latent and back."""
+        return self(prompt, init=image, strength=0.0, **options)
+
+    @torch.no_grad()
+    def interpolate(self, a: str | Tensor, b: str | Tensor, frames: int = 8, *, seed: int = 0, to_seed: int | None = None,
+                    batch: int = 1, **options) -> list:
+        """`frames` PIL images on the way from a to b, two prompts or two semantic latents (1,16,h,w); both ends included.
+
+        What the stages are told, or start from, moves along a sphere (slerp). to_seed: the noise moves, too, from that of
+        `seed`. batch: images computed at a time. options: as of __call__.
+        """
+        if frames < 2:
+            raise ValueError(f"the number of frames must be at least 2, got {frames}.")
+        if isinstance(a, str) != isinstance(b, str):
+            raise ValueError("one end is a prompt and the other a latent: interpolation needs two of a kind.")
+        if not isinstance(a, str) and not (a.ndim == 4 and len(a) == 1 and a.shape == b.shape):
+            raise ValueError(f"the ends have shapes {tuple(a.shape)} and {tuple(b.shape)}, expected twice the same: (1, 16, h, w).")
+        ends = {}
+        if isinstance(a, str):
+            for stage in ("c", "b"):
+                if stage == "c" or self.sources["text_encoder_b"] is not self.sources["text_encoder_c"]:
+                    encoder = getattr(self, f"text_encoder_{stage}")
+                ends[f"prompt_{stage}"] = self.encode_text(encoder, [a], [b], 1)
+        images = []
+        for part in torch.linspace(0, 1, frames).split(batch):
+            k, first = len(part), Noise([seed] * len(part))
+            last = None if to_seed is None else Noise([to_seed] * k)
+            moved = {name: slerp(*(end.expand(k, -1, -1) for end in pair), part) for name, pair in ends.items()}
+            where = dict(embeddings=moved) if moved else dict(semantic=slerp(a.expand(k, -1, -1, -1), b.expand(k, -1, -1, -1), part))
+            painted = self(noise=first if last is None else lambda *shape: slerp(first(*shape), last(*shape), part),
+                           **(dict(num_images=k) if not moved else {}), **where, **options)
+            images += painted
+            if len(painted) < k:                                                         # a callback has stopped it
+                break
+        return images
+
+    # ----- one after another ------------------------------------------------------------------------
+
+    @staticmethod
+    def how(name: str, steps, t_start: float, t_end: float, sampler: str, eta: float, scale, interval, rescale: float, default: Callable) -> dict:
+        """How a stage is to be sampled, checked: arguments for sample_c and sample_b."""
+        if sampler not in SAMPLERS:
+            raise ValueError(f"there is no sampler {sampler!r}: expected one of {', '.join(SAMPLERS)}.")
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta is {eta:g}, expected a number from 0, no chance, to 1, as much as DDPM.")
+        try:
+            guidance = Guidance(scale, interval, rescale)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        step = SAMPLERS[sampler] if eta == 0 or sampler != "ddim" else lambda *args: ddim_step(*args, eta=eta)
+        return dict(levels=timesteps(steps, t_start, t_end, default), step=step, guidance=guidance)
+
+    def picture_size(self, height: int | None, width: int | None, init: Tensor | None, semantic: Tensor | None) -> tuple[int, int]:
+        """Fills in what was left open, see __call__, and warns of sizes that the weights were not made for."""
+        if init is not None:
+            h, w = init.shape[-2:]
+            if height is None and width is None:
+                height, width = fitting_size(h, w, self.size)
+            elif height is None:
+                height = round(width * h / w)
+            elif width is None:
+                width = round(height * w / h)
+        elif semantic is not None:
+            height, width = (side * 128 // 3 if given is None else given for given, side in zip((height, width), semantic.shape[-2:]))
+        height, width = (self.size if given is None else given for given in (height, width))
+        latent_sizes(height, width)              # for its error messages
+        sides, trained = sorted((height, width)), "128 px only" if self.size == 128 else "1024 to 1536 px, one side up to 2048"
+        if sides != [128, 128] if self.size == 128 else not (1024 <= sides[0] <= 1536 and sides[1] <= 2048):
+            what = "blurred or crowded" if sides[0] < self.size else "repeated"
+            warnings.warn(f"{width} x {height} px is not what these weights were trained on ({trained}): expect {what} objects")
+        return height, width
+
+    def watch(self, stage: str, callback: Callable | None, preview: Callable | None) -> Callable | None:
+        """callback and preview as `denoise` wants them."""
+        if callback is None and preview is None:
+            return None
+        maps = self.preview_maps() if preview is not None else {}
+
+        def watch(i: int, t: float, x: Tensor, x_0: Tensor) -> Tensor | None:
+            if stage in maps:
+                preview(stage, i, apply_linear(x_0.cpu(), maps[stage]))
+            answer = callback(stage, i, t, x) if callback is not None else None
+            if answer is False:
+                raise Stopped
+            if answer is not None and not (isinstance(answer, Tensor) and answer.shape == x.shape and answer.isfinite().all()):
+                raise ValueError(f"a callback may return None, False, or finite latents of shape {tuple(x.shape)}, not {answer!r:.80}.")
+            return answer
+        return watch
 
     @torch.no_grad()
     def encode_text(self, encoder: TextEncoder, prompts: list[str], negatives: list[str], num_images: int) -> tuple[Tensor, Tensor]:
-        """-> embeddings of the prompts and of the negative prompts, each (len(prompts) * num_images, N, D)."""
-        text, unconditional = encoder(prompts + negatives).chunk(2)
-        return text.repeat_interleave(num_images, 0), unconditional.repeat_interleave(num_images, 0)
+        """-> embeddings of the prompts and of the negative prompts, each (len(prompts) * num_images, N, D).
+
+        Each text once and by itself, so that its numbers do not depend on the texts beside it.
+        """
+        encoded = {text: encoder([text]) for text in dict.fromkeys(prompts + negatives)}                 # (1, N, D) each
+        return tuple(torch.cat([encoded[text] for text in texts]).repeat_interleave(num_images, 0) for texts in (prompts, negatives))
 
     @torch.no_grad()
-    def sample_c(self, text: Tensor, unconditional: Tensor, draw: Callable[[], Tensor], timesteps: Tensor,
-                 guidance: float = 4.0, progress: bool = False) -> Tensor:
-        """Text embeddings (B,N,D) -> raw semantic latents (B,16,h,w) for Stage B. draw() gives noise of that shape."""
-        both = torch.cat([text, unconditional]) if guidance != 1 else text
+    def sample_c(self, text: Tensor, unconditional: Tensor, draw: Callable[[], Tensor], levels: Tensor, step: Callable = ddpm_step,
+                 guidance: Guidance = Guidance(4.0), x: Tensor | None = None, keep: Callable | None = None,
+                 watch: Callable | None = None, progress: bool = False) -> Tensor:
+        """Text embeddings (B,N,D) -> raw semantic latents (B,16,h,w) for Stage B.
 
-        def predict(x: Tensor, t: Tensor) -> Tensor:
+        draw() gives noise of that shape; x: the start, default noise. The rest: see diffusion.denoise.
+        """
+        both_texts = torch.cat([text, unconditional])
+
+        def predict(x: Tensor, t: Tensor, both: bool) -> Tensor:
             x = x.to(self.dtype)
-            if guidance == 1:
-                return self.stage_c(x, t, both)
             # One pass for both: rows 0..B-1 with the text, rows B..2B-1 without.
-            return guide(*self.stage_c(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2), guidance)
-        return to_raw(sample(predict, draw, timesteps, progress=self.bar("Stage C", progress)))
+            return self.stage_c(torch.cat([x, x]), torch.cat([t, t]), both_texts) if both else self.stage_c(x, t, text)
+        with self.said_clearly("Stage C"):
+            return to_raw(denoise(predict, draw() if x is None else x, draw, levels, step, guidance, keep, watch,
+                                  self.bar("Stage C", progress)))
 
     @torch.no_grad()
-    def sample_b(self, semantic: Tensor, text: Tensor, unconditional: Tensor, draw: Callable[[], Tensor], timesteps: Tensor,
-                 guidance: float = 1.0, progress: bool = False) -> Tensor:
-        """Raw semantic latents (B,16,h,w) and text embeddings (B,N,D) -> VQGAN latents (B,4,h',w').
+    def sample_b(self, semantic: Tensor, text: Tensor, unconditional: Tensor, draw: Callable[[], Tensor], levels: Tensor,
+                 step: Callable = ddpm_step, guidance: Guidance = Guidance(1.0), x: Tensor | None = None, keep: Callable | None = None,
+                 watch: Callable | None = None, progress: bool = False) -> Tensor:
+        """Raw semantic latents (B,16,h,w) and text embeddings (B,N,D) -> VQGAN latents (B,4,h',w'). The rest: as for sample_c.
 
         Without condition means: the negative prompt's embedding, and zeros in place of the semantic latent.
         """
         semantic = semantic.to(self.dtype)
-        if guidance != 1:
-            text, semantic = torch.cat([text, unconditional]), torch.cat([semantic, torch.zeros_like(semantic)])
+        both_texts, both_semantic = torch.cat([text, unconditional]), torch.cat([semantic, torch.zeros_like(semantic)])
 
-        def predict(x: Tensor, t: Tensor) -> Tensor:
+        def predict(x: Tensor, t: Tensor, both: bool) -> Tensor:
             x = x.to(self.dtype)
-            if guidance == 1:
+            if not both:
                 return self.stage_b(x, t, semantic, text)
-            return guide(*self.stage_b(torch.cat([x, x]), torch.cat([t, t]), semantic, text).chunk(2), guidance)
-        return sample(predict, draw, timesteps, progress=self.bar("Stage B", progress))
+            return self.stage_b(torch.cat([x, x]), torch.cat([t, t]), both_semantic, both_texts)
+        with self.said_clearly("Stage B"):
+            return denoise(predict, draw() if x is None else x, draw, levels, step, guidance, keep, watch, self.bar("Stage B", progress))
+
+    @contextlib.contextmanager
+    def said_clearly(self, stage: str):
+        try:
+            yield
+        except FloatingPointError as error:
+            raise ValueError(f"{stage} came to NaN or infinity in {error}, computing in {self.dtype}: "
+                             f"use bfloat16 or float32, or a lower guidance scale.") from None
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """VQGAN latents (B,4,h,w) -> images (B,3,4h,4w) float32 in [0, 1]. Raises ValueError for NaN and infinity."""
+    def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
+        """VQGAN latents (B,4,h,w) -> images (B,3,4h,4w) float32 in [0, 1], one at a time, in tiles if memory is short.
+
+        Raises ValueError for NaN and infinity.
+        """
+        return torch.cat([self.decode_one(row, tile) for row in latents.split(1)])
+
+    def decode_one(self, latents: Tensor, tile: int | None) -> Tensor:
         stage_a = self.stage_a
-        images = stage_a.decode(latents.to(next(stage_a.parameters()).dtype)).float()
+        dtype = next(stage_a.parameters()).dtype
+        # Measured on a CPU, official size: 22 to 30 numbers per channel and latent at the peak, fewer the larger the picture.
+        needed = 24 * stage_a.config["c_hidden"] * latents[0, 0].numel() * dtype.itemsize
+        if tile is None and needed > 0.8 * free_memory(self.device):
+            tile = 64
+
+        def decoded(dtype: torch.dtype) -> Tensor:
+            z = latents.to(dtype)
+            return (stage_a.decode_tiled(z, tile) if tile else stage_a.decode(z)).float()
+        images = decoded(dtype)
         if not images.isfinite().all() and self.dtype == torch.float16:
             # Inside the VQGAN numbers can pass 65504, where float16 ends. It is small: from now on in float32.
-            images = stage_a.float().decode(latents.float())
+            stage_a.float()
+            images = decoded(torch.float32)
         if not images.isfinite().all():      # in 8 bits it would be a black picture
             raise ValueError(f"the picture came out as NaN or infinity in {self.dtype}. float16 ends at 65504: "
                              f"use bfloat16 or float32, or a lower guidance scale.")
@@ -428,14 +510,46 @@ class Wuerstchen:
     def encode_image(self, images: Tensor) -> Tensor:
         """images (B,3,H,W) in [0, 1] -> raw semantic latents (B,16,h,w): what Stage C would have to paint to get them.
 
-        In float32: the encoder's BatchNorm statistics do not survive half precision.
-        Raises ValueError for sides that are not multiples of 128 px, and for weights without image encoder.
+        In float32: the encoder's BatchNorm statistics do not survive half precision. h and w: see latent_sizes; the
+        picture, extended to Stage B's grid, is resized to 32 px for each of their positions, 0.75 of its size or nearly.
+        Raises ValueError for sides below 64 px, and for weights without image encoder.
         """
         from stage_b import preprocess
         if self.sources["image_encoder"] is None:
             raise ValueError("these weights hold no image encoder, which encoding a picture needs.")
-        latent_sizes(*images.shape[-2:])       # for its error message
-        return self.image_encoder(preprocess(images.float().to(self.device), min(images.shape[-2:]) * 3 // 4))
+        (h, w), (h_b, w_b) = latent_sizes(*images.shape[-2:])
+        images = torch.stack([extend(image, 4 * h_b, 4 * w_b) for image in images.float().to(self.device)])
+        return self.image_encoder(preprocess(images, (32 * h, 32 * w)))
+
+    @torch.no_grad()
+    def preview_maps(self) -> dict[str, Tensor]:
+        """"C": (17,3), "B": (5,3): for each stage, from a latent vector and a 1 to the colour of its place.
+
+        Fitted once, on smooth pictures of random colours, and kept beside the weights. "C" only with an image encoder.
+        """
+        if self.maps is None and self.preview_file is not None and self.preview_file.is_file():
+            maps = json.loads(self.preview_file.read_text())
+            self.maps = {stage: torch.tensor(matrix) for stage, matrix in maps.items()}
+        if self.maps is None:
+            colours = torch.rand(24, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+            self.fit_preview(F.interpolate(colours, size=(self.size, self.size), mode="bicubic").clamp(0, 1))
+        return self.maps
+
+    @torch.no_grad()
+    def fit_preview(self, images: Tensor) -> dict[str, Tensor]:
+        """images (N,3,H,W) in [0, 1] -> maps as preview_maps gives them, written to preview_file."""
+        from files import write_atomically
+        dtype = next(self.stage_a.parameters()).dtype
+        latents = torch.cat([self.stage_a.encode(image[None].to(self.device, dtype)).float().cpu() for image in images])
+        maps = {"B": fit_linear(latents, images)}
+        if self.sources["image_encoder"] is not None:
+            maps["C"] = fit_linear(torch.cat([to_stored(self.encode_image(image[None])).cpu() for image in images]), images)
+        if self.preview_file is not None:
+            text = json.dumps({stage: [[round(v, 5) for v in row] for row in matrix.tolist()] for stage, matrix in maps.items()})
+            with contextlib.suppress(OSError):                   # read-only weights: fitted again next time
+                write_atomically(self.preview_file, lambda path: path.write_text(text + "\n"))
+        self.maps = maps
+        return maps
 
     @staticmethod
     def bar(name: str, show: bool) -> Callable[[Iterable], Iterable]:
@@ -445,7 +559,39 @@ class Wuerstchen:
         return lambda steps: tqdm(steps, desc=name, unit="step")
 
 
-def to_pil(images: Tensor) -> list:
-    """images (B,3,H,W) in [0, 1] -> PIL images of 8 bits, rounded (cutting off would darken by half a step)."""
-    from PIL import Image
-    return [Image.fromarray(image) for image in (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()]
+class Known:
+    """A picture to start from, and what of it stays: for image to image and inpainting."""
+    def __init__(self, model: "Wuerstchen", image: Tensor, mask, height: int, width: int):
+        """image (3,H,W) is resized and cropped to cover height x width; mask: see images.read_mask, resized like it."""
+        self.image = cover(image, height, width).to(model.device)                        # (3, height, width)
+        (h, w), (h_b, w_b) = latent_sizes(height, width)
+        self.semantic = to_stored(model.encode_image(self.image[None]))                  # (1, 16, h, w)
+        self.mask = None
+        if mask is None:
+            return
+        mask = read_mask(mask)                                                           # (H0, W0)
+        if mask.shape != image.shape[-2:]:
+            raise ValueError(f"the mask has {mask.shape[1]} x {mask.shape[0]} px, its picture {image.shape[2]} x {image.shape[1]}: they must be the same.")
+        self.mask = cover(mask[None], height, width, nearest=True)[0].to(model.device)   # (height, width)
+        canvas = extend(self.mask[None], 4 * h_b, 4 * w_b)
+        # A latent that has any part in the mask is made anew.
+        self.mask_c, self.mask_b = (F.adaptive_max_pool2d(canvas, size)[None].bool() for size in ((h, w), (h_b, w_b)))
+        stage_a = model.stage_a
+        image = extend(self.image, 4 * h_b, 4 * w_b)[None].to(next(stage_a.parameters()).dtype)
+        self.latents = stage_a.encode(image).float()                                     # (1, 4, h_b, w_b)
+
+    def noised_c(self, eps: Tensor, t: Tensor) -> Tensor:
+        """Where Stage C starts: (n,16,h,w) noise -> the picture's semantic latent at noise level t."""
+        return eps if t == 1 else add_noise(self.semantic.expand_as(eps), eps, t.to(eps.device).expand(len(eps)))
+
+    def keep_c(self, eps: Tensor) -> Keep | None:
+        return None if self.mask is None else Keep(self.semantic.expand_as(eps), self.mask_c, eps)
+
+    def keep_b(self, eps: Tensor) -> Keep | None:
+        return None if self.mask is None else Keep(self.latents.expand_as(eps), self.mask_b, eps)
+
+    def paste(self, images: Tensor) -> Tensor:
+        """The known pixels over the painted ones, with a soft edge inside the mask: outside it nothing changes."""
+        if self.mask is None:
+            return images
+        return torch.lerp(self.image.expand_as(images), images, feather(self.mask, min(images.shape[-2:]) // 64))

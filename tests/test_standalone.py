@@ -42,11 +42,14 @@ FORWARD = {
     "stage_c": "from stage_c import StageC\n"
                "m = StageC(16, 16, 5, 8, 1, 2).eval()\n"
                "assert m(torch.randn(1, 16, 3, 5), torch.rand(1), torch.randn(1, 3, 5)).shape == (1, 16, 3, 5)\n",
+    "diffusion": "from diffusion import denoise, linear_timesteps\n"
+                 "x = denoise(lambda x, t, both: x, torch.randn(2, 3), lambda: torch.randn(2, 3), linear_timesteps(3))\n"
+                 "assert x.shape == (2, 3) and x.isfinite().all()\n",
 }
 
 
 @pytest.mark.parametrize("stage", FORWARD)
-def test_stage_file_works_when_copied_alone(stage, tmp_path):
+def test_file_works_when_copied_alone(stage, tmp_path):
     """Nothing of ours, nothing but torch and the standard library; for Stage B not even torchvision."""
     shutil.copy(ROOT / f"{stage}.py", tmp_path)
     script = f"STAGE, FOLDER = {stage!r}, {str(tmp_path)!r}\n{GUARD}{FORWARD[stage]}"

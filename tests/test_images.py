@@ -1,0 +1,641 @@
+"""Whatever kind of file a user has, it is read as they see it; what is saved is whole and says how it was made."""
+import json
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+import images
+from images import (apply_linear, cover, feather, fit_linear, fitting_size, grid, parameters_text, psnr, read_image, read_mask,
+                    read_settings, save_gif, save_png, strip, to_pil)
+
+RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
+# (2, 3, 3) uint8, all six pixels different: no turning or mirroring leaves it as it is
+UPRIGHT = np.array([[RED, GREEN, BLUE], [WHITE, BLACK, (255, 128, 0)]], np.uint8)
+
+
+def pixels(image) -> list:
+    """(3,H,W) in [0, 1] -> rows of RGB in 0..255, as one writes them down."""
+    return (image * 255).round().int().permute(1, 2, 0).tolist()
+
+
+def plain(colour, size=(8, 6)) -> Image.Image:
+    return Image.new("RGB", size, colour)
+
+
+# ----- reading: what files hold ----------------------------------------------------------------------
+
+@pytest.mark.parametrize("orientation, stored", [
+    (1, UPRIGHT), (2, UPRIGHT[:, ::-1]), (3, UPRIGHT[::-1, ::-1]), (4, UPRIGHT[::-1]),
+    (5, UPRIGHT.transpose(1, 0, 2)), (6, np.rot90(UPRIGHT)), (7, np.rot90(UPRIGHT.transpose(1, 0, 2), 2)), (8, np.rot90(UPRIGHT, -1))])
+def test_photos_are_read_upright(orientation, stored, tmp_path):
+    """Cameras store what the sensor saw and note in the EXIF data how to turn it: 6 and 8 held upright, 3 upside down."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "photo.png", exif=exif)
+    assert pixels(read_image(tmp_path / "photo.png")) == UPRIGHT.tolist()
+
+
+def test_a_jpeg_from_a_phone_is_read_upright(tmp_path):
+    """The usual case: held upright, so wider than high in the file; red on the left there is above in the picture."""
+    stored = Image.new("RGB", (64, 32), BLUE)
+    stored.paste(RED, (0, 0, 32, 32))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored.save(tmp_path / "photo.jpg", exif=exif, quality=95)
+    image = read_image(str(tmp_path / "photo.jpg"))
+    assert image.shape == (3, 64, 32)
+    assert image[0, :28].min() > 0.95 and image[0, 36:].max() < 0.05
+
+
+def test_a_16_bit_png_is_scaled(tmp_path):
+    """convert("RGB") would make everything above 255 of 65535 white."""
+    Image.fromarray(np.array([[0, 257, 32896, 65535]], np.uint16)).save(tmp_path / "deep.png")
+    assert read_image(tmp_path / "deep.png").mul(255).tolist() == [[[0, 1, 128, 255]]] * 3
+
+
+def test_a_16_bit_pgm_is_scaled(tmp_path):
+    """Pillow gives it mode I, of 32 bits, and so did older versions with 16-bit PNG files."""
+    (tmp_path / "deep.pgm").write_bytes(b"P5 3 1 65535\n" + bytes([0, 0, 128, 128, 255, 255]))
+    with Image.open(tmp_path / "deep.pgm") as image:
+        assert image.mode == "I"
+    assert read_image(tmp_path / "deep.pgm")[0].mul(255).tolist() == [[0, 128, 255]]
+
+
+@pytest.mark.parametrize("values", [[0, 0.2, 1], [0, 51, 255]])
+def test_floats_are_read_from_0_to_1_or_from_0_to_255(values, tmp_path):
+    """Both are in use, and convert("RGB") makes the first kind black."""
+    Image.fromarray(np.array([values], np.float32)).save(tmp_path / "float.tiff")
+    assert read_image(tmp_path / "float.tiff")[0].mul(255).round().tolist() == [[0, 51, 255]]
+
+
+@pytest.mark.parametrize("values, problem", [
+    (np.array([[0, 70000]], np.int32), r"its pixels \(mode I\) run from 0 to 70000, expected 0 to 65535"),
+    (np.array([[-1, 9]], np.int32), r"its pixels \(mode I\) run from -1 to 9, expected 0 to 65535"),
+    (np.array([[0, 300]], np.float32), r"its pixels \(mode F\) run from 0 to 300, expected 0 to 255"),
+    (np.array([[0, np.nan]], np.float32), r"its pixels \(mode F\) run from nan to nan, expected 0 to 255")])
+def test_numbers_without_a_known_white_are_refused(values, problem):
+    """Rather than guess a scale and paint from a picture that nobody has seen."""
+    with pytest.raises(ValueError, match=f"^the image cannot be read as a picture: {problem}$"):
+        read_image(Image.fromarray(values))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
+def test_what_is_transparent_turns_white(mode):
+    """As on the page of a browser; dropping alpha shows whatever colour is stored underneath, mostly black."""
+    picture = Image.new("RGBA", (3, 1), (0, 0, 0, 255))
+    picture.putpixel((1, 0), (0, 0, 0, 0))
+    picture.putpixel((2, 0), (0, 0, 0, 51))              # a fifth black, four fifths white
+    assert pixels(read_image(picture.convert(mode))) == [[[0] * 3, [255] * 3, [204] * 3]]
+
+
+def test_a_palette_with_a_transparent_entry_turns_white_there(tmp_path):
+    """GIF and small PNG files; without a warning of Pillow's on the user's screen."""
+    picture = Image.fromarray(np.array([[0, 1, 2]], np.uint8)).convert("P")
+    picture.putpalette([*RED, *GREEN, *BLUE])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for transparency in (1, bytes([255, 0, 255])):   # as one entry of GIF's and as a table of PNG's
+            picture.save(tmp_path / "palette.png", transparency=transparency)
+            assert pixels(read_image(tmp_path / "palette.png")) == [[[255, 0, 0], [255] * 3, [0, 0, 255]]]
+
+
+def test_a_transparent_colour_of_an_rgb_png_turns_white(tmp_path):
+    """Transparency without an alpha channel: PNG can name one colour instead."""
+    Image.fromarray(UPRIGHT[:1]).save(tmp_path / "named.png", transparency=GREEN)
+    assert pixels(read_image(tmp_path / "named.png")) == [[[255, 0, 0], [255] * 3, [0, 0, 255]]]
+
+
+def test_a_cmyk_jpeg_keeps_its_colours(tmp_path):
+    """From print shops; Pillow's JPEG files of this kind are stored inverted, as Adobe's are."""
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "print.jpg")            # magenta and yellow: red
+    red, green, blue = read_image(tmp_path / "print.jpg").mean((1, 2)).tolist()
+    assert red > 0.98 and green < 0.02 and blue < 0.02
+
+
+def test_one_bit_and_grey_pictures_get_three_equal_channels(tmp_path):
+    """1 is white, not 1 of 255."""
+    Image.fromarray(np.array([[True, False]])).save(tmp_path / "bits.png")
+    Image.fromarray(np.array([[255, 7]], np.uint8)).save(tmp_path / "grey.png")
+    assert pixels(read_image(tmp_path / "bits.png")) == [[[255] * 3, [0] * 3]]
+    assert pixels(read_image(tmp_path / "grey.png")) == [[[255] * 3, [7] * 3]]
+
+
+@pytest.mark.parametrize("mode", ["YCbCr", "HSV", "RGBX", "RGBa"])
+def test_other_modes_are_converted(mode):
+    """Rare, but no reason to fail; orange comes back within 2 of 255."""
+    picture = plain((255, 128, 0)).convert("RGBA").convert(mode) if mode == "RGBa" else plain((255, 128, 0)).convert(mode)
+    assert np.abs(np.array(pixels(read_image(picture))) - (255, 128, 0)).max() <= 2
+
+
+def test_of_an_animation_the_first_frame_is_read(tmp_path):
+    """GIF, WebP and APNG files are mostly opened by mistake; the first frame is what a file manager shows."""
+    save_gif([plain(RED), plain(GREEN)], tmp_path / "moving.gif")
+    assert pixels(read_image(tmp_path / "moving.gif"))[0][0] == [255, 0, 0]
+
+
+def test_pictures_in_memory_are_left_as_they_are():
+    """The caller may go on with them."""
+    picture, array = Image.fromarray(UPRIGHT), UPRIGHT.copy()
+    picture.getexif()[0x0112] = 3
+    assert read_image(picture).shape == (3, 2, 3)
+    assert (np.asarray(picture) == UPRIGHT).all() and picture.getexif()[0x0112] == 3
+    read_image(array).zero_()
+    assert (array == UPRIGHT).all()
+
+
+# ----- reading: arrays, tensors, errors --------------------------------------------------------------
+
+@pytest.mark.parametrize("source", [
+    UPRIGHT, UPRIGHT.astype(np.float32) / 255, UPRIGHT.astype(np.float64) / 255, (UPRIGHT / 255).astype(">f4"),
+    np.dstack([UPRIGHT, np.full((2, 3), 255, np.uint8)]), np.ascontiguousarray(UPRIGHT[::-1])[::-1],
+    torch.from_numpy(UPRIGHT).movedim(-1, 0) / 255, torch.from_numpy(UPRIGHT).movedim(-1, 0)[None] / 255,
+    (torch.from_numpy(UPRIGHT).movedim(-1, 0) / 255).requires_grad_()])
+def test_arrays_and_tensors_of_every_kind_mean_the_same(source):
+    """Arrays have their colours last, tensors first, as numpy's and torch's pictures have."""
+    image = read_image(source)
+    assert image.dtype == torch.float32 and image.is_contiguous() and not image.requires_grad
+    assert pixels(image) == UPRIGHT.tolist()
+
+
+def test_grey_arrays_and_tensors_and_bools_are_pictures_too():
+    """Masks are mostly that, among them what read_mask returns."""
+    grey = np.array([[True, False]])
+    for source in (grey, grey * np.uint8(255), grey.astype(np.float16), torch.from_numpy(grey), torch.from_numpy(grey).float()):
+        assert read_image(source).tolist() == [[[1, 0]]] * 3
+
+
+def test_transparent_arrays_lie_over_white():
+    """The fourth channel is opacity: half of black over white is grey."""
+    assert read_image(np.array([[[0, 0, 0, 0.5]]]))[:, 0, 0].tolist() == [0.5] * 3
+
+
+def test_8_bits_survive_reading_and_to_pil():
+    """An unchanged picture is saved unchanged, all 256 values of it."""
+    array = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
+    assert (np.asarray(to_pil(read_image(array)[None])[0]) == array).all()
+
+
+def test_to_pil_rounds():
+    """Cutting off would darken by half a step on average: 0.999 of white is white."""
+    (picture,) = to_pil(torch.tensor([0.999, 0.5, 0.001])[None, :, None, None])
+    assert picture.mode == "RGB" and picture.getpixel((0, 0)) == (255, 128, 0)
+
+
+@pytest.mark.parametrize("source, problem", [
+    (np.zeros((5, 5, 2)), r"an array of shape \(5, 5, 2\), expected \(H,W\), \(H,W,3\) or \(H,W,4\), colours last"),
+    (np.zeros((3, 5, 5)), r"an array of shape \(3, 5, 5\), expected"),
+    (np.zeros((0, 5, 3)), r"an array of shape \(0, 5, 3\), expected"),
+    (np.zeros(5), r"an array of shape \(5,\), expected"),
+    (np.zeros((5, 5), np.int64), "an array of int64, expected uint8 from 0 to 255 or floats from 0 to 1"),
+    (np.full((5, 5), 128.0), "its numbers run from 128 to 128, expected floats from 0 to 1: scale them first"),
+    (np.full((5, 5), -1.0), "its numbers run from -1 to -1, expected floats from 0 to 1"),
+    (np.full((5, 5), np.nan), "it holds numbers that are NaN or infinite, expected 0 to 1"),
+    (torch.full((3, 5, 5), math.inf), "it holds numbers that are NaN or infinite, expected 0 to 1"),
+    (torch.zeros(2, 3, 5, 5), r"a tensor of shape \(2, 3, 5, 5\), expected \(3,H,W\), \(1,3,H,W\) or \(H,W\)"),
+    (torch.zeros(5, 5, 3), r"a tensor of shape \(5, 5, 3\), expected"),
+    (torch.zeros(3, 0, 5), r"a tensor of shape \(3, 0, 5\), expected"),
+    (torch.zeros(3, 5, 5, dtype=torch.uint8), "a tensor of torch.uint8, expected floats from 0 to 1"),
+    (Image.new("RGB", (0, 5)), "it has 0 x 5 px, expected at least 1 x 1"),
+    (None, "got NoneType, expected a path, a PIL image, an array or a tensor")])
+def test_impossible_shapes_and_numbers_are_refused(source, problem):
+    """In one line, which says what was expected."""
+    with pytest.raises(ValueError, match=f"^the image cannot be read as a picture: {problem}") as error:
+        read_image(source)
+    assert "\n" not in str(error.value)
+
+
+def test_floats_just_outside_are_clamped():
+    """Resizing and half precision overshoot a little; that is no mistake of the caller's."""
+    assert read_image(torch.tensor([[-0.0009, 1.0009]]))[0].tolist() == [[0, 1]]
+    with pytest.raises(ValueError, match="its numbers run from 0 to 1.002"):
+        read_image(torch.tensor([[0, 1.002]]))
+
+
+def broken_files(folder):
+    """(path, what is said about it)"""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    for suffix in ("png", "jpg", "gif", "tiff", "webp"):
+        noise.save(folder / f"whole.{suffix}")
+        data = (folder / f"whole.{suffix}").read_bytes()
+        (folder / f"cut.{suffix}").write_bytes(data[:len(data) // 2])
+        yield folder / f"cut.{suffix}", r"presumably it is cut off or damaged \("
+    (folder / "text.png").write_text("this is no picture")
+    yield folder / "text.png", "it holds no picture in a known format"
+    (folder / "empty.png").touch()
+    yield folder / "empty.png", "it holds no picture in a known format"
+    yield folder / "missing.png", "there is no such file"
+    yield folder, "it is a folder, expected a file"
+
+
+def test_files_that_are_no_pictures_are_named_in_one_line(tmp_path):
+    """Pillow's own errors come in many kinds, some of several lines, some without the file's name."""
+    for path, problem in broken_files(tmp_path):
+        for read in (read_image, read_mask, str):
+            with pytest.raises(ValueError, match=f"^{path} cannot be read as a picture: {problem}") as error:
+                read(path) if read is not str else read_image(str(path))
+            assert "\n" not in str(error.value)
+
+
+def test_a_picture_of_absurd_size_is_refused(tmp_path, monkeypatch):
+    """A file of a few kB can claim to be larger than memory; Pillow's limit is 179 million pixels."""
+    plain(RED, (100, 100)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match="bomb.png cannot be read as a picture: Image size .10000 pixels. exceeds limit"):
+        read_image(tmp_path / "bomb.png")
+
+
+def test_a_file_that_may_not_be_read_says_so(tmp_path, monkeypatch):
+    """The operating system's word for it; monkeypatched, since the tests may run as root, who may read everything."""
+    def refuse(*args, **options):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(Image, "open", refuse)
+    with pytest.raises(ValueError, match="secret.png cannot be read as a picture: permission denied$"):
+        read_image("secret.png")
+
+
+# ----- masks -----------------------------------------------------------------------------------------
+
+def test_white_is_marked_and_the_mask_is_0_or_1(tmp_path):
+    """By luminance: green looks light, blue dark. JPEG's grey fringes must not become half a mask."""
+    Image.fromarray(UPRIGHT).save(tmp_path / "mask.png")
+    mask = read_mask(tmp_path / "mask.png")                                       # orange: 0.3 + 0.587 / 2 = 0.594
+    assert mask.dtype == torch.float32 and mask.tolist() == [[0, 1, 0], [1, 0, 1]]
+    assert read_mask(mask).equal(mask)
+
+
+@pytest.mark.parametrize("sheet", [BLACK, WHITE, (255, 0, 0)])
+@pytest.mark.parametrize("beneath", [BLACK, WHITE])
+def test_a_sheet_of_one_colour_marks_with_its_holes(sheet, beneath):
+    """Whatever its colour, and whatever colour the file happens to hold where nothing is to be seen."""
+    picture = Image.new("RGBA", (3, 1), (*sheet, 255))
+    picture.putpixel((1, 0), (*beneath, 0))
+    assert read_mask(picture).tolist() == [[0, 1, 0]]
+
+
+def test_black_and_white_with_holes_is_read_over_white():
+    """More than one colour: then the colours are meant, and a hole is white, as in read_image."""
+    picture = Image.new("RGBA", (3, 1), (*BLACK, 255))
+    picture.putpixel((1, 0), (*WHITE, 255))
+    picture.putpixel((2, 0), (*BLACK, 0))
+    assert read_mask(picture).tolist() == [[0, 1, 1]]
+
+
+def test_an_opaque_alpha_channel_is_no_hole():
+    """Many editors always save one."""
+    picture = Image.new("RGBA", (2, 1), (*WHITE, 255))
+    assert read_mask(picture).tolist() == [[1, 1]]
+
+
+def test_a_mask_that_marks_nothing_is_refused(tmp_path):
+    """It would paint for minutes and change nothing."""
+    plain(BLACK).save(tmp_path / "black.png")
+    with pytest.raises(ValueError, match="black.png marks nothing: expected white where new content goes, black elsewhere$"):
+        read_mask(tmp_path / "black.png")
+    with pytest.raises(ValueError, match="^the mask marks nothing"):
+        read_mask(torch.zeros(4, 4))
+
+
+# ----- fitting and blending --------------------------------------------------------------------------
+
+def test_cover_returns_the_right_size_bit_for_bit():
+    """Resizing, even to the same size, may change the last bit."""
+    image = torch.rand(3, 8, 12)
+    assert cover(image, 8, 12).equal(image)
+    assert cover(image, 8, 6).equal(image[:, :, 3:9])                             # only cut: still no resizing
+
+
+@pytest.mark.parametrize("height, width", [(128, 128), (64, 200), (7, 5), (333, 100), (1, 1)])
+def test_cover_gives_exactly_the_size_asked_for(height, width):
+    """Whatever rounding does."""
+    assert cover(torch.rand(3, 41, 67), height, width).shape == (3, height, width)
+
+
+def test_cover_keeps_the_shape_and_the_middle():
+    """A ramp from left to right, twice as wide as asked for: its outer quarters are cut off, and it stays as steep."""
+    ramp = torch.linspace(0, 1, 200).expand(3, 100, 200)
+    half = cover(ramp, 50, 50)
+    expected = 0.25 + (torch.arange(50) + 0.5) / 100
+    torch.testing.assert_close(half, expected.expand(3, 50, 50), atol=0.01, rtol=0)
+
+
+def test_cover_smooths_when_it_shrinks():
+    """Antialias: a fine checkerboard turns grey instead of black or white, which plain bilinear would give."""
+    board = torch.eye(2).repeat(32, 32)[None]                                     # (1, 64, 64)
+    assert (cover(board, 16, 16)[:, 2:-2, 2:-2] - 0.5).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("size", [5, 16, 48])
+def test_a_mask_stays_a_mask_and_lies_on_its_picture(size):
+    """No grey pixels, and no shift: what is symmetric stays so, and it is where the smoothly resized picture is bright."""
+    mask = torch.zeros(1, 20, 20)
+    mask[:, 5:15, 5:15] = 1                                                       # symmetric about the middle
+    small = cover(mask, size, size, nearest=True)
+    assert set(small.unique().tolist()) == {0, 1} and small.equal(small.flip(1, 2))
+    assert small.equal((cover(mask, size, size) > 0.5).float())
+
+
+def test_cover_refuses_what_is_no_picture():
+    """A batch, or a size of 0."""
+    with pytest.raises(ValueError, match=r"cannot bring shape \(1, 3, 8, 8\) to 4 x 4 px: expected \(C,H,W\)"):
+        cover(torch.rand(1, 3, 8, 8), 4, 4)
+    with pytest.raises(ValueError, match="to 0 x 4 px: .* sizes of at least 1"):
+        cover(torch.rand(3, 8, 8), 0, 4)
+
+
+@pytest.mark.parametrize("given, shorter, expected", [
+    ((600, 800), 300, (300, 400)), ((800, 600), 300, (400, 300)), ((101, 67), 67, (101, 67)), ((1000, 333), 100, (300, 100)),
+    ((7, 7), 1024, (1024, 1024))])
+def test_fitting_size_makes_the_shorter_side_exact(given, shorter, expected):
+    """And the longer one whole."""
+    assert fitting_size(*given, shorter) == expected
+
+
+def test_psnr_is_the_known_formula():
+    """An error of a tenth everywhere: mean square 0.01, 20 dB."""
+    a = torch.rand(3, 8, 8)
+    assert psnr(a, a + 0.1) == pytest.approx(20, abs=1e-4)
+    assert psnr(a, a) == math.inf
+    with pytest.raises(ValueError, match=r"pictures of shapes \(3, 8, 8\) and \(3, 8, 1\) cannot be compared"):
+        psnr(a, a[:, :, :1])
+
+
+def test_feather_rises_inside_the_mask_only():
+    """What is not marked must come back bit for bit, so its weight is 0, not nearly 0."""
+    mask = torch.zeros(40, 40)
+    mask[10:30, 10:30] = 1
+    weights = feather(mask, 3)
+    assert (weights[mask == 0] == 0).all() and weights.max() == 1
+    assert weights[20, 8:16].tolist() == [0, 0, 0.25, 0.5, 0.75, 1, 1, 1]
+    assert weights.equal(weights.flip(0)) and weights.equal(weights.T)
+
+
+def test_the_border_of_the_picture_is_no_edge():
+    """A mask that leaves the picture goes on there; a fade would keep a frame of the old picture."""
+    mask = torch.zeros(20, 20)
+    mask[:, 10:] = 1
+    weights = feather(mask, 4)
+    assert (weights[:, 14:] == 1).all() and weights[0, 9:15].tolist() == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+    assert feather(torch.ones(5, 5), 8).equal(torch.ones(5, 5))
+
+
+def test_a_stroke_thinner_than_the_radius_does_not_vanish():
+    """It is faint, but there; with a clipped blur its weights would all be 0, and nothing would be repainted."""
+    mask = torch.zeros(40, 40)
+    mask[18:21] = 1
+    weights = feather(mask, 8)
+    assert weights[17:22, 20].tolist() == pytest.approx([0, 1 / 9, 2 / 9, 1 / 9, 0])
+
+
+def test_feather_of_radius_0_is_the_mask():
+    """A hard edge, for those who want one."""
+    mask = (torch.rand(9, 9) > 0.5).float()
+    assert feather(mask, 0).equal(mask)
+    with pytest.raises(ValueError, match=r"cannot feather a mask of shape \(9, 9\) by -1 px: expected \(H,W\) and 0 or more"):
+        feather(mask, -1)
+
+
+# ----- laying out ------------------------------------------------------------------------------------
+
+def box(picture: Image.Image, left: int, top: int, width: int, height: int) -> set:
+    """The colours of a part of a picture."""
+    return {colour for _, colour in picture.crop((left, top, left + width, top + height)).getcolors(1000)}
+
+
+def test_cells_lie_where_they_are_expected():
+    """Row by row with white gaps, nothing around them; an unfinished last row ends in white."""
+    picture = grid([plain(colour) for colour in (RED, GREEN, BLUE, BLACK, RED)], columns=3, gap=2)
+    assert picture.mode == "RGB" and picture.size == (3 * 8 + 2 * 2, 2 * 6 + 2)
+    for (left, top), colour in {(0, 0): RED, (10, 0): GREEN, (20, 0): BLUE, (0, 8): BLACK, (10, 8): RED, (20, 8): WHITE}.items():
+        assert box(picture, left, top, 8, 6) == {colour}
+    assert box(picture, 8, 0, 2, 14) == box(picture, 18, 0, 2, 14) == box(picture, 0, 6, 28, 2) == {WHITE}
+
+
+@pytest.mark.parametrize("side", [64, 128, 1024])
+def test_labels_stand_beside_the_cells_never_on_them(side):
+    """Cells end in the bottom right corner; above each and left of each there is text, and none in the corner between."""
+    cells = [plain(colour, (side, side)) for colour in (RED, GREEN, BLUE, RED)]
+    picture = grid(cells, 2, ["guidance 1", "an endless label " * 20], ["seed 7", "another endless label " * 20], gap=4)
+    left, top = picture.width - 2 * side - 4, picture.height - 2 * side - 4
+    for x, y, colour in ((0, 0, RED), (1, 0, GREEN), (0, 1, BLUE), (1, 1, RED)):
+        assert box(picture, left + x * (side + 4), top + y * (side + 4), side, side) == {colour}
+        assert min(box(picture, left + x * (side + 4), 0, side, top)) < (64, 64, 64)
+        assert min(box(picture, 0, top + y * (side + 4), left, side)) < (64, 64, 64)
+    assert 15 <= top <= side / 3 and left <= side + 5                              # a long label is as wide as a cell at most
+    assert box(picture, 0, 0, left, top) == box(picture, left + side, 0, 4, top) == {WHITE}
+    assert box(picture, 0, top - 4, picture.width, 4) == box(picture, left - 4, 0, 4, top + side) == {WHITE}
+
+
+def test_long_labels_end_in_an_ellipsis():
+    """And fit; a label that fits is left alone, whatever its line breaks."""
+    font = images.ImageFont.load_default(size=11)
+    short = images._shortened("a cat left of a moon on a green background", 128, font)
+    assert short.endswith("…") and "a cat left of a moon on a green".startswith(short[:-1])
+    assert 100 < font.getlength(short) <= 128
+    assert images._shortened(" two\nlines ", 128, font) == "two lines"
+    assert images._shortened("no room at all", 3, font) == ""
+
+
+def test_strip_is_one_row():
+    """The picture of the README: from noise to image."""
+    cells = [plain(RED), plain(GREEN), plain(BLUE)]
+    picture = strip(cells)
+    assert picture.size == (3 * 8 + 2 * 4, 6)
+    assert [box(picture, x, 0, 8, 6) for x in (0, 12, 24)] == [{RED}, {GREEN}, {BLUE}]
+    labelled = strip([cell.resize((64, 64)) for cell in cells], ["a", "b", "c"], gap=3)
+    assert labelled.width == 3 * 64 + 2 * 3 and box(labelled, 0, labelled.height - 64, 64, 64) == {RED}
+
+
+@pytest.mark.parametrize("arguments, problem", [
+    (([], 1), r"got 0 pictures of sizes \[\]: expected at least one"),
+    (([plain(RED), plain(RED, (6, 8))], 1), r"got 2 pictures of sizes \[\(6, 8\), \(8, 6\)\]: expected at least one, and all of one size"),
+    (([plain(RED)], 0), "got 0 columns, expected at least 1"),
+    (([plain(RED)] * 3, 2, ["a"]), "got 1 labels for 2 columns, expected one for each"),
+    (([plain(RED)] * 3, 2, None, ["a", "b", "c"]), "got 3 labels for 2 rows, expected one for each")])
+def test_what_makes_no_grid_is_refused(arguments, problem):
+    """A label too many means that a picture is missing."""
+    with pytest.raises(ValueError, match=f"^{problem}"):
+        grid(*arguments)
+
+
+# ----- saving ----------------------------------------------------------------------------------------
+
+SETTINGS = dict(prompt="a cat on a blue background", negative_prompt="dog", steps_c=29, sampler_c="ddpm", guidance_c=4.0, seed=7,
+                width=128, height=128, weights="tiny", hashes={"prior": "0123456789abcdef", "decoder": "ff"}, steps_b=12, guidance_b=4.0,
+                mask=None, files=["a", "b"])
+
+
+def test_parameters_are_in_the_words_of_other_programs():
+    """To the letter: they take the line apart at commas and colons, and look for one that begins with "Steps: "."""
+    assert parameters_text(SETTINGS) == (
+        "a cat on a blue background\n"
+        "Negative prompt: dog\n"
+        "Steps: 29, Sampler: DDPM, CFG scale: 4.0, Seed: 7, Size: 128x128, Model: tiny, Model hash: 0123456789, "
+        "Version: wuerstchen, Steps b: 12, Guidance b: 4.0")
+
+
+def test_parameters_leave_out_what_is_not_there():
+    """An empty negative prompt, no hashes, one side only, empty text."""
+    assert parameters_text(dict(prompt="a\nb", negative_prompt="", steps_c=3, seed=0, width=128, hashes={"prior": None}, note="")) == (
+        "a\nb\nSteps: 3, Seed: 0, Version: wuerstchen, Width: 128")
+    assert parameters_text({}) == "Version: wuerstchen"
+
+
+@pytest.mark.parametrize("value, written", [
+    ("a, b", '"a, b"'), ("C:x", '"C:x"'), ('say "hi"', r'"say \"hi\""'), ("two\nlines", r'"two\nlines"'), ("Köln: é", '"Köln: é"'),
+    ("plain", "plain")])
+def test_values_that_would_break_the_line_are_quoted(value, written):
+    """As JSON, the way the web UI does it and undoes it."""
+    text = parameters_text(dict(prompt="cat", weights=value, software=value))
+    assert text == f"cat\nModel: {written}, Version: wuerstchen, Software: {written}"
+
+
+def test_a_name_known_to_readers_keeps_its_value():
+    """A setting of our own called "model" must not replace the weights."""
+    assert parameters_text(dict(weights="tiny", model="other")) == "Model: tiny, Version: wuerstchen"
+    assert parameters_text(dict(model="other")) == "Version: wuerstchen, Model: other"
+
+
+@pytest.mark.parametrize("prompt", ["a cat", "ein Käse für 5 £", "猫 on a 🚲, \"quoted\"\nsecond line: \\n", ""])
+def test_settings_survive_in_the_file(prompt, tmp_path):
+    """Any script, and numbers as numbers; both texts are there, the readable one as other programs expect it."""
+    settings = SETTINGS | dict(prompt=prompt)
+    save_png(plain(RED), tmp_path / "new" / "picture.png", settings)
+    assert read_settings(tmp_path / "new" / "picture.png") == settings
+    with Image.open(tmp_path / "new" / "picture.png") as image:
+        assert image.text["parameters"] == parameters_text(settings)
+        assert image.text["wuerstchen"] == json.dumps(settings, ensure_ascii=False, sort_keys=True)
+        assert image.getpixel((0, 0)) == RED and list(image.text) == ["parameters", "wuerstchen"]
+
+
+def test_text_is_latin_1_where_it_can_be(tmp_path):
+    """tEXt, which the oldest readers know; iTXt, in UTF-8, only for what it cannot hold."""
+    for name, prompt, kind in (("a.png", "Käse", b"tEXt"), ("b.png", "猫", b"iTXt")):
+        save_png(plain(RED), tmp_path / name, dict(prompt=prompt))
+        data = (tmp_path / name).read_bytes()
+        assert data.count(kind + b"parameters\0") == data.count(kind + b"wuerstchen\0") == 1
+    assert "猫".encode() in data and r"\u" not in data.decode("latin-1")
+
+
+def test_without_settings_a_png_carries_no_text(tmp_path):
+    """Not even that of the file which the picture came from: some do not want to tell how it was made."""
+    picture = plain(RED)
+    picture.info.update(parameters="private", wuerstchen="{}")
+    save_png(picture, tmp_path / "bare.png", None)
+    with Image.open(tmp_path / "bare.png") as image:
+        assert image.text == {}
+
+
+@pytest.mark.parametrize("save", [lambda path, **options: save_png(plain(RED), path, SETTINGS, **options),
+                                  lambda path, **options: save_gif([plain(RED)], path, **options)])
+def test_no_file_is_overwritten_silently(save, tmp_path):
+    """Pictures take minutes, and some are dear to someone."""
+    path = tmp_path / "picture"
+    path.write_text("dear to someone")
+    with pytest.raises(FileExistsError, match="picture exists already and will not be overwritten: choose another name, or remove it"):
+        save(path)
+    assert path.read_text() == "dear to someone"
+    save(path, overwrite=True)
+    assert pixels(read_image(path))[0][0] == [255, 0, 0]
+
+
+@pytest.mark.parametrize("save", [lambda path: save_png(plain(RED), path, None, overwrite=True),
+                                  lambda path: save_gif([plain(RED)], path, overwrite=True)])
+def test_a_save_that_fails_leaves_no_half_file_and_the_old_one(save, tmp_path, monkeypatch):
+    """A full disk, say, in the middle of writing."""
+    def full(self, path, *args, **options):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(Image.Image, "save", full)
+    (tmp_path / "old").write_text("dear to someone")
+    for name in ("old", "new"):
+        with pytest.raises(OSError, match="No space left"):
+            save(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["old"] and (tmp_path / "old").read_text() == "dear to someone"
+
+
+def test_settings_that_are_not_there_are_explained(tmp_path):
+    """Which file, and what it is instead; always in one line."""
+    plain(RED).save(tmp_path / "bare.png")
+    plain(RED).save(tmp_path / "photo.jpg")
+    for name, content in (("broken.png", '{"seed": '), ("list.png", "[7]"), ("deep.png", "[" * 100_000)):
+        text = PngInfo()
+        text.add_text("wuerstchen", content)
+        plain(RED).save(tmp_path / name, pnginfo=text)
+    save_png(plain(RED, (400, 400)), tmp_path / "cut.png", SETTINGS)
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:-100])
+    (tmp_path / "text.png").write_text("no picture")
+    none, unreadable = "carries no settings of this program: ", "cannot be read as a picture: "
+    for name, problem in {
+            "bare.png": f"{none}expected a PNG file just as it was saved",
+            "photo.jpg": f"{none}expected a PNG file just as it was saved",
+            "broken.png": f"{none}its text 'wuerstchen' is no JSON \\(Expecting value",
+            "list.png": f"{none}its text 'wuerstchen' is no JSON object",
+            "deep.png": f"{none}its text 'wuerstchen' is no JSON",
+            "cut.png": f"{unreadable}presumably it is cut off",
+            "text.png": f"{unreadable}it holds no picture in a known format",
+            "missing.png": f"{unreadable}there is no such file"}.items():
+        with pytest.raises(ValueError, match=f"^{tmp_path / name} {problem}") as error:
+            read_settings(tmp_path / name)
+        assert "\n" not in str(error.value)
+
+
+def test_a_gif_has_all_frames_and_plays_for_ever(tmp_path):
+    """0.15 s each, and from the start again (loop 0)."""
+    save_gif([plain(colour) for colour in (RED, GREEN, BLUE)], tmp_path / "steps.gif")
+    with Image.open(tmp_path / "steps.gif") as movie:
+        assert (movie.format, movie.n_frames, movie.info["loop"], movie.info["duration"]) == ("GIF", 3, 0, 150)
+        for i, colour in enumerate((RED, GREEN, BLUE)):
+            movie.seek(i)
+            assert movie.convert("RGB").getpixel((0, 0)) == colour
+    with pytest.raises(ValueError, match="got 0 pictures"):
+        save_gif([], tmp_path / "none.gif")
+
+
+# ----- latents as pictures ---------------------------------------------------------------------------
+
+def test_a_linear_world_is_found_again():
+    """Colours that are a linear map of the latents, plus a constant: the fit returns that map, the pictures those colours."""
+    latents = torch.randn(3, 4, 5, 6)                                             # (N, C, h, w)
+    truth = torch.cat([0.05 * torch.randn(4, 3), torch.full((1, 3), 0.5)])        # (C + 1, 3)
+    colours = torch.einsum("nchw,cd->ndhw", latents, truth[:-1]) + truth[-1][:, None, None]
+    large = colours.repeat_interleave(8, 2).repeat_interleave(8, 3)               # (N, 3, 8h, 8w)  each colour a patch of its own
+    matrix = fit_linear(latents, large)
+    assert matrix.dtype == torch.float32
+    torch.testing.assert_close(matrix, truth, atol=1e-5, rtol=0)
+    torch.testing.assert_close(apply_linear(latents, matrix), colours, atol=1e-5, rtol=0)
+
+
+def test_the_fit_is_the_best_there_is():
+    """Any other map has a larger squared error, for colours that are not linear at all."""
+    latents, pictures = torch.randn(4, 2, 6, 6), torch.rand(4, 3, 24, 24)
+    matrix, goal = fit_linear(latents, pictures), torch.nn.functional.avg_pool2d(pictures, 4)
+    best = (apply_linear(latents, matrix) - goal).square().sum()
+    for _ in range(10):
+        assert (apply_linear(latents, matrix + 0.01 * torch.randn(3, 3)) - goal).square().sum() > best
+
+
+def test_a_channel_that_is_always_0_does_not_upset_the_fit():
+    """Early in training some are; a solver that expects independent columns would give NaN."""
+    latents = torch.randn(2, 3, 4, 4)
+    latents[:, 1] = 0
+    assert fit_linear(latents, torch.rand(2, 3, 8, 8)).isfinite().all()
+
+
+def test_small_pictures_stay_within_0_and_1():
+    """Latents far out would leave it; half precision is taken, too."""
+    matrix = torch.tensor([[1.0, -1.0, 0.0], [0.0, 0.0, 0.25]])                   # one channel and the constant
+    pictures = apply_linear(torch.full((1, 1, 2, 2), 9.0, dtype=torch.float16), matrix)
+    assert pictures.dtype == torch.float32 and pictures[0, :, 0, 0].tolist() == [1, 0, 0.25]
+
+
+def test_latents_and_pictures_must_belong_together():
+    """One image per latent, one row of the matrix per channel and one for the constant."""
+    with pytest.raises(ValueError, match=r"got latents of shape \(2, 4, 4, 4\) for images of shape \(3, 3, 8, 8\): expected"):
+        fit_linear(torch.rand(2, 4, 4, 4), torch.rand(3, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"and a matrix of shape \(4, 3\): expected \(B,C,h,w\) and \(C\+1,3\)"):
+        apply_linear(torch.rand(2, 4, 4, 4), torch.rand(4, 3))
