@@ -150,6 +150,9 @@ def locate(weights: str | Path, files: dict[str, str | Path] | None = None, part
     A text encoder's tokenizer stands in the same folder, or beside it in one called tokenizer. Raises WeightsError.
     """
     own = {part: Path(path) for part, path in (files or {}).items() if path is not None}
+    for part, path in own.items():           # before anything is fetched
+        if not path.exists():
+            raise WeightsError(f"{part}: {path}: there is no such file or folder")
     for encoder, tokenizer in (("prior_text_encoder", "prior_tokenizer"), ("text_encoder", "tokenizer")):
         if encoder in own:
             own.setdefault(tokenizer, own[encoder] if (own[encoder] / "tokenizer_config.json").is_file() else own[encoder].parent / "tokenizer")
@@ -293,7 +296,7 @@ def hashes(places: dict[str, Path | None]) -> dict[str, str]:
         memory = json.loads(memory_file.read_text())
     except (OSError, ValueError):
         memory = {}
-    for part in ("prior", "decoder", "vqgan", "prior_text_encoder", "text_encoder"):
+    for part in ("prior", "decoder", "vqgan", "image_encoder", "prior_text_encoder", "text_encoder"):
         if places.get(part) is None:
             continue
         path = find_file(places[part], (STEM, "model", "pytorch_model")).resolve()       # the hub's cache holds links to files named by hash

@@ -139,7 +139,7 @@ def parser() -> argparse.ArgumentParser:
 
     add = p.add_argument_group("from pictures and latents").add_argument
     add("--init", metavar="PICTURE", help="start from this one, in place of noise; without --prompt: variations of it")
-    add("--strength", metavar="X", type=share, help="how much of --init is lost to noise: 0 nothing, 1 all of it (default: 0.6, with a mask 1)")
+    add("--strength", metavar="X", type=share, help="how much of --init is lost to noise: 0 nothing, 1 all of it (default: 0.6, with a mask 1, without a prompt 0.3)")
     add("--mask", metavar="PICTURE", help="as large as --init, white where it is to be painted anew, black where it stays")
     add("--outpaint", metavar="L,T,R,B", type=several(whole(0), 4), help="px to add to --init: left, top, right, bottom, and to paint, in place of --mask")
     add("--reconstruct", metavar="PICTURE", help="send this one through image encoder, Stages B and A; saves both, prints how close they are (PSNR)")
@@ -198,8 +198,8 @@ def parse_args(argv: list[str]) -> list[argparse.Namespace]:
     if typed.like is not None:
         from images import read_settings
         settings = read_settings(typed.like)
-        for name, other in (("prompt", typed.prompt_file), ("seed", typed.from_latent)):       # from where the noise stood, not from its seed
-            settings = settings | {name: None} if other else settings
+        # A prompt file brings prompts of its own; and from a latent, the noise goes on from where it stood, not from a seed.
+        settings |= {"prompt": None} if typed.prompt_file else {"seed": None} if typed.from_latent else {}
         argv = as_options(settings, OF_A_PICTURE + OF_A_RUN) + argv
         args = p.parse_args(argv)
         if isinstance(settings.get("hashes"), dict):

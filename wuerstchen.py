@@ -293,10 +293,10 @@ class Wuerstchen:
             how_c["levels"] = cut_timesteps(how_c["levels"], strength)
             known = Known(self, init, mask, height, width)                               # from here on, pictures are encoded
 
-        def checked(name: str, tensor: Tensor | None, *shape: int) -> Tensor | None:
-            if tensor is not None and (tuple(tensor.shape[1:]) != shape or len(tensor) not in (1, n)):
+        def checked(name: str, tensor: Tensor, *shape: int) -> Tensor:
+            if tuple(tensor.shape[1:]) != shape or len(tensor) not in (1, n):
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected ({n} or 1, {', '.join(map(str, shape))}).")
-            return None if tensor is None else tensor.to(self.device, torch.float32).expand(n, *shape)
+            return tensor.to(self.device, torch.float32).expand(n, *shape)
 
         def draw(stage: str, size: tuple[int, int]) -> Callable[[], Tensor]:
             channels = self.config(stage)["c_in"]
@@ -507,6 +507,13 @@ class Wuerstchen:
         return images.clamp(0, 1)
 
     @torch.no_grad()
+    def encode_latents(self, images: Tensor) -> Tensor:
+        """images (B,3,H,W) in [0, 1], sides multiples of 4 -> latents (B,4,H/4,W/4) float32, what Stage B would have to paint."""
+        if self.dtype == torch.float16:
+            self.stage_a.float()             # see decode_one
+        return self.stage_a.encode(images.to(self.device, next(self.stage_a.parameters()).dtype)).float()
+
+    @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:
         """images (B,3,H,W) in [0, 1] -> raw semantic latents (B,16,h,w): what Stage C would have to paint to get them.
 
@@ -539,8 +546,7 @@ class Wuerstchen:
     def fit_preview(self, images: Tensor) -> dict[str, Tensor]:
         """images (N,3,H,W) in [0, 1] -> maps as preview_maps gives them, written to preview_file."""
         from files import write_atomically
-        dtype = next(self.stage_a.parameters()).dtype
-        latents = torch.cat([self.stage_a.encode(image[None].to(self.device, dtype)).float().cpu() for image in images])
+        latents = torch.cat([self.encode_latents(image[None]).cpu() for image in images])
         maps = {"B": fit_linear(latents, images)}
         if self.sources["image_encoder"] is not None:
             maps["C"] = fit_linear(torch.cat([to_stored(self.encode_image(image[None])).cpu() for image in images]), images)
@@ -576,9 +582,7 @@ class Known:
         canvas = extend(self.mask[None], 4 * h_b, 4 * w_b)
         # A latent that has any part in the mask is made anew.
         self.mask_c, self.mask_b = (F.adaptive_max_pool2d(canvas, size)[None].bool() for size in ((h, w), (h_b, w_b)))
-        stage_a = model.stage_a
-        image = extend(self.image, 4 * h_b, 4 * w_b)[None].to(next(stage_a.parameters()).dtype)
-        self.latents = stage_a.encode(image).float()                                     # (1, 4, h_b, w_b)
+        self.latents = model.encode_latents(extend(self.image, 4 * h_b, 4 * w_b)[None])  # (1, 4, h_b, w_b)
 
     def noised_c(self, eps: Tensor, t: Tensor) -> Tensor:
         """Where Stage C starts: (n,16,h,w) noise -> the picture's semantic latent at noise level t."""

@@ -10,7 +10,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import images
-from images import (apply_linear, cover, feather, fit_linear, fitting_size, grid, parameters_text, psnr, read_image, read_mask,
+from images import (apply_linear, cover, enlarge, feather, fit_linear, fitting_size, grid, parameters_text, psnr, read_image, read_mask,
                     read_settings, save_gif, save_png, strip, to_pil)
 
 RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
@@ -321,6 +321,18 @@ def test_cover_keeps_the_shape_and_the_middle():
     half = cover(ramp, 50, 50)
     expected = 0.25 + (torch.arange(50) + 0.5) / 100
     torch.testing.assert_close(half, expected.expand(3, 50, 50), atol=0.01, rtol=0)
+
+
+def test_enlarge_leaves_the_picture_in_its_middle():
+    """Its edges repeated around it, and marked: what an image encoder sees there must look like more of the picture, not like a frame."""
+    image = torch.rand(3, 4, 5)
+    larger, mask = enlarge(image, left=1, top=2, right=3, bottom=0)
+    assert larger.shape == (3, 6, 9) and mask.shape == (6, 9)
+    assert larger[:, 2:, 1:6].equal(image) and mask[2:, 1:6].max() == 0 and mask.sum() == 6 * 9 - 4 * 5
+    assert larger[:, 0, 0].equal(image[:, 0, 0]) and larger[:, -1, -1].equal(image[:, -1, -1])
+    assert read_mask(mask).equal(mask)
+    with pytest.raises(ValueError, match="^nothing is added around the picture: at least one side must be larger than 0 px"):
+        enlarge(image, 0, 0, 0, 0)
 
 
 def test_cover_smooths_when_it_shrinks():
