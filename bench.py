@@ -107,11 +107,14 @@ def networks(args) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     x_b, t_b = noise(1, model.stage_b.config["c_in"], *size_b), torch.full((1,), 0.5, device=model.device)
     semantic = noise(1, model.stage_b.config["c_semantic"], *size_c) * 42 - 1
     calls = {"Stage C step": {"ours": lambda: model.stage_c(x_c, t_c, text_c)},
+             # What a step costs outside of the guidance interval, where nothing unconditional is computed.
+             "the same unguided": {"ours": lambda: model.stage_c(x_c[:1], t_c[:1], text_c[:1])},
              "Stage B step": {"ours": lambda: model.stage_b(x_b, t_b, semantic, text_b)},
              "Stage A decode": {"ours": lambda: model.stage_a.decode(x_b)}}
     if theirs:
         scale = theirs["vqgan"].config.scale_factor
         calls["Stage C step"]["diffusers"] = lambda: theirs["prior"](x_c, t_c, text_c)
+        calls["the same unguided"]["diffusers"] = lambda: theirs["prior"](x_c[:1], t_c[:1], text_c[:1])
         calls["Stage B step"]["diffusers"] = lambda: theirs["decoder"](x_b, t_b, semantic, text_b)
         calls["Stage A decode"]["diffusers"] = lambda: theirs["vqgan"].decode(x_b * scale).sample
 
