@@ -84,6 +84,18 @@ def steps(text: str) -> int | str | dict | tuple:
         raise argparse.ArgumentTypeError(f"expected something like {forms}, got {text!r}") from None
 
 
+def loras(text: str) -> dict[str, float]:
+    """For argparse: a.safetensors:0.8,b.safetensors -> {"a.safetensors": 0.8, "b.safetensors": 1.0}."""
+    result = {}
+    for part in text.split(","):
+        file, colon, scale = part.rpartition(":")
+        try:
+            result.update({file: number(scale)} if colon and file else {part: 1.0})
+        except argparse.ArgumentTypeError:           # a colon inside the name
+            result[part] = 1.0
+    return result
+
+
 def as_text(value) -> str:
     """The inverse of the above: a value as it would stand on the command line."""
     if isinstance(value, dict):
@@ -113,7 +125,7 @@ INPUTS = ("init", "mask", "reconstruct", "from_latent", "to_latent", "tensors")
 # What is saved with a picture and taken over by --like; the former may differ from line to line of --prompt-file.
 OF_A_PICTURE = ("prompt", "negative_prompt", "seed", "num_images", "width", "height", "init", "strength", "mask", "outpaint", "from_latent",
                 "tensors", *(f"{name}_{stage}" for stage in "cb" for name in SAMPLING))
-OF_A_RUN = ("reconstruct", "interpolate_to", "to_seed", "frames", "grid", "to_latent", "weights", *FILES, "revision", "dtype", "tile")
+OF_A_RUN = ("reconstruct", "interpolate_to", "to_seed", "frames", "grid", "to_latent", "weights", *FILES, "lora", "revision", "dtype", "tile")
 
 
 def refuse(message: str) -> None:
@@ -166,6 +178,8 @@ def parser() -> argparse.ArgumentParser:
         "float16 is wanted and offered; or a folder, of diffusers' layout or of the original .pt files (default: tiny; v2 if a part is given below)")
     for part, what in FILES.items():
         add(f"--{part.replace('_', '-')}", metavar="PATH", help=f"{what} from this folder" + " or file" * ("text" not in part) + " instead")
+    add("--lora", metavar="FILE:SCALE", type=loras, help="LoRA for Stage C, in any of the usual formats; several with commas between; SCALE is how "
+        "strongly it counts (default: 1)")
     add("--revision", metavar="NAME", help="branch, tag or commit on the hub in place of the tested ones; REPO=NAME for one repository")
     add("--offline", action="store_true", help="never use the network: what is not in the cache is an error")
     add("--batch", metavar="N", type=whole(1), default=1, help="pictures computed at a time: more is faster on a GPU, with other roundings (default: 1)")
@@ -347,7 +361,7 @@ def settings_of(args: argparse.Namespace, model, seed: int | None, image) -> dic
     import torch
     import transformers
     from hub import hashes
-    files = {name: getattr(args, name) for name in INPUTS if getattr(args, name)}
+    files = {name: getattr(args, name) for name in INPUTS if getattr(args, name)} | {f"lora {Path(file).name}": file for file in model.loras}
     made_from = hashes(model.places) | {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in files.items()}
     changed = [name for name, value in made_from.items() if args.made_from_then.get(name, value) != value]
     if changed:
@@ -390,7 +404,7 @@ def load_model(args: argparse.Namespace, jobs: list[argparse.Namespace]):
     if any(job.init for job in jobs):
         parts = (*parts, "image_encoder")
     return Wuerstchen.load(args.weights, args.device, getattr(torch, DTYPES[args.dtype]) if args.dtype else None, parts=parts, offline=args.offline,
-                           revision=args.revision, low_memory=args.low_memory, offload=args.offload, compile=args.compile,
+                           revision=args.revision, low_memory=args.low_memory, offload=args.offload, compile=args.compile, loras=args.lora,
                            **{part: getattr(args, part) for part in FILES if getattr(args, part)})
 
 

@@ -1,16 +1,18 @@
-"""Trains Stage C, the prior, and the tiny text encoder with it, on captioned emoji scenes made on the fly.
+"""Trains Stage C, the prior: fine-tunes it, by LoRA or in full, or starts from nothing. One process or many.
 
-  python train_c.py --image-encoder runs/b/image_encoder --out runs/smoke_c --steps 20 --batch 8 --text-warmup 20   # CPU smoke run
-  python train_c.py --image-encoder runs/b/image_encoder --out runs/c                 # a whole run, half an hour on 2 cores
-  python train_c.py --image-encoder runs/b/image_encoder --out runs/c --resume        # go on from the last checkpoint
+  python train_c.py --weights tiny --data examples/unicorn --lora --out runs/smoke --steps 20 --batch 4     # CPU smoke run
+  torchrun train_c.py --lora --data FOLDER --cache CACHE --out runs/lora                                    # official weights
+  torchrun --nproc-per-node 8 train_c.py --data 'shards/{000..511}.tar' --batch 16 --fsdp --out runs/full   # all of Stage C
+  python train_c.py --weights runs/b --init random --config tiny.json --data scenes:captioned --out runs/c  # from nothing
 
-Pictures become targets through the image encoder of Stage B: 3x3x16 numbers, of which Stage C sees
-(raw + 1) / 42. The released models use a ready-made CLIP text encoder; the tiny one is trained here
-first, from nothing, since 64 objects and 8 colours need no more; then it stays as it is. 5 % of the
-captions are replaced by "", each on its own: without that, classifier-free guidance has nothing to
-steer away from.
-Written to --out: checkpoint.pt, loss.csv, and at the end prior/, scheduler/, text_encoder/ and tokenizer/.
-Paper: arXiv:2306.00637 (Stage C).  Needs: torch, transformers, numpy, pillow, tqdm.
+  picture -image encoder-> raw latent -(x + 1) / 42-> x_0 (B,16,h,w) -noise-> x_t -[C], caption-> eps_hat
+
+One pass of the loop at the bottom is one optimizer step, and all of it is written out there. Three things decide
+whether a fine-tune is any good, and are on by default: 5 % of the captions, each picture by itself, become "", or
+else guidance loses what it steers away from; noise levels reach t = 1, where sampling starts; and the targets
+come from the image encoder in float32. All that is random is a function of (seed, position in the stream of
+samples), so that any number of processes sees the same work and a resumed run equals an unbroken one.
+Paper: arXiv:2306.00637 (Stage C).  Needs: torch, torchvision, transformers, numpy, pillow, tqdm; our other files.
 """
 import argparse
 
@@ -18,219 +20,589 @@ import argparse
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("model")
-    g.add_argument("--image-encoder", required=True, help="folder of the trained image encoder")
-    g.add_argument("--cache", type=int, default=0, help="number of pictures whose latents are kept in memory and used again and again, which saves a quarter of the time (default: new pictures for ever)")
-    g.add_argument("--init", default=None, help="folder with prior/, text_encoder/ and tokenizer/ to start from (default: random weights)")
-    g.add_argument("--width", type=int, default=192, help="channels of Stage C (official 1536)")
-    g.add_argument("--depth", type=int, default=6, help="blocks of Stage C (official 32)")
-    g.add_argument("--text-width", type=int, default=128, help="channels of the text encoder (official 1280)")
-    g.add_argument("--text-depth", type=int, default=3, help="layers of the text encoder (official 32)")
-    g.add_argument("--text-warmup", type=int, default=1500, help="steps in which a fresh text encoder first learns what captions look like, as CLIP has from 2 billion pictures")
-    g.add_argument("--train-text", action="store_true", help="let the text encoder learn along with Stage C (default: it stays as it is)")
+    g.add_argument("--weights", default="v2-base", help="what to start from, and where encoders and decoder come from: a name or folder as for sample.py (default: v2-base)")
+    for part, what in (("prior", "Stage C"), ("prior-text-encoder", "its text encoder"), ("image-encoder", "the image encoder"),
+                       ("decoder", "Stage B, for samples"), ("vqgan", "Stage A, for samples"), ("text-encoder", "Stage B's text encoder, for samples")):
+        g.add_argument(f"--{part}", help=f"{what} from this folder instead")
+    g.add_argument("--init", choices=["weights", "random"], default="weights", help="random: Stage C starts from nothing, the rest still comes from --weights")
+    g.add_argument("--config", help="a config.json for --init random, in diffusers' words: c, depth, nhead, c_cond, c_r ... (default: the official size)")
+    g.add_argument("--train-text", action="store_true", help="let Stage C's text encoder learn along, too; not with --lora")
+    g = p.add_argument_group("LoRA")
+    g.add_argument("--lora", action="store_true", help="train a LoRA: some 10 MB beside the weights, which stay as they are")
+    g.add_argument("--rank", type=int, default=8, help="its rank: more can learn more, and forget more")
+    g.add_argument("--alpha", type=float, help="its scale is alpha / rank (default: the rank, so 1)")
+    g.add_argument("--targets", default="attention", help="attention, attention+mlp, all, or a regular expression on the names of layers")
+    g.add_argument("--lora-dropout", type=float, default=0.0, help="share of its inputs that are dropped")
+    g.add_argument("--rslora", action="store_true", help="scale alpha / sqrt(rank), for high ranks")
+    g.add_argument("--dora", action="store_true", help="train length and direction of each weight apart (arXiv:2402.09353)")
+    g.add_argument("--trigger", default="", help="words that call what was learned, noted in the file for its users")
+    g = p.add_argument_group("data")
+    g.add_argument("--data", required=True, help="a folder with captions beside pictures or in metadata.jsonl/.csv; tar shards, 'a/{000..031}.tar'; "
+                                                 "hub:NAME; scenes:captioned; see data.py")
+    g.add_argument("--resolution", type=int, help="px: the side of a square picture, or of one with the same area (default: 128 for the tiny weights, 1024 for others)")
+    g.add_argument("--max-ratio", type=float, default=2.0, help="widest shape of the buckets that pictures are sorted into; 1: all are cropped to squares")
+    g.add_argument("--crop", choices=["center", "random"], default="center", help="what of a picture is kept where its shape is not its bucket's")
+    g.add_argument("--random-flip", action="store_true", help="mirror half of the pictures; not where left and right matter")
+    g.add_argument("--caption-dropout", type=float, default=0.05, help="share of captions replaced by the empty one, each by itself")
+    g.add_argument("--filter", action="append", default=[], metavar="min_KEY=NUMBER", help="keep only samples whose .json has KEY from (min_) or up to (max_) a number")
+    g.add_argument("--cache", help="folder for latents and text embeddings, computed once, shared between runs; then neither encoder stays in memory")
+    g.add_argument("--cache-dtype", choices=["fp16", "fp32"], default="fp16", help="how they are kept")
+    g.add_argument("--workers", type=int, default=2, help="processes that read pictures")
     g = p.add_argument_group("optimisation")
-    g.add_argument("--steps", type=int, default=3000, help="optimizer steps in all, resumed ones included")
-    g.add_argument("--batch", type=int, default=64, help="captioned pictures per forward pass")
-    g.add_argument("--grad-accum", type=int, default=1, help="forward passes per optimizer step; the effective batch is batch x grad-accum")
-    g.add_argument("--lr", type=float, default=2e-3, help="peak learning rate: linear warm-up, constant, linear decay to 0 over the last fifth")
-    g.add_argument("--warmup", type=int, default=200, help="optimizer steps of warm-up")
-    g.add_argument("--clip", type=float, default=1.0, help="gradient norm above which gradients are scaled down")
-    g.add_argument("--ema", type=float, default=0.998, help="decay of the averaged weights, which are the ones kept")
-    g.add_argument("--caption-dropout", type=float, default=0.05, help="share of captions replaced by the empty one")
-    g.add_argument("--loss-weight", choices=["v", "p2", "none"], default="v", help="what errors count by noise level: see v_weight and p2_weight in diffusion.py; none: all alike")
-    g.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="autocast type; fp32 on CPUs, bf16 on recent GPUs")
-    g.add_argument("--compile", action="store_true", help="let torch.compile make the networks faster; needs a C++ compiler on CPUs")
-    g.add_argument("--device", default=None, help="cuda, cpu, ... (default: cuda where there is one)")
-    g.add_argument("--seed", type=int, default=0, help="seed of weights, data and noise")
+    g.add_argument("--steps", type=int, default=1000, help="optimizer steps in all, resumed ones included")
+    g.add_argument("--batch", type=int, default=4, help="pictures per process and forward pass; halve it if memory runs out and double --grad-accum")
+    g.add_argument("--grad-accum", type=int, default=1, help="forward passes per optimizer step; the effective batch is batch x grad-accum x processes")
+    g.add_argument("--lr", type=float, help="peak learning rate (default: 1e-4; for full fine-tuning 1e-5)")
+    g.add_argument("--schedule", choices=["constant", "cosine", "linear"], default="constant", help="of the learning rate, after the warm-up")
+    g.add_argument("--warmup", type=int, default=50, help="optimizer steps in which the learning rate rises")
+    g.add_argument("--weight-decay", type=float, default=0.01, help="not for norms, biases and LoRA")
+    g.add_argument("--clip", type=float, default=1.0, help="gradient norm, over all processes, above which gradients are scaled down")
+    g.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights, which are the ones kept; 0: no averaging")
+    g.add_argument("--loss-weight", choices=["p2", "none", "min-snr", "v"], default="p2", help="what errors count by noise level, see diffusion.py; p2: the original's")
+    g.add_argument("--offset-noise", type=float, default=0.0, help="noise common to a whole channel, so that very dark and bright pictures are learned; 0.05 to 0.1")
+    g.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="autocast type (default: bf16 on a GPU, else fp32)")
+    g.add_argument("--checkpointing", action="store_true", help="compute blocks again in the backward pass: a fraction of the memory, a third slower")
+    g.add_argument("--compile", action="store_true", help="torch.compile: minutes at the start, then faster")
+    g.add_argument("--fsdp", action="store_true", help="split weights and optimizer over the processes, where they do not fit one GPU")
+    g.add_argument("--max-bad-steps", type=int, default=10, help="stop after so many steps in a row with a loss or gradient that is not finite")
+    g.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
+    g.add_argument("--seed", type=int, default=0, help="of everything random")
     g = p.add_argument_group("output")
-    g.add_argument("--out", required=True, help="folder for checkpoints, losses and pictures")
-    g.add_argument("--decoder", default=None, help="folder with decoder/ and vqgan/: paint sample grids with it (default: none are painted)")
-    g.add_argument("--resume", action="store_true", help="go on from OUT/checkpoint.pt")
-    g.add_argument("--save-every", type=int, default=250, help="optimizer steps between checkpoints")
-    g.add_argument("--sample-every", type=int, default=1000, help="optimizer steps between sample grids")
-    g.add_argument("--log-every", type=int, default=20, help="optimizer steps between lines of loss.csv")
+    g.add_argument("--out", required=True, help="folder: checkpoints/, samples/, log.jsonl, curves.png, and in the end what sample.py --weights takes")
+    g.add_argument("--resume", help="auto: from the newest checkpoint in --out, if there is one; or a file")
+    g.add_argument("--save-every", type=int, default=500, help="steps between checkpoints; SIGTERM and Ctrl-C save, too")
+    g.add_argument("--keep", type=int, default=2, help="checkpoints kept")
+    g.add_argument("--log-every", type=int, default=10, help="steps between lines of log.jsonl")
+    g.add_argument("--val-every", type=int, default=250, help="steps between validations; 0: none")
+    g.add_argument("--val-data", help="pictures to validate on, as --data (default: some of --data, which then tell how well it is fitted)")
+    g.add_argument("--val-count", type=int, default=16, help="pictures in a validation, each at 10 noise levels with noise that is always the same")
+    g.add_argument("--sample-every", type=int, default=0, help="steps between sample grids, step 0 included; 0: none, and no decoder is loaded")
+    g.add_argument("--sample-prompts", help="a text file, one prompt per line (default: four captions of the data)")
+    g.add_argument("--report-to", choices=["tensorboard", "wandb"], help="log there, too, if it is installed")
+    g.add_argument("--dry-run", action="store_true", help="say what would be trained on what, with memory and first captions, and stop")
+    g.add_argument("--push-to-hub", metavar="REPO", help="upload the result to this repository of the Hugging Face hub")
     return p.parse_args(argv)
 
 
-SAMPLE_PROMPTS = [
-    "a rocket left of a moon on a blue background", "a red apple on a white background",
-    "a small cat on a purple background", "a large rocket on a black background",
-    "a cat above a red apple on a green background", "a moon below a tree on an orange background",
-    "a banana right of a cat on a red background", "a tree left of a banana on a yellow background"]
+if __name__ == "__main__":
+    ARGS = parse_args()      # before the imports below, which take seconds: --help and mistyped options answer at once
+
+import contextlib
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
+                                                     set_model_state_dict, set_optimizer_state_dict)
+from tqdm import tqdm
+
+import hub
+import lora
+from cache import Cache, hash_of
+from data import BrokenPicture, Plan, bucket_sizes, fit, nearest_bucket, open_pictures, sample_rng, split
+from diffusion import add_noise, alphas_cumprod, p2_weight, v_weight
+from files import write_atomically
+from images import grid
+from report import FILES, draw_curves, push, write_result
+from stage_b import preprocess
+from stage_c import StageC
+from text import TextEncoder
+from training import (Averaged, Checkpoints, Log, Mistake, Processes, StopSignal, build_optimizer, mistakes_in_one_line, rate,
+                      user_mistakes)
+from weights import (config_to_ours, is_tiny, load_image_encoder, load_stage_a, load_stage_b, load_stage_c, load_text_encoder)
+from wuerstchen import Wuerstchen, to_stored
+
+T_GRID = [0.05 + 0.1 * i for i in range(10)]         # noise levels of the validation
 
 
-def new_text_encoder(width: int, depth: int, length: int = 20):
-    """-> (CLIPTokenizer, CLIPTextModel) for captions of emoji scenes, untrained.
+def check(args) -> None:
+    """Ends the program for arguments that make no sense, before anything is loaded."""
+    for name, low in (("rank", 1), ("steps", 1), ("batch", 1), ("grad_accum", 1), ("save_every", 1), ("keep", 1), ("log_every", 1), ("val_count", 1)):
+        if getattr(args, name) < low:
+            raise Mistake(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {low}")
+    for name in ("caption_dropout", "lora_dropout", "ema"):
+        if not 0 <= getattr(args, name) < 1:
+            raise Mistake(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a number from 0 to below 1")
+    if args.lora and (args.train_text or args.init == "random"):
+        raise Mistake("--lora leaves all weights as they are: it does not go with --train-text or --init random")
+    if args.config and args.init != "random":
+        raise Mistake("--config gives the sizes of a new Stage C: add --init random")
+    if args.cache and (args.crop == "random" or args.train_text):
+        raise Mistake("--cache keeps what does not change: it does not go with --crop random or --train-text")
+    if args.fsdp and (args.lora or args.train_text):
+        raise Mistake("--fsdp is for all of Stage C: a LoRA fits one GPU, and --train-text is for the tiny model")
 
-    The tokenizer is a byte-level BPE like CLIP's own, so it takes any text, with merges learned on
-    the words of 4096 captions and all object names: these become one token each, other words several.
-    length in tokens, both ends included; the grammar's longest captions need 18.
+
+# ----- one sample -------------------------------------------------------------------------------------
+
+class Samples(torch.utils.data.Dataset):
+    """Item (position, index, bucket) -> dict of x, caption, t, eps: a function of these three and the seed alone.
+
+    position: place in the endless stream of samples; index: which picture that is; x: pixels (h,w,3) uint8, or with
+    a cache the latent (16,h',w').
     """
-    from collections import Counter
-    from tokenizers import pre_tokenizers
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-    from scenes import OBJECTS, EmojiScenes
-    # Byte-pair encoding: join the most frequent pair of pieces, again and again, here until each word is one
-    # piece. Ties go by spelling, so that the tokenizer is the same on every machine (arXiv:1508.07909).
-    words = {word for text in EmojiScenes("captioned").batch(0, 4096)[1] + OBJECTS for word in text.split()}
-    pieces, merges = [[*word[:-1], word[-1] + "</w>"] for word in sorted(words)], []
-    while pairs := Counter(pair for word in pieces for pair in zip(word, word[1:])):
-        a, b = max(pairs, key=lambda pair: (pairs[pair], pair))
-        merges.append((a, b))
-        for word in pieces:
-            for i in reversed(range(len(word) - 1)):
-                if word[i:i + 2] == [a, b]:
-                    word[i:i + 2] = [a + b]
-    # CLIP's order: all bytes, all bytes at a word's end, then one token per merge, then the two specials.
-    bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = [*bytes_, *(b + "</w>" for b in bytes_), *(a + b for a, b in merges), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=length)
-    config = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width,
-                            num_hidden_layers=depth, num_attention_heads=width // 32, max_position_embeddings=length,
-                            hidden_act="gelu", projection_dim=width, bos_token_id=tokenizer.bos_token_id,
-                            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    return tokenizer, CLIPTextModel(config)
+    def __init__(self, pictures, buckets, args, cache=None, replaced: dict[int, int] | None = None):
+        self.pictures, self.buckets, self.args, self.cache, self.replaced = pictures, buckets, args, cache, replaced or {}
+        self.same_bucket = [np.flatnonzero(pictures.bucket == bucket) for bucket in range(len(buckets))]
+
+    def __getitem__(self, where: tuple[int, int, int]) -> dict:
+        (position, index, bucket), args = where, self.args
+        h, w = self.buckets[bucket]
+
+        def rng(purpose: str) -> np.random.Generator:
+            return sample_rng(args.seed, position, purpose)
+        flip = bool(args.random_flip and rng("flip").random() < 0.5)
+        if self.cache is None:
+            pixels, index = self.pictures.read_or_next(index, self.same_bucket[bucket])      # (H, W, 3)
+            x = torch.from_numpy(np.array(fit(pixels, (h, w), args.crop, flip, rng("crop"))))
+        else:
+            index = self.replaced.get(index, index)
+            latent = self.cache.get(latent_key(self.pictures, index, (h, w), flip))
+            if latent is None:
+                raise Mistake(f"an entry of --cache {args.cache} was damaged while it was in use, and removed: start again with --resume auto")
+            x = torch.from_numpy(latent).float()                                             # (16, h', w')
+        captions = self.pictures.captions(index)
+        caption = captions[rng("caption").integers(len(captions))]
+        if rng("caption dropout").random() < args.caption_dropout:
+            caption = ""
+        eps = rng("noise").standard_normal((16, h * 3 // 128, w * 3 // 128), dtype=np.float32)
+        if args.offset_noise:
+            eps += args.offset_noise * rng("offset").standard_normal((16, 1, 1), dtype=np.float32)
+        # A little past 1, clamped: 7 % train at t = 1, where sampling starts. In float64, then float32: bfloat16
+        # would draw 256 different levels.
+        t = min(max((1 - rng("timestep").random()) * 1.08 + 0.001, 0.001), 1.0)
+        return dict(x=x, caption=caption, t=np.float32(t), eps=torch.from_numpy(eps), position=position)
 
 
-def warm_up(tokenizer, text_model, encoder, scenes, args, device):
-    """Teaches a fresh text encoder what captions look like, before Stage C: the place of CLIP's pre-training.
+def latent_key(pictures, index: int, size: tuple[int, int], flip: bool) -> str:
+    return f"{pictures.key(index)} {size[0]}x{size[1]}{' flipped' * flip}"
 
-    CLIP learned to lay the vector at a caption's end mark beside the vector of its picture
-    (arXiv:2103.00020). The same in its plainest form: a throw-away linear layer must tell from that
-    vector which semantic latent to expect. What objects look like, and that "left of" says where they
-    go, is learned here in minutes; from Stage C's loss alone, which at most noise levels can see the
-    objects in x_t itself, an hour taught half of it.
+
+def batches(samples, plan, args, processes, first_step: int):
+    """This process's micro-batches from `first_step` on, for ever: dicts of stacked tensors and a list of captions."""
+
+    class Order:
+        """For each micro-batch, which samples. The same for any number of processes, but for who computes which."""
+        def __iter__(self):
+            for positions, indices, bucket in plan.steps(first_step):
+                for micro in range(args.grad_accum):
+                    part = split(positions, micro, processes.rank, processes.world, args.batch)
+                    yield [(int(p), int(i), bucket) for p, i in zip(positions[part], indices[part])]
+
+    def stack(items: list[dict]) -> dict:
+        batch = {name: torch.stack([torch.as_tensor(item[name]) for item in items]) for name in ("x", "t", "eps", "position")}
+        return batch | dict(captions=[item["caption"] for item in items])
+    return iter(torch.utils.data.DataLoader(samples, batch_sampler=Order(), collate_fn=stack, num_workers=args.workers,
+                                            pin_memory=processes.device.type == "cuda", persistent_workers=False))
+
+
+# ----- what the loop works with -----------------------------------------------------------------------
+
+class Texts:
+    """Captions -> embeddings (B,N,D) of a frozen encoder: each caption once, by itself, so that no batch changes its numbers."""
+    def __init__(self, encoder, cache=None, most: int = 2000):
+        self.encoder, self.cache, self.most, self.memory = encoder, cache, most, {}
+
+    def one(self, caption: str):
+        if caption not in self.memory:
+            found = self.cache.get("text " + caption) if self.cache is not None else None
+            if found is None:
+                with torch.no_grad():
+                    found = self.encoder([caption])[0].float().cpu().numpy()             # (N, D)
+                if self.cache is not None:
+                    self.cache.put("text " + caption, found)
+            if len(self.memory) >= self.most:
+                self.memory.pop(next(iter(self.memory)))
+            self.memory[caption] = torch.from_numpy(found).float()
+        return self.memory[caption]
+
+    def __call__(self, captions: list[str]):
+        return torch.stack([self.one(caption) for caption in captions])
+
+
+def fill_cache(pictures, buckets, cache, texts, encode, args, processes) -> dict[int, int]:
+    """Every latent (mirrored ones, too) and every caption's embedding into the cache, each process its share.
+
+    -> for each picture that cannot be read, the next one of its bucket, to be used in its place.
     """
-    import torch
-    from tqdm import tqdm
-    from stage_b import preprocess
-    from training import learning_rate, log_losses, to_tensor
-    from wuerstchen import to_stored
-    head = torch.nn.Linear(text_model.config.hidden_size, 16 * 3 * 3).to(device)
-    parameters = [*text_model.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=3e-3, betas=(0.9, 0.99), weight_decay=1e-3)
-    for step in tqdm(range(args.text_warmup), desc="Text encoder"):
-        optimizer.param_groups[0]["lr"] = learning_rate(step, args.text_warmup, 3e-3, 100)
-        pictures, captions = scenes.batch(5 * 10 ** 8 + step * 128, 128)     # not the scenes Stage C starts with
-        with torch.no_grad():
-            x_0 = to_stored(encoder(preprocess(to_tensor(pictures, device), 96)))            # (128, 16, 3, 3)
-        tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").to(device)
-        expected = head(text_model(**tokens).pooler_output)                                  # (128, 144) from the end mark
-        loss = (expected - x_0.flatten(1)).square().mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, args.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if (step + 1) % args.log_every == 0:
-            log_losses(args, step + 1, "text_loss.csv", loss=loss.item())
+    flips = [False, True] if args.random_flip else [False]
+    keys = {latent_key(pictures, i, buckets[pictures.bucket[i]], flip): (i, flip) for i in range(len(pictures)) for flip in flips}
+    missing = cache.missing([*keys])[processes.rank::processes.world]
+    processes.wait()                                                     # all have looked before the first is written
+    for key in tqdm(missing, desc="caching latents", unit="picture", disable=processes.rank > 0 or not missing):
+        i, flip = keys[key]
+        with contextlib.suppress(BrokenPicture):
+            pixels = fit(pictures.read(i), buckets[pictures.bucket[i]], "center", flip)
+            cache.put(key, encode(torch.from_numpy(np.array(pixels))[None])[0].cpu().numpy())
+    captions = sorted({""} | {caption for i in range(len(pictures)) for caption in pictures.captions(i)})
+    for caption in tqdm(captions[processes.rank::processes.world], desc="caching captions", disable=processes.rank > 0):
+        texts.one(caption)
+    processes.wait()
+    broken = {keys[key][0] for key in cache.missing([*keys])}
+    if broken and processes.rank == 0:
+        print(f"{len(broken)} pictures cannot be read: {', '.join(pictures.name(i) for i in sorted(broken)[:5])}", file=sys.stderr)
+    replaced = {}
+    for i in broken:
+        others = [int(j) for j in np.flatnonzero(pictures.bucket == pictures.bucket[i]) if int(j) not in broken]
+        if not others:
+            raise Mistake(f"no picture like {pictures.name(i)} can be read: nothing can take its place")
+        replaced[i] = next((j for j in others if j > i), others[0])
+    return replaced
 
+
+def read_filters(texts: list[str]) -> dict[str, float]:
+    """["min_aesthetic=5", ...] -> {"min_aesthetic": 5.0, ...}."""
+    try:
+        return {name: float(value) for name, _, value in (text.partition("=") for text in texts)}
+    except ValueError:
+        raise Mistake(f"--filter {' '.join(texts)}: expected something like min_aesthetic=5") from None
+
+
+def loss_weight(name: str):
+    """t (B,) -> (B,)."""
+
+    def min_snr(t, gamma: float = 5.0):      # arXiv:2303.09556, eq. 6, for noise prediction: min(SNR, gamma) / SNR
+        snr = alphas_cumprod(t) / (1 - alphas_cumprod(t))
+        return snr.clamp(max=gamma) / snr
+    return {"p2": p2_weight, "none": torch.ones_like, "v": v_weight, "min-snr": min_snr}[name]
+
+
+# ----- what is trained ---------------------------------------------------------------------------------
+
+TRAINING_PARTS = ("prior", "prior_text_encoder", "prior_tokenizer", "image_encoder")
+
+
+def build_prior(args, place, dtype):
+    """Stage C to be trained. In float32, since the steps of an optimizer are too small for less; under a LoRA, which has
+    float32 weights of its own, the frozen weights take half the memory in `dtype`."""
+    if args.init == "weights":
+        return load_stage_c(place, dtype if args.lora else torch.float32)
+    try:
+        return StageC(**(config_to_ours(json.loads(Path(args.config).read_text()), StageC) if args.config else {}))
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise Mistake(f"--config {args.config} cannot be used: {error}") from error
+
+
+class Learner(torch.nn.Module):
+    """Stage C, and the text encoder if it learns, too, as one module with one forward: what DDP needs."""
+    def __init__(self, prior, text_model=None):
+        super().__init__()
+        self.prior, self.text = prior, text_model
+
+    def forward(self, x_t, t, text):
+        """x_t (B,16,h,w), t (B,), text (B,N,D) or, if the encoder learns, the tokenizer's output -> eps_hat (B,16,h,w)."""
+        if not isinstance(text, torch.Tensor):
+            text = self.text(text["input_ids"], attention_mask=text["attention_mask"]).last_hidden_state
+        return self.prior(x_t, t, text)
+
+
+# ----- looking at a run -------------------------------------------------------------------------------
+
+def fixed_set(pictures, buckets, encode, args) -> list[tuple]:
+    """The pictures of the validation: (x_0 (1,16,h,w), caption) of each, always the same ones."""
+    chosen = np.random.default_rng([args.seed, 1]).permutation(len(pictures))[:args.val_count]
+    result = []
+    for i in chosen.tolist() if args.val_every else []:
+        size = buckets[nearest_bucket(pictures.sizes[i:i + 1], buckets)[0]]
+        pixels = fit(pictures.read(i), size, "center", False, sample_rng(args.seed, i, "validation"))
+        result.append((encode(torch.from_numpy(pixels.copy())[None]), pictures.captions(i)[0]))
+    return result
+
+
+def validate(model, fixed, embed, weight, autocast, args, processes) -> dict[str, float]:
+    """Raw loss at each level of T_GRID, and their weighted mean, with pictures and noise that never change.
+
+    The training loss tells little: at t = 0.05 it is a hundred times that at t = 0.95, and which t were drawn decides it.
+    """
+    t = torch.tensor(T_GRID, device=processes.device)                                    # (10,)
+    sums = torch.zeros(len(T_GRID) + 1, device=processes.device)
+    for i, (x_0, caption) in enumerate(fixed):
+        if not args.fsdp and i % processes.world != processes.rank:      # under FSDP all must compute together
+            continue
+        eps = torch.from_numpy(sample_rng(args.seed, i, "validation").standard_normal((len(t), *x_0.shape[1:]), dtype="float32")).to(x_0)
+        with torch.no_grad(), autocast:
+            text = embed([caption])
+            text = {k: v.expand(len(t), -1) for k, v in text.items()} if args.train_text else text.expand(len(t), -1, -1)
+            eps_hat = model(add_noise(x_0.expand_as(eps), eps, t), t, text).float()      # (10, 16, h, w)
+        sums[:-1] += (eps_hat - eps).square().mean(dim=(1, 2, 3))
+        sums[-1] += 1
+    sums = sums if args.fsdp else processes.sum(sums)
+    raw = sums[:-1] / sums[-1]
+    return dict(val_loss=(raw * weight(t)).mean().item()) | {f"val_loss_t_{level:.2f}": value for level, value in zip(T_GRID, raw.tolist())}
+
+
+def sample_prompts(args, pictures) -> list[str]:
+    if args.sample_prompts:
+        prompts = [line.strip() for line in Path(args.sample_prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
+        if not prompts:
+            raise Mistake(f"--sample-prompts {args.sample_prompts} holds no prompts: expected one per line")
+        return prompts
+    return list(dict.fromkeys(pictures.captions(i)[0] for i in range(min(len(pictures), 100))))[:4]
+
+
+def build_painter(places, prior, tokenizer, text_model, device, dtype):
+    """The pipeline with the model that learns in it. Stage B and its text encoder are let go between two grids."""
+    tiny, shared = is_tiny(places["image_encoder"]), places["text_encoder"] == places["prior_text_encoder"]
+    text_c = TextEncoder(tokenizer, text_model)
+    return Wuerstchen(lambda: load_stage_a(places["vqgan"], dtype), lambda: load_stage_b(places["decoder"], dtype), prior, text_c,
+                      text_c if shared else lambda: TextEncoder(*load_text_encoder(places["text_encoder"], places["tokenizer"], dtype)),
+                      device=device, dtype=dtype, **(dict(size=128, guidance_b=4.0) if tiny else {}))
+
+
+def paint_samples(painter, prompts, args, autocast, with_lora: bool):
+    """A grid: a row for each prompt, always from the same noise; under a LoRA a column without it and one with it."""
+    columns = {}
+    with autocast:
+        for title, on in (("without LoRA", False), ("with LoRA", True)) if args.lora and with_lora else (("", True),):
+            if args.lora:
+                (lora.enable if on else lora.disable)(painter.stage_c)
+            columns[title] = [painter(prompt, seed=args.seed)[0] for prompt in prompts]
+    if args.lora:
+        lora.enable(painter.stage_c)
+    painter.loaded = {name: part for name, part in painter.loaded.items() if name in ("stage_c", "text_encoder_c")}
+    return grid([image for row in zip(*columns.values()) for image in row], len(columns), [*columns] if len(columns) > 1 else None, prompts)
+
+
+def dry_run(args, model, pictures, buckets, plan) -> None:
+    """What would be trained on what."""
+    learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+    # Weights, gradients, two moments of AdamW, averages: five float32 numbers for each weight that learns.
+    memory = learned * 4 * (5 if args.ema else 4) + frozen
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    print(f"{learned:,} of {sum(p.numel() for p in model.parameters()):,} parameters learn, in {len(names)} tensors: {', '.join(names[:3])}, ...")
+    print(f"{memory / 2 ** 30:.2f} GiB for weights, gradients, optimizer and averages; activations come on top: see --checkpointing")
+    counts = torch.bincount(torch.from_numpy(pictures.bucket), minlength=len(buckets)).tolist()
+    print(f"{plan.batch} pictures per step, {args.steps} steps are {args.steps * plan.batch / len(pictures):.1f} epochs; buckets: "
+          + ", ".join(f"{w}x{h} px {n}" for (h, w), n in zip(buckets, counts) if n))
+    positions, indices, bucket = plan.step(0)
+    h, w = buckets[bucket]
+    print(f"step 0: x_0 and eps ({plan.batch}, 16, {h * 3 // 128}, {w * 3 // 128}); its first captions, after dropout:")
+    for position, index in list(zip(positions.tolist(), indices.tolist()))[:8]:
+        captions = pictures.captions(index)
+        dropped = sample_rng(args.seed, position, "caption dropout").random() < args.caption_dropout
+        print(f"  {pictures.name(index)}: {'' if dropped else captions[sample_rng(args.seed, position, 'caption').integers(len(captions))]!r}")
+
+
+# ----- the run ----------------------------------------------------------------------------------------
 
 def main(args):
-    # Imported here, so that --help answers at once.
-    import copy
-    import numpy as np
-    import torch
-    from tqdm import tqdm
-    from scenes import EmojiScenes
-    from diffusion import add_noise, p2_weight, v_weight
-    from stage_b import preprocess
-    from stage_c import StageC
-    from text import TextEncoder
-    from training import check_out, learning_rate, log_losses, save_checkpoint, save_grid, start_run, to_tensor
-    from weights import (load_image_encoder, load_stage_a, load_stage_b, load_stage_c, load_text_encoder, save_scheduler,
-                         save_stage_c, save_text_encoder)
-    from wuerstchen import Wuerstchen, to_stored
 
-    check_out(args)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    autocast = torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.dtype),
-                              enabled=args.dtype != "fp32")
+    check(args)
+    checkpoints = Checkpoints(f"{args.out}/checkpoints", args.keep)
+    resumed = checkpoints.find(args.resume)
+    stop, processes = StopSignal(), Processes(args.device)
+    device, first = processes.device, processes.rank == 0
+    args.dtype = args.dtype or ("fp32" if device.type == "cpu" else "bf16")
+    args.lr = args.lr or (1e-5 if not args.lora and args.init == "weights" else 1e-4)
+    args.alpha = args.alpha or float(args.rank)
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "workers", "device", "push_to_hub")}
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     torch.manual_seed(args.seed)
-    weight = dict(v=v_weight, p2=p2_weight, none=torch.ones_like)[args.loss_weight]
 
-    # --- data and models ---------------------------------------------------------------------------
-    scenes = EmojiScenes("captioned", seed=args.seed + 2)    # scene i is a function of (seed, i): a resume is exact
-    encoder = load_image_encoder(args.image_encoder).to(device).requires_grad_(False)    # eval mode, float32
-    if args.init:
-        prior = load_stage_c(f"{args.init}/prior").train()
-        tokenizer, text_model = load_text_encoder(f"{args.init}/text_encoder", f"{args.init}/tokenizer")
-    else:
-        tokenizer, text_model = new_text_encoder(args.text_width, args.text_depth)
-        text_model.to(device).train()
-        if not args.resume:
-            warm_up(tokenizer, text_model, encoder, scenes, args, device)
-        prior = StageC(c=args.width, c_cond=args.text_width, c_timestep=32, depth=args.depth, heads=args.width // 32, dropout=0.0)
-    text_model.train(args.train_text).requires_grad_(args.train_text)
-    model = torch.nn.ModuleDict(dict(prior=prior, text=text_model)).to(device)
-    ema = copy.deepcopy(model).requires_grad_(False).eval()
-    if args.compile:
-        model["prior"].compile()                             # fuses the small operations; takes a minute or two first
-    embed = TextEncoder(tokenizer, model["text"])
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr, betas=(0.9, 0.99),
-                                  weight_decay=1e-3, fused=True)
+    # --- models ------------------------------------------------------------------------------------
+    files = {part: getattr(args, part) for part in FILES if getattr(args, part)}
+    places = hub.locate(args.weights, files, (*hub.TEXT_TO_IMAGE, "image_encoder") if args.sample_every else TRAINING_PARTS)
+    prior = build_prior(args, places["prior"], dtype).to(device)
+    tokenizer, text_model = load_text_encoder(places["prior_text_encoder"], places["prior_tokenizer"], torch.float32 if args.train_text else dtype)
+    text_model.to(device).train(args.train_text).requires_grad_(args.train_text)
+    image_encoder = load_image_encoder(places["image_encoder"]).to(device).requires_grad_(False)     # eval mode, float32: the targets are exact
+    if args.lora:
+        with user_mistakes():
+            lora.add_lora(prior, args.rank, args.alpha, args.lora_dropout, args.targets, rslora=args.rslora, dora=args.dora)
+    prior.checkpointing = args.checkpointing
+    model = Learner(prior.train(), text_model if args.train_text else None)
+
+    # --- data --------------------------------------------------------------------------------------
+    buckets = bucket_sizes(args.resolution or (128 if is_tiny(places["image_encoder"]) else 1024), max_ratio=args.max_ratio)
+    index = Path(args.cache or args.out) / "index"
+    with processes.one_after_another(), user_mistakes():             # what one has indexed or fetched serves the others
+        pictures = open_pictures(args.data, index_folder=index, **read_filters(args.filter))
+        validation = open_pictures(args.val_data, index_folder=index) if args.val_data else pictures
+    pictures.bucket = nearest_bucket(pictures.sizes, buckets)
+    plan = Plan(pictures.bucket, args.batch * args.grad_accum * processes.world, args.seed)
+    cache = text_cache = None
+    if args.cache:
+        cache = Cache(args.cache, hash_of(image_encoder), dict(kind="latents", crop="center", dtype=dict(fp16="float16", fp32="float32")[args.cache_dtype]))
+        text_cache = Cache(args.cache, hash_of(text_model), dict(kind="texts", dtype=dict(fp16="float16", fp32="float32")[args.cache_dtype]))
+    texts = Texts(TextEncoder(tokenizer, text_model), text_cache)
+
+    @torch.no_grad()
+    def encode(pixels):
+        """(B,h,w,3) uint8 -> x_0 (B,16,h',w') float32, of about unit variance."""
+        h, w = pixels.shape[1:3]
+        images = pixels.to(device).permute(0, 3, 1, 2).float() / 255
+        return to_stored(image_encoder(preprocess(images, (h * 3 // 4, w * 3 // 4))))
+
+    def embed(captions: list[str]):
+        if args.train_text:
+            return tokenizer(captions, padding="max_length", truncation=True, max_length=texts.encoder.length, return_tensors="pt").to(device)
+        return texts(captions).to(device)                                                # (B, N, D)
+
+    if first:
+        print(pictures.describe(), file=sys.stderr)
+    if args.dry_run:
+        return dry_run(args, model, pictures, buckets, plan) if first else None
+    replaced = fill_cache(pictures, buckets, cache, texts, encode, args, processes) if args.cache else {}
+    fixed, prompts = fixed_set(validation, buckets, encode, args), sample_prompts(args, pictures)
+    if args.cache:
+        image_encoder.to("cpu"), text_model.to("cpu")                                    # no longer needed on the device
+
+    # --- optimizer, averages, and where the run stands -----------------------------------------------
+    if args.fsdp and processes.many:
+        for block in (*prior.res_blocks, *prior.attention_blocks):
+            fully_shard(block)
+        fully_shard(model)
+    optimizer = build_optimizer(model, args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
-    parts = dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler)
-    first_step = start_run(args, parts)
-    cache = {}                                               # batch number -> stored latents, captions
-    painter = None
-    if args.decoder:
-        text = TextEncoder(tokenizer, ema["text"])
-        painter = Wuerstchen(load_stage_a(f"{args.decoder}/vqgan"), load_stage_b(f"{args.decoder}/decoder"), ema["prior"],
-                             text, text, size=128, guidance_b=4.0, device=device)
+    averaged, weight = Averaged(model, args.ema), loss_weight(args.loss_weight)
+    whole = dict(full_state_dict=True, cpu_offload=True)                                 # gathered from all processes, if they are split
+    start = bad = bad_in_all = 0
+    if resumed is not None:
+        state = checkpoints.load(resumed, "train_c.py", settings)
+        start, bad, bad_in_all, averaged.updates = (state[name] for name in ("step", "bad", "bad_in_all", "updates"))
+        set_optimizer_state_dict(model, optimizer, state["optimizer"], options=StateDictOptions(**whole))
+        scaler.load_state_dict(state["scaler"])
+        set_model_state_dict(model, state["averaged"], options=StateDictOptions(**whole, strict=False))
+        averaged.swap()
+        set_model_state_dict(model, state["model"], options=StateDictOptions(**whole, strict=False))
+    if args.compile:
+        prior.compile()
+    forward = model
+    if processes.many and not args.fsdp:
+        forward = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+
+    def save(step: int) -> None:
+        """All processes take part, as each may hold a part of the weights; rank 0 writes."""
+        learned = StateDictOptions(**whole, ignore_frozen_params=True)
+        content = dict(script="train_c.py", settings=settings, step=step, bad=bad, bad_in_all=bad_in_all, scaler=scaler.state_dict(),
+                       updates=averaged.updates, model=get_model_state_dict(model, options=learned),
+                       optimizer=get_optimizer_state_dict(model, optimizer, options=StateDictOptions(**whole)))
+        content["model"] = {name: tensor.clone() for name, tensor in content["model"].items()}       # swap() moves what they are views of
+        averaged.swap()
+        content["averaged"] = get_model_state_dict(model, options=learned)
+        if first:
+            checkpoints.save(step, content)
+        averaged.swap()
+        processes.wait()
+
+    log = Log(args.out, start, args.report_to, settings) if first else None
+    painter = build_painter(places, prior, tokenizer, text_model, device, dtype) if args.sample_every and (first or args.fsdp) else None
+
+    def look(step: int) -> None:
+        """Validation and samples, with the averaged weights."""
+        model.eval()
+        averaged.swap()
+        if args.val_every and (step % args.val_every == 0 or step == args.steps):
+            values = validate(model, fixed, embed, weight, autocast, args, processes)
+            if first:
+                log.write(step, **values)
+        if args.sample_every and (step % args.sample_every == 0 or step == args.steps) and painter is not None:
+            sheet = paint_samples(painter, prompts, args, autocast, with_lora=step > 0)
+            if first:
+                write_atomically(f"{args.out}/samples/step_{step:06d}.png", sheet.save)
+        averaged.swap()
+        model.train()
+        processes.wait()
 
     # --- one pass of this loop is one optimizer step -----------------------------------------------
-    for step in tqdm(range(first_step, args.steps), initial=first_step, total=args.steps, desc="Stage C"):
-        optimizer.param_groups[0]["lr"] = learning_rate(step, args.steps, args.lr, args.warmup)
-        loss_sum = 0.0
+    samples = batches(Samples(pictures, buckets, args, cache, replaced), plan, args, processes, start)
+    sums, since, clock = torch.zeros(2, 10, device=device), start, time.time()           # raw loss and count by noise level
+    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="Stage C", disable=not first)
+    smooth = None
+    if start == 0:
+        look(0)                              # the untouched model: proof that validation and sampling are set up rightly
+    step = start
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step, args)
+        loss_sum = torch.zeros((), device=device)
         for micro in range(args.grad_accum):
-            number = step * args.grad_accum + micro
-            if args.cache:
-                number %= max(args.cache // args.batch, 1)
-            if number in cache:
-                x_0, captions = cache[number]
-            else:
-                pictures, captions = scenes.batch(number * args.batch, args.batch)
-                with torch.no_grad():
-                    x_0 = to_stored(encoder(preprocess(to_tensor(pictures, device), 96)))                    # (B, 16, 3, 3)
-                if args.cache:
-                    cache[number] = x_0, captions
-            keep = torch.rand(args.batch) >= args.caption_dropout                        # (B,) every draw is per picture
-            captions = [c if k else "" for c, k in zip(captions, keep.tolist())]
-            # Noise levels a little past 1, clamped: a share of 7 % trains at t = 1, where sampling starts.
-            t = ((1 - torch.rand(args.batch, device=device)) * 1.08 + 0.001).clamp(0.001, 1)        # (B,)
-            eps = torch.randn_like(x_0)
-            x_t = add_noise(x_0, eps, t)                                                 # (B, 16, 3, 3)
-            with autocast:
-                eps_hat = model["prior"](x_t, t, embed(captions)).float()                # (B, 16, 3, 3)
-            loss = ((eps_hat - eps).square().mean(dim=(1, 2, 3)) * weight(t)).mean()
-            scaler.scale(loss / args.grad_accum).backward()      # sum of parts = gradient of the mean
+            batch = next(samples)
+            x_0 = batch["x"].to(device) if args.cache else encode(batch["x"])            # (B, 16, h, w)
+            t, eps = batch["t"].to(device), batch["eps"].to(device)                      # (B,), (B, 16, h, w)
+            text = embed(batch["captions"])                                              # (B, N, D)
+            torch.manual_seed(hash((args.seed, step, micro, processes.rank)) % 2 ** 63)  # dropout inside the network survives a resume
+            # Gradients are averaged over processes once per step, in the last backward. The forward belongs inside
+            # no_sync(), too: DDP decides in forward whether the coming backward all-reduces.
+            last = micro == args.grad_accum - 1
+            with contextlib.nullcontext() if last or forward is model else forward.no_sync():
+                with autocast:
+                    eps_hat = forward(add_noise(x_0, eps, t), t, text).float()           # (B, 16, h, w)
+                raw = (eps_hat - eps).square().mean(dim=(1, 2, 3))                       # (B,)
+                loss = (raw * weight(t)).mean()
+                scaler.scale(loss / args.grad_accum).backward()                          # sum of parts = gradient of the mean
             loss_sum += loss.detach() / args.grad_accum
+            level = (t * 10).long().clamp(max=9)
+            sums[0].index_add_(0, level, raw.detach())
+            sums[1].index_add_(0, level, torch.ones_like(raw))
         scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            decay = min(args.ema, (1 + step) / (10 + step))      # young averages must forget the first weights
-            for p_ema, p in zip(ema.parameters(), model.parameters()):
-                p_ema.lerp_(p, 1 - decay)
+        grad_norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], args.clip)
+        grad_norm = grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm      # FSDP: over all processes
+        # One process that skipped a step alone would leave the others waiting: all decide together. Under fp16, infinite
+        # gradients are the scaler's business, which skips them and lowers its scale.
+        wrong = ~loss_sum.isfinite() | (~grad_norm.isfinite() & (not scaler.is_enabled()))
+        if processes.any(wrong):
+            bad, bad_in_all = bad + 1, bad_in_all + 1
+            optimizer.zero_grad(set_to_none=True)
+            sums.nan_to_num_(0, 0, 0)
+            if first:
+                log.write(step + 1, bad_step=True, positions=batch["position"].tolist(), captions=batch["captions"])
+            if bad >= args.max_bad_steps:
+                save(step)
+                raise Mistake(f"{bad} steps in a row came to NaN or infinity, up to step {step + 1}; the last good state is in {args.out}/checkpoints: "
+                              f"lower --lr, or use --dtype bf16 or fp32; what was in these batches is in {args.out}/log.jsonl")
+        else:
+            bad = 0
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            averaged.update()
 
-        # --- log, sample, save ---------------------------------------------------------------------
+        # --- log, validate, sample, save ----------------------------------------------------------------
         done = step + 1
         if done % args.log_every == 0 or done == args.steps:
-            log_losses(args, done, loss=loss_sum.item(), grad_norm=grad_norm.item())
-        if painter and (done % args.sample_every == 0 or done == args.steps):
-            pictures = np.stack([np.asarray(picture) for picture in painter(SAMPLE_PROMPTS)])   # (8, 128, 128, 3)
-            save_grid(f"{args.out}/samples/step_{done:06d}.png", to_tensor(pictures), columns=4)
-        if done % args.save_every == 0 or done == args.steps:
-            save_checkpoint(args, done, parts)
-
-    save_stage_c(ema["prior"], f"{args.out}/prior")
-    save_scheduler(f"{args.out}/scheduler")
-    save_text_encoder(tokenizer, ema["text"], f"{args.out}/text_encoder", f"{args.out}/tokenizer")
+            mean = (processes.sum(loss_sum.clone()) / processes.world).item()
+            smooth = mean if smooth is None else 0.9 * smooth + 0.1 * mean
+            raw, count = processes.sum(sums.clone())
+            speed = (done - since) * plan.batch / (time.time() - clock)
+            if first:
+                levels = {f"raw_loss_t_0.{i}": (raw[i] / count[i]).item() for i in range(10) if count[i] > 0}
+                memory = torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else None
+                log.write(done, loss=mean, smooth_loss=smooth, grad_norm=grad_norm.item(), lr=rate(step, args), images_per_second=speed,
+                          memory_gib=memory, bad_steps=bad_in_all, epoch=plan.epoch_of(done * plan.batch), **levels)
+                bar.set_postfix_str(f"loss {smooth:.4f}, |grad| {grad_norm.item():.2f}, lr {rate(step, args):.1e}, {speed:.1f} images/s"
+                                    + (f", {memory:.1f} GiB" if memory else ""))
+            sums.zero_()
+            since, clock = done, time.time()
+        if any(every and (done % every == 0 or done == args.steps) for every in (args.val_every, args.sample_every)):
+            look(done)
+            if first:
+                draw_curves(log.lines(), ["loss", "val_loss", "grad_norm", *(f"val_loss_t_{t:.2f}" for t in T_GRID[::3])], f"{args.out}/curves.png")
+        stopping = processes.any(stop.received)
+        if done % args.save_every == 0 or done == args.steps or stopping:
+            save(done)
+        if stopping and done < args.steps:
+            if first:
+                print(f"stopped after step {done}, all of it saved: --resume auto goes on", file=sys.stderr)
+            break
+    else:
+        averaged.swap()
+        weights = get_model_state_dict(model, options=StateDictOptions(**whole))
+        if first:
+            write_result(args, prior, weights, tokenizer, text_model, len(pictures))
+            if args.push_to_hub:
+                push(args)
+        averaged.swap()
+        processes.wait()
+    stop.restore()
+    processes.close()
 
 
 if __name__ == "__main__":
-    args = parse_args()                                      # first, so that --help answers at once
-    from training import mistakes_in_one_line
     with mistakes_in_one_line():
-        main(args)
+        main(ARGS)

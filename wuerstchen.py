@@ -27,47 +27,8 @@ from torch import Tensor
 from diffusion import (SAMPLERS, Guidance, Keep, Noise, add_noise, cut_timesteps, ddim_step, ddpm_step, default_timesteps_c, denoise,
                        linear_timesteps, slerp, timesteps)
 from images import apply_linear, cover, feather, fit_linear, fitting_size, read_image, read_mask, to_pil
+from latents import crop, extend, latent_sizes, to_raw, to_stored
 from text import TextEncoder, Texts
-
-# ----- latents and sizes ----------------------------------------------------------------------------
-
-LATENT_SHIFT, LATENT_SCALE = 1.0, 42.0     # fixed by the released weights
-
-
-def to_stored(raw: Tensor) -> Tensor:
-    """What the image encoder gives -> what Stage C is trained on, of about unit variance."""
-    return (raw + LATENT_SHIFT) / LATENT_SCALE
-
-
-def to_raw(stored: Tensor) -> Tensor:
-    """What Stage C makes -> what Stage B takes. The inverse of to_stored; applied exactly once."""
-    return stored * LATENT_SCALE - LATENT_SHIFT
-
-
-def latent_sizes(height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Picture size in px -> ((h, w) of Stage C's latent, (h, w) of Stage B's).  1024 -> 24 and 256; 128 -> 3 and 32.
-
-    Any size from 64 px: the next grids that cover it. Stage C's positions are 42 2/3 px wide; Stage B's U-Net
-    halves its input up to 4 times, so that its side is a multiple of 16, that is 64 px. What is rendered
-    beyond the picture is cropped. Raises ValueError for less, and for what is no whole number.
-    """
-    for name, side in (("height", height), ("width", width)):
-        if not isinstance(side, int) or side < 64:
-            raise ValueError(f"{name} {side} is not possible, pictures have sides of 64 px or more, in whole pixels.")
-    return tuple(-(-side * 3 // 128) for side in (height, width)), tuple(-(-side // 64) * 16 for side in (height, width))
-
-
-def crop(images: Tensor, height: int, width: int) -> Tensor:
-    """The middle of images (...,H,W) -> (...,height,width)."""
-    top, left = (images.shape[-2] - height) // 2, (images.shape[-1] - width) // 2
-    return images[..., top:top + height, left:left + width]
-
-
-def extend(image: Tensor, height: int, width: int) -> Tensor:
-    """(C,H,W) -> (C,height,width), its edges repeated: crop undoes it."""
-    top, left = (height - image.shape[-2]) // 2, (width - image.shape[-1]) // 2
-    return F.pad(image[None], (left, width - image.shape[-1] - left, top, height - image.shape[-2] - top), mode="replicate")[0]
-
 
 class Stopped(Exception):
     """A callback has asked to stop."""
@@ -159,7 +120,8 @@ class Wuerstchen:
     @classmethod
     def load(cls, weights: str | Path | None = None, device: str | None = None, dtype: torch.dtype | None = None, *,
              parts: tuple[str, ...] | None = None, offline: bool = False, revision: str | None = None,
-             low_memory: bool | None = None, offload: bool = False, compile: bool = False, **files) -> "Wuerstchen":
+             low_memory: bool | None = None, offload: bool = False, compile: bool = False,
+             loras: dict[str | Path, float] | None = None, **files) -> "Wuerstchen":
         """weights: "tiny", which ships with the code; "v2", "v2-base", "v2-aesthetic", fetched if need be; or a folder in any
         of diffusers' layouts, or of the original .pt files (see hub.find_parts).
 
@@ -169,11 +131,13 @@ class Wuerstchen:
         hub.TEXT_TO_IMAGE (the default) or hub.RECONSTRUCTION; nothing else is fetched. offline, revision: see hub.fetch.
         low_memory: one part in memory at a time, read again when needed; default: if they do not all fit.
         offload: one part on the device at a time, the others wait in main memory. compile: torch.compile for Stages B and C.
+        loras: LoRA files for Stage C and their scales, 1 as trained; see lora.py.
         Raises files.WeightsError (a ValueError) for what will not do, ValueError for devices that are not there.
         """
         import hub
         import weights as w
         from files import TensorFile, find_file
+        from lora import load_lora
         device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         weights = weights or ("v2" if files else "tiny")
@@ -191,6 +155,14 @@ class Wuerstchen:
         def text_b():
             return TextEncoder(*w.load_text_encoder(places["text_encoder"], places["tokenizer"], dtype))
 
+        loras = ({places["lora"]: 1.0} if places.get("lora") else {}) | (loras or {})
+
+        def stage_c():
+            model = w.load_stage_c(places["prior"], dtype)
+            for i, (file, scale) in enumerate(loras.items()):
+                load_lora(model, file, f"lora_{i}", scale)
+            return model.eval()
+
         def image_encoder():
             # In float32: BatchNorm's statistics do not survive half precision.
             place = places["image_encoder"] or hub.fetch("v2", ("image_encoder",), offline=offline, revision=revision)["image_encoder"]
@@ -203,14 +175,14 @@ class Wuerstchen:
         tiny = places["image_encoder"] and w.is_tiny(places["image_encoder"])
         self = cls(source("vqgan", lambda: w.load_stage_a(places["vqgan"], dtype)),
                    source("decoder", lambda: w.load_stage_b(places["decoder"], dtype)),
-                   source("prior", lambda: w.load_stage_c(places["prior"], dtype)),
+                   source("prior", stage_c),
                    source("prior_text_encoder", text_c), source("text_encoder", text_c if shared else text_b),
                    image_encoder if places["image_encoder"] or weights in hub.NAMES else None,
                    **(dict(size=128, guidance_b=4.0) if tiny else {}), device=device, dtype=dtype, offload=offload, compiled=compile,
                    preview_file=(hub.own_cache() if weights in hub.NAMES else places["vqgan"].parent) / "preview.json")
         if files.get("vqgan") or files.get("image_encoder"):
             self.preview_file = None                                     # what is there was fitted to others
-        self.places, self.configs = places, {
+        self.places, self.loras, self.configs = places, loras, {
             stage: plans[part].config for part, stage in (("decoder", "stage_b"), ("prior", "stage_c")) if part in plans}
         if low_memory is None and not offload:
             numbers = sum(p.numel() for model in plans.values() for p in model.parameters())

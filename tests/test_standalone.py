@@ -42,6 +42,9 @@ FORWARD = {
     "stage_c": "from stage_c import StageC\n"
                "m = StageC(16, 16, 5, 8, 1, 2).eval()\n"
                "assert m(torch.randn(1, 16, 3, 5), torch.rand(1), torch.randn(1, 3, 5)).shape == (1, 16, 3, 5)\n",
+    "lora": "from lora import add_lora, load_lora, lora_state_dict, merge, remove, unmerge\n"
+            "m = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Conv2d(2, 2, 3))\n"
+            "add_lora(m, rank=2, targets='all'); s = lora_state_dict(m); remove(m); load_lora(m, s); merge(m); unmerge(m)\n",
     "diffusion": "from diffusion import denoise, linear_timesteps\n"
                  "x = denoise(lambda x, t, both: x, torch.randn(2, 3), lambda: torch.randn(2, 3), linear_timesteps(3))\n"
                  "assert x.shape == (2, 3) and x.isfinite().all()\n",

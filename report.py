@@ -1,0 +1,105 @@
+"""What is left of a run: pictures of its curves, the folder that sample.py and diffusers open, its card, the upload.
+
+Needs: torch, pillow; lora.py, weights.py, files.py; huggingface_hub for the upload.
+"""
+import json
+import math
+import sys
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from files import WeightsError, write_atomically
+
+FILES = ("prior", "prior_text_encoder", "image_encoder", "decoder", "vqgan", "text_encoder")     # parts that may come from elsewhere
+
+
+def draw_curves(lines: list[dict], names: list[str], path: str | Path, width: int = 560, height: int = 300) -> None:
+    """One plot for each name that occurs in the lines of a log, over the step, below each other in one PNG. Loss axes are logarithmic."""
+    font, plots = ImageFont.load_default(size=12), []
+    for name in names:
+        points = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), (int, float)) and math.isfinite(line[name])]
+        if len(points) < 2:
+            continue
+        logarithmic = "loss" in name and min(y for _, y in points) > 0
+        xs, ys = [x for x, _ in points], [math.log10(y) if logarithmic else y for _, y in points]
+        (x0, x1), (y0, y1) = (min(xs), max(xs)), (min(ys), max(ys))
+        y1 = y1 if y1 > y0 else y0 + 1
+        image = Image.new("RGB", (width, height), "white")
+        draw = ImageDraw.Draw(image)
+        left, top, right, bottom = 70, 24, width - 16, height - 34
+
+        def place(x, y):
+            return left + (x - x0) / max(x1 - x0, 1) * (right - left), bottom - (y - y0) / (y1 - y0) * (bottom - top)
+        for i in range(5):
+            y = y0 + (y1 - y0) * i / 4
+            draw.line([place(x0, y), place(x1, y)], fill="#e0e0e0")
+            draw.text((left - 6, place(x0, y)[1]), f"{10 ** y if logarithmic else y:.3g}", "black", font, anchor="rm")
+            x = x0 + (x1 - x0) * i / 4
+            draw.text((place(x, y0)[0], bottom + 6), f"{x:.0f}", "black", font, anchor="ma")
+        draw.line([place(x, y) for x, y in zip(xs, ys)], fill="#2060b0", width=2)
+        draw.text((left, 4), name.replace("_", " ") + (" (logarithmic)" if logarithmic else ""), "black", font)
+        draw.text((right, height - 4), "step", "black", font, anchor="rd")
+        plots.append(image)
+    if plots:
+        sheet = Image.new("RGB", (width, height * len(plots)), "white")
+        for i, plot in enumerate(plots):
+            sheet.paste(plot, (0, i * height))
+        write_atomically(path, sheet.save)
+
+
+def write_result(args, prior, learned: dict, tokenizer, text_model, pictures: int) -> None:
+    """prior/, or lora.safetensors; base.json, which tells sample.py --weights where the other parts are; README.md."""
+    import lora
+    from weights import config_to_diffusers, save_scheduler, save_text_encoder, to_diffusers, write_files, STEM
+    def place(path: str) -> str:
+        return str(Path(path).resolve()) if Path(path).exists() else path                # a name stays a name
+    out = Path(args.out)
+    base = dict(weights=place(args.weights), files={part: place(getattr(args, part)) for part in FILES if getattr(args, part)})
+    if args.lora:
+        lora.save_lora(prior, out / "lora.safetensors", facts=dict(
+            base=args.weights, steps=args.steps, data_count=pictures, trigger=args.trigger, targets=args.targets))
+        base["lora"] = "lora.safetensors"
+    else:
+        tensors = {name.removeprefix("prior."): tensor for name, tensor in learned.items() if name.startswith("prior.")}
+        write_files(config_to_diffusers(prior), {n: t.contiguous() for n, t in to_diffusers(tensors, prior).items()}, out / "prior", STEM)
+        save_scheduler(out / "scheduler")
+    if args.train_text:
+        save_text_encoder(tokenizer, text_model, out / "text_encoder", out / "tokenizer")
+    write_atomically(out / "base.json", lambda path: path.write_text(json.dumps(base, indent=2) + "\n"))
+    settings = "\n".join(f"| `--{name.replace('_', '-')}` | {value} |" for name, value in vars(args).items()
+                         if value not in (None, False, []) and name not in ("out", "resume", "device", "cache", "workers", "push_to_hub"))
+    grids = sorted((out / "samples").glob("*.png"))
+    card = f"""---
+license: mit
+base_model: {'warp-ai/wuerstchen-prior' if args.weights.startswith('v2') else args.weights}
+tags: [text-to-image, wuerstchen{', lora' if args.lora else ''}]
+---
+# {out.name}
+
+{'A LoRA for' if args.lora else 'A fine-tune of'} Würstchen's Stage C, from `{args.weights}`, {args.steps} steps on {pictures} pictures.
+{f'Words that call it: **{args.trigger}**.' if args.trigger else ''}
+
+    python sample.py --weights {out.name} --prompt "..."
+{f'''
+    python sample.py --weights {args.weights} --lora {out.name}/lora.safetensors --prompt "..."
+''' if args.lora else ''}
+{f'![samples](samples/{grids[-1].name})' if grids else ''}
+
+| setting | value |
+|---|---|
+{settings}
+"""
+    write_atomically(out / "README.md", lambda path: path.write_text(card, encoding="utf-8"))
+
+
+def push(args) -> None:
+    """Uploads the result, not the checkpoints, to the hub. A failure here must not look like a failed training."""
+    from huggingface_hub import HfApi
+    from hub import hub_mistakes
+    try:
+        with hub_mistakes(args.push_to_hub, "main"):
+            HfApi().create_repo(args.push_to_hub, exist_ok=True)
+            HfApi().upload_folder(repo_id=args.push_to_hub, folder_path=args.out, ignore_patterns=["checkpoints/*", ".*"])
+    except WeightsError as error:
+        print(f"the upload failed, the result is in {args.out}: {error}", file=sys.stderr)

@@ -1,0 +1,391 @@
+"""The trainer of Stage C: the same work on any number of processes, a resume without a trace, and what other trainers get wrong.
+
+All on the tiny weights, with few steps: what they learn does not matter here, that every bit is where it should be does.
+"""
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import data
+import sample
+import scenes
+import train_c
+import training
+from stage_b import TinyImageEncoder
+
+ROOT = Path(train_c.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Twelve pictures of an object whose name Stage C does not know, with captions beside them."""
+    out = tmp_path_factory.mktemp("unicorns")
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        scene = scenes.place_single(rng, "unicorn", ("small", "medium", "large")[i % 3], list(scenes.COLOURS)[i % 5])
+        Image.fromarray(scenes.render(scene)).save(out / f"{i:02d}.png")
+        (out / f"{i:02d}.txt").write_text(scenes.plain_caption(scene.objects, scene.colour) + "\n")
+    return out
+
+
+@pytest.fixture(autouse=True)
+def signals_as_they_were():
+    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for name, handler in before.items():
+        signal.signal(name, handler)
+
+
+SMALL = ["--weights", "tiny", "--workers", "0", "--val-every", "0", "--log-every", "1", "--device", "cpu", "--warmup", "2", "--lr", "1e-3"]
+LORA = ["--lora", "--rank", "2"]
+
+
+def train(folder, out, *options, steps: int = 4):
+    train_c.main(train_c.parse_args([*SMALL, "--data", str(folder), "--out", str(out), "--steps", str(steps), *options]))
+    return out
+
+
+def newest(out) -> dict:
+    return torch.load(sorted((out / "checkpoints").glob("*.pt"))[-1], weights_only=True)
+
+
+def same(a, b, tolerance: float = 0.0) -> None:
+    """Two nested dicts of tensors and numbers are equal."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            same(a[key], b[key], tolerance)
+    elif isinstance(a, torch.Tensor):
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+    elif isinstance(a, (list, tuple)):
+        for x, y in zip(a, b, strict=True):
+            same(x, y, tolerance)
+    else:
+        assert a == b
+
+
+LEARNED = ("model", "averaged", "optimizer", "step", "updates", "scaler")
+
+
+# --- a run and its result ----------------------------------------------------------------------------
+
+def test_a_lora_run_leaves_a_folder_that_paints_and_the_base_untouched(folder, tmp_path):
+    """base.json says where the other parts are; the LoRA file alone does the same with --lora. Both paint other than the base."""
+    out = train(folder, tmp_path / "run", *LORA, "--lr", "0.05", "--sample-every", "4", "--val-every", "2", steps=4)
+    assert {path.name for path in out.iterdir()} >= {"lora.safetensors", "base.json", "README.md", "log.jsonl", "curves.png", "samples", "checkpoints"}
+    assert [path.name for path in sorted((out / "samples").iterdir())] == ["step_000000.png", "step_000004.png"]
+    for name, options in (("folder", ["--weights", str(out)]), ("file", ["--weights", "tiny", "--lora", f"{out}/lora.safetensors"]),
+                          ("off", ["--weights", "tiny", "--lora", f"{out}/lora.safetensors:0"]), ("base", ["--weights", "tiny"])):
+        sample.main([*options, "--prompt", "a unicorn on a red background", "--seed", "1", "--steps-c", "3", "--steps-b", "2",
+                     "--out", str(tmp_path / f"{name}.png")])
+    pixels = {path.stem: np.asarray(Image.open(path)).astype(int) for path in tmp_path.glob("*.png")}
+    assert np.array_equal(pixels["folder"], pixels["file"]) and np.abs(pixels["off"] - pixels["base"]).max() <= 1      # frozen weights take another kernel
+    assert np.abs(pixels["file"] - pixels["base"]).max() > 10
+    with Image.open(tmp_path / "file.png") as image:
+        settings = json.loads(image.text["wuerstchen"])
+    assert settings["lora"].endswith("lora.safetensors:1.0") and "lora lora.safetensors" in settings["hashes"]
+
+
+def test_full_fine_tuning_writes_a_prior_that_stands_in_for_the_base(folder, tmp_path):
+    out = train(folder, tmp_path / "run", steps=2)
+    before, after = (load_file(place / "prior" / "diffusion_pytorch_model.safetensors") for place in (ROOT / "models" / "tiny", out))
+    assert before.keys() == after.keys() and any(not torch.equal(before[name].float(), after[name].float()) for name in before)
+    sample.main(["--weights", str(out), "--prompt", "a cat", "--seed", "1", "--steps-c", "2", "--steps-b", "1", "--out", str(tmp_path / "cat.png")])
+    assert (tmp_path / "cat.png").stat().st_size > 1000
+
+
+def test_training_from_nothing_takes_its_sizes_from_a_config(folder, tmp_path):
+    (tmp_path / "small.json").write_text(json.dumps(dict(c=32, depth=1, nhead=2, c_cond=128, c_r=32, dropout=0.0)))
+    out = train(folder, tmp_path / "run", "--init", "random", "--config", str(tmp_path / "small.json"), steps=1)
+    assert json.loads((out / "prior" / "config.json").read_text())["c"] == 32
+
+
+@pytest.mark.parametrize("options, learns", [([], False), (["--train-text"], True)])
+def test_the_text_encoder_learns_only_if_told_to(folder, tmp_path, options, learns):
+    """Stage B reads the same encoder: its words must not change their meaning unasked."""
+    out = train(folder, tmp_path / "run", *options, steps=2)
+    assert (out / "text_encoder").exists() is learns
+    assert any(name.startswith("text.") for name in newest(out)["model"]) is learns
+
+
+# --- what a step sees --------------------------------------------------------------------------------
+
+def samples(folder, *options, n: int = 400) -> list[dict]:
+    args = train_c.parse_args([*SMALL, "--data", str(folder), "--out", "unused", *options])
+    pictures = data.open_pictures(folder)
+    pictures.bucket = np.zeros(len(pictures), int)
+    every = train_c.Samples(pictures, [(128, 128)], args)
+    return [every[position, position % len(pictures), 0] for position in range(n)]
+
+
+def test_noise_levels_are_the_original_ones(folder):
+    """(1 - u) 1.08 + 0.001, clamped: 7 % at exactly t = 1, where sampling starts and where others never train; in float32,
+    where others draw one of 256 bfloat16 numbers."""
+    t = np.array([item["t"] for item in samples(folder)])
+    assert t.dtype == np.float32 and 0.04 < (t == 1).mean() < 0.12 and t.min() >= 0.001 and len(np.unique(t)) > 350
+
+
+def test_captions_are_dropped_one_by_one(folder):
+    """Elsewhere one coin decides for the whole batch, or nothing is dropped, and guidance breaks."""
+    dropped = np.array([item["caption"] == "" for item in samples(folder, "--caption-dropout", "0.25")])
+    assert 0.18 < dropped.mean() < 0.32
+    batches = dropped.reshape(-1, 4).mean(1)
+    assert len(set(batches.tolist())) >= 4                                       # 0, 1, 2, 3 of 4, not all or none
+    assert not any(item["caption"] == "" for item in samples(folder, "--caption-dropout", "0", n=50))
+
+
+def test_every_sample_has_noise_of_its_own(folder):
+    """Elsewhere all GPUs draw the same noise from the same seed."""
+    first, again, other = (samples(folder, "--seed", seed, n=3) for seed in ("0", "0", "1"))
+    noise = [item["eps"] for item in first]
+    assert abs(torch.corrcoef(torch.stack([n.flatten() for n in noise]))[0, 1]) < 0.4
+    same([item["eps"] for item in first], [item["eps"] for item in again])
+    assert not torch.equal(first[0]["eps"], other[0]["eps"]) and not torch.equal(noise[0], samples(folder, n=13)[12]["eps"])
+
+
+def test_targets_are_float32_whatever_the_rest_computes_in(folder, tmp_path, monkeypatch):
+    """The image encoder's BatchNorm statistics do not survive half precision, and its error would be learned as truth."""
+    seen = []
+    forward = TinyImageEncoder.forward
+    monkeypatch.setattr(TinyImageEncoder, "forward", lambda self, x: seen.append((x.dtype, self.training)) or forward(self, x))
+    train(folder, tmp_path / "run", *LORA, "--dtype", "bf16", steps=1)
+    assert set(seen) == {(torch.float32, False)}
+
+
+def test_weight_decay_spares_norms_biases_and_loras():
+    """A LoRA starts at 0 and is pulled there by decay; biases and norms have no scale that decay could regularise."""
+    args = train_c.parse_args([*SMALL, "--data", "x", "--out", "y"])
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
+    decay = {tuple(p.shape): group["weight_decay"] for group in training.build_optimizer(model, args).param_groups for p in group["params"]}
+    assert decay == {(4, 3): 0.01, (4,): 0.0}
+    args.lora = True
+    assert {group["weight_decay"] for group in training.build_optimizer(model, args).param_groups} == {0.0}
+
+
+def test_learning_rates():
+    args = train_c.parse_args([*SMALL, "--data", "x", "--out", "y", "--lr", "1", "--warmup", "10", "--steps", "110"])
+    for schedule, at_60, at_end in (("constant", 1, 1), ("linear", 0.5, 0.01), ("cosine", 0.5, 0.0002)):
+        args.schedule = schedule
+        assert training.rate(0, args) == pytest.approx(0.1) and training.rate(9, args) == pytest.approx(1)
+        assert training.rate(60, args) == pytest.approx(at_60) and training.rate(109, args) == pytest.approx(at_end, rel=0.3)
+
+
+def test_averages_forget_the_start():
+    """min(beta, (1 + n) / (10 + n)): with a constant 0.999 the average of a short run would be its first weights."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    averaged = training.Averaged(model, 0.999)
+    for value in range(1, 31):
+        model.weight.data.fill_(value)
+        averaged.update()
+    assert averaged.mean["weight"].item() > 20
+    averaged.swap()
+    assert model.weight.item() == averaged.mean["weight"].item() + 0 or model.weight.item() > 20
+    averaged.swap()
+    assert model.weight.item() == 30
+
+
+@pytest.mark.parametrize("name, t, expected", [("none", 0.5, 1.0), ("p2", 1.0, 0.9999), ("min-snr", 1.0, 1.0)])
+def test_loss_weights(name, t, expected):
+    assert train_c.loss_weight(name)(torch.tensor([t])).item() == pytest.approx(expected)
+
+
+# --- the same run, however it is computed ------------------------------------------------------------
+
+TORCHRUN = """
+import sys
+sys.path.insert(0, {root!r})
+import torch
+torch.set_num_threads(1)
+import train_c
+train_c.main(train_c.parse_args(sys.argv[1:]))
+"""
+
+
+def torchrun(processes: int, folder, out, *options, steps: int) -> Path:
+    script = Path(out).parent / "script.py"
+    script.write_text(TORCHRUN.format(root=str(ROOT)))
+    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", str(script), *SMALL,
+                          "--data", str(folder), "--out", str(out), "--steps", str(steps), *options], capture_output=True, text=True,
+                         env=os.environ | dict(OMP_NUM_THREADS="1"))
+    assert run.returncode == 0, run.stderr[-3000:]
+    return out
+
+
+@pytest.mark.parametrize("kind", [LORA, []], ids=["lora", "full"])
+def test_one_process_two_processes_and_accumulation_do_the_same_work(folder, tmp_path, kind):
+    """8 at once, 2 x 4, and 4 twice: the same samples in each step, so the same weights, but for rounding."""
+    one = train(folder, tmp_path / "one", *kind, "--batch", "8", steps=3)
+    two = torchrun(2, folder, tmp_path / "two", *kind, "--batch", "4", steps=3)
+    accumulated = train(folder, tmp_path / "accumulated", *kind, "--batch", "4", "--grad-accum", "2", steps=3)
+    for other in (two, accumulated):
+        same(newest(one)["model"], newest(other)["model"], 1e-5)
+        losses = [[json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()] for out in (one, other)]
+        assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_a_run_goes_on_with_another_number_of_processes(folder, tmp_path):
+    """1 -> 2 -> 1: the data order is a function of the step, so that only rounding tells."""
+    unbroken = train(folder, tmp_path / "unbroken", *LORA, "--batch", "4", steps=6)
+    out = train(folder, tmp_path / "run", *LORA, "--batch", "4", steps=2)
+    torchrun(2, folder, out, *LORA, "--batch", "2", "--resume", "auto", steps=4)
+    train(folder, out, *LORA, "--batch", "4", "--resume", "auto", steps=6)
+    same(newest(unbroken)["model"], newest(out)["model"], 1e-5)
+
+
+@pytest.mark.parametrize("options", [LORA, [], [*LORA, "--lora-dropout", "0.2", "--grad-accum", "2", "--random-flip"],
+                                     [*LORA, "--workers", "1"], ["--train-text"], [*LORA, "--dtype", "bf16", "--checkpointing"]],
+                         ids=["lora", "full", "dropout and flips", "a worker", "text", "bf16"])
+def test_a_resumed_run_is_the_unbroken_run_to_the_bit(folder, tmp_path, options):
+    """Stopped after steps 3 and 5 of 6, in the middle of an epoch: weights, averages, optimizer, data order all go on exactly."""
+    unbroken = train(folder, tmp_path / "unbroken", "--batch", "2", *options, steps=6)
+    out = tmp_path / "broken"
+    for steps in (3, 5, 6):
+        train(folder, out, "--batch", "2", *options, "--resume", "auto", steps=steps)
+    same({name: newest(unbroken)[name] for name in LEARNED}, {name: newest(out)[name] for name in LEARNED})
+
+
+def test_a_signal_finishes_the_step_and_saves(folder, tmp_path, monkeypatch, capsys):
+    """A scheduler warns with SIGTERM before it kills: nothing is lost, and the run goes on as if nothing had happened."""
+    unbroken = train(folder, tmp_path / "unbroken", *LORA, steps=4)
+    update = training.Averaged.update
+
+    def update_and_warn(self):
+        update(self)
+        if self.updates == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Averaged, "update", update_and_warn)
+        out = train(folder, tmp_path / "run", *LORA, steps=4)
+    assert newest(out)["step"] == 2 and "stopped after step 2" in capsys.readouterr().err and not (out / "lora.safetensors").exists()
+    train(folder, out, *LORA, "--resume", "auto", steps=4)
+    same(newest(unbroken)["model"], newest(out)["model"])
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(folder, tmp_path):
+    a, b = (train(folder, tmp_path / name, *options, steps=2) for name, options in (("a", []), ("b", ["--checkpointing"])))
+    same(newest(a)["model"], newest(b)["model"], 1e-6)
+
+
+def test_a_cache_changes_nothing_but_time(folder, tmp_path, monkeypatch):
+    """Latents and texts are computed once: the same weights, and in a second run no picture is encoded any more."""
+    plain = train(folder, tmp_path / "plain", *LORA, "--random-flip", steps=3)
+    cached = train(folder, tmp_path / "cached", *LORA, "--random-flip", "--cache", str(tmp_path / "cache"), "--cache-dtype", "fp32", steps=3)
+    same(newest(plain)["model"], newest(cached)["model"], 1e-4)      # another batch size, other roundings, which AdamW amplifies
+    monkeypatch.setattr(TinyImageEncoder, "forward", lambda *_: pytest.fail("a picture was encoded"))
+    again = train(folder, tmp_path / "again", *LORA, "--random-flip", "--cache", str(tmp_path / "cache"), "--cache-dtype", "fp32", steps=3)
+    same(newest(cached)["model"], newest(again)["model"])
+
+
+def test_a_broken_picture_is_replaced_and_named(folder, tmp_path, capsys):
+    """Cut off in the middle: its header is fine, so it is found only when it is read."""
+    broken = tmp_path / "data"
+    broken.mkdir()
+    for path in folder.iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    (broken / "03.png").write_bytes((folder / "03.png").read_bytes()[:400])
+    train(broken, tmp_path / "run", *LORA, "--cache", str(tmp_path / "cache"), steps=4)
+    assert "1 pictures cannot be read: " in capsys.readouterr().err
+    train(broken, tmp_path / "other", *LORA, steps=4)
+
+
+# --- what is not finite ------------------------------------------------------------------------------
+
+def test_a_bad_step_is_skipped_and_its_batch_named(folder, tmp_path, monkeypatch):
+    """One NaN would be the end of all weights; others replace it by 0, or stop on one process only."""
+    calls, forward = [], train_c.Learner.forward
+
+    def sometimes(self, x_t, t, text):
+        calls.append(1)
+        return forward(self, x_t, t, text) * (float("nan") if len(calls) == 2 else 1.0)
+    monkeypatch.setattr(train_c.Learner, "forward", sometimes)
+    out = train(folder, tmp_path / "run", *LORA, steps=4)
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    bad, = (line for line in lines if line.get("bad_step"))
+    assert bad["step"] == 2 and len(bad["captions"]) == 4 and len(bad["positions"]) == 4
+    state = newest(out)
+    assert (state["bad_in_all"], state["bad"], state["updates"]) == (1, 0, 3)
+    assert all(tensor.isfinite().all() for tensor in state["model"].values())
+
+
+def test_too_many_bad_steps_in_a_row_stop_the_run_with_its_last_good_state(folder, tmp_path, monkeypatch):
+    forward = train_c.Learner.forward
+    monkeypatch.setattr(train_c.Learner, "forward", lambda self, *args: forward(self, *args) * float("nan"))
+    with pytest.raises(training.Mistake, match="3 steps in a row came to NaN or infinity, up to step 3; the last good state is in .*lower --lr"):
+        train(folder, tmp_path / "run", *LORA, "--max-bad-steps", "3", steps=9)
+    assert all(tensor.isfinite().all() for tensor in newest(tmp_path / "run")["model"].values())
+
+
+# --- checkpoints and mistakes ------------------------------------------------------------------------
+
+def test_only_the_newest_checkpoints_are_kept(folder, tmp_path):
+    out = train(folder, tmp_path / "run", *LORA, "--save-every", "1", "--keep", "2", steps=4)
+    assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step_00000003.pt", "step_00000004.pt"]
+
+
+def test_a_run_is_not_overwritten_and_foreign_checkpoints_are_refused(folder, tmp_path):
+    out = train(folder, tmp_path / "run", *LORA, steps=1)
+    with pytest.raises(training.Mistake, match="exists already: add --resume auto to go on from it, or choose another --out"):
+        train(folder, out, *LORA)
+    with pytest.raises(training.Mistake, match="there is no such file; the checkpoints here are step_00000001.pt"):
+        train(folder, out, *LORA, "--resume", "nowhere.pt")
+    path = out / "checkpoints" / "step_00000001.pt"
+    for content, message in ((path.read_bytes()[:-500], "cannot be read, presumably it is cut off"), (b"hello", "cannot be read")):
+        (tmp_path / "torn.pt").write_bytes(content)
+        with pytest.raises(training.Mistake, match=message):
+            train(folder, tmp_path / "other", *LORA, "--resume", str(tmp_path / "torn.pt"))
+    torch.save(dict(script="train_b.py"), tmp_path / "b.pt")
+    with pytest.raises(training.Mistake, match="is not a checkpoint of train_c.py but of train_b.py"):
+        train(folder, tmp_path / "other", *LORA, "--resume", str(tmp_path / "b.pt"))
+
+
+def test_settings_that_differ_from_the_checkpoints_are_named(folder, tmp_path, capsys):
+    out = train(folder, tmp_path / "run", *LORA, steps=1)
+    train(folder, out, *LORA, "--resume", "auto", "--caption-dropout", "0.1", steps=2)
+    assert "resuming with --caption-dropout 0.1, the checkpoint has 0.05" in capsys.readouterr().err
+
+
+MISTAKES = [
+    (["--rank", "0"], "--rank is 0, expected at least 1"),
+    (["--caption-dropout", "1"], "--caption-dropout is 1.0, expected a number from 0 to below 1"),
+    (["--lora", "--init", "random"], "does not go with --train-text or --init random"),
+    (["--config", "x.json"], "add --init random"),
+    (["--cache", "x", "--crop", "random"], "does not go with --crop random"),
+    (["--filter", "min_aesthetic"], "expected something like min_aesthetic=5"),
+    (["--lora", "--targets", "nothing_like_it"], "nothing_like_it"),
+    (["--init", "random", "--config", "nowhere.json"], "nowhere.json"),
+]
+
+
+@pytest.mark.parametrize("options, message", MISTAKES, ids=[" ".join(options) for options, _ in MISTAKES])
+def test_mistakes_are_one_line(folder, tmp_path, options, message):
+    with pytest.raises((training.Mistake, OSError), match=message) as error:
+        train(folder, tmp_path / "run", *options)
+    assert "\n" not in str(error.value)
+
+
+def test_a_dry_run_says_what_would_happen_and_does_nothing(folder, tmp_path, capsys):
+    train(folder, tmp_path / "run", *LORA, "--dry-run")
+    said = capsys.readouterr().out
+    assert "parameters learn" in said and "GiB" in said and "128x128 px 12" in said and "unicorn" in said
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_the_validation_is_the_same_work_every_time(folder, tmp_path):
+    """At step 0 of two runs with different training seeds' noise: the same number; and one per noise level, which are comparable."""
+    values = []
+    for name in ("a", "b"):
+        out = train(folder, tmp_path / name, *LORA, "--val-every", "1", "--val-count", "3", *(["--lr", "1e-2"] if name == "b" else []), steps=1)
+        lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines() if "val_loss" in line]
+        values.append(lines)
+    assert values[0][0] == values[1][0] and values[0][1] != values[1][1]
+    levels = [values[0][0][f"val_loss_t_{t:.2f}"] for t in train_c.T_GRID]
+    assert levels[0] > 10 * levels[-1] > 0
