@@ -95,6 +95,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
                                                      set_model_state_dict, set_optimizer_state_dict)
 from tqdm import tqdm
@@ -454,9 +456,9 @@ def main(args):
 
     # --- optimizer, averages, and where the run stands -----------------------------------------------
     if args.fsdp and processes.many:
-        for block in (*prior.res_blocks, *prior.attention_blocks):
-            fully_shard(block)
-        fully_shard(model)
+        mesh = init_device_mesh(device.type, (processes.world,))
+        for block in (*prior.res_blocks, *prior.attention_blocks, model):                # the root takes what is left
+            fully_shard(block, mesh=mesh)
     optimizer = build_optimizer(model, args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
     averaged, weight = Averaged(model, args.ema), loss_weight(args.loss_weight)
@@ -530,6 +532,8 @@ def main(args):
             # Gradients are averaged over processes once per step, in the last backward. The forward belongs inside
             # no_sync(), too: DDP decides in forward whether the coming backward all-reduces.
             last = micro == args.grad_accum - 1
+            if args.fsdp and processes.many:
+                model.set_requires_gradient_sync(last)                                   # its name for the same
             with contextlib.nullcontext() if last or forward is model else forward.no_sync():
                 with autocast:
                     eps_hat = forward(add_noise(x_0, eps, t), t, text).float()           # (B, 16, h, w)

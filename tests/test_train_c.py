@@ -232,6 +232,38 @@ def test_one_process_two_processes_and_accumulation_do_the_same_work(folder, tmp
         assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
+def test_weights_split_over_processes_learn_the_same(folder, tmp_path):
+    """--fsdp, for what does not fit one GPU; with gradients clipped over the norm of all parts. Resumed by one process that holds it all."""
+    one = train(folder, tmp_path / "one", "--batch", "8", "--clip", "0.1", steps=3)
+    split = torchrun(2, folder, tmp_path / "split", "--fsdp", "--batch", "2", "--grad-accum", "2", "--clip", "0.1", "--val-every", "2", steps=2)
+    train(folder, split, "--batch", "8", "--clip", "0.1", "--resume", "auto", steps=3)
+    same(newest(one)["model"], newest(split)["model"], 1e-5)
+    same(newest(one)["averaged"], newest(split)["averaged"], 1e-5)
+
+
+def test_gradients_travel_once_per_step(folder, tmp_path):
+    """Forward and backward of all micro-steps but the last stand inside no_sync(): elsewhere only the backward does, which
+    saves nothing, since DDP decides in forward."""
+    script = tmp_path / "counting.py"
+    script.write_text(TORCHRUN.format(root=str(ROOT)).replace("import train_c", """
+from pathlib import Path
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+calls = []
+
+class Counted(torch.nn.parallel.DistributedDataParallel):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_comm_hook(None, lambda state, bucket: calls.append(1) or allreduce_hook(state, bucket))
+torch.nn.parallel.DistributedDataParallel = Counted
+import atexit
+atexit.register(lambda: Path("calls").write_text(str(len(calls))))
+import train_c""", 1))
+    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), *SMALL, *LORA, "--data", str(folder),
+                          "--out", str(tmp_path / "run"), "--steps", "2", "--batch", "1", "--grad-accum", "4"], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert (tmp_path / "calls").read_text() == "2"                               # 2 steps, one bucket; without no_sync() 8
+
+
 def test_a_run_goes_on_with_another_number_of_processes(folder, tmp_path):
     """1 -> 2 -> 1: the data order is a function of the step, so that only rounding tells."""
     unbroken = train(folder, tmp_path / "unbroken", *LORA, "--batch", "4", steps=6)

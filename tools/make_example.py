@@ -1,0 +1,39 @@
+"""Draws examples/unicorn: 24 captioned pictures of an object whose name Stage C of the tiny weights has never seen.
+
+  python tools/make_example.py
+
+Unicorns are one of the 64 objects that Stages A and B were trained on without their names: the tiny model can paint
+one, but does not know what to call it. Alone and beside other objects, on five of the eight backgrounds.
+Needs: scenes.py.
+"""
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+from PIL import Image
+
+from scenes import RELATIONS, caption, place_pair, place_single, plain_caption, render
+
+BACKGROUNDS = ("white", "red", "yellow", "green", "blue")
+BESIDE = ("cat", "banana", "house", "star", "tree", "robot", "crab", "key", "gift", "umbrella", "penguin", "moon")
+
+
+def main(folder: Path) -> None:
+    rng = np.random.default_rng(5)
+    folder.mkdir(parents=True)
+    for i in range(24):
+        if i < 12:
+            scene = place_single(rng, "unicorn", ("small", "medium", "large")[i % 3], BACKGROUNDS[i % 5])
+            text = caption(scene, rng)
+        else:
+            scene = place_pair(rng, "unicorn", BESIDE[i - 12], RELATIONS[i % 4], BACKGROUNDS[(i - 10) % 5])
+            text = plain_caption(scene.objects, scene.colour, scene.relation)
+        Image.fromarray(render(scene)).save(folder / f"{i:02d}.png", optimize=True)
+        (folder / f"{i:02d}.txt").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main(ROOT / "examples" / "unicorn")
