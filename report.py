@@ -1,4 +1,4 @@
-"""What is left of a run: pictures of its curves, the folder that sample.py and diffusers open, its card, the upload.
+"""What a run shows: what it would do, pictures of its curves, the folder that sample.py and diffusers open, its card, the upload.
 
 Needs: torch, pillow; lora.py, weights.py, files.py; huggingface_hub for the upload.
 """
@@ -7,11 +7,34 @@ import math
 import sys
 from pathlib import Path
 
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from data import sample_rng
 from files import WeightsError, write_atomically
 
 FILES = ("prior", "prior_text_encoder", "image_encoder", "decoder", "vqgan", "text_encoder")     # parts that may come from elsewhere
+
+
+def dry_run(args, model, pictures, buckets, plan) -> None:
+    """What would be trained on what."""
+    learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+    # Weights, gradients, two moments of AdamW, averages: five float32 numbers for each weight that learns.
+    memory = learned * 4 * (5 if args.ema else 4) + frozen
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    print(f"{learned:,} of {sum(p.numel() for p in model.parameters()):,} parameters learn, in {len(names)} tensors: {', '.join(names[:3])}, ...")
+    print(f"{memory / 2 ** 30:.2f} GiB for weights, gradients, optimizer and averages; activations come on top: see --checkpointing")
+    counts = torch.bincount(torch.from_numpy(pictures.bucket), minlength=len(buckets)).tolist()
+    print(f"{plan.batch} pictures per step, {args.steps} steps are {args.steps * plan.batch / len(pictures):.1f} epochs; buckets: "
+          + ", ".join(f"{w}x{h} px {n}" for (h, w), n in zip(buckets, counts) if n))
+    positions, indices, bucket = plan.step(0)
+    h, w = buckets[bucket]
+    print(f"step 0: x_0 and eps ({plan.batch}, 16, {h * 3 // 128}, {w * 3 // 128}); its first captions, after dropout:")
+    for position, index in list(zip(positions.tolist(), indices.tolist()))[:8]:
+        captions = pictures.captions(index)
+        dropped = sample_rng(args.seed, position, "caption dropout").random() < args.caption_dropout
+        print(f"  {pictures.name(index)}: {'' if dropped else captions[sample_rng(args.seed, position, 'caption').integers(len(captions))]!r}")
 
 
 def draw_curves(lines: list[dict], names: list[str], path: str | Path, width: int = 560, height: int = 300) -> None:

@@ -35,6 +35,9 @@ def parse_args(argv=None):
     g.add_argument("--lora-dropout", type=float, default=0.0, help="share of its inputs that are dropped")
     g.add_argument("--rslora", action="store_true", help="scale alpha / sqrt(rank), for high ranks")
     g.add_argument("--dora", action="store_true", help="train length and direction of each weight apart (arXiv:2402.09353)")
+    g.add_argument("--preserve", type=float, default=0.0, help="share of the samples that get another prompt and must stay as without the LoRA, so that the model "
+                                                              "does not forget the rest: 0.3 to 0.5")
+    g.add_argument("--preserve-prompts", help="what it must not forget: a text file with a prompt per line, as many different ones as there are")
     g.add_argument("--trigger", default="", help="words that call what was learned, noted in the file for its users")
     g = p.add_argument_group("data")
     g.add_argument("--data", required=True, help="a folder with captions beside pictures or in metadata.jsonl/.csv; tar shards, 'a/{000..031}.tar'; "
@@ -108,7 +111,7 @@ from data import BrokenPicture, Plan, bucket_sizes, fit, nearest_bucket, open_pi
 from diffusion import add_noise, alphas_cumprod, p2_weight, v_weight
 from files import write_atomically
 from images import grid
-from report import FILES, draw_curves, push, write_result
+from report import FILES, draw_curves, dry_run, push, write_result
 from stage_b import preprocess
 from stage_c import StageC
 from text import TextEncoder
@@ -125,11 +128,13 @@ def check(args) -> None:
     for name, low in (("rank", 1), ("steps", 1), ("batch", 1), ("grad_accum", 1), ("save_every", 1), ("keep", 1), ("log_every", 1), ("val_count", 1)):
         if getattr(args, name) < low:
             raise Mistake(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {low}")
-    for name in ("caption_dropout", "lora_dropout", "ema"):
+    for name in ("caption_dropout", "lora_dropout", "ema", "preserve"):
         if not 0 <= getattr(args, name) < 1:
             raise Mistake(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a number from 0 to below 1")
     if args.lora and (args.train_text or args.init == "random"):
         raise Mistake("--lora leaves all weights as they are: it does not go with --train-text or --init random")
+    if bool(args.preserve) != bool(args.preserve_prompts) or args.preserve and not args.lora:
+        raise Mistake("--preserve and --preserve-prompts go together, and with --lora, without which there is no model as it was to compare with")
     if args.config and args.init != "random":
         raise Mistake("--config gives the sizes of a new Stage C: add --init random")
     if args.cache and (args.crop == "random" or args.train_text):
@@ -148,6 +153,7 @@ class Samples(torch.utils.data.Dataset):
     """
     def __init__(self, pictures, buckets, args, cache=None, replaced: dict[int, int] | None = None):
         self.pictures, self.buckets, self.args, self.cache, self.replaced = pictures, buckets, args, cache, replaced or {}
+        self.preserve = prompts_in(args.preserve_prompts) if args.preserve else []
         self.same_bucket = [np.flatnonzero(pictures.bucket == bucket) for bucket in range(len(buckets))]
 
     def __getitem__(self, where: tuple[int, int, int]) -> dict:
@@ -170,13 +176,16 @@ class Samples(torch.utils.data.Dataset):
         caption = captions[rng("caption").integers(len(captions))]
         if rng("caption dropout").random() < args.caption_dropout:
             caption = ""
+        preserve = bool(args.preserve and rng("preserve").random() < args.preserve)
+        if preserve:
+            caption = self.preserve[rng("caption").integers(len(self.preserve))]
         eps = rng("noise").standard_normal((16, h * 3 // 128, w * 3 // 128), dtype=np.float32)
         if args.offset_noise:
             eps += args.offset_noise * rng("offset").standard_normal((16, 1, 1), dtype=np.float32)
         # A little past 1, clamped: 7 % train at t = 1, where sampling starts. In float64, then float32: bfloat16
         # would draw 256 different levels.
         t = min(max((1 - rng("timestep").random()) * 1.08 + 0.001, 0.001), 1.0)
-        return dict(x=x, caption=caption, t=np.float32(t), eps=torch.from_numpy(eps), position=position)
+        return dict(x=x, caption=caption, t=np.float32(t), eps=torch.from_numpy(eps), position=position, preserve=preserve)
 
 
 def latent_key(pictures, index: int, size: tuple[int, int], flip: bool) -> str:
@@ -195,7 +204,7 @@ def batches(samples, plan, args, processes, first_step: int):
                     yield [(int(p), int(i), bucket) for p, i in zip(positions[part], indices[part])]
 
     def stack(items: list[dict]) -> dict:
-        batch = {name: torch.stack([torch.as_tensor(item[name]) for item in items]) for name in ("x", "t", "eps", "position")}
+        batch = {name: torch.stack([torch.as_tensor(item[name]) for item in items]) for name in ("x", "t", "eps", "position", "preserve")}
         return batch | dict(captions=[item["caption"] for item in items])
     return iter(torch.utils.data.DataLoader(samples, batch_sampler=Order(), collate_fn=stack, num_workers=args.workers,
                                             pin_memory=processes.device.type == "cuda", persistent_workers=False))
@@ -336,12 +345,16 @@ def validate(model, fixed, embed, weight, autocast, args, processes) -> dict[str
     return dict(val_loss=(raw * weight(t)).mean().item()) | {f"val_loss_t_{level:.2f}": value for level, value in zip(T_GRID, raw.tolist())}
 
 
+def prompts_in(file: str) -> list[str]:
+    prompts = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not prompts:
+        raise Mistake(f"{file} holds no prompts: expected one per line")
+    return prompts
+
+
 def sample_prompts(args, pictures) -> list[str]:
     if args.sample_prompts:
-        prompts = [line.strip() for line in Path(args.sample_prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
-        if not prompts:
-            raise Mistake(f"--sample-prompts {args.sample_prompts} holds no prompts: expected one per line")
-        return prompts
+        return prompts_in(args.sample_prompts)
     return list(dict.fromkeys(pictures.captions(i)[0] for i in range(min(len(pictures), 100))))[:4]
 
 
@@ -366,27 +379,6 @@ def paint_samples(painter, prompts, args, autocast, with_lora: bool):
         lora.enable(painter.stage_c)
     painter.loaded = {name: part for name, part in painter.loaded.items() if name in ("stage_c", "text_encoder_c")}
     return grid([image for row in zip(*columns.values()) for image in row], len(columns), [*columns] if len(columns) > 1 else None, prompts)
-
-
-def dry_run(args, model, pictures, buckets, plan) -> None:
-    """What would be trained on what."""
-    learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
-    # Weights, gradients, two moments of AdamW, averages: five float32 numbers for each weight that learns.
-    memory = learned * 4 * (5 if args.ema else 4) + frozen
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
-    print(f"{learned:,} of {sum(p.numel() for p in model.parameters()):,} parameters learn, in {len(names)} tensors: {', '.join(names[:3])}, ...")
-    print(f"{memory / 2 ** 30:.2f} GiB for weights, gradients, optimizer and averages; activations come on top: see --checkpointing")
-    counts = torch.bincount(torch.from_numpy(pictures.bucket), minlength=len(buckets)).tolist()
-    print(f"{plan.batch} pictures per step, {args.steps} steps are {args.steps * plan.batch / len(pictures):.1f} epochs; buckets: "
-          + ", ".join(f"{w}x{h} px {n}" for (h, w), n in zip(buckets, counts) if n))
-    positions, indices, bucket = plan.step(0)
-    h, w = buckets[bucket]
-    print(f"step 0: x_0 and eps ({plan.batch}, 16, {h * 3 // 128}, {w * 3 // 128}); its first captions, after dropout:")
-    for position, index in list(zip(positions.tolist(), indices.tolist()))[:8]:
-        captions = pictures.captions(index)
-        dropped = sample_rng(args.seed, position, "caption dropout").random() < args.caption_dropout
-        print(f"  {pictures.name(index)}: {'' if dropped else captions[sample_rng(args.seed, position, 'caption').integers(len(captions))]!r}")
 
 
 # ----- the run ----------------------------------------------------------------------------------------
@@ -534,9 +526,16 @@ def main(args):
             last = micro == args.grad_accum - 1
             if args.fsdp and processes.many:
                 model.set_requires_gradient_sync(last)                                   # its name for the same
+            x_t = add_noise(x_0, eps, t)                                                 # (B, 16, h, w)
+            if args.preserve:                # for these rows, what the model said before is right
+                with torch.no_grad(), autocast:
+                    lora.disable(prior)
+                    before = model(x_t, t, text).float()
+                    lora.enable(prior)
+                eps = torch.where(batch["preserve"].to(device).view(-1, 1, 1, 1), before, eps)
             with contextlib.nullcontext() if last or forward is model else forward.no_sync():
                 with autocast:
-                    eps_hat = forward(add_noise(x_0, eps, t), t, text).float()           # (B, 16, h, w)
+                    eps_hat = forward(x_t, t, text).float()                              # (B, 16, h, w)
                 raw = (eps_hat - eps).square().mean(dim=(1, 2, 3))                       # (B,)
                 loss = (raw * weight(t)).mean()
                 scaler.scale(loss / args.grad_accum).backward()                          # sum of parts = gradient of the mean

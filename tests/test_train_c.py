@@ -329,6 +329,19 @@ def test_a_broken_picture_is_replaced_and_named(folder, tmp_path, capsys):
     train(broken, tmp_path / "other", *LORA, steps=4)
 
 
+def test_what_is_to_be_preserved_is_compared_with_the_model_as_it_was(folder, tmp_path):
+    """A LoRA starts as the base model, so where all rows are to stay as they are, the first loss is 0; the base knows nothing of noise."""
+    (tmp_path / "prompts.txt").write_text("a cat on a red background\na tree on a white background\n")
+    losses = {}
+    for name, options in (("all", ["--preserve", "0.999", "--preserve-prompts", f"{tmp_path}/prompts.txt"]), ("none", [])):
+        out = train(folder, tmp_path / name, *LORA, *options, steps=1)
+        losses[name] = json.loads((out / "log.jsonl").read_text().splitlines()[0])["loss"]
+    assert losses["all"] < 1e-9 < losses["none"]
+    kept = samples(folder, *LORA, "--preserve", "0.5", "--preserve-prompts", f"{tmp_path}/prompts.txt", n=100)
+    assert 30 < sum(item["preserve"] for item in kept) < 70
+    assert {item["caption"] for item in kept if item["preserve"]} == {"a cat on a red background", "a tree on a white background"}
+
+
 # --- what is not finite ------------------------------------------------------------------------------
 
 def test_a_bad_step_is_skipped_and_its_batch_named(folder, tmp_path, monkeypatch):
@@ -391,6 +404,7 @@ MISTAKES = [
     (["--lora", "--init", "random"], "does not go with --train-text or --init random"),
     (["--config", "x.json"], "add --init random"),
     (["--cache", "x", "--crop", "random"], "does not go with --crop random"),
+    (["--preserve", "0.5"], "--preserve and --preserve-prompts go together"),
     (["--filter", "min_aesthetic"], "expected something like min_aesthetic=5"),
     (["--lora", "--targets", "nothing_like_it"], "nothing_like_it"),
     (["--init", "random", "--config", "nowhere.json"], "nowhere.json"),
