@@ -404,7 +404,7 @@ def load_model(args: argparse.Namespace, jobs: list[argparse.Namespace]):
     if any(job.init for job in jobs):
         parts = (*parts, "image_encoder")
     return Wuerstchen.load(args.weights, args.device, getattr(torch, DTYPES[args.dtype]) if args.dtype else None, parts=parts, offline=args.offline,
-                           revision=args.revision, low_memory=args.low_memory, offload=args.offload, compile=args.compile, loras=args.lora,
+                           revision=args.revision, low_memory=args.low_memory, offload=args.offload, compile=args.compile, lora=args.lora,
                            **{part: getattr(args, part) for part in FILES if getattr(args, part)})
 
 

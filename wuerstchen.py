@@ -121,7 +121,7 @@ class Wuerstchen:
     def load(cls, weights: str | Path | None = None, device: str | None = None, dtype: torch.dtype | None = None, *,
              parts: tuple[str, ...] | None = None, offline: bool = False, revision: str | None = None,
              low_memory: bool | None = None, offload: bool = False, compile: bool = False,
-             loras: dict[str | Path, float] | None = None, **files) -> "Wuerstchen":
+             lora: dict[str | Path, float] | None = None, **files) -> "Wuerstchen":
         """weights: "tiny", which ships with the code; "v2", "v2-base", "v2-aesthetic", fetched if need be; or a folder in any
         of diffusers' layouts, or of the original .pt files (see hub.find_parts).
 
@@ -131,7 +131,7 @@ class Wuerstchen:
         hub.TEXT_TO_IMAGE (the default) or hub.RECONSTRUCTION; nothing else is fetched. offline, revision: see hub.fetch.
         low_memory: one part in memory at a time, read again when needed; default: if they do not all fit.
         offload: one part on the device at a time, the others wait in main memory. compile: torch.compile for Stages B and C.
-        loras: LoRA files for Stage C and their scales, 1 as trained; see lora.py.
+        lora: LoRA files for Stage C and their scales, 1 as trained; see lora.py.
         Raises files.WeightsError (a ValueError) for what will not do, ValueError for devices that are not there.
         """
         import hub
@@ -155,7 +155,7 @@ class Wuerstchen:
         def text_b():
             return TextEncoder(*w.load_text_encoder(places["text_encoder"], places["tokenizer"], dtype))
 
-        loras = ({places["lora"]: 1.0} if places.get("lora") else {}) | (loras or {})
+        loras = ({places["lora"]: 1.0} if places.get("lora") else {}) | (lora or {})
 
         def stage_c():
             model = w.load_stage_c(places["prior"], dtype)

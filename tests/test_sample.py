@@ -127,7 +127,7 @@ def passed_on(monkeypatch) -> list[dict]:
     calls = []
 
     class Model:
-        guidance_b, places, dtype, device = 1.0, {}, torch.float32, torch.device("cpu")
+        guidance_b, places, loras, dtype, device = 1.0, {}, {}, torch.float32, torch.device("cpu")
 
         def __call__(self, *args, **options):
             calls.append(options)
@@ -265,6 +265,12 @@ def test_steps_can_be_said_in_all_ways_of_the_library(text, value):
     assert sample.steps(sample.as_text(value)) == value
 
 
+@pytest.mark.parametrize("text, value", [("a.safetensors", {"a.safetensors": 1.0}), ("a:0.8,b.pt", {"a": 0.8, "b.pt": 1.0}),
+                                         ("C:folder:-1", {"C:folder": -1.0}), ("C:folder", {"C:folder": 1.0})])
+def test_loras_are_said_with_their_scales(text, value):
+    assert sample.loras(text) == value and sample.loras(sample.as_text(value)) == value
+
+
 @pytest.mark.parametrize("value, text", [(4, "4"), (4.0, "4"), (2 / 3, "0.6666666666666666"), ((8.0, 2.5), "8,2.5"), ({0.5: 3, 0.0: 2}, "0.5:3,0:2"),
                                          (["1", 0.5], "1,0.5"), ({"2/3": 3}, "2/3:3"), ("a, b", "a, b")])
 def test_values_are_written_as_one_would_type_them(value, text):
@@ -298,11 +304,11 @@ def test_options_of_sampling_arrive_as_they_were_said(monkeypatch):
 
 def test_options_of_the_machine_arrive_as_they_were_said(monkeypatch):
     calls = passed_on(monkeypatch)
-    sample.main("--prompt cat --weights v2 --prior mine --device cpu --dtype bf16 --offload --compile --offline --revision main".split())
+    sample.main("--prompt cat --weights v2 --prior mine --device cpu --dtype bf16 --offload --compile --offline --revision main --lora a.safetensors:0.8,b.safetensors".split())
     sample.main("--prompt cat --low-memory".split())
     parts = calls[0].pop("parts")
     assert calls[0] == dict(weights="v2", device="cpu", dtype=torch.bfloat16, prior="mine", offline=True, revision="main", low_memory=None,
-                            offload=True, compile=True)
+                            offload=True, compile=True, lora={"a.safetensors": 0.8, "b.safetensors": 1.0})
     assert "prior" in parts and "image_encoder" not in parts
     assert (calls[2]["low_memory"], calls[2]["offload"], calls[2]["compile"], calls[2]["weights"]) == (True, False, False, None)
 
