@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data import sample_rng
 from files import WeightsError, write_atomically
+from hub import NAMES
 
 FILES = ("prior", "prior_text_encoder", "image_encoder", "decoder", "vqgan", "text_encoder")     # parts that may come from elsewhere
 
@@ -75,13 +76,14 @@ def write_result(args, prior, learned: dict, tokenizer, text_model, pictures: in
     """prior/, or lora.safetensors; base.json, which tells sample.py --weights where the other parts are; README.md."""
     import lora
     from weights import config_to_diffusers, save_scheduler, save_text_encoder, to_diffusers, write_files, STEM
+
     def place(path: str) -> str:
-        return str(Path(path).resolve()) if Path(path).exists() else path                # a name stays a name
+        return path if path == "tiny" or path in NAMES else str(Path(path).resolve())    # a name stays a name
     out = Path(args.out)
     base = dict(weights=place(args.weights), files={part: place(getattr(args, part)) for part in FILES if getattr(args, part)})
     if args.lora:
         lora.save_lora(prior, out / "lora.safetensors", facts=dict(
-            base=args.weights, steps=args.steps, data_count=pictures, trigger=args.trigger, targets=args.targets))
+            base=args.weights, base_hash=lora.base_hash(prior), steps=args.steps, images=pictures, trigger_words=args.trigger))
         base["lora"] = "lora.safetensors"
     else:
         tensors = {name.removeprefix("prior."): tensor for name, tensor in learned.items() if name.startswith("prior.")}

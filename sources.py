@@ -141,7 +141,7 @@ def _size_of(place: Place, suffix: str) -> tuple[int, int]:
                 # Of a TIFF file, newer versions of Pillow give the upright size: so take it from the tags themselves.
                 width, height = (image.tag_v2[256], image.tag_v2[257]) if image.format == "TIFF" else image.size
                 return (width, height) if turned else (height, width)
-        except Exception:
+        except Exception:                            # Pillow has many kinds; what the first bytes did not tell, the whole file may
             if limit < 0:
                 raise
 
