@@ -9,7 +9,7 @@ those the image encoder sees 0.75 x as many.
 Surprise: nothing here has a state. Which pictures make up step k is a function of (seed, k), and what is drawn for a
 sample (crop, caption, noise) one of (seed, its position in the stream, purpose). So a run that is resumed opens no
 picture to find its place, and two GPUs see together in a step what one would have seen, whatever ran before.
-Needs: torch, numpy, pillow, sources.py, images.py; scenes.py for `scenes`.
+Needs: torch, numpy, pillow; sources.py, images.py; scenes.py for `scenes`.
 """
 import bisect
 import hashlib
@@ -26,6 +26,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 
 from images import read_image
@@ -79,6 +80,22 @@ def open_pictures(source: str | Path, *, min_side: int = 64, captions_required: 
     if unknown := sorted(limits.keys() - known):           # a slip of the pen would otherwise let everything through
         raise ValueError(f"{text}: no picture has a number {unknown[0]!r} to filter by, found: {', '.join(sorted(known)) or 'none'}")
     return pictures
+
+
+def read_filters(texts: list[str]) -> dict[str, float]:
+    """["min_aesthetic=5", ...], as --filter has them -> {"min_aesthetic": 5.0, ...}.  Raises ValueError."""
+    try:
+        return {name: float(value) for name, _, value in (text.partition("=") for text in texts)}
+    except ValueError:
+        raise ValueError(f"--filter {' '.join(texts)}: expected something like min_aesthetic=5") from None
+
+
+def prompts_in(file: str | Path) -> list[str]:
+    """The lines of a text file that are not empty.  Raises ValueError if there are none."""
+    prompts = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"{file} holds no prompts: expected one per line")
+    return prompts
 
 
 def _limits(filters: dict) -> dict[str, tuple[float, float]]:
@@ -379,3 +396,30 @@ def split(positions: np.ndarray, micro: int, rank: int, world: int, micro_batch:
         raise ValueError(f"micro-step {micro} of {parts}, rank {rank} of {world}: expected to count from 0")
     start = (micro * world + rank) * micro_batch
     return slice(start, start + micro_batch)
+
+
+def _stack(items: list[dict]) -> dict:
+    """Outside batches(), as processes that are not forked must find it by its name."""
+    columns = {name: [item[name] for item in items] for name in items[0]}
+    return {name: values if isinstance(values[0], str) else torch.stack([torch.as_tensor(value) for value in values])
+            for name, values in columns.items()}
+
+
+def batches(samples: torch.utils.data.Dataset, plan: Plan, processes, args, start: int = 0) -> Iterator[dict]:
+    """This process's micro-batches, args.grad_accum for each step of `plan` from `start` on, for ever.
+
+    samples    item (position, index, bucket) -> a dict, a function of these three and the seed alone
+    processes  its rank, world and device; see training.py
+    args       batch (samples of a micro-batch), grad_accum, workers (processes that read)
+    -> dicts of the same names: strings as a list, all else stacked to a tensor.
+    """
+    class Order:
+        """For each micro-batch, which samples. The same for any number of processes, but for who computes which."""
+        def __iter__(self):
+            for positions, indices, bucket in plan.steps(start):
+                for micro in range(args.grad_accum):
+                    part = split(positions, micro, processes.rank, processes.world, args.batch)
+                    yield [(int(p), int(i), bucket) for p, i in zip(positions[part], indices[part])]
+
+    return iter(torch.utils.data.DataLoader(samples, batch_sampler=Order(), collate_fn=_stack, num_workers=args.workers,
+                                            pin_memory=processes.device.type == "cuda", persistent_workers=False))

@@ -107,7 +107,7 @@ from tqdm import tqdm
 import hub
 import lora
 from cache import Cache, hash_of
-from data import BrokenPicture, Plan, bucket_sizes, fit, nearest_bucket, open_pictures, sample_rng, split
+from data import BrokenPicture, Plan, batches, bucket_sizes, fit, nearest_bucket, open_pictures, prompts_in, read_filters, sample_rng
 from diffusion import add_noise, alphas_cumprod, p2_weight, v_weight
 from files import write_atomically
 from images import grid
@@ -153,7 +153,8 @@ class Samples(torch.utils.data.Dataset):
     """
     def __init__(self, pictures, buckets, args, cache=None, replaced: dict[int, int] | None = None):
         self.pictures, self.buckets, self.args, self.cache, self.replaced = pictures, buckets, args, cache, replaced or {}
-        self.preserve = prompts_in(args.preserve_prompts) if args.preserve else []
+        with user_mistakes():
+            self.preserve = prompts_in(args.preserve_prompts) if args.preserve else []
         self.same_bucket = [np.flatnonzero(pictures.bucket == bucket) for bucket in range(len(buckets))]
 
     def __getitem__(self, where: tuple[int, int, int]) -> dict:
@@ -190,24 +191,6 @@ class Samples(torch.utils.data.Dataset):
 
 def latent_key(pictures, index: int, size: tuple[int, int], flip: bool) -> str:
     return f"{pictures.key(index)} {size[0]}x{size[1]}{' flipped' * flip}"
-
-
-def batches(samples, plan, args, processes, first_step: int):
-    """This process's micro-batches from `first_step` on, for ever: dicts of stacked tensors and a list of captions."""
-
-    class Order:
-        """For each micro-batch, which samples. The same for any number of processes, but for who computes which."""
-        def __iter__(self):
-            for positions, indices, bucket in plan.steps(first_step):
-                for micro in range(args.grad_accum):
-                    part = split(positions, micro, processes.rank, processes.world, args.batch)
-                    yield [(int(p), int(i), bucket) for p, i in zip(positions[part], indices[part])]
-
-    def stack(items: list[dict]) -> dict:
-        batch = {name: torch.stack([torch.as_tensor(item[name]) for item in items]) for name in ("x", "t", "eps", "position", "preserve")}
-        return batch | dict(captions=[item["caption"] for item in items])
-    return iter(torch.utils.data.DataLoader(samples, batch_sampler=Order(), collate_fn=stack, num_workers=args.workers,
-                                            pin_memory=processes.device.type == "cuda", persistent_workers=False))
 
 
 # ----- what the loop works with -----------------------------------------------------------------------
@@ -262,14 +245,6 @@ def fill_cache(pictures, buckets, cache, texts, encode, args, processes) -> dict
             raise Mistake(f"no picture like {pictures.name(i)} can be read: nothing can take its place")
         replaced[i] = next((j for j in others if j > i), others[0])
     return replaced
-
-
-def read_filters(texts: list[str]) -> dict[str, float]:
-    """["min_aesthetic=5", ...] -> {"min_aesthetic": 5.0, ...}."""
-    try:
-        return {name: float(value) for name, _, value in (text.partition("=") for text in texts)}
-    except ValueError:
-        raise Mistake(f"--filter {' '.join(texts)}: expected something like min_aesthetic=5") from None
 
 
 def loss_weight(name: str):
@@ -345,16 +320,10 @@ def validate(model, fixed, embed, weight, autocast, args, processes) -> dict[str
     return dict(val_loss=(raw * weight(t)).mean().item()) | {f"val_loss_t_{level:.2f}": value for level, value in zip(T_GRID, raw.tolist())}
 
 
-def prompts_in(file: str) -> list[str]:
-    prompts = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not prompts:
-        raise Mistake(f"{file} holds no prompts: expected one per line")
-    return prompts
-
-
 def sample_prompts(args, pictures) -> list[str]:
     if args.sample_prompts:
-        return prompts_in(args.sample_prompts)
+        with user_mistakes():
+            return prompts_in(args.sample_prompts)
     return list(dict.fromkeys(pictures.captions(i)[0] for i in range(min(len(pictures), 100))))[:4]
 
 
@@ -504,7 +473,7 @@ def main(args):
         processes.wait()
 
     # --- one pass of this loop is one optimizer step -----------------------------------------------
-    samples = batches(Samples(pictures, buckets, args, cache, replaced), plan, args, processes, start)
+    samples = batches(Samples(pictures, buckets, args, cache, replaced), plan, processes, args, start)
     sums, since, clock = torch.zeros(2, 10, device=device), start, time.time()           # raw loss and count by noise level
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="Stage C", disable=not first)
     smooth = None
@@ -519,7 +488,7 @@ def main(args):
             batch = next(samples)
             x_0 = batch["x"].to(device) if args.cache else encode(batch["x"])            # (B, 16, h, w)
             t, eps = batch["t"].to(device), batch["eps"].to(device)                      # (B,), (B, 16, h, w)
-            text = embed(batch["captions"])                                              # (B, N, D)
+            text = embed(batch["caption"])                                              # (B, N, D)
             torch.manual_seed(hash((args.seed, step, micro, processes.rank)) % 2 ** 63)  # dropout inside the network survives a resume
             # Gradients are averaged over processes once per step, in the last backward. The forward belongs inside
             # no_sync(), too: DDP decides in forward whether the coming backward all-reduces.
@@ -554,7 +523,7 @@ def main(args):
             optimizer.zero_grad(set_to_none=True)
             sums.nan_to_num_(0, 0, 0)
             if first:
-                log.write(step + 1, bad_step=True, positions=batch["position"].tolist(), captions=batch["captions"])
+                log.write(step + 1, bad_step=True, positions=batch["position"].tolist(), captions=batch["caption"])
             if bad >= args.max_bad_steps:
                 save(step)
                 raise Mistake(f"{bad} steps in a row came to NaN or infinity, up to step {step + 1}; the last good state is in {args.out}/checkpoints: "
