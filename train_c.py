@@ -56,7 +56,7 @@ def parse_args(argv=None):
     g.add_argument("--batch", type=int, default=4, help="pictures per process and forward pass; halve it if memory runs out and double --grad-accum")
     g.add_argument("--grad-accum", type=int, default=1, help="forward passes per optimizer step; the effective batch is batch x grad-accum x processes")
     g.add_argument("--lr", type=float, help="peak learning rate (default: 1e-4; for full fine-tuning 1e-5)")
-    g.add_argument("--schedule", choices=["constant", "cosine", "linear"], default="constant", help="of the learning rate, after the warm-up")
+    g.add_argument("--schedule", choices=["constant", "cosine", "linear", "trapezoid"], default="constant", help="of the learning rate, after the warm-up; trapezoid: down in the last fifth")
     g.add_argument("--warmup", type=int, default=50, help="optimizer steps in which the learning rate rises")
     g.add_argument("--weight-decay", type=float, default=0.01, help="not for norms, biases and LoRA")
     g.add_argument("--clip", type=float, default=1.0, help="gradient norm, over all processes, above which gradients are scaled down")

@@ -128,16 +128,21 @@ class StopSignal:
 def build_optimizer(model, args):
     """AdamW. Weight decay pulls matrices to zero; norms and biases have no business there, nor has a LoRA, which starts there."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decayed = [p for name, p in named if p.ndim >= 2 and not args.lora]
-    rest = [p for name, p in named if p.ndim < 2 or args.lora]
+    lora = getattr(args, "lora", False)
+    decayed = [p for name, p in named if p.ndim >= 2 and not lora]
+    rest = [p for name, p in named if p.ndim < 2 or lora]
     groups = [dict(params=params, weight_decay=decay) for params, decay in ((decayed, args.weight_decay), (rest, 0.0)) if params]
     return torch.optim.AdamW(groups, lr=args.lr, fused=True)
 
 
 def rate(step: int, args) -> float:
-    """Learning rate of a step: linear warm-up, then constant, or down to 0 by a cosine or a line."""
+    """Learning rate of a step: linear warm-up, then constant, or down to 0 by a cosine, a line, or a line in the last fifth.
+
+    Until that fifth a trapezoid does not depend on args.steps: a run can be lengthened from any checkpoint before it.
+    """
     gone = max(step - args.warmup, 0) / max(args.steps - args.warmup, 1)
-    shape = dict(constant=1.0, linear=1 - gone, cosine=(1 + math.cos(math.pi * gone)) / 2)[args.schedule]
+    shape = dict(constant=1.0, linear=1 - gone, cosine=(1 + math.cos(math.pi * gone)) / 2,
+                 trapezoid=min((args.steps - step) / max(args.steps // 5, 1), 1.0))[args.schedule]
     return args.lr * min((step + 1) / max(args.warmup, 1), 1.0) * shape
 
 

@@ -177,7 +177,7 @@ def test_weight_decay_spares_norms_biases_and_loras():
 
 def test_learning_rates():
     args = train_c.parse_args([*SMALL, "--data", "x", "--out", "y", "--lr", "1", "--warmup", "10", "--steps", "110"])
-    for schedule, at_60, at_end in (("constant", 1, 1), ("linear", 0.5, 0.01), ("cosine", 0.5, 0.0002)):
+    for schedule, at_60, at_end in (("constant", 1, 1), ("linear", 0.5, 0.01), ("cosine", 0.5, 0.0002), ("trapezoid", 1, 1 / 22)):
         args.schedule = schedule
         assert training.rate(0, args) == pytest.approx(0.1) and training.rate(9, args) == pytest.approx(1)
         assert training.rate(60, args) == pytest.approx(at_60) and training.rate(109, args) == pytest.approx(at_end, rel=0.3)
