@@ -4,6 +4,7 @@
   python bench.py --repeats 9 --skip-start         # only the networks
   python bench.py --weights PATH --side 128        # other weights, smaller pictures than their default
   python bench.py --memory                         # what official sizes take; needs 7 GB of disk and some minutes
+  python bench.py --training --repeats 1           # LoRA steps at official size and 512 px; 12 GB of memory, 10 minutes
 
 start      from `python sample.py` to the picture on disk; beside it, a Python that does nothing but
            import torch and transformers' CLIP, the floor for any program that uses both
@@ -11,6 +12,7 @@ stages     one step of Stage C (guided: two rows), one of Stage B (one row), one
 diffusers  the same calls with the same weights and inputs there, where diffusers is installed
 memory     the most that was taken at any time, in a process of its own: loading Stage C, and a whole picture with
            --low-memory, two steps each; beside it, the size of what is loaded. On a CPU that includes pages of files
+training   LoRA steps (forward, backward, clip, AdamW) beside diffusers with peft, same weights and inputs
 
 What is compared is run in turns, A B A B ..., so that whatever slows the machine down for a while slows
 both. Figures are medians. They are printed, nothing is asserted: a figure belongs to its machine.
@@ -18,12 +20,14 @@ Needs: what wuerstchen.py needs; diffusers for the comparison.
 """
 import argparse
 import importlib
+import json
 import os
 import platform
 import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -41,8 +45,16 @@ def parse_args(argv=None):
     p.add_argument("--calls", type=int, default=10, help="calls of a network per run; fewer for large weights (default: 10)")
     p.add_argument("--device", default=None, help="cuda, cpu, ... (default: cuda where there is one, else cpu)")
     p.add_argument("--memory", action="store_true", help="measure memory in place of time: random weights of official size (Linux only)")
+    p.add_argument("--training", action="store_true", help="measure LoRA steps in place of sampling: random weights of official size (Linux only)")
+    p.add_argument("--batch", type=int, default=4, help="pictures per training step (default: 4)")
+    p.add_argument("--depth", type=int, default=32, help="blocks of Stage C in training; fewer where memory is short (default: 32, the official depth)")
     p.add_argument("--skip-start", action="store_true", help="do not measure program starts, which take longest")
     return p.parse_args(argv)
+
+
+def status(line: str) -> int:
+    """A line of /proc/self/status in bytes: VmRSS is the memory of this process now, VmHWM the most it had."""
+    return next(int(text.split()[1]) * 1024 for text in open("/proc/self/status") if text.startswith(line))
 
 
 def in_turns(actions: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
@@ -207,6 +219,84 @@ def memory(args) -> None:
                   f"ratio {peak / size:.2f}", flush=True)
 
 
+# ----- training --------------------------------------------------------------------------------------
+
+def lora_steps(who: str, config: dict, side: int, batch: int, checkpointing: str | None, device: str = "cpu", steps: int = 3) -> dict:
+    """Optimizer steps of a LoRA of rank 8 on attention, as train_c.py and diffusers' training script make them, on random weights.
+
+    who: "ours", or "diffusers" with peft. -> seconds of the median step after the first, the losses, and bytes: the most
+    that was taken, without what importing took, and the weights alone.
+    """
+    import torch
+    from stage_c import StageC
+    from weights import config_to_diffusers, to_diffusers
+    with torch.device("meta"):
+        model = shapes = StageC(**config)
+        if who == "ours":
+            import lora
+        else:
+            from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_prior import WuerstchenPrior
+            from peft import LoraConfig
+            model = WuerstchenPrior(**{key: value for key, value in config_to_diffusers(shapes).items() if key[0] != "_"})
+    names = shapes.state_dict()
+    if who != "ours":
+        names = dict(zip(names, to_diffusers(names, shapes)))                # both in the same order
+    torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)
+    before = status("VmRSS")
+    model.to_empty(device=device)
+    for ours in shapes.state_dict():         # a function of the name, the same for both
+        parameter = model.get_parameter(ours if who == "ours" else names[ours]).requires_grad_(False)
+        parameter.view(-1).normal_(std=0.02, generator=torch.Generator(device).manual_seed(zlib.crc32(ours.encode())))
+    size = sum(p.nbytes for p in model.parameters())
+    if who == "ours":
+        lora.add_lora(model, 8)
+        model.checkpointing = checkpointing
+    else:
+        model.add_adapter(LoraConfig(r=8, lora_alpha=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+        if checkpointing == "blocks":           # they have no other
+            model.enable_gradient_checkpointing()
+    learned = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=1e-4, weight_decay=0, fused=True)
+    generator, seconds, losses = torch.Generator(device).manual_seed(0), [], []
+    model.train()
+    for _ in range(steps):
+        x_t = torch.randn(batch, 16, side * 3 // 128, side * 3 // 128, generator=generator, device=device)
+        eps, text = torch.randn(x_t.shape, generator=generator, device=device), torch.randn(batch, 77, config["c_cond"], generator=generator, device=device)
+        t = torch.rand(batch, generator=generator, device=device)
+        start = time.perf_counter()
+        loss = (model(x_t, t, text) - eps).square().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(learned, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())               # waits for a GPU, too
+        seconds.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else status("VmHWM") - before
+    return dict(seconds=median(seconds[1:]), losses=losses, peak=peak, size=size, learned=sum(p.numel() for p in learned))
+
+
+def training(args) -> None:
+    """Prints time and memory of LoRA steps at official size, each in a process of its own, in turns."""
+    import torch
+    config = dict(c_in=16, c=1536, c_cond=1280, c_timestep=64, depth=args.depth, heads=24, dropout=0.0)     # without dropout both compute the same
+    device, side = args.device or ("cuda" if torch.cuda.is_available() else "cpu"), args.side or 512
+    for checkpointing in (None, "products", "blocks"):
+        results = {"ours": [], "diffusers": []}
+        for _ in range(args.repeats):
+            for who in results:
+                code = f"import json, bench; print(json.dumps(bench.lora_steps({who!r}, {config}, {side}, {args.batch}, {checkpointing!r}, {device!r})))"
+                run = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True, check=True)
+                results[who].append(json.loads(run.stdout.splitlines()[-1]))
+        (ours, *_), (theirs, *_) = results.values()
+        time_ratio, = [median(a["seconds"] / b["seconds"] for a, b in zip(*results.values()))]
+        seconds = {who: median(run["seconds"] for run in runs) for who, runs in results.items()}
+        print(f"LoRA step, {side} px, batch {args.batch}, depth {args.depth}, {ours['learned'] / 1e6:.1f} M numbers learn{f', ours with --checkpointing {checkpointing}' if checkpointing else ''}{', theirs checkpointed' * (checkpointing == 'blocks')}:\n"
+              f"  time    ours {seconds['ours']:6.2f} s    diffusers + peft {seconds['diffusers']:6.2f} s    ratio {time_ratio:.2f}\n"
+              f"  memory  ours {ours['peak'] / 1e9:6.2f} GB   diffusers + peft {theirs['peak'] / 1e9:6.2f} GB   ratio {ours['peak'] / theirs['peak']:.2f}   "
+              f"weights alone {ours['size'] / 1e9:.2f} GB\n"
+              f"  first losses {ours['losses'][0]:.6f} and {theirs['losses'][0]:.6f}", flush=True)
+
+
 def main(argv=None):
     args = parse_args(argv)
     import torch
@@ -216,6 +306,8 @@ def main(argv=None):
           f"weights {args.weights}, medians of {args.repeats}\n")
     if args.memory:
         return memory(args)
+    if args.training:
+        return training(args)
     if not args.skip_start:
         start = start_to_picture(args)
         print(f"start to picture   {start['sample.py']:8.2f} s    imports alone {start['floor']:8.2f} s     "

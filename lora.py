@@ -118,27 +118,30 @@ class LoRALayer(nn.Module):
         base = y = self.base(x)                                                          # (..., out)
         for adapter in self.adapters.values():
             if adapter.enabled and not adapter.merged:
-                y = y + self.addition(adapter, x, base)                                  # (..., out)
+                y = self.plus(adapter, y, x, base)                                       # (..., out)
         return y
 
-    def addition(self, adapter: Adapter, x: Tensor, base: Tensor) -> Tensor:
-        """What one LoRA adds to base = self.base(x). Computed in x's dtype, as the base is; only the parameters are float32."""
+    def plus(self, adapter: Adapter, total: Tensor, x: Tensor, base: Tensor) -> Tensor:
+        """total + what one LoRA adds to base = self.base(x). In x's dtype, as the base is; only the parameters are float32."""
         if self.training and adapter.dropout:
             x = F.dropout(x, adapter.dropout)
         down, up = adapter.down.to(x.dtype), adapter.up.to(x.dtype)
         s = adapter.scale * adapter.alpha / adapter.rank
         if isinstance(self.base, nn.Linear):
-            y = F.linear(F.linear(x, down) * s, up)                                      # (..., out)
+            h = F.linear(x, down)                                                        # (..., rank)
+            if adapter.magnitude is None:      # product and sum in one: on large layers reading and writing is what costs
+                return torch.addmm(total.flatten(end_dim=-2), h.flatten(end_dim=-2), up.T, alpha=s).view_as(total)
+            y = F.linear(h * s, up)                                                      # (..., out)
         else:   # `down` sees what the base sees, `up` mixes channels: together one convolution with up @ down
             h = F.conv2d(x, down, None, self.base.stride, self.base.padding, self.base.dilation)     # (B, rank, H', W')
             y = F.conv2d(h * s, up)                                                      # (B, out, H', W')
         if adapter.magnitude is None:
-            return y
+            return total + y
         # DoRA: g V x - W x = (g - 1) W x + g s up down x, with g = m / |V|; W x is the base's output without its bias.
         g = adapter.gain(self.base.weight)                                               # (out,) or (out, 1, 1)
         if self.base.bias is not None:
             base = base - self.base.bias.to(base.dtype).view(g.shape)
-        return (adapter.scale * (g - 1)).to(y.dtype) * base + g.to(y.dtype) * y
+        return total + (adapter.scale * (g - 1)).to(y.dtype) * base + g.to(y.dtype) * y
 
 
 # ----- finding layers, adding LoRAs ------------------------------------------------------------------

@@ -14,13 +14,14 @@ Inside, activations are channels-last, (B,H,W,C): a Linear or a norm then reads 
 convolution gets its (B,C,H,W) as a view with channels-last strides, which costs nothing.
 Paper: arXiv:2306.00637 (Stage C).  Needs: torch only. This file works when copied alone.
 """
+import functools
 import math
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 OFFICIAL = dict(c_in=16, c=1536, c_cond=1280, c_timestep=64, depth=32, heads=24, dropout=0.1)
 
@@ -122,11 +123,20 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
         """x (B,H,W,C), text (B,N,c_text) -> (B,H,W,C)."""
         tokens = layer_norm(x).flatten(1, 2)                                             # (B, H*W, C)
-        context = torch.cat([tokens, self.text_mapper(F.silu(text))], dim=1)             # (B, H*W + N, C)
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2)                     # (B, heads, ..., C / heads)
-                   for y in (self.query(tokens), self.key(context), self.value(context)))
+        text = self.text_mapper(F.silu(text))                                            # (B, N, C)
+        # Tokens and text go through `key` and `value` apart: into a text that does not learn, nothing need flow back.
+        k, v = (torch.cat([f(tokens), f(text)], dim=1) for f in (self.key, self.value))  # 2 x (B, H*W + N, C)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (self.query(tokens), k, v))    # (B, heads, ..., C / heads)
         h = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
         return x + self.out(h.transpose(1, 2).flatten(2)).view_as(x)                     # (B, H, W, C)
+
+
+def keep_products(context, operation, *inputs, **options) -> CheckpointPolicy:
+    """For checkpointing "products": keep what is dear to compute again, the large matrix products and attention itself, but
+    no norm, activation or convolution: half of what a block would keep. The products of a LoRA are small, too."""
+    name = operation.__name__
+    large = "scaled_dot_product" in name or name.startswith(("addmm", "mm", "linear")) and min(inputs[-1].shape) >= 128
+    return CheckpointPolicy.MUST_SAVE if large else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class StageC(nn.Module):
@@ -139,7 +149,8 @@ class StageC(nn.Module):
         super().__init__()
         self.config = dict(c_in=c_in, c=c, c_cond=c_cond, c_timestep=c_timestep, depth=depth, heads=heads, dropout=dropout)
         self.c_timestep = c_timestep
-        self.checkpointing = False             # while training: keep only what stands between blocks, compute the inside again
+        self.checkpointing = None              # while training, compute again in the backward pass, in place of keeping it:
+                                               # "blocks" all inside of blocks, "products" all but matrix products
         self.embed = nn.Linear(c_in, c)
         self.embed_text = nn.Sequential(nn.Linear(c_cond, c), nn.LeakyReLU(0.2), nn.Linear(c, c))
         self.res_blocks = nn.ModuleList(ResBlock(c, dropout=dropout) for _ in range(depth))
@@ -178,7 +189,8 @@ class StageC(nn.Module):
         x = self.embed(channels_last(x_t))                                               # (B, h, w, C)
         for i in range(len(self.res_blocks)):
             if self.checkpointing and self.training:
-                x = checkpoint(self.three_blocks, i, x, t_embedding, text, use_reentrant=False)
+                kept = dict(context_fn=functools.partial(create_selective_checkpoint_contexts, keep_products)) if self.checkpointing == "products" else {}
+                x = checkpoint(self.three_blocks, i, x, t_embedding, text, use_reentrant=False, **kept)      # (B, h, w, C)
             else:
                 x = self.three_blocks(i, x, t_embedding, text)                           # (B, h, w, C)
         a, b = channels_first(self.head(layer_norm(x))).chunk(2, dim=1)                  # 2 x (B, 16, h, w)

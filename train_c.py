@@ -64,7 +64,8 @@ def parse_args(argv=None):
     g.add_argument("--loss-weight", choices=["p2", "none", "min-snr", "v"], default="p2", help="what errors count by noise level, see diffusion.py; p2: the original's")
     g.add_argument("--offset-noise", type=float, default=0.0, help="noise common to a whole channel, so that very dark and bright pictures are learned; 0.05 to 0.1")
     g.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="autocast type (default: bf16 on a GPU, else fp32)")
-    g.add_argument("--checkpointing", action="store_true", help="compute blocks again in the backward pass: a fraction of the memory, a third slower")
+    g.add_argument("--checkpointing", choices=["products", "blocks"], nargs="?", const="blocks", help="keep less for the backward pass and compute it "
+                   "again: products keeps matrix products and attention alone, blocks only what stands between blocks, a third slower")
     g.add_argument("--compile", action="store_true", help="torch.compile: minutes at the start, then faster")
     g.add_argument("--fsdp", action="store_true", help="split weights and optimizer over the processes, where they do not fit one GPU")
     g.add_argument("--max-bad-steps", type=int, default=10, help="stop after so many steps in a row with a loss or gradient that is not finite")

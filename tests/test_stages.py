@@ -363,3 +363,27 @@ def test_wrong_shapes_are_explained():
             a.encode(torch.rand(shape))
     with pytest.raises(ValueError, match="16 channels are Stage C latents, decode them with Stage B"):
         a.decode(torch.randn(1, 16, 3, 3))
+
+
+def test_checkpointing_of_products_computes_no_large_product_twice():
+    """The point of it: what is computed again in the backward pass is cheap. Counted: products with a weight, large or not."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.__name__.startswith(("addmm", "mm")):
+                counted[min(args[-1].shape) >= 128] += 1
+            return function(*args, **(kwargs or {}))
+    counts = {}
+    for kind in (None, "products", "blocks"):
+        torch.manual_seed(0)
+        model = StageC(c=128, c_cond=128, c_timestep=16, depth=1, heads=2, dropout=0.0).requires_grad_(False)
+        model.embed.weight.requires_grad_(True)
+        model.checkpointing = kind
+        x_t, t, text = torch.randn(1, 16, 3, 3), torch.rand(1), torch.randn(1, 5, 128)
+        counted = {True: 0, False: 0}
+        with Count():
+            model(x_t, t, text).sum().backward()
+        counts[kind] = counted
+    assert counts["products"][True] == counts[None][True] < counts["blocks"][True]
+    assert counts["products"][False] > counts[None][False]
