@@ -105,6 +105,7 @@ tags: [text-to-image, wuerstchen{', lora' if args.lora else ''}]
 {'A LoRA for' if args.lora else 'A fine-tune of'} Würstchen's Stage C, from `{args.weights}`, {args.steps} steps on {pictures} pictures.
 {f'Words that call it: **{args.trigger}**.' if args.trigger else ''}
 
+{f"    hf download {args.push_to_hub} --local-dir {out.name}" if args.push_to_hub else ""}
     python sample.py --weights {out.name} --prompt "..."
 {f'''
     python sample.py --weights {args.weights} --lora {out.name}/lora.safetensors --prompt "..."
@@ -125,6 +126,6 @@ def push(args) -> None:
     try:
         with hub_mistakes(args.push_to_hub, "main"):
             HfApi().create_repo(args.push_to_hub, exist_ok=True)
-            HfApi().upload_folder(repo_id=args.push_to_hub, folder_path=args.out, ignore_patterns=["checkpoints/*", ".*"])
+            HfApi().upload_folder(repo_id=args.push_to_hub, folder_path=args.out, ignore_patterns=["checkpoints/*", "index/*", ".*"])
     except WeightsError as error:
         print(f"the upload failed, the result is in {args.out}: {error}", file=sys.stderr)
