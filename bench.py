@@ -221,48 +221,55 @@ def memory(args) -> None:
 
 # ----- training --------------------------------------------------------------------------------------
 
-def lora_steps(who: str, config: dict, side: int, batch: int, checkpointing: str | None, device: str = "cpu", steps: int = 3) -> dict:
+def random_model(model, device: str, names: dict[str, str] | None = None):
+    """A model from the meta device, with random weights that are a function of their names; names: ours -> the model's."""
+    import torch
+    model.to_empty(device=device)
+    for name, tensor in model.named_parameters():
+        name = names[name] if names else name
+        # The last layer is small: its output stands in a divisor, see stage_c.py.
+        tensor.data.view(-1).normal_(std=1e-3 if "head" in name else 0.02, generator=torch.Generator(device).manual_seed(zlib.crc32(name.encode())))
+    return model.requires_grad_(False)
+
+
+def lora_steps(who: str, checkpointing: str | None, depth: int, side: int, batch: int, device: str, width: int = 1536, steps: int = 3) -> dict:
     """Optimizer steps of a LoRA of rank 8 on attention, as train_c.py and diffusers' training script make them, on random weights.
 
-    who: "ours", or "diffusers" with peft. -> seconds of the median step after the first, the losses, and bytes: the most
-    that was taken, without what importing took, and the weights alone.
+    who: "ours", or "diffusers" with peft. -> seconds of the median step after the first, the first loss, and bytes: the
+    most that was taken beyond what was there before, and the weights alone.
     """
     import torch
     from stage_c import StageC
     from weights import config_to_diffusers, to_diffusers
-    with torch.device("meta"):
-        model = shapes = StageC(**config)
-        if who == "ours":
-            import lora
-        else:
-            from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_prior import WuerstchenPrior
-            from peft import LoraConfig
-            model = WuerstchenPrior(**{key: value for key, value in config_to_diffusers(shapes).items() if key[0] != "_"})
-    names = shapes.state_dict()
-    if who != "ours":
-        names = dict(zip(names, to_diffusers(names, shapes)))                # both in the same order
-    torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)
+    config = dict(c_in=16, c=width, c_cond=1280, c_timestep=64, depth=depth, heads=width // 64, dropout=0.0)     # without dropout both compute the same
     before = status("VmRSS")
-    model.to_empty(device=device)
-    for ours in shapes.state_dict():         # a function of the name, the same for both
-        parameter = model.get_parameter(ours if who == "ours" else names[ours]).requires_grad_(False)
-        parameter.view(-1).normal_(std=0.02, generator=torch.Generator(device).manual_seed(zlib.crc32(ours.encode())))
-    size = sum(p.nbytes for p in model.parameters())
+    with torch.device("meta"):
+        model = StageC(**config)
     if who == "ours":
+        import lora
+        random_model(model, device)
         lora.add_lora(model, 8)
         model.checkpointing = checkpointing
     else:
+        from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_prior import WuerstchenPrior
+        from peft import LoraConfig
+        names = dict(zip(to_diffusers(model.state_dict(), model), model.state_dict()))       # both in the same order
+        with torch.device("meta"):
+            model = WuerstchenPrior(**{key: value for key, value in config_to_diffusers(model).items() if key[0] != "_"})
+        random_model(model, device, names)
         model.add_adapter(LoraConfig(r=8, lora_alpha=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
-        if checkpointing == "blocks":           # they have no other
+        if checkpointing:
             model.enable_gradient_checkpointing()
     learned = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=1e-4, weight_decay=0, fused=True)
     generator, seconds, losses = torch.Generator(device).manual_seed(0), [], []
+
+    def noise(*shape: int):
+        return torch.randn(shape, generator=generator, device=device)
     model.train()
     for _ in range(steps):
-        x_t = torch.randn(batch, 16, side * 3 // 128, side * 3 // 128, generator=generator, device=device)
-        eps, text = torch.randn(x_t.shape, generator=generator, device=device), torch.randn(batch, 77, config["c_cond"], generator=generator, device=device)
-        t = torch.rand(batch, generator=generator, device=device)
+        x_t, eps = noise(batch, 16, side * 3 // 128, side * 3 // 128), noise(batch, 16, side * 3 // 128, side * 3 // 128)
+        t, text = torch.rand(batch, generator=generator, device=device), noise(batch, 77, 1280)
         start = time.perf_counter()
         loss = (model(x_t, t, text) - eps).square().mean()
         loss.backward()
@@ -272,29 +279,57 @@ def lora_steps(who: str, config: dict, side: int, batch: int, checkpointing: str
         losses.append(loss.item())               # waits for a GPU, too
         seconds.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else status("VmHWM") - before
-    return dict(seconds=median(seconds[1:]), losses=losses, peak=peak, size=size, learned=sum(p.numel() for p in learned))
+    return dict(seconds=median(seconds[1:]), loss=losses[0], peak=peak, size=sum(p.nbytes for p in model.parameters()))
+
+
+def encoding(side: int, batch: int, device: str) -> dict:
+    """Seconds for what --cache saves in a step: the image encoder's and CLIP-bigG's part, at official size with random weights."""
+    import torch
+    from transformers import CLIPTextConfig, CLIPTextModel
+    from stage_b import EfficientNetEncoder, preprocess
+    with torch.device("meta"):
+        text_model = CLIPTextModel(CLIPTextConfig(hidden_size=1280, num_hidden_layers=32, num_attention_heads=20, intermediate_size=5120, hidden_act="gelu"))
+    encoder = EfficientNetEncoder().eval().to(device)
+    text_model.to_empty(device=device)
+    for p in text_model.parameters():
+        p.data.normal_(std=0.02)
+    ids = torch.arange(77, device=device).expand(batch, -1)
+    for buffer in text_model.buffers():
+        buffer.copy_(torch.arange(buffer.numel()).view(buffer.shape))        # the only one: positions 0, 1, 2, ...
+    images, seconds = torch.rand(batch, 3, side, side, device=device), []
+    with torch.no_grad():
+        for _ in range(3):
+            start = time.perf_counter()
+            (encoder(preprocess(images, side * 3 // 4)).sum() + text_model(input_ids=ids).last_hidden_state.sum()).item()
+            seconds.append(time.perf_counter() - start)
+    return dict(seconds=median(seconds[1:]))
 
 
 def training(args) -> None:
     """Prints time and memory of LoRA steps at official size, each in a process of its own, in turns."""
     import torch
-    config = dict(c_in=16, c=1536, c_cond=1280, c_timestep=64, depth=args.depth, heads=24, dropout=0.0)     # without dropout both compute the same
     device, side = args.device or ("cuda" if torch.cuda.is_available() else "cpu"), args.side or 512
-    for checkpointing in (None, "products", "blocks"):
-        results = {"ours": [], "diffusers": []}
-        for _ in range(args.repeats):
-            for who in results:
-                code = f"import json, bench; print(json.dumps(bench.lora_steps({who!r}, {config}, {side}, {args.batch}, {checkpointing!r}, {device!r})))"
-                run = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True, check=True)
-                results[who].append(json.loads(run.stdout.splitlines()[-1]))
-        (ours, *_), (theirs, *_) = results.values()
-        time_ratio, = [median(a["seconds"] / b["seconds"] for a, b in zip(*results.values()))]
-        seconds = {who: median(run["seconds"] for run in runs) for who, runs in results.items()}
-        print(f"LoRA step, {side} px, batch {args.batch}, depth {args.depth}, {ours['learned'] / 1e6:.1f} M numbers learn{f', ours with --checkpointing {checkpointing}' if checkpointing else ''}{', theirs checkpointed' * (checkpointing == 'blocks')}:\n"
-              f"  time    ours {seconds['ours']:6.2f} s    diffusers + peft {seconds['diffusers']:6.2f} s    ratio {time_ratio:.2f}\n"
-              f"  memory  ours {ours['peak'] / 1e9:6.2f} GB   diffusers + peft {theirs['peak'] / 1e9:6.2f} GB   ratio {ours['peak'] / theirs['peak']:.2f}   "
-              f"weights alone {ours['size'] / 1e9:.2f} GB\n"
-              f"  first losses {ours['losses'][0]:.6f} and {theirs['losses'][0]:.6f}", flush=True)
+    runs = {"diffusers + peft": ("diffusers", None), "ours": ("ours", None), "ours, --checkpointing products": ("ours", "products"),
+            "diffusers + peft, checkpointing": ("diffusers", "blocks"), "ours, --checkpointing blocks": ("ours", "blocks")}
+
+    def alone(call: str) -> dict:
+        # A step of a small model first: what torch and peft load when they are first used is no memory of a step.
+        code = f"import json, bench; bench.lora_steps('ours', None, 1, 128, 1, {device!r}, 64); print(json.dumps(bench.{call}))"
+        run = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
+        return json.loads(run.stdout.splitlines()[-1])
+    results = {title: [] for title in runs}
+    for _ in range(args.repeats):
+        for title, (who, checkpointing) in runs.items():
+            results[title].append(alone(f"lora_steps({who!r}, {checkpointing!r}, {args.depth}, {side}, {args.batch}, {device!r})"))
+    base = results["diffusers + peft"]
+    print(f"One step of a LoRA of rank 8 on attention, Stage C of depth {args.depth} (weights {base[0]['size'] / 1e9:.2f} GB), {side} px, batch {args.batch}:")
+    for title, runs in results.items():
+        seconds, ratio = median(run["seconds"] for run in runs), median(a["seconds"] / b["seconds"] for a, b in zip(runs, base))
+        memory, their_memory = (median(run["peak"] for run in which) for which in (runs, base))
+        print(f"{title:32} {seconds:7.2f} s   ratio {ratio:.2f}    {memory / 1e9:6.2f} GB   ratio {memory / their_memory:.2f}    loss {runs[0]['loss']:.6f}", flush=True)
+    if args.depth == 32:
+        step, more = median(run["seconds"] for run in results["ours"]), alone(f"encoding({side}, {args.batch}, {device!r})")["seconds"]
+        print(f"Encoding pictures and captions takes {more:.2f} s a step, which --cache saves: an epoch is {(step + more) / step:.2f} times as fast")
 
 
 def main(argv=None):
