@@ -35,9 +35,6 @@ def parse_args(argv=None):
     g.add_argument("--lora-dropout", type=float, default=0.0, help="share of its inputs that are dropped")
     g.add_argument("--rslora", action="store_true", help="scale alpha / sqrt(rank), for high ranks")
     g.add_argument("--dora", action="store_true", help="train length and direction of each weight apart (arXiv:2402.09353)")
-    g.add_argument("--preserve", type=float, default=0.0, help="share of the samples that get another prompt and must stay as without the LoRA, so that the model "
-                                                              "does not forget the rest: 0.3 to 0.5")
-    g.add_argument("--preserve-prompts", help="what it must not forget: a text file with a prompt per line, as many different ones as there are")
     g.add_argument("--trigger", default="", help="words that call what was learned, noted in the file for its users")
     g = p.add_argument_group("data")
     g.add_argument("--data", required=True, help="a folder with captions beside pictures or in metadata.jsonl/.csv; tar shards, 'a/{000..031}.tar'; "
@@ -58,6 +55,9 @@ def parse_args(argv=None):
     g.add_argument("--lr", type=float, help="peak learning rate (default: 1e-4; for full fine-tuning 1e-5)")
     g.add_argument("--schedule", choices=["constant", "cosine", "linear", "trapezoid"], default="constant", help="of the learning rate, after the warm-up; trapezoid: down in the last fifth")
     g.add_argument("--warmup", type=int, default=50, help="optimizer steps in which the learning rate rises")
+    g.add_argument("--preserve", type=float, default=0.0, help="share of the samples that get another prompt and must stay as before the training, so that "
+                                                              "little is forgotten: 0.3 to 0.7. The empty caption is then held, too")
+    g.add_argument("--preserve-prompts", help="what it must not forget: a text file with a prompt per line, as many different ones as there are")
     g.add_argument("--weight-decay", type=float, default=0.01, help="not for norms, biases and LoRA")
     g.add_argument("--clip", type=float, default=1.0, help="gradient norm, over all processes, above which gradients are scaled down")
     g.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights, which are the ones kept; 0: no averaging")
@@ -92,6 +92,7 @@ if __name__ == "__main__":
     ARGS = parse_args()      # before the imports below, which take seconds: --help and mistyped options answer at once
 
 import contextlib
+import copy
 import json
 import sys
 import time
@@ -134,8 +135,8 @@ def check(args) -> None:
             raise Mistake(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a number from 0 to below 1")
     if args.lora and (args.train_text or args.init == "random"):
         raise Mistake("--lora leaves all weights as they are: it does not go with --train-text or --init random")
-    if bool(args.preserve) != bool(args.preserve_prompts) or args.preserve and not args.lora:
-        raise Mistake("--preserve and --preserve-prompts go together, and with --lora, without which there is no model as it was to compare with")
+    if bool(args.preserve) != bool(args.preserve_prompts) or args.preserve and (args.train_text or args.init == "random"):
+        raise Mistake("--preserve and --preserve-prompts go together, and with neither --train-text nor --init random, which leave nothing as it was")
     if args.config and args.init != "random":
         raise Mistake("--config gives the sizes of a new Stage C: add --init random")
     if args.cache and (args.crop == "random" or args.train_text):
@@ -175,12 +176,12 @@ class Samples(torch.utils.data.Dataset):
                 raise Mistake(f"an entry of --cache {args.cache} was damaged while it was in use, and removed: start again with --resume auto")
             x = torch.from_numpy(latent).float()                                             # (16, h', w')
         captions = self.pictures.captions(index)
-        caption = captions[rng("caption").integers(len(captions))]
-        if rng("caption dropout").random() < args.caption_dropout:
-            caption = ""
         preserve = bool(args.preserve and rng("preserve").random() < args.preserve)
-        if preserve:
-            caption = self.preserve[rng("caption").integers(len(self.preserve))]
+        choice = self.preserve if preserve else captions
+        caption = choice[rng("caption").integers(len(choice))]
+        if rng("caption dropout").random() < args.caption_dropout:
+            # What guidance steers away from. If it learned the few pictures, too, guidance would steer away from them.
+            caption, preserve = "", bool(args.preserve)
         eps = rng("noise").standard_normal((16, h * 3 // 128, w * 3 // 128), dtype=np.float32)
         if args.offset_noise:
             eps += args.offset_noise * rng("offset").standard_normal((16, 1, 1), dtype=np.float32)
@@ -379,6 +380,7 @@ def main(args):
         with user_mistakes():
             lora.add_lora(prior, args.rank, args.alpha, args.lora_dropout, args.targets, rslora=args.rslora, dora=args.dora)
     prior.checkpointing = args.checkpointing
+    untrained = copy.deepcopy(prior).to(dtype).requires_grad_(False).eval() if args.preserve and not args.lora else None
     model = Learner(prior.train(), text_model if args.train_text else None)
 
     # --- data --------------------------------------------------------------------------------------
@@ -406,6 +408,17 @@ def main(args):
         if args.train_text:
             return tokenizer(captions, padding="max_length", truncation=True, max_length=texts.encoder.length, return_tensors="pt").to(device)
         return texts(captions).to(device)                                                # (B, N, D)
+
+    @torch.no_grad()
+    def said_before(x_t, t, text):
+        """eps_hat (B,16,h,w) of the model as it was: a copy of it, or itself without its LoRA."""
+        with autocast:
+            if untrained is not None:
+                return untrained(x_t, t, text).float()
+            lora.disable(prior.eval())
+            eps_hat = prior(x_t, t, text).float()
+            lora.enable(prior.train())
+            return eps_hat
 
     if first:
         print(pictures.describe(), file=sys.stderr)
@@ -498,11 +511,7 @@ def main(args):
                 model.set_requires_gradient_sync(last)                                   # its name for the same
             x_t = add_noise(x_0, eps, t)                                                 # (B, 16, h, w)
             if args.preserve:                # for these rows, what the model said before is right
-                with torch.no_grad(), autocast:
-                    lora.disable(prior)
-                    before = model(x_t, t, text).float()
-                    lora.enable(prior)
-                eps = torch.where(batch["preserve"].to(device).view(-1, 1, 1, 1), before, eps)
+                eps = torch.where(batch["preserve"].to(device).view(-1, 1, 1, 1), said_before(x_t, t, text), eps)
             with contextlib.nullcontext() if last or forward is model else forward.no_sync():
                 with autocast:
                     eps_hat = forward(x_t, t, text).float()                              # (B, 16, h, w)
