@@ -127,7 +127,8 @@ def passed_on(monkeypatch) -> list[dict]:
     calls = []
 
     class Model:
-        guidance_b, places, loras, dtype, device = 1.0, {}, {}, torch.float32, torch.device("cpu")
+        places, loras, dtype, device = {}, {}, torch.float32, torch.device("cpu")
+        steps_c = sampler_c = guidance_c = steps_b = sampler_b = guidance_b = temperature_b = 1.0
 
         def __call__(self, *args, **options):
             calls.append(options)
