@@ -183,7 +183,8 @@ class Wuerstchen:
         # A small Stage B hesitates between objects; guidance makes it follow the semantic latent more resolutely.
         tiny = places["image_encoder"] and w.is_tiny(places["image_encoder"])
         v1_b = stage_b is w.StageBV1
-        v1_c = v1_b and "prior" in plans and plans["prior"].config["c_cond"] == 1024         # v2's and ours take other texts
+        # Only v1 has texts of CLIP-H's width in both stages; a v1 Stage B of one's own may stand on v2's scaled latents.
+        v1_c = v1_b and (plans["prior"].config["c_cond"] if "prior" in plans else plans["decoder"].config["c_text"]) == 1024
         own = dict(size=512) if v1_b and not tiny else dict(size=128, guidance_b=None if v1_b else 4.0) if tiny else {}
         self = cls(source("vqgan", lambda: w.load_stage_a(places["vqgan"], dtype)),
                    source("decoder", lambda: w.load(stage_b, places["decoder"], dtype)),
