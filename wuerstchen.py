@@ -187,12 +187,12 @@ class Wuerstchen:
         v1_c = v1_b and (plans["prior"].config["c_cond"] if "prior" in plans else plans["decoder"].config["c_text"]) == 1024
         own = dict(size=512) if v1_b and not tiny else dict(size=128, guidance_b=None if v1_b else 4.0) if tiny else {}
         self = cls(source("vqgan", lambda: w.load_stage_a(places["vqgan"], dtype)),
-                   source("decoder", lambda: w.load(stage_b, places["decoder"], dtype)),
+                   source("decoder", lambda: (w.load_stage_b_v1 if v1_b else w.load_stage_b)(places["decoder"], dtype)),
                    source("prior", stage_c),
                    source("prior_text_encoder", text_c), source("text_encoder", text_c if shared else text_b),
                    image_encoder if places["image_encoder"] or weights in hub.NAMES else None,
                    **own, v1_c=v1_c, v1_b=v1_b, device=device, dtype=dtype, offload=offload, compiled=compile,
-                   preview_file=(hub.own_cache() if weights in hub.NAMES else places["vqgan"].parent) / ("preview_v1.json" if v1_b else "preview.json"))
+                   preview_file=(hub.own_cache() if weights in hub.NAMES else places["vqgan"].parent) / f"preview{'_v1' * v1_b}.json")
         if files.get("vqgan") or files.get("image_encoder"):
             self.preview_file = None                                     # what is there was fitted to others
         self.places, self.loras, self.configs = places, loras, {
