@@ -36,9 +36,10 @@ REVISIONS = {
     "warp-ai/wuerstchen-prior-model-finetuned":  "main",
     "warp-ai/EfficientNetEncoder":               "main",
     "dome272/wuerstchen":                        "6eb6cf5494fa67472afdbcfd78a31dcb091b0c05",
+    "dome272/wuerstchen (v1)":                   "c9a8af033966c756941168f2a537595a15e0c1a8",     # main did not always have v1's files
 }
 
-# part -> (repository, folder in it, stem of its weight file; None: all of TOKENIZER_FILES)
+# part -> (repository, folder in it, stem of its weight file; None: all of TOKENIZER_FILES); or (repository, file, "")
 V2 = {
     "prior":               ("warp-ai/wuerstchen-prior", "prior", STEM),
     "prior_text_encoder":  ("warp-ai/wuerstchen-prior", "text_encoder", "model"),            # CLIP bigG
@@ -48,7 +49,15 @@ V2 = {
     "tokenizer":           ("warp-ai/wuerstchen", "tokenizer", None),
     "vqgan":               ("warp-ai/wuerstchen", "vqgan", STEM),
 }
+# v1, as the authors published it; the one text encoder that it has, CLIP H, is that of v2's Stage B.
+V1 = {part: V2[part.removeprefix("prior_")] for part in V2} | {
+    "prior":               ("dome272/wuerstchen", "model_stage_c_ema.pt", ""),
+    "decoder":             ("dome272/wuerstchen", "model_stage_b.pt", ""),
+    "vqgan":               ("dome272/wuerstchen", "vqgan_f4_v1_500k.pt", ""),
+    "image_encoder":       ("dome272/wuerstchen", "model_stage_b.pt", ""),
+}
 NAMES = {
+    "v1":           V1,                                      # 512 px
     "v2":           V2,                                      # halfway between the two below: the best for most prompts
     "v2-base":      V2 | {"prior": ("warp-ai/wuerstchen-prior-model-base", "", STEM)},       # to fine-tune
     "v2-aesthetic": V2 | {"prior": ("warp-ai/wuerstchen-prior-model-finetuned", "", STEM)},  # 1024 px only
@@ -87,6 +96,10 @@ LAYOUTS = {
         prior_scheduler="prior_scheduler",
         decoder="model_v2_stage_b.pt", text_encoder="text_encoder", tokenizer="tokenizer", scheduler="scheduler",
         vqgan="vqgan_f4_v1_500k.pt", image_encoder="model_v2_stage_b.pt"),
+    "original files of v1": dict(
+        prior="model_stage_c*.pt", prior_text_encoder="text_encoder", prior_tokenizer="tokenizer", prior_scheduler="scheduler",
+        decoder="model_stage_b.pt", text_encoder="text_encoder", tokenizer="tokenizer", scheduler="scheduler",
+        vqgan="vqgan_f4_v1_500k.pt", image_encoder="model_stage_b.pt"),
 }
 OPTIONAL = ("image_encoder", "scheduler", "prior_scheduler")
 TEXT = ("prior_text_encoder", "prior_tokenizer", "text_encoder", "tokenizer")
@@ -110,12 +123,12 @@ def find_parts(folder: str | Path, given: Iterable[str] = ()) -> dict[str, Path 
     for name, layout in LAYOUTS.items():
         parts = {part: there(place) for part, place in layout.items()}
         if any(parts.values()) and all(parts[part] or part in given for part in ("prior", "decoder", "vqgan")):
-            needed = parts.keys() - set(OPTIONAL) - set(TEXT if name == "original files" else ()) - set(given)
+            needed = parts.keys() - set(OPTIONAL) - set(TEXT if name.startswith("original") else ()) - set(given)
             missing = {layout[part]: None for part in layout if part in needed and parts[part] is None}
             if missing:
                 raise WeightsError(f"{folder} looks like the layout {name!r} but lacks {', '.join(missing)}")
             return parts
-    wanted = "; or ".join(", ".join(layout[part] + "/" * (name != "original files") for part in ("prior", "decoder", "vqgan"))
+    wanted = "; or ".join(", ".join(layout[part] + "/" * (not name.startswith("original")) for part in ("prior", "decoder", "vqgan"))
                           for name, layout in LAYOUTS.items())
     raise WeightsError(f"{folder} holds no weights that are understood: looked for {wanted}; found {listing(folder)}")
 
@@ -175,17 +188,18 @@ def locate(weights: str | Path, files: dict[str, str | Path] | None = None, part
                            given=own.keys() | set(TEXT_TO_IMAGE) - set(parts))
         # The authors published their .pt files without the text encoders, which are CLIP's own.
         absent = tuple(part for part in TEXT_TO_IMAGE if part in parts and found[part] is None and part not in own)
-        found |= fetch("v2", absent, half, offline, revision) if absent else {}
+        v1 = found["decoder"] is not None and found["decoder"].name == V1["decoder"][1]
+        found |= fetch("v1" if v1 else "v2", absent, half, offline, revision) if absent else {}
     for part in ("scheduler", "prior_scheduler"):
         check_scheduler(found.get(part))
     not_wanted = dict.fromkeys(set(TEXT_TO_IMAGE) - set(parts))
     return dict.fromkeys(LAYOUTS["one folder"]) | found | not_wanted | own
 
 
-def revision_of(repo: str, override: str | None) -> str:
+def revision_of(repo: str, override: str | None, weights: str = "v2") -> str:
     """REVISIONS', unless the override, "NAME" for all repositories or "REPO=NAME" for one, concerns this one."""
     which, _, name = (override or "").rpartition("=")
-    return name if name and which in ("", repo) else REVISIONS[repo]
+    return name if name and which in ("", repo) else REVISIONS.get(f"{repo} ({weights})", REVISIONS[repo])
 
 
 def choices(folder: str, stem: str | None, half: bool) -> list[list[str]]:
@@ -194,6 +208,8 @@ def choices(folder: str, stem: str | None, half: bool) -> list[list[str]]:
         return f"{folder}/{name}" if folder else name
     if stem is None:
         return [[inside(name)] for name in TOKENIZER_FILES]
+    if stem == "":
+        return [[folder]]
     names = [f"{stem}{half_mark}{suffix}" for suffix in (".safetensors", ".bin")
              for half_mark in ((".fp16", "") if half else ("", ".fp16"))]
     if stem == "model":                      # transformers has another name for its pickles
@@ -209,14 +225,14 @@ def fetch(name: str, parts: tuple[str, ...] = TEXT_TO_IMAGE, half: bool = False,
     REVISIONS', see revision_of. Raises WeightsError, in one line, for whatever goes wrong.
     """
     offline = offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    sources = {part: NAMES[name][part] for part in parts if part != "image_encoder"}
+    sources = {part: NAMES[name][part] for part in parts if part in NAMES[name]}
     wanted = {}                                                     # repository -> what choices() returns
     for repo, folder, stem in sources.values():
         wanted.setdefault(repo, []).extend(choices(folder, stem, half))
-    chosen = {repo: choose(repo, revision_of(repo, revision), files, offline) for repo, files in wanted.items()}
+    chosen = {repo: choose(repo, revision_of(repo, revision, name), files, offline) for repo, files in wanted.items()}
     target = image_encoder_folder()
     extract = False
-    if "image_encoder" in parts and not (target / "config.json").is_file():
+    if "image_encoder" in parts and "image_encoder" not in sources and not (target / "config.json").is_file():
         repo, folder, stem = IMAGE_ENCODER
         try:
             chosen[repo] = choose(repo, revision_of(repo, revision), choices(folder, stem, half=False), offline)
@@ -227,7 +243,7 @@ def fetch(name: str, parts: tuple[str, ...] = TEXT_TO_IMAGE, half: bool = False,
     new = [size for files in chosen.values() for size in files.values()]
     if any(new):
         print(f"Fetching {sum(size > 0 for size in new)} files, {sum(new) / 1e9:.2f} GB, into {cache_folder()}", file=sys.stderr)
-    snapshots = {repo: download(repo, revision_of(repo, revision), files) for repo, files in chosen.items()}
+    snapshots = {repo: download(repo, revision_of(repo, revision, name), files) for repo, files in chosen.items()}
 
     found = {part: snapshots[repo] / folder for part, (repo, folder, _) in sources.items()}
     if extract:

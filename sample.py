@@ -105,18 +105,20 @@ def as_text(value) -> str:
     return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
 
 
-# Options that there are twice, --steps-c and --steps-b: what they take, the defaults for Stages C and B, help.
+# Options that there are twice, --steps-c and --steps-b: what they take, the defaults for Stages C and B, help. Defaults that
+# depend on the weights are known when these are loaded; here they are text.
 SAMPLING = dict(
-    steps=(steps, 29, 12, "a number, more are slower and finer; or segments, 2/3:20,0:10 for 20 steps from noise level 1 down to 2/3 and 10 to 0; "
+    steps=(steps, "29; for v1 60", "12; for v1 8", "a number, more are slower and finer; or segments, 2/3:20,0:10 for 20 steps from noise level 1 down to 2/3 and 10 to 0; "
            "or the levels themselves, 1,0.6,0.3,0; or DEFAULT_STAGE_C_TIMESTEPS, 29 steps"),
-    sampler=(str, "ddpm", "ddpm", "ddpm, the original's; ddim, without chance; or dpm++, of second order, for which half as many steps do"),
-    guidance=(several(number, 1, 2), 4.0, None, "how strongly the text is followed: 1 is plain sampling, in half the time; raise it where the prompt is "
+    sampler=(str, "ddpm", "ddpm; for v1 multinomial", "ddpm, the original's; ddim, without chance; or dpm++, of second order, for which half as many steps do"),
+    guidance=(several(number, 1, 2), "4; for v1 6", "1; for v1 2, for the tiny weights 4", "how strongly the text is followed: 1 is plain sampling, in half the time; raise it where the prompt is "
               "ignored, lower it where colours glare; two numbers, 8,2: at noise level 1 and at 0"),
     interval=(several(share, 2), (0.0, 1.0), (0.0, 1.0), "noise levels LOW,HIGH between which guidance acts; outside it costs nothing"),
     rescale=(share, 0.0, 0.0, "0 to 1: how far to undo the contrast that guidance adds"),
     eta=(share, 0.0, 0.0, "0 to 1: chance in ddim, 1 is as much as in ddpm"),
     t_start=(share, 1.0, 1.0, "noise level to start at"),
     t_end=(share, 0.0, 0.0, "noise level to stop at"))
+SAMPLERS = dict(c=("ddpm", "ddim", "dpm++"), b=("ddpm", "ddim", "dpm++", "multinomial", "argmax", "quant"))
 FILES = dict(prior="Stage C", decoder="Stage B", vqgan="Stage A", image_encoder="the image encoder",
              prior_text_encoder="Stage C's text encoder", text_encoder="Stage B's text encoder")      # parts that may come from elsewhere
 DTYPES = dict(fp32="float32", bf16="bfloat16", fp16="float16")
@@ -124,7 +126,7 @@ LATENT = ("semantic", "states", "size")          # what --save-latent writes: (1
 INPUTS = ("init", "mask", "reconstruct", "from_latent", "to_latent", "tensors")
 # What is saved with a picture and taken over by --like; the former may differ from line to line of --prompt-file.
 OF_A_PICTURE = ("prompt", "negative_prompt", "seed", "num_images", "width", "height", "init", "strength", "mask", "outpaint", "from_latent",
-                "tensors", *(f"{name}_{stage}" for stage in "cb" for name in SAMPLING))
+                "tensors", *(f"{name}_{stage}" for stage in "cb" for name in SAMPLING), "temperature_b")
 OF_A_RUN = ("reconstruct", "interpolate_to", "to_seed", "frames", "grid", "to_latent", "weights", *FILES, "lora", "revision", "dtype", "tile")
 
 
@@ -145,7 +147,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", metavar="N", type=whole(0), help="the same seed and settings give the same picture; of several, the next has the next seed "
         "(default: drawn at random, and printed)")
     add("--width", metavar="PX", type=whole(64), help="any from 64 on; far from what the weights were trained on, pictures get worse (default: 128 for "
-        "the tiny weights, 1024 for others; with --init, its shape, outpainted if so, the shorter side that long)")
+        "the tiny weights, 512 for v1, 1024 for others; with --init, its shape, outpainted if so, the shorter side that long)")
     add("--height", metavar="PX", type=whole(64), help="as --width")
     add("--like", metavar="PNG", help='all settings of this picture, made by this program; options beside it prevail, and "" undoes one: --mask ""')
 
@@ -165,17 +167,20 @@ def parser() -> argparse.ArgumentParser:
     add("--tensors", metavar="FILE", help=".safetensors with any of prompt_c, negative_c, prompt_b, negative_b (embeddings in place of text, "
         "1 x tokens x width) and latents_c, latents_b (in place of the first noise, 1 x channels x height x width)")
 
+    modes = "as for Stage C; and for v1, whose Stage B draws tokens: multinomial, by chance; argmax, the likeliest; quant, the nearest to their mean"
     for i, (stage, what) in enumerate((("c", "Stage C, which decides what is in the picture"), ("b", "Stage B, which adds detail"))):
         add = p.add_argument_group(f"sampling: {what}").add_argument
         for name, (kind, *defaults, text) in SAMPLING.items():
-            default = "4 for the tiny weights, 1 for others" if defaults[i] is None else as_text(defaults[i])
-            add(f"--{name.replace('_', '-')}-{stage}", type=kind, default=defaults[i], metavar=name.upper().replace("_", "-"),
-                choices=("ddpm", "ddim", "dpm++") if name == "sampler" else None,
-                help=f"{text if stage == 'c' else 'as for Stage C'} (default: {default})")
+            default = defaults[i]
+            add(f"--{name.replace('_', '-')}-{stage}", type=kind, default=None if isinstance(default, str) else default,
+                metavar=name.upper().replace("_", "-"), choices=SAMPLERS[stage] if name == "sampler" else None,
+                help=f"{text if stage == 'c' else modes if name == 'sampler' else 'as for Stage C'} (default: {as_text(default)})")
+    add("--temperature-b", metavar="T", type=several(number, 1, 2), help="for v1: below 1 tokens are drawn from the likelier ones, which is cleaner and poorer; "
+        "two numbers, 1,0.6: in the first step and the last (default: 1,0.6)")
 
     add = p.add_argument_group("weights and machine").add_argument
     add("--weights", metavar="NAME", help='"tiny", which ships with the code; "v2", "v2-base" or "v2-aesthetic", 12 GB fetched once, half of it where '
-        "float16 is wanted and offered; or a folder, of diffusers' layout or of the original .pt files (default: tiny; v2 if a part is given below)")
+        'float16 is wanted and offered; "v1", for 512 px; or a folder, of diffusers\' layout or of the original .pt files (default: tiny; v2 if a part is given below)')
     for part, what in FILES.items():
         add(f"--{part.replace('_', '-')}", metavar="PATH", help=f"{what} from this folder" + " or file" * ("text" not in part) + " instead")
     add("--lora", metavar="FILE:SCALE", type=loras, help="LoRA for Stage C, in any of the usual formats; several with commas between; SCALE is how "
@@ -298,8 +303,8 @@ def check(args: argparse.Namespace) -> None:
     for stage in "cb":
         levels, sampler, _, interval, _, eta, start, end = (getattr(args, f"{name}_{stage}") for name in SAMPLING)
         if eta and sampler != "ddim":
-            raise ValueError(f"--eta-{stage} is for --sampler-{stage} ddim, not for {sampler}")
-        if not isinstance(levels, int) and (end != 0 or start != 1 and not isinstance(levels, dict)):
+            raise ValueError(f"--eta-{stage} is for --sampler-{stage} ddim, not for {sampler or SAMPLERS[stage][0]}")
+        if levels is not None and not isinstance(levels, int) and (end != 0 or start != 1 and not isinstance(levels, dict)):
             raise ValueError(f"--t-start-{stage} and --t-end-{stage} are for a number of steps: {as_text(levels)} says itself where to go")
         path = levels if isinstance(levels, tuple) else (start, *levels) if isinstance(levels, dict) else (start, end)
         if any(a <= b for a, b in itertools.pairwise(path)):
@@ -361,6 +366,7 @@ def settings_of(args: argparse.Namespace, model, seed: int | None, image) -> dic
     import torch
     import transformers
     from hub import hashes
+    from wuerstchen import OWN
     files = {name: getattr(args, name) for name in INPUTS if getattr(args, name)} | {f"lora {Path(file).name}": file for file in model.loras}
     made_from = hashes(model.places) | {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in files.items()}
     changed = [name for name, value in made_from.items() if args.made_from_then.get(name, value) != value]
@@ -368,8 +374,8 @@ def settings_of(args: argparse.Namespace, model, seed: int | None, image) -> dic
         warnings.warn(f"{', '.join(changed)} changed since {args.like} was made: so this is another picture")
     dtypes = {getattr(torch, dtype): name for name, dtype in DTYPES.items()}
     values = {name: getattr(args, name) for name in OF_A_PICTURE + OF_A_RUN}
-    values |= dict(seed=seed, dtype=dtypes[model.dtype], weights=args.weights or ("v2" if any(values[part] for part in FILES) else "tiny"),
-                   guidance_b=model.guidance_b if args.guidance_b is None else args.guidance_b)
+    values |= dict(seed=seed, dtype=dtypes[model.dtype], weights=args.weights or ("v2" if any(values[part] for part in FILES) else "tiny"))
+    values |= {name: getattr(model, name) for name in OWN if values[name] is None}
     if not any(values[name] for name in SEVERAL_IN_ONE):
         values |= dict(width=image.width, height=image.height)
     for name, used in (("num_images", args.grid), ("frames", args.interpolate_to or args.to_latent)):       # others have a file and seed each
@@ -411,7 +417,7 @@ def load_model(args: argparse.Namespace, jobs: list[argparse.Namespace]):
 def options_of(args: argparse.Namespace) -> dict:
     """Arguments of Wuerstchen.__call__, but for prompts and noise. Raises ValueError for files that cannot be read."""
     from images import enlarge, read_image, read_mask
-    names = ("width", "height", "strength", "tile", *(f"{name}_{stage}" for stage in "cb" for name in SAMPLING))
+    names = ("width", "height", "strength", "tile", "temperature_b", *(f"{name}_{stage}" for stage in "cb" for name in SAMPLING))
     options = {name: getattr(args, name) for name in names} | dict(progress=True)
     if args.init or args.reconstruct:
         options["init"] = read_image(args.init or args.reconstruct)                      # (3, H, W)

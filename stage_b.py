@@ -281,14 +281,16 @@ class StageB(nn.Module):
 class EfficientNetEncoder(nn.Module):
     """EfficientNetV2-S features and a 1x1 mapper to 16 channels (20.2 M parameters). Needs torchvision.
 
-    Built without ImageNet weights: the released encoder was trained on, and the constructor must not
+    v1 has the large one, efficientnet_v2_l (117 M), for pictures half as wide. Built without ImageNet weights: the released encoder was trained on, and the constructor must not
     download. Encode in eval() mode: BatchNorm and stochastic depth behave differently in training.
     """
-    def __init__(self, c_semantic: int = 16):
+    def __init__(self, c_semantic: int = 16, network: str = "efficientnet_v2_s"):
         super().__init__()
         import torchvision     # only here, so that StageB needs torch alone
-        self.config = dict(c_semantic=c_semantic)
-        self.backbone = torchvision.models.efficientnet_v2_s(weights=None).features      # 32 times fewer positions
+        if network not in ("efficientnet_v2_s", "efficientnet_v2_l"):
+            raise ValueError(f"the image encoder is to be a {network!r}, expected efficientnet_v2_s or, of v1, efficientnet_v2_l.")
+        self.config = dict(c_semantic=c_semantic, network=network)
+        self.backbone = getattr(torchvision.models, network)(weights=None).features      # 32 times fewer positions
         self.to_semantic = nn.Conv2d(1280, c_semantic, 1, bias=False)
         self.norm = nn.BatchNorm2d(c_semantic)
 

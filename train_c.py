@@ -137,6 +137,8 @@ def check(args) -> None:
         raise Mistake("--lora leaves all weights as they are: it does not go with --train-text or --init random")
     if bool(args.preserve) != bool(args.preserve_prompts) or args.preserve and (args.train_text or args.init == "random"):
         raise Mistake("--preserve and --preserve-prompts go together, and with neither --train-text nor --init random, which leave nothing as it was")
+    if args.weights == "v1":
+        raise Mistake("--weights v1 can be painted with, not fine-tuned: training puts latents into v2's scale; choose v2-base")
     if args.config and args.init != "random":
         raise Mistake("--config gives the sizes of a new Stage C: add --init random")
     if args.cache and (args.crop == "random" or args.train_text):
@@ -376,6 +378,8 @@ def main(args):
     tokenizer, text_model = load_text_encoder(places["prior_text_encoder"], places["prior_tokenizer"], torch.float32 if args.train_text else dtype)
     text_model.to(device).train(args.train_text).requires_grad_(args.train_text)
     image_encoder = load_image_encoder(places["image_encoder"]).to(device).requires_grad_(False)     # eval mode, float32: the targets are exact
+    if image_encoder.config.get("network") == "efficientnet_v2_l":
+        raise Mistake(f"{places['image_encoder']} is the image encoder of v1, whose latents are not in the scale of this training: choose v2's")
     if args.lora:
         with user_mistakes():
             lora.add_lora(prior, args.rank, args.alpha, args.lora_dropout, args.targets, rslora=args.rslora, dora=args.dora)

@@ -1,6 +1,6 @@
 """Weights: loads and saves the released format, and translates the released names into ours.
 
-  folder/config.json + folder/diffusion_pytorch_model.safetensors  <->  StageA, StageB, StageC
+  folder/config.json + folder/diffusion_pytorch_model.safetensors  <->  StageA, StageB, StageBV1, StageC
 
 The released weights exist in two namings. "original" is that of the authors' training code,
 "diffusers" that of the Hugging Face library; they differ in the attention layers, whose query, key
@@ -15,7 +15,7 @@ Shapes differ in two places, since we work channels-last: what others write as a
 Loading is strict, as weights in the wrong place make pictures that are merely bad: every tensor must
 be known, present, of the right shape and free of NaN. What is wrong with a file is a WeightsError of
 one line. Nothing is downloaded, and nothing in a file is executed.
-Needs: torch, safetensors; transformers for text encoders; stage_a.py, stage_b.py, stage_c.py, files.py.
+Needs: torch, safetensors; transformers for text encoders; stage_a.py, stage_b.py, stage_b_v1.py, stage_c.py, files.py.
 """
 import json
 import sys
@@ -30,6 +30,7 @@ from files import (STEM, TensorFile, WeightsError, find_file, memory_of_its_own,
                    write_model)
 from stage_a import StageA
 from stage_b import EfficientNetEncoder, StageB, TinyImageEncoder
+from stage_b_v1 import StageBV1
 from stage_c import StageC
 
 
@@ -113,6 +114,17 @@ def rules_b(levels, blocks, inject, **_) -> list:
     return rules
 
 
+def rules_b_v1(levels, blocks, **_) -> list:
+    """Stage B of v1. Its U-Net is numbered as v2's; "byt5" is the text encoder that it was first planned with."""
+    unet = rules_b(levels, blocks, inject=[False] * len(levels))
+    return [rule for rule in unet if rule[0] != "embed_text"] + [
+        ("embed_token",    "in_mapper.0",   ""),     # in_mapper.1 is the norm
+        ("embed_semantic", "effnet_mapper", ""),
+        ("embed_text",     "byt5_mapper",   ""),
+        ("classify",       "out_mapper.1",  "1x1"),  # out_mapper.0 is the norm
+    ]
+
+
 def rules_c(depth: int, **_) -> list:
     """Stage C. There, the three kinds of blocks are one list, in the order in which they run."""
     rules = [
@@ -144,7 +156,7 @@ def rules_tiny(**_) -> list:
 
 def name_table(model: nn.Module) -> dict[str, tuple[str, str]]:
     """For a model of ours: name of a tensor in diffusers' naming -> (our name, "1x1", "grn" or "")."""
-    rules = {StageA: rules_a, StageB: rules_b, StageC: rules_c, EfficientNetEncoder: rules_efficientnet,
+    rules = {StageA: rules_a, StageB: rules_b, StageBV1: rules_b_v1, StageC: rules_c, EfficientNetEncoder: rules_efficientnet,
              TinyImageEncoder: rules_tiny}[type(model)]
     parts = {ours: (theirs, kind) for ours, theirs, kind in rules(**model.config)}
     table = {}
@@ -278,16 +290,17 @@ def what_it_is(shapes: dict[str, tuple]) -> str | None:
     if any(name.startswith(("clip_txt_mapper.", "clip_txt_pooled_mapper.")) for name in shapes):
         return "Stable Cascade (Würstchen v3), which is another architecture"
     if "byt5_mapper.weight" in shapes:
-        return "a v1 Stage B (Paella, a model of tokens); v2 needs a DiffNeXt"
+        return "a v1 Stage B (Paella, a model of tokens)"
     text = width("cond_mapper.0.weight")
     if text is not None:
-        return {1024: "a v1 Stage C (text width 1024); v2 needs 1280",
+        return {1024: "a v1 Stage C (text width 1024)",
                 1280: "a v2 Stage C (text width 1280)"}.get(text, f"a Stage C for texts of width {text}")
     for name, answer in (("clip_mapper.weight", "a Stage B (DiffNeXt)"), ("in_block.1.weight", "a Stage A (VQGAN)"),
                          ("backbone.0.0.weight", "an image encoder (EfficientNet)"),
                          ("text_model.embeddings.token_embedding.weight", "a CLIP text encoder"),
                          ("embeddings.token_embedding.weight", "a CLIP text encoder"),
-                         ("embed_text.0.weight", "a Stage C in our own names"), ("embed_text.weight", "a Stage B in our own names")):
+                         ("embed_text.0.weight", "a Stage C in our own names"), ("embed_token.weight", "a v1 Stage B in our own names"),
+                         ("embed_text.weight", "a Stage B in our own names")):
         if name in shapes:
             return answer
     return None
@@ -307,16 +320,21 @@ CONFIGS = {
         blocks=("blocks", [4, 4, 14, 4]), levels=("level_config", ["CT", "CTA", "CTA", "CTA"]),
         inject=("inject_effnet", [False, True, True, True]), c_semantic=("effnet_embd", 16),
         c_text=("clip_embd", 1024), kernel_size=("kernel_size", 3), dropout=("dropout", 0.1))),
+    StageBV1: ("Paella", dict(             # diffusers never had it: the words are the authors'
+        codebook_size=("num_labels", 8192), c_token=("c_in", 256), c_timestep=("c_r", 64), patch_size=("patch_size", 2),
+        c_cond=("c_cond", 1024), c_hidden=("c_hidden", [640, 1280, 1280]), heads=("nhead", [-1, 16, 16]),
+        blocks=("blocks", [4, 12, 4]), levels=("level_config", ["CT", "CTA", "CTA"]), c_semantic=("effnet_embd", 16),
+        c_text=("byt5_embd", 1024), kernel_size=("kernel_size", 3), dropout=("dropout", 0.1))),
     StageC: ("WuerstchenPrior", dict(      # these defaults are not the released sizes; the released files spell theirs out
         c_in=("c_in", 16), c=("c", 1280), c_cond=("c_cond", 1024), c_timestep=("c_r", 64), depth=("depth", 16),
         heads=("nhead", 16), dropout=("dropout", 0.1))),
-    EfficientNetEncoder: ("EfficientNetEncoder", dict(c_semantic=("c_latent", 16))),
+    EfficientNetEncoder: ("EfficientNetEncoder", dict(c_semantic=("c_latent", 16), network=("effnet", "efficientnet_v2_s"))),
     TinyImageEncoder: ("TinyImageEncoder", dict(
         c_semantic=("c_semantic", 16), c_hidden=("c_hidden", [32, 64, 128, 256]), blocks=("blocks", [1, 2, 2, 2]))),
 }
 # Options of their classes that ours do not have; only these values are possible.
 FIXED = {StageA: dict(in_channels=3, out_channels=3, up_down_scale_factor=2),
-         EfficientNetEncoder: dict(effnet="efficientnet_v2_s", c_cond=1280)}
+         EfficientNetEncoder: dict(c_cond=1280)}
 
 
 def config_to_ours(config: dict, stage: type) -> dict:
@@ -353,8 +371,12 @@ def config_to_diffusers(model: nn.Module) -> dict:
 # ----- loading: one model from its folder or file ------------------------------------------------------
 
 # The original files hold several tables; this is where each model stands, the averaged weights first.
-SECTIONS = {StageA: ("state_dict",), StageB: ("state_dict",), StageC: ("ema_state_dict", "state_dict"),
+SECTIONS = {StageA: ("state_dict",), StageB: ("state_dict",), StageBV1: ("state_dict",), StageC: ("ema_state_dict", "state_dict"),
             EfficientNetEncoder: ("effnet_state_dict",)}
+# A tensor that tells which model a file holds: its name elsewhere, its name here.
+TELLTALES = {StageA: ("in_block.1.weight", "codebook.codes"), StageBV1: ("byt5_mapper.weight", "embed_token.weight"),
+             StageB: ("clip_mapper.weight", "embed_text.weight"), StageC: ("cond_mapper.0.weight", "embed_text.0.weight"),
+             EfficientNetEncoder: ("backbone.0.0.weight",) * 2}
 
 
 @memory_of_its_own()
@@ -376,18 +398,28 @@ def fill(model: nn.Module, tensors, dtype: torch.dtype) -> nn.Module:
     return model.eval()
 
 
+def official_sizes(stage: type, shapes: dict[str, tuple]) -> dict:
+    """Arguments for `stage` where no config.json tells: the sizes of v2, which are the defaults, unless a shape is v1's."""
+    shape = next((shapes[name] for name in TELLTALES[stage] if name in shapes), ())
+    if stage is StageC and shape[1:] == (1024,):
+        return dict(c_cond=1024)                             # CLIP-H in place of bigG
+    if stage is EfficientNetEncoder and shape[:1] == (32,):
+        return dict(network="efficientnet_v2_l")
+    return {}
+
+
 def plan(stage: type, path: str | Path) -> tuple[nn.Module, TensorFile]:
     """A model without memory, and the file that fits it by names and shapes, of which no number has been read yet.
 
     path: its folder, or a single file. A config.json beside the file gives the sizes; without one, as beside
-    the original .pt files, they are the official ones. Raises WeightsError.
+    the original .pt files, they are the official ones, of v1 or v2. Raises WeightsError.
     """
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     file = TensorFile(find_file(path, (STEM, "model")), SECTIONS.get(stage, ())) if not Path(path).is_dir() else None
     config = read_config(folder) if file is None or (folder / "config.json").is_file() else None
     try:
         with torch.device("meta"):
-            model = stage(**(config_to_ours(config, stage) if config is not None else {}))
+            model = stage(**(config_to_ours(config, stage) if config is not None else official_sizes(stage, file.shapes)))
     except (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError) as error:     # impossible numbers in it
         raise WeightsError(f"{folder / 'config.json'} cannot be used: {error}") from error
     file = file or TensorFile(find_file(path, (STEM, "model")), SECTIONS.get(stage, ()))
@@ -416,6 +448,11 @@ def load_stage_a(folder: str | Path, dtype: torch.dtype = torch.float32) -> Stag
 def load_stage_b(folder: str | Path, dtype: torch.dtype = torch.float32) -> StageB:
     """A `decoder` folder -> the diffusion decoder in eval mode. Raises WeightsError."""
     return load(StageB, folder, dtype)
+
+
+def load_stage_b_v1(folder: str | Path, dtype: torch.dtype = torch.float32) -> StageBV1:
+    """A `decoder` folder of v1, or model_stage_b.pt -> the token model in eval mode. Raises WeightsError."""
+    return load(StageBV1, folder, dtype)
 
 
 def load_stage_c(folder: str | Path, dtype: torch.dtype = torch.float32) -> StageC:
@@ -495,6 +532,17 @@ def check_widths(width: int, folder: str | Path, stage: str) -> None:
                            f"CLIP bigG (1280) belongs to v2's Stage C, CLIP H (1024) to v2's Stage B and to v1")
 
 
+def stage_b_of(place: str | Path) -> type:
+    """StageB or, where this is a decoder of v1, StageBV1: as config.json says, or else the names of the tensors. Raises WeightsError."""
+    folder = Path(place) if Path(place).is_dir() else Path(place).parent
+    if Path(place).is_dir() or (folder / "config.json").is_file():
+        v1 = read_config(folder).get("_class_name") == CONFIGS[StageBV1][0]
+    else:
+        shapes = TensorFile(find_file(place, (STEM, "model")), SECTIONS[StageB]).shapes
+        v1 = any(name in shapes for name in TELLTALES[StageBV1])
+    return StageBV1 if v1 else StageB
+
+
 def is_tiny(place: str | Path) -> bool:
     """Is this image encoder the small one of models/tiny, for pictures of 128 px?"""
     folder = Path(place) if Path(place).is_dir() else Path(place).parent
@@ -511,6 +559,11 @@ def save_stage_a(model: StageA, folder: str | Path) -> None:
 
 def save_stage_b(model: StageB, folder: str | Path) -> None:
     """Writes the diffusion decoder as diffusers would, in float16."""
+    write_model(config_to_diffusers(model), to_diffusers(model.state_dict(), model), folder, STEM)
+
+
+def save_stage_b_v1(model: StageBV1, folder: str | Path) -> None:
+    """Writes the token model, in float16, in the form of the others: diffusers has none of its own."""
     write_model(config_to_diffusers(model), to_diffusers(model.state_dict(), model), folder, STEM)
 
 
@@ -545,10 +598,6 @@ def save_text_encoder(tokenizer, encoder, folder: str | Path, tokenizer_folder: 
 
 
 # ----- python weights.py convert ----------------------------------------------------------------------
-
-# A tensor that tells which model a file holds: its name elsewhere, its name here.
-TELLTALES = {StageA: ("in_block.1.weight", "codebook.codes"), StageB: ("clip_mapper.weight", "embed_text.weight"),
-             StageC: ("cond_mapper.0.weight", "embed_text.0.weight"), EfficientNetEncoder: ("backbone.0.0.weight",) * 2}
 
 
 def convert(source: str | Path, target: str | Path, to: str) -> int:

@@ -9,6 +9,8 @@
 
 Schedule, samplers and guidance are in diffusion.py, the networks in stage_*.py; here they are called in turn.
 Easily missed: Stage C works on (raw + 1) / 42 of what the image encoder gives and Stage B takes: see to_raw.
+Of Würstchen v1 two things differ, and are told by the weights: Stage B makes tokens (v1_b: sample_b_v1 in place of
+sample_b), and Stage C works on the raw latents (v1_c).
 Paper: arXiv:2306.00637.
 Needs: torch, numpy, pillow, tqdm; transformers for the text encoders; our other files but the scripts.
 """
@@ -24,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import stage_b_v1
 from diffusion import (SAMPLERS, Guidance, Keep, Noise, add_noise, cut_timesteps, ddim_step, ddpm_step, default_timesteps_c, denoise,
                        linear_timesteps, slerp, timesteps)
 from images import apply_linear, cover, feather, fit_linear, fitting_size, read_image, read_mask, to_pil
@@ -62,6 +65,7 @@ def network(part: "torch.nn.Module | TextEncoder") -> torch.nn.Module:
 
 
 PARTS = ("stage_a", "stage_b", "stage_c", "text_encoder_c", "text_encoder_b", "image_encoder")
+OWN = ("steps_c", "sampler_c", "guidance_c", "steps_b", "sampler_b", "guidance_b", "temperature_b")      # what weights have defaults of their own for
 
 
 class Wuerstchen:
@@ -71,14 +75,18 @@ class Wuerstchen:
     object where the weights share it) and image_encoder (None where the weights have none). Each may be
     given as a function that loads it, to be called when the part is first needed; with low_memory, all
     other parts are let go just before; with offload, they wait in main memory. size (px) and guidance_b are
-    these weights' own defaults.
+    these weights' own defaults. v1_c, v1_b: these stages are of Würstchen v1, whose defaults are its notebook's.
     """
     def __init__(self, stage_a, stage_b, stage_c, text_encoder_c, text_encoder_b, image_encoder=None, size: int = 1024,
-                 guidance_b: float = 1.0, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
-                 low_memory: bool = False, offload: bool = False, compiled: bool = False, preview_file: Path | None = None):
+                 guidance_b: float | None = None, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
+                 low_memory: bool = False, offload: bool = False, compiled: bool = False, preview_file: Path | None = None,
+                 v1_c: bool = False, v1_b: bool = False):
         self.sources = dict(zip(PARTS, (stage_a, stage_b, stage_c, text_encoder_c, text_encoder_b, image_encoder)))
         self.loaded, self.configs, self.on_device, self.maps = {}, {}, None, None
-        self.size, self.guidance_b, self.preview_file = size, guidance_b, preview_file
+        self.size, self.preview_file, self.v1_c, self.v1_b = size, preview_file, v1_c, v1_b
+        self.steps_c, self.sampler_c, self.guidance_c = (60, "ddpm", 6.0) if v1_c else (29, "ddpm", 4.0)
+        self.steps_b, self.sampler_b, self.guidance_b, self.temperature_b = (8, "multinomial", 2.0, (1.0, 0.6)) if v1_b else (12, "ddpm", 1.0, None)
+        self.guidance_b = self.guidance_b if guidance_b is None else guidance_b
         self.low_memory, self.offload, self.compiled = low_memory, offload, compiled
         self.device, self.dtype = torch.device(device), dtype
 
@@ -122,7 +130,7 @@ class Wuerstchen:
              parts: tuple[str, ...] | None = None, offline: bool = False, revision: str | None = None,
              low_memory: bool | None = None, offload: bool = False, compile: bool = False,
              lora: dict[str | Path, float] | None = None, **files) -> "Wuerstchen":
-        """weights: "tiny", which ships with the code; "v2", "v2-base", "v2-aesthetic", fetched if need be; or a folder in any
+        """weights: "tiny", which ships with the code; "v1", "v2", "v2-base", "v2-aesthetic", fetched if need be; or a folder in any
         of diffusers' layouts, or of the original .pt files (see hub.find_parts).
 
         device: default cuda where there is one, else cpu. dtype of the networks: default float32 on a CPU, bfloat16 on
@@ -143,8 +151,9 @@ class Wuerstchen:
         weights = weights or ("v2" if files else "tiny")
         places = hub.locate(weights, files, parts or hub.TEXT_TO_IMAGE, half=dtype != torch.float32, offline=offline, revision=revision)
         # Before the first number is read: do the files fit the models, and the models each other?
+        stage_b = w.stage_b_of(places["decoder"]) if places["decoder"] else w.StageB
         plans = {part: w.plan(stage, places[part])[0]
-                 for part, stage in (("vqgan", w.StageA), ("decoder", w.StageB), ("prior", w.StageC)) if places[part]}
+                 for part, stage in (("vqgan", w.StageA), ("decoder", stage_b), ("prior", w.StageC)) if places[part]}
         for part, key, encoder, name in (("prior", "c_cond", "prior_text_encoder", "Stage C"), ("decoder", "c_text", "text_encoder", "Stage B")):
             if part in plans and places[encoder]:
                 w.check_widths(plans[part].config[key], places[encoder], name)
@@ -165,7 +174,7 @@ class Wuerstchen:
 
         def image_encoder():
             # In float32: BatchNorm's statistics do not survive half precision.
-            place = places["image_encoder"] or hub.fetch("v2", ("image_encoder",), offline=offline, revision=revision)["image_encoder"]
+            place = places["image_encoder"] or hub.fetch("v1" if v1_b else "v2", ("image_encoder",), offline=offline, revision=revision)["image_encoder"]
             return w.load_image_encoder(place)
 
         def source(part: str, load: Callable):
@@ -173,13 +182,17 @@ class Wuerstchen:
         shared = places["text_encoder"] == places["prior_text_encoder"]
         # A small Stage B hesitates between objects; guidance makes it follow the semantic latent more resolutely.
         tiny = places["image_encoder"] and w.is_tiny(places["image_encoder"])
+        v1_b = stage_b is w.StageBV1
+        # Only v1 has texts of CLIP-H's width in both stages; a v1 Stage B of one's own may stand on v2's scaled latents.
+        v1_c = v1_b and (plans["prior"].config["c_cond"] if "prior" in plans else plans["decoder"].config["c_text"]) == 1024
+        own = dict(size=512) if v1_b and not tiny else dict(size=128, guidance_b=None if v1_b else 4.0) if tiny else {}
         self = cls(source("vqgan", lambda: w.load_stage_a(places["vqgan"], dtype)),
-                   source("decoder", lambda: w.load_stage_b(places["decoder"], dtype)),
+                   source("decoder", lambda: (w.load_stage_b_v1 if v1_b else w.load_stage_b)(places["decoder"], dtype)),
                    source("prior", stage_c),
                    source("prior_text_encoder", text_c), source("text_encoder", text_c if shared else text_b),
                    image_encoder if places["image_encoder"] or weights in hub.NAMES else None,
-                   **(dict(size=128, guidance_b=4.0) if tiny else {}), device=device, dtype=dtype, offload=offload, compiled=compile,
-                   preview_file=(hub.own_cache() if weights in hub.NAMES else places["vqgan"].parent) / "preview.json")
+                   **own, v1_c=v1_c, v1_b=v1_b, device=device, dtype=dtype, offload=offload, compiled=compile,
+                   preview_file=(hub.own_cache() if weights in hub.NAMES else places["vqgan"].parent) / f"preview{'_v1' * v1_b}.json")
         if files.get("vqgan") or files.get("image_encoder"):
             self.preview_file = None                                     # what is there was fitted to others
         self.places, self.loras, self.configs = places, loras, {
@@ -201,10 +214,10 @@ class Wuerstchen:
     @torch.no_grad()
     def __call__(self, prompt: str | list[str] | None = None, negative_prompt: str | list[str] = "", *, seed: int | list[int] = 0,
                  num_images: int = 1, width: int | None = None, height: int | None = None, init=None, strength: float | None = None,
-                 mask=None, steps_c=29, t_start_c: float = 1.0, t_end_c: float = 0.0, sampler_c: str = "ddpm", eta_c: float = 0.0,
-                 guidance_c: float | tuple = 4.0, interval_c: tuple = (0.0, 1.0), rescale_c: float = 0.0,
-                 steps_b=12, t_start_b: float = 1.0, t_end_b: float = 0.0, sampler_b: str = "ddpm", eta_b: float = 0.0,
-                 guidance_b: float | tuple | None = None, interval_b: tuple = (0.0, 1.0), rescale_b: float = 0.0,
+                 mask=None, steps_c=None, t_start_c: float = 1.0, t_end_c: float = 0.0, sampler_c: str | None = None, eta_c: float = 0.0,
+                 guidance_c: float | tuple | None = None, interval_c: tuple = (0.0, 1.0), rescale_c: float = 0.0,
+                 steps_b=None, t_start_b: float = 1.0, t_end_b: float = 0.0, sampler_b: str | None = None, eta_b: float = 0.0,
+                 guidance_b: float | tuple | None = None, interval_b: tuple = (0.0, 1.0), rescale_b: float = 0.0, temperature_b=None,
                  embeddings: dict[str, Tensor] | None = None, semantic: Tensor | None = None, latents_c: Tensor | None = None,
                  latents_b: Tensor | None = None, noise: Callable | None = None, output: str = "pil", tile: int | None = None,
                  callback: Callable | None = None, preview: Callable | None = None, progress: bool = False):
@@ -219,8 +232,11 @@ class Wuerstchen:
         mask             a picture, white where `init` is to be painted anew; the rest stays as it is.
         steps_           a number of steps between t_start_ and t_end_, segments such as {2/3: 20, 0.0: 10}, the levels themselves,
                          or "DEFAULT_STAGE_C_TIMESTEPS": see diffusion.timesteps. _c and _b: for Stages C and B.
-        sampler_, eta_   "ddpm", "ddim" (its chance: eta), or "dpm++", which needs half as many steps.
-        guidance_, interval_, rescale_   see diffusion.Guidance; 1 is no guidance, in half the time. Stage B's default: these weights'.
+        sampler_, eta_   "ddpm", "ddim" (its chance: eta), or "dpm++", which needs half as many steps. For v1's Stage B a mode of
+                         stage_b_v1.choose, "multinomial", "argmax" or "quant".
+        guidance_, interval_, rescale_   see diffusion.Guidance; 1 is no guidance, in half the time.
+        temperature_b    of v1's Stage B alone: one number, or those of the first and the last step.
+                         Steps, guidance, sampler and temperature have these weights' own defaults, see OWN.
         embeddings       in place of text: any of prompt_c, negative_c, prompt_b, negative_b, each (prompts or 1, N, D).
         semantic         raw semantic latents (images or 1,16,h,w), as output="semantic" gives them: Stage C is not used. With a mask,
                          `init` still says what stays.
@@ -232,9 +248,19 @@ class Wuerstchen:
         preview          preview("C" or "B", step, images (images,3,h,w)): a rough picture of what it will become, after each step.
         Raises ValueError for what does not fit together, nearly all of it before the first step; and as soon as latents are NaN.
         """
-        how_c = self.how("guidance_c", steps_c, t_start_c, t_end_c, sampler_c, eta_c, guidance_c, interval_c, rescale_c, default_timesteps_c)
-        how_b = self.how("guidance_b", steps_b, t_start_b, t_end_b, sampler_b, eta_b, self.guidance_b if guidance_b is None else guidance_b,
-                         interval_b, rescale_b, linear_timesteps)
+        given = (steps_c, sampler_c, guidance_c, steps_b, sampler_b, guidance_b, temperature_b)
+        steps_c, sampler_c, guidance_c, steps_b, sampler_b, guidance_b, temperature_b = (
+            getattr(self, name) if value is None else value for name, value in zip(OWN, given))
+        how_c = self.how("guidance_c", steps_c, t_start_c, t_end_c, sampler_c, eta_c, guidance_c, interval_c, rescale_c,
+                         linear_timesteps if self.v1_c else default_timesteps_c)
+        how_b = self.how("guidance_b", steps_b, t_start_b, t_end_b, sampler_b, eta_b, guidance_b, interval_b, rescale_b, linear_timesteps,
+                         stage_b_v1.MODES if self.v1_b else SAMPLERS)
+        if self.v1_b:
+            if mask is not None or latents_b is not None or rescale_b:
+                raise ValueError("Stage B of v1 makes tokens, for which mask, latents_b and rescale_b do not exist: leave them away.")
+            how_b["temperature"] = stage_b_v1.temperatures(temperature_b, len(how_b["levels"]) - 1)
+        elif temperature_b is not None:
+            raise ValueError("temperature_b is for v1, whose Stage B makes tokens: leave it away.")
         if output not in ("pil", "np", "pt", "semantic", "latents_b"):
             raise ValueError(f"output is {output!r}, expected \"pil\", \"np\", \"pt\", \"semantic\" or \"latents_b\".")
         if num_images < 1:
@@ -271,7 +297,7 @@ class Wuerstchen:
             return tensor.to(self.device, torch.float32).expand(n, *shape)
 
         def draw(stage: str, size: tuple[int, int]) -> Callable[[], Tensor]:
-            channels = self.config(stage)["c_in"]
+            channels = self.config(stage).get("c_in", 1)                                 # v1's Stage B: a number per token
             return lambda: checked("what noise() gave", noise(channels, *size), channels, *size)
 
         # Stage C takes a minute: what is wrong with something for Stage B is said before.
@@ -282,7 +308,7 @@ class Wuerstchen:
         told_b = None if output == "semantic" else texts("b")
         try:
             if semantic is None and len(how_c["levels"]) == 1:                           # strength 0: nothing to do for Stage C
-                semantic = to_raw(known.semantic).expand(n, -1, -1, -1)
+                semantic = self.to_raw(known.semantic).expand(n, -1, -1, -1)
             elif semantic is None:
                 told_c, draw_c = texts("c"), draw("stage_c", size_c)
                 x = draw_c() if latents_c is None else checked("latents_c", latents_c, self.config("stage_c")["c_in"], *size_c)
@@ -294,8 +320,9 @@ class Wuerstchen:
                 return semantic
             draw_b = draw("stage_b", size_b)
             x = draw_b() if latents_b is None else latents_b                             # (n, 4, h', w')
-            latents = self.sample_b(semantic, *told_b, draw_b, x=x, keep=known and known.keep_b(x), progress=progress,
-                                    watch=self.watch("B", callback, preview), **how_b)
+            sample_b = self.sample_b_v1 if self.v1_b else self.sample_b
+            latents = sample_b(semantic, *told_b, draw_b, x=x, keep=known and known.keep_b(x), progress=progress,
+                               watch=self.watch("B", callback, preview), **how_b)
         except Stopped:
             return []
         if output == "latents_b":
@@ -345,17 +372,19 @@ class Wuerstchen:
     # ----- one after another ------------------------------------------------------------------------
 
     @staticmethod
-    def how(name: str, steps, t_start: float, t_end: float, sampler: str, eta: float, scale, interval, rescale: float, default: Callable) -> dict:
-        """How a stage is to be sampled, checked: arguments for sample_c and sample_b."""
-        if sampler not in SAMPLERS:
-            raise ValueError(f"there is no sampler {sampler!r}: expected one of {', '.join(SAMPLERS)}.")
+    def how(name: str, steps, t_start: float, t_end: float, sampler: str, eta: float, scale, interval, rescale: float, default: Callable,
+            samplers: Iterable[str] = SAMPLERS) -> dict:
+        """How a stage is to be sampled, checked: arguments for sample_c, sample_b and sample_b_v1."""
+        if sampler not in samplers:
+            raise ValueError(f"there is no sampler {sampler!r}: expected one of {', '.join(samplers)}.")
         if not 0 <= eta <= 1:
             raise ValueError(f"eta is {eta:g}, expected a number from 0, no chance, to 1, as much as DDPM.")
         try:
             guidance = Guidance(scale, interval, rescale)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        step = SAMPLERS[sampler] if eta == 0 or sampler != "ddim" else lambda *args: ddim_step(*args, eta=eta)
+        # v1's modes are no functions, and stay names.
+        step = SAMPLERS.get(sampler, sampler) if eta == 0 or sampler != "ddim" else lambda *args: ddim_step(*args, eta=eta)
         return dict(levels=timesteps(steps, t_start, t_end, default), step=step, guidance=guidance)
 
     def picture_size(self, height: int | None, width: int | None, init: Tensor | None, semantic: Tensor | None) -> tuple[int, int]:
@@ -372,8 +401,9 @@ class Wuerstchen:
             height, width = (side * 128 // 3 if given is None else given for given, side in zip((height, width), semantic.shape[-2:]))
         height, width = (self.size if given is None else given for given in (height, width))
         latent_sizes(height, width)              # for its error messages
-        sides, trained = sorted((height, width)), "128 px only" if self.size == 128 else "1024 to 1536 px, one side up to 2048"
-        if sides != [128, 128] if self.size == 128 else not (1024 <= sides[0] <= 1536 and sides[1] <= 2048):
+        sides, one_size = sorted((height, width)), self.size in (128, 512)
+        trained = f"{self.size} px only" if one_size else "1024 to 1536 px, one side up to 2048"
+        if sides != [self.size] * 2 if one_size else not (1024 <= sides[0] <= 1536 and sides[1] <= 2048):
             what = "blurred or crowded" if sides[0] < self.size else "repeated"
             warnings.warn(f"{width} x {height} px is not what these weights were trained on ({trained}): expect {what} objects")
         return height, width
@@ -419,8 +449,8 @@ class Wuerstchen:
             # One pass for both: rows 0..B-1 with the text, rows B..2B-1 without.
             return self.stage_c(torch.cat([x, x]), torch.cat([t, t]), both_texts) if both else self.stage_c(x, t, text)
         with self.said_clearly("Stage C"):
-            return to_raw(denoise(predict, draw() if x is None else x, draw, levels, step, guidance, keep, watch,
-                                  self.bar("Stage C", progress)))
+            return self.to_raw(denoise(predict, draw() if x is None else x, draw, levels, step, guidance, keep, watch,
+                                       self.bar("Stage C", progress)))
 
     @torch.no_grad()
     def sample_b(self, semantic: Tensor, text: Tensor, unconditional: Tensor, draw: Callable[[], Tensor], levels: Tensor,
@@ -440,6 +470,48 @@ class Wuerstchen:
             return self.stage_b(torch.cat([x, x]), torch.cat([t, t]), both_semantic, both_texts)
         with self.said_clearly("Stage B"):
             return denoise(predict, draw() if x is None else x, draw, levels, step, guidance, keep, watch, self.bar("Stage B", progress))
+
+    @torch.no_grad()
+    def sample_b_v1(self, semantic: Tensor, text: Tensor, unconditional: Tensor, draw: Callable[[], Tensor], levels: Tensor, step: str,
+                    guidance: Guidance, temperature: list[float], x: Tensor, keep: None = None, watch: Callable | None = None,
+                    progress: bool = False) -> Tensor:
+        """As sample_b, with the tokens of v1: chosen in mode `step`, then looked up in Stage A's codebook.
+
+        Random numbers are uniform here, by the normal distribution's integral, so that draw() is the same for both.
+        """
+        stage_a, semantic = self.stage_a, semantic.to(self.dtype)
+        codes, scale_factor = stage_a.codebook.codes.detach(), stage_a.scale_factor
+        both_texts, both_semantic = torch.cat([text, unconditional]), torch.cat([semantic, torch.zeros_like(semantic)])
+
+        def uniform(x: Tensor | None = None) -> Tensor:
+            return torch.special.ndtr(draw() if x is None else x)[:, 0]                  # (B, h', w')
+
+        def predict(tokens: Tensor, t: Tensor, both: bool) -> Tensor:
+            if not both:
+                return self.stage_b(tokens, t, semantic, text).float()
+            return self.stage_b(torch.cat([tokens, tokens]), torch.cat([t, t]), both_semantic, both_texts).float()
+
+        def to_latents(tokens: Tensor) -> Tensor:
+            return F.embedding(tokens, codes).permute(0, 3, 1, 2) / scale_factor         # (B, 4, h', w')
+
+        def watch_tokens(i: int, t: float, tokens: Tensor) -> Tensor | None:
+            changed = watch(i, t, tokens, to_latents(tokens).float())
+            if changed is not None and not (changed.dtype == torch.int64 and 0 <= changed.min() and changed.max() < len(codes)):
+                raise ValueError(f"a callback may return tokens for v1's Stage B, whole numbers from 0 to {len(codes) - 1}.")
+            return changed
+        noise = (uniform(x) * len(codes)).long().clamp(max=len(codes) - 1)               # (B, h', w')
+        with self.said_clearly("Stage B"):
+            return to_latents(stage_b_v1.sample(
+                predict, noise, uniform, levels, temperature, [guidance.at(t) for t in levels[:-1].tolist()], [step] * len(temperature),
+                codes=codes, watch=watch and watch_tokens, progress=self.bar("Stage B", progress)))
+
+    def to_raw(self, stored: Tensor) -> Tensor:
+        """What Stage C makes -> what Stage B takes."""
+        return stored if self.v1_c else to_raw(stored)
+
+    def to_stored(self, raw: Tensor) -> Tensor:
+        """What the image encoder gives -> what Stage C works on."""
+        return raw if self.v1_c else to_stored(raw)
 
     @contextlib.contextmanager
     def said_clearly(self, stage: str):
@@ -521,7 +593,7 @@ class Wuerstchen:
         latents = torch.cat([self.encode_latents(image[None]).cpu() for image in images])
         maps = {"B": fit_linear(latents, images)}
         if self.sources["image_encoder"] is not None:
-            maps["C"] = fit_linear(torch.cat([to_stored(self.encode_image(image[None])).cpu() for image in images]), images)
+            maps["C"] = fit_linear(torch.cat([self.to_stored(self.encode_image(image[None])).cpu() for image in images]), images)
         if self.preview_file is not None:
             text = json.dumps({stage: [[round(v, 5) for v in row] for row in matrix.tolist()] for stage, matrix in maps.items()})
             with contextlib.suppress(OSError):                   # read-only weights: fitted again next time
@@ -543,7 +615,7 @@ class Known:
         """image (3,H,W) is resized and cropped to cover height x width; mask: see images.read_mask, resized like it."""
         self.image = cover(image, height, width).to(model.device)                        # (3, height, width)
         (h, w), (h_b, w_b) = latent_sizes(height, width)
-        self.semantic = to_stored(model.encode_image(self.image[None]))                  # (1, 16, h, w)
+        self.semantic = model.to_stored(model.encode_image(self.image[None]))            # (1, 16, h, w)
         self.mask = None
         if mask is None:
             return

@@ -184,6 +184,75 @@ def test_a_broken_download_goes_on_where_it_stopped(served, tmp_path):
     assert (folder / "diffusion_pytorch_model.safetensors").read_bytes() == content
 
 
+def serve_v1(served, folder: Path) -> set[str]:
+    """The authors' repository and the text encoder that v1 takes from v2's, small -> the files that v1 needs."""
+    from helpers import small_v1
+    folder.mkdir()
+    small_v1(folder)
+    served.files["dome272/wuerstchen"] = {path.name: path.read_bytes() for path in folder.glob("*.pt")} | {
+        name: b"unused" for name in ("model_v2_stage_b.pt", "model_stage_c.pt", "README.md")}
+    for part in ("text_encoder", "tokenizer"):
+        served.files["warp-ai/wuerstchen"] = {name: data for name, data in served.files["warp-ai/wuerstchen"].items() if not name.startswith(part)} | {
+            f"{part}/{path.name}": path.read_bytes() for path in (folder / part).iterdir()}
+    return {f"dome272/wuerstchen/{name}" for name in ("vqgan_f4_v1_500k.pt", "model_stage_b.pt", "model_stage_c_ema.pt")} \
+        | {name for name in NEEDED if name.startswith(("warp-ai/wuerstchen/text_encoder", "warp-ai/wuerstchen/tokenizer"))}
+
+
+# Without config.json sizes are the official ones: here they are small.
+SMALL = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; import weights, sample; from helpers import SMALL_V1; " \
+        "weights.official_sizes = lambda stage, shapes: SMALL_V1[stage]; sample.main(sys.argv[1:])"
+
+
+def test_v1_is_fetched_by_the_names_of_its_files_and_paints(served, tmp_path):
+    """From the name to the picture: three files of the authors at the revision that has them, CLIP-H once for both stages, nothing else; then without a network."""
+    from PIL import Image
+    needed = serve_v1(served, tmp_path / "v1")
+    result = run(served, tmp_path, "hub.py", "v1")
+    assert result.returncode == 0, result.stderr
+    assert {name for name, _ in served.asked} == needed and len(served.asked) == len(needed)
+    places = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
+    for part, file in (("prior", "model_stage_c_ema.pt"), ("decoder", "model_stage_b.pt"), ("vqgan", "vqgan_f4_v1_500k.pt")):
+        assert places[part].endswith(f"/snapshots/{hub.REVISIONS['dome272/wuerstchen (v1)']}/{file}")
+    assert places["text_encoder"] == places["prior_text_encoder"] and places["tokenizer"] == places["prior_tokenizer"]
+    served.asked.clear()
+    # The image encoder is in Stage B's file, and so there already.
+    assert run(served, tmp_path, "hub.py", "v1", "--parts", "image_encoder").stdout.split() == ["image_encoder", places["decoder"]]
+    served.close()
+    settings = ("--steps-c", "2", "--steps-b", "2", "--seed", "3", "--width", "128", "--height", "64")
+    result = run(served, tmp_path, "-c", SMALL, "--weights", "v1", "--offline", "--prompt", "a cat", *settings, "--out", "cat.png", "--device", "cpu")
+    assert result.returncode == 0, result.stderr
+    assert served.asked == [] and Image.open(tmp_path / "cat.png").size == (128, 64)
+    assert "128 x 64 px is not what these weights were trained on (512 px only)" in result.stderr
+
+
+def test_a_folder_of_v1_s_files_fetches_the_text_encoder_alone(served, tmp_path):
+    """CLIP-H for both stages, not v2's bigG: the authors published their files without."""
+    import shutil
+    needed = serve_v1(served, tmp_path / "v1")
+    for part in ("text_encoder", "tokenizer"):
+        shutil.rmtree(tmp_path / "v1" / part)
+    result = run(served, tmp_path / "v1", "-c", SMALL, "--weights", ".", "--steps-c", "1", "--steps-b", "1", "--width", "64", "--height", "64", "--prompt", "a cat",
+                 "--out", "cat.png", "--device", "cpu")
+    assert result.returncode == 0, result.stderr
+    assert {name for name, _ in served.asked} == {name for name in needed if name.startswith("warp-ai")}
+
+
+def test_v1_s_file_that_is_missing_is_said_in_one_line(served, tmp_path):
+    """With the revision, which --revision changes."""
+    serve_v1(served, tmp_path / "v1")
+    del served.files["dome272/wuerstchen"]["model_stage_c_ema.pt"]
+    assert error_of(run(served, tmp_path, "hub.py", "v1")) == \
+        f"error: dome272/wuerstchen at revision {hub.REVISIONS['dome272/wuerstchen (v1)']} holds no model_stage_c_ema.pt"
+    assert "at revision main holds no" in error_of(run(served, tmp_path, "hub.py", "v1", "--revision", "dome272/wuerstchen=main"))
+
+
+def test_v1_s_file_that_is_a_pointer_is_recognised(served, tmp_path):
+    """Its notebook fetched the VQGAN by /raw/, which gives the pointer in place of the file."""
+    serve_v1(served, tmp_path / "v1")
+    served.files["dome272/wuerstchen"]["vqgan_f4_v1_500k.pt"] = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4\n"
+    assert "vqgan_f4_v1_500k.pt is a Git LFS pointer" in error_of(run(served, tmp_path, "-c", SMALL, "--weights", "v1", "--prompt", "a cat"))
+
+
 @pytest.mark.parametrize("status, headers, message", [
     (401, {"X_Error_Code": "RepoNotFound"}, "has no warp-ai/wuerstchen"),
     (404, {"X_Error_Code": "RepoNotFound"}, "has no warp-ai/wuerstchen"),
@@ -262,3 +331,6 @@ def test_a_revision_is_for_all_repositories_or_for_one():
     assert hub.revision_of(repo, None) == hub.REVISIONS[repo]
     assert hub.revision_of(repo, "refs/pr/1") == hub.revision_of(repo, f"{repo}=refs/pr/1") == "refs/pr/1"
     assert hub.revision_of(repo, "warp-ai/wuerstchen-prior=refs/pr/1") == hub.REVISIONS[repo]
+    authors = "dome272/wuerstchen"
+    assert hub.revision_of(authors, None) == hub.REVISIONS[authors] != hub.revision_of(authors, None, "v1") == hub.REVISIONS[f"{authors} (v1)"]
+    assert hub.revision_of(authors, "main", "v1") == "main" and hub.revision_of(repo, None, "v1") == hub.REVISIONS[repo]

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
 import sample
-from helpers import PUBLISHED
+from helpers import PUBLISHED, SMALL_V1, small_v1
 from images import read_settings, save_png
 from wuerstchen import Wuerstchen, latent_sizes
 
@@ -127,7 +127,8 @@ def passed_on(monkeypatch) -> list[dict]:
     calls = []
 
     class Model:
-        guidance_b, places, loras, dtype, device = 1.0, {}, {}, torch.float32, torch.device("cpu")
+        places, loras, dtype, device = {}, {}, torch.float32, torch.device("cpu")
+        steps_c = sampler_c = guidance_c = steps_b = sampler_b = guidance_b = temperature_b = 1.0
 
         def __call__(self, *args, **options):
             calls.append(options)
@@ -957,3 +958,62 @@ def test_as_a_program_it_says_nothing_but_its_own_lines():
     assert done.stdout == f"seed 7: {path}\n"
     settings = read_settings(path)
     assert settings["dtype"] == "bf16" and settings["prompt"] == LONG
+
+
+# --- v1 ----------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def v1(tmp_path, monkeypatch, capsys):
+    """Paints with a small v1 in the authors' files, in few steps."""
+    import weights
+    monkeypatch.setattr(weights, "official_sizes", lambda stage, shapes: SMALL_V1[stage])
+    (tmp_path / "v1").mkdir()
+    small_v1(tmp_path / "v1")
+    capsys.readouterr()
+    return lambda *argv: sample.main(["--weights", "v1", "--steps-c", "2", "--steps-b", "2", "--width", "64", "--height", "64", *argv])
+
+
+@pytest.fixture
+def v1_is_a_folder(monkeypatch):
+    """Its name, here, too, so that nothing is fetched."""
+    import hub
+    monkeypatch.setattr(hub, "NAMES", {name: parts for name, parts in hub.NAMES.items() if name != "v1"})
+
+
+@pytest.mark.usefixtures("v1_is_a_folder")
+def test_v1_paints_and_its_settings_paint_the_same_again(v1):
+    """What its weights have for defaults is written down: mode, guidance and temperature of the tokens."""
+    v1("--prompt", "cat", "--seed", "7", "--out", "a.png")
+    settings = read_settings("a.png")
+    assert {name: settings[name] for name in ("steps_b", "sampler_b", "guidance_b", "temperature_b", "sampler_c", "guidance_c")} == dict(
+        steps_b=2, sampler_b="multinomial", guidance_b=2.0, temperature_b="1,0.6", sampler_c="ddpm", guidance_c=6.0)
+    sample.main(["--like", "a.png", "--out", "b.png"])
+    assert difference("a.png", "b.png") == 0
+    v1("--prompt", "cat", "--seed", "7", "--sampler-b", "quant", "--temperature-b", "0.5", "--guidance-b", "4,1", "--out", "c.png")
+    assert difference("a.png", "c.png") > 0 and read_settings("c.png")["temperature_b"] == 0.5
+    run("--prompt", "cat", "--seed", "7", "--out", "v2.png")
+    assert "temperature_b" not in read_settings("v2.png") and read_settings("v2.png")["sampler_b"] == "ddpm"
+
+
+@pytest.mark.usefixtures("v1_is_a_folder")
+def test_a_latent_of_v1_gives_the_same_picture_without_stage_c(v1):
+    """Also the random tokens go on from where they stood."""
+    v1("--prompt", "cat", "--seed", "7", "--save-latent", "--out", "a.png")
+    v1("--prompt", "cat", "--from-latent", "a.safetensors", "--out", "b.png")
+    assert difference("a.png", "b.png") == 0
+
+
+@pytest.mark.usefixtures("v1_is_a_folder")
+@pytest.mark.parametrize("argv, message", [
+    (["--sampler-b", "ddim"], "there is no sampler 'ddim': expected one of multinomial, argmax, quant."),
+    (["--temperature-b", "0"], "the temperature is 0, expected more than 0; mode argmax is what 0 would mean."),
+    (["--temperature-b", "1,0.8,0.6"], "argument --temperature-b: expected 1 or 2 numbers with commas between, got '1,0.8,0.6'"),
+    (["--rescale-b", "0.5"], "Stage B of v1 makes tokens, for which mask, latents_b and rescale_b do not exist: leave them away."),
+    (["--prior", str(PUBLISHED / "wuerstchen-prior" / "prior")], "Stage C takes texts of width 24, the text encoder v1/text_encoder gives 1024: CLIP bigG (1280) belongs to v2")])
+def test_what_v1_has_not(v1, argv, message, capsys):
+    assert error_of(capsys, "--prompt", "cat", *argv, by=v1).startswith(message)
+
+
+def test_temperature_is_for_v1(capsys):
+    assert error_of(capsys, "--prompt", "cat", "--temperature-b", "0.5") == "temperature_b is for v1, whose Stage B makes tokens: leave it away."
+    assert error_of(capsys, "--prompt", "cat", "--sampler-b", "argmax") == "there is no sampler 'argmax': expected one of ddpm, ddim, dpm++."

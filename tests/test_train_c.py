@@ -387,6 +387,13 @@ def test_only_the_newest_checkpoints_are_kept(folder, tmp_path):
     assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step_00000003.pt", "step_00000004.pt"]
 
 
+def test_v1_is_not_trained():
+    """Its Stage C works on unscaled latents: trained on scaled ones it would be spoilt, and nothing would tell why."""
+    args = train_c.parse_args(["--data", "x", "--out", "y", "--weights", "v1"])
+    with pytest.raises(training.Mistake, match="--weights v1 can be painted with, not fine-tuned: .* choose v2-base"):
+        train_c.check(args)
+
+
 def test_a_run_is_not_overwritten_and_foreign_checkpoints_are_refused(folder, tmp_path):
     out = train(folder, tmp_path / "run", *LORA, steps=1)
     with pytest.raises(training.Mistake, match="exists already: add --resume auto to go on from it, or choose another --out"):

@@ -15,9 +15,10 @@ import stage_b
 import stage_c
 import weights
 from files import WeightsError
-from helpers import COMBINED, MANIFESTS, PUBLISHED, build, golden, manifest, rel, under
+from helpers import COMBINED, MANIFESTS, PUBLISHED, SMALL_V1, build, golden, manifest, rel, small_v1, under
 from stage_a import StageA
 from stage_b import EfficientNetEncoder, StageB, TinyImageEncoder
+from stage_b_v1 import StageBV1
 from stage_c import StageC
 
 CONFIGS = MANIFESTS / "diffusers_configs"
@@ -36,9 +37,11 @@ def small_tiny_encoder():
 
 @pytest.mark.parametrize("name, build_model, translate", [
     ("stage_a_vqgan", lambda: StageA(), weights.to_original),
+    ("stage_b_v1", lambda: StageBV1(), weights.to_original),
     ("stage_b_v2", lambda: StageB(), weights.to_original),
     ("stage_c_v2", lambda: StageC(), weights.to_original),
     ("stage_c_v1", lambda: StageC(c_cond=1024), weights.to_original),
+    ("effnet_v1", lambda: EfficientNetEncoder(network="efficientnet_v2_l"), weights.to_original),
     ("effnet_v2", lambda: EfficientNetEncoder(), weights.to_original),
     ("diffusers_vqgan", lambda: StageA(), weights.to_diffusers),
     ("diffusers_decoder_v2", lambda: StageB(), weights.to_diffusers),
@@ -105,6 +108,7 @@ def test_missing_keys_mean_diffusers_defaults():
     (StageB, {"level_config": ["CT", "CTF", "CTA", "CTA"]}, "'CTF' has an unknown letter 'F'"),
     (StageB, {"blocks": [1]}, "cannot be used"),
     (StageA, {"in_channels": 4}, "in_channels is 4, only 3 is supported"),
+    (StageB, {"_class_name": "Paella"}, "describes a Paella, expected a WuerstchenDiffNeXt"),
     (StageC, {"c": -8}, "cannot be used")])
 def test_impossible_configs_are_explained(stage, change, message, tmp_path):
     place, load, _ = PARTS[stage]
@@ -508,7 +512,9 @@ def test_the_authors_files_hold_several_tables(tmp_path):
 
 
 @pytest.mark.parametrize("load, name, looks", [
-    (weights.load_stage_c, "stage_c_v1", r"a v1 Stage C \(text width 1024\); v2 needs 1280"),
+    (weights.load_stage_b, "stage_b_v1", r"a v1 Stage B \(Paella, a model of tokens\)"),
+    (weights.load_stage_b_v1, "stage_b_v2", r"a Stage B \(DiffNeXt\)"),
+    (weights.load_stage_b_v1, "stage_c_v1", r"a v1 Stage C \(text width 1024\)"),
     (weights.load_stage_c, "stage_b_v2", r"a Stage B \(DiffNeXt\)"),
     (weights.load_stage_b, "stage_c_v2", r"a v2 Stage C \(text width 1280\)"),
     (weights.load_stage_b, "stage_a_vqgan", r"a Stage A \(VQGAN\)"),
@@ -534,6 +540,78 @@ def test_a_folder_of_the_authors_files_is_recognised(tmp_path):
     parts = hub.find_parts(tmp_path)
     assert parts["prior"].name == "model_v2_stage_c_finetune_interpolation.pt"
     assert parts["decoder"] == parts["image_encoder"] == tmp_path / "model_v2_stage_b.pt" and parts["text_encoder"] is None
+
+
+@pytest.mark.parametrize("name, stage, sizes", [
+    ("stage_c_v1", StageC, dict(c_cond=1024)), ("stage_c_v2", StageC, {}), ("stage_b_v1", StageBV1, {}), ("stage_b_v2", StageB, {}),
+    ("effnet_v1", EfficientNetEncoder, dict(network="efficientnet_v2_l")), ("effnet_v2", EfficientNetEncoder, {}), ("stage_a_vqgan", StageA, {})])
+def test_the_authors_files_tell_v1_from_v2_by_their_shapes(name, stage, sizes, tmp_path, monkeypatch):
+    """There is no config.json beside them. The model that is planned has each tensor of the manifest, and no other."""
+    shapes = {key: shape for key, (shape, _) in manifest(name).items()}
+    assert weights.official_sizes(stage, shapes) == sizes
+
+    class Names:
+        def __init__(self, path, sections):
+            self.path, self.shapes = path, shapes
+    (tmp_path / "file.pt").write_bytes(b"")
+    monkeypatch.setattr(weights, "TensorFile", Names)
+    model, _ = weights.plan(stage, tmp_path / "file.pt")
+    assert model.config == stage(**sizes).config if name.startswith("effnet") else {**model.config, **sizes} == model.config
+    if stage in (StageB, StageBV1):
+        assert weights.stage_b_of(tmp_path / "file.pt") is stage
+
+
+def test_an_image_encoder_of_another_kind_is_explained(tmp_path):
+    (tmp_path / "config.json").write_text('{"_class_name": "EfficientNetEncoder", "effnet": "efficientnet_b7"}')
+    (tmp_path / FILE).write_bytes(b"")
+    with pytest.raises(WeightsError, match="cannot be used: the image encoder is to be a 'efficientnet_b7', expected efficientnet_v2_s or, of v1"):
+        weights.load_image_encoder(tmp_path)
+
+
+@pytest.mark.parametrize("naming", ["ours", "diffusers", "original"])
+def test_v1_s_stage_b_goes_through_all_namings_to_the_bit(naming, tmp_path):
+    """From the authors' file to ours, or split as diffusers would, and back: the same table."""
+    data, config = golden("paella_v1")
+    source = under("sd/original/", data)
+    del config["model"]["c_out"]
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "Paella", **config["model"]}))
+    torch.save({"state_dict": source, "effnet_state_dict": {"x": torch.zeros(1)}, "iter": 7}, tmp_path / "model_stage_b.pt")
+    assert weights.stage_b_of(tmp_path / "model_stage_b.pt") is weights.stage_b_of(tmp_path) is StageBV1
+    weights.convert(tmp_path / "model_stage_b.pt", tmp_path / "there", naming)
+    loaded = weights.load_stage_b_v1(tmp_path / "there")
+    back = weights.to_original(loaded.state_dict(), loaded)
+    assert back.keys() == source.keys() and all(torch.equal(back[name], source[name]) for name in source)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda table: table.pop("byt5_mapper.bias"), r"missing tensors: 1 \(byt5_mapper.bias\)"),
+    (lambda table: table.update(more=torch.zeros(1)), r"unknown tensors: 1 \(more\)"),
+    (lambda table: table.update({"out_mapper.1.weight": torch.zeros(32, 8, 1, 1)}), r"out_mapper.1.weight is \(32, 8, 1, 1\), expected \(32, 4, 1, 1\)"),
+    (lambda table: table["in_mapper.0.weight"].fill_(float("nan")), "embed_token.weight contains NaN or infinity"),
+    (lambda table: table["up_blocks.1.0.depthwise.weight"].resize_(8, 1, 3, 3), r"up_blocks.1.0.depthwise.weight is \(8, 1, 3, 3\), expected \(8, 2, 3, 3\)")])
+def test_v1_files_are_loaded_strictly(change, message, tmp_path, monkeypatch):
+    """One line that names what was expected, in the authors' names."""
+    monkeypatch.setattr(weights, "official_sizes", lambda stage, shapes: SMALL_V1[stage])
+    path = small_v1(tmp_path) / "model_stage_b.pt"
+    content = torch.load(path, weights_only=True)
+    change(content["state_dict"])
+    torch.save(content, path)
+    with pytest.raises(WeightsError, match=message) as error:
+        weights.load_stage_b_v1(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_folder_of_v1_s_files_is_recognised(tmp_path):
+    """Of Stage C's two files the one with averaged weights alone; beside v2's files, v2 is meant."""
+    for name in ("vqgan_f4_v1_500k.pt", "model_stage_b.pt", "model_stage_c.pt", "model_stage_c_ema.pt"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.warns(UserWarning, match="holds several files model_stage_c.*: taking model_stage_c_ema.pt"):
+        parts = hub.find_parts(tmp_path)
+    assert parts["prior"] == tmp_path / "model_stage_c_ema.pt" and parts["text_encoder"] is None
+    assert parts["decoder"] == parts["image_encoder"] == tmp_path / "model_stage_b.pt"
+    for name in ("model_v2_stage_b.pt", "model_v2_stage_c_finetune_interpolation.pt"):
+        (tmp_path / name).write_bytes(b"")
+    assert hub.find_parts(tmp_path)["decoder"] == tmp_path / "model_v2_stage_b.pt"
 
 
 def test_what_is_given_elsewhere_need_not_be_in_the_folder(tmp_path):
