@@ -152,9 +152,10 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
         """x (B,H,W,C), text (B,N,c_text) -> (B,H,W,C)."""
         tokens = layer_norm(x).flatten(1, 2)                                             # (B, H*W, C)
-        context = torch.cat([tokens, self.text_mapper(F.silu(text))], dim=1)             # (B, H*W + N, C)
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2)                     # (B, heads, ..., C / heads)
-                   for y in (self.query(tokens), self.key(context), self.value(context)))
+        text = self.text_mapper(F.silu(text))                                            # (B, N, C)
+        # Tokens and text go through `key` and `value` apart: into a text that does not learn, nothing need flow back.
+        k, v = (torch.cat([f(tokens), f(text)], dim=1) for f in (self.key, self.value))  # 2 x (B, H*W + N, C)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (self.query(tokens), k, v))    # (B, heads, ..., C / heads)
         h = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
         return x + self.out(h.transpose(1, 2).flatten(2)).view_as(x)                     # (B, H, W, C)
 
