@@ -246,8 +246,9 @@ class Texts:
             if found is None:
                 with torch.no_grad():
                     found = self.encoder([caption])[0].float().cpu().numpy()             # (N, D)
-                if self.cache is not None:
+                if self.cache is not None:   # and read again: rounded, as every later run will see it
                     self.cache.put("text " + caption, found)
+                    found = self.cache.get("text " + caption)
             if len(self.memory) >= self.most:
                 self.memory.pop(next(iter(self.memory)))
             self.memory[caption] = torch.from_numpy(found).float()
@@ -571,15 +572,16 @@ def look_at(model, vqgan, fixed, embed, own_guidance: float, autocast, args) -> 
 # ----- the run ----------------------------------------------------------------------------------------
 
 def write_result(args, decoder, encoder, weights: dict) -> None:
-    """decoder/ and image_encoder/; and where Stage C still fits, base.json, which tells sample.py --weights where the rest is."""
+    """decoder/ and image_encoder/; and where Stage C still fits, base.json, which tells sample.py --weights where the rest is.
+
+    decoder, encoder: of the right classes and sizes, for weights named decoder.* and, if the encoder has learned, encoder.*
+    """
+    def filled(model, name: str):
+        model.load_state_dict({key.removeprefix(name): tensor for key, tensor in weights.items() if key.startswith(name)}, assign=True)
+        return model
     out = Path(args.out)
-    if not args.freeze_encoder:
-        encoder.load_state_dict({name.removeprefix("encoder."): tensor for name, tensor in weights.items() if name.startswith("encoder.")})
-    on_cpu = {name.removeprefix("decoder."): tensor for name, tensor in weights.items() if name.startswith("decoder.")}
-    with torch.device("meta"):
-        whole = StageB(**decoder.config)     # under FSDP, the decoder itself holds a part of each tensor
-    whole.load_state_dict(on_cpu, assign=True)
-    save_stage_b(whole, out / "decoder")
+    save_stage_b(filled(decoder, "decoder."), out / "decoder")
+    encoder = encoder if args.freeze_encoder else filled(encoder, "encoder.")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in to_diffusers(encoder.state_dict(), encoder).items()}
     half = to_half(tensors)
     if args.freeze_encoder and any(not torch.equal(half[name].to(tensor.dtype), tensor) for name, tensor in tensors.items()):
@@ -603,7 +605,7 @@ def main(args):
     # --- models ------------------------------------------------------------------------------------
     places = find_places(args)
     decoder, encoder, new = build(args, places)
-    small = isinstance(encoder, TinyImageEncoder)
+    kind, small = type(encoder), isinstance(encoder, TinyImageEncoder)
     set_defaults(args, small, device)
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "workers", "device", "push_to_hub")}
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
@@ -834,7 +836,9 @@ def main(args):
         averaged.swap()
         weights = get_model_state_dict(model, options=StateDictOptions(**whole))
         if first:
-            write_result(args, decoder, encoder, weights)
+            with torch.device("meta"):       # new ones, as under FSDP the models themselves hold a part of each tensor
+                blank = StageB(**decoder.config), encoder if args.freeze_encoder else kind(**encoder.config)
+            write_result(args, *blank, weights)
             if args.push_to_hub:
                 push(args)
         averaged.swap()
