@@ -187,7 +187,7 @@ class Samples(torch.utils.data.Dataset):
         index = self.replaced.get(index, index)
         if "stored" not in self.caches:
             pixels, index = self.pictures.read_or_next(index, self.same_bucket[number % len(self.same_bucket)])      # (H, W, 3)
-            item["pixels"] = torch.from_numpy(np.array(fit(pixels, (h, w), args.crop, flip, rng("crop"))))
+            item["pixels"] = torch.from_numpy(np.array(fit(pixels, (h, w), args.crop, flip, rng("crop") if args.crop == "random" else None)))
         for name, cache in self.caches.items():
             latent = cache.get(latent_key(self.pictures, index, (h, w), flip))
             if latent is None:
@@ -823,7 +823,7 @@ def main(args):
         if any(every and (done % every == 0 or done == args.steps) for every in (args.val_every, args.sample_every)):
             look(done)
             if first:
-                shown = [f"psnr_guidance_{scale}_steps_{STEPS[-1]}" for scale in (1, 4)]
+                shown = [f"psnr_guidance_{scale}_steps_{STEPS[-1]}" for scale in ((1, 4) if small else (1,))]
                 draw_curves(log.lines(), ["loss", "val_loss", *shown, "grad_norm", *(f"val_loss_t_{t:.2f}" for t in T_GRID[::3])], f"{args.out}/curves.png")
         stopping = processes.any(stop.received)
         if done % args.save_every == 0 or done == args.steps or stopping:
