@@ -162,14 +162,14 @@ def locate(weights: str | Path, files: dict[str, str | Path] | None = None, part
     lacks it. files: single parts from elsewhere, which are then not looked for.
     A text encoder's tokenizer stands in the same folder, or beside it in one called tokenizer. Raises WeightsError.
     """
-    if weights not in NAMES and (base := Path(weights) / "base.json").is_file():         # what train_c.py wrote: some parts, and where the rest is
+    if weights not in NAMES and (base := Path(weights) / "base.json").is_file():         # what a training wrote: some parts, and where the rest is
         try:
             base = json.loads(base.read_text(encoding="utf-8"))
             rest = base["weights"], base.get("files", {})
         except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise WeightsError(f"{base} cannot be used: {error}; expected what train_c.py writes") from error
-        trained = {part: Path(weights) / name for part, name in (("prior", "prior"), ("prior_text_encoder", "text_encoder"))
-                   if (Path(weights) / name).is_dir()}
+            raise WeightsError(f"{base} cannot be used: {error}; expected what train_b.py and train_c.py write") from error
+        trained = {part: Path(weights) / name for part, name in (("prior", "prior"), ("prior_text_encoder", "text_encoder"), ("decoder", "decoder"),
+                                                                 ("image_encoder", "image_encoder")) if (Path(weights) / name).is_dir()}
         found = locate(rest[0], rest[1] | trained | (files or {}), parts, half, offline, revision)
         return found | (dict(lora=Path(weights) / base["lora"]) if base.get("lora") else {})
     own = {part: Path(path) for part, path in (files or {}).items() if path is not None}

@@ -17,8 +17,8 @@ from hub import NAMES
 FILES = ("prior", "prior_text_encoder", "image_encoder", "decoder", "vqgan", "text_encoder")     # parts that may come from elsewhere
 
 
-def dry_run(args, model, pictures, buckets, plan) -> None:
-    """What would be trained on what."""
+def dry_run(args, model, pictures, buckets, plan, latents: str | None = None) -> None:
+    """What would be trained on what. latents: what a step works on, in words (default: Stage C's)."""
     learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
     # Weights, gradients, two moments of AdamW, averages: five float32 numbers for each weight that learns.
@@ -31,7 +31,8 @@ def dry_run(args, model, pictures, buckets, plan) -> None:
           + ", ".join(f"{w}x{h} px {n}" for (h, w), n in zip(buckets, counts) if n))
     positions, indices, bucket = plan.step(0)
     h, w = buckets[bucket]
-    print(f"step 0: x_0 and eps ({plan.batch}, 16, {h * 3 // 128}, {w * 3 // 128}); its first captions, after dropout:")
+    latents = latents or f"x_0 and eps ({plan.batch}, 16, {h * 3 // 128}, {w * 3 // 128})"
+    print(f"step 0: {latents}; its first captions, after dropout:")
     for position, index in list(zip(positions.tolist(), indices.tolist()))[:8]:
         captions = pictures.captions(index)
         dropped = sample_rng(args.seed, position, "caption dropout").random() < args.caption_dropout

@@ -23,6 +23,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 OFFICIAL = dict(c_in=4, c_out=4, c_timestep=64, patch_size=2, c_cond=1024, c_hidden=(320, 640, 1280, 1280),
                 heads=(-1, 10, 20, 20), blocks=(4, 4, 14, 4), levels=("CT", "CTA", "CTA", "CTA"),
@@ -175,6 +176,7 @@ class StageB(nn.Module):
                            c_hidden=tuple(c_hidden), heads=tuple(heads), blocks=tuple(blocks), levels=tuple(levels),
                            inject=tuple(inject), c_semantic=c_semantic, c_text=c_text, kernel_size=kernel_size,
                            dropout=dropout)
+        self.checkpointing = False             # while training: keep only what stands between blocks, compute the inside again
         depth = len(c_hidden)
         self.patch_size, self.c_timestep = patch_size, c_timestep
         self.multiple = patch_size * 2 ** (depth - 1)      # x_t's sides must be multiples of this
@@ -268,11 +270,13 @@ class StageB(nn.Module):
         condition = [] if mapper is None else [mapper(resize_semantic(semantic, x.shape[1:3]))]   # (B, H, W, c_cond)
         for k, block in enumerate(blocks):
             if isinstance(block, ResBlock):
-                x = block(x, *([skip] if k == 0 and skip is not None else []), *condition)
-            elif isinstance(block, TimestepBlock):
-                x = block(x, t_embedding)
+                more = [*([skip] if k == 0 and skip is not None else []), *condition]
             else:
-                x = block(x, text)
+                more = [t_embedding] if isinstance(block, TimestepBlock) else [text]
+            if self.checkpointing and self.training:
+                x = checkpoint(block, x, *more, use_reentrant=False)
+            else:
+                x = block(x, *more)                                                      # (B, H, W, C)
         return x
 
 

@@ -1,15 +1,21 @@
-"""Trains Stage B, the diffusion decoder, jointly with the image encoder, on emoji scenes made on the fly.
+"""Trains Stage B, the diffusion decoder, jointly with the image encoder, or alone for pictures of one kind. One process or many.
 
-  python train_b.py --vqgan runs/a/vqgan --out runs/smoke_b --steps 20 --batch 4 --encoder-warmup 20  # CPU smoke run, a minute
-  python train_b.py --vqgan runs/a/vqgan --out runs/b --loss head --cache 32000      # a whole run, hours on 2 cores
-  python train_b.py --vqgan runs/a/vqgan --out runs/b --loss head --cache 32000 --resume   # go on from the last checkpoint
+  python train_b.py --weights tiny --freeze-encoder --out runs/smoke --steps 20 --batch 4 --data scenes:all:64      # CPU smoke run
+  python train_b.py --freeze-encoder --data FOLDER --cache CACHE --out runs/domain                         # official decoder, your pictures
+  python train_b.py --init random --config models/tiny --vqgan runs/a/vqgan --text-encoder none --loss head --cache CACHE --out runs/b
+  torchrun --nproc-per-node 8 train_b.py --init random --backbone IMAGENET.pth --data 'shards/{000..511}.tar' --resolution 512 768 1024 \\
+      --batch 16 --fsdp --out runs/b                                                                       # the official size, from nothing
 
-A diffusion autoencoder: the encoder squeezes a picture into 3x3x16 numbers, and the only way to
-lower the loss is to put into them what Stage B needs to denoise the VQGAN's latents. The tiny text
-encoder is born later, with Stage C, so Stage B first trains with one zero token in place of text;
-after Stage C, --init runs/b --freeze-encoder --text-encoder ... shows it the real text.
-Written to --out: checkpoint.pt, loss.csv, samples/*.png, and at the end decoder/ and image_encoder/.
-Paper: arXiv:2306.00637 (Stage B).  Needs: torch, numpy, pillow, tqdm; transformers with --text-encoder.
+  picture -[image encoder]-> semantic (B,16,h',w') -noise, dropout-> [B] -> a, b;  eps_hat = (x_t - a) / b
+  picture -VQGAN, frozen-> x_0 (B,4,h,w) -noise-> x_t                -> [B]
+
+A diffusion autoencoder: the encoder squeezes a picture into 1/42 of its width and height, 16 numbers each, and the only
+way to lower the loss is to put into them what Stage B needs to denoise the VQGAN's latents. One pass of the loop at the
+bottom is one optimizer step. All that is random is a function of (seed, position in the stream of samples), so that any
+number of processes sees the same work, and a resumed run equals an unbroken one. Surprise: with --grad-accum that is
+exact only with --freeze-encoder, as the encoder's BatchNorm sees one forward pass (of all processes) at a time.
+Stage C knows only the encoder it was trained on: where that goes on learning, Stage C must be trained anew.
+Paper: arXiv:2306.00637 (Stage B).  Needs: torch, torchvision, numpy, pillow, tqdm; transformers for text; our other files.
 """
 import argparse
 
@@ -17,62 +23,422 @@ import argparse
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("model")
-    g.add_argument("--vqgan", required=True, help="folder of the trained Stage A")
-    g.add_argument("--text-encoder", default=None, help="folder with text_encoder/ and tokenizer/ (default: train without text)")
-    g.add_argument("--init", default=None, help="folder with decoder/ and image_encoder/ to start from (default: random weights)")
-    g.add_argument("--image-encoder", default=None, help="image_encoder/ folder to start from in place of the warm-up; the decoder starts from --init or random")
-    g.add_argument("--freeze-encoder", action="store_true", help="leave the image encoder as it is: Stage C stays valid")
-    g.add_argument("--encoder-warmup", type=int, default=1200, help="steps in which a fresh image encoder first learns to name objects, as EfficientNet has on ImageNet")
-    g.add_argument("--cache", type=int, default=0, help="number of pictures whose VQGAN latents (and semantic ones, with a frozen encoder) are kept in memory, 20 kB each, and used again and again, which saves a third to a half of the time (default: new pictures for ever)")
-    g.add_argument("--c-text", type=int, default=128, help="width of the text encoder that will be used (official 1024)")
-    g = p.add_argument_group("optimisation")
+    g.add_argument("--weights", default="v2", help="what to start from, and where the other parts come from: a name or folder as for sample.py (default: v2)")
+    for part, what in (("decoder", "Stage B"), ("image-encoder", "the image encoder, also with --init random"), ("vqgan", "Stage A"),
+                       ("text-encoder", "Stage B's text encoder; none: one zero token in place of text, where there is no text encoder yet,")):
+        g.add_argument(f"--{part}", help=f"{what} from this folder instead")
+    g.add_argument("--init", choices=["weights", "random"], default="weights", help="random: Stage B and the image encoder start from nothing")
+    g.add_argument("--config", help="sizes for --init random, in diffusers' words: a folder with decoder/config.json and image_encoder/config.json, a file for Stage B alone, "
+                                    "or official (the default)")
+    g.add_argument("--backbone", help="a file of torchvision's efficientnet_v2_s, trained on ImageNet, from which a new image encoder starts, as the paper's did")
+    g.add_argument("--freeze-encoder", action="store_true", help="leave the image encoder as it is, to the bit: Stage C stays valid")
+    g = p.add_argument_group("data")
+    g.add_argument("--data", default="scenes:all:32000:1", help="a folder of pictures, with captions or without; tar shards, 'a/{000..031}.tar'; hub:NAME; see data.py "
+                                                                 "(default: emoji scenes, scenes:all:NUMBER:SEED)")
+    g.add_argument("--resolution", type=int, nargs="+", help="px: the side of a square picture, or of one with the same area; of several, each step draws one "
+                                                             "(default: 128 for the tiny encoder, 1024 for others)")
+    g.add_argument("--max-ratio", type=float, default=2.0, help="widest shape of the buckets that pictures are sorted into; 1: all are cropped to squares")
+    g.add_argument("--crop", choices=["center", "random"], default="center", help="what of a picture is kept where its shape is not its bucket's")
+    g.add_argument("--random-flip", action="store_true", help="mirror half of the pictures; not where left and right matter")
+    g.add_argument("--caption-dropout", type=float, default=0.05, help="share of captions replaced by the empty one, each by itself")
+    g.add_argument("--semantic-dropout", type=float, default=0.05, help="share of semantic latents that are zeroed, each by itself, for guidance")
+    g.add_argument("--semantic-noise", type=float, default=0.3, help="share of semantic latents that get noise of a level up to 0.5, each by itself, so that Stage C's small errors do no harm")
+    g.add_argument("--filter", action="append", default=[], metavar="min_KEY=NUMBER", help="keep only samples whose .json has KEY from (min_) or up to (max_) a number")
+    g.add_argument("--cache", help="folder for the VQGAN's latents, with --freeze-encoder semantic ones, too, and text embeddings, computed once, shared between runs")
+    g.add_argument("--cache-dtype", choices=["fp16", "fp32"], default="fp16", help="how they are kept")
+    g.add_argument("--workers", type=int, default=2, help="processes that read pictures")
+    g = p.add_argument_group("optimisation; small: with the tiny encoder")
     g.add_argument("--steps", type=int, default=6000, help="optimizer steps in all, resumed ones included")
-    g.add_argument("--batch", type=int, default=32, help="pictures per forward pass")
-    g.add_argument("--grad-accum", type=int, default=1, help="forward passes per optimizer step; the effective batch is batch x grad-accum")
-    g.add_argument("--lr", type=float, default=1.5e-3, help="peak learning rate: linear warm-up, constant, linear decay to 0 over the last fifth")
-    g.add_argument("--warmup", type=int, default=100, help="optimizer steps of warm-up")
-    g.add_argument("--clip", type=float, default=1.0, help="gradient norm above which gradients are scaled down")
-    g.add_argument("--ema", type=float, default=0.998, help="decay of the averaged weights, which are the ones kept")
-    g.add_argument("--semantic-dropout", type=float, default=0.05, help="share of pictures whose semantic latent is zeroed, for guidance")
-    g.add_argument("--semantic-noise", type=float, default=0.3, help="share of pictures whose semantic latent gets noise of a level up to 0.5, so that Stage C's small errors do no harm")
-    g.add_argument("--text-dropout", type=float, default=0.05, help="share of captions replaced by the empty one")
-    g.add_argument("--high-noise", type=float, default=1.5, help="exponent that draws noise levels towards 1, where Stage B must rely on the semantic latent; 1 draws them evenly")
-    g.add_argument("--blind", type=int, default=2000, help="first steps in which x_t is empty, so that Stage B must paint the picture from the semantic latent alone: the fastest way to learn that")
-    g.add_argument("--loss", choices=["eps", "head"], default="eps", help="eps: error of the predicted noise, as the released models were trained; head: signal and noise scale, the two outputs it is made of, each by itself, which learns faster from random weights")
-    g.add_argument("--loss-weight", choices=["v", "p2", "none"], default="v", help="what errors count by noise level: see v_weight and p2_weight in diffusion.py; none: all alike")
+    g.add_argument("--batch", type=int, help="pictures per process and forward pass; halve it if memory runs out and double --grad-accum (default: 4; small 32)")
+    g.add_argument("--grad-accum", type=int, default=1, help="forward passes per optimizer step; the effective batch is batch x grad-accum x processes")
+    g.add_argument("--lr", type=float, help="peak learning rate (default: 1e-4 from nothing, 1e-5 from weights; small 1.5e-3)")
+    g.add_argument("--schedule", choices=["constant", "cosine", "linear", "trapezoid"], default="trapezoid", help="of the learning rate, after the warm-up; trapezoid: down in the last fifth")
+    g.add_argument("--warmup", type=int, default=100, help="optimizer steps in which the learning rate rises")
+    g.add_argument("--weight-decay", type=float, default=1e-3, help="not for norms and biases")
+    g.add_argument("--clip", type=float, default=1.0, help="gradient norm, over all processes, above which gradients are scaled down")
+    g.add_argument("--ema", type=float, help="decay of the averaged weights, which are the ones kept; 0: no averaging (default: 0.999; small 0.998)")
+    g.add_argument("--encoder-warmup", type=int, help="steps in which a new tiny encoder first learns to name the objects of emoji scenes, as EfficientNet has learned "
+                                                      "on ImageNet (default: 1200 there, else none)")
+    g.add_argument("--blind", type=int, help="first steps in which x_t is empty, so that Stage B must paint the picture from the semantic latent alone: the fastest "
+                                             "way to learn that (default: 0; small, from nothing 2000)")
+    g.add_argument("--high-noise", type=float, help="exponent that draws noise levels towards 1, where Stage B must rely on the semantic latent; 1 draws them evenly (default: 1; small 1.5)")
+    g.add_argument("--loss", choices=["eps", "head"], default="eps", help="eps: error of the predicted noise, as the released models were trained; head: signal and noise "
+                                                                          "scale, the two outputs it is made of, each by itself, which learns faster from random weights")
+    g.add_argument("--loss-weight", choices=["v", "p2", "none"], help="what errors count by noise level, see diffusion.py (default: p2, the original's; small v)")
     g.add_argument("--even-contrast", action="store_true", help="let pictures of little contrast (a fish on its own colour, a snowflake's lines) count more: the squared error alone hardly sees them")
-    g.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="autocast type; fp32 on CPUs, bf16 on recent GPUs")
-    g.add_argument("--compile", action="store_true", help="let torch.compile make the networks faster; needs a C++ compiler on CPUs")
-    g.add_argument("--device", default=None, help="cuda, cpu, ... (default: cuda where there is one)")
-    g.add_argument("--seed", type=int, default=0, help="seed of weights, data and noise")
+    g.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="autocast type (default: bf16 on a GPU, else fp32)")
+    g.add_argument("--checkpointing", action="store_true", help="compute blocks again in the backward pass: a fraction of the memory, a third slower")
+    g.add_argument("--compile", action="store_true", help="torch.compile: minutes at the start, then faster")
+    g.add_argument("--fsdp", action="store_true", help="split weights and optimizer over the processes, where they do not fit one GPU")
+    g.add_argument("--max-bad-steps", type=int, default=10, help="stop after so many steps in a row with a loss or gradient that is not finite")
+    g.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
+    g.add_argument("--seed", type=int, default=0, help="of everything random")
     g = p.add_argument_group("output")
-    g.add_argument("--out", required=True, help="folder for checkpoints, losses and pictures")
-    g.add_argument("--resume", action="store_true", help="go on from OUT/checkpoint.pt")
-    g.add_argument("--save-every", type=int, default=250, help="optimizer steps between checkpoints")
-    g.add_argument("--sample-every", type=int, default=500, help="optimizer steps between sample grids")
-    g.add_argument("--log-every", type=int, default=20, help="optimizer steps between lines of loss.csv")
+    g.add_argument("--out", required=True, help="folder: checkpoints/, samples/, log.jsonl, curves.png, and in the end decoder/ and image_encoder/")
+    g.add_argument("--resume", help="auto: from the newest checkpoint in --out, if there is one; or a file")
+    g.add_argument("--save-every", type=int, default=250, help="steps between checkpoints; SIGTERM and Ctrl-C save, too")
+    g.add_argument("--keep", type=int, default=2, help="checkpoints kept")
+    g.add_argument("--log-every", type=int, default=20, help="steps between lines of log.jsonl")
+    g.add_argument("--val-every", type=int, default=250, help="steps between validations; 0: none")
+    g.add_argument("--val-data", help="pictures to validate on, as --data (default: some of --data, which then tell how well it is fitted; for emoji scenes unseen ones)")
+    g.add_argument("--val-count", type=int, default=16, help="pictures in a validation, each at 10 noise levels with noise that is always the same, and in the PSNR of --sample-every")
+    g.add_argument("--sample-every", type=int, default=500, help="steps between grids and PSNR of pictures through encoder, B and A, step 0 included; 0: none")
+    g.add_argument("--report-to", choices=["tensorboard", "wandb"], help="log there, too, if it is installed")
+    g.add_argument("--dry-run", action="store_true", help="say what would be trained on what, with memory and first captions, and stop")
+    g.add_argument("--push-to-hub", metavar="REPO", help="upload the result to this repository of the Hugging Face hub")
     return p.parse_args(argv)
 
 
-def warm_up(encoder, scenes, args, device):
-    """Teaches a fresh image encoder what is where, before Stage B: the place of EfficientNet's ImageNet weights.
+if __name__ == "__main__":
+    ARGS = parse_args()      # before the imports below, which take seconds: --help and mistyped options answer at once
+
+import contextlib
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
+                                                     set_model_state_dict, set_optimizer_state_dict)
+from tqdm import tqdm
+
+import hub
+from cache import Cache, hash_of
+from data import BrokenPicture, Plan, ScenePictures, batches, bucket_sizes, fit, nearest_bucket, open_pictures, read_filters, sample_rng
+from diffusion import Guidance, Noise, add_noise, alphas_cumprod, denoise, guide, linear_timesteps, p2_weight, per_row, v_weight
+from files import WeightsError, read_config, to_half, write_atomically, write_files, STEM
+from images import grid, psnr, to_pil
+from report import draw_curves, dry_run, push
+from stage_b import EfficientNetEncoder, StageB, TinyImageEncoder, preprocess
+from text import TextEncoder
+from training import (Averaged, Checkpoints, Log, Mistake, Processes, StopSignal, mistakes_in_one_line, rate, sync_batch_norm, user_mistakes)
+from weights import (check_widths, config_to_diffusers, config_to_ours, load_image_encoder, load_stage_a, load_stage_b,
+                     load_text_encoder, save_stage_b, to_diffusers)
+from wuerstchen import to_raw, to_stored
+
+T_GRID = [0.05 + 0.1 * i for i in range(10)]         # noise levels of the validation
+STEPS = (4, 12)                                      # of the sampler, in the grids
+PARTS = ("decoder", "image_encoder", "vqgan", "text_encoder")
+
+
+def check(args) -> None:
+    """Ends the program for arguments that make no sense, before anything is loaded."""
+    for name, low in (("steps", 1), ("batch", 1), ("grad_accum", 1), ("save_every", 1), ("keep", 1), ("log_every", 1), ("val_count", 1), ("encoder_warmup", 0), ("blind", 0)):
+        if getattr(args, name) is not None and getattr(args, name) < low:
+            raise Mistake(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {low}")
+    for name in ("caption_dropout", "semantic_dropout", "ema"):
+        if getattr(args, name) is not None and not 0 <= getattr(args, name) < 1:
+            raise Mistake(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a number from 0 to below 1")
+    if not 0 <= args.semantic_noise <= 1:
+        raise Mistake(f"--semantic-noise is {args.semantic_noise}, expected a share from 0 to 1")
+    if args.high_noise is not None and args.high_noise <= 0:
+        raise Mistake(f"--high-noise is {args.high_noise}, expected an exponent above 0: 1 draws noise levels evenly, 1.5 more of the high ones")
+    if args.config and args.init != "random":
+        raise Mistake("--config gives the sizes of a new Stage B: add --init random")
+    if args.backbone and (args.init != "random" or args.image_encoder):
+        raise Mistake("--backbone is where a new image encoder starts: it goes with --init random and without --image-encoder")
+    if args.init == "random" and args.decoder:
+        raise Mistake("--decoder says where Stage B starts, and so does --init random: leave one of them away")
+    if args.init == "random" and args.freeze_encoder and not args.image_encoder:
+        raise Mistake("--freeze-encoder would keep an image encoder that has learned nothing: add --image-encoder FOLDER")
+    if args.cache and args.crop == "random":
+        raise Mistake("--cache keeps what does not change: it does not go with --crop random")
+
+
+def set_defaults(args, small: bool, device) -> None:
+    """What suits an emoji model of a few million weights on a CPU, or a released one, see models/tiny/README.md."""
+    new = args.init == "random"
+    scenes = args.data.split(":")[0] == "scenes"
+    for name, value in dict(resolution=[128] if small else [1024], batch=32 if small else 4, lr=1.5e-3 if small else 1e-4 if new else 1e-5,
+                            ema=0.998 if small else 0.999, blind=2000 if small and new else 0, high_noise=1.5 if small else 1.0,
+                            loss_weight="v" if small else "p2", dtype="fp32" if device.type == "cpu" else "bf16",
+                            encoder_warmup=1200 if small and new and scenes and not args.image_encoder else 0).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.encoder_warmup and not (small and new and scenes):
+        raise Mistake("--encoder-warmup needs a new tiny encoder and emoji scenes, of which it is known what is in them: "
+                      "--init random --config models/tiny --data scenes:all")
+
+
+# ----- one sample -------------------------------------------------------------------------------------
+
+class Samples(torch.utils.data.Dataset):
+    """Item (position, index, size) -> dict of all that the step needs of a sample: a function of these three and the seed alone.
+
+    position: place in the endless stream of samples; index: which picture that is; size: number of the picture's size.
+    pixels (h,w,3) uint8; with a cache x_0 (4,h/4,w/4), and with a frozen encoder also stored (16,h',w') in place of pixels.
+    """
+    def __init__(self, pictures, sizes, groups: int, args, c_latent: int, caches: dict | None = None, replaced: dict[int, int] | None = None):
+        self.pictures, self.sizes, self.args, self.c_latent, self.caches, self.replaced = pictures, sizes, args, c_latent, caches or {}, replaced or {}
+        self.same_bucket = [np.flatnonzero(pictures.bucket == group) for group in range(groups)]
+
+    def __getitem__(self, where: tuple[int, int, int]) -> dict:
+        (position, index, number), args = where, self.args
+        h, w = self.sizes[number]
+
+        def rng(purpose: str) -> np.random.Generator:
+            return sample_rng(args.seed, position, purpose)
+        flip, item = bool(args.random_flip and rng("flip").random() < 0.5), {}
+        index = self.replaced.get(index, index)
+        if "stored" not in self.caches:
+            pixels, index = self.pictures.read_or_next(index, self.same_bucket[number % len(self.same_bucket)])      # (H, W, 3)
+            item["pixels"] = torch.from_numpy(np.array(fit(pixels, (h, w), args.crop, flip, rng("crop") if args.crop == "random" else None)))
+        for name, cache in self.caches.items():
+            latent = cache.get(latent_key(self.pictures, index, (h, w), flip))
+            if latent is None:
+                raise Mistake(f"an entry of --cache {args.cache} was damaged while it was in use, and removed: start again with --resume auto")
+            item[name] = torch.from_numpy(latent).float()
+        caption = ""
+        if args.text_encoder != "none":
+            captions = self.pictures.captions(index)
+            caption = captions[rng("caption").integers(len(captions))]
+            if rng("caption dropout").random() < args.caption_dropout:
+                caption = ""
+        spoil = rng("semantic")
+        noisy, dropped, level = spoil.random() < args.semantic_noise, spoil.random() < args.semantic_dropout, spoil.random() * 0.5
+        eps_semantic = spoil.standard_normal((16, h * 3 // 128, w * 3 // 128), dtype=np.float32)
+        eps = rng("noise").standard_normal((self.c_latent, h // 4, w // 4), dtype=np.float32)
+        return item | dict(caption=caption, chance=np.float32(rng("timestep").random()), eps=torch.from_numpy(eps), position=position,
+                           t_semantic=np.float32(level if noisy else 0), eps_semantic=torch.from_numpy(eps_semantic), dropped=bool(dropped))
+
+
+class SizedPlan(Plan):
+    """A Plan whose steps have sizes: the third of what step() returns is the place of (resolution, bucket) in `sizes`.
+
+    Which resolution step k has is a function of (seed, k). buckets: of the first resolution, which is the largest, with the
+    most shapes; in the others, each of them goes to the nearest.
+    """
+    def __init__(self, shapes: np.ndarray, resolutions: list[int], max_ratio: float, batch: int, seed: int):
+        resolutions = sorted(set(resolutions), reverse=True)
+        self.shapes = bucket_sizes(resolutions[0], max_ratio=max_ratio)
+        self.sizes, self.resolutions = [*self.shapes], resolutions                       # number = r * len(shapes) + bucket
+        for resolution in resolutions[1:]:
+            smaller = bucket_sizes(resolution, max_ratio=max_ratio)
+            self.sizes += [smaller[i] for i in nearest_bucket(self.shapes, smaller)]
+        self.bucket = nearest_bucket(shapes, self.shapes)                                # (N,)
+        super().__init__(self.bucket, batch, seed)
+
+    def step(self, k: int) -> tuple[np.ndarray, np.ndarray, int]:
+        positions, indices, bucket = super().step(k)
+        drawn = sample_rng(self.seed, k, "resolution").integers(len(self.resolutions))
+        return positions, indices, int(drawn) * len(self.shapes) + bucket
+
+
+def latent_key(pictures, index: int, size: tuple[int, int], flip: bool) -> str:
+    return f"{pictures.key(index)} {size[0]}x{size[1]}{' flipped' * flip}"
+
+
+# ----- what the loop works with -----------------------------------------------------------------------
+
+class Texts:
+    """Captions -> embeddings (B,N,D) of a frozen encoder: each caption once, by itself, so that no batch changes its numbers."""
+    def __init__(self, encoder, cache=None, most: int = 2000):
+        self.encoder, self.cache, self.most, self.memory = encoder, cache, most, {}
+
+    def one(self, caption: str):
+        if caption not in self.memory:
+            found = self.cache.get("text " + caption) if self.cache is not None else None
+            if found is None:
+                with torch.no_grad():
+                    found = self.encoder([caption])[0].float().cpu().numpy()             # (N, D)
+                if self.cache is not None:   # and read again: rounded, as every later run will see it
+                    self.cache.put("text " + caption, found)
+                    found = self.cache.get("text " + caption)
+            if len(self.memory) >= self.most:
+                self.memory.pop(next(iter(self.memory)))
+            self.memory[caption] = torch.from_numpy(found).float()
+        return self.memory[caption]
+
+    def __call__(self, captions: list[str]):
+        return torch.stack([self.one(caption) for caption in captions])
+
+
+def fill_cache(pictures, plan, caches: dict, encoders: dict, texts, args, processes) -> dict[int, int]:
+    """Latents of every picture in every size (mirrored ones, too), and every caption's embedding, each process its share.
+
+    -> for each picture that cannot be read, the next one of its bucket, to be used in its place.
+    """
+    flips = [False, True] if args.random_flip else [False]
+    keys = {latent_key(pictures, i, plan.sizes[number], flip): (i, plan.sizes[number], flip) for i in range(len(pictures))
+            for number in range(plan.bucket[i], len(plan.sizes), len(plan.shapes)) for flip in flips}
+    missing = list(dict.fromkeys(key for cache in caches.values() for key in cache.missing([*keys])))[processes.rank::processes.world]
+    processes.wait()                                                     # all have looked before the first is written
+    for key in tqdm(missing, desc="caching latents", unit="picture", disable=processes.rank > 0 or not missing):
+        i, size, flip = keys[key]
+        with contextlib.suppress(BrokenPicture):
+            pixels = torch.from_numpy(np.array(fit(pictures.read(i), size, "center", flip)))[None]       # (1, h, w, 3)
+            for name, cache in caches.items():
+                cache.put(key, encoders[name](pixels)[0].cpu().numpy())
+    if texts is not None:
+        captions = sorted({""} | {caption for i in range(len(pictures)) for caption in pictures.captions(i)})
+        for caption in tqdm(captions[processes.rank::processes.world], desc="caching captions", disable=processes.rank > 0):
+            texts.one(caption)
+    processes.wait()
+    broken = {keys[key][0] for cache in caches.values() for key in cache.missing([*keys])}
+    if broken and processes.rank == 0:
+        print(f"{len(broken)} pictures cannot be read: {', '.join(pictures.name(i) for i in sorted(broken)[:5])}", file=sys.stderr)
+    replaced = {}
+    for i in broken:
+        others = [int(j) for j in np.flatnonzero(plan.bucket == plan.bucket[i]) if int(j) not in broken]
+        if not others:
+            raise Mistake(f"no picture like {pictures.name(i)} can be read: nothing can take its place")
+        replaced[i] = next((j for j in others if j > i), others[0])
+    return replaced
+
+
+def to_images(pixels, device):
+    """(B,h,w,3) uint8 -> (B,3,h,w) float32 in [0, 1], in channels-last memory, as the pixels are already."""
+    return pixels.to(device).permute(0, 3, 1, 2).float() / 255
+
+
+def to_encoder(images):
+    """(B,3,h,w) in [0, 1] -> what the image encoder takes, (B,3,3h/4,3w/4)."""
+    h, w = images.shape[2:]
+    return preprocess(images, (h * 3 // 4, w * 3 // 4))
+
+
+def noise_levels(chance, step: int, args):
+    """chance (B,) in [0, 1) -> noise levels t (B,). A little past 1, clamped: 7 % train at t = 1, where sampling starts."""
+    if step < args.blind:                    # middling ones, at which the head's `a` is x_0 at a size that is easy to learn
+        return 0.4 + 0.5 * chance
+    t = ((1 - chance) * 1.08 + 0.001).clamp(0.001, 1)
+    return 1 - (1 - t) ** args.high_noise
+
+
+def errors(a, b, x_0, x_t, eps, t, loss: str):
+    """What the head said, a and b, all (B,4,h,w), against what is right -> the mean squared error of each picture (B,)."""
+    if loss == "eps":
+        return ((x_t - a) / b - eps).square().mean(dim=(1, 2, 3))
+    # eps = (x_t - a) / b is right for a = sqrt(ab) x_0 and b = sqrt(1 - ab), and both are known. In eps, any error of b is
+    # multiplied by x_t's noise, and that drowns what the picture has to teach. The divisor turns errors of `a` into
+    # errors of eps; its least value keeps nearly clean pictures from ruling.
+    ab = per_row(alphas_cumprod(t), x_0)                                                 # (B, 1, 1, 1)
+    squares = (a - ab.sqrt() * x_0).square() + (b - (1 - ab).sqrt()).square()            # (B, 4, h, w)
+    return (squares / (1 - ab).clamp(min=0.2)).mean(dim=(1, 2, 3))
+
+
+def contrast_weight(x_0):
+    """Lets pictures of little contrast count more: x_0 (B,4,h,w) -> (B,), to be divided by its mean over many pictures.
+
+    How much a wrong object costs in squared error goes with its contrast, how wrong it is does not. The variance
+    within the latent of an emoji scene is 0.04 at least, 0.3 in the median, 1.2 at most.
+    """
+    return 1 / (x_0.var(dim=(2, 3)).mean(dim=1) + 0.15)                  # 0.15: few shall not rule; 0.3 to 2.2 times the mean
+
+
+def mean_contrast_weight(pictures, plan, encode, args) -> float:
+    """Its mean over 256 pictures of the data. That of a batch would make the weight of a picture depend on its neighbours."""
+    if not args.even_contrast:
+        return 1.0
+    chosen, weights = sample_rng(args.seed, 0, "contrast").permutation(len(pictures))[:256], []
+    for i in chosen.tolist():
+        pixels, i = pictures.read_or_next(i, np.flatnonzero(plan.bucket == plan.bucket[i]))
+        weights.append(contrast_weight(encode(torch.from_numpy(np.array(fit(pixels, plan.shapes[plan.bucket[i]])))[None])).item())
+    return float(np.mean(weights))
+
+
+# ----- what is trained ---------------------------------------------------------------------------------
+
+def find_places(args) -> dict:
+    """Where the parts are that are needed; nothing else is fetched."""
+    files = {part: getattr(args, part) for part in PARTS if getattr(args, part) not in (None, "none")}
+    wanted = ["vqgan"] + ["decoder", "image_encoder"] * (args.init == "weights") + ["text_encoder", "tokenizer"] * (args.text_encoder != "none")
+    places = hub.locate(args.weights, files, tuple(wanted))
+    if args.init == "weights" and places["image_encoder"] is None:
+        raise Mistake(f"{args.weights} has no image encoder: add --image-encoder FOLDER")
+    return places
+
+
+def new_encoder(kind: type = EfficientNetEncoder, backbone: str | None = None, **config):
+    encoder = kind(**config)
+    # Fixed, so that (raw + 1) / 42, which Stage C is given, has mean 0 and variance 1: what diffusion is made for.
+    torch.nn.init.constant_(encoder.norm.weight, 42)
+    torch.nn.init.constant_(encoder.norm.bias, -1)
+    if backbone:
+        if kind is not EfficientNetEncoder:
+            raise Mistake(f"--backbone is for EfficientNetV2-S, --config asks for a {kind.__name__}")
+        try:
+            tensors = torch.load(backbone, map_location="cpu", weights_only=True)
+            encoder.backbone.load_state_dict({name.removeprefix("features."): t for name, t in tensors.items() if name.startswith("features.")})
+        except Exception as error:           # torch has many kinds for a file that will not do
+            raise Mistake(f"--backbone {backbone} cannot be used, expected torchvision's efficientnet_v2_s: {str(error).splitlines()[0][:150]}") from error
+    return encoder
+
+
+def build(args, places) -> tuple:
+    """Stage B and the image encoder, in float32, since the steps of an optimizer are too small for less; and whether the encoder is new."""
+    if args.init == "weights":
+        return load_stage_b(places["decoder"]), load_image_encoder(places["image_encoder"]), False
+    decoder, kind, sizes = {}, EfficientNetEncoder, {}
+    try:
+        if args.config not in (None, "official"):
+            folder = Path(args.config)
+            decoder = config_to_ours(read_config(folder / "decoder") if folder.is_dir() else json.loads(folder.read_text()), StageB)
+            if folder.is_dir() and (folder / "image_encoder").is_dir():
+                config = read_config(folder / "image_encoder")
+                kind = TinyImageEncoder if config.get("_class_name") == "TinyImageEncoder" else EfficientNetEncoder
+                sizes = config_to_ours(config, kind)
+        decoder = StageB(**decoder)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise Mistake(f"--config {args.config} cannot be used: {error}") from error
+    if args.image_encoder:
+        return decoder, load_image_encoder(places["image_encoder"]), False
+    return decoder, new_encoder(kind, args.backbone, **sizes), True
+
+
+class Learner(torch.nn.Module):
+    """Stage B, and the image encoder if it learns, as one module with one forward: what DDP needs."""
+    def __init__(self, decoder, encoder=None):
+        super().__init__()
+        self.decoder, self.encoder = decoder, encoder
+
+    def forward(self, source, x_t=None, t=None, text=None, t_semantic=None, eps_semantic=None, dropped=None):
+        """source: pictures (B,3,H,W) for the encoder, or raw semantic latents (B,16,h',w'); x_t (B,4,h,w), t (B,), text (B,N,D)
+        -> a, b, 2 x (B,4,h,w); without x_t the raw semantic latents.
+
+        t_semantic (B,): level of the noise eps_semantic (B,16,h',w') on them, 0 for none; dropped (B,): which are zeroed.
+        """
+        semantic = self.encoder(source).float() if source.shape[1] == 3 else source      # (B, 16, h', w')
+        if x_t is None:
+            return semantic
+        if t_semantic is not None:
+            noised = to_raw(add_noise(to_stored(semantic), eps_semantic, t_semantic))
+            semantic = torch.where(per_row(t_semantic > 0, semantic), noised, semantic)
+            semantic = semantic.masked_fill(per_row(dropped, semantic), 0.0)
+        return self.decoder.signal_and_scale(x_t, t, semantic, text)                     # 2 x (B, 4, h, w)
+
+
+def build_optimizer(model, args):
+    """AdamW, of groups with a `share` of the learning rate each; weight decay for matrices only.
+
+    Adam moves every weight by about the learning rate; behind semantic latents, which are of size 42, a step moves the
+    output 42 times as far as elsewhere. 1/42 would even that out; 1/8 learned no worse.
+    """
+    groups = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            groups.setdefault((p.ndim >= 2, "semantic_" in name.split("decoder.")[-1] and name.startswith("decoder.")), []).append(p)
+    return torch.optim.AdamW([dict(params=params, weight_decay=args.weight_decay * matrix, share=1 / 8 if mapper else 1.0)
+                              for (matrix, mapper), params in groups.items()], lr=args.lr, betas=(0.9, 0.99), fused=True)
+
+
+def warm_up(encoder, args, processes, stop) -> None:
+    """Teaches a new image encoder what is where in emoji scenes, before Stage B: the place of EfficientNet's ImageNet weights.
 
     A throw-away head, the same for each of the 3 x 3 positions of the semantic latent, must tell from
     its 16 numbers which object has its center in that cell, where exactly, how large, and on which
     colour (the idea of arXiv:1506.02640). Without this the encoder would learn from Stage B's loss
     alone, which at nearly all noise levels can see the objects in x_t itself.
+    Every process does all of it, the same; afterwards rank 0's weights count.
     """
-    import numpy as np
-    import torch
-    import torch.nn.functional as F
-    from tqdm import tqdm
-    from scenes import COLOURS, OBJECTS
-    from stage_b import preprocess
-    from training import learning_rate, log_losses, to_tensor
-    from diffusion import add_noise
-    from wuerstchen import to_stored
-    nothing, cell = len(OBJECTS), 128 / 3                                # a class of its own; px
-    number = {name: i for i, name in enumerate(OBJECTS)}
+    from scenes import COLOURS, OBJECTS, EmojiScenes
+    scenes, nothing, cell = EmojiScenes("all", seed=args.seed + 1), len(OBJECTS), 128 / 3        # nothing: a class of its own; cell: px
+    number, device = {name: i for i, name in enumerate(OBJECTS)}, processes.device
 
     def facts(batch: list) -> tuple:
         """-> object in each cell (B,9), its place in the cell and its size, all about 0..1 (B,9,3), colour (B,)."""
@@ -84,202 +450,403 @@ def warm_up(encoder, scenes, args, device):
         colours = np.array([list(COLOURS).index(scene.colour) for scene in batch])
         return tuple(torch.from_numpy(a).to(device) for a in (objects, places, colours))
 
-    head = torch.nn.Sequential(torch.nn.Linear(16, 256), torch.nn.GELU(), torch.nn.Linear(256, 128 + 1 + 3 + 8)).to(device)
-    importance = torch.ones(129, device=device)
+    head = torch.nn.Sequential(torch.nn.Linear(16, 256), torch.nn.GELU(), torch.nn.Linear(256, nothing + 1 + 3 + len(COLOURS))).to(device)
+    importance = torch.ones(nothing + 1, device=device)
     importance[nothing] = 0.2                                            # most cells hold nothing
     optimizer = torch.optim.AdamW([p for p in [*encoder.parameters(), *head.parameters()] if p.requires_grad],
                                   lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-3)
-    for step in tqdm(range(args.encoder_warmup), desc="Image encoder"):
-        optimizer.param_groups[0]["lr"] = learning_rate(step, args.encoder_warmup, args.lr, args.warmup)
-        start = 5 * 10 ** 8 + step * 64                                  # not the scenes Stage B starts with
+    log = Log(f"{args.out}/encoder_warmup", -1) if processes.rank == 0 else None
+    schedule = argparse.Namespace(lr=args.lr, steps=args.encoder_warmup, warmup=args.warmup, schedule="trapezoid")
+    encoder.train()
+    for step in tqdm(range(args.encoder_warmup), desc="Image encoder", disable=processes.rank > 0):
+        optimizer.param_groups[0]["lr"] = rate(step, schedule)
+        start = 5 * 10 ** 8 + step * 64                                  # not the scenes Stage B sees
         objects, places, colours = facts(scenes.scenes(start, 64))
-        stored = to_stored(encoder(preprocess(to_tensor(scenes.batch(start, 64)[0], device), 96)))   # (64, 16, 3, 3)
+        stored = to_stored(encoder(to_encoder(to_images(torch.from_numpy(scenes.batch(start, 64)[0]), device))))    # (64, 16, 3, 3)
         # Noise on the latent makes neighbouring codes mean similar things; Stage C will not hit them exactly.
         noisy = add_noise(stored, torch.randn_like(stored), torch.rand(64, device=device) * 0.3)
         out = head(noisy.flatten(2).transpose(1, 2))                                                 # (64, 9, 140)
-        there = objects != nothing                                                                   # (64, 9)
-        loss = F.cross_entropy(out[..., :129].flatten(0, 1), objects.flatten(), importance) \
-            + 4 * (out[..., 129:132] - places)[there].abs().mean() \
-            + 0.3 * F.cross_entropy(out[..., 132:].flatten(0, 1), colours.repeat_interleave(9))
+        there, names, where, on = objects != nothing, out[..., :nothing + 1], out[..., nothing + 1:nothing + 4], out[..., nothing + 4:]
+        place_error = (where - places)[there].abs().mean()
+        loss = F.cross_entropy(names.flatten(0, 1), objects.flatten(), importance) + 4 * place_error \
+            + 0.3 * F.cross_entropy(on.flatten(0, 1), colours.repeat_interleave(9))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(encoder.parameters(), args.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if (step + 1) % args.log_every == 0:
-            log_losses(args, step + 1, "encoder_loss.csv", loss=loss.item(),
-                       objects_right=(out[..., :129].argmax(-1) == objects)[there].float().mean().item(),
-                       place_error=(out[..., 129:132] - places)[there].abs().mean().item(),
-                       colour_right=(out[..., 132:].argmax(-1) == colours[:, None]).float().mean().item())
+        if log is not None and ((step + 1) % args.log_every == 0 or step + 1 == args.encoder_warmup):
+            log.write(step + 1, loss=loss.item(), objects_right=(names.argmax(-1) == objects)[there].float().mean().item(),
+                      place_error=place_error.item(), colour_right=(on.argmax(-1) == colours[:, None]).float().mean().item())
+        if processes.any(stop.received):
+            raise Mistake(f"stopped in step {step + 1} of --encoder-warmup, before there was anything to save: start again")
+    if processes.many:
+        for tensor in (*encoder.parameters(), *encoder.buffers()):
+            torch.distributed.broadcast(tensor.data, 0)
 
 
-def contrast_weight(x_0):
-    """Weights of mean 1 that let pictures of little contrast count more: x_0 (B,4,h,w) -> (B,).
+# ----- looking at a run -------------------------------------------------------------------------------
 
-    How much a wrong object costs in squared error goes with its contrast, how wrong it is does not. The variance
-    within the latent of an emoji scene is 0.04 at least, 0.3 in the median, 1.2 at most.
+class Fixed:
+    """The pictures of validation and grids, always the same ones, as squares of the largest resolution.
+
+    pixels (N,r,r,3) uint8, captions, x_0 (N,4,r/4,r/4); source (N,...): what the learner takes, pictures or semantic latents.
     """
-    weight = 1 / (x_0.var(dim=(2, 3)).mean(dim=1) + 0.15)                # 0.15: few shall not rule; weights end up at 0.3 to 2.2
-    return weight / weight.mean()
+    def __init__(self, args, processes, pictures, resolution: int, index_folder, encoders: dict):
+        source = args.val_data
+        if source is None and args.data.split(":")[0] == "scenes":       # of another seed: never in training
+            source = f"scenes:all:{max(args.val_count, 64)}:1000000000"
+        with processes.one_after_another(), user_mistakes():
+            pictures = open_pictures(source, index_folder=index_folder, captions_required=False) if source else pictures
+        chosen = np.random.default_rng([args.seed, 1]).permutation(len(pictures))[:args.val_count]
+        rows = [(*pictures.read_or_next(i, np.arange(len(pictures))), sample_rng(args.seed, i, "validation")) for i in chosen.tolist()]
+        self.pixels = torch.from_numpy(np.stack([fit(pixels, (resolution, resolution), "center", False, rng) for pixels, _, rng in rows]))
+        self.captions = [pictures.captions(i)[0] for _, i, _ in rows]
+        self.x_0 = torch.cat([encoders["x_0"](row) for row in self.pixels.split(1)])
+        if "stored" in encoders:
+            self.source = to_raw(torch.cat([encoders["stored"](row) for row in self.pixels.split(1)]))
+        else:
+            self.source = to_encoder(to_images(self.pixels, processes.device))
+
+
+@torch.no_grad()
+def validate(model, fixed, embed, weight, autocast, args, processes) -> dict[str, float]:
+    """Raw loss at each level of T_GRID, and their weighted mean, with pictures and noise that never change.
+
+    The training loss tells little: which t were drawn decides it. Nothing is dropped here, and no noise put on the semantic latent.
+    """
+    t = torch.tensor(T_GRID, device=processes.device)                                    # (10,)
+    sums = torch.zeros(len(T_GRID) + 1, device=processes.device)
+    for i, caption in enumerate(fixed.captions):
+        if not args.fsdp and i % processes.world != processes.rank:      # under FSDP all must compute together
+            continue
+        x_0 = fixed.x_0[i:i + 1].expand(len(t), -1, -1, -1)                              # (10, 4, h, w)
+        eps = torch.from_numpy(sample_rng(args.seed, i, "validation").standard_normal(tuple(x_0.shape), dtype="float32")).to(x_0)
+        x_t = add_noise(x_0, eps, t)
+        with autocast:
+            semantic = model(fixed.source[i:i + 1]).expand(len(t), -1, -1, -1)
+            a, b = model(semantic, x_t, t, embed([caption]).expand(len(t), -1, -1))
+        sums[:-1] += errors(a.float(), b.float(), x_0, x_t, eps, t, args.loss)
+        sums[-1] += 1
+    sums = sums if args.fsdp else processes.sum(sums)
+    raw = sums[:-1] / sums[-1]
+    return dict(val_loss=(raw * weight(t)).mean().item()) | {f"val_loss_t_{level:.2f}": value for level, value in zip(T_GRID, raw.tolist())}
+
+
+@torch.no_grad()
+def reconstruct(model, vqgan, fixed, embed, scale: float, steps: int, autocast, args):
+    """The fixed pictures through encoder, B and A, from noise that is always the same: (N,3,r,r) in [0, 1]."""
+    painted = []
+    for i in range(0, len(fixed.captions), args.batch):
+        x_0, captions = fixed.x_0[i:i + args.batch], fixed.captions[i:i + args.batch]
+        draw, text = Noise([args.seed + i + k for k in range(len(captions))]), embed(captions)
+        with autocast:
+            semantic = model(fixed.source[i:i + args.batch])
+
+        def predict(x, t, both):
+            if both:                         # and without condition: zeros, and the empty caption
+                x, t = torch.cat([x, x]), torch.cat([t, t])
+            with autocast:
+                a, b = model(torch.cat([semantic, 0 * semantic]) if both else semantic, x, t,
+                             torch.cat([text, embed([""] * len(text))]) if both else text)
+            return (x - a.float()) / b.float()
+        latents = denoise(predict, draw(*x_0.shape[1:]).to(x_0), lambda: draw(*x_0.shape[1:]).to(x_0), linear_timesteps(steps), guidance=Guidance(scale))
+        painted.append(vqgan.decode(latents).clamp(0, 1))
+    return torch.cat(painted)                                                            # (N, 3, r, r)
+
+
+def look_at(model, vqgan, fixed, embed, own_guidance: float, autocast, args) -> tuple:
+    """-> PSNR of each way through the chain, and a grid of up to 8 pictures: how guidance and steps change them."""
+    real = to_images(fixed.pixels, fixed.x_0.device)
+    columns, values = {"picture": real}, {}
+    with torch.no_grad():
+        columns["A alone"] = torch.cat([vqgan.decode(row).clamp(0, 1) for row in fixed.x_0.split(args.batch)])
+    values["psnr_a"] = psnr(columns["A alone"], real)
+    for scale in dict.fromkeys((1.0, own_guidance)):
+        for steps in STEPS:
+            images = columns[f"guidance {scale:g}, {steps} steps"] = reconstruct(model, vqgan, fixed, embed, scale, steps, autocast, args)
+            values[f"psnr_guidance_{scale:g}_steps_{steps}"] = psnr(images, real)
+    shown = [to_pil(images[:8]) for images in columns.values()]
+    return values, grid([image for row in zip(*shown) for image in row], len(columns), [*columns])
+
+
+# ----- the run ----------------------------------------------------------------------------------------
+
+def write_result(args, decoder, encoder, weights: dict) -> None:
+    """decoder/ and image_encoder/; and where Stage C still fits, base.json, which tells sample.py --weights where the rest is.
+
+    decoder, encoder: of the right classes and sizes, for weights named decoder.* and, if the encoder has learned, encoder.*
+    """
+    def filled(model, name: str):
+        model.load_state_dict({key.removeprefix(name): tensor for key, tensor in weights.items() if key.startswith(name)}, assign=True)
+        return model
+    out = Path(args.out)
+    save_stage_b(filled(decoder, "decoder."), out / "decoder")
+    encoder = encoder if args.freeze_encoder else filled(encoder, "encoder.")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in to_diffusers(encoder.state_dict(), encoder).items()}
+    half = to_half(tensors)
+    if args.freeze_encoder and any(not torch.equal(half[name].to(tensor.dtype), tensor) for name, tensor in tensors.items()):
+        half = tensors                       # what is frozen does not change by rounding, either
+    write_files(config_to_diffusers(encoder), half, out / "image_encoder", STEM)
+    if args.freeze_encoder and args.init == "weights":
+        files = {part: str(Path(getattr(args, part)).resolve()) for part in PARTS if getattr(args, part) not in (None, "none")}
+        base = dict(weights=args.weights if args.weights in ("tiny", *hub.NAMES) else str(Path(args.weights).resolve()), files=files)
+        write_atomically(out / "base.json", lambda path: path.write_text(json.dumps(base, indent=2) + "\n"))
 
 
 def main(args):
-    # Imported here, so that --help answers at once.
-    import copy
-    import torch
-    from tqdm import tqdm
-    from scenes import EmojiScenes
-    from diffusion import add_noise, alphas_cumprod, denoise, linear_timesteps, p2_weight, per_row, v_weight
-    from stage_b import StageB, TinyImageEncoder, preprocess
-    from text import TextEncoder
-    from training import check_out, learning_rate, log_losses, save_checkpoint, save_grid, start_run, to_tensor
-    from weights import load_image_encoder, load_stage_a, load_stage_b, load_text_encoder, save_image_encoder, save_stage_b
-    from wuerstchen import to_raw, to_stored
 
-    check_out(args)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    autocast = torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.dtype),
-                              enabled=args.dtype != "fp32")
+    check(args)
+    checkpoints = Checkpoints(f"{args.out}/checkpoints", args.keep)
+    resumed = checkpoints.find(args.resume)
+    stop, processes = StopSignal(), Processes(args.device)
+    device, first = processes.device, processes.rank == 0
     torch.manual_seed(args.seed)
-    weight = dict(v=v_weight, p2=p2_weight, none=torch.ones_like)[args.loss_weight]
 
-    # --- data and models ---------------------------------------------------------------------------
-    scenes = EmojiScenes("all", seed=args.seed + 1)          # scene i is a function of (seed, i): a resume is exact
-    vqgan = load_stage_a(args.vqgan).to(device).requires_grad_(False)
+    # --- models ------------------------------------------------------------------------------------
+    places = find_places(args)
+    decoder, encoder, new = build(args, places)
+    kind, small = type(encoder), isinstance(encoder, TinyImageEncoder)
+    set_defaults(args, small, device)
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "workers", "device", "push_to_hub")}
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    vqgan = load_stage_a(places["vqgan"]).to(device).requires_grad_(False)               # eval mode, float32: the targets are exact
     text_encoder = None
-    if args.text_encoder:
-        text_encoder = TextEncoder(*load_text_encoder(f"{args.text_encoder}/text_encoder", f"{args.text_encoder}/tokenizer"))
-        text_encoder.model.to(device)
-    if args.init:
-        decoder = load_stage_b(f"{args.init}/decoder").train()
-    else:
-        # Shaped by what a CPU can train: little work at 16 x 16, most of it at 8 x 8 and 4 x 4.
-        decoder = StageB(c_timestep=32, c_cond=64, c_hidden=(32, 128, 256), heads=(-1, 4, 4), blocks=(4, 4, 1),
-                         levels=("CT", "CT", "CTCTA"), inject=(False, True, True), c_text=args.c_text, dropout=0.0)
-    if args.image_encoder or args.init:
-        encoder = load_image_encoder(args.image_encoder or f"{args.init}/image_encoder")
-    else:
-        encoder = TinyImageEncoder().to(device)
-        if not args.resume:
-            warm_up(encoder, scenes, args, device)
-    # Frozen means eval() too: BatchNorm would go on drifting, gradients or not.
-    encoder.train(not args.freeze_encoder).requires_grad_(not args.freeze_encoder)
-    encoder.norm.requires_grad_(False)                       # its 42 and -1 fix the latents' units
-    model = torch.nn.ModuleDict(dict(decoder=decoder, encoder=encoder)).to(device)
-    ema = copy.deepcopy(model).requires_grad_(False).eval()
-    if args.compile:
-        decoder.signal_and_scale = torch.compile(decoder.signal_and_scale)     # fuses the small operations; slow to start
-        model["encoder"].compile()
-    # Adam moves every weight by about the learning rate; behind inputs of size 42 a step moves the output 42 times as
-    # far as elsewhere. 1/42 would even that out; 1/8 learned no worse.
-    mappers = [p for name, p in decoder.named_parameters() if name.startswith("semantic_")]
-    others = [p for p in model.parameters() if p.requires_grad and not any(p is mapper for mapper in mappers)]
-    optimizer = torch.optim.AdamW([dict(params=others, share=1.0), dict(params=mappers, share=1 / 8)], lr=args.lr,
-                                  betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
-    parts = dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler)
-    first_step = start_run(args, parts)
-    cache = {}                                               # batch number -> VQGAN latents, semantic latents, captions
+    if args.text_encoder != "none":
+        check_widths(decoder.config["c_text"], places["text_encoder"], "Stage B")
+        text_encoder = TextEncoder(*load_text_encoder(places["text_encoder"], places["tokenizer"], dtype))
+        text_encoder.model.to(device).requires_grad_(False)
+    encoder.to(device).requires_grad_(not args.freeze_encoder)
+    encoder.norm.requires_grad_(False)                                                   # its 42 and -1 fix the latents' units
+    if args.freeze_encoder:
+        encoder.eval()                   # else BatchNorm's statistics would go on drifting, gradients or not
+    elif processes.many:
+        sync_batch_norm(encoder)
+    decoder.checkpointing = args.checkpointing
+    model = Learner(decoder.to(device), None if args.freeze_encoder else encoder).train()
 
-    def embed(captions: list[str]) -> torch.Tensor:
-        """Captions -> (B, N, c_text); without a text encoder one zero token each."""
-        if text_encoder is None:
+    # --- data --------------------------------------------------------------------------------------
+    index = Path(args.cache or args.out) / "index"
+    with processes.one_after_another(), user_mistakes():             # what one has indexed or fetched serves the others
+        pictures = open_pictures(args.data, index_folder=index, captions_required=False, **read_filters(args.filter))
+        plan = SizedPlan(pictures.sizes, args.resolution, args.max_ratio, args.batch * args.grad_accum * processes.world, args.seed)
+    pictures.bucket = plan.bucket
+    small_numbers = dict(dtype=dict(fp16="float16", fp32="float32")[args.cache_dtype])
+    caches, text_cache = {}, None
+    if args.cache:
+        caches["x_0"] = Cache(args.cache, hash_of(vqgan), dict(kind="vqgan", crop="center", **small_numbers))
+        if args.freeze_encoder:              # the same entries as train_c.py's
+            caches["stored"] = Cache(args.cache, hash_of(encoder), dict(kind="latents", crop="center", **small_numbers))
+        if text_encoder:
+            text_cache = Cache(args.cache, hash_of(text_encoder.model), dict(kind="texts", **small_numbers))
+    texts = Texts(text_encoder, text_cache) if text_encoder else None
+
+    @torch.no_grad()
+    def encode_vqgan(pixels):
+        """(B,h,w,3) uint8 -> x_0 (B,4,h/4,w/4) float32, never quantised."""
+        return vqgan.encode(to_images(pixels, device))
+
+    @torch.no_grad()
+    def encode_semantic(pixels):
+        """(B,h,w,3) uint8 -> the frozen encoder's latents (B,16,h',w') as Stage C knows them, of about unit variance."""
+        return to_stored(encoder(to_encoder(to_images(pixels, device))))
+
+    def embed(captions: list[str]):
+        """Captions -> (B,N,c_text); without a text encoder one zero token each."""
+        if texts is None:
             return torch.zeros(len(captions), 1, decoder.config["c_text"], device=device)
-        return text_encoder(captions)
+        return texts(captions).to(device)
+
+    if first:
+        print(pictures.describe(), file=sys.stderr)
+    if args.dry_run:
+        h, w = plan.sizes[plan.step(0)[2]]
+        return dry_run(args, model, pictures, plan.sizes, plan, f"x_0 and eps ({plan.batch}, {decoder.config['c_in']}, {h // 4}, {w // 4}), semantic latents "
+                       f"({plan.batch}, 16, {h * 3 // 128}, {w * 3 // 128})") if first else None
+    encoders = dict(x_0=encode_vqgan) | (dict(stored=encode_semantic) if args.freeze_encoder else {})
+    replaced = fill_cache(pictures, plan, caches, encoders, texts, args, processes) if args.cache else {}
+    fixed = Fixed(args, processes, pictures, plan.resolutions[0], index, encoders) if args.val_every or args.sample_every else None
+    mean_contrast = mean_contrast_weight(pictures, plan, encode_vqgan, args)
+    if args.cache and args.freeze_encoder:
+        encoder.to("cpu")                                                                # no longer needed on the device
+    if new and args.encoder_warmup and resumed is None:
+        warm_up(encoder, args, processes, stop)
+
+    # --- optimizer, averages, and where the run stands -----------------------------------------------
+    if args.fsdp and processes.many:
+        mesh = init_device_mesh(device.type, (processes.world,))
+        blocks = [block for level in (*decoder.down_blocks, *decoder.up_blocks) for block in level]
+        for part in (*blocks, *([encoder] if not args.freeze_encoder else []), model):   # the root takes what is left
+            fully_shard(part, mesh=mesh)
+    optimizer = build_optimizer(model, args)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
+    averaged, weight = Averaged(model, args.ema), dict(v=v_weight, p2=p2_weight, none=torch.ones_like)[args.loss_weight]
+    whole = dict(full_state_dict=True, cpu_offload=True)                                 # gathered from all processes, if they are split
+    start = bad = bad_in_all = 0
+    if resumed is not None:
+        state = checkpoints.load(resumed, "train_b.py", settings)
+        start, bad, bad_in_all, averaged.updates = (state[name] for name in ("step", "bad", "bad_in_all", "updates"))
+        set_optimizer_state_dict(model, optimizer, state["optimizer"], options=StateDictOptions(**whole))
+        scaler.load_state_dict(state["scaler"])
+        set_model_state_dict(model, state["averaged"], options=StateDictOptions(**whole, strict=False))
+        averaged.swap()
+        set_model_state_dict(model, state["model"], options=StateDictOptions(**whole, strict=False))
+    if args.compile:
+        decoder.signal_and_scale = torch.compile(decoder.signal_and_scale)               # fuses the small operations
+        if not args.freeze_encoder:
+            encoder.compile()
+    forward = model
+    if processes.many and not args.fsdp:     # BatchNorm's buffers are the same everywhere already
+        forward = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False)
+
+    def save(step: int) -> None:
+        """All processes take part, as each may hold a part of the weights; rank 0 writes. BatchNorm's statistics are among the
+        model's tensors; they are averages already, so the averaged weights have none of their own."""
+        learned = StateDictOptions(**whole, ignore_frozen_params=True)
+        content = dict(script="train_b.py", settings=settings, step=step, bad=bad, bad_in_all=bad_in_all, scaler=scaler.state_dict(),
+                       updates=averaged.updates, model=get_model_state_dict(model, options=learned),
+                       optimizer=get_optimizer_state_dict(model, optimizer, options=StateDictOptions(**whole)))
+        content["model"] = {name: tensor.clone() for name, tensor in content["model"].items()}       # swap() moves what they are views of
+        averaged.swap()
+        content["averaged"] = get_model_state_dict(model, options=learned)
+        if first:
+            checkpoints.save(step, content)
+        averaged.swap()
+        processes.wait()
+
+    log = Log(args.out, start or -1, args.report_to, settings) if first else None
+
+    def look(step: int) -> None:
+        """Validation and grids, with the averaged weights."""
+        model.eval()
+        averaged.swap()
+        if args.val_every and (step % args.val_every == 0 or step == args.steps):
+            values = validate(model, fixed, embed, weight, autocast, args, processes)
+            if first:
+                log.write(step, **values)
+        if args.sample_every and (step % args.sample_every == 0 or step == args.steps) and (first or args.fsdp):
+            # A small Stage B hesitates between objects; guidance makes it follow the semantic latent more resolutely.
+            values, sheet = look_at(model, vqgan, fixed, embed, 4.0 if small else 1.0, autocast, args)
+            if first:
+                log.write(step, **values)
+                write_atomically(f"{args.out}/samples/step_{step:06d}.png", sheet.save)
+        averaged.swap()
+        model.train()
+        processes.wait()
 
     # --- one pass of this loop is one optimizer step -----------------------------------------------
-    for step in tqdm(range(first_step, args.steps), initial=first_step, total=args.steps, desc="Stage B"):
+    samples = batches(Samples(pictures, plan.sizes, len(plan.shapes), args, decoder.config["c_in"], caches, replaced), plan, processes, args, start)
+    sums, since, clock = torch.zeros(2, 10, device=device), start, time.time()           # raw loss and count by noise level
+    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="Stage B", disable=not first)
+    smooth = None
+    if start == 0:
+        if new and args.encoder_warmup and resumed is None:
+            save(0)                          # minutes of work
+        look(0)                              # the untouched model: proof that validation and sampling are set up rightly
+    for step in bar:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps, args.lr, args.warmup) * group["share"]
-        loss_sum = 0.0
+            group["lr"] = rate(step, args) * group["share"]
+        loss_sum, statistics = torch.zeros((), device=device), [buffer.clone() for buffer in model.buffers()]
         for micro in range(args.grad_accum):
-            number = step * args.grad_accum + micro
-            if args.cache:
-                number %= max(args.cache // args.batch, 1)
-            x_0, semantic, captions = cache.get(number, (None, None, None))
-            if x_0 is None or semantic is None:
-                pictures, captions = scenes.batch(number * args.batch, args.batch)
-                images = to_tensor(pictures, device)                                     # (B, 3, 128, 128)
-                if x_0 is None:
-                    with torch.no_grad():
-                        x_0 = vqgan.encode(images)                                       # (B, 4, 32, 32) never quantised
-                with autocast, torch.set_grad_enabled(not args.freeze_encoder):
-                    semantic = model["encoder"](preprocess(images, 96)).float()          # (B, 16, 3, 3)
-                if args.cache:                   # a latent of an encoder that still learns is stale at the next step
-                    cache[number] = x_0, semantic if args.freeze_encoder else None, captions
-            with torch.no_grad():
-                keep = torch.rand(args.batch) >= args.text_dropout                       # (B,) every draw is per picture
-                text = embed([c if k else "" for c, k in zip(captions, keep.tolist())])  # (B, N, c_text)
-            # Noise levels a little past 1, clamped: a share of 7 % trains at t = 1, where sampling starts.
-            t = ((1 - torch.rand(args.batch, device=device)) * 1.08 + 0.001).clamp(0.001, 1)        # (B,)
-            t = 1 - (1 - t) ** args.high_noise                                           # (B,)
-            eps = torch.randn_like(x_0)
-            x_t = add_noise(x_0, eps, t)                                                 # (B, 4, 32, 32)
+            batch = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in next(samples).items()}
+            x_0 = batch["x_0"] if args.cache else encode_vqgan(batch["pixels"])          # (B, 4, h, w)
+            if not args.freeze_encoder:
+                source = to_encoder(to_images(batch["pixels"], device))                  # (B, 3, H, W)
+            else:
+                source = to_raw(batch["stored"] if args.cache else encode_semantic(batch["pixels"]))     # (B, 16, h', w')
+            text = embed(batch["caption"])                                              # (B, N, c_text)
+            t, eps = noise_levels(batch["chance"], step, args), batch["eps"]             # (B,), (B, 4, h, w)
+            x_t = add_noise(x_0, eps, t)                                                 # (B, 4, h, w)
             if step < args.blind:
-                # Nothing to see in x_t; ones, as zeros would have no direction for the first norm. At middling t, the
-                # head's `a` is x_0 at a size that is easy to learn; at t = 1 it is a hundredth of it.
-                t = 0.4 + 0.5 * torch.rand(args.batch, device=device)
+                # Nothing to see in x_t; ones, as zeros would have no direction for the first norm. At t = 1, `a` would be a
+                # hundredth of x_0.
                 x_t, ab = torch.ones_like(x_0), per_row(alphas_cumprod(t), x_0)
                 eps = (x_t - ab.sqrt() * x_0) / (1 - ab).sqrt()                          # what it would have to be
-            t_semantic = torch.rand(args.batch, device=device) * 0.5                     # (B,)
-            noisy = torch.rand(args.batch, device=device) < args.semantic_noise          # (B,)
-            dropped = torch.rand(args.batch, device=device) < args.semantic_dropout      # (B,)
-            with autocast:
-                stored = to_stored(semantic)
-                noised = to_raw(add_noise(stored, torch.randn_like(stored), t_semantic))
-                semantic = torch.where(per_row(noisy, stored), noised, semantic)
-                semantic = semantic.masked_fill(per_row(dropped, stored), 0.0)
-                a, b = decoder.signal_and_scale(x_t, t, semantic, text)                  # 2 x (B, 4, 32, 32)
-                a, b = a.float(), b.float()
-            if args.loss == "eps":
-                error = ((x_t - a) / b - eps).square()
-            else:
-                # eps = (x_t - a) / b is right for a = sqrt(ab) x_0 and b = sqrt(1 - ab), and both are known. In eps, any
-                # error of b is multiplied by x_t's noise, and that drowns what the picture has to teach. The divisor
-                # turns errors of `a` into errors of eps; its least value keeps nearly clean pictures from ruling.
-                ab = per_row(alphas_cumprod(t), x_0)                                     # (B, 1, 1, 1)
-                error = ((a - ab.sqrt() * x_0).square() + (b - (1 - ab).sqrt()).square()) / (1 - ab).clamp(min=0.2)
-            loss = (error.mean(dim=(1, 2, 3)) * weight(t) * (contrast_weight(x_0) if args.even_contrast else 1)).mean()
-            scaler.scale(loss / args.grad_accum).backward()      # sum of parts = gradient of the mean
+            torch.manual_seed(hash((args.seed, step, micro, processes.rank)) % 2 ** 63)  # dropout inside the networks survives a resume
+            # Gradients are averaged over processes once per step, in the last backward. The forward belongs inside
+            # no_sync(), too: DDP decides in forward whether the coming backward all-reduces.
+            last = micro == args.grad_accum - 1
+            if args.fsdp and processes.many:
+                model.set_requires_gradient_sync(last)                                   # its name for the same
+            with contextlib.nullcontext() if last or forward is model else forward.no_sync():
+                with autocast:
+                    a, b = forward(source, x_t, t, text, batch["t_semantic"], batch["eps_semantic"], batch["dropped"])   # 2 x (B, 4, h, w)
+                raw = errors(a.float(), b.float(), x_0, x_t, eps, t, args.loss)          # (B,)
+                contrast = contrast_weight(x_0) / mean_contrast if args.even_contrast else 1
+                loss = (raw * weight(t) * contrast).mean()
+                scaler.scale(loss / args.grad_accum).backward()                          # sum of parts = gradient of the mean
             loss_sum += loss.detach() / args.grad_accum
+            level = (t * 10).long().clamp(max=9)
+            sums[0].index_add_(0, level, raw.detach())
+            sums[1].index_add_(0, level, torch.ones_like(raw))
         scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            decay = min(args.ema, (1 + step) / (10 + step))      # young averages must forget the first weights
-            for p_ema, p in zip(ema.parameters(), model.parameters()):
-                p_ema.lerp_(p, 1 - decay)
-            for b_ema, b in zip(ema.buffers(), model.buffers()):
-                b_ema.copy_(b)                                   # BatchNorm's running statistics are averages already
+        grad_norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], args.clip)
+        grad_norm = grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm      # FSDP: over all processes
+        # One process that skipped a step alone would leave the others waiting: all decide together. Under fp16, infinite
+        # gradients are the scaler's business, which skips them and lowers its scale.
+        wrong = ~loss_sum.isfinite() | (~grad_norm.isfinite() & (not scaler.is_enabled()))
+        if processes.any(wrong):
+            bad, bad_in_all = bad + 1, bad_in_all + 1
+            optimizer.zero_grad(set_to_none=True)
+            for buffer, before in zip(model.buffers(), statistics):                      # BatchNorm's have seen it: a NaN would stay
+                buffer.copy_(before)
+            sums.nan_to_num_(0, 0, 0)
+            if first:
+                log.write(step + 1, bad_step=True, positions=batch["position"].tolist(), captions=batch["caption"])
+            if bad >= args.max_bad_steps:
+                save(step)
+                raise Mistake(f"{bad} steps in a row came to NaN or infinity, up to step {step + 1}; the last good state is in {args.out}/checkpoints: "
+                              f"lower --lr, or use --dtype bf16 or fp32; what was in these batches is in {args.out}/log.jsonl")
+        else:
+            bad = 0
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            averaged.update()
 
-        # --- log, sample, save ---------------------------------------------------------------------
+        # --- log, validate, sample, save ----------------------------------------------------------------
         done = step + 1
         if done % args.log_every == 0 or done == args.steps:
-            log_losses(args, done, loss=loss_sum.item(), grad_norm=grad_norm.item())
-        if done % args.sample_every == 0 or done == args.steps:
-            with torch.no_grad():
-                pictures, captions = scenes.batch(10 ** 9, 16)                           # far beyond any training index
-                shown, generator = to_tensor(pictures, device), torch.Generator().manual_seed(0)
-                semantic, text = ema["encoder"](preprocess(shown, 96)), embed(captions)
-                def draw():
-                    return torch.randn(16, 4, 32, 32, generator=generator).to(device)
-                latents = denoise(lambda x, t, _: ema["decoder"](x, t, semantic, text), draw(), draw, linear_timesteps(12))
-                painted = vqgan.decode(latents).clamp(0, 1)
-                psnr = -10 * (painted - shown).square().mean().log10().item()
-            tqdm.write(f"step {done}: loss {loss_sum.item():.4f}, PSNR of 16 unseen scenes through encoder, B and A {psnr:.2f} dB")
-            save_grid(f"{args.out}/samples/step_{done:06d}.png",
-                      torch.stack([shown, vqgan.decode(vqgan.encode(shown)), painted], 1).flatten(0, 1).unflatten(0, (2, 8, 3))
-                      .transpose(1, 2).flatten(0, 2), columns=8)                         # rows: scene, A alone, all, twice
-        if done % args.save_every == 0 or done == args.steps:
-            save_checkpoint(args, done, parts)
-
-    save_stage_b(ema["decoder"], f"{args.out}/decoder")
-    save_image_encoder(ema["encoder"], f"{args.out}/image_encoder")
+            mean = (processes.sum(loss_sum.clone()) / processes.world).item()
+            smooth = mean if smooth is None else 0.9 * smooth + 0.1 * mean
+            raw, count = processes.sum(sums.clone())
+            speed = (done - since) * plan.batch / (time.time() - clock)
+            if first:
+                levels = {f"raw_loss_t_0.{i}": (raw[i] / count[i]).item() for i in range(10) if count[i] > 0}
+                memory = torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else None
+                log.write(done, loss=mean, smooth_loss=smooth, grad_norm=grad_norm.item(), lr=rate(step, args), images_per_second=speed,
+                          memory_gib=memory, bad_steps=bad_in_all, epoch=plan.epoch_of(done * plan.batch), **levels)
+                bar.set_postfix_str(f"loss {smooth:.4f}, |grad| {grad_norm.item():.2f}, lr {rate(step, args):.1e}, {speed:.1f} images/s"
+                                    + (f", {memory:.1f} GiB" if memory else ""))
+            sums.zero_()
+            since, clock = done, time.time()
+        if any(every and (done % every == 0 or done == args.steps) for every in (args.val_every, args.sample_every)):
+            look(done)
+            if first:
+                shown = [f"psnr_guidance_{scale}_steps_{STEPS[-1]}" for scale in ((1, 4) if small else (1,))]
+                draw_curves(log.lines(), ["loss", "val_loss", *shown, "grad_norm", *(f"val_loss_t_{t:.2f}" for t in T_GRID[::3])], f"{args.out}/curves.png")
+        stopping = processes.any(stop.received)
+        if done % args.save_every == 0 or done == args.steps or stopping:
+            save(done)
+        if stopping and done < args.steps:
+            if first:
+                print(f"stopped after step {done}, all of it saved: --resume auto goes on", file=sys.stderr)
+            break
+    else:
+        averaged.swap()
+        weights = get_model_state_dict(model, options=StateDictOptions(**whole))
+        if first:
+            with torch.device("meta"):       # new ones, as under FSDP the models themselves hold a part of each tensor
+                blank = StageB(**decoder.config), encoder if args.freeze_encoder else kind(**encoder.config)
+            write_result(args, *blank, weights)
+            if args.push_to_hub:
+                push(args)
+        averaged.swap()
+        processes.wait()
+    stop.restore()
+    processes.close()
 
 
 if __name__ == "__main__":
-    args = parse_args()                                      # first, so that --help answers at once
-    from training import mistakes_in_one_line
     with mistakes_in_one_line():
-        main(args)
+        main(ARGS)

@@ -169,6 +169,38 @@ class Averaged:
                 mean.copy_(kept)
 
 
+class SynchronisedBatchNorm2d(torch.nn.BatchNorm2d):
+    """BatchNorm2d over the pictures of all processes while it learns; in eval mode, or alone, BatchNorm2d itself."""
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B,C,H,W), as many on each process -> (B,C,H,W)."""
+        if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
+            return super().forward(x)
+        from torch.distributed.nn.functional import all_reduce           # its backward sums the gradients of all processes, too
+        n = x.numel() // x.shape[1] * dist.get_world_size()              # numbers per channel
+        # In float32, and the variance from what is left after the mean: E[x^2] - E[x]^2 would cancel.
+        mean = all_reduce(x.float().sum((0, 2, 3))) / n                                                  # (C,)
+        centred = x.float() - mean.view(1, -1, 1, 1)                                                     # (B, C, H, W)
+        variance = all_reduce(centred.square().sum((0, 2, 3))) / n                                       # (C,)
+        with torch.no_grad():                                            # as BatchNorm2d keeps them, the variance over n - 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * n / (n - 1), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight / (variance + self.eps).sqrt()                                               # (C,)
+        return (centred * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)).to(x.dtype)
+
+
+def sync_batch_norm(module: torch.nn.Module) -> torch.nn.Module:
+    """Lets all BatchNorm2d layers of a model count the pictures of all processes, in place; returns the model.
+
+    Each process by itself would have its own means, of a small batch, and its own running statistics, of which only one
+    is saved: eight processes would not learn what one does. torch's SyncBatchNorm would do, but on GPUs only.
+    """
+    for layer in module.modules():
+        if type(layer) is torch.nn.BatchNorm2d:
+            layer.__class__ = SynchronisedBatchNorm2d                    # the same tensors under the same names
+    return module
+
+
 # ----- checkpoints of a run on many processes ----------------------------------------------------------
 
 class Checkpoints:
