@@ -115,7 +115,7 @@ from files import WeightsError, read_config, to_half, write_atomically, write_fi
 from images import grid, psnr, to_pil
 from report import draw_curves, dry_run, push
 from stage_b import EfficientNetEncoder, StageB, TinyImageEncoder, preprocess
-from text import TextEncoder
+from text import CachedTexts, TextEncoder
 from training import (Averaged, Checkpoints, Log, Mistake, Processes, StopSignal, mistakes_in_one_line, rate, sync_batch_norm, user_mistakes)
 from weights import (check_widths, config_to_diffusers, config_to_ours, load_image_encoder, load_stage_a, load_stage_b,
                      load_text_encoder, save_stage_b, to_diffusers)
@@ -234,29 +234,6 @@ def latent_key(pictures, index: int, size: tuple[int, int], flip: bool) -> str:
 
 
 # ----- what the loop works with -----------------------------------------------------------------------
-
-class Texts:
-    """Captions -> embeddings (B,N,D) of a frozen encoder: each caption once, by itself, so that no batch changes its numbers."""
-    def __init__(self, encoder, cache=None, most: int = 2000):
-        self.encoder, self.cache, self.most, self.memory = encoder, cache, most, {}
-
-    def one(self, caption: str):
-        if caption not in self.memory:
-            found = self.cache.get("text " + caption) if self.cache is not None else None
-            if found is None:
-                with torch.no_grad():
-                    found = self.encoder([caption])[0].float().cpu().numpy()             # (N, D)
-                if self.cache is not None:   # and read again: rounded, as every later run will see it
-                    self.cache.put("text " + caption, found)
-                    found = self.cache.get("text " + caption)
-            if len(self.memory) >= self.most:
-                self.memory.pop(next(iter(self.memory)))
-            self.memory[caption] = torch.from_numpy(found).float()
-        return self.memory[caption]
-
-    def __call__(self, captions: list[str]):
-        return torch.stack([self.one(caption) for caption in captions])
-
 
 def fill_cache(pictures, plan, caches: dict, encoders: dict, texts, args, processes) -> dict[int, int]:
     """Latents of every picture in every size (mirrored ones, too), and every caption's embedding, each process its share.
@@ -639,7 +616,7 @@ def main(args):
             caches["stored"] = Cache(args.cache, hash_of(encoder), dict(kind="latents", crop="center", **small_numbers))
         if text_encoder:
             text_cache = Cache(args.cache, hash_of(text_encoder.model), dict(kind="texts", **small_numbers))
-    texts = Texts(text_encoder, text_cache) if text_encoder else None
+    texts = CachedTexts(text_encoder, text_cache) if text_encoder else None
 
     @torch.no_grad()
     def encode_vqgan(pixels):

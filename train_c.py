@@ -116,7 +116,7 @@ from images import grid
 from report import FILES, draw_curves, dry_run, push, write_result
 from stage_b import preprocess
 from stage_c import StageC
-from text import TextEncoder
+from text import CachedTexts, TextEncoder
 from training import (Averaged, Checkpoints, Log, Mistake, Processes, StopSignal, build_optimizer, mistakes_in_one_line, rate,
                       user_mistakes)
 from weights import (config_to_ours, is_tiny, load_image_encoder, load_stage_a, load_stage_b, load_stage_c, load_text_encoder)
@@ -198,28 +198,6 @@ def latent_key(pictures, index: int, size: tuple[int, int], flip: bool) -> str:
 
 
 # ----- what the loop works with -----------------------------------------------------------------------
-
-class Texts:
-    """Captions -> embeddings (B,N,D) of a frozen encoder: each caption once, by itself, so that no batch changes its numbers."""
-    def __init__(self, encoder, cache=None, most: int = 2000):
-        self.encoder, self.cache, self.most, self.memory = encoder, cache, most, {}
-
-    def one(self, caption: str):
-        if caption not in self.memory:
-            found = self.cache.get("text " + caption) if self.cache is not None else None
-            if found is None:
-                with torch.no_grad():
-                    found = self.encoder([caption])[0].float().cpu().numpy()             # (N, D)
-                if self.cache is not None:
-                    self.cache.put("text " + caption, found)
-            if len(self.memory) >= self.most:
-                self.memory.pop(next(iter(self.memory)))
-            self.memory[caption] = torch.from_numpy(found).float()
-        return self.memory[caption]
-
-    def __call__(self, captions: list[str]):
-        return torch.stack([self.one(caption) for caption in captions])
-
 
 def fill_cache(pictures, buckets, cache, texts, encode, args, processes) -> dict[int, int]:
     """Every latent (mirrored ones, too) and every caption's embedding into the cache, each process its share.
@@ -399,7 +377,7 @@ def main(args):
     if args.cache:
         cache = Cache(args.cache, hash_of(image_encoder), dict(kind="latents", crop="center", dtype=dict(fp16="float16", fp32="float32")[args.cache_dtype]))
         text_cache = Cache(args.cache, hash_of(text_model), dict(kind="texts", dtype=dict(fp16="float16", fp32="float32")[args.cache_dtype]))
-    texts = Texts(TextEncoder(tokenizer, text_model), text_cache)
+    texts = CachedTexts(TextEncoder(tokenizer, text_model), text_cache)
 
     @torch.no_grad()
     def encode(pixels):
