@@ -104,6 +104,52 @@ class Processes:
             self.wait()
 
 
+class SumOverProcesses(torch.autograd.Function):
+    """The sum over all processes, with a gradient: x of each adds to what all get, so its gradient is the sum of all gradients."""
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return SumOverProcesses.apply(gradient.contiguous())
+
+
+class SynchronisedBatchNorm(torch.nn.BatchNorm2d):
+    """BatchNorm2d over the batches of all processes. Alone, or in eval mode, it is BatchNorm2d.
+
+    BatchNorm makes what a picture becomes depend on those beside it. With statistics of its own, each of 64 GPUs with 4
+    pictures would train another function, a noisier one, than the one that is saved, whose running statistics are rank 0's.
+    torch.nn.SyncBatchNorm does the same on GPUs only; this one does it anywhere, so that a test without a GPU tests it.
+    """
+    @staticmethod
+    def convert(model: torch.nn.Module) -> None:
+        """Every BatchNorm2d inside model, in place: the same module with the same weights, of which only forward changes."""
+        for module in model.modules():
+            if type(module) is torch.nn.BatchNorm2d:
+                module.__class__ = SynchronisedBatchNorm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B,C,H,W) -> (B,C,H,W), in its type; sums are float32."""
+        if not (self.training and dist.is_initialized()):
+            return super().forward(x)
+        wide = x.float()
+        count = torch.full((1,), x.numel() / x.shape[1], device=x.device)
+        sums = SumOverProcesses.apply(torch.cat([wide.sum((0, 2, 3)), count]))               # (C + 1,)
+        n, mean = sums[-1], sums[:-1] / sums[-1]                                             # (), (C,)
+        # A second message, where one of squares would do: the difference of two large squares loses all digits of a small one.
+        centred = wide - mean[:, None, None]                                                 # (B, C, H, W)
+        variance = SumOverProcesses.apply(centred.square().sum((0, 2, 3))) / n               # (C,)
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * n / (n - 1), self.momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()                                  # (C,)
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)       # (B, C, H, W)
+
+
 class StopSignal:
     """SIGTERM (a scheduler's last warning) and Ctrl-C become a flag, so that the step under way is finished and saved.
     A second Ctrl-C ends the program at once."""
@@ -125,14 +171,14 @@ class StopSignal:
 
 # ----- optimizer ---------------------------------------------------------------------------------------
 
-def build_optimizer(model, args):
+def build_optimizer(model, args, betas: tuple[float, float] = (0.9, 0.999)):
     """AdamW. Weight decay pulls matrices to zero; norms and biases have no business there, nor has a LoRA, which starts there."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     lora = getattr(args, "lora", False)
     decayed = [p for name, p in named if p.ndim >= 2 and not lora]
     rest = [p for name, p in named if p.ndim < 2 or lora]
     groups = [dict(params=params, weight_decay=decay) for params, decay in ((decayed, args.weight_decay), (rest, 0.0)) if params]
-    return torch.optim.AdamW(groups, lr=args.lr, fused=True)
+    return torch.optim.AdamW(groups, lr=args.lr, betas=betas, fused=True)
 
 
 def rate(step: int, args) -> float:
