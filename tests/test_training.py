@@ -15,18 +15,19 @@ import training
 from training import learning_rate, log_losses, save_grid, to_tensor
 
 SMALL = ["--batch", "2", "--log-every", "1", "--save-every", "2", "--sample-every", "100", "--device", "cpu"]
+TEXT = ["--batch", "4", "--width", "32", "--depth", "1", "--log-every", "1", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
     """The README's sequence A, B, text, C with 2 steps each, every script reading what the one before wrote."""
     folder = tmp_path_factory.mktemp("runs")
-    train_a.main(train_a.parse_args([*SMALL, "--out", f"{folder}", "--steps", "2", "--width", "16"]))
-    (folder / "checkpoint.pt").unlink()            # one folder for all, so that it ends as a pipeline's
+    train_a.main(train_a.parse_args([*SMALL, "--out", f"{folder}", "--steps", "2", "--width", "16", "--workers", "0", "--val-count", "2"]))
     train_b.main(train_b.parse_args([*SMALL, "--out", f"{folder}", "--steps", "2", "--vqgan", f"{folder}/vqgan", "--encoder-warmup", "2",
                                      "--blind", "1", "--c-text", "32"]))
-    train_text.main(train_text.parse_args(["--image-encoder", f"{folder}/image_encoder", "--out", f"{folder}", "--steps", "2", "--batch", "4",
-                                           "--width", "32", "--depth", "1", "--log-every", "1", "--device", "cpu"]))
+    train_text.main(train_text.parse_args([*TEXT, "--image-encoder", f"{folder}/image_encoder", "--out", f"{folder}/text", "--steps", "2"]))
+    for part in ("text_encoder", "tokenizer"):     # one folder for all, so that it ends as a pipeline's
+        (folder / "text" / part).rename(folder / part)
     (folder / "small.json").write_text(json.dumps(dict(c=32, depth=1, nhead=2, c_cond=32, c_r=32, dropout=0.0)))
     train_c.main(train_c.parse_args(["--weights", "tiny", "--init", "random", "--config", f"{folder}/small.json", "--image-encoder", f"{folder}/image_encoder",
                                      "--prior-text-encoder", f"{folder}/text_encoder", "--data", "scenes:captioned:64", "--out", f"{folder}/c",
@@ -63,18 +64,26 @@ def test_pictures_of_little_contrast_count_more():
 
 def test_the_text_encoder_learns_from_pictures(runs):
     """What stands for CLIP's pre-training: it starts at the latents' variance, about 1, and its loss is kept."""
-    lines = (runs / "loss.csv").read_text().split()
-    assert 0.5 < float(lines[-1].split(",")[1]) < 4
+    lines = [json.loads(line) for line in (runs / "text" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2] and 0.5 < lines[-1]["loss"] < 4
 
 
-@pytest.mark.parametrize("name", ["a", "b"])
-def test_a_resumed_run_is_the_unbroken_run(name, runs, tmp_path, monkeypatch):
+def test_a_resumed_text_encoder_is_the_unbroken_one(runs, tmp_path, capsys):
+    """Stopped after 2 of 4 steps: the same weights to the bit; a run in --out is not overwritten."""
+    def train(out, steps, *options):
+        train_text.main(train_text.parse_args([*TEXT, "--image-encoder", f"{runs}/image_encoder", "--out", str(out), "--steps", str(steps),
+                                               "--schedule", "constant", *options]))
+        return (out / "text_encoder" / "model.safetensors").read_bytes()
+    unbroken, half = train(tmp_path / "unbroken", 4), train(tmp_path / "broken", 2)
+    with pytest.raises(training.Mistake, match="exists already: add --resume auto"):
+        train(tmp_path / "broken", 4)
+    assert train(tmp_path / "broken", 4, "--resume", "auto") == unbroken != half
+
+
+def test_a_resumed_run_is_the_unbroken_run(runs, tmp_path, monkeypatch):
     """Killed after step 2 of 4 and resumed: the same weights to the last bit, since data, noise and optimizer go on exactly."""
-    script, more = dict(a=(train_a, ["--width", "16", "--revive-every", "3"]),
-                        b=(train_b, ["--vqgan", f"{runs}/vqgan", "--encoder-warmup", "1"]))[name]
-
     def train(out, *resume):
-        script.main(script.parse_args([*SMALL, "--out", str(out), "--steps", "4", *more, *resume]))
+        train_b.main(train_b.parse_args([*SMALL, "--out", str(out), "--steps", "4", "--vqgan", f"{runs}/vqgan", "--encoder-warmup", "1", *resume]))
         return torch.load(out / "checkpoint.pt", weights_only=True)["parts"]
 
     unbroken = train(tmp_path / "unbroken")
@@ -141,7 +150,7 @@ def test_a_run_is_never_overwritten_silently(runs, tmp_path, capsys):
     """A forgotten --out must not cost a night of training: one line says what to do, exit code 2."""
     (tmp_path / "checkpoint.pt").write_bytes(b"a night of training")
     with pytest.raises(SystemExit) as stop:
-        train_a.main(train_a.parse_args([*SMALL, "--out", str(tmp_path), "--steps", "1", "--width", "16"]))
+        train_b.main(train_b.parse_args([*SMALL, "--out", str(tmp_path), "--steps", "1", "--vqgan", f"{runs}/vqgan"]))
     assert stop.value.code == 2
     assert "exists already: add --resume" in capsys.readouterr().err
     assert (tmp_path / "checkpoint.pt").read_bytes() == b"a night of training"
@@ -163,9 +172,9 @@ def test_ctrl_c_says_how_to_go_on(capsys):
     assert stop.value.code == 130 and "--resume goes on" in capsys.readouterr().err
 
 
-def test_resuming_nothing_says_so(tmp_path, capsys):
+def test_resuming_nothing_says_so(runs, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        train_a.main(train_a.parse_args([*SMALL, "--out", str(tmp_path), "--steps", "1", "--width", "16", "--resume"]))
+        train_b.main(train_b.parse_args([*SMALL, "--out", str(tmp_path), "--steps", "1", "--vqgan", f"{runs}/vqgan", "--resume"]))
     assert stop.value.code == 2
     assert "which is not there: leave --resume away" in capsys.readouterr().err
 
