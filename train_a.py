@@ -56,6 +56,8 @@ def parse_args(argv=None):
     g.add_argument("--weight-decay", type=float, default=1e-4, help="not for norms and biases")
     g.add_argument("--clip", type=float, default=1.0, help="gradient norm, over all processes, above which gradients are scaled down")
     g.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights, which are the ones kept; 0: no averaging")
+    g.add_argument("--norm-steps", type=int, default=500, help="steps after which BatchNorm keeps its statistics: what a picture becomes then no longer depends on those "
+                                                               "beside it, in training as in use; later for larger models")
     g.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="autocast type (default: bf16 on a GPU, else fp32)")
     g.add_argument("--max-bad-steps", type=int, default=10, help="stop after so many steps in a row with a loss or gradient that is not finite")
     g.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
@@ -106,7 +108,7 @@ TERMS = ("loss", "l1", "l2", "perceptual", "codebook", "commitment", "generator"
 def check(args) -> None:
     """Ends the program for arguments that make no sense, before anything is loaded."""
     for name, low in (("width", 2), ("bottleneck_blocks", 1), ("codebook_size", 1), ("steps", 1), ("batch", 1), ("grad_accum", 1), ("revive_every", 1),
-                      ("save_every", 1), ("keep", 1), ("log_every", 1), ("val_count", 1), ("gan_start", 0), ("l1", 0), ("l2", 0), ("commitment", 0)):
+                      ("save_every", 1), ("keep", 1), ("log_every", 1), ("val_count", 1), ("norm_steps", 0), ("gan_start", 0), ("l1", 0), ("l2", 0), ("commitment", 0)):
         if getattr(args, name) is not None and getattr(args, name) < low:
             raise Mistake(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {low}")
     for name in ("ema", "codebook_decay"):
@@ -166,11 +168,13 @@ def build_model(args) -> StageA:
     return model
 
 
-def train_mode(model: StageA, args) -> None:
-    """In train mode BatchNorm moves its running statistics, and with them every latent, though no weight learns."""
+def train_mode(model: StageA, step: int, args) -> None:
+    """BatchNorm, in train mode, holds the latents' scale while all is young. But it makes each latent depend on the batch, most of all
+    where backgrounds are plain, and the decoder must then paint from what it will never see in use: measured on scenes in
+    batches of 8, up to 2 dB. So from --norm-steps on it uses its running statistics. In train mode it also moves these, and with
+    them every latent, though no weight learns: not with --freeze-encoder."""
     model.train()
-    if args.freeze_encoder:
-        model.norm_latent.eval()
+    model.norm_latent.train(step < args.norm_steps and not args.freeze_encoder)
 
 
 class VGGFeatures(torch.nn.Module):
@@ -215,16 +219,15 @@ class VGGFeatures(torch.nn.Module):
 
 @torch.no_grad()
 def revive(model, averages, averaged, dead, z, step: int, args, processes) -> None:
-    """Codes that no latent was near, dead (K,) bool, are put at latents z (B,h,w,4) of this step, drawn from those of all processes.
+    """Codes that no latent was near, dead (K,) bool, are put at latents of this step, drawn from those of all processes.
 
-    Such a code gets no gradient and stays where it is for ever. Which latents: the same ones however many processes share
-    the step, and each process adds those it has.
+    Such a code gets no gradient and stays where it is for ever. z: this process's latents (B,h,w,4) of each micro-step. Which are
+    drawn does not depend on how processes and micro-steps share the step: each process adds those it has.
     """
-    z = z.detach().float().flatten(0, 2)                                                     # (N, 4)
+    n, z = z[0].shape[:3].numel(), torch.cat([part.float().flatten(0, 2) for part in z])     # (micro-steps * n, 4)
     chosen = torch.from_numpy(sample_rng(args.seed, step, "revive").integers(len(z) * processes.world, size=int(dead.sum()))).to(z.device)
-    own = (chosen >= processes.rank * len(z)) & (chosen < (processes.rank + 1) * len(z))
-    latents = torch.zeros(len(chosen), z.shape[1], device=z.device)
-    latents[own] = z[chosen[own] - processes.rank * len(z)]
+    micro, rank, place = chosen // (n * processes.world), chosen // n % processes.world, chosen % n      # in the order of data.split
+    latents = z[micro * n + place] * (rank == processes.rank)[:, None]
     latents = processes.sum(latents)                                                         # (number of dead, 4)
     model.codebook.codes[dead] = latents
     if averages is not None:
@@ -380,7 +383,6 @@ def main(args):
         if first and args.sample_every and (step % args.sample_every == 0 or step == args.steps):
             write_atomically(f"{args.out}/samples/step_{step:06d}.png", sample_sheet(model, fixed, device).save)
         averaged.swap()
-        train_mode(model, args)
         processes.wait()
 
     # --- one pass of this loop is one optimizer step -----------------------------------------------
@@ -389,22 +391,22 @@ def main(args):
     since, clock, smooth = start, time.time(), None
     if start == 0:
         look(0)
-    train_mode(model, args)
     for step in bar:
+        train_mode(model, step, args)
         for group in optimizer.param_groups:
             group["lr"] = rate(step, args)
         for group in d_optimizer.param_groups if d_optimizer else ():
             group["lr"] = rate(step, args) / 4
         gan = discriminator is not None and step >= args.gan_start
-        terms, counted = torch.zeros(len(TERMS), device=device), 0
+        terms, counted, latents = torch.zeros(len(TERMS), device=device), 0, []
         statistics = [buffer.clone() for buffer in model.norm_latent.buffers()]
         for micro in range(args.grad_accum):
             batch = next(samples)
             images = batch["x"].to(device).permute(0, 3, 1, 2).float() / 255                 # (B, 3, H, W), channels-last in memory
             # Gradients are averaged over processes once per step, in the last backward. The forward belongs inside
             # no_sync(), too: DDP decides in forward whether the coming backward all-reduces.
-            # 2 processes with 4 pictures do what 1 process does with 8. Two micro-steps of 4 do not quite: BatchNorm takes mean
-            # and variance of one pass (and the discriminator's weight its gradients), except with --freeze-encoder.
+            # 2 processes with 4 pictures do what 1 process does with 8. Two micro-steps of 4 do not quite: until --norm-steps BatchNorm
+            # takes mean and variance of one pass, and the discriminator's weight is that of one, too.
             with contextlib.ExitStack() as not_yet:
                 if processes.many and micro < args.grad_accum - 1:
                     for module in (forward, forward_d) if discriminator else (forward,):
@@ -434,7 +436,8 @@ def main(args):
                     d_loss = discriminator_loss(real, fake)
                     scaler.scale(d_loss / args.grad_accum).backward()
             terms += torch.stack([loss, l1, l2, perceptual, out["codebook"], out["commitment"], opinion, gan_weight, d_loss]).detach() / args.grad_accum
-            counted = counted + count(out["latents"].detach(), out["indices"], len(usage[0]))
+            latents.append(out["latents"].detach())
+            counted = counted + count(latents[-1], out["indices"], len(usage[0]))
         counted = processes.sum(counted)                                                     # (K, 1 + 4) of the whole step
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], args.clip)
@@ -466,7 +469,7 @@ def main(args):
                 averages.update(model.codebook.codes, counted[:, 0], counted[:, 1:])
             if (step + 1) % args.revive_every == 0:
                 if not args.freeze_encoder:
-                    revive(model, averages, averaged, usage[0] == 0, out["latents"], step, args, processes)
+                    revive(model, averages, averaged, usage[0] == 0, latents, step, args, processes)
                 usage[0] = 0
         scaler.update()                                              # after a bad step, too: it has seen its gradients
         optimizer.zero_grad(set_to_none=True)

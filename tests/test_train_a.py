@@ -268,6 +268,15 @@ def test_the_perceptual_loss_is_part_of_a_run(folder, tmp_path):
     assert not any("vgg" in name for name in newest(out)) and len(newest(out)["model"]) == len(newest(train(folder, tmp_path / "plain", steps=1))["model"])
 
 
+def test_batchnorm_rests_after_norm_steps(folder, tmp_path):
+    """Until then its statistics follow the batches; from then on they stay, to the bit, and encoder and affine weights learn on."""
+    two, four, six = (newest(train(folder, tmp_path / f"{steps}", "--norm-steps", "4", "--schedule", "constant", steps=steps))["model"] for steps in (2, 4, 6))
+    assert not torch.equal(two["norm_latent.running_mean"], four["norm_latent.running_mean"])
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        assert torch.equal(four[f"norm_latent.{name}"], six[f"norm_latent.{name}"]), name
+    assert not torch.equal(four["norm_latent.weight"], six["norm_latent.weight"]) and not torch.equal(four["embed.weight"], six["embed.weight"])
+
+
 def test_quantisation_is_skipped_picture_by_picture(folder):
     """Each by itself, a function of (seed, position): not a coin for the whole batch."""
     args = train_a.parse_args([*SMALL, "--data", str(folder), "--out", "unused", "--quantise", "0.25", "--crop", "center"])
@@ -373,9 +382,10 @@ def test_one_process_and_two_do_the_same_work(folder, tmp_path, options):
             assert a[name] == pytest.approx(b[name], rel=1e-4), name
 
 
-def test_accumulation_is_exact_where_batchnorm_rests(folder, tmp_path):
-    """4 twice is not 8 at once while BatchNorm takes its statistics from one pass; with the encoder frozen it is, on two processes, too."""
-    options = [*TRAINED, "--freeze-encoder"]
+@pytest.mark.parametrize("rest", [["--freeze-encoder"], ["--norm-steps", "0"]], ids=["frozen", "after --norm-steps"])
+def test_accumulation_is_exact_where_batchnorm_rests(folder, tmp_path, rest):
+    """4 twice is not 8 at once while BatchNorm takes its statistics from one pass; once it rests it is, on two processes, too."""
+    options = [*TRAINED, *rest]
     one = train(folder, tmp_path / "one", *options, "--batch", "8", steps=2)
     twice = train(folder, tmp_path / "twice", *options, "--batch", "4", "--grad-accum", "2", steps=2)
     both = train_on_two(folder, tmp_path / "both", *options, "--batch", "2", "--grad-accum", "2", steps=2)
@@ -430,7 +440,7 @@ def test_synchronised_batchnorm_alone_is_batchnorm():
     same(expected, (model(x), model.eval()(x)))
 
 
-@pytest.mark.parametrize("options", [[], ["--codebook", "ema", "--revive-every", "4"], [*GAN, "--grad-accum", "2", "--random-flip"], ["--workers", "1"],
+@pytest.mark.parametrize("options", [[], ["--codebook", "ema", "--revive-every", "4"], [*GAN, "--grad-accum", "2", "--random-flip"], ["--workers", "1", "--norm-steps", "4"],
                                      ["--dtype", "bf16"], ["--dtype", "fp16", *GAN], ["--init", str(TINY), "--freeze-encoder"]],
                          ids=["plain", "ema codebook", "gan", "a worker", "bf16", "fp16", "frozen"])
 def test_a_resumed_run_is_the_unbroken_run_to_the_bit(folder, tmp_path, options):
