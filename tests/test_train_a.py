@@ -470,6 +470,20 @@ def test_a_discriminator_may_join_on_resume(folder, tmp_path, capsys):
         train(folder, out, "--resume", "auto", "--codebook", "ema", steps=6)
 
 
+def test_the_discriminator_does_not_learn_from_being_deceived(folder, tmp_path):
+    """Its first step follows its own hinge loss alone: what the generator's loss would leave in its gradients pulls the other way."""
+    options = ["--gan-start", "0", "--clip", "1e9"]
+    _, model, images, quantise = first_line(folder, tmp_path / "run", *options)
+    torch.manual_seed(0)
+    StageA(bottleneck_blocks=1, c_hidden=8, codebook_size=32, scale_factor=1.0)
+    discriminator = PatchDiscriminator()
+    painted = model(images, quantise)["images"].detach()
+    discriminator_loss(discriminator(images), discriminator(painted)).backward()
+    found = newest(tmp_path / "run")["d_optimizer"]["state"]
+    for i, p in enumerate(discriminator.parameters()):
+        torch.testing.assert_close(found[i]["exp_avg"], 0.5 * p.grad, rtol=1e-3, atol=1e-6)    # (1 - beta1) g, beta1 = 0.5
+
+
 def test_the_discriminator_learns_once_per_step_from_the_start_on(folder, tmp_path):
     """Its optimizer steps once for all micro-steps; before --gan-start it neither learns nor speaks."""
     state = newest(out := train(folder, tmp_path / "run", *GAN, "--grad-accum", "3", steps=5))
