@@ -17,18 +17,24 @@ from hub import NAMES
 FILES = ("prior", "prior_text_encoder", "image_encoder", "decoder", "vqgan", "text_encoder")     # parts that may come from elsewhere
 
 
-def dry_run(args, model, pictures, buckets, plan, latents: str | None = None) -> None:
-    """What would be trained on what. latents: what a step works on, in words (default: Stage C's)."""
+def outline(args, model, pictures, buckets, plan) -> None:
+    """What would be trained on what: parameters, memory, pictures, epochs."""
     learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
     # Weights, gradients, two moments of AdamW, averages: five float32 numbers for each weight that learns.
     memory = learned * 4 * (5 if args.ema else 4) + frozen
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     print(f"{learned:,} of {sum(p.numel() for p in model.parameters()):,} parameters learn, in {len(names)} tensors: {', '.join(names[:3])}, ...")
-    print(f"{memory / 2 ** 30:.2f} GiB for weights, gradients, optimizer and averages; activations come on top: see --checkpointing")
+    print(f"{memory / 2 ** 30:.2f} GiB for weights, gradients, optimizer and averages; activations come on top"
+          + (": see --checkpointing" if hasattr(args, "checkpointing") else ""))
     counts = torch.bincount(torch.from_numpy(pictures.bucket), minlength=len(buckets)).tolist()
     print(f"{plan.batch} pictures per step, {args.steps} steps are {args.steps * plan.batch / len(pictures):.1f} epochs; buckets: "
           + ", ".join(f"{w}x{h} px {n}" for (h, w), n in zip(buckets, counts) if n))
+
+
+def dry_run(args, model, pictures, buckets, plan, latents: str | None = None) -> None:
+    """The outline, shapes, and the first captions. latents: what a step works on, in words (default: Stage C's)."""
+    outline(args, model, pictures, buckets, plan)
     positions, indices, bucket = plan.step(0)
     h, w = buckets[bucket]
     latents = latents or f"x_0 and eps ({plan.batch}, 16, {h * 3 // 128}, {w * 3 // 128})"
@@ -73,6 +79,12 @@ def draw_curves(lines: list[dict], names: list[str], path: str | Path, width: in
         write_atomically(path, sheet.save)
 
 
+def settings_table(args) -> str:
+    """The settings of a run as rows of a Markdown table, without those that are nobody else's business."""
+    return "\n".join(f"| `--{name.replace('_', '-')}` | {value} |" for name, value in vars(args).items()
+                     if value not in (None, False, []) and name not in ("out", "resume", "device", "cache", "workers", "push_to_hub"))
+
+
 def write_result(args, prior, learned: dict, tokenizer, text_model, pictures: int) -> None:
     """prior/, or lora.safetensors; base.json, which tells sample.py --weights where the other parts are; README.md."""
     import lora
@@ -93,8 +105,6 @@ def write_result(args, prior, learned: dict, tokenizer, text_model, pictures: in
     if args.train_text:
         save_text_encoder(tokenizer, text_model, out / "text_encoder", out / "tokenizer")
     write_atomically(out / "base.json", lambda path: path.write_text(json.dumps(base, indent=2) + "\n"))
-    settings = "\n".join(f"| `--{name.replace('_', '-')}` | {value} |" for name, value in vars(args).items()
-                         if value not in (None, False, []) and name not in ("out", "resume", "device", "cache", "workers", "push_to_hub"))
     grids = sorted((out / "samples").glob("*.png"))
     card = f"""---
 license: mit
@@ -115,7 +125,7 @@ tags: [text-to-image, wuerstchen{', lora' if args.lora else ''}]
 
 | setting | value |
 |---|---|
-{settings}
+{settings_table(args)}
 """
     write_atomically(out / "README.md", lambda path: path.write_text(card, encoding="utf-8"))
 

@@ -196,14 +196,67 @@ class StageA(nn.Module):
 
         quantise: True, False, or one bool for each row (B,). v2 decodes latents that were never
         quantised, so a decoder trained half of the time without quantisation is good at both.
-        Returned losses are unweighted: reconstruction (mean |error|), codebook, commitment.
+        Returned losses are unweighted: reconstruction (mean |error|), codebook, commitment. latents (B,h,w,4): not quantised.
         """
         z = self.encode_raw(images)                                                      # (B, h, w, 4)
         q, indices, codebook_loss, commitment_loss = self.codebook(z)
         rows = torch.as_tensor(quantise, device=z.device).reshape(-1, 1, 1, 1)           # (1 or B, 1, 1, 1)
         reconstruction = self.decode_raw(torch.where(rows, q, z))                        # (B, 3, H, W)
-        return dict(images=reconstruction, indices=indices, reconstruction=(reconstruction - images).abs().mean(),
+        return dict(images=reconstruction, latents=z, indices=indices, reconstruction=(reconstruction - images).abs().mean(),
                     codebook=codebook_loss, commitment=commitment_loss)
+
+
+class CodebookAverages(nn.Module):
+    """The other way to train a codebook: each code is the running mean of the latents nearest to it, without gradients.
+
+    Per code a running number of latents N and their running sum m; the code is m / N. A code then goes where its
+    latents are at a speed of its own, whatever the learning rate. arXiv:1711.00937, appendix A.1, eq. 6 to 8.
+    """
+    def __init__(self, codes: Tensor, decay: float = 0.99):
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("sizes", torch.ones(len(codes)))                            # (K,)    N
+        self.register_buffer("sums", codes.detach().clone())                             # (K, C)  m
+
+    @torch.no_grad()
+    def update(self, codes: Tensor, counts: Tensor, sums: Tensor) -> None:
+        """codes (K,C), changed in place; counts (K,) and sums (K,C) of the latents of a step, see `count`."""
+        self.sizes.lerp_(counts, 1 - self.decay)
+        self.sums.lerp_(sums, 1 - self.decay)
+        # Laplace smoothing, as if each code had 1e-5 latents more: without it a code that nothing is near divides by 0.
+        total = self.sizes.sum()
+        sizes = (self.sizes + 1e-5) * total / (total + len(codes) * 1e-5)                # (K,)
+        codes.copy_(self.sums / sizes[:, None])
+
+    @torch.no_grad()
+    def restart(self, dead: Tensor, latents: Tensor) -> None:
+        """Codes that were moved, dead (K,) bool, begin anew with the one latent they were put at: latents (number of dead, C)."""
+        self.sizes[dead], self.sums[dead] = 1.0, latents
+
+
+@torch.no_grad()
+def count(z: Tensor, indices: Tensor, size: int) -> Tensor:
+    """Latents z (..., C) and their nearest codes (...) -> (K, 1 + C): for each code, how many there are, and their sum."""
+    z = torch.cat([torch.ones_like(z[..., :1]), z], dim=-1).float().flatten(0, -2)       # (N, 1 + C)
+    return z.new_zeros(size, z.shape[1]).index_add_(0, indices.flatten(), z)
+
+
+def perplexity(counts: Tensor) -> Tensor:
+    """How often each code was used, (K,) -> as how many codes, used equally often, that is: exp of the entropy; 1 to K."""
+    p = counts / counts.sum()
+    return torch.special.entr(p).sum().exp()
+
+
+def perceptual_loss(features: list[Tensor], targets: list[Tensor]) -> Tensor:
+    """Distance of two batches of pictures in the eyes of a classifier: its activations, layer by layer, each (B,C,h,w) -> scalar.
+
+    Every position's vector is brought to length 1, so that loud layers and places do not drown the others; squared
+    distances are summed over channels, averaged over positions, summed over layers. That is LPIPS (arXiv:1801.03924,
+    eq. 1) with all weights 1; its learned weights are not used.
+    """
+    def unit(x):
+        return x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
+    return sum((unit(a.float()) - unit(b.float())).square().sum(1).mean() for a, b in zip(features, targets, strict=True))
 
 
 class PatchDiscriminator(nn.Module):
@@ -233,3 +286,15 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 def generator_loss(fake_logits: Tensor) -> Tensor:
     """Painted patches should look real. Logits of any shape -> scalar."""
     return -fake_logits.mean()
+
+
+def adaptive_weight(reconstruction: Tensor, generator: Tensor, last_layer: Tensor, mean=lambda gradient: gradient) -> Tensor:
+    """What the generator's loss must be multiplied with to pull at the last layer as strongly as the reconstruction does.
+
+    Both losses are scalars with a graph, last_layer is the weight that makes the pixels -> scalar without one. Neither a fixed
+    weight nor a discriminator that grows sure of itself can then push reconstruction aside. arXiv:2012.09841, eq. 7, clamped.
+    mean: averages a gradient over processes, so that all take the same weight.
+    """
+    lengths = [mean(torch.autograd.grad(loss, last_layer, retain_graph=True)[0]).norm() for loss in (reconstruction, generator)]
+    # Under float16 a gradient may be infinite until the loss scale has come down; the step is then skipped anyway.
+    return (lengths[0] / (lengths[1] + 1e-6)).nan_to_num(0.0).clamp(0, 1e4).detach()

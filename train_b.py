@@ -116,7 +116,7 @@ from images import grid, psnr, to_pil
 from report import draw_curves, dry_run, push
 from stage_b import EfficientNetEncoder, StageB, TinyImageEncoder, preprocess
 from text import CachedTexts, TextEncoder
-from training import (Averaged, Checkpoints, Log, Mistake, Processes, StopSignal, mistakes_in_one_line, rate, sync_batch_norm, user_mistakes)
+from training import (Averaged, Checkpoints, Log, Mistake, Processes, StopSignal, SynchronisedBatchNorm, mistakes_in_one_line, rate, user_mistakes)
 from weights import (check_widths, config_to_diffusers, config_to_ours, load_image_encoder, load_stage_a, load_stage_b,
                      load_text_encoder, save_stage_b, to_diffusers)
 from wuerstchen import to_raw, to_stored
@@ -598,7 +598,7 @@ def main(args):
     if args.freeze_encoder:
         encoder.eval()                   # else BatchNorm's statistics would go on drifting, gradients or not
     elif processes.many:
-        sync_batch_norm(encoder)
+        SynchronisedBatchNorm.convert(encoder)
     decoder.checkpointing = args.checkpointing
     model = Learner(decoder.to(device), None if args.freeze_encoder else encoder).train()
 
@@ -764,7 +764,6 @@ def main(args):
         wrong = ~loss_sum.isfinite() | (~grad_norm.isfinite() & (not scaler.is_enabled()))
         if processes.any(wrong):
             bad, bad_in_all = bad + 1, bad_in_all + 1
-            optimizer.zero_grad(set_to_none=True)
             for buffer, before in zip(model.buffers(), statistics):                      # BatchNorm's have seen it: a NaN would stay
                 buffer.copy_(before)
             sums.nan_to_num_(0, 0, 0)
@@ -777,9 +776,9 @@ def main(args):
         else:
             bad = 0
             scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
             averaged.update()
+        scaler.update()                                                                  # after a bad step, too: it has seen its gradients
+        optimizer.zero_grad(set_to_none=True)
 
         # --- log, validate, sample, save ----------------------------------------------------------------
         done = step + 1

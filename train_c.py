@@ -57,7 +57,8 @@ def parse_args(argv=None):
     g.add_argument("--warmup", type=int, default=50, help="optimizer steps in which the learning rate rises")
     g.add_argument("--preserve", type=float, default=0.0, help="share of the samples that get another prompt and must stay as before the training, so that "
                                                               "little is forgotten: 0.3 to 0.7. The empty caption is then held, too")
-    g.add_argument("--preserve-prompts", help="what it must not forget: a text file with a prompt per line, as many different ones as there are")
+    g.add_argument("--preserve-prompts", help="what it must not forget: a text file with a prompt per line, as many different ones as there are; at the start Stage C paints "
+                                              "a latent for each, kept in --cache or --out")
     g.add_argument("--weight-decay", type=float, default=0.01, help="not for norms, biases and LoRA")
     g.add_argument("--clip", type=float, default=1.0, help="gradient norm, over all processes, above which gradients are scaled down")
     g.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights, which are the ones kept; 0: no averaging")
@@ -110,7 +111,7 @@ import hub
 import lora
 from cache import Cache, hash_of
 from data import BrokenPicture, Plan, batches, bucket_sizes, fit, nearest_bucket, open_pictures, prompts_in, read_filters, sample_rng
-from diffusion import add_noise, alphas_cumprod, p2_weight, v_weight
+from diffusion import Guidance, add_noise, alphas_cumprod, denoise, dpm_solver_step, linear_timesteps, p2_weight, v_weight
 from files import write_atomically
 from images import grid
 from report import FILES, draw_curves, dry_run, push, write_result
@@ -155,10 +156,9 @@ class Samples(torch.utils.data.Dataset):
     position: place in the endless stream of samples; index: which picture that is; x: pixels (h,w,3) uint8, or with
     a cache the latent (16,h',w').
     """
-    def __init__(self, pictures, buckets, args, cache=None, replaced: dict[int, int] | None = None):
+    def __init__(self, pictures, buckets, args, cache=None, replaced: dict[int, int] | None = None, painted=None, prompts: list[str] = ()):
         self.pictures, self.buckets, self.args, self.cache, self.replaced = pictures, buckets, args, cache, replaced or {}
-        with user_mistakes():
-            self.preserve = prompts_in(args.preserve_prompts) if args.preserve else []
+        self.painted, self.prompts = painted, prompts        # for --preserve: what Stage C painted for these prompts
         self.same_bucket = [np.flatnonzero(pictures.bucket == bucket) for bucket in range(len(buckets))]
 
     def __getitem__(self, where: tuple[int, int, int]) -> dict:
@@ -178,19 +178,23 @@ class Samples(torch.utils.data.Dataset):
                 raise Mistake(f"an entry of --cache {args.cache} was damaged while it was in use, and removed: start again with --resume auto")
             x = torch.from_numpy(latent).float()                                             # (16, h', w')
         captions = self.pictures.captions(index)
-        preserve = bool(args.preserve and rng("preserve").random() < args.preserve)
-        choice = self.preserve if preserve else captions
-        caption = choice[rng("caption").integers(len(choice))]
-        if rng("caption dropout").random() < args.caption_dropout:
-            # What guidance steers away from. If it learned the few pictures, too, guidance would steer away from them.
-            caption, preserve = "", bool(args.preserve)
+        caption = captions[rng("caption").integers(len(captions))]
+        dropped = rng("caption dropout").random() < args.caption_dropout
+        more = {}
+        if args.preserve:
+            # Without a caption, too, it shall stay as it was: guidance steers away from that, and would from what is learned here.
+            preserve, number = dropped or rng("preserve").random() < args.preserve, rng("prompt").integers(len(self.prompts))
+            more = dict(preserve=preserve, painted=torch.zeros(16, h * 3 // 128, w * 3 // 128))
+            if preserve:
+                caption, more["painted"] = self.prompts[number], torch.from_numpy(self.painted.get(painted_key(self.prompts[number], (h, w)))).float()
+        caption = "" if dropped else caption
         eps = rng("noise").standard_normal((16, h * 3 // 128, w * 3 // 128), dtype=np.float32)
         if args.offset_noise:
             eps += args.offset_noise * rng("offset").standard_normal((16, 1, 1), dtype=np.float32)
         # A little past 1, clamped: 7 % train at t = 1, where sampling starts. In float64, then float32: bfloat16
         # would draw 256 different levels.
         t = min(max((1 - rng("timestep").random()) * 1.08 + 0.001, 0.001), 1.0)
-        return dict(x=x, caption=caption, t=np.float32(t), eps=torch.from_numpy(eps), position=position, preserve=preserve)
+        return dict(x=x, caption=caption, t=np.float32(t), eps=torch.from_numpy(eps), position=position, **more)
 
 
 def latent_key(pictures, index: int, size: tuple[int, int], flip: bool) -> str:
@@ -227,6 +231,30 @@ def fill_cache(pictures, buckets, cache, texts, encode, args, processes) -> dict
             raise Mistake(f"no picture like {pictures.name(i)} can be read: nothing can take its place")
         replaced[i] = next((j for j in others if j > i), others[0])
     return replaced
+
+
+def painted_key(prompt: str, size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]} {prompt}"
+
+
+def paint(predict, prompts: list[str], sizes: list[tuple[int, int]], painted, args, processes, rows: int = 16) -> None:
+    """For --preserve: a latent for each prompt in each size, as the model paints it now, into the cache `painted`.
+
+    Why not noise the pictures at hand, and ask the model for its opinion with another prompt? It never meets such x_t,
+    and what it then says (there is no cat in this unicorn) only hinders what is to be learned. predict: see denoise.
+    """
+    for h, w in sizes:
+        missing = painted.missing([painted_key(prompt, (h, w)) for prompt in prompts])
+        processes.wait()                                                 # all have looked before the first is written
+        numbers = [i for i, prompt in enumerate(prompts) if painted_key(prompt, (h, w)) in missing][processes.rank::processes.world]
+        for start in tqdm(range(0, len(numbers), rows), desc="painting what is preserved", disable=processes.rank > 0 or not numbers):
+            part = numbers[start:start + rows]
+            noise = [sample_rng(args.seed, i, "painted").standard_normal((16, h * 3 // 128, w * 3 // 128), dtype=np.float32) for i in part]
+            noise = torch.from_numpy(np.stack(noise)).to(processes.device)               # (n, 16, h', w')
+            latents = denoise(predict([prompts[i] for i in part]), noise, lambda: noise, linear_timesteps(15), dpm_solver_step, Guidance(4.0))
+            for i, latent in zip(part, latents.cpu().numpy()):
+                painted.put(painted_key(prompts[i], (h, w)), latent)
+    processes.wait()
 
 
 def loss_weight(name: str):
@@ -358,6 +386,7 @@ def main(args):
     image_encoder = load_image_encoder(places["image_encoder"]).to(device).requires_grad_(False)     # eval mode, float32: the targets are exact
     if image_encoder.config.get("network") == "efficientnet_v2_l":
         raise Mistake(f"{places['image_encoder']} is the image encoder of v1, whose latents are not in the scale of this training: choose v2's")
+    before = hash_of(prior) if args.preserve else None
     if args.lora:
         with user_mistakes():
             lora.add_lora(prior, args.rank, args.alpha, args.lora_dropout, args.targets, rslora=args.rslora, dora=args.dora)
@@ -378,6 +407,11 @@ def main(args):
         cache = Cache(args.cache, hash_of(image_encoder), dict(kind="latents", crop="center", dtype=dict(fp16="float16", fp32="float32")[args.cache_dtype]))
         text_cache = Cache(args.cache, hash_of(text_model), dict(kind="texts", dtype=dict(fp16="float16", fp32="float32")[args.cache_dtype]))
     texts = CachedTexts(TextEncoder(tokenizer, text_model), text_cache)
+    painted, preserved = None, []
+    if args.preserve:
+        with user_mistakes():
+            preserved = prompts_in(args.preserve_prompts)
+        painted = Cache(args.cache or index, before, dict(kind="painted", seed=args.seed, dtype="float16"))
 
     @torch.no_grad()
     def encode(pixels):
@@ -402,11 +436,18 @@ def main(args):
             lora.enable(prior.train())
             return eps_hat
 
+    def as_it_was(prompts: list[str]):
+        """A prediction as denoise wants it."""
+        with_text, without = embed(prompts), embed([""] * len(prompts))                  # (n, N, D)
+        return lambda x, t, both: said_before(*((torch.cat([x, x]), torch.cat([t, t]), torch.cat([with_text, without])) if both else (x, t, with_text)))
+
     if first:
         print(pictures.describe(), file=sys.stderr)
     if args.dry_run:
         return dry_run(args, model, pictures, buckets, plan) if first else None
     replaced = fill_cache(pictures, buckets, cache, texts, encode, args, processes) if args.cache else {}
+    if args.preserve:
+        paint(as_it_was, preserved, [buckets[number] for number in np.unique(pictures.bucket)], painted, args, processes)
     fixed, prompts = fixed_set(validation, buckets, encode, args), sample_prompts(args, pictures)
     if args.cache:
         image_encoder.to("cpu"), text_model.to("cpu")                                    # no longer needed on the device
@@ -469,7 +510,7 @@ def main(args):
         processes.wait()
 
     # --- one pass of this loop is one optimizer step -----------------------------------------------
-    samples = batches(Samples(pictures, buckets, args, cache, replaced), plan, processes, args, start)
+    samples = batches(Samples(pictures, buckets, args, cache, replaced, painted, preserved), plan, processes, args, start)
     sums, since, clock = torch.zeros(2, 10, device=device), start, time.time()           # raw loss and count by noise level
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="Stage C", disable=not first)
     smooth = None
@@ -491,9 +532,12 @@ def main(args):
             last = micro == args.grad_accum - 1
             if args.fsdp and processes.many:
                 model.set_requires_gradient_sync(last)                                   # its name for the same
+            if args.preserve:                # rows that show what the model itself painted
+                rows = batch["preserve"].to(device).view(-1, 1, 1, 1)                    # (B, 1, 1, 1)
+                x_0 = torch.where(rows, batch["painted"].to(device), x_0)
             x_t = add_noise(x_0, eps, t)                                                 # (B, 16, h, w)
-            if args.preserve:                # for these rows, what the model said before is right
-                eps = torch.where(batch["preserve"].to(device).view(-1, 1, 1, 1), said_before(x_t, t, text), eps)
+            if args.preserve:                # and what it said of them is right
+                eps = torch.where(rows, said_before(x_t, t, text), eps)
             with contextlib.nullcontext() if last or forward is model else forward.no_sync():
                 with autocast:
                     eps_hat = forward(x_t, t, text).float()                              # (B, 16, h, w)
@@ -512,7 +556,6 @@ def main(args):
         wrong = ~loss_sum.isfinite() | (~grad_norm.isfinite() & (not scaler.is_enabled()))
         if processes.any(wrong):
             bad, bad_in_all = bad + 1, bad_in_all + 1
-            optimizer.zero_grad(set_to_none=True)
             sums.nan_to_num_(0, 0, 0)
             if first:
                 log.write(step + 1, bad_step=True, positions=batch["position"].tolist(), captions=batch["caption"])
@@ -523,9 +566,9 @@ def main(args):
         else:
             bad = 0
             scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
             averaged.update()
+        scaler.update()                                                                  # after a bad step, too: it has seen its gradients
+        optimizer.zero_grad(set_to_none=True)
 
         # --- log, validate, sample, save ----------------------------------------------------------------
         done = step + 1

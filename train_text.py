@@ -8,10 +8,11 @@ CLIP learned to lay the vector at a caption's end mark beside the vector of its 
 same in its plainest form: a throw-away linear layer must tell from that vector which semantic latent to expect.
 What objects look like, and that "left of" says where they go, is learned here in minutes; from Stage C's loss
 alone, which at most noise levels can see the objects in x_t itself, an hour taught half of it.
-Written to --out: text_encoder/, tokenizer/, loss.csv.
+Written to --out: text_encoder/, tokenizer/, checkpoints/, log.jsonl.
 Needs: torch, transformers, numpy, pillow, tqdm.
 """
 import argparse
+import sys
 
 
 def parse_args(argv=None):
@@ -22,10 +23,15 @@ def parse_args(argv=None):
     p.add_argument("--depth", type=int, default=3, help="layers (official: 32)")
     p.add_argument("--steps", type=int, default=1500, help="optimizer steps")
     p.add_argument("--batch", type=int, default=128, help="captioned pictures per step")
-    p.add_argument("--lr", type=float, default=3e-3, help="peak learning rate: linear warm-up, constant, linear decay to 0 over the last fifth")
+    p.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
+    p.add_argument("--schedule", choices=["constant", "cosine", "linear", "trapezoid"], default="trapezoid", help="of the learning rate, after the warm-up; trapezoid: down in the last fifth")
+    p.add_argument("--warmup", type=int, default=100, help="optimizer steps in which the learning rate rises")
     p.add_argument("--device", default=None, help="cuda, cpu, ... (default: cuda where there is one)")
     p.add_argument("--seed", type=int, default=0, help="seed of weights and data")
-    p.add_argument("--log-every", type=int, default=20, help="optimizer steps between lines of loss.csv")
+    p.add_argument("--log-every", type=int, default=20, help="optimizer steps between lines of log.jsonl")
+    p.add_argument("--resume", help="auto: from the newest checkpoint in --out, if there is one; or a file")
+    p.add_argument("--save-every", type=int, default=500, help="steps between checkpoints; SIGTERM and Ctrl-C save, too")
+    p.add_argument("--keep", type=int, default=1, help="checkpoints kept")
     return p.parse_args(argv)
 
 
@@ -64,17 +70,17 @@ def new_text_encoder(width: int, depth: int, length: int = 20):
 
 def main(args):
     # Imported here, so that --help answers at once.
-    from pathlib import Path
     import torch
     from tqdm import tqdm
     from scenes import EmojiScenes
     from stage_b import preprocess
-    from training import fail, learning_rate, log_losses, to_tensor
+    from training import Checkpoints, Log, StopSignal, rate, to_tensor
     from weights import load_image_encoder, save_text_encoder
     from wuerstchen import to_stored
 
-    if (Path(args.out) / "text_encoder").exists():
-        fail(f"{args.out}/text_encoder exists already: choose another --out")
+    checkpoints = Checkpoints(f"{args.out}/checkpoints", args.keep)
+    resumed, stop = checkpoints.find(args.resume), StopSignal()
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "device")}
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.manual_seed(args.seed)
     scenes = EmojiScenes("captioned", seed=args.seed + 3)    # scene i is a function of (seed, i)
@@ -83,8 +89,15 @@ def main(args):
     head = torch.nn.Linear(args.width, 16 * 3 * 3).to(device)
     parameters = [*text_model.to(device).train().parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-3)
-    for step in tqdm(range(args.steps), desc="Text encoder"):
-        optimizer.param_groups[0]["lr"] = learning_rate(step, args.steps, args.lr, 100)
+    parts, start = dict(model=text_model, head=head, optimizer=optimizer), 0
+    if resumed is not None:
+        state = checkpoints.load(resumed, "train_text.py", settings)
+        start = state["step"]
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    log = Log(args.out, start)
+    for step in tqdm(range(start, args.steps), initial=start, total=args.steps, desc="Text encoder"):
+        optimizer.param_groups[0]["lr"] = rate(step, args)
         pictures, captions = scenes.batch(step * args.batch, args.batch)
         with torch.no_grad():
             x_0 = to_stored(encoder(preprocess(to_tensor(pictures, device), 96)))            # (B, 16, 3, 3)
@@ -95,9 +108,17 @@ def main(args):
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if (step + 1) % args.log_every == 0 or step + 1 == args.steps:
-            log_losses(args, step + 1, loss=loss.item())
-    save_text_encoder(tokenizer, text_model.eval(), f"{args.out}/text_encoder", f"{args.out}/tokenizer")
+        done = step + 1
+        if done % args.log_every == 0 or done == args.steps:
+            log.write(done, loss=loss.item(), lr=rate(step, args))
+        if done % args.save_every == 0 or done == args.steps or stop.received:
+            checkpoints.save(done, dict(script="train_text.py", settings=settings, step=done, **{name: part.state_dict() for name, part in parts.items()}))
+        if stop.received and done < args.steps:
+            print(f"stopped after step {done}, all of it saved: --resume auto goes on", file=sys.stderr)
+            break
+    else:
+        save_text_encoder(tokenizer, text_model.eval(), f"{args.out}/text_encoder", f"{args.out}/tokenizer")
+    stop.restore()
 
 
 if __name__ == "__main__":

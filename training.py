@@ -2,12 +2,11 @@
 
 The loops themselves stand in the scripts, each in full; here is only what would otherwise be written
 three times and could drift. Nothing in here knows a model.
-A run can be stopped at any step and resumed without a trace. train_c.py keeps nothing random in its checkpoints,
-since all its randomness is a function of (seed, step, sample), see data.py.
-Needs: torch, numpy, pillow; files.py.
+A run can be stopped at any step and resumed without a trace. Checkpoints hold nothing random, since all
+randomness is a function of (seed, step, sample), see data.py.
+Needs: torch, numpy; files.py.
 """
 import contextlib
-import csv
 import datetime
 import json
 import math
@@ -19,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch import Tensor
 
 from files import WeightsError, write_atomically
@@ -104,6 +102,52 @@ class Processes:
             self.wait()
 
 
+class SumOverProcesses(torch.autograd.Function):
+    """The sum over all processes, with a gradient: x of each adds to what all get, so its gradient is the sum of all gradients."""
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return SumOverProcesses.apply(gradient.contiguous())
+
+
+class SynchronisedBatchNorm(torch.nn.BatchNorm2d):
+    """BatchNorm2d over the batches of all processes. Alone, or in eval mode, it is BatchNorm2d.
+
+    BatchNorm makes what a picture becomes depend on those beside it. With statistics of its own, each of 64 GPUs with 4
+    pictures would train another function, a noisier one, than the one that is saved, whose running statistics are rank 0's.
+    torch.nn.SyncBatchNorm does the same on GPUs only; this one does it anywhere, so that a test without a GPU tests it.
+    """
+    @staticmethod
+    def convert(model: torch.nn.Module) -> None:
+        """Every BatchNorm2d inside model, in place: the same module with the same weights, of which only forward changes."""
+        for module in model.modules():
+            if type(module) is torch.nn.BatchNorm2d:
+                module.__class__ = SynchronisedBatchNorm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B,C,H,W) -> (B,C,H,W), in its type; sums are float32."""
+        if not (self.training and dist.is_initialized()):
+            return super().forward(x)
+        wide = x.float()
+        count = torch.full((1,), x.numel() / x.shape[1], device=x.device)
+        sums = SumOverProcesses.apply(torch.cat([wide.sum((0, 2, 3)), count]))               # (C + 1,)
+        n, mean = sums[-1], sums[:-1] / sums[-1]                                             # (), (C,)
+        # A second message, where one of squares would do: the difference of two large squares loses all digits of a small one.
+        centred = wide - mean[:, None, None]                                                 # (B, C, H, W)
+        variance = SumOverProcesses.apply(centred.square().sum((0, 2, 3))) / n               # (C,)
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * n / (n - 1), self.momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()                                  # (C,)
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)       # (B, C, H, W)
+
+
 class StopSignal:
     """SIGTERM (a scheduler's last warning) and Ctrl-C become a flag, so that the step under way is finished and saved.
     A second Ctrl-C ends the program at once."""
@@ -125,14 +169,14 @@ class StopSignal:
 
 # ----- optimizer ---------------------------------------------------------------------------------------
 
-def build_optimizer(model, args):
+def build_optimizer(model, args, betas: tuple[float, float] = (0.9, 0.999)):
     """AdamW. Weight decay pulls matrices to zero; norms and biases have no business there, nor has a LoRA, which starts there."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     lora = getattr(args, "lora", False)
     decayed = [p for name, p in named if p.ndim >= 2 and not lora]
     rest = [p for name, p in named if p.ndim < 2 or lora]
     groups = [dict(params=params, weight_decay=decay) for params, decay in ((decayed, args.weight_decay), (rest, 0.0)) if params]
-    return torch.optim.AdamW(groups, lr=args.lr, fused=True)
+    return torch.optim.AdamW(groups, lr=args.lr, betas=betas, fused=True)
 
 
 def rate(step: int, args) -> float:
@@ -167,38 +211,6 @@ class Averaged:
                 kept = self.live[name].clone()
                 self.live[name].copy_(mean)
                 mean.copy_(kept)
-
-
-class SynchronisedBatchNorm2d(torch.nn.BatchNorm2d):
-    """BatchNorm2d over the pictures of all processes while it learns; in eval mode, or alone, BatchNorm2d itself."""
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B,C,H,W), as many on each process -> (B,C,H,W)."""
-        if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
-            return super().forward(x)
-        from torch.distributed.nn.functional import all_reduce           # its backward sums the gradients of all processes, too
-        n = x.numel() // x.shape[1] * dist.get_world_size()              # numbers per channel
-        # In float32, and the variance from what is left after the mean: E[x^2] - E[x]^2 would cancel.
-        mean = all_reduce(x.float().sum((0, 2, 3))) / n                                                  # (C,)
-        centred = x.float() - mean.view(1, -1, 1, 1)                                                     # (B, C, H, W)
-        variance = all_reduce(centred.square().sum((0, 2, 3))) / n                                       # (C,)
-        with torch.no_grad():                                            # as BatchNorm2d keeps them, the variance over n - 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * n / (n - 1), self.momentum)
-            self.num_batches_tracked += 1
-        scale = self.weight / (variance + self.eps).sqrt()                                               # (C,)
-        return (centred * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)).to(x.dtype)
-
-
-def sync_batch_norm(module: torch.nn.Module) -> torch.nn.Module:
-    """Lets all BatchNorm2d layers of a model count the pictures of all processes, in place; returns the model.
-
-    Each process by itself would have its own means, of a small batch, and its own running statistics, of which only one
-    is saved: eight processes would not learn what one does. torch's SyncBatchNorm would do, but on GPUs only.
-    """
-    for layer in module.modules():
-        if type(layer) is torch.nn.BatchNorm2d:
-            layer.__class__ = SynchronisedBatchNorm2d                    # the same tensors under the same names
-    return module
 
 
 # ----- checkpoints of a run on many processes ----------------------------------------------------------
@@ -285,84 +297,8 @@ class Log:
         self.report(values, step)
 
 
-# ----- checkpoints and logs of train_a.py and train_b.py ------------------------------------------------
-
-def check_out(args) -> None:
-    """Looks at the folder args.out before any work is done: a run already in it is never overwritten silently.
-
-    Ends the program if there is a checkpoint and --resume was not given, or the other way round.
-    """
-    path = Path(args.out) / "checkpoint.pt"
-    if path.exists() and not args.resume:
-        fail(f"{path} exists already: add --resume to go on from it, or choose another --out")
-    if args.resume and not path.exists():
-        fail(f"--resume needs {path}, which is not there: leave --resume away to start a new run")
-
-
-def start_run(args, parts: dict) -> int:
-    """A fresh run: returns 0. With args.resume: loads `parts` from args.out/checkpoint.pt, returns the step.
-
-    parts maps names to objects with state_dict/load_state_dict.
-    """
-    if not args.resume:
-        return 0
-    path = Path(args.out) / "checkpoint.pt"
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    if checkpoint["parts"].keys() != parts.keys():
-        fail(f"{path} holds {sorted(checkpoint['parts'])}, expected {sorted(parts)}: it belongs to another script")
-    for name, part in parts.items():
-        part.load_state_dict(checkpoint["parts"][name])
-    torch.set_rng_state(checkpoint["rng"])
-    if torch.cuda.is_available() and "cuda_rng" in checkpoint:
-        torch.cuda.set_rng_state(checkpoint["cuda_rng"])
-    return checkpoint["step"]
-
-
-def save_checkpoint(args, step: int, parts: dict) -> None:
-    """Writes args.out/checkpoint.pt: weights, averages, optimizer states, random states, the number of steps done."""
-    checkpoint = dict(step=step, args={k: v for k, v in vars(args).items()}, rng=torch.get_rng_state(),
-                      parts={name: part.state_dict() for name, part in parts.items()})
-    if torch.cuda.is_available():
-        checkpoint["cuda_rng"] = torch.cuda.get_rng_state()
-    write_atomically(Path(args.out) / "checkpoint.pt", lambda path: torch.save(checkpoint, path))
-
-
-def log_losses(args, step: int, name: str = "loss.csv", **values: float) -> None:
-    """Appends a line to args.out/NAME. Lines at or after `step`, left by a run that was cut, are dropped first."""
-    path = Path(args.out) / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = []
-    if path.exists():
-        with open(path, newline="") as file:
-            rows = [row for row in csv.DictReader(file) if int(row["step"]) < step]
-    rows.append({"step": step, **{name: f"{value:.6g}" for name, value in values.items()}})
-
-    def write(temporary):
-        with open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[-1].keys())
-            writer.writeheader()
-            writer.writerows(rows)
-    write_atomically(path, write)
-
-
-def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
-    """Linear warm-up, constant, linear decay to 0 over the last fifth of `steps`.
-
-    Until the decay starts the rate does not depend on `steps`, so a run can be lengthened from any
-    checkpoint before it without a jump; a cosine over the whole run would not allow that.
-    """
-    return peak * min((step + 1) / max(warmup, 1), 1.0, (steps - step) / max(steps // 5, 1))
-
+# ----- pictures ------------------------------------------------------------------------------------------
 
 def to_tensor(pictures: np.ndarray, device="cpu") -> Tensor:
     """uint8 (B,H,W,3) -> float32 (B,3,H,W) in [0, 1], in channels-last memory, as the pictures already are."""
     return torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float() / 255
-
-
-def save_grid(path: str | Path, images: Tensor, columns: int) -> None:
-    """images (N,3,H,W), clamped to [0, 1], as one PNG with `columns` pictures in a row."""
-    n, c, h, w = images.shape
-    assert n % columns == 0, f"{n} pictures do not fill rows of {columns}"
-    sheet = images.float().clamp(0, 1).reshape(n // columns, columns, c, h, w).permute(0, 3, 1, 4, 2)
-    sheet = (sheet.reshape(n // columns * h, columns * w, c) * 255).round().byte().cpu().numpy()
-    write_atomically(path, lambda temporary: Image.fromarray(sheet).save(temporary))

@@ -438,55 +438,6 @@ def test_weights_split_over_processes_learn_the_same(folder, new, tmp_path):
     same(newest(one)["averaged"], newest(split)["averaged"], 1e-5)
 
 
-BATCHNORM = """
-import sys
-sys.path.insert(0, {root!r})
-import torch
-torch.set_num_threads(1)
-import torch.distributed as dist
-from training import Processes, sync_batch_norm
-processes = Processes("cpu")
-torch.manual_seed(0)
-model = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.BatchNorm2d(5, momentum=0.2), torch.nn.GELU(), torch.nn.BatchNorm2d(5))
-x, target = torch.randn(8, 3, 6, 6) + 10, torch.randn(8, 5, 4, 4)
-if processes.many:
-    sync_batch_norm(model)
-    rows = slice(processes.rank * 8 // processes.world, (processes.rank + 1) * 8 // processes.world)
-    x, target = x[rows], target[rows]
-x.requires_grad_()
-for _ in range(2):
-    loss = (model(x) - target).pow(4).mean() / processes.world
-    loss.backward()
-grads = [p.grad for p in model.parameters()]
-for grad in grads:
-    processes.sum(grad)
-xs = [x.grad]
-if processes.many:
-    xs = [torch.empty_like(x.grad) for _ in range(processes.world)]
-    dist.all_gather(xs, x.grad)
-result = dict(grads=grads, x=torch.cat(xs), buffers=dict(model.named_buffers()), eval=model.eval()(torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(1))).detach())
-if processes.rank == 0:
-    torch.save(result, sys.argv[1])
-processes.close()
-"""
-
-
-def test_synchronised_batchnorm_is_that_of_one_process(tmp_path):
-    """Outputs, gradients of inputs and weights, running mean and variance, on 8 = 4 + 4 pictures whose mean is ten times their deviation:
-    E[x^2] - E[x]^2 would lose two digits. torch's SyncBatchNorm is for GPUs alone."""
-    script = tmp_path / "script.py"
-    script.write_text(BATCHNORM.format(root=str(ROOT)))
-    subprocess.run([sys.executable, str(script), str(tmp_path / "one.pt")], check=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
-    run_script(2, script, str(tmp_path / "two.pt"))
-    one, two = (torch.load(tmp_path / f"{name}.pt") for name in ("one", "two"))
-    assert one["buffers"]["1.num_batches_tracked"] == 2
-    for part in ("x", "eval"):
-        same(one[part], two[part], 1e-5)
-    same(one["buffers"], two["buffers"], 1e-5)
-    for a, b in zip(one["grads"], two["grads"], strict=True):
-        same(a, b, 1e-5 * max(a.abs().max().item(), 1.0))
-
-
 def test_gradients_travel_once_per_step(folder, still, tmp_path):
     """Forward and backward of all micro-steps but the last stand inside no_sync(): DDP decides in forward."""
     script = tmp_path / "counting.py"
