@@ -123,11 +123,11 @@ def test_the_text_encoder_learns_only_if_told_to(folder, tmp_path, options, lear
 
 # --- what a step sees --------------------------------------------------------------------------------
 
-def samples(folder, *options, n: int = 400) -> list[dict]:
+def samples(folder, *options, n: int = 400, **more) -> list[dict]:
     args = train_c.parse_args([*SMALL, "--data", str(folder), "--out", "unused", *options])
     pictures = data.open_pictures(folder)
     pictures.bucket = np.zeros(len(pictures), int)
-    every = train_c.Samples(pictures, [(128, 128)], args)
+    every = train_c.Samples(pictures, [(128, 128)], args, **more)
     return [every[position, position % len(pictures), 0] for position in range(n)]
 
 
@@ -337,8 +337,9 @@ def test_a_broken_picture_is_replaced_and_named(folder, tmp_path, capsys):
     train(broken, tmp_path / "other", *LORA, steps=4)
 
 
-def test_what_is_to_be_preserved_is_compared_with_the_model_as_it_was(folder, tmp_path):
-    """A LoRA starts as the base model, so where all rows are to stay as they are, the first loss is 0; the base knows nothing of noise."""
+def test_what_is_to_be_preserved_is_compared_with_the_model_as_it_was(folder, tmp_path, capsys):
+    """A LoRA starts as the base model, so where all rows are to stay as they are, the first loss is 0; the base knows nothing of noise.
+    What Stage C paints for that at the start is kept: a resumed run paints nothing."""
     (tmp_path / "prompts.txt").write_text("a cat on a red background\na tree on a white background\n")
     preserve = ["--preserve-prompts", f"{tmp_path}/prompts.txt", "--preserve"]
     losses = {}
@@ -346,11 +347,21 @@ def test_what_is_to_be_preserved_is_compared_with_the_model_as_it_was(folder, tm
         out = train(folder, tmp_path / name, *options, steps=1)
         losses[name] = json.loads((out / "log.jsonl").read_text().splitlines()[0])["loss"]
     assert losses["lora"] < 1e-9 and losses["full"] < 1e-9 < losses["none"]
-    kept = samples(folder, *LORA, *preserve, "0.5", "--caption-dropout", "0.2", n=200)
+    assert "painting what is preserved" in capsys.readouterr().err
+    train(folder, tmp_path / "lora", *LORA, *preserve, "0.999", "--resume", "auto", steps=2)
+    assert "painting what is preserved" not in capsys.readouterr().err
+
+
+def test_what_is_preserved_are_other_prompts_and_the_empty_one(folder, tmp_path):
+    """A share of the samples, each with the latent painted for its prompt; without a caption, as what guidance steers away from, every one."""
+    painted = {train_c.painted_key("a cat", (128, 128)): np.full((16, 3, 3), 1.0), train_c.painted_key("a tree", (128, 128)): np.full((16, 3, 3), 2.0)}
+    kept = samples(folder, *LORA, "--preserve-prompts", "x", "--preserve", "0.5", "--caption-dropout", "0.2", n=200, painted=painted, prompts=["a cat", "a tree"])
     with_caption = [item for item in kept if item["caption"]]
     assert 0.4 < sum(item["preserve"] for item in with_caption) / len(with_caption) < 0.6
-    assert {item["caption"] for item in with_caption if item["preserve"]} == {"a cat on a red background", "a tree on a white background"}
-    assert all(item["preserve"] for item in kept if not item["caption"]) and 20 < len(kept) - len(with_caption) < 60
+    assert {(item["caption"], item["painted"].mean().item()) for item in with_caption if item["preserve"]} == {("a cat", 1.0), ("a tree", 2.0)}
+    assert not any(item["painted"].any() for item in kept if not item["preserve"])
+    without = [item for item in kept if not item["caption"]]
+    assert all(item["preserve"] and item["painted"].mean() in (1, 2) for item in without) and 20 < len(without) < 60
 
 
 # --- what is not finite ------------------------------------------------------------------------------
