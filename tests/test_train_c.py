@@ -105,6 +105,9 @@ def test_full_fine_tuning_writes_a_prior_that_stands_in_for_the_base(folder, tmp
     assert before.keys() == after.keys() and any(not torch.equal(before[name].float(), after[name].float()) for name in before)
     sample.main(["--weights", str(out), "--prompt", "a cat", "--seed", "1", "--steps-c", "2", "--steps-b", "1", "--out", str(tmp_path / "cat.png")])
     assert (tmp_path / "cat.png").stat().st_size > 1000
+    diffusers = pytest.importorskip("diffusers", reason="opens the result in diffusers, which is not installed: pip install diffusers")
+    theirs = diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_prior.WuerstchenPrior.from_pretrained(out / "prior", low_cpu_mem_usage=False)
+    assert all(torch.equal(tensor, after[name].float()) for name, tensor in theirs.state_dict().items())
 
 
 def test_training_from_nothing_takes_its_sizes_from_a_config(folder, tmp_path):
@@ -278,14 +281,17 @@ def test_a_run_goes_on_with_another_number_of_processes(folder, tmp_path):
 
 
 @pytest.mark.parametrize("options", [LORA, [], [*LORA, "--lora-dropout", "0.2", "--grad-accum", "2", "--random-flip"],
-                                     [*LORA, "--workers", "1"], ["--train-text"], [*LORA, "--dtype", "bf16", "--checkpointing"]],
-                         ids=["lora", "full", "dropout and flips", "a worker", "text", "bf16"])
+                                     [*LORA, "--workers", "1"], ["--train-text"], [*LORA, "--dtype", "bf16", "--checkpointing"], [*LORA, "--dtype", "fp16"], [*LORA, "--cache"]],
+                         ids=["lora", "full", "dropout and flips", "a worker", "text", "bf16", "fp16", "a new cache"])
 def test_a_resumed_run_is_the_unbroken_run_to_the_bit(folder, tmp_path, options):
-    """Stopped after steps 3 and 5 of 6, in the middle of an epoch: weights, averages, optimizer, data order all go on exactly."""
-    unbroken = train(folder, tmp_path / "unbroken", "--batch", "2", *options, steps=6)
+    """Stopped after steps 3 and 5 of 6, in the middle of an epoch: weights, averages, optimizer, scaler, data order all go on exactly.
+    With a cache, the first run must see what it wrote as the second does, rounded."""
+    def own(name):       # each run has a cache of its own
+        return [str(tmp_path / f"{name}_cache")] if options[-1:] == ["--cache"] else []
+    unbroken = train(folder, tmp_path / "unbroken", "--batch", "2", *options, *own("unbroken"), steps=6)
     out = tmp_path / "broken"
     for steps in (3, 5, 6):
-        train(folder, out, "--batch", "2", *options, "--resume", "auto", steps=steps)
+        train(folder, out, "--batch", "2", *options, *own("broken"), "--resume", "auto", steps=steps)
     same({name: newest(unbroken)[name] for name in LEARNED}, {name: newest(out)[name] for name in LEARNED})
 
 
@@ -366,15 +372,16 @@ def test_what_is_preserved_are_other_prompts_and_the_empty_one(folder, tmp_path)
 
 # --- what is not finite ------------------------------------------------------------------------------
 
-def test_a_bad_step_is_skipped_and_its_batch_named(folder, tmp_path, monkeypatch):
-    """One NaN would be the end of all weights; others replace it by 0, or stop on one process only."""
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_a_bad_step_is_skipped_and_its_batch_named(folder, tmp_path, monkeypatch, dtype):
+    """One NaN would be the end of all weights; others replace it by 0, or stop on one process only. fp16's scaler must hear of it, too."""
     calls, forward = [], train_c.Learner.forward
 
     def sometimes(self, x_t, t, text):
         calls.append(1)
         return forward(self, x_t, t, text) * (float("nan") if len(calls) == 2 else 1.0)
     monkeypatch.setattr(train_c.Learner, "forward", sometimes)
-    out = train(folder, tmp_path / "run", *LORA, steps=4)
+    out = train(folder, tmp_path / "run", *LORA, "--dtype", dtype, steps=4)
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     bad, = (line for line in lines if line.get("bad_step"))
     assert bad["step"] == 2 and len(bad["captions"]) == 4 and len(bad["positions"]) == 4
