@@ -12,6 +12,7 @@ picture to find its place, and two GPUs see together in a step what one would ha
 Needs: torch, numpy, pillow; sources.py, images.py; scenes.py for `scenes`.
 """
 import bisect
+import contextlib
 import hashlib
 import io
 import itertools
@@ -19,15 +20,17 @@ import json
 import math
 import os
 import re
+import sys
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 from images import read_image
 from sources import SUFFIXES, Place, content_of, reason, samples_of
@@ -423,3 +426,45 @@ def batches(samples: torch.utils.data.Dataset, plan: Plan, processes, args, star
 
     return iter(torch.utils.data.DataLoader(samples, batch_sampler=Order(), collate_fn=_stack, num_workers=args.workers,
                                             pin_memory=processes.device.type == "cuda", persistent_workers=False))
+
+
+# ----- what need be computed only once --------------------------------------------------------------
+
+def latent_key(pictures: Pictures, index: int, size: tuple[int, int], flip: bool) -> str:
+    """What a latent was computed from, for a Cache."""
+    return f"{pictures.key(index)} {size[0]}x{size[1]}{' flipped' * flip}"
+
+
+def fill_cache(pictures: Pictures, sizes: Callable[[int], list[tuple[int, int]]], flips: bool, caches: dict, encoders: dict, texts, processes) -> dict[int, int]:
+    """The latents of all pictures and the embeddings of all captions into their caches, each process its share.
+
+    sizes     of picture i, (height, width), centered crops; flips: mirrored, too
+    caches    name -> Cache;  encoders: the same name -> function of pixels (1,h,w,3) uint8 to a latent (1,C,h',w')
+    texts     a CachedTexts, or None
+    -> for each picture that cannot be read, the next one of its bucket (pictures.bucket), to be used in its place.
+    Raises ValueError if there is none.
+    """
+    keys = {latent_key(pictures, i, size, flip): (i, size, flip) for i in range(len(pictures)) for size in sizes(i) for flip in (False, True)[:1 + flips]}
+    missing = list(dict.fromkeys(key for cache in caches.values() for key in cache.missing([*keys])))[processes.rank::processes.world]
+    processes.wait()                                                     # all have looked before the first is written
+    for key in tqdm(missing, desc="caching latents", unit="picture", disable=processes.rank > 0 or not missing):
+        i, size, flip = keys[key]
+        with contextlib.suppress(BrokenPicture):
+            pixels = torch.from_numpy(np.array(fit(pictures.read(i), size, "center", flip)))[None]       # (1, h, w, 3)
+            for name, cache in caches.items():
+                cache.put(key, encoders[name](pixels)[0].cpu().numpy())
+    if texts is not None:
+        captions = sorted({""} | {caption for i in range(len(pictures)) for caption in pictures.captions(i)})
+        for caption in tqdm(captions[processes.rank::processes.world], desc="caching captions", disable=processes.rank > 0):
+            texts.one(caption)
+    processes.wait()
+    broken = {keys[key][0] for cache in caches.values() for key in cache.missing([*keys])}
+    if broken and processes.rank == 0:
+        print(f"{len(broken)} pictures cannot be read: {', '.join(pictures.name(i) for i in sorted(broken)[:5])}", file=sys.stderr)
+    replaced = {}
+    for i in broken:
+        others = [int(j) for j in np.flatnonzero(pictures.bucket == pictures.bucket[i]) if int(j) not in broken]
+        if not others:
+            raise ValueError(f"no picture like {pictures.name(i)} can be read: nothing can take its place")
+        replaced[i] = next((j for j in others if j > i), others[0])
+    return replaced

@@ -109,7 +109,7 @@ from tqdm import tqdm
 
 import hub
 from cache import Cache, hash_of
-from data import BrokenPicture, Plan, ScenePictures, batches, bucket_sizes, fit, nearest_bucket, open_pictures, read_filters, sample_rng
+from data import Plan, ScenePictures, batches, bucket_sizes, fill_cache, fit, latent_key, nearest_bucket, open_pictures, read_filters, sample_rng
 from diffusion import Guidance, Noise, add_noise, alphas_cumprod, denoise, guide, linear_timesteps, p2_weight, per_row, v_weight
 from files import WeightsError, read_config, to_half, write_atomically, write_files, STEM
 from images import grid, psnr, to_pil
@@ -229,44 +229,7 @@ class SizedPlan(Plan):
         return positions, indices, int(drawn) * len(self.shapes) + bucket
 
 
-def latent_key(pictures, index: int, size: tuple[int, int], flip: bool) -> str:
-    return f"{pictures.key(index)} {size[0]}x{size[1]}{' flipped' * flip}"
-
-
 # ----- what the loop works with -----------------------------------------------------------------------
-
-def fill_cache(pictures, plan, caches: dict, encoders: dict, texts, args, processes) -> dict[int, int]:
-    """Latents of every picture in every size (mirrored ones, too), and every caption's embedding, each process its share.
-
-    -> for each picture that cannot be read, the next one of its bucket, to be used in its place.
-    """
-    flips = [False, True] if args.random_flip else [False]
-    keys = {latent_key(pictures, i, plan.sizes[number], flip): (i, plan.sizes[number], flip) for i in range(len(pictures))
-            for number in range(plan.bucket[i], len(plan.sizes), len(plan.shapes)) for flip in flips}
-    missing = list(dict.fromkeys(key for cache in caches.values() for key in cache.missing([*keys])))[processes.rank::processes.world]
-    processes.wait()                                                     # all have looked before the first is written
-    for key in tqdm(missing, desc="caching latents", unit="picture", disable=processes.rank > 0 or not missing):
-        i, size, flip = keys[key]
-        with contextlib.suppress(BrokenPicture):
-            pixels = torch.from_numpy(np.array(fit(pictures.read(i), size, "center", flip)))[None]       # (1, h, w, 3)
-            for name, cache in caches.items():
-                cache.put(key, encoders[name](pixels)[0].cpu().numpy())
-    if texts is not None:
-        captions = sorted({""} | {caption for i in range(len(pictures)) for caption in pictures.captions(i)})
-        for caption in tqdm(captions[processes.rank::processes.world], desc="caching captions", disable=processes.rank > 0):
-            texts.one(caption)
-    processes.wait()
-    broken = {keys[key][0] for cache in caches.values() for key in cache.missing([*keys])}
-    if broken and processes.rank == 0:
-        print(f"{len(broken)} pictures cannot be read: {', '.join(pictures.name(i) for i in sorted(broken)[:5])}", file=sys.stderr)
-    replaced = {}
-    for i in broken:
-        others = [int(j) for j in np.flatnonzero(plan.bucket == plan.bucket[i]) if int(j) not in broken]
-        if not others:
-            raise Mistake(f"no picture like {pictures.name(i)} can be read: nothing can take its place")
-        replaced[i] = next((j for j in others if j > i), others[0])
-    return replaced
-
 
 def to_images(pixels, device):
     """(B,h,w,3) uint8 -> (B,3,h,w) float32 in [0, 1], in channels-last memory, as the pixels are already."""
@@ -641,7 +604,10 @@ def main(args):
         return dry_run(args, model, pictures, plan.sizes, plan, f"x_0 and eps ({plan.batch}, {decoder.config['c_in']}, {h // 4}, {w // 4}), semantic latents "
                        f"({plan.batch}, 16, {h * 3 // 128}, {w * 3 // 128})") if first else None
     encoders = dict(x_0=encode_vqgan) | (dict(stored=encode_semantic) if args.freeze_encoder else {})
-    replaced = fill_cache(pictures, plan, caches, encoders, texts, args, processes) if args.cache else {}
+    replaced = {}
+    if args.cache:
+        with user_mistakes():
+            replaced = fill_cache(pictures, lambda i: plan.sizes[plan.bucket[i]::len(plan.shapes)], args.random_flip, caches, encoders, texts, processes)
     fixed = Fixed(args, processes, pictures, plan.resolutions[0], index, encoders) if args.val_every or args.sample_every else None
     mean_contrast = mean_contrast_weight(pictures, plan, encode_vqgan, args)
     if args.cache and args.freeze_encoder:

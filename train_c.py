@@ -110,7 +110,7 @@ from tqdm import tqdm
 import hub
 import lora
 from cache import Cache, hash_of
-from data import BrokenPicture, Plan, batches, bucket_sizes, fit, nearest_bucket, open_pictures, prompts_in, read_filters, sample_rng
+from data import Plan, batches, bucket_sizes, fill_cache, fit, latent_key, nearest_bucket, open_pictures, prompts_in, read_filters, sample_rng
 from diffusion import Guidance, add_noise, alphas_cumprod, denoise, dpm_solver_step, linear_timesteps, p2_weight, v_weight
 from files import write_atomically
 from images import grid
@@ -197,41 +197,7 @@ class Samples(torch.utils.data.Dataset):
         return dict(x=x, caption=caption, t=np.float32(t), eps=torch.from_numpy(eps), position=position, **more)
 
 
-def latent_key(pictures, index: int, size: tuple[int, int], flip: bool) -> str:
-    return f"{pictures.key(index)} {size[0]}x{size[1]}{' flipped' * flip}"
-
-
 # ----- what the loop works with -----------------------------------------------------------------------
-
-def fill_cache(pictures, buckets, cache, texts, encode, args, processes) -> dict[int, int]:
-    """Every latent (mirrored ones, too) and every caption's embedding into the cache, each process its share.
-
-    -> for each picture that cannot be read, the next one of its bucket, to be used in its place.
-    """
-    flips = [False, True] if args.random_flip else [False]
-    keys = {latent_key(pictures, i, buckets[pictures.bucket[i]], flip): (i, flip) for i in range(len(pictures)) for flip in flips}
-    missing = cache.missing([*keys])[processes.rank::processes.world]
-    processes.wait()                                                     # all have looked before the first is written
-    for key in tqdm(missing, desc="caching latents", unit="picture", disable=processes.rank > 0 or not missing):
-        i, flip = keys[key]
-        with contextlib.suppress(BrokenPicture):
-            pixels = fit(pictures.read(i), buckets[pictures.bucket[i]], "center", flip)
-            cache.put(key, encode(torch.from_numpy(np.array(pixels))[None])[0].cpu().numpy())
-    captions = sorted({""} | {caption for i in range(len(pictures)) for caption in pictures.captions(i)})
-    for caption in tqdm(captions[processes.rank::processes.world], desc="caching captions", disable=processes.rank > 0):
-        texts.one(caption)
-    processes.wait()
-    broken = {keys[key][0] for key in cache.missing([*keys])}
-    if broken and processes.rank == 0:
-        print(f"{len(broken)} pictures cannot be read: {', '.join(pictures.name(i) for i in sorted(broken)[:5])}", file=sys.stderr)
-    replaced = {}
-    for i in broken:
-        others = [int(j) for j in np.flatnonzero(pictures.bucket == pictures.bucket[i]) if int(j) not in broken]
-        if not others:
-            raise Mistake(f"no picture like {pictures.name(i)} can be read: nothing can take its place")
-        replaced[i] = next((j for j in others if j > i), others[0])
-    return replaced
-
 
 def painted_key(prompt: str, size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]} {prompt}"
@@ -445,7 +411,10 @@ def main(args):
         print(pictures.describe(), file=sys.stderr)
     if args.dry_run:
         return dry_run(args, model, pictures, buckets, plan) if first else None
-    replaced = fill_cache(pictures, buckets, cache, texts, encode, args, processes) if args.cache else {}
+    replaced = {}
+    if args.cache:
+        with user_mistakes():
+            replaced = fill_cache(pictures, lambda i: [buckets[pictures.bucket[i]]], args.random_flip, {"x": cache}, {"x": encode}, texts, processes)
     if args.preserve:
         paint(as_it_was, preserved, [buckets[number] for number in np.unique(pictures.bucket)], painted, args, processes)
     fixed, prompts = fixed_set(validation, buckets, encode, args), sample_prompts(args, pictures)

@@ -387,3 +387,13 @@ def test_checkpointing_of_products_computes_no_large_product_twice():
         counts[kind] = counted
     assert counts["products"][True] == counts[None][True] < counts["blocks"][True]
     assert counts["products"][False] > counts[None][False]
+
+
+def test_the_bias_of_keys_changes_nothing():
+    """It moves all scores of a query alike, which softmax does not see. So it has no gradient, but for rounding: see tests/test_train_c.py."""
+    block = AttentionBlock(16, 8, heads=2)
+    x, text = torch.randn(2, 3, 3, 16), torch.randn(2, 5, 8)
+    before = block(x, text)
+    with torch.no_grad():
+        block.key.bias.add_(torch.randn(16))
+    torch.testing.assert_close(block(x, text), before, rtol=0, atol=1e-5)

@@ -229,12 +229,18 @@ def torchrun(processes: int, folder, out, *options, steps: int) -> Path:
 
 @pytest.mark.parametrize("kind", [LORA, []], ids=["lora", "full"])
 def test_one_process_two_processes_and_accumulation_do_the_same_work(folder, tmp_path, kind):
-    """8 at once, 2 x 4, and 4 twice: the same samples in each step, so the same weights, but for rounding."""
+    """8 at once, 2 x 4, and 4 twice: the same samples in each step, so the same weights, but for rounding.
+
+    The biases of keys are left out. Each moves all scores of a query alike, which softmax does not see: their gradients are 0, but
+    for rounding, and of that AdamW makes whole steps.
+    """
+    def learned(out) -> dict:
+        return {name: tensor for name, tensor in newest(out)["model"].items() if not name.endswith(".key.bias")}
     one = train(folder, tmp_path / "one", *kind, "--batch", "8", steps=3)
     two = torchrun(2, folder, tmp_path / "two", *kind, "--batch", "4", steps=3)
     accumulated = train(folder, tmp_path / "accumulated", *kind, "--batch", "4", "--grad-accum", "2", steps=3)
     for other in (two, accumulated):
-        same(newest(one)["model"], newest(other)["model"], 1e-5)
+        same(learned(one), learned(other), 1e-5)
         losses = [[json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()] for out in (one, other)]
         assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 

@@ -1,6 +1,7 @@
 """The three training scripts, from random weights to a folder that paints, at sizes that take seconds."""
 import json
 import runpy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ def runs(tmp_path_factory) -> Path:
         (folder / "sizes" / part).mkdir(parents=True)
         text = (Path(__file__).parent.parent / "models" / "tiny" / part / "config.json").read_text()
         (folder / "sizes" / part / "config.json").write_text(text.replace('"clip_embd": 128', '"clip_embd": 32'))
+    shutil.rmtree(folder / "checkpoints")
     train_b.main(train_b.parse_args([*SMALL, *SMALL_B, "--out", f"{folder}", "--steps", "2", "--init", "random", "--config", f"{folder}/sizes",
                                      "--vqgan", f"{folder}/vqgan", "--text-encoder", "none", "--encoder-warmup", "2", "--blind", "1"]))
     train_text.main(train_text.parse_args([*TEXT, "--image-encoder", f"{folder}/image_encoder", "--out", f"{folder}/text", "--steps", "2"]))
