@@ -57,7 +57,7 @@ def parse_args(argv=None):
     g.add_argument("--schedule", choices=["constant", "cosine", "linear", "trapezoid"], default="constant", help="of the learning rate, after the warm-up; trapezoid: down in the last fifth")
     g.add_argument("--warmup", type=int, default=50, help="optimizer steps in which the learning rate rises")
     g.add_argument("--preserve", type=float, default=0.0, help="share of the samples that get another prompt and must stay as before the training, so that "
-                                                              "little is forgotten: 0.3 to 0.7. The empty caption is then held, too")
+                                                              "little is forgotten: 0.7 to 0.85 for a few pictures. The empty caption is then held, too")
     g.add_argument("--preserve-prompts", help="what it must not forget: a text file with a prompt per line, as many different ones as there are; at the start Stage C paints "
                                               "a latent for each, kept in --cache or --out")
     g.add_argument("--weight-decay", type=float, default=0.01, help="not for norms, biases and LoRA")
@@ -420,7 +420,10 @@ def main(args):
         paint(as_it_was, preserved, [buckets[number] for number in np.unique(pictures.bucket)], painted, args, processes)
     fixed, prompts = fixed_set(validation, buckets, encode, args), sample_prompts(args, pictures)
     if args.cache:
-        image_encoder.to("cpu"), text_model.to("cpu")                                    # no longer needed on the device
+        for caption in (*preserved, *(caption for _, caption in fixed)):
+            texts.one(caption)
+        image_encoder = texts.encoder = None                                             # all is in the cache: their memory is free
+        text_model = text_model if args.sample_every else None
 
     # --- optimizer, averages, and where the run stands -----------------------------------------------
     if args.fsdp and processes.many:

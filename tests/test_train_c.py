@@ -2,6 +2,7 @@
 
 All on the tiny weights, with few steps: what they learn does not matter here, that every bit is where it should be does.
 """
+import gc
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from transformers import CLIPTextModel
 
 import data
 import sample
@@ -335,6 +337,19 @@ def test_a_cache_changes_nothing_but_time(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(TinyImageEncoder, "forward", lambda *_: pytest.fail("a picture was encoded"))
     again = train(folder, tmp_path / "again", *options, steps=3)
     same(newest(cached)["model"], newest(again)["model"])
+
+
+def test_with_a_cache_no_encoder_stays_in_memory(folder, tmp_path, monkeypatch):
+    """3 GB at official size. Captions that no picture has, of the validation and of --preserve, are in the cache before."""
+    def encoders() -> int:
+        gc.collect()
+        return sum(type(thing) in (TinyImageEncoder, CLIPTextModel) for thing in gc.get_objects())
+    alive, counts, batches = encoders(), [], train_c.batches
+    monkeypatch.setattr(train_c, "batches", lambda *args: counts.append(encoders()) or batches(*args))
+    (tmp_path / "prompts.txt").write_text("a tree on a red background\n")
+    train(folder, tmp_path / "run", *LORA, "--cache", str(tmp_path / "cache"), "--preserve", "0.5", "--preserve-prompts", f"{tmp_path}/prompts.txt",
+          "--val-every", "1", "--val-data", "scenes:captioned:4:9", "--val-count", "2", steps=2)
+    assert counts == [alive]
 
 
 def test_a_broken_picture_is_replaced_and_named(folder, tmp_path, capsys):
