@@ -109,9 +109,9 @@ from tqdm import tqdm
 
 import hub
 from cache import Cache, hash_of
-from data import Plan, ScenePictures, batches, bucket_sizes, fill_cache, fit, latent_key, nearest_bucket, open_pictures, read_filters, sample_rng
-from diffusion import Guidance, Noise, add_noise, alphas_cumprod, denoise, guide, linear_timesteps, p2_weight, per_row, v_weight
-from files import WeightsError, read_config, to_half, write_atomically, write_files, STEM
+from data import Plan, batches, bucket_sizes, fill_cache, fit, latent_key, nearest_bucket, open_pictures, read_filters, sample_rng
+from diffusion import Guidance, Noise, add_noise, alphas_cumprod, denoise, linear_timesteps, p2_weight, per_row, v_weight
+from files import read_config, to_half, write_atomically, write_files, STEM
 from images import grid, psnr, to_pil
 from report import draw_curves, dry_run, push
 from stage_b import EfficientNetEncoder, StageB, TinyImageEncoder, preprocess

@@ -3,6 +3,7 @@
 WUERSTCHEN_SLOW=1 pytest   also runs the tests marked slow: models of official size, up to 13 GB and a minute or two each.
 """
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -28,3 +29,12 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def signals_as_they_were():
+    """A training script that a test ends early leaves its handlers behind."""
+    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for name, handler in before.items():
+        signal.signal(name, handler)

@@ -101,3 +101,30 @@ def small_v1(folder: Path) -> Path:
                                            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
     weights.save_text_encoder(tokenizer, encoder, folder / "text_encoder", folder / "tokenizer")
     return folder
+
+
+# ----- runs of the training scripts ------------------------------------------------------------------
+
+def newest(out: Path) -> dict:
+    """The newest checkpoint of a run."""
+    return torch.load(sorted((out / "checkpoints").glob("*.pt"))[-1], weights_only=True)
+
+
+def lines(out: Path) -> list[dict]:
+    """The log of a run."""
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def same(a, b, tolerance: float = 0.0) -> None:
+    """Two nested dicts of tensors and numbers are equal."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            same(a[key], b[key], tolerance)
+    elif isinstance(a, torch.Tensor):
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+    elif isinstance(a, (list, tuple)):
+        for x, y in zip(a, b, strict=True):
+            same(x, y, tolerance)
+    else:
+        assert a == b

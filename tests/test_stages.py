@@ -12,8 +12,8 @@ import torch.nn.functional as F
 import weights
 from helpers import build, capture, draw, golden, manifest, rel, under, weights_from_names
 from stage_a import StageA, VQResBlock
-from stage_b import (AttentionBlock, EfficientNetEncoder, ResBlock, StageB, TimestepBlock, TinyImageEncoder, channels_first,
-                     channels_last, layer_norm, pixel_shuffle, pixel_unshuffle, preprocess, resize_semantic, timestep_embedding)
+from stage_b import (AttentionBlock, EfficientNetEncoder, ResBlock, StageB, TimestepBlock, TinyImageEncoder, channels_first, layer_norm,
+                     pixel_shuffle, pixel_unshuffle, preprocess, resize_semantic, timestep_embedding)
 from stage_c import StageC
 
 NAMINGS = ["original", "diffusers"]

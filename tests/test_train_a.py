@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 import scenes
 import train_a
 import training
+from helpers import lines, newest, same
 from stage_a import (Codebook, CodebookAverages, PatchDiscriminator, StageA, adaptive_weight, count, discriminator_loss, generator_loss,
                      perceptual_loss, perplexity)
 from weights import load_stage_a, save_stage_a
@@ -37,14 +38,6 @@ def folder(tmp_path_factory) -> Path:
     return out
 
 
-@pytest.fixture(autouse=True)
-def signals_as_they_were():
-    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for name, handler in before.items():
-        signal.signal(name, handler)
-
-
 SMALL = ["--width", "8", "--bottleneck-blocks", "1", "--codebook-size", "32", "--resolution", "32", "--workers", "0", "--val-every", "0", "--val-count", "4",
          "--sample-every", "0", "--log-every", "1", "--device", "cpu", "--warmup", "2", "--lr", "1e-2", "--batch", "4", "--revive-every", "2"]
 GAN = ["--gan-start", "2"]
@@ -54,29 +47,6 @@ LEARNED = ("model", "averaged", "optimizer", "scaler", "usage", "step", "updates
 def train(folder, out, *options, steps: int = 4) -> Path:
     train_a.main(train_a.parse_args([*SMALL, "--data", str(folder), "--out", str(out), "--steps", str(steps), *options]))
     return out
-
-
-def newest(out) -> dict:
-    return torch.load(sorted((out / "checkpoints").glob("*.pt"))[-1], weights_only=True)
-
-
-def lines(out) -> list[dict]:
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
-def same(a, b, tolerance: float = 0.0) -> None:
-    """Two nested dicts of tensors and numbers are equal."""
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            same(a[key], b[key], tolerance)
-    elif isinstance(a, torch.Tensor):
-        torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
-    elif isinstance(a, (list, tuple)):
-        for x, y in zip(a, b, strict=True):
-            same(x, y, tolerance)
-    else:
-        assert a == b
 
 
 # --- it learns, and what it leaves -------------------------------------------------------------------

@@ -21,6 +21,8 @@ import scenes
 import train_b
 import training
 from diffusion import add_noise, alphas_cumprod, p2_weight, v_weight
+from files import WeightsError
+from helpers import lines, newest, same
 from stage_a import StageA
 from stage_b import EfficientNetEncoder, StageB, TinyImageEncoder
 from wuerstchen import to_raw, to_stored
@@ -53,14 +55,6 @@ def config(tmp_path_factory) -> Path:
     return out
 
 
-@pytest.fixture(autouse=True)
-def signals_as_they_were():
-    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for name, handler in before.items():
-        signal.signal(name, handler)
-
-
 @pytest.fixture
 def new(config) -> list[str]:
     return ["--weights", "tiny", "--init", "random", "--config", str(config)]
@@ -74,29 +68,6 @@ FROZEN = ["--freeze-encoder", "--image-encoder", str(TINY / "image_encoder")]
 def train(folder, out, *options, steps: int = 4):
     train_b.main(train_b.parse_args([*SMALL, "--data", str(folder), "--out", str(out), "--steps", str(steps), *options]))
     return out
-
-
-def newest(out) -> dict:
-    return torch.load(sorted((out / "checkpoints").glob("*.pt"))[-1], weights_only=True)
-
-
-def log(out) -> list[dict]:
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
-def same(a, b, tolerance: float = 0.0) -> None:
-    """Two nested dicts of tensors and numbers are equal."""
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            same(a[key], b[key], tolerance)
-    elif isinstance(a, torch.Tensor):
-        torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
-    elif isinstance(a, (list, tuple)):
-        for x, y in zip(a, b, strict=True):
-            same(x, y, tolerance)
-    else:
-        assert a == b
 
 
 def weights_file(folder, part: str) -> bytes:
@@ -117,7 +88,7 @@ def test_a_few_steps_on_four_pictures_lower_their_loss(folder, new, tmp_path, lo
     for path in sorted(folder.iterdir())[:8]:
         (few / path.name).write_bytes(path.read_bytes())
     out = train(few, tmp_path / "run", *new, "--loss", loss, "--lr", "1e-2", "--ema", "0", "--val-every", "30", "--val-count", "4", steps=30)
-    first, last = (line["val_loss"] for line in log(out) if "val_loss" in line)
+    first, last = (line["val_loss"] for line in lines(out) if "val_loss" in line)
     assert last < (1 - falls) * first
 
 
@@ -174,8 +145,8 @@ def test_the_encoder_warms_up_once_and_that_is_saved(folder, config, tmp_path):
     """Minutes of work that teach it what is in emoji scenes: kept at step 0, not done again on resume, and its loss falls."""
     options = ["--weights", "tiny", "--init", "random", "--config", str(config), "--encoder-warmup", "12", "--lr", "1e-2"]
     out = train("scenes:all:16", tmp_path / "run", *options, "--save-every", "100", steps=1)
-    lines = [json.loads(line) for line in (out / "encoder_warmup" / "log.jsonl").read_text().splitlines()]
-    assert len(lines) == 12 and lines[-1]["loss"] < 0.8 * lines[0]["loss"]
+    told = lines(out / "encoder_warmup")
+    assert len(told) == 12 and told[-1]["loss"] < 0.8 * told[0]["loss"]
     saved = sorted((out / "checkpoints").iterdir())[0]
     assert saved.name == "step_00000000.pt"
     (out / "encoder_warmup" / "log.jsonl").unlink()
@@ -226,7 +197,7 @@ def test_the_loss_is_the_mean_of_raw_times_weight(folder, new, tmp_path, monkeyp
     levels = []
     monkeypatch.setattr(train_b, "errors", lambda a, b, x_0, x_t, eps, t, loss: levels.append(t) or 1 + 0 * (a + b).mean(dim=(1, 2, 3)))
     out = train(folder, tmp_path / "run", *new, "--loss-weight", name, steps=1)
-    assert log(out)[0]["loss"] == pytest.approx(weight(levels[0]).mean().item(), rel=1e-5) and len(levels[0]) == 4
+    assert lines(out)[0]["loss"] == pytest.approx(weight(levels[0]).mean().item(), rel=1e-5) and len(levels[0]) == 4
 
 
 def test_pictures_of_little_contrast_count_more(folder, new, tmp_path, monkeypatch):
@@ -243,9 +214,9 @@ def test_pictures_of_little_contrast_count_more(folder, new, tmp_path, monkeypat
     used = []
     monkeypatch.setattr(train_b, "errors", lambda a, b, x_0, x_t, eps, t, loss: used.append(x_0) or 1 + 0 * (a + b).mean(dim=(1, 2, 3)))
     out = train(folder, tmp_path / "run", *new, "--loss-weight", "none", "--even-contrast", steps=3)      # 12 samples: all the data once
-    assert np.mean([line["loss"] for line in log(out)]) == pytest.approx(1, rel=1e-3)
+    assert np.mean([line["loss"] for line in lines(out)]) == pytest.approx(1, rel=1e-3)
     every = train_b.contrast_weight(torch.cat(used))
-    assert log(out)[0]["loss"] == pytest.approx((every[:4].mean() / every.mean()).item(), rel=1e-3)
+    assert lines(out)[0]["loss"] == pytest.approx((every[:4].mean() / every.mean()).item(), rel=1e-3)
 
 
 # --- what each sample draws ---------------------------------------------------------------------------
@@ -379,7 +350,7 @@ def torchrun(processes: int, folder, out, *options, steps: int) -> Path:
 
 
 def losses(out) -> list[float]:
-    return [line["loss"] for line in log(out) if "loss" in line]
+    return [line["loss"] for line in lines(out) if "loss" in line]
 
 
 def test_two_processes_learn_what_one_does_encoder_and_batchnorm_included(folder, new, tmp_path):
@@ -549,7 +520,7 @@ def test_a_bad_step_is_skipped_and_leaves_no_trace_in_batchnorm_either(folder, n
         return forward(self, x * (float("nan") if len(calls) == 2 else 1.0))
     monkeypatch.setattr(TinyImageEncoder, "forward", sometimes)
     out = train(folder, tmp_path / "run", *new, steps=4)
-    bad, = (line for line in log(out) if line.get("bad_step"))
+    bad, = (line for line in lines(out) if line.get("bad_step"))
     assert bad["step"] == 2 and len(bad["captions"]) == 4 and len(bad["positions"]) == 4
     state = newest(out)
     assert (state["bad_in_all"], state["bad"], state["updates"]) == (1, 0, 3)
@@ -571,8 +542,8 @@ def test_validation_and_psnr_are_the_same_work_every_time(folder, tmp_path):
     values = []
     for name, options in (("a", []), ("b", ["--semantic-dropout", "0.5", "--batch", "2", "--lr", "1e-2", "--cache", str(tmp_path / "cache"), "--cache-dtype", "fp32"])):
         out = train(folder, tmp_path / name, "--weights", "tiny", "--freeze-encoder", "--val-every", "1", "--val-count", "2", "--sample-every", "1", *options, steps=1)
-        lines = [{key: value for key, value in line.items() if key.startswith(("val", "psnr"))} for line in log(out)]
-        values.append([line for line in lines if line])
+        found = [{key: value for key, value in line.items() if key.startswith(("val", "psnr"))} for line in lines(out)]
+        values.append([line for line in found if line])
     (val, psnr), (other_val, other_psnr) = values[0][:2], values[1][:2]
     assert val == pytest.approx(other_val, rel=1e-5) and psnr == pytest.approx(other_psnr, rel=1e-4) and values[0][2] != values[1][2]
     assert set(psnr) == {"psnr_a", *(f"psnr_guidance_{g}_steps_{s}" for g in (1, 4) for s in (4, 12))}
@@ -634,7 +605,7 @@ MISTAKES = [
 
 @pytest.mark.parametrize("options, message", MISTAKES, ids=[" ".join(options) for options, _ in MISTAKES])
 def test_mistakes_are_one_line(folder, tmp_path, options, message):
-    with pytest.raises((training.Mistake, train_b.WeightsError, OSError), match=message) as error:
+    with pytest.raises((training.Mistake, WeightsError, OSError), match=message) as error:
         train(folder, tmp_path / "run", "--weights", "tiny", *options)
     assert "\n" not in str(error.value)
 
@@ -642,7 +613,7 @@ def test_mistakes_are_one_line(folder, tmp_path, options, message):
 def test_a_text_encoder_of_another_width_is_refused(folder, new, tmp_path):
     file = tmp_path / "wide.json"
     file.write_text(json.dumps(DECODER | dict(clip_embd=64)))
-    with pytest.raises(train_b.WeightsError, match="Stage B takes texts of width 64, the text encoder .* gives 128"):
+    with pytest.raises(WeightsError, match="Stage B takes texts of width 64, the text encoder .* gives 128"):
         train(folder, tmp_path / "run", *new[:-1], str(file), *FROZEN)
 
 

@@ -23,6 +23,7 @@ import sample
 import scenes
 import train_c
 import training
+from helpers import newest, same
 from stage_b import TinyImageEncoder
 
 ROOT = Path(train_c.__file__).parent
@@ -40,14 +41,6 @@ def folder(tmp_path_factory) -> Path:
     return out
 
 
-@pytest.fixture(autouse=True)
-def signals_as_they_were():
-    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for name, handler in before.items():
-        signal.signal(name, handler)
-
-
 SMALL = ["--weights", "tiny", "--workers", "0", "--val-every", "0", "--log-every", "1", "--device", "cpu", "--warmup", "2", "--lr", "1e-3"]
 LORA = ["--lora", "--rank", "2"]
 
@@ -55,25 +48,6 @@ LORA = ["--lora", "--rank", "2"]
 def train(folder, out, *options, steps: int = 4):
     train_c.main(train_c.parse_args([*SMALL, "--data", str(folder), "--out", str(out), "--steps", str(steps), *options]))
     return out
-
-
-def newest(out) -> dict:
-    return torch.load(sorted((out / "checkpoints").glob("*.pt"))[-1], weights_only=True)
-
-
-def same(a, b, tolerance: float = 0.0) -> None:
-    """Two nested dicts of tensors and numbers are equal."""
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            same(a[key], b[key], tolerance)
-    elif isinstance(a, torch.Tensor):
-        torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
-    elif isinstance(a, (list, tuple)):
-        for x, y in zip(a, b, strict=True):
-            same(x, y, tolerance)
-    else:
-        assert a == b
 
 
 LEARNED = ("model", "averaged", "optimizer", "step", "updates", "scaler")
