@@ -89,7 +89,7 @@ def smaller(png: bytes) -> bytes:
     In others smooth colours would become bands.
     """
     from PIL import Image
-    if len(png) < 150_000:
+    if len(png) < 250_000:
         return png
     file = io.BytesIO()
     Image.open(io.BytesIO(png)).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(file, "png", optimize=True)
