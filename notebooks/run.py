@@ -1,0 +1,131 @@
+"""Executes notebooks in place: a fresh kernel, its outputs stored beside a checksum of the code that gave them.
+
+  python notebooks/run.py                        # all of them, 3 minutes
+  python notebooks/run.py 03_diffusion.ipynb     # one
+
+The notebooks are committed with their pictures, so that they can be read without running them. After a change of a code
+cell its outputs are old: tests/test_notebooks.py compares the checksum, and asks for this script. Text may change freely.
+Cells tagged "download" are not run here; what they once gave stays.
+Needs: notebooks/requirements.txt; `checksum` and `problems` need nothing, so that they can be tested everywhere.
+"""
+import base64
+import hashlib
+import io
+import json
+import re
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+SECONDS, BYTES = 180, 2_000_000            # the most that a notebook may take, to run and on disk
+DRAWS = re.compile(r"\bpictures\(|\bplt\.(subplots|figure|plot|scatter|bar|imshow|hist)\(")       # a cell from which a picture must come
+
+
+def source(cell: dict) -> str:
+    """A cell's text; on disk it is a list of lines, in nbformat's hands one string."""
+    return cell["source"] if isinstance(cell["source"], str) else "".join(cell["source"])
+
+
+def tags(cell: dict) -> list[str]:
+    return cell["metadata"].get("tags", [])
+
+
+def code_cells(notebook: dict) -> list[dict]:
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+
+
+def checksum(notebook: dict) -> str:
+    """Of the code cells and of nothing else: text may be improved without running anything again."""
+    return hashlib.sha256(json.dumps([source(cell) for cell in code_cells(notebook)]).encode()).hexdigest()[:16]
+
+
+def images_of(cell: dict) -> list[bytes]:
+    """The pictures, as PNG files, that a code cell gave."""
+    found = [output["data"]["image/png"] for output in cell["outputs"] if "image/png" in output.get("data", {})]
+    return [base64.b64decode("".join(data)) for data in found]
+
+
+def is_blank(png: bytes) -> bool:
+    """Every pixel the same: nothing was drawn."""
+    from PIL import Image
+    return all(low == high for low, high in Image.open(io.BytesIO(png)).convert("RGB").getextrema())
+
+
+def problems(notebook: dict) -> list[str]:
+    """What is wrong with a notebook's outputs, one line each; none if all is well."""
+    found = []
+    for i, cell in enumerate(code_cells(notebook), start=1):
+        if "download" in tags(cell):
+            continue
+        for output in cell["outputs"]:
+            if output["output_type"] == "error":
+                found.append(f"code cell {i} failed: {output['ename']}: {output['evalue']}")
+            if output.get("name") == "stderr":
+                found.append(f"code cell {i} wrote to stderr: {''.join(output['text']).strip()[:200]}")
+        images = images_of(cell)
+        if DRAWS.search(source(cell)) and not images:
+            found.append(f"code cell {i} draws, but gave no picture")
+        if any(is_blank(png) for png in images):
+            found.append(f"code cell {i} gave an empty picture")
+    return found
+
+
+def execute(path: Path):
+    """-> (the notebook as nbformat has it, with the outputs of a fresh kernel; seconds). Raises nbclient's errors."""
+    import nbformat
+    from nbclient import NotebookClient
+    notebook = nbformat.read(path, as_version=4)
+    start = time.perf_counter()
+    client = NotebookClient(notebook, timeout=SECONDS, kernel_name="python3", skip_cells_with_tag="download",
+                            resources={"metadata": {"path": str(path.parent)}})
+    client.execute()
+    return notebook, time.perf_counter() - start
+
+
+def smaller(png: bytes) -> bytes:
+    """Large pictures, which are those of noise, with a palette of 256 colours: a third of the size, and no difference to be seen.
+
+    In others smooth colours would become bands.
+    """
+    from PIL import Image
+    if len(png) < 250_000:
+        return png
+    file = io.BytesIO()
+    Image.open(io.BytesIO(png)).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(file, "png", optimize=True)
+    return min(png, file.getvalue(), key=len)
+
+
+def tidy(notebook: dict) -> None:
+    """Makes pictures smaller, and removes what differs from run to run or from machine to machine, so that git shows real changes only."""
+    notebook["metadata"] = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+                            "language_info": {"name": "python"}, "checksum": checksum(notebook)}
+    for cell in notebook["cells"]:
+        cell["metadata"] = {"tags": tags(cell)} if tags(cell) else {}
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            if "image/png" in data:
+                data["image/png"] = base64.b64encode(smaller(base64.b64decode("".join(data["image/png"])))).decode()
+
+
+def main(names: list[str]) -> None:
+    import nbformat
+    from nbclient.exceptions import CellExecutionError
+    for path in [HERE / name for name in names] or sorted(HERE.glob("*.ipynb")):
+        try:
+            notebook, seconds = execute(path)
+        except CellExecutionError as error:
+            sys.exit(f"{path.name} is left as it was:\n{error}")
+        wrong = problems(notebook)
+        tidy(notebook)
+        text = nbformat.writes(notebook) + "\n"
+        if len(text) > BYTES:
+            wrong.append(f"it would have {len(text) / 1e6:.1f} MB, {BYTES / 1e6:g} are the most: draw fewer or smaller pictures")
+        if wrong:
+            sys.exit(f"{path.name} is left as it was:\n  " + "\n  ".join(wrong))
+        path.write_text(text)
+        print(f"{path.name}: {seconds:.0f} s, {len(text) / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
