@@ -211,7 +211,7 @@ def paint(predict, prompts: list[str], sizes: list[tuple[int, int]], painted, ar
     and what it then says (there is no cat in this unicorn) only hinders what is to be learned. predict: see denoise.
     """
     for h, w in sizes:
-        missing = painted.missing([painted_key(prompt, (h, w)) for prompt in prompts])
+        missing = set(painted.missing([painted_key(prompt, (h, w)) for prompt in prompts]))
         processes.wait()                                                 # all have looked before the first is written
         numbers = [i for i, prompt in enumerate(prompts) if painted_key(prompt, (h, w)) in missing][processes.rank::processes.world]
         for start in tqdm(range(0, len(numbers), rows), desc="painting what is preserved", disable=processes.rank > 0 or not numbers):
