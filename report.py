@@ -38,7 +38,8 @@ def dry_run(args, model, pictures, buckets, plan, latents: str | None = None) ->
     positions, indices, bucket = plan.step(0)
     h, w = buckets[bucket]
     latents = latents or f"x_0 and eps ({plan.batch}, 16, {h * 3 // 128}, {w * 3 // 128})"
-    print(f"step 0: {latents}; its first captions, after dropout:")
+    share = getattr(args, "preserve", 0)
+    print(f"step 0: {latents}; its first captions, after dropout{f', of which {share:.0%} give way to --preserve-prompts' if share else ''}:")
     for position, index in list(zip(positions.tolist(), indices.tolist()))[:8]:
         captions = pictures.captions(index)
         dropped = sample_rng(args.seed, position, "caption dropout").random() < args.caption_dropout

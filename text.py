@@ -40,7 +40,10 @@ EMPTY = "the prompt is empty: say what to paint, for example \"a red apple on a 
 
 
 class CachedTexts:
-    """Captions -> embeddings (B,N,D) of a frozen encoder: each caption once, by itself, so that no batch changes its numbers."""
+    """Captions -> embeddings (B,N,D) of a frozen encoder: each caption once, by itself, so that no batch changes its numbers.
+
+    encoder: a TextEncoder; None once all captions are in `cache`, a cache.Cache. most: captions held in memory, too.
+    """
     def __init__(self, encoder, cache=None, most: int = 2000):
         self.encoder, self.cache, self.most, self.memory = encoder, cache, most, {}
 
