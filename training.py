@@ -49,7 +49,7 @@ def mistakes_in_one_line():
     except (WeightsError, Mistake, OSError) as error:
         fail(str(error))
     except KeyboardInterrupt:
-        print("stopped: --resume goes on from the last checkpoint", file=sys.stderr)
+        print("stopped: --resume auto goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
 
 

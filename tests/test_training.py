@@ -91,7 +91,7 @@ def test_an_unknown_folder_ends_a_script_in_one_line(script, options, tmp_path, 
 def test_ctrl_c_says_how_to_go_on(capsys):
     with pytest.raises(SystemExit) as stop, training.mistakes_in_one_line():
         raise KeyboardInterrupt
-    assert stop.value.code == 130 and "--resume goes on" in capsys.readouterr().err
+    assert stop.value.code == 130 and "--resume auto goes on" in capsys.readouterr().err
 
 
 def test_the_learning_rate_warms_up_stays_and_decays():
