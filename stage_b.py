@@ -148,15 +148,27 @@ def pixel_shuffle(x: Tensor, p: int) -> Tensor:
     return x.reshape(b, h, w, c, p, p).permute(0, 1, 4, 2, 5, 3).reshape(b, h * p, w * p, c)
 
 
-def resize_semantic(semantic: Tensor, size: tuple[int, int]) -> Tensor:
-    """semantic (B,C,h,w) -> (B,*size,C), bicubic, antialiased, with align_corners.
+def resize_weights(n: int, m: int, width: int, device=None) -> Tensor:
+    """(m, n): what each of m rows takes of n rows in the interpolation of resize_semantic, found by interpolating unit vectors.
 
-    In torch this combination follows neither of the two usual conventions (end points do not map to
-    end points), so no other call gives what the released weights were trained on. Float32, because
-    that is what the bicubic kernel was run in.
+    In torch bicubic, antialiased, with align_corners follows neither of the two usual conventions (end points do not map to end
+    points), so no formula from a textbook gives what the released weights were trained on. Float32, because that is what it was run in.
+    width: of the result, as torch does something else again where that is 1.
     """
-    resized = F.interpolate(semantic.float(), size=size, mode="bicubic", antialias=True, align_corners=True)
-    return channels_last(resized).to(semantic.dtype)
+    units = torch.eye(n, device=device)[None, :, :, None].expand(1, n, n, 2)         # channel i is 1 in row i
+    return F.interpolate(units, size=(m, min(width, 2)), mode="bicubic", antialias=True, align_corners=True)[0, :, :, 0].T
+
+
+def resize_semantic(semantic: Tensor, size: tuple[int, int]) -> Tensor:
+    """semantic (B,C,h,w) -> (B,*size,C), bicubic. Interpolation is linear in rows and in columns: two matrix products.
+
+    They take less time than F.interpolate, and can be differentiated under torch.compile, where it fails.
+    """
+    (h, w), (H, W), device = semantic.shape[2:], size, semantic.device
+    rows, columns = resize_weights(h, H, W, device), resize_weights(w, W, 2, device)
+    with torch.autocast(device.type, enabled=False):
+        resized = torch.einsum("Hh,bchw,Ww->bHWc", rows, semantic.float(), columns)
+    return resized.to(semantic.dtype)
 
 
 class StageB(nn.Module):

@@ -160,6 +160,16 @@ def test_stage_b_resizes_the_semantic_latent_like_the_peers():
             assert rel(channels_first(resize_semantic(data[f"in/{h}x{w}"], (H, W))), data[f"out/{h}x{w}/{H}x{W}"]) < 1e-6
 
 
+def test_the_interpolation_can_be_learned_through_when_compiled():
+    """torch.compile cannot differentiate F.interpolate(mode="bicubic", antialias=True): training the image encoder failed."""
+    raw = draw("semantic", 2, 16, 3, 3).requires_grad_()
+
+    def gradient(resize):
+        return torch.autograd.grad(resize(raw, (8, 12)).pow(3).sum(), raw)[0]
+    compiled = torch.compile(resize_semantic, backend="aot_eager", fullgraph=True)
+    assert rel(gradient(compiled), gradient(resize_semantic)) < 1e-6
+
+
 def test_stage_b_has_no_plain_feed_forward_blocks():
     """The original has a letter F, which no released weights use: an error is better than a block nobody can check."""
     _, config = golden("diffnext_original_only")
