@@ -166,7 +166,7 @@ def resize_semantic(semantic: Tensor, size: tuple[int, int]) -> Tensor:
     """
     (h, w), (H, W), device = semantic.shape[2:], size, semantic.device
     rows, columns = resize_weights(h, H, W, device), resize_weights(w, W, 2, device)
-    with torch.autocast(device.type, enabled=False):
+    with torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False):     # float32; meta has no autocast
         resized = torch.einsum("Hh,bchw,Ww->bHWc", rows, semantic.float(), columns)
     return resized.to(semantic.dtype)
 
