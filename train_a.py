@@ -47,7 +47,7 @@ def parse_args(argv=None):
     g.add_argument("--filter", action="append", default=[], metavar="min_KEY=NUMBER", help="keep only samples whose .json has KEY from (min_) or up to (max_) a number")
     g.add_argument("--workers", type=int, default=2, help="processes that read pictures")
     g = p.add_argument_group("optimisation")
-    g.add_argument("--steps", type=int, default=16000, help="optimizer steps in all, resumed ones included")
+    g.add_argument("--steps", type=int, default=8000, help="optimizer steps in all, resumed ones included")
     g.add_argument("--batch", type=int, default=4, help="pictures per process and forward pass; halve it if memory runs out and double --grad-accum")
     g.add_argument("--grad-accum", type=int, default=1, help="forward passes per optimizer step; the effective batch is batch x grad-accum x processes")
     g.add_argument("--lr", type=float, default=2e-3, help="peak learning rate; the discriminator's is a quarter of it; 1e-4 at the official size")
