@@ -2,7 +2,8 @@
 
   python train_b.py --weights tiny --freeze-encoder --out runs/smoke --steps 20 --batch 4 --data scenes:all:64      # CPU smoke run
   python train_b.py --freeze-encoder --data FOLDER --cache CACHE --out runs/domain                         # official decoder, your pictures
-  python train_b.py --init random --config models/tiny --vqgan runs/a/vqgan --text-encoder none --loss head --cache CACHE --out runs/b
+  python train_b.py --init random --config models/tiny --vqgan runs/a/vqgan --image-encoder runs/encoder/image_encoder --text-encoder none \\
+      --loss head --cache CACHE --out runs/b
   torchrun --nproc-per-node 8 train_b.py --init random --backbone IMAGENET.pth --data 'shards/{000..511}.tar' --resolution 512 768 1024 \\
       --batch 16 --fsdp --out runs/b                                                                       # the official size, from nothing
 
@@ -57,8 +58,6 @@ def parse_args(argv=None):
     g.add_argument("--weight-decay", type=float, default=1e-3, help="not for norms and biases")
     g.add_argument("--clip", type=float, default=1.0, help="gradient norm, over all processes, above which gradients are scaled down")
     g.add_argument("--ema", type=float, help="decay of the averaged weights, which are the ones kept; 0: no averaging (default: 0.999; small 0.998)")
-    g.add_argument("--encoder-warmup", type=int, help="steps in which a new tiny encoder first learns to name the objects of emoji scenes, as EfficientNet has learned "
-                                                      "on ImageNet (default: 1200 there, else none)")
     g.add_argument("--blind", type=int, help="first steps in which x_t is empty, so that Stage B must paint the picture from the semantic latent alone: the fastest "
                                              "way to learn that (default: 0; small, from nothing 2000)")
     g.add_argument("--high-noise", type=float, help="exponent that draws noise levels towards 1, where Stage B must rely on the semantic latent; 1 draws them evenly (default: 1; small 1.5)")
@@ -100,7 +99,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
@@ -128,7 +126,7 @@ PARTS = ("decoder", "image_encoder", "vqgan", "text_encoder")
 
 def check(args) -> None:
     """Ends the program for arguments that make no sense, before anything is loaded."""
-    for name, low in (("steps", 1), ("batch", 1), ("grad_accum", 1), ("save_every", 1), ("keep", 1), ("log_every", 1), ("val_count", 1), ("encoder_warmup", 0), ("blind", 0)):
+    for name, low in (("steps", 1), ("batch", 1), ("grad_accum", 1), ("save_every", 1), ("keep", 1), ("log_every", 1), ("val_count", 1), ("blind", 0)):
         if getattr(args, name) is not None and getattr(args, name) < low:
             raise Mistake(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {low}")
     for name in ("caption_dropout", "semantic_dropout", "ema"):
@@ -153,16 +151,11 @@ def check(args) -> None:
 def set_defaults(args, small: bool, device) -> None:
     """What suits an emoji model of a few million weights on a CPU, or a released one, see models/tiny/README.md."""
     new = args.init == "random"
-    scenes = args.data.split(":")[0] == "scenes"
     for name, value in dict(resolution=[128] if small else [1024], batch=32 if small else 4, lr=1.5e-3 if small else 1e-4 if new else 1e-5,
                             ema=0.998 if small else 0.999, blind=2000 if small and new else 0, high_noise=1.5 if small else 1.0,
-                            loss_weight="v" if small else "p2", dtype="fp32" if device.type == "cpu" else "bf16",
-                            encoder_warmup=1200 if small and new and scenes and not args.image_encoder else 0).items():
+                            loss_weight="v" if small else "p2", dtype="fp32" if device.type == "cpu" else "bf16").items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.encoder_warmup and not (small and new and scenes):
-        raise Mistake("--encoder-warmup needs a new tiny encoder and emoji scenes, of which it is known what is in them: "
-                      "--init random --config models/tiny --data scenes:all")
 
 
 # ----- one sample -------------------------------------------------------------------------------------
@@ -311,9 +304,9 @@ def new_encoder(kind: type = EfficientNetEncoder, backbone: str | None = None, *
 
 
 def build(args, places) -> tuple:
-    """Stage B and the image encoder, in float32, since the steps of an optimizer are too small for less; and whether the encoder is new."""
+    """Stage B and the image encoder, in float32, since the steps of an optimizer are too small for less."""
     if args.init == "weights":
-        return load_stage_b(places["decoder"]), load_image_encoder(places["image_encoder"]), False
+        return load_stage_b(places["decoder"]), load_image_encoder(places["image_encoder"])
     decoder, kind, sizes = {}, EfficientNetEncoder, {}
     try:
         if args.config not in (None, "official"):
@@ -327,8 +320,8 @@ def build(args, places) -> tuple:
     except (ValueError, TypeError, RuntimeError) as error:
         raise Mistake(f"--config {args.config} cannot be used: {error}") from error
     if args.image_encoder:
-        return decoder, load_image_encoder(places["image_encoder"]), False
-    return decoder, new_encoder(kind, args.backbone, **sizes), True
+        return decoder, load_image_encoder(places["image_encoder"])
+    return decoder, new_encoder(kind, args.backbone, **sizes)
 
 
 class Learner(torch.nn.Module):
@@ -365,63 +358,6 @@ def build_optimizer(model, args):
             groups.setdefault((p.ndim >= 2, "semantic_" in name.split("decoder.")[-1] and name.startswith("decoder.")), []).append(p)
     return torch.optim.AdamW([dict(params=params, weight_decay=args.weight_decay * matrix, share=1 / 8 if mapper else 1.0)
                               for (matrix, mapper), params in groups.items()], lr=args.lr, betas=(0.9, 0.99), fused=True)
-
-
-def warm_up(encoder, args, processes, stop) -> None:
-    """Teaches a new image encoder what is where in emoji scenes, before Stage B: the place of EfficientNet's ImageNet weights.
-
-    A throw-away head, the same for each of the 3 x 3 positions of the semantic latent, must tell from
-    its 16 numbers which object has its center in that cell, where exactly, how large, and on which
-    colour (the idea of arXiv:1506.02640). Without this the encoder would learn from Stage B's loss
-    alone, which at nearly all noise levels can see the objects in x_t itself.
-    Every process does all of it, the same; afterwards rank 0's weights count.
-    """
-    from scenes import COLOURS, OBJECTS, EmojiScenes
-    scenes, nothing, cell = EmojiScenes("all", seed=args.seed + 1), len(OBJECTS), 128 / 3        # nothing: a class of its own; cell: px
-    number, device = {name: i for i, name in enumerate(OBJECTS)}, processes.device
-
-    def facts(batch: list) -> tuple:
-        """-> object in each cell (B,9), its place in the cell and its size, all about 0..1 (B,9,3), colour (B,)."""
-        objects, places = np.full((len(batch), 9), nothing), np.zeros((len(batch), 9, 3), np.float32)
-        for i, scene in enumerate(batch):
-            for name, size, (x, y) in zip(scene.objects, scene.sizes, scene.centers):
-                k = int(y // cell) * 3 + int(x // cell)
-                objects[i, k], places[i, k] = number[name], (x / cell % 1, y / cell % 1, size / 64)
-        colours = np.array([list(COLOURS).index(scene.colour) for scene in batch])
-        return tuple(torch.from_numpy(a).to(device) for a in (objects, places, colours))
-
-    head = torch.nn.Sequential(torch.nn.Linear(16, 256), torch.nn.GELU(), torch.nn.Linear(256, nothing + 1 + 3 + len(COLOURS))).to(device)
-    importance = torch.ones(nothing + 1, device=device)
-    importance[nothing] = 0.2                                            # most cells hold nothing
-    optimizer = torch.optim.AdamW([p for p in [*encoder.parameters(), *head.parameters()] if p.requires_grad],
-                                  lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-3)
-    log = Log(f"{args.out}/encoder_warmup", -1) if processes.rank == 0 else None
-    schedule = argparse.Namespace(lr=args.lr, steps=args.encoder_warmup, warmup=args.warmup, schedule="trapezoid")
-    encoder.train()
-    for step in tqdm(range(args.encoder_warmup), desc="Image encoder", disable=processes.rank > 0):
-        optimizer.param_groups[0]["lr"] = rate(step, schedule)
-        start = 5 * 10 ** 8 + step * 64                                  # not the scenes Stage B sees
-        objects, places, colours = facts(scenes.scenes(start, 64))
-        stored = to_stored(encoder(to_encoder(to_images(torch.from_numpy(scenes.batch(start, 64)[0]), device))))    # (64, 16, 3, 3)
-        # Noise on the latent makes neighbouring codes mean similar things; Stage C will not hit them exactly.
-        noisy = add_noise(stored, torch.randn_like(stored), torch.rand(64, device=device) * 0.3)
-        out = head(noisy.flatten(2).transpose(1, 2))                                                 # (64, 9, 140)
-        there, names, where, on = objects != nothing, out[..., :nothing + 1], out[..., nothing + 1:nothing + 4], out[..., nothing + 4:]
-        place_error = (where - places)[there].abs().mean()
-        loss = F.cross_entropy(names.flatten(0, 1), objects.flatten(), importance) + 4 * place_error \
-            + 0.3 * F.cross_entropy(on.flatten(0, 1), colours.repeat_interleave(9))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(encoder.parameters(), args.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if log is not None and ((step + 1) % args.log_every == 0 or step + 1 == args.encoder_warmup):
-            log.write(step + 1, loss=loss.item(), objects_right=(names.argmax(-1) == objects)[there].float().mean().item(),
-                      place_error=place_error.item(), colour_right=(on.argmax(-1) == colours[:, None]).float().mean().item())
-        if processes.any(stop.received):
-            raise Mistake(f"stopped in step {step + 1} of --encoder-warmup, before there was anything to save: start again")
-    if processes.many:
-        for tensor in (*encoder.parameters(), *encoder.buffers()):
-            torch.distributed.broadcast(tensor.data, 0)
 
 
 # ----- looking at a run -------------------------------------------------------------------------------
@@ -544,7 +480,7 @@ def main(args):
 
     # --- models ------------------------------------------------------------------------------------
     places = find_places(args)
-    decoder, encoder, new = build(args, places)
+    decoder, encoder = build(args, places)
     kind, small = type(encoder), isinstance(encoder, TinyImageEncoder)
     set_defaults(args, small, device)
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "workers", "device", "push_to_hub")}
@@ -612,8 +548,6 @@ def main(args):
     mean_contrast = mean_contrast_weight(pictures, plan, encode_vqgan, args)
     if args.cache and args.freeze_encoder:
         encoder.to("cpu")                                                                # no longer needed on the device
-    if new and args.encoder_warmup and resumed is None:
-        warm_up(encoder, args, processes, stop)
 
     # --- optimizer, averages, and where the run stands -----------------------------------------------
     if args.fsdp and processes.many:
@@ -683,8 +617,6 @@ def main(args):
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="Stage B", disable=not first)
     smooth = None
     if start == 0:
-        if new and args.encoder_warmup and resumed is None:
-            save(0)                          # minutes of work
         look(0)                              # the untouched model: proof that validation and sampling are set up rightly
     for step in bar:
         for group in optimizer.param_groups:
