@@ -130,7 +130,7 @@ class Wuerstchen:
              parts: tuple[str, ...] | None = None, offline: bool = False, revision: str | None = None,
              low_memory: bool | None = None, offload: bool = False, compile: bool = False,
              lora: dict[str | Path, float] | None = None, **files) -> "Wuerstchen":
-        """weights: "tiny", which ships with the code; "v1", "v2", "v2-base", "v2-aesthetic", fetched if need be; or a folder in any
+        """weights: "tiny" or "tiny-v1", which ship with the code; "v1", "v2", "v2-base", "v2-aesthetic", fetched if need be; or a folder in any
         of diffusers' layouts, or of the original .pt files (see hub.find_parts).
 
         device: default cuda where there is one, else cpu. dtype of the networks: default float32 on a CPU, bfloat16 on
@@ -192,7 +192,7 @@ class Wuerstchen:
                    source("prior_text_encoder", text_c), source("text_encoder", text_c if shared else text_b),
                    image_encoder if places["image_encoder"] or weights in hub.NAMES else None,
                    **own, v1_c=v1_c, v1_b=v1_b, device=device, dtype=dtype, offload=offload, compiled=compile,
-                   preview_file=(hub.own_cache() if weights in hub.NAMES else places["vqgan"].parent) / f"preview{'_v1' * v1_b}.json")
+                   preview_file=(hub.own_cache() if weights in hub.NAMES else places["vqgan"].parent) / f"preview{'_v1' * v1_c}.json")
         if files.get("vqgan") or files.get("image_encoder"):
             self.preview_file = None                                     # what is there was fitted to others
         self.places, self.loras, self.configs = places, loras, {
