@@ -157,6 +157,9 @@ class Wuerstchen:
         for part, key, encoder, name in (("prior", "c_cond", "prior_text_encoder", "Stage C"), ("decoder", "c_text", "text_encoder", "Stage B")):
             if part in plans and places[encoder]:
                 w.check_widths(plans[part].config[key], places[encoder], name)
+        if stage_b is w.StageBV1 and places["vqgan"] and plans["decoder"].codebook_size != plans["vqgan"].config["codebook_size"]:
+            raise w.WeightsError(f"Stage B of v1 makes {plans['decoder'].codebook_size} tokens, the VQGAN {places['vqgan']} has "
+                                 f"{plans['vqgan'].config['codebook_size']}: they belong to different weights")
 
         def text_c():
             return TextEncoder(*w.load_text_encoder(places["prior_text_encoder"], places["prior_tokenizer"], dtype))
