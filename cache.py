@@ -31,13 +31,14 @@ class Cache:
     """Arrays by key, for one encoder and one set of settings.
 
     settings   whatever else the arrays depend on, as JSON can hold it. "kind" names the folder ("latents", "text"), "dtype"
-               is "float16", half the size, or "float32"; these are the defaults: kind "entries", dtype "float16".
+               is "float16", half the size, or "float32", or of whole numbers "int16" or "int32", which are kept exactly; these
+               are the defaults: kind "entries", dtype "float16".
     Raises ValueError for another dtype, TypeError for settings that JSON cannot hold.
     """
     def __init__(self, folder: str | Path, encoder_hash: str, settings: dict):
         settings = {"kind": "entries", "dtype": "float16", **settings}
-        if settings["dtype"] not in ("float16", "float32"):
-            raise ValueError(f"a cache of {settings['dtype']}, expected float16 or float32")
+        if settings["dtype"] not in ("float16", "float32", "int16", "int32"):
+            raise ValueError(f"a cache of {settings['dtype']}, expected float16, float32, int16 or int32")
         self.dtype = np.dtype(settings["dtype"])
         self._identity = json.dumps([encoder_hash, settings], sort_keys=True)
         self.folder = Path(folder) / f"{settings['kind']}-{_sha256(self._identity)[:16]}"
@@ -72,10 +73,13 @@ class Cache:
         return None
 
     def put(self, key: str, array: np.ndarray) -> None:
-        """Keeps an array.  Raises ValueError if it holds NaN or infinity, also if only after rounding to float16."""
+        """Keeps an array.  Raises ValueError if it holds NaN or infinity, also if only after rounding to float16, and for whole
+        numbers that do not fit."""
         with np.errstate(over="ignore"):
             stored = np.asarray(array, self.dtype, order="C")
         problem = self._problem(stored, None)
+        if self.dtype.kind == "i" and not np.array_equal(stored, array):
+            problem = f"it holds numbers that do not fit {self.dtype}"           # they would come back as others
         if problem:
             raise ValueError(f"cannot keep {key[:80]!r}: {problem}; its largest number is {np.abs(array).max():g}")
         buffer = io.BytesIO()

@@ -101,6 +101,7 @@ LAYOUTS = {
         decoder="model_stage_b.pt", text_encoder="text_encoder", tokenizer="tokenizer", scheduler="scheduler",
         vqgan="vqgan_f4_v1_500k.pt", image_encoder="model_stage_b.pt"),
 }
+SHIPPED = {name: Path(__file__).parent / "models" / name for name in ("tiny", "tiny-v1")}       # what comes with the code
 OPTIONAL = ("image_encoder", "scheduler", "prior_scheduler")
 TEXT = ("prior_text_encoder", "prior_tokenizer", "text_encoder", "tokenizer")
 
@@ -158,10 +159,11 @@ def locate(weights: str | Path, files: dict[str, str | Path] | None = None, part
            half: bool = False, offline: bool = False, revision: str | None = None) -> dict[str, Path | None]:
     """Where the parts of a pipeline are -> part: folder or file, under the names used in LAYOUTS; None if absent.
 
-    weights: "tiny", a name in NAMES, or a folder. parts: what is wanted; only that is fetched, and missed where a folder
+    weights: a name in SHIPPED or NAMES, or a folder. parts: what is wanted; only that is fetched, and missed where a folder
     lacks it. files: single parts from elsewhere, which are then not looked for.
     A text encoder's tokenizer stands in the same folder, or beside it in one called tokenizer. Raises WeightsError.
     """
+    name, weights = weights, SHIPPED.get(weights, weights)
     if weights not in NAMES and (base := Path(weights) / "base.json").is_file():         # what a training wrote: some parts, and where the rest is
         try:
             base = json.loads(base.read_text(encoding="utf-8"))
@@ -182,10 +184,9 @@ def locate(weights: str | Path, files: dict[str, str | Path] | None = None, part
     if weights in NAMES:
         found = fetch(weights, tuple(part for part in parts if part not in own), half, offline, revision)
     else:
-        if weights != "tiny" and not Path(weights).is_dir():
-            raise WeightsError(f"there are no weights called {str(weights)!r}, and there is no such folder: expected tiny, {', '.join(NAMES)}, or a folder")
-        found = find_parts(Path(__file__).parent / "models" / "tiny" if weights == "tiny" else weights,
-                           given=own.keys() | set(TEXT_TO_IMAGE) - set(parts))
+        if not Path(weights).is_dir():
+            raise WeightsError(f"there are no weights called {str(name)!r}, and there is no such folder: expected {', '.join((*SHIPPED, *NAMES))}, or a folder")
+        found = find_parts(weights, given=own.keys() | set(TEXT_TO_IMAGE) - set(parts))
         # The authors published their .pt files without the text encoders, which are CLIP's own.
         absent = tuple(part for part in TEXT_TO_IMAGE if part in parts and found[part] is None and part not in own)
         v1 = found["decoder"] is not None and found["decoder"].name == V1["decoder"][1]

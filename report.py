@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data import sample_rng
 from files import WeightsError, write_atomically
-from hub import NAMES
+from hub import NAMES, SHIPPED
 
 FILES = ("prior", "prior_text_encoder", "image_encoder", "decoder", "vqgan", "text_encoder")     # parts that may come from elsewhere
 
@@ -92,7 +92,7 @@ def write_result(args, prior, learned: dict, tokenizer, text_model, pictures: in
     from weights import config_to_diffusers, save_scheduler, save_text_encoder, to_diffusers, write_files, STEM
 
     def place(path: str) -> str:
-        return path if path == "tiny" or path in NAMES else str(Path(path).resolve())    # a name stays a name
+        return path if path in (*SHIPPED, *NAMES) else str(Path(path).resolve())    # a name stays a name
     out = Path(args.out)
     base = dict(weights=place(args.weights), files={part: place(getattr(args, part)) for part in FILES if getattr(args, part)})
     if args.lora:

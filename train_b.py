@@ -2,9 +2,12 @@
 
   python train_b.py --weights tiny --freeze-encoder --out runs/smoke --steps 20 --batch 4 --data scenes:all:64      # CPU smoke run
   python train_b.py --freeze-encoder --data FOLDER --cache CACHE --out runs/domain                         # official decoder, your pictures
-  python train_b.py --init random --config models/tiny --vqgan runs/a/vqgan --text-encoder none --loss head --cache CACHE --out runs/b
+  python train_b.py --init random --config models/tiny --vqgan runs/a/vqgan --image-encoder runs/encoder/image_encoder --text-encoder none \\
+      --loss head --cache CACHE --out runs/b
   torchrun --nproc-per-node 8 train_b.py --init random --backbone IMAGENET.pth --data 'shards/{000..511}.tar' --resolution 512 768 1024 \\
       --batch 16 --fsdp --out runs/b                                                                       # the official size, from nothing
+  python train_b.py --v1 --weights tiny --init random --config models/tiny-v1 --image-encoder models/tiny/image_encoder --freeze-encoder \\
+      --cache CACHE --out runs/b_v1                                                                        # v1's Stage B, which makes tokens
 
   picture -[image encoder]-> semantic (B,16,h',w') -noise, dropout-> [B] -> a, b;  eps_hat = (x_t - a) / b
   picture -VQGAN, frozen-> x_0 (B,4,h,w) -noise-> x_t                -> [B]
@@ -15,6 +18,7 @@ bottom is one optimizer step. All that is random is a function of (seed, positio
 number of processes sees the same work, and a resumed run equals an unbroken one. Surprise: with --grad-accum that is
 exact only with --freeze-encoder, as the encoder's BatchNorm sees one forward pass (of all processes) at a time.
 Stage C knows only the encoder it was trained on: where that goes on learning, Stage C must be trained anew.
+With --v1 all is the same but what Stage B does: see `if args.v1` in the loop, stage_b_v1.py and tokens.py.
 Paper: arXiv:2306.00637 (Stage B).  Needs: torch, torchvision, numpy, pillow, tqdm; transformers for text; our other files.
 """
 import argparse
@@ -23,7 +27,8 @@ import argparse
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("model")
-    g.add_argument("--weights", default="v2", help="what to start from, and where the other parts come from: a name or folder as for sample.py (default: v2)")
+    g.add_argument("--v1", action="store_true", help="train the Stage B of Würstchen v1, by cross-entropy over the VQGAN's tokens")
+    g.add_argument("--weights", help="what to start from, and where the other parts come from: a name or folder as for sample.py (default: v2, with --v1 v1)")
     for part, what in (("decoder", "Stage B"), ("image-encoder", "the image encoder, also with --init random"), ("vqgan", "Stage A"),
                        ("text-encoder", "Stage B's text encoder; none: one zero token in place of text, where there is no text encoder yet,")):
         g.add_argument(f"--{part}", help=f"{what} from this folder instead")
@@ -36,7 +41,7 @@ def parse_args(argv=None):
     g.add_argument("--data", default="scenes:all:32000:1", help="a folder of pictures, with captions or without; tar shards, 'a/{000..031}.tar'; hub:NAME; see data.py "
                                                                  "(default: emoji scenes, scenes:all:NUMBER:SEED)")
     g.add_argument("--resolution", type=int, nargs="+", help="px: the side of a square picture, or of one with the same area; of several, each step draws one "
-                                                             "(default: 128 for the tiny encoder, 1024 for others)")
+                                                             "(default: 128 for the tiny encoder, 1024 for others, with --v1 512)")
     g.add_argument("--max-ratio", type=float, default=2.0, help="widest shape of the buckets that pictures are sorted into; 1: all are cropped to squares")
     g.add_argument("--crop", choices=["center", "random"], default="center", help="what of a picture is kept where its shape is not its bucket's")
     g.add_argument("--random-flip", action="store_true", help="mirror half of the pictures; not where left and right matter")
@@ -57,12 +62,10 @@ def parse_args(argv=None):
     g.add_argument("--weight-decay", type=float, default=1e-3, help="not for norms and biases")
     g.add_argument("--clip", type=float, default=1.0, help="gradient norm, over all processes, above which gradients are scaled down")
     g.add_argument("--ema", type=float, help="decay of the averaged weights, which are the ones kept; 0: no averaging (default: 0.999; small 0.998)")
-    g.add_argument("--encoder-warmup", type=int, help="steps in which a new tiny encoder first learns to name the objects of emoji scenes, as EfficientNet has learned "
-                                                      "on ImageNet (default: 1200 there, else none)")
     g.add_argument("--blind", type=int, help="first steps in which x_t is empty, so that Stage B must paint the picture from the semantic latent alone: the fastest "
-                                             "way to learn that (default: 0; small, from nothing 2000)")
-    g.add_argument("--high-noise", type=float, help="exponent that draws noise levels towards 1, where Stage B must rely on the semantic latent; 1 draws them evenly (default: 1; small 1.5)")
-    g.add_argument("--loss", choices=["eps", "head"], default="eps", help="eps: error of the predicted noise, as the released models were trained; head: signal and noise "
+                                             "way to learn that (default: 0; small, from nothing 2000; with --v1, where all tokens are then random, 0)")
+    g.add_argument("--high-noise", type=float, help="exponent that draws noise levels towards 1, where Stage B must rely on the semantic latent; 1 draws them evenly (default: 1; small 1.5, with --v1 1)")
+    g.add_argument("--loss", choices=["eps", "head"], help="eps, the default: error of the predicted noise, as the released models were trained; head: signal and noise "
                                                                           "scale, the two outputs it is made of, each by itself, which learns faster from random weights")
     g.add_argument("--loss-weight", choices=["v", "p2", "none"], help="what errors count by noise level, see diffusion.py (default: p2, the original's; small v)")
     g.add_argument("--even-contrast", action="store_true", help="let pictures of little contrast (a fish on its own colour, a snowflake's lines) count more: the squared error alone hardly sees them")
@@ -86,7 +89,9 @@ def parse_args(argv=None):
     g.add_argument("--report-to", choices=["tensorboard", "wandb"], help="log there, too, if it is installed")
     g.add_argument("--dry-run", action="store_true", help="say what would be trained on what, with memory and first captions, and stop")
     g.add_argument("--push-to-hub", metavar="REPO", help="upload the result to this repository of the Hugging Face hub")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    args.weights = args.weights or ("v1" if args.v1 else "v2")
+    return args
 
 
 if __name__ == "__main__":
@@ -100,7 +105,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
@@ -108,6 +112,7 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
 from tqdm import tqdm
 
 import hub
+import tokens
 from cache import Cache, hash_of
 from data import Plan, batches, bucket_sizes, fill_cache, fit, latent_key, nearest_bucket, open_pictures, read_filters, sample_rng
 from diffusion import Guidance, Noise, add_noise, alphas_cumprod, denoise, linear_timesteps, p2_weight, per_row, v_weight
@@ -115,20 +120,21 @@ from files import read_config, to_half, write_atomically, write_files, STEM
 from images import grid, psnr, to_pil
 from report import draw_curves, dry_run, push
 from stage_b import EfficientNetEncoder, StageB, TinyImageEncoder, preprocess
+from stage_b_v1 import StageBV1, add_noise as replace_tokens, training_errors
 from text import CachedTexts, TextEncoder
 from training import (Averaged, Checkpoints, Log, Mistake, Processes, StopSignal, SynchronisedBatchNorm, mistakes_in_one_line, rate, user_mistakes)
-from weights import (check_widths, config_to_diffusers, config_to_ours, load_image_encoder, load_stage_a, load_stage_b,
-                     load_text_encoder, save_stage_b, to_diffusers)
+from weights import (check_widths, config_to_diffusers, config_to_ours, load_image_encoder, load_stage_a, load_stage_b, load_stage_b_v1,
+                     load_text_encoder, save_stage_b, save_stage_b_v1, stage_b_of, to_diffusers)
 from wuerstchen import to_raw, to_stored
 
 T_GRID = [0.05 + 0.1 * i for i in range(10)]         # noise levels of the validation
-STEPS = (4, 12)                                      # of the sampler, in the grids
+STEPS, STEPS_V1 = (4, 12), (4, 8)                    # of the sampler, in the grids
 PARTS = ("decoder", "image_encoder", "vqgan", "text_encoder")
 
 
 def check(args) -> None:
     """Ends the program for arguments that make no sense, before anything is loaded."""
-    for name, low in (("steps", 1), ("batch", 1), ("grad_accum", 1), ("save_every", 1), ("keep", 1), ("log_every", 1), ("val_count", 1), ("encoder_warmup", 0), ("blind", 0)):
+    for name, low in (("steps", 1), ("batch", 1), ("grad_accum", 1), ("save_every", 1), ("keep", 1), ("log_every", 1), ("val_count", 1), ("blind", 0)):
         if getattr(args, name) is not None and getattr(args, name) < low:
             raise Mistake(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {low}")
     for name in ("caption_dropout", "semantic_dropout", "ema"):
@@ -138,6 +144,9 @@ def check(args) -> None:
         raise Mistake(f"--semantic-noise is {args.semantic_noise}, expected a share from 0 to 1")
     if args.high_noise is not None and args.high_noise <= 0:
         raise Mistake(f"--high-noise is {args.high_noise}, expected an exponent above 0: 1 draws noise levels evenly, 1.5 more of the high ones")
+    for name in ("loss", "loss_weight", "even_contrast"):
+        if args.v1 and getattr(args, name):
+            raise Mistake(f"--{name.replace('_', '-')} is for v2, whose Stage B makes latents; --v1 has a loss of its own, cross-entropy over tokens: leave one of them away")
     if args.config and args.init != "random":
         raise Mistake("--config gives the sizes of a new Stage B: add --init random")
     if args.backbone and (args.init != "random" or args.image_encoder):
@@ -153,16 +162,12 @@ def check(args) -> None:
 def set_defaults(args, small: bool, device) -> None:
     """What suits an emoji model of a few million weights on a CPU, or a released one, see models/tiny/README.md."""
     new = args.init == "random"
-    scenes = args.data.split(":")[0] == "scenes"
-    for name, value in dict(resolution=[128] if small else [1024], batch=32 if small else 4, lr=1.5e-3 if small else 1e-4 if new else 1e-5,
-                            ema=0.998 if small else 0.999, blind=2000 if small and new else 0, high_noise=1.5 if small else 1.0,
-                            loss_weight="v" if small else "p2", dtype="fp32" if device.type == "cpu" else "bf16",
-                            encoder_warmup=1200 if small and new and scenes and not args.image_encoder else 0).items():
+    for name, value in dict(resolution=[128 if small else 512 if args.v1 else 1024], batch=32 if small else 4, lr=1.5e-3 if small else 1e-4 if new else 1e-5,
+                            ema=0.998 if small else 0.999, blind=2000 if small and new and not args.v1 else 0,
+                            high_noise=1.5 if small and not args.v1 else 1.0, loss="ce" if args.v1 else "eps",
+                            loss_weight="none" if args.v1 else "v" if small else "p2", dtype="fp32" if device.type == "cpu" else "bf16").items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.encoder_warmup and not (small and new and scenes):
-        raise Mistake("--encoder-warmup needs a new tiny encoder and emoji scenes, of which it is known what is in them: "
-                      "--init random --config models/tiny --data scenes:all")
 
 
 # ----- one sample -------------------------------------------------------------------------------------
@@ -172,6 +177,7 @@ class Samples(torch.utils.data.Dataset):
 
     position: place in the endless stream of samples; index: which picture that is; size: number of the picture's size.
     pixels (h,w,3) uint8; with a cache x_0 (4,h/4,w/4), and with a frozen encoder also stored (16,h',w') in place of pixels.
+    c_latent: channels of x_0; with --v1, where x_0 is tokens (h/4,w/4), the number of codes.
     """
     def __init__(self, pictures, sizes, groups: int, args, c_latent: int, caches: dict | None = None, replaced: dict[int, int] | None = None):
         self.pictures, self.sizes, self.args, self.c_latent, self.caches, self.replaced = pictures, sizes, args, c_latent, caches or {}, replaced or {}
@@ -192,7 +198,7 @@ class Samples(torch.utils.data.Dataset):
             latent = cache.get(latent_key(self.pictures, index, (h, w), flip))
             if latent is None:
                 raise Mistake(f"an entry of --cache {args.cache} was damaged while it was in use, and removed: start again with --resume auto")
-            item[name] = torch.from_numpy(latent).float()
+            item[name] = torch.from_numpy(latent).long() if latent.dtype.kind == "i" else torch.from_numpy(latent).float()
         caption = ""
         if args.text_encoder != "none":
             captions = self.pictures.captions(index)
@@ -202,9 +208,12 @@ class Samples(torch.utils.data.Dataset):
         spoil = rng("semantic")
         noisy, dropped, level = spoil.random() < args.semantic_noise, spoil.random() < args.semantic_dropout, spoil.random() * 0.5
         eps_semantic = spoil.standard_normal((16, h * 3 // 128, w * 3 // 128), dtype=np.float32)
-        eps = rng("noise").standard_normal((self.c_latent, h // 4, w // 4), dtype=np.float32)
-        return item | dict(caption=caption, chance=np.float32(rng("timestep").random()), eps=torch.from_numpy(eps), position=position,
-                           t_semantic=np.float32(level if noisy else 0), eps_semantic=torch.from_numpy(eps_semantic), dropped=bool(dropped))
+        if args.v1:
+            noise = tokens.draw(rng("noise"), self.c_latent, h // 4, w // 4)
+        else:
+            noise = dict(eps=torch.from_numpy(rng("noise").standard_normal((self.c_latent, h // 4, w // 4), dtype=np.float32)))
+        return item | noise | dict(caption=caption, chance=np.float32(rng("timestep").random()), position=position,
+                                   t_semantic=np.float32(level if noisy else 0), eps_semantic=torch.from_numpy(eps_semantic), dropped=bool(dropped))
 
 
 class SizedPlan(Plan):
@@ -244,6 +253,8 @@ def to_encoder(images):
 
 def noise_levels(chance, step: int, args):
     """chance (B,) in [0, 1) -> noise levels t (B,). A little past 1, clamped: 7 % train at t = 1, where sampling starts."""
+    if step < args.blind and args.v1:        # all tokens are random
+        return torch.ones_like(chance)
     if step < args.blind:                    # middling ones, at which the head's `a` is x_0 at a size that is easy to learn
         return 0.4 + 0.5 * chance
     t = ((1 - chance) * 1.08 + 0.001).clamp(0.001, 1)
@@ -294,11 +305,16 @@ def find_places(args) -> dict:
     return places
 
 
-def new_encoder(kind: type = EfficientNetEncoder, backbone: str | None = None, **config):
+def in_units(decoder) -> bool:
+    """Are semantic latents (raw + 1) / 42 for Stage C? In v1, which has CLIP-H's texts of width 1024, they are raw: see Wuerstchen.load."""
+    return not (isinstance(decoder, StageBV1) and decoder.config["c_text"] == 1024)
+
+
+def new_encoder(kind: type = EfficientNetEncoder, backbone: str | None = None, units: bool = True, **config):
     encoder = kind(**config)
-    # Fixed, so that (raw + 1) / 42, which Stage C is given, has mean 0 and variance 1: what diffusion is made for.
-    torch.nn.init.constant_(encoder.norm.weight, 42)
-    torch.nn.init.constant_(encoder.norm.bias, -1)
+    # Fixed, so that what Stage C is given, (raw + 1) / 42 or raw, has mean 0 and variance 1: what diffusion is made for.
+    torch.nn.init.constant_(encoder.norm.weight, 42 if units else 1)
+    torch.nn.init.constant_(encoder.norm.bias, -1 if units else 0)
     if backbone:
         if kind is not EfficientNetEncoder:
             raise Mistake(f"--backbone is for EfficientNetV2-S, --config asks for a {kind.__name__}")
@@ -311,24 +327,28 @@ def new_encoder(kind: type = EfficientNetEncoder, backbone: str | None = None, *
 
 
 def build(args, places) -> tuple:
-    """Stage B and the image encoder, in float32, since the steps of an optimizer are too small for less; and whether the encoder is new."""
+    """Stage B and the image encoder, in float32, since the steps of an optimizer are too small for less."""
+    stage = StageBV1 if args.v1 else StageB
     if args.init == "weights":
-        return load_stage_b(places["decoder"]), load_image_encoder(places["image_encoder"]), False
+        if stage_b_of(places["decoder"]) is not stage:
+            raise Mistake(f"{places['decoder']} is a Stage B of {'v2, --v1 trains that of v1: leave it away' if args.v1 else 'v1: add --v1'}, or --init random for a new one")
+        return (load_stage_b_v1 if args.v1 else load_stage_b)(places["decoder"]), load_image_encoder(places["image_encoder"])
     decoder, kind, sizes = {}, EfficientNetEncoder, {}
     try:
         if args.config not in (None, "official"):
             folder = Path(args.config)
-            decoder = config_to_ours(read_config(folder / "decoder") if folder.is_dir() else json.loads(folder.read_text()), StageB)
-            if folder.is_dir() and (folder / "image_encoder").is_dir():
-                config = read_config(folder / "image_encoder")
+            decoder = config_to_ours(read_config(folder / "decoder") if folder.is_dir() else json.loads(folder.read_text()), stage)
+            place = hub.locate(folder, parts=("image_encoder",))["image_encoder"] if folder.is_dir() else None
+            if place is not None:
+                config = read_config(place)
                 kind = TinyImageEncoder if config.get("_class_name") == "TinyImageEncoder" else EfficientNetEncoder
                 sizes = config_to_ours(config, kind)
-        decoder = StageB(**decoder)
+        decoder = stage(**decoder)
     except (ValueError, TypeError, RuntimeError) as error:
         raise Mistake(f"--config {args.config} cannot be used: {error}") from error
     if args.image_encoder:
-        return decoder, load_image_encoder(places["image_encoder"]), False
-    return decoder, new_encoder(kind, args.backbone, **sizes), True
+        return decoder, load_image_encoder(places["image_encoder"])
+    return decoder, new_encoder(kind, args.backbone, in_units(decoder), **sizes)
 
 
 class Learner(torch.nn.Module):
@@ -339,7 +359,7 @@ class Learner(torch.nn.Module):
 
     def forward(self, source, x_t=None, t=None, text=None, t_semantic=None, eps_semantic=None, dropped=None):
         """source: pictures (B,3,H,W) for the encoder, or raw semantic latents (B,16,h',w'); x_t (B,4,h,w), t (B,), text (B,N,D)
-        -> a, b, 2 x (B,4,h,w); without x_t the raw semantic latents.
+        -> a, b, 2 x (B,4,h,w), or of tokens x_t (B,h,w) logits (B,K,h,w); without x_t the raw semantic latents.
 
         t_semantic (B,): level of the noise eps_semantic (B,16,h',w') on them, 0 for none; dropped (B,): which are zeroed.
         """
@@ -347,9 +367,14 @@ class Learner(torch.nn.Module):
         if x_t is None:
             return semantic
         if t_semantic is not None:
-            noised = to_raw(add_noise(to_stored(semantic), eps_semantic, t_semantic))
+            if in_units(self.decoder):       # noise is of variance 1, as the latents are in Stage C's eyes
+                noised = to_raw(add_noise(to_stored(semantic), eps_semantic, t_semantic))
+            else:
+                noised = add_noise(semantic, eps_semantic, t_semantic)
             semantic = torch.where(per_row(t_semantic > 0, semantic), noised, semantic)
             semantic = semantic.masked_fill(per_row(dropped, semantic), 0.0)
+        if isinstance(self.decoder, StageBV1):
+            return self.decoder(x_t, t, semantic, text)                                  # (B, K, h, w)
         return self.decoder.signal_and_scale(x_t, t, semantic, text)                     # 2 x (B, 4, h, w)
 
 
@@ -365,63 +390,6 @@ def build_optimizer(model, args):
             groups.setdefault((p.ndim >= 2, "semantic_" in name.split("decoder.")[-1] and name.startswith("decoder.")), []).append(p)
     return torch.optim.AdamW([dict(params=params, weight_decay=args.weight_decay * matrix, share=1 / 8 if mapper else 1.0)
                               for (matrix, mapper), params in groups.items()], lr=args.lr, betas=(0.9, 0.99), fused=True)
-
-
-def warm_up(encoder, args, processes, stop) -> None:
-    """Teaches a new image encoder what is where in emoji scenes, before Stage B: the place of EfficientNet's ImageNet weights.
-
-    A throw-away head, the same for each of the 3 x 3 positions of the semantic latent, must tell from
-    its 16 numbers which object has its center in that cell, where exactly, how large, and on which
-    colour (the idea of arXiv:1506.02640). Without this the encoder would learn from Stage B's loss
-    alone, which at nearly all noise levels can see the objects in x_t itself.
-    Every process does all of it, the same; afterwards rank 0's weights count.
-    """
-    from scenes import COLOURS, OBJECTS, EmojiScenes
-    scenes, nothing, cell = EmojiScenes("all", seed=args.seed + 1), len(OBJECTS), 128 / 3        # nothing: a class of its own; cell: px
-    number, device = {name: i for i, name in enumerate(OBJECTS)}, processes.device
-
-    def facts(batch: list) -> tuple:
-        """-> object in each cell (B,9), its place in the cell and its size, all about 0..1 (B,9,3), colour (B,)."""
-        objects, places = np.full((len(batch), 9), nothing), np.zeros((len(batch), 9, 3), np.float32)
-        for i, scene in enumerate(batch):
-            for name, size, (x, y) in zip(scene.objects, scene.sizes, scene.centers):
-                k = int(y // cell) * 3 + int(x // cell)
-                objects[i, k], places[i, k] = number[name], (x / cell % 1, y / cell % 1, size / 64)
-        colours = np.array([list(COLOURS).index(scene.colour) for scene in batch])
-        return tuple(torch.from_numpy(a).to(device) for a in (objects, places, colours))
-
-    head = torch.nn.Sequential(torch.nn.Linear(16, 256), torch.nn.GELU(), torch.nn.Linear(256, nothing + 1 + 3 + len(COLOURS))).to(device)
-    importance = torch.ones(nothing + 1, device=device)
-    importance[nothing] = 0.2                                            # most cells hold nothing
-    optimizer = torch.optim.AdamW([p for p in [*encoder.parameters(), *head.parameters()] if p.requires_grad],
-                                  lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-3)
-    log = Log(f"{args.out}/encoder_warmup", -1) if processes.rank == 0 else None
-    schedule = argparse.Namespace(lr=args.lr, steps=args.encoder_warmup, warmup=args.warmup, schedule="trapezoid")
-    encoder.train()
-    for step in tqdm(range(args.encoder_warmup), desc="Image encoder", disable=processes.rank > 0):
-        optimizer.param_groups[0]["lr"] = rate(step, schedule)
-        start = 5 * 10 ** 8 + step * 64                                  # not the scenes Stage B sees
-        objects, places, colours = facts(scenes.scenes(start, 64))
-        stored = to_stored(encoder(to_encoder(to_images(torch.from_numpy(scenes.batch(start, 64)[0]), device))))    # (64, 16, 3, 3)
-        # Noise on the latent makes neighbouring codes mean similar things; Stage C will not hit them exactly.
-        noisy = add_noise(stored, torch.randn_like(stored), torch.rand(64, device=device) * 0.3)
-        out = head(noisy.flatten(2).transpose(1, 2))                                                 # (64, 9, 140)
-        there, names, where, on = objects != nothing, out[..., :nothing + 1], out[..., nothing + 1:nothing + 4], out[..., nothing + 4:]
-        place_error = (where - places)[there].abs().mean()
-        loss = F.cross_entropy(names.flatten(0, 1), objects.flatten(), importance) + 4 * place_error \
-            + 0.3 * F.cross_entropy(on.flatten(0, 1), colours.repeat_interleave(9))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(encoder.parameters(), args.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if log is not None and ((step + 1) % args.log_every == 0 or step + 1 == args.encoder_warmup):
-            log.write(step + 1, loss=loss.item(), objects_right=(names.argmax(-1) == objects)[there].float().mean().item(),
-                      place_error=place_error.item(), colour_right=(on.argmax(-1) == colours[:, None]).float().mean().item())
-        if processes.any(stop.received):
-            raise Mistake(f"stopped in step {step + 1} of --encoder-warmup, before there was anything to save: start again")
-    if processes.many:
-        for tensor in (*encoder.parameters(), *encoder.buffers()):
-            torch.distributed.broadcast(tensor.data, 0)
 
 
 # ----- looking at a run -------------------------------------------------------------------------------
@@ -498,18 +466,27 @@ def look_at(model, vqgan, fixed, embed, own_guidance: float, autocast, args) -> 
     """-> PSNR of each way through the chain, and a grid of up to 8 pictures: how guidance and steps change them."""
     real = to_images(fixed.pixels, fixed.x_0.device)
     columns, values = {"picture": real}, {}
+    decode, paint, steps_tried = (vqgan.decode_indices, tokens.reconstruct, STEPS_V1) if args.v1 else (vqgan.decode, reconstruct, STEPS)
     with torch.no_grad():
-        columns["A alone"] = torch.cat([vqgan.decode(row).clamp(0, 1) for row in fixed.x_0.split(args.batch)])
+        columns["A alone"] = torch.cat([decode(row).clamp(0, 1) for row in fixed.x_0.split(args.batch)])
     values["psnr_a"] = psnr(columns["A alone"], real)
     for scale in dict.fromkeys((1.0, own_guidance)):
-        for steps in STEPS:
-            images = columns[f"guidance {scale:g}, {steps} steps"] = reconstruct(model, vqgan, fixed, embed, scale, steps, autocast, args)
+        for steps in steps_tried:
+            images = columns[f"guidance {scale:g}, {steps} steps"] = paint(model, vqgan, fixed, embed, scale, steps, autocast, args)
             values[f"psnr_guidance_{scale:g}_steps_{steps}"] = psnr(images, real)
     shown = [to_pil(images[:8]) for images in columns.values()]
     return values, grid([image for row in zip(*shown) for image in row], len(columns), [*columns])
 
 
 # ----- the run ----------------------------------------------------------------------------------------
+
+def stage_c_fits(args) -> bool:
+    """Has the frozen image encoder a Stage C, in --weights? It is from there, or --image-encoder names that one."""
+    if not args.freeze_encoder or args.init == "weights" or args.weights in hub.NAMES:
+        return args.freeze_encoder and args.init == "weights"
+    own = hub.locate(args.weights, parts=("image_encoder",))["image_encoder"]
+    return own is not None and own.resolve() == Path(args.image_encoder).resolve()
+
 
 def write_result(args, decoder, encoder, weights: dict) -> None:
     """decoder/ and image_encoder/; and where Stage C still fits, base.json, which tells sample.py --weights where the rest is.
@@ -520,21 +497,20 @@ def write_result(args, decoder, encoder, weights: dict) -> None:
         model.load_state_dict({key.removeprefix(name): tensor for key, tensor in weights.items() if key.startswith(name)}, assign=True)
         return model
     out = Path(args.out)
-    save_stage_b(filled(decoder, "decoder."), out / "decoder")
+    (save_stage_b_v1 if args.v1 else save_stage_b)(filled(decoder, "decoder."), out / "decoder")
     encoder = encoder if args.freeze_encoder else filled(encoder, "encoder.")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in to_diffusers(encoder.state_dict(), encoder).items()}
     half = to_half(tensors)
     if args.freeze_encoder and any(not torch.equal(half[name].to(tensor.dtype), tensor) for name, tensor in tensors.items()):
         half = tensors                       # what is frozen does not change by rounding, either
     write_files(config_to_diffusers(encoder), half, out / "image_encoder", STEM)
-    if args.freeze_encoder and args.init == "weights":
+    if stage_c_fits(args):
         files = {part: str(Path(getattr(args, part)).resolve()) for part in PARTS if getattr(args, part) not in (None, "none")}
-        base = dict(weights=args.weights if args.weights in ("tiny", *hub.NAMES) else str(Path(args.weights).resolve()), files=files)
+        base = dict(weights=args.weights if args.weights in (*hub.SHIPPED, *hub.NAMES) else str(Path(args.weights).resolve()), files=files)
         write_atomically(out / "base.json", lambda path: path.write_text(json.dumps(base, indent=2) + "\n"))
 
 
 def main(args):
-
     check(args)
     checkpoints = Checkpoints(f"{args.out}/checkpoints", args.keep)
     resumed = checkpoints.find(args.resume)
@@ -544,13 +520,16 @@ def main(args):
 
     # --- models ------------------------------------------------------------------------------------
     places = find_places(args)
-    decoder, encoder, new = build(args, places)
+    decoder, encoder = build(args, places)
     kind, small = type(encoder), isinstance(encoder, TinyImageEncoder)
     set_defaults(args, small, device)
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "workers", "device", "push_to_hub")}
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     vqgan = load_stage_a(places["vqgan"]).to(device).requires_grad_(False)               # eval mode, float32: the targets are exact
+    codes = vqgan.config["codebook_size"]
+    if args.v1 and codes != decoder.codebook_size:
+        raise Mistake(f"the VQGAN has {codes} tokens, Stage B is for {decoder.codebook_size}: give it another --config, or another --vqgan")
     text_encoder = None
     if args.text_encoder != "none":
         check_widths(decoder.config["c_text"], places["text_encoder"], "Stage B")
@@ -574,7 +553,8 @@ def main(args):
     small_numbers = dict(dtype=dict(fp16="float16", fp32="float32")[args.cache_dtype])
     caches, text_cache = {}, None
     if args.cache:
-        caches["x_0"] = Cache(args.cache, hash_of(vqgan), dict(kind="vqgan", crop="center", **small_numbers))
+        kept = dict(kind="tokens", dtype=tokens.cache_dtype(codes)) if args.v1 else dict(kind="vqgan", **small_numbers)
+        caches["x_0"] = Cache(args.cache, hash_of(vqgan), dict(crop="center", **kept))
         if args.freeze_encoder:              # the same entries as train_c.py's
             caches["stored"] = Cache(args.cache, hash_of(encoder), dict(kind="latents", crop="center", **small_numbers))
         if text_encoder:
@@ -583,8 +563,8 @@ def main(args):
 
     @torch.no_grad()
     def encode_vqgan(pixels):
-        """(B,h,w,3) uint8 -> x_0 (B,4,h/4,w/4) float32, never quantised."""
-        return vqgan.encode(to_images(pixels, device))
+        """(B,h,w,3) uint8 -> x_0 (B,4,h/4,w/4) float32, never quantised; with --v1 its tokens (B,h/4,w/4) int64."""
+        return (vqgan.encode_indices if args.v1 else vqgan.encode)(to_images(pixels, device))
 
     @torch.no_grad()
     def encode_semantic(pixels):
@@ -601,8 +581,9 @@ def main(args):
         print(pictures.describe(), file=sys.stderr)
     if args.dry_run:
         h, w = plan.sizes[plan.step(0)[2]]
-        return dry_run(args, model, pictures, plan.sizes, plan, f"x_0 and eps ({plan.batch}, {decoder.config['c_in']}, {h // 4}, {w // 4}), semantic latents "
-                       f"({plan.batch}, 16, {h * 3 // 128}, {w * 3 // 128})") if first else None
+        x_0 = f"tokens ({plan.batch}, {h // 4}, {w // 4})" if args.v1 else f"x_0 and eps ({plan.batch}, {decoder.config['c_in']}, {h // 4}, {w // 4})"
+        return dry_run(args, model, pictures, plan.sizes, plan, f"{x_0}, semantic latents ({plan.batch}, 16, {h * 3 // 128}, {w * 3 // 128})") \
+            if first else None
     encoders = dict(x_0=encode_vqgan) | (dict(stored=encode_semantic) if args.freeze_encoder else {})
     replaced = {}
     if args.cache:
@@ -612,8 +593,6 @@ def main(args):
     mean_contrast = mean_contrast_weight(pictures, plan, encode_vqgan, args)
     if args.cache and args.freeze_encoder:
         encoder.to("cpu")                                                                # no longer needed on the device
-    if new and args.encoder_warmup and resumed is None:
-        warm_up(encoder, args, processes, stop)
 
     # --- optimizer, averages, and where the run stands -----------------------------------------------
     if args.fsdp and processes.many:
@@ -628,6 +607,8 @@ def main(args):
     start = bad = bad_in_all = 0
     if resumed is not None:
         state = checkpoints.load(resumed, "train_b.py", settings)
+        if state["settings"].get("v1", False) != args.v1:
+            raise Mistake(f"{resumed} is of {'v2: leave --v1 away' if args.v1 else 'v1: add --v1'}, or choose another --resume")
         start, bad, bad_in_all, averaged.updates = (state[name] for name in ("step", "bad", "bad_in_all", "updates"))
         set_optimizer_state_dict(model, optimizer, state["optimizer"], options=StateDictOptions(**whole))
         scaler.load_state_dict(state["scaler"])
@@ -635,7 +616,10 @@ def main(args):
         averaged.swap()
         set_model_state_dict(model, state["model"], options=StateDictOptions(**whole, strict=False))
     if args.compile:
-        decoder.signal_and_scale = torch.compile(decoder.signal_and_scale)               # fuses the small operations
+        if args.v1:
+            decoder.compile()                                                            # fuses the small operations
+        else:
+            decoder.signal_and_scale = torch.compile(decoder.signal_and_scale)
         if not args.freeze_encoder:
             encoder.compile()
     forward = model
@@ -658,18 +642,20 @@ def main(args):
         processes.wait()
 
     log = Log(args.out, start or -1, args.report_to, settings) if first else None
+    # A small Stage B hesitates between objects; guidance makes it follow the semantic latent more resolutely.
+    own_guidance = 2.0 if args.v1 else 4.0 if small else 1.0
 
     def look(step: int) -> None:
         """Validation and grids, with the averaged weights."""
         model.eval()
         averaged.swap()
         if args.val_every and (step % args.val_every == 0 or step == args.steps):
-            values = validate(model, fixed, embed, weight, autocast, args, processes)
+            values = (tokens.validate(model, fixed, embed, T_GRID, autocast, args, processes) if args.v1 else
+                      validate(model, fixed, embed, weight, autocast, args, processes))
             if first:
                 log.write(step, **values)
         if args.sample_every and (step % args.sample_every == 0 or step == args.steps) and (first or args.fsdp):
-            # A small Stage B hesitates between objects; guidance makes it follow the semantic latent more resolutely.
-            values, sheet = look_at(model, vqgan, fixed, embed, 4.0 if small else 1.0, autocast, args)
+            values, sheet = look_at(model, vqgan, fixed, embed, own_guidance, autocast, args)
             if first:
                 log.write(step, **values)
                 write_atomically(f"{args.out}/samples/step_{step:06d}.png", sheet.save)
@@ -678,13 +664,11 @@ def main(args):
         processes.wait()
 
     # --- one pass of this loop is one optimizer step -----------------------------------------------
-    samples = batches(Samples(pictures, plan.sizes, len(plan.shapes), args, decoder.config["c_in"], caches, replaced), plan, processes, args, start)
+    samples = batches(Samples(pictures, plan.sizes, len(plan.shapes), args, codes if args.v1 else decoder.config["c_in"], caches, replaced), plan, processes, args, start)
     sums, since, clock = torch.zeros(2, 10, device=device), start, time.time()           # raw loss and count by noise level
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="Stage B", disable=not first)
     smooth = None
     if start == 0:
-        if new and args.encoder_warmup and resumed is None:
-            save(0)                          # minutes of work
         look(0)                              # the untouched model: proof that validation and sampling are set up rightly
     for step in bar:
         for group in optimizer.param_groups:
@@ -692,15 +676,19 @@ def main(args):
         loss_sum, statistics = torch.zeros((), device=device), [buffer.clone() for buffer in model.buffers()]
         for micro in range(args.grad_accum):
             batch = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in next(samples).items()}
-            x_0 = batch["x_0"] if args.cache else encode_vqgan(batch["pixels"])          # (B, 4, h, w)
+            x_0 = batch["x_0"] if args.cache else encode_vqgan(batch["pixels"])          # (B, 4, h, w); --v1: (B, h, w)
             if not args.freeze_encoder:
                 source = to_encoder(to_images(batch["pixels"], device))                  # (B, 3, H, W)
             else:
                 source = to_raw(batch["stored"] if args.cache else encode_semantic(batch["pixels"]))     # (B, 16, h', w')
             text = embed(batch["caption"])                                              # (B, N, c_text)
-            t, eps = noise_levels(batch["chance"], step, args), batch["eps"]             # (B,), (B, 4, h, w)
-            x_t = add_noise(x_0, eps, t)                                                 # (B, 4, h, w)
-            if step < args.blind:
+            t = noise_levels(batch["chance"], step, args)                                # (B,)
+            if args.v1:                      # each token gives way to a random one with probability t
+                x_t, mask = replace_tokens(x_0, t, batch["random_tokens"], batch["u"])   # 2 x (B, h, w)
+            else:
+                eps = batch["eps"]
+                x_t = add_noise(x_0, eps, t)                                             # (B, 4, h, w)
+            if step < args.blind and not args.v1:
                 # Nothing to see in x_t; ones, as zeros would have no direction for the first norm. At t = 1, `a` would be a
                 # hundredth of x_0.
                 x_t, ab = torch.ones_like(x_0), per_row(alphas_cumprod(t), x_0)
@@ -713,8 +701,12 @@ def main(args):
                 model.set_requires_gradient_sync(last)                                   # its name for the same
             with contextlib.nullcontext() if last or forward is model else forward.no_sync():
                 with autocast:
-                    a, b = forward(source, x_t, t, text, batch["t_semantic"], batch["eps_semantic"], batch["dropped"])   # 2 x (B, 4, h, w)
-                raw = errors(a.float(), b.float(), x_0, x_t, eps, t, args.loss)          # (B,)
+                    said = forward(source, x_t, t, text, batch["t_semantic"], batch["eps_semantic"], batch["dropped"])
+                if args.v1:
+                    raw = training_errors(said, x_0, t, mask)                            # (B,) from logits (B, K, h, w)
+                else:
+                    a, b = said                                                          # 2 x (B, 4, h, w)
+                    raw = errors(a.float(), b.float(), x_0, x_t, eps, t, args.loss)      # (B,)
                 contrast = contrast_weight(x_0) / mean_contrast if args.even_contrast else 1
                 loss = (raw * weight(t) * contrast).mean()
                 scaler.scale(loss / args.grad_accum).backward()                          # sum of parts = gradient of the mean
@@ -765,8 +757,9 @@ def main(args):
         if any(every and (done % every == 0 or done == args.steps) for every in (args.val_every, args.sample_every)):
             look(done)
             if first:
-                shown = [f"psnr_guidance_{scale}_steps_{STEPS[-1]}" for scale in ((1, 4) if small else (1,))]
-                draw_curves(log.lines(), ["loss", "val_loss", *shown, "grad_norm", *(f"val_loss_t_{t:.2f}" for t in T_GRID[::3])], f"{args.out}/curves.png")
+                shown = [f"psnr_guidance_{scale:g}_steps_{(STEPS_V1 if args.v1 else STEPS)[-1]}" for scale in dict.fromkeys((1.0, own_guidance))]
+                shown += ["grad_norm", *(f"val_{what}_t_{t:.2f}" for what in ("loss", "accuracy") for t in T_GRID[::3])]
+                draw_curves(log.lines(), ["loss", "val_loss", *shown], f"{args.out}/curves.png")
         stopping = processes.any(stop.received)
         if done % args.save_every == 0 or done == args.steps or stopping:
             save(done)
@@ -779,7 +772,7 @@ def main(args):
         weights = get_model_state_dict(model, options=StateDictOptions(**whole))
         if first:
             with torch.device("meta"):       # new ones, as under FSDP the models themselves hold a part of each tensor
-                blank = StageB(**decoder.config), encoder if args.freeze_encoder else kind(**encoder.config)
+                blank = type(decoder)(**decoder.config), encoder if args.freeze_encoder else kind(**encoder.config)
             write_result(args, *blank, weights)
             if args.push_to_hub:
                 push(args)

@@ -130,7 +130,7 @@ class Wuerstchen:
              parts: tuple[str, ...] | None = None, offline: bool = False, revision: str | None = None,
              low_memory: bool | None = None, offload: bool = False, compile: bool = False,
              lora: dict[str | Path, float] | None = None, **files) -> "Wuerstchen":
-        """weights: "tiny", which ships with the code; "v1", "v2", "v2-base", "v2-aesthetic", fetched if need be; or a folder in any
+        """weights: "tiny" or "tiny-v1", which ship with the code; "v1", "v2", "v2-base", "v2-aesthetic", fetched if need be; or a folder in any
         of diffusers' layouts, or of the original .pt files (see hub.find_parts).
 
         device: default cuda where there is one, else cpu. dtype of the networks: default float32 on a CPU, bfloat16 on
@@ -157,6 +157,9 @@ class Wuerstchen:
         for part, key, encoder, name in (("prior", "c_cond", "prior_text_encoder", "Stage C"), ("decoder", "c_text", "text_encoder", "Stage B")):
             if part in plans and places[encoder]:
                 w.check_widths(plans[part].config[key], places[encoder], name)
+        if stage_b is w.StageBV1 and places["vqgan"] and plans["decoder"].codebook_size != plans["vqgan"].config["codebook_size"]:
+            raise w.WeightsError(f"Stage B of v1 makes {plans['decoder'].codebook_size} tokens, the VQGAN {places['vqgan']} has "
+                                 f"{plans['vqgan'].config['codebook_size']}: they belong to different weights")
 
         def text_c():
             return TextEncoder(*w.load_text_encoder(places["prior_text_encoder"], places["prior_tokenizer"], dtype))
@@ -192,7 +195,7 @@ class Wuerstchen:
                    source("prior_text_encoder", text_c), source("text_encoder", text_c if shared else text_b),
                    image_encoder if places["image_encoder"] or weights in hub.NAMES else None,
                    **own, v1_c=v1_c, v1_b=v1_b, device=device, dtype=dtype, offload=offload, compiled=compile,
-                   preview_file=(hub.own_cache() if weights in hub.NAMES else places["vqgan"].parent) / f"preview{'_v1' * v1_b}.json")
+                   preview_file=(hub.own_cache() if weights in hub.NAMES else places["vqgan"].parent) / f"preview{'_v1' * v1_c}.json")
         if files.get("vqgan") or files.get("image_encoder"):
             self.preview_file = None                                     # what is there was fitted to others
         self.places, self.loras, self.configs = places, loras, {

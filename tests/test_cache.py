@@ -101,7 +101,7 @@ def test_numbers_that_are_none_are_refused(tmp_path, value):
     assert cache.get("a") is None and not list(cache.folder.glob("??/*"))
 
 
-@pytest.mark.parametrize("settings, error, message", [({"dtype": "bfloat16"}, ValueError, "a cache of bfloat16, expected float16 or float32"),
+@pytest.mark.parametrize("settings, error, message", [({"dtype": "bfloat16"}, ValueError, "a cache of bfloat16, expected float16, float32, int16 or int32"),
                                                       ({"x": {1, 2}}, TypeError, "JSON")])
 def test_settings_that_cannot_be_told_apart_are_refused(tmp_path, settings, error, message):
     with pytest.raises(error, match=message):

@@ -530,6 +530,12 @@ def test_the_authors_files_are_loaded_and_paint(folder, low_memory):
     assert image.size == (64, 64)
 
 
+def test_another_codebook_is_refused(folder):
+    """Tokens would be read in it as others, or lie beyond its end."""
+    with pytest.raises(weights.WeightsError, match="Stage B of v1 makes 32 tokens, the VQGAN .*vqgan has 1024: they belong to different weights"):
+        Wuerstchen.load(folder, "cpu", vqgan=TINY / "vqgan")
+
+
 def test_a_small_v1_of_one_s_own(v1, tmp_path):
     """decoder/ with v1's Stage B among v2's other parts: it is v1's Stage B that is used, with v2's scaled latents."""
     for part in ("prior", "text_encoder", "tokenizer", "image_encoder", "vqgan"):

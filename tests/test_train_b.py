@@ -61,7 +61,7 @@ def new(config) -> list[str]:
 
 
 SMALL = ["--workers", "0", "--val-every", "0", "--sample-every", "0", "--log-every", "1", "--device", "cpu", "--warmup", "2", "--lr", "1e-3", "--batch", "4",
-         "--encoder-warmup", "0", "--blind", "0"]
+         "--blind", "0"]
 FROZEN = ["--freeze-encoder", "--image-encoder", str(TINY / "image_encoder")]
 
 
@@ -139,21 +139,6 @@ def test_a_new_efficientnet_starts_from_imagenets_weights_and_in_the_right_units
     torch.save(dict(x=torch.ones(1)), tmp_path / "other.pth")
     with pytest.raises(training.Mistake, match="expected torchvision's efficientnet_v2_s"):
         train_b.new_encoder(EfficientNetEncoder, str(tmp_path / "other.pth"))
-
-
-def test_the_encoder_warms_up_once_and_that_is_saved(folder, config, tmp_path):
-    """Minutes of work that teach it what is in emoji scenes: kept at step 0, not done again on resume, and its loss falls."""
-    options = ["--weights", "tiny", "--init", "random", "--config", str(config), "--encoder-warmup", "12", "--lr", "1e-2"]
-    out = train("scenes:all:16", tmp_path / "run", *options, "--save-every", "100", steps=1)
-    told = lines(out / "encoder_warmup")
-    assert len(told) == 12 and told[-1]["loss"] < 0.8 * told[0]["loss"]
-    saved = sorted((out / "checkpoints").iterdir())[0]
-    assert saved.name == "step_00000000.pt"
-    (out / "encoder_warmup" / "log.jsonl").unlink()
-    (out / "checkpoints" / "step_00000001.pt").rename(tmp_path / "kept.pt")
-    train("scenes:all:16", out, *options, "--resume", "auto", steps=1)
-    assert not (out / "encoder_warmup" / "log.jsonl").exists()
-    same(torch.load(tmp_path / "kept.pt", weights_only=True)["model"], newest(out)["model"])
 
 
 # --- losses and weights in closed form ----------------------------------------------------------------
@@ -584,6 +569,20 @@ def test_only_the_newest_checkpoints_are_kept_and_others_are_refused(folder, new
     assert "resuming with --semantic-dropout 0.1, the checkpoint has 0.05" in capsys.readouterr().err
 
 
+def test_a_checkpoint_of_an_older_version_goes_on(folder, new, tmp_path, capsys):
+    """A new option at its default must not refuse a long run, nor one that is gone: only what both know is compared."""
+    options = [*new, "--save-every", "2", "--resume", "auto"]
+    unbroken = train(folder, tmp_path / "unbroken", *options, steps=3)
+    out = train(folder, tmp_path / "run", *options, steps=3)
+    (out / "checkpoints" / "step_00000003.pt").unlink()
+    state = newest(out)
+    state["settings"] = {name: value for name, value in state["settings"].items() if name not in ("v1", "even_contrast")} | dict(encoder_warmup=1200)
+    torch.save(state, out / "checkpoints" / "step_00000002.pt")
+    train(folder, out, *options, steps=3)
+    assert "resuming with" not in capsys.readouterr().err
+    same(newest(unbroken)["model"], newest(out)["model"])
+
+
 NEW = ["--init", "random"]
 MISTAKES = [
     (["--steps", "0"], "--steps is 0, expected at least 1"),
@@ -598,7 +597,6 @@ MISTAKES = [
     (["--filter", "min_aesthetic"], "expected something like min_aesthetic=5"),
     (["--resolution", "100"], "expected a multiple of 128"),
     ([*NEW, "--config", "nowhere.json"], "nowhere.json"),
-    (["--encoder-warmup", "5"], "--encoder-warmup needs a new tiny encoder and emoji scenes"),
     (["--vqgan", "nowhere"], "vqgan: nowhere: there is no such file or folder"),
 ]
 
@@ -622,9 +620,9 @@ def test_defaults_suit_the_model():
     def defaults(small: bool, *options) -> tuple:
         args = train_b.parse_args(["--out", "x", *options])
         train_b.set_defaults(args, small, torch.device("cpu"))
-        return tuple(getattr(args, name) for name in ("resolution", "batch", "lr", "blind", "high_noise", "loss_weight", "encoder_warmup", "ema"))
-    assert defaults(True, *NEW) == ([128], 32, 1.5e-3, 2000, 1.5, "v", 1200, 0.998)
-    assert defaults(True, *NEW, "--image-encoder", "x", "--data", "folder") == ([128], 32, 1.5e-3, 2000, 1.5, "v", 0, 0.998)
-    assert defaults(True) == ([128], 32, 1.5e-3, 0, 1.5, "v", 0, 0.998)
-    assert defaults(False) == ([1024], 4, 1e-5, 0, 1.0, "p2", 0, 0.999)
+        return tuple(getattr(args, name) for name in ("resolution", "batch", "lr", "blind", "high_noise", "loss_weight", "ema"))
+    assert defaults(True, *NEW) == ([128], 32, 1.5e-3, 2000, 1.5, "v", 0.998)
+    assert defaults(True, *NEW, "--image-encoder", "x", "--data", "folder") == ([128], 32, 1.5e-3, 2000, 1.5, "v", 0.998)
+    assert defaults(True) == ([128], 32, 1.5e-3, 0, 1.5, "v", 0.998)
+    assert defaults(False) == ([1024], 4, 1e-5, 0, 1.0, "p2", 0.999)
     assert defaults(False, *NEW, "--data", "folder", "--lr", "3e-4")[2] == 3e-4

@@ -1,4 +1,4 @@
-"""The three training scripts, from random weights to a folder that paints, at sizes that take seconds."""
+"""The training scripts, from random weights to a folder that paints, at sizes that take seconds."""
 import json
 import runpy
 import shutil
@@ -10,6 +10,7 @@ import sample
 import train_a
 import train_b
 import train_c
+import train_encoder
 import train_text
 import training
 from training import to_tensor
@@ -21,7 +22,7 @@ TEXT = ["--batch", "4", "--width", "32", "--depth", "1", "--log-every", "1", "--
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """The README's sequence A, B, text, C with 2 steps each, every script reading what the one before wrote."""
+    """The README's sequence A, image encoder, B, text, C with 2 steps each, every script reading what the one before wrote."""
     folder = tmp_path_factory.mktemp("runs")
     train_a.main(train_a.parse_args([*SMALL, "--out", f"{folder}", "--steps", "2", "--width", "16", "--workers", "0", "--val-count", "2"]))
     for part in ("decoder", "image_encoder"):
@@ -29,8 +30,9 @@ def runs(tmp_path_factory) -> Path:
         text = (Path(__file__).parent.parent / "models" / "tiny" / part / "config.json").read_text()
         (folder / "sizes" / part / "config.json").write_text(text.replace('"clip_embd": 128', '"clip_embd": 32'))
     shutil.rmtree(folder / "checkpoints")
+    train_encoder.main(train_encoder.parse_args(["--out", f"{folder}/encoder", "--steps", "2", "--batch", "4", "--device", "cpu"]))
     train_b.main(train_b.parse_args([*SMALL, *SMALL_B, "--out", f"{folder}", "--steps", "2", "--init", "random", "--config", f"{folder}/sizes",
-                                     "--vqgan", f"{folder}/vqgan", "--text-encoder", "none", "--encoder-warmup", "2", "--blind", "1"]))
+                                     "--vqgan", f"{folder}/vqgan", "--image-encoder", f"{folder}/encoder/image_encoder", "--text-encoder", "none", "--blind", "1"]))
     train_text.main(train_text.parse_args([*TEXT, "--image-encoder", f"{folder}/image_encoder", "--out", f"{folder}/text", "--steps", "2"]))
     for part in ("text_encoder", "tokenizer"):     # one folder for all, so that it ends as a pipeline's
         (folder / "text" / part).rename(folder / part)

@@ -1,0 +1,125 @@
+"""The image encoder's warm-up on emoji scenes: what it is told is true, it learns, a resume leaves no trace, train_b.py takes the result."""
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+import hub
+import train_b
+import train_encoder
+import training
+from files import WeightsError
+from helpers import TINY, lines, newest, same
+from scenes import COLOURS, OBJECTS, EmojiScenes
+from stage_b import TinyImageEncoder
+from weights import load_image_encoder
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """Sizes that take milliseconds."""
+    out = tmp_path_factory.mktemp("config")
+    (out / "config.json").write_text(json.dumps(dict(_class_name="TinyImageEncoder", c_semantic=16, c_hidden=[4, 8, 8, 8], blocks=[1, 1, 1, 1])))
+    return out
+
+
+def train(out, config, *options, steps: int = 4):
+    train_encoder.main(train_encoder.parse_args(["--out", str(out), "--config", str(config), "--batch", "8", "--log-every", "1", "--device", "cpu",
+                                                 "--steps", str(steps), *options]))
+    return out
+
+
+def weights_file(out) -> bytes:
+    return (out / "image_encoder" / "diffusion_pytorch_model.safetensors").read_bytes()
+
+
+def test_what_the_head_must_tell_is_where_the_objects_are():
+    """Cells row by row, 42.67 px wide; the place within the cell and the size of 64 px as numbers about 0 to 1; the rest is nothing."""
+    scenes = EmojiScenes("all", seed=3).scenes(0, 40)
+    objects, places, colours = train_encoder.facts(scenes)
+    for scene, found, where, colour in zip(scenes, objects, places, colours):
+        assert list(COLOURS)[colour] == scene.colour and (found != len(OBJECTS)).sum() == len(scene.objects)
+        for name, size, (x, y) in zip(scene.objects, scene.sizes, scene.centers):
+            k = next(k for k in range(9) if found[k] == OBJECTS.index(name))
+            center = np.array([k % 3, k // 3]) + where[k, :2]                    # in cells
+            assert center * 128 / 3 == pytest.approx([x, y], abs=1e-3) and where[k, 2] * 64 == pytest.approx(size)
+
+
+def test_it_learns(config, tmp_path):
+    """Of 60 steps, the last ten have a loss a fifth below that of the first ten; and what is logged is what the README names."""
+    told = lines(train(tmp_path / "run", config, "--lr", "1e-2", "--warmup", "5", "--schedule", "constant", steps=60))
+    assert np.mean([line["loss"] for line in told[-10:]]) < 0.8 * np.mean([line["loss"] for line in told[:10]])
+    assert set(told[0]) == {"step", "loss", "lr", "objects_right", "place_error", "colour_right"}
+
+
+def test_a_resumed_run_is_the_unbroken_run_to_the_bit(config, tmp_path):
+    """Weights, BatchNorm's statistics, head, optimizer, and the noise, which is a function of (seed, step)."""
+    options = ["--save-every", "1", "--keep", "9"]
+    unbroken = train(tmp_path / "unbroken", config, *options, steps=5)
+    out = train(tmp_path / "run", config, *options, steps=5)
+    for path in sorted((out / "checkpoints").iterdir())[2:]:     # the schedule depends on --steps: it loses its checkpoints, it does not end early
+        path.unlink()
+    (out / "image_encoder" / "diffusion_pytorch_model.safetensors").unlink()
+    train(out, config, *options, "--resume", "auto", steps=5)
+    same(newest(unbroken), newest(out))
+    assert weights_file(unbroken) == weights_file(out) and [line["step"] for line in lines(out)] == [1, 2, 3, 4, 5]
+    other = train(tmp_path / "other", config, "--seed", "1", steps=5)
+    assert weights_file(other) != weights_file(out)
+
+
+def test_a_signal_finishes_the_step_and_saves(config, tmp_path, monkeypatch, capsys):
+    unbroken, rate = train(tmp_path / "unbroken", config), training.rate
+
+    def rate_and_warn(step, args):
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return rate(step, args)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "rate", rate_and_warn)
+        out = train(tmp_path / "run", config)
+    assert newest(out)["step"] == 2 and "stopped after step 2" in capsys.readouterr().err and not (out / "image_encoder").exists()
+    assert weights_file(train(out, config, "--resume", "auto")) == weights_file(unbroken)
+
+
+def test_the_result_is_an_image_encoder_in_the_right_units(config, tmp_path):
+    """What hub.locate finds and train_b.py goes on with: 42 and -1 in its last BatchNorm, whose running statistics have moved and come back in float32."""
+    out = train(tmp_path / "run", config)
+    place = hub.locate("tiny", dict(image_encoder=out / "image_encoder"), ("image_encoder",))["image_encoder"]
+    encoder, learned = load_image_encoder(place), newest(out)["model"]
+    assert type(encoder) is TinyImageEncoder and (encoder.norm.weight == 42).all() and (encoder.norm.bias == -1).all()
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        assert torch.equal(getattr(encoder.norm, name), learned[f"norm.{name}"])
+    assert encoder.norm.num_batches_tracked == 4
+    args = train_b.parse_args(["--weights", "tiny", "--init", "random", "--config", str(TINY), "--image-encoder", str(out / "image_encoder"), "--out", "unused"])
+    _, taken = train_b.build(args, train_b.find_places(args))
+    same(dict(taken.state_dict()), dict(encoder.state_dict()))
+
+
+def test_defaults_are_what_models_tiny_was_trained_with():
+    args = train_encoder.parse_args(["--out", "x"])
+    assert (args.steps, args.batch, args.lr, args.warmup, args.schedule) == (1200, 64, 1.5e-3, 100, "trapezoid")
+    with pytest.raises(SystemExit):
+        train_b.parse_args(["--out", "x", "--encoder-warmup", "5"])
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--steps", "0"], "--steps is 0, expected at least 1"),
+    (["--config", "nowhere"], "--config nowhere cannot be used: nowhere is not a folder"),
+    (["--config", str(TINY / "decoder")], "cannot be used: it describes a WuerstchenDiffNeXt, expected a TinyImageEncoder"),
+    (["--resume", "nowhere.pt"], "--resume nowhere.pt: there is no such file")])
+def test_mistakes_are_one_line(config, tmp_path, options, message):
+    with pytest.raises((training.Mistake, WeightsError), match=message) as error:
+        train(tmp_path / "run", config, *options)
+    assert "\n" not in str(error.value)
+
+
+def test_other_checkpoints_are_refused(config, tmp_path):
+    out = train(tmp_path / "run", config)
+    with pytest.raises(training.Mistake, match="exists already: add --resume auto"):
+        train(out, config)
+    torch.save(dict(script="train_text.py"), tmp_path / "text.pt")
+    with pytest.raises(training.Mistake, match="is not a checkpoint of train_encoder.py but of train_text.py"):
+        train(tmp_path / "other", config, "--resume", str(tmp_path / "text.pt"))

@@ -1,0 +1,73 @@
+"""What train_b.py --v1 does in its own way: v1's Stage B makes the VQGAN's tokens, v2's its latents.
+
+  picture -VQGAN-> tokens x_0 (B,h,w) -some replaced at random-> x_t (B,h,w) -[B]-> logits (B,K,h,w) -> cross-entropy with x_0
+
+One step stands in train_b.py's loop, model and loss in stage_b_v1.py. Here is what surrounds them, under the names that
+the same things for v2 have in train_b.py: what a sample draws, the validation, pictures through the whole chain.
+Needs: torch, numpy; stage_b_v1.py, data.py, diffusion.py.
+"""
+import numpy as np
+import torch
+
+from data import sample_rng
+from diffusion import Noise
+from stage_b_v1 import add_noise, sample, training_errors
+
+
+def draw(rng: np.random.Generator, codes: int, h: int, w: int) -> dict:
+    """What noise is made of: random_tokens (h,w), each any of the codes, and u (h,w), uniform, which says where they go."""
+    return dict(random_tokens=torch.from_numpy(rng.integers(codes, size=(h, w))), u=torch.from_numpy(rng.random((h, w), dtype=np.float32)))
+
+
+def cache_dtype(codes: int) -> str:
+    """Tokens are whole numbers, and a neighbour's number means another thing: they are kept exactly, never in float16."""
+    return "int16" if codes <= 2 ** 15 else "int32"
+
+
+@torch.no_grad()
+def validate(model, fixed, embed, t_grid: list[float], autocast, args, processes) -> dict[str, float]:
+    """Cross-entropy at each of these noise levels, their mean, and how many of the replaced tokens are found again, with pictures
+    and random tokens that never change. Nothing is dropped here, and no noise put on the semantic latent."""
+    levels = torch.tensor(t_grid, device=processes.device)                               # (10,)
+    sums = torch.zeros(3, len(t_grid), device=processes.device)                          # error, tokens found, pictures
+    for i, caption in enumerate(fixed.captions):
+        if not args.fsdp and i % processes.world != processes.rank:      # under FSDP all must compute together
+            continue
+        x_0, rng = fixed.x_0[i:i + 1], sample_rng(args.seed, i, "validation")            # (1, h, w)
+        with autocast:
+            semantic, text = model(fixed.source[i:i + 1]), embed([caption])
+        for k in range(len(t_grid)):                                     # one by one: logits are many, and it is the same on any machine
+            t, drawn = levels[k:k + 1], draw(rng, model.decoder.codebook_size, *x_0.shape[1:])
+            x_t, mask = add_noise(x_0, t, *(drawn[name][None].to(x_0.device) for name in ("random_tokens", "u")))
+            with autocast:
+                logits = model(semantic, x_t, t, text)                                   # (1, K, h, w)
+            found = (logits.argmax(1) == x_0)[mask]                                      # (tokens replaced,)
+            sums[:, k] += torch.stack([training_errors(logits, x_0, t, mask)[0], found.sum() / max(len(found), 1), torch.ones_like(t[0])])
+    error, found = ((sums if args.fsdp else processes.sum(sums))[:2] / sums[2]).tolist()
+    return dict(val_loss=float(np.mean(error))) | {f"val_loss_t_{t:.2f}": value for t, value in zip(t_grid, error)} \
+        | {f"val_accuracy_t_{t:.2f}": value for t, value in zip(t_grid, found)}
+
+
+@torch.no_grad()
+def reconstruct(model, vqgan, fixed, embed, scale: float, steps: int, autocast, args):
+    """The fixed pictures through encoder, B and A, from random tokens that are always the same: (N,3,r,r) in [0, 1]."""
+    painted, codes = [], model.decoder.codebook_size
+    for i in range(0, len(fixed.captions), args.batch):
+        x_0, captions = fixed.x_0[i:i + args.batch], fixed.captions[i:i + args.batch]    # (B, h, w)
+        noise, text = Noise([args.seed + i + k for k in range(len(captions))]), embed(captions)
+        with autocast:
+            semantic = model(fixed.source[i:i + args.batch])
+
+        def uniform():
+            return torch.special.ndtr(noise(1, *x_0.shape[1:]))[:, 0].to(x_0.device)     # (B, h, w)
+
+        def predict(x_t, t, both):
+            if both:                         # and without condition: zeros, and the empty caption
+                x_t, t = torch.cat([x_t, x_t]), torch.cat([t, t])
+            with autocast:
+                return model(torch.cat([semantic, 0 * semantic]) if both else semantic, x_t, t,
+                             torch.cat([text, embed([""] * len(text))]) if both else text).float()
+        start = (uniform() * codes).long().clamp(max=codes - 1)
+        tokens = sample(predict, start, uniform, torch.linspace(1, 0, steps + 1), guidance=scale)
+        painted.append(vqgan.decode_indices(tokens).clamp(0, 1))
+    return torch.cat(painted)                                                            # (N, 3, r, r)
