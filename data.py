@@ -20,6 +20,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import zlib
 from array import array
@@ -408,6 +409,13 @@ def _stack(items: list[dict]) -> dict:
             for name, values in columns.items()}
 
 
+def _outlive_signals(worker: int) -> None:
+    """A scheduler and Ctrl-C signal all processes of a run; a reader that died of it would take down the step that is to be saved.
+    A second SIGTERM ends it, which is how torch gets rid of those that are stuck."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
 def batches(samples: torch.utils.data.Dataset, plan: Plan, processes, args, start: int = 0) -> Iterator[dict]:
     """This process's micro-batches, args.grad_accum for each step of `plan` from `start` on, for ever.
 
@@ -425,7 +433,7 @@ def batches(samples: torch.utils.data.Dataset, plan: Plan, processes, args, star
                     yield [(int(p), int(i), bucket) for p, i in zip(positions[part], indices[part])]
 
     return iter(torch.utils.data.DataLoader(samples, batch_sampler=Order(), collate_fn=_stack, num_workers=args.workers,
-                                            pin_memory=processes.device.type == "cuda", persistent_workers=False))
+                                            pin_memory=processes.device.type == "cuda", persistent_workers=False, worker_init_fn=_outlive_signals))
 
 
 # ----- what need be computed only once --------------------------------------------------------------

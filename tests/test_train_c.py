@@ -2,12 +2,14 @@
 
 All on the tiny weights, with few steps: what they learn does not matter here, that every bit is where it should be does.
 """
+import contextlib
 import gc
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -185,6 +187,7 @@ def test_loss_weights(name, t, expected):
 
 TORCHRUN = """
 import sys
+import time
 sys.path.insert(0, {root!r})
 import torch
 torch.set_num_threads(1)
@@ -292,6 +295,26 @@ def test_a_signal_finishes_the_step_and_saves(folder, tmp_path, monkeypatch, cap
     assert newest(out)["step"] == 2 and "stopped after step 2" in capsys.readouterr().err and not (out / "lora.safetensors").exists()
     train(folder, out, *LORA, "--resume", "auto", steps=4)
     same(newest(unbroken)["model"], newest(out)["model"])
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_to_all_processes_of_a_run_saves_too(folder, tmp_path, name):
+    """That is how a scheduler, and Ctrl-C in a terminal, do it. Readers that died of it would end the run with a traceback."""
+    out = tmp_path / "run"
+    script = tmp_path / "script.py"
+    script.write_text(TORCHRUN.format(root=str(ROOT)))
+    run = subprocess.Popen([sys.executable, str(script), *SMALL, *LORA, "--data", str(folder), "--out", str(out), "--steps", "100000", "--workers", "2"],
+                           stderr=subprocess.PIPE, text=True, start_new_session=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    try:
+        while run.poll() is None and not ((out / "log.jsonl").exists() and (out / "log.jsonl").read_text().count('"grad_norm"') > 2):     # readers are at work
+            time.sleep(0.2)
+        os.killpg(run.pid, getattr(signal, name))
+        _, errors = run.communicate(timeout=120)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+    assert run.returncode == 0 and "all of it saved" in errors and "Traceback" not in errors, errors[-2000:]
+    assert newest(out)["step"] >= 1
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(folder, tmp_path):
