@@ -81,7 +81,8 @@ class GlobalResponseNorm(nn.Module):
 class ResBlock(nn.Module):
     """x + MLP(norm(depthwise(x))): a convolution mixes positions, then a wide MLP mixes channels.
 
-    Extra inputs (a U-Net skip, the semantic features) join behind the norm, in front of the MLP.
+    Extra inputs (a U-Net skip, the semantic features) join behind the norm, in front of the MLP. Nothing is concatenated
+    for that: W [x; extra] = W_x x + W_extra extra, and an extra that is the same at every step need be multiplied only once.
     """
     def __init__(self, c: int, c_skip: int = 0, kernel_size: int = 3, dropout: float = 0.0):
         super().__init__()
@@ -91,12 +92,17 @@ class ResBlock(nn.Module):
         self.dropout = dropout
         self.contract = nn.Linear(4 * c, c)
 
-    def forward(self, x: Tensor, *skips: Tensor) -> Tensor:
-        """x (B,H,W,C), skips (B,H,W,C_i) with sum C_i = c_skip -> (B,H,W,C)."""
+    def share(self, extra: Tensor, start: int) -> Tensor:
+        """extra (B,H,W,C'), whose columns of `expand` begin at `start` -> its share of the product, (B,H,W,4C)."""
+        return F.linear(extra, self.expand.weight[:, start:start + extra.shape[-1]])
+
+    def forward(self, x: Tensor, *shares: Tensor) -> Tensor:
+        """x (B,H,W,C), the shares (B,H,W,4C) of all extra inputs -> (B,H,W,C)."""
         h = layer_norm(channels_last(self.depthwise(channels_first(x))))                 # (B, H, W, C)
-        if skips:
-            h = torch.cat([h, *skips], dim=-1)                                           # (B, H, W, C + C_skip)
-        h = self.grn(F.gelu(self.expand(h)))                                             # (B, H, W, 4C)
+        h = F.linear(h, self.expand.weight[:, :h.shape[-1]], self.expand.bias) if shares else self.expand(h)     # (B, H, W, 4C)
+        for share in shares:
+            h += share
+        h = self.grn(F.gelu(h))                                                          # (B, H, W, 4C)
         return x + self.contract(F.dropout(h, self.dropout, self.training))              # (B, H, W, C)
 
 
@@ -124,12 +130,17 @@ class AttentionBlock(nn.Module):
         self.text_mapper = nn.Linear(c_text, c)
         self.query, self.key, self.value, self.out = (nn.Linear(c, c) for _ in range(4))
 
-    def forward(self, x: Tensor, text: Tensor) -> Tensor:
-        """x (B,H,W,C), text (B,N,c_text) -> (B,H,W,C)."""
-        tokens = layer_norm(x).flatten(1, 2)                                             # (B, H*W, C)
+    def read(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """text (B,N,c_text) -> its keys and values, 2 x (B,N,C), the same at every step."""
         text = self.text_mapper(F.silu(text))                                            # (B, N, C)
+        return self.key(text), self.value(text)
+
+    def forward(self, x: Tensor, text: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        """x (B,H,W,C), text (B,N,c_text), or what read() has made of it -> (B,H,W,C)."""
+        tokens = layer_norm(x).flatten(1, 2)                                             # (B, H*W, C)
         # Tokens and text go through `key` and `value` apart: into a text that does not learn, nothing need flow back.
-        k, v = (torch.cat([f(tokens), f(text)], dim=1) for f in (self.key, self.value))  # 2 x (B, H*W + N, C)
+        told = text if isinstance(text, tuple) else self.read(text)                      # 2 x (B, N, C)
+        k, v = (torch.cat([f(tokens), y], dim=1) for f, y in zip((self.key, self.value), told))          # 2 x (B, H*W + N, C)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (self.query(tokens), k, v))    # (B, heads, ..., C / heads)
         h = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
         return x + self.out(h.transpose(1, 2).flatten(2)).view_as(x)                     # (B, H, W, C)
@@ -241,9 +252,38 @@ class StageB(nn.Module):
             elif isinstance(module, TimestepBlock):
                 nn.init.zeros_(module.mapper.weight)         # every noise level starts alike
 
-    def forward(self, x_t: Tensor, t: Tensor, semantic: Tensor, text: Tensor) -> Tensor:
+    def in_order(self) -> list[tuple[int, nn.ModuleList, nn.Linear | None]]:
+        """(level, its blocks, its mapper of the semantic latent), in the order in which they run: down to the coarsest, and up."""
+        down, up = ([*zip(range(len(blocks)), blocks, mappers)] for blocks, mappers in
+                    ((self.down_blocks, self.semantic_down), (self.up_blocks, self.semantic_up)))
+        return down + up[::-1]
+
+    def conditions(self, size: tuple[int, int], semantic: Tensor, text: Tensor) -> list[list]:
+        """x_t's (h, w), semantic (B,16,h',w'), text (B,N,c_text) -> for each of in_order(), what each block is to take into account: the
+        text (B,N,c_cond) for an AttentionBlock, (B,H,W,c_cond) of the semantic latent, or None, for a ResBlock."""
+        text = layer_norm(self.embed_text(text))                                         # (B, N, c_cond)
+        result = []
+        for level, blocks, mapper in self.in_order():
+            H, W = (side // self.patch_size // 2 ** level for side in size)
+            condition = None if mapper is None else mapper(resize_semantic(semantic, (H, W)))            # (B, H, W, c_cond)
+            result.append([text if isinstance(block, AttentionBlock) else condition for block in blocks])
+        return result
+
+    def prepare(self, size: tuple[int, int], semantic: Tensor, text: Tensor, shares: bool = True) -> list[list]:
+        """The same, read by the blocks: keys and values, and shares of the first products, 18 % of what a step multiplies.
+
+        It is the same at all noise levels: computed once, given to forward in place of the semantic latent. shares: False
+        leaves these to the steps; at 1024 px they take 0.7 GB in float32.
+        """
+        return [[block.read(told) if isinstance(block, AttentionBlock) else
+                 (block.share(told, block.expand.in_features - told.shape[-1]),) if shares and told is not None and isinstance(block, ResBlock) else told
+                 for block, told in zip(blocks, conditions)]
+                for (_, blocks, _), conditions in zip(self.in_order(), self.conditions(size, semantic, text))]
+
+    def forward(self, x_t: Tensor, t: Tensor, semantic: Tensor | list, text: Tensor | None = None) -> Tensor:
         """x_t (B,4,h,w), t (B,) in [0, 1], semantic (B,16,h',w') of any size, text (B,N,c_text) -> eps (B,4,h,w).
 
+        In place of semantic and text: prepare((h, w), semantic, text).
         Raises ValueError if the sides of x_t are not multiples of `multiple` (official: 16).
         """
         # From x_t = sqrt(ab) x_0 + sqrt(1 - ab) eps follows eps = (x_t - sqrt(ab) x_0) / sqrt(1 - ab),
@@ -251,44 +291,46 @@ class StageB(nn.Module):
         a, b = self.signal_and_scale(x_t, t, semantic, text)
         return (x_t - a) / b                                                             # (B, 4, h, w)
 
-    def signal_and_scale(self, x_t: Tensor, t: Tensor, semantic: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    def signal_and_scale(self, x_t: Tensor, t: Tensor, semantic: Tensor | list, text: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Takes and raises what forward does -> its a and b, both (B,4,h,w), for a training that teaches them one by one."""
         if x_t.shape[1] != self.config["c_in"] or x_t.shape[2] % self.multiple or x_t.shape[3] % self.multiple:
             raise ValueError(f"Stage B got latents of shape {tuple(x_t.shape)}, expected (B, {self.config['c_in']}, h, w) "
                              f"with h and w multiples of {self.multiple}: pictures need sides that are multiples of 128.")
         t_embedding = timestep_embedding(t, self.c_timestep).to(x_t.dtype)               # (B, c_timestep)
-        text = layer_norm(self.embed_text(text))                                         # (B, N, c_cond)
+        told = semantic if isinstance(semantic, list) else self.conditions(x_t.shape[2:], semantic, text)
         x = layer_norm(self.embed(pixel_unshuffle(channels_last(x_t), self.patch_size))) # (B, h/2, w/2, C0)
 
-        skips = []
+        skips, depth = [], len(self.down_blocks)
         for i, blocks in enumerate(self.down_blocks):
             if i > 0:
                 x = channels_last(self.downsample[i](channels_first(layer_norm(x))))     # (B, H/2, W/2, C_i)
-            x = self.run_level(blocks, x, t_embedding, text, semantic, self.semantic_down[i])
+            x = self.run_level(blocks, x, t_embedding, told[i])
             skips.append(x)                                                              # (B, H, W, C_i)
-        for i in reversed(range(len(self.up_blocks))):
+        for i in reversed(range(depth)):
             # The deepest level starts from its own output, so it gets no skip.
-            skip = skips[i] if i < len(skips) - 1 else None
-            x = self.run_level(self.up_blocks[i], x, t_embedding, text, semantic, self.semantic_up[i], skip)
+            x = self.run_level(self.up_blocks[i], x, t_embedding, told[2 * depth - 1 - i], skips[i] if i < depth - 1 else None)
             if i > 0:
                 x = channels_last(self.upsample[i](channels_first(layer_norm(x))))       # (B, 2H, 2W, C_(i-1))
 
         a, b = pixel_shuffle(self.head(layer_norm(x)), self.patch_size).chunk(2, dim=-1) # 2 x (B, h, w, 4)
         return channels_first(a), channels_first(b.sigmoid() * (1 - 2e-3) + 1e-3)        # 2 x (B, 4, h, w)
 
-    def run_level(self, blocks: nn.ModuleList, x: Tensor, t_embedding: Tensor, text: Tensor, semantic: Tensor,
-                  mapper: nn.Linear | None, skip: Tensor | None = None) -> Tensor:
-        """All blocks of one resolution, x (B,H,W,C) -> (B,H,W,C). `skip` joins the first block only."""
-        condition = [] if mapper is None else [mapper(resize_semantic(semantic, x.shape[1:3]))]   # (B, H, W, c_cond)
+    def run_level(self, blocks: nn.ModuleList, x: Tensor, t_embedding: Tensor, told: list, skip: Tensor | None = None) -> Tensor:
+        """All blocks of one resolution, x (B,H,W,C) -> (B,H,W,C). told: for each block, see conditions and prepare. `skip` joins the first."""
+        def run(block: nn.Module, x: Tensor, told, skip: Tensor | None) -> Tensor:
+            if isinstance(block, TimestepBlock):
+                return block(x, t_embedding)
+            if isinstance(block, AttentionBlock):
+                return block(x, told)
+            c = x.shape[-1]                      # the order of the inputs of `expand`: x, skip, semantic latent
+            shares = [] if skip is None else [block.share(skip, c)]
+            if told is not None:
+                shares.append(told[0] if isinstance(told, tuple) else block.share(told, block.expand.in_features - told.shape[-1]))
+            return block(x, *shares)
+
         for k, block in enumerate(blocks):
-            if isinstance(block, ResBlock):
-                more = [*([skip] if k == 0 and skip is not None else []), *condition]
-            else:
-                more = [t_embedding] if isinstance(block, TimestepBlock) else [text]
-            if self.checkpointing and self.training:
-                x = checkpoint(block, x, *more, use_reentrant=False)
-            else:
-                x = block(x, *more)                                                      # (B, H, W, C)
+            inputs = (block, x, told[k], skip if k == 0 else None)
+            x = checkpoint(run, *inputs, use_reentrant=False) if self.checkpointing and self.training else run(*inputs)  # (B, H, W, C)
         return x
 
 

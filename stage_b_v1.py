@@ -26,6 +26,7 @@ Inside, activations are channels-last, (B,H,W,C): a Linear or a norm then reads 
 convolution gets its (B,C,H,W) as a view with channels-last strides, which costs nothing.
 Papers: arXiv:2306.00637v1 (Stage B), arXiv:2211.07292 (Paella).  Needs: torch only. This file works when copied alone.
 """
+import itertools
 import math
 from typing import Callable, Iterable, Sequence
 
@@ -91,7 +92,8 @@ class GlobalResponseNorm(nn.Module):
 class ResBlock(nn.Module):
     """x + MLP(norm(depthwise(x))): a convolution mixes positions, then a wide MLP mixes channels.
 
-    Extra inputs (a U-Net skip, the semantic features) join behind the norm, in front of the MLP.
+    Extra inputs (a U-Net skip, the semantic features) join behind the norm, in front of the MLP. Nothing is concatenated
+    for that: W [x; extra] = W_x x + W_extra extra, and an extra that is the same at every step need be multiplied only once.
     """
     def __init__(self, c: int, c_skip: int = 0, kernel_size: int = 3, dropout: float = 0.0):
         super().__init__()
@@ -101,12 +103,17 @@ class ResBlock(nn.Module):
         self.dropout = dropout
         self.contract = nn.Linear(4 * c, c)
 
-    def forward(self, x: Tensor, *skips: Tensor) -> Tensor:
-        """x (B,H,W,C), skips (B,H,W,C_i) with sum C_i = c_skip -> (B,H,W,C)."""
+    def share(self, extra: Tensor, start: int) -> Tensor:
+        """extra (B,H,W,C'), whose columns of `expand` begin at `start` -> its share of the product, (B,H,W,4C)."""
+        return F.linear(extra, self.expand.weight[:, start:start + extra.shape[-1]])
+
+    def forward(self, x: Tensor, *shares: Tensor) -> Tensor:
+        """x (B,H,W,C), the shares (B,H,W,4C) of all extra inputs -> (B,H,W,C)."""
         h = layer_norm(channels_last(self.depthwise(channels_first(x))))                 # (B, H, W, C)
-        if skips:
-            h = torch.cat([h, *skips], dim=-1)                                           # (B, H, W, C + C_skip)
-        h = self.grn(F.gelu(self.expand(h)))                                             # (B, H, W, 4C)
+        h = F.linear(h, self.expand.weight[:, :h.shape[-1]], self.expand.bias) if shares else self.expand(h)     # (B, H, W, 4C)
+        for share in shares:
+            h += share
+        h = self.grn(F.gelu(h))                                                          # (B, H, W, 4C)
         return x + self.contract(F.dropout(h, self.dropout, self.training))              # (B, H, W, C)
 
 
@@ -150,12 +157,17 @@ class AttentionBlock(nn.Module):
         self.text_mapper = nn.Linear(c_text, c)
         self.query, self.key, self.value, self.out = (nn.Linear(c, c) for _ in range(4))
 
-    def forward(self, x: Tensor, text: Tensor) -> Tensor:
-        """x (B,H,W,C), text (B,N,c_text) -> (B,H,W,C)."""
-        tokens = layer_norm(x).flatten(1, 2)                                             # (B, H*W, C)
+    def read(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """text (B,N,c_text) -> its keys and values, 2 x (B,N,C), the same at every step."""
         text = self.text_mapper(F.silu(text))                                            # (B, N, C)
+        return self.key(text), self.value(text)
+
+    def forward(self, x: Tensor, text: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        """x (B,H,W,C), text (B,N,c_text), or what read() has made of it -> (B,H,W,C)."""
+        tokens = layer_norm(x).flatten(1, 2)                                             # (B, H*W, C)
         # Tokens and text go through `key` and `value` apart: into a text that does not learn, nothing need flow back.
-        k, v = (torch.cat([f(tokens), f(text)], dim=1) for f in (self.key, self.value))  # 2 x (B, H*W + N, C)
+        told = text if isinstance(text, tuple) else self.read(text)                      # 2 x (B, N, C)
+        k, v = (torch.cat([f(tokens), y], dim=1) for f, y in zip((self.key, self.value), told))          # 2 x (B, H*W + N, C)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (self.query(tokens), k, v))    # (B, heads, ..., C / heads)
         h = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
         return x + self.out(h.transpose(1, 2).flatten(2)).view_as(x)                     # (B, H, W, C)
@@ -238,27 +250,35 @@ class StageBV1(nn.Module):
             elif isinstance(module, TimestepBlock):
                 nn.init.zeros_(module.mapper.weight)             # every noise level starts alike
 
-    def forward(self, tokens: Tensor, t: Tensor, semantic: Tensor, text: Tensor | None = None) -> Tensor:
+    def condition(self, semantic: Tensor, text: Tensor | None = None) -> Tensor:
+        """semantic (B,16,h',w'), text (B,N,c_text) -> the sequence (B,h'*w' + N,c_cond) that all attention blocks look at, semantic latent first."""
+        sequence = self.embed_semantic(channels_last(semantic).flatten(1, 2))            # (B, h'*w', c_cond)
+        return layer_norm(sequence if text is None else torch.cat([sequence, self.embed_text(text)], dim=1))
+
+    def prepare(self, semantic: Tensor, text: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of that for each attention block, in the order in which they run, the same at all noise levels: computed
+        once, given to forward in place of the semantic latent."""
+        sequence = self.condition(semantic, text)
+        return [block.read(sequence) for blocks in (*self.down_blocks, *reversed(self.up_blocks)) for block in blocks if isinstance(block, AttentionBlock)]
+
+    def forward(self, tokens: Tensor, t: Tensor, semantic: Tensor | list, text: Tensor | None = None) -> Tensor:
         """tokens (B,h,w), t (B,) in [0, 1], semantic (B,16,h',w') of any size, text (B,N,c_text) -> logits (B,8192,h,w).
 
+        In place of semantic and text: prepare(semantic, text).
         Raises ValueError if h and w are not multiples of `multiple` (official: 8).
         """
         if tokens.ndim != 3 or tokens.shape[1] % self.multiple or tokens.shape[2] % self.multiple:
             raise ValueError(f"Stage B of v1 got tokens of shape {tuple(tokens.shape)}, expected (B, h, w) with h and w multiples of "
                              f"{self.multiple}: pictures need sides that are multiples of {4 * self.multiple}.")
-        # One sequence, semantic latent first, that all attention blocks look at.
-        condition = self.embed_semantic(channels_last(semantic).flatten(1, 2))           # (B, h'*w', c_cond)
-        if text is not None:
-            condition = torch.cat([condition, self.embed_text(text)], dim=1)             # (B, h'*w' + N, c_cond)
-        condition = layer_norm(condition)
-        t_embedding = timestep_embedding(t, self.c_timestep).to(condition.dtype)         # (B, c_timestep)
+        told = iter(semantic if isinstance(semantic, list) else itertools.repeat(self.condition(semantic, text)))
+        t_embedding = timestep_embedding(t, self.c_timestep).to(self.embed.weight.dtype)     # (B, c_timestep)
         x = pixel_unshuffle(layer_norm(self.embed_token(tokens)), self.patch_size)       # (B, h/2, w/2, 4 * c_token)
         x = layer_norm(self.embed(x))                                                    # (B, h/2, w/2, C0)
 
         def run(blocks: nn.ModuleList, x: Tensor, skip: Tensor | None = None) -> Tensor:
             for block in blocks:
                 more = ([skip] if isinstance(block, SkipResBlock) else [] if isinstance(block, ResBlock) else
-                        [t_embedding if isinstance(block, TimestepBlock) else condition])
+                        [t_embedding if isinstance(block, TimestepBlock) else next(told)])
                 x = checkpoint(block, x, *more, use_reentrant=False) if self.checkpointing and self.training else block(x, *more)
             return x                                                                     # (B, H, W, C_i)
 

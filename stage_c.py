@@ -77,7 +77,8 @@ class GlobalResponseNorm(nn.Module):
 class ResBlock(nn.Module):
     """x + MLP(norm(depthwise(x))): a convolution mixes positions, then a wide MLP mixes channels.
 
-    Extra inputs (a U-Net skip, the semantic features) join behind the norm, in front of the MLP.
+    Extra inputs (a U-Net skip, the semantic features) join behind the norm, in front of the MLP. Nothing is concatenated
+    for that: W [x; extra] = W_x x + W_extra extra, and an extra that is the same at every step need be multiplied only once.
     """
     def __init__(self, c: int, c_skip: int = 0, kernel_size: int = 3, dropout: float = 0.0):
         super().__init__()
@@ -87,12 +88,17 @@ class ResBlock(nn.Module):
         self.dropout = dropout
         self.contract = nn.Linear(4 * c, c)
 
-    def forward(self, x: Tensor, *skips: Tensor) -> Tensor:
-        """x (B,H,W,C), skips (B,H,W,C_i) with sum C_i = c_skip -> (B,H,W,C)."""
+    def share(self, extra: Tensor, start: int) -> Tensor:
+        """extra (B,H,W,C'), whose columns of `expand` begin at `start` -> its share of the product, (B,H,W,4C)."""
+        return F.linear(extra, self.expand.weight[:, start:start + extra.shape[-1]])
+
+    def forward(self, x: Tensor, *shares: Tensor) -> Tensor:
+        """x (B,H,W,C), the shares (B,H,W,4C) of all extra inputs -> (B,H,W,C)."""
         h = layer_norm(channels_last(self.depthwise(channels_first(x))))                 # (B, H, W, C)
-        if skips:
-            h = torch.cat([h, *skips], dim=-1)                                           # (B, H, W, C + C_skip)
-        h = self.grn(F.gelu(self.expand(h)))                                             # (B, H, W, 4C)
+        h = F.linear(h, self.expand.weight[:, :h.shape[-1]], self.expand.bias) if shares else self.expand(h)     # (B, H, W, 4C)
+        for share in shares:
+            h += share
+        h = self.grn(F.gelu(h))                                                          # (B, H, W, 4C)
         return x + self.contract(F.dropout(h, self.dropout, self.training))              # (B, H, W, C)
 
 
@@ -120,12 +126,17 @@ class AttentionBlock(nn.Module):
         self.text_mapper = nn.Linear(c_text, c)
         self.query, self.key, self.value, self.out = (nn.Linear(c, c) for _ in range(4))
 
-    def forward(self, x: Tensor, text: Tensor) -> Tensor:
-        """x (B,H,W,C), text (B,N,c_text) -> (B,H,W,C)."""
-        tokens = layer_norm(x).flatten(1, 2)                                             # (B, H*W, C)
+    def read(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """text (B,N,c_text) -> its keys and values, 2 x (B,N,C), the same at every step."""
         text = self.text_mapper(F.silu(text))                                            # (B, N, C)
+        return self.key(text), self.value(text)
+
+    def forward(self, x: Tensor, text: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        """x (B,H,W,C), text (B,N,c_text), or what read() has made of it -> (B,H,W,C)."""
+        tokens = layer_norm(x).flatten(1, 2)                                             # (B, H*W, C)
         # Tokens and text go through `key` and `value` apart: into a text that does not learn, nothing need flow back.
-        k, v = (torch.cat([f(tokens), f(text)], dim=1) for f in (self.key, self.value))  # 2 x (B, H*W + N, C)
+        told = text if isinstance(text, tuple) else self.read(text)                      # 2 x (B, N, C)
+        k, v = (torch.cat([f(tokens), y], dim=1) for f, y in zip((self.key, self.value), told))          # 2 x (B, H*W + N, C)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (self.query(tokens), k, v))    # (B, heads, ..., C / heads)
         h = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
         return x + self.out(h.transpose(1, 2).flatten(2)).view_as(x)                     # (B, H, W, C)
@@ -172,12 +183,20 @@ class StageC(nn.Module):
         for block in self.timestep_blocks:
             nn.init.zeros_(block.mapper.weight)                            # every noise level starts alike
 
-    def three_blocks(self, i: int, x: Tensor, t_embedding: Tensor, text: Tensor) -> Tensor:
+    def prepare(self, text: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """text (B,N,c_cond) -> for each attention block its keys and values, 2 x (B,N,C): all of the text that a step needs.
+
+        It is the same at all noise levels: computed once, given to forward in place of the text.
+        """
+        text = self.embed_text(text)                                                     # (B, N, C)
+        return [block.read(text) for block in self.attention_blocks]
+
+    def three_blocks(self, i: int, x: Tensor, t_embedding: Tensor, text: Tensor | tuple) -> Tensor:
         """x (B,h,w,C) -> (B,h,w,C)."""
         return self.attention_blocks[i](self.timestep_blocks[i](self.res_blocks[i](x), t_embedding), text)
 
-    def forward(self, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        """x_t (B,16,h,w) of any size, t (B,) in [0, 1], text (B,N,c_cond) -> eps (B,16,h,w).
+    def forward(self, x_t: Tensor, t: Tensor, text: Tensor | list) -> Tensor:
+        """x_t (B,16,h,w) of any size, t (B,) in [0, 1], text (B,N,c_cond), or prepare(text) -> eps (B,16,h,w).
 
         Raises ValueError for a wrong number of channels.
         """
@@ -185,14 +204,15 @@ class StageC(nn.Module):
             raise ValueError(f"Stage C got latents of shape {tuple(x_t.shape)}, expected {self.config['c_in']} channels: "
                              f"4 channels are Stage A latents, encode pictures with the image encoder instead.")
         t_embedding = timestep_embedding(t, self.c_timestep).to(x_t.dtype)               # (B, c_timestep)
-        text = self.embed_text(text)                                                     # (B, N, C)
+        # While training each block reads the text itself, so that with checkpointing none of it need be kept.
+        told = text if isinstance(text, list) else [self.embed_text(text)] * len(self.res_blocks)        # each (B, N, C), or keys and values
         x = self.embed(channels_last(x_t))                                               # (B, h, w, C)
         for i in range(len(self.res_blocks)):
             if self.checkpointing and self.training:
                 kept = dict(context_fn=functools.partial(create_selective_checkpoint_contexts, keep_products)) if self.checkpointing == "products" else {}
-                x = checkpoint(self.three_blocks, i, x, t_embedding, text, use_reentrant=False, **kept)      # (B, h, w, C)
+                x = checkpoint(self.three_blocks, i, x, t_embedding, told[i], use_reentrant=False, **kept)   # (B, h, w, C)
             else:
-                x = self.three_blocks(i, x, t_embedding, text)                           # (B, h, w, C)
+                x = self.three_blocks(i, x, t_embedding, told[i])                        # (B, h, w, C)
         a, b = channels_first(self.head(layer_norm(x))).chunk(2, dim=1)                  # 2 x (B, 16, h, w)
         # From x_t = sqrt(ab) x_0 + sqrt(1 - ab) eps follows eps = (x_t - sqrt(ab) x_0) / sqrt(1 - ab),
         # ab = alphas_cumprod. The head has that form: a is the signal, |1 - b| the noise's scale. It starts

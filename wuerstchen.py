@@ -15,6 +15,7 @@ Paper: arXiv:2306.00637.
 Needs: torch, numpy, pillow, tqdm; transformers for the text encoders; our other files but the scripts.
 """
 import contextlib
+import functools
 import gc
 import json
 import math
@@ -445,12 +446,13 @@ class Wuerstchen:
 
         draw() gives noise of that shape; x: the start, default noise. The rest: see diffusion.denoise.
         """
-        both_texts = torch.cat([text, unconditional])
+        # What does not depend on the noise level, once for all steps.
+        told = functools.cache(lambda both: self.stage_c.prepare(torch.cat([text, unconditional]) if both else text))
 
         def predict(x: Tensor, t: Tensor, both: bool) -> Tensor:
             x = x.to(self.dtype)
             # One pass for both: rows 0..B-1 with the text, rows B..2B-1 without.
-            return self.stage_c(torch.cat([x, x]), torch.cat([t, t]), both_texts) if both else self.stage_c(x, t, text)
+            return self.stage_c(torch.cat([x, x]), torch.cat([t, t]), told(True)) if both else self.stage_c(x, t, told(False))
         with self.said_clearly("Stage C"):
             return self.to_raw(denoise(predict, draw() if x is None else x, draw, levels, step, guidance, keep, watch,
                                        self.bar("Stage C", progress)))
@@ -466,11 +468,14 @@ class Wuerstchen:
         semantic = semantic.to(self.dtype)
         both_texts, both_semantic = torch.cat([text, unconditional]), torch.cat([semantic, torch.zeros_like(semantic)])
 
+        @functools.cache
+        def told(size: tuple[int, int], both: bool) -> list:
+            """What does not depend on the noise level, once for all steps."""
+            return self.stage_b.prepare(size, *((both_semantic, both_texts) if both else (semantic, text)), shares=not self.low_memory)
+
         def predict(x: Tensor, t: Tensor, both: bool) -> Tensor:
-            x = x.to(self.dtype)
-            if not both:
-                return self.stage_b(x, t, semantic, text)
-            return self.stage_b(torch.cat([x, x]), torch.cat([t, t]), both_semantic, both_texts)
+            x, prepared = x.to(self.dtype), told(tuple(x.shape[2:]), both)
+            return self.stage_b(torch.cat([x, x]), torch.cat([t, t]), prepared) if both else self.stage_b(x, t, prepared)
         with self.said_clearly("Stage B"):
             return denoise(predict, draw() if x is None else x, draw, levels, step, guidance, keep, watch, self.bar("Stage B", progress))
 
@@ -485,14 +490,13 @@ class Wuerstchen:
         stage_a, semantic = self.stage_a, semantic.to(self.dtype)
         codes, scale_factor = stage_a.codebook.codes.detach(), stage_a.scale_factor
         both_texts, both_semantic = torch.cat([text, unconditional]), torch.cat([semantic, torch.zeros_like(semantic)])
+        told = functools.cache(lambda both: self.stage_b.prepare(*((both_semantic, both_texts) if both else (semantic, text))))
 
         def uniform(x: Tensor | None = None) -> Tensor:
             return torch.special.ndtr(draw() if x is None else x)[:, 0]                  # (B, h', w')
 
         def predict(tokens: Tensor, t: Tensor, both: bool) -> Tensor:
-            if not both:
-                return self.stage_b(tokens, t, semantic, text).float()
-            return self.stage_b(torch.cat([tokens, tokens]), torch.cat([t, t]), both_semantic, both_texts).float()
+            return (self.stage_b(torch.cat([tokens, tokens]), torch.cat([t, t]), told(True)) if both else self.stage_b(tokens, t, told(False))).float()
 
         def to_latents(tokens: Tensor) -> Tensor:
             return F.embedding(tokens, codes).permute(0, 3, 1, 2) / scale_factor         # (B, 4, h', w')

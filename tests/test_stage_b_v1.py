@@ -50,7 +50,8 @@ def test_network_equals_the_original(recorded, i):
     """Non-square grids, semantic latents of 2 x 2 and 3 x 4, texts of 1 and 5 tokens or none, noise levels up to 1."""
     model, data, _ = recorded
     x, t, semantic, text = (data[f"in/set{i}/{name}"] for name in ("x", "r", "effnet", "byt5"))
-    assert rel(model(x.long(), t, semantic, text), data[f"out/set{i}/logits"]) < 1e-5
+    for told in ((semantic, text), (model.prepare(semantic, text),)):
+        assert rel(model(x.long(), t, *told), data[f"out/set{i}/logits"]) < 1e-5
     assert rel(model(x.long(), t, semantic), data[f"out/set{i}/logits_without_text"]) < 1e-5
 
 
@@ -429,14 +430,16 @@ def test_a_picture_does_not_depend_on_its_neighbours(v1):
 
 def test_stage_b_of_v1_is_asked_without_condition_as_in_training(v1, monkeypatch):
     """The negative prompt's text and zeros for the semantic latent; first rows with, then rows without."""
-    asked, forward = [], v1.stage_b.forward
+    told, asked, prepare, forward = [], [], v1.stage_b.prepare, v1.stage_b.forward
+    monkeypatch.setattr(v1.stage_b, "prepare", lambda *args: told.append(args) or prepare(*args))
     monkeypatch.setattr(v1.stage_b, "forward", lambda *args: asked.append(args) or forward(*args))
     semantic = torch.randn(1, 16, 3, 3)
     v1("a cat", "a dog", semantic=semantic, **QUICK)
-    tokens, t, conditions, texts = asked[1]
+    (conditions, texts), (tokens, t, _) = told[0], asked[1]
     text = v1.encode_text(v1.text_encoder_b, ["a cat"], ["a dog"], 1)
     assert torch.equal(conditions, torch.cat([semantic, semantic * 0])) and torch.equal(texts, torch.cat(text))
-    assert torch.equal(tokens[0], tokens[1]) and t.tolist() == pytest.approx([2 / 3] * 2) and len(asked) == 3
+    assert torch.equal(tokens[0], tokens[1]) and t.tolist() == pytest.approx([2 / 3] * 2)
+    assert len(asked) == 3 and len(told) == 1            # three steps, and what is the same for all of them only once
     v1("a cat", semantic=semantic, interval_b=(0.5, 1), **QUICK)
     assert [len(tokens) for tokens, *_ in asked[3:]] == [2, 2, 1]
 

@@ -82,6 +82,13 @@ class Recorder:
         self.hook.remove()
 
 
+def recorded_prepare(monkeypatch, module: torch.nn.Module) -> list[tuple]:
+    """The inputs of each prepare(), where what is the same at all steps is computed."""
+    told, prepare = [], module.prepare
+    monkeypatch.setattr(module, "prepare", lambda *args, **options: told.append(args) or prepare(*args, **options))
+    return told
+
+
 # --- latents and sizes -------------------------------------------------------------------------------
 
 def test_the_latent_scale_is_undone_exactly_once():
@@ -260,11 +267,11 @@ def test_the_same_seed_gives_the_same_picture_and_another_seed_another(pipe):
     assert same(first, second) and not alike(first, other)
 
 
-def test_num_images_are_different_pictures_with_consecutive_seeds(pipe):
+def test_num_images_are_different_pictures_with_consecutive_seeds(pipe, monkeypatch):
     """Elsewhere all images of a prompt share one result of Stage C, and differ in detail only."""
-    with Recorder(pipe.stage_b) as calls:
-        images = pipe(CAT, seed=5, num_images=3, **QUICK)
-    semantic = calls[0][0][2]                                                            # (3, 16, 3, 3)
+    told = recorded_prepare(monkeypatch, pipe.stage_b)
+    images = pipe(CAT, seed=5, num_images=3, **QUICK)
+    _, semantic, _ = told[0]                                                             # (3, 16, 3, 3)
     assert len(images) == 3 and all(rel(a, b) > 0.1 for a, b in pairwise(semantic))
     for i, image in enumerate(images):
         assert alike(image, pipe(CAT, seed=5 + i, **QUICK)[0])
@@ -296,17 +303,19 @@ def test_one_negative_prompt_serves_all_prompts(pipe):
 
 # --- guidance ----------------------------------------------------------------------------------------
 
-def test_unconditional_is_the_encoding_of_the_empty_prompt(pipe):
+def test_unconditional_is_the_encoding_of_the_empty_prompt(pipe, monkeypatch):
     """Not zeros, which the authors' sampler takes if told nothing: the networks never saw them. For Stage B, whose semantic
     latent was dropped in training, zeros in its place are right."""
+    told_c, told_b = recorded_prepare(monkeypatch, pipe.stage_c), recorded_prepare(monkeypatch, pipe.stage_b)
     with Recorder(pipe.stage_c) as calls_c, Recorder(pipe.stage_b) as calls_b, torch.no_grad():
         pipe(CAT, seed=5, guidance_c=4, guidance_b=1.5, **QUICK)
         empty_c, empty_b = pipe.text_encoder_c([""]), pipe.text_encoder_b([""])
-    x_t, t, text = calls_c[0][0]
-    assert len(x_t) == len(t) == 2 and rel(text[1:], empty_c) < 1e-5
-    x_t, t, semantic, text = calls_b[0][0]
-    assert len(x_t) == len(t) == 2 and rel(text[1:], empty_b) < 1e-5
-    assert semantic[0].abs().sum() > 0 and semantic[1].abs().sum() == 0
+    assert len(told_c) == len(told_b) == 1               # not at every step
+    for args, _ in (*calls_c, *calls_b):
+        assert len(args[0]) == len(args[1]) == 2
+    assert rel(told_c[0][0][1:], empty_c) < 1e-5
+    _, semantic, text = told_b[0]
+    assert rel(text[1:], empty_b) < 1e-5 and semantic[0].abs().sum() > 0 and semantic[1].abs().sum() == 0
 
 
 def test_guidance_1_is_plain_sampling_at_half_the_work(pipe):
