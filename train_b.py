@@ -118,7 +118,7 @@ from data import Plan, batches, bucket_sizes, fill_cache, fit, latent_key, neare
 from diffusion import Guidance, Noise, add_noise, alphas_cumprod, denoise, linear_timesteps, p2_weight, per_row, v_weight
 from files import read_config, to_half, write_atomically, write_files, STEM
 from images import grid, psnr, to_pil
-from report import draw_curves, dry_run, push
+from report import draw_curves, dry_run, push, settings_table
 from stage_b import EfficientNetEncoder, StageB, TinyImageEncoder, preprocess
 from stage_b_v1 import StageBV1, add_noise as replace_tokens, training_errors
 from text import CachedTexts, TextEncoder
@@ -488,10 +488,11 @@ def stage_c_fits(args) -> bool:
     return own is not None and own.resolve() == Path(args.image_encoder).resolve()
 
 
-def write_result(args, decoder, encoder, weights: dict) -> None:
-    """decoder/ and image_encoder/; and where Stage C still fits, base.json, which tells sample.py --weights where the rest is.
+def write_result(args, decoder, encoder, weights: dict, pictures: int, lines: list[dict]) -> None:
+    """decoder/, image_encoder/ and README.md; and where Stage C still fits, base.json, which tells sample.py --weights where the rest is.
 
     decoder, encoder: of the right classes and sizes, for weights named decoder.* and, if the encoder has learned, encoder.*
+    lines: of log.jsonl, where PSNR stands
     """
     def filled(model, name: str):
         model.load_state_dict({key.removeprefix(name): tensor for key, tensor in weights.items() if key.startswith(name)}, assign=True)
@@ -508,6 +509,32 @@ def write_result(args, decoder, encoder, weights: dict) -> None:
         files = {part: str(Path(getattr(args, part)).resolve()) for part in PARTS if getattr(args, part) not in (None, "none")}
         base = dict(weights=args.weights if args.weights in (*hub.SHIPPED, *hub.NAMES) else str(Path(args.weights).resolve()), files=files)
         write_atomically(out / "base.json", lambda path: path.write_text(json.dumps(base, indent=2) + "\n"))
+    last = next((line for line in reversed(lines) if "psnr_a" in line), {})
+    measured = "\n".join([f"| PSNR of {args.val_count} pictures | dB |", "|---|---:|"] * bool(last) +
+                         [f"| {'Stage A alone' if name == 'psnr_a' else name[5:].replace('_', ' ')} | {value:.2f} |" for name, value in last.items() if name.startswith("psnr")])
+    grids = sorted((out / "samples").glob("*.png"))
+    use = f'--weights {out.name} --prompt "..."' if stage_c_fits(args) else \
+        f"--weights {args.weights} --decoder {out.name}/decoder --image-encoder {out.name}/image_encoder --reconstruct photo.png"
+    card = f"""---
+license: mit
+tags: [wuerstchen, diffusion-autoencoder]
+---
+# {out.name}
+
+Würstchen's Stage B{' of v1' if args.v1 else ''}{'' if args.freeze_encoder else ' and its image encoder'}, from {'nothing' if args.init == 'random' else f'`{args.weights}`'}, {args.steps} steps on {pictures} pictures.
+{'' if args.freeze_encoder else 'Stage C knows only the encoder it was trained on, and must be trained anew.'}
+
+    python sample.py {use}
+
+{measured}
+
+{f'![pictures, and what is left of them](samples/{grids[-1].name})' if grids else ''}
+
+| setting | value |
+|---|---|
+{settings_table(args)}
+"""
+    write_atomically(out / "README.md", lambda path: path.write_text(card, encoding="utf-8"))
 
 
 def main(args):
@@ -773,7 +800,7 @@ def main(args):
         if first:
             with torch.device("meta"):       # new ones, as under FSDP the models themselves hold a part of each tensor
                 blank = type(decoder)(**decoder.config), encoder if args.freeze_encoder else kind(**encoder.config)
-            write_result(args, *blank, weights)
+            write_result(args, *blank, weights, len(pictures), log.lines())
             if args.push_to_hub:
                 push(args)
         averaged.swap()

@@ -99,11 +99,15 @@ def test_a_decoder_fine_tuned_for_a_domain_is_a_folder_that_paints(folder, tmp_p
         sample.main(["--weights", weights, "--prompt", "a cat on a red background", "--seed", "1", "--steps-c", "2", "--steps-b", "1", "--out", str(tmp_path / f"{name}.png")])
     a, b = (np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int) for name in ("new", "old"))
     assert np.abs(a - b).max() > 3
+    assert f'python sample.py --weights {out.name} --prompt "..."' in (out / "README.md").read_text()
     assert weights_file(out, "image_encoder") == weights_file(TINY, "image_encoder") and weights_file(out, "decoder") != weights_file(TINY, "decoder")
 
 
 def test_where_the_encoder_learned_nothing_claims_that_stage_c_fits(folder, new, tmp_path):
-    out = train(folder, tmp_path / "run", *new, steps=1)
+    out = train(folder, tmp_path / "run", *new, "--sample-every", "1", steps=1)
+    card, psnr = (out / "README.md").read_text(), next(line["psnr_a"] for line in reversed(lines(out)) if "psnr_a" in line)
+    assert "must be trained anew" in card and f"| Stage A alone | {psnr:.2f} |" in card and "samples/step_000001.png" in card
+    assert f"--decoder {out.name}/decoder --image-encoder {out.name}/image_encoder --reconstruct" in card
     assert (out / "decoder").is_dir() and (out / "image_encoder").is_dir() and not (out / "base.json").exists()
     assert json.loads((out / "image_encoder" / "config.json").read_text())["c_hidden"] == [4, 8, 8, 8]
 
