@@ -78,28 +78,31 @@ class GlobalResponseNorm(nn.Module):
         return torch.addcmul(self.beta, x, 1 + self.gamma * n)
 
 
+class LinearInParts(nn.Linear):
+    """A Linear whose input may come in parts, since W [x; y] = W_x x + W_y y: a part is multiplied with its columns of W."""
+    def forward(self, x: Tensor, start: int = 0) -> Tensor:
+        """x (...,C'), all of the input or the part that begins at `start` -> its share of the output. The first has the bias."""
+        return F.linear(x, self.weight[:, start:start + x.shape[-1]], None if start else self.bias)
+
+
 class ResBlock(nn.Module):
     """x + MLP(norm(depthwise(x))): a convolution mixes positions, then a wide MLP mixes channels.
 
     Extra inputs (a U-Net skip, the semantic features) join behind the norm, in front of the MLP. Nothing is concatenated
-    for that: W [x; extra] = W_x x + W_extra extra, and an extra that is the same at every step need be multiplied only once.
+    for that: each is multiplied by itself, and one that is the same at every step only once.
     """
     def __init__(self, c: int, c_skip: int = 0, kernel_size: int = 3, dropout: float = 0.0):
         super().__init__()
         self.depthwise = nn.Conv2d(c, c, kernel_size, padding=kernel_size // 2, groups=c)
-        self.expand = nn.Linear(c + c_skip, 4 * c)
+        self.expand = LinearInParts(c + c_skip, 4 * c)
         self.grn = GlobalResponseNorm(4 * c)
         self.dropout = dropout
         self.contract = nn.Linear(4 * c, c)
 
-    def share(self, extra: Tensor, start: int) -> Tensor:
-        """extra (B,H,W,C'), whose columns of `expand` begin at `start` -> its share of the product, (B,H,W,4C)."""
-        return F.linear(extra, self.expand.weight[:, start:start + extra.shape[-1]])
-
     def forward(self, x: Tensor, *shares: Tensor) -> Tensor:
-        """x (B,H,W,C), the shares (B,H,W,4C) of all extra inputs -> (B,H,W,C)."""
+        """x (B,H,W,C), for each extra input its share of `expand` (B,H,W,4C) -> (B,H,W,C)."""
         h = layer_norm(channels_last(self.depthwise(channels_first(x))))                 # (B, H, W, C)
-        h = F.linear(h, self.expand.weight[:, :h.shape[-1]], self.expand.bias) if shares else self.expand(h)     # (B, H, W, 4C)
+        h = self.expand(h)                                                               # (B, H, W, 4C)
         for share in shares:
             h += share
         h = self.grn(F.gelu(h))                                                          # (B, H, W, 4C)
@@ -276,7 +279,7 @@ class StageB(nn.Module):
         leaves these to the steps; at 1024 px they take 0.7 GB in float32.
         """
         return [[block.read(told) if isinstance(block, AttentionBlock) else
-                 (block.share(told, block.expand.in_features - told.shape[-1]),) if shares and told is not None and isinstance(block, ResBlock) else told
+                 (block.expand(told, block.expand.in_features - told.shape[-1]),) if shares and told is not None and isinstance(block, ResBlock) else told
                  for block, told in zip(blocks, conditions)]
                 for (_, blocks, _), conditions in zip(self.in_order(), self.conditions(size, semantic, text))]
 
@@ -323,9 +326,9 @@ class StageB(nn.Module):
             if isinstance(block, AttentionBlock):
                 return block(x, told)
             c = x.shape[-1]                      # the order of the inputs of `expand`: x, skip, semantic latent
-            shares = [] if skip is None else [block.share(skip, c)]
+            shares = [] if skip is None else [block.expand(skip, c)]
             if told is not None:
-                shares.append(told[0] if isinstance(told, tuple) else block.share(told, block.expand.in_features - told.shape[-1]))
+                shares.append(told[0] if isinstance(told, tuple) else block.expand(told, block.expand.in_features - told.shape[-1]))
             return block(x, *shares)
 
         for k, block in enumerate(blocks):
