@@ -1,27 +1,34 @@
-"""Measures how long things take on this machine, each beside something it can be compared with.
+"""Measures how long things take on this machine, each beside something it can be compared with, and writes BENCHMARKS.md.
 
   python bench.py                                  # the tiny weights, a few minutes at most
   python bench.py --repeats 9 --skip-start         # only the networks
   python bench.py --weights PATH --side 128        # other weights, smaller pictures than their default
+  python bench.py --official                       # steps at official size and 1024 px, random weights; 8 GB, half an hour on 2 cores
   python bench.py --memory                         # what official sizes take; needs 7 GB of disk and some minutes
   python bench.py --training --repeats 1           # LoRA steps at official size and 512 px; 12 GB of memory, 10 minutes
 
 start      from `python sample.py` to the picture on disk; beside it, a Python that does nothing but
-           import torch and transformers' CLIP, the floor for any program that uses both
-stages     one step of Stage C (guided: two rows), one of Stage B (one row), one decoding by Stage A
-diffusers  the same calls with the same weights and inputs there, where diffusers is installed
+           import torch and transformers' CLIP, the floor for any program that uses both; and `--help`
+networks   one step of Stage C (guided: two rows), one of Stage B (one row), one decoding by Stage A, beside diffusers with the
+           same weights and inputs, where it is installed; and 16 pictures in one batch
+official   the same calls at official size, plain, with what does not change from step to step prepared, and in int8
 memory     the most that was taken at any time, in a process of its own: loading Stage C, and a whole picture with
            --low-memory, two steps each; beside it, the size of what is loaded. On a CPU that includes pages of files
 training   LoRA steps (forward, backward, clip, AdamW) beside diffusers with peft, same weights and inputs
 
-What is compared is run in turns, A B A B ..., so that whatever slows the machine down for a while slows
-both. Figures are medians. They are printed, nothing is asserted: a figure belongs to its machine.
+What is compared is run in turns, A B A B ..., so that whatever slows the machine down for a while slows both. Times are
+medians; a ratio is the median of the ratios of neighbours, pair by pair. Each run replaces its own sections of the file.
+Operations are those that torch counts in products and convolutions; the peak is a product of two large float32 matrices, taken in
+turns with the rest. Nothing is asserted: a figure belongs to its machine.
 Needs: what wuerstchen.py needs; diffusers for the comparison.
 """
 import argparse
 import importlib
+import importlib.metadata
 import json
+import math
 import os
+import re
 import platform
 import subprocess
 import sys
@@ -31,10 +38,38 @@ import zlib
 from datetime import date
 from pathlib import Path
 from statistics import median
-from typing import Callable
+from typing import Callable, NamedTuple
 
 PROMPT = "a red apple on a blue background"
 FLOOR = "import torch, transformers; from transformers import CLIPTextModel, CLIPTokenizer"
+FILE = Path(__file__).parent / "BENCHMARKS.md"
+SECTIONS = ("Start", "Networks", "Official size", "Memory", "Training")        # their order in the file
+# (section, what) -> the ratio is to be at least, or at most, this. Speeds: for 2 CPU cores in float32.
+GOALS = {
+    ("Start", "`--help`, seconds"): ("at most", 0.3),
+    ("Start", "start to PNG"): ("at most", 1.6),
+    ("Networks", "16 pictures in a batch, per second"): ("at least", 4.0),
+    ("Official size", "Stage C step, prepared"): ("at least", 1.4),
+    ("Official size", "Stage B step, prepared"): ("at least", 1.5),
+    ("Official size", "Stage A decode"): ("at least", 1.7),
+    ("Official size", "Stage C step, int8"): ("at least", 2.0),
+    ("Official size", "Stage B step, int8"): ("at least", 2.0),
+    ("Official size", "whole picture, added up"): ("at least", 1.45),
+    ("Official size", "largest deviation from diffusers"): ("at most", 1e-5),
+    ("Official size", "error of int8, relative L2"): ("at most", 0.01),
+    ("Memory", "text to image at 1024 px, one part at a time, float32"): ("at most", 1.25),
+    ("Training", "ours, `--checkpointing products`, time"): ("at most", 0.75),
+    ("Training", "ours, `--checkpointing products`, memory"): ("at most", 0.75),
+}
+
+
+class Row(NamedTuple):
+    """A line of a table. ratio: what a goal speaks of; where that is a quantity by itself, such as seconds, this."""
+    what: str
+    ours: str
+    other: str
+    ratio: float
+    more: str = ""
 
 
 def parse_args(argv=None):
@@ -44,10 +79,12 @@ def parse_args(argv=None):
     p.add_argument("--repeats", type=int, default=5, help="runs of everything, of which the median counts; more where figures jump (default: 5)")
     p.add_argument("--calls", type=int, default=10, help="calls of a network per run; fewer for large weights (default: 10)")
     p.add_argument("--device", default=None, help="cuda, cpu, ... (default: cuda where there is one, else cpu)")
+    p.add_argument("--official", action="store_true", help="measure networks of official size, with random weights, in place of --weights")
     p.add_argument("--memory", action="store_true", help="measure memory in place of time: random weights of official size (Linux only)")
     p.add_argument("--training", action="store_true", help="measure LoRA steps in place of sampling: random weights of official size (Linux only)")
     p.add_argument("--batch", type=int, default=4, help="pictures per training step (default: 4)")
-    p.add_argument("--depth", type=int, default=32, help="blocks of Stage C in training; fewer where memory is short (default: 32, the official depth)")
+    p.add_argument("--depth", type=int, default=32, help="blocks of Stage C in --official and --training, and of Stage B in proportion; fewer where memory or time is short (default: 32, the official depth)")
+    p.add_argument("--out", type=Path, default=FILE, help="file whose sections are replaced (default: BENCHMARKS.md)")
     p.add_argument("--skip-start", action="store_true", help="do not measure program starts, which take longest")
     return p.parse_args(argv)
 
@@ -57,8 +94,8 @@ def status(line: str) -> int:
     return next(int(text.split()[1]) * 1024 for text in open("/proc/self/status") if text.startswith(line))
 
 
-def in_turns(actions: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """Runs all actions once to warm up, then `repeats` times in turns -> median seconds of each."""
+def in_turns(actions: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
+    """Runs all actions once to warm up, then `repeats` times in turns -> the seconds of each."""
     seconds = {name: [] for name in actions}
     for repeat in range(repeats + 1):
         for name, action in actions.items():
@@ -66,21 +103,139 @@ def in_turns(actions: dict[str, Callable[[], None]], repeats: int) -> dict[str, 
             action()
             if repeat > 0:
                 seconds[name].append(time.perf_counter() - start)
-    return {name: median(values) for name, values in seconds.items()}
+    return seconds
 
 
-def start_to_picture(args) -> dict[str, float]:
-    """Seconds of a whole program, and of its floor."""
+# ----- the file --------------------------------------------------------------------------------------
+
+def ratio(above: list[float], below: list[float]) -> float:
+    """Pair by pair: a machine that is slow for a while is so for both of a pair, and the median forgets pairs where it was not."""
+    return median(a / b for a, b in zip(above, below, strict=True))
+
+
+def verdict(section: str, row: Row) -> tuple[str, str]:
+    """-> the goal in words, and whether it is met; empty where there is no goal."""
+    if (section, row.what) not in GOALS:
+        return "", ""
+    kind, goal = GOALS[section, row.what]
+    return f"{kind} {goal:g}", "yes" if (row.ratio >= goal if kind == "at least" else row.ratio <= goal) else "**no**"
+
+
+def table(section: str, rows: list[Row], note: str = "") -> str:
+    """The section in Markdown, without its title."""
+    lines = ["| what | ours | compared with | ratio | goal | met | |", "|---|---:|---:|---:|---:|---|---|"]
+    for row in rows:
+        number = "" if math.isnan(row.ratio) else f"{row.ratio:.2f}" if row.ratio >= 0.095 else f"{row.ratio:.1e}"
+        lines.append(f"| {' | '.join((row.what, row.ours, row.other, number, *verdict(section, row), row.more))} |")
+    return "\n".join(lines) + (f"\n\n{note}" if note else "") + "\n"
+
+
+def replace_section(text: str, title: str, body: str) -> str:
+    """The file's text with this section, a "## title" and what follows up to the next, replaced; or added, in the order of SECTIONS."""
+    head, *parts = re.split(r"(?m)^## ", text)
+    sections = dict(part.split("\n", 1) for part in parts) | {title: f"\n{body.strip()}\n"}
+    head = head.strip() or "# Benchmarks\n\nWritten by `python bench.py`, which says what is measured and how. Each section has its own date and machine."
+    order = [*(name for name in SECTIONS if name in sections), *(name for name in sections if name not in SECTIONS)]
+    return "\n\n".join([head, *(f"## {name}\n\n{sections[name].strip()}" for name in order)]) + "\n"
+
+
+def machine(args) -> str:
+    """What a figure belongs to."""
+    import torch
+    versions = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
+    for package in ("transformers", "diffusers", "peft"):
+        try:
+            versions.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    name = torch.cuda.get_device_name() if (args.device or "cuda").startswith("cuda") and torch.cuda.is_available() else next(
+        (line.split(":")[1].strip() for line in (open("/proc/cpuinfo") if os.path.exists("/proc/cpuinfo") else ()) if line.startswith("model name")), platform.machine())
+    load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""      # Windows has none
+    return f"{date.today()}; {name}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads{load}; {', '.join(versions)}; medians of {args.repeats}"
+
+
+def write(args, section: str, rows: list[Row], note: str = "") -> None:
+    """Prints a section, and puts it into the file."""
+    from files import write_atomically
+    command = " ".join(["python bench.py", *args.typed])
+    body = f"`{command}`, {machine(args)}.\n\n{table(section, rows, note)}"
+    print(f"## {section}\n\n{body}", flush=True)
+    text = replace_section(args.out.read_text(encoding="utf-8") if args.out.exists() else "", section, body)
+    write_atomically(args.out, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+# ----- start -----------------------------------------------------------------------------------------
+
+def start_to_picture(args) -> list[Row]:
+    """Seconds of a whole program, of its floor, and of its help."""
     def program(*argv: str):
         subprocess.run([sys.executable, *argv], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    script = str(Path(__file__).parent / "sample.py")
     with tempfile.TemporaryDirectory() as folder:
-        command = [str(Path(__file__).parent / "sample.py"), "--prompt", PROMPT, "--seed", "1", "--weights", args.weights,
-                   "--out", folder]
+        command = [script, "--prompt", PROMPT, "--seed", "1", "--weights", args.weights, "--out", folder]
         if args.side:
             command += ["--width", str(args.side), "--height", str(args.side)]
         if args.device:
             command += ["--device", args.device]
-        return in_turns({"sample.py": lambda: program(*command), "floor": lambda: program("-c", FLOOR)}, args.repeats)
+        seconds = in_turns({"ours": lambda: program(*command), "floor": lambda: program("-c", FLOOR), "help": lambda: program(script, "--help")}, args.repeats)
+    times = {name: median(values) for name, values in seconds.items()}
+    return [Row("start to PNG", f"{times['ours']:.2f} s", f"{times['floor']:.2f} s, imports alone", ratio(seconds["ours"], seconds["floor"])),
+            Row("`--help`, seconds", f"{times['help']:.2f} s", "", times["help"])]
+
+
+# ----- networks --------------------------------------------------------------------------------------
+
+class Call(NamedTuple):
+    """What is measured: our call, diffusers' or None, and how often in a run."""
+    ours: Callable
+    theirs: Callable | None
+    repeat: int = 1
+
+
+def measured(calls: dict[str, Call], repeats: int, device) -> tuple[list[Row], dict[str, tuple[float, float | None]], float]:
+    """-> rows; the median seconds of each call, ours and theirs; and GFLOP/s of a large product, all taken in turns.
+
+    Calls that share diffusers' side (the same function) have it measured once, and their ratios are with that one.
+    """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    n = 2048
+    a = torch.randn(n, n, device=device)
+    actions, key = {}, {}
+
+    def repeated(call: Callable, times: int) -> Callable:
+        def action():
+            for _ in range(times):
+                call()
+            if device.type == "cuda":
+                torch.cuda.synchronize()         # calls return before the GPU is done
+        return action
+    with torch.no_grad():
+        flops, results = {}, {}
+        for what, call in calls.items():
+            actions[what] = repeated(call.ours, call.repeat)
+            if call.theirs:
+                key[what] = next((other for other in key if calls[other].theirs is call.theirs), what)
+                actions["theirs " + key[what]] = repeated(call.theirs, call.repeat)
+            with FlopCounterMode(display=False) as counter:
+                results[what] = call.ours().float()
+            flops[what] = counter.get_total_flops()
+        seconds = in_turns(actions | {"peak": repeated(lambda: a @ a, 1)}, repeats)
+        peak = 2 * n ** 3 / median(seconds["peak"]) / 1e9
+        rows, times = [], {}
+        for what, call in calls.items():
+            ours, theirs = seconds[what], seconds["theirs " + key[what]] if call.theirs else None
+            times[what] = median(ours) / call.repeat, median(theirs) / call.repeat if theirs else None
+            speed = flops[what] / times[what][0] / 1e9
+            # int8's products are not among the operations that torch knows.
+            more = "" if "int8" in what else f"{flops[what] / 1e9:.4g} GFLOP, {speed:.0f} GFLOP/s, {speed / peak:.0%} of the peak"
+            if theirs:
+                reference = call.theirs().float()
+                difference = ((results[what] - reference).abs().max() / reference.abs().max()).item()
+                more += f"{'; ' * bool(more)}differs by {difference:.0e}, L2 {((results[what] - reference).norm() / reference.norm()).item():.0e}"
+            rows.append(Row(what, f"{1000 * times[what][0]:.2f} ms", f"{1000 * times[what][1]:.2f} ms, diffusers" if theirs else "",
+                            ratio(theirs, ours) if theirs else float("nan"), more))
+    return rows, times, peak
 
 
 def their_networks(parts: dict, model) -> dict | None:
@@ -99,8 +254,8 @@ def their_networks(parts: dict, model) -> dict | None:
     return {part: kind.from_pretrained(parts[part], torch_dtype=model.dtype, low_cpu_mem_usage=False).to(model.device) for part, kind in classes.items()}
 
 
-def networks(args) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
-    """-> milliseconds per call: {what: {"ours": ms, "diffusers": ms}}, and the largest relative difference of the results."""
+def networks(args) -> tuple[list[Row], str]:
+    """-> rows and a note."""
     import torch
     from hub import find_parts
     from wuerstchen import Wuerstchen, latent_sizes
@@ -118,36 +273,105 @@ def networks(args) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     x_c, t_c = noise(2, model.stage_c.config["c_in"], *size_c), torch.full((2,), 0.5, device=model.device)
     x_b, t_b = noise(1, model.stage_b.config["c_in"], *size_b), torch.full((1,), 0.5, device=model.device)
     semantic = noise(1, model.stage_b.config["c_semantic"], *size_c) * 42 - 1
-    calls = {"Stage C step": {"ours": lambda: model.stage_c(x_c, t_c, text_c)},
+
+    def beside(ours: Callable, part: str, call: Callable) -> Call:
+        return Call(ours, (lambda: call(theirs[part])) if theirs else None, args.calls)
+    calls = {"Stage C step": beside(lambda: model.stage_c(x_c, t_c, text_c), "prior", lambda net: net(x_c, t_c, text_c)),
              # What a step costs outside of the guidance interval, where nothing unconditional is computed.
-             "the same unguided": {"ours": lambda: model.stage_c(x_c[:1], t_c[:1], text_c[:1])},
-             "Stage B step": {"ours": lambda: model.stage_b(x_b, t_b, semantic, text_b)},
-             "Stage A decode": {"ours": lambda: model.stage_a.decode(x_b)}}
-    if theirs:
-        scale = theirs["vqgan"].config.scale_factor
-        calls["Stage C step"]["diffusers"] = lambda: theirs["prior"](x_c, t_c, text_c)
-        calls["the same unguided"]["diffusers"] = lambda: theirs["prior"](x_c[:1], t_c[:1], text_c[:1])
-        calls["Stage B step"]["diffusers"] = lambda: theirs["decoder"](x_b, t_b, semantic, text_b)
-        calls["Stage A decode"]["diffusers"] = lambda: theirs["vqgan"].decode(x_b * scale).sample
+             "Stage C step, unguided": beside(lambda: model.stage_c(x_c[:1], t_c[:1], text_c[:1]), "prior", lambda net: net(x_c[:1], t_c[:1], text_c[:1])),
+             "Stage B step": beside(lambda: model.stage_b(x_b, t_b, semantic, text_b), "decoder", lambda net: net(x_b, t_b, semantic, text_b)),
+             "Stage A decode": beside(lambda: model.stage_a.decode(x_b), "vqgan", lambda net: net.decode(x_b * net.config.scale_factor).sample)}
+    rows, _, peak = measured(calls, args.repeats, model.device)
+    seconds = median(in_turns({"batch": lambda: model([PROMPT] * 16, seed=list(range(16)), width=args.side, height=args.side)}, args.repeats)["batch"])
+    rows.append(Row("16 pictures in a batch, per second", f"{seconds:.2f} s", "", 16 / seconds))
+    return rows, f"Ratios: how many times as fast. Weights: {args.weights}. Peak {peak:.0f} GFLOP/s." + (
+        "" if theirs else " diffusers is not installed, so there is no comparison with it.")
 
-    def repeated(call):
-        def action():
-            for _ in range(args.calls):
-                call()
-            if model.device.type == "cuda":
-                torch.cuda.synchronize()         # calls return before the GPU is done
-        return action
 
+# ----- official size ---------------------------------------------------------------------------------
+
+def official_pair(stage: type, kind: type, config: dict, device):
+    """Ours with random weights, and diffusers' with the very same tensors: their memory is there once."""
+    import torch
+    from weights import config_to_diffusers, to_diffusers
+    with torch.device("meta"):
+        ours = stage(**config)
+        theirs = kind(**{key: value for key, value in config_to_diffusers(ours).items() if key[0] != "_"})
+    # A head of 1e-3 would give back x_t, and hide what is to be compared; with 0.02 the quotient is ill-conditioned.
+    random_model(ours, device, head=5e-3)
+    for name, buffer in ours.named_buffers():
+        buffer.normal_(std=0.02) if buffer.is_floating_point() else buffer.zero_()
+        if name.endswith("running_var"):
+            buffer.abs_().add_(0.5)
+    theirs.load_state_dict({name: tensor.contiguous() for name, tensor in to_diffusers(ours.state_dict(), ours).items()}, assign=True)
+    return ours.eval(), theirs.eval()
+
+
+def in_int8(network):
+    """A copy in int8, beside the network: the float weights are there once."""
+    import torch
+    from int8 import quantised, to_int8
+    with torch.device("meta"):
+        result = type(network)(**network.config)
+    result.load_state_dict(dict(quantised(network.state_dict().items(), to_int8(result))), assign=True)
+    return result.eval()
+
+
+def official(args) -> tuple[list[Row], str]:
+    """-> rows and a note. One network at a time."""
+    import gc
+    import torch
+    from diffusers.pipelines.deprecated import wuerstchen as theirs_in
+    from latents import latent_sizes
+    from stage_a import OFFICIAL as A, StageA
+    from stage_b import OFFICIAL as B, StageB
+    from stage_c import OFFICIAL as C, StageC
+    device, side = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")), args.side or 1024
+    (h, w), (h_b, w_b) = latent_sizes(side, side)
+
+    def noise(*shape: int):
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+
+    def calls_c() -> dict[str, Call]:
+        ours, theirs = official_pair(StageC, theirs_in.modeling_wuerstchen_prior.WuerstchenPrior, C | dict(depth=args.depth), device)
+        x, t, text = noise(2, 16, h, w), torch.full((2,), 0.5, device=device), noise(2, 77, 1280)
+        return steps("Stage C step", ours, lambda: theirs(x, t, text), lambda net: (text, net.prepare(text)), x, t)
+
+    def calls_b() -> dict[str, Call]:
+        blocks = tuple(max(1, n * args.depth // 32) for n in B["blocks"])
+        ours, theirs = official_pair(StageB, theirs_in.modeling_wuerstchen_diffnext.WuerstchenDiffNeXt, B | dict(blocks=blocks), device)
+        x, t, text, semantic = noise(1, 4, h_b, w_b), torch.full((1,), 0.5, device=device), noise(1, 77, 1024), noise(1, 16, h, w) * 42 - 1
+        # A plain call prepares by itself.
+        return steps("Stage B step", ours, lambda: theirs(x, t, semantic, text),
+                     lambda net: (net.conditions(x.shape[2:], semantic, text), net.prepare(x.shape[2:], semantic, text)), x, t, lambda net: net(x, t, semantic, text))
+
+    def steps(title: str, ours, theirs: Callable, told: Callable, x, t, plain: Callable | None = None) -> dict[str, Call]:
+        plain, prepared = plain or (lambda net: net(x, t, told(net)[0])), told(ours)[1]
+        calls = {title: Call(lambda: plain(ours), theirs), f"{title}, prepared": Call(lambda: ours(x, t, prepared), theirs)}
+        if device.type == "cpu":
+            net8 = in_int8(ours)
+            prepared8 = told(net8)[1]
+            calls[f"{title}, int8"] = Call(lambda: net8(x, t, prepared8), theirs)
+        return calls
+
+    def calls_a() -> dict[str, Call]:
+        ours, theirs = official_pair(StageA, theirs_in.modeling_paella_vq_model.PaellaVQModel, A, device)
+        x = noise(1, 4, h_b, w_b)
+        return {"Stage A decode": Call(lambda: ours.decode(x), lambda: theirs.decode(x * A["scale_factor"]).sample)}
+    rows, times, peaks = [], {}, []
     with torch.no_grad():
-        times = {what: {who: 1000 / args.calls * seconds for who, seconds in
-                        in_turns({who: repeated(call) for who, call in both.items()}, args.repeats).items()}
-                 for what, both in calls.items()}
-        differences = {}
-        for what, both in calls.items():
-            if "diffusers" in both:
-                a, b = both["ours"]().float(), both["diffusers"]().float()
-                differences[what] = ((a - b).abs().max() / b.abs().max()).item()
-    return times, differences
+        for calls in (calls_c, calls_b, calls_a):
+            more, of_calls, peak = measured(calls(), args.repeats, device)
+            rows, times, peaks = rows + more, times | of_calls, peaks + [peak]
+            print("\n".join(" ".join(map(str, row)) for row in more), file=sys.stderr, flush=True)      # a long way to the table
+            gc.collect()
+    for title, kind, which in (("largest deviation from diffusers", "differs by", lambda what: "int8" not in what), ("error of int8, relative L2", "L2", lambda what: "int8" in what)):
+        values = [float(re.search(kind + r" (\S+?)(,|$)", row.more)[1]) for row in rows if which(row.what)]
+        rows += [Row(title, f"{max(values):.0e}", "", max(values))] if values else []
+    ours, theirs = (29 * times[f"Stage C step{how}"][i] + 12 * times[f"Stage B step{how}"][i] + times["Stage A decode"][i] for i, how in enumerate((", prepared", "")))
+    rows.append(Row("whole picture, added up", f"{ours:.1f} s", f"{theirs:.1f} s, diffusers", theirs / ours, "29 guided steps of C, 12 unguided of B, one decoding"))
+    small = "" if (side, args.depth) == (1024, 32) else f" **Not the official size: {side} px, depth {args.depth}.**"
+    return rows, f"Ratios: how many times as fast, float32, {side} px. Peak {median(peaks):.0f} GFLOP/s.{small}"
 
 
 # ----- memory ----------------------------------------------------------------------------------------
@@ -204,9 +428,10 @@ def official_files(folder: Path) -> None:
         shutil.copytree(tokenizer, folder / f"{side}tokenizer")
 
 
-def memory(args) -> None:
-    """Prints the peaks beside the sizes."""
+def memory(args) -> list[Row]:
+    """The peaks beside the sizes."""
     import torch
+    rows = []
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
         official_files(Path(folder))
@@ -215,20 +440,20 @@ def memory(args) -> None:
             result = subprocess.run([sys.executable, "-c", MEASURED.format(what=what), folder, device, dtype], cwd=Path(__file__).parent,
                                     stdout=subprocess.PIPE, text=True, check=True)
             peak, size = map(int, result.stdout.split()[-2:])
-            print(f"{title}, {dtype}: peak {peak / 1e6:.0f} MB; {'its' if what is LOADING else 'the largest'} weights {size / 1e6:.0f} MB; "
-                  f"ratio {peak / size:.2f}", flush=True)
+            rows.append(Row(f"{title}, {dtype}", f"{peak / 1e6:.0f} MB", f"{size / 1e6:.0f} MB, {'its' if what is LOADING else 'the largest'} weights", peak / size))
+    return rows
 
 
 # ----- training --------------------------------------------------------------------------------------
 
-def random_model(model, device: str, names: dict[str, str] | None = None):
+def random_model(model, device: str, names: dict[str, str] | None = None, head: float = 1e-3):
     """A model from the meta device, with random weights that are a function of their names; names: ours -> the model's."""
     import torch
     model.to_empty(device=device)
     for name, tensor in model.named_parameters():
         name = names[name] if names else name
         # The last layer is small: its output stands in a divisor, see stage_c.py.
-        tensor.data.view(-1).normal_(std=1e-3 if "head" in name else 0.02, generator=torch.Generator(device).manual_seed(zlib.crc32(name.encode())))
+        tensor.data.view(-1).normal_(std=head if "head" in name else 0.02, generator=torch.Generator(device).manual_seed(zlib.crc32(name.encode())))
     return model.requires_grad_(False)
 
 
@@ -305,12 +530,12 @@ def encoding(side: int, batch: int, device: str) -> dict:
     return dict(seconds=median(seconds[1:]))
 
 
-def training(args) -> None:
-    """Prints time and memory of LoRA steps at official size, each in a process of its own, in turns."""
+def training(args) -> tuple[list[Row], str]:
+    """-> rows of time and memory, and a note, of LoRA steps at official size, each in a process of its own, in turns."""
     import torch
     device, side = args.device or ("cuda" if torch.cuda.is_available() else "cpu"), args.side or 512
-    runs = {"diffusers + peft": ("diffusers", None), "ours": ("ours", None), "ours, --checkpointing products": ("ours", "products"),
-            "diffusers + peft, checkpointing": ("diffusers", "blocks"), "ours, --checkpointing blocks": ("ours", "blocks")}
+    runs = {"diffusers + peft": ("diffusers", None), "ours": ("ours", None), "ours, `--checkpointing products`": ("ours", "products"),
+            "diffusers + peft, checkpointing": ("diffusers", "blocks"), "ours, `--checkpointing blocks`": ("ours", "blocks")}
 
     def alone(call: str) -> dict:
         # A step of a small model first: what torch and peft load when they are first used is no memory of a step.
@@ -321,40 +546,33 @@ def training(args) -> None:
     for _ in range(args.repeats):
         for title, (who, checkpointing) in runs.items():
             results[title].append(alone(f"lora_steps({who!r}, {checkpointing!r}, {args.depth}, {side}, {args.batch}, {device!r})"))
-    base = results["diffusers + peft"]
-    print(f"One step of a LoRA of rank 8 on attention, Stage C of depth {args.depth} (weights {base[0]['size'] / 1e9:.2f} GB), {side} px, batch {args.batch}:")
-    for title, runs in results.items():
-        seconds, ratio = median(run["seconds"] for run in runs), median(a["seconds"] / b["seconds"] for a, b in zip(runs, base))
-        memory, their_memory = (median(run["peak"] for run in which) for which in (runs, base))
-        print(f"{title:32} {seconds:7.2f} s   ratio {ratio:.2f}    {memory / 1e9:6.2f} GB   ratio {memory / their_memory:.2f}    loss {runs[0]['loss']:.6f}", flush=True)
+    base, rows = results["diffusers + peft"], []
+    for name, key, text in (("time", "seconds", lambda v: f"{v:.2f} s"), ("memory", "peak", lambda v: f"{v / 1e9:.2f} GB")):
+        theirs = [run[key] for run in base]
+        for title, runs in results.items():
+            ours = [run[key] for run in runs]
+            other = "" if runs is base else f"{text(median(theirs))}, diffusers + peft"
+            rows.append(Row(f"{title}, {name}", text(median(ours)), other, ratio(ours, theirs), f"loss {runs[0]['loss']:.6f}"))
+    note = (f"One step of a LoRA of rank 8 on attention, Stage C of depth {args.depth} (weights {base[0]['size'] / 1e9:.2f} GB), {side} px, batch {args.batch}. "
+            "Ratios: of time and of memory.")
     if args.depth == 32:
         step, more = median(run["seconds"] for run in results["ours"]), alone(f"encoding({side}, {args.batch}, {device!r})")["seconds"]
-        print(f"Encoding pictures and captions takes {more:.2f} s a step, which --cache saves: an epoch is {(step + more) / step:.2f} times as fast")
+        note += f" Encoding pictures and captions takes {more:.2f} s a step, which `--cache` saves: an epoch is {(step + more) / step:.2f} times as fast."
+    return rows, note
 
 
 def main(argv=None):
     args = parse_args(argv)
-    import torch
-    load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""      # Windows has none
-    print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} CPUs{load}, "
-          f"Python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
-          f"weights {args.weights}, medians of {args.repeats}\n")
+    args.typed = sys.argv[1:] if argv is None else list(argv)
     if args.memory:
-        return memory(args)
+        return write(args, "Memory", memory(args))
     if args.training:
-        return training(args)
+        return write(args, "Training", *training(args))
+    if args.official:
+        return write(args, "Official size", *official(args))
     if not args.skip_start:
-        start = start_to_picture(args)
-        print(f"start to picture   {start['sample.py']:8.2f} s    imports alone {start['floor']:8.2f} s     "
-              f"ratio {start['sample.py'] / start['floor']:.2f}")
-    times, differences = networks(args)
-    for what, ms in times.items():
-        line = f"{what:18} {ms['ours']:8.2f} ms"
-        if "diffusers" in ms:
-            line += f"   diffusers     {ms['diffusers']:8.2f} ms    ratio {ms['ours'] / ms['diffusers']:.2f}   results differ by {differences[what]:.0e}"
-        print(line)
-    if not differences:
-        print("diffusers is not installed, so there is no comparison with it: pip install diffusers")
+        write(args, "Start", start_to_picture(args))
+    write(args, "Networks", *networks(args))
 
 
 if __name__ == "__main__":

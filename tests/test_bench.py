@@ -1,0 +1,77 @@
+"""The parts of bench.py that compute nothing: ratios, goals, and the file whose sections are replaced one at a time."""
+import math
+
+import pytest
+import torch
+
+import bench
+from bench import GOALS, SECTIONS, Call, Row, measured, ratio, replace_section, table, verdict
+
+
+def test_a_ratio_is_of_neighbours():
+    """The machine gets ten times slower half-way: both sides of a pair see it, so that the ratio is 2 throughout."""
+    assert ratio([2.0, 2.0, 20.0, 20.0], [1.0, 1.0, 10.0, 10.0]) == 2
+    assert ratio([2.0, 2.0, 20.0], [1.0, 10.0, 10.0]) == 2       # it came between the two of one pair, which is outvoted
+    with pytest.raises(ValueError):
+        ratio([1.0, 2.0], [1.0])
+
+
+def test_runs_are_taken_in_turns_after_one_to_warm_up():
+    order = []
+    seconds = bench.in_turns({name: lambda name=name: order.append(name) for name in "ab"}, 3)
+    assert order == list("abababab") and [len(values) for values in seconds.values()] == [3, 3]
+
+
+@pytest.mark.parametrize("goal, value, met", [(("at least", 1.4), 1.4, "yes"), (("at least", 1.4), 1.39, "**no**"), (("at most", 0.3), 0.3, "yes"),
+                                              (("at most", 0.3), 0.31, "**no**"), (("at least", 1.4), math.nan, "**no**")])
+def test_a_goal_is_met_or_not(goal, value, met, monkeypatch):
+    """A figure that there is not, without diffusers, meets nothing."""
+    monkeypatch.setitem(GOALS, ("Start", "x"), goal)
+    assert verdict("Start", Row("x", "", "", value)) == (f"{goal[0]} {goal[1]}", met)
+    assert verdict("Memory", Row("x", "", "", value)) == ("", "")
+
+
+def test_goals_are_for_rows_that_there_are():
+    """A goal under a name that no row has would never be missed."""
+    source = open(bench.__file__).read().split("class Row")[1].replace("Stage C step, ", "").replace("Stage B step, ", "")
+    for section, what in GOALS:
+        assert section in SECTIONS
+        for part in what.removeprefix("Stage C step, ").removeprefix("Stage B step, ").removesuffix(", float32").split(", t")[0].split(", memory"):
+            assert part in source or part in ("prepared", "int8", "one part at a time"), what
+
+
+def test_a_table_shows_goal_result_and_ratio():
+    rows = [Row("Stage A decode", "10 ms", "15 ms, diffusers", 1.5, "more"), Row("largest deviation from diffusers", "3e-07", "", 3e-7), Row("other", "1 s", "", math.nan)]
+    lines = table("Official size", rows, "A note.").splitlines()
+    assert lines[2:] == ["| Stage A decode | 10 ms | 15 ms, diffusers | 1.50 | at least 1.7 | **no** | more |",
+                         "| largest deviation from diffusers | 3e-07 |  | 3.0e-07 | at most 1e-05 | yes |  |",
+                         "| other | 1 s |  |  |  |  |  |", "", "A note."]
+    assert len({line.count("|") for line in lines[:5]}) == 1
+
+
+def test_a_section_is_replaced_and_the_others_stay():
+    """Long measurements are run one at a time, days apart."""
+    text = replace_section("", "Memory", "first memory")
+    text = replace_section(text, "Start", "start")
+    assert text.index("# Benchmarks") < text.index("## Start\n\nstart\n") < text.index("## Memory\n\nfirst memory\n")
+    text = replace_section(text, "Memory", "second memory\n\n| a |\n")
+    assert text.count("## Memory") == 1 and "first memory" not in text and "start" in text and text.endswith("| a |\n")
+    assert replace_section(text, "Memory", "second memory\n\n| a |\n") == text
+
+
+def test_what_others_wrote_into_the_file_stays():
+    text = replace_section("# My title\n\nMy words.\n\n## Mine\n\nmine ## not a title\n", "Training", "x")
+    assert text.startswith("# My title\n\nMy words.\n\n## Training\n\nx\n\n## Mine\n\nmine ## not a title")
+
+
+def test_operations_and_differences_of_a_call_are_those_of_the_call():
+    """A product of (8,32) and (32,16) is 2 * 8 * 32 * 16 operations; diffusers' side, shared by two calls, is measured once."""
+    a, b, ran = torch.randn(8, 32), torch.randn(32, 16), []
+
+    def theirs():
+        ran.append(1)
+        return 1.01 * (a @ b)
+    rows, times, peak = measured({"x": Call(lambda: a @ b, theirs), "y": Call(lambda: a @ b, theirs), "z": Call(lambda: a @ b, None)}, 2, torch.device("cpu"))
+    assert [row.what for row in rows] == ["x", "y", "z"] and rows[0].more.startswith("8.192e-06 GFLOP") and "L2 1e-02" in rows[0].more
+    assert len(ran) == 3 + 2                 # a warm-up and 2 repeats, and for each comparison of results once more
+    assert times["z"][1] is None and math.isnan(rows[2].ratio) and times["x"][1] == times["y"][1] and peak > 0
