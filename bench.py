@@ -127,7 +127,10 @@ def table(section: str, rows: list[Row], note: str = "") -> str:
     for row in rows:
         number = "" if math.isnan(row.ratio) else f"{row.ratio:.2f}" if row.ratio >= 0.095 else f"{row.ratio:.1e}"
         lines.append(f"| {' | '.join((row.what, row.ours, row.other, number, *verdict(section, row), row.more))} |")
-    return "\n".join(lines) + (f"\n\n{note}" if note else "") + "\n"
+    # A goal that nothing speaks of is not to be forgotten.
+    missing = [f"{what} ({kind} {goal:g})" for (of, what), (kind, goal) in GOALS.items() if of == section and what not in {row.what for row in rows}]
+    notes = [note] * bool(note) + [f"Goals that were not measured: {', '.join(missing)}."] * bool(missing)
+    return "\n\n".join(["\n".join(lines), *notes]) + "\n"
 
 
 def replace_section(text: str, title: str, body: str) -> str:
@@ -157,7 +160,7 @@ def machine(args) -> str:
 def write(args, section: str, rows: list[Row], note: str = "") -> None:
     """Prints a section, and puts it into the file."""
     from files import write_atomically
-    command = " ".join(["python bench.py", *args.typed])
+    command = " ".join(["python bench.py", *args.typed]).split(" --out")[0]
     body = f"`{command}`, {machine(args)}.\n\n{table(section, rows, note)}"
     print(f"## {section}\n\n{body}", flush=True)
     text = replace_section(args.out.read_text(encoding="utf-8") if args.out.exists() else "", section, body)
