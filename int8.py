@@ -26,9 +26,9 @@ from torch import Tensor
 def product_now(x8: Tensor, weight8: Tensor, scale: Tensor) -> Tensor:
     """x8 (M,K) uint8, of which 128 means 0, weight8 (N,K) int8 in -64..64, scale (N,) -> scale * (x8 - 128) @ weight8.T, (M,N) float32.
 
-    torch has several int8 products. Measured with AVX2, 1 thread, (1152,1536) x (1536,6144), beside float32: this one is 2 times as
-    fast; torch._int_mm 25 times slower; _weight_int8pack_mm 1.3 times slower; quantized.linear_dynamic is as fast, but takes one scale
-    for all rows, so that a picture would depend on those beside it. Packing anew at each call takes 4 % of its time, and lets the
+    torch has several int8 products. Measured with AVX2, 1 thread, (256,1536) x (1536,1536), beside float32: this one is 2.3 times as
+    fast; torch._int_mm 28 times slower; _weight_int8pack_mm 1.3 times slower; quantized.linear_dynamic 2.5 times as fast, but it takes
+    one scale for all rows, so that a picture would depend on those beside it. Packing anew at each call takes 4 % of its time, and lets the
     weight be an ordinary tensor, of which a slice of columns is as good as the whole.
     """
     packed = torch.ops.onednn.qlinear_prepack(weight8.contiguous(), None)                # strides it does not look at
