@@ -113,11 +113,11 @@ def resolve(node: ast.AST, names: dict):
     if owner is None:
         return None
     kind = owner if isinstance(owner, (type, types.ModuleType)) else type(owner)
-    if node.attr in getattr(importlib.import_module("wuerstchen"), "PARTS"):
+    if node.attr in importlib.import_module("wuerstchen").PARTS:
         return None                                                      # a network, of some class or other
     if hasattr(owner, node.attr):
         return getattr(owner, node.attr)
-    if isinstance(kind, type) and re.search(rf"\bself\b.*\.{node.attr}\b|\bself\.\w.*, self\.{node.attr}\b", inspect.getsource(kind)):
+    if isinstance(kind, type) and re.search(rf"\bself\.{node.attr}\b", inspect.getsource(kind)):
         return None                                                      # set in __init__ or load
     raise Missing(f"{kind.__name__} has no {node.attr}")
 
