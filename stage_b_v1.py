@@ -107,12 +107,16 @@ class ResBlock(nn.Module):
         """extra (B,H,W,C'), whose columns of `expand` begin at `start` -> its share of the product, (B,H,W,4C)."""
         return F.linear(extra, self.expand.weight[:, start:start + extra.shape[-1]])
 
-    def forward(self, x: Tensor, *shares: Tensor) -> Tensor:
-        """x (B,H,W,C), the shares (B,H,W,4C) of all extra inputs -> (B,H,W,C)."""
-        h = layer_norm(channels_last(self.depthwise(channels_first(x))))                 # (B, H, W, C)
-        h = F.linear(h, self.expand.weight[:, :h.shape[-1]], self.expand.bias) if shares else self.expand(h)     # (B, H, W, 4C)
-        for share in shares:
-            h += share
+    def forward(self, x: Tensor, *extras: Tensor | tuple[Tensor]) -> Tensor:
+        """x (B,H,W,C), extras (B,H,W,C_i) with sum C_i = c_skip; the last may be a tuple of its share() -> (B,H,W,C)."""
+        h, start = layer_norm(channels_last(self.depthwise(channels_first(x)))), x.shape[-1]             # (B, H, W, C)
+        h = F.linear(h, self.expand.weight[:, :start], self.expand.bias) if extras else self.expand(h)   # (B, H, W, 4C)
+        for extra in extras:
+            if isinstance(extra, tuple):
+                h += extra[0]
+            else:
+                h += self.share(extra, start)
+                start += extra.shape[-1]
         h = self.grn(F.gelu(h))                                                          # (B, H, W, 4C)
         return x + self.contract(F.dropout(h, self.dropout, self.training))              # (B, H, W, C)
 
