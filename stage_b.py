@@ -177,7 +177,7 @@ def resize_weights(n: int, m: int, width: int, device=None) -> Tensor:
 def resize_semantic(semantic: Tensor, size: tuple[int, int]) -> Tensor:
     """semantic (B,C,h,w) -> (B,*size,C), bicubic. Interpolation is linear in rows and in columns: two matrix products.
 
-    They take less time than F.interpolate, and can be differentiated under torch.compile, where it fails.
+    At the official sizes they take less time than F.interpolate, and they can be differentiated under torch.compile, where it fails.
     """
     (h, w), (H, W), device = semantic.shape[2:], size, semantic.device
     rows, columns = resize_weights(h, H, W, device), resize_weights(w, W, 2, device)
