@@ -99,12 +99,16 @@ class ResBlock(nn.Module):
         self.dropout = dropout
         self.contract = nn.Linear(4 * c, c)
 
-    def forward(self, x: Tensor, *shares: Tensor) -> Tensor:
-        """x (B,H,W,C), for each extra input its share of `expand` (B,H,W,4C) -> (B,H,W,C)."""
-        h = layer_norm(channels_last(self.depthwise(channels_first(x))))                 # (B, H, W, C)
+    def forward(self, x: Tensor, *extras: Tensor | tuple[Tensor]) -> Tensor:
+        """x (B,H,W,C), extras (B,H,W,C_i) with sum C_i = c_skip, or (its share of `expand`,) -> (B,H,W,C)."""
+        h, start = layer_norm(channels_last(self.depthwise(channels_first(x)))), x.shape[-1]             # (B, H, W, C)
         h = self.expand(h)                                                               # (B, H, W, 4C)
-        for share in shares:
-            h += share
+        for extra in extras:
+            if isinstance(extra, tuple):
+                h += extra[0]
+            else:
+                h += self.expand(extra, start)
+                start += extra.shape[-1]
         h = self.grn(F.gelu(h))                                                          # (B, H, W, 4C)
         return x + self.contract(F.dropout(h, self.dropout, self.training))              # (B, H, W, C)
 
@@ -176,7 +180,7 @@ def resize_weights(n: int, m: int, width: int, device=None) -> Tensor:
 def resize_semantic(semantic: Tensor, size: tuple[int, int]) -> Tensor:
     """semantic (B,C,h,w) -> (B,*size,C), bicubic. Interpolation is linear in rows and in columns: two matrix products.
 
-    They take less time than F.interpolate, and can be differentiated under torch.compile, where it fails.
+    At the official sizes they take less time than F.interpolate, and they can be differentiated under torch.compile, where it fails.
     """
     (h, w), (H, W), device = semantic.shape[2:], size, semantic.device
     rows, columns = resize_weights(h, H, W, device), resize_weights(w, W, 2, device)
@@ -323,13 +327,7 @@ class StageB(nn.Module):
         def run(block: nn.Module, x: Tensor, told, skip: Tensor | None) -> Tensor:
             if isinstance(block, TimestepBlock):
                 return block(x, t_embedding)
-            if isinstance(block, AttentionBlock):
-                return block(x, told)
-            c = x.shape[-1]                      # the order of the inputs of `expand`: x, skip, semantic latent
-            shares = [] if skip is None else [block.expand(skip, c)]
-            if told is not None:
-                shares.append(told[0] if isinstance(told, tuple) else block.expand(told, block.expand.in_features - told.shape[-1]))
-            return block(x, *shares)
+            return block(x, *(extra for extra in (skip, told) if extra is not None))
 
         for k, block in enumerate(blocks):
             inputs = (block, x, told[k], skip if k == 0 else None)

@@ -95,12 +95,16 @@ class ResBlock(nn.Module):
         self.dropout = dropout
         self.contract = nn.Linear(4 * c, c)
 
-    def forward(self, x: Tensor, *shares: Tensor) -> Tensor:
-        """x (B,H,W,C), for each extra input its share of `expand` (B,H,W,4C) -> (B,H,W,C)."""
-        h = layer_norm(channels_last(self.depthwise(channels_first(x))))                 # (B, H, W, C)
+    def forward(self, x: Tensor, *extras: Tensor | tuple[Tensor]) -> Tensor:
+        """x (B,H,W,C), extras (B,H,W,C_i) with sum C_i = c_skip, or (its share of `expand`,) -> (B,H,W,C)."""
+        h, start = layer_norm(channels_last(self.depthwise(channels_first(x)))), x.shape[-1]             # (B, H, W, C)
         h = self.expand(h)                                                               # (B, H, W, 4C)
-        for share in shares:
-            h += share
+        for extra in extras:
+            if isinstance(extra, tuple):
+                h += extra[0]
+            else:
+                h += self.expand(extra, start)
+                start += extra.shape[-1]
         h = self.grn(F.gelu(h))                                                          # (B, H, W, 4C)
         return x + self.contract(F.dropout(h, self.dropout, self.training))              # (B, H, W, C)
 

@@ -1,6 +1,6 @@
 """Executes notebooks in place: a fresh kernel, its outputs stored beside a checksum of the code that gave them.
 
-  python notebooks/run.py                        # all of them, 3 minutes
+  python notebooks/run.py                        # all of them, 6 minutes
   python notebooks/run.py 03_diffusion.ipynb     # one
 
 The notebooks are committed with their pictures, so that they can be read without running them. After a change of a code

@@ -96,7 +96,7 @@ def test_base_json_is_written_only_where_stage_c_fits(folder, new, tmp_path):
 
 def test_the_tiny_v1_is_a_name_and_shares_all_but_stage_b(monkeypatch):
     """3 to 5 million parameters, less than 16 MiB in float16, as many tokens as the tiny VQGAN has codes."""
-    places = hub.locate("tiny-v1", parts=(*hub.TEXT_TO_IMAGE, "image_encoder"))
+    places = hub.locate(TINY.parent / "tiny-v1", parts=(*hub.TEXT_TO_IMAGE, "image_encoder"))
     assert places["decoder"] == TINY.parent / "tiny-v1" / "decoder" and weights.stage_b_of(places["decoder"]) is StageBV1
     assert all(places[part] == TINY / part for part in ("prior", "vqgan", "image_encoder", "text_encoder", "tokenizer"))
     with torch.device("meta"):
@@ -349,7 +349,7 @@ MISTAKES = [
     (["--v1", "--loss-weight", "v"], "--loss-weight is for v2"),
     (["--v1", "--even-contrast"], "--even-contrast is for v2"),
     (["--v1"], "models/tiny/decoder is a Stage B of v2, --v1 trains that of v1: leave it away, or --init random for a new one"),
-    (["--weights", "tiny-v1"], "models/tiny-v1/decoder is a Stage B of v1: add --v1, or --init random"),
+    (["--weights", str(TINY.parent / "tiny-v1")], "models/tiny-v1/decoder is a Stage B of v1: add --v1, or --init random"),
     (["--v1", "--init", "random", "--config", str(TINY)], "cannot be used: it describes a WuerstchenDiffNeXt, expected a Paella"),
     (["--v1", "--init", "random", "--image-encoder", str(TINY / "image_encoder"), "--config", "EIGHT"], "the VQGAN has 1024 tokens, Stage B is for 8: give it another --config"),
 ]
