@@ -52,6 +52,9 @@ GOALS = {
     ("Official size", "Stage C step, prepared"): ("at least", 1.4),
     ("Official size", "Stage B step, prepared"): ("at least", 1.5),
     ("Official size", "Stage A decode"): ("at least", 1.7),
+    ("Official size", "Stage C step, prepared, its products alone"): ("at least", 0.85),
+    ("Official size", "Stage B step, prepared, its products alone"): ("at least", 0.85),
+    ("Official size", "Stage A decode, its products alone"): ("at least", 0.85),
     ("Official size", "Stage C step, int8"): ("at least", 2.0),
     ("Official size", "Stage B step, int8"): ("at least", 2.0),
     ("Official size", "whole picture, added up"): ("at least", 1.45),
@@ -189,10 +192,46 @@ def start_to_picture(args) -> list[Row]:
 # ----- networks --------------------------------------------------------------------------------------
 
 class Call(NamedTuple):
-    """What is measured: our call, diffusers' or None, and how often in a run."""
+    """What is measured: our call, diffusers' or None, how often in a run, and whether its products are to be taken alone, too."""
     ours: Callable
     theirs: Callable | None
     repeat: int = 1
+    alone: bool = False
+
+
+def products_of(call: Callable) -> Callable:
+    """-> a call that multiplies as many numbers as this one, in the same order, shapes and strides, and does nothing else.
+
+    It runs the matrix products, the convolutions that are such products (not those channel by channel), and the attentions, on numbers
+    of its own. Tensors of the same shape are the same there, so that it is, if anything, too fast.
+    """
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_map_only
+    aten = torch.ops.aten
+    attention = [kind for name in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+                 if (kind := getattr(aten, f"_scaled_dot_product_{name}", None))]
+    products, tensors, seen = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution, *attention}, {}, []
+
+    def twin(tensor):
+        key = tensor.shape, tensor.stride(), tensor.dtype
+        if key not in tensors:               # not zeros, with which some processors are faster
+            tensors[key] = torch.empty_strided(*key[:2], dtype=tensor.dtype, device=tensor.device).normal_()
+        return tensors[key]
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            kind = function.overloadpacket
+            if kind in products and not (kind is aten.convolution and args[8] > 1):      # groups
+                seen.append((function, *tree_map_only(torch.Tensor, twin, (args, kwargs or {}))))
+            return function(*args, **(kwargs or {}))
+    with Watch():
+        call()
+
+    def alone():
+        for function, args, kwargs in seen:
+            function(*args, **kwargs)
+    return alone
 
 
 def measured(calls: dict[str, Call], repeats: int, device) -> tuple[list[Row], dict[str, tuple[float, float | None]], float]:
@@ -220,6 +259,8 @@ def measured(calls: dict[str, Call], repeats: int, device) -> tuple[list[Row], d
             if call.theirs:
                 key[what] = next((other for other in key if calls[other].theirs is call.theirs), what)
                 actions["theirs " + key[what]] = repeated(call.theirs, call.repeat)
+            if call.alone:
+                actions["products of " + what] = repeated(products_of(call.ours), call.repeat)
             with FlopCounterMode(display=False) as counter:
                 results[what] = call.ours().float()
             flops[what] = counter.get_total_flops()
@@ -238,6 +279,10 @@ def measured(calls: dict[str, Call], repeats: int, device) -> tuple[list[Row], d
                 more += f"{'; ' * bool(more)}differs by {difference:.0e}, L2 {((results[what] - reference).norm() / reference.norm()).item():.0e}"
             rows.append(Row(what, f"{1000 * times[what][0]:.2f} ms", f"{1000 * times[what][1]:.2f} ms, diffusers" if theirs else "",
                             ratio(theirs, ours) if theirs else float("nan"), more))
+            if call.alone:
+                alone = seconds["products of " + what]
+                rows.append(Row(f"{what}, its products alone", rows[-1].ours, f"{1000 * median(alone) / call.repeat:.2f} ms", ratio(alone, ours),
+                                "share that matrix products and attention would take by themselves"))
     return rows, times, peak
 
 
@@ -350,7 +395,7 @@ def official(args) -> tuple[list[Row], str]:
 
     def steps(title: str, ours, theirs: Callable, told: Callable, x, t, plain: Callable | None = None) -> dict[str, Call]:
         plain, prepared = plain or (lambda net: net(x, t, told(net)[0])), told(ours)[1]
-        calls = {title: Call(lambda: plain(ours), theirs), f"{title}, prepared": Call(lambda: ours(x, t, prepared), theirs)}
+        calls = {title: Call(lambda: plain(ours), theirs), f"{title}, prepared": Call(lambda: ours(x, t, prepared), theirs, alone=True)}
         if device.type == "cpu":
             net8 = in_int8(ours)
             prepared8 = told(net8)[1]
@@ -360,7 +405,7 @@ def official(args) -> tuple[list[Row], str]:
     def calls_a() -> dict[str, Call]:
         ours, theirs = official_pair(StageA, theirs_in.modeling_paella_vq_model.PaellaVQModel, A, device)
         x = noise(1, 4, h_b, w_b)
-        return {"Stage A decode": Call(lambda: ours.decode(x), lambda: theirs.decode(x * A["scale_factor"]).sample)}
+        return {"Stage A decode": Call(lambda: ours.decode(x), lambda: theirs.decode(x * A["scale_factor"]).sample, alone=True)}
     rows, times, peaks = [], {}, []
     with torch.no_grad():
         for calls in (calls_c, calls_b, calls_a):
@@ -369,7 +414,7 @@ def official(args) -> tuple[list[Row], str]:
             print("\n".join(" ".join(map(str, row)) for row in more), file=sys.stderr, flush=True)      # a long way to the table
             gc.collect()
     for title, kind, which in (("largest deviation from diffusers", "differs by", lambda what: "int8" not in what), ("error of int8, relative L2", "L2", lambda what: "int8" in what)):
-        values = [float(re.search(kind + r" (\S+?)(,|$)", row.more)[1]) for row in rows if which(row.what)]
+        values = [float(found[1]) for row in rows if which(row.what) and (found := re.search(kind + r" (\S+?)(,|$)", row.more))]
         rows += [Row(title, f"{max(values):.0e}", "", max(values))] if values else []
     ours, theirs = (29 * times[f"Stage C step{how}"][i] + 12 * times[f"Stage B step{how}"][i] + times["Stage A decode"][i] for i, how in enumerate((", prepared", "")))
     rows.append(Row("whole picture, added up", f"{ours:.1f} s", f"{theirs:.1f} s, diffusers", theirs / ours, "29 guided steps of C, 12 unguided of B, one decoding"))

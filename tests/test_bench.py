@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 from bench import GOALS, SECTIONS, Call, Row, measured, ratio, replace_section, table, verdict
@@ -74,3 +75,23 @@ def test_operations_and_differences_of_a_call_are_those_of_the_call():
     assert [row.what for row in rows] == ["x", "y", "z"] and rows[0].more.startswith("8.192e-06 GFLOP") and "L2 1e-02" in rows[0].more
     assert len(ran) == 3 + 2                 # a warm-up and 2 repeats, and for each comparison of results once more
     assert times["z"][1] is None and math.isnan(rows[2].ratio) and times["x"][1] == times["y"][1] and peak > 0
+
+
+def test_products_alone_are_those_of_the_call():
+    """As many operations as torch counts in the call, but for those channel by channel; nothing of what lies between."""
+    linear, pointwise, depthwise = torch.nn.Linear(8, 16), torch.nn.Conv2d(16, 8, 1), torch.nn.Conv2d(8, 8, 3, groups=8)
+    x = torch.randn(1, 6, 6, 8)
+
+    def call():
+        h = linear(x).relu()                                                             # (1, 6, 6, 16)
+        h = depthwise(pointwise(h.permute(0, 3, 1, 2)))                                  # (1, 8, 4, 4)
+        q = h.flatten(2).transpose(1, 2)[:, None]                                        # (1, 1, 16, 8)
+        return torch.nn.functional.scaled_dot_product_attention(q, q, q)
+
+    def operations(action) -> int:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            action()
+        return counter.get_total_flops()
+    with torch.no_grad():
+        alone = bench.products_of(call)
+    assert operations(alone) == operations(call) - 2 * 8 * 16 * 9 > 0
