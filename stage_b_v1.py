@@ -399,7 +399,7 @@ def sample(predict: Callable[[Tensor, Tensor, bool], Tensor], noise: Tensor, uni
     codes             Stage A's codebook (K,c), for mode quant.
     start             tokens to start from, in place of the noise, when levels[0] < 1.
     watch(i, t, tokens) -> None or other tokens: called after step i with what it chose, and the level it is noised to next.
-    Raises ValueError for settings that make no sense, FloatingPointError as soon as logits are not finite.
+    Raises ValueError for settings that make no sense, FloatingPointError as soon as logits are not finite, on a GPU in the end.
     """
     steps = len(levels) - 1
     if steps < 1 or not (levels[1:] < levels[:-1]).all() or levels[0] > 1 or levels[-1] < 0:
@@ -410,15 +410,18 @@ def sample(predict: Callable[[Tensor, Tensor, bool], Tensor], noise: Tensor, uni
     if "quant" in mode and codes is None:
         raise ValueError("mode quant needs Stage A's codebook: give its vectors as codes.")
     renoise_steps = steps - 1 if renoise_steps is None else renoise_steps
-    tokens = noise if start is None else start
+    tokens, on_device, finite = noise if start is None else start, levels.to(noise.device), []
     for i in progress(range(steps)):
-        t, t_next = (levels[k].to(tokens.device).expand(len(tokens)) for k in (i, i + 1))                # (B,), (B,)
+        t, t_next = (on_device[k].expand(len(tokens)) for k in (i, i + 1))               # (B,), (B,)
         logits = predict(tokens, t, guidance[i] != 1)                                    # (B, K, h, w) or (2B, K, h, w)
         if guidance[i] != 1:
             conditional, unconditional = logits.chunk(2)
             logits = torch.lerp(unconditional, conditional, guidance[i])                 # (B, K, h, w)
-        if not logits.isfinite().all():
-            raise FloatingPointError(f"step {i + 1} of {steps} (t = {levels[i]:.3f})")
+        finite.append(logits.isfinite().all())
+        # A GPU that is asked in every step has nothing to do until the next arrives: it is asked in the end.
+        if (tokens.device.type == "cpu" or i == steps - 1) and not (said := torch.stack(finite)).all():
+            k = said.tolist().index(False)
+            raise FloatingPointError(f"step {k + 1} of {steps} (t = {levels[k]:.3f})")
         tokens = choose(logits, mode[i], temperature[i], uniform(), codes)               # (B, h, w)
         changed = watch(i, levels[i + 1].item(), tokens) if watch is not None else None
         tokens, u = tokens if changed is None else changed.to(tokens), uniform()

@@ -112,7 +112,8 @@ class Wuerstchen:
                 if not self.offload:
                     network(part).to(self.device)
                 if self.compiled and name in ("stage_b", "stage_c"):
-                    part.compile()                             # at the first call, which then takes a minute
+                    # At the first call, which then takes a minute. On a GPU the whole network is recorded, and played back as one.
+                    part.compile(**dict(mode="reduce-overhead") if self.device.type == "cuda" else {})
             self.loaded[name] = part
         part = self.loaded[name]
         if self.offload and part is not None and part is not self.loaded.get(self.on_device):
@@ -310,7 +311,11 @@ class Wuerstchen:
         def checked(name: str, tensor: Tensor, *shape: int) -> Tensor:
             if tuple(tensor.shape[1:]) != shape or len(tensor) not in (1, n):
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected ({n} or 1, {', '.join(map(str, shape))}).")
-            return tensor.to(self.device, torch.float32).expand(n, *shape)
+            tensor = tensor.float()
+            if self.device.type == "cuda" and tensor.device.type == "cpu":
+                # Travels while the host goes on: so random numbers are there before the GPU has come to them.
+                tensor = tensor.pin_memory().to(self.device, non_blocking=True)
+            return tensor.to(self.device).expand(n, *shape)
 
         def draw(stage: str, size: tuple[int, int]) -> Callable[[], Tensor]:
             channels = self.config(stage).get("c_in", 1)                                 # v1's Stage B: a number per token
