@@ -3,7 +3,8 @@
   python bench.py                                  # the tiny weights, a few minutes at most
   python bench.py --repeats 9 --skip-start         # only the networks
   python bench.py --weights PATH --side 128        # other weights, smaller pictures than their default
-  python bench.py --official                       # steps at official size and 1024 px, random weights; 8 GB, half an hour on 2 cores
+  python bench.py --official                       # steps at official size and 1024 px, random weights; 8 GB, half an hour on 2 cores; on a GPU
+                                                   # bfloat16, 1, 4 and 8 pictures, compiled and not
   python bench.py --memory                         # what official sizes take; needs 7 GB of disk and some minutes
   python bench.py --training --repeats 1           # LoRA steps at official size and 512 px; 12 GB of memory, 10 minutes
 
@@ -11,7 +12,8 @@ start      from `python sample.py` to the picture on disk; beside it, a Python t
            import torch and transformers' CLIP, the floor for any program that uses both; and `--help`
 networks   one step of Stage C (guided: two rows), one of Stage B (one row), one decoding by Stage A, beside diffusers with the
            same weights and inputs, where it is installed; and 16 pictures in one batch
-official   the same calls at official size, plain, with what does not change from step to step prepared, and in int8
+official   the same calls at official size, plain, with what does not change from step to step prepared, compiled, and in int8; and
+           the share of the time that matrix products and attention would take by themselves
 memory     the most that was taken at any time, in a process of its own: loading Stage C, and a whole picture with
            --low-memory, two steps each; beside it, the size of what is loaded. On a CPU that includes pages of files
 training   LoRA steps (forward, backward, clip, AdamW) beside diffusers with peft, same weights and inputs
@@ -36,6 +38,7 @@ import tempfile
 import time
 import zlib
 from datetime import date
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Callable, NamedTuple
@@ -43,7 +46,8 @@ from typing import Callable, NamedTuple
 PROMPT = "a red apple on a blue background"
 FLOOR = "import torch, transformers; from transformers import CLIPTextModel, CLIPTokenizer"
 FILE = Path(__file__).parent / "BENCHMARKS.md"
-SECTIONS = ("Start", "Networks", "Official size", "Memory", "Training")        # their order in the file
+DTYPES = dict(fp32="float32", bf16="bfloat16", fp16="float16")
+SECTIONS = ("Start", "Networks", "Official size", "GPU", "Memory", "Training")        # their order in the file
 # (section, what) -> the ratio is to be at least, or at most, this. Speeds: for 2 CPU cores in float32.
 GOALS = {
     ("Start", "`--help`, seconds"): ("at most", 0.3),
@@ -60,6 +64,11 @@ GOALS = {
     ("Official size", "whole picture, added up"): ("at least", 1.45),
     ("Official size", "largest deviation from diffusers"): ("at most", 1e-5),
     ("Official size", "error of int8, relative L2"): ("at most", 0.01),
+    ("GPU", "a picture, compiled, seconds"): ("at most", 0.35),
+    ("GPU", "a picture, compiled, beside diffusers"): ("at least", 2.5),
+    ("GPU", "a picture, compiled, beside diffusers compiled"): ("at least", 1.25),
+    ("GPU", "a picture of 8, compiled, share of the peak"): ("at least", 0.5),
+    ("Memory", "loading Stage C, float16, beside reading its file"): ("at most", 1.3),
     ("Memory", "text to image at 1024 px, one part at a time, float32"): ("at most", 1.25),
     ("Training", "ours, `--checkpointing products`, time"): ("at most", 0.75),
     ("Training", "ours, `--checkpointing products`, memory"): ("at most", 0.75),
@@ -83,6 +92,9 @@ def parse_args(argv=None):
     p.add_argument("--calls", type=int, default=10, help="calls of a network per run; fewer for large weights (default: 10)")
     p.add_argument("--device", default=None, help="cuda, cpu, ... (default: cuda where there is one, else cpu)")
     p.add_argument("--official", action="store_true", help="measure networks of official size, with random weights, in place of --weights")
+    p.add_argument("--dtype", choices=DTYPES, help="numbers of --official (default: bf16 on a GPU, else fp32)")
+    p.add_argument("--pictures", type=int, nargs="+", help="of --official: how many at a time, several are taken one after another (default: 1, on a GPU 1 4 8)")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="of --official: Stages B and C by torch.compile, too (default: on a GPU)")
     p.add_argument("--memory", action="store_true", help="measure memory in place of time: random weights of official size (Linux only)")
     p.add_argument("--training", action="store_true", help="measure LoRA steps in place of sampling: random weights of official size (Linux only)")
     p.add_argument("--batch", type=int, default=4, help="pictures per training step (default: 4)")
@@ -192,11 +204,20 @@ def start_to_picture(args) -> list[Row]:
 # ----- networks --------------------------------------------------------------------------------------
 
 class Call(NamedTuple):
-    """What is measured: our call, diffusers' or None, how often in a run, and whether its products are to be taken alone, too."""
+    """What is measured: our call, diffusers' or None, how often in a run, whether its products are to be taken alone, too; and, where
+    operations cannot be counted in ours, as it is compiled, a call that does the same."""
     ours: Callable
     theirs: Callable | None
     repeat: int = 1
     alone: bool = False
+    same: Callable | None = None
+
+
+class Measured(NamedTuple):
+    """Median seconds of our call, and of diffusers', and the operations of ours."""
+    ours: float
+    theirs: float | None
+    flops: int
 
 
 def products_of(call: Callable) -> Callable:
@@ -216,7 +237,8 @@ def products_of(call: Callable) -> Callable:
     def twin(tensor):
         key = tensor.shape, tensor.stride(), tensor.dtype
         if key not in tensors:               # not zeros, with which some processors are faster
-            tensors[key] = torch.empty_strided(*key[:2], dtype=tensor.dtype, device=tensor.device).normal_()
+            length = 1 + sum((n - 1) * stride for n, stride in zip(*key[:2]))            # strides of 0 are possible
+            tensors[key] = torch.randn(length, device=tensor.device).to(tensor.dtype).as_strided(*key[:2])
         return tensors[key]
 
     class Watch(TorchDispatchMode):
@@ -234,15 +256,15 @@ def products_of(call: Callable) -> Callable:
     return alone
 
 
-def measured(calls: dict[str, Call], repeats: int, device) -> tuple[list[Row], dict[str, tuple[float, float | None]], float]:
-    """-> rows; the median seconds of each call, ours and theirs; and GFLOP/s of a large product, all taken in turns.
+def measured(calls: dict[str, Call], repeats: int, device, dtype=None) -> tuple[list[Row], dict[str, Measured], float]:
+    """-> rows; what was measured of each call; and GFLOP/s of a large product of this dtype (default: float32), all taken in turns.
 
     Calls that share diffusers' side (the same function) have it measured once, and their ratios are with that one.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
-    n = 2048
-    a = torch.randn(n, n, device=device)
+    n = 8192 if device.type == "cuda" else 2048 if dtype in (None, torch.float32) else 256       # a CPU without half precision takes minutes
+    a = torch.randn(n, n, device=device, dtype=dtype)
     actions, key = {}, {}
 
     def repeated(call: Callable, times: int) -> Callable:
@@ -262,28 +284,28 @@ def measured(calls: dict[str, Call], repeats: int, device) -> tuple[list[Row], d
             if call.alone:
                 actions["products of " + what] = repeated(products_of(call.ours), call.repeat)
             with FlopCounterMode(display=False) as counter:
-                results[what] = call.ours().float()
-            flops[what] = counter.get_total_flops()
+                (call.same or call.ours)()
+            flops[what], results[what] = counter.get_total_flops(), call.ours().float().clone()      # a recorded graph writes there again
         seconds = in_turns(actions | {"peak": repeated(lambda: a @ a, 1)}, repeats)
         peak = 2 * n ** 3 / median(seconds["peak"]) / 1e9
-        rows, times = [], {}
+        rows, found = [], {}
         for what, call in calls.items():
             ours, theirs = seconds[what], seconds["theirs " + key[what]] if call.theirs else None
-            times[what] = median(ours) / call.repeat, median(theirs) / call.repeat if theirs else None
-            speed = flops[what] / times[what][0] / 1e9
+            found[what] = Measured(median(ours) / call.repeat, median(theirs) / call.repeat if theirs else None, flops[what])
+            speed = flops[what] / found[what].ours / 1e9
             # int8's products are not among the operations that torch knows.
             more = "" if "int8" in what else f"{flops[what] / 1e9:.4g} GFLOP, {speed:.0f} GFLOP/s, {speed / peak:.0%} of the peak"
             if theirs:
                 reference = call.theirs().float()
                 difference = ((results[what] - reference).abs().max() / reference.abs().max()).item()
                 more += f"{'; ' * bool(more)}differs by {difference:.0e}, L2 {((results[what] - reference).norm() / reference.norm()).item():.0e}"
-            rows.append(Row(what, f"{1000 * times[what][0]:.2f} ms", f"{1000 * times[what][1]:.2f} ms, diffusers" if theirs else "",
+            rows.append(Row(what, f"{1000 * found[what].ours:.2f} ms", f"{1000 * found[what].theirs:.2f} ms, diffusers" if theirs else "",
                             ratio(theirs, ours) if theirs else float("nan"), more))
             if call.alone:
                 alone = seconds["products of " + what]
                 rows.append(Row(f"{what}, its products alone", rows[-1].ours, f"{1000 * median(alone) / call.repeat:.2f} ms", ratio(alone, ours),
                                 "share that matrix products and attention would take by themselves"))
-    return rows, times, peak
+    return rows, found, peak
 
 
 def their_networks(parts: dict, model) -> dict | None:
@@ -338,7 +360,7 @@ def networks(args) -> tuple[list[Row], str]:
 
 # ----- official size ---------------------------------------------------------------------------------
 
-def official_pair(stage: type, kind: type, config: dict, device):
+def official_pair(stage: type, kind: type, config: dict, device, dtype):
     """Ours with random weights, and diffusers' with the very same tensors: their memory is there once."""
     import torch
     from weights import config_to_diffusers, to_diffusers
@@ -351,6 +373,7 @@ def official_pair(stage: type, kind: type, config: dict, device):
         buffer.normal_(std=0.02) if buffer.is_floating_point() else buffer.zero_()
         if name.endswith("running_var"):
             buffer.abs_().add_(0.5)
+    ours.to(dtype)
     theirs.load_state_dict({name: tensor.contiguous() for name, tensor in to_diffusers(ours.state_dict(), ours).items()}, assign=True)
     return ours.eval(), theirs.eval()
 
@@ -374,58 +397,96 @@ def official(args) -> tuple[list[Row], str]:
     from stage_a import OFFICIAL as A, StageA
     from stage_b import OFFICIAL as B, StageB
     from stage_c import OFFICIAL as C, StageC
-    device, side = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")), args.side or 1024
+    device, side, gpu = torch.device(args.device), args.side or 1024, args.device.startswith("cuda")
+    dtype, numbers = getattr(torch, DTYPES[args.dtype]), args.pictures or ([1, 4, 8] if gpu else [1])
     (h, w), (h_b, w_b) = latent_sizes(side, side)
 
     def noise(*shape: int):
-        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
 
-    def calls_c() -> dict[str, Call]:
-        ours, theirs = official_pair(StageC, theirs_in.modeling_wuerstchen_prior.WuerstchenPrior, C | dict(depth=args.depth), device)
-        x, t, text = noise(2, 16, h, w), torch.full((2,), 0.5, device=device), noise(2, 77, 1280)
-        return steps("Stage C step", ours, lambda: theirs(x, t, text), lambda net: (text, net.prepare(text)), x, t)
+    def compiled(network):
+        return torch.compile(network, dynamic=False, **dict(mode="reduce-overhead") if gpu else {})
 
-    def calls_b() -> dict[str, Call]:
+    # Each -> its title, our network, diffusers', and what gives the inputs of n pictures: ours; ours with all that does not change from
+    # step to step prepared by a network; and diffusers'.
+    def stage_c():
+        def inputs(network, n: int):
+            x, t, text = noise(2 * n, 16, h, w), torch.full((2 * n,), 0.5, device=device), noise(2 * n, 77, 1280)
+            return (x, t, text), (x, t, network.prepare(text)), (x, t.to(dtype), text)
+        return "Stage C step", *official_pair(StageC, theirs_in.modeling_wuerstchen_prior.WuerstchenPrior, C | dict(depth=args.depth), device, dtype), inputs
+
+    def stage_b():
+        def inputs(network, n: int):
+            x, t, text, semantic = noise(n, 4, h_b, w_b), torch.full((n,), 0.5, device=device), noise(n, 77, 1024), noise(n, 16, h, w) * 42 - 1
+            return (x, t, semantic, text), (x, t, network.prepare(x.shape[2:], semantic, text)), (x, t.to(dtype), semantic, text)
         blocks = tuple(max(1, n * args.depth // 32) for n in B["blocks"])
-        ours, theirs = official_pair(StageB, theirs_in.modeling_wuerstchen_diffnext.WuerstchenDiffNeXt, B | dict(blocks=blocks), device)
-        x, t, text, semantic = noise(1, 4, h_b, w_b), torch.full((1,), 0.5, device=device), noise(1, 77, 1024), noise(1, 16, h, w) * 42 - 1
-        # A plain call prepares by itself.
-        return steps("Stage B step", ours, lambda: theirs(x, t, semantic, text),
-                     lambda net: (net.conditions(x.shape[2:], semantic, text), net.prepare(x.shape[2:], semantic, text)), x, t, lambda net: net(x, t, semantic, text))
+        return "Stage B step", *official_pair(StageB, theirs_in.modeling_wuerstchen_diffnext.WuerstchenDiffNeXt, B | dict(blocks=blocks), device, dtype), inputs
 
-    def steps(title: str, ours, theirs: Callable, told: Callable, x, t, plain: Callable | None = None) -> dict[str, Call]:
-        plain, prepared = plain or (lambda net: net(x, t, told(net)[0])), told(ours)[1]
-        calls = {title: Call(lambda: plain(ours), theirs), f"{title}, prepared": Call(lambda: ours(x, t, prepared), theirs, alone=True)}
-        if device.type == "cpu":
-            net8 = in_int8(ours)
-            prepared8 = told(net8)[1]
-            calls[f"{title}, int8"] = Call(lambda: net8(x, t, prepared8), theirs)
+    def calls_of(title: str, ours, theirs, inputs: Callable, more: dict) -> dict[str, Call]:
+        calls = {}
+        for n in numbers:
+            plain, prepared, their_inputs = inputs(ours, n)
+            eager, now = partial(theirs, *their_inputs), partial(ours, *prepared)
+            calls[named(title, n)] = Call(partial(ours, *plain), eager, repeat)
+            calls[named(f"{title}, prepared", n)] = Call(now, eager, repeat, alone=True)
+            if "compiled" in more:
+                fast, their_fast = more["compiled"]
+                calls[named(f"{title}, compiled", n)] = Call(partial(fast, *prepared), partial(their_fast, *their_inputs), repeat, same=now)
+            if "int8" in more:
+                calls[named(f"{title}, int8", n)] = Call(partial(more["int8"], *inputs(more["int8"], n)[1]), eager, repeat)
         return calls
 
-    def calls_a() -> dict[str, Call]:
-        ours, theirs = official_pair(StageA, theirs_in.modeling_paella_vq_model.PaellaVQModel, A, device)
-        x = noise(1, 4, h_b, w_b)
-        return {"Stage A decode": Call(lambda: ours.decode(x), lambda: theirs.decode(x * A["scale_factor"]).sample, alone=True)}
-    rows, times, peaks = [], {}, []
+    def named(title: str, n: int) -> str:
+        return title if n == 1 else f"{title}, {n} pictures"
+
+    rows, found, peaks, repeat = [], {}, [], args.calls if gpu else 1
     with torch.no_grad():
-        for calls in (calls_c, calls_b, calls_a):
-            more, of_calls, peak = measured(calls(), args.repeats, device)
-            rows, times, peaks = rows + more, times | of_calls, peaks + [peak]
-            print("\n".join(" ".join(map(str, row)) for row in more), file=sys.stderr, flush=True)      # a long way to the table
+        for stage in (stage_c, stage_b, None):
+            if stage:
+                title, ours, theirs, inputs = stage()
+                more = (dict(compiled=(compiled(ours), compiled(theirs))) if args.compile else {}) | (
+                    dict(int8=in_int8(ours)) if not gpu and dtype == torch.float32 else {})
+                calls = calls_of(title, ours, theirs, inputs, more)
+            else:
+                ours, theirs = official_pair(StageA, theirs_in.modeling_paella_vq_model.PaellaVQModel, A, device, dtype)
+                calls = {named("Stage A decode", n): Call(partial(ours.decode, x := noise(n, 4, h_b, w_b)), lambda x=x: theirs.decode(x * A["scale_factor"]).sample,
+                                                          repeat, alone=True) for n in numbers}
+            found_rows, of_calls, peak = measured(calls, args.repeats, device, dtype)
+            rows, found, peaks = rows + found_rows, found | of_calls, peaks + [peak]
+            print("\n".join(" ".join(map(str, row)) for row in found_rows), file=sys.stderr, flush=True)      # a long way to the table
+            del ours, theirs, calls
+            more = inputs = None
             gc.collect()
-    for title, kind, which in (("largest deviation from diffusers", "differs by", lambda what: "int8" not in what), ("error of int8, relative L2", "L2", lambda what: "int8" in what)):
-        values = [float(found[1]) for row in rows if which(row.what) and (found := re.search(kind + r" (\S+?)(,|$)", row.more))]
-        rows += [Row(title, f"{max(values):.0e}", "", max(values))] if values else []
-    ours, theirs = (29 * times[f"Stage C step{how}"][i] + 12 * times[f"Stage B step{how}"][i] + times["Stage A decode"][i] for i, how in enumerate((", prepared", "")))
-    rows.append(Row("whole picture, added up", f"{ours:.1f} s", f"{theirs:.1f} s, diffusers", theirs / ours, "29 guided steps of C, 12 unguided of B, one decoding"))
+    if dtype == torch.float32:
+        for title, kind, which in (("largest deviation from diffusers", "differs by", lambda what: "int8" not in what), ("error of int8, relative L2", "L2", lambda what: "int8" in what)):
+            values = [float(said[1]) for row in rows if which(row.what) and (said := re.search(kind + r" (\S+?)(,|$)", row.more))]
+            rows += [Row(title, f"{max(values):.0e}", "", max(values))] if values else []
+    rows += [row for n in numbers for row in whole_pictures(found, lambda title: named(title, n), n, median(peaks))]
     small = "" if (side, args.depth) == (1024, 32) else f" **Not the official size: {side} px, depth {args.depth}.**"
-    return rows, f"Ratios: how many times as fast, float32, {side} px. Peak {median(peaks):.0f} GFLOP/s.{small}"
+    return rows, f"Ratios: how many times as fast, {DTYPES[args.dtype]}, {side} px. Peak {median(peaks):.0f} GFLOP/s.{small}"
+
+
+def whole_pictures(found: dict[str, Measured], named: Callable[[str], str], n: int, peak: float) -> list[Row]:
+    """Rows for n pictures at a time, added up: 29 guided steps of C, 12 unguided ones of B, one decoding. peak: GFLOP/s."""
+    def added(how: str, field: str) -> float:
+        return sum(steps * getattr(found[named(title)], field)
+                   for steps, title in ((29, f"Stage C step{how}"), (12, f"Stage B step{how}"), (1, "Stage A decode")))
+    ours, theirs = added(", prepared", "ours"), added("", "theirs")
+    rows = [Row(named("whole picture, added up"), f"{ours:.3g} s", f"{theirs:.3g} s, diffusers", theirs / ours, "29 guided steps of C, 12 unguided of B, one decoding")]
+    if named("Stage C step, compiled") in found:
+        fast, their_fast = added(", compiled", "ours"), added(", compiled", "theirs")
+        what = "a picture, compiled" if n == 1 else f"a picture of {n}, compiled"
+        share = added(", compiled", "flops") / fast / 1e9 / peak
+        rows += [Row(f"{what}, seconds", f"{fast / n:.3g} s", "", fast / n), Row(f"{what}, beside diffusers", f"{fast:.3g} s", f"{theirs:.3g} s", theirs / fast),
+                 Row(f"{what}, beside diffusers compiled", f"{fast:.3g} s", f"{their_fast:.3g} s", their_fast / fast),
+                 Row(f"{what}, share of the peak", "", "", share)]
+    return rows
 
 
 # ----- memory ----------------------------------------------------------------------------------------
 
-# Each runs in a process of its own and prints two numbers, bytes at the peak and bytes of what was loaded. Linux keeps
-# the peak of a process as VmHWM; what importing torch took before is not counted.
+# Each runs in a process of its own and prints two numbers: bytes at the peak and bytes of what was loaded, or the seconds of loading and of
+# reading. Linux keeps the peak of a process as VmHWM; what importing torch took before is not counted.
 MEASURED = """
 import sys, torch, weights, wuerstchen
 from transformers import CLIPTextModel
@@ -440,6 +501,18 @@ print(torch.cuda.max_memory_allocated() if device.type == "cuda" else memory("Vm
 LOADING = """
 model = weights.load_stage_c(folder + "/prior_prior", dtype).to(device)
 size = sum(tensor.nbytes for tensor in model.state_dict().values())
+"""
+READING = """
+import time, pathlib, statistics
+file = next(pathlib.Path(folder, "prior_prior").glob("*.safetensors"))
+def seconds(action):
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+seconds(file.read_bytes)                         # from the disk, once; then from memory
+times = [(seconds(lambda: weights.load_stage_c(folder + "/prior_prior", dtype)), seconds(file.read_bytes)) for _ in range(5)]
+print(*(statistics.median(column) for column in zip(*times)))
+sys.exit()
 """
 PAINTING = f"""
 model = wuerstchen.Wuerstchen.load(folder, str(device), dtype, low_memory=True)
@@ -483,11 +556,15 @@ def memory(args) -> list[Row]:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
         official_files(Path(folder))
+        def alone(what: str, dtype: str) -> list[float]:
+            run = subprocess.run([sys.executable, "-c", MEASURED.format(what=what), folder, device, dtype], cwd=Path(__file__).parent,
+                                 stdout=subprocess.PIPE, text=True, check=True)
+            return [float(number) for number in run.stdout.split()[-2:]]
+        loading, reading = alone(READING, "float16")
+        rows.append(Row("loading Stage C, float16, beside reading its file", f"{loading:.2f} s", f"{reading:.2f} s", loading / reading, "from the system's memory of files"))
         for title, what, dtype in (("loading Stage C", LOADING, "float16"), ("loading Stage C", LOADING, "float32"),
                                    ("text to image at 1024 px, one part at a time", PAINTING, "float32" if device == "cpu" else "float16")):
-            result = subprocess.run([sys.executable, "-c", MEASURED.format(what=what), folder, device, dtype], cwd=Path(__file__).parent,
-                                    stdout=subprocess.PIPE, text=True, check=True)
-            peak, size = map(int, result.stdout.split()[-2:])
+            peak, size = alone(what, dtype)
             rows.append(Row(f"{title}, {dtype}", f"{peak / 1e6:.0f} MB", f"{size / 1e6:.0f} MB, {'its' if what is LOADING else 'the largest'} weights", peak / size))
     return rows
 
@@ -617,7 +694,11 @@ def main(argv=None):
     if args.training:
         return write(args, "Training", *training(args))
     if args.official:
-        return write(args, "Official size", *official(args))
+        import torch
+        args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        gpu = args.device.startswith("cuda")
+        args.dtype, args.compile = args.dtype or ("bf16" if gpu else "fp32"), gpu if args.compile is None else args.compile
+        return write(args, "GPU" if gpu else "Official size", *official(args))
     if not args.skip_start:
         write(args, "Start", start_to_picture(args))
     write(args, "Networks", *networks(args))

@@ -1,12 +1,13 @@
 """The parts of bench.py that compute nothing: ratios, goals, and the file whose sections are replaced one at a time."""
 import math
+import re
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
-from bench import GOALS, SECTIONS, Call, Row, measured, ratio, replace_section, table, verdict
+from bench import GOALS, SECTIONS, Call, Measured, Row, measured, ratio, replace_section, table, verdict
 
 
 def test_a_ratio_is_of_neighbours():
@@ -71,10 +72,10 @@ def test_operations_and_differences_of_a_call_are_those_of_the_call():
     def theirs():
         ran.append(1)
         return 1.01 * (a @ b)
-    rows, times, peak = measured({"x": Call(lambda: a @ b, theirs), "y": Call(lambda: a @ b, theirs), "z": Call(lambda: a @ b, None)}, 2, torch.device("cpu"))
+    rows, found, peak = measured({"x": Call(lambda: a @ b, theirs), "y": Call(lambda: a @ b, theirs), "z": Call(lambda: a @ b, None)}, 2, torch.device("cpu"))
     assert [row.what for row in rows] == ["x", "y", "z"] and rows[0].more.startswith("8.192e-06 GFLOP") and "L2 1e-02" in rows[0].more
     assert len(ran) == 3 + 2                 # a warm-up and 2 repeats, and for each comparison of results once more
-    assert times["z"][1] is None and math.isnan(rows[2].ratio) and times["x"][1] == times["y"][1] and peak > 0
+    assert found["z"].theirs is None and math.isnan(rows[2].ratio) and found["x"].theirs == found["y"].theirs and found["x"].flops == 8192 and peak > 0
 
 
 def test_products_alone_are_those_of_the_call():
@@ -95,3 +96,36 @@ def test_products_alone_are_those_of_the_call():
     with torch.no_grad():
         alone = bench.products_of(call)
     assert operations(alone) == operations(call) - 2 * 8 * 16 * 9 > 0
+
+
+def test_a_picture_is_29_steps_of_c_12_of_b_and_a_decoding():
+    """Its time is added up from the parts, ours prepared and compiled, diffusers' as they are; and the share of the peak follows."""
+    found = {"Stage C step": Measured(9, 2, 0), "Stage C step, prepared": Measured(1, 2, 0), "Stage C step, compiled": Measured(0.5, 1, 10 ** 9),
+             "Stage B step": Measured(9, 4, 0), "Stage B step, prepared": Measured(2, 4, 0), "Stage B step, compiled": Measured(1, 3, 10 ** 9),
+             "Stage A decode": Measured(3, 6, 10 ** 9)}
+    rows = {row.what: row.ratio for row in bench.whole_pictures(found, lambda title: title, 1, peak=10)}
+    ours, theirs, fast, their_fast = 29 + 24 + 3, 58 + 48 + 6, 14.5 + 12 + 3, 29 + 36 + 6
+    assert rows == {"whole picture, added up": theirs / ours, "a picture, compiled, seconds": fast, "a picture, compiled, beside diffusers": theirs / fast,
+                    "a picture, compiled, beside diffusers compiled": their_fast / fast, "a picture, compiled, share of the peak": pytest.approx(42 / fast / 10)}
+    four = {f"{title}, 4 pictures": value for title, value in found.items() if "compiled" not in title}
+    assert [row.what for row in bench.whole_pictures(four, lambda title: f"{title}, 4 pictures", 4, 10)] == ["whole picture, added up, 4 pictures"]
+    assert {what for section, what in GOALS if section == "GPU"} - {"a picture of 8, compiled, share of the peak"} <= rows.keys()
+
+
+@pytest.mark.parametrize("options", ["", "--dtype bf16 --pictures 1 2 --compile"])
+def test_the_official_measurement_runs_at_any_size(options, tmp_path, monkeypatch):
+    """With one block of each and 128 px, on random weights: what needs a GPU and half an hour is tried here in seconds. Compiling is
+    only traced."""
+    pytest.importorskip("diffusers", reason="diffusers is what is compared with")
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda network, **options: compile(network, backend="eager"))
+    for stage, small in (("stage_a", dict(c_hidden=16)), ("stage_b", dict(c_cond=64, c_hidden=(32, 64, 64, 64), heads=(-1, 2, 2, 2))), ("stage_c", dict(c=64, heads=2))):
+        module = __import__(stage)
+        monkeypatch.setattr(module, "OFFICIAL", module.OFFICIAL | small)
+    bench.main(["--official", "--device", "cpu", "--depth", "1", "--side", "128", "--repeats", "1", "--out", str(tmp_path / "b.md"), *options.split()])
+    text = (tmp_path / "b.md").read_text()
+    assert "## Official size" in text and "**Not the official size: 128 px, depth 1.**" in text and "| Stage C step, prepared, its products alone |" in text
+    if options:
+        assert "bfloat16" in text and "| Stage B step, compiled, 2 pictures |" in text and "a picture of 2, compiled, share of the peak" in text
+    else:
+        assert "| Stage B step, int8 |" in text and re.search(r"largest deviation from diffusers \| \d\.?e-0[67]|\de-0[67]", text)
