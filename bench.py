@@ -1,27 +1,36 @@
-"""Measures how long things take on this machine, each beside something it can be compared with.
+"""Measures how long things take on this machine, each beside something it can be compared with, and writes BENCHMARKS.md.
 
   python bench.py                                  # the tiny weights, a few minutes at most
   python bench.py --repeats 9 --skip-start         # only the networks
   python bench.py --weights PATH --side 128        # other weights, smaller pictures than their default
+  python bench.py --official                       # steps at official size and 1024 px, random weights; 8 GB, half an hour on 2 cores; on a GPU
+                                                   # bfloat16, 1, 4 and 8 pictures, compiled and not
   python bench.py --memory                         # what official sizes take; needs 7 GB of disk and some minutes
   python bench.py --training --repeats 1           # LoRA steps at official size and 512 px; 12 GB of memory, 10 minutes
 
 start      from `python sample.py` to the picture on disk; beside it, a Python that does nothing but
-           import torch and transformers' CLIP, the floor for any program that uses both
-stages     one step of Stage C (guided: two rows), one of Stage B (one row), one decoding by Stage A
-diffusers  the same calls with the same weights and inputs there, where diffusers is installed
+           import torch and transformers' CLIP, the floor for any program that uses both; and `--help`
+networks   one step of Stage C (guided: two rows), one of Stage B (one row), one decoding by Stage A, beside diffusers with the
+           same weights and inputs, where it is installed; and 16 pictures in one batch
+official   the same calls at official size, plain, with what does not change from step to step prepared, compiled, and in int8; and
+           the share of the time that matrix products and attention would take by themselves
 memory     the most that was taken at any time, in a process of its own: loading Stage C, and a whole picture with
            --low-memory, two steps each; beside it, the size of what is loaded. On a CPU that includes pages of files
 training   LoRA steps (forward, backward, clip, AdamW) beside diffusers with peft, same weights and inputs
 
-What is compared is run in turns, A B A B ..., so that whatever slows the machine down for a while slows
-both. Figures are medians. They are printed, nothing is asserted: a figure belongs to its machine.
+What is compared is run in turns, A B A B ..., so that whatever slows the machine down for a while slows both. Times are
+medians; a ratio is the median of the ratios of neighbours, pair by pair. Each run replaces its own sections of the file.
+Operations are those that torch counts in products and convolutions; the peak is a product of two large float32 matrices, taken in
+turns with the rest. Nothing is asserted: a figure belongs to its machine.
 Needs: what wuerstchen.py needs; diffusers for the comparison.
 """
 import argparse
 import importlib
+import importlib.metadata
 import json
+import math
 import os
+import re
 import platform
 import subprocess
 import sys
@@ -29,12 +38,50 @@ import tempfile
 import time
 import zlib
 from datetime import date
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Callable
+from typing import Callable, NamedTuple
 
 PROMPT = "a red apple on a blue background"
 FLOOR = "import torch, transformers; from transformers import CLIPTextModel, CLIPTokenizer"
+FILE = Path(__file__).parent / "BENCHMARKS.md"
+DTYPES = dict(fp32="float32", bf16="bfloat16", fp16="float16")
+SECTIONS = ("Start", "Networks", "Official size", "GPU", "Memory", "Training")        # their order in the file
+# (section, what) -> the ratio is to be at least, or at most, this. Speeds: for 2 CPU cores in float32.
+GOALS = {
+    ("Start", "`--help`, seconds"): ("at most", 0.3),
+    ("Start", "start to PNG"): ("at most", 1.6),
+    ("Networks", "16 pictures in a batch, per second"): ("at least", 4.0),
+    ("Official size", "Stage C step, prepared"): ("at least", 1.4),
+    ("Official size", "Stage B step, prepared"): ("at least", 1.5),
+    ("Official size", "Stage A decode"): ("at least", 1.7),
+    ("Official size", "Stage C step, prepared, its products alone"): ("at least", 0.85),
+    ("Official size", "Stage B step, prepared, its products alone"): ("at least", 0.85),
+    ("Official size", "Stage A decode, its products alone"): ("at least", 0.85),
+    ("Official size", "Stage C step, int8"): ("at least", 2.0),
+    ("Official size", "Stage B step, int8"): ("at least", 2.0),
+    ("Official size", "whole picture, added up"): ("at least", 1.45),
+    ("Official size", "largest deviation from diffusers"): ("at most", 1e-5),
+    ("Official size", "error of int8, relative L2"): ("at most", 0.01),
+    ("GPU", "a picture, compiled, seconds"): ("at most", 0.35),
+    ("GPU", "a picture, compiled, beside diffusers"): ("at least", 2.5),
+    ("GPU", "a picture, compiled, beside diffusers compiled"): ("at least", 1.25),
+    ("GPU", "a picture of 8, compiled, share of the peak"): ("at least", 0.5),
+    ("Memory", "loading Stage C, float16, beside reading its file"): ("at most", 1.3),
+    ("Memory", "text to image at 1024 px, one part at a time, float32"): ("at most", 1.25),
+    ("Training", "ours, `--checkpointing products`, time"): ("at most", 0.75),
+    ("Training", "ours, `--checkpointing products`, memory"): ("at most", 0.75),
+}
+
+
+class Row(NamedTuple):
+    """A line of a table. ratio: what a goal speaks of; where that is a quantity by itself, such as seconds, this."""
+    what: str
+    ours: str
+    other: str
+    ratio: float
+    more: str = ""
 
 
 def parse_args(argv=None):
@@ -44,10 +91,15 @@ def parse_args(argv=None):
     p.add_argument("--repeats", type=int, default=5, help="runs of everything, of which the median counts; more where figures jump (default: 5)")
     p.add_argument("--calls", type=int, default=10, help="calls of a network per run; fewer for large weights (default: 10)")
     p.add_argument("--device", default=None, help="cuda, cpu, ... (default: cuda where there is one, else cpu)")
+    p.add_argument("--official", action="store_true", help="measure networks of official size, with random weights, in place of --weights")
+    p.add_argument("--dtype", choices=DTYPES, help="numbers of --official (default: bf16 on a GPU, else fp32)")
+    p.add_argument("--pictures", type=int, nargs="+", help="of --official: how many at a time, several are taken one after another (default: 1, on a GPU 1 4 8)")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="of --official: Stages B and C by torch.compile, too (default: on a GPU)")
     p.add_argument("--memory", action="store_true", help="measure memory in place of time: random weights of official size (Linux only)")
     p.add_argument("--training", action="store_true", help="measure LoRA steps in place of sampling: random weights of official size (Linux only)")
     p.add_argument("--batch", type=int, default=4, help="pictures per training step (default: 4)")
-    p.add_argument("--depth", type=int, default=32, help="blocks of Stage C in training; fewer where memory is short (default: 32, the official depth)")
+    p.add_argument("--depth", type=int, default=32, help="blocks of Stage C in --official and --training, and of Stage B in proportion; fewer where memory or time is short (default: 32, the official depth)")
+    p.add_argument("--out", type=Path, default=FILE, help="file whose sections are replaced (default: BENCHMARKS.md)")
     p.add_argument("--skip-start", action="store_true", help="do not measure program starts, which take longest")
     return p.parse_args(argv)
 
@@ -57,8 +109,8 @@ def status(line: str) -> int:
     return next(int(text.split()[1]) * 1024 for text in open("/proc/self/status") if text.startswith(line))
 
 
-def in_turns(actions: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """Runs all actions once to warm up, then `repeats` times in turns -> median seconds of each."""
+def in_turns(actions: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
+    """Runs all actions once to warm up, then `repeats` times in turns -> the seconds of each."""
     seconds = {name: [] for name in actions}
     for repeat in range(repeats + 1):
         for name, action in actions.items():
@@ -66,21 +118,194 @@ def in_turns(actions: dict[str, Callable[[], None]], repeats: int) -> dict[str, 
             action()
             if repeat > 0:
                 seconds[name].append(time.perf_counter() - start)
-    return {name: median(values) for name, values in seconds.items()}
+    return seconds
 
 
-def start_to_picture(args) -> dict[str, float]:
-    """Seconds of a whole program, and of its floor."""
+# ----- the file --------------------------------------------------------------------------------------
+
+def ratio(above: list[float], below: list[float]) -> float:
+    """Pair by pair: a machine that is slow for a while is so for both of a pair, and the median forgets pairs where it was not."""
+    return median(a / b for a, b in zip(above, below, strict=True))
+
+
+def verdict(section: str, row: Row) -> tuple[str, str]:
+    """-> the goal in words, and whether it is met; empty where there is no goal."""
+    if (section, row.what) not in GOALS:
+        return "", ""
+    kind, goal = GOALS[section, row.what]
+    return f"{kind} {goal:g}", "yes" if (row.ratio >= goal if kind == "at least" else row.ratio <= goal) else "**no**"
+
+
+def table(section: str, rows: list[Row], note: str = "") -> str:
+    """The section in Markdown, without its title."""
+    lines = ["| what | ours | compared with | ratio | goal | met | |", "|---|---:|---:|---:|---:|---|---|"]
+    for row in rows:
+        number = "" if math.isnan(row.ratio) else f"{row.ratio:.2f}" if row.ratio >= 0.095 else f"{row.ratio:.1e}"
+        lines.append(f"| {' | '.join((row.what, row.ours, row.other, number, *verdict(section, row), row.more))} |")
+    # A goal that nothing speaks of is not to be forgotten.
+    missing = [f"{what} ({kind} {goal:g})" for (of, what), (kind, goal) in GOALS.items() if of == section and what not in {row.what for row in rows}]
+    notes = [note] * bool(note) + [f"Goals that were not measured: {', '.join(missing)}."] * bool(missing)
+    return "\n\n".join(["\n".join(lines), *notes]) + "\n"
+
+
+def replace_section(text: str, title: str, body: str) -> str:
+    """The file's text with this section, a "## title" and what follows up to the next, replaced; or added, in the order of SECTIONS."""
+    head, *parts = re.split(r"(?m)^## ", text)
+    sections = dict(part.split("\n", 1) for part in parts) | {title: f"\n{body.strip()}\n"}
+    head = head.strip() or "# Benchmarks\n\nWritten by `python bench.py`, which says what is measured and how. Each section has its own date and machine."
+    order = [*(name for name in SECTIONS if name in sections), *(name for name in sections if name not in SECTIONS)]
+    return "\n\n".join([head, *(f"## {name}\n\n{sections[name].strip()}" for name in order)]) + "\n"
+
+
+def machine(args) -> str:
+    """What a figure belongs to."""
+    import torch
+    versions = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
+    for package in ("transformers", "diffusers", "peft"):
+        try:
+            versions.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    name = torch.cuda.get_device_name() if (args.device or "cuda").startswith("cuda") and torch.cuda.is_available() else next(
+        (line.split(":")[1].strip() for line in (open("/proc/cpuinfo") if os.path.exists("/proc/cpuinfo") else ()) if line.startswith("model name")), platform.machine())
+    load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""      # Windows has none
+    return f"{date.today()}; {name}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads{load}; {', '.join(versions)}; medians of {args.repeats}"
+
+
+def write(args, section: str, rows: list[Row], note: str = "") -> None:
+    """Prints a section, and puts it into the file."""
+    from files import write_atomically
+    command = " ".join(["python bench.py", *args.typed]).split(" --out")[0]
+    body = f"`{command}`, {machine(args)}.\n\n{table(section, rows, note)}"
+    print(f"## {section}\n\n{body}", flush=True)
+    text = replace_section(args.out.read_text(encoding="utf-8") if args.out.exists() else "", section, body)
+    write_atomically(args.out, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+# ----- start -----------------------------------------------------------------------------------------
+
+def start_to_picture(args) -> list[Row]:
+    """Seconds of a whole program, of its floor, and of its help."""
     def program(*argv: str):
         subprocess.run([sys.executable, *argv], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    script = str(Path(__file__).parent / "sample.py")
     with tempfile.TemporaryDirectory() as folder:
-        command = [str(Path(__file__).parent / "sample.py"), "--prompt", PROMPT, "--seed", "1", "--weights", args.weights,
-                   "--out", folder]
+        command = [script, "--prompt", PROMPT, "--seed", "1", "--weights", args.weights, "--out", folder]
         if args.side:
             command += ["--width", str(args.side), "--height", str(args.side)]
         if args.device:
             command += ["--device", args.device]
-        return in_turns({"sample.py": lambda: program(*command), "floor": lambda: program("-c", FLOOR)}, args.repeats)
+        seconds = in_turns({"ours": lambda: program(*command), "floor": lambda: program("-c", FLOOR), "help": lambda: program(script, "--help")}, args.repeats)
+    times = {name: median(values) for name, values in seconds.items()}
+    return [Row("start to PNG", f"{times['ours']:.2f} s", f"{times['floor']:.2f} s, imports alone", ratio(seconds["ours"], seconds["floor"])),
+            Row("`--help`, seconds", f"{times['help']:.2f} s", "", times["help"])]
+
+
+# ----- networks --------------------------------------------------------------------------------------
+
+class Call(NamedTuple):
+    """What is measured: our call, diffusers' or None, how often in a run, whether its products are to be taken alone, too; and, where
+    operations cannot be counted in ours, as it is compiled, a call that does the same."""
+    ours: Callable
+    theirs: Callable | None
+    repeat: int = 1
+    alone: bool = False
+    same: Callable | None = None
+
+
+class Measured(NamedTuple):
+    """Median seconds of our call, and of diffusers', and the operations of ours."""
+    ours: float
+    theirs: float | None
+    flops: int
+
+
+def products_of(call: Callable) -> Callable:
+    """-> a call that multiplies as many numbers as this one, in the same order, shapes and strides, and does nothing else.
+
+    It runs the matrix products, the convolutions that are such products (not those channel by channel), and the attentions, on numbers
+    of its own. Tensors of the same shape are the same there, so that it is, if anything, too fast.
+    """
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_map_only
+    aten = torch.ops.aten
+    attention = [kind for name in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+                 if (kind := getattr(aten, f"_scaled_dot_product_{name}", None))]
+    products, tensors, seen = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution, *attention}, {}, []
+
+    def twin(tensor):
+        key = tensor.shape, tensor.stride(), tensor.dtype
+        if key not in tensors:               # not zeros, with which some processors are faster
+            length = 1 + sum((n - 1) * stride for n, stride in zip(*key[:2]))            # strides of 0 are possible
+            tensors[key] = torch.randn(length, device=tensor.device).to(tensor.dtype).as_strided(*key[:2])
+        return tensors[key]
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            kind = function.overloadpacket
+            if kind in products and not (kind is aten.convolution and args[8] > 1):      # groups
+                seen.append((function, *tree_map_only(torch.Tensor, twin, (args, kwargs or {}))))
+            return function(*args, **(kwargs or {}))
+    with Watch():
+        call()
+
+    def alone():
+        for function, args, kwargs in seen:
+            function(*args, **kwargs)
+    return alone
+
+
+def measured(calls: dict[str, Call], repeats: int, device, dtype=None) -> tuple[list[Row], dict[str, Measured], float]:
+    """-> rows; what was measured of each call; and GFLOP/s of a large product of this dtype (default: float32), all taken in turns.
+
+    Calls that share diffusers' side (the same function) have it measured once, and their ratios are with that one.
+    """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    n = 8192 if device.type == "cuda" else 2048 if dtype in (None, torch.float32) else 256       # a CPU without half precision takes minutes
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    actions, key = {}, {}
+
+    def repeated(call: Callable, times: int) -> Callable:
+        def action():
+            for _ in range(times):
+                call()
+            if device.type == "cuda":
+                torch.cuda.synchronize()         # calls return before the GPU is done
+        return action
+    with torch.no_grad():
+        flops, results = {}, {}
+        for what, call in calls.items():
+            actions[what] = repeated(call.ours, call.repeat)
+            if call.theirs:
+                key[what] = next((other for other in key if calls[other].theirs is call.theirs), what)
+                actions["theirs " + key[what]] = repeated(call.theirs, call.repeat)
+            if call.alone:
+                actions["products of " + what] = repeated(products_of(call.ours), call.repeat)
+            with FlopCounterMode(display=False) as counter:
+                (call.same or call.ours)()
+            flops[what], results[what] = counter.get_total_flops(), call.ours().float().clone()      # a recorded graph writes there again
+        seconds = in_turns(actions | {"peak": repeated(lambda: a @ a, 1)}, repeats)
+        peak = 2 * n ** 3 / median(seconds["peak"]) / 1e9
+        rows, found = [], {}
+        for what, call in calls.items():
+            ours, theirs = seconds[what], seconds["theirs " + key[what]] if call.theirs else None
+            found[what] = Measured(median(ours) / call.repeat, median(theirs) / call.repeat if theirs else None, flops[what])
+            speed = flops[what] / found[what].ours / 1e9
+            # int8's products are not among the operations that torch knows.
+            more = "" if "int8" in what else f"{flops[what] / 1e9:.4g} GFLOP, {speed:.0f} GFLOP/s, {speed / peak:.0%} of the peak"
+            if theirs:
+                reference = call.theirs().float()
+                difference = ((results[what] - reference).abs().max() / reference.abs().max()).item()
+                more += f"{'; ' * bool(more)}differs by {difference:.0e}, L2 {((results[what] - reference).norm() / reference.norm()).item():.0e}"
+            rows.append(Row(what, f"{1000 * found[what].ours:.2f} ms", f"{1000 * found[what].theirs:.2f} ms, diffusers" if theirs else "",
+                            ratio(theirs, ours) if theirs else float("nan"), more))
+            if call.alone:
+                alone = seconds["products of " + what]
+                rows.append(Row(f"{what}, its products alone", rows[-1].ours, f"{1000 * median(alone) / call.repeat:.2f} ms", ratio(alone, ours),
+                                "share that matrix products and attention would take by themselves"))
+    return rows, found, peak
 
 
 def their_networks(parts: dict, model) -> dict | None:
@@ -99,8 +324,8 @@ def their_networks(parts: dict, model) -> dict | None:
     return {part: kind.from_pretrained(parts[part], torch_dtype=model.dtype, low_cpu_mem_usage=False).to(model.device) for part, kind in classes.items()}
 
 
-def networks(args) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
-    """-> milliseconds per call: {what: {"ours": ms, "diffusers": ms}}, and the largest relative difference of the results."""
+def networks(args) -> tuple[list[Row], str]:
+    """-> rows and a note."""
     import torch
     from hub import find_parts
     from wuerstchen import Wuerstchen, latent_sizes
@@ -118,42 +343,150 @@ def networks(args) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     x_c, t_c = noise(2, model.stage_c.config["c_in"], *size_c), torch.full((2,), 0.5, device=model.device)
     x_b, t_b = noise(1, model.stage_b.config["c_in"], *size_b), torch.full((1,), 0.5, device=model.device)
     semantic = noise(1, model.stage_b.config["c_semantic"], *size_c) * 42 - 1
-    calls = {"Stage C step": {"ours": lambda: model.stage_c(x_c, t_c, text_c)},
+
+    def beside(ours: Callable, part: str, call: Callable) -> Call:
+        return Call(ours, (lambda: call(theirs[part])) if theirs else None, args.calls)
+    calls = {"Stage C step": beside(lambda: model.stage_c(x_c, t_c, text_c), "prior", lambda net: net(x_c, t_c, text_c)),
              # What a step costs outside of the guidance interval, where nothing unconditional is computed.
-             "the same unguided": {"ours": lambda: model.stage_c(x_c[:1], t_c[:1], text_c[:1])},
-             "Stage B step": {"ours": lambda: model.stage_b(x_b, t_b, semantic, text_b)},
-             "Stage A decode": {"ours": lambda: model.stage_a.decode(x_b)}}
-    if theirs:
-        scale = theirs["vqgan"].config.scale_factor
-        calls["Stage C step"]["diffusers"] = lambda: theirs["prior"](x_c, t_c, text_c)
-        calls["the same unguided"]["diffusers"] = lambda: theirs["prior"](x_c[:1], t_c[:1], text_c[:1])
-        calls["Stage B step"]["diffusers"] = lambda: theirs["decoder"](x_b, t_b, semantic, text_b)
-        calls["Stage A decode"]["diffusers"] = lambda: theirs["vqgan"].decode(x_b * scale).sample
+             "Stage C step, unguided": beside(lambda: model.stage_c(x_c[:1], t_c[:1], text_c[:1]), "prior", lambda net: net(x_c[:1], t_c[:1], text_c[:1])),
+             "Stage B step": beside(lambda: model.stage_b(x_b, t_b, semantic, text_b), "decoder", lambda net: net(x_b, t_b, semantic, text_b)),
+             "Stage A decode": beside(lambda: model.stage_a.decode(x_b), "vqgan", lambda net: net.decode(x_b * net.config.scale_factor).sample)}
+    rows, _, peak = measured(calls, args.repeats, model.device)
+    seconds = median(in_turns({"batch": lambda: model([PROMPT] * 16, seed=list(range(16)), width=args.side, height=args.side)}, args.repeats)["batch"])
+    rows.append(Row("16 pictures in a batch, per second", f"{seconds:.2f} s", "", 16 / seconds))
+    return rows, f"Ratios: how many times as fast. Weights: {args.weights}. Peak {peak:.0f} GFLOP/s." + (
+        "" if theirs else " diffusers is not installed, so there is no comparison with it.")
 
-    def repeated(call):
-        def action():
-            for _ in range(args.calls):
-                call()
-            if model.device.type == "cuda":
-                torch.cuda.synchronize()         # calls return before the GPU is done
-        return action
 
+# ----- official size ---------------------------------------------------------------------------------
+
+def official_pair(stage: type, kind: type, config: dict, device, dtype):
+    """Ours with random weights, and diffusers' with the very same tensors: their memory is there once."""
+    import torch
+    from weights import config_to_diffusers, to_diffusers
+    with torch.device("meta"):
+        ours = stage(**config)
+        theirs = kind(**{key: value for key, value in config_to_diffusers(ours).items() if key[0] != "_"})
+    # A head of 1e-3 would give back x_t, and hide what is to be compared; with 0.02 the quotient is ill-conditioned.
+    random_model(ours, device, head=5e-3)
+    for name, buffer in ours.named_buffers():
+        buffer.normal_(std=0.02) if buffer.is_floating_point() else buffer.zero_()
+        if name.endswith("running_var"):
+            buffer.abs_().add_(0.5)
+    ours.to(dtype)
+    theirs.load_state_dict({name: tensor.contiguous() for name, tensor in to_diffusers(ours.state_dict(), ours).items()}, assign=True)
+    return ours.eval(), theirs.eval()
+
+
+def in_int8(network):
+    """A copy in int8, beside the network: the float weights are there once."""
+    import torch
+    from int8 import quantised, to_int8
+    with torch.device("meta"):
+        result = type(network)(**network.config)
+    result.load_state_dict(dict(quantised(network.state_dict().items(), to_int8(result))), assign=True)
+    return result.eval()
+
+
+def official(args) -> tuple[list[Row], str]:
+    """-> rows and a note. One network at a time."""
+    import gc
+    import torch
+    from diffusers.pipelines.deprecated import wuerstchen as theirs_in
+    from latents import latent_sizes
+    from stage_a import OFFICIAL as A, StageA
+    from stage_b import OFFICIAL as B, StageB
+    from stage_c import OFFICIAL as C, StageC
+    device, side, gpu = torch.device(args.device), args.side or 1024, args.device.startswith("cuda")
+    dtype, numbers = getattr(torch, DTYPES[args.dtype]), args.pictures or ([1, 4, 8] if gpu else [1])
+    (h, w), (h_b, w_b) = latent_sizes(side, side)
+
+    def noise(*shape: int):
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+
+    def compiled(network):
+        return torch.compile(network, dynamic=False, **dict(mode="reduce-overhead") if gpu else {})
+
+    # Each -> its title, our network, diffusers', and what gives the inputs of n pictures: ours; ours with all that does not change from
+    # step to step prepared by a network; and diffusers'.
+    def stage_c():
+        def inputs(network, n: int):
+            x, t, text = noise(2 * n, 16, h, w), torch.full((2 * n,), 0.5, device=device), noise(2 * n, 77, 1280)
+            return (x, t, text), (x, t, network.prepare(text)), (x, t.to(dtype), text)
+        return "Stage C step", *official_pair(StageC, theirs_in.modeling_wuerstchen_prior.WuerstchenPrior, C | dict(depth=args.depth), device, dtype), inputs
+
+    def stage_b():
+        def inputs(network, n: int):
+            x, t, text, semantic = noise(n, 4, h_b, w_b), torch.full((n,), 0.5, device=device), noise(n, 77, 1024), noise(n, 16, h, w) * 42 - 1
+            return (x, t, semantic, text), (x, t, network.prepare(x.shape[2:], semantic, text)), (x, t.to(dtype), semantic, text)
+        blocks = tuple(max(1, n * args.depth // 32) for n in B["blocks"])
+        return "Stage B step", *official_pair(StageB, theirs_in.modeling_wuerstchen_diffnext.WuerstchenDiffNeXt, B | dict(blocks=blocks), device, dtype), inputs
+
+    def calls_of(title: str, ours, theirs, inputs: Callable, more: dict) -> dict[str, Call]:
+        calls = {}
+        for n in numbers:
+            plain, prepared, their_inputs = inputs(ours, n)
+            eager, now = partial(theirs, *their_inputs), partial(ours, *prepared)
+            calls[named(title, n)] = Call(partial(ours, *plain), eager, repeat)
+            calls[named(f"{title}, prepared", n)] = Call(now, eager, repeat, alone=True)
+            if "compiled" in more:
+                fast, their_fast = more["compiled"]
+                calls[named(f"{title}, compiled", n)] = Call(partial(fast, *prepared), partial(their_fast, *their_inputs), repeat, same=now)
+            if "int8" in more:
+                calls[named(f"{title}, int8", n)] = Call(partial(more["int8"], *inputs(more["int8"], n)[1]), eager, repeat)
+        return calls
+
+    def named(title: str, n: int) -> str:
+        return title if n == 1 else f"{title}, {n} pictures"
+
+    rows, found, peaks, repeat = [], {}, [], args.calls if gpu else 1
     with torch.no_grad():
-        times = {what: {who: 1000 / args.calls * seconds for who, seconds in
-                        in_turns({who: repeated(call) for who, call in both.items()}, args.repeats).items()}
-                 for what, both in calls.items()}
-        differences = {}
-        for what, both in calls.items():
-            if "diffusers" in both:
-                a, b = both["ours"]().float(), both["diffusers"]().float()
-                differences[what] = ((a - b).abs().max() / b.abs().max()).item()
-    return times, differences
+        for stage in (stage_c, stage_b, None):
+            if stage:
+                title, ours, theirs, inputs = stage()
+                more = (dict(compiled=(compiled(ours), compiled(theirs))) if args.compile else {}) | (
+                    dict(int8=in_int8(ours)) if not gpu and dtype == torch.float32 else {})
+                calls = calls_of(title, ours, theirs, inputs, more)
+            else:
+                ours, theirs = official_pair(StageA, theirs_in.modeling_paella_vq_model.PaellaVQModel, A, device, dtype)
+                calls = {named("Stage A decode", n): Call(partial(ours.decode, x := noise(n, 4, h_b, w_b)), lambda x=x: theirs.decode(x * A["scale_factor"]).sample,
+                                                          repeat, alone=True) for n in numbers}
+            found_rows, of_calls, peak = measured(calls, args.repeats, device, dtype)
+            rows, found, peaks = rows + found_rows, found | of_calls, peaks + [peak]
+            print("\n".join(" ".join(map(str, row)) for row in found_rows), file=sys.stderr, flush=True)      # a long way to the table
+            del ours, theirs, calls
+            more = inputs = None
+            gc.collect()
+    if dtype == torch.float32:
+        for title, kind, which in (("largest deviation from diffusers", "differs by", lambda what: "int8" not in what), ("error of int8, relative L2", "L2", lambda what: "int8" in what)):
+            values = [float(said[1]) for row in rows if which(row.what) and (said := re.search(kind + r" (\S+?)(,|$)", row.more))]
+            rows += [Row(title, f"{max(values):.0e}", "", max(values))] if values else []
+    rows += [row for n in numbers for row in whole_pictures(found, lambda title: named(title, n), n, median(peaks))]
+    small = "" if (side, args.depth) == (1024, 32) else f" **Not the official size: {side} px, depth {args.depth}.**"
+    return rows, f"Ratios: how many times as fast, {DTYPES[args.dtype]}, {side} px. Peak {median(peaks):.0f} GFLOP/s.{small}"
+
+
+def whole_pictures(found: dict[str, Measured], named: Callable[[str], str], n: int, peak: float) -> list[Row]:
+    """Rows for n pictures at a time, added up: 29 guided steps of C, 12 unguided ones of B, one decoding. peak: GFLOP/s."""
+    def added(how: str, field: str) -> float:
+        return sum(steps * getattr(found[named(title)], field)
+                   for steps, title in ((29, f"Stage C step{how}"), (12, f"Stage B step{how}"), (1, "Stage A decode")))
+    ours, theirs = added(", prepared", "ours"), added("", "theirs")
+    rows = [Row(named("whole picture, added up"), f"{ours:.3g} s", f"{theirs:.3g} s, diffusers", theirs / ours, "29 guided steps of C, 12 unguided of B, one decoding")]
+    if named("Stage C step, compiled") in found:
+        fast, their_fast = added(", compiled", "ours"), added(", compiled", "theirs")
+        what = "a picture, compiled" if n == 1 else f"a picture of {n}, compiled"
+        share = added(", compiled", "flops") / fast / 1e9 / peak
+        rows += [Row(f"{what}, seconds", f"{fast / n:.3g} s", "", fast / n), Row(f"{what}, beside diffusers", f"{fast:.3g} s", f"{theirs:.3g} s", theirs / fast),
+                 Row(f"{what}, beside diffusers compiled", f"{fast:.3g} s", f"{their_fast:.3g} s", their_fast / fast),
+                 Row(f"{what}, share of the peak", "", "", share)]
+    return rows
 
 
 # ----- memory ----------------------------------------------------------------------------------------
 
-# Each runs in a process of its own and prints two numbers, bytes at the peak and bytes of what was loaded. Linux keeps
-# the peak of a process as VmHWM; what importing torch took before is not counted.
+# Each runs in a process of its own and prints two numbers: bytes at the peak and bytes of what was loaded, or the seconds of loading and of
+# reading. Linux keeps the peak of a process as VmHWM; what importing torch took before is not counted.
 MEASURED = """
 import sys, torch, weights, wuerstchen
 from transformers import CLIPTextModel
@@ -168,6 +501,18 @@ print(torch.cuda.max_memory_allocated() if device.type == "cuda" else memory("Vm
 LOADING = """
 model = weights.load_stage_c(folder + "/prior_prior", dtype).to(device)
 size = sum(tensor.nbytes for tensor in model.state_dict().values())
+"""
+READING = """
+import time, pathlib, statistics
+file = next(pathlib.Path(folder, "prior_prior").glob("*.safetensors"))
+def seconds(action):
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+seconds(file.read_bytes)                         # from the disk, once; then from memory
+times = [(seconds(lambda: weights.load_stage_c(folder + "/prior_prior", dtype)), seconds(file.read_bytes)) for _ in range(5)]
+print(*(statistics.median(column) for column in zip(*times)))
+sys.exit()
 """
 PAINTING = f"""
 model = wuerstchen.Wuerstchen.load(folder, str(device), dtype, low_memory=True)
@@ -204,31 +549,36 @@ def official_files(folder: Path) -> None:
         shutil.copytree(tokenizer, folder / f"{side}tokenizer")
 
 
-def memory(args) -> None:
-    """Prints the peaks beside the sizes."""
+def memory(args) -> list[Row]:
+    """The peaks beside the sizes."""
     import torch
+    rows = []
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
         official_files(Path(folder))
+        def alone(what: str, dtype: str) -> list[float]:
+            run = subprocess.run([sys.executable, "-c", MEASURED.format(what=what), folder, device, dtype], cwd=Path(__file__).parent,
+                                 stdout=subprocess.PIPE, text=True, check=True)
+            return [float(number) for number in run.stdout.split()[-2:]]
+        loading, reading = alone(READING, "float16")
+        rows.append(Row("loading Stage C, float16, beside reading its file", f"{loading:.2f} s", f"{reading:.2f} s", loading / reading, "from the system's memory of files"))
         for title, what, dtype in (("loading Stage C", LOADING, "float16"), ("loading Stage C", LOADING, "float32"),
                                    ("text to image at 1024 px, one part at a time", PAINTING, "float32" if device == "cpu" else "float16")):
-            result = subprocess.run([sys.executable, "-c", MEASURED.format(what=what), folder, device, dtype], cwd=Path(__file__).parent,
-                                    stdout=subprocess.PIPE, text=True, check=True)
-            peak, size = map(int, result.stdout.split()[-2:])
-            print(f"{title}, {dtype}: peak {peak / 1e6:.0f} MB; {'its' if what is LOADING else 'the largest'} weights {size / 1e6:.0f} MB; "
-                  f"ratio {peak / size:.2f}", flush=True)
+            peak, size = alone(what, dtype)
+            rows.append(Row(f"{title}, {dtype}", f"{peak / 1e6:.0f} MB", f"{size / 1e6:.0f} MB, {'its' if what is LOADING else 'the largest'} weights", peak / size))
+    return rows
 
 
 # ----- training --------------------------------------------------------------------------------------
 
-def random_model(model, device: str, names: dict[str, str] | None = None):
+def random_model(model, device: str, names: dict[str, str] | None = None, head: float = 1e-3):
     """A model from the meta device, with random weights that are a function of their names; names: ours -> the model's."""
     import torch
     model.to_empty(device=device)
     for name, tensor in model.named_parameters():
         name = names[name] if names else name
         # The last layer is small: its output stands in a divisor, see stage_c.py.
-        tensor.data.view(-1).normal_(std=1e-3 if "head" in name else 0.02, generator=torch.Generator(device).manual_seed(zlib.crc32(name.encode())))
+        tensor.data.view(-1).normal_(std=head if "head" in name else 0.02, generator=torch.Generator(device).manual_seed(zlib.crc32(name.encode())))
     return model.requires_grad_(False)
 
 
@@ -305,12 +655,12 @@ def encoding(side: int, batch: int, device: str) -> dict:
     return dict(seconds=median(seconds[1:]))
 
 
-def training(args) -> None:
-    """Prints time and memory of LoRA steps at official size, each in a process of its own, in turns."""
+def training(args) -> tuple[list[Row], str]:
+    """-> rows of time and memory, and a note, of LoRA steps at official size, each in a process of its own, in turns."""
     import torch
     device, side = args.device or ("cuda" if torch.cuda.is_available() else "cpu"), args.side or 512
-    runs = {"diffusers + peft": ("diffusers", None), "ours": ("ours", None), "ours, --checkpointing products": ("ours", "products"),
-            "diffusers + peft, checkpointing": ("diffusers", "blocks"), "ours, --checkpointing blocks": ("ours", "blocks")}
+    runs = {"diffusers + peft": ("diffusers", None), "ours": ("ours", None), "ours, `--checkpointing products`": ("ours", "products"),
+            "diffusers + peft, checkpointing": ("diffusers", "blocks"), "ours, `--checkpointing blocks`": ("ours", "blocks")}
 
     def alone(call: str) -> dict:
         # A step of a small model first: what torch and peft load when they are first used is no memory of a step.
@@ -321,40 +671,37 @@ def training(args) -> None:
     for _ in range(args.repeats):
         for title, (who, checkpointing) in runs.items():
             results[title].append(alone(f"lora_steps({who!r}, {checkpointing!r}, {args.depth}, {side}, {args.batch}, {device!r})"))
-    base = results["diffusers + peft"]
-    print(f"One step of a LoRA of rank 8 on attention, Stage C of depth {args.depth} (weights {base[0]['size'] / 1e9:.2f} GB), {side} px, batch {args.batch}:")
-    for title, runs in results.items():
-        seconds, ratio = median(run["seconds"] for run in runs), median(a["seconds"] / b["seconds"] for a, b in zip(runs, base))
-        memory, their_memory = (median(run["peak"] for run in which) for which in (runs, base))
-        print(f"{title:32} {seconds:7.2f} s   ratio {ratio:.2f}    {memory / 1e9:6.2f} GB   ratio {memory / their_memory:.2f}    loss {runs[0]['loss']:.6f}", flush=True)
+    base, rows = results["diffusers + peft"], []
+    for name, key, text in (("time", "seconds", lambda v: f"{v:.2f} s"), ("memory", "peak", lambda v: f"{v / 1e9:.2f} GB")):
+        theirs = [run[key] for run in base]
+        for title, runs in results.items():
+            ours = [run[key] for run in runs]
+            other = "" if runs is base else f"{text(median(theirs))}, diffusers + peft"
+            rows.append(Row(f"{title}, {name}", text(median(ours)), other, ratio(ours, theirs), f"loss {runs[0]['loss']:.6f}"))
+    note = (f"One step of a LoRA of rank 8 on attention, Stage C of depth {args.depth} (weights {base[0]['size'] / 1e9:.2f} GB), {side} px, batch {args.batch}. "
+            "Ratios: of time and of memory.")
     if args.depth == 32:
         step, more = median(run["seconds"] for run in results["ours"]), alone(f"encoding({side}, {args.batch}, {device!r})")["seconds"]
-        print(f"Encoding pictures and captions takes {more:.2f} s a step, which --cache saves: an epoch is {(step + more) / step:.2f} times as fast")
+        note += f" Encoding pictures and captions takes {more:.2f} s a step, which `--cache` saves: an epoch is {(step + more) / step:.2f} times as fast."
+    return rows, note
 
 
 def main(argv=None):
     args = parse_args(argv)
-    import torch
-    load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""      # Windows has none
-    print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} CPUs{load}, "
-          f"Python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
-          f"weights {args.weights}, medians of {args.repeats}\n")
+    args.typed = sys.argv[1:] if argv is None else list(argv)
     if args.memory:
-        return memory(args)
+        return write(args, "Memory", memory(args))
     if args.training:
-        return training(args)
+        return write(args, "Training", *training(args))
+    if args.official:
+        import torch
+        args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        gpu = args.device.startswith("cuda")
+        args.dtype, args.compile = args.dtype or ("bf16" if gpu else "fp32"), gpu if args.compile is None else args.compile
+        return write(args, "GPU" if gpu else "Official size", *official(args))
     if not args.skip_start:
-        start = start_to_picture(args)
-        print(f"start to picture   {start['sample.py']:8.2f} s    imports alone {start['floor']:8.2f} s     "
-              f"ratio {start['sample.py'] / start['floor']:.2f}")
-    times, differences = networks(args)
-    for what, ms in times.items():
-        line = f"{what:18} {ms['ours']:8.2f} ms"
-        if "diffusers" in ms:
-            line += f"   diffusers     {ms['diffusers']:8.2f} ms    ratio {ms['ours'] / ms['diffusers']:.2f}   results differ by {differences[what]:.0e}"
-        print(line)
-    if not differences:
-        print("diffusers is not installed, so there is no comparison with it: pip install diffusers")
+        write(args, "Start", start_to_picture(args))
+    write(args, "Networks", *networks(args))
 
 
 if __name__ == "__main__":

@@ -27,13 +27,16 @@ def alphas_cumprod(t: Tensor, s: float = 0.008) -> Tensor:
     t any shape, in [0, 1], 0 = clean, 1 = noise.  Returns float32 of the same shape, clamped to
     [1e-4, 1 - 1e-4] because the steps below divide by sqrt(alphas_cumprod) and sqrt(1 - alphas_cumprod);
     so t = 0 is not quite clean, and t = 1 not quite pure noise.
-    Raises ValueError for t outside [0, 1], the usual sign of integer timesteps 0..999.
+    Raises ValueError for t outside [0, 1], the usual sign of integer timesteps 0..999. On a GPU, where the host would have to
+    wait for the numbers, in every step of a sampler, only for integers.
     Source: Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 17.
     """
-    if t.numel() and not (t.min() >= 0 and t.max() <= 1):
+    if t.device.type == "cpu" and t.numel() and not (t.min() >= 0 and t.max() <= 1):
         raise ValueError(f"noise levels must lie in [0, 1], got {t.min().item():g} to {t.max().item():g}: "
                          f"divide integer timesteps by their number first.")
-    s = torch.tensor(s, device=t.device)       # float32 from here on, as the released models were trained
+    if t.device.type != "cpu" and not t.is_floating_point():
+        raise ValueError(f"noise levels must lie in [0, 1], got {t.dtype}: divide integer timesteps by their number first.")
+    s = torch.full((), s, device=t.device)     # float32 from here on, as the released models were trained
     start = torch.cos(s / (1 + s) * torch.pi * 0.5) ** 2
     return (torch.cos((t.float() + s) / (1 + s) * torch.pi * 0.5) ** 2 / start).clamp(1e-4, 1 - 1e-4)
 
@@ -269,8 +272,16 @@ class Keep:
         self.known, self.mask, self.eps = known, mask, eps
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
-        known = self.known if t[0] == 0 else add_noise(self.known, self.eps, t)
+        known = torch.where(per_row(t == 0, x_t), self.known, add_noise(self.known, self.eps, t))
         return torch.where(self.mask, x_t, known)
+
+
+def check_finite(finite: list[Tensor], levels: Tensor) -> None:
+    """finite: for each step up to now, whether what came out of it was finite. Raises FloatingPointError, which names the first that was not."""
+    said = torch.stack(finite)
+    if not said.all():
+        i = said.tolist().index(False)
+        raise FloatingPointError(f"step {i + 1} of {len(levels) - 1} (t = {levels[i]:.3f})")
 
 
 def denoise(predict: Callable[[Tensor, Tensor, bool], Tensor], x: Tensor, draw: Callable[[], Tensor], levels: Tensor,
@@ -283,13 +294,15 @@ def denoise(predict: Callable[[Tensor, Tensor, bool], Tensor], x: Tensor, draw: 
     gives the same numbers here as in the published pipelines, whatever the sampler.
     keep(x_t, t) -> x_t: for inpainting, see Keep. watch(i, t, x, x_0) -> None or another x: called after
     step i with the new x, its level t and the step's guess of x_0; may raise to stop.
-    Raises ValueError for levels that do not fall, and FloatingPointError as soon as x is no longer finite.
+    Raises ValueError for levels that do not fall, and FloatingPointError if x is no longer finite: as soon as that is so,
+    on a GPU in the end.
     """
-    x, last = x.float(), None
+    x, last, finite = x.float(), None, []
+    on_device = levels.to(x.device)          # all at once: at every copy to a GPU the host waits for it
     if levels.ndim != 1 or len(levels) != 1:
         check_timesteps(levels)
     for i in progress(range(len(levels) - 1)):
-        t, t_prev = (levels[k].to(x.device).expand(len(x)) for k in (i, i + 1))          # (B,), (B,)
+        t, t_prev = (on_device[k].expand(len(x)) for k in (i, i + 1))                    # (B,), (B,)
         if keep is not None:
             x = keep(x, t)
         scale = guidance.at(levels[i].item())
@@ -298,12 +311,13 @@ def denoise(predict: Callable[[Tensor, Tensor, bool], Tensor], x: Tensor, draw: 
             eps = guide(*eps.chunk(2), scale, guidance.rescale)                          # (B, ...)
         x_0 = predict_x_0(x, eps, t)
         x, last = step(x, eps, t, t_prev, draw(), last), (t, x_0)                        # (B, ...)
-        if not x.isfinite().all():
-            raise FloatingPointError(f"step {i + 1} of {len(levels) - 1} (t = {levels[i]:.3f})")
+        finite.append(x.isfinite().all())
+        if x.device.type == "cpu" or i == len(levels) - 2:     # a GPU that is asked in every step has nothing to do until the next arrives
+            check_finite(finite, levels)
         if watch is not None:
             changed = watch(i, levels[i + 1].item(), x, x_0)
             x = x if changed is None else changed.to(x)
-    return x if keep is None else keep(x, levels[-1].to(x.device).expand(len(x)))
+    return x if keep is None else keep(x, on_device[-1].expand(len(x)))
 
 
 # ----- random numbers ---------------------------------------------------------------------------------

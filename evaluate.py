@@ -265,6 +265,7 @@ def parse_args(argv=None):
         g.add_argument(f"--sampler-{stage}", choices=["ddpm", "ddim", "dpm++"], help=f"sampler of Stage {stage.upper()}")
         g.add_argument(f"--guidance-{stage}", type=several(number, 1, 2), help=f"classifier-free guidance scale of Stage {stage.upper()}, or two for start and end; "
                        "higher follows the prompt more closely, varies less")
+    g.add_argument("--int8", action="store_true", help="Stages B and C in 8 bits, as sample.py --int8 has them")
     g.add_argument("--batch", type=int, default=32, help="pictures sampled at a time; less if memory runs out")
     g.add_argument("--seed", type=int, default=0, help="seed of the noise (--real: of the layouts); the prompts stay the same")
     g = p.add_argument_group("output")
@@ -282,7 +283,7 @@ def parse_args(argv=None):
 def sample(args, prompts: list[str]) -> list[Image.Image]:
     from tqdm import tqdm                     # here, so that --help and --real start at once
     from wuerstchen import Wuerstchen
-    model = Wuerstchen.load(args.weights)
+    model = Wuerstchen.load(args.weights, int8=args.int8)
     names = [f"{name}_{stage}" for name in ("steps", "sampler", "guidance") for stage in "cb"]
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     images = []

@@ -367,6 +367,14 @@ def remove(model: nn.Module, name: str | None = None) -> None:
             setattr(model.get_submodule(parent), child, layer.base)
 
 
+def bake(model: nn.Module) -> None:
+    """Merges all LoRAs for good: a model of plain layers, without the way back that merge keeps, and without its memory."""
+    merge(model)
+    for _, layer in wrapped(model):
+        layer.original = None
+    remove(model)
+
+
 # ----- names in files --------------------------------------------------------------------------------
 # All programs store the same two matrices, under other names. First the layers of Stage C, ours and diffusers'; i is
 # the block, of whose three parts there is one list there. The original's are diffusers', but for the attention: `fuse`.

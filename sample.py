@@ -127,7 +127,7 @@ INPUTS = ("init", "mask", "reconstruct", "from_latent", "to_latent", "tensors")
 # What is saved with a picture and taken over by --like; the former may differ from line to line of --prompt-file.
 OF_A_PICTURE = ("prompt", "negative_prompt", "seed", "num_images", "width", "height", "init", "strength", "mask", "outpaint", "from_latent",
                 "tensors", *(f"{name}_{stage}" for stage in "cb" for name in SAMPLING), "temperature_b")
-OF_A_RUN = ("reconstruct", "interpolate_to", "to_seed", "frames", "grid", "to_latent", "weights", *FILES, "lora", "revision", "dtype", "tile")
+OF_A_RUN = ("reconstruct", "interpolate_to", "to_seed", "frames", "grid", "to_latent", "weights", *FILES, "lora", "revision", "dtype", "int8", "tile")
 
 
 def refuse(message: str) -> None:
@@ -191,6 +191,8 @@ def parser() -> argparse.ArgumentParser:
     add("--low-memory", action="store_true", default=None, help="keep one part in memory at a time (default: if they do not all fit)")
     add("--offload", action="store_true", help="keep one part on the GPU at a time, the others in main memory")
     add("--compile", action="store_true", help="torch.compile for Stages B and C: a minute at the start, then faster")
+    add("--int8", action="store_true", default=None, help="on a CPU: Stages B and C in 8 bits, 1.5 to 2 times as fast and a quarter of their memory; "
+        "pictures differ a little from those in float32")
     add("--tile", metavar="N", type=whole(1), help="decode in tiles of so many latents, 4 px each (default: all at once if memory allows)")
     add("--device", help="cuda, cuda:1, cpu, mps (default: cuda where there is one, else cpu)")
     add("--dtype", choices=DTYPES, help="numbers: fp32 is exact, the others need half the memory (default: bf16 on a GPU, else fp32)")
@@ -205,8 +207,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def as_options(settings: dict, allowed: tuple) -> list[str]:
-    """{"seed": 3, ...} -> ["--seed=3", ...]; what is not allowed, or None, is left out."""
-    return [f"--{name.replace('_', '-')}={as_text(value)}" for name, value in settings.items() if name in allowed and value is not None]
+    """{"seed": 3, "int8": True, ...} -> ["--seed=3", "--int8", ...]; what is not allowed, or None, is left out."""
+    return [f"--{name.replace('_', '-')}" + ("" if value is True else f"={as_text(value)}") for name, value in settings.items() if name in allowed and value is not None]
 
 
 def parse_args(argv: list[str]) -> list[argparse.Namespace]:
@@ -410,7 +412,8 @@ def load_model(args: argparse.Namespace, jobs: list[argparse.Namespace]):
     if any(job.init for job in jobs):
         parts = (*parts, "image_encoder")
     return Wuerstchen.load(args.weights, args.device, getattr(torch, DTYPES[args.dtype]) if args.dtype else None, parts=parts, offline=args.offline,
-                           revision=args.revision, low_memory=args.low_memory, offload=args.offload, compile=args.compile, lora=args.lora,
+                           revision=args.revision, low_memory=args.low_memory, offload=args.offload, compile=args.compile,
+                           int8=bool(args.int8), lora=args.lora,
                            **{part: getattr(args, part) for part in FILES if getattr(args, part)})
 
 

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from files import (STEM, TensorFile, WeightsError, find_file, memory_of_its_own, read_config, write_atomically, write_files,
                    write_model)
+from int8 import quantised, to_int8
 from stage_a import StageA
 from stage_b import EfficientNetEncoder, StageB, TinyImageEncoder
 from stage_b_v1 import StageBV1
@@ -431,11 +432,14 @@ def plan(stage: type, path: str | Path) -> tuple[nn.Module, TensorFile]:
     return model, file
 
 
-def load(stage: type, path: str | Path, dtype: torch.dtype) -> nn.Module:
-    """One model from its folder or file, see plan, in eval mode."""
+def load(stage: type, path: str | Path, dtype: torch.dtype, int8: bool = False) -> nn.Module:
+    """One model from its folder or file, see plan, in eval mode. int8: its large layers so, converted one by one while they are read."""
     model, file = plan(stage, path)
+    tensors = translate(file, file.shapes.keys(), model)
+    if int8:
+        tensors = quantised(tensors, to_int8(model))
     try:
-        return fill(model, translate(file, file.shapes.keys(), model), dtype)
+        return fill(model, tensors, dtype)
     except WeightsError as error:
         raise WeightsError(f"{file.path}: {error}") from error
 
@@ -445,19 +449,19 @@ def load_stage_a(folder: str | Path, dtype: torch.dtype = torch.float32) -> Stag
     return load(StageA, folder, dtype)
 
 
-def load_stage_b(folder: str | Path, dtype: torch.dtype = torch.float32) -> StageB:
+def load_stage_b(folder: str | Path, dtype: torch.dtype = torch.float32, int8: bool = False) -> StageB:
     """A `decoder` folder -> the diffusion decoder in eval mode. Raises WeightsError."""
-    return load(StageB, folder, dtype)
+    return load(StageB, folder, dtype, int8)
 
 
-def load_stage_b_v1(folder: str | Path, dtype: torch.dtype = torch.float32) -> StageBV1:
+def load_stage_b_v1(folder: str | Path, dtype: torch.dtype = torch.float32, int8: bool = False) -> StageBV1:
     """A `decoder` folder of v1, or model_stage_b.pt -> the token model in eval mode. Raises WeightsError."""
-    return load(StageBV1, folder, dtype)
+    return load(StageBV1, folder, dtype, int8)
 
 
-def load_stage_c(folder: str | Path, dtype: torch.dtype = torch.float32) -> StageC:
+def load_stage_c(folder: str | Path, dtype: torch.dtype = torch.float32, int8: bool = False) -> StageC:
     """A `prior` folder -> the prior in eval mode. Raises WeightsError."""
-    return load(StageC, folder, dtype)
+    return load(StageC, folder, dtype, int8)
 
 
 def load_image_encoder(path: str | Path, dtype: torch.dtype = torch.float32) -> EfficientNetEncoder | TinyImageEncoder:

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion import (DEFAULT_STAGE_C_TIMESTEPS, SAMPLERS, Guidance, Keep, add_noise, alphas_cumprod, cut_timesteps, ddim_step,
+from diffusion import (DEFAULT_STAGE_C_TIMESTEPS, SAMPLERS, Guidance, Keep, add_noise, alphas_cumprod, check_finite, cut_timesteps, ddim_step,
                        ddpm_step, default_timesteps_c, denoise, dpm_solver_step, guide, linear_timesteps, p2_weight, per_row,
                        predict_x_0, segmented_timesteps, timesteps, v_weight)
-from helpers import golden, rel
+from helpers import HostReads, golden, rel
 
 ALL_SAMPLERS = [*SAMPLERS.values(), partial(ddim_step, eta=0.5)]
 SAMPLER_NAMES = [*SAMPLERS, "ddim, eta 0.5"]
@@ -706,3 +706,31 @@ def test_a_network_that_overflows_is_named_in_that_very_step(step, value):
         denoise(predict, torch.randn(2, 3), lambda: torch.randn(2, 3), linear_timesteps(7), step,
                 watch=lambda i, *_: watched.append(i))
     assert watched == [0, 1]
+
+
+# --- a GPU must not wait for its host, nor the host for it ---------------------------------------------
+
+@each_sampler
+def test_no_step_waits_for_the_numbers_of_another_device(step):
+    """A GPU is fast while the host is ahead of it. Reading one number makes the host wait for all that was asked for before; then
+    the GPU waits for the host. Read is once, in the end: is all of it finite? (On the meta device other reads would fail, too.)"""
+    x = torch.empty(2, 4, 8, 8, device="meta")
+    keep = Keep(torch.empty_like(x), torch.empty_like(x[:1, :1], dtype=torch.bool), torch.empty_like(x))
+    with HostReads() as reads:
+        found = denoise(half, x, lambda: torch.empty_like(x), linear_timesteps(6), step, Guidance((4.0, 2.0), (0.3, 0.8), 0.5), keep)
+    assert found.is_meta and reads.count == 1
+
+
+def test_on_a_gpu_a_network_that_overflows_is_named_in_the_end():
+    """Found when all steps are done, told as if it had been found at once."""
+    finite = [torch.tensor(True), torch.tensor(False), torch.tensor(False)]
+    with pytest.raises(FloatingPointError, match=re.escape("step 2 of 7 (t = 0.857)")):
+        check_finite(finite, linear_timesteps(7))
+    check_finite(finite[:1], linear_timesteps(7))
+
+
+def test_integer_timesteps_are_refused_on_a_gpu_by_their_type():
+    """Their values are not looked at there."""
+    with pytest.raises(ValueError, match=re.escape("noise levels must lie in [0, 1], got torch.int64: divide integer timesteps by their number first")):
+        alphas_cumprod(torch.empty(3, dtype=torch.int64, device="meta"))
+    assert alphas_cumprod(torch.empty(3, device="meta")).dtype == torch.float32

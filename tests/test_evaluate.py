@@ -160,7 +160,7 @@ def test_sampling_does_not_depend_on_the_batch_size(monkeypatch):
 
     class Wuerstchen:
         @classmethod
-        def load(cls, weights):
+        def load(cls, weights, int8):
             return lambda prompts, **options: calls.append((len(prompts), options)) or list(prompts)
 
     monkeypatch.setitem(sys.modules, "wuerstchen", types.SimpleNamespace(Wuerstchen=Wuerstchen))

@@ -309,7 +309,7 @@ def test_options_of_the_machine_arrive_as_they_were_said(monkeypatch):
     sample.main("--prompt cat --low-memory".split())
     parts = calls[0].pop("parts")
     assert calls[0] == dict(weights="v2", device="cpu", dtype=torch.bfloat16, prior="mine", offline=True, revision="main", low_memory=None,
-                            offload=True, compile=True, lora={"a.safetensors": 0.8, "b.safetensors": 1.0})
+                            offload=True, compile=True, int8=False, lora={"a.safetensors": 0.8, "b.safetensors": 1.0})
     assert "prior" in parts and "image_encoder" not in parts
     assert (calls[2]["low_memory"], calls[2]["offload"], calls[2]["compile"], calls[2]["weights"]) == (True, False, False, None)
 

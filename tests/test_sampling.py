@@ -7,6 +7,7 @@ import itertools
 import math
 import re
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -796,6 +797,24 @@ def test_a_compiled_model_paints_the_same_picture(tiny):
     """Really compiled, for a minute."""
     torch._dynamo.reset()
     assert alike(Wuerstchen.load("tiny", "cpu", compile=True)(CAT, seed=5, **QUICK)[0], tiny(CAT, seed=5, **QUICK)[0])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here, whose host could have to wait")
+def test_on_a_gpu_no_step_makes_the_host_wait():
+    """What torch itself reports as waiting: as often for many steps as for few. (Without a GPU: test_diffusion.py.)"""
+    model = Wuerstchen.load("tiny", "cuda")
+    model(CAT, steps_c=2, steps_b=2)                     # what is done once
+    counts = []
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        for steps in (2, 9):
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                model(CAT, steps_c=steps, steps_b=steps)
+            counts.append(sum("synchroniz" in str(warning.message) for warning in said))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert counts[0] == counts[1]
 
 
 # --- mistakes ----------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import stage_b_v1
 import weights
 import wuerstchen
 from diffusion import Guidance, Noise
-from helpers import SMALL_V1, TINY, build, capture, golden, manifest, rel, small_v1, under
+from helpers import HostReads, SMALL_V1, TINY, build, capture, golden, manifest, rel, small_v1, under
 from stage_a import StageA
 from stage_b import TinyImageEncoder
 from stage_b_v1 import (ResBlock, SkipResBlock, StageBV1, TimestepBlock, AttentionBlock, add_noise, choose, loss_weight, per_step, sample,
@@ -365,6 +365,15 @@ def test_numbers_that_are_none_are_found_at_once():
     """argmax of NaN is a token like any other: the picture would be of one colour, and nothing would tell why."""
     with pytest.raises(FloatingPointError, match=r"step 1 of 4 \(t = 1.000\)"):
         run_flat(predict=lambda *args: flat(*args) * float("nan"))
+
+
+@pytest.mark.parametrize("mode", ["multinomial", "argmax", "quant"])
+def test_no_step_waits_for_the_numbers_of_another_device(mode):
+    """As for v2, see test_diffusion.py."""
+    with HostReads() as reads:
+        tokens = sample(lambda tokens, t, both: torch.empty(4 if both else 2, 16, 4, 4, device="meta"), torch.empty(2, 4, 4, dtype=torch.int64, device="meta"),
+                        lambda: torch.empty(2, 4, 4, device="meta"), torch.linspace(1, 0, 5), mode=mode, codes=torch.empty(16, 4, device="meta"))
+    assert tokens.is_meta and reads.count == 1
 
 
 # --- the pipeline ------------------------------------------------------------------------------------

@@ -51,6 +51,9 @@ FORWARD = {
     "lora": "from lora import add_lora, load_lora, lora_state_dict, merge, remove, unmerge\n"
             "m = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Conv2d(2, 2, 3))\n"
             "add_lora(m, rank=2, targets='all'); s = lora_state_dict(m); remove(m); load_lora(m, s); merge(m); unmerge(m)\n",
+    "int8": "from int8 import to_int8\n"
+            "m = torch.nn.Sequential(torch.nn.Linear(64, 64)); x = torch.randn(3, 64); y = m(x)\n"
+            "assert to_int8(m, 64) == ['0'] and (m(x) - y).abs().max() < 0.05\n",
     "diffusion": "from diffusion import denoise, linear_timesteps\n"
                  "x = denoise(lambda x, t, both: x, torch.randn(2, 3), lambda: torch.randn(2, 3), linear_timesteps(3))\n"
                  "assert x.shape == (2, 3) and x.isfinite().all()\n",

@@ -1,0 +1,131 @@
+"""The parts of bench.py that compute nothing: ratios, goals, and the file whose sections are replaced one at a time."""
+import math
+import re
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import bench
+from bench import GOALS, SECTIONS, Call, Measured, Row, measured, ratio, replace_section, table, verdict
+
+
+def test_a_ratio_is_of_neighbours():
+    """The machine gets ten times slower half-way: both sides of a pair see it, so that the ratio is 2 throughout."""
+    assert ratio([2.0, 2.0, 20.0, 20.0], [1.0, 1.0, 10.0, 10.0]) == 2
+    assert ratio([2.0, 2.0, 20.0], [1.0, 10.0, 10.0]) == 2       # it came between the two of one pair, which is outvoted
+    with pytest.raises(ValueError):
+        ratio([1.0, 2.0], [1.0])
+
+
+def test_runs_are_taken_in_turns_after_one_to_warm_up():
+    order = []
+    seconds = bench.in_turns({name: lambda name=name: order.append(name) for name in "ab"}, 3)
+    assert order == list("abababab") and [len(values) for values in seconds.values()] == [3, 3]
+
+
+@pytest.mark.parametrize("goal, value, met", [(("at least", 1.4), 1.4, "yes"), (("at least", 1.4), 1.39, "**no**"), (("at most", 0.3), 0.3, "yes"),
+                                              (("at most", 0.3), 0.31, "**no**"), (("at least", 1.4), math.nan, "**no**")])
+def test_a_goal_is_met_or_not(goal, value, met, monkeypatch):
+    """A figure that there is not, without diffusers, meets nothing."""
+    monkeypatch.setitem(GOALS, ("Start", "x"), goal)
+    assert verdict("Start", Row("x", "", "", value)) == (f"{goal[0]} {goal[1]}", met)
+    assert verdict("Memory", Row("x", "", "", value)) == ("", "")
+
+
+def test_a_goal_that_nothing_speaks_of_is_said():
+    """A row that was renamed would otherwise take its goal out of sight."""
+    assert all(section in SECTIONS for section, _ in GOALS)
+    rows = [Row(what, "", "", 1.0) for section, what in GOALS if section == "Start"]
+    assert "not measured" not in table("Start", rows)
+    assert table("Start", rows[:1]).endswith("Goals that were not measured: start to PNG (at most 1.6).\n")
+
+
+def test_a_table_shows_goal_result_and_ratio():
+    rows = [Row("Stage A decode", "10 ms", "15 ms, diffusers", 1.5, "more"), Row("largest deviation from diffusers", "3e-07", "", 3e-7), Row("other", "1 s", "", math.nan)]
+    lines = table("Official size", rows, "A note.").splitlines()
+    assert lines[2:] == ["| Stage A decode | 10 ms | 15 ms, diffusers | 1.50 | at least 1.7 | **no** | more |",
+                         "| largest deviation from diffusers | 3e-07 |  | 3.0e-07 | at most 1e-05 | yes |  |",
+                         "| other | 1 s |  |  |  |  |  |", "", "A note.", "", lines[-1]]
+    assert len({line.count("|") for line in lines[:5]}) == 1
+
+
+def test_a_section_is_replaced_and_the_others_stay():
+    """Long measurements are run one at a time, days apart."""
+    text = replace_section("", "Memory", "first memory")
+    text = replace_section(text, "Start", "start")
+    assert text.index("# Benchmarks") < text.index("## Start\n\nstart\n") < text.index("## Memory\n\nfirst memory\n")
+    text = replace_section(text, "Memory", "second memory\n\n| a |\n")
+    assert text.count("## Memory") == 1 and "first memory" not in text and "start" in text and text.endswith("| a |\n")
+    assert replace_section(text, "Memory", "second memory\n\n| a |\n") == text
+
+
+def test_what_others_wrote_into_the_file_stays():
+    text = replace_section("# My title\n\nMy words.\n\n## Mine\n\nmine ## not a title\n", "Training", "x")
+    assert text.startswith("# My title\n\nMy words.\n\n## Training\n\nx\n\n## Mine\n\nmine ## not a title")
+
+
+def test_operations_and_differences_of_a_call_are_those_of_the_call():
+    """A product of (8,32) and (32,16) is 2 * 8 * 32 * 16 operations; diffusers' side, shared by two calls, is measured once."""
+    a, b, ran = torch.randn(8, 32), torch.randn(32, 16), []
+
+    def theirs():
+        ran.append(1)
+        return 1.01 * (a @ b)
+    rows, found, peak = measured({"x": Call(lambda: a @ b, theirs), "y": Call(lambda: a @ b, theirs), "z": Call(lambda: a @ b, None)}, 2, torch.device("cpu"))
+    assert [row.what for row in rows] == ["x", "y", "z"] and rows[0].more.startswith("8.192e-06 GFLOP") and "L2 1e-02" in rows[0].more
+    assert len(ran) == 3 + 2                 # a warm-up and 2 repeats, and for each comparison of results once more
+    assert found["z"].theirs is None and math.isnan(rows[2].ratio) and found["x"].theirs == found["y"].theirs and found["x"].flops == 8192 and peak > 0
+
+
+def test_products_alone_are_those_of_the_call():
+    """As many operations as torch counts in the call, but for those channel by channel; nothing of what lies between."""
+    linear, pointwise, depthwise = torch.nn.Linear(8, 16), torch.nn.Conv2d(16, 8, 1), torch.nn.Conv2d(8, 8, 3, groups=8)
+    x = torch.randn(1, 6, 6, 8)
+
+    def call():
+        h = linear(x).relu()                                                             # (1, 6, 6, 16)
+        h = depthwise(pointwise(h.permute(0, 3, 1, 2)))                                  # (1, 8, 4, 4)
+        q = h.flatten(2).transpose(1, 2)[:, None]                                        # (1, 1, 16, 8)
+        return torch.nn.functional.scaled_dot_product_attention(q, q, q)
+
+    def operations(action) -> int:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            action()
+        return counter.get_total_flops()
+    with torch.no_grad():
+        alone = bench.products_of(call)
+    assert operations(alone) == operations(call) - 2 * 8 * 16 * 9 > 0
+
+
+def test_a_picture_is_29_steps_of_c_12_of_b_and_a_decoding():
+    """Its time is added up from the parts, ours prepared and compiled, diffusers' as they are; and the share of the peak follows."""
+    found = {"Stage C step": Measured(9, 2, 0), "Stage C step, prepared": Measured(1, 2, 0), "Stage C step, compiled": Measured(0.5, 1, 10 ** 9),
+             "Stage B step": Measured(9, 4, 0), "Stage B step, prepared": Measured(2, 4, 0), "Stage B step, compiled": Measured(1, 3, 10 ** 9),
+             "Stage A decode": Measured(3, 6, 10 ** 9)}
+    rows = {row.what: row.ratio for row in bench.whole_pictures(found, lambda title: title, 1, peak=10)}
+    ours, theirs, fast, their_fast = 29 + 24 + 3, 58 + 48 + 6, 14.5 + 12 + 3, 29 + 36 + 6
+    assert rows == {"whole picture, added up": theirs / ours, "a picture, compiled, seconds": fast, "a picture, compiled, beside diffusers": theirs / fast,
+                    "a picture, compiled, beside diffusers compiled": their_fast / fast, "a picture, compiled, share of the peak": pytest.approx(42 / fast / 10)}
+    four = {f"{title}, 4 pictures": value for title, value in found.items() if "compiled" not in title}
+    assert [row.what for row in bench.whole_pictures(four, lambda title: f"{title}, 4 pictures", 4, 10)] == ["whole picture, added up, 4 pictures"]
+    assert {what for section, what in GOALS if section == "GPU"} - {"a picture of 8, compiled, share of the peak"} <= rows.keys()
+
+
+@pytest.mark.parametrize("options", ["", "--dtype bf16 --pictures 1 2 --compile"])
+def test_the_official_measurement_runs_at_any_size(options, tmp_path, monkeypatch):
+    """With one block of each and 128 px, on random weights: what needs a GPU and half an hour is tried here in seconds. Compiling is
+    only traced."""
+    pytest.importorskip("diffusers", reason="diffusers is what is compared with")
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda network, **options: compile(network, backend="eager"))
+    for stage, small in (("stage_a", dict(c_hidden=16)), ("stage_b", dict(c_cond=64, c_hidden=(32, 64, 64, 64), heads=(-1, 2, 2, 2))), ("stage_c", dict(c=64, heads=2))):
+        module = __import__(stage)
+        monkeypatch.setattr(module, "OFFICIAL", module.OFFICIAL | small)
+    bench.main(["--official", "--device", "cpu", "--depth", "1", "--side", "128", "--repeats", "1", "--out", str(tmp_path / "b.md"), *options.split()])
+    text = (tmp_path / "b.md").read_text()
+    assert "## Official size" in text and "**Not the official size: 128 px, depth 1.**" in text and "| Stage C step, prepared, its products alone |" in text
+    if options:
+        assert "bfloat16" in text and "| Stage B step, compiled, 2 pictures |" in text and "a picture of 2, compiled, share of the peak" in text
+    else:
+        assert "| Stage B step, int8 |" in text and re.search(r"largest deviation from diffusers \| \d\.?e-0[67]|\de-0[67]", text)
