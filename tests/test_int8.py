@@ -132,14 +132,12 @@ def test_one_step_differs_by_about_one_percent(tiny, stage):
 
 
 @torch.no_grad()
-def test_prepared_conditions_change_no_more_than_rounding_does(tiny):
-    """A share is a product of its own, with a scale of its own for each row; without shares the inputs of a block are one row, with one."""
-    float_net, net8, latents, eps, (semantic, text) = tiny[2]["b"]
+def test_prepared_conditions_change_nothing(tiny):
+    """The shares of what does not change are products with slices of int8 weights, too."""
+    _, net8, latents, eps, (semantic, text) = tiny[2]["b"]
     t = torch.tensor([0.5])
-    plain, shared, unshared = (net8(eps, t, *told) for told in ((semantic, text), (net8.prepare(eps.shape[2:], semantic, text),),
-                                                                (net8.prepare(eps.shape[2:], semantic, text, shares=False),)))
-    exact = float_net(eps, t, semantic, text)
-    assert torch.equal(plain, unshared) and 0 < l2(shared, plain) < 0.01 and l2(shared, exact) < 0.015 and l2(plain, exact) < 0.015
+    for shares in (True, False):
+        assert torch.equal(net8(eps, t, net8.prepare(eps.shape[2:], semantic, text, shares)), net8(eps, t, semantic, text))
 
 
 def test_weights_take_a_quarter(tiny):
@@ -194,11 +192,10 @@ def test_a_lora_is_merged_before_rounding(tmp_path):
 
 
 def test_it_goes_with_low_memory():
-    """Parts that are let go and read again are converted again. Stage B's shares are not kept then, so that its rounding is another."""
+    """Parts that are let go and read again are converted again."""
     plain, frugal = (Wuerstchen.load("tiny", "cpu", int8=True, low_memory=low) for low in (False, True))
-    for output, bound in (("semantic", 0), ("pt", 0.01)):
-        a, b = (model("a moon on a red background", seed=3, steps_c=2, steps_b=2, output=output) for model in (plain, frugal))
-        assert (a - b).abs().mean() <= bound
+    a, b = (model("a moon on a red background", seed=3, steps_c=2, steps_b=2, output="pt") for model in (plain, frugal))
+    assert torch.allclose(a, b, atol=1e-4)
 
 
 def test_it_goes_with_compile():
