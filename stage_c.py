@@ -84,9 +84,9 @@ class LinearInParts(nn.Linear):
 class ResBlock(nn.Module):
     """x + MLP(norm(depthwise(x))): a convolution mixes positions, then a wide MLP mixes channels.
 
-    Extra inputs (a U-Net skip, the semantic features) join behind the norm, in front of the MLP. One that is the same at
-    every step need be multiplied only once. The others are concatenated: a product for each of them takes a third longer
-    in training (measured at the small size), since each passes over 4C numbers per position.
+    Extra inputs (a U-Net skip, the semantic features) join behind the norm, in front of the MLP. In sampling each is multiplied by
+    itself, W [x; y] = W_x x + W_y y, and one that is the same at every step only once. In training they are concatenated: a
+    product for each of them takes a third longer (measured at the small size), since each passes over 4C numbers per position.
     """
     def __init__(self, c: int, c_skip: int = 0, kernel_size: int = 3, dropout: float = 0.0):
         super().__init__()
@@ -97,12 +97,19 @@ class ResBlock(nn.Module):
         self.contract = nn.Linear(4 * c, c)
 
     def forward(self, x: Tensor, *extras: Tensor | tuple[Tensor]) -> Tensor:
-        """x (B,H,W,C), extras (B,H,W,C_i) with sum C_i = c_skip, those at the end as (their share of `expand`,) -> (B,H,W,C)."""
+        """x (B,H,W,C), extras (B,H,W,C_i) with sum C_i = c_skip, the last perhaps as (its share of `expand`,) -> (B,H,W,C)."""
         h = layer_norm(channels_last(self.depthwise(channels_first(x))))                 # (B, H, W, C)
-        raw = [extra for extra in extras if not isinstance(extra, tuple)]
-        h = self.expand(torch.cat([h, *raw], dim=-1) if raw else h)                      # (B, H, W, 4C)
-        for share, in extras[len(raw):]:
-            h += share
+        if torch.is_grad_enabled():
+            raw = [extra for extra in extras if not isinstance(extra, tuple)]
+            h, extras = torch.cat([h, *raw], dim=-1) if raw else h, extras[len(raw):]    # (B, H, W, C + ...)
+        start = h.shape[-1]
+        h = self.expand(h)                                                               # (B, H, W, 4C)
+        for extra in extras:
+            if isinstance(extra, tuple):
+                h += extra[0]
+            else:
+                h += self.expand(extra, start)
+                start += extra.shape[-1]
         h = self.grn(F.gelu(h))                                                          # (B, H, W, 4C)
         return x + self.contract(F.dropout(h, self.dropout, self.training))              # (B, H, W, C)
 
