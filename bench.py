@@ -20,8 +20,8 @@ training   LoRA steps (forward, backward, clip, AdamW) beside diffusers with pef
 
 What is compared is run in turns, A B A B ..., so that whatever slows the machine down for a while slows both. Times are
 medians; a ratio is the median of the ratios of neighbours, pair by pair. Each run replaces its own sections of the file.
-Operations are those that torch counts in products and convolutions; the peak is a product of two large float32 matrices, taken in
-turns with the rest. Nothing is asserted: a figure belongs to its machine.
+Operations are those that torch counts in products and convolutions; the peak is a product of two large matrices of the same
+numbers, taken in turns with the rest. Nothing is asserted: a figure belongs to its machine.
 Needs: what wuerstchen.py needs; diffusers for the comparison.
 """
 import argparse
@@ -30,8 +30,8 @@ import importlib.metadata
 import json
 import math
 import os
-import re
 import platform
+import re
 import subprocess
 import sys
 import tempfile

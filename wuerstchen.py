@@ -112,8 +112,9 @@ class Wuerstchen:
                 if not self.offload:
                     network(part).to(self.device)
                 if self.compiled and name in ("stage_b", "stage_c"):
-                    # At the first call, which then takes a minute. On a GPU the whole network is recorded, and played back as one.
-                    part.compile(**dict(mode="reduce-overhead") if self.device.type == "cuda" else {})
+                    # At the first call, which then takes a minute. On a GPU the whole network is recorded, and played back as one; not with
+                    # --offload, as a recording knows its weights by their addresses, which change when they are moved.
+                    part.compile(**dict(mode="reduce-overhead") if self.device.type == "cuda" and not self.offload else {})
             self.loaded[name] = part
         part = self.loaded[name]
         if self.offload and part is not None and part is not self.loaded.get(self.on_device):

@@ -814,7 +814,7 @@ def test_on_a_gpu_no_step_makes_the_host_wait():
             counts.append(sum("synchroniz" in str(warning.message) for warning in said))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert counts[0] == counts[1]
+    assert counts[0] == counts[1] > 0                    # the finished picture is waited for: torch does report
 
 
 # --- mistakes ----------------------------------------------------------------------------------------
