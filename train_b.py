@@ -642,9 +642,11 @@ def main(args):
         set_model_state_dict(model, state["averaged"], options=StateDictOptions(**whole, strict=False))
         averaged.swap()
         set_model_state_dict(model, state["model"], options=StateDictOptions(**whole, strict=False))
+    token_errors = training_errors
     if args.compile:
         if args.v1:
             decoder.compile()                                                            # fuses the small operations
+            token_errors = torch.compile(training_errors)                                # 1024 or 8192 scores per token: each pass over them counts
         else:
             decoder.signal_and_scale = torch.compile(decoder.signal_and_scale)
         if not args.freeze_encoder:
@@ -730,7 +732,7 @@ def main(args):
                 with autocast:
                     said = forward(source, x_t, t, text, batch["t_semantic"], batch["eps_semantic"], batch["dropped"])
                 if args.v1:
-                    raw = training_errors(said, x_0, t, mask)                            # (B,) from logits (B, K, h, w)
+                    raw = token_errors(said, x_0, t, mask)                               # (B,) from logits (B, K, h, w)
                 else:
                     a, b = said                                                          # 2 x (B, 4, h, w)
                     raw = errors(a.float(), b.float(), x_0, x_t, eps, t, args.loss)      # (B,)
