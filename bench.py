@@ -6,7 +6,7 @@
   python bench.py --official                       # steps at official size and 1024 px, random weights; 8 GB, half an hour on 2 cores; on a GPU
                                                    # bfloat16, 1, 4 and 8 pictures, compiled and not
   python bench.py --memory                         # what official sizes take; needs 7 GB of disk and some minutes
-  python bench.py --training --repeats 1           # LoRA steps at official size and 512 px; 12 GB of memory, 10 minutes
+  python bench.py --training --repeats 1           # training steps at official size and 512 px; 12 GB of memory, a quarter of an hour
 
 start      from `python sample.py` to the picture on disk; beside it, a Python that does nothing but
            import torch and transformers' CLIP, the floor for any program that uses both; and `--help`
@@ -16,7 +16,7 @@ official   the same calls at official size, plain, with what does not change fro
            the share of the time that matrix products and attention would take by themselves
 memory     the most that was taken at any time, in a process of its own: loading Stage C, and a whole picture with
            --low-memory, two steps each; beside it, the size of what is loaded. On a CPU that includes pages of files
-training   LoRA steps (forward, backward, clip, AdamW) beside diffusers with peft, same weights and inputs
+training   steps (forward, backward, clip, AdamW) of a LoRA and of all of Stage C beside diffusers, with peft, same weights and inputs
 
 What is compared is run in turns, A B A B ..., so that whatever slows the machine down for a while slows both. Times are
 medians; a ratio is the median of the ratios of neighbours, pair by pair. Each run replaces its own sections of the file.
@@ -70,8 +70,8 @@ GOALS = {
     ("GPU", "a picture of 8, compiled, share of the peak"): ("at least", 0.5),
     ("Memory", "loading Stage C, float16, beside reading its file"): ("at most", 1.3),
     ("Memory", "text to image at 1024 px, one part at a time, float32"): ("at most", 1.25),
-    ("Training", "ours, `--checkpointing products`, time"): ("at most", 0.75),
-    ("Training", "ours, `--checkpointing products`, memory"): ("at most", 0.75),
+    **{("Training", f"{what}{how}, {quantity}"): ("at most", goal) for what, goal in (("LoRA", 0.75), ("full", 0.8))
+       for how in ("", ", `--checkpointing products`", ", `--checkpointing blocks`") for quantity in ("time", "memory")},
 }
 
 
@@ -96,7 +96,7 @@ def parse_args(argv=None):
     p.add_argument("--pictures", type=int, nargs="+", help="of --official: how many at a time, several are taken one after another (default: 1, on a GPU 1 4 8)")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="of --official: Stages B and C by torch.compile, too (default: on a GPU)")
     p.add_argument("--memory", action="store_true", help="measure memory in place of time: random weights of official size (Linux only)")
-    p.add_argument("--training", action="store_true", help="measure LoRA steps in place of sampling: random weights of official size (Linux only)")
+    p.add_argument("--training", action="store_true", help="measure training steps in place of sampling: random weights of official size (Linux only)")
     p.add_argument("--batch", type=int, default=4, help="pictures per training step (default: 4)")
     p.add_argument("--depth", type=int, default=32, help="blocks of Stage C in --official and --training, and of Stage B in proportion; fewer where memory or time is short (default: 32, the official depth)")
     p.add_argument("--out", type=Path, default=FILE, help="file whose sections are replaced (default: BENCHMARKS.md)")
@@ -582,10 +582,11 @@ def random_model(model, device: str, names: dict[str, str] | None = None, head: 
     return model.requires_grad_(False)
 
 
-def lora_steps(who: str, checkpointing: str | None, depth: int, side: int, batch: int, device: str, width: int = 1536, steps: int = 3) -> dict:
-    """Optimizer steps of a LoRA of rank 8 on attention, as train_c.py and diffusers' training script make them, on random weights.
+def training_steps(who: str, full: bool, checkpointing: str | None, depth: int, side: int, batch: int, device: str, width: int = 1536, steps: int = 3) -> dict:
+    """Optimizer steps of Stage C as train_c.py and diffusers' training script make them, on random weights: of all of it (full), or of a
+    LoRA of rank 8 on attention.
 
-    who: "ours", or "diffusers" with peft. -> seconds of the median step after the first, the first loss, and bytes: the
+    who: "ours", or "diffusers", for LoRA with peft. -> seconds of the median step after the first, the first loss, and bytes: the
     most that was taken beyond what was there before, and the weights alone.
     """
     import torch
@@ -596,20 +597,24 @@ def lora_steps(who: str, checkpointing: str | None, depth: int, side: int, batch
     with torch.device("meta"):
         model = StageC(**config)
     if who == "ours":
-        import lora
         random_model(model, device)
-        lora.add_lora(model, 8)
         model.checkpointing = checkpointing
     else:
         from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_prior import WuerstchenPrior
-        from peft import LoraConfig
         names = dict(zip(to_diffusers(model.state_dict(), model), model.state_dict()))       # both in the same order
         with torch.device("meta"):
             model = WuerstchenPrior(**{key: value for key, value in config_to_diffusers(model).items() if key[0] != "_"})
         random_model(model, device, names)
-        model.add_adapter(LoraConfig(r=8, lora_alpha=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
         if checkpointing:
             model.enable_gradient_checkpointing()
+    if full:
+        model.requires_grad_(True)
+    elif who == "ours":
+        import lora
+        lora.add_lora(model, 8)
+    else:
+        from peft import LoraConfig
+        model.add_adapter(LoraConfig(r=8, lora_alpha=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     learned = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=1e-4, weight_decay=0, fused=True)
     generator, seconds, losses = torch.Generator(device).manual_seed(0), [], []
@@ -656,32 +661,37 @@ def encoding(side: int, batch: int, device: str) -> dict:
 
 
 def training(args) -> tuple[list[Row], str]:
-    """-> rows of time and memory, and a note, of LoRA steps at official size, each in a process of its own, in turns."""
+    """-> rows of time and memory, and a note, of training steps at official size, each in a process of its own, in turns."""
     import torch
     device, side = args.device or ("cuda" if torch.cuda.is_available() else "cpu"), args.side or 512
-    runs = {"diffusers + peft": ("diffusers", None), "ours": ("ours", None), "ours, `--checkpointing products`": ("ours", "products"),
-            "diffusers + peft, checkpointing": ("diffusers", "blocks"), "ours, `--checkpointing blocks`": ("ours", "blocks")}
+    # On a CPU all of Stage C with its gradients and moments does not fit beside the rest: fewer blocks, for the ratio.
+    depths = {False: args.depth, True: args.depth if device != "cpu" else max(1, args.depth // 4)}
 
     def alone(call: str) -> dict:
         # A step of a small model first: what torch and peft load when they are first used is no memory of a step.
-        code = f"import json, bench; bench.lora_steps('ours', None, 1, 128, 1, {device!r}, 64); print(json.dumps(bench.{call}))"
+        code = f"import json, bench; bench.training_steps('ours', False, None, 1, 128, 1, {device!r}, 64); print(json.dumps(bench.{call}))"
         run = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
         return json.loads(run.stdout.splitlines()[-1])
-    results = {title: [] for title in runs}
+    # Our "products" has no counterpart: it takes no more time than a plain step, and so stands beside diffusers' plain one.
+    runs = [(who, full, how) for full in (False, True) for who, hows in (("diffusers", (None, "blocks")), ("ours", (None, "products", "blocks"))) for how in hows]
+    results, rows = {run: [] for run in runs}, []
     for _ in range(args.repeats):
-        for title, (who, checkpointing) in runs.items():
-            results[title].append(alone(f"lora_steps({who!r}, {checkpointing!r}, {args.depth}, {side}, {args.batch}, {device!r})"))
-    base, rows = results["diffusers + peft"], []
-    for name, key, text in (("time", "seconds", lambda v: f"{v:.2f} s"), ("memory", "peak", lambda v: f"{v / 1e9:.2f} GB")):
-        theirs = [run[key] for run in base]
-        for title, runs in results.items():
-            ours = [run[key] for run in runs]
-            other = "" if runs is base else f"{text(median(theirs))}, diffusers + peft"
-            rows.append(Row(f"{title}, {name}", text(median(ours)), other, ratio(ours, theirs), f"loss {runs[0]['loss']:.6f}"))
-    note = (f"One step of a LoRA of rank 8 on attention, Stage C of depth {args.depth} (weights {base[0]['size'] / 1e9:.2f} GB), {side} px, batch {args.batch}. "
-            "Ratios: of time and of memory.")
+        for who, full, how in runs:
+            results[who, full, how].append(alone(f"training_steps({who!r}, {full}, {how!r}, {depths[full]}, {side}, {args.batch}, {device!r})"))
+            print(who, "full" if full else "LoRA", how, results[who, full, how][-1], file=sys.stderr, flush=True)
+    for who, full, how in runs:
+        if who == "ours":
+            counterpart = results["diffusers", full, "blocks" if how == "blocks" else None]
+            for name, key, text in (("time", "seconds", lambda v: f"{v:.2f} s"), ("memory", "peak", lambda v: f"{v / 1e9:.2f} GB")):
+                ours, theirs = ([run[key] for run in of] for of in (results[who, full, how], counterpart))
+                rows.append(Row(f"{'full' if full else 'LoRA'}{f', `--checkpointing {how}`' if how else ''}, {name}", text(median(ours)),
+                                f"{text(median(theirs))}, diffusers{'' if full else ' + peft'}{', checkpointed' if how == 'blocks' else ''}", ratio(ours, theirs),
+                                f"losses {results[who, full, how][0]['loss']:.6f} and {counterpart[0]['loss']:.6f}"))
+    sizes = [results["ours", full, None][0]["size"] / 1e9 for full in (False, True)]
+    note = (f"One step of a LoRA of rank 8 on attention, Stage C of depth {depths[False]} (weights {sizes[0]:.2f} GB), and one of all of Stage C, of depth "
+            f"{depths[True]} ({sizes[1]:.2f} GB): {side} px, batch {args.batch}. Ratios: of time and of memory.")
     if args.depth == 32:
-        step, more = median(run["seconds"] for run in results["ours"]), alone(f"encoding({side}, {args.batch}, {device!r})")["seconds"]
+        step, more = median(run["seconds"] for run in results["ours", False, None]), alone(f"encoding({side}, {args.batch}, {device!r})")["seconds"]
         note += f" Encoding pictures and captions takes {more:.2f} s a step, which `--cache` saves: an epoch is {(step + more) / step:.2f} times as fast."
     return rows, note
 

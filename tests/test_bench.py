@@ -128,4 +128,5 @@ def test_the_official_measurement_runs_at_any_size(options, tmp_path, monkeypatc
     if options:
         assert "bfloat16" in text and "| Stage B step, compiled, 2 pictures |" in text and "a picture of 2, compiled, share of the peak" in text
     else:
-        assert "| Stage B step, int8 |" in text and re.search(r"largest deviation from diffusers \| \d\.?e-0[67]|\de-0[67]", text)
+        assert "| Stage B step, int8 |" in text
+        assert float(re.search(r"largest deviation from diffusers \| (\S+) \|", text)[1]) < 2e-6          # 7e-8 on one machine, not on all
