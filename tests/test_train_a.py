@@ -347,9 +347,10 @@ def test_one_process_and_two_do_the_same_work(folder, tmp_path, options):
     two = train_on_two(folder, tmp_path / "two", *options, *TRAINED, "--batch", "4", steps=3)
     names = ["model", "averaged", "usage", *(["discriminator", "codebook"] if options else [])]
     same({name: newest(one)[name] for name in names}, {name: newest(two)[name] for name in names}, 1e-5)
-    for a, b in zip(lines(one), lines(two)):
+    for k, (a, b) in enumerate(zip(lines(one), lines(two))):
         for name in ("loss", "codes_used", "perplexity", "grad_norm"):
-            assert a[name] == pytest.approx(b[name], rel=1e-4), name
+            # By the third step AdamW has made whole steps of such rounding errors: 2e-7 became 2e-4 in grad_norm on one machine, not on all.
+            assert a[name] == pytest.approx(b[name], rel=1e-5 if k < 2 else 1e-3), (k, name)
 
 
 @pytest.mark.parametrize("rest", [["--freeze-encoder"], ["--norm-steps", "0"]], ids=["frozen", "after --norm-steps"])
