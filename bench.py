@@ -6,7 +6,7 @@
   python bench.py --official                       # steps at official size and 1024 px, random weights; 8 GB, half an hour on 2 cores; on a GPU
                                                    # bfloat16, 1, 4 and 8 pictures, compiled and not
   python bench.py --memory                         # what official sizes take; needs 7 GB of disk and some minutes
-  python bench.py --training --repeats 1           # training steps at official size and 512 px; 12 GB of memory, a quarter of an hour
+  python bench.py --training --repeats 1           # training steps at official size and 512 px; 12 GB of memory, 10 minutes for the LoRA alone
 
 start      from `python sample.py` to the picture on disk; beside it, a Python that does nothing but
            import torch and transformers' CLIP, the floor for any program that uses both; and `--help`

@@ -349,8 +349,8 @@ def test_one_process_and_two_do_the_same_work(folder, tmp_path, options):
     same({name: newest(one)[name] for name in names}, {name: newest(two)[name] for name in names}, 1e-5)
     for k, (a, b) in enumerate(zip(lines(one), lines(two))):
         for name in ("loss", "codes_used", "perplexity", "grad_norm"):
-            # By the third step AdamW has made whole steps of such rounding errors: 2e-7 became 2e-4 in grad_norm on one machine, not on all.
-            assert a[name] == pytest.approx(b[name], rel=1e-5 if k < 2 else 1e-3), (k, name)
+            # Two steps agree to 3e-7. Then the biases of which TRAINED speaks are apart by 5e-6, and with AVX-512 grad_norm by 2e-4.
+            assert a[name] == pytest.approx(b[name], rel=1e-5 if k < 2 else 5e-4), (k, name)
 
 
 @pytest.mark.parametrize("rest", [["--freeze-encoder"], ["--norm-steps", "0"]], ids=["frozen", "after --norm-steps"])
