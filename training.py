@@ -70,6 +70,10 @@ class Processes:
             torch.cuda.set_device(self.device)
         self.many = "RANK" in os.environ
         if self.many:
+            # Before there is a group: this module's functions have the group of the time of its import as a default argument, and
+            # DistributedDataParallel imports it. Held by them, gloo's threads would outlive close(), and one that then lets go of a
+            # tensor while the interpreter ends aborts the process, after all its work.
+            from torch.distributed import nn as _
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=minutes))
 
     def close(self) -> None:

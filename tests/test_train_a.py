@@ -364,6 +364,24 @@ def test_accumulation_is_exact_where_batchnorm_rests(folder, tmp_path, rest):
     same(newest(one)["model"], newest(both)["model"], 1e-5)
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads that are not Python's are counted in Linux's /proc")
+def test_no_thread_of_a_finished_run_is_left_behind(tmp_path):
+    """One of gloo's that lets go of a tensor while the interpreter ends would abort a run that has done all its work."""
+    assert torchrun(2, """
+import pathlib, training
+def threads():
+    return sum("gloo" in path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm"))
+def work():
+    processes = training.Processes("cpu")
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+    model(torch.ones(1, 2)).sum().backward()
+    assert processes.sum(torch.ones(())) == 2 and threads() > 0
+    processes.close()
+work()
+print("left:", threads())
+""", cwd=tmp_path).split() == ["left:", "0"] * 2
+
+
 def test_synchronised_batchnorm_is_batchnorm_of_all(tmp_path):
     """Outputs, gradients, running statistics of two processes with unequal halves of a batch, against torch's own on the whole; means
     far from 0, as the variance must not be a difference of squares."""
