@@ -367,7 +367,7 @@ def test_accumulation_is_exact_where_batchnorm_rests(folder, tmp_path, rest):
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads that are not Python's are counted in Linux's /proc")
 def test_no_thread_of_a_finished_run_is_left_behind(tmp_path):
     """One of gloo's that lets go of a tensor while the interpreter ends would abort a run that has done all its work."""
-    assert torchrun(2, """
+    torchrun(2, """
 import pathlib, training
 def threads():
     return sum("gloo" in path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm"))
@@ -378,8 +378,8 @@ def work():
     assert processes.sum(torch.ones(())) == 2 and threads() > 0
     processes.close()
 work()
-print("left:", threads())
-""", cwd=tmp_path).split() == ["left:", "0"] * 2
+assert threads() == 0
+""", cwd=tmp_path)
 
 
 def test_synchronised_batchnorm_is_batchnorm_of_all(tmp_path):
