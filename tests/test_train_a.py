@@ -76,10 +76,10 @@ def test_a_run_leaves_a_vqgan_curves_samples_and_a_log(folder, tmp_path, capsys)
 
 
 def test_the_shipped_model_reconstructs_unseen_scenes():
-    """Measured on these 64: 25.4 dB, 25.1 dB by way of the codebook, of the mean squared error of all."""
+    """Measured on these 64: 30.0 dB, 28.7 dB by way of the codebook, of the mean squared error of all."""
     images = torch.from_numpy(scenes.EmojiScenes("all", seed=987654321).batch(0, 64)[0]).permute(0, 3, 1, 2)
     values = train_a.validate(load_stage_a(TINY), images, train_a.parse_args(["--out", "unused"]), training.Processes("cpu"))
-    assert values["val_psnr"] > 25.2 and values["val_psnr_quantised"] > 24.8
+    assert values["val_psnr"] > 29.8 and values["val_psnr_quantised"] > 28.5
 
 
 def test_the_shipped_file_is_small():
