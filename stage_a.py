@@ -63,13 +63,27 @@ class VQResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B,H,W,C) -> (B,H,W,C)."""
-        scale1, shift1, gate1, scale2, shift2, gate2 = self.gammas
-        h = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale1) + shift1          # (B, H, W, C)
-        h = channels_last(self.depthwise(channels_first(h)))                         # (B, H, W, C)
-        x = x + h * gate1
-        h = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale2) + shift2          # (B, H, W, C)
-        h = self.contract(F.gelu(self.expand(h)))                                    # (B, H, W, 4C) -> (B, H, W, C)
-        return x + h * gate2
+        scale, shift, gate = self.gammas[:3]
+        h = channels_last(self.depthwise(channels_first(self.norm(x, scale, shift))))    # (B, H, W, C)
+        x = torch.addcmul(x, h, gate)
+        if torch.is_grad_enabled() or x.device.type != "cpu":
+            return self.mlp(x)
+        # On a CPU some rows at a time, in place: the 4C numbers of all positions do not fit its cache, and new memory costs time.
+        x = x.contiguous()
+        for rows in x.flatten(0, 2).split(512):
+            rows.copy_(self.mlp(rows))
+        return x
+
+    def norm(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """x (...,C) -> (...,C) with mean 0 and variance 1 over C, then scaled and shifted, in one pass over x."""
+        c = x.shape[-1:]
+        return F.layer_norm(x, c, (1 + scale).expand(c), shift.expand(c), eps=1e-6)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """The second half: x (...,C) -> (...,C)."""
+        scale, shift, gate = self.gammas[3:]
+        h = self.contract(F.gelu(self.expand(self.norm(x, scale, shift))))               # (..., C) -> (..., 4C) -> (..., C)
+        return torch.addcmul(x, h, gate)
 
 
 class Codebook(nn.Module):
