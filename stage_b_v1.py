@@ -251,8 +251,6 @@ class StageBV1(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for mapper in (self.embed_semantic, self.embed_text):
-            nn.init.normal_(mapper.weight, std=0.02)
         nn.init.zeros_(self.head.weight)       # the first prediction is then that all tokens are alike
         nn.init.normal_(self.embed_token.weight, std=math.sqrt(1 / self.codebook_size))
         self.classify.weight.copy_(self.embed_token.weight)      # a token's score begins as the likeness to its own embedding
@@ -261,6 +259,26 @@ class StageBV1(nn.Module):
                 module.contract.weight *= math.sqrt(1 / sum(self.config["blocks"]))      # the branches add up to a variance of 1
             elif isinstance(module, TimestepBlock):
                 nn.init.zeros_(module.mapper.weight)             # every noise level starts alike
+
+    @torch.no_grad()
+    def init_tokens(self, codes: Tensor) -> None:
+        """For training from scratch: embeddings that know which tokens look alike. codes (codebook_size,c): Stage A's codebook.
+
+        Otherwise all tokens are equally strange to each other, and a colour that has 50 tokens must be learned 50 times. A token's
+        features are its code z, all products of two of its numbers, and cosines of random projections of z. With z and the products
+        a linear layer can say "near m, give or take s" in any direction, as -|z - m|^2 / (2 s^2) is linear in them; the cosines are for what has
+        several likely places (random Fourier features, Rahimi and Recht 2007).
+        """
+        z = (codes.float() - codes.float().mean(0)) / codes.float().std(0)               # (K, c)
+        rows, columns = torch.triu_indices(z.shape[1], z.shape[1])
+        exact = torch.cat([z, z[:, rows] * z[:, columns]], dim=1)[:, :self.config["c_token"]]        # (K, c + c (c + 1) / 2)
+        n = self.config["c_token"] - exact.shape[1]
+        generator = torch.Generator().manual_seed(0)
+        directions, phases = torch.randn(z.shape[1], n, generator=generator) * 2, torch.rand(n, generator=generator) * 2 * math.pi
+        features = torch.cat([exact, (z.cpu() @ directions + phases).cos().to(z)], dim=1)            # (K, c_token)
+        features = (features - features.mean(0)) / features.std(0) / math.sqrt(features.shape[1])
+        self.embed_token.weight.copy_(features)
+        self.classify.weight.copy_(features)
 
     def condition(self, semantic: Tensor, text: Tensor | None = None) -> Tensor:
         """semantic (B,16,h',w'), text (B,N,c_text) -> the sequence (B,h'*w' + N,c_cond) that all attention blocks look at, semantic latent first."""

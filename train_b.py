@@ -557,6 +557,8 @@ def main(args):
     codes = vqgan.config["codebook_size"]
     if args.v1 and codes != decoder.codebook_size:
         raise Mistake(f"the VQGAN has {codes} tokens, Stage B is for {decoder.codebook_size}: give it another --config, or another --vqgan")
+    if args.v1 and args.init == "random":
+        decoder.init_tokens(vqgan.codebook.codes)
     text_encoder = None
     if args.text_encoder != "none":
         check_widths(decoder.config["c_text"], places["text_encoder"], "Stage B")

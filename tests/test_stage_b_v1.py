@@ -55,6 +55,26 @@ def test_network_equals_the_original(recorded, i):
     assert rel(model(x.long(), t, semantic), data[f"out/set{i}/logits_without_text"]) < 1e-5
 
 
+@torch.no_grad()
+def test_a_new_model_knows_which_tokens_look_alike():
+    """The nearer two codes, the more alike their embeddings; each token's score is highest for its own embedding; all equally long but for a factor."""
+    codes = torch.randn(64, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 5.0, 0.2, 1.0]) + 3
+    model = small(codebook_size=64, c_token=64)
+    model.init_tokens(codes)
+    e, z = model.embed_token.weight, (codes - codes.mean(0)) / codes.std(0)
+    assert torch.equal(e, model.classify.weight) and e.square().sum(1).mean() == pytest.approx(63 / 64, abs=1e-5)
+    of_codes, of_embeddings = (torch.cdist(x, x)[torch.triu_indices(64, 64, 1).unbind()] for x in (z, e))
+    ranks = torch.stack([of_codes.argsort().argsort(), of_embeddings.argsort().argsort()]).double()
+    assert torch.corrcoef(ranks)[0, 1] > 0.7
+    # "near m, give or take s" is a linear function of the features, and so are all tokens' scores.
+    wanted = -(z - z[5]).square().sum(1) / 2
+    features = torch.cat([e, torch.ones(64, 1)], dim=1)[:, [*range(14), 64]]
+    assert (features @ torch.linalg.lstsq(features, wanted[:, None]).solution)[:, 0] == pytest.approx(wanted.tolist(), abs=1e-3)
+    model = small(codebook_size=64, c_token=6)          # too narrow for all of them: the first
+    model.init_tokens(codes)
+    assert model.embed_token.weight.isfinite().all() and not torch.equal(model.embed_token.weight[0], model.embed_token.weight[1])
+
+
 def test_official_size():
     """The defaults are the released sizes; their names and shapes are compared in test_weights.py."""
     with torch.device("meta"):

@@ -94,6 +94,15 @@ def test_base_json_is_written_only_where_stage_c_fits(folder, new, tmp_path):
     assert not (out / "base.json").exists()
 
 
+def test_a_new_one_begins_with_stage_a_s_codes_and_a_trained_one_with_its_own(folder, tmp_path, new, monkeypatch):
+    given = []
+    monkeypatch.setattr(StageBV1, "init_tokens", lambda self, codes: given.append(codes))
+    out = train(folder, tmp_path / "new", *new, "--freeze-encoder", "--image-encoder", str(TINY / "image_encoder"), steps=1)
+    assert len(given) == 1 and torch.equal(given[0], weights.load_stage_a(TINY / "vqgan").codebook.codes)
+    train(folder, tmp_path / "on", "--v1", "--weights", str(out), "--freeze-encoder", steps=1)
+    assert len(given) == 1
+
+
 def test_the_tiny_v1_is_a_name_and_shares_all_but_stage_b(monkeypatch):
     """3 to 5 million parameters, less than 16 MiB in float16, as many tokens as the tiny VQGAN has codes."""
     places = hub.locate(TINY.parent / "tiny-v1", parts=(*hub.TEXT_TO_IMAGE, "image_encoder"))
