@@ -83,10 +83,27 @@ class GlobalResponseNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B,H,W,C) -> (B,H,W,C)."""
-        energy = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)                   # (B, 1, 1, C)
+        return self.scale(x, torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True))
+
+    def scale(self, x: Tensor, energy: Tensor, out: Tensor | None = None) -> Tensor:
+        """x (B,H,W,C), its energy (B,1,1,C) -> (B,H,W,C)."""
         n = energy / (energy.mean(-1, keepdim=True) + 1e-6)                              # (B, 1, 1, C)
         # gamma * (x * n) + x = x * (1 + gamma * n): the small factor first, so that x is read only once.
-        return torch.addcmul(self.beta, x, 1 + self.gamma * n)
+        return torch.addcmul(self.beta, x, 1 + self.gamma * n, out=out)
+
+    def after_gelu(self, x: Tensor) -> Tensor:
+        """forward(gelu(x)) for x (B,H,W,C); in sampling on a CPU in x's own memory.
+
+        There new memory costs time, and so does reading x again once it has left the cache: so some rows at a time.
+        """
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32:
+            return self(F.gelu(x))
+        energy = x.new_zeros(len(x), 1, 1, x.shape[-1])                                  # (B, 1, 1, C)
+        for picture, squares in zip(x, energy):
+            for rows in picture.view(-1, x.shape[-1]).split(512):
+                F.gelu(rows, out=rows)
+                squares += rows.square().sum(0)
+        return self.scale(x, energy.sqrt(), out=x)
 
 
 class LinearInParts(nn.Linear):
@@ -125,7 +142,7 @@ class ResBlock(nn.Module):
             else:
                 h += self.expand(extra, start)
                 start += extra.shape[-1]
-        h = self.grn(F.gelu(h))                                                          # (B, H, W, 4C)
+        h = self.grn.after_gelu(h)                                                       # (B, H, W, 4C)
         return x + self.contract(F.dropout(h, self.dropout, self.training))              # (B, H, W, C)
 
 
@@ -141,7 +158,7 @@ class SkipResBlock(ResBlock):
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         """x, skip (B,H,W,C) -> (B,H,W,C)."""
         h = layer_norm(channels_last(self.depthwise(channels_first(torch.cat([x, skip], dim=-1)))))      # (B, H, W, C)
-        h = self.grn(F.gelu(self.expand(h)))                                             # (B, H, W, 4C)
+        h = self.grn.after_gelu(self.expand(h))                                          # (B, H, W, 4C)
         return x + self.contract(F.dropout(h, self.dropout, self.training))              # (B, H, W, C)
 
 

@@ -9,6 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import stage_b
+import stage_b_v1
+import stage_c
 import weights
 from helpers import build, capture, draw, golden, manifest, rel, under, weights_from_names
 from stage_a import StageA, VQResBlock
@@ -427,3 +430,32 @@ def test_the_bias_of_keys_changes_nothing():
     with torch.no_grad():
         block.key.bias.add_(torch.randn(16))
     torch.testing.assert_close(block(x, text), before, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("file", [stage_b, stage_c, stage_b_v1], ids=lambda file: file.__name__)
+def test_in_sampling_on_a_cpu_a_block_s_wide_numbers_stay_where_they_are(file):
+    """The same numbers in the memory of its input, more rows than one piece has; where gradients are wanted, or in bfloat16, in memory of their own."""
+    norm = file.GlobalResponseNorm(6)
+    torch.nn.init.normal_(norm.gamma), torch.nn.init.normal_(norm.beta)
+    x = torch.randn(2, 23, 41, 6)                                                        # 943 rows: 512 and 431
+    expected, given = norm(F.gelu(x)), x.clone()
+    assert torch.equal(norm.after_gelu(given), expected) and torch.equal(given, x)
+    with torch.no_grad():
+        found = norm.after_gelu(given)
+        assert found.data_ptr() == given.data_ptr() and rel(found, expected) < 1e-6
+        half = x.bfloat16()
+        assert norm.bfloat16().after_gelu(half).data_ptr() != half.data_ptr() and torch.equal(half, x.bfloat16())
+
+
+@torch.no_grad()
+def test_stage_a_s_blocks_take_rows_in_pieces_and_leave_their_input_alone():
+    """Without gradients the MLP sees 512 rows at a time; with them all at once."""
+    block = VQResBlock(8)
+    torch.nn.init.normal_(block.gammas)
+    x, sizes = torch.randn(1, 27, 40, 8), []
+    given = x.clone()
+    block.expand.register_forward_pre_hook(lambda layer, inputs: sizes.append(inputs[0].shape[:-1].numel()))
+    found = block(given)
+    with torch.enable_grad():
+        expected = block(given)
+    assert sizes == [512, 512, 56, 1080] and torch.equal(given, x) and rel(found, expected.detach()) < 1e-6
