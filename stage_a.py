@@ -66,7 +66,7 @@ class VQResBlock(nn.Module):
         scale, shift, gate = self.gammas[:3]
         h = channels_last(self.depthwise(channels_first(self.norm(x, scale, shift))))    # (B, H, W, C)
         x = torch.addcmul(x, h, gate)
-        if torch.is_grad_enabled() or x.device.type != "cpu":
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu":
             return self.mlp(x)
         # On a CPU some rows at a time, in place: the 4C numbers of all positions do not fit its cache, and new memory costs time.
         x = x.contiguous()

@@ -286,13 +286,14 @@ class StageBV1(nn.Module):
         a linear layer can say "near m, give or take s" in any direction, as -|z - m|^2 / (2 s^2) is linear in them; the cosines are for what has
         several likely places (random Fourier features, Rahimi and Recht 2007).
         """
-        z = (codes.float() - codes.float().mean(0)) / codes.float().std(0)               # (K, c)
+        codes = codes.float().cpu()                                                      # so that every device draws the same
+        z = (codes - codes.mean(0)) / codes.std(0)                                       # (K, c)
         rows, columns = torch.triu_indices(z.shape[1], z.shape[1])
         exact = torch.cat([z, z[:, rows] * z[:, columns]], dim=1)[:, :self.config["c_token"]]        # (K, c + c (c + 1) / 2)
         n = self.config["c_token"] - exact.shape[1]
         generator = torch.Generator().manual_seed(0)
         directions, phases = torch.randn(z.shape[1], n, generator=generator) * 2, torch.rand(n, generator=generator) * 2 * math.pi
-        features = torch.cat([exact, (z.cpu() @ directions + phases).cos().to(z)], dim=1)            # (K, c_token)
+        features = torch.cat([exact, (z @ directions + phases).cos()], dim=1)                        # (K, c_token)
         features = (features - features.mean(0)) / features.std(0) / math.sqrt(features.shape[1])
         self.embed_token.weight.copy_(features)
         self.classify.weight.copy_(features)

@@ -57,7 +57,7 @@ def test_network_equals_the_original(recorded, i):
 
 @torch.no_grad()
 def test_a_new_model_knows_which_tokens_look_alike():
-    """The nearer two codes, the more alike their embeddings; each token's score is highest for its own embedding; all equally long but for a factor."""
+    """The nearer two codes, the more alike their embeddings, of length 1 in the mean; scores start from the same numbers."""
     codes = torch.randn(64, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 5.0, 0.2, 1.0]) + 3
     model = small(codebook_size=64, c_token=64)
     model.init_tokens(codes)
