@@ -6,12 +6,15 @@ One step stands in train_b.py's loop, model and loss in stage_b_v1.py. Here is w
 the same things for v2 have in train_b.py: what a sample draws, the validation, pictures through the whole chain.
 Needs: torch, numpy; stage_b_v1.py, data.py, diffusion.py.
 """
+import math
+
 import numpy as np
 import torch
+from torch import Tensor
 
 from data import sample_rng
 from diffusion import Noise
-from stage_b_v1 import add_noise, sample, training_errors
+from stage_b_v1 import AttentionBlock, add_noise, layer_norm, sample, training_errors
 
 
 def draw(rng: np.random.Generator, codes: int, h: int, w: int) -> dict:
@@ -22,6 +25,51 @@ def draw(rng: np.random.Generator, codes: int, h: int, w: int) -> dict:
 def cache_dtype(codes: int) -> str:
     """Tokens are whole numbers, and a neighbour's number means another thing: they are kept exactly, never in float16."""
     return "int16" if codes <= 2 ** 15 else "int32"
+
+
+def share_over(n: int, m: int, device=None) -> Tensor:
+    """(m,n): how much of each of n places in a row lies over each of m finer ones, linear between the middles of two; rows add up to 1."""
+    middles = ((torch.arange(m, device=device) + 0.5) * n / m - 0.5).clamp(0, n - 1)     # (m,)
+    return (1 - (middles[:, None] - torch.arange(n, device=device)).abs()).clamp(min=0)
+
+
+class AttentionGuide:
+    """In training alone, shows the attention of a new Stage B which semantic vector lies over which place.
+
+    To the network semantic vectors are words without positions: it has to tell from a vector where it belongs, and from the
+    borders' zeros where a place is, and learns neither as long as it does not know the other. A small one then makes nothing but the
+    background of them. So half of the heads are taught it: cross-entropy between their attention and the vectors over each place, in proportion.
+    Measured with the small Stage B, cross-entropy of the tokens of objects at t = 1, with and without conditions: 5.75 and 7.07
+    after 1000 steps of 16, without guide 6.57 and 6.84 after 4500.
+    """
+    def __init__(self, decoder):
+        self.on, self.size, self.errors = True, (0, 0), []
+        decoder.register_forward_pre_hook(self.begin)
+        for module in decoder.modules():
+            if isinstance(module, AttentionBlock):
+                module.register_forward_pre_hook(self.add)
+
+    def begin(self, decoder, inputs: tuple) -> None:
+        """A forward begins, with semantic latents (B,16,h',w')."""
+        if self.on and torch.is_grad_enabled():
+            self.size, self.errors = tuple(inputs[2].shape[2:]), []
+
+    def add(self, block: AttentionBlock, inputs: tuple) -> None:
+        """One block's error, from its x (B,H,W,C) and the sequence (B,h'*w' + N,c_cond)."""
+        if not self.on or not torch.is_grad_enabled():
+            return
+        (x, told), (h, w), heads = inputs, self.size, (block.heads + 1) // 2
+        rows, columns = (share_over(n, m, x.device) for n, m in zip((h, w), x.shape[1:3]))
+        share = torch.einsum("Hh,Ww->HWhw", rows, columns).flatten(2).flatten(0, 1)     # (H*W, h'*w')
+        tokens = layer_norm(x).flatten(1, 2)                                             # (B, H*W, C)
+        k = torch.cat([block.read(told)[0], block.key(tokens)], dim=1)                   # (B, h'*w' + N + H*W, C)
+        q, k = (y.unflatten(-1, (block.heads, -1))[:, :, :heads].transpose(1, 2) for y in (block.query(tokens), k))      # (B, heads / 2, ..., C / heads)
+        said = (q @ k.mT / math.sqrt(q.shape[-1])).float().log_softmax(-1)[..., :h * w]  # (B, heads / 2, H*W, h'*w')
+        self.errors.append(-(said * share).sum(-1).mean())
+
+    def loss(self) -> Tensor:
+        """Of the last forward: the mean over its attention blocks."""
+        return torch.stack(self.errors).mean()
 
 
 @torch.no_grad()

@@ -127,7 +127,7 @@ def test_one_step_in_closed_form(folder, new, tmp_path, monkeypatch):
     monkeypatch.setattr(train_b, "training_errors", lambda *given: seen.append(given) or training_errors(*given))
     forward = StageBV1.forward
     monkeypatch.setattr(StageBV1, "forward", lambda self, *given: asked.append(given) or forward(self, *given))
-    out = train(folder, tmp_path / "run", *new, "--lr", "1e-2", steps=2)                 # the second, as the first knows nothing
+    out = train(folder, tmp_path / "run", *new, "--lr", "1e-2", "--guide-attention", "0", steps=2)       # the second, as the first knows nothing
     (logits, x_0, t, mask), (x_t, told, _, _) = seen[1], asked[1]
     (positions, indices, _), = [train_b.SizedPlan(np.full((12, 2), 128), [128], 2.0, 4, 0).step(1)]
     drawn = [tokens.draw(data.sample_rng(0, p, "noise"), 1024, 32, 32) for p in positions.tolist()]
@@ -145,6 +145,73 @@ def test_one_step_in_closed_form(folder, new, tmp_path, monkeypatch):
         weight = torch.where(replaced, 1.0, 0.3 + 0.7 * t[i].double())
         loss += (errors * weight).sum() / weight.sum() / 4
     assert torch.equal(told, t) and losses(out)[1] == pytest.approx(loss.item(), rel=1e-5)
+
+
+# --- attention is shown where semantic vectors belong ---------------------------------------------------
+
+def test_shares_are_linear_between_middles():
+    """3 vectors over 6 places: their middles lie at 1/6, 1/2, 5/6 of the way, the places' at 1/12, 3/12, ...; outside of the first and last middle, these alone."""
+    expected = [[1, 0, 0], [0.75, 0.25, 0], [0.25, 0.75, 0], [0, 0.75, 0.25], [0, 0.25, 0.75], [0, 0, 1]]
+    torch.testing.assert_close(tokens.share_over(3, 6), torch.tensor(expected))
+    assert torch.equal(tokens.share_over(4, 4), torch.eye(4)) and torch.equal(tokens.share_over(1, 5), torch.ones(5, 1))
+    torch.testing.assert_close(tokens.share_over(5, 7).sum(1), torch.ones(7))
+
+
+def guided_net(heads: int = 3) -> tuple[StageBV1, tokens.AttentionGuide, tuple]:
+    """-> a small network with two attention blocks, its guide, and what its forward takes: 2 x 3 semantic vectors, 5 of text, 16 x 24 tokens."""
+    torch.manual_seed(0)
+    net = StageBV1(codebook_size=16, c_token=8, c_timestep=8, c_cond=16, c_hidden=(8, 24), heads=(-1, heads), blocks=(1, 1), levels=("CT", "CTA"), c_text=12, dropout=0.0)
+    told = torch.randint(16, (2, 16, 24)), torch.rand(2), torch.randn(2, 16, 2, 3), torch.randn(2, 5, 12)
+    return net, tokens.AttentionGuide(net), told
+
+
+def test_the_guides_loss_in_closed_form():
+    """Cross-entropy between the attention of 2 of 3 heads, over all keys, and the shares of the 6 vectors over each of 4 x 6 places."""
+    net, guide, told = guided_net()
+    seen = []
+    for block in (net.down_blocks[1][2], net.up_blocks[1][2]):
+        block.register_forward_pre_hook(lambda block, inputs: seen.append((block, *inputs)))
+    net(*told)
+    errors = []
+    for block, x, sequence in seen:
+        places = torch.nn.functional.layer_norm(x, (24,), eps=1e-6).reshape(2, 24, 24)
+        words = block.text_mapper(torch.nn.functional.silu(sequence))
+        q, k = block.query(places), block.key(torch.cat([words, places], dim=1))
+        for b in range(2):
+            for head in range(2):
+                part = slice(8 * head, 8 * head + 8)
+                attention = (q[b, :, part] @ k[b, :, part].T / 8 ** 0.5).softmax(-1)     # (24, 6 + 5 + 24)
+                for i in range(4):
+                    for j in range(6):
+                        share = torch.outer(tokens.share_over(2, 4)[i], tokens.share_over(3, 6)[j]).flatten()            # (6,)
+                        errors.append(-(share * attention[6 * i + j, :6].log()).sum())
+    assert len(seen) == 2 and guide.loss().item() == pytest.approx(torch.stack(errors).mean().item(), rel=1e-5)
+
+
+def test_attention_learns_where_vectors_belong():
+    """From random tokens and 6 vectors that differ: at first a place looks anywhere, -log(1/35) = 3.6; after 60 steps on this alone mostly at its own."""
+    net, guide, told = guided_net()
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    values = []
+    for _ in range(60):
+        net(*told)
+        values.append(guide.loss())
+        optimizer.zero_grad()
+        values[-1].backward()
+        optimizer.step()
+    assert values[0] > 3 and values[-1] < 1.2
+
+
+def test_the_guide_fades_and_ends(folder, new, tmp_path, monkeypatch):
+    """Weights 1, 2/3, 1/3, and from step 3 on nothing is computed; nor in validation."""
+    given, asked, loss = [], [], tokens.AttentionGuide.loss
+    monkeypatch.setattr(tokens.AttentionGuide, "loss", lambda self: asked.append(len(self.errors)) or given.append(loss(self)) or given[-1])
+    errors = []
+    monkeypatch.setattr(train_b, "training_errors", lambda *inputs: errors.append(training_errors(*inputs)) or errors[-1])
+    out = train(folder, tmp_path / "run", *new, "--guide-attention", "3", "--val-every", "1", "--val-count", "2", steps=5)
+    assert asked == [2, 2, 2]                                            # its two attention blocks
+    expected = [error.mean().item() + (given[i].item() * (1 - i / 3) if i < 3 else 0) for i, error in enumerate(errors)]
+    assert losses(out) == pytest.approx(expected, rel=1e-5)
 
 
 def test_what_a_sample_draws_is_its_own():
@@ -357,6 +424,8 @@ MISTAKES = [
     (["--v1", "--loss", "eps"], "--loss is for v2"),
     (["--v1", "--loss-weight", "v"], "--loss-weight is for v2"),
     (["--v1", "--even-contrast"], "--even-contrast is for v2"),
+    (["--guide-attention", "5"], "--guide-attention is for --v1: in v2 the semantic latent is laid over the picture"),
+    (["--v1", "--guide-attention", "-1"], "--guide-attention is -1, expected at least 0"),
     (["--v1"], "models/tiny/decoder is a Stage B of v2, --v1 trains that of v1: leave it away, or --init random for a new one"),
     (["--weights", str(TINY.parent / "tiny-v1")], "models/tiny-v1/decoder is a Stage B of v1: add --v1, or --init random"),
     (["--v1", "--init", "random", "--config", str(TINY)], "cannot be used: it describes a WuerstchenDiffNeXt, expected a Paella"),
@@ -388,7 +457,8 @@ def test_defaults_are_v1s():
     def defaults(small: bool, *options) -> tuple:
         args = train_b.parse_args(["--v1", "--out", "x", *options])
         train_b.set_defaults(args, small, torch.device("cpu"))
-        return tuple(getattr(args, name) for name in ("weights", "resolution", "batch", "lr", "blind", "high_noise", "loss", "loss_weight"))
-    assert defaults(False) == ("v1", [512], 4, 1e-5, 0, 1.0, "ce", "none")
-    assert defaults(True, "--weights", "tiny", "--init", "random") == ("tiny", [128], 32, 1.5e-3, 0, 1.0, "ce", "none")
+        return tuple(getattr(args, name) for name in ("weights", "resolution", "batch", "lr", "blind", "guide_attention", "high_noise", "loss", "loss_weight"))
+    assert defaults(False) == ("v1", [512], 4, 1e-5, 0, 0, 1.0, "ce", "none")
+    assert defaults(True, "--weights", "tiny") == ("tiny", [128], 32, 1.5e-3, 0, 0, 1.0, "ce", "none")
+    assert defaults(True, "--weights", "tiny", "--init", "random") == ("tiny", [128], 32, 1.5e-3, 0, 3000, 1.0, "ce", "none")
     assert train_b.new_encoder(EfficientNetEncoder, units=False).norm.weight[0] == 1
