@@ -4,14 +4,14 @@
   to_int8(model)                           # in place; or before loading, on the meta device: see quantised
 
 A layer's y = W x + b becomes  y = s_x s_w (W8 x8) + b.  W8 are whole numbers and s_w one scale per output, made once; x8 and s_x,
-one scale per row (a row is a position of the picture), are made at every call, since activations change: "dynamic".
+one scale per row (a row is a position of the picture), are made at every call, since activations change: "dynamic". Where a layer
+narrows, its input comes from GELU and is nearly all above 0, and x8 counts not from 0 but from the row's least number: twice as fine.
 
 In   any module tree of nn.Linear, float32
 Out  the same with Int8Linear in place of those that have at least `least` inputs and outputs. Small ones stay: they cost
      nothing, and the first and last of a network are small, where rounding hurts most
-Surprise: weights go from -64 to 64 and not to 127. Processors with AVX2 but without VNNI add products of 8 bits in pairs, in 16
-     bits that stop at 32767: 255 * 127 * 2 does not fit, and the sum is wrong without a word; 255 * 64 * 2 does. One bit of the
-     weights is the price of the same exact sums on all processors.
+Surprise: on some processors weights go from -64 to 64 and not to 127. Those with AVX2 but without VNNI add products of 8 bits in pairs,
+     in 16 bits that stop at 32767: 255 * 127 * 2 does not fit, and the sum is wrong without a word; 255 * 64 * 2 does. `finest` tries it.
 Only to paint with: nothing can be learned in int8. LoRAs belong into the float weights before, see lora.bake.
 Source of the idea of a scale per row and per output: LLM.int8(), arXiv:2208.07339.
 Needs: torch only, with oneDNN (on x86 it has that). This file works when copied alone.
@@ -24,7 +24,7 @@ from torch import Tensor
 
 
 def product_now(x8: Tensor, weight8: Tensor, scale: Tensor) -> Tensor:
-    """x8 (M,K) uint8, of which 128 means 0, weight8 (N,K) int8 in -64..64, scale (N,) -> scale * (x8 - 128) @ weight8.T, (M,N) float32.
+    """x8 (M,K) uint8, of which 128 means 0, weight8 (N,K) int8, scale (N,) -> scale * (x8 - 128) @ weight8.T, (M,N) float32.
 
     torch has several int8 products. Measured with AVX2, 1 thread, (256,1536) x (1536,1536), beside float32: this one is 2.3 times as
     fast; torch._int_mm 28 times slower; _weight_int8pack_mm 1.3 times slower; quantized.linear_dynamic 2.5 times as fast, but it takes
@@ -45,32 +45,67 @@ library.impl("int8_product", lambda x8, weight8, scale: scale.new_empty(len(x8),
 product = torch.ops.wuerstchen.int8_product
 
 
-def quantise_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight (out,in) -> whole numbers from -64 to 64, (out,in) int8, and their scales, (out,) float32."""
+def is_exact(n: int) -> bool:
+    """Does this processor add up products with weights from -n to n? Tried with the largest sums that there can be."""
+    x8 = torch.tensor([[255] * 64, [0] * 64], dtype=torch.uint8)
+    return product(x8, torch.full((64, 64), n, dtype=torch.int8), torch.ones(64))[:, 0].tolist() == [127 * n * 64, -128 * n * 64]
+
+
+def finest() -> int:
+    """How far weights go on this processor, 127 or 64. Raises ValueError where int8 would not be exact, or cannot be used at all."""
+    try:
+        fits = [n for n in (127, 64) if is_exact(n)]
+    except (AttributeError, RuntimeError) as error:
+        raise ValueError(f"int8 cannot be used here, torch {torch.__version__} has no int8 product for this processor: {str(error).splitlines()[0]}") from None
+    if not fits:
+        raise ValueError("int8 cannot be used here: this processor's int8 product is not exact")
+    return fits[0]
+
+
+def quantise_weight(weight: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """weight (out,in) -> whole numbers from -n to n, (out,in) int8, and their scales, (out,) float32."""
     weight = weight.detach().float()
-    scale = weight.abs().amax(1) / 64                                                    # (out,)
+    scale = weight.abs().amax(1) / n                                                     # (out,)
     return (weight / scale.clamp_min(1e-30)[:, None]).round_().to(torch.int8), scale
 
 
 class Int8Linear(nn.Module):
-    """A Linear with weight (out,in) int8, scale (out,) and bias (out,) float32. Starts empty: see quantise_weight."""
+    """A Linear with weight (out,in) int8, scale (out,) and bias (out,) float32. Starts empty: see state_of.
+
+    total (out,), only where in > out: the sum of each output's weights, which takes back that x8 does not count from 0.
+    """
     def __init__(self, in_features: int, out_features: int, bias: bool = True, device=None):
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features, self.out_features, self.narrows = in_features, out_features, in_features > out_features
         self.register_buffer("weight", torch.empty(out_features, in_features, dtype=torch.int8, device=device))
         self.register_buffer("scale", torch.empty(out_features, device=device))
+        self.register_buffer("total", torch.empty(out_features, device=device) if self.narrows else None)
         self.register_buffer("bias", torch.empty(out_features, device=device) if bias else None)
 
     def forward(self, x: Tensor, start: int = 0) -> Tensor:
         """x (...,in) float32 -> (...,out); or a part of the input, and the column of the weight at which it starts: see LinearInParts in stage_b.py."""
-        rows = x.flatten(0, -2)                                                          # (M, C')
-        largest = rows.abs().amax(1, keepdim=True).clamp_min(1e-30)                      # (M, 1)
-        # Rounded: a conversion to whole numbers cuts off, so half of one is added. 128 stands for 0.
-        x8 = torch.addcmul(rows.new_tensor(128.5), rows, 127 / largest).to(torch.uint8)  # (M, C') in 1..255
-        y = product(x8, self.weight[:, start:start + x.shape[-1]], self.scale)           # (M, out)
-        # NaN and infinity in x, of which 8 bits know nothing, come back here with the scale.
-        y = y * (largest / 127) if start or self.bias is None else torch.addcmul(self.bias, y, largest / 127)
+        rows, from_least = x.flatten(0, -2), self.narrows and x.shape[-1] == self.in_features        # (M, C')
+        least, most = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)             # (M, 1); twice as fast as abs().amax()
+        # A conversion to whole numbers cuts off, so half of one is added.
+        if from_least:
+            step = torch.maximum((most - least) / 255, 1e-6 * least.abs()).clamp_min(1e-30)      # never so small that least / step is not exact
+            x8 = torch.addcmul(0.5 - least / step, rows, 1 / step)                       # (M, C') in 0..255
+        else:
+            step = torch.maximum(most, -least).clamp_min(1e-30) / 127                    # (M, 1)
+            x8 = torch.addcmul(rows.new_tensor(128.5), rows, 1 / step)                   # (M, C') in 1..255, 128 stands for 0
+        y = product(x8.to(torch.uint8), self.weight[:, start:start + x.shape[-1]], self.scale)       # (M, out)
+        # NaN and infinity in x, of which 8 bits know nothing, come back here with the step.
+        y = y * step if start or self.bias is None else torch.addcmul(self.bias, y, step)
+        if from_least:
+            y = y.addcmul_(least + 128 * step, self.total)
         return y.view(*x.shape[:-1], self.out_features)
+
+
+def state_of(name: str, weight: Tensor, n: int) -> dict[str, Tensor]:
+    """The weight (out,in) of the linear layer of that name -> what an Int8Linear has in its place, by full names."""
+    weight8, scale = quantise_weight(weight, n)
+    total = {f"{name}.total": scale * weight8.sum(1)} if weight.shape[1] > weight.shape[0] else {}
+    return {f"{name}.weight": weight8, f"{name}.scale": scale, **total}
 
 
 def large(model: nn.Module, least: int = 128) -> list[str]:
@@ -91,22 +126,20 @@ def to_int8(model: nn.Module, least: int = 128) -> list[str]:
         layer = model.get_submodule(name)
         new = Int8Linear(layer.in_features, layer.out_features, layer.bias is not None, "meta")
         if not layer.weight.is_meta:
-            weight, scale = quantise_weight(layer.weight)
-            state = dict(weight=weight, scale=scale) | ({} if layer.bias is None else dict(bias=layer.bias.detach().float()))
-            new.load_state_dict(state, assign=True)
+            state = state_of(child, layer.weight, finest()) | ({} if layer.bias is None else {f"{child}.bias": layer.bias.detach().float()})
+            nn.ModuleDict({child: new}).load_state_dict(state, assign=True)
         setattr(model.get_submodule(parent), child, new.train(layer.training))
     return names
 
 
 def quantised(tensors: Iterable[tuple[str, Tensor]], names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) pairs for a float model -> for the same with these layers in int8. One by one: the float model is never there."""
-    weights = {f"{name}.weight": f"{name}.scale" for name in names}
+    weights, n = {f"{name}.weight": name for name in names}, finest()
     for name, tensor in tensors:
-        if name not in weights:
-            yield name, tensor
+        if name in weights:
+            yield from state_of(weights[name], tensor, n).items()
         else:
-            weight, scale = quantise_weight(tensor)
-            yield from ((weights[name], scale), (name, weight))
+            yield name, tensor
 
 
 def check(devices: Iterable[torch.device]) -> None:
@@ -114,10 +147,4 @@ def check(devices: Iterable[torch.device]) -> None:
     for device in devices:
         if device.type not in ("cpu", "meta"):
             raise ValueError(f"int8 is for CPUs, not for {device.type}: use float16 or bfloat16 there")
-    x8 = torch.tensor([[255] * 64, [0] * 64], dtype=torch.uint8)                         # the largest sums that there can be
-    try:
-        exact = product(x8, torch.full((64, 64), 64, dtype=torch.int8), torch.ones(64))[:, 0].tolist() == [127 * 64 * 64, -128 * 64 * 64]
-    except (AttributeError, RuntimeError) as error:
-        raise ValueError(f"int8 cannot be used here, torch {torch.__version__} has no int8 product for this processor: {str(error).splitlines()[0]}") from None
-    if not exact:
-        raise ValueError("int8 cannot be used here: this processor's int8 product is not exact")
+    finest()
