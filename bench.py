@@ -303,8 +303,9 @@ def measured(calls: dict[str, Call], repeats: int, device, dtype=None) -> tuple[
                             ratio(theirs, ours) if theirs else float("nan"), more))
             if call.alone:
                 alone = seconds["products of " + what]
+                limit = f"; if they were all, {ratio(theirs, alone):.2f} times as fast as diffusers" if theirs else ""
                 rows.append(Row(f"{what}, its products alone", rows[-1].ours, f"{1000 * median(alone) / call.repeat:.2f} ms", ratio(alone, ours),
-                                "share that matrix products and attention would take by themselves"))
+                                f"share that matrix products and attention would take by themselves{limit}"))
     return rows, found, peak
 
 
@@ -586,8 +587,8 @@ def training_steps(who: str, full: bool, checkpointing: str | None, depth: int, 
     """Optimizer steps of Stage C as train_c.py and diffusers' training script make them, on random weights: of all of it (full), or of a
     LoRA of rank 8 on attention.
 
-    who: "ours", or "diffusers", for LoRA with peft. -> seconds of the median step after the first, the first loss, and bytes: the
-    most that was taken beyond what was there before, and the weights alone.
+    who: "ours", or "diffusers", for LoRA with peft. -> seconds of the median step after the first, and of ours the seconds of its products
+    by themselves; the first loss; and bytes: the most that was taken beyond what was there before, and the weights alone.
     """
     import torch
     from stage_c import StageC
@@ -634,7 +635,15 @@ def training_steps(who: str, full: bool, checkpointing: str | None, depth: int, 
         losses.append(loss.item())               # waits for a GPU, too
         seconds.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else status("VmHWM") - before
-    return dict(seconds=median(seconds[1:]), loss=losses[0], peak=peak, size=sum(p.nbytes for p in model.parameters()))
+    products = None
+    if who == "ours" and not checkpointing:
+        alone = products_of(lambda: (model(x_t, t, text) - eps).square().mean().backward())
+        start = time.perf_counter()
+        alone()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        products = time.perf_counter() - start
+    return dict(seconds=median(seconds[1:]), products=products, loss=losses[0], peak=peak, size=sum(p.nbytes for p in model.parameters()))
 
 
 def encoding(side: int, batch: int, device: str) -> dict:
@@ -687,6 +696,10 @@ def training(args) -> tuple[list[Row], str]:
                 rows.append(Row(f"{'full' if full else 'LoRA'}{f', `--checkpointing {how}`' if how else ''}, {name}", text(median(ours)),
                                 f"{text(median(theirs))}, diffusers{'' if full else ' + peft'}{', checkpointed' if how == 'blocks' else ''}", ratio(ours, theirs),
                                 f"losses {results[who, full, how][0]['loss']:.6f} and {counterpart[0]['loss']:.6f}"))
+            if not how:
+                ours, theirs, products = ([run[key] for run in of] for of, key in ((results[who, full, how], "seconds"), (counterpart, "seconds"), (results[who, full, how], "products")))
+                rows.append(Row(f"{'full' if full else 'LoRA'}, its products alone", f"{median(ours):.2f} s", f"{median(products):.2f} s", ratio(products, ours),
+                                f"share that matrix products and attention would take by themselves; if they were all, {ratio(products, theirs):.2f} of diffusers' time"))
     sizes = [results["ours", full, None][0]["size"] / 1e9 for full in (False, True)]
     note = (f"One step of a LoRA of rank 8 on attention, Stage C of depth {depths[False]} (weights {sizes[0]:.2f} GB), and one of all of Stage C, of depth "
             f"{depths[True]} ({sizes[1]:.2f} GB): {side} px, batch {args.batch}. Ratios: of time and of memory.")

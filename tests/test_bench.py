@@ -98,6 +98,21 @@ def test_products_alone_are_those_of_the_call():
     assert operations(alone) == operations(call) - 2 * 8 * 16 * 9 > 0
 
 
+def test_products_of_a_training_step_include_the_way_back():
+    """Two layers of frozen weights: in each a product forwards, and one that takes the gradient back to its input."""
+    net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 4)).requires_grad_(False)
+    x = torch.randn(5, 8, requires_grad=True)
+    alone = bench.products_of(lambda: net(x).square().mean().backward())
+    with FlopCounterMode(display=False) as counter:
+        alone()
+    assert counter.get_total_flops() == 2 * 2 * 5 * (8 * 16 + 16 * 4)
+
+
+def test_a_training_step_says_what_its_products_take():
+    plain, blocks = (bench.training_steps("ours", False, how, 1, 128, 1, "cpu", 64, steps=2) for how in (None, "blocks"))
+    assert plain["products"] > 0 and blocks["products"] is None and plain["loss"] == pytest.approx(blocks["loss"], rel=1e-6)
+
+
 def test_a_picture_is_29_steps_of_c_12_of_b_and_a_decoding():
     """Its time is added up from the parts, ours prepared and compiled, diffusers' as they are; and the share of the peak follows."""
     found = {"Stage C step": Measured(9, 2, 0), "Stage C step, prepared": Measured(1, 2, 0), "Stage C step, compiled": Measured(0.5, 1, 10 ** 9),
