@@ -202,16 +202,14 @@ def test_attention_learns_where_vectors_belong():
     assert values[0] > 3 and values[-1] < 1.2
 
 
-def test_the_guide_fades_and_ends(folder, new, tmp_path, monkeypatch):
-    """Weights 1, 2/3, 1/3, and from step 3 on nothing is computed; nor in validation."""
-    given, asked, loss = [], [], tokens.AttentionGuide.loss
+def test_the_guides_loss_is_added_with_its_weight(folder, new, tmp_path, monkeypatch):
+    """In training; the validation between the steps knows nothing of it."""
+    given, asked, errors, loss = [], [], [], tokens.AttentionGuide.loss
     monkeypatch.setattr(tokens.AttentionGuide, "loss", lambda self: asked.append(len(self.errors)) or given.append(loss(self)) or given[-1])
-    errors = []
     monkeypatch.setattr(train_b, "training_errors", lambda *inputs: errors.append(training_errors(*inputs)) or errors[-1])
-    out = train(folder, tmp_path / "run", *new, "--guide-attention", "3", "--val-every", "1", "--val-count", "2", steps=5)
+    out = train(folder, tmp_path / "run", *new, "--guide-attention", "0.7", "--val-every", "1", "--val-count", "2", steps=3)
     assert asked == [2, 2, 2]                                            # its two attention blocks
-    expected = [error.mean().item() + (given[i].item() * (1 - i / 3) if i < 3 else 0) for i, error in enumerate(errors)]
-    assert losses(out) == pytest.approx(expected, rel=1e-5)
+    assert losses(out) == pytest.approx([error.mean().item() + 0.7 * guide.item() for error, guide in zip(errors, given)], rel=1e-5)
 
 
 def test_what_a_sample_draws_is_its_own():
@@ -425,7 +423,7 @@ MISTAKES = [
     (["--v1", "--loss-weight", "v"], "--loss-weight is for v2"),
     (["--v1", "--even-contrast"], "--even-contrast is for v2"),
     (["--guide-attention", "5"], "--guide-attention is for --v1: in v2 the semantic latent is laid over the picture"),
-    (["--v1", "--guide-attention", "-1"], "--guide-attention is -1, expected at least 0"),
+    (["--v1", "--guide-attention", "-1"], "--guide-attention is -1.0, expected at least 0"),
     (["--v1"], "models/tiny/decoder is a Stage B of v2, --v1 trains that of v1: leave it away, or --init random for a new one"),
     (["--weights", str(TINY.parent / "tiny-v1")], "models/tiny-v1/decoder is a Stage B of v1: add --v1, or --init random"),
     (["--v1", "--init", "random", "--config", str(TINY)], "cannot be used: it describes a WuerstchenDiffNeXt, expected a Paella"),
@@ -460,5 +458,5 @@ def test_defaults_are_v1s():
         return tuple(getattr(args, name) for name in ("weights", "resolution", "batch", "lr", "blind", "guide_attention", "high_noise", "loss", "loss_weight"))
     assert defaults(False) == ("v1", [512], 4, 1e-5, 0, 0, 1.0, "ce", "none")
     assert defaults(True, "--weights", "tiny") == ("tiny", [128], 32, 1.5e-3, 0, 0, 1.0, "ce", "none")
-    assert defaults(True, "--weights", "tiny", "--init", "random") == ("tiny", [128], 32, 1.5e-3, 0, 3000, 1.0, "ce", "none")
+    assert defaults(True, "--weights", "tiny", "--init", "random") == ("tiny", [128], 32, 1.5e-3, 0, 0.3, 1.0, "ce", "none")
     assert train_b.new_encoder(EfficientNetEncoder, units=False).norm.weight[0] == 1
