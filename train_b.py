@@ -65,7 +65,7 @@ def parse_args(argv=None):
     g.add_argument("--blind", type=int, help="first steps in which x_t is empty, so that Stage B must paint the picture from the semantic latent alone: the fastest "
                                              "way to learn that (default: 0; small, from nothing 2000; with --v1, where all tokens are then random, 0)")
     g.add_argument("--guide-attention", type=float, help="with --v1: weight of a loss that shows attention which semantic vector lies over which place "
-                                                        "(default: 0; small, from nothing 0.3)")
+                                                        "(default: 0; small 0.3, which has to stay as long as it learns)")
     g.add_argument("--high-noise", type=float, help="exponent that draws noise levels towards 1, where Stage B must rely on the semantic latent; 1 draws them evenly (default: 1; small 1.5, with --v1 1)")
     g.add_argument("--loss", choices=["eps", "head"], help="eps, the default: error of the predicted noise, as the released models were trained; head: signal and noise "
                                                                           "scale, the two outputs it is made of, each by itself, which learns faster from random weights")
@@ -168,7 +168,7 @@ def set_defaults(args, small: bool, device) -> None:
     new = args.init == "random"
     for name, value in dict(resolution=[128 if small else 512 if args.v1 else 1024], batch=32 if small else 4, lr=1.5e-3 if small else 1e-4 if new else 1e-5,
                             ema=0.998 if small else 0.999, blind=2000 if small and new and not args.v1 else 0,
-                            guide_attention=0.3 if small and new and args.v1 else 0, high_noise=1.5 if small and not args.v1 else 1.0, loss="ce" if args.v1 else "eps",
+                            guide_attention=0.3 if small and args.v1 else 0, high_noise=1.5 if small and not args.v1 else 1.0, loss="ce" if args.v1 else "eps",
                             loss_weight="none" if args.v1 else "v" if small else "p2", dtype="fp32" if device.type == "cpu" else "bf16").items():
         if getattr(args, name) is None:
             setattr(args, name, value)

@@ -60,6 +60,17 @@ def test_a_layer_is_what_its_docstring_says(n, monkeypatch):
         assert l2(row, row8) < 1e-6 and l2(row, true) < 0.03         # small rows are as exact as large ones beside them
 
 
+def test_weights_go_only_as_far_as_sums_are_exact(monkeypatch):
+    """A processor without VNNI: pairs of products are added in 16 bits, which stop at 32767."""
+    def in_16_bits(x8, weight8, scale):
+        pairs = (x8[:, None].int() * weight8.int()).unflatten(-1, (-1, 2)).sum(-1).clamp(-2 ** 15, 2 ** 15 - 1)          # (M, N, K / 2)
+        return (pairs.sum(-1) - 128 * weight8.int().sum(1)) * scale
+    monkeypatch.setattr("int8.product", in_16_bits)
+    assert finest() == 64
+    _, layer8 = random_layer(16, 8)
+    assert layer8.weight.abs().max() == 64
+
+
 def test_where_a_layer_narrows_numbers_count_from_the_least():
     """What comes from GELU is hardly ever below 0: x = least + s_x x8 with x8 from 0 to 255. Written out in float64; and the gain."""
     layer, layer8 = random_layer(160, 40)

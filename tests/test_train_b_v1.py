@@ -457,6 +457,6 @@ def test_defaults_are_v1s():
         train_b.set_defaults(args, small, torch.device("cpu"))
         return tuple(getattr(args, name) for name in ("weights", "resolution", "batch", "lr", "blind", "guide_attention", "high_noise", "loss", "loss_weight"))
     assert defaults(False) == ("v1", [512], 4, 1e-5, 0, 0, 1.0, "ce", "none")
-    assert defaults(True, "--weights", "tiny") == ("tiny", [128], 32, 1.5e-3, 0, 0, 1.0, "ce", "none")
+    assert defaults(True, "--weights", "tiny") == ("tiny", [128], 32, 1.5e-3, 0, 0.3, 1.0, "ce", "none")
     assert defaults(True, "--weights", "tiny", "--init", "random") == ("tiny", [128], 32, 1.5e-3, 0, 0.3, 1.0, "ce", "none")
     assert train_b.new_encoder(EfficientNetEncoder, units=False).norm.weight[0] == 1
