@@ -18,12 +18,13 @@ Needs: torch, numpy, pillow, scenes.py, sample.py; wuerstchen.py for sampling.
 """
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from sample import number, several, steps
+from sample import SAMPLERS, number, several, steps
 from scenes import (CANVAS, CAPTIONED, COLOURS, OBJECTS, RELATIONS, held_out, place_pair,
                     place_single, plain_caption, render, sprite)
 
@@ -262,9 +263,10 @@ def parse_args(argv=None):
     g = p.add_argument_group("sampling; what is not given is left to Wuerstchen")
     for stage in "cb":
         g.add_argument(f"--steps-{stage}", type=steps, help=f"sampling steps of Stage {stage.upper()}, in any form that sample.py takes")
-        g.add_argument(f"--sampler-{stage}", choices=["ddpm", "ddim", "dpm++"], help=f"sampler of Stage {stage.upper()}")
+        g.add_argument(f"--sampler-{stage}", choices=SAMPLERS[stage], help=f"sampler of Stage {stage.upper()}")
         g.add_argument(f"--guidance-{stage}", type=several(number, 1, 2), help=f"classifier-free guidance scale of Stage {stage.upper()}, or two for start and end; "
                        "higher follows the prompt more closely, varies less")
+    g.add_argument("--temperature-b", type=several(number, 1, 2), help="for v1: the temperature at which Stage B draws tokens, or those of its first and last step")
     g.add_argument("--int8", action="store_true", help="Stages B and C in 8 bits, as sample.py --int8 has them")
     g.add_argument("--batch", type=int, default=32, help="pictures sampled at a time; less if memory runs out")
     g.add_argument("--seed", type=int, default=0, help="seed of the noise (--real: of the layouts); the prompts stay the same")
@@ -284,7 +286,7 @@ def sample(args, prompts: list[str]) -> list[Image.Image]:
     from tqdm import tqdm                     # here, so that --help and --real start at once
     from wuerstchen import Wuerstchen
     model = Wuerstchen.load(args.weights, int8=args.int8)
-    names = [f"{name}_{stage}" for name in ("steps", "sampler", "guidance") for stage in "cb"]
+    names = [f"{name}_{stage}" for name in ("steps", "sampler", "guidance") for stage in "cb"] + ["temperature_b"]
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     images = []
     for start in tqdm(range(0, len(prompts), args.batch), desc="sampling", unit="batch"):
@@ -302,7 +304,10 @@ def main(args):
         clean = [real_picture(fact, rng) for fact in facts]
         runs = {"real scenes": clean, "real scenes, degraded": [degrade(p, rng) for p in clean]}
     else:
-        runs = {args.weights: sample(args, [fact["prompt"] for fact in facts])}
+        try:
+            runs = {args.weights: sample(args, [fact["prompt"] for fact in facts])}
+        except (ValueError, OSError) as error:       # weights that are none, settings that do not fit them
+            sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
     judge = Judge()
     # What decides the figures; where they are written does not, and a path would tell of a machine.
     report = {"settings": {k: v for k, v in vars(args).items() if k not in ("out", "grid")}, "runs": []}

@@ -169,6 +169,18 @@ def test_sampling_does_not_depend_on_the_batch_size(monkeypatch):
     assert calls == [(2, {"seed": 7, "guidance_c": 3.0}), (1, {"seed": 9, "guidance_c": 3.0})]
 
 
+@pytest.mark.parametrize("arguments, message", [
+    (["--weights", "no-such-weights"], "error: there are no weights called 'no-such-weights', and there is no such folder: expected tiny, "),
+    (["--temperature-b", "1"], "error: temperature_b is for v1, whose Stage B makes tokens: leave it away."),
+    (["--sampler-b", "quant"], "error: there is no sampler 'quant': expected one of ddpm, ddim, dpm++."),
+])
+def test_a_mistake_in_the_settings_ends_in_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        evaluate.main(evaluate.parse_args(["--prompts", "1", *arguments]))
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert end.value.code == 2 and error.startswith(message), error
+
+
 def test_wrong_input_is_refused_in_one_line(judge):
     """A float picture in 0..1 would look black; a missing picture would shift all verdicts."""
     with pytest.raises(ValueError, match=r"float32 of shape \(128, 128, 3\), expected .* uint8"):
