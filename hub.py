@@ -101,7 +101,7 @@ LAYOUTS = {
         decoder="model_stage_b.pt", text_encoder="text_encoder", tokenizer="tokenizer", scheduler="scheduler",
         vqgan="vqgan_f4_v1_500k.pt", image_encoder="model_stage_b.pt"),
 }
-SHIPPED = {name: Path(__file__).parent / "models" / name for name in ("tiny",)}                 # what comes with the code
+SHIPPED = {name: Path(__file__).parent / "models" / name for name in ("tiny", "tiny-v1")}       # what comes with the code
 OPTIONAL = ("image_encoder", "scheduler", "prior_scheduler")
 TEXT = ("prior_text_encoder", "prior_tokenizer", "text_encoder", "tokenizer")
 

@@ -179,7 +179,7 @@ def parser() -> argparse.ArgumentParser:
         "two numbers, 1,0.6: in the first step and the last (default: 1,0.6)")
 
     add = p.add_argument_group("weights and machine").add_argument
-    add("--weights", metavar="NAME", help='"tiny", which ships with the code; "v2", "v2-base" or "v2-aesthetic", 12 GB fetched once, half of it where '
+    add("--weights", metavar="NAME", help='"tiny" and "tiny-v1", which ship with the code; "v2", "v2-base" or "v2-aesthetic", 12 GB fetched once, half of it where '
         'float16 is wanted and offered; "v1", for 512 px; or a folder, of diffusers\' layout or of the original .pt files (default: tiny; v2 if a part is given below)')
     for part, what in FILES.items():
         add(f"--{part.replace('_', '-')}", metavar="PATH", help=f"{what} from this folder" + " or file" * ("text" not in part) + " instead")

@@ -133,7 +133,7 @@ class Wuerstchen:
              parts: tuple[str, ...] | None = None, offline: bool = False, revision: str | None = None,
              low_memory: bool | None = None, offload: bool = False, compile: bool = False, int8: bool = False,
              lora: dict[str | Path, float] | None = None, **files) -> "Wuerstchen":
-        """weights: "tiny", which ships with the code; "v1", "v2", "v2-base", "v2-aesthetic", fetched if need be; or a folder in any
+        """weights: "tiny" and "tiny-v1", which ship with the code; "v1", "v2", "v2-base", "v2-aesthetic", fetched if need be; or a folder in any
         of diffusers' layouts, or of the original .pt files (see hub.find_parts).
 
         device: default cuda where there is one, else cpu. dtype of the networks: default float32 on a CPU, bfloat16 on
