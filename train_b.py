@@ -65,7 +65,7 @@ def parse_args(argv=None):
     g.add_argument("--blind", type=int, help="first steps in which x_t is empty, so that Stage B must paint the picture from the semantic latent alone: the fastest "
                                              "way to learn that (default: 0; small, from nothing 2000; with --v1, where all tokens are then random, 0)")
     g.add_argument("--guide-attention", type=float, help="with --v1: weight of a loss that shows attention which semantic vector lies over which place "
-                                                        "(default: 0; small 0.3, which has to stay as long as it learns)")
+                                                        "(default: 0; small 0.3, for as long as it learns)")
     g.add_argument("--high-noise", type=float, help="exponent that draws noise levels towards 1, where Stage B must rely on the semantic latent; 1 draws them evenly (default: 1; small 1.5, with --v1 1)")
     g.add_argument("--loss", choices=["eps", "head"], help="eps, the default: error of the predicted noise, as the released models were trained; head: signal and noise "
                                                                           "scale, the two outputs it is made of, each by itself, which learns faster from random weights")
