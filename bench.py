@@ -703,6 +703,9 @@ def training(args) -> tuple[list[Row], str]:
     sizes = [results["ours", full, None][0]["size"] / 1e9 for full in (False, True)]
     note = (f"One step of a LoRA of rank 8 on attention, Stage C of depth {depths[False]} (weights {sizes[0]:.2f} GB), and one of all of Stage C, of depth "
             f"{depths[True]} ({sizes[1]:.2f} GB): {side} px, batch {args.batch}. Ratios: of time and of memory.")
+    peaks = [median(run["peak"] for run in results["diffusers", full, how]) / 1e9 for full in (False, True) for how in (None, "blocks")]
+    note += (" Without activations there would be the weights, {:.2f} of diffusers' memory ({:.2f} of that with checkpointing); for all of Stage C with gradients "
+             "and two moments {:.2f} ({:.2f}).".format(*(size / peak for size, peak in zip((sizes[0], sizes[0], 4 * sizes[1], 4 * sizes[1]), peaks))))
     if args.depth == 32:
         step, more = median(run["seconds"] for run in results["ours", False, None]), alone(f"encoding({side}, {args.batch}, {device!r})")["seconds"]
         note += f" Encoding pictures and captions takes {more:.2f} s a step, which `--cache` saves: an epoch is {(step + more) / step:.2f} times as fast."

@@ -26,7 +26,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from files import (STEM, TensorFile, WeightsError, find_file, memory_of_its_own, read_config, write_atomically, write_files,
+from files import (STEM, TensorFile, WeightsError, find_file, is_finite, memory_of_its_own, read_config, write_atomically, write_files,
                    write_model)
 from int8 import quantised, to_int8
 from stage_a import StageA
@@ -391,8 +391,8 @@ def fill(model: nn.Module, tensors, dtype: torch.dtype) -> nn.Module:
     wanted, converted = model.state_dict(), {}
     for name, tensor in tensors:
         converted[name] = tensor.to(dtype if wanted[name].is_floating_point() else wanted[name].dtype, copy=True).contiguous()
-        if not converted[name].isfinite().all():
-            raise WeightsError(f"{name} contains NaN or infinity" + (f" in {dtype}" if tensor.isfinite().all() else ""))
+        if not is_finite(converted[name]):
+            raise WeightsError(f"{name} contains NaN or infinity" + (f" in {dtype}" if is_finite(tensor) else ""))
     model.load_state_dict(converted, strict=True, assign=True)
     left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     assert not left, f"buffers that no file holds were not filled: {left}"

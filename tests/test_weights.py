@@ -246,6 +246,19 @@ def test_overflow_in_half_precision_is_found():
         build(StageC, config["model"], state_dict, torch.float16)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf")])
+def test_one_number_that_is_none_is_found_wherever_it_stands(dtype, wrong):
+    """At the ends and inside, where vector instructions read and where they no longer do; whole numbers and empty tensors are finite."""
+    for n in (1, 7, 64, 1000, 100_000):
+        for position in {0, n // 2, n - 1}:
+            tensor = torch.randn(n).to(dtype)
+            assert files.is_finite(tensor)
+            tensor[position] = wrong
+            assert not files.is_finite(tensor)
+    assert files.is_finite(torch.empty(0, 3, dtype=dtype)) and files.is_finite(torch.tensor(7)) and files.is_finite(torch.tensor(-1, dtype=torch.int8))
+
+
 # --- saving ------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("stage", STAGES)
