@@ -3,7 +3,8 @@
   python tools/make_example.py
 
 Unicorns are one of the 64 objects that Stages A and B were trained on without their names: the tiny model can paint
-one, but does not know what to call it. Alone and beside other objects, on five of the eight backgrounds.
+one, but does not know what to call it. Alone and beside other objects, on five of the eight backgrounds. Each has every plain
+caption that is true of it, a line each: a word is learned apart from its place in the sentence where it stands in several.
 Needs: scenes.py.
 """
 import sys
@@ -15,24 +16,25 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 from PIL import Image
 
-from scenes import RELATIONS, caption, place_pair, place_single, plain_caption, render
+from scenes import OPPOSITE, RELATIONS, place_pair, place_single, plain_caption, render
 
 BACKGROUNDS = ("white", "red", "yellow", "green", "blue")
-BESIDE = ("cat", "banana", "house", "star", "tree", "robot", "crab", "key", "gift", "umbrella", "penguin", "moon")
+BESIDE = ("cat", "banana", "house", "star", "tree", "robot", "crab", "key", "gift", "umbrella", "penguin", "moon",
+          "frog", "car", "mushroom", "balloon")
 
 
 def main(folder: Path) -> None:
     rng = np.random.default_rng(5)
     folder.mkdir(parents=True)
     for i in range(24):
-        if i < 12:
+        if i < 8:
             scene = place_single(rng, "unicorn", ("small", "medium", "large")[i % 3], BACKGROUNDS[i % 5])
-            text = caption(scene, rng)
+            lines = [plain_caption(scene.objects, scene.colour, size_word=word) for word in (None, scene.size_class) if word != "medium"]
         else:
-            scene = place_pair(rng, "unicorn", BESIDE[i - 12], RELATIONS[i % 4], BACKGROUNDS[(i - 10) % 5])
-            text = plain_caption(scene.objects, scene.colour, scene.relation)
+            scene = place_pair(rng, "unicorn", BESIDE[i - 8], RELATIONS[i % 4], BACKGROUNDS[i % 5])
+            lines = [plain_caption(scene.objects, scene.colour, scene.relation), plain_caption(scene.objects[::-1], scene.colour, OPPOSITE[scene.relation])]
         Image.fromarray(render(scene)).save(folder / f"{i:02d}.png", optimize=True)
-        (folder / f"{i:02d}.txt").write_text(text + "\n")
+        (folder / f"{i:02d}.txt").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
