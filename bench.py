@@ -3,11 +3,14 @@
   python bench.py                                  # the tiny weights, a few minutes at most
   python bench.py --repeats 9 --skip-start         # only the networks
   python bench.py --weights PATH --side 128        # other weights, smaller pictures than their default
-  python bench.py --official                       # steps at official size and 1024 px, random weights; 8 GB, half an hour on 2 cores; on a GPU
-                                                   # bfloat16, 1, 4 and 8 pictures, compiled and not
+  python bench.py --official                       # steps at official size and 1024 px, random weights; 9 GB, 40 minutes on 2 cores; on a GPU
+                                                   # bfloat16, 1, 4 and 8 pictures
+  python bench.py --official --no-compile          # without torch.compile, which needs a C++ compiler on a CPU
   python bench.py --memory                         # what official sizes take; needs 7 GB of disk and some minutes
   python bench.py --training --repeats 1           # training steps at official size and 512 px; 12 GB of memory, 10 minutes for the LoRA alone
   python bench.py --training --side 1024 --batch 1 --depth 8 --repeats 1             # the same at 1024 px, a quarter of the blocks; 3 minutes
+  python bench.py --epoch --repeats 1              # what --cache saves of an epoch, and whether two workers read fast enough; 13 GB, 4 minutes
+  python bench.py --int8                           # what it saves of the weights and costs the tiny model in right pictures; 10 minutes
 
 start      from `python sample.py` to the picture on disk; beside it, a Python that does nothing but
            import torch and transformers' CLIP, the floor for any program that uses both; and `--help`
@@ -18,6 +21,8 @@ official   the same calls at official size, plain, with what does not change fro
 memory     the most that was taken at any time, in a process of its own: loading Stage C, and a whole picture with
            --low-memory, two steps each; beside it, the size of what is loaded. On a CPU that includes pages of files
 training   steps (forward, backward, clip, AdamW) of a LoRA and of all of Stage C beside diffusers, with peft, same weights and inputs
+epoch      200 pictures of 768 px, added up from a LoRA's step at official size, what the encoders take, and what reading takes
+int8       weights of official size, and what evaluate.py finds right in 4 times 256 pictures, beside float32 with the same noise
 
 What is compared is run in turns, A B A B ..., so that whatever slows the machine down for a while slows both. Times are
 medians; a ratio is the median of the ratios of neighbours, pair by pair. Each run replaces its own sections of the file.
@@ -48,7 +53,7 @@ PROMPT = "a red apple on a blue background"
 FLOOR = "import torch, transformers; from transformers import CLIPTextModel, CLIPTokenizer"
 FILE = Path(__file__).parent / "BENCHMARKS.md"
 DTYPES = dict(fp32="float32", bf16="bfloat16", fp16="float16")
-SECTIONS = ("Start", "Networks", "Official size", "GPU", "Memory", "Training", "Training at 1024 px")        # their order in the file
+SECTIONS = ("Start", "Networks", "Official size", "GPU", "Memory", "Training", "Training at 1024 px", "Epoch", "Int8")        # their order in the file
 # (section, what) -> the ratio is to be at least, or at most, this. Speeds: for 2 CPU cores in float32.
 GOALS = {
     ("Start", "`--help`, seconds"): ("at most", 0.3),
@@ -60,6 +65,8 @@ GOALS = {
     ("Official size", "Stage C step, prepared, its products alone"): ("at least", 0.85),
     ("Official size", "Stage B step, prepared, its products alone"): ("at least", 0.85),
     ("Official size", "Stage A decode, its products alone"): ("at least", 0.85),
+    ("Official size", "Stage C step, compiled, beside eager"): ("at least", 1.0),
+    ("Official size", "Stage B step, compiled, beside eager"): ("at least", 1.0),
     ("Official size", "Stage C step, int8"): ("at least", 2.0),
     ("Official size", "Stage B step, int8"): ("at least", 2.0),
     ("Official size", "whole picture, added up"): ("at least", 1.45),
@@ -70,9 +77,14 @@ GOALS = {
     ("GPU", "a picture, compiled, beside diffusers compiled"): ("at least", 1.25),
     ("GPU", "a picture of 8, compiled, share of the peak"): ("at least", 0.5),
     ("Memory", "loading Stage C, float16, beside reading its file"): ("at most", 1.3),
-    ("Memory", "text to image at 1024 px, one part at a time, float32"): ("at most", 1.25),
-    **{(section, f"{what}{how}, {quantity}"): ("at most", goal) for section in SECTIONS[-2:] for what, goal in (("LoRA", 0.75), ("full", 0.8))
+    **{("Memory", f"text to image at 1024 px, one part at a time, {dtype}"): ("at most", 1.25) for dtype in ("float32", "bfloat16")},
+    **{(section, f"{what}{how}, {quantity}"): ("at most", goal) for section in SECTIONS[5:7] for what, goal in (("LoRA", 0.75), ("full", 0.8))
        for how in ("", ", `--checkpointing products`", ", `--checkpointing blocks`") for quantity in ("time", "memory")},
+    ("Epoch", "200 pictures, LoRA, `--cache`"): ("at least", 1.3),
+    ("Epoch", "reading a batch, 2 workers"): ("at most", 1.0),
+    ("Int8", "weights of Stage C"): ("at most", 0.25),
+    ("Int8", "weights of Stage B"): ("at most", 0.25),
+    ("Int8", "wrong instead of right, points"): ("at most", 1.0),
 }
 
 
@@ -95,9 +107,11 @@ def parse_args(argv=None):
     p.add_argument("--official", action="store_true", help="measure networks of official size, with random weights, in place of --weights")
     p.add_argument("--dtype", choices=DTYPES, help="numbers of --official (default: bf16 on a GPU, else fp32)")
     p.add_argument("--pictures", type=int, nargs="+", help="of --official: how many at a time, several are taken one after another (default: 1, on a GPU 1 4 8)")
-    p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="of --official: Stages B and C by torch.compile, too (default: on a GPU)")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="of --official: Stages B and C by torch.compile, too (default: yes)")
     p.add_argument("--memory", action="store_true", help="measure memory in place of time: random weights of official size (Linux only)")
     p.add_argument("--training", action="store_true", help="measure training steps in place of sampling: random weights of official size (Linux only)")
+    p.add_argument("--epoch", action="store_true", help="measure what an epoch of training takes with and without a cache, and its reading")
+    p.add_argument("--int8", action="store_true", help="measure what 8 bits save and cost in place of time")
     p.add_argument("--batch", type=int, default=4, help="pictures per training step (default: 4)")
     p.add_argument("--depth", type=int, default=32, help="blocks of Stage C in --official and --training, and of Stage B in proportion; fewer where memory or time is short (default: 32, the official depth)")
     p.add_argument("--out", type=Path, default=FILE, help="file whose sections are replaced (default: BENCHMARKS.md)")
@@ -205,13 +219,13 @@ def start_to_picture(args) -> list[Row]:
 # ----- networks --------------------------------------------------------------------------------------
 
 class Call(NamedTuple):
-    """What is measured: our call, diffusers' or None, how often in a run, whether its products are to be taken alone, too; and, where
-    operations cannot be counted in ours, as it is compiled, a call that does the same."""
+    """What is measured: our call, diffusers' or None, how often in a run, whether its products are to be taken alone, too; and, where ours is
+    compiled, another of the calls that does the same eagerly, for the comparison, and for the operations, which cannot be counted in ours."""
     ours: Callable
     theirs: Callable | None
     repeat: int = 1
     alone: bool = False
-    same: Callable | None = None
+    eager: Callable | None = None
 
 
 class Measured(NamedTuple):
@@ -285,7 +299,7 @@ def measured(calls: dict[str, Call], repeats: int, device, dtype=None) -> tuple[
             if call.alone:
                 actions["products of " + what] = repeated(products_of(call.ours), call.repeat)
             with FlopCounterMode(display=False) as counter:
-                (call.same or call.ours)()
+                (call.eager or call.ours)()
             flops[what], results[what] = counter.get_total_flops(), call.ours().float().clone()      # a recorded graph writes there again
         seconds = in_turns(actions | {"peak": repeated(lambda: a @ a, 1)}, repeats)
         peak = 2 * n ** 3 / median(seconds["peak"]) / 1e9
@@ -302,6 +316,9 @@ def measured(calls: dict[str, Call], repeats: int, device, dtype=None) -> tuple[
                 more += f"{'; ' * bool(more)}differs by {difference:.0e}, L2 {((results[what] - reference).norm() / reference.norm()).item():.0e}"
             rows.append(Row(what, f"{1000 * found[what].ours:.2f} ms", f"{1000 * found[what].theirs:.2f} ms, diffusers" if theirs else "",
                             ratio(theirs, ours) if theirs else float("nan"), more))
+            if call.eager:
+                eager = seconds[next(other for other in calls if calls[other].ours is call.eager)]
+                rows.append(Row(f"{what}, beside eager", rows[-1].ours, f"{1000 * median(eager) / call.repeat:.2f} ms", ratio(eager, ours)))
             if call.alone:
                 alone = seconds["products of " + what]
                 limit = f"; if they were all, {ratio(theirs, alone):.2f} times as fast as diffusers" if theirs else ""
@@ -433,7 +450,7 @@ def official(args) -> tuple[list[Row], str]:
             calls[named(f"{title}, prepared", n)] = Call(now, eager, repeat, alone=True)
             if "compiled" in more:
                 fast, their_fast = more["compiled"]
-                calls[named(f"{title}, compiled", n)] = Call(partial(fast, *prepared), partial(their_fast, *their_inputs), repeat, same=now)
+                calls[named(f"{title}, compiled", n)] = Call(partial(fast, *prepared), partial(their_fast, *their_inputs), repeat, eager=now)
             if "int8" in more:
                 calls[named(f"{title}, int8", n)] = Call(partial(more["int8"], *inputs(more["int8"], n)[1]), eager, repeat)
         return calls
@@ -558,16 +575,18 @@ def memory(args) -> list[Row]:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
         official_files(Path(folder))
-        def alone(what: str, dtype: str) -> list[float]:
+        def figures(what: str, dtype: str) -> list[float]:
             run = subprocess.run([sys.executable, "-c", MEASURED.format(what=what), folder, device, dtype], cwd=Path(__file__).parent,
                                  stdout=subprocess.PIPE, text=True, check=True)
             return [float(number) for number in run.stdout.split()[-2:]]
-        loading, reading = alone(READING, "float16")
-        rows.append(Row("loading Stage C, float16, beside reading its file", f"{loading:.2f} s", f"{reading:.2f} s", loading / reading, "from the system's memory of files"))
+        loading, raw = figures(READING, "float16")
+        rows.append(Row("loading Stage C, float16, beside reading its file", f"{loading:.2f} s", f"{raw:.2f} s", loading / raw, "from the system's memory of files"))
+        together = sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))          # in float16
         for title, what, dtype in (("loading Stage C", LOADING, "float16"), ("loading Stage C", LOADING, "float32"),
-                                   ("text to image at 1024 px, one part at a time", PAINTING, "float32" if device == "cpu" else "float16")):
-            peak, size = alone(what, dtype)
-            rows.append(Row(f"{title}, {dtype}", f"{peak / 1e6:.0f} MB", f"{size / 1e6:.0f} MB, {'its' if what is LOADING else 'the largest'} weights", peak / size))
+                                   *(("text to image at 1024 px, one part at a time", PAINTING, dtype) for dtype in ("float32", "bfloat16"))):
+            peak, size = figures(what, dtype)
+            rows.append(Row(f"{title}, {dtype}", f"{peak / 1e6:.0f} MB", f"{size / 1e6:.0f} MB, {'its' if what is LOADING else 'the largest'} weights", peak / size,
+                            f"all parts together, as in diffusers: {together * getattr(torch, dtype).itemsize / 2e6:.0f} MB" if what is PAINTING else ""))
     return rows
 
 
@@ -647,6 +666,50 @@ def training_steps(who: str, full: bool, checkpointing: str | None, depth: int, 
     return dict(seconds=median(seconds[1:]), products=products, loss=losses[0], peak=peak, size=sum(p.nbytes for p in model.parameters()))
 
 
+def alone(call: str, device: str) -> dict:
+    """What a function of this file, called in a process of its own, returns."""
+    # A step of a small model first: what torch and peft load when they are first used is no memory of a step.
+    code = f"import json, bench; bench.training_steps('ours', False, None, 1, 128, 1, {device!r}, 64); print(json.dumps(bench.{call}))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def training(args) -> tuple[list[Row], str]:
+    """-> rows of time and memory, and a note, of training steps at official size, each in a process of its own, in turns."""
+    import torch
+    device, side = args.device or ("cuda" if torch.cuda.is_available() else "cpu"), args.side or 512
+    # On a CPU all of Stage C with its gradients and moments does not fit beside the rest: fewer blocks, for the ratio.
+    depths = {False: args.depth, True: args.depth if device != "cpu" else max(1, args.depth // 4)}
+    # Our "products" has no counterpart: it takes no more time than a plain step, and so stands beside diffusers' plain one.
+    runs = [(who, full, how) for full in (False, True) for who, hows in (("diffusers", (None, "blocks")), ("ours", (None, "products", "blocks"))) for how in hows]
+    results, rows = {run: [] for run in runs}, []
+    for _ in range(args.repeats):
+        for who, full, how in runs:
+            results[who, full, how].append(alone(f"training_steps({who!r}, {full}, {how!r}, {depths[full]}, {side}, {args.batch}, {device!r})", device))
+            print(who, "full" if full else "LoRA", how, results[who, full, how][-1], file=sys.stderr, flush=True)
+    for who, full, how in runs:
+        if who == "ours":
+            counterpart = results["diffusers", full, "blocks" if how == "blocks" else None]
+            for name, key, text in (("time", "seconds", lambda v: f"{v:.2f} s"), ("memory", "peak", lambda v: f"{v / 1e9:.2f} GB")):
+                ours, theirs = ([run[key] for run in of] for of in (results[who, full, how], counterpart))
+                rows.append(Row(f"{'full' if full else 'LoRA'}{f', `--checkpointing {how}`' if how else ''}, {name}", text(median(ours)),
+                                f"{text(median(theirs))}, diffusers{'' if full else ' + peft'}{', checkpointed' if how == 'blocks' else ''}", ratio(ours, theirs),
+                                f"losses {results[who, full, how][0]['loss']:.6f} and {counterpart[0]['loss']:.6f}"))
+            if not how:
+                ours, theirs, products = ([run[key] for run in of] for of, key in ((results[who, full, how], "seconds"), (counterpart, "seconds"), (results[who, full, how], "products")))
+                rows.append(Row(f"{'full' if full else 'LoRA'}, its products alone", f"{median(ours):.2f} s", f"{median(products):.2f} s", ratio(products, ours),
+                                f"share that matrix products and attention would take by themselves; if they were all, {ratio(products, theirs):.2f} of diffusers' time"))
+    sizes = [results["ours", full, None][0]["size"] / 1e9 for full in (False, True)]
+    note = (f"One step of a LoRA of rank 8 on attention, Stage C of depth {depths[False]} (weights {sizes[0]:.2f} GB), and one of all of Stage C, of depth "
+            f"{depths[True]} ({sizes[1]:.2f} GB): {side} px, batch {args.batch}. Ratios: of time and of memory.")
+    peaks = [median(run["peak"] for run in results["diffusers", full, how]) / 1e9 for full in (False, True) for how in (None, "blocks")]
+    note += (" Without activations there would be the weights, {:.2f} of diffusers' memory ({:.2f} of that with checkpointing); for all of Stage C with gradients "
+             "and two moments {:.2f} ({:.2f}).".format(*(size / peak for size, peak in zip((sizes[0], sizes[0], 4 * sizes[1], 4 * sizes[1]), peaks))))
+    return rows, note
+
+
+# ----- an epoch --------------------------------------------------------------------------------------
+
 def encoding(side: int, batch: int, device: str) -> dict:
     """Seconds for what --cache saves in a step: the image encoder's and CLIP-bigG's part, at official size with random weights."""
     import torch
@@ -670,47 +733,78 @@ def encoding(side: int, batch: int, device: str) -> dict:
     return dict(seconds=median(seconds[1:]))
 
 
-def training(args) -> tuple[list[Row], str]:
-    """-> rows of time and memory, and a note, of training steps at official size, each in a process of its own, in turns."""
-    import torch
-    device, side = args.device or ("cuda" if torch.cuda.is_available() else "cpu"), args.side or 512
-    # On a CPU all of Stage C with its gradients and moments does not fit beside the rest: fewer blocks, for the ratio.
-    depths = {False: args.depth, True: args.depth if device != "cpu" else max(1, args.depth // 4)}
+def reading(side: int, batch: int, files: int = 64) -> dict:
+    """Seconds in which two workers read a batch as train_c.py's loop gets it: JPEGs a third larger than `side`, decoded, resized, cropped."""
+    import numpy as np
+    from PIL import Image
+    import train_c
+    from data import Plan, batches, open_pictures
+    from training import Processes
+    with tempfile.TemporaryDirectory() as folder:
+        rng = np.random.default_rng(0)
+        for i in range(files):
+            rough = Image.fromarray(rng.integers(0, 256, (side // 16, side // 16, 3), np.uint8))
+            rough.resize((side * 4 // 3, side * 4 // 3), Image.Resampling.BICUBIC).save(f"{folder}/{i}.jpg", quality=95)
+            Path(folder, f"{i}.txt").write_text(PROMPT, encoding="utf-8")
+        args = train_c.parse_args(["--data", folder, "--out", folder, "--batch", f"{batch}", "--workers", "2"])
+        pictures = open_pictures(folder)
+        pictures.bucket = np.zeros(len(pictures), int)
+        loader = batches(train_c.Samples(pictures, [(side, side)], args), Plan(pictures.bucket, batch, 0), Processes("cpu"), args)
+        for _ in range(8):                       # until the workers run, and what they read ahead is used up
+            next(loader)
+        start, count = time.perf_counter(), 16
+        for _ in range(count):
+            next(loader)
+        return dict(seconds=(time.perf_counter() - start) / count)
 
-    def alone(call: str) -> dict:
-        # A step of a small model first: what torch and peft load when they are first used is no memory of a step.
-        code = f"import json, bench; bench.training_steps('ours', False, None, 1, 128, 1, {device!r}, 64); print(json.dumps(bench.{call}))"
-        run = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
-        return json.loads(run.stdout.splitlines()[-1])
-    # Our "products" has no counterpart: it takes no more time than a plain step, and so stands beside diffusers' plain one.
-    runs = [(who, full, how) for full in (False, True) for who, hows in (("diffusers", (None, "blocks")), ("ours", (None, "products", "blocks"))) for how in hows]
-    results, rows = {run: [] for run in runs}, []
+
+def epoch(args) -> tuple[list[Row], str]:
+    """-> rows and a note. Added up: nobody waits for 200 pictures at official size on a CPU."""
+    import torch
+    device, side, count = args.device or ("cuda" if torch.cuda.is_available() else "cpu"), args.side or 768, 200
+    parts = dict(step=f"training_steps('ours', False, None, {args.depth}, {side}, {args.batch}, {device!r})",
+                 encoding=f"encoding({side}, {args.batch}, {device!r})", reading=f"reading({side}, {args.batch})")
+    found = {name: [] for name in parts}
     for _ in range(args.repeats):
-        for who, full, how in runs:
-            results[who, full, how].append(alone(f"training_steps({who!r}, {full}, {how!r}, {depths[full]}, {side}, {args.batch}, {device!r})"))
-            print(who, "full" if full else "LoRA", how, results[who, full, how][-1], file=sys.stderr, flush=True)
-    for who, full, how in runs:
-        if who == "ours":
-            counterpart = results["diffusers", full, "blocks" if how == "blocks" else None]
-            for name, key, text in (("time", "seconds", lambda v: f"{v:.2f} s"), ("memory", "peak", lambda v: f"{v / 1e9:.2f} GB")):
-                ours, theirs = ([run[key] for run in of] for of in (results[who, full, how], counterpart))
-                rows.append(Row(f"{'full' if full else 'LoRA'}{f', `--checkpointing {how}`' if how else ''}, {name}", text(median(ours)),
-                                f"{text(median(theirs))}, diffusers{'' if full else ' + peft'}{', checkpointed' if how == 'blocks' else ''}", ratio(ours, theirs),
-                                f"losses {results[who, full, how][0]['loss']:.6f} and {counterpart[0]['loss']:.6f}"))
-            if not how:
-                ours, theirs, products = ([run[key] for run in of] for of, key in ((results[who, full, how], "seconds"), (counterpart, "seconds"), (results[who, full, how], "products")))
-                rows.append(Row(f"{'full' if full else 'LoRA'}, its products alone", f"{median(ours):.2f} s", f"{median(products):.2f} s", ratio(products, ours),
-                                f"share that matrix products and attention would take by themselves; if they were all, {ratio(products, theirs):.2f} of diffusers' time"))
-    sizes = [results["ours", full, None][0]["size"] / 1e9 for full in (False, True)]
-    note = (f"One step of a LoRA of rank 8 on attention, Stage C of depth {depths[False]} (weights {sizes[0]:.2f} GB), and one of all of Stage C, of depth "
-            f"{depths[True]} ({sizes[1]:.2f} GB): {side} px, batch {args.batch}. Ratios: of time and of memory.")
-    peaks = [median(run["peak"] for run in results["diffusers", full, how]) / 1e9 for full in (False, True) for how in (None, "blocks")]
-    note += (" Without activations there would be the weights, {:.2f} of diffusers' memory ({:.2f} of that with checkpointing); for all of Stage C with gradients "
-             "and two moments {:.2f} ({:.2f}).".format(*(size / peak for size, peak in zip((sizes[0], sizes[0], 4 * sizes[1], 4 * sizes[1]), peaks))))
-    if args.depth == 32:
-        step, more = median(run["seconds"] for run in results["ours", False, None]), alone(f"encoding({side}, {args.batch}, {device!r})")["seconds"]
-        note += f" Encoding pictures and captions takes {more:.2f} s a step, which `--cache` saves: an epoch is {(step + more) / step:.2f} times as fast."
-    return rows, note
+        for name, call in parts.items():
+            found[name].append(alone(call, device)["seconds"])
+    step, more, read = (median(found[name]) for name in parts)
+    steps = count / args.batch
+    rows = [Row(f"{count} pictures, LoRA, `--cache`", f"{steps * step:.0f} s", f"{steps * (step + more):.0f} s, without", (step + more) / step,
+                f"the image encoder and CLIP take {more:.2f} s of a step of {step + more:.2f} s, which is all that a cache can save"),
+            Row("reading a batch, 2 workers", f"{read:.3f} s", f"{step + more:.2f} s, a step without a cache", read / (step + more))]
+    return rows, f"LoRA of rank 8 on attention, Stage C of depth {args.depth}, {side} px, batch {args.batch}, pictures of {side * 4 // 3} px."
+
+
+# ----- int8 ------------------------------------------------------------------------------------------
+
+def in_8_bits(args, seeds: int = 4) -> tuple[list[Row], str]:
+    """-> rows and a note."""
+    import torch
+    import evaluate
+    from int8 import to_int8
+    from stage_b import StageB
+    from stage_c import StageC
+
+    def size(model) -> int:
+        return sum(tensor.nbytes for tensor in model.state_dict().values())
+    rows = []
+    for title, stage in (("Stage C", StageC), ("Stage B", StageB)):
+        with torch.device("meta"):
+            model = stage()
+        full = size(model)
+        to_int8(model)
+        rows.append(Row(f"weights of {title}", f"{size(model) / 1e6:.0f} MB", f"{full / 1e6:.0f} MB, float32", size(model) / full,
+                        "what resamples, and products of few numbers, stay in float32"))
+    facts, right = evaluate.fixed_prompts(), {}
+    for int8 in (False, True):
+        figures = [evaluate.score(evaluate.sample(evaluate.parse_args(["--weights", args.weights, "--seed", f"{1000 * seed}", *["--int8"] * int8]),
+                                                  [fact["prompt"] for fact in facts]), facts) for seed in range(seeds)]
+        right[int8] = sum(figure[kind]["right"] * figure[kind]["n"] for figure in figures for kind in ("single_object", "pair_seen", "pair_held_out"))
+    n = seeds * len(facts)
+    rows.append(Row("wrong instead of right, points", f"{right[True] / n:.1%} right", f"{right[False] / n:.1%} right, float32", 100 * (right[False] - right[True]) / n,
+                    f"objects and places in {n} pictures"))
+    return rows, f"Pictures: weights {args.weights}, default settings, the 256 prompts of evaluate.py, with {seeds} noises each."
 
 
 def main(argv=None):
@@ -719,12 +813,16 @@ def main(argv=None):
     if args.memory:
         return write(args, "Memory", memory(args))
     if args.training:
-        return write(args, SECTIONS[-1 if args.side == 1024 else -2], *training(args))
+        return write(args, "Training at 1024 px" if args.side == 1024 else "Training", *training(args))
+    if args.epoch:
+        return write(args, "Epoch", *epoch(args))
+    if args.int8:
+        return write(args, "Int8", *in_8_bits(args))
     if args.official:
         import torch
         args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         gpu = args.device.startswith("cuda")
-        args.dtype, args.compile = args.dtype or ("bf16" if gpu else "fp32"), gpu if args.compile is None else args.compile
+        args.dtype = args.dtype or ("bf16" if gpu else "fp32")
         return write(args, "GPU" if gpu else "Official size", *official(args))
     if not args.skip_start:
         write(args, "Start", start_to_picture(args))

@@ -2,6 +2,7 @@
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -127,7 +128,7 @@ def test_a_picture_is_29_steps_of_c_12_of_b_and_a_decoding():
     assert {what for section, what in GOALS if section == "GPU"} - {"a picture of 8, compiled, share of the peak"} <= rows.keys()
 
 
-@pytest.mark.parametrize("options", ["", "--dtype bf16 --pictures 1 2 --compile"])
+@pytest.mark.parametrize("options", ["--no-compile", "--dtype bf16 --pictures 1 2"])
 def test_the_official_measurement_runs_at_any_size(options, tmp_path, monkeypatch):
     """With one block of each and 128 px, on random weights: what needs a GPU and half an hour is tried here in seconds. Compiling is
     only traced."""
@@ -140,8 +141,43 @@ def test_the_official_measurement_runs_at_any_size(options, tmp_path, monkeypatc
     bench.main(["--official", "--device", "cpu", "--depth", "1", "--side", "128", "--repeats", "1", "--out", str(tmp_path / "b.md"), *options.split()])
     text = (tmp_path / "b.md").read_text()
     assert "## Official size" in text and "**Not the official size: 128 px, depth 1.**" in text and "| Stage C step, prepared, its products alone |" in text
-    if options:
-        assert "bfloat16" in text and "| Stage B step, compiled, 2 pictures |" in text and "a picture of 2, compiled, share of the peak" in text
+    if "bf16" in options:
+        assert "bfloat16" in text and "| Stage B step, compiled, 2 pictures |" in text and "| Stage C step, compiled, beside eager |" in text and "a picture of 2, compiled, share of the peak" in text
     else:
-        assert "| Stage B step, int8 |" in text
+        assert "| Stage B step, int8 |" in text and "| Stage B step, compiled |" not in text
         assert float(re.search(r"largest deviation from diffusers \| (\S+) \|", text)[1]) < 2e-6          # 7e-8 on one machine, not on all
+
+
+def test_an_epoch_is_added_up_from_its_parts(monkeypatch):
+    """200 pictures are 50 steps of 4; what a cache saves is the encoding, and reading is held against the step that waits for it."""
+    seconds = {"training_steps": 2.0, "encoding": 0.5, "reading": 0.25}
+    monkeypatch.setattr(bench, "alone", lambda call, device: dict(seconds=seconds[call.split("(")[0]]))
+    args = bench.parse_args(["--epoch", "--device", "cpu", "--repeats", "1"])
+    rows, note = bench.epoch(args)
+    assert [(row.what, row.ours, row.ratio) for row in rows] == [("200 pictures, LoRA, `--cache`", "100 s", 1.25), ("reading a batch, 2 workers", "0.250 s", 0.1)]
+    assert rows[0].other == "125 s, without" and "768 px, batch 4, pictures of 1024 px" in note
+    assert {what for section, what in GOALS if section == "Epoch"} == {row.what for row in rows}
+
+
+def test_reading_is_that_of_the_training_loop():
+    """Through train_c.py's own samples and two workers, from JPEGs of a folder."""
+    assert 0 < bench.reading(96, 2, files=3)["seconds"] < 60
+
+
+def test_int8_is_judged_by_the_same_prompts_and_noise(monkeypatch):
+    """Four true scenes for float32, of which int8 has one without its objects: 25 points, for each of the seeds."""
+    import evaluate
+    facts, noises = evaluate.fixed_prompts()[:4], []
+    scenes = [evaluate.real_picture(fact, np.random.default_rng(0)) for fact in facts]
+    monkeypatch.setattr(evaluate, "fixed_prompts", lambda: facts)
+
+    def sample(args, prompts):
+        assert prompts == [fact["prompt"] for fact in facts]
+        noises.append((args.int8, args.seed))
+        return [np.full_like(scenes[0], scenes[0][0, 0]), *scenes[1:]] if args.int8 else scenes
+    monkeypatch.setattr(evaluate, "sample", sample)
+    rows, _ = bench.in_8_bits(bench.parse_args(["--int8"]), seeds=2)
+    assert [row.what for row in rows] == [what for section, what in GOALS if section == "Int8"]
+    assert rows[2].ratio == 25 and rows[2].ours == "75.0% right" and noises == [(False, 0), (False, 1000), (True, 0), (True, 1000)]
+    # Of one byte a weight, with what stays float32: embeddings and norms of Stage C, and the convolutions between Stage B's levels.
+    assert [round(row.ratio, 3) for row in rows[:2]] == [0.257, 0.272]

@@ -448,14 +448,25 @@ def test_in_sampling_on_a_cpu_a_block_s_wide_numbers_stay_where_they_are(file):
 
 
 @torch.no_grad()
-def test_stage_a_s_blocks_take_rows_in_pieces_and_leave_their_input_alone():
-    """Without gradients the MLP sees 512 rows at a time; with them all at once."""
-    block = VQResBlock(8)
+@pytest.mark.parametrize("h, w", [(2, 8200), (82, 100), (170, 100)], ids=["a row is a band", "two bands", "three bands"])
+def test_stage_a_s_blocks_take_rows_in_bands_and_leave_their_input_alone(h, w):
+    """Without gradients 2^20 numbers at a time, here 81 rows of 100, and their MLP 512 positions; with them, or with few, all at once.
+    Bands have no seams, and a rim is a rim."""
+    block = VQResBlock(128)
     torch.nn.init.normal_(block.gammas)
-    x, sizes = torch.randn(1, 27, 40, 8), []
-    given = x.clone()
-    block.expand.register_forward_pre_hook(lambda layer, inputs: sizes.append(inputs[0].shape[:-1].numel()))
-    found = block(given)
+    x = torch.randn(2, 128, h, w).permute(0, 2, 3, 1)              # as one that comes from a convolution may lie in memory
+    given, mlp, sizes = x.clone(), block.mlp, []
+
+    def watched(x, *more):
+        sizes.append(x.shape[:-1].numel())
+        return mlp(x, *more)
+    block.mlp = watched
+    found, positions = block(given), sum(sizes)
+    assert sizes[:2] == [512, 512] and max(sizes) == 512 and positions == 2 * h * w and torch.equal(given, x)
+    block(x[:, :2, :90])
+    assert sizes.pop() == 2 * 2 * 90
     with torch.enable_grad():
-        expected = block(given)
-    assert sizes == [512, 512, 56, 1080] and torch.equal(given, x) and rel(found, expected.detach()) < 1e-6
+        expected = block(given).detach()
+    assert sizes[-1] == positions and rel(found, expected) < 1e-6
+    with torch.autocast("cpu", torch.bfloat16):                  # the validation of a training in mixed precision
+        assert rel(block(given).float(), expected) < 0.02
