@@ -3,7 +3,7 @@
   python bench.py                                  # the tiny weights, a few minutes at most
   python bench.py --repeats 9 --skip-start         # only the networks
   python bench.py --weights PATH --side 128        # other weights, smaller pictures than their default
-  python bench.py --official                       # steps at official size and 1024 px, random weights; 9 GB, 40 minutes on 2 cores; on a GPU
+  python bench.py --official                       # steps at official size and 1024 px, random weights; 9 GB, half an hour on 2 cores; on a GPU
                                                    # bfloat16, 1, 4 and 8 pictures
   python bench.py --official --no-compile          # without torch.compile, which needs a C++ compiler on a CPU
   python bench.py --memory                         # what official sizes take; needs 7 GB of disk and some minutes
@@ -184,14 +184,15 @@ def machine(args) -> str:
     name = torch.cuda.get_device_name() if (args.device or "cuda").startswith("cuda") and torch.cuda.is_available() else next(
         (line.split(":")[1].strip() for line in (open("/proc/cpuinfo") if os.path.exists("/proc/cpuinfo") else ()) if line.startswith("model name")), platform.machine())
     load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""      # Windows has none
-    return f"{date.today()}; {name}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads{load}; {', '.join(versions)}; medians of {args.repeats}"
+    return f"{date.today()}; {name}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads{load}; {', '.join(versions)}"
 
 
 def write(args, section: str, rows: list[Row], note: str = "") -> None:
     """Prints a section, and puts it into the file."""
     from files import write_atomically
     command = " ".join(["python bench.py", *args.typed]).split(" --out")[0]
-    body = f"`{command}`, {machine(args)}.\n\n{table(section, rows, note)}"
+    medians = "" if section in ("Memory", "Int8") else f"; medians of {args.repeats}"            # nothing there is taken that often
+    body = f"`{command}`, {machine(args)}{medians}.\n\n{table(section, rows, note)}"
     print(f"## {section}\n\n{body}", flush=True)
     text = replace_section(args.out.read_text(encoding="utf-8") if args.out.exists() else "", section, body)
     write_atomically(args.out, lambda path: path.write_text(text, encoding="utf-8"))
@@ -580,7 +581,7 @@ def memory(args) -> list[Row]:
                                  stdout=subprocess.PIPE, text=True, check=True)
             return [float(number) for number in run.stdout.split()[-2:]]
         loading, raw = figures(READING, "float16")
-        rows.append(Row("loading Stage C, float16, beside reading its file", f"{loading:.2f} s", f"{raw:.2f} s", loading / raw, "from the system's memory of files"))
+        rows.append(Row("loading Stage C, float16, beside reading its file", f"{loading:.2f} s", f"{raw:.2f} s", loading / raw, "from the system's memory of files; medians of 5"))
         together = sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))          # in float16
         for title, what, dtype in (("loading Stage C", LOADING, "float16"), ("loading Stage C", LOADING, "float32"),
                                    *(("text to image at 1024 px, one part at a time", PAINTING, dtype) for dtype in ("float32", "bfloat16"))):

@@ -191,7 +191,7 @@ def parser() -> argparse.ArgumentParser:
     add("--low-memory", action="store_true", default=None, help="keep one part in memory at a time (default: if they do not all fit)")
     add("--offload", action="store_true", help="keep one part on the GPU at a time, the others in main memory")
     add("--compile", action="store_true", help="torch.compile for Stages B and C: a minute or more at the start, then faster on a GPU; on a CPU much the same")
-    add("--int8", action="store_true", default=None, help="on a CPU: Stages B and C in 8 bits, 1.7 to 2 times as fast and a quarter of their memory; "
+    add("--int8", action="store_true", default=None, help="on a CPU: Stages B and C in 8 bits, 1.6 to 2 times as fast and a quarter of their memory; "
         "pictures differ a little from those in float32")
     add("--tile", metavar="N", type=whole(1), help="decode in tiles of so many latents, 4 px each (default: all at once if memory allows)")
     add("--device", help="cuda, cuda:1, cpu, mps (default: cuda where there is one, else cpu)")
