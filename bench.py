@@ -483,7 +483,9 @@ def official(args) -> tuple[list[Row], str]:
             rows += [Row(title, f"{max(values):.0e}", "", max(values))] if values else []
     rows += [row for n in numbers for row in whole_pictures(found, lambda title: named(title, n), n, median(peaks))]
     small = "" if (side, args.depth) == (1024, 32) else f" **Not the official size: {side} px, depth {args.depth}.**"
-    return rows, f"Ratios: how many times as fast, {DTYPES[args.dtype]}, {side} px. Peak {median(peaks):.0f} GFLOP/s.{small}"
+    goals = "; ".join(f"{what} ({kind} {goal:g})" for (section, what), (kind, goal) in GOALS.items() if section == "GPU")
+    no_gpu = "" if gpu else f"\n\nOn a GPU the same command writes a section of its own, whose goals are: {goals}."
+    return rows, f"Ratios: how many times as fast, {DTYPES[args.dtype]}, {side} px. Peak {median(peaks):.0f} GFLOP/s.{small}{no_gpu}"
 
 
 def whole_pictures(found: dict[str, Measured], named: Callable[[str], str], n: int, peak: float) -> list[Row]:
