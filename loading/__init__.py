@@ -1,0 +1,1 @@
+"""Weights: files, names and the hub. Nothing in here runs a network."""

@@ -1,0 +1,1 @@
+"""What makes the networks faster or smaller; put in by one call when a model is loaded."""

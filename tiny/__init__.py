@@ -1,0 +1,1 @@
+"""What only the bundled model needs: its judge, and the training of its encoders."""

@@ -1,0 +1,1 @@
+"""Command-line tools: benchmark, LoRA and weight files, makers of assets."""
