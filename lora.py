@@ -762,7 +762,7 @@ def convert(source: str, target: Path, to: str) -> str:
 def load_prior(path: str) -> tuple[nn.Module, dict[str, torch.dtype]]:
     """A prior, as folder or file in any naming -> (Stage C in float32, {tensor's name: its dtype in the file})."""
     from stage_c import StageC
-    from weights import fill, plan, translate
+    from loading.weights import fill, plan, translate
     model, file = plan(StageC, path)
     dtypes = {}
 
@@ -776,8 +776,8 @@ def load_prior(path: str) -> tuple[nn.Module, dict[str, torch.dtype]]:
 def merge_files(prior: str, lora: str, out: Path, scale: float) -> str:
     """Writes a prior with the LoRA in it: summed in float32, rounded once, to the dtype that the prior had."""
     from safetensors.torch import save_file
-    from files import STEM, write_files
-    from weights import config_to_diffusers, to_diffusers
+    from loading.files import STEM, write_files
+    from loading.weights import config_to_diffusers, to_diffusers
     refuse_existing(out)
     model, dtypes = load_prior(prior)
     trained_on = read_lora(lora)[1].get("base_hash")

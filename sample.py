@@ -217,7 +217,7 @@ def parse_args(argv: list[str]) -> list[argparse.Namespace]:
     args = typed = p.parse_args(argv)
     then = {}
     if typed.like is not None:
-        from images import read_settings
+        from extras.images import read_settings
         settings = read_settings(typed.like)
         # A prompt file brings prompts of its own; and from a latent, the noise goes on from where it stood, not from a seed.
         settings |= {"prompt": None} if typed.prompt_file else {"seed": None} if typed.from_latent else {}
@@ -367,7 +367,7 @@ def settings_of(args: argparse.Namespace, model, seed: int | None, image) -> dic
     """All that is needed to make the picture again, and what made it. Warns if that is not what made the picture of --like."""
     import torch
     import transformers
-    from hub import hashes
+    from loading.hub import hashes
     from wuerstchen import OWN
     files = {name: getattr(args, name) for name in INPUTS if getattr(args, name)} | {f"lora {Path(file).name}": file for file in model.loras}
     made_from = hashes(model.places) | {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in files.items()}
@@ -404,7 +404,7 @@ def read_tensors(path: str, *needed: str) -> dict:
 def load_model(args: argparse.Namespace, jobs: list[argparse.Namespace]):
     """The pipeline, with no more of it than this run needs."""
     import torch
-    import hub
+    from loading import hub
     from wuerstchen import Wuerstchen
     parts = hub.RECONSTRUCTION if args.reconstruct else hub.TEXT_TO_IMAGE
     if all(job.from_latent for job in jobs):
@@ -419,7 +419,7 @@ def load_model(args: argparse.Namespace, jobs: list[argparse.Namespace]):
 
 def options_of(args: argparse.Namespace) -> dict:
     """Arguments of Wuerstchen.__call__, but for prompts and noise. Raises ValueError for files that cannot be read."""
-    from images import enlarge, read_image, read_mask
+    from extras.images import enlarge, read_image, read_mask
     names = ("width", "height", "strength", "tile", "temperature_b", *(f"{name}_{stage}" for stage in "cb" for name in SAMPLING))
     options = {name: getattr(args, name) for name in names} | dict(progress=True)
     if args.init or args.reconstruct:
@@ -444,8 +444,8 @@ def options_of(args: argparse.Namespace) -> dict:
 
 def preview_to(args: argparse.Namespace, paths: tuple):
     """A preview for Wuerstchen.__call__ that writes NAME_preview.png for each picture, every so many steps."""
-    from files import write_atomically
-    from images import to_pil
+    from loading.files import write_atomically
+    from extras.images import to_pil
 
     def preview(stage: str, step: int, images) -> None:
         for image, path in zip(to_pil(images), paths) if (step + 1) % args.preview_every == 0 else ():
@@ -491,7 +491,7 @@ def paint_batch(model, jobs: tuple, seeds: tuple, paths: tuple):
 
 def reconstruct(model, args: argparse.Namespace, seed: int):
     """The picture and what came back of it, side by side. Prints how much that is."""
-    from images import cover, psnr, strip, to_pil
+    from extras.images import cover, psnr, strip, to_pil
     from wuerstchen import latent_sizes
     options = options_of(args) | dict(strength=0.0, seed=seed, output="pt")
     result = model(args.prompt, args.negative_prompt, **options).cpu()
@@ -505,7 +505,7 @@ def reconstruct(model, args: argparse.Namespace, seed: int):
 
 def interpolate(model, args: argparse.Namespace, seed: int, moving: bool):
     """One strip; moving: the list of frames."""
-    from images import strip
+    from extras.images import strip
     options = options_of(args)
     ends = args.prompt, args.interpolate_to
     if args.to_latent:
@@ -519,7 +519,7 @@ def interpolate(model, args: argparse.Namespace, seed: int, moving: bool):
 
 def grid_of(model, args: argparse.Namespace, seed: int):
     """One picture of all seeds and guidance scales."""
-    from images import grid
+    from extras.images import grid
     seeds, columns = range(seed, seed + args.num_images), []
     for scale in args.grid:
         job = argparse.Namespace(**vars(args) | dict(guidance_c=scale))
@@ -547,8 +547,8 @@ def main(argv=None) -> None:
             warnings.showwarning = lambda message, *_: print("warning:", " ".join(str(message).split()), file=sys.stderr)
             jobs = parse_args(argv)
             args, shots = jobs[0], plan(jobs)
-            from files import write_atomically
-            from images import save_gif, save_png
+            from loading.files import write_atomically
+            from extras.images import save_gif, save_png
             from safetensors.torch import save_file
             for job in jobs:
                 options_of(job)              # reads all files: what is wrong with one is said before weights are loaded for a minute

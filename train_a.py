@@ -92,15 +92,15 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from data import Plan, batches, fit, open_pictures, read_filters, sample_rng
-from files import STEM, write_atomically, write_files
-from images import grid
-from report import draw_curves, outline, push, settings_table
+from training.data import Plan, batches, fit, open_pictures, read_filters, sample_rng
+from loading.files import STEM, write_atomically, write_files
+from extras.images import grid
+from training.report import draw_curves, outline, push, settings_table
 from stage_a import (OFFICIAL, CodebookAverages, PatchDiscriminator, StageA, adaptive_weight, count, discriminator_loss, generator_loss,
                      perceptual_loss, perplexity)
-from training import (Averaged, Checkpoints, Log, Mistake, Processes, StopSignal, SynchronisedBatchNorm, build_optimizer,
+from training.run import (Averaged, Checkpoints, Log, Mistake, Processes, StopSignal, SynchronisedBatchNorm, build_optimizer,
                       mistakes_in_one_line, rate, user_mistakes)
-from weights import config_to_diffusers, config_to_ours, load_stage_a, save_stage_a, to_diffusers
+from loading.weights import config_to_diffusers, config_to_ours, load_stage_a, save_stage_a, to_diffusers
 
 TERMS = ("loss", "l1", "l2", "perceptual", "codebook", "commitment", "generator", "gan_weight", "discriminator")
 

@@ -113,19 +113,19 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
                                                      set_model_state_dict, set_optimizer_state_dict)
 from tqdm import tqdm
 
-import hub
-import tokens
-from cache import Cache, hash_of
-from data import Plan, batches, bucket_sizes, fill_cache, fit, latent_key, nearest_bucket, open_pictures, read_filters, sample_rng
+from loading import hub
+from v1 import training as tokens
+from training.cache import Cache, hash_of
+from training.data import Plan, batches, bucket_sizes, fill_cache, fit, latent_key, nearest_bucket, open_pictures, read_filters, sample_rng
 from diffusion import Guidance, Noise, add_noise, alphas_cumprod, denoise, linear_timesteps, p2_weight, per_row, v_weight
-from files import read_config, to_half, write_atomically, write_files, STEM
-from images import grid, psnr, to_pil
-from report import draw_curves, dry_run, push, settings_table
+from loading.files import read_config, to_half, write_atomically, write_files, STEM
+from extras.images import grid, psnr, to_pil
+from training.report import draw_curves, dry_run, push, settings_table
 from stage_b import EfficientNetEncoder, StageB, TinyImageEncoder, preprocess
-from stage_b_v1 import StageBV1, add_noise as replace_tokens, training_errors
+from v1.stage_b import StageBV1, add_noise as replace_tokens, training_errors
 from text import CachedTexts, TextEncoder
-from training import (Averaged, Checkpoints, Log, Mistake, Processes, StopSignal, SynchronisedBatchNorm, mistakes_in_one_line, rate, user_mistakes)
-from weights import (check_widths, config_to_diffusers, config_to_ours, load_image_encoder, load_stage_a, load_stage_b, load_stage_b_v1,
+from training.run import (Averaged, Checkpoints, Log, Mistake, Processes, StopSignal, SynchronisedBatchNorm, mistakes_in_one_line, rate, user_mistakes)
+from loading.weights import (check_widths, config_to_diffusers, config_to_ours, load_image_encoder, load_stage_a, load_stage_b, load_stage_b_v1,
                      load_text_encoder, save_stage_b, save_stage_b_v1, stage_b_of, to_diffusers)
 from wuerstchen import to_raw, to_stored
 

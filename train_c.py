@@ -108,20 +108,20 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
                                                      set_model_state_dict, set_optimizer_state_dict)
 from tqdm import tqdm
 
-import hub
+from loading import hub
 import lora
-from cache import Cache, hash_of
-from data import Plan, batches, bucket_sizes, fill_cache, fit, latent_key, nearest_bucket, open_pictures, prompts_in, read_filters, sample_rng
+from training.cache import Cache, hash_of
+from training.data import Plan, batches, bucket_sizes, fill_cache, fit, latent_key, nearest_bucket, open_pictures, prompts_in, read_filters, sample_rng
 from diffusion import Guidance, add_noise, alphas_cumprod, denoise, dpm_solver_step, linear_timesteps, p2_weight, v_weight
-from files import write_atomically
-from images import grid
-from report import FILES, draw_curves, dry_run, push, write_result
+from loading.files import write_atomically
+from extras.images import grid
+from training.report import FILES, draw_curves, dry_run, push, write_result
 from stage_b import preprocess
 from stage_c import StageC
 from text import CachedTexts, TextEncoder
-from training import (Averaged, Checkpoints, Log, Mistake, Processes, StopSignal, build_optimizer, mistakes_in_one_line, rate,
+from training.run import (Averaged, Checkpoints, Log, Mistake, Processes, StopSignal, build_optimizer, mistakes_in_one_line, rate,
                       user_mistakes)
-from weights import (config_to_ours, is_tiny, load_image_encoder, load_stage_a, load_stage_b, load_stage_c, load_text_encoder)
+from loading.weights import (config_to_ours, is_tiny, load_image_encoder, load_stage_a, load_stage_b, load_stage_c, load_text_encoder)
 from wuerstchen import Wuerstchen, to_stored
 
 T_GRID = [0.05 + 0.1 * i for i in range(10)]         # noise levels of the validation

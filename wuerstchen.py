@@ -27,10 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import stage_b_v1
+from v1 import stage_b as stage_b_v1
 from diffusion import (SAMPLERS, Guidance, Keep, Noise, add_noise, cut_timesteps, ddim_step, ddpm_step, default_timesteps_c, denoise,
                        linear_timesteps, slerp, timesteps)
-from images import apply_linear, cover, feather, fit_linear, fitting_size, read_image, read_mask, to_pil
+from extras.images import apply_linear, cover, feather, fit_linear, fitting_size, read_image, read_mask, to_pil
 from latents import crop, extend, latent_sizes, to_raw, to_stored
 from text import TextEncoder, Texts
 
@@ -146,10 +146,10 @@ class Wuerstchen:
         pictures; see int8.py. lora: LoRA files for Stage C and their scales, 1 as trained; see lora.py.
         Raises files.WeightsError (a ValueError) for what will not do, ValueError for devices that are not there.
         """
-        import hub
-        import weights as w
-        from files import TensorFile, find_file
-        from int8 import check as int8_check, to_int8
+        from loading import hub
+        from loading import weights as w
+        from loading.files import TensorFile, find_file
+        from speed.int8 import check as int8_check, to_int8
         from lora import bake, load_lora
         device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
@@ -614,7 +614,7 @@ class Wuerstchen:
     @torch.no_grad()
     def fit_preview(self, images: Tensor) -> dict[str, Tensor]:
         """images (N,3,H,W) in [0, 1] -> maps as preview_maps gives them, written to preview_file."""
-        from files import write_atomically
+        from loading.files import write_atomically
         latents = torch.cat([self.encode_latents(image[None]).cpu() for image in images])
         maps = {"B": fit_linear(latents, images)}
         if self.sources["image_encoder"] is not None:

@@ -54,7 +54,8 @@ def read_mask(source) -> Tensor:
     if hole.any() and (sheet == sheet[:, :1]).all():
         return hole.float()
     red, green, blue = colours * opacity + (1 - opacity)                # 3 x (H, W)
-    mask = (0.299 * red + 0.587 * green + 0.114 * blue > 0.5).float()   # luminance as Pillow and JPEG have it: ITU-R BT.601
+    # luminance as Pillow and JPEG have it: ITU-R BT.601
+    mask = (0.299 * red + 0.587 * green + 0.114 * blue > 0.5).float()
     if not mask.any():
         raise ValueError(f"{_name(source, 'the mask')} marks nothing: expected white where new content goes, black elsewhere")
     return mask
@@ -120,10 +121,12 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.float64)        # (H, W)
     low, high = values.min(), values.max()               # NaN if there is one
     if image.mode == "F":
-        # Floats do not say what white is: presumably 1 where none is larger, while what Pillow makes of 8 bits goes up to 255.
+        # Floats do not say what white is: presumably 1 where none is larger, while what Pillow makes of 8 bits goes up
+        # to 255.
         white = 1 if high <= 1 else 255
     else:
-        white = 65535                # for mode I, too: 16-bit PGM files come as I, and with older versions of Pillow 16-bit PNG files
+        # for mode I, too: 16-bit PGM files come as I, and with older versions of Pillow 16-bit PNG files
+        white = 65535
     if not (low >= 0 and high <= white):
         raise ValueError(f"its pixels (mode {image.mode}) run from {low:g} to {high:g}, expected 0 to {white}")
     return Image.fromarray(np.round(values * (255 / white)).astype(np.uint8))
@@ -182,7 +185,8 @@ def cover(image: Tensor, height: int, width: int, nearest: bool = False) -> Tens
     scale = max(height / image.shape[1], width / image.shape[2])
     size = max(height, round(image.shape[1] * scale)), max(width, round(image.shape[2] * scale))
     if size != tuple(image.shape[1:]):
-        # nearest-exact takes the pixel at the middle of the new one, as bilinear does. torch's "nearest" takes that at its
+        # nearest-exact takes the pixel at the middle of the new one, as bilinear does. torch's "nearest" takes that at
+        # its
         # corner, which would move a mask against its picture by up to half a pixel.
         how = dict(mode="nearest-exact") if nearest else dict(mode="bilinear", antialias=True, align_corners=False)
         image = F.interpolate(image[None], size, **how)[0]             # (C, *size)
@@ -197,7 +201,8 @@ def enlarge(image: Tensor, left: int, top: int, right: int, bottom: int) -> tupl
     """
     if max(left, top, right, bottom) < 1:
         raise ValueError("nothing is added around the picture: at least one side must be larger than 0 px")
-    mask = F.pad(torch.zeros_like(image[0]), (left, right, top, bottom), value=1.0)     # (H + top + bottom, W + left + right)
+    # (H + top + bottom, W + left + right)
+    mask = F.pad(torch.zeros_like(image[0]), (left, right, top, bottom), value=1.0)
     return F.pad(image[None], (left, right, top, bottom), mode="replicate")[0], mask    # (3, same, same), (same, same)
 
 
@@ -230,7 +235,8 @@ def feather(mask: Tensor, radius: int) -> Tensor:
     # outside, would be quicker, but it wipes out strokes thinner than the radius: here they only stay below 1.
     eroded, total = mask.float()[None], mask.float()                    # (1, H, W), (H, W)
     for _ in range(radius):
-        eroded = -F.max_pool2d(-eroded, 3, stride=1, padding=1)         # (1, H, W)  minimum of 3 x 3; beyond the border nothing counts
+        # (1, H, W)  minimum of 3 x 3; beyond the border nothing counts
+        eroded = -F.max_pool2d(-eroded, 3, stride=1, padding=1)
         total = total + eroded[0]                                       # (H, W)
     return total / (radius + 1)
 
@@ -258,7 +264,8 @@ def grid(images: list, columns: int, column_labels: list[str] | None = None, row
         if labels is not None and len(labels) != expected:
             raise ValueError(f"got {len(labels)} labels for {expected} {what}, expected one for each")
 
-    # A 24th of the cell's width, so that about 45 letters fit, but 11 px at least, below which letters are hard to read.
+    # A 24th of the cell's width, so that about 45 letters fit, but 11 px at least, below which letters are hard to
+    # read.
     # Pillow's own font is there on every machine, but knows little more than ASCII: other letters come out as boxes.
     font = ImageFont.load_default(size=max(11, round(width / 24)))
     above = [_shortened(label, width, font) for label in column_labels or []]
@@ -271,7 +278,8 @@ def grid(images: list, columns: int, column_labels: list[str] | None = None, row
     draw = ImageDraw.Draw(picture)
     for i, image in enumerate(images):
         picture.paste(image, (left + i % columns * (width + gap), top + i // columns * (height + gap)))
-    for i, label in enumerate(above):                                   # anchors: "mm" its middle, "rm" the middle of its right end
+    # anchors: "mm" its middle, "rm" the middle of its right end
+    for i, label in enumerate(above):
         draw.text((left + i * (width + gap) + width / 2, line / 2), label, "black", font, anchor="mm")
     for i, label in enumerate(beside):
         draw.text((left - gap, top + i * (height + gap) + height / 2), label, "black", font, anchor="rm")
@@ -290,7 +298,8 @@ def _shortened(text: str, width: int, font) -> str:
     if font.getlength(text) <= width:
         return text
     letters = 0
-    while font.getlength(f"{text[:letters + 1]}…") <= width:             # ends before the text does, which is wider by itself
+    # ends before the text does, which is wider by itself
+    while font.getlength(f"{text[:letters + 1]}…") <= width:
         letters += 1
     return f"{text[:letters].rstrip()}…" if letters else ""
 
@@ -306,7 +315,8 @@ def save_png(image: Image.Image, path: str | Path, settings: dict | None, overwr
     """
     text = PngInfo()
     if settings is not None:
-        for name, value in (("parameters", parameters_text(settings)), (CHUNK, json.dumps(settings, ensure_ascii=False, sort_keys=True))):
+        for name, value in (("parameters", parameters_text(settings)),
+                            (CHUNK, json.dumps(settings, ensure_ascii=False, sort_keys=True))):
             # PNG knows tEXt, in Latin-1, which every reader understands, and iTXt, in UTF-8, for everything else.
             latin = all(ord(letter) < 256 for letter in value)
             text.add_text(name, value) if latin else text.add_itxt(name, value)
@@ -321,11 +331,12 @@ def save_gif(images: list, path: str | Path, seconds_per_frame: float = 0.15, ov
     """
     _common_size(images)
     _write(path, overwrite, lambda temporary: images[0].save(
-        temporary, format="GIF", save_all=True, append_images=images[1:], duration=round(1000 * seconds_per_frame), loop=0))
+        temporary, format="GIF", save_all=True, append_images=images[1:], duration=round(1000 * seconds_per_frame),
+        loop=0))
 
 
 def _write(path: str | Path, overwrite: bool, write) -> None:
-    from files import write_atomically
+    from loading.files import write_atomically
     if Path(path).exists() and not overwrite:
         raise FileExistsError(f"{path} exists already and will not be overwritten: choose another name, or remove it")
     write_atomically(path, write)
@@ -370,7 +381,8 @@ def read_settings(path: str | Path) -> dict:
     """The settings that save_png wrote into a PNG file. Raises ValueError, in one line, if there are none to be read."""
     try:
         with _decoding(), Image.open(path) as image:
-            # .text decodes the whole picture, as text may come after the pixels: so it finds files that are cut off, too.
+            # .text decodes the whole picture, as text may come after the pixels: so it finds files that are cut off,
+            # too.
             text = image.text.get(CHUNK) if image.format == "PNG" else None
     except ValueError as error:
         raise ValueError(f"{path} cannot be read as a picture: {error}") from error
@@ -398,7 +410,8 @@ def fit_linear(latents: Tensor, images: Tensor) -> Tensor:
     if latents.ndim != 4 or images.ndim != 4 or len(latents) != len(images) or images.shape[1] != 3:
         raise ValueError(f"got latents of shape {tuple(latents.shape)} for images of shape {tuple(images.shape)}: "
                          "expected (N,C,h,w) and (N,3,H,W)")
-    # float64, as squares of latents of very different sizes are summed; on the CPU, whose solver takes columns of X that
+    # float64, as squares of latents of very different sizes are summed; on the CPU, whose solver takes columns of X
+    # that
     # depend on each other, too (a channel that is always 0 is such a one).
     colours = F.adaptive_avg_pool2d(images.detach().float(), tuple(latents.shape[2:]))  # (N, 3, h, w)
     X = latents.detach().double().cpu().movedim(1, -1).flatten(0, 2)                    # (N*h*w, C)

@@ -112,10 +112,12 @@ def find_file(path: str | Path, stems: tuple[str, ...]) -> Path:
     path = Path(path)
     if path.is_file():
         return path
-    paths = [path / f"{stem}{half}{suffix}" for suffix in (".safetensors", ".bin") for half in ("", ".fp16") for stem in stems]
+    paths = [path / f"{stem}{half}{suffix}" for suffix in (".safetensors", ".bin") for half in ("", ".fp16")
+             for stem in stems]
     found = next((path for path in paths if path.is_file()), None)
     if found is None:
-        raise WeightsError(f"{paths[0]} is missing: found {listing(path)}" if path.is_dir() else f"{path}: there is no such file or folder")
+        raise WeightsError(f"{paths[0]} is missing: found {listing(path)}" if path.is_dir()
+                           else f"{path}: there is no such file or folder")
     return found
 
 
@@ -135,7 +137,8 @@ def memory_of_its_own():
     try:
         yield
     finally:
-        mallopt(threshold, 32 * 2 ** 20)                 # where glibc's own adjustment ends up; activations are quicker in the heap
+        # where glibc's own adjustment ends up; activations are quicker in the heap
+        mallopt(threshold, 32 * 2 ** 20)
 
 
 # ----- writing ---------------------------------------------------------------------------------------
@@ -173,7 +176,8 @@ def to_half(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def write_files(config: dict, tensors: dict[str, Tensor], folder: str | Path, stem: str) -> None:
     """folder/config.json and folder/{stem}.safetensors, the tensors as they are."""
     from safetensors.torch import save_file
-    write_atomically(Path(folder) / f"{stem}.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    write_atomically(Path(folder) / f"{stem}.safetensors",
+                     lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     write_atomically(Path(folder) / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
 

@@ -10,8 +10,8 @@ Files are taken by name. The published model_index.json files name a module that
 moved since, so that diffusers itself cannot open these folders at present.
 Needs: huggingface_hub, which comes with transformers.
 
-  python hub.py v2                      # fetches v2 for text-to-image and says where it is
-  python hub.py v2-base --parts prior   # one part only
+  python -m loading.hub v2                      # fetches v2 for text-to-image and says where it is
+  python -m loading.hub v2-base --parts prior   # one part only
 """
 import argparse
 import contextlib
@@ -24,8 +24,8 @@ import warnings
 from pathlib import Path
 from typing import Iterable
 
-from files import STEM, WeightsError, find_file, listing, write_atomically
-from weights import extract_image_encoder
+from loading.files import STEM, WeightsError, find_file, listing, write_atomically
+from loading.weights import extract_image_encoder
 
 # Which state of each repository. A commit's hash where one is known; "main" where none could be
 # looked up, as for those whose files have not changed since 2023. --revision overrides.
@@ -69,7 +69,8 @@ IMAGE_ENCODER_INSIDE = ("dome272/wuerstchen", "model_v2_stage_b.pt")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 # What a task needs.
 TEXT_TO_IMAGE = tuple(V2)                                                               # all but the image encoder
-RECONSTRUCTION = ("image_encoder", "decoder", "text_encoder", "tokenizer", "vqgan")     # a picture, encoded and painted again
+# a picture, encoded and painted again
+RECONSTRUCTION = ("image_encoder", "decoder", "text_encoder", "tokenizer", "vqgan")
 
 
 # ----- folders: which part stands where ---------------------------------------------------------------
@@ -97,11 +98,13 @@ LAYOUTS = {
         decoder="model_v2_stage_b.pt", text_encoder="text_encoder", tokenizer="tokenizer", scheduler="scheduler",
         vqgan="vqgan_f4_v1_500k.pt", image_encoder="model_v2_stage_b.pt"),
     "original files of v1": dict(
-        prior="model_stage_c*.pt", prior_text_encoder="text_encoder", prior_tokenizer="tokenizer", prior_scheduler="scheduler",
+        prior="model_stage_c*.pt", prior_text_encoder="text_encoder", prior_tokenizer="tokenizer",
+        prior_scheduler="scheduler",
         decoder="model_stage_b.pt", text_encoder="text_encoder", tokenizer="tokenizer", scheduler="scheduler",
         vqgan="vqgan_f4_v1_500k.pt", image_encoder="model_stage_b.pt"),
 }
-SHIPPED = {name: Path(__file__).parent / "models" / name for name in ("tiny", "tiny-v1")}       # what comes with the code
+# what comes with the code
+SHIPPED = {name: Path(__file__).parents[1] / "models" / name for name in ("tiny", "tiny-v1")}
 OPTIONAL = ("image_encoder", "scheduler", "prior_scheduler")
 TEXT = ("prior_text_encoder", "prior_tokenizer", "text_encoder", "tokenizer")
 
@@ -117,7 +120,8 @@ def find_parts(folder: str | Path, given: Iterable[str] = ()) -> dict[str, Path 
         raise WeightsError(f"{folder} is not a folder of weights: there is no such folder")
 
     def there(place: str) -> Path | None:
-        found = sorted(folder.glob(place))           # a pattern only where several files would do: the last is the newest
+        # a pattern only where several files would do: the last is the newest
+        found = sorted(folder.glob(place))
         if len(found) > 1:
             warnings.warn(f"{folder} holds several files {place}: taking {found[-1].name}")
         return found[-1] if found and (found[-1].is_dir() or found[-1].suffix == ".pt") else None
@@ -129,7 +133,8 @@ def find_parts(folder: str | Path, given: Iterable[str] = ()) -> dict[str, Path 
             if missing:
                 raise WeightsError(f"{folder} looks like the layout {name!r} but lacks {', '.join(missing)}")
             return parts
-    wanted = "; or ".join(", ".join(layout[part] + "/" * (not name.startswith("original")) for part in ("prior", "decoder", "vqgan"))
+    wanted = "; or ".join(", ".join(layout[part] + "/" * (not name.startswith("original"))
+                                    for part in ("prior", "decoder", "vqgan"))
                           for name, layout in LAYOUTS.items())
     raise WeightsError(f"{folder} holds no weights that are understood: looked for {wanted}; found {listing(folder)}")
 
@@ -164,14 +169,18 @@ def locate(weights: str | Path, files: dict[str, str | Path] | None = None, part
     A text encoder's tokenizer stands in the same folder, or beside it in one called tokenizer. Raises WeightsError.
     """
     name, weights = weights, SHIPPED.get(weights, weights)
-    if weights not in NAMES and (base := Path(weights) / "base.json").is_file():         # what a training wrote: some parts, and where the rest is
+    # what a training wrote: some parts, and where the rest is
+    if weights not in NAMES and (base := Path(weights) / "base.json").is_file():
         try:
             base = json.loads(base.read_text(encoding="utf-8"))
             rest = base["weights"], base.get("files", {})
         except (OSError, ValueError, KeyError, AttributeError) as error:
             raise WeightsError(f"{base} cannot be used: {error}; expected what train_b.py and train_c.py write") from error
-        trained = {part: Path(weights) / name for part, name in (("prior", "prior"), ("prior_text_encoder", "text_encoder"), ("decoder", "decoder"),
-                                                                 ("image_encoder", "image_encoder")) if (Path(weights) / name).is_dir()}
+        trained = {part: Path(weights) / name for part, name in (("prior", "prior"),
+                                                                 ("prior_text_encoder", "text_encoder"),
+                                                                 ("decoder", "decoder"),
+                                                                 ("image_encoder", "image_encoder"))
+                   if (Path(weights) / name).is_dir()}
         found = locate(rest[0], rest[1] | trained | (files or {}), parts, half, offline, revision)
         return found | (dict(lora=Path(weights) / base["lora"]) if base.get("lora") else {})
     own = {part: Path(path) for part, path in (files or {}).items() if path is not None}
@@ -180,7 +189,8 @@ def locate(weights: str | Path, files: dict[str, str | Path] | None = None, part
             raise WeightsError(f"{part}: {path}: there is no such file or folder")
     for encoder, tokenizer in (("prior_text_encoder", "prior_tokenizer"), ("text_encoder", "tokenizer")):
         if encoder in own:
-            own.setdefault(tokenizer, own[encoder] if (own[encoder] / "tokenizer_config.json").is_file() else own[encoder].parent / "tokenizer")
+            own.setdefault(tokenizer, own[encoder] if (own[encoder] / "tokenizer_config.json").is_file()
+                           else own[encoder].parent / "tokenizer")
     if weights in NAMES:
         found = fetch(weights, tuple(part for part in parts if part not in own), half, offline, revision)
     else:
@@ -243,7 +253,8 @@ def fetch(name: str, parts: tuple[str, ...] = TEXT_TO_IMAGE, half: bool = False,
             chosen[repo] = choose(repo, revision_of(repo, revision), [[file]], offline)
     new = [size for files in chosen.values() for size in files.values()]
     if any(new):
-        print(f"Fetching {sum(size > 0 for size in new)} files, {sum(new) / 1e9:.2f} GB, into {cache_folder()}", file=sys.stderr)
+        print(f"Fetching {sum(size > 0 for size in new)} files, {sum(new) / 1e9:.2f} GB, into {cache_folder()}",
+              file=sys.stderr)
     snapshots = {repo: download(repo, revision_of(repo, revision, name), files) for repo, files in chosen.items()}
 
     found = {part: snapshots[repo] / folder for part, (repo, folder, _) in sources.items()}
@@ -326,7 +337,8 @@ def hashes(places: dict[str, Path | None]) -> dict[str, str]:
     for part in ("prior", "decoder", "vqgan", "image_encoder", "prior_text_encoder", "text_encoder"):
         if places.get(part) is None:
             continue
-        path = find_file(places[part], (STEM, "model", "pytorch_model")).resolve()       # the hub's cache holds links to files named by hash
+        # the hub's cache holds links to files named by hash
+        path = find_file(places[part], (STEM, "model", "pytorch_model")).resolve()
         if re.fullmatch("[0-9a-f]{64}", path.name):
             result[part] = path.name
             continue
@@ -369,7 +381,8 @@ def main(args):
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("name", choices=sorted(NAMES), help="which weights")
-    p.add_argument("--parts", nargs="+", choices=[*V2, "image_encoder"], default=list(TEXT_TO_IMAGE), help="default: all that text-to-image needs")
+    p.add_argument("--parts", nargs="+", choices=[*V2, "image_encoder"], default=list(TEXT_TO_IMAGE),
+                   help="default: all that text-to-image needs")
     p.add_argument("--half", action="store_true", help="weights in float16 where they are offered")
     p.add_argument("--offline", action="store_true", help="look in the cache only")
     p.add_argument("--revision", help="branch, tag or commit in place of the tested ones; REPO=NAME for one repository")

@@ -26,12 +26,13 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from files import (STEM, TensorFile, WeightsError, find_file, is_finite, memory_of_its_own, read_config, write_atomically, write_files,
+from loading.files import (STEM, TensorFile, WeightsError, find_file, is_finite, memory_of_its_own, read_config,
+                           write_atomically, write_files,
                    write_model)
-from int8 import quantised, to_int8
+from speed.int8 import quantised, to_int8
 from stage_a import StageA
 from stage_b import EfficientNetEncoder, StageB, TinyImageEncoder
-from stage_b_v1 import StageBV1
+from v1.stage_b import StageBV1
 from stage_c import StageC
 
 
@@ -157,7 +158,8 @@ def rules_tiny(**_) -> list:
 
 def name_table(model: nn.Module) -> dict[str, tuple[str, str]]:
     """For a model of ours: name of a tensor in diffusers' naming -> (our name, "1x1", "grn" or "")."""
-    rules = {StageA: rules_a, StageB: rules_b, StageBV1: rules_b_v1, StageC: rules_c, EfficientNetEncoder: rules_efficientnet,
+    rules = {StageA: rules_a, StageB: rules_b, StageBV1: rules_b_v1, StageC: rules_c,
+             EfficientNetEncoder: rules_efficientnet,
              TinyImageEncoder: rules_tiny}[type(model)]
     parts = {ours: (theirs, kind) for ours, theirs, kind in rules(**model.config)}
     table = {}
@@ -300,7 +302,8 @@ def what_it_is(shapes: dict[str, tuple]) -> str | None:
                          ("backbone.0.0.weight", "an image encoder (EfficientNet)"),
                          ("text_model.embeddings.token_embedding.weight", "a CLIP text encoder"),
                          ("embeddings.token_embedding.weight", "a CLIP text encoder"),
-                         ("embed_text.0.weight", "a Stage C in our own names"), ("embed_token.weight", "a v1 Stage B in our own names"),
+                         ("embed_text.0.weight", "a Stage C in our own names"),
+                         ("embed_token.weight", "a v1 Stage B in our own names"),
                          ("embed_text.weight", "a Stage B in our own names")):
         if name in shapes:
             return answer
@@ -326,10 +329,12 @@ CONFIGS = {
         c_cond=("c_cond", 1024), c_hidden=("c_hidden", [640, 1280, 1280]), heads=("nhead", [-1, 16, 16]),
         blocks=("blocks", [4, 12, 4]), levels=("level_config", ["CT", "CTA", "CTA"]), c_semantic=("effnet_embd", 16),
         c_text=("byt5_embd", 1024), kernel_size=("kernel_size", 3), dropout=("dropout", 0.1))),
-    StageC: ("WuerstchenPrior", dict(      # these defaults are not the released sizes; the released files spell theirs out
+    StageC: ("WuerstchenPrior",
+             dict(      # these defaults are not the released sizes; the released files spell theirs out
         c_in=("c_in", 16), c=("c", 1280), c_cond=("c_cond", 1024), c_timestep=("c_r", 64), depth=("depth", 16),
         heads=("nhead", 16), dropout=("dropout", 0.1))),
-    EfficientNetEncoder: ("EfficientNetEncoder", dict(c_semantic=("c_latent", 16), network=("effnet", "efficientnet_v2_s"))),
+    EfficientNetEncoder: ("EfficientNetEncoder",
+                          dict(c_semantic=("c_latent", 16), network=("effnet", "efficientnet_v2_s"))),
     TinyImageEncoder: ("TinyImageEncoder", dict(
         c_semantic=("c_semantic", 16), c_hidden=("c_hidden", [32, 64, 128, 256]), blocks=("blocks", [1, 2, 2, 2]))),
 }
@@ -372,11 +377,13 @@ def config_to_diffusers(model: nn.Module) -> dict:
 # ----- loading: one model from its folder or file ------------------------------------------------------
 
 # The original files hold several tables; this is where each model stands, the averaged weights first.
-SECTIONS = {StageA: ("state_dict",), StageB: ("state_dict",), StageBV1: ("state_dict",), StageC: ("ema_state_dict", "state_dict"),
+SECTIONS = {StageA: ("state_dict",), StageB: ("state_dict",), StageBV1: ("state_dict",),
+            StageC: ("ema_state_dict", "state_dict"),
             EfficientNetEncoder: ("effnet_state_dict",)}
 # A tensor that tells which model a file holds: its name elsewhere, its name here.
 TELLTALES = {StageA: ("in_block.1.weight", "codebook.codes"), StageBV1: ("byt5_mapper.weight", "embed_token.weight"),
-             StageB: ("clip_mapper.weight", "embed_text.weight"), StageC: ("cond_mapper.0.weight", "embed_text.0.weight"),
+             StageB: ("clip_mapper.weight", "embed_text.weight"),
+             StageC: ("cond_mapper.0.weight", "embed_text.0.weight"),
              EfficientNetEncoder: ("backbone.0.0.weight",) * 2}
 
 
@@ -390,7 +397,8 @@ def fill(model: nn.Module, tensors, dtype: torch.dtype) -> nn.Module:
     """
     wanted, converted = model.state_dict(), {}
     for name, tensor in tensors:
-        converted[name] = tensor.to(dtype if wanted[name].is_floating_point() else wanted[name].dtype, copy=True).contiguous()
+        converted[name] = tensor.to(dtype if wanted[name].is_floating_point() else wanted[name].dtype,
+                                    copy=True).contiguous()
         if not is_finite(converted[name]):
             raise WeightsError(f"{name} contains NaN or infinity" + (f" in {dtype}" if is_finite(tensor) else ""))
     model.load_state_dict(converted, strict=True, assign=True)
@@ -420,7 +428,8 @@ def plan(stage: type, path: str | Path) -> tuple[nn.Module, TensorFile]:
     config = read_config(folder) if file is None or (folder / "config.json").is_file() else None
     try:
         with torch.device("meta"):
-            model = stage(**(config_to_ours(config, stage) if config is not None else official_sizes(stage, file.shapes)))
+            model = stage(**(config_to_ours(config, stage) if config is not None
+                             else official_sizes(stage, file.shapes)))
     except (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError) as error:     # impossible numbers in it
         raise WeightsError(f"{folder / 'config.json'} cannot be used: {error}") from error
     file = file or TensorFile(find_file(path, (STEM, "model")), SECTIONS.get(stage, ()))
@@ -584,7 +593,8 @@ def save_image_encoder(model: EfficientNetEncoder | TinyImageEncoder, folder: st
 def save_scheduler(folder: str | Path) -> None:
     """Writes a `scheduler` folder, so that diffusers too finds all parts: the only schedule there is here."""
     config = dict(_class_name="DDPMWuerstchenScheduler", s=0.008, scaler=1.0)
-    write_atomically(Path(folder) / "scheduler_config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+    write_atomically(Path(folder) / "scheduler_config.json",
+                     lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
 
 
 def save_text_encoder(tokenizer, encoder, folder: str | Path, tokenizer_folder: str | Path) -> None:
@@ -592,7 +602,8 @@ def save_text_encoder(tokenizer, encoder, folder: str | Path, tokenizer_folder: 
     import tempfile
     config = json.loads(encoder.config.to_json_string(use_diff=False))
     config.update(architectures=["CLIPTextModel"], dtype="float16", torch_dtype="float16")   # read by transformers 5, 4
-    tensors = {"text_model." + name.removeprefix("text_model."): tensor for name, tensor in encoder.state_dict().items()}
+    tensors = {"text_model." + name.removeprefix("text_model."): tensor
+               for name, tensor in encoder.state_dict().items()}
     write_model(config, tensors, folder, "model")
     with tempfile.TemporaryDirectory() as temporary:
         tokenizer.save_pretrained(temporary)
@@ -601,7 +612,7 @@ def save_text_encoder(tokenizer, encoder, folder: str | Path, tokenizer_folder: 
             write_atomically(Path(tokenizer_folder) / source.name, lambda path: path.write_bytes(data))
 
 
-# ----- python weights.py convert ----------------------------------------------------------------------
+# ----- python -m loading.weights convert ----------------------------------------------------------------------
 
 
 def convert(source: str | Path, target: str | Path, to: str) -> int:
@@ -636,7 +647,8 @@ def convert(source: str | Path, target: str | Path, to: str) -> int:
 if __name__ == "__main__":
     import argparse
     p = argparse.ArgumentParser(description="Converts one model's weights between the three namings; see the top of weights.py.")
-    command = p.add_subparsers(dest="command", required=True).add_parser("convert", help="rewrite a model's names, not its numbers")
+    command = p.add_subparsers(dest="command", required=True).add_parser("convert",
+                                                                         help="rewrite a model's names, not its numbers")
     command.add_argument("source", help="folder with config.json, or a .safetensors, .bin or .pt file")
     command.add_argument("target", help="folder, .safetensors, .bin or .pt; must not exist yet")
     command.add_argument("--to", required=True, choices=["ours", "diffusers", "original"], help="the naming to write")

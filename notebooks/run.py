@@ -19,7 +19,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 SECONDS, BYTES = 180, 2_000_000            # the most that a notebook may take, to run and on disk
-DRAWS = re.compile(r"\bpictures\(|\bplt\.(subplots|figure|plot|scatter|bar|imshow|hist)\(")       # a cell from which a picture must come
+# a cell from which a picture must come
+DRAWS = re.compile(r"\bpictures\(|\bplt\.(subplots|figure|plot|scatter|bar|imshow|hist)\(")
 
 
 def source(cell: dict) -> str:

@@ -8,13 +8,17 @@ import warnings
 import matplotlib.pyplot as plt
 import numpy as np
 
-# tqdm asks for ipywidgets wherever there is a notebook; no bar is drawn here. It warns when it is imported: import this file first.
+# tqdm asks for ipywidgets wherever there is a notebook; no bar is drawn here. It warns when it is imported: import this
+# file first.
 warnings.filterwarnings("ignore", message="IProgress not found")
 
 WIDTH = 9      # inches
-plt.rcParams.update({"figure.dpi": 100, "figure.facecolor": "white", "savefig.facecolor": "white", "axes.facecolor": "white",
-                     "figure.figsize": (WIDTH, 3.6), "figure.constrained_layout.use": True, "font.size": 11, "axes.grid": True,
-                     "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False, "figure.titlesize": 13, "axes.titlesize": 12})
+plt.rcParams.update({"figure.dpi": 100, "figure.facecolor": "white", "savefig.facecolor": "white",
+                     "axes.facecolor": "white",
+                     "figure.figsize": (WIDTH, 3.6), "figure.constrained_layout.use": True, "font.size": 11,
+                     "axes.grid": True,
+                     "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False, "figure.titlesize": 13,
+                     "axes.titlesize": 12})
 
 
 def pictures(rows, title, columns=None, labels=None, size=None, cmap="RdBu_r", numbers=False):
@@ -45,7 +49,8 @@ def pictures(rows, title, columns=None, labels=None, size=None, cmap="RdBu_r", n
             if getattr(image, "ndim", 3) == 2:
                 drawn = ax.imshow(np.asarray(image), cmap=cmap, vmin=low, vmax=limit)
                 for (y, x), value in np.ndenumerate(np.asarray(image)) if numbers else ():
-                    ax.text(x, y, f"{value:.1f}", ha="center", va="center", fontsize=8, color="white" if abs(value) > 0.6 * limit else "black")
+                    ax.text(x, y, f"{value:.1f}", ha="center", va="center", fontsize=8, color="white"
+                            if abs(value) > 0.6 * limit else "black")
             else:
                 ax.imshow(image if not hasattr(image, "ndim") else np.clip(np.asarray(image).transpose(1, 2, 0), 0, 1))
             if columns is not None and (every or i == 0):

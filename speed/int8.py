@@ -34,10 +34,12 @@ def product_now(x8: Tensor, weight8: Tensor, scale: Tensor) -> Tensor:
     """
     packed = torch.ops.onednn.qlinear_prepack(weight8.contiguous(), None)                # strides it does not look at
     zero = torch.zeros(len(scale), dtype=torch.int32)
-    return torch.ops.onednn.qlinear_pointwise(x8, 1.0, 128, packed, scale, zero, None, 1.0, 0, torch.float32, "none", [], "")
+    return torch.ops.onednn.qlinear_pointwise(x8, 1.0, 128, packed, scale, zero, None, 1.0, 0, torch.float32, "none",
+                                              [], "")
 
 
-# torch.compile knows the operations inside with weights packed beforehand only: so it is told of one that it does not look into. (The
+# torch.compile knows the operations inside with weights packed beforehand only: so it is told of one that it does not
+# look into. (The
 # decorator torch.library.custom_op says the same in one line, but takes seconds at its first call.)
 library = torch.library.Library("wuerstchen", "FRAGMENT")
 library.define("int8_product(Tensor x8, Tensor weight8, Tensor scale) -> Tensor")
@@ -49,7 +51,8 @@ product = torch.ops.wuerstchen.int8_product
 def is_exact(n: int) -> bool:
     """Does this processor add up products with weights from -n to n? Tried with the largest sums that there can be."""
     x8 = torch.tensor([[255] * 64, [0] * 64], dtype=torch.uint8)
-    return product(x8, torch.full((64, 64), n, dtype=torch.int8), torch.ones(64))[:, 0].tolist() == [127 * n * 64, -128 * n * 64]
+    return product(x8, torch.full((64, 64), n, dtype=torch.int8),
+                   torch.ones(64))[:, 0].tolist() == [127 * n * 64, -128 * n * 64]
 
 
 def finest() -> int:
@@ -88,18 +91,22 @@ class Int8Linear(nn.Module):
         """x (...,in) float32 -> (...,out); or a part of the input, and the column of the weight at which it starts: see LinearInParts in stage_b.py."""
         rows, weight = x.flatten(0, -2), self.weight[:, start:start + x.shape[-1]]       # (M, C'), (out, C')
         from_least = self.total is not None and x.shape[-1] == self.in_features
-        least, most = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)             # (M, 1); twice as fast as abs().amax()
+        # (M, 1); twice as fast as abs().amax()
+        least, most = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
         # A conversion to whole numbers cuts off, so half of one is added.
         if from_least:
-            step = torch.maximum((most - least) / 255, 1e-6 * least.abs()).clamp_min(1e-30)      # never so small that least / step is not exact
+            # never so small that least / step is not exact
+            step = torch.maximum((most - least) / 255, 1e-6 * least.abs()).clamp_min(1e-30)
             x8 = torch.addcmul(0.5 - least / step, rows, 1 / step)                       # (M, C') in 0..255
         else:
             step = torch.maximum(most, -least).clamp_min(1e-30) / 127                    # (M, 1)
-            x8 = torch.addcmul(rows.new_tensor(128.5), rows, 1 / step)                   # (M, C') in 1..255, 128 stands for 0
+            # (M, C') in 1..255, 128 stands for 0
+            x8 = torch.addcmul(rows.new_tensor(128.5), rows, 1 / step)
         whole = x8.to(torch.uint8)
         y = product(whole, weight, self.scale)                                           # (M, out)
         if self.fine:
-            fine = x8.sub_(whole).mul_(256).to(torch.uint8)                              # what was cut off, less half of one, in steps of 1 / 256
+            # what was cut off, less half of one, in steps of 1 / 256
+            fine = x8.sub_(whole).mul_(256).to(torch.uint8)
             y = y.add_(product(fine, weight, self.scale), alpha=1 / 256)
         # NaN and infinity in x, of which 8 bits know nothing, come back here with the step.
         y = y * step if start or self.bias is None else torch.addcmul(self.bias, y, step)
@@ -117,7 +124,8 @@ def state_of(name: str, weight: Tensor, n: int) -> dict[str, Tensor]:
 
 def large(model: nn.Module, least: int = 128) -> list[str]:
     """Names of the linear layers with at least so many inputs and outputs."""
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and min(module.in_features, module.out_features) >= least]
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)
+            and min(module.in_features, module.out_features) >= least]
 
 
 @torch.no_grad()
@@ -134,7 +142,8 @@ def to_int8(model: nn.Module, least: int = 128) -> list[str]:
         layer = model.get_submodule(name)
         new = Int8Linear(layer.in_features, layer.out_features, layer.bias is not None, child in fine, "meta")
         if not layer.weight.is_meta:
-            state = state_of(child, layer.weight, finest()) | ({} if layer.bias is None else {f"{child}.bias": layer.bias.detach().float()})
+            state = state_of(child, layer.weight, finest()) | ({} if layer.bias is None
+                                                               else {f"{child}.bias": layer.bias.detach().float()})
             nn.ModuleDict({child: new}).load_state_dict(state, assign=True)
         setattr(model.get_submodule(parent), child, new.train(layer.training))
     return names

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import weights
+from loading import weights
 from stage_a import StageA
-from stage_b_v1 import StageBV1
+from v1.stage_b import StageBV1
 from stage_c import StageC
 
 HERE = Path(__file__).parent
@@ -83,7 +83,8 @@ def weights_from_names(shapes: dict[str, tuple]) -> dict[str, Tensor]:
 
 # v1 as its authors published it, but small; only the width of the text must be CLIP-H's, by which its Stage C is known.
 SMALL_V1 = {StageA: dict(levels=2, bottleneck_blocks=1, c_hidden=8, c_latent=4, codebook_size=32),
-            StageBV1: dict(codebook_size=32, c_token=4, c_timestep=8, c_cond=8, c_hidden=(8, 8), heads=(-1, 2), blocks=(1, 1), levels=("CT", "CTA"), c_text=1024),
+            StageBV1: dict(codebook_size=32, c_token=4, c_timestep=8, c_cond=8, c_hidden=(8, 8), heads=(-1, 2),
+                           blocks=(1, 1), levels=("CT", "CTA"), c_text=1024),
             StageC: dict(c=8, c_cond=1024, c_timestep=8, depth=1, heads=2)}
 
 
@@ -91,14 +92,17 @@ def small_v1(folder: Path) -> Path:
     """Writes the authors' three files, in their names and tables, and a text encoder of width 1024 with its tokenizer."""
     from transformers import CLIPTextConfig, CLIPTextModel
     torch.manual_seed(0)
-    for name, section, stage in (("vqgan_f4_v1_500k.pt", "state_dict", StageA), ("model_stage_b.pt", "state_dict", StageBV1),
+    for name, section, stage in (("vqgan_f4_v1_500k.pt", "state_dict", StageA),
+                                 ("model_stage_b.pt", "state_dict", StageBV1),
                                  ("model_stage_c_ema.pt", "ema_state_dict", StageC)):
         model = stage(**SMALL_V1[stage])
         others = {"effnet_state_dict": {"x": torch.zeros(1)}, "iter": 7} if stage is StageBV1 else {}
         torch.save({section: weights.to_original(model.state_dict(), model), **others}, folder / name)
     tokenizer, _ = weights.load_text_encoder(TINY / "text_encoder", TINY / "tokenizer")
-    encoder = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=1024, num_hidden_layers=1, num_attention_heads=16, intermediate_size=8,
-                                           max_position_embeddings=tokenizer.model_max_length, bos_token_id=tokenizer.bos_token_id,
+    encoder = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=1024, num_hidden_layers=1,
+                                           num_attention_heads=16, intermediate_size=8,
+                                           max_position_embeddings=tokenizer.model_max_length,
+                                           bos_token_id=tokenizer.bos_token_id,
                                            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
     weights.save_text_encoder(tokenizer, encoder, folder / "text_encoder", folder / "tokenizer")
     return folder

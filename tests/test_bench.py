@@ -7,14 +7,15 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import bench
-from bench import GOALS, SECTIONS, Call, Measured, Row, measured, ratio, replace_section, table, verdict
+from tools import bench
+from tools.bench import GOALS, SECTIONS, Call, Measured, Row, measured, ratio, replace_section, table, verdict
 
 
 def test_a_ratio_is_of_neighbours():
     """The machine gets ten times slower half-way: both sides of a pair see it, so that the ratio is 2 throughout."""
     assert ratio([2.0, 2.0, 20.0, 20.0], [1.0, 1.0, 10.0, 10.0]) == 2
-    assert ratio([2.0, 2.0, 20.0], [1.0, 10.0, 10.0]) == 2       # it came between the two of one pair, which is outvoted
+    # it came between the two of one pair, which is outvoted
+    assert ratio([2.0, 2.0, 20.0], [1.0, 10.0, 10.0]) == 2
     with pytest.raises(ValueError):
         ratio([1.0, 2.0], [1.0])
 
@@ -25,8 +26,10 @@ def test_runs_are_taken_in_turns_after_one_to_warm_up():
     assert order == list("abababab") and [len(values) for values in seconds.values()] == [3, 3]
 
 
-@pytest.mark.parametrize("goal, value, met", [(("at least", 1.4), 1.4, "yes"), (("at least", 1.4), 1.39, "**no**"), (("at most", 0.3), 0.3, "yes"),
-                                              (("at most", 0.3), 0.31, "**no**"), (("at least", 1.4), math.nan, "**no**")])
+@pytest.mark.parametrize("goal, value, met", [(("at least", 1.4), 1.4, "yes"), (("at least", 1.4), 1.39, "**no**"),
+                                              (("at most", 0.3), 0.3, "yes"),
+                                              (("at most", 0.3), 0.31, "**no**"),
+                                              (("at least", 1.4), math.nan, "**no**")])
 def test_a_goal_is_met_or_not(goal, value, met, monkeypatch):
     """A figure that there is not, without diffusers, meets nothing."""
     monkeypatch.setitem(GOALS, ("Start", "x"), goal)
@@ -43,7 +46,8 @@ def test_a_goal_that_nothing_speaks_of_is_said():
 
 
 def test_a_table_shows_goal_result_and_ratio():
-    rows = [Row("Stage A decode", "10 ms", "15 ms, diffusers", 1.5, "more"), Row("largest deviation from diffusers", "3e-07", "", 3e-7), Row("other", "1 s", "", math.nan)]
+    rows = [Row("Stage A decode", "10 ms", "15 ms, diffusers", 1.5, "more"),
+            Row("largest deviation from diffusers", "3e-07", "", 3e-7), Row("other", "1 s", "", math.nan)]
     lines = table("Official size", rows, "A note.").splitlines()
     assert lines[2:] == ["| Stage A decode | 10 ms | 15 ms, diffusers | 1.50 | at least 1.7 | **no** | more |",
                          "| largest deviation from diffusers | 3e-07 |  | 3.0e-07 | at most 1e-05 | yes |  |",
@@ -73,10 +77,13 @@ def test_operations_and_differences_of_a_call_are_those_of_the_call():
     def theirs():
         ran.append(1)
         return 1.01 * (a @ b)
-    rows, found, peak = measured({"x": Call(lambda: a @ b, theirs), "y": Call(lambda: a @ b, theirs), "z": Call(lambda: a @ b, None)}, 2, torch.device("cpu"))
-    assert [row.what for row in rows] == ["x", "y", "z"] and rows[0].more.startswith("8.192e-06 GFLOP") and "L2 1e-02" in rows[0].more
+    rows, found, peak = measured({"x": Call(lambda: a @ b, theirs), "y": Call(lambda: a @ b, theirs),
+                                  "z": Call(lambda: a @ b, None)}, 2, torch.device("cpu"))
+    assert [row.what for row in rows] == ["x", "y", "z"] and rows[0].more.startswith("8.192e-06 GFLOP")
+    assert "L2 1e-02" in rows[0].more
     assert len(ran) == 3 + 2                 # a warm-up and 2 repeats, and for each comparison of results once more
-    assert found["z"].theirs is None and math.isnan(rows[2].ratio) and found["x"].theirs == found["y"].theirs and found["x"].flops == 8192 and peak > 0
+    assert found["z"].theirs is None and math.isnan(rows[2].ratio) and found["x"].theirs == found["y"].theirs
+    assert found["x"].flops == 8192 and peak > 0
 
 
 def test_products_alone_are_those_of_the_call():
@@ -110,22 +117,30 @@ def test_products_of_a_training_step_include_the_way_back():
 
 
 def test_a_training_step_says_what_its_products_take():
-    plain, blocks = (bench.training_steps("ours", False, how, 1, 128, 1, "cpu", 64, steps=2) for how in (None, "blocks"))
-    assert plain["products"] > 0 and blocks["products"] is None and plain["loss"] == pytest.approx(blocks["loss"], rel=1e-6)
+    plain, blocks = (bench.training_steps("ours", False, how, 1, 128, 1, "cpu", 64, steps=2)
+                     for how in (None, "blocks"))
+    assert plain["products"] > 0 and blocks["products"] is None
+    assert plain["loss"] == pytest.approx(blocks["loss"], rel=1e-6)
 
 
 def test_a_picture_is_29_steps_of_c_12_of_b_and_a_decoding():
     """Its time is added up from the parts, ours prepared and compiled, diffusers' as they are; and the share of the peak follows."""
-    found = {"Stage C step": Measured(9, 2, 0), "Stage C step, prepared": Measured(1, 2, 0), "Stage C step, compiled": Measured(0.5, 1, 10 ** 9),
-             "Stage B step": Measured(9, 4, 0), "Stage B step, prepared": Measured(2, 4, 0), "Stage B step, compiled": Measured(1, 3, 10 ** 9),
+    found = {"Stage C step": Measured(9, 2, 0), "Stage C step, prepared": Measured(1, 2, 0),
+             "Stage C step, compiled": Measured(0.5, 1, 10 ** 9),
+             "Stage B step": Measured(9, 4, 0), "Stage B step, prepared": Measured(2, 4, 0),
+             "Stage B step, compiled": Measured(1, 3, 10 ** 9),
              "Stage A decode": Measured(3, 6, 10 ** 9)}
     rows = {row.what: row.ratio for row in bench.whole_pictures(found, lambda title: title, 1, peak=10)}
     ours, theirs, fast, their_fast = 29 + 24 + 3, 58 + 48 + 6, 14.5 + 12 + 3, 29 + 36 + 6
-    assert rows == {"whole picture, added up": theirs / ours, "a picture, compiled, seconds": fast, "a picture, compiled, beside diffusers": theirs / fast,
-                    "a picture, compiled, beside diffusers compiled": their_fast / fast, "a picture, compiled, share of the peak": pytest.approx(42 / fast / 10)}
+    assert rows == {"whole picture, added up": theirs / ours, "a picture, compiled, seconds": fast,
+                    "a picture, compiled, beside diffusers": theirs / fast,
+                    "a picture, compiled, beside diffusers compiled": their_fast / fast,
+                    "a picture, compiled, share of the peak": pytest.approx(42 / fast / 10)}
     four = {f"{title}, 4 pictures": value for title, value in found.items() if "compiled" not in title}
-    assert [row.what for row in bench.whole_pictures(four, lambda title: f"{title}, 4 pictures", 4, 10)] == ["whole picture, added up, 4 pictures"]
-    assert {what for section, what in GOALS if section == "GPU"} - {"a picture of 8, compiled, share of the peak"} <= rows.keys()
+    assert [row.what for row in bench.whole_pictures(four, lambda title: f"{title}, 4 pictures", 4,
+                                                     10)] == ["whole picture, added up, 4 pictures"]
+    assert {what for section, what in GOALS if section
+            == "GPU"} - {"a picture of 8, compiled, share of the peak"} <= rows.keys()
 
 
 @pytest.mark.parametrize("options", ["--no-compile", "--dtype bf16 --pictures 1 2"])
@@ -135,19 +150,25 @@ def test_the_official_measurement_runs_at_any_size(options, tmp_path, monkeypatc
     pytest.importorskip("diffusers", reason="diffusers is what is compared with")
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda network, **options: compile(network, backend="eager"))
-    for stage, small in (("stage_a", dict(c_hidden=16)), ("stage_b", dict(c_cond=64, c_hidden=(32, 64, 64, 64), heads=(-1, 2, 2, 2))), ("stage_c", dict(c=64, heads=2))):
+    for stage, small in (("stage_a", dict(c_hidden=16)),
+                         ("stage_b", dict(c_cond=64, c_hidden=(32, 64, 64, 64), heads=(-1, 2, 2, 2))),
+                         ("stage_c", dict(c=64, heads=2))):
         module = __import__(stage)
         monkeypatch.setattr(module, "OFFICIAL", module.OFFICIAL | small)
-    bench.main(["--official", "--device", "cpu", "--depth", "1", "--side", "128", "--repeats", "1", "--out", str(tmp_path / "b.md"), *options.split()])
+    bench.main(["--official", "--device", "cpu", "--depth", "1", "--side", "128", "--repeats", "1", "--out",
+                str(tmp_path / "b.md"), *options.split()])
     text = (tmp_path / "b.md").read_text()
-    assert "## Official size" in text and "**Not the official size: 128 px, depth 1.**" in text and "| Stage C step, prepared, its products alone |" in text
+    assert "## Official size" in text and "**Not the official size: 128 px, depth 1.**" in text
+    assert "| Stage C step, prepared, its products alone |" in text
     if "bf16" in options:
-        assert all(what in text for what in ("bfloat16", "| Stage B step, compiled, 2 pictures |", "| Stage C step, compiled, beside eager |",
+        assert all(what in text for what in ("bfloat16", "| Stage B step, compiled, 2 pictures |",
+                                             "| Stage C step, compiled, beside eager |",
                                              "a picture of 2, compiled, share of the peak"))
     else:
         assert "| Stage B step, int8 |" in text and "| Stage B step, compiled |" not in text
         assert "On a GPU the same command writes a section of its own, whose goals are: a picture, compiled, seconds (at most 0.35); " in text
-        assert float(re.search(r"largest deviation from diffusers \| (\S+) \|", text)[1]) < 2e-6          # 7e-8 on one machine, not on all
+        # 7e-8 on one machine, not on all
+        assert float(re.search(r"largest deviation from diffusers \| (\S+) \|", text)[1]) < 2e-6
 
 
 def test_an_epoch_is_added_up_from_its_parts(monkeypatch):
@@ -156,14 +177,15 @@ def test_an_epoch_is_added_up_from_its_parts(monkeypatch):
     monkeypatch.setattr(bench, "alone", lambda call, device: dict(seconds=seconds[call.split("(")[0]]))
     args = bench.parse_args(["--epoch", "--device", "cpu", "--repeats", "1"])
     rows, note = bench.epoch(args)
-    assert [(row.what, row.ours, row.ratio) for row in rows] == [("200 pictures, LoRA, `--cache`", "100 s", 1.25), ("reading a batch, 2 workers", "0.250 s", 0.1)]
+    assert [(row.what, row.ours, row.ratio) for row in rows] == [("200 pictures, LoRA, `--cache`", "100 s", 1.25),
+                                                                 ("reading a batch, 2 workers", "0.250 s", 0.1)]
     assert rows[0].other == "125 s, without" and "768 px, batch 4, pictures of 1024 px" in note
     assert {what for section, what in GOALS if section == "Epoch"} == {row.what for row in rows}
 
 
 def test_reading_is_that_of_the_training_loop(monkeypatch):
     """Through train_c.py's own samples and two workers, from JPEGs of a folder a third larger than what is trained on."""
-    import data
+    from training import data
     taken, batches = [], data.batches
 
     def watched(samples, plan, processes, args):
@@ -178,7 +200,7 @@ def test_reading_is_that_of_the_training_loop(monkeypatch):
 
 def test_int8_is_judged_by_the_same_prompts_and_noise(monkeypatch):
     """Four true scenes for float32, of which int8 has one without its objects: 25 points, for each of the seeds."""
-    import evaluate
+    from tiny import evaluate
     facts, noises = evaluate.fixed_prompts()[:4], []
     scenes = [evaluate.real_picture(fact, np.random.default_rng(0)) for fact in facts]
     monkeypatch.setattr(evaluate, "fixed_prompts", lambda: facts)
@@ -190,6 +212,8 @@ def test_int8_is_judged_by_the_same_prompts_and_noise(monkeypatch):
     monkeypatch.setattr(evaluate, "sample", sample)
     rows, _ = bench.in_8_bits(bench.parse_args(["--int8"]), seeds=2)
     assert [row.what for row in rows] == [what for section, what in GOALS if section == "Int8"]
-    assert rows[2].ratio == 25 and rows[2].ours == "75.0% right" and noises == [(False, 0), (False, 1000), (True, 0), (True, 1000)]
-    # Of one byte a weight, with what stays float32: embeddings and norms of Stage C, and the convolutions between Stage B's levels.
+    assert rows[2].ratio == 25 and rows[2].ours == "75.0% right"
+    assert noises == [(False, 0), (False, 1000), (True, 0), (True, 1000)]
+    # Of one byte a weight, with what stays float32: embeddings and norms of Stage C, and the convolutions between Stage
+    # B's levels.
     assert [round(row.ratio, 3) for row in rows[:2]] == [0.257, 0.272]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from cache import Cache, hash_of
+from training.cache import Cache, hash_of
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = {"kind": "latents", "resolution": 1024}
@@ -37,7 +37,8 @@ def test_an_array_comes_back_as_it_was_in_the_type_of_the_cache(tmp_path, dtype)
     np.testing.assert_array_equal(cache.get("a"), array(1).astype(dtype))
 
 
-@pytest.mark.parametrize("value", [np.array(3.5), np.zeros((0, 4)), np.arange(24.0).reshape(2, 3, 4).T, torch.ones(2, 3)])
+@pytest.mark.parametrize("value", [np.array(3.5), np.zeros((0, 4)), np.arange(24.0).reshape(2, 3, 4).T,
+                                   torch.ones(2, 3)])
 def test_arrays_of_every_layout_keep_their_shape(tmp_path, value):
     cache = Cache(tmp_path, "encoder", {"dtype": "float32"})
     cache.put("x", value)
@@ -47,7 +48,8 @@ def test_arrays_of_every_layout_keep_their_shape(tmp_path, value):
 def test_other_settings_another_encoder_or_type_never_meet(tmp_path):
     """Old latents under a new encoder would train Stage C on nonsense, without any error."""
     variants = [("encoder", SETTINGS), ("other", SETTINGS), ("encoder", {**SETTINGS, "resolution": 512}),
-                ("encoder", {**SETTINGS, "dtype": "float32"}), ("encoder", {**SETTINGS, "kind": "text"}), ("encoder", {})]
+                ("encoder", {**SETTINGS, "dtype": "float32"}), ("encoder", {**SETTINGS, "kind": "text"}),
+                ("encoder", {})]
     caches = [Cache(tmp_path, *variant) for variant in variants]
     for i, cache in enumerate(caches):
         assert cache.get("a") is None and cache.missing(["a"]) == ["a"]
@@ -55,14 +57,16 @@ def test_other_settings_another_encoder_or_type_never_meet(tmp_path):
     assert len({cache.path("a") for cache in caches}) == len({cache.path("a").name for cache in caches}) == 6
     for i, cache in enumerate(caches):
         np.testing.assert_array_equal(cache.get("a"), array(i).astype(cache.dtype))
-    same = Cache(tmp_path, "encoder", {"resolution": 1024, "dtype": "float16", "kind": "latents"})     # order and defaults do not count
+    # order and defaults do not count
+    same = Cache(tmp_path, "encoder", {"resolution": 1024, "dtype": "float16", "kind": "latents"})
     assert same.path("a") == caches[0].path("a")
 
 
 def test_a_folder_says_for_people_what_it_holds(tmp_path):
     cache = Cache(tmp_path, "abc123", SETTINGS)
     info = json.loads((cache.folder / "info.json").read_text())
-    assert cache.folder.name.startswith("latents-") and info == {"encoder": "abc123", "settings": {**SETTINGS, "dtype": "float16"}}
+    assert cache.folder.name.startswith("latents-")
+    assert info == {"encoder": "abc123", "settings": {**SETTINGS, "dtype": "float16"}}
     (cache.folder / "info.json").write_text("a note of mine")
     Cache(tmp_path, "abc123", SETTINGS)
     assert (cache.folder / "info.json").read_text() == "a note of mine"
@@ -70,7 +74,8 @@ def test_a_folder_says_for_people_what_it_holds(tmp_path):
 
 def test_captions_are_kept_once_however_many_pictures_share_them(tmp_path):
     """Any text is a key, whatever its letters: they are hashed, and never part of a path."""
-    cache, captions = Cache(tmp_path, "clip", {"kind": "text"}), ["", "a cat", "../../a/b\0c", "猫" * 5000, "a cat "] * 200
+    cache, captions = Cache(tmp_path, "clip", {"kind": "text"}), ["", "a cat", "../../a/b\0c", "猫" * 5000,
+                                                                  "a cat "] * 200
     todo = cache.missing(captions)
     assert todo == captions[:5]
     for i, caption in enumerate(todo):
@@ -86,7 +91,8 @@ def test_the_rest_of_the_work_is_shared_without_a_word(tmp_path):
     for key in keys[::7]:
         cache.put(key, array(0, (4,)))
     missing = cache.missing(keys)
-    assert missing == [key for i, key in enumerate(keys) if i % 7] and sorted(missing[0::3] + missing[1::3] + missing[2::3]) == sorted(missing)
+    assert missing == [key for i, key in enumerate(keys) if i % 7]
+    assert sorted(missing[0::3] + missing[1::3] + missing[2::3]) == sorted(missing)
 
 
 # ----- what is refused -------------------------------------------------------------------------------
@@ -101,7 +107,9 @@ def test_numbers_that_are_none_are_refused(tmp_path, value):
     assert cache.get("a") is None and not list(cache.folder.glob("??/*"))
 
 
-@pytest.mark.parametrize("settings, error, message", [({"dtype": "bfloat16"}, ValueError, "a cache of bfloat16, expected float16, float32, int16 or int32"),
+@pytest.mark.parametrize("settings, error, message",
+                         [({"dtype": "bfloat16"}, ValueError,
+                           "a cache of bfloat16, expected float16, float32, int16 or int32"),
                                                       ({"x": {1, 2}}, TypeError, "JSON")])
 def test_settings_that_cannot_be_told_apart_are_refused(tmp_path, settings, error, message):
     with pytest.raises(error, match=message):
@@ -170,7 +178,7 @@ WRITER = """
 import sys, time
 import numpy as np
 sys.path.insert(0, {root!r})
-from cache import Cache
+from training.cache import Cache
 cache = Cache({folder!r}, "encoder", {{"kind": "latents"}})
 expected = np.random.default_rng(0).standard_normal((16, 24, 24)).astype(np.float16)
 print("ready", flush=True)
@@ -189,7 +197,8 @@ print(rounds)
 def test_processes_that_write_the_same_key_at_once_never_see_a_torn_one(tmp_path):
     """As two ranks, or two runs that share a folder, do."""
     script = WRITER.format(root=str(ROOT), folder=str(tmp_path))
-    writers = [subprocess.Popen([sys.executable, "-W", "error", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    writers = [subprocess.Popen([sys.executable, "-W", "error", "-c", script], stdin=subprocess.PIPE,
+                                stdout=subprocess.PIPE,
                                 stderr=subprocess.PIPE, text=True) for _ in range(2)]
     for writer in writers:
         assert writer.stdout.readline() == "ready\n", writer.stderr.read()

@@ -22,11 +22,11 @@ import pytest
 import torch
 from PIL import Image
 
-import data
-import sources
-from data import BrokenPicture, Plan, bucket_sizes, fit, nearest_bucket, open_pictures, sample_rng, split
-from images import read_image
-from scenes import EmojiScenes
+from training import data
+from training import sources
+from training.data import BrokenPicture, Plan, bucket_sizes, fit, nearest_bucket, open_pictures, sample_rng, split
+from extras.images import read_image
+from training.scenes import EmojiScenes
 
 
 def picture(seed: int = 0, width: int = 80, height: int = 64) -> Image.Image:
@@ -77,7 +77,8 @@ def names_of(pictures) -> list[str]:
 
 def test_a_folder_is_read_with_all_below_it_in_the_order_of_names(tmp_path):
     """The order of a directory listing is chance; a seed would mean something else on every machine."""
-    write(tmp_path, {f"{name}.png": encoded(picture(i)) for i, name in enumerate(("b", "a", "sub/c", "sub/deep/d", "B"))})
+    write(tmp_path,
+          {f"{name}.png": encoded(picture(i)) for i, name in enumerate(("b", "a", "sub/c", "sub/deep/d", "B"))})
     pictures = open_pictures(tmp_path, captions_required=False)
     assert names_of(pictures) == ["B.png", "a.png", "b.png", "sub/c.png", "sub/deep/d.png"]
     np.testing.assert_array_equal(pictures.read(1), np.asarray(picture(1)))
@@ -90,10 +91,14 @@ def test_a_folder_is_read_with_all_below_it_in_the_order_of_names(tmp_path):
 def test_captions_stand_beside_pictures_one_per_line_or_as_a_whole(tmp_path):
     """Of several captions, training draws one per visit."""
     image = encoded(picture())
-    write(tmp_path, {"a.png": image, "a.txt": "\ufeffone\r\n\r\n  two  words \n", "b.PNG": image, "b.caption": "a tale\nof two lines",
-                     "c.png": image, "c.json": json.dumps({"caption": "from json", "width": 3}), "d.e.png": image, "d.e.txt": "dotted",
-                     "f.png": image, "f.txt": "text wins", "f.caption": "no", "f.json": '{"caption": "no"}', "README.txt": "not a caption"})
-    assert captions_of(open_pictures(tmp_path)) == [["one", "two words"], ["a tale of two lines"], ["from json"], ["dotted"], ["text wins"]]
+    write(tmp_path, {"a.png": image, "a.txt": "\ufeffone\r\n\r\n  two  words \n", "b.PNG": image,
+                     "b.caption": "a tale\nof two lines",
+                     "c.png": image, "c.json": json.dumps({"caption": "from json", "width": 3}), "d.e.png": image,
+                     "d.e.txt": "dotted",
+                     "f.png": image, "f.txt": "text wins", "f.caption": "no", "f.json": '{"caption": "no"}',
+                     "README.txt": "not a caption"})
+    assert captions_of(open_pictures(tmp_path)) == [["one", "two words"], ["a tale of two lines"], ["from json"],
+                                                    ["dotted"], ["text wins"]]
 
 
 def test_metadata_comes_before_files_beside_and_the_nearest_one_counts(tmp_path):
@@ -101,17 +106,20 @@ def test_metadata_comes_before_files_beside_and_the_nearest_one_counts(tmp_path)
     image = encoded(picture())
     rows = [{"file_name": "a.png", "text": "from\u2028metadata"}, {"file_name": "sub/b.png", "text": "too far"},
             {"file_name": "c.png", "captions": ["x", "y", ""]}, {"file_name": "gone.png", "text": "?"}]
-    write(tmp_path, {"a.png": image, "a.txt": "beside", "sub/b.png": image, "c.png": image, "d.png": image, "d.txt": "beside d",
+    write(tmp_path, {"a.png": image, "a.txt": "beside", "sub/b.png": image, "c.png": image, "d.png": image,
+                     "d.txt": "beside d",
                      "metadata.jsonl": "\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n"})
     with open(tmp_path / "sub" / "metadata.csv", "w", newline="") as file:
-        csv.writer(file).writerows([["file_name", "captions"], ["b.png", json.dumps(['near, with "commas"', "and\nlines"])]])
+        csv.writer(file).writerows([["file_name", "captions"],
+                                    ["b.png", json.dumps(['near, with "commas"', "and\nlines"])]])
     pictures = open_pictures(tmp_path)
     assert captions_of(pictures) == [["from metadata"], ["x", "y"], ["beside d"], ['near, with "commas"', "and lines"]]
     assert pictures.skipped == [("gone.png", "named in metadata.jsonl, but not there")]
 
 
 @pytest.mark.parametrize("name, text, message", [
-    ("metadata.jsonl", '{"file_name": "a.png"}\n{"file_name": ', "metadata.jsonl, row 2: .*expected file_name and text"),
+    ("metadata.jsonl", '{"file_name": "a.png"}\n{"file_name": ',
+     "metadata.jsonl, row 2: .*expected file_name and text"),
     ("metadata.jsonl", '{"image": "a.png"}', "metadata.jsonl, row 1: 'file_name'"),
     ("metadata.jsonl", '["a.png"]', "metadata.jsonl, row 1"),
     ("metadata.csv", "name,text\na.png,hello", "metadata.csv, row 1: 'file_name'"),
@@ -154,14 +162,17 @@ def test_pictures_of_all_kinds_are_read_as_the_model_would_read_them(tmp_path, s
 def test_of_an_animation_the_first_frame_is_taken(tmp_path):
     frames = [picture(i).convert("L") for i in range(3)]
     write(tmp_path, {"a.gif": encoded(frames[0], ".gif", save_all=True, append_images=frames[1:])})
-    np.testing.assert_array_equal(open_pictures(tmp_path, captions_required=False).read(0)[..., 0], np.asarray(frames[0]))
+    np.testing.assert_array_equal(open_pictures(tmp_path, captions_required=False).read(0)[..., 0],
+                                  np.asarray(frames[0]))
 
 
 def test_headers_longer_than_what_is_read_first_are_read_all_the_same(tmp_path):
     """A preview or a colour profile may stand before the size; a phone's JPEG file may hold several pictures."""
     profile = np.random.default_rng(0).bytes(2 * sources.HEAD)
-    write(tmp_path, {"a.jpg": encoded(picture(), ".jpg", icc_profile=profile), "b.png": encoded(picture(), icc_profile=profile),
-                     "c.jpg": encoded(picture(0, 800, 640), ".mpo", save_all=True, append_images=[picture(1, 800, 640)] * 3, quality=100)})
+    write(tmp_path, {"a.jpg": encoded(picture(), ".jpg", icc_profile=profile),
+                     "b.png": encoded(picture(), icc_profile=profile),
+                     "c.jpg": encoded(picture(0, 800, 640), ".mpo", save_all=True,
+                                      append_images=[picture(1, 800, 640)] * 3, quality=100)})
     assert (tmp_path / "c.jpg").stat().st_size > 2 * sources.HEAD
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -171,19 +182,25 @@ def test_headers_longer_than_what_is_read_first_are_read_all_the_same(tmp_path):
 
 def test_what_cannot_be_used_is_counted_and_named(tmp_path):
     """A silent drop looks like training. Files that start with a dot are a system's own and no pictures."""
-    write(tmp_path, {**pairs(2), "tiny.png": encoded(picture(0, 80, 32)), "tiny.txt": "tiny", "mute.png": encoded(picture()),
-                     "blank.png": encoded(picture()), "blank.txt": " \n", "empty.jpg": "", "empty.txt": "x", "text.jpg": "not a picture",
+    write(tmp_path, {**pairs(2), "tiny.png": encoded(picture(0, 80, 32)), "tiny.txt": "tiny",
+                     "mute.png": encoded(picture()),
+                     "blank.png": encoded(picture()), "blank.txt": " \n", "empty.jpg": "", "empty.txt": "x",
+                     "text.jpg": "not a picture",
                      "latin.png": encoded(picture()), "latin.txt": "caf\xe9".encode("latin-1"), "late.tar": "x",
-                     "list.png": encoded(picture()), "list.json": "[1]", "._000.png": "a Mac's", ".trash/a.png": "deleted"})
+                     "list.png": encoded(picture()), "list.json": "[1]", "._000.png": "a Mac's",
+                     ".trash/a.png": "deleted"})
     pictures = open_pictures(tmp_path)
     assert names_of(pictures) == ["000.png", "001.png"]
     reasons = dict(pictures.skipped)
-    assert reasons.keys() == {"tiny.png", "mute.png", "blank.png", "empty.jpg", "text.jpg", "latin.png", "list.png", "late.tar"}
-    assert reasons["tiny.png"] == "80 x 32 px, fewer than 64" and reasons["mute.png"] == reasons["blank.png"] == "no caption"
+    assert reasons.keys() == {"tiny.png", "mute.png", "blank.png", "empty.jpg", "text.jpg", "latin.png", "list.png",
+                              "late.tar"}
+    assert reasons["tiny.png"] == "80 x 32 px, fewer than 64"
+    assert reasons["mute.png"] == reasons["blank.png"] == "no caption"
     assert reasons["empty.jpg"] == reasons["text.jpg"] == "holds no picture in a known format"
     assert reasons["late.tar"] == "a shard beside pictures: name it by itself"
     assert reasons["latin.png"].startswith("the text beside it cannot be read: 'utf-8'")
-    assert re.fullmatch(rf"2 pictures in {re.escape(str(tmp_path))}; 8 skipped: (\S+ \(.*\)(, )?){{5}}\.\.\.", pictures.describe())
+    assert re.fullmatch(rf"2 pictures in {re.escape(str(tmp_path))}; 8 skipped: (\S+ \(.*\)(, )?){{5}}\.\.\.",
+                        pictures.describe())
     assert len(open_pictures(tmp_path, min_side=32)) == 3
 
 
@@ -247,7 +264,8 @@ def test_the_key_is_the_content_and_is_computed_once_per_file(tmp_path, monkeypa
     ({}, {}, "no picture to train on. Looked for .jpg .* with a caption in NAME.txt.*; found no file; 0 skipped"),
     ({"a.md": "", "b.md": "", "c.heic": "", "LICENSE": ""}, {}, "found 2 .md, 1 without suffix, 1 .heic; 0 skipped"),
     ({"a.png": encoded(picture())}, {}, r"found 1 .png; 1 skipped: a.png \(no caption\)"),
-    ({"a.png": encoded(picture(0, 16, 16))}, dict(captions_required=False), r"Looked for [^,]*\.tiff; .*a.png \(16 x 16 px, fewer than 64\)"),
+    ({"a.png": encoded(picture(0, 16, 16))}, dict(captions_required=False),
+     r"Looked for [^,]*\.tiff; .*a.png \(16 x 16 px, fewer than 64\)"),
 ])
 def test_an_empty_set_says_what_was_looked_for_and_what_was_found(tmp_path, files, options, message):
     """An empty loop would end at once, content."""
@@ -261,7 +279,8 @@ def test_an_empty_set_says_what_was_looked_for_and_what_was_found(tmp_path, file
 def test_a_tar_file_gives_what_the_same_folder_gives(tmp_path):
     """Random access: read by offset, in any order, also by worker processes."""
     files = {**pairs(5), "sub/x.jpg": encoded(picture(9), ".jpg"), "sub/x.json": '{"text": "from json", "other": null}',
-             "n" * 150 + ".webp": encoded(picture(8), ".webp"), "n" * 150 + ".caption": "a long name", "._000.png": "a Mac's"}
+             "n" * 150 + ".webp": encoded(picture(8), ".webp"), "n" * 150 + ".caption": "a long name",
+             "._000.png": "a Mac's"}
     folder = open_pictures(write(tmp_path / "folder", files))
     for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
         shard = pickle.loads(pickle.dumps(open_pictures(tar(tmp_path / f"{form}.tar", files, format=form))))
@@ -269,7 +288,8 @@ def test_a_tar_file_gives_what_the_same_folder_gives(tmp_path):
         assert len(shard) == len(folder) == 7 and not shard.skipped
         for i, name in reversed(list(enumerate(names_of(folder)))):
             j = in_shard[name]
-            assert folder.captions(i) == shard.captions(j) and folder.key(i) == shard.key(j) and (folder.sizes[i] == shard.sizes[j]).all()
+            assert folder.captions(i) == shard.captions(j) and folder.key(i) == shard.key(j)
+            assert (folder.sizes[i] == shard.sizes[j]).all()
             np.testing.assert_array_equal(folder.read(i), shard.read(j))
 
 
@@ -277,9 +297,11 @@ def test_a_tar_file_is_gone_through_once(tmp_path, monkeypatch):
     """The second time its index is read; one of another file, or half a one, is made anew."""
     path = tar(tmp_path / "a.tar", pairs(3))
     counted = []
-    monkeypatch.setattr(sources, "_tar_places", lambda path, original=sources._tar_places: counted.append(path) or original(path))
+    monkeypatch.setattr(sources, "_tar_places", lambda path, original=sources._tar_places: counted.append(path)
+                        or original(path))
     first, second = open_pictures(path), open_pictures(path)
-    assert len(counted) == 1 and captions_of(first) == captions_of(second) and first.sizes.tolist() == second.sizes.tolist()
+    assert len(counted) == 1 and captions_of(first) == captions_of(second)
+    assert first.sizes.tolist() == second.sizes.tolist()
     index = tmp_path / "a.tar.index.json"
     for damage in (index.read_text()[:50], "[]", '{"stamp": 3}'):
         index.write_text(damage)
@@ -296,7 +318,8 @@ def test_a_tar_file_is_gone_through_once(tmp_path, monkeypatch):
 def test_an_index_keeps_what_is_found_apart_from_what_is_wanted(tmp_path):
     """Made under strict options, it must not hide pictures from lenient ones."""
     path = tar(tmp_path / "a.tar", {**pairs(2), "tiny.png": encoded(picture(0, 40, 40)), "tiny.txt": "tiny"})
-    assert len(open_pictures(path)) == 2 and len(open_pictures(path, min_side=8)) == 3 and len(open_pictures(path, min_side=8)) == 3
+    assert len(open_pictures(path)) == 2 and len(open_pictures(path, min_side=8)) == 3
+    assert len(open_pictures(path, min_side=8)) == 3
 
 
 def test_shards_where_nothing_may_be_written_are_read_all_the_same(tmp_path, monkeypatch):
@@ -306,7 +329,8 @@ def test_shards_where_nothing_may_be_written_are_read_all_the_same(tmp_path, mon
     assert len(open_pictures(tar(tmp_path / "a.tar", pairs(2)))) == 2 and len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("source", ["{}/s-*.tar", "{}/s-{{00..02}}.tar", "{}/s-0{{0,1,2}}.tar", "{}/{{s,}}-{{00..02}}.tar", "{}"])
+@pytest.mark.parametrize("source", ["{}/s-*.tar", "{}/s-{{00..02}}.tar", "{}/s-0{{0,1,2}}.tar",
+                                    "{}/{{s,}}-{{00..02}}.tar", "{}"])
 def test_globs_braces_and_folders_name_shards_in_order(tmp_path, source):
     """The ways to name shards; their order is part of the seed's meaning."""
     for i in (2, 0, 1):
@@ -363,16 +387,21 @@ def test_a_name_that_comes_twice_in_a_shard_is_counted(tmp_path):
 
 
 @pytest.mark.parametrize("make, source, message", [
-    (lambda f: (f / "a.tar").write_bytes(gzip.compress(tar(f / "b.tar", pairs(1)).read_bytes())), "{}/a.tar", "a.tar is compressed.*unpack it"),
-    (lambda f: (f / "a.tar").write_text("<html>404"), "{}/a.tar", "a.tar cannot be read as a tar file: expected a folder"),
+    (lambda f: (f / "a.tar").write_bytes(gzip.compress(tar(f / "b.tar", pairs(1)).read_bytes())), "{}/a.tar",
+     "a.tar is compressed.*unpack it"),
+    (lambda f: (f / "a.tar").write_text("<html>404"), "{}/a.tar",
+     "a.tar cannot be read as a tar file: expected a folder"),
     (lambda f: (f / "a.tar").write_text(""), "{}/a.tar", "a.tar cannot be read as a tar file"),
-    (lambda f: (f / "a.png").write_bytes(encoded(picture())), "{}/a.png", "a.png cannot be read as a tar file: expected a folder of pictures"),
+    (lambda f: (f / "a.png").write_bytes(encoded(picture())), "{}/a.png",
+     "a.png cannot be read as a tar file: expected a folder of pictures"),
     (lambda f: tar(f / "a.tar", {"x.md": ""}), "{}/a.tar", "no picture to train on.*found 1 .md"),
-    (lambda f: tar(f / "s-1.tar", pairs(1)), "{}/s-{{0..3}}.tar", "s-0.tar: there is no such folder or file, and 2 more of .* are missing"),
+    (lambda f: tar(f / "s-1.tar", pairs(1)), "{}/s-{{0..3}}.tar",
+     "s-0.tar: there is no such folder or file, and 2 more of .* are missing"),
     (lambda f: None, "{}/*.tar", r"\*.tar: there is no such folder or file$"),
     (lambda f: None, "{}/nowhere", "nowhere: there is no such folder or file$"),
     (lambda f: None, "{}/s-{{3..1}}.tar", r"range \{3..1\} is empty"),
-    (lambda f: None, "https://host/a.tar", "not on this disk: give the command that fetches it, such as 'pipe:curl -sfL https://host/a.tar'"),
+    (lambda f: None, "https://host/a.tar",
+     "not on this disk: give the command that fetches it, such as 'pipe:curl -sfL https://host/a.tar'"),
     (lambda f: None, "s3://bucket/a.tar", "not on this disk"),
     (lambda f: None, "pipe:cat a.tar", "pipe:cat a.tar needs an index_folder"),
 ])
@@ -398,8 +427,10 @@ def test_what_a_pipe_gives_is_kept_and_fetched_once(tmp_path):
 
 
 @pytest.mark.parametrize("command, message", [
-    ("echo no such host >&2; exit 6", "failed with exit status 6: no such host"), ("head -c 3000 {}/a.tar", "its output of 3000 bytes is cut off"),
-    ("cat {}/missing.tar | cat", "its output cannot be read as a tar file.*No such file"), ("gzip -c {}/a.tar", "its output is compressed"),
+    ("echo no such host >&2; exit 6", "failed with exit status 6: no such host"),
+    ("head -c 3000 {}/a.tar", "its output of 3000 bytes is cut off"),
+    ("cat {}/missing.tar | cat", "its output cannot be read as a tar file.*No such file"),
+    ("gzip -c {}/a.tar", "its output is compressed"),
     ("true", "its output cannot be read as a tar file.*it said nothing"),
 ])
 def test_a_pipe_that_fails_leaves_nothing_behind(tmp_path, command, message):
@@ -423,7 +454,8 @@ def test_no_local_path_is_ever_given_to_a_shell(tmp_path, monkeypatch):
 
 
 def table(count: int) -> list[dict]:
-    return [{"image": {"bytes": encoded(picture(i)), "path": None}, "text": f"picture {i}", "score": i / 4, "note": None} for i in range(count)]
+    return [{"image": {"bytes": encoded(picture(i)), "path": None}, "text": f"picture {i}", "score": i / 4,
+             "note": None} for i in range(count)]
 
 
 @pytest.fixture
@@ -432,9 +464,11 @@ def no_optional_packages(monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
 
 
-@pytest.mark.parametrize("source, message", [("{}/a.parquet", "a.parquet needs the package pyarrow: pip install pyarrow"),
+@pytest.mark.parametrize("source, message",
+                         [("{}/a.parquet", "a.parquet needs the package pyarrow: pip install pyarrow"),
                                              ("{}", "a.parquet needs the package pyarrow"),
-                                             ("hub:some/set:test", "hub:some/set needs the package datasets: pip install datasets")])
+                                             ("hub:some/set:test",
+                                              "hub:some/set needs the package datasets: pip install datasets")])
 def test_a_missing_package_is_named(tmp_path, no_optional_packages, source, message):
     """Few need it, so it is not installed with the rest."""
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
@@ -494,10 +528,13 @@ def test_a_table_without_pictures_is_refused(tmp_path):
     ({"pwatermark": 0.0}, dict(max_pwatermark=0.5), True),           # a perfect score is a number, not a missing one
     ({"pwatermark": 0.6}, dict(max_pwatermark=0.5), False), ({"pwatermark": 0.5}, dict(max_pwatermark=0.5), True),
     ({"aesthetic": 4.9}, dict(min_aesthetic=5), False), ({"aesthetic": 5}, dict(min_aesthetic=5), True),
-    ({"aesthetic": "5.5"}, dict(min_aesthetic=5), True), ({"aesthetic": 0}, dict(min_aesthetic=-1, max_aesthetic=1), True),
+    ({"aesthetic": "5.5"}, dict(min_aesthetic=5), True), ({"aesthetic": 0}, dict(min_aesthetic=-1, max_aesthetic=1),
+                                                          True),
     ({"a": 1}, dict(max_pwatermark=0.5), True), ({"pwatermark": None}, dict(max_pwatermark=0.5), True),
-    ({"pwatermark": float("nan")}, dict(max_pwatermark=0.5), True), ({"pwatermark": "unknown"}, dict(max_pwatermark=0.5), True),
-    ({"a": 1}, dict(max_pwatermark=0.5, require_keys=True), False), ({"pwatermark": None}, dict(max_pwatermark=0.5, require_keys=True), False),
+    ({"pwatermark": float("nan")}, dict(max_pwatermark=0.5), True),
+    ({"pwatermark": "unknown"}, dict(max_pwatermark=0.5), True),
+    ({"a": 1}, dict(max_pwatermark=0.5, require_keys=True), False),
+    ({"pwatermark": None}, dict(max_pwatermark=0.5, require_keys=True), False),
     ({"pwatermark": 0.0}, dict(max_pwatermark=0.5, require_keys=True), True),
 ])
 def test_filters_compare_numbers_and_nothing_else(tmp_path, facts, filters, kept):
@@ -514,7 +551,9 @@ def test_filters_compare_numbers_and_nothing_else(tmp_path, facts, filters, kept
 
 def test_filters_work_on_metadata(tmp_path):
     write(tmp_path, {f"{i}.png": encoded(picture(i)) for i in range(4)})
-    (tmp_path / "metadata.csv").write_text("file_name,text,punsafe\n" + "".join(f"{i}.png,t,{value}\n" for i, value in enumerate(("0.1", "0.999", "", "0"))))
+    (tmp_path / "metadata.csv").write_text("file_name,text,punsafe\n"
+                                           + "".join(f"{i}.png,t,{value}\n"
+                                                     for i, value in enumerate(("0.1", "0.999", "", "0"))))
     pictures = open_pictures(tmp_path, max_punsafe=0.99)
     assert names_of(pictures) == ["0.png", "2.png", "3.png"] and pictures.skipped == [("1.png", "punsafe 0.999")]
 
@@ -537,7 +576,8 @@ def test_emoji_scenes_are_pictures_like_any_other():
     """The tiny model is trained by the same script as the large one."""
     pictures = open_pictures("scenes:all:50:3")
     images, captions = EmojiScenes("all", seed=3).batch(0, 50)
-    assert len(pictures) == 50 and (pictures.sizes == 128).all() and pictures.describe() == "50 pictures in scenes:all:50:3"
+    assert len(pictures) == 50 and (pictures.sizes == 128).all()
+    assert pictures.describe() == "50 pictures in scenes:all:50:3"
     assert captions_of(pictures) == [[text] for text in captions]
     np.testing.assert_array_equal(np.stack([pictures.read(i) for i in range(50)]), images)
     assert pictures.read_or_next(7, np.arange(50))[1] == 7 and pictures.name(7) == "scene 7"
@@ -547,14 +587,17 @@ def test_emoji_scenes_are_pictures_like_any_other():
 
 def test_scenes_have_keys_without_being_drawn():
     """The cache asks for keys of them all."""
-    sets = [open_pictures(source) for source in ("scenes", "scenes:500", "scenes:uncaptioned:500", "scenes:500:1", "scenes:captioned:500:0")]
+    sets = [open_pictures(source) for source in ("scenes", "scenes:500", "scenes:uncaptioned:500", "scenes:500:1",
+                                                 "scenes:captioned:500:0")]
     assert [len(pictures) for pictures in sets] == [24000] + [500] * 4
     assert sets[0].key(9) == sets[1].key(9) == sets[4].key(9) == hashlib.sha256(b"scene 0 captioned 9").hexdigest()
     assert len({pictures.key(i) for pictures in sets[1:4] for i in range(500)}) == 1500
 
 
-@pytest.mark.parametrize("source, message", [("scenes:some", "Unknown set of objects 'some'"), ("scenes:all:x", "cannot read 'scenes:all:x': expected"),
-                                             ("scenes:all:1:2:3", "cannot read"), ("scenes:0", "cannot read"), ("scenes:all:-5", "cannot read")])
+@pytest.mark.parametrize("source, message", [("scenes:some", "Unknown set of objects 'some'"),
+                                             ("scenes:all:x", "cannot read 'scenes:all:x': expected"),
+                                             ("scenes:all:1:2:3", "cannot read"), ("scenes:0", "cannot read"),
+                                             ("scenes:all:-5", "cannot read")])
 def test_scenes_misspelled_are_refused(source, message):
     with pytest.raises(ValueError, match=message):
         open_pictures(source)
@@ -573,7 +616,8 @@ def test_a_resolution_is_pixels_of_the_picture():
             assert height % 128 == width % 128 == 0 and 0.5 <= height / width <= 2 and (width, height) in shapes
             assert 0.8 <= height * width / resolution ** 2 <= 1.25
     assert bucket_sizes(128) == [(128, 128)] and bucket_sizes(1024, max_ratio=1) == [(1024, 1024)]
-    assert bucket_sizes(1024) == [(768, 1280), (768, 1408), (896, 1152), (1024, 1024), (1152, 896), (1280, 768), (1408, 768)]
+    assert bucket_sizes(1024) == [(768, 1280), (768, 1408), (896, 1152), (1024, 1024), (1152, 896), (1280, 768),
+                                  (1408, 768)]
 
 
 @pytest.mark.parametrize("resolution", [0, 64, 500, 1000])
@@ -608,7 +652,8 @@ def test_a_picture_of_the_right_size_stays_as_it_is_and_a_larger_one_of_the_righ
 def test_pictures_keep_their_proportions(size, expected):
     """A linear ramp in x and y shows what became of both axes."""
     height, width = 333, 517
-    image = np.stack(np.broadcast_arrays(np.linspace(0, 255, height)[:, None], np.linspace(0, 255, width), 0.0), axis=-1).round().astype(np.uint8)
+    image = np.stack(np.broadcast_arrays(np.linspace(0, 255, height)[:, None], np.linspace(0, 255, width), 0.0),
+                     axis=-1).round().astype(np.uint8)
     result = fit(image, size).astype(float)
     assert result.shape == (*size, 3)
     down, along = (result[-2, :, 0] - result[1, :, 0]).mean() * height, (result[:, -2, 1] - result[:, 1, 1]).mean() * width
@@ -624,7 +669,8 @@ def test_shrinking_passes_over_no_pixel():
 
 @pytest.mark.parametrize("arguments, message", [((np.zeros((8, 8, 3)), (4, 4)), "float64, expected .H,W,3. of uint8"),
                                                 ((np.zeros((8, 8), np.uint8), (4, 4)), "shape .8, 8."),
-                                                ((np.zeros((8, 8, 3), np.uint8), (4, 4), "smart"), "unknown crop 'smart', expected center or random")])
+                                                ((np.zeros((8, 8, 3), np.uint8), (4, 4), "smart"),
+                                                 "unknown crop 'smart', expected center or random")])
 def test_fit_says_what_it_expects(arguments, message):
     with pytest.raises(ValueError, match=message):
         fit(*arguments)
@@ -634,11 +680,13 @@ def test_fit_says_what_it_expects(arguments, message):
 
 def test_chance_depends_on_seed_position_and_purpose_alone():
     """Not on rank, worker, or what was drawn before. Another trainer seeded all ranks alike: the same noise on every GPU."""
-    draws = {key: tuple(sample_rng(*key).random(4)) for key in itertools.product((0, 1, 2 ** 40), (0, 1, 10 ** 12), ("crop", "noise"))}
+    draws = {key: tuple(sample_rng(*key).random(4))
+             for key in itertools.product((0, 1, 2 ** 40), (0, 1, 10 ** 12), ("crop", "noise"))}
     assert len(set(draws.values())) == len(draws) == 18
     for key in reversed(draws):
         assert tuple(sample_rng(*key).random(4)) == draws[key]
-    coins = [sample_rng(0, position, "dropout").random() < 0.05 for position in range(4000)]       # one per sample, not per batch
+    # one per sample, not per batch
+    coins = [sample_rng(0, position, "dropout").random() < 0.05 for position in range(4000)]
     assert 150 < sum(coins) < 250 and sum(map(np.logical_and, coins, coins[1:])) < 30
 
 
@@ -658,7 +706,8 @@ def by_queues(plan: Plan, buckets, batch: int, epochs: int) -> list:
     return steps
 
 
-@pytest.mark.parametrize("counts, batch", [((40,), 8), ((37,), 8), ((3,), 8), ((1,), 1), ((30, 12, 5), 4), ((30, 12, 1, 1), 4), ((2, 1, 1), 16), ((5, 5), 1)])
+@pytest.mark.parametrize("counts, batch", [((40,), 8), ((37,), 8), ((3,), 8), ((1,), 1), ((30, 12, 5), 4),
+                                           ((30, 12, 1, 1), 4), ((2, 1, 1), 16), ((5, 5), 1)])
 def test_steps_are_what_queues_would_give(counts, batch):
     """Computed for any step at once, the plan equals the process it stands for: also for sets smaller than a batch and for
     shapes so rare that their queue takes many epochs to fill."""
@@ -700,7 +749,8 @@ def test_with_several_buckets_nothing_is_lost_and_no_step_mixes_sizes():
         visits += np.bincount(indices, minlength=500)
     waiting = set(range(20 * 500)) - seen
     assert len(waiting) == sum(counts * 20 % batch) and 20 * 500 - len(seen) < 4 * batch
-    assert counts.min() < batch and all(visits[buckets == b].min() >= 20 - -(-batch // counts[b]) for b in range(4)) and visits.max() <= 20
+    assert counts.min() < batch and all(visits[buckets == b].min() >= 20 - -(-batch // counts[b]) for b in range(4))
+    assert visits.max() <= 20
 
 
 def test_a_plan_goes_on_from_any_step_and_from_there_again():
@@ -729,12 +779,16 @@ def test_a_step_is_the_same_work_however_it_is_shared(world, micro_batch):
     """1 process x 8, 2 x 4, 1 x 4 x 2 accumulation steps: the parts of a step are the step, each sample once."""
     plan = Plan(np.random.default_rng(0).choice(3, 60), 8, 0)
     for positions, indices, _ in itertools.islice(plan.steps(), 20):
-        parts = [indices[split(positions, micro, rank, world, micro_batch)] for micro in range(8 // world // micro_batch) for rank in range(world)]
+        parts = [indices[split(positions, micro, rank, world, micro_batch)]
+                 for micro in range(8 // world // micro_batch) for rank in range(world)]
         assert all(len(part) == micro_batch for part in parts) and np.concatenate(parts).tolist() == indices.tolist()
 
 
-@pytest.mark.parametrize("arguments, message", [((0, 0, 3, 1), "8 samples cannot be shared by 3 GPUs in micro-steps of 1: expected a multiple of 3"),
-                                                ((0, 0, 2, 8), "multiple of 16"), ((2, 0, 2, 2), "micro-step 2 of 2"), ((0, 2, 2, 2), "rank 2 of 2")])
+@pytest.mark.parametrize("arguments, message",
+                         [((0, 0, 3, 1),
+                           "8 samples cannot be shared by 3 GPUs in micro-steps of 1: expected a multiple of 3"),
+                                                ((0, 0, 2, 8), "multiple of 16"), ((2, 0, 2, 2), "micro-step 2 of 2"),
+                          ((0, 2, 2, 2), "rank 2 of 2")])
 def test_shares_that_do_not_add_up_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         split(np.arange(8), *arguments)
@@ -772,11 +826,13 @@ class Training(torch.utils.data.Dataset):
 def test_what_a_sample_becomes_depends_on_no_rank_and_no_worker(tmp_path):
     """Crop, flip and caption of every position: 1 process, 2 ranks, 2 ranks with 2 micro-steps each, worker processes."""
     for i in range(10):
-        write(tmp_path, {f"{i}.png": encoded(picture(i, *((96, 64), (64, 96), (72, 80))[i % 3])), f"{i}.txt": "one\ntwo\nthree"})
+        write(tmp_path, {f"{i}.png": encoded(picture(i, *((96, 64), (64, 96), (72, 80))[i % 3])),
+                         f"{i}.txt": "one\ntwo\nthree"})
 
     def run(world, micro_batch, workers=0):
         ranks = [Training(tmp_path, world, rank, micro_batch) for rank in range(world)]
-        return Counter(tuple(sample) for rank in ranks for sample in torch.utils.data.DataLoader(rank, batch_size=None, num_workers=workers))
+        return Counter(tuple(sample) for rank in ranks
+                       for sample in torch.utils.data.DataLoader(rank, batch_size=None, num_workers=workers))
     reference = run(1, 4)
     assert len(reference) == 24 and len({caption for _, caption, _ in reference}) == 3
     assert run(2, 2) == run(2, 1) == run(4, 1) == run(1, 2, workers=2) == reference

@@ -9,7 +9,7 @@ import random
 import pytest
 import torch
 
-import weights
+from loading import weights
 from helpers import build, rel
 from stage_a import StageA
 from stage_b import StageB, timestep_embedding
@@ -68,8 +68,10 @@ def random_decoder(draw):
     depth = draw.randint(2, 4)
     heads = [draw.randint(1, 3) for _ in range(depth)]
     channels = draw.randint(1, 5)
-    config = dict(c_in=channels, c_out=channels, c_r=draw.randint(4, 12), patch_size=draw.choice([1, 2]), c_cond=draw.randint(4, 9),
-                  c_hidden=[n * draw.choice([4, 6]) for n in heads], nhead=heads, blocks=[draw.randint(1, 2) for _ in range(depth)],
+    config = dict(c_in=channels, c_out=channels, c_r=draw.randint(4, 12), patch_size=draw.choice([1, 2]),
+                  c_cond=draw.randint(4, 9),
+                  c_hidden=[n * draw.choice([4, 6]) for n in heads], nhead=heads,
+                  blocks=[draw.randint(1, 2) for _ in range(depth)],
                   level_config=[draw.choice(["C", "CT", "CTA", "CA", "CTC", "TC", "CAT"]) for _ in range(depth)],
                   inject_effnet=[draw.random() < 0.6 for _ in range(depth)], effnet_embd=draw.randint(1, 5),
                   clip_embd=draw.randint(1, 9), kernel_size=draw.choice([3, 3, 5]))
@@ -118,7 +120,8 @@ def test_stage_a_equals_diffusers(seed):
     draw = random.Random(seed)
     levels = draw.randint(1, 3)
     config = dict(levels=levels, bottleneck_blocks=draw.randint(1, 3), embed_dim=draw.choice([8, 16, 24]),
-                  latent_channels=draw.randint(1, 5), num_vq_embeddings=draw.randint(4, 40), scale_factor=draw.uniform(0.2, 2))
+                  latent_channels=draw.randint(1, 5), num_vq_embeddings=draw.randint(4, 40),
+                  scale_factor=draw.uniform(0.2, 2))
     reference = randomise(theirs("modeling_paella_vq_model", "PaellaVQModel")(**config))
     model = build(StageA, config, reference.state_dict())
     for b in (1, 2, 3):

@@ -13,8 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion import (DEFAULT_STAGE_C_TIMESTEPS, SAMPLERS, Guidance, Keep, add_noise, alphas_cumprod, check_finite, cut_timesteps, ddim_step,
-                       ddpm_step, default_timesteps_c, denoise, dpm_solver_step, guide, linear_timesteps, p2_weight, per_row,
+from diffusion import (DEFAULT_STAGE_C_TIMESTEPS, SAMPLERS, Guidance, Keep, add_noise, alphas_cumprod, check_finite,
+                       cut_timesteps, ddim_step,
+                       ddpm_step, default_timesteps_c, denoise, dpm_solver_step, guide, linear_timesteps, p2_weight,
+                       per_row,
                        predict_x_0, segmented_timesteps, timesteps, v_weight)
 from helpers import HostReads, golden, rel
 
@@ -80,7 +82,8 @@ def test_there_is_always_some_signal_and_some_noise():
     ab = alphas_cumprod(torch.linspace(0, 1, 1001))
     assert (ab.diff() <= 0).all() and ab[0] == torch.tensor(0.9999) and ab[-1] == torch.tensor(0.0001)
     quarter_turn = [math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2 for t in (0, 1 / 60)]
-    assert 1 - alphas_cumprod(torch.tensor(1 / 60)).item() == pytest.approx(1 - quarter_turn[1] / quarter_turn[0], rel=1e-3)
+    assert 1 - alphas_cumprod(torch.tensor(1 / 60)).item() == pytest.approx(1 - quarter_turn[1] / quarter_turn[0],
+                                                                            rel=1e-3)
 
 
 def test_half_precision_noise_levels_are_computed_in_float32():
@@ -93,18 +96,21 @@ def test_half_precision_noise_levels_are_computed_in_float32():
 @pytest.mark.parametrize("t", [[500.0], [-0.1], [0.2, 1.01], [math.nan]])
 def test_noise_levels_outside_0_to_1_are_refused(t):
     """Integer timesteps 0..999, the habit elsewhere, would otherwise be taken for pure noise, silently."""
-    for use in (alphas_cumprod, p2_weight, v_weight, lambda t: add_noise(torch.zeros(len(t), 3), torch.zeros(len(t), 3), t)):
+    for use in (alphas_cumprod, p2_weight, v_weight, lambda t: add_noise(torch.zeros(len(t), 3), torch.zeros(len(t), 3),
+                                                                         t)):
         with pytest.raises(ValueError, match=r"noise levels must lie in \[0, 1\]"):
             use(torch.tensor(t))
 
 
 @pytest.mark.parametrize("k, gamma", [(1.0, 1.0), (1.0, 0.5), (2.0, 1.0)])
 def test_p2_weight_is_the_released_one(schedule, k, gamma):
-    assert rel(p2_weight(schedule["in/grid"], k, gamma), schedule[f"out/p2_weight/s0.008_scaler1_k{k}_gamma{gamma}"]) < 1e-6
+    assert rel(p2_weight(schedule["in/grid"], k, gamma),
+               schedule[f"out/p2_weight/s0.008_scaler1_k{k}_gamma{gamma}"]) < 1e-6
 
 
 def test_p2_weight_is_the_share_of_noise(schedule):
-    torch.testing.assert_close(p2_weight(schedule["in/grid"]), 1 - alphas_cumprod(schedule["in/grid"]), rtol=2e-3, atol=1e-7)
+    torch.testing.assert_close(p2_weight(schedule["in/grid"]), 1 - alphas_cumprod(schedule["in/grid"]), rtol=2e-3,
+                               atol=1e-7)
 
 
 def test_v_weight_turns_the_error_of_eps_into_that_of_v():
@@ -151,7 +157,8 @@ def test_one_step_with_its_own_noise_level_in_each_row(schedule, step, name):
 def test_trajectories_equal_the_peers_in_every_step(schedule, levels, step, name):
     data = {key.rpartition("/")[2]: value for key, value in schedule.items() if f"traj/{levels}/" in key}
     states, preds = [], iter(data["preds"])
-    denoise(lambda x, t, both: 0.9 * x + 0.3 * next(preds), data["x"], recorded(data["noises"]), data["timesteps"], step,
+    denoise(lambda x, t, both: 0.9 * x + 0.3 * next(preds), data["x"], recorded(data["noises"]), data["timesteps"],
+            step,
             watch=lambda i, t, x, x_0: states.append(x))
     assert rel(torch.stack(states), data[name]) < 1e-6
 
@@ -179,7 +186,8 @@ def test_a_perfect_prediction_leads_back_to_the_data():
     x_0, eps = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
     for steps in (1, 10):
         for step in (ddim_step, dpm_solver_step):
-            x = denoise(lambda x, t, both: eps, add_noise(x_0, eps, torch.ones(2)), lambda: None, linear_timesteps(steps), step)
+            x = denoise(lambda x, t, both: eps, add_noise(x_0, eps, torch.ones(2)), lambda: None,
+                        linear_timesteps(steps), step)
             torch.testing.assert_close(x, add_noise(x_0, eps, torch.zeros(2)), rtol=0, atol=1e-3)
 
 
@@ -238,7 +246,8 @@ def test_dpm_solver_is_of_second_order_and_ddim_of_first():
 @pytest.mark.parametrize("t_start, t_end, more", [(0.8, 0.2, 60), (0.9, 0.1, 60), (1.0, 0.0, 30)])
 def test_15_steps_of_dpm_solver_beat_many_more_of_ddim(t_start, t_end, more):
     """What it is for. The whole way from 1 to 0 ends in a step of DDIM, which costs a part of the advantage."""
-    assert error(dpm_solver_step, linear_timesteps(15, t_start, t_end)) < error(ddim_step, linear_timesteps(more, t_start, t_end))
+    assert error(dpm_solver_step,
+                 linear_timesteps(15, t_start, t_end)) < error(ddim_step, linear_timesteps(more, t_start, t_end))
 
 
 def test_dpm_solver_starts_and_ends_with_ddim():
@@ -256,7 +265,8 @@ def test_dpm_solver_starts_and_ends_with_ddim():
 def test_dpm_solver_equals_that_of_diffusers_in_every_step():
     """Its solver counts in integers over schedules of its own, but all that it computes with is sigma, noise over signal:
     given ours, it must walk our way. It too makes the last step DDIM's."""
-    diffusers = pytest.importorskip("diffusers", reason="compares with diffusers, which is not installed: pip install diffusers")
+    diffusers = pytest.importorskip("diffusers",
+                                    reason="compares with diffusers, which is not installed: pip install diffusers")
     levels, states, preds = linear_timesteps(12), [], torch.randn(12, 2, 3, 4)
     theirs = diffusers.DPMSolverMultistepScheduler(algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint")
     theirs.set_timesteps(12)
@@ -334,7 +344,8 @@ def test_guidance_acts_within_its_interval_only():
         return denoise(half, torch.ones(1, 3), lambda: None, linear_timesteps(4), ddim_step, Guidance(*args, **kwargs))
     plain, full = run(1.0), run(4.0)
     assert torch.equal(run(4.0, interval=(0.55, 0.7)), plain) and torch.equal(run(4.0, interval=(0, 1)), full)
-    assert not torch.equal(run(4.0, interval=(0.4, 0.6)), plain) and not torch.equal(run(4.0, interval=(0.4, 0.6)), full)
+    assert not torch.equal(run(4.0, interval=(0.4, 0.6)),
+                           plain) and not torch.equal(run(4.0, interval=(0.4, 0.6)), full)
 
 
 def test_a_pair_of_scales_is_taken_by_noise_level_and_not_by_step():
@@ -381,11 +392,13 @@ def test_denoise_rescales_too():
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (dict(scale=()), "the guidance scale is (), expected a number, or two for start and end: 1 is none, 4 is usual for Stage C."),
+    (dict(scale=()),
+     "the guidance scale is (), expected a number, or two for start and end: 1 is none, 4 is usual for Stage C."),
     (dict(scale=(4, 3, 2)), "the guidance scale is (4, 3, 2), expected a number"),
     (dict(scale=math.nan), "the guidance scale is nan, expected a number"),
     (dict(scale=(4, math.inf)), "the guidance scale is (4, inf), expected a number"),
-    (dict(interval=(0.8, 0.2)), "the guidance interval is 0.8 to 0.2, expected two noise levels, the lower first, within 0 and 1."),
+    (dict(interval=(0.8, 0.2)),
+     "the guidance interval is 0.8 to 0.2, expected two noise levels, the lower first, within 0 and 1."),
     (dict(interval=(-0.1, 0.5)), "the guidance interval is -0.1 to 0.5, expected"),
     (dict(interval=(0.5, 100)), "the guidance interval is 0.5 to 100, expected"),
     (dict(interval=(math.nan, 1)), "the guidance interval is nan to 1, expected"),
@@ -409,14 +422,16 @@ def test_linear_timesteps_are_the_released_ones(schedule, steps):
 def test_default_timesteps_c_are_the_published_list(schedule):
     """DEFAULT_STAGE_C_TIMESTEPS of diffusers: 29 steps."""
     published = np.concatenate([np.linspace(1, 2 / 3, 20), np.linspace(2 / 3, 0, 11)[1:]])
-    for levels in (default_timesteps_c(), default_timesteps_c(29), DEFAULT_STAGE_C_TIMESTEPS, timesteps("DEFAULT_STAGE_C_TIMESTEPS")):
+    for levels in (default_timesteps_c(), default_timesteps_c(29), DEFAULT_STAGE_C_TIMESTEPS,
+                   timesteps("DEFAULT_STAGE_C_TIMESTEPS")):
         assert torch.equal(levels, schedule["out/timesteps/default_stage_c"])
         assert torch.equal(levels, torch.tensor(published, dtype=torch.float32))
 
 
 def test_30_steps_are_the_authors_own_schedule(schedule):
     """Theirs has 20 + 10 steps, and diffusers, with 19 + 10, one less: whoever wants the authors' asks for 30, or writes theirs out."""
-    for levels in (default_timesteps_c(30), timesteps({2 / 3: 20, 0.0: 10}), timesteps(30, default=default_timesteps_c)):
+    for levels in (default_timesteps_c(30), timesteps({2 / 3: 20, 0.0: 10}),
+                   timesteps(30, default=default_timesteps_c)):
         torch.testing.assert_close(levels, schedule["out/timesteps/original_two_segments_20_10"], rtol=0, atol=1e-6)
 
 
@@ -468,7 +483,8 @@ def test_no_steps_are_refused(use, steps):
         use(steps)
 
 
-@pytest.mark.parametrize("spec", [[1.0, 0.5, 0.5, 0.0], [0.0, 1.0], [1.0], [], [1.0, math.nan], [[1.0, 0.0]], 0.5, {}, {0.5: 3, 0.7: 3},
+@pytest.mark.parametrize("spec", [[1.0, 0.5, 0.5, 0.0], [0.0, 1.0], [1.0], [], [1.0, math.nan], [[1.0, 0.0]], 0.5, {},
+                                  {0.5: 3, 0.7: 3},
                                   [999.0, 500.0, 0.0], [0.5, -0.1]], ids=str)
 def test_timesteps_that_do_not_fall_are_refused(spec):
     """Elsewhere a repeated level stalls: its successor is looked up by value, and found to be itself."""
@@ -510,7 +526,8 @@ def test_a_strength_that_is_a_level_but_for_rounding_adds_no_step(steps):
 
 @pytest.mark.parametrize("strength", [-0.1, 1.5, math.nan])
 def test_impossible_strengths_are_refused(strength):
-    with pytest.raises(ValueError, match=f"strength is {strength:g}, expected a number from 0, nothing changes, to 1, nothing is kept"):
+    with pytest.raises(ValueError,
+                       match=f"strength is {strength:g}, expected a number from 0, nothing changes, to 1, nothing is kept"):
         cut_timesteps(linear_timesteps(5), strength)
 
 
@@ -525,7 +542,8 @@ def left_half(x_0: Tensor) -> Tensor:
 def test_what_is_known_comes_out_exactly_and_the_rest_is_new(step):
     """Exactly: not with the 1e-4 of noise that t = 0 has by the schedule."""
     known, x = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
-    found = denoise(half, x, noise_like(x), linear_timesteps(6), step, keep=Keep(known, left_half(known), torch.randn_like(known)))
+    found = denoise(half, x, noise_like(x), linear_timesteps(6), step,
+                    keep=Keep(known, left_half(known), torch.randn_like(known)))
     assert torch.equal(found[..., 4:], known[..., 4:])
     assert ((found - known)[..., :4].abs() > 0).all()
 
@@ -548,7 +566,8 @@ def test_the_network_sees_the_known_part_at_the_noise_level_of_every_step(step):
 def test_what_is_known_has_the_last_levels_noise_where_that_is_not_0():
     """A part of the schedule hands its result on to the next part: clean pixels in a noisy picture would be noise of their own."""
     known, x, eps = torch.randn(3, 2, 3, 8)
-    found = denoise(half, x, lambda: None, linear_timesteps(3, 1.0, 0.4), ddim_step, keep=Keep(known, left_half(known), eps))
+    found = denoise(half, x, lambda: None, linear_timesteps(3, 1.0, 0.4), ddim_step,
+                    keep=Keep(known, left_half(known), eps))
     assert torch.equal(found[..., 4:], add_noise(known, eps, torch.full((2,), 0.4))[..., 4:])
 
 
@@ -577,20 +596,23 @@ def test_sampling_stays_in_float32_whatever_the_network_computes_in():
         def predict(x, t, both):
             seen.append((x.dtype, t.dtype))
             return (0.5 * x).to(torch.bfloat16)
-        x = denoise(predict, torch.randn(2, 3).bfloat16(), lambda: torch.randn(2, 3).bfloat16(), default_timesteps_c(3), step)
+        x = denoise(predict, torch.randn(2, 3).bfloat16(), lambda: torch.randn(2, 3).bfloat16(), default_timesteps_c(3),
+                    step)
         assert x.dtype == torch.float32 and set(seen) == {(torch.float32, torch.float32)}
 
 
 def test_guidance_is_computed_in_float32():
     """Four times the difference of two float16 predictions can lie beyond what float16 holds, and is rounded where it does not."""
     eps = torch.tensor([[-2e4, 0.1, 1.0], [2e4, 0.2, 3.0]], dtype=torch.float16)          # with text, without
-    x = denoise(lambda x, t, both: eps, torch.zeros(1, 3), lambda: None, torch.tensor([0.5, 0.4]), ddim_step, Guidance(4.0))
+    x = denoise(lambda x, t, both: eps, torch.zeros(1, 3), lambda: None, torch.tensor([0.5, 0.4]), ddim_step,
+                Guidance(4.0))
     t = torch.tensor([0.5])
     expected = ddim_step(torch.zeros(1, 3), guide(eps[:1].float(), eps[1:].float(), 4.0), t, torch.tensor([0.4]))
     assert torch.equal(x, expected) and expected.isfinite().all()
 
 
-@pytest.mark.parametrize("levels", [[1.0, 0.5, 0.5, 0.0], [0.0, 1.0], [1.0, math.nan], [[1.0, 0.0]], [[1.0], [0.0]], []], ids=str)
+@pytest.mark.parametrize("levels", [[1.0, 0.5, 0.5, 0.0], [0.0, 1.0], [1.0, math.nan], [[1.0, 0.0]], [[1.0], [0.0]],
+                                    []], ids=str)
 def test_denoise_refuses_levels_that_do_not_fall(levels):
     """It is also called without `timesteps`, which would have refused them. No levels at all are a mistake; one is no step."""
     with pytest.raises(ValueError, match="strictly falling"):
@@ -606,7 +628,8 @@ def test_a_single_level_is_no_step_and_changes_nothing():
 
 
 @each_sampler
-@pytest.mark.parametrize("guidance", [Guidance(), Guidance(4.0), Guidance(4.0, (0.3, 0.6))], ids=["plain", "guided", "interval"])
+@pytest.mark.parametrize("guidance", [Guidance(), Guidance(4.0), Guidance(4.0, (0.3, 0.6))],
+                         ids=["plain", "guided", "interval"])
 def test_noise_is_drawn_once_in_every_step_whatever_the_sampler(step, guidance):
     """So a seed's numbers stay where they are when the sampler changes: Stage B's follow Stage C's from one generator. And the
     published pipelines draw in the last step too, where the noise is multiplied by zero."""
@@ -622,7 +645,8 @@ def test_noise_is_drawn_once_in_every_step_whatever_the_sampler(step, guidance):
 @each_sampler
 def test_denoise_leaves_alone_what_it_was_given(step):
     """The caller's noise and picture may be needed again, for the next sampler to be compared with."""
-    given = x, known, eps, levels = [torch.randn(2, 3, 8), torch.randn(2, 3, 8), torch.randn(2, 3, 8), linear_timesteps(5)]
+    given = x, known, eps, levels = [torch.randn(2, 3, 8), torch.randn(2, 3, 8), torch.randn(2, 3, 8),
+                                     linear_timesteps(5)]
     copies = [tensor.clone() for tensor in given]
     denoise(half, x, lambda: eps, levels, step, Guidance(4.0, rescale=0.5), Keep(known, left_half(known), eps))
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(given, copies))
@@ -717,7 +741,8 @@ def test_no_step_waits_for_the_numbers_of_another_device(step):
     x = torch.empty(2, 4, 8, 8, device="meta")
     keep = Keep(torch.empty_like(x), torch.empty_like(x[:1, :1], dtype=torch.bool), torch.empty_like(x))
     with HostReads() as reads:
-        found = denoise(half, x, lambda: torch.empty_like(x), linear_timesteps(6), step, Guidance((4.0, 2.0), (0.3, 0.8), 0.5), keep)
+        found = denoise(half, x, lambda: torch.empty_like(x), linear_timesteps(6), step,
+                        Guidance((4.0, 2.0), (0.3, 0.8), 0.5), keep)
     assert found.is_meta and reads.count == 1
 
 
@@ -731,6 +756,7 @@ def test_on_a_gpu_a_network_that_overflows_is_named_in_the_end():
 
 def test_integer_timesteps_are_refused_on_a_gpu_by_their_type():
     """Their values are not looked at there."""
-    with pytest.raises(ValueError, match=re.escape("noise levels must lie in [0, 1], got torch.int64: divide integer timesteps by their number first")):
+    with pytest.raises(ValueError,
+                       match=re.escape("noise levels must lie in [0, 1], got torch.int64: divide integer timesteps by their number first")):
         alphas_cumprod(torch.empty(3, dtype=torch.int64, device="meta"))
     assert alphas_cumprod(torch.empty(3, device="meta")).dtype == torch.float32

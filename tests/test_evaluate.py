@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import evaluate
-from evaluate import degrade, fixed_prompts, real_picture, score, verdict
-from scenes import CAPTIONED, COLOURS, RELATIONS, Scene, held_out, render
+from tiny import evaluate
+from tiny.evaluate import degrade, fixed_prompts, real_picture, score, verdict
+from training.scenes import CAPTIONED, COLOURS, RELATIONS, Scene, held_out, render
 
 FACTS = fixed_prompts()
 
@@ -170,7 +170,8 @@ def test_sampling_does_not_depend_on_the_batch_size(monkeypatch):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--weights", "no-such-weights"], "error: there are no weights called 'no-such-weights', and there is no such folder: expected tiny, "),
+    (["--weights", "no-such-weights"],
+     "error: there are no weights called 'no-such-weights', and there is no such folder: expected tiny, "),
     (["--temperature-b", "1"], "error: temperature_b is for v1, whose Stage B makes tokens: leave it away."),
     (["--sampler-b", "quant"], "error: there is no sampler 'quant': expected one of ddpm, ddim, dpm++."),
 ])

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import hub
+from loading import hub
 
-ROOT = Path(hub.__file__).parent
+ROOT = Path(hub.__file__).parents[1]
 TINY = ROOT / "models" / "tiny"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -28,7 +28,8 @@ def official_files() -> dict[str, dict[str, bytes]]:
     def folder(name, inside):
         return {f"{inside}/{path.name}" if inside else path.name: path.read_bytes() for path in (TINY / name).iterdir()}
     text = folder("text_encoder", "text_encoder") | folder("tokenizer", "tokenizer")
-    unused = {"README.md": b"# hello", "model_index.json": b'{"prior": ["wuerstchen", "WuerstchenPrior"]}', "collage.jpg": b"\xff\xd8"}
+    unused = {"README.md": b"# hello", "model_index.json": b'{"prior": ["wuerstchen", "WuerstchenPrior"]}',
+              "collage.jpg": b"\xff\xd8"}
     prior = folder("prior", "")
     return {
         "warp-ai/wuerstchen-prior": text | folder("prior", "prior") | unused | {
@@ -64,11 +65,13 @@ class Hub:
             def do_GET(self):
                 if outer.status:
                     return self.answer(outer.status[0], b"{}", **outer.status[1])
-                commit = (re.findall(r"/([0-9a-f]{40})(?:/|\?|$)", self.path) or [COMMIT])[0]      # a branch stands for one
+                # a branch stands for one
+                commit = (re.findall(r"/([0-9a-f]{40})(?:/|\?|$)", self.path) or [COMMIT])[0]
                 if api := re.match(r"/api/models/([^/]+/[^/?]+)", self.path):
                     files = outer.files.get(api[1])
                     if files is None:
-                        return self.answer(401, b"{}", X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
+                        return self.answer(401, b"{}", X_Error_Code="RepoNotFound",
+                                           X_Error_Message="Repository not found")
                     siblings = [{"rfilename": name, "size": len(data)} for name, data in files.items()]
                     return self.answer(200, json.dumps({"id": api[1], "sha": commit, "siblings": siblings}).encode())
                 place = re.match(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", self.path)
@@ -104,8 +107,9 @@ def served():
 
 
 def run(served, home: Path, script: str, *arguments: str, **environment) -> subprocess.CompletedProcess:
-    settings = dict(HF_ENDPOINT=served.url, HF_HOME=str(home), HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1", **environment)
-    program = [script] if script == "-c" else [str(ROOT / script)]
+    settings = dict(HF_ENDPOINT=served.url, HF_HOME=str(home), HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1",
+                    **environment)
+    program = {"-c": ["-c"], "hub.py": ["-m", "loading.hub"]}.get(script, [str(ROOT / script)])
     return subprocess.run([sys.executable, *program, *arguments], capture_output=True, text=True, cwd=home,
                           env={**os.environ, **settings, "PYTHONPATH": str(ROOT)})
 
@@ -118,10 +122,13 @@ def error_of(result: subprocess.CompletedProcess) -> str:
     return lines[0]
 
 
-NEEDED = {f"warp-ai/wuerstchen-prior/{name}" for name in ("prior/config.json", "prior/diffusion_pytorch_model.safetensors")} \
-    | {f"warp-ai/wuerstchen/{part}/{name}" for part in ("decoder", "vqgan") for name in ("config.json", "diffusion_pytorch_model.safetensors")} \
+NEEDED = {f"warp-ai/wuerstchen-prior/{name}" for name in ("prior/config.json",
+                                                          "prior/diffusion_pytorch_model.safetensors")} \
+    | {f"warp-ai/wuerstchen/{part}/{name}" for part in ("decoder", "vqgan")
+       for name in ("config.json", "diffusion_pytorch_model.safetensors")} \
     | {f"warp-ai/{repo}/{name}" for repo in ("wuerstchen", "wuerstchen-prior")
-       for name in ("text_encoder/config.json", "text_encoder/model.safetensors", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json")}
+       for name in ("text_encoder/config.json", "text_encoder/model.safetensors", "tokenizer/tokenizer.json",
+                    "tokenizer/tokenizer_config.json")}
 
 
 def test_text_to_image_fetches_what_it_needs_once_and_nothing_else(served, tmp_path):
@@ -139,15 +146,18 @@ def test_reconstruction_never_fetches_stage_c(served, tmp_path):
     """Encoding a picture and painting it again takes the image encoder, Stage B with its text encoder, and Stage A."""
     from safetensors.torch import save
     from stage_b import EfficientNetEncoder
-    from weights import to_diffusers
+    from loading.weights import to_diffusers
     model = EfficientNetEncoder()
-    served.files["warp-ai/EfficientNetEncoder"] = {"config.json": b'{"_class_name": "EfficientNetEncoder"}', "diffusion_pytorch_model.safetensors": save(
+    served.files["warp-ai/EfficientNetEncoder"] = {"config.json": b'{"_class_name": "EfficientNetEncoder"}',
+                                                   "diffusion_pytorch_model.safetensors": save(
         {name: tensor.contiguous() for name, tensor in to_diffusers(model.state_dict(), model).items()})}
-    result = run(served, tmp_path, "-c", "import wuerstchen, hub; wuerstchen.Wuerstchen.load('v2', 'cpu', parts=hub.RECONSTRUCTION)")
+    result = run(served, tmp_path, "-c",
+                 "import wuerstchen, hub; wuerstchen.Wuerstchen.load('v2', 'cpu', parts=hub.RECONSTRUCTION)")
     assert result.returncode == 0, result.stderr
     asked = {name for name, _ in served.asked}
     assert "warp-ai/EfficientNetEncoder/diffusion_pytorch_model.safetensors" in asked
-    assert asked - {name for name in asked if "EfficientNetEncoder" in name} == {name for name in NEEDED if "wuerstchen-prior" not in name}
+    assert asked - {name for name in asked
+                    if "EfficientNetEncoder" in name} == {name for name in NEEDED if "wuerstchen-prior" not in name}
 
 
 def test_what_was_fetched_serves_without_a_network(served, tmp_path):
@@ -164,8 +174,10 @@ def test_v2_is_painted_as_its_files_say(served, tmp_path):
     from PIL import Image
     from wuerstchen import Wuerstchen
     import numpy as np
-    prompt, settings = "a cat on a red background", ("--steps-c", "2", "--steps-b", "2", "--seed", "3", "--width", "128", "--height", "128")
-    result = run(served, tmp_path, "sample.py", "--weights", "v2", "--prompt", prompt, *settings, "--out", "cat.png", "--device", "cpu")
+    prompt, settings = "a cat on a red background", ("--steps-c", "2", "--steps-b", "2", "--seed", "3", "--width",
+                                                     "128", "--height", "128")
+    result = run(served, tmp_path, "sample.py", "--weights", "v2", "--prompt", prompt, *settings, "--out", "cat.png",
+                 "--device", "cpu")
     assert result.returncode == 0, result.stderr
     here = Wuerstchen.load("tiny", "cpu")(prompt, seed=3, steps_c=2, steps_b=2, guidance_b=1.0)[0]
     assert np.abs(np.asarray(Image.open(tmp_path / "cat.png"), int) - np.asarray(here, int)).max() <= 1
@@ -192,10 +204,13 @@ def serve_v1(served, folder: Path) -> set[str]:
     served.files["dome272/wuerstchen"] = {path.name: path.read_bytes() for path in folder.glob("*.pt")} | {
         name: b"unused" for name in ("model_v2_stage_b.pt", "model_stage_c.pt", "README.md")}
     for part in ("text_encoder", "tokenizer"):
-        served.files["warp-ai/wuerstchen"] = {name: data for name, data in served.files["warp-ai/wuerstchen"].items() if not name.startswith(part)} | {
+        served.files["warp-ai/wuerstchen"] = {name: data for name, data in served.files["warp-ai/wuerstchen"].items()
+                                              if not name.startswith(part)} | {
             f"{part}/{path.name}": path.read_bytes() for path in (folder / part).iterdir()}
-    return {f"dome272/wuerstchen/{name}" for name in ("vqgan_f4_v1_500k.pt", "model_stage_b.pt", "model_stage_c_ema.pt")} \
-        | {name for name in NEEDED if name.startswith(("warp-ai/wuerstchen/text_encoder", "warp-ai/wuerstchen/tokenizer"))}
+    return {f"dome272/wuerstchen/{name}" for name in ("vqgan_f4_v1_500k.pt", "model_stage_b.pt",
+                                                      "model_stage_c_ema.pt")} \
+        | {name for name in NEEDED
+           if name.startswith(("warp-ai/wuerstchen/text_encoder", "warp-ai/wuerstchen/tokenizer"))}
 
 
 # Without config.json sizes are the official ones: here they are small.
@@ -211,15 +226,18 @@ def test_v1_is_fetched_by_the_names_of_its_files_and_paints(served, tmp_path):
     assert result.returncode == 0, result.stderr
     assert {name for name, _ in served.asked} == needed and len(served.asked) == len(needed)
     places = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
-    for part, file in (("prior", "model_stage_c_ema.pt"), ("decoder", "model_stage_b.pt"), ("vqgan", "vqgan_f4_v1_500k.pt")):
+    for part, file in (("prior", "model_stage_c_ema.pt"), ("decoder", "model_stage_b.pt"),
+                       ("vqgan", "vqgan_f4_v1_500k.pt")):
         assert places[part].endswith(f"/snapshots/{hub.REVISIONS['dome272/wuerstchen (v1)']}/{file}")
     assert places["text_encoder"] == places["prior_text_encoder"] and places["tokenizer"] == places["prior_tokenizer"]
     served.asked.clear()
     # The image encoder is in Stage B's file, and so there already.
-    assert run(served, tmp_path, "hub.py", "v1", "--parts", "image_encoder").stdout.split() == ["image_encoder", places["decoder"]]
+    assert run(served, tmp_path, "hub.py", "v1", "--parts",
+               "image_encoder").stdout.split() == ["image_encoder", places["decoder"]]
     served.close()
     settings = ("--steps-c", "2", "--steps-b", "2", "--seed", "3", "--width", "128", "--height", "64")
-    result = run(served, tmp_path, "-c", SMALL, "--weights", "v1", "--offline", "--prompt", "a cat", *settings, "--out", "cat.png", "--device", "cpu")
+    result = run(served, tmp_path, "-c", SMALL, "--weights", "v1", "--offline", "--prompt", "a cat", *settings, "--out",
+                 "cat.png", "--device", "cpu")
     assert result.returncode == 0, result.stderr
     assert served.asked == [] and Image.open(tmp_path / "cat.png").size == (128, 64)
     assert "128 x 64 px is not what these weights were trained on (512 px only)" in result.stderr
@@ -231,7 +249,8 @@ def test_a_folder_of_v1_s_files_fetches_the_text_encoder_alone(served, tmp_path)
     needed = serve_v1(served, tmp_path / "v1")
     for part in ("text_encoder", "tokenizer"):
         shutil.rmtree(tmp_path / "v1" / part)
-    result = run(served, tmp_path / "v1", "-c", SMALL, "--weights", ".", "--steps-c", "1", "--steps-b", "1", "--width", "64", "--height", "64", "--prompt", "a cat",
+    result = run(served, tmp_path / "v1", "-c", SMALL, "--weights", ".", "--steps-c", "1", "--steps-b", "1", "--width",
+                 "64", "--height", "64", "--prompt", "a cat",
                  "--out", "cat.png", "--device", "cpu")
     assert result.returncode == 0, result.stderr
     assert {name for name, _ in served.asked} == {name for name in needed if name.startswith("warp-ai")}
@@ -243,14 +262,16 @@ def test_v1_s_file_that_is_missing_is_said_in_one_line(served, tmp_path):
     del served.files["dome272/wuerstchen"]["model_stage_c_ema.pt"]
     assert error_of(run(served, tmp_path, "hub.py", "v1")) == \
         f"error: dome272/wuerstchen at revision {hub.REVISIONS['dome272/wuerstchen (v1)']} holds no model_stage_c_ema.pt"
-    assert "at revision main holds no" in error_of(run(served, tmp_path, "hub.py", "v1", "--revision", "dome272/wuerstchen=main"))
+    assert "at revision main holds no" in error_of(run(served, tmp_path, "hub.py", "v1", "--revision",
+                                                       "dome272/wuerstchen=main"))
 
 
 def test_v1_s_file_that_is_a_pointer_is_recognised(served, tmp_path):
     """Its notebook fetched the VQGAN by /raw/, which gives the pointer in place of the file."""
     serve_v1(served, tmp_path / "v1")
     served.files["dome272/wuerstchen"]["vqgan_f4_v1_500k.pt"] = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4\n"
-    assert "vqgan_f4_v1_500k.pt is a Git LFS pointer" in error_of(run(served, tmp_path, "-c", SMALL, "--weights", "v1", "--prompt", "a cat"))
+    assert "vqgan_f4_v1_500k.pt is a Git LFS pointer" in error_of(run(served, tmp_path, "-c", SMALL, "--weights", "v1",
+                                                                      "--prompt", "a cat"))
 
 
 @pytest.mark.parametrize("status, headers, message", [
@@ -282,11 +303,12 @@ def test_the_image_encoder_is_taken_out_of_the_big_file_once(served, tmp_path):
     """80 MB of 6 GB: fetched and read once, then kept as a small file of its own, the same bit by bit."""
     import io
     from stage_b import EfficientNetEncoder
-    from weights import load_image_encoder, to_diffusers
+    from loading.weights import load_image_encoder, to_diffusers
     torch.manual_seed(0)
     model = EfficientNetEncoder().eval()
     file = io.BytesIO()
-    torch.save({"state_dict": {"x": torch.zeros(1)}, "effnet_state_dict": to_diffusers(model.state_dict(), model)}, file)
+    torch.save({"state_dict": {"x": torch.zeros(1)}, "effnet_state_dict": to_diffusers(model.state_dict(), model)},
+               file)
     served.files["dome272/wuerstchen"] = {"model_v2_stage_b.pt": file.getvalue()}
     result = run(served, tmp_path, "hub.py", "v2", "--parts", "image_encoder")
     assert result.returncode == 0, result.stderr
@@ -301,15 +323,18 @@ def test_the_image_encoder_of_its_own_repository_spares_the_big_file(served, tmp
     """80 MB in place of 6 GB, where the hub has it, in the form diffusers' training code gave it."""
     from safetensors.torch import save
     from stage_b import EfficientNetEncoder
-    from weights import load_image_encoder, to_diffusers
+    from loading.weights import load_image_encoder, to_diffusers
     torch.manual_seed(0)
     model = EfficientNetEncoder().eval()
-    config = {"_class_name": "EfficientNetEncoder", "_diffusers_version": "0.24.0", "c_cond": 1280, "c_latent": 16, "effnet": "efficientnet_v2_s"}
-    served.files["warp-ai/EfficientNetEncoder"] = {"config.json": json.dumps(config).encode(), "diffusion_pytorch_model.safetensors": save(
+    config = {"_class_name": "EfficientNetEncoder", "_diffusers_version": "0.24.0", "c_cond": 1280, "c_latent": 16,
+              "effnet": "efficientnet_v2_s"}
+    served.files["warp-ai/EfficientNetEncoder"] = {"config.json": json.dumps(config).encode(),
+                                                   "diffusion_pytorch_model.safetensors": save(
         {name: tensor.contiguous() for name, tensor in to_diffusers(model.state_dict(), model).items()})}
     result = run(served, tmp_path, "hub.py", "v2", "--parts", "image_encoder")
     assert result.returncode == 0, result.stderr
-    assert {name for name, _ in served.asked} == {f"warp-ai/EfficientNetEncoder/{name}" for name in ("config.json", "diffusion_pytorch_model.safetensors")}
+    assert {name for name, _ in served.asked} == {f"warp-ai/EfficientNetEncoder/{name}"
+                                                  for name in ("config.json", "diffusion_pytorch_model.safetensors")}
     loaded = load_image_encoder(result.stdout.split(maxsplit=1)[1].strip()).state_dict()
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
 
@@ -332,5 +357,6 @@ def test_a_revision_is_for_all_repositories_or_for_one():
     assert hub.revision_of(repo, "refs/pr/1") == hub.revision_of(repo, f"{repo}=refs/pr/1") == "refs/pr/1"
     assert hub.revision_of(repo, "warp-ai/wuerstchen-prior=refs/pr/1") == hub.REVISIONS[repo]
     authors = "dome272/wuerstchen"
-    assert hub.revision_of(authors, None) == hub.REVISIONS[authors] != hub.revision_of(authors, None, "v1") == hub.REVISIONS[f"{authors} (v1)"]
+    assert hub.revision_of(authors, None) == hub.REVISIONS[authors] != hub.revision_of(authors, None,
+                                                                                       "v1") == hub.REVISIONS[f"{authors} (v1)"]
     assert hub.revision_of(authors, "main", "v1") == "main" and hub.revision_of(repo, None, "v1") == hub.REVISIONS[repo]

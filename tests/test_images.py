@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-import images
-from images import (apply_linear, cover, enlarge, feather, fit_linear, fitting_size, grid, parameters_text, psnr, read_image, read_mask,
+from extras import images
+from extras.images import (apply_linear, cover, enlarge, feather, fit_linear, fitting_size, grid, parameters_text, psnr,
+                           read_image, read_mask,
                     read_settings, save_gif, save_png, strip, to_pil)
 
 RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
@@ -31,7 +32,8 @@ def plain(colour, size=(8, 6)) -> Image.Image:
 
 @pytest.mark.parametrize("orientation, stored", [
     (1, UPRIGHT), (2, UPRIGHT[:, ::-1]), (3, UPRIGHT[::-1, ::-1]), (4, UPRIGHT[::-1]),
-    (5, UPRIGHT.transpose(1, 0, 2)), (6, np.rot90(UPRIGHT)), (7, np.rot90(UPRIGHT.transpose(1, 0, 2), 2)), (8, np.rot90(UPRIGHT, -1))])
+    (5, UPRIGHT.transpose(1, 0, 2)), (6, np.rot90(UPRIGHT)), (7, np.rot90(UPRIGHT.transpose(1, 0, 2), 2)),
+    (8, np.rot90(UPRIGHT, -1))])
 def test_photos_are_read_upright(orientation, stored, tmp_path):
     """Cameras store what the sensor saw and note in the EXIF data how to turn it: 6 and 8 held upright, 3 upside down."""
     exif = Image.Exif()
@@ -128,7 +130,8 @@ def test_one_bit_and_grey_pictures_get_three_equal_channels(tmp_path):
 @pytest.mark.parametrize("mode", ["YCbCr", "HSV", "RGBX", "RGBa"])
 def test_other_modes_are_converted(mode):
     """Rare, but no reason to fail; orange comes back within 2 of 255."""
-    picture = plain((255, 128, 0)).convert("RGBA").convert(mode) if mode == "RGBa" else plain((255, 128, 0)).convert(mode)
+    picture = plain((255, 128, 0)).convert("RGBA").convert(mode) if mode == "RGBa" else plain((255, 128,
+                                                                                               0)).convert(mode)
     assert np.abs(np.array(pixels(read_image(picture))) - (255, 128, 0)).max() <= 2
 
 
@@ -165,7 +168,8 @@ def test_arrays_and_tensors_of_every_kind_mean_the_same(source):
 def test_grey_arrays_and_tensors_and_bools_are_pictures_too():
     """Masks are mostly that, among them what read_mask returns."""
     grey = np.array([[True, False]])
-    for source in (grey, grey * np.uint8(255), grey.astype(np.float16), torch.from_numpy(grey), torch.from_numpy(grey).float()):
+    for source in (grey, grey * np.uint8(255), grey.astype(np.float16), torch.from_numpy(grey),
+                   torch.from_numpy(grey).float()):
         assert read_image(source).tolist() == [[[1, 0]]] * 3
 
 
@@ -245,7 +249,8 @@ def test_a_picture_of_absurd_size_is_refused(tmp_path, monkeypatch):
     """A file of a few kB can claim to be larger than memory; Pillow's limit is 179 million pixels."""
     plain(RED, (100, 100)).save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(ValueError, match="bomb.png cannot be read as a picture: Image size .10000 pixels. exceeds limit"):
+    with pytest.raises(ValueError,
+                       match="bomb.png cannot be read as a picture: Image size .10000 pixels. exceeds limit"):
         read_image(tmp_path / "bomb.png")
 
 
@@ -294,7 +299,8 @@ def test_an_opaque_alpha_channel_is_no_hole():
 def test_a_mask_that_marks_nothing_is_refused(tmp_path):
     """It would paint for minutes and change nothing."""
     plain(BLACK).save(tmp_path / "black.png")
-    with pytest.raises(ValueError, match="black.png marks nothing: expected white where new content goes, black elsewhere$"):
+    with pytest.raises(ValueError,
+                       match="black.png marks nothing: expected white where new content goes, black elsewhere$"):
         read_mask(tmp_path / "black.png")
     with pytest.raises(ValueError, match="^the mask marks nothing"):
         read_mask(torch.zeros(4, 4))
@@ -331,7 +337,8 @@ def test_enlarge_leaves_the_picture_in_its_middle():
     assert larger[:, 2:, 1:6].equal(image) and mask[2:, 1:6].max() == 0 and mask.sum() == 6 * 9 - 4 * 5
     assert larger[:, 0, 0].equal(image[:, 0, 0]) and larger[:, -1, -1].equal(image[:, -1, -1])
     assert read_mask(mask).equal(mask)
-    with pytest.raises(ValueError, match="^nothing is added around the picture: at least one side must be larger than 0 px"):
+    with pytest.raises(ValueError,
+                       match="^nothing is added around the picture: at least one side must be larger than 0 px"):
         enlarge(image, 0, 0, 0, 0)
 
 
@@ -360,7 +367,8 @@ def test_cover_refuses_what_is_no_picture():
 
 
 @pytest.mark.parametrize("given, shorter, expected", [
-    ((600, 800), 300, (300, 400)), ((800, 600), 300, (400, 300)), ((101, 67), 67, (101, 67)), ((1000, 333), 100, (300, 100)),
+    ((600, 800), 300, (300, 400)), ((800, 600), 300, (400, 300)), ((101, 67), 67, (101, 67)),
+    ((1000, 333), 100, (300, 100)),
     ((7, 7), 1024, (1024, 1024))])
 def test_fitting_size_makes_the_shorter_side_exact(given, shorter, expected):
     """And the longer one whole."""
@@ -407,7 +415,8 @@ def test_feather_of_radius_0_is_the_mask():
     """A hard edge, for those who want one."""
     mask = (torch.rand(9, 9) > 0.5).float()
     assert feather(mask, 0).equal(mask)
-    with pytest.raises(ValueError, match=r"cannot feather a mask of shape \(9, 9\) by -1 px: expected \(H,W\) and 0 or more"):
+    with pytest.raises(ValueError,
+                       match=r"cannot feather a mask of shape \(9, 9\) by -1 px: expected \(H,W\) and 0 or more"):
         feather(mask, -1)
 
 
@@ -422,7 +431,8 @@ def test_cells_lie_where_they_are_expected():
     """Row by row with white gaps, nothing around them; an unfinished last row ends in white."""
     picture = grid([plain(colour) for colour in (RED, GREEN, BLUE, BLACK, RED)], columns=3, gap=2)
     assert picture.mode == "RGB" and picture.size == (3 * 8 + 2 * 2, 2 * 6 + 2)
-    for (left, top), colour in {(0, 0): RED, (10, 0): GREEN, (20, 0): BLUE, (0, 8): BLACK, (10, 8): RED, (20, 8): WHITE}.items():
+    for (left, top), colour in {(0, 0): RED, (10, 0): GREEN, (20, 0): BLUE, (0, 8): BLACK, (10, 8): RED,
+                                (20, 8): WHITE}.items():
         assert box(picture, left, top, 8, 6) == {colour}
     assert box(picture, 8, 0, 2, 14) == box(picture, 18, 0, 2, 14) == box(picture, 0, 6, 28, 2) == {WHITE}
 
@@ -437,7 +447,8 @@ def test_labels_stand_beside_the_cells_never_on_them(side):
         assert box(picture, left + x * (side + 4), top + y * (side + 4), side, side) == {colour}
         assert min(box(picture, left + x * (side + 4), 0, side, top)) < (64, 64, 64)
         assert min(box(picture, 0, top + y * (side + 4), left, side)) < (64, 64, 64)
-    assert 15 <= top <= side / 3 and left <= side + 5                              # a long label is as wide as a cell at most
+    # a long label is as wide as a cell at most
+    assert 15 <= top <= side / 3 and left <= side + 5
     assert box(picture, 0, 0, left, top) == box(picture, left + side, 0, 4, top) == {WHITE}
     assert box(picture, 0, top - 4, picture.width, 4) == box(picture, left - 4, 0, 4, top + side) == {WHITE}
 
@@ -464,7 +475,8 @@ def test_strip_is_one_row():
 
 @pytest.mark.parametrize("arguments, problem", [
     (([], 1), r"got 0 pictures of sizes \[\]: expected at least one"),
-    (([plain(RED), plain(RED, (6, 8))], 1), r"got 2 pictures of sizes \[\(6, 8\), \(8, 6\)\]: expected at least one, and all of one size"),
+    (([plain(RED), plain(RED, (6, 8))], 1),
+     r"got 2 pictures of sizes \[\(6, 8\), \(8, 6\)\]: expected at least one, and all of one size"),
     (([plain(RED)], 0), "got 0 columns, expected at least 1"),
     (([plain(RED)] * 3, 2, ["a"]), "got 1 labels for 2 columns, expected one for each"),
     (([plain(RED)] * 3, 2, None, ["a", "b", "c"]), "got 3 labels for 2 rows, expected one for each")])
@@ -476,8 +488,10 @@ def test_what_makes_no_grid_is_refused(arguments, problem):
 
 # ----- saving ----------------------------------------------------------------------------------------
 
-SETTINGS = dict(prompt="a cat on a blue background", negative_prompt="dog", steps_c=29, sampler_c="ddpm", guidance_c=4.0, seed=7,
-                width=128, height=128, weights="tiny", hashes={"prior": "0123456789abcdef", "decoder": "ff"}, steps_b=12, guidance_b=4.0,
+SETTINGS = dict(prompt="a cat on a blue background", negative_prompt="dog", steps_c=29, sampler_c="ddpm",
+                guidance_c=4.0, seed=7,
+                width=128, height=128, weights="tiny", hashes={"prior": "0123456789abcdef", "decoder": "ff"},
+                steps_b=12, guidance_b=4.0,
                 mask=None, files=["a", "b"])
 
 
@@ -492,13 +506,15 @@ def test_parameters_are_in_the_words_of_other_programs():
 
 def test_parameters_leave_out_what_is_not_there():
     """An empty negative prompt, no hashes, one side only, empty text."""
-    assert parameters_text(dict(prompt="a\nb", negative_prompt="", steps_c=3, seed=0, width=128, hashes={"prior": None}, note="")) == (
+    assert parameters_text(dict(prompt="a\nb", negative_prompt="", steps_c=3, seed=0, width=128, hashes={"prior": None},
+                                note="")) == (
         "a\nb\nSteps: 3, Seed: 0, Version: wuerstchen, Width: 128")
     assert parameters_text({}) == "Version: wuerstchen"
 
 
 @pytest.mark.parametrize("value, written", [
-    ("a, b", '"a, b"'), ("C:x", '"C:x"'), ('say "hi"', r'"say \"hi\""'), ("two\nlines", r'"two\nlines"'), ("Köln: é", '"Köln: é"'),
+    ("a, b", '"a, b"'), ("C:x", '"C:x"'), ('say "hi"', r'"say \"hi\""'), ("two\nlines", r'"two\nlines"'),
+    ("Köln: é", '"Köln: é"'),
     ("plain", "plain")])
 def test_values_that_would_break_the_line_are_quoted(value, written):
     """As JSON, the way the web UI does it and undoes it."""
@@ -548,7 +564,8 @@ def test_no_file_is_overwritten_silently(save, tmp_path):
     """Pictures take minutes, and some are dear to someone."""
     path = tmp_path / "picture"
     path.write_text("dear to someone")
-    with pytest.raises(FileExistsError, match="picture exists already and will not be overwritten: choose another name, or remove it"):
+    with pytest.raises(FileExistsError,
+                       match="picture exists already and will not be overwritten: choose another name, or remove it"):
         save(path)
     assert path.read_text() == "dear to someone"
     save(path, overwrite=True)
@@ -615,7 +632,8 @@ def test_a_linear_world_is_found_again():
     latents = torch.randn(3, 4, 5, 6)                                             # (N, C, h, w)
     truth = torch.cat([0.05 * torch.randn(4, 3), torch.full((1, 3), 0.5)])        # (C + 1, 3)
     colours = torch.einsum("nchw,cd->ndhw", latents, truth[:-1]) + truth[-1][:, None, None]
-    large = colours.repeat_interleave(8, 2).repeat_interleave(8, 3)               # (N, 3, 8h, 8w)  each colour a patch of its own
+    # (N, 3, 8h, 8w)  each colour a patch of its own
+    large = colours.repeat_interleave(8, 2).repeat_interleave(8, 3)
     matrix = fit_linear(latents, large)
     assert matrix.dtype == torch.float32
     torch.testing.assert_close(matrix, truth, atol=1e-5, rtol=0)
@@ -647,7 +665,8 @@ def test_small_pictures_stay_within_0_and_1():
 
 def test_latents_and_pictures_must_belong_together():
     """One image per latent, one row of the matrix per channel and one for the constant."""
-    with pytest.raises(ValueError, match=r"got latents of shape \(2, 4, 4, 4\) for images of shape \(3, 3, 8, 8\): expected"):
+    with pytest.raises(ValueError,
+                       match=r"got latents of shape \(2, 4, 4, 4\) for images of shape \(3, 3, 8, 8\): expected"):
         fit_linear(torch.rand(2, 4, 4, 4), torch.rand(3, 3, 8, 8))
     with pytest.raises(ValueError, match=r"and a matrix of shape \(4, 3\): expected \(B,C,h,w\) and \(C\+1,3\)"):
         apply_linear(torch.rand(2, 4, 4, 4), torch.rand(4, 3))

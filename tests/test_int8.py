@@ -8,10 +8,10 @@ from torch import Tensor
 
 import lora
 import sample
-import weights
+from loading import weights
 from diffusion import add_noise, ddpm_step
 from helpers import TINY
-from int8 import Int8Linear, check, finest, large, product, quantise_weight, quantised, to_int8
+from speed.int8 import Int8Linear, check, finest, large, product, quantise_weight, quantised, to_int8
 from stage_b import StageB
 from stage_c import StageC
 from wuerstchen import Wuerstchen
@@ -36,7 +36,8 @@ def random_layer(inputs: int, outputs: int) -> tuple[nn.Linear, Int8Linear]:
 def test_the_product_is_exact_in_whole_numbers(rows, inputs, outputs):
     """Up to the largest numbers that there can be: in 16 bits, where AVX2 adds pairs, 255 * 64 * 2 fits and 255 * 127 * 2 does not."""
     n = finest()
-    for draw8, draw_weight in ((lambda: torch.randint(0, 256, (rows, inputs)), lambda: torch.randint(-n, n + 1, (outputs, inputs))),
+    for draw8, draw_weight in ((lambda: torch.randint(0, 256, (rows, inputs)),
+                                lambda: torch.randint(-n, n + 1, (outputs, inputs))),
                                (lambda: torch.full((rows, inputs), 255), lambda: torch.full((outputs, inputs), n)),
                                (lambda: torch.full((rows, inputs), 255), lambda: torch.full((outputs, inputs), -n))):
         x8, weight8, scale = draw8(), draw_weight(), 2.0 ** torch.randint(-3, 3, (outputs,))
@@ -49,7 +50,7 @@ def test_a_layer_is_what_its_docstring_says(n, monkeypatch):
     """y = s_x s_w (W8 x8) + b, with a scale per row and per output; written out in float64. Weights as fine as the processor allows."""
     if n > finest():
         pytest.skip("this processor's int8 product is exact up to weights of 64: no VNNI")
-    monkeypatch.setattr("int8.finest", lambda: n)
+    monkeypatch.setattr("speed.int8.finest", lambda: n)
     layer, layer8 = random_layer(24, 40)
     x = torch.randn(3, 5, 24) * torch.tensor([1e-4, 1.0, 1e4])[:, None, None]
     s_x, s_w = x.abs().amax(-1, keepdim=True) / 127, layer.weight.abs().amax(1) / n
@@ -63,9 +64,10 @@ def test_a_layer_is_what_its_docstring_says(n, monkeypatch):
 def test_weights_go_only_as_far_as_sums_are_exact(monkeypatch):
     """A processor without VNNI: pairs of products are added in 16 bits, which stop at 32767."""
     def in_16_bits(x8, weight8, scale):
-        pairs = (x8[:, None].int() * weight8.int()).unflatten(-1, (-1, 2)).sum(-1).clamp(-2 ** 15, 2 ** 15 - 1)          # (M, N, K / 2)
+        # (M, N, K / 2)
+        pairs = (x8[:, None].int() * weight8.int()).unflatten(-1, (-1, 2)).sum(-1).clamp(-2 ** 15, 2 ** 15 - 1)
         return (pairs.sum(-1) - 128 * weight8.int().sum(1)) * scale
-    monkeypatch.setattr("int8.product", in_16_bits)
+    monkeypatch.setattr("speed.int8.product", in_16_bits)
     assert finest() == 64
     _, layer8 = random_layer(16, 8)
     assert layer8.weight.abs().max() == 64
@@ -82,7 +84,8 @@ def test_where_a_layer_does_not_widen_numbers_count_from_the_least():
     assert l2(layer8(x), expected.float()) < 1e-6
     from_zero = (x / (x.amax(-1, keepdim=True) / 127)).round() * (x.amax(-1, keepdim=True) / 127)
     true, weights_alone = x.double() @ layer.weight.double().T, x.double() @ (w8 * s_w[:, None]).T
-    assert l2((x8 * s_x + least) @ (w8 * s_w[:, None]).T, weights_alone) < 0.6 * l2(from_zero.double() @ (w8 * s_w[:, None]).T, weights_alone)
+    assert l2((x8 * s_x + least) @ (w8 * s_w[:, None]).T,
+              weights_alone) < 0.6 * l2(from_zero.double() @ (w8 * s_w[:, None]).T, weights_alone)
     assert l2(layer8(x) - layer.bias, true) < 0.012
 
 
@@ -94,7 +97,8 @@ def test_a_fine_layer_takes_its_input_in_16_bits(inputs, outputs):
     s_w = layer.weight.abs().amax(1) / finest()
     weights_alone = x.double() @ ((layer.weight / s_w[:, None]).double().round() * s_w[:, None]).T
     parts = layer8(x[:, :24]) + layer8(x[:, 24:], 24)
-    for row, row8, of_parts, expected in zip(layer8(x) - layer.bias, coarse - layer.bias, parts - layer.bias, weights_alone):
+    for row, row8, of_parts, expected in zip(layer8(x) - layer.bias, coarse - layer.bias, parts - layer.bias,
+                                             weights_alone):
         if expected.norm() > layer.bias.norm():
             assert max(l2(row, expected), l2(of_parts, expected)) < 1e-4 < 2e-3 < l2(row8, expected)
 
@@ -103,14 +107,17 @@ def test_a_network_names_its_fine_layers():
     """Over Stage C's 32 blocks rounding adds up to more than 1 %; Stage B stays at 0.2 % in 8 bits."""
     def fine(model):
         to_int8(model, 32)
-        return {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, Int8Linear) and module.fine}
-    assert fine(weights.load_stage_c(TINY / "prior")) == {"expand"} and fine(weights.load_stage_b(TINY / "decoder")) == set()
+        return {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, Int8Linear)
+                and module.fine}
+    assert fine(weights.load_stage_c(TINY / "prior")) == {"expand"}
+    assert fine(weights.load_stage_b(TINY / "decoder")) == set()
 
 
 def test_rows_of_one_number_and_far_from_zero_stay_exact():
     """The step from least to most is then 0, or far smaller than the numbers themselves."""
     layer, layer8 = random_layer(64, 16)
-    for x in (torch.full((1, 64), 3.0), torch.full((1, 64), -3.0), 1000 + torch.randn(1, 64), -1e6 + torch.randn(1, 64)):
+    for x in (torch.full((1, 64), 3.0), torch.full((1, 64), -3.0), 1000 + torch.randn(1, 64),
+              -1e6 + torch.randn(1, 64)):
         assert l2(layer8(x), layer(x)) < 0.03
 
 
@@ -128,7 +135,8 @@ def test_parts_of_an_input_add_up():
         layer, layer8 = random_layer(64, outputs)
         parts = layer8(x[:, :24]) + layer8(x[:, 24:], 24)
         assert l2(parts, layer(x)) < 0.02 and l2(parts, layer8(x)) < 0.02
-    torch.testing.assert_close(layer8(x[:, 24:], 24) + layer8.bias, layer8(torch.cat([torch.zeros(9, 24), x[:, 24:]], 1)))
+    torch.testing.assert_close(layer8(x[:, 24:], 24) + layer8.bias,
+                               layer8(torch.cat([torch.zeros(9, 24), x[:, 24:]], 1)))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -166,10 +174,14 @@ def tiny():
     model, model8 = Wuerstchen.load("tiny", "cpu"), Wuerstchen.load("tiny", "cpu", int8=True)
     prompt, generator = "a rocket left of a moon on a blue background", torch.Generator().manual_seed(0)
     with torch.no_grad():
-        semantic, latents = (model(prompt, seed=1, output=output, steps_c=8, steps_b=4) for output in ("semantic", "latents_b"))
-        text_c, text_b = (torch.cat(model.encode_text(encoder, [prompt], [""], 1)) for encoder in (model.text_encoder_c, model.text_encoder_b))
-    c = (model.stage_c, model8.stage_c, model.to_stored(semantic), torch.randn(semantic.shape, generator=generator), (text_c[:1],))
-    b = (model.stage_b, model8.stage_b, latents, torch.randn(latents.shape, generator=generator), (semantic, text_b[:1]))
+        semantic, latents = (model(prompt, seed=1, output=output, steps_c=8, steps_b=4)
+                             for output in ("semantic", "latents_b"))
+        text_c, text_b = (torch.cat(model.encode_text(encoder, [prompt], [""], 1))
+                          for encoder in (model.text_encoder_c, model.text_encoder_b))
+    c = (model.stage_c, model8.stage_c, model.to_stored(semantic), torch.randn(semantic.shape, generator=generator),
+         (text_c[:1],))
+    b = (model.stage_b, model8.stage_b, latents, torch.randn(latents.shape, generator=generator),
+         (semantic, text_b[:1]))
     return model, model8, dict(c=c, b=b)
 
 
@@ -197,13 +209,15 @@ def test_prepared_conditions_change_nothing(tiny):
     _, net8, latents, eps, (semantic, text) = tiny[2]["b"]
     t = torch.tensor([0.5])
     for shares in (True, False):
-        assert torch.equal(net8(eps, t, net8.prepare(eps.shape[2:], semantic, text, shares)), net8(eps, t, semantic, text))
+        assert torch.equal(net8(eps, t, net8.prepare(eps.shape[2:], semantic, text, shares)),
+                           net8(eps, t, semantic, text))
 
 
 def test_weights_take_a_quarter(tiny):
     """By bytes of state. The tiny Stage B has a third of its numbers in small layers and convolutions; official sizes, by shape: 0.256 and 0.272."""
     model, model8, _ = tiny
-    assert nbytes(model8.stage_c) < 0.29 * nbytes(model.stage_c) and nbytes(model8.stage_b) < 0.36 * nbytes(model.stage_b)
+    assert nbytes(model8.stage_c) < 0.29 * nbytes(model.stage_c)
+    assert nbytes(model8.stage_b) < 0.36 * nbytes(model.stage_b)
     for stage, share in ((StageC, 0.26), (StageB, 0.28)):
         with torch.device("meta"):
             official = stage()
@@ -218,7 +232,8 @@ def test_loading_gives_the_bits_of_converting(tiny):
     converted = copy.deepcopy(model.stage_c)
     names = to_int8(converted)
     assert names and converted.state_dict().keys() == model8.stage_c.state_dict().keys()
-    assert all(torch.equal(tensor, model8.stage_c.state_dict()[name]) for name, tensor in converted.state_dict().items())
+    assert all(torch.equal(tensor, model8.stage_c.state_dict()[name])
+               for name, tensor in converted.state_dict().items())
 
 
 def test_while_loading_one_float_layer_is_there_at_a_time():
@@ -231,7 +246,8 @@ def test_while_loading_one_float_layer_is_there_at_a_time():
             yield f"{i}.weight", torch.randn(8, 4)
     pairs = quantised(tensors(), ["0", "2"])
     assert next(pairs)[0] == "0.weight" and next(pairs)[0] == "0.scale" and asked == [0]
-    assert [(name, tensor.dtype) for name, tensor in pairs] == [("1.weight", torch.float32), ("2.weight", torch.int8), ("2.scale", torch.float32)]
+    assert [(name, tensor.dtype) for name, tensor in pairs] == [("1.weight", torch.float32), ("2.weight", torch.int8),
+                                                                ("2.scale", torch.float32)]
 
 
 def test_a_lora_is_merged_before_rounding(tmp_path):
@@ -263,7 +279,8 @@ def test_it_goes_with_compile():
     model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
     to_int8(model, 32)
     x = torch.randn(4, 32)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")     # the same way to the product, without a minute of C++
+    # the same way to the product, without a minute of C++
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), model(x))
 
 
@@ -274,24 +291,26 @@ def test_what_does_not_go_is_said_in_one_line(monkeypatch, capsys):
         Wuerstchen.load("tiny", "cpu", torch.bfloat16, int8=True)
     with pytest.raises(SystemExit) as end:
         sample.main(["--prompt", "cat", "--int8", "--dtype", "bf16", "--device", "cpu", "--out", "never"])
-    assert end.value.code == 2 and capsys.readouterr().err.startswith("error: int8 computes in float32 between its products")
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith("error: int8 computes in float32 between its products")
     wrong = lambda x8, weight8, scale: torch.zeros(len(x8), len(weight8))                # noqa: E731
-    monkeypatch.setattr("int8.product", wrong)
+    monkeypatch.setattr("speed.int8.product", wrong)
     with pytest.raises(ValueError, match="this processor's int8 product is not exact"):
         to_int8(nn.Sequential(nn.Linear(128, 128)))
 
     def missing(*_):
         raise AttributeError("'_OpNamespace' 'onednn' object has no attribute 'qlinear_prepack'")
-    monkeypatch.setattr("int8.product", missing)
+    monkeypatch.setattr("speed.int8.product", missing)
     with pytest.raises(ValueError, match="has no int8 product for this processor: '_OpNamespace' 'onednn'"):
         to_int8(nn.Sequential(nn.Linear(128, 128)))
 
 
 def test_a_picture_says_that_it_was_made_in_int8(tmp_path):
     """8 bits change the picture: so it is among the settings that are saved with it, and taken over by --like."""
-    from images import read_settings
+    from extras.images import read_settings
     few = ["--steps-c", "2", "--steps-b", "2", "--device", "cpu"]
-    sample.main(["--prompt", "a moon on a red background", "--seed", "1", "--int8", *few, "--out", str(tmp_path / "a.png")])
+    sample.main(["--prompt", "a moon on a red background", "--seed", "1", "--int8", *few, "--out",
+                 str(tmp_path / "a.png")])
     assert read_settings(tmp_path / "a.png")["int8"] is True
     sample.main(["--like", str(tmp_path / "a.png"), "--device", "cpu", "--out", str(tmp_path / "b.png")])
     from PIL import Image

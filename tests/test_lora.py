@@ -13,11 +13,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
-import files
+from loading import files
 import lora
-import weights
+from loading import weights
 from helpers import manifest, rel
-from lora import (LoRALayer, add_lora, base_hash, base_state_dict, disable, enable, load_lora, lora_parameters, lora_state_dict,
+from lora import (LoRALayer, add_lora, base_hash, base_state_dict, disable, enable, load_lora, lora_parameters,
+                  lora_state_dict,
                   merge, remove, save_lora, set_scale, unmerge)
 from stage_c import StageC
 
@@ -135,7 +136,8 @@ def test_dora_equals_its_formula(layer):
     v = layer.weight.detach() + 1.5 * (up.flatten(1) @ down.flatten(1)).view_as(layer.weight)
     weight = (m / v.detach().flatten(1).norm(dim=1)).view(-1, *[1] * (v.ndim - 1)) * v
     x = torch.randn(2, 5, 6, 5)
-    expected = F.linear(x, weight, layer.bias) if isinstance(layer, nn.Linear) else F.conv2d(x, weight, layer.bias, padding=1)
+    expected = F.linear(x, weight, layer.bias) if isinstance(layer, nn.Linear) else F.conv2d(x, weight, layer.bias,
+                                                                                             padding=1)
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
     expected.square().sum().backward()
     model(x).square().sum().backward()
@@ -213,7 +215,8 @@ def test_parameters_are_float32_in_a_half_precision_model(dtype):
     assert model(*inputs(dtype)).dtype == dtype
     model(*inputs(dtype)).float().square().mean().backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in lora_parameters(model))
-    full = prior()                                       # the same in float32, to see that it is right and not only runs
+    # the same in float32, to see that it is right and not only runs
+    full = prior()
     add_lora(full, rank=2, targets="all", dora=True)
     full.load_state_dict({name: t.float() for name, t in model.state_dict().items()})
     assert rel(model(*inputs(dtype)).float(), full(*(x.to(dtype).float() for x in inputs()))) < 0.1
@@ -283,7 +286,8 @@ def test_presets_mean_exactly_these_layers():
 def test_a_regular_expression_chooses_layers():
     """Searched in names; what it does not match stays a plain layer."""
     model = prior()
-    assert add_lora(model, targets=r"blocks\.1\.(query|mapper)$") == ["timestep_blocks.1.mapper", "attention_blocks.1.query"]
+    assert add_lora(model, targets=r"blocks\.1\.(query|mapper)$") == ["timestep_blocks.1.mapper",
+                                                                      "attention_blocks.1.query"]
     assert isinstance(model.attention_blocks[0].query, nn.Linear)
 
 
@@ -308,7 +312,8 @@ def test_official_attention_is_128_layers_and_256_tensors():
 
 def test_targets_that_match_nothing_stop_and_say_what_there_is():
     """A silent no-op looks like training: OneTrainer's presets for U-Nets, say, match nothing here."""
-    with pytest.raises(ValueError, match=r"'down_blocks' match no layer.*res_blocks.N.expand x2.*attention_blocks.N.query x2"):
+    with pytest.raises(ValueError,
+                       match=r"'down_blocks' match no layer.*res_blocks.N.expand x2.*attention_blocks.N.query x2"):
         add_lora(prior(), targets="down_blocks")
     with pytest.raises(ValueError, match="neither attention, .* nor a regular expression"):
         add_lora(prior(), targets="(")
@@ -429,7 +434,8 @@ def test_what_would_have_no_effect_while_merged_is_refused():
     """The weights hold the old sum: a new scale would change nothing, and nobody would notice."""
     model = two_loras()
     merge(model)
-    for call in (lambda: set_scale(model, 0.5), lambda: enable(model), lambda: disable(model, "a"), lambda: base_hash(model),
+    for call in (lambda: set_scale(model, 0.5), lambda: enable(model), lambda: disable(model, "a"),
+                 lambda: base_hash(model),
                  lambda: add_lora(model, name="c"), lambda: load_lora(model, {}, "c")):
         with pytest.raises(ValueError, match="unmerge"):
             call()
@@ -533,10 +539,13 @@ def test_files_have_the_names_that_other_programs_expect(tmp_path):
                       "prior.blocks.3.channelwise.4.lora_A.weight", "prior.blocks.4.mapper.lora_B.weight",
                       "prior.blocks.2.kv_mapper.1.lora_A.weight", "prior.projection.lora_A.weight",
                       "prior.cond_mapper.2.lora_B.weight"],
-        "kohya": ["lora_unet_blocks_2_attention_to_q.lora_down.weight", "lora_unet_blocks_5_attention_to_out_0.lora_up.weight",
+        "kohya": ["lora_unet_blocks_2_attention_to_q.lora_down.weight",
+                  "lora_unet_blocks_5_attention_to_out_0.lora_up.weight",
                   "lora_unet_blocks_2_attention_to_k.alpha", "lora_unet_out_1.lora_down.weight"],
-        "comfy": ["diffusion_model.blocks.2.attention.to_q.lora_A.weight", "diffusion_model.blocks.2.attention.to_q.alpha"],
-        "original": ["blocks.2.attention.attn.in_proj.lora_down.weight", "blocks.5.attention.attn.out_proj.lora_up.weight",
+        "comfy": ["diffusion_model.blocks.2.attention.to_q.lora_A.weight",
+                  "diffusion_model.blocks.2.attention.to_q.alpha"],
+        "original": ["blocks.2.attention.attn.in_proj.lora_down.weight",
+                     "blocks.5.attention.attn.out_proj.lora_up.weight",
                      "blocks.5.attention.attn.in_proj.alpha", "blocks.0.channelwise.0.lora_down.weight"],
         "ours": ["attention_blocks.0.query.lora_down.weight", "attention_blocks.1.out.alpha"]}
     for to, names in expected.items():
@@ -567,7 +576,8 @@ VARIANTS = {     # what else is found: a format that we write, and how its names
     "peft": ("diffusers", [("prior.", "base_model.model.")]),
     "OneTrainer, original": ("comfy", [("diffusion_model.", "")]),
     "OneTrainer, internal": ("comfy", [("diffusion_model.", "prior."), ("lora_A", "lora_down"), ("lora_B", "lora_up")]),
-    "OneTrainer of 2025": ("comfy", [("diffusion_model.", "lora_prior_unet."), ("lora_A", "lora_down"), ("lora_B", "lora_up")]),
+    "OneTrainer of 2025": ("comfy", [("diffusion_model.", "lora_prior_unet."), ("lora_A", "lora_down"),
+                                     ("lora_B", "lora_up")]),
     "OneTrainer of 2024": ("kohya", [("lora_unet_", "lora_prior_unet_")]),
     "thirds of in_proj": ("comfy", [("to_q", "attn.in_proj.0"), ("to_k", "attn.in_proj.1"), ("to_v", "attn.in_proj.2"),
                                     ("to_out.0", "attn.out_proj")]),
@@ -637,7 +647,8 @@ def test_rslora_in_metadata_is_read_as_its_alpha(tmp_path):
     model = with_lora()
     save_lora(model, tmp_path / "l.safetensors")
     config = {"prior.r": 4, "prior.lora_alpha": 3, "prior.use_rslora": True}
-    save_file(load_file(tmp_path / "l.safetensors"), tmp_path / "rs.safetensors", {"lora_adapter_metadata": json.dumps(config)})
+    save_file(load_file(tmp_path / "l.safetensors"), tmp_path / "rs.safetensors",
+              {"lora_adapter_metadata": json.dumps(config)})
     assert torch.equal(loaded(tmp_path / "rs.safetensors")(*inputs()), model(*inputs()))     # 3 / sqrt(4) = 6 / 4
 
 
@@ -649,10 +660,12 @@ def test_fused_in_proj_is_exact_in_both_directions(tmp_path):
     down, up = (file[f"blocks.2.attention.attn.in_proj.lora_{part}.weight"] for part in ("down", "up"))
     assert down.shape == (12, 16) and up.shape == (48, 12)
     block = model.attention_blocks[0]
-    expected = torch.cat([layer.adapters["default"].delta(layer.base.weight) for layer in (block.query, block.key, block.value)])
+    expected = torch.cat([layer.adapters["default"].delta(layer.base.weight)
+                          for layer in (block.query, block.key, block.value)])
     scale = file["blocks.2.attention.attn.in_proj.alpha"] / 12
     torch.testing.assert_close((scale * (up @ down)).float(), expected.detach())
-    assert same(lora_state_dict(loaded(tmp_path / "fused.safetensors")), lora_state_dict(model))     # and ranks as before
+    # and ranks as before
+    assert same(lora_state_dict(loaded(tmp_path / "fused.safetensors")), lora_state_dict(model))
 
 
 def test_a_lora_trained_on_the_fused_matrix_is_split_by_rows(tmp_path):
@@ -662,7 +675,8 @@ def test_a_lora_trained_on_the_fused_matrix_is_split_by_rows(tmp_path):
     fused = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": alpha}
     model = loaded(fused)
     block = model.attention_blocks[0]
-    rows = torch.cat([layer.adapters["default"].delta(layer.base.weight) for layer in (block.query, block.key, block.value)])
+    rows = torch.cat([layer.adapters["default"].delta(layer.base.weight)
+                      for layer in (block.query, block.key, block.value)])
     torch.testing.assert_close(rows.detach(), 0.5 * up @ down)
     save_lora(model, tmp_path / "again.safetensors", to="original")
     assert same(load_file(tmp_path / "again.safetensors"), fused)
@@ -693,9 +707,11 @@ def test_metadata_says_what_the_file_is(tmp_path):
     save_lora(model, tmp_path / "l.safetensors", facts=facts)
     with safe_open(tmp_path / "l.safetensors", "pt") as file:
         metadata = file.metadata()
-    assert metadata | dict(format="pt", format_version="1", rank="4", alpha="6", base_hash=base_hash(prior()), steps="100",
+    assert metadata | dict(format="pt", format_version="1", rank="4", alpha="6", base_hash=base_hash(prior()),
+                           steps="100",
                            images="24", trigger_words='["a zorp"]') == metadata
-    assert metadata["targets"] == ", ".join(f"attention_blocks.N.{part} x2" for part in ("query", "key", "value", "out"))
+    assert metadata["targets"] == ", ".join(f"attention_blocks.N.{part} x2"
+                                            for part in ("query", "key", "value", "out"))
 
 
 def test_loading_into_a_live_lora_copies_into_it():
@@ -706,7 +722,8 @@ def test_loading_into_a_live_lora_copies_into_it():
     source = with_lora(rslora=True)
     load_lora(model, lora_state_dict(source))
     assert all(a is b for a, b in zip(lora_parameters(model), parameters))
-    assert all(torch.equal(a, b) for a, b in zip(parameters, lora_parameters(source))) and alphas(model) == alphas(source)
+    assert all(torch.equal(a, b) for a, b in zip(parameters, lora_parameters(source)))
+    assert alphas(model) == alphas(source)
     assert model.attention_blocks[0].query.adapters["default"].dropout == 0.25
     with pytest.raises(ValueError, match="8 layers of rank 4, the file 8 of rank 2"):
         load_lora(model, lora_state_dict(with_lora(rank=2)))
@@ -747,13 +764,17 @@ def test_a_file_with_anything_unknown_is_refused_with_counts():
             r"1 of 25 tensors belong to no layer of this model \(attention_blocks.2.query.lora_down.weight\)")
     refused({}, "it is empty")
     refused(tensors, "8 of 8 layers do not fit: attention_blocks.0.query is .24, 24., the file has down .4, 16., .*; ...", c=24)
-    refused({name: t for name, t in tensors.items() if "0.query.lora_up" not in name}, "attention_blocks.0.query has down")
+    refused({name: t for name, t in tensors.items() if "0.query.lora_up" not in name},
+            "attention_blocks.0.query has down")
     refused({**tensors, "attention_blocks.0.query.lora_up.weight": torch.zeros(16, 3)},
             "1 of 8 layers do not fit: attention_blocks.0.query has down .4, 16., up .16, 3.")
-    refused({**tensors, "attention_blocks.0.out.lora_up.weight": torch.full((16, 4), math.nan)}, "attention_blocks.0.out has NaN")
-    refused({**tensors, "prior.blocks.2.attention.to_q.lora_A.weight": torch.zeros(4, 16)}, "0.query stands in it twice")
+    refused({**tensors, "attention_blocks.0.out.lora_up.weight": torch.full((16, 4), math.nan)},
+            "attention_blocks.0.out has NaN")
+    refused({**tensors, "prior.blocks.2.attention.to_q.lora_A.weight": torch.zeros(4, 16)},
+            "0.query stands in it twice")
     refused({**tensors, "blocks.2.attention.attn.in_proj.lora_down.weight": torch.zeros(4, 16),
-             "blocks.2.attention.attn.in_proj.lora_up.weight": torch.zeros(48, 4)}, "stands in it twice, alone and fused")
+             "blocks.2.attention.attn.in_proj.lora_up.weight": torch.zeros(48, 4)},
+            "stands in it twice, alone and fused")
 
 
 @pytest.mark.parametrize("name, looks", [
@@ -815,7 +836,8 @@ def test_convert_needs_no_model_and_keeps_the_facts(to, tmp_path, capsys):
         run(capsys, "convert", tmp_path / "a.safetensors", tmp_path / f"{other}.safetensors", "--to", other)
         assert torch.equal(loaded(tmp_path / f"{other}.safetensors")(*inputs()), model(*inputs()))
         assert "steps: 7" in run(capsys, "info", tmp_path / f"{other}.safetensors")
-    fails(capsys, "exists already", "convert", tmp_path / "a.safetensors", tmp_path / "kohya.safetensors", "--to", "kohya")
+    fails(capsys, "exists already", "convert", tmp_path / "a.safetensors", tmp_path / "kohya.safetensors", "--to",
+          "kohya")
     fails(capsys, ".safetensors", "convert", tmp_path / "a.safetensors", tmp_path / "b.bin", "--to", "kohya")
 
 
@@ -864,9 +886,11 @@ def test_merge_writes_the_sum_in_the_dtype_of_the_source(dtype, tmp_path, capsys
     fails(capsys, "exists already", "merge", tmp_path / "prior", tmp_path / "l.safetensors", tmp_path / "out")
     run(capsys, "merge", tmp_path / "prior", tmp_path / "l.safetensors", tmp_path / "one.safetensors", "--scale", "0.5")
     assert same(load_file(tmp_path / "one.safetensors"), written)
-    assert "trained on other weights" in run(capsys, "merge", tmp_path / "out", tmp_path / "l.safetensors", tmp_path / "twice")
+    assert "trained on other weights" in run(capsys, "merge", tmp_path / "out", tmp_path / "l.safetensors",
+                                             tmp_path / "twice")
     if dtype == torch.float16:
-        fails(capsys, "cannot hold", "merge", tmp_path / "prior", tmp_path / "l.safetensors", tmp_path / "x", "--scale=1e6")
+        fails(capsys, "cannot hold", "merge", tmp_path / "prior", tmp_path / "l.safetensors", tmp_path / "x",
+              "--scale=1e6")
 
 
 def test_extract_finds_the_lora_that_was_merged(tmp_path, capsys):
@@ -926,14 +950,16 @@ def oracle(model: StageC):
             kind = importlib.import_module(f"diffusers.{package}.wuerstchen.modeling_wuerstchen_prior").WuerstchenPrior
         except ImportError:
             continue
-        theirs = kind(**{key: value for key, value in weights.config_to_diffusers(model).items() if not key.startswith("_")})
+        theirs = kind(**{key: value for key, value in weights.config_to_diffusers(model).items()
+                         if not key.startswith("_")})
         theirs.load_state_dict(weights.to_diffusers(model.state_dict(), model))
         return theirs.eval()
     pytest.skip("this version of diffusers has no Würstchen any more")
 
 
 @pytest.mark.parametrize("options", [dict(alpha=6.0), dict(alpha=3.0, rslora=True), dict(alpha=6.0, dora=True),
-                                     dict(alpha=6.0, targets="all"), dict(alpha=6.0, targets="all", dora=True)], ids=str)
+                                     dict(alpha=6.0, targets="all"), dict(alpha=6.0, targets="all", dora=True)],
+                         ids=str)
 @torch.no_grad()
 def test_diffusers_loads_our_file_and_gives_the_same(options, tmp_path):
     """alpha is not the rank: it arrives through the metadata, which diffusers' own trainer does not write."""
@@ -962,14 +988,16 @@ def test_diffusers_pipeline_loads_our_file(tmp_path):
     assert rel(model(*inputs()), theirs(*inputs())) < 1e-5
 
 
-@pytest.mark.parametrize("config", [dict(lora_alpha=6), dict(lora_alpha=3, use_rslora=True), dict(lora_alpha=6, use_dora=True)],
+@pytest.mark.parametrize("config", [dict(lora_alpha=6), dict(lora_alpha=3, use_rslora=True),
+                                    dict(lora_alpha=6, use_dora=True)],
                          ids=str)
 @torch.no_grad()
 def test_we_load_what_peft_and_diffusers_wrote(config, tmp_path):
     """peft's LoRA on diffusers' prior, saved by diffusers: the same output here."""
     theirs = oracle(prior())
     from peft import LoraConfig
-    theirs.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"], **config), adapter_name="style")
+    theirs.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"], **config),
+                       adapter_name="style")
     for name, parameter in theirs.named_parameters():
         if "lora_" in name:
             parameter += 0.3 * torch.randn_like(parameter)
@@ -977,7 +1005,8 @@ def test_we_load_what_peft_and_diffusers_wrote(config, tmp_path):
     with safe_open(tmp_path / "bare.safetensors", "pt") as file:
         tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
     config = json.loads(metadata["lora_adapter_metadata"])
-    importlib.import_module("diffusers.loaders").StableDiffusionLoraLoaderMixin.write_lora_layers(      # as pipelines save
+    # as pipelines save
+    importlib.import_module("diffusers.loaders").StableDiffusionLoraLoaderMixin.write_lora_layers(
         {f"prior.{name}": tensor for name, tensor in tensors.items()}, str(tmp_path), is_main_process=True,
         weight_name="prior.safetensors", save_function=None, safe_serialization=True,
         lora_adapter_metadata={f"prior.{key}": value for key, value in config.items()})
@@ -1001,14 +1030,16 @@ def test_gradients_equal_pefts():
     for dora in (False, True):
         theirs, model = oracle(prior()), prior()
         from peft import LoraConfig
-        theirs.add_adapter(LoraConfig(r=4, lora_alpha=6, use_dora=dora, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+        theirs.add_adapter(LoraConfig(r=4, lora_alpha=6, use_dora=dora,
+                                      target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
         add_lora(model, rank=4, alpha=6.0, dora=dora)
         train_a_little(model)
         ours = {lora.their_name(path): adapter for path, adapter in lora.adapters(model)}
         kinds = {"lora_A.default.weight": "down", "lora_B.default.weight": "up",
                  "lora_magnitude_vector.default.weight": "magnitude"}
         pairs = [(parameter, getattr(ours[name.removesuffix("." + kind)], attribute))
-                 for name, parameter in theirs.named_parameters() for kind, attribute in kinds.items() if name.endswith(kind)]
+                 for name, parameter in theirs.named_parameters() for kind, attribute in kinds.items()
+                 if name.endswith(kind)]
         assert len(pairs) == len(lora_parameters(model))
         with torch.no_grad():
             for parameter, mine in pairs:

@@ -41,7 +41,8 @@ def defined_in(path: Path) -> set[str]:
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             names.add(node.name)
-            names |= {f"{node.name}.{inner.name}" for inner in ast.walk(node) if inner is not node and isinstance(inner, ast.FunctionDef)}
+            names |= {f"{node.name}.{inner.name}" for inner in ast.walk(node) if inner is not node
+                      and isinstance(inner, ast.FunctionDef)}
         elif isinstance(node, ast.Assign):
             names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
     return names
@@ -83,7 +84,8 @@ def badly_labelled(cell: dict) -> bool:
 
 
 # ----- what cells call, though nobody runs them ------------------------------------------------------
-# Cells tagged "download" need the official weights. That they would run cannot be shown without these; that they use nothing
+# Cells tagged "download" need the official weights. That they would run cannot be shown without these; that they use
+# nothing
 # which does not exist can. The same is asked of all other cells, where it must be true, as they run.
 
 class Missing(Exception):
@@ -95,7 +97,8 @@ def imported(tree: ast.AST) -> dict:
     names = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names |= {alias.asname or alias.name: importlib.import_module(alias.name) for alias in node.names if alias.name in OURS}
+            names |= {alias.asname or alias.name: importlib.import_module(alias.name) for alias in node.names
+                      if alias.name in OURS}
         elif isinstance(node, ast.ImportFrom) and node.module in OURS:
             module = importlib.import_module(node.module)
             for alias in node.names:
@@ -127,10 +130,13 @@ def blank_objects(tree: ast.AST, names: dict) -> dict:
     found = {}
     for node in (node for node in ast.walk(tree) if isinstance(node, ast.Assign)):
         target, value = node.targets[0], node.value
-        pairs = zip(target.elts, value.elts) if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) else [(target, value)]
+        pairs = zip(target.elts,
+                    value.elts) if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) else [(target, value)]
         for name, value in pairs:
             made = resolve(value.func, names) if isinstance(value, ast.Call) else None
-            made = made.__self__ if getattr(made, "__name__", "") == "load" and isinstance(getattr(made, "__self__", None), type) else made
+            made = made.__self__ if getattr(made, "__name__",
+                                            "") == "load" and isinstance(getattr(made, "__self__", None),
+                                                                         type) else made
             if isinstance(name, ast.Name) and isinstance(made, type):
                 found[name.id] = object.__new__(made)
     return found
@@ -138,13 +144,16 @@ def blank_objects(tree: ast.AST, names: dict) -> dict:
 
 def check_arguments(call: ast.Call, function) -> None:
     """Raises Missing or TypeError for a keyword that the function, or what it hands its keywords on to, does not know."""
-    from report import FILES
+    from training.report import FILES
     from wuerstchen import Wuerstchen
     signature, name = inspect.signature(function), getattr(function, "__name__", "")
     keywords = {keyword.arg: None for keyword in call.keywords if keyword.arg}
-    open_ended = any(isinstance(arg, ast.Starred) for arg in call.args) or any(keyword.arg is None for keyword in call.keywords)
-    (signature.bind_partial if open_ended else signature.bind)(*[None] * sum(not isinstance(arg, ast.Starred) for arg in call.args), **keywords)
-    further = dict(load=FILES, reconstruct=inspect.signature(Wuerstchen.__call__).parameters, interpolate=inspect.signature(Wuerstchen.__call__).parameters)
+    open_ended = any(isinstance(arg, ast.Starred)
+                     for arg in call.args) or any(keyword.arg is None for keyword in call.keywords)
+    (signature.bind_partial if open_ended
+     else signature.bind)(*[None] * sum(not isinstance(arg, ast.Starred) for arg in call.args), **keywords)
+    further = dict(load=FILES, reconstruct=inspect.signature(Wuerstchen.__call__).parameters,
+                   interpolate=inspect.signature(Wuerstchen.__call__).parameters)
     for keyword in keywords.keys() - signature.parameters.keys() if name in further else ():
         if keyword not in further[name]:
             raise Missing(f"{name}() has no argument {keyword}")
@@ -175,7 +184,8 @@ def wrong_calls(code: str) -> list[str]:
             if function is None or (getattr(function, "__module__", None) or type(function).__module__) not in OURS:
                 continue
             check_arguments(node, function)
-            if getattr(function, "__name__", "") == "parse_args" and (text := re.match(r"'(.*?)'\.split\(\)", ast.unparse(node.args[0]))):
+            if getattr(function, "__name__",
+                       "") == "parse_args" and (text := re.match(r"'(.*?)'\.split\(\)", ast.unparse(node.args[0]))):
                 check_options(function, text[1].replace("\\n", " ").split())
         except (Missing, TypeError) as error:
             wrong.append(f"line {node.lineno}: {ast.unparse(node)[:80]}: {error}")
@@ -185,7 +195,8 @@ def wrong_calls(code: str) -> list[str]:
 def wrong_commands(text: str) -> list[str]:
     """Commands in the text, `python NAME.py ...` in a block or within a line, that would not be understood."""
     wrong = []
-    lines = [line for block in re.findall(r"```\n(.*?)```", text, re.DOTALL) for line in block.replace("\\\n", " ").splitlines()]
+    lines = [line for block in re.findall(r"```\n(.*?)```", text, re.DOTALL)
+             for line in block.replace("\\\n", " ").splitlines()]
     for line in lines + re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text):
         command = re.match(r"(?:python|torchrun(?: --nproc-per-node \d+)?) ([\w/]+\.py)(.*)", line.strip())
         if not command:
@@ -209,7 +220,8 @@ def test_committed_outputs_belong_to_the_present_code(path):
     """Otherwise a reader sees a picture that the code above it never drew."""
     notebook = read(path)
     assert notebook["metadata"].get("checksum") == run.checksum(notebook), f"run: python notebooks/run.py {path.name}"
-    assert all(cell["outputs"] or not run.DRAWS.search(run.source(cell)) or "download" in run.tags(cell) for cell in run.code_cells(notebook))
+    assert all(cell["outputs"] or not run.DRAWS.search(run.source(cell)) or "download" in run.tags(cell)
+               for cell in run.code_cells(notebook))
 
 
 @each_notebook
@@ -250,7 +262,8 @@ def test_notebooks_use_our_code_and_never_redefine_it(path):
     own = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     taken = set().union(*(defined_in(ROOT / f"{module}.py") for module in OURS))
     assert not own & taken, f"defined anew: {own & taken}"
-    assert not any(isinstance(node, ast.ClassDef) for node in ast.walk(tree)), "networks and other classes belong into our files"
+    assert not any(isinstance(node, ast.ClassDef)
+                   for node in ast.walk(tree)), "networks and other classes belong into our files"
 
 
 @each_notebook
@@ -322,7 +335,8 @@ def test_the_checksum_is_of_the_code_and_of_nothing_else():
 
 
 @pytest.mark.parametrize("code, output, message", [
-    ("1 / 0", dict(output_type="error", ename="ZeroDivisionError", evalue="division by zero"), "failed: ZeroDivisionError"),
+    ("1 / 0", dict(output_type="error", ename="ZeroDivisionError", evalue="division by zero"),
+     "failed: ZeroDivisionError"),
     ("f()", dict(output_type="stream", name="stderr", text=["UserWarning: old"]), "wrote to stderr: UserWarning"),
     ("pictures(x, 'title')", dict(output_type="stream", name="stdout", text=["done"]), "gave no picture"),
     ("plt.plot(x)", dict(output_type="display_data", data={"image/png": "WHITE"}), "empty picture")])
@@ -348,7 +362,8 @@ def test_cells_that_download_are_not_judged():
 
 def test_cells_that_download_are_not_run(tmp_path):
     """Here one that would fail; the cell below it is run."""
-    nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed: pip install -r notebooks/requirements.txt")
+    nbformat = pytest.importorskip("nbformat",
+                                   reason="nbformat is not installed: pip install -r notebooks/requirements.txt")
     pytest.importorskip("nbclient", reason="nbclient is not installed: pip install -r notebooks/requirements.txt")
     pytest.importorskip("ipykernel", reason="ipykernel is not installed: pip install -r notebooks/requirements.txt")
     cells = [nbformat.v4.new_code_cell(code) for code in ("1 / 0", "print('here')")]
@@ -363,44 +378,58 @@ LOAD = "from wuerstchen import Wuerstchen\nmodel, n = Wuerstchen.load('v2'), 1\n
 
 @pytest.mark.parametrize("code, message", [
     ("from wuerstchen import Wurst", "wuerstchen.py has no Wurst"), ("import hub\nhub.fetsch('v2')", "has no fetsch"),
-    ("import hub\nprint(hub.REKONSTRUCTION)", "has no REKONSTRUCTION"), ("from wuerstchen import Wuerstchen\nWuerstchen.lod('v2')", "has no lod"),
+    ("import hub\nprint(hub.REKONSTRUCTION)", "has no REKONSTRUCTION"),
+    ("from wuerstchen import Wuerstchen\nWuerstchen.lod('v2')", "has no lod"),
     ("from wuerstchen import Wuerstchen\nWuerstchen.load('v2', low_mem=True)", "no argument low_mem"),
-    (LOAD + "model('a fox', guidance=4.0)", "unexpected keyword argument 'guidance'"), (LOAD + "model.reconstruct('photo.jpg', prompts='a')", "no argument prompts"),
-    (LOAD + "model.reconstruct()", "missing a required argument"), (LOAD + "model.loras_of", "has no loras_of"), (LOAD + "model(*['a'], sead=1)", "sead"),
-    ("import train_c\ntrain_c.parse_args('--data a --out b --rang 8'.split())", "does not take"), ("from stage_c import StageC\nStageC(depht=3)", "depht")])
+    (LOAD + "model('a fox', guidance=4.0)", "unexpected keyword argument 'guidance'"),
+    (LOAD + "model.reconstruct('photo.jpg', prompts='a')", "no argument prompts"),
+    (LOAD + "model.reconstruct()", "missing a required argument"), (LOAD + "model.loras_of", "has no loras_of"),
+    (LOAD + "model(*['a'], sead=1)", "sead"),
+    ("import train_c\ntrain_c.parse_args('--data a --out b --rang 8'.split())", "does not take"),
+    ("from stage_c import StageC\nStageC(depht=3)", "depht")])
 def test_calls_of_what_does_not_exist_are_found(code, message, capsys):
     """A renamed function, argument or option leaves its old name in cells that nobody runs."""
     found = wrong_calls(code)
     assert len(found) >= 1 and message in found[0]
 
 
-@pytest.mark.parametrize("code", [LOAD + "model.encode_image(model.stage_a.decode(model.places))", LOAD + "model(init='a.jpg', strength=0.5, **options)",
-                                  LOAD + "model.reconstruct('a.jpg', seed=1)", "from wuerstchen import Wuerstchen\nWuerstchen.load('v2', prior='x', lora={'y': 1.0})",
-                                  "import train_c\ntrain_c.main(train_c.parse_args('--data a --out b --lora'.split()))", "import numpy\nnumpy.nothing(a=1)"])
+@pytest.mark.parametrize("code", [LOAD + "model.encode_image(model.stage_a.decode(model.places))",
+                                  LOAD + "model(init='a.jpg', strength=0.5, **options)",
+                                  LOAD + "model.reconstruct('a.jpg', seed=1)",
+                                  "from wuerstchen import Wuerstchen\nWuerstchen.load('v2', prior='x', lora={'y': 1.0})",
+                                  "import train_c\ntrain_c.main(train_c.parse_args('--data a --out b --lora'.split()))",
+                                  "import numpy\nnumpy.nothing(a=1)"])
 def test_calls_of_what_exists_are_not_complained_about(code):
     """A check that cries wolf is soon switched off."""
     assert wrong_calls(code) == []
 
 
-@pytest.mark.parametrize("text, wrong", [("```\npython train_a.py --out a \\\n    --steps 5\n```", 0), ("```\npython train_a.py --out a \\\n    --stebs 5\n```", 1),
-                                         ("`python nothing.py`", 1), ("`python sample.py --help`", 0), ("`python lora.py merge`", 0), ("`--steps 3`", 0),
+@pytest.mark.parametrize("text, wrong", [("```\npython train_a.py --out a \\\n    --steps 5\n```", 0),
+                                         ("```\npython train_a.py --out a \\\n    --stebs 5\n```", 1),
+                                         ("`python nothing.py`", 1), ("`python sample.py --help`", 0),
+                                         ("`python lora.py merge`", 0), ("`--steps 3`", 0),
                                          ("```\ntorchrun --nproc-per-node 8 train_c.py --data 'a/{0..3}.tar' --out c   # comment\n```", 0)])
 def test_wrong_commands_are_found(text, wrong, capsys):
     """In blocks, over several lines, and within a line."""
     assert len(wrong_commands(text)) == wrong
 
 
-@pytest.mark.parametrize("code, bad", [("plt.plot(x); plt.title('a'); plt.xlabel('b'); plt.ylabel('c')", False), ("plt.plot(x); plt.title('a'); plt.xlabel('b')", True),
-                                       ("ax.set(xlabel='a', ylabel='b', title='c'); plt.subplots()", False), ("plt.subplots()", True),
+@pytest.mark.parametrize("code, bad", [("plt.plot(x); plt.title('a'); plt.xlabel('b'); plt.ylabel('c')", False),
+                                       ("plt.plot(x); plt.title('a'); plt.xlabel('b')", True),
+                                       ("ax.set(xlabel='a', ylabel='b', title='c'); plt.subplots()", False),
+                                       ("plt.subplots()", True),
                                        ("pictures(x, 'title')", False), ("x = 1", False)])
 def test_figures_without_labels_are_found(code, bad):
     """In both of matplotlib's ways of saying it."""
     assert badly_labelled(a_notebook(code)["cells"][0]) == bad
 
 
-@pytest.mark.parametrize("link, broken", [("[`diffusion.py: ddpm_step`](../diffusion.py)", 0), ("[`diffusion.py: Noise.states`](../diffusion.py)", 0),
-                                          ("[`diffusion.py: ddpm_leap`](../diffusion.py)", 1), ("[`diffusion.py: guide`](../stage_c.py)", 1),
-                                          ("[here](../nowhere.py)", 1), ("[paper](https://arxiv.org/abs/2306.00637)", 0)])
+@pytest.mark.parametrize("link, broken", [("[`diffusion.py: ddpm_step`](../diffusion.py)", 0),
+                                          ("[`diffusion.py: Noise.states`](../diffusion.py)", 0),
+                                          ("[`diffusion.py: ddpm_leap`](../diffusion.py)", 1),
+                                          ("[`diffusion.py: guide`](../stage_c.py)", 1),
+                                          ("[here](../nowhere.py)", 1), ("[paper](https://arxiv.org/abs/2306.00637)",
+                                                                         0)])
 def test_broken_links_are_found(link, broken):
     assert len(broken_links(f"see {link}.")) == broken
 
@@ -410,7 +439,8 @@ def test_broken_links_are_found(link, broken):
 @each_notebook
 def test_a_notebook_runs_in_a_fresh_kernel(path):
     """As a reader would run it: from top to bottom, in notebooks/, within 3 minutes; and nothing on stderr."""
-    for package in ("nbclient", "ipykernel", "matplotlib.pyplot"):       # the last also makes its list of fonts now, not in the kernel
+    # the last also makes its list of fonts now, not in the kernel
+    for package in ("nbclient", "ipykernel", "matplotlib.pyplot"):
         pytest.importorskip(package, reason=f"{package} is not installed: pip install -r notebooks/requirements.txt")
     notebook, seconds = run.execute(path)
     assert run.problems(notebook) == []

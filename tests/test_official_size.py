@@ -10,20 +10,21 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import weights
+from loading import weights
 from helpers import capture, draw, golden, manifest, rel, weights_from_names
 from stage_b import channels_first
 from test_diffusers import theirs
 
 pytestmark = pytest.mark.slow
-TINY = weights.Path(weights.__file__).parent / "models" / "tiny"
+TINY = weights.Path(weights.__file__).parents[1] / "models" / "tiny"
 
 
 def check_facts(found, name, data, tolerance):
     """Full-size outputs are stored as shape, mean, standard deviation, smallest and largest value, and 512 values."""
     assert tuple(found.shape) == tuple(data[f"out/{name}/shape"].tolist())
     facts = torch.stack([found.mean(), found.std(), found.min(), found.max()])
-    deviations = rel(facts, data[f"out/{name}/mean_std_min_max"]), rel(found.flatten()[:512], data[f"out/{name}/first_512"])
+    deviations = rel(facts, data[f"out/{name}/mean_std_min_max"]), rel(found.flatten()[:512],
+                                                                       data[f"out/{name}/first_512"])
     print(f"{name}: rel {deviations[0]:.1e} (mean, std, min, max), {deviations[1]:.1e} (first 512)")
     assert max(deviations) < tolerance, name
 
@@ -39,7 +40,8 @@ def test_stage_c_from_the_original_file(tmp_path):
     """994 M parameters, 96 blocks deep: rounding must not add up."""
     data, _ = golden("fullsize")
     model = weights.load_stage_c(original_file(tmp_path, "stage_c_v2", "ema_state_dict"))
-    outputs = capture(dict(block0=model.res_blocks[0], block2=model.attention_blocks[0], block95=model.attention_blocks[31],
+    outputs = capture(dict(block0=model.res_blocks[0], block2=model.attention_blocks[0],
+                           block95=model.attention_blocks[31],
                            out_ab=model.head))
     eps = model(draw("fullsize.stage_c.x", 1, 16, 5, 7), torch.tensor([0.4]), draw("fullsize.stage_c.c", 1, 77, 1280))
     shutil.rmtree(tmp_path)
@@ -54,7 +56,8 @@ def test_stage_b_from_the_original_file(tmp_path):
     data, _ = golden("fullsize")
     model = weights.load_stage_b(original_file(tmp_path, "stage_b_v2", "state_dict"))
     outputs = capture({f"down{i}": blocks[-1] for i, blocks in enumerate(model.down_blocks)})
-    eps = model(draw("fullsize.stage_b.x", 1, 4, 32, 48), torch.tensor([0.7]), draw("fullsize.stage_b.effnet", 1, 16, 3, 5),
+    eps = model(draw("fullsize.stage_b.x", 1, 4, 32, 48), torch.tensor([0.7]),
+                draw("fullsize.stage_b.effnet", 1, 16, 3, 5),
                 draw("fullsize.stage_b.clip", 1, 77, 1024))
     shutil.rmtree(tmp_path)
     for name, output in outputs.items():
@@ -85,7 +88,8 @@ def test_the_diffusers_folder_gives_what_diffusers_gives(part, load, file, name,
     model = theirs(file, name)
     with torch.device("meta"):
         model = model(**config)
-    tensors = weights_from_names(manifest({"prior": "diffusers_prior_v2", "decoder": "diffusers_decoder_v2", "vqgan": "diffusers_vqgan"}[part]))
+    tensors = weights_from_names(manifest({"prior": "diffusers_prior_v2", "decoder": "diffusers_decoder_v2",
+                                           "vqgan": "diffusers_vqgan"}[part]))
     if part == "prior":        # keeps |1 - b|, by which is divided, away from zero
         tensors["out.1.weight"][16:] *= 0.2
         tensors["out.1.bias"][16:] = -0.3
@@ -103,13 +107,16 @@ def test_the_diffusers_folder_gives_what_diffusers_gives(part, load, file, name,
     assert deviation < 1e-4
 
 
-@pytest.mark.parametrize("name, width, layers, heads, mlp", [("text_encoder_h", 1024, 24, 16, 4096), ("text_encoder_bigg", 1280, 32, 20, 5120)])
+@pytest.mark.parametrize("name, width, layers, heads, mlp", [("text_encoder_h", 1024, 24, 16, 4096),
+                                                             ("text_encoder_bigg", 1280, 32, 20, 5120)])
 @torch.no_grad()
 def test_text_encoders_as_published_and_as_transformers_writes_them(name, width, layers, heads, mlp, tmp_path):
     """With and without text_model. in front, with the stray position_ids: the same embeddings as transformers' own."""
     from transformers import CLIPTextConfig, CLIPTextModel
-    config = CLIPTextConfig(vocab_size=49408, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=mlp,
-                            max_position_embeddings=77, hidden_act="gelu", pad_token_id=1, bos_token_id=0, eos_token_id=2)
+    config = CLIPTextConfig(vocab_size=49408, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
+                            intermediate_size=mlp,
+                            max_position_embeddings=77, hidden_act="gelu", pad_token_id=1, bos_token_id=0,
+                            eos_token_id=2)
     model = CLIPTextModel(config).eval()
     model.save_pretrained(tmp_path / "now")
     ids = torch.randint(0, 49408, (2, 77))
@@ -120,7 +127,8 @@ def test_text_encoders_as_published_and_as_transformers_writes_them(name, width,
     assert {key: tuple(tensor.shape) for key, tensor in published.items() if not key.endswith("position_ids")} == names
     published["text_model.embeddings.position_ids"] = torch.arange(77)[None]
     (tmp_path / "published").mkdir()
-    save_file({key: tensor.contiguous() for key, tensor in published.items()}, tmp_path / "published" / "model.safetensors")
+    save_file({key: tensor.contiguous() for key, tensor in published.items()},
+              tmp_path / "published" / "model.safetensors")
     shutil.copy(tmp_path / "now" / "config.json", tmp_path / "published")
     del model, published
     for folder in ("now", "published"):

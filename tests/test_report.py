@@ -58,29 +58,36 @@ class Hub:
                     return self.answer({"url": f"{here}/me/unicorn"})
                 if "/preupload/" in self.path:
                     return self.answer({"files": [{"path": file["path"], "shouldIgnore": False, "oid": None,
-                                                   "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular"}
+                                                   "uploadMode": "lfs" if file["path"].endswith(".safetensors")
+                                                   else "regular"}
                                                   for file in json.loads(body)["files"]]})
                 if self.path.endswith("/objects/batch"):
                     return self.answer({"transfer": "basic", "objects": [
-                        {**file, "actions": {"upload": {"href": f"{here}/store/{file['oid']}"}}} for file in json.loads(body)["objects"]]})
+                        {**file, "actions": {"upload": {"href": f"{here}/store/{file['oid']}"}}}
+                        for file in json.loads(body)["objects"]]})
                 if "/commit/" in self.path:
                     for line in map(json.loads, body.splitlines()):
                         if line["key"] == "file":
                             outer.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
                         elif line["key"] == "lfsFile":
                             outer.files[line["value"]["path"]] = outer.stored[line["value"]["oid"]]
-                    return self.answer({"commitUrl": f"{here}/me/unicorn/commit/1", "commitOid": "1" * 40, "hookOutput": ""})
-                self.answer({"errors": [], "warnings": []})          # whether the card's header is well-formed, and the like
+                    return self.answer({"commitUrl": f"{here}/me/unicorn/commit/1", "commitOid": "1" * 40,
+                                        "hookOutput": ""})
+                # whether the card's header is well-formed, and the like
+                self.answer({"errors": [], "warnings": []})
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def run(self, *arguments) -> subprocess.CompletedProcess:
-        environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{self.server.server_port}", "HF_TOKEN": "hf_secret",
+        environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{self.server.server_port}",
+                       "HF_TOKEN": "hf_secret",
                        "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
-        return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True,
+                              text=True, timeout=300)
 
 
-RUN = ["train_c.py", "--weights", "tiny", "--data", "examples/unicorn", "--lora", "--rank", "1", "--batch", "1", "--steps", "1", "--workers", "0",
+RUN = ["train_c.py", "--weights", "tiny", "--data", "examples/unicorn", "--lora", "--rank", "1", "--batch", "1",
+       "--steps", "1", "--workers", "0",
        "--val-every", "0", "--trigger", "a unicorn", "--push-to-hub", "me/unicorn", "--out"]
 
 
@@ -103,8 +110,10 @@ def test_the_card_says_what_it_is_and_how_to_use_it(pushed):
     hub, out, _ = pushed
     card = hub.files["README.md"].decode()
     assert card.startswith("---\nlicense: mit\n") and "lora" in card.split("---")[1]
-    assert "hf download me/unicorn" in card and "--weights" in card and "**a unicorn**" in card and "| `--rank` | 1 |" in card
-    assert "hf_secret" not in card and str(out.parent) not in "".join(content.decode("latin1") for content in hub.files.values())
+    assert "hf download me/unicorn" in card and "--weights" in card and "**a unicorn**" in card
+    assert "| `--rank` | 1 |" in card
+    assert "hf_secret" not in card and str(out.parent) not in "".join(content.decode("latin1")
+                                                                      for content in hub.files.values())
 
 
 def test_an_upload_that_fails_does_not_look_like_a_failed_training(tmp_path):

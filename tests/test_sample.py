@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import sample
 from helpers import PUBLISHED, SMALL_V1, small_v1
-from images import read_settings, save_png
+from extras.images import read_settings, save_png
 from wuerstchen import Wuerstchen, latent_sizes
 
 QUICK = ["--weights", str(PUBLISHED), "--width", "128", "--height", "128", "--steps-c", "3", "--steps-b", "2"]
@@ -147,7 +147,8 @@ def passed_on(monkeypatch) -> list[dict]:
 
 # --- before anything heavy ---------------------------------------------------------------------------
 
-@pytest.mark.parametrize("argv, expected", [([], "example: python sample.py --prompt"), (["--help"], "--negative-prompt")])
+@pytest.mark.parametrize("argv, expected", [([], "example: python sample.py --prompt"),
+                                            (["--help"], "--negative-prompt")])
 def test_help_and_usage_import_neither_torch_nor_transformers(argv, expected):
     """They take seconds to import, and help is asked for more often than pictures. Exit code 0, on stdout."""
     code = "import sys, runpy; sys.modules.update(torch=None, transformers=None, numpy=None); " \
@@ -168,28 +169,40 @@ MISTAKES = [
     (["--prompt", " \t"], EMPTY),
     (["--prompt", "cat\udcff"], "--prompt holds bytes that are no UTF-8 text"),
     (["--prompt", "cat", "--num-images", "0"], "argument --num-images: expected a whole number of at least 1, got '0'"),
-    (["--prompt", "cat", "--steps-c", "0"], "argument --steps-c: expected something like 29 (steps), 2/3:20,0:10 (segments), 1,0.5,0 (noise levels)"),
+    (["--prompt", "cat", "--steps-c", "0"],
+     "argument --steps-c: expected something like 29 (steps), 2/3:20,0:10 (segments), 1,0.5,0 (noise levels)"),
     (["--prompt", "cat", "--steps-b", "-2"], "got '-2'"),
     (["--prompt", "cat", "--steps-b", "many"], "got 'many'"),
     (["--prompt", "cat", "--steps-b", "0.5:3:2"], "got '0.5:3:2'"),
     (["--prompt", "cat", "--steps-b", "1,0.5,"], "got '1,0.5,'"),
-    (["--prompt", "cat", "--steps-c", "1,0.5,0.6"], "Stage C is to visit the noise levels 1,0.5,0.6: expected each to be lower"),
-    (["--prompt", "cat", "--steps-b", "0:3,0.5:2"], "Stage B is to visit the noise levels 1,0,0.5: expected each to be lower"),
+    (["--prompt", "cat", "--steps-c", "1,0.5,0.6"],
+     "Stage C is to visit the noise levels 1,0.5,0.6: expected each to be lower"),
+    (["--prompt", "cat", "--steps-b", "0:3,0.5:2"],
+     "Stage B is to visit the noise levels 1,0,0.5: expected each to be lower"),
     (["--prompt", "cat", "--steps-c", "1.5,0"], "got '1.5,0'"),
-    (["--prompt", "cat", "--t-start-c", "2"], "argument --t-start-c: expected a number such as 0.5 or 2/3, from 0 to 1, got '2'"),
-    (["--prompt", "cat", "--t-start-b", "0.2", "--t-end-b", "1/2"], "Stage B is to visit the noise levels 0.2,0.5: expected each to be lower"),
-    (["--prompt", "cat", "--steps-c", "1,0", "--t-end-c", "0.1"], "--t-start-c and --t-end-c are for a number of steps: 1,0 says itself"),
+    (["--prompt", "cat", "--t-start-c", "2"],
+     "argument --t-start-c: expected a number such as 0.5 or 2/3, from 0 to 1, got '2'"),
+    (["--prompt", "cat", "--t-start-b", "0.2", "--t-end-b", "1/2"],
+     "Stage B is to visit the noise levels 0.2,0.5: expected each to be lower"),
+    (["--prompt", "cat", "--steps-c", "1,0", "--t-end-c", "0.1"],
+     "--t-start-c and --t-end-c are for a number of steps: 1,0 says itself"),
     (["--prompt", "cat", "--seed", "-1"], "argument --seed: expected a whole number of at least 0, got '-1'"),
     (["--prompt", "cat", "--seed", "one"], "argument --seed: expected a whole number of at least 0, got 'one'"),
-    (["--prompt", "cat", "--seed", "4294967295", "--num-images", "2"], "--seed is 4294967295, expected a number from 0 to 4294967294"),
-    (["--prompt", "cat", "--guidance-c", "nan"], "argument --guidance-c: expected a number such as 0.5 or 2/3, got 'nan'"),
-    (["--prompt", "cat", "--guidance-b", "inf"], "argument --guidance-b: expected a number such as 0.5 or 2/3, got 'inf'"),
+    (["--prompt", "cat", "--seed", "4294967295", "--num-images", "2"],
+     "--seed is 4294967295, expected a number from 0 to 4294967294"),
+    (["--prompt", "cat", "--guidance-c", "nan"],
+     "argument --guidance-c: expected a number such as 0.5 or 2/3, got 'nan'"),
+    (["--prompt", "cat", "--guidance-b", "inf"],
+     "argument --guidance-b: expected a number such as 0.5 or 2/3, got 'inf'"),
     (["--prompt", "cat", "--guidance-b", "1/0"], "got '1/0'"),
     (["--prompt", "cat", "--guidance-b", "1e999"], "got '1e999'"),
-    (["--prompt", "cat", "--guidance-c", "1,2,3"], "argument --guidance-c: expected 1 or 2 numbers with commas between, got '1,2,3'"),
-    (["--prompt", "cat", "--interval-c", "0.5"], "argument --interval-c: expected 2 numbers with commas between, got '0.5'"),
+    (["--prompt", "cat", "--guidance-c", "1,2,3"],
+     "argument --guidance-c: expected 1 or 2 numbers with commas between, got '1,2,3'"),
+    (["--prompt", "cat", "--interval-c", "0.5"],
+     "argument --interval-c: expected 2 numbers with commas between, got '0.5'"),
     (["--prompt", "cat", "--interval-b", "0.8,0.2"], "--interval-b is 0.8,0.2, expected the lower noise level first"),
-    (["--prompt", "cat", "--rescale-c", "1.5"], "argument --rescale-c: expected a number such as 0.5 or 2/3, from 0 to 1, got '1.5'"),
+    (["--prompt", "cat", "--rescale-c", "1.5"],
+     "argument --rescale-c: expected a number such as 0.5 or 2/3, from 0 to 1, got '1.5'"),
     (["--prompt", "cat", "--eta-b", "0.5"], "--eta-b is for --sampler-b ddim, not for ddpm"),
     (["--prompt", "cat", "--sampler-c", "euler"], "argument --sampler-c: invalid choice: 'euler'"),
     (["--prompt", "cat", "--width", "40"], "argument --width: expected a whole number of at least 64, got '40'"),
@@ -200,19 +213,27 @@ MISTAKES = [
     (["--prompt", "cat", "--mask", "m.png"], "--mask needs --init beside it"),
     (["--prompt", "cat", "--strength", "0"], "--strength needs --init beside it"),
     (["--prompt", "cat", "--outpaint", "1,1,1,1"], "--outpaint needs --init beside it"),
-    (["--init", "a.png", "--outpaint", "1,1,1"], "argument --outpaint: expected 4 numbers with commas between, got '1,1,1'"),
-    (["--init", "a.png", "--mask", "m.png", "--outpaint", "1,1,1,1"], "--mask and --outpaint do not go together: choose one"),
-    (["--init", "a.png", "--strength", "1.1"], "argument --strength: expected a number such as 0.5 or 2/3, from 0 to 1, got '1.1'"),
+    (["--init", "a.png", "--outpaint", "1,1,1"],
+     "argument --outpaint: expected 4 numbers with commas between, got '1,1,1'"),
+    (["--init", "a.png", "--mask", "m.png", "--outpaint", "1,1,1,1"],
+     "--mask and --outpaint do not go together: choose one"),
+    (["--init", "a.png", "--strength", "1.1"],
+     "argument --strength: expected a number such as 0.5 or 2/3, from 0 to 1, got '1.1'"),
     (["--init", "a.png", "--reconstruct", "b.png"], "--reconstruct and --init do not go together: choose one"),
-    (["--prompt", "cat", "--interpolate-to", "dog", "--grid", "1,2"], "--grid and --interpolate-to do not go together: choose one"),
+    (["--prompt", "cat", "--interpolate-to", "dog", "--grid", "1,2"],
+     "--grid and --interpolate-to do not go together: choose one"),
     (["--init", "a.png", "--interpolate-to", "dog"], EMPTY),
-    (["--prompt", "cat", "--interpolate-to", "dog", "--frames", "1"], "argument --frames: expected a whole number of at least 2, got '1'"),
+    (["--prompt", "cat", "--interpolate-to", "dog", "--frames", "1"],
+     "argument --frames: expected a whole number of at least 2, got '1'"),
     (["--prompt", "cat", "--to-seed", "0"], "--to-seed needs --interpolate-to or --to-latent beside it"),
     (["--prompt", "cat", "--to-latent", "b"], "--to-latent needs --from-latent beside it"),
-    (["--prompt", "cat", "--grid", "1,2", "--from-latent", "a"], "--grid and --from-latent do not go together: choose one"),
+    (["--prompt", "cat", "--grid", "1,2", "--from-latent", "a"],
+     "--grid and --from-latent do not go together: choose one"),
     (["--prompt", "cat", "--grid", "1,2", "--save-latent"], "--save-latent and --grid do not go together: choose one"),
-    (["--reconstruct", "a.png", "--preview-every", "1"], "--preview-every and --reconstruct do not go together: choose one"),
-    (["--from-latent", "a", "--num-images", "2"], "--from-latent without --seed is one picture: for --num-images, give a --seed"),
+    (["--reconstruct", "a.png", "--preview-every", "1"],
+     "--preview-every and --reconstruct do not go together: choose one"),
+    (["--from-latent", "a", "--num-images", "2"],
+     "--from-latent without --seed is one picture: for --num-images, give a --seed"),
     (["--prompt", "cat", "--low-memory", "--offload"], "--low-memory and --offload do not go together: choose one"),
     (["--prompt", "cat", "--prompt-file", "a.txt"], "--prompt and --prompt-file are both given: choose one"),
 ]
@@ -240,7 +261,8 @@ def test_the_command_line_refuses_the_sizes_that_the_library_refuses(capsys):
 
 
 # What the library takes under another name, and what cannot be said on a command line.
-ELSEWHERE = dict(embeddings="tensors", latents_c="tensors", latents_b="tensors", semantic="from_latent", preview="preview_every")
+ELSEWHERE = dict(embeddings="tensors", latents_c="tensors", latents_b="tensors", semantic="from_latent",
+                 preview="preview_every")
 IN_PYTHON_ONLY = {"self", "noise", "output", "callback", "progress", "parts", "files", "options", "a", "b"}
 
 
@@ -258,7 +280,8 @@ def test_the_command_line_has_the_options_and_defaults_of_the_library():
 
 
 @pytest.mark.parametrize("text, value", [
-    ("29", 29), ("1,0.5,0", (1.0, 0.5, 0.0)), ("2/3:20,0:10", {2 / 3: 20, 0.0: 10}), ("2/3:20, 0:10", {2 / 3: 20, 0.0: 10}),
+    ("29", 29), ("1,0.5,0", (1.0, 0.5, 0.0)), ("2/3:20,0:10", {2 / 3: 20, 0.0: 10}),
+    ("2/3:20, 0:10", {2 / 3: 20, 0.0: 10}),
     ("1,2/3,0", (1.0, 2 / 3, 0.0)), ("DEFAULT_STAGE_C_TIMESTEPS", "DEFAULT_STAGE_C_TIMESTEPS")])
 def test_steps_can_be_said_in_all_ways_of_the_library(text, value):
     """And written back, to the last bit: this is how pictures tell it."""
@@ -266,20 +289,23 @@ def test_steps_can_be_said_in_all_ways_of_the_library(text, value):
     assert sample.steps(sample.as_text(value)) == value
 
 
-@pytest.mark.parametrize("text, value", [("a.safetensors", {"a.safetensors": 1.0}), ("a:0.8,b.pt", {"a": 0.8, "b.pt": 1.0}),
+@pytest.mark.parametrize("text, value", [("a.safetensors", {"a.safetensors": 1.0}),
+                                         ("a:0.8,b.pt", {"a": 0.8, "b.pt": 1.0}),
                                          ("C:folder:-1", {"C:folder": -1.0}), ("C:folder", {"C:folder": 1.0})])
 def test_loras_are_said_with_their_scales(text, value):
     assert sample.loras(text) == value and sample.loras(sample.as_text(value)) == value
 
 
-@pytest.mark.parametrize("value, text", [(4, "4"), (4.0, "4"), (2 / 3, "0.6666666666666666"), ((8.0, 2.5), "8,2.5"), ({0.5: 3, 0.0: 2}, "0.5:3,0:2"),
+@pytest.mark.parametrize("value, text", [(4, "4"), (4.0, "4"), (2 / 3, "0.6666666666666666"), ((8.0, 2.5), "8,2.5"),
+                                         ({0.5: 3, 0.0: 2}, "0.5:3,0:2"),
                                          (["1", 0.5], "1,0.5"), ({"2/3": 3}, "2/3:3"), ("a, b", "a, b")])
 def test_values_are_written_as_one_would_type_them(value, text):
     """Short, but exact; lists and objects of a prompt file, too."""
     assert sample.as_text(value) == text
 
 
-@pytest.mark.parametrize("out", ["file/cat.png", "file", "file/folder/deeper", "cat" * 100 + ".png", "cat" * 100 + "/cat.png"])
+@pytest.mark.parametrize("out", ["file/cat.png", "file", "file/folder/deeper", "cat" * 100 + ".png",
+                                 "cat" * 100 + "/cat.png"])
 def test_where_nothing_can_be_written_nothing_is_computed(out, capsys, monkeypatch):
     """After a minute of sampling, a picture that has no place to go would be lost."""
     without_torch(monkeypatch)
@@ -298,8 +324,10 @@ def test_options_of_sampling_arrive_as_they_were_said(monkeypatch):
     first, second = calls[1], calls[3]
     assert {name: first[name] for name in ("prompt", "negative_prompt", "width", "height", "tile")} == dict(
         prompt=["cat"], negative_prompt=["dog"], width=100, height=None, tile=16)
-    assert [first[f"{name}_c"] for name in sample.SAMPLING] == [{2 / 3: 2, 0.0: 1}, "dpm++", (8.0, 2.0), (0.2, 2 / 3), 0.7, 0.0, 1.0, 0.0]
-    assert [first[f"{name}_b"] for name in sample.SAMPLING] == [(1.0, 0.5, 0.1), "ddim", 1.5, (0.0, 1.0), 0.0, 0.5, 1.0, 0.0]
+    assert [first[f"{name}_c"] for name in sample.SAMPLING] == [{2 / 3: 2, 0.0: 1}, "dpm++", (8.0, 2.0), (0.2, 2 / 3),
+                                                                0.7, 0.0, 1.0, 0.0]
+    assert [first[f"{name}_b"] for name in sample.SAMPLING] == [(1.0, 0.5, 0.1), "ddim", 1.5, (0.0, 1.0), 0.0, 0.5, 1.0,
+                                                                0.0]
     assert (second["t_start_c"], second["t_end_c"], second["t_start_b"], second["t_end_b"]) == (0.9, 0.0, 1.0, 0.1)
 
 
@@ -308,10 +336,12 @@ def test_options_of_the_machine_arrive_as_they_were_said(monkeypatch):
     sample.main("--prompt cat --weights v2 --prior mine --device cpu --dtype bf16 --offload --compile --offline --revision main --lora a.safetensors:0.8,b.safetensors".split())
     sample.main("--prompt cat --low-memory".split())
     parts = calls[0].pop("parts")
-    assert calls[0] == dict(weights="v2", device="cpu", dtype=torch.bfloat16, prior="mine", offline=True, revision="main", low_memory=None,
+    assert calls[0] == dict(weights="v2", device="cpu", dtype=torch.bfloat16, prior="mine", offline=True,
+                            revision="main", low_memory=None,
                             offload=True, compile=True, int8=False, lora={"a.safetensors": 0.8, "b.safetensors": 1.0})
     assert "prior" in parts and "image_encoder" not in parts
-    assert (calls[2]["low_memory"], calls[2]["offload"], calls[2]["compile"], calls[2]["weights"]) == (True, False, False, None)
+    assert (calls[2]["low_memory"], calls[2]["offload"], calls[2]["compile"],
+            calls[2]["weights"]) == (True, False, False, None)
 
 
 @pytest.mark.parametrize("argv, needed, not_needed", [
@@ -324,7 +354,8 @@ def test_only_the_parts_that_a_run_needs_are_loaded(argv, needed, not_needed, mo
     calls = passed_on(monkeypatch)
     photo()
     Path("p.jsonl").write_text('{"prompt": "cat"}\n{"init": "photo.png"}\n{"from_latent": "a.safetensors"}')
-    save_file(dict(semantic=torch.zeros(1, 16, 3, 3), states=torch.zeros(1, 5056, dtype=torch.uint8), size=torch.tensor([128, 128])), "a.safetensors")
+    save_file(dict(semantic=torch.zeros(1, 16, 3, 3), states=torch.zeros(1, 5056, dtype=torch.uint8),
+                   size=torch.tensor([128, 128])), "a.safetensors")
     try:
         sample.main([*argv, "--seed", "1"])
     except AttributeError:
@@ -410,14 +441,16 @@ def test_each_line_of_a_text_is_a_prompt(mark, capsys):
 
 def test_a_line_of_jsonl_has_settings_of_its_own(capsys):
     """Whole files are equal to those painted alone. A line that sets its seed leaves those of the others as they are."""
-    lines = [dict(prompt="cat"), dict(prompt="dog", seed=3, guidance_c=[6, 1], steps_c={"2/3": 2, "0": 1}), dict(prompt="cat", num_images=2),
+    lines = [dict(prompt="cat"), dict(prompt="dog", seed=3, guidance_c=[6, 1], steps_c={"2/3": 2, "0": 1}),
+             dict(prompt="cat", num_images=2),
              dict(prompt="cow", negative_prompt="cat", steps_b=[1, 0.5, 0], sampler_c="ddim", eta_c=0.5, width=100)]
     Path("p.jsonl").write_text("\n".join(map(json.dumps, lines)))
     run("--prompt-file", "p.jsonl", "--seed", "7", "--steps-b", "1")
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ["7:", "3:", "8:", "9:", "10:"]
     for path, argv in {"cat_7": ["--prompt", "cat"], "cat_9": ["--prompt", "cat"],
                        "dog_3": ["--prompt", "dog", "--guidance-c", "6,1", "--steps-c", "2/3:2,0:1"],
-                       "cow_10": ["--prompt", "cow", "--negative-prompt", "cat", "--steps-b", "1,0.5,0", "--sampler-c", "ddim", "--eta-c", "0.5",
+                       "cow_10": ["--prompt", "cow", "--negative-prompt", "cat", "--steps-b", "1,0.5,0", "--sampler-c",
+                                  "ddim", "--eta-c", "0.5",
                                   "--width", "100"]}.items():
         run("--steps-b", "1", *argv, "--seed", path.split("_")[1], "--out", f"{path}.png")
         assert same_files(f"out/{path}.png", f"{path}.png"), path
@@ -446,13 +479,16 @@ def test_the_same_prompt_twice_is_two_pictures(capsys):
     ("latin.txt", "Käse".encode("latin-1"), "latin.txt cannot be read as a text file: 'utf-8' codec can't decode"),
     ("empty.txt", b" \n\n", "empty.txt holds no prompts: expected one per line"),
     ("a.jsonl", b'{"prompt": "cat"}\n\n{"prompt": "dog",}', "a.jsonl, line 3: this is no JSON ("),
-    ("a.jsonl", b'"cat"', 'a.jsonl, line 1: expected an object with one prompt, such as {"prompt": "a cat", "seed": 3}'),
+    ("a.jsonl", b'"cat"',
+     'a.jsonl, line 1: expected an object with one prompt, such as {"prompt": "a cat", "seed": 3}'),
     ("a.jsonl", b'{"prompt": ["cat", "dog"]}', "a.jsonl, line 1: expected an object with one prompt"),
-    ("a.jsonl", b'{"prompt": "cat", "colour": 3, "out": "b.png"}', "a.jsonl, line 1: colour, out cannot be set for one line; possible: prompt,"),
+    ("a.jsonl", b'{"prompt": "cat", "colour": 3, "out": "b.png"}',
+     "a.jsonl, line 1: colour, out cannot be set for one line; possible: prompt,"),
     ("a.jsonl", b'{"prompt": "cat"}\n{"prompt": ""}', f"a.jsonl, line 2: {EMPTY}"),
     ("a.jsonl", b'{"seed": 3}', f"a.jsonl, line 1: {EMPTY}"),
     ("a.jsonl", b'{"prompt": "cat\\ud800"}', "a.jsonl, line 1: --prompt holds bytes that are no UTF-8 text"),
-    ("a.jsonl", b'{"prompt": "cat", "seed": "x"}', "a.jsonl, line 1: argument --seed: expected a whole number of at least 0, got 'x'"),
+    ("a.jsonl", b'{"prompt": "cat", "seed": "x"}',
+     "a.jsonl, line 1: argument --seed: expected a whole number of at least 0, got 'x'"),
     ("a.jsonl", b'{"prompt": "cat", "steps_c": true}', "a.jsonl, line 1: argument --steps-c: expected"),
     ("a.jsonl", b'{"prompt": "cat", "mask": "m.png"}', "a.jsonl, line 1: --mask needs --init beside it")])
 def test_mistakes_in_prompt_files_say_where(name, content, message, capsys, monkeypatch):
@@ -467,7 +503,8 @@ def test_mistakes_in_prompt_files_say_where(name, content, message, capsys, monk
 # --- how a picture was made --------------------------------------------------------------------------
 
 # Options that leave the picture as it is, but for rounding; the last three are written down all the same.
-NOT_OF_THE_PICTURE = {"help", "prompt_file", "like", "save_latent", "offline", "low_memory", "offload", "out", "overwrite", "no_metadata",
+NOT_OF_THE_PICTURE = {"help", "prompt_file", "like", "save_latent", "offline", "low_memory", "offload", "out",
+                      "overwrite", "no_metadata",
                       "preview_every", "batch", "compile", "device"}
 
 
@@ -480,7 +517,8 @@ def test_every_option_that_changes_the_picture_is_written_down():
 def test_a_picture_tells_how_it_was_made():
     """As JSON, complete, in any script; in the words of other programs; with sha256 of all that took part."""
     prompt, negative = "naïve café 日本語 😀", "blurry — dull"
-    tiny("--prompt", prompt, "--negative-prompt", negative, "--seed", "7", "--guidance-c", "2.5", "--interval-c", "0.2,1", "--init", photo(),
+    tiny("--prompt", prompt, "--negative-prompt", negative, "--seed", "7", "--guidance-c", "2.5", "--interval-c",
+         "0.2,1", "--init", photo(),
          "--out", "a.png")
 
     def sha256(path) -> str:
@@ -488,13 +526,18 @@ def test_a_picture_tells_how_it_was_made():
     settings, model = read_settings("a.png"), "diffusion_pytorch_model.safetensors"
     assert settings == dict(
         prompt=prompt, negative_prompt=negative, seed=7, width=128, height=128, init="photo.png", weights="tiny",
-        steps_c=3, sampler_c="ddpm", guidance_c=2.5, interval_c="0.2,1", rescale_c=0.0, eta_c=0.0, t_start_c=1.0, t_end_c=0.0,
-        steps_b=2, sampler_b="ddpm", guidance_b=4.0, interval_b="0,1", rescale_b=0.0, eta_b=0.0, t_start_b=1.0, t_end_b=0.0,
+        steps_c=3, sampler_c="ddpm", guidance_c=2.5, interval_c="0.2,1", rescale_c=0.0, eta_c=0.0, t_start_c=1.0,
+        t_end_c=0.0,
+        steps_b=2, sampler_b="ddpm", guidance_b=4.0, interval_b="0,1", rescale_b=0.0, eta_b=0.0, t_start_b=1.0,
+        t_end_b=0.0,
         dtype=settings["dtype"], device=settings["device"], batch=1, compile=False, software="wuerstchen, sample.py",
         versions=dict(torch=torch.__version__, transformers=transformers.__version__), hashes=settings["hashes"])
-    expected = dict(prior=TINY / "prior" / model, decoder=TINY / "decoder" / model, vqgan=TINY / "vqgan" / model, init=Path("photo.png"),
-                    prior_text_encoder=TINY / "text_encoder" / "model.safetensors", text_encoder=TINY / "text_encoder" / "model.safetensors")
-    assert {name: settings["hashes"][name] for name in expected} == {name: sha256(path) for name, path in expected.items()}
+    expected = dict(prior=TINY / "prior" / model, decoder=TINY / "decoder" / model, vqgan=TINY / "vqgan" / model,
+                    init=Path("photo.png"),
+                    prior_text_encoder=TINY / "text_encoder" / "model.safetensors",
+                    text_encoder=TINY / "text_encoder" / "model.safetensors")
+    assert {name: settings["hashes"][name] for name in expected} == {name: sha256(path)
+                                                                     for name, path in expected.items()}
     lines = text_of("a.png")["parameters"].splitlines()
     assert lines[:2] == [prompt, f"Negative prompt: {negative}"]
     assert lines[2].startswith("Steps: 3, Sampler: DDPM, CFG scale: 2.5, Seed: 7, Size: 128x128, Model: tiny, Model hash: "
@@ -511,8 +554,10 @@ def test_a_picture_can_be_made_without_telling():
 INPAINT = ["--init", "photo.png", "--mask", "mask.png", "--prompt", "a rose"]
 KINDS = {
     "text": ["--prompt", "ein Käse 日本, \"quoted\": --seed=8", "--negative-prompt", "dog"],
-    "sampling": ["--prompt", "cat", "--steps-c", "2/3:2,0:1", "--sampler-c", "ddim", "--eta-c", "1/3", "--guidance-c", "7,1.1", "--interval-c", "0.1,0.9",
-                 "--rescale-c", "2/3", "--steps-b", "1,0.4,0.1", "--sampler-b", "dpm++", "--guidance-b", "1.7", "--tile", "20"],
+    "sampling": ["--prompt", "cat", "--steps-c", "2/3:2,0:1", "--sampler-c", "ddim", "--eta-c", "1/3", "--guidance-c",
+                 "7,1.1", "--interval-c", "0.1,0.9",
+                 "--rescale-c", "2/3", "--steps-b", "1,0.4,0.1", "--sampler-b", "dpm++", "--guidance-b", "1.7",
+                 "--tile", "20"],
     "size": ["--prompt", "cat", "--width", "77", "--height", "131"],
     "image to image": ["--init", "photo.png", "--strength", "0.7", "--prompt", "a moon"],
     "variation": ["--init", "photo.png"],
@@ -559,7 +604,8 @@ def test_what_has_changed_since_is_told(capsys):
     sample.main(["--like", "a.png", "--out", "b.png"])
     assert "warning: init changed since a.png was made: so this is another picture" in capsys.readouterr().err
     photo("other.png", colour=(0, 128, 0))
-    sample.main(["--like", "a.png", "--init", "other.png", "--weights", str(TINY), "--out", "c.png"])     # meant to be another
+    # meant to be another
+    sample.main(["--like", "a.png", "--init", "other.png", "--weights", str(TINY), "--out", "c.png"])
     assert "changed" not in capsys.readouterr().err
     settings = read_settings("a.png")
     settings["hashes"]["decoder"] = "0" * 64
@@ -589,7 +635,8 @@ def test_pictures_that_cannot_be_made_again(name, content, message, capsys):
 
 # --- nothing is overwritten --------------------------------------------------------------------------
 
-@pytest.mark.parametrize("existing, more", [("a.png", []), ("a_8.png", ["--num-images", "2"]), ("a.safetensors", ["--save-latent"]),
+@pytest.mark.parametrize("existing, more", [("a.png", []), ("a_8.png", ["--num-images", "2"]),
+                                            ("a.safetensors", ["--save-latent"]),
                                             ("a_preview.png", ["--preview-every", "1"])])
 def test_a_file_that_was_named_is_never_overwritten(existing, more, capsys, monkeypatch):
     """Nor one beside it that would be written, too."""
@@ -616,7 +663,8 @@ def test_a_name_of_our_own_gets_a_number(capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "seed 7: out/cat_7_3.png"
     for _ in range(2):
         run("--prompt", "dog", "--seed", "7", "--save-latent", "--out", "dog")
-    assert [path for path in files() if "dog" in path] == ["dog/dog_7.png", "dog/dog_7.safetensors", "dog/dog_7_2.png", "dog/dog_7_2.safetensors"]
+    assert [path for path in files() if "dog" in path] == ["dog/dog_7.png", "dog/dog_7.safetensors", "dog/dog_7_2.png",
+                                                           "dog/dog_7_2.safetensors"]
 
 
 def test_a_file_that_comes_into_being_while_we_paint_is_not_overwritten(monkeypatch):
@@ -639,14 +687,17 @@ def test_a_reconstruction_stands_beside_its_original(capsys):
     tiny("--reconstruct", "wide.jpg", "--seed", "7", "--out", "a.png")
     first, second = capsys.readouterr().out.splitlines()
     assert second == "seed 7: a.png"
-    assert first.startswith("PSNR ") and first.endswith(" dB; 256 x 128 px became 6 x 3 positions of 16 numbers: 42.7 : 1 per side, 341 : 1 in numbers")
+    assert first.startswith("PSNR ")
+    assert first.endswith(" dB; 256 x 128 px became 6 x 3 positions of 16 numbers: 42.7 : 1 per side, 341 : 1 in numbers")
     tiny("--init", "wide.jpg", "--strength", "0", "--seed", "7", "--out", "b.png")
     both, alone = pixels("a.png"), pixels("b.png")
     assert both.shape[1] == 2 * 256 + 4 and alone.shape == (128, 256, 3)
     assert (both[-128:, -256:] == alone).all()
     original, result = both[-128:, :256], both[-128:, -256:]
-    assert abs(original[64, 128] - RED).max() < 10 and abs(original[5, 5] - BLUE).max() < 10                # it went through JPEG
-    assert float(first.split()[1]) == pytest.approx(-10 * np.log10(((original - result) ** 2).mean() / 255 ** 2), abs=0.05)
+    # it went through JPEG
+    assert abs(original[64, 128] - RED).max() < 10 and abs(original[5, 5] - BLUE).max() < 10
+    assert float(first.split()[1]) == pytest.approx(-10 * np.log10(((original - result) ** 2).mean() / 255 ** 2),
+                                                    abs=0.05)
 
 
 def test_image_to_image_keeps_what_its_strength_leaves():
@@ -673,7 +724,8 @@ def test_outpainting_leaves_the_picture_within_its_border():
     tiny("--init", "photo.png", "--outpaint", "64,0,64,0", "--prompt", "a rose", "--seed", "7", "--out", "a.png")
     assert pixels("a.png").shape == (128, 256, 3)
     assert np.abs(pixels("a.png")[:, 64:192] - pixels("photo.png")).max() <= 2
-    tiny("--init", "photo.png", "--outpaint", "0,64,0,64", "--prompt", "a rose", "--seed", "7", "--width", "64", "--height", "128", "--out", "b.png")
+    tiny("--init", "photo.png", "--outpaint", "0,64,0,64", "--prompt", "a rose", "--seed", "7", "--width", "64",
+         "--height", "128", "--out", "b.png")
     assert pixels("b.png").shape == (128, 64, 3)
 
 
@@ -684,9 +736,11 @@ def test_outpainting_leaves_the_picture_within_its_border():
     (["--init", "photo.png", "--mask", "black.png"], "black.png marks nothing: expected white"),
     (["--init", "photo.png", "--mask", "text.png"], "text.png cannot be read as a picture"),
     (["--init", "photo.png", "--outpaint", "0,0,0,0"], "nothing is added around the picture"),
-    (["--from-latent", "missing.safetensors"], "missing.safetensors cannot be read as a .safetensors file: No such file"),
+    (["--from-latent", "missing.safetensors"],
+     "missing.safetensors cannot be read as a .safetensors file: No such file"),
     (["--from-latent", "photo.png"], "photo.png cannot be read as a .safetensors file"),
-    (["--from-latent", "rows.safetensors"], "rows.safetensors holds latents_c, expected semantic, states, size: is it a file written by --save-latent?"),
+    (["--from-latent", "rows.safetensors"],
+     "rows.safetensors holds latents_c, expected semantic, states, size: is it a file written by --save-latent?"),
     (["--tensors", "rows.safetensors"], "rows.safetensors holds tensors for several pictures, expected 1 row of each"),
     (["--prompt-file", "p.jsonl"], "missing.png cannot be read as a picture")])
 def test_files_that_cannot_be_used_are_found_before_weights_are_loaded(argv, message, capsys, monkeypatch):
@@ -702,12 +756,14 @@ def test_files_that_cannot_be_used_are_found_before_weights_are_loaded(argv, mes
 
 def test_a_mask_must_have_the_size_of_its_picture(capsys):
     photo(), mask(size=(64, 64))
-    assert error_of(capsys, *INPAINT, by=tiny).startswith("the mask has 64 x 64 px, its picture 128 x 128: they must be the same")
+    assert error_of(capsys, *INPAINT,
+                    by=tiny).startswith("the mask has 64 x 64 px, its picture 128 x 128: they must be the same")
 
 
 # --- latents and embeddings --------------------------------------------------------------------------
 
-@pytest.mark.parametrize("argv", [[], ["--width", "100", "--height", "70"], INPAINT], ids=["plain", "size", "inpainting"])
+@pytest.mark.parametrize("argv", [[], ["--width", "100", "--height", "70"], INPAINT],
+                         ids=["plain", "size", "inpainting"])
 def test_a_saved_latent_gives_the_same_picture_without_stage_c(argv, monkeypatch):
     """To the bit, as the state of the noise is saved, too; with a seed, Stage B paints it another way."""
     photo(), mask()
@@ -716,7 +772,8 @@ def test_a_saved_latent_gives_the_same_picture_without_stage_c(argv, monkeypatch
     paint(*argv, "--seed", "7", "--save-latent", "--out", "a.png")
     assert same_files("a.png", "plain.png")
     monkeypatch.setattr(Wuerstchen, "sample_c", None)
-    weights = QUICK[:2] if paint is run else []                                                 # without size, which is in the file
+    # without size, which is in the file
+    weights = QUICK[:2] if paint is run else []
     sample.main([*weights, "--steps-b", "2", *argv, "--from-latent", "a.safetensors", "--out", "b.png"])
     paint(*argv, "--from-latent", "a.safetensors", "--seed", "7", "--num-images", "2", "--out", "c.png")
     assert difference("a.png", "b.png") == 0
@@ -738,21 +795,27 @@ def test_embeddings_and_latents_can_come_from_a_file():
     model = Wuerstchen.load(str(PUBLISHED))
     embeddings = {}
     for stage, encoder in (("c", model.text_encoder_c), ("b", model.text_encoder_b)):
-        embeddings[f"prompt_{stage}"], embeddings[f"negative_{stage}"] = map(torch.clone, model.encode_text(encoder, ["cat"], ["dog"], 1))
+        embeddings[f"prompt_{stage}"], embeddings[f"negative_{stage}"] = map(torch.clone,
+                                                                             model.encode_text(encoder, ["cat"],
+                                                                                               ["dog"], 1))
     save_file(embeddings, "e.safetensors")
-    for name, argv in {"text": ["--prompt", "cat", "--negative-prompt", "dog"], "tensors": ["--tensors", "e.safetensors"],
+    for name, argv in {"text": ["--prompt", "cat", "--negative-prompt", "dog"],
+                       "tensors": ["--tensors", "e.safetensors"],
                        "batch": ["--tensors", "e.safetensors", "--batch", "2"]}.items():
         run(*argv, "--seed", "7", "--num-images", "2", "--out", f"{name}.png")
     for seed in (7, 8):
-        assert difference(f"text_{seed}.png", f"tensors_{seed}.png") == 0 and difference(f"text_{seed}.png", f"batch_{seed}.png") <= 2
+        assert difference(f"text_{seed}.png", f"tensors_{seed}.png") == 0
+        assert difference(f"text_{seed}.png", f"batch_{seed}.png") <= 2
     save_file(dict(latents_c=torch.randn(1, 16, 3, 3), latents_b=torch.randn(1, 4, 32, 32)), "l.safetensors")
     for seed in ("7", "8"):
-        run("--prompt", "cat", "--tensors", "l.safetensors", "--sampler-c", "ddim", "--sampler-b", "ddim", "--seed", seed, "--out", f"l{seed}.png")
+        run("--prompt", "cat", "--tensors", "l.safetensors", "--sampler-c", "ddim", "--sampler-b", "ddim", "--seed",
+            seed, "--out", f"l{seed}.png")
     assert difference("l7.png", "l8.png") == 0                                                  # nothing left to chance
 
 
 @pytest.mark.parametrize("tensors, message", [
-    (dict(prompt_x=torch.zeros(1, 2, 3)), "there are no embeddings called prompt_x: expected some of prompt_c, negative_c, prompt_b, negative_b"),
+    (dict(prompt_x=torch.zeros(1, 2, 3)),
+     "there are no embeddings called prompt_x: expected some of prompt_c, negative_c, prompt_b, negative_b"),
     (dict(latents_c=torch.zeros(1, 16, 5, 5)), "latents_c has shape (1, 16, 5, 5), expected (1 or 1, 16, 3, 3)"),
     (dict(prompt_c=torch.zeros(1)), "embeddings prompt_c have shape (1,), expected (1 or 1, tokens")])
 def test_tensors_that_do_not_fit_are_refused(tensors, message, capsys):
@@ -787,9 +850,12 @@ def test_an_interpolation_begins_and_ends_with_the_prompts():
     run(*argv, "--batch", "3", "--out", "strip.gif")
     strip, moved = pixels("strip.png"), pixels("moved.png")
     assert strip.shape == (128, 3 * 128 + 2 * 4, 3)
-    assert np.abs(strip[:, :128] - pixels("first.png")).max() <= 2 and np.abs(strip[:, -128:] - pixels("last.png")).max() <= 2
-    assert np.abs(strip[:, 132:260] - pixels("first.png")).max() > 20 and np.abs(strip[:, 132:260] - pixels("last.png")).max() > 20
-    assert np.abs(moved[:, :128] - pixels("first.png")).max() <= 2 and np.abs(moved[:, -128:] - pixels("other.png")).max() <= 2
+    assert np.abs(strip[:, :128] - pixels("first.png")).max() <= 2
+    assert np.abs(strip[:, -128:] - pixels("last.png")).max() <= 2
+    assert np.abs(strip[:, 132:260] - pixels("first.png")).max() > 20
+    assert np.abs(strip[:, 132:260] - pixels("last.png")).max() > 20
+    assert np.abs(moved[:, :128] - pixels("first.png")).max() <= 2
+    assert np.abs(moved[:, -128:] - pixels("other.png")).max() <= 2
     with Image.open("strip.gif") as movie:
         assert (movie.format, movie.n_frames, movie.size) == ("GIF", 3, (128, 128))
 
@@ -803,7 +869,8 @@ def test_latents_can_be_interpolated_too(capsys):
         run(*argv, "--from-latent", f"{seed}.safetensors", "--out", f"end{seed}.png")
     run(*argv, "--from-latent", "7.safetensors", "--to-latent", "8.safetensors", "--frames", "3", "--out", "strip.png")
     strip = pixels("strip.png")
-    assert np.abs(strip[:, :128] - pixels("end7.png")).max() <= 2 and np.abs(strip[:, -128:] - pixels("end8.png")).max() <= 2
+    assert np.abs(strip[:, :128] - pixels("end7.png")).max() <= 2
+    assert np.abs(strip[:, -128:] - pixels("end8.png")).max() <= 2
     capsys.readouterr()
     message = error_of(capsys, *argv, "--from-latent", "7.safetensors", "--to-latent", "9.safetensors", by=run)
     assert message == "7.safetensors and 9.safetensors are of pictures of different sizes, expected the same"
@@ -813,7 +880,8 @@ def test_each_prompt_and_each_seed_has_a_picture_of_its_own():
     """Grids of a prompt file, strips of several seeds."""
     Path("p.txt").write_text("cat\ndog")
     run("--prompt-file", "p.txt", "--grid", "1,2", "--num-images", "2", "--seed", "7", "--out", "grids")
-    run("--prompt", "cat", "--interpolate-to", "dog", "--frames", "2", "--num-images", "2", "--seed", "7", "--out", "strips")
+    run("--prompt", "cat", "--interpolate-to", "dog", "--frames", "2", "--num-images", "2", "--seed", "7", "--out",
+        "strips")
     assert files() == ["grids/cat_7.png", "grids/dog_9.png", "p.txt", "strips/cat_7.png", "strips/cat_8.png"]
 
 
@@ -821,11 +889,13 @@ def test_each_prompt_and_each_seed_has_a_picture_of_its_own():
 
 def test_a_preview_shows_roughly_what_it_will_become():
     """As large as the picture, from Stage C on; its file is replaced as the picture gets clearer, and stays."""
-    tiny("--prompt", "a red apple on a blue background", "--seed", "7", "--steps-c", "9", "--steps-b", "6", "--preview-every", "3", "--out", "a.png")
+    tiny("--prompt", "a red apple on a blue background", "--seed", "7", "--steps-c", "9", "--steps-b", "6",
+         "--preview-every", "3", "--out", "a.png")
     assert files() == ["a.png", "a_preview.png"] and text_of("a_preview.png") == {}
     preview, picture = pixels("a_preview.png"), pixels("a.png")
     assert preview.shape == picture.shape and np.abs(preview - picture).mean() < 20
-    tiny("--prompt", "cat", "--seed", "7", "--preview-every", "3", "--out", "b.png")               # 2 steps of Stage B: the last is of Stage C
+    # 2 steps of Stage B: the last is of Stage C
+    tiny("--prompt", "cat", "--seed", "7", "--preview-every", "3", "--out", "b.png")
     assert pixels("b_preview.png").shape == (128, 128, 3)
 
 
@@ -877,7 +947,8 @@ def no_picture():
     assert not Path("a.png").exists()
 
 
-@pytest.mark.parametrize("weights, message", [("nowhere", "there is no such folder"), (".", "holds no weights that are understood"),
+@pytest.mark.parametrize("weights, message", [("nowhere", "there is no such folder"),
+                                              (".", "holds no weights that are understood"),
                                               ("tiny.png", "there is no such folder")])
 def test_folders_that_hold_no_weights(weights, message, capsys):
     assert message in error_of(capsys, "--prompt", "cat", "--out", "a.png", "--weights", weights)
@@ -899,7 +970,8 @@ def test_files_that_are_cut_off(part, capsys):
     no_picture()
 
 
-@pytest.mark.parametrize("part, name", [("wuerstchen-prior/prior", "diffusion_pytorch_model"), ("wuerstchen/text_encoder", "model")])
+@pytest.mark.parametrize("part, name", [("wuerstchen-prior/prior", "diffusion_pytorch_model"),
+                                        ("wuerstchen/text_encoder", "model")])
 def test_weights_with_nan(part, name, capsys):
     """They load without complaint elsewhere, and paint black."""
     def spoil(folder):
@@ -913,7 +985,8 @@ def test_weights_with_nan(part, name, capsys):
 
 @pytest.mark.parametrize("device", ["gpu"] + ([] if torch.cuda.is_available() else ["cuda"]))
 def test_devices_that_are_not_there(device, capsys):
-    assert error_of(capsys, "--prompt", "cat", "--out", "a.png", "--device", device).startswith(f"device '{device}' cannot be used here")
+    assert error_of(capsys, "--prompt", "cat", "--out", "a.png", "--device",
+                    device).startswith(f"device '{device}' cannot be used here")
     no_picture()
 
 
@@ -927,7 +1000,8 @@ def broken(monkeypatch, error: Exception) -> None:
                                    RuntimeError("DefaultCPUAllocator: can't allocate memory")])
 def test_memory_that_runs_out(error, capsys, monkeypatch):
     broken(monkeypatch, error)
-    assert error_of(capsys, "--prompt", "cat", "--out", "a.png").startswith("memory ran out: paint fewer or smaller pictures")
+    assert error_of(capsys, "--prompt", "cat", "--out",
+                    "a.png").startswith("memory ran out: paint fewer or smaller pictures")
     no_picture()
 
 
@@ -941,7 +1015,8 @@ def test_our_own_bugs_keep_their_traceback(monkeypatch):
 
 def test_numbers_that_explode_make_no_grey_picture(capsys):
     """The line says where it happened, and what to try."""
-    assert error_of(capsys, "--prompt", "cat", "--guidance-c", "1e30", "--out", "a.png").startswith("Stage C came to NaN or infinity in step ")
+    assert error_of(capsys, "--prompt", "cat", "--guidance-c", "1e30", "--out",
+                    "a.png").startswith("Stage C came to NaN or infinity in step ")
     no_picture()
 
 
@@ -965,18 +1040,19 @@ def test_as_a_program_it_says_nothing_but_its_own_lines():
 @pytest.fixture
 def v1(tmp_path, monkeypatch, capsys):
     """Paints with a small v1 in the authors' files, in few steps."""
-    import weights
+    from loading import weights
     monkeypatch.setattr(weights, "official_sizes", lambda stage, shapes: SMALL_V1[stage])
     (tmp_path / "v1").mkdir()
     small_v1(tmp_path / "v1")
     capsys.readouterr()
-    return lambda *argv: sample.main(["--weights", "v1", "--steps-c", "2", "--steps-b", "2", "--width", "64", "--height", "64", *argv])
+    return lambda *argv: sample.main(["--weights", "v1", "--steps-c", "2", "--steps-b", "2", "--width", "64",
+                                      "--height", "64", *argv])
 
 
 @pytest.fixture
 def v1_is_a_folder(monkeypatch):
     """Its name, here, too, so that nothing is fetched."""
-    import hub
+    from loading import hub
     monkeypatch.setattr(hub, "NAMES", {name: parts for name, parts in hub.NAMES.items() if name != "v1"})
 
 
@@ -985,11 +1061,13 @@ def test_v1_paints_and_its_settings_paint_the_same_again(v1):
     """What its weights have for defaults is written down: mode, guidance and temperature of the tokens."""
     v1("--prompt", "cat", "--seed", "7", "--out", "a.png")
     settings = read_settings("a.png")
-    assert {name: settings[name] for name in ("steps_b", "sampler_b", "guidance_b", "temperature_b", "sampler_c", "guidance_c")} == dict(
+    assert {name: settings[name] for name in ("steps_b", "sampler_b", "guidance_b", "temperature_b", "sampler_c",
+                                              "guidance_c")} == dict(
         steps_b=2, sampler_b="multinomial", guidance_b=2.0, temperature_b="1,0.6", sampler_c="ddpm", guidance_c=6.0)
     sample.main(["--like", "a.png", "--out", "b.png"])
     assert difference("a.png", "b.png") == 0
-    v1("--prompt", "cat", "--seed", "7", "--sampler-b", "quant", "--temperature-b", "0.5", "--guidance-b", "4,1", "--out", "c.png")
+    v1("--prompt", "cat", "--seed", "7", "--sampler-b", "quant", "--temperature-b", "0.5", "--guidance-b", "4,1",
+       "--out", "c.png")
     assert difference("a.png", "c.png") > 0 and read_settings("c.png")["temperature_b"] == 0.5
     run("--prompt", "cat", "--seed", "7", "--out", "v2.png")
     assert "temperature_b" not in read_settings("v2.png") and read_settings("v2.png")["sampler_b"] == "ddpm"
@@ -1007,13 +1085,18 @@ def test_a_latent_of_v1_gives_the_same_picture_without_stage_c(v1):
 @pytest.mark.parametrize("argv, message", [
     (["--sampler-b", "ddim"], "there is no sampler 'ddim': expected one of multinomial, argmax, quant."),
     (["--temperature-b", "0"], "the temperature is 0, expected more than 0; mode argmax is what 0 would mean."),
-    (["--temperature-b", "1,0.8,0.6"], "argument --temperature-b: expected 1 or 2 numbers with commas between, got '1,0.8,0.6'"),
-    (["--rescale-b", "0.5"], "Stage B of v1 makes tokens, for which mask, latents_b and rescale_b do not exist: leave them away."),
-    (["--prior", str(PUBLISHED / "wuerstchen-prior" / "prior")], "Stage C takes texts of width 24, the text encoder v1/text_encoder gives 1024: CLIP bigG (1280) belongs to v2")])
+    (["--temperature-b", "1,0.8,0.6"],
+     "argument --temperature-b: expected 1 or 2 numbers with commas between, got '1,0.8,0.6'"),
+    (["--rescale-b", "0.5"],
+     "Stage B of v1 makes tokens, for which mask, latents_b and rescale_b do not exist: leave them away."),
+    (["--prior", str(PUBLISHED / "wuerstchen-prior" / "prior")],
+     "Stage C takes texts of width 24, the text encoder v1/text_encoder gives 1024: CLIP bigG (1280) belongs to v2")])
 def test_what_v1_has_not(v1, argv, message, capsys):
     assert error_of(capsys, "--prompt", "cat", *argv, by=v1).startswith(message)
 
 
 def test_temperature_is_for_v1(capsys):
-    assert error_of(capsys, "--prompt", "cat", "--temperature-b", "0.5") == "temperature_b is for v1, whose Stage B makes tokens: leave it away."
-    assert error_of(capsys, "--prompt", "cat", "--sampler-b", "argmax") == "there is no sampler 'argmax': expected one of ddpm, ddim, dpm++."
+    assert error_of(capsys, "--prompt", "cat", "--temperature-b",
+                    "0.5") == "temperature_b is for v1, whose Stage B makes tokens: leave it away."
+    assert error_of(capsys, "--prompt", "cat", "--sampler-b",
+                    "argmax") == "there is no sampler 'argmax': expected one of ddpm, ddim, dpm++."

@@ -18,13 +18,13 @@ from PIL import Image
 from torch import Tensor
 
 import diffusion
-import hub
+from loading import hub
 import wuerstchen
 from diffusion import DEFAULT_STAGE_C_TIMESTEPS, Noise, default_timesteps_c, linear_timesteps, slerp
-from evaluate import Judge, fixed_prompts, relation_of, verdict
+from tiny.evaluate import Judge, fixed_prompts, relation_of, verdict
 from helpers import COMBINED, rel
-from images import psnr
-from scenes import Scene, place_pair, place_single, plain_caption, render
+from extras.images import psnr
+from training.scenes import Scene, place_pair, place_single, plain_caption, render
 from stage_a import StageA
 from wuerstchen import Wuerstchen
 
@@ -195,7 +195,8 @@ def test_given_latents_are_where_the_stages_start(tiny, sampler):
     """These samplers use no noise but the start, so a picture is repeated from its two starts under any seed."""
     how = dict(sampler_c=sampler, sampler_b=sampler, **QUICK)
     noise = Noise([5])
-    latents_c, latents_b = [noise(*C) for _ in range(4)][0], noise(*B)     # three more, unused, are drawn in Stage C's steps
+    # three more, unused, are drawn in Stage C's steps
+    latents_c, latents_b = [noise(*C) for _ in range(4)][0], noise(*B)
     expected, = tiny(CAT, seed=5, **how)
     first, second = tiny(CAT, seed=[8, 9], num_images=2, latents_c=latents_c, latents_b=latents_b, **how)
     assert same(first, second) and alike(first, expected)
@@ -284,8 +285,10 @@ def test_rescale_takes_back_the_contrast_of_each_image_by_itself(tiny):
 # --- kinds of output ---------------------------------------------------------------------------------
 
 def test_pil_numpy_and_torch_are_the_same_picture(tiny):
-    pil, array, tensor = (tiny([CAT, DOG], seed=5, width=128, height=96, output=output, **QUICK) for output in ("pil", "np", "pt"))
-    assert array.shape == (2, 96, 128, 3) and array.dtype == np.float32 and tensor.shape == (2, 3, 96, 128) and tensor.dtype == torch.float32
+    pil, array, tensor = (tiny([CAT, DOG], seed=5, width=128, height=96, output=output, **QUICK)
+                          for output in ("pil", "np", "pt"))
+    assert array.shape == (2, 96, 128, 3) and array.dtype == np.float32 and tensor.shape == (2, 3, 96, 128)
+    assert tensor.dtype == torch.float32
     assert [image.size for image in pil] == [(128, 96)] * 2 and 0 <= tensor.min() and tensor.max() <= 1
     for i, image in enumerate(pil):
         assert np.array_equal(array[i], tensor[i].permute(1, 2, 0).numpy()) and same(image, (array[i] * 255).round())
@@ -319,8 +322,10 @@ def test_the_callback_sees_every_step_in_order(tiny):
     told, levels = [], [1.0, 0.5, 0.2, 0.0]
     picture, = tiny(CAT, seed=5, steps_c=levels, steps_b=2, callback=lambda *args: told.append(args))
     assert [(stage, i, round(t, 4), tuple(x.shape)) for stage, i, t, x in told] == [
-        ("C", 0, 0.5, (1, *C)), ("C", 1, 0.2, (1, *C)), ("C", 2, 0.0, (1, *C)), ("B", 0, 0.5, (1, *B)), ("B", 1, 0.0, (1, *B))]
-    assert same(picture, tiny(CAT, seed=5, steps_c=levels, steps_b=2)[0])                   # who only looks changes nothing
+        ("C", 0, 0.5, (1, *C)), ("C", 1, 0.2, (1, *C)), ("C", 2, 0.0, (1, *C)), ("B", 0, 0.5, (1, *B)),
+        ("B", 1, 0.0, (1, *B))]
+    # who only looks changes nothing
+    assert same(picture, tiny(CAT, seed=5, steps_c=levels, steps_b=2)[0])
     semantic = tiny(CAT, seed=5, steps_c=levels, output="semantic")
     torch.testing.assert_close(wuerstchen.to_raw(told[2][3]), semantic, rtol=0, atol=0)
 
@@ -329,7 +334,8 @@ def test_the_callback_may_change_the_latents(tiny):
     """What it returns is what goes on. In the last step of Stage B that is the picture itself."""
     picture, = tiny(CAT, seed=5, **QUICK)
     for stage in "CB":
-        assert not alike(picture, tiny(CAT, seed=5, callback=lambda s, i, t, x: x * 0 if s == stage and i == 0 else None, **QUICK)[0])
+        assert not alike(picture, tiny(CAT, seed=5, callback=lambda s, i, t, x: x * 0 if s == stage and i == 0
+                                       else None, **QUICK)[0])
     black = tiny(CAT, seed=5, output="pt", callback=lambda s, i, t, x: x * 0 if s == "B" else None, **QUICK)
     assert torch.equal(black, tiny.decode(torch.zeros(1, *B)))
 
@@ -337,14 +343,17 @@ def test_the_callback_may_change_the_latents(tiny):
 @pytest.mark.parametrize("stage, rows_c, rows_b", [("C", 2, 0), ("B", 3, 2)])
 def test_the_callback_may_stop_and_nothing_more_is_computed(tiny, stage, rows_c, rows_b):
     with Recorder(tiny.stage_c) as calls_c, Recorder(tiny.stage_b) as calls_b:
-        assert tiny(CAT, steps_c=3, steps_b=3, callback=lambda s, i, t, x: False if (s, i) == (stage, 1) else None) == []
+        assert tiny(CAT, steps_c=3, steps_b=3, callback=lambda s, i, t, x: False if (s, i) == (stage, 1)
+                    else None) == []
     assert (len(calls_c), len(calls_b)) == (rows_c, rows_b)
 
 
-@pytest.mark.parametrize("answer, shown", [(True, "True"), (torch.zeros(1, 16, 2, 2), "tensor"), (torch.full((1, *C), math.nan), "tensor")],
+@pytest.mark.parametrize("answer, shown", [(True, "True"), (torch.zeros(1, 16, 2, 2), "tensor"),
+                                           (torch.full((1, *C), math.nan), "tensor")],
                          ids=["True", "another shape", "NaN"])
 def test_what_a_callback_may_not_return_is_said(tiny, answer, shown):
-    with pytest.raises(ValueError, match=re.escape("a callback may return None, False, or finite latents of shape (1, 16, 3, 3), not " + shown)):
+    with pytest.raises(ValueError,
+                       match=re.escape("a callback may return None, False, or finite latents of shape (1, 16, 3, 3), not " + shown)):
         tiny(CAT, callback=lambda *args: answer, **QUICK)
 
 
@@ -394,7 +403,8 @@ def test_a_single_broken_weight_is_noticed_at_once(tiny):
 
 # --- image to image ----------------------------------------------------------------------------------
 
-PAIRS = [("rocket", "moon", "left of", "blue"), ("dog", "cat", "left of", "green"), ("house", "tree", "left of", "yellow"),
+PAIRS = [("rocket", "moon", "left of", "blue"), ("dog", "cat", "left of", "green"),
+         ("house", "tree", "left of", "yellow"),
          ("crab", "star", "left of", "red")]
 
 
@@ -428,12 +438,14 @@ def test_strength_says_where_the_schedule_is_entered(tiny):
         tiny(CAT, init=scene, strength=0.6, seed=5, steps_c=levels, steps_b=2)
     assert [round(t[0].item(), 4) for _, t, _ in calls] == [0.6, 0.5, 0.2]
     clean = wuerstchen.to_stored(tiny.encode_image(torch.from_numpy(scene / 255).permute(2, 0, 1)[None]))
-    torch.testing.assert_close(calls[0][0][:1], diffusion.add_noise(clean, Noise([5])(*C), torch.tensor([0.6])), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(calls[0][0][:1], diffusion.add_noise(clean, Noise([5])(*C), torch.tensor([0.6])),
+                               rtol=1e-4, atol=1e-4)
 
 
 def test_the_less_strength_the_nearer_to_the_picture(tiny):
     scene, prompt = single(1, "cat", "large", "green"), "a cat on a green background"
-    none, some, more, all_ = (tiny(prompt, init=scene, strength=strength, num_images=2, output="pt", **HALF) for strength in (0, 0.2, 0.6, 1))
+    none, some, more, all_ = (tiny(prompt, init=scene, strength=strength, num_images=2, output="pt", **HALF)
+                              for strength in (0, 0.2, 0.6, 1))
     nearness = [psnr(images, none) for images in (some, more, all_)]
     assert nearness[0] > nearness[1] > nearness[2], nearness
 
@@ -443,13 +455,15 @@ def test_a_new_object_comes_where_the_old_one_was(tiny, judge):
     places = []
     for place in ((40, 40), (88, 88)):
         scene = render(Scene(("star",), (60,), (place,), "red"))
-        found = [judge.find(picture)[0] for picture in tiny("a cat on a red background", init=scene, strength=0.6, num_images=4, **HALF)]
+        found = [judge.find(picture)[0] for picture in tiny("a cat on a red background", init=scene, strength=0.6,
+                                                            num_images=4, **HALF)]
         assert [[name for name, *_ in objects] for objects in found] == [["cat"]] * 4
         places.append(np.mean([objects[0][2] for objects in found], axis=0))
     assert (places[0] + 6 < places[1]).all(), places
 
 
-@pytest.mark.parametrize("what", [("cat", "large", "green"), ("penguin", "large", "red"), ("rocket", "large", "blue")], ids=lambda what: what[0])
+@pytest.mark.parametrize("what", [("cat", "large", "green"), ("penguin", "large", "red"), ("rocket", "large", "blue")],
+                         ids=lambda what: what[0])
 def test_without_a_prompt_a_picture_gets_variations(tiny, seen, what):
     """The same object on the same background, each time another picture. With the strength of 0.6 that a prompt would get, it is
     mostly another object: nothing says what to paint where so little is left of the picture."""
@@ -458,8 +472,10 @@ def test_without_a_prompt_a_picture_gets_variations(tiny, seen, what):
     assert all(np.abs(pixels(a) - pixels(b)).mean() > 3 for a, b in itertools.combinations(variations, 2))
 
 
-@pytest.mark.parametrize("given, expected", [(dict(), (197, 128)), (dict(width=100), (100, 65)), (dict(height=64), (98, 64)),
-                                             (dict(width=150, height=150), (150, 150)), (dict(width=64, height=201), (64, 201))])
+@pytest.mark.parametrize("given, expected", [(dict(), (197, 128)), (dict(width=100), (100, 65)),
+                                             (dict(height=64), (98, 64)),
+                                             (dict(width=150, height=150), (150, 150)),
+                                             (dict(width=64, height=201), (64, 201))])
 def test_a_picture_of_any_size_gives_one_of_any_size(tiny, given, expected):
     """Of 200 x 130 px: what is not given follows the picture's shape, with the weights' own size for the shorter side."""
     gradient = np.linspace(0, 255, 200, dtype=np.uint8)[None, :, None].repeat(130, 0).repeat(3, 2)
@@ -489,7 +505,8 @@ def test_what_is_masked_becomes_what_the_prompt_says(tiny, judge, i, what, sampl
     """The other object is still there, in its relation to the new one, and not a pixel outside the mask has changed."""
     kept, old, new, relation, colour = what
     scene, mask = pair(i, kept, old, relation, colour), RIGHT if relation == "left of" else LOWER
-    picture, = tiny(plain_caption((kept, new), colour, relation), init=scene, mask=mask, sampler_c=sampler, sampler_b=sampler, **HALF)
+    picture, = tiny(plain_caption((kept, new), colour, relation), init=scene, mask=mask, sampler_c=sampler,
+                    sampler_b=sampler, **HALF)
     found, background = judge.find(picture)
     places = {name: place for name, _, place, _ in found}
     assert set(places) == {kept, new} and background == colour and relation_of(places[kept], places[new]) == relation
@@ -502,7 +519,8 @@ def test_a_mask_of_any_shape_keeps_every_pixel_outside_it(tiny):
     mask = (rows - 50) ** 2 + (columns - 40) ** 2 < 20 ** 2                                 # a disc
     picture = np.random.default_rng(0).integers(0, 256, (100, 150, 3), dtype=np.uint8)
     for painted in tiny(CAT, init=picture, mask=mask, width=150, height=100, num_images=2, **QUICK):
-        assert np.array_equal(np.asarray(painted)[~mask], picture[~mask]) and not np.array_equal(np.asarray(painted)[mask], picture[mask])
+        assert np.array_equal(np.asarray(painted)[~mask],
+                              picture[~mask]) and not np.array_equal(np.asarray(painted)[mask], picture[mask])
 
 
 @pytest.mark.parametrize("sampler", diffusion.SAMPLERS)
@@ -561,8 +579,10 @@ def test_between_two_semantic_latents(tiny, seen):
     cat, dog = (tiny(prompt, seed=3, output="semantic", **HALF) for prompt in (CAT, DOG))
     frames = tiny.interpolate(cat, dog, 3, seed=5, steps_b=6)
     assert seen(frames[0]) == (["cat"], "blue") and seen(frames[-1]) == (["dog"], "yellow") and len(frames) == 3
-    assert same(frames[0], tiny(semantic=cat, seed=5, steps_b=6)[0]) and same(frames[-1], tiny(semantic=dog, seed=5, steps_b=6)[0])
-    assert same(tiny.interpolate(cat, dog, 2, seed=5, prompt=STAR, **QUICK)[0], tiny(STAR, semantic=cat, seed=5, **QUICK)[0])
+    assert same(frames[0], tiny(semantic=cat, seed=5, steps_b=6)[0])
+    assert same(frames[-1], tiny(semantic=dog, seed=5, steps_b=6)[0])
+    assert same(tiny.interpolate(cat, dog, 2, seed=5, prompt=STAR, **QUICK)[0],
+                tiny(STAR, semantic=cat, seed=5, **QUICK)[0])
 
 
 def test_the_noise_may_move_from_one_seed_to_another(tiny):
@@ -580,15 +600,18 @@ def test_frames_are_the_same_in_batches(tiny, to_seed):
 def test_an_interpolation_that_is_stopped_keeps_what_is_finished(tiny):
     """And starts no further frame."""
     told = []
-    frames = tiny.interpolate(CAT, DOG, 5, callback=lambda *args: False if told.append(args) or len(told) == 8 else None, **QUICK)
+    frames = tiny.interpolate(CAT, DOG, 5, callback=lambda *args: False if told.append(args) or len(told) == 8
+                              else None, **QUICK)
     assert len(frames) == 1 and len(told) == 8          # five steps a frame: stopped in the second
 
 
 @pytest.mark.parametrize("a, b, frames, message", [
     (CAT, DOG, 1, "number of frames must be at least 2, got 1"),
     (CAT, torch.zeros(1, *C), 3, "one end is a prompt and the other a latent"),
-    (torch.zeros(1, *C), torch.zeros(1, 16, 3, 4), 3, r"the ends have shapes \(1, 16, 3, 3\) and \(1, 16, 3, 4\), expected twice the same"),
-    (torch.zeros(2, *C), torch.zeros(2, *C), 3, r"shapes \(2, 16, 3, 3\) and \(2, 16, 3, 3\), expected twice the same: \(1, 16, h, w\)")])
+    (torch.zeros(1, *C), torch.zeros(1, 16, 3, 4), 3,
+     r"the ends have shapes \(1, 16, 3, 3\) and \(1, 16, 3, 4\), expected twice the same"),
+    (torch.zeros(2, *C), torch.zeros(2, *C), 3,
+     r"shapes \(2, 16, 3, 3\) and \(2, 16, 3, 3\), expected twice the same: \(1, 16, h, w\)")])
 def test_what_cannot_be_interpolated_is_refused(tiny, a, b, frames, message):
     with pytest.raises(ValueError, match=message):
         tiny.interpolate(a, b, frames)
@@ -612,7 +635,8 @@ def test_slerp_moves_on_an_arc_at_constant_speed():
     """From one axis to another: the angle is f times a right angle."""
     f = torch.linspace(0, 1, 7)
     moved = slerp(torch.tensor([[1.0, 0.0]]).expand(7, 2), torch.tensor([[0.0, 1.0]]).expand(7, 2), f)
-    torch.testing.assert_close(moved, torch.stack([(f * math.pi / 2).cos(), (f * math.pi / 2).sin()], dim=1), rtol=0, atol=1e-6)
+    torch.testing.assert_close(moved, torch.stack([(f * math.pi / 2).cos(), (f * math.pi / 2).sin()], dim=1), rtol=0,
+                               atol=1e-6)
 
 
 def test_slerp_of_parallel_vectors_is_a_straight_line():
@@ -644,7 +668,8 @@ def test_previews_come_to_resemble_the_picture(tiny):
             small = F.adaptive_avg_pool2d(images, preview.shape[-2:])
             assert (rim(preview) - rim(small)).abs().max() < 0.15, (stage, i)
             for a, b in zip(preview, small):
-                assert torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1] > (0.8 if stage == "C" else 0.9), (stage, i)
+                assert torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1] > (0.8 if stage == "C"
+                                                                                        else 0.9), (stage, i)
 
 
 def test_looking_changes_nothing(tiny):
@@ -663,7 +688,8 @@ def test_the_maps_are_fitted_once_and_stored_beside_the_weights(tmp_path, monkey
     fits, file = counted(monkeypatch), tmp_path / "copy" / "preview.json"
     model = Wuerstchen.load(tmp_path / "copy", "cpu")
     maps = model.preview_maps()
-    assert len(fits) == 2 and file.is_file() and {stage: matrix.shape for stage, matrix in maps.items()} == {"C": (17, 3), "B": (5, 3)}
+    assert len(fits) == 2 and file.is_file()
+    assert {stage: matrix.shape for stage, matrix in maps.items()} == {"C": (17, 3), "B": (5, 3)}
     again = Wuerstchen(*model.sources.values(), preview_file=file).preview_maps()           # as after a new start
     assert len(fits) == 2 and all((again[stage] - maps[stage]).abs().max() < 1e-4 for stage in maps)
 
@@ -699,7 +725,8 @@ def test_tiles_fit_together_without_seams(tiny, tile):
     they do not divide, and one tile is larger than the picture."""
     latents = torch.randn(2, 4, 20, 27)
     with torch.no_grad():
-        torch.testing.assert_close(tiny.stage_a.decode_tiled(latents, tile), tiny.stage_a.decode(latents), rtol=0, atol=1e-5)
+        torch.testing.assert_close(tiny.stage_a.decode_tiled(latents, tile), tiny.stage_a.decode(latents), rtol=0,
+                                   atol=1e-5)
 
 
 @pytest.mark.parametrize("levels, blocks", [(1, 3), (2, 4), (3, 2)])
@@ -750,17 +777,20 @@ def moves(monkeypatch) -> list:
 def test_offload_keeps_one_part_at_a_time_on_the_device(tiny, moves):
     """The others wait in main memory. Here "cpu:0" plays the device and "cpu" main memory: for torch two names of one place."""
     model = Wuerstchen.load("tiny", "cpu:0", offload=True)
-    names = {id(wuerstchen.network(model.loaded[name])): name for name in ("stage_a", "stage_b", "stage_c", "text_encoder_c")}
+    names = {id(wuerstchen.network(model.loaded[name])): name for name in ("stage_a", "stage_b", "stage_c",
+                                                                           "text_encoder_c")}
 
     def on_device() -> list[str]:
         places = {names[id(part)]: place for part, place in moves if id(part) in names}
         return [name for name, place in places.items() if place == "cpu:0"]
     assert on_device() == ["text_encoder_c"]            # the last that was loaded
-    at_work, hooks = [], [part.register_forward_pre_hook(lambda part, args: at_work.append((names[id(part)], on_device())))
+    at_work, hooks = [], [part.register_forward_pre_hook(lambda part, args: at_work.append((names[id(part)],
+                                                                                            on_device())))
                           for part in (model.stage_b, model.stage_c, model.text_encoder_c.model)]
     loading = len(moves)
     picture, = model(CAT, seed=5, **QUICK)
-    assert {name for name, _ in at_work} == {"text_encoder_c", "stage_c", "stage_b"} and all(there == [name] for name, there in at_work)
+    assert {name for name, _ in at_work} == {"text_encoder_c", "stage_c", "stage_b"}
+    assert all(there == [name] for name, there in at_work)
     # Three moves in and three out: a stage is not moved in each of its steps.
     assert [(names[id(part)], place) for part, place in moves[loading:]] == [
         (name, place) for leaves, comes in itertools.pairwise(("text_encoder_c", "stage_c", "stage_b", "stage_a"))
@@ -782,7 +812,8 @@ def test_compile_is_for_stages_b_and_c_and_finds_one_graph_in_each(tiny, monkeyp
     only traces, which takes seconds: what it makes of the graph is its own affair."""
     from torch._dynamo.utils import counters
     compiled, compile = [], torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self) or compile(self, backend="eager"))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self)
+                        or compile(self, backend="eager"))
     model = Wuerstchen.load("tiny", "cpu", compile=True)
     assert len(compiled) == 2 and {id(part) for part in compiled} == {id(model.stage_b), id(model.stage_c)}
     torch._dynamo.reset()
@@ -821,14 +852,22 @@ def test_on_a_gpu_no_step_makes_the_host_wait():
 
 D = 128                                                  # width of the small model's text embeddings
 MISTAKES = [
-    (dict(embeddings=dict(prompt=torch.zeros(1, 20, D))), "there are no embeddings called prompt: expected some of prompt_c, negative_c,"),
-    (dict(embeddings=dict(prompt_c=torch.zeros(20, D))), "embeddings prompt_c have shape (20, 128), expected (1 or 1, tokens, 128)"),
-    (dict(embeddings=dict(prompt_c=torch.zeros(3, 20, D))), "embeddings prompt_c have shape (3, 20, 128), expected (1 or 1, tokens, 128)"),
-    (dict(embeddings=dict(negative_c=torch.zeros(1, 20, 1280))), "embeddings negative_c have shape (1, 20, 1280), expected (1 or 1, tokens, 128)"),
-    (dict(embeddings=dict(prompt_b=torch.zeros(1, 20, 1024))), "embeddings prompt_b have shape (1, 20, 1024), expected (1 or 1, tokens, 128)"),
-    (dict(embeddings=dict(prompt_b=torch.zeros(1, 9, D))), "embeddings of prompt_b and negative_b differ in shape, (1, 9, 128) and (1, 20, 128)"),
-    (dict(steps_c=[1, 0.5, 0.7]), "timesteps must be a list of at least two strictly falling numbers in [0, 1], got [1.0, 0.5, 0.699"),
-    (dict(steps_b=[1, 0, -1]), "timesteps must be a list of at least two strictly falling numbers in [0, 1], got [1.0, 0.0, -1.0]"),
+    (dict(embeddings=dict(prompt=torch.zeros(1, 20, D))),
+     "there are no embeddings called prompt: expected some of prompt_c, negative_c,"),
+    (dict(embeddings=dict(prompt_c=torch.zeros(20, D))),
+     "embeddings prompt_c have shape (20, 128), expected (1 or 1, tokens, 128)"),
+    (dict(embeddings=dict(prompt_c=torch.zeros(3, 20, D))),
+     "embeddings prompt_c have shape (3, 20, 128), expected (1 or 1, tokens, 128)"),
+    (dict(embeddings=dict(negative_c=torch.zeros(1, 20, 1280))),
+     "embeddings negative_c have shape (1, 20, 1280), expected (1 or 1, tokens, 128)"),
+    (dict(embeddings=dict(prompt_b=torch.zeros(1, 20, 1024))),
+     "embeddings prompt_b have shape (1, 20, 1024), expected (1 or 1, tokens, 128)"),
+    (dict(embeddings=dict(prompt_b=torch.zeros(1, 9, D))),
+     "embeddings of prompt_b and negative_b differ in shape, (1, 9, 128) and (1, 20, 128)"),
+    (dict(steps_c=[1, 0.5, 0.7]),
+     "timesteps must be a list of at least two strictly falling numbers in [0, 1], got [1.0, 0.5, 0.699"),
+    (dict(steps_b=[1, 0, -1]),
+     "timesteps must be a list of at least two strictly falling numbers in [0, 1], got [1.0, 0.0, -1.0]"),
     (dict(steps_b={0.5: 2, 0.7: 2}), "timesteps must be a list of at least two strictly falling"),
     (dict(steps_c={0.5: 0}), "the number of steps must be at least 1, got 0 for the part down to 0.5"),
     (dict(steps_c="default"), "there are no timesteps called 'default': the only name is DEFAULT_STAGE_C_TIMESTEPS"),
@@ -849,20 +888,25 @@ MISTAKES = [
     (dict(latents_c=torch.zeros(1, 16, 3, 4)), "latents_c has shape (1, 16, 3, 4), expected (1 or 1, 16, 3, 3)"),
     (dict(latents_b=torch.zeros(2, 4, 32, 32)), "latents_b has shape (2, 4, 32, 32), expected (1 or 1, 4, 32, 32)"),
     (dict(semantic=torch.zeros(16, 3, 3)), "semantic has shape (16, 3, 3), expected (images or 1, 16, h, w)"),
-    (dict(semantic=torch.zeros(1, *B), width=128, height=128), "semantic has shape (1, 4, 32, 32), expected (1 or 1, 16, 3, 3)"),
-    (dict(semantic=torch.zeros(1, *C), latents_c=torch.zeros(1, *C)), "latents_c say where Stage C starts, and so do init and semantic"),
+    (dict(semantic=torch.zeros(1, *B), width=128, height=128),
+     "semantic has shape (1, 4, 32, 32), expected (1 or 1, 16, 3, 3)"),
+    (dict(semantic=torch.zeros(1, *C), latents_c=torch.zeros(1, *C)),
+     "latents_c say where Stage C starts, and so do init and semantic"),
     (dict(mask=RIGHT), "a mask or a strength needs a picture to start from: give it as init"),
     (dict(strength=0.5), "a mask or a strength needs a picture to start from: give it as init"),
-    (dict(init=RIGHT, strength=1.5), "strength is 1.5, expected a number from 0, nothing changes, to 1, nothing is kept"),
+    (dict(init=RIGHT, strength=1.5),
+     "strength is 1.5, expected a number from 0, nothing changes, to 1, nothing is kept"),
     (dict(init=np.zeros((10, 400)), width=300), "height 8 is not possible"),
     (dict(init="no such file.png"), "no such file.png cannot be read as a picture: there is no such file"),
     (dict(prompt=[CAT, 3]), "the prompt is empty"),
 ]
 
 
-@pytest.mark.parametrize("arguments, message", MISTAKES, ids=[f"{' '.join(a)} {i}" for i, (a, _) in enumerate(MISTAKES)])
+@pytest.mark.parametrize("arguments, message", MISTAKES,
+                         ids=[f"{' '.join(a)} {i}" for i, (a, _) in enumerate(MISTAKES)])
 def test_mistakes_are_found_before_the_first_step(tiny, arguments, message):
     """Those about Stage B, too: with the released weights Stage C takes a minute."""
-    with Recorder(tiny.stage_c) as calls_c, Recorder(tiny.stage_b) as calls_b, pytest.raises(ValueError, match=re.escape(message)) as error:
+    with Recorder(tiny.stage_c) as calls_c, Recorder(tiny.stage_b) as calls_b, pytest.raises(ValueError,
+                                                                                             match=re.escape(message)) as error:
         tiny(**dict(prompt=CAT, **QUICK) | arguments)
     assert not calls_c and not calls_b and "\n" not in str(error.value)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import scenes
-from scenes import (CAPTIONED, COLOURS, OBJECTS, OPPOSITE, RELATIONS, UNCAPTIONED, VARIANTS,
+from training import scenes
+from training.scenes import (CAPTIONED, COLOURS, OBJECTS, OPPOSITE, RELATIONS, UNCAPTIONED, VARIANTS,
                     EmojiScenes, Scene, caption, held_out, random_scene, render)
 
 SCENES = EmojiScenes("captioned").scenes(0, 2000)

@@ -8,14 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import stage_b_v1
-import weights
+from v1 import stage_b as stage_b_v1
+from loading import weights
 import wuerstchen
 from diffusion import Guidance, Noise
 from helpers import HostReads, SMALL_V1, TINY, build, capture, golden, manifest, rel, small_v1, under
 from stage_a import StageA
 from stage_b import TinyImageEncoder
-from stage_b_v1 import (ResBlock, SkipResBlock, StageBV1, TimestepBlock, AttentionBlock, add_noise, choose, loss_weight, per_step, sample,
+from v1.stage_b import (ResBlock, SkipResBlock, StageBV1, TimestepBlock, AttentionBlock, add_noise, choose, loss_weight,
+                        per_step, sample,
                         training_levels, training_loss)
 from stage_c import StageC
 from text import TextEncoder
@@ -35,7 +36,8 @@ def recorded():
 @torch.no_grad()
 def small(**sizes) -> StageBV1:
     """Random in all its parameters: much of what starts at zero would not be seen."""
-    model = StageBV1(**dict(codebook_size=32, c_token=6, c_timestep=8, c_cond=8, c_hidden=(8, 12), heads=(-1, 3), blocks=(1, 2), levels=("CT", "CTA"),
+    model = StageBV1(**dict(codebook_size=32, c_token=6, c_timestep=8, c_cond=8, c_hidden=(8, 12), heads=(-1, 3),
+                            blocks=(1, 2), levels=("CT", "CTA"),
                             c_semantic=3, c_text=5) | sizes)
     for p in model.parameters():
         p.add_(0.3 * torch.randn_like(p))
@@ -69,10 +71,12 @@ def test_a_new_model_knows_which_tokens_look_alike():
     # "near m, give or take s" is a linear function of the features, and so are all tokens' scores.
     wanted = -(z - z[5]).square().sum(1) / 2
     features = torch.cat([e, torch.ones(64, 1)], dim=1)[:, [*range(14), 64]]
-    assert (features @ torch.linalg.lstsq(features, wanted[:, None]).solution)[:, 0] == pytest.approx(wanted.tolist(), abs=1e-3)
+    assert (features @ torch.linalg.lstsq(features, wanted[:, None]).solution)[:, 0] == pytest.approx(wanted.tolist(),
+                                                                                                      abs=1e-3)
     model = small(codebook_size=64, c_token=6)          # too narrow for all of them: the first
     model.init_tokens(codes)
-    assert model.embed_token.weight.isfinite().all() and not torch.equal(model.embed_token.weight[0], model.embed_token.weight[1])
+    assert model.embed_token.weight.isfinite().all() and not torch.equal(model.embed_token.weight[0],
+                                                                         model.embed_token.weight[1])
 
 
 def test_official_size():
@@ -80,12 +84,14 @@ def test_official_size():
     with torch.device("meta"):
         model = StageBV1()
     assert model.config == stage_b_v1.OFFICIAL and model.multiple == 8
-    assert sum(p.numel() for p in model.parameters()) == 730_814_336 == sum(math.prod(shape) for shape, _ in manifest("stage_b_v1").values())
+    assert sum(p.numel() for p in model.parameters()) == 730_814_336 == sum(math.prod(shape)
+                                                                            for shape, _ in manifest("stage_b_v1").values())
 
 
 def test_untrained_network_holds_all_tokens_for_alike():
     """A zero output layer: the loss starts at log K, whatever the noise, not above."""
-    model = StageBV1(codebook_size=32, c_token=6, c_timestep=8, c_cond=8, c_hidden=(8, 12), heads=(-1, 3), blocks=(1, 2), levels=("CT", "CTA"),
+    model = StageBV1(codebook_size=32, c_token=6, c_timestep=8, c_cond=8, c_hidden=(8, 12), heads=(-1, 3),
+                     blocks=(1, 2), levels=("CT", "CTA"),
                      c_semantic=3, c_text=5)
     tokens, t = torch.randint(32, (2, 8, 4)), torch.tensor([0.1, 1.0])
     logits = model(tokens, t, torch.randn(2, 3, 2, 2), torch.randn(2, 4, 5))
@@ -100,7 +106,8 @@ def test_untrained_network_holds_all_tokens_for_alike():
 def test_activations_stay_channels_last():
     """What runs from block to block is a contiguous (B,H,W,C): a stray copy or transposition costs time at every block."""
     model = small()
-    blocks = {name: module for name, module in model.named_modules() if isinstance(module, (ResBlock, TimestepBlock, AttentionBlock))}
+    blocks = {name: module for name, module in model.named_modules()
+              if isinstance(module, (ResBlock, TimestepBlock, AttentionBlock))}
     outputs = capture(blocks)
     model(torch.randint(32, (2, 12, 8)), torch.rand(2), torch.randn(2, 3, 2, 3), torch.randn(2, 4, 5))
     assert len(outputs) == len(blocks) == 16 and sum(isinstance(block, SkipResBlock) for block in blocks.values()) == 1
@@ -133,7 +140,8 @@ def test_noise_levels_survive_half_precision():
 @pytest.mark.parametrize("shape", [(1, 8, 6), (1, 6, 8), (1, 1, 8, 8)])
 def test_wrong_shapes_are_explained(shape):
     """What came, what was expected, what to do, instead of an error from deep inside."""
-    with pytest.raises(ValueError, match=r"Stage B of v1 got tokens of shape .*multiples of 4: pictures need sides that are multiples of 16"):
+    with pytest.raises(ValueError,
+                       match=r"Stage B of v1 got tokens of shape .*multiples of 4: pictures need sides that are multiples of 16"):
         small()(torch.zeros(shape, dtype=torch.int64), torch.rand(1), torch.randn(1, 3, 2, 2))
     with pytest.raises(ValueError, match="'CTF' has an unknown letter 'F': use C, T and A"):
         small(levels=("CT", "CTF"))
@@ -149,7 +157,8 @@ def test_noise_weight_and_loss_equal_the_original(recorded, i):
     tokens, t, mask = given["x"].long(), given["r"], given["mask"].bool()
     noised, drawn = add_noise(tokens, t, given["auto_random_x"].long(), given["auto_uniform"])
     assert torch.equal(noised, out["auto_x"].long()) and torch.equal(drawn, out["auto_mask"].bool())
-    assert torch.equal(add_noise(tokens, t, given["random_x"].long(), 1.0 - 2.0 * mask)[0].long(), out["add_noise"].long())
+    assert torch.equal(add_noise(tokens, t, given["random_x"].long(), 1.0 - 2.0 * mask)[0].long(),
+                       out["add_noise"].long())
     assert rel(loss_weight(t, mask), out["loss_weight"]) < 1e-6
     errors = F.cross_entropy(out["logits"], tokens, label_smoothing=0.1, reduction="none")
     assert rel(errors, out["training_ce"]) < 1e-5
@@ -218,7 +227,8 @@ def test_multinomial_stays_inside_the_codebook():
     logits[0, 1] = 0
     for value in (1e-8, 0.5, 1.0):
         assert (choose(logits, "multinomial", 1.0, torch.full((1, 1, 2), value)) == 1).all()
-    assert (choose(torch.zeros(1, 3, 1, 2), "multinomial", 1.0, torch.tensor([[[0.0, 1.0]]])) == torch.tensor([[[0, 2]]])).all()
+    assert (choose(torch.zeros(1, 3, 1, 2), "multinomial", 1.0,
+                   torch.tensor([[[0.0, 1.0]]])) == torch.tensor([[[0, 2]]])).all()
 
 
 def test_a_low_temperature_is_argmax():
@@ -242,11 +252,13 @@ def test_quant_takes_the_code_nearest_to_the_mean():
 def test_sampler_equals_the_original(recorded, run, monkeypatch):
     """Four recorded runs: every token after every step and every renoising, with the original's draws in place of ours."""
     model, data, config = recorded
-    settings = dict(steps=12, temperature=[0.7, 0.3], cfg=[8.0, 8.0], mode="multinomial", t_start=1.0, t_end=0.0) | config["sample_runs"][run]
+    settings = dict(steps=12, temperature=[0.7, 0.3], cfg=[8.0, 8.0], mode="multinomial", t_start=1.0,
+                    t_end=0.0) | config["sample_runs"][run]
     steps, given, out = settings["steps"], under(f"in/sample/{run}/", data), under(f"out/sample/{run}/", data)
     semantic, text, without = (data[f"in/sample/{name}"] for name in ("effnet", "byt5", "byt5_uncond"))
     both = torch.cat([semantic, torch.zeros_like(semantic)]), torch.cat([text, without])
-    draws = iter([u for k in range(steps) for u in (torch.full((2, 8, 16), 0.5), *given["uniform"][k:k + 1])] + [None] * steps)
+    draws = iter([u for k in range(steps) for u in (torch.full((2, 8, 16), 0.5),
+                                                    *given["uniform"][k:k + 1])] + [None] * steps)
     drawn, states, scores = iter(given.get("drawn", [])), [], []
 
     def predict(tokens, t, guided):
@@ -261,8 +273,10 @@ def test_sampler_equals_the_original(recorded, run, monkeypatch):
         return states[-1]
     monkeypatch.setattr(stage_b_v1, "choose", recorded_choice)
     quant_from = settings.get("sampling_quant_steps", steps)
-    tokens = sample(predict, given["init_noise"].long(), lambda: next(draws), torch.linspace(settings["t_start"], settings["t_end"], steps + 1),
-                    settings["temperature"], settings["cfg"], [settings["mode"] if i < quant_from else "quant" for i in range(steps)],
+    tokens = sample(predict, given["init_noise"].long(), lambda: next(draws),
+                    torch.linspace(settings["t_start"], settings["t_end"], steps + 1),
+                    settings["temperature"], settings["cfg"], [settings["mode"] if i < quant_from else "quant"
+                                                               for i in range(steps)],
                     settings.get("renoise_steps"), data["in/codebook"])
     assert torch.equal(tokens, out["tokens"].long())
     for found, reference in ((scores[0], out["scores_first"]), (scores[-1], out["scores_last"])):
@@ -316,13 +330,17 @@ def run_flat(steps=4, predict=flat, **options):
 def test_temperature_and_guidance_in_closed_form(monkeypatch):
     """From the first number in the first step to the second in the last, evenly; one number is for all; a list is taken as it is."""
     temperatures, scales = [], []
-    monkeypatch.setattr(stage_b_v1, "choose", lambda logits, mode, temperature, u, codes: temperatures.append(temperature) or logits.argmax(1))
+    monkeypatch.setattr(stage_b_v1, "choose",
+                        lambda logits, mode, temperature, u, codes: temperatures.append(temperature)
+                        or logits.argmax(1))
     lerp = torch.lerp
     monkeypatch.setattr(torch, "lerp", lambda a, b, scale: scales.append(scale) or lerp(a, b, scale))
     run_flat(5, temperature=(1.0, 0.6), guidance=(8.0, 2.0))
-    assert temperatures == pytest.approx([1.0, 0.9, 0.8, 0.7, 0.6]) and scales == pytest.approx([8.0, 6.5, 5.0, 3.5, 2.0])
+    assert temperatures == pytest.approx([1.0, 0.9, 0.8, 0.7, 0.6])
+    assert scales == pytest.approx([8.0, 6.5, 5.0, 3.5, 2.0])
     assert per_step("x", 3, 2) == [3, 3] and per_step("x", (4.0, 2.0), 1) == [4.0]
-    assert per_step("x", [1, 5, 2], 3) == [1, 5, 2] and per_step("x", "quant", 2) == per_step("x", ["quant", "quant"], 2) == ["quant", "quant"]
+    assert per_step("x", [1, 5, 2], 3) == [1, 5, 2]
+    assert per_step("x", "quant", 2) == per_step("x", ["quant", "quant"], 2) == ["quant", "quant"]
 
 
 def test_guidance_1_asks_no_unconditional_prediction_and_may_change_from_step_to_step():
@@ -344,9 +362,11 @@ def test_the_last_tokens_are_not_noised_and_renoise_steps_ends_it_earlier():
 
         def predict(tokens, t, both):
             seen.append((tokens != 3).float().mean().item())
-            return F.one_hot(torch.full_like(tokens, 3), 16).movedim(-1, 1) * 100.0                      # sure of token 3
+            # sure of token 3
+            return F.one_hot(torch.full_like(tokens, 3), 16).movedim(-1, 1) * 100.0
         noise = torch.full((1, 64, 64), 5)
-        tokens = sample(predict, noise, lambda: torch.rand(1, 64, 64), torch.linspace(1, 0, 5), guidance=1.0, renoise_steps=renoise)
+        tokens = sample(predict, noise, lambda: torch.rand(1, 64, 64), torch.linspace(1, 0, 5), guidance=1.0,
+                        renoise_steps=renoise)
         assert (tokens == 3).all() and seen == pytest.approx([1.0, *rates], abs=0.03)
 
 
@@ -363,7 +383,8 @@ def test_watch_sees_every_choice_and_may_change_it():
 def test_sampling_may_start_from_tokens():
     """Then the noise only fills what is replaced."""
     start, first = torch.randint(16, (2, 4, 4)), []
-    sample(lambda tokens, t, both: first.append(tokens) or flat(tokens, t, both), torch.zeros(2, 4, 4, dtype=torch.int64),
+    sample(lambda tokens, t, both: first.append(tokens) or flat(tokens, t, both),
+           torch.zeros(2, 4, 4, dtype=torch.int64),
            lambda: torch.rand(2, 4, 4), torch.tensor([0.5, 0.0]), guidance=1.0, start=start)
     assert torch.equal(first[0], start)
 
@@ -391,8 +412,10 @@ def test_numbers_that_are_none_are_found_at_once():
 def test_no_step_waits_for_the_numbers_of_another_device(mode):
     """As for v2, see test_diffusion.py."""
     with HostReads() as reads:
-        tokens = sample(lambda tokens, t, both: torch.empty(4 if both else 2, 16, 4, 4, device="meta"), torch.empty(2, 4, 4, dtype=torch.int64, device="meta"),
-                        lambda: torch.empty(2, 4, 4, device="meta"), torch.linspace(1, 0, 5), mode=mode, codes=torch.empty(16, 4, device="meta"))
+        tokens = sample(lambda tokens, t, both: torch.empty(4 if both else 2, 16, 4, 4, device="meta"),
+                        torch.empty(2, 4, 4, dtype=torch.int64, device="meta"),
+                        lambda: torch.empty(2, 4, 4, device="meta"), torch.linspace(1, 0, 5), mode=mode,
+                        codes=torch.empty(16, 4, device="meta"))
     assert tokens.is_meta and reads.count == 1
 
 
@@ -416,13 +439,15 @@ def test_v1_has_its_notebook_s_defaults(v1, monkeypatch):
     """60 even steps at guidance 6, then 8 at guidance 2, temperature 1 to 0.6: for these only. v2 keeps its own."""
     assert [getattr(v1, name) for name in wuerstchen.OWN] == [60, "ddpm", 6.0, 8, "multinomial", 2.0, (1.0, 0.6)]
     v2 = Wuerstchen(*v1.sources.values())
-    assert [getattr(v2, name) for name in wuerstchen.OWN] == [29, "ddpm", 4.0, 12, "ddpm", 1.0, None] and v2.size == 1024
+    assert [getattr(v2, name) for name in wuerstchen.OWN] == [29, "ddpm", 4.0, 12, "ddpm", 1.0, None]
+    assert v2.size == 1024
     told = {}
     monkeypatch.setattr(v1, "sample_c", lambda *args, **how: told.update(c=how) or torch.zeros(1, 16, 3, 3))
     monkeypatch.setattr(v1, "sample_b_v1", lambda *args, **how: told.update(b=how) or torch.zeros(1, 4, 32, 32))
     v1("a cat")
     assert torch.equal(told["c"]["levels"], torch.linspace(1, 0, 61)) and told["c"]["guidance"] == Guidance(6.0)
-    assert torch.equal(told["b"]["levels"], torch.linspace(1, 0, 9)) and told["b"]["guidance"] == Guidance(2.0) and told["b"]["step"] == "multinomial"
+    assert torch.equal(told["b"]["levels"], torch.linspace(1, 0, 9)) and told["b"]["guidance"] == Guidance(2.0)
+    assert told["b"]["step"] == "multinomial"
     assert told["b"]["temperature"] == pytest.approx(torch.linspace(1, 0.6, 8).tolist())
 
 
@@ -431,7 +456,8 @@ def test_v1_s_latents_are_not_scaled(v1):
     raw = torch.randn(1, 16, 3, 3)
     assert v1.to_stored(raw) is raw and v1.to_raw(raw) is raw
     seen = []
-    v1("a cat", latents_c=raw, callback=lambda stage, i, t, x: seen.append(x.clone()) if stage == "C" else None, output="semantic", **QUICK)
+    v1("a cat", latents_c=raw, callback=lambda stage, i, t, x: seen.append(x.clone()) if stage == "C" else None,
+       output="semantic", **QUICK)
     assert torch.equal(seen[-1], v1("a cat", latents_c=raw, output="semantic", **QUICK))
     v2 = Wuerstchen(*v1.sources.values(), size=128, v1_b=True)          # v1's Stage B can learn on v2's latents
     torch.testing.assert_close(v2.to_raw(raw), raw * 42 - 1)
@@ -480,7 +506,8 @@ def test_every_mode_paints(v1, mode):
     image, = v1("a cat", steps_c=2, steps_b=[1, 0.6, 0.2], sampler_b=mode, guidance_b=(3, 1), temperature_b=0.8,
                 preview=lambda stage, i, images: previews.append((stage, i, tuple(images.shape))))
     assert image.size == (128, 128)
-    assert previews == [("C", 0, (1, 3, 3, 3)), ("C", 1, (1, 3, 3, 3)), ("B", 0, (1, 3, 32, 32)), ("B", 1, (1, 3, 32, 32))]
+    assert previews == [("C", 0, (1, 3, 3, 3)), ("C", 1, (1, 3, 3, 3)), ("B", 0, (1, 3, 32, 32)),
+                        ("B", 1, (1, 3, 32, 32))]
 
 
 def test_pictures_go_in_as_well(v1):
@@ -498,7 +525,8 @@ def test_a_callback_may_give_other_tokens(v1):
     def callback(value):
         return lambda stage, i, t, x: torch.full_like(x, value) if stage == "B" else None
     latents = v1("a cat", callback=callback(2), output="latents_b", **QUICK)
-    torch.testing.assert_close(latents, (v1.stage_a.codebook.codes[2] / v1.stage_a.scale_factor).detach()[None, :, None, None].expand_as(latents))
+    torch.testing.assert_close(latents, (v1.stage_a.codebook.codes[2] / v1.stage_a.scale_factor).detach()[None, :, None,
+                                                                                                          None].expand_as(latents))
     with pytest.raises(ValueError, match="a callback may return tokens for v1's Stage B, whole numbers from 0 to 31"):
         v1("a cat", callback=callback(32), **QUICK)
     assert v1("a cat", callback=lambda stage, *_: False if stage == "B" else None, **QUICK) == []
@@ -506,7 +534,8 @@ def test_a_callback_may_give_other_tokens(v1):
 
 @pytest.mark.parametrize("options, message", [
     (dict(sampler_b="ddpm"), "there is no sampler 'ddpm': expected one of multinomial, argmax, quant"),
-    (dict(latents_b=torch.zeros(1, 4, 32, 32)), "Stage B of v1 makes tokens, for which mask, latents_b and rescale_b do not exist"),
+    (dict(latents_b=torch.zeros(1, 4, 32, 32)),
+     "Stage B of v1 makes tokens, for which mask, latents_b and rescale_b do not exist"),
     (dict(init=torch.zeros(3, 128, 128), mask=torch.zeros(128, 128)), "Stage B of v1 makes tokens, for which mask"),
     (dict(rescale_b=0.5), "Stage B of v1 makes tokens"),
     (dict(temperature_b=0), "the temperature is 0, expected more than 0"),
@@ -527,7 +556,8 @@ def test_sizes_that_v1_was_not_trained_on_are_said(v1):
     """512 px only: at other sizes it paints, any sides from 64 px, but worse."""
     model = Wuerstchen(*v1.sources.values(), size=512, v1_c=True, v1_b=True)
     assert model.picture_size(None, None, None, None) == (512, 512)
-    with pytest.warns(UserWarning, match=r"1024 x 512 px is not what these weights were trained on \(512 px only\): expect repeated objects"):
+    with pytest.warns(UserWarning,
+                      match=r"1024 x 512 px is not what these weights were trained on \(512 px only\): expect repeated objects"):
         model.picture_size(512, 1024, None, None)
     with pytest.raises(ValueError, match="height 63 is not possible, pictures have sides of 64 px or more"):
         model.picture_size(63, 512, None, None)
@@ -564,7 +594,8 @@ def test_the_authors_files_are_loaded_and_paint(folder, low_memory):
 
 def test_another_codebook_is_refused(folder):
     """Tokens would be read in it as others, or lie beyond its end."""
-    with pytest.raises(weights.WeightsError, match="Stage B of v1 makes 32 tokens, the VQGAN .*vqgan has 1024: they belong to different weights"):
+    with pytest.raises(weights.WeightsError,
+                       match="Stage B of v1 makes 32 tokens, the VQGAN .*vqgan has 1024: they belong to different weights"):
         Wuerstchen.load(folder, "cpu", vqgan=TINY / "vqgan")
 
 
@@ -576,7 +607,9 @@ def test_a_small_v1_of_one_s_own(v1, tmp_path):
     decoder = StageBV1(**SMALL_V1[StageBV1] | dict(codebook_size=weights.load_stage_a(TINY / "vqgan").config["codebook_size"], c_text=128))
     weights.save_stage_b_v1(decoder, tmp_path / "decoder")
     model = Wuerstchen.load(tmp_path, "cpu")
-    assert (model.v1_b, model.v1_c, model.size, model.steps_c, model.steps_b, model.guidance_b) == (True, False, 128, 29, 8, 2.0)
+    assert (model.v1_b, model.v1_c, model.size, model.steps_c, model.steps_b,
+            model.guidance_b) == (True, False, 128, 29, 8, 2.0)
     assert model.stage_b.config == decoder.config and model("a cat", **QUICK)[0].size == (128, 128)
     for name, tensor in decoder.state_dict().items():
-        assert rel(model.stage_b.state_dict()[name], tensor) < 1e-3 or tensor.abs().max() == 0           # float16 on disk
+        # float16 on disk
+        assert rel(model.stage_b.state_dict()[name], tensor) < 1e-3 or tensor.abs().max() == 0

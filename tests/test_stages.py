@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 
 import stage_b
-import stage_b_v1
+from v1 import stage_b as stage_b_v1
 import stage_c
-import weights
+from loading import weights
 from helpers import build, capture, draw, golden, manifest, rel, under, weights_from_names
 from stage_a import StageA, VQResBlock
-from stage_b import (AttentionBlock, EfficientNetEncoder, ResBlock, StageB, TimestepBlock, TinyImageEncoder, channels_first, layer_norm,
+from stage_b import (AttentionBlock, EfficientNetEncoder, ResBlock, StageB, TimestepBlock, TinyImageEncoder,
+                     channels_first, layer_norm,
                      pixel_shuffle, pixel_unshuffle, preprocess, resize_semantic, timestep_embedding)
 from stage_c import StageC
 
@@ -44,7 +45,8 @@ def test_stage_c_equals_both_peers(naming):
 def test_stage_c_agrees_block_by_block():
     """A mistake in one block shows here, in that block, and not only as a wrong output."""
     model, data, config = model_from(StageC, "prior")
-    blocks = [block for three in zip(model.res_blocks, model.timestep_blocks, model.attention_blocks) for block in three]
+    blocks = [block for three in zip(model.res_blocks, model.timestep_blocks, model.attention_blocks)
+              for block in three]
     outputs = capture(dict(projection=model.embed, c_embed=model.embed_text, out_ab=model.head,
                            **{f"block{i}": block for i, block in enumerate(blocks)}))
     model(data["in/set0/x"], data["in/set0/r"], data["in/set0/c"])
@@ -114,7 +116,8 @@ def test_stage_c_training_step_equals_the_original():
 def test_ema_is_the_lerp_of_the_training_scripts():
     """beta 0.9: 1 * 0.9 + 3 * 0.1, the form in which train_*.py write it."""
     data, _ = golden("training_stage_c")
-    assert torch.tensor(1.0).lerp_(torch.tensor(3.0), 1 - 0.9) == pytest.approx(data["out/ema_of_1_and_3_beta_0.9"].item(), rel=1e-6)
+    assert torch.tensor(1.0).lerp_(torch.tensor(3.0),
+                                   1 - 0.9) == pytest.approx(data["out/ema_of_1_and_3_beta_0.9"].item(), rel=1e-6)
 
 
 # --- Stage B -----------------------------------------------------------------------------------------
@@ -180,7 +183,8 @@ def test_stage_b_resizes_the_semantic_latent_like_the_peers():
     data, config = golden("interpolate")
     for (h, w), outputs in config["sizes"]:
         for H, W in outputs:
-            assert rel(channels_first(resize_semantic(data[f"in/{h}x{w}"], (H, W))), data[f"out/{h}x{w}/{H}x{W}"]) < 1e-6
+            assert rel(channels_first(resize_semantic(data[f"in/{h}x{w}"], (H, W))),
+                       data[f"out/{h}x{w}/{H}x{W}"]) < 1e-6
 
 
 def test_the_interpolation_can_be_learned_through_when_compiled():
@@ -326,11 +330,13 @@ def test_activations_stay_channels_last(which):
     if which == "a":
         model, args = randomise(StageA(2, 2, 16, 4, 32)), (torch.rand(2, 3, 12, 20),)
     elif which == "b":
-        model, args = small_b(), (torch.randn(2, 4, 12, 20), torch.rand(2), torch.randn(2, 3, 2, 3), torch.randn(2, 4, 5))
+        model, args = small_b(), (torch.randn(2, 4, 12, 20), torch.rand(2), torch.randn(2, 3, 2, 3),
+                                  torch.randn(2, 4, 5))
     else:
         model, args = small_c(), (torch.randn(2, 3, 5, 7), torch.rand(2), torch.randn(2, 4, 5))
     kinds = (VQResBlock,) if which == "a" else (ResBlock, TimestepBlock, AttentionBlock)
-    blocks = {name: module for name, module in model.named_modules() if type(module).__name__ in [k.__name__ for k in kinds]}
+    blocks = {name: module for name, module in model.named_modules()
+              if type(module).__name__ in [k.__name__ for k in kinds]}
     outputs = capture(blocks)
     model(*args)
     assert len(outputs) == len(blocks) >= 5
@@ -354,7 +360,8 @@ def test_rows_of_a_batch_do_not_see_each_other():
     a = model_from(StageA, "vqgan")[0]
     x, t, text = torch.randn(3, 3, 5, 7), torch.rand(3), torch.randn(3, 4, 5)
     x_b, semantic, images = torch.randn(3, 4, 12, 20), torch.randn(3, 3, 2, 3), torch.rand(3, 3, 12, 20)
-    for model, args in ((c, (x, t, text)), (b, (x_b, t, semantic, text)), (a.encode, (images,)), (a.decode, (torch.randn(3, 4, 3, 5),))):
+    for model, args in ((c, (x, t, text)), (b, (x_b, t, semantic, text)), (a.encode, (images,)),
+                        (a.decode, (torch.randn(3, 4, 3, 5),))):
         together = model(*args)
         alone = torch.cat([model(*(arg[i:i + 1] for arg in args)) for i in range(3)])
         assert rel(alone, together) < 1e-5
@@ -448,13 +455,15 @@ def test_in_sampling_on_a_cpu_a_block_s_wide_numbers_stay_where_they_are(file):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("h, w", [(2, 8200), (82, 100), (170, 100)], ids=["a row is a band", "two bands", "three bands"])
+@pytest.mark.parametrize("h, w", [(2, 8200), (82, 100), (170, 100)],
+                         ids=["a row is a band", "two bands", "three bands"])
 def test_stage_a_s_blocks_take_rows_in_bands_and_leave_their_input_alone(h, w):
     """Without gradients 2^20 numbers at a time, here 81 rows of 100, and their MLP 512 positions; with them, or with few, all at once.
     Bands have no seams, and a rim is a rim."""
     block = VQResBlock(128)
     torch.nn.init.normal_(block.gammas)
-    x = torch.randn(2, 128, h, w).permute(0, 2, 3, 1)              # as one that comes from a convolution may lie in memory
+    # as one that comes from a convolution may lie in memory
+    x = torch.randn(2, 128, h, w).permute(0, 2, 3, 1)
     given, mlp, sizes = x.clone(), block.mlp, []
 
     def watched(x, *more):

@@ -9,7 +9,7 @@ import pytest
 
 import stage_a
 import stage_b
-import stage_b_v1
+from v1 import stage_b as stage_b_v1
 import stage_c
 
 ROOT = Path(stage_a.__file__).parent
@@ -59,11 +59,13 @@ FORWARD = {
                  "assert x.shape == (2, 3) and x.isfinite().all()\n",
 }
 
+PLACES = {"stage_b_v1": "v1/stage_b", "int8": "speed/int8"}
+
 
 @pytest.mark.parametrize("stage", FORWARD)
 def test_file_works_when_copied_alone(stage, tmp_path):
     """Nothing of ours, nothing but torch and the standard library; for Stage B not even torchvision."""
-    shutil.copy(ROOT / f"{stage}.py", tmp_path)
+    shutil.copy(ROOT / f"{PLACES.get(stage, stage)}.py", tmp_path / f"{stage}.py")
     script = f"STAGE, FOLDER = {stage!r}, {str(tmp_path)!r}\n{GUARD}{FORWARD[stage]}"
     run = subprocess.run([sys.executable, "-I", "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

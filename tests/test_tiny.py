@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from evaluate import Judge, fixed_prompts, verdict
-from scenes import Scene, render
-from training import to_tensor
+from tiny.evaluate import Judge, fixed_prompts, verdict
+from training.scenes import Scene, render
+from training.run import to_tensor
 from wuerstchen import Wuerstchen
 
 TINY = Path(__file__).parent.parent / "models" / "tiny"
@@ -79,12 +79,14 @@ def test_v1_and_v2_paint_from_one_and_the_same_semantic_latent(tiny, tiny_v1, ju
     assert torch.equal(tiny_v1(prompt, seed=10, output="semantic"), semantic)
     for model in (tiny, tiny_v1):
         found, colour = judge.find(model(prompt, semantic=semantic, seed=10)[0])
-        assert colour == "purple" and {name: place[1] > 64 for name, _, place, _ in found} == {"penguin": False, "turtle": True}
+        assert colour == "purple"
+        assert {name: place[1] > 64 for name, _, place, _ in found} == {"penguin": False, "turtle": True}
 
 
-@pytest.mark.parametrize("folder, least", [(TINY, dict(background=0.98, single_object=0.95, pair_held_out=0.80)), (TINY_V1, dict(background=0.98, pair_held_out=0.70))])
+@pytest.mark.parametrize("folder, least", [(TINY, dict(background=0.98, single_object=0.95, pair_held_out=0.80)),
+                                           (TINY_V1, dict(background=0.98, pair_held_out=0.70))])
 def test_the_recorded_evaluation_reaches_the_goals(folder, least):
-    """All 256 prompts, as `python evaluate.py --weights NAME --out ...` wrote it with these weights and default settings."""
+    """All 256 prompts, as `python -m tiny.evaluate --weights NAME --out ...` wrote it with these weights and default settings."""
     report = json.loads((folder / "evaluation.json").read_text())
     settings, run = report["settings"], report["runs"][0]
     assert settings["weights"] == folder.name and settings["prompts"] == len(run["pictures"]) == 256
@@ -119,6 +121,7 @@ def test_diffusers_paints_the_same_picture_from_the_same_folder(tiny):
     prompt, generator = "a red apple on a blue background", torch.Generator().manual_seed(3)
     embedding = prior(prompt, height=128, width=128, timesteps=DEFAULT_STAGE_C_TIMESTEPS, guidance_scale=4.0,
                       generator=generator).image_embeddings
-    theirs = decoder(embedding, prompt, num_inference_steps=12, guidance_scale=tiny.guidance_b, generator=generator, output_type="np").images[0]
+    theirs = decoder(embedding, prompt, num_inference_steps=12, guidance_scale=tiny.guidance_b, generator=generator,
+                     output_type="np").images[0]
     ours = np.asarray(tiny(prompt, seed=3)[0]) / 255
     assert np.abs(ours - theirs).max() < 2 / 255

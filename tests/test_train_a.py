@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import scenes
+from training import scenes
 import train_a
-import training
+from training import run as training
 from helpers import lines, newest, same
-from stage_a import (Codebook, CodebookAverages, PatchDiscriminator, StageA, adaptive_weight, count, discriminator_loss, generator_loss,
+from stage_a import (Codebook, CodebookAverages, PatchDiscriminator, StageA, adaptive_weight, count, discriminator_loss,
+                     generator_loss,
                      perceptual_loss, perplexity)
-from weights import load_stage_a, save_stage_a
+from loading.weights import load_stage_a, save_stage_a
 
 ROOT = Path(train_a.__file__).parent
 TINY = ROOT / "models" / "tiny" / "vqgan"
@@ -38,14 +39,17 @@ def folder(tmp_path_factory) -> Path:
     return out
 
 
-SMALL = ["--width", "8", "--bottleneck-blocks", "1", "--codebook-size", "32", "--resolution", "32", "--workers", "0", "--val-every", "0", "--val-count", "4",
-         "--sample-every", "0", "--log-every", "1", "--device", "cpu", "--warmup", "2", "--lr", "1e-2", "--batch", "4", "--revive-every", "2"]
+SMALL = ["--width", "8", "--bottleneck-blocks", "1", "--codebook-size", "32", "--resolution", "32", "--workers", "0",
+         "--val-every", "0", "--val-count", "4",
+         "--sample-every", "0", "--log-every", "1", "--device", "cpu", "--warmup", "2", "--lr", "1e-2", "--batch", "4",
+         "--revive-every", "2"]
 GAN = ["--gan-start", "2"]
 LEARNED = ("model", "averaged", "optimizer", "scaler", "usage", "step", "updates")
 
 
 def train(folder, out, *options, steps: int = 4) -> Path:
-    train_a.main(train_a.parse_args([*SMALL, "--data", str(folder), "--out", str(out), "--steps", str(steps), *options]))
+    train_a.main(train_a.parse_args([*SMALL, "--data", str(folder), "--out", str(out), "--steps", str(steps),
+                                     *options]))
     return out
 
 
@@ -64,13 +68,16 @@ def test_thirty_steps_on_one_batch_cut_the_loss_to_a_third(folder, tmp_path):
 def test_a_run_leaves_a_vqgan_curves_samples_and_a_log(folder, tmp_path, capsys):
     """vqgan/ opens, its latents have unit variance, and both ways through it are measured."""
     out = train(folder, tmp_path / "run", "--val-every", "2", "--sample-every", "4", "--val-data", str(folder), steps=4)
-    assert {path.name for path in out.iterdir()} >= {"vqgan", "README.md", "log.jsonl", "curves.png", "samples", "checkpoints"}
+    assert {path.name for path in out.iterdir()} >= {"vqgan", "README.md", "log.jsonl", "curves.png", "samples",
+                                                     "checkpoints"}
     assert [path.name for path in sorted((out / "samples").iterdir())] == ["step_000000.png", "step_000004.png"]
-    images = torch.stack([torch.from_numpy(np.array(Image.open(path).resize((32, 32)))) for path in sorted(folder.iterdir())[:12]])
+    images = torch.stack([torch.from_numpy(np.array(Image.open(path).resize((32, 32))))
+                          for path in sorted(folder.iterdir())[:12]])
     latents = load_stage_a(out / "vqgan").encode(images.permute(0, 3, 1, 2).float() / 255)
     assert 0.8 < latents.std() < 1.2
     step, validation = lines(out)[1], lines(out)[-1]
-    assert step.keys() >= {"loss", "l1", "l2", "codebook", "commitment", "grad_norm", "lr", "images_per_second", "codes_used", "perplexity", "bad_steps"}
+    assert step.keys() >= {"loss", "l1", "l2", "codebook", "commitment", "grad_norm", "lr", "images_per_second",
+                           "codes_used", "perplexity", "bad_steps"}
     assert validation.keys() >= {"val_psnr", "val_psnr_quantised", "val_codes_used", "val_perplexity"}
     assert f"not quantised {validation['val_psnr']:.2f} dB, quantised {validation['val_psnr_quantised']:.2f} dB" in capsys.readouterr().out
 
@@ -78,7 +85,8 @@ def test_a_run_leaves_a_vqgan_curves_samples_and_a_log(folder, tmp_path, capsys)
 def test_the_shipped_model_reconstructs_unseen_scenes():
     """Measured on these 64: 30.0 dB, 28.7 dB by way of the codebook, of the mean squared error of all."""
     images = torch.from_numpy(scenes.EmojiScenes("all", seed=987654321).batch(0, 64)[0]).permute(0, 3, 1, 2)
-    values = train_a.validate(load_stage_a(TINY), images, train_a.parse_args(["--out", "unused"]), training.Processes("cpu"))
+    values = train_a.validate(load_stage_a(TINY), images, train_a.parse_args(["--out", "unused"]),
+                              training.Processes("cpu"))
     assert values["val_psnr"] > 29.8 and values["val_psnr_quantised"] > 28.5
 
 
@@ -91,7 +99,8 @@ def test_psnr_is_that_of_the_mean_squared_error(folder):
     model = StageA(bottleneck_blocks=1, c_hidden=8, codebook_size=4).eval()
     model.decode_raw = lambda z: torch.full((len(z), 3, 32, 32), 0.5)
     images = torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8)
-    values = train_a.validate(model, images, train_a.parse_args(["--out", "unused", "--batch", "4"]), training.Processes("cpu"))
+    values = train_a.validate(model, images, train_a.parse_args(["--out", "unused", "--batch", "4"]),
+                              training.Processes("cpu"))
     expected = -10 * (images.double() / 255 - 0.5).square().mean().log10()
     assert values["val_psnr"] == pytest.approx(expected.item(), abs=1e-4) == values["val_psnr_quantised"]
 
@@ -109,18 +118,21 @@ def first_line(folder, out, *options) -> tuple[dict, StageA, torch.Tensor, torch
     samples = train_a.Samples(pictures, args)
     positions, indices, _ = train_a.Plan(np.zeros(len(pictures), int), args.batch, args.seed).step(0)
     items = [samples[int(position), int(index), 0] for position, index in zip(positions, indices)]
-    return line, model, torch.stack([item["x"] for item in items]).permute(0, 3, 1, 2).float() / 255, torch.tensor([item["quantise"] for item in items])
+    return line, model, torch.stack([item["x"]
+                                     for item in items]).permute(0, 3, 1, 2).float() / 255, torch.tensor([item["quantise"] for item in items])
 
 
 def test_the_loss_is_the_weighted_sum_of_its_terms(folder, tmp_path):
     """L1, L2, commitment and codebook loss as torch computes them from the model's own parts."""
-    line, model, images, quantise = first_line(folder, tmp_path / "run", "--l1", "0.5", "--l2", "3", "--commitment", "0.7")
+    line, model, images, quantise = first_line(folder, tmp_path / "run", "--l1", "0.5", "--l2", "3", "--commitment",
+                                               "0.7")
     with torch.no_grad():
         z = model.encode_raw(images)                                                         # (4, 8, 8, 4)
         distances = torch.cdist(z.flatten(0, 2), model.codebook.codes)                       # (256, 32)
         q = model.codebook.codes[distances.argmin(1)].view_as(z)
         painted = model.decode_raw(torch.where(quantise.view(-1, 1, 1, 1), q, z))
-    expected = dict(l1=F.l1_loss(painted, images), l2=F.mse_loss(painted, images), codebook=F.mse_loss(q, z), commitment=F.mse_loss(q, z))
+    expected = dict(l1=F.l1_loss(painted, images), l2=F.mse_loss(painted, images), codebook=F.mse_loss(q, z),
+                    commitment=F.mse_loss(q, z))
     assert quantise.any() and not quantise.all()
     for name, value in expected.items():
         assert line[name] == pytest.approx(value.item(), rel=1e-4), name
@@ -134,7 +146,8 @@ def test_the_codebook_loss_pulls_codes_and_the_commitment_loss_latents():
     _, indices, codebook, commitment = book(z)
     codebook.backward()
     assert z.grad is None
-    expected = torch.zeros(5, 4).index_add_(0, indices.flatten(), 2 * (book.codes[indices] - z).detach().flatten(0, 2) / z.numel())
+    expected = torch.zeros(5, 4).index_add_(0, indices.flatten(),
+                                            2 * (book.codes[indices] - z).detach().flatten(0, 2) / z.numel())
     torch.testing.assert_close(book.codes.grad, expected)
     book.codes.grad = None
     commitment.backward()
@@ -145,7 +158,8 @@ def test_the_codebook_loss_pulls_codes_and_the_commitment_loss_latents():
 def test_codes_become_running_means_of_their_latents():
     """arXiv:1711.00937, eq. 6 to 8: N and m are running means, the code their quotient; after many equal steps, the latents' mean."""
     codes, z = torch.randn(3, 4), torch.randn(50, 4)
-    indices = torch.randint(2, (50,))                                                        # the third code is never used
+    # the third code is never used
+    indices = torch.randint(2, (50,))
     averages = CodebookAverages(codes, decay=0.9)
     n, m, moved = torch.ones(3), codes.clone(), codes.clone()
     for _ in range(3):
@@ -154,10 +168,12 @@ def test_codes_become_running_means_of_their_latents():
         for k in range(3):
             n[k] = 0.9 * n[k] + 0.1 * (indices == k).sum()
             m[k] = 0.9 * m[k] + 0.1 * z[indices == k].sum(0)
-    torch.testing.assert_close(moved, m / n[:, None], rtol=1e-4, atol=1e-5)                  # smoothing moves them by 1e-5
+    # smoothing moves them by 1e-5
+    torch.testing.assert_close(moved, m / n[:, None], rtol=1e-4, atol=1e-5)
     for _ in range(300):
         averages.update(moved, counts[:, 0], sums)
-    torch.testing.assert_close(moved[:2], torch.stack([z[indices == k].mean(0) for k in range(2)]), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(moved[:2], torch.stack([z[indices == k].mean(0) for k in range(2)]), rtol=1e-3,
+                               atol=1e-3)
     assert moved.isfinite().all()
 
 
@@ -196,10 +212,12 @@ def test_the_adaptive_weight_is_the_ratio_of_gradients():
 def vgg_file(path: Path) -> Path:
     """VGG16's convolutions with random weights, in torchvision's names."""
     shapes, c = {}, 3
-    for i, width in zip((0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28), (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)):
+    for i, width in zip((0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28), (64, 64, 128, 128, 256, 256, 256, 512, 512,
+                                                                           512, 512, 512, 512)):
         shapes |= {f"features.{i}.weight": (width, c, 3, 3), f"features.{i}.bias": (width,)}
         c = width
-    save_file({name: torch.randn(shape) * (2 / (9 * shape[1])) ** 0.5 if len(shape) > 1 else torch.zeros(shape) for name, shape in shapes.items()}, path)
+    save_file({name: torch.randn(shape) * (2 / (9 * shape[1])) ** 0.5 if len(shape) > 1 else torch.zeros(shape)
+               for name, shape in shapes.items()}, path)
     return path
 
 
@@ -209,7 +227,8 @@ def test_the_perceptual_loss_is_lpips_without_its_weights(tmp_path):
     torchvision = pytest.importorskip("torchvision", reason="VGG16 is torchvision's")
     vgg = train_a.VGGFeatures(str(vgg_file(tmp_path / "vgg.safetensors")))
     theirs = torchvision.models.vgg16().features.eval()
-    theirs.load_state_dict({name.removeprefix("features."): tensor for name, tensor in load_file(tmp_path / "vgg.safetensors").items()})
+    theirs.load_state_dict({name.removeprefix("features."): tensor
+                            for name, tensor in load_file(tmp_path / "vgg.safetensors").items()})
     a, b = torch.rand(2, 2, 3, 32, 32)
 
     def features(x):
@@ -231,25 +250,30 @@ def test_the_perceptual_loss_is_part_of_a_run(folder, tmp_path):
     """Its gradient reaches the decoder, also where it is all there is; it is no part of what is saved."""
     pytest.importorskip("torchvision", reason="VGG16 is torchvision's")
     file = vgg_file(tmp_path / "vgg.safetensors")
-    out = train(folder, tmp_path / "run", "--perceptual", str(file), "--perceptual-weight", "0.5", "--l1", "0", "--l2", "0", "--commitment", "0", "--codebook", "ema",
+    out = train(folder, tmp_path / "run", "--perceptual", str(file), "--perceptual-weight", "0.5", "--l1", "0", "--l2",
+                "0", "--commitment", "0", "--codebook", "ema",
                 "--batch", "2", steps=2)
     line = lines(out)[0]
     assert line["loss"] == pytest.approx(0.5 * line["perceptual"], rel=1e-5) and line["grad_norm"] > 0
-    assert not any("vgg" in name for name in newest(out)) and len(newest(out)["model"]) == len(newest(train(folder, tmp_path / "plain", steps=1))["model"])
+    assert not any("vgg" in name
+                   for name in newest(out)) and len(newest(out)["model"]) == len(newest(train(folder, tmp_path / "plain", steps=1))["model"])
 
 
 def test_batchnorm_rests_after_norm_steps(folder, tmp_path):
     """Until then its statistics follow the batches; from then on they stay, to the bit, and encoder and affine weights learn on."""
-    two, four, six = (newest(train(folder, tmp_path / f"{steps}", "--norm-steps", "4", "--schedule", "constant", steps=steps))["model"] for steps in (2, 4, 6))
+    two, four, six = (newest(train(folder, tmp_path / f"{steps}", "--norm-steps", "4", "--schedule", "constant",
+                                   steps=steps))["model"] for steps in (2, 4, 6))
     assert not torch.equal(two["norm_latent.running_mean"], four["norm_latent.running_mean"])
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         assert torch.equal(four[f"norm_latent.{name}"], six[f"norm_latent.{name}"]), name
-    assert not torch.equal(four["norm_latent.weight"], six["norm_latent.weight"]) and not torch.equal(four["embed.weight"], six["embed.weight"])
+    assert not torch.equal(four["norm_latent.weight"],
+                           six["norm_latent.weight"]) and not torch.equal(four["embed.weight"], six["embed.weight"])
 
 
 def test_quantisation_is_skipped_picture_by_picture(folder):
     """Each by itself, a function of (seed, position): not a coin for the whole batch."""
-    args = train_a.parse_args([*SMALL, "--data", str(folder), "--out", "unused", "--quantise", "0.25", "--crop", "center"])
+    args = train_a.parse_args([*SMALL, "--data", str(folder), "--out", "unused", "--quantise", "0.25", "--crop",
+                               "center"])
     samples = train_a.Samples(train_a.open_pictures(folder, captions_required=False), args)
     drawn = np.array([samples[position, 0, 0]["quantise"] for position in range(400)])
     assert 0.18 < drawn.mean() < 0.32 and len(set(drawn.reshape(-1, 4).mean(1).tolist())) >= 4
@@ -264,7 +288,8 @@ def test_dead_codes_are_put_where_latents_are(folder, tmp_path, kind):
     far = StageA(bottleneck_blocks=1, c_hidden=8, codebook_size=32, scale_factor=1.0)
     far.codebook.codes.data[4:] += 1000
     save_stage_a(far, tmp_path / "far")
-    codes = {steps: newest(train(folder, tmp_path / f"{steps}", "--init", str(tmp_path / "far"), "--codebook", kind, steps=steps))
+    codes = {steps: newest(train(folder, tmp_path / f"{steps}", "--init", str(tmp_path / "far"), "--codebook", kind,
+                                 steps=steps))
              for steps in (1, 2)}
     dead = torch.arange(32) >= 4
     assert codes[1]["model"]["codebook.codes"][dead].abs().min() > 900
@@ -273,13 +298,15 @@ def test_dead_codes_are_put_where_latents_are(folder, tmp_path, kind):
     if kind == "gradient":
         assert torch.equal(codes[2]["averaged"]["codebook.codes"][dead], revived)
     else:
-        assert torch.equal(codes[2]["codebook"]["sums"][dead], revived) and (codes[2]["codebook"]["sizes"][dead] == 1).all()
+        assert torch.equal(codes[2]["codebook"]["sums"][dead], revived)
+        assert (codes[2]["codebook"]["sizes"][dead] == 1).all()
     assert (codes[2]["usage"][0] == 0).all() and codes[1]["usage"][0].sum() == 4 * 64
 
 
 def test_an_ema_codebook_learns_without_an_optimizer(folder, tmp_path):
     """No gradient, no moments of AdamW, and no weight decay, but the codes move."""
-    first, third = (newest(train(folder, tmp_path / f"{steps}", "--codebook", "ema", "--revive-every", "100", steps=steps)) for steps in (1, 3))
+    first, third = (newest(train(folder, tmp_path / f"{steps}", "--codebook", "ema", "--revive-every", "100",
+                                 steps=steps)) for steps in (1, 3))
     assert "codebook.codes" not in first["averaged"]
     assert not torch.equal(first["model"]["codebook.codes"], third["model"]["codebook.codes"])
     shapes = [tuple(state["exp_avg"].shape) for state in third["optimizer"]["state"].values()]
@@ -290,22 +317,28 @@ def test_an_ema_codebook_learns_without_an_optimizer(folder, tmp_path):
 
 def test_a_frozen_encoder_leaves_every_latent_as_it_was(folder, tmp_path):
     """Stages B and C were trained on these latents: encoder, BatchNorm's statistics, codebook and scale stay to the bit; the decoder learns."""
-    out = train(folder, tmp_path / "run", "--init", str(TINY), "--freeze-encoder", *GAN, "--codebook", "ema", "--resolution", "64", steps=4)
+    out = train(folder, tmp_path / "run", "--init", str(TINY), "--freeze-encoder", *GAN, "--codebook", "ema",
+                "--resolution", "64", steps=4)
     before, after = load_stage_a(TINY), load_stage_a(out / "vqgan")
     images = torch.rand(2, 3, 64, 64)
-    assert torch.equal(before.encode(images), after.encode(images)) and torch.equal(before.encode_indices(images), after.encode_indices(images))
-    assert after.scale_factor == before.scale_factor and not torch.equal(before.decode(before.encode(images)), after.decode(after.encode(images)))
+    assert torch.equal(before.encode(images), after.encode(images))
+    assert torch.equal(before.encode_indices(images), after.encode_indices(images))
+    assert after.scale_factor == before.scale_factor and not torch.equal(before.decode(before.encode(images)),
+                                                                         after.decode(after.encode(images)))
     learned = {name for name, p in before.state_dict().items() if not torch.equal(p, after.state_dict()[name])}
     assert learned and all(name.startswith(("from_latent", "decoder", "to_pixels")) for name in learned)
 
 
 def test_frozen_weights_of_full_precision_are_not_rounded(folder, tmp_path):
     """The result is float16 as a rule; not where that would move latents."""
-    from files import STEM, write_files
-    from weights import config_to_diffusers, to_diffusers
+    from loading.files import STEM, write_files
+    from loading.weights import config_to_diffusers, to_diffusers
     model = StageA(bottleneck_blocks=1, c_hidden=8, codebook_size=32)
-    write_files(config_to_diffusers(model), {name: t.contiguous() for name, t in to_diffusers(model.state_dict(), model).items()}, tmp_path / "full", STEM)
-    after = load_stage_a(train(folder, tmp_path / "run", "--init", str(tmp_path / "full"), "--freeze-encoder", steps=1) / "vqgan")
+    write_files(config_to_diffusers(model),
+                {name: t.contiguous() for name, t in to_diffusers(model.state_dict(), model).items()},
+                tmp_path / "full", STEM)
+    after = load_stage_a(train(folder, tmp_path / "run", "--init", str(tmp_path / "full"), "--freeze-encoder",
+                               steps=1) / "vqgan")
     images = torch.rand(2, 3, 32, 32)
     assert torch.equal(model.eval().encode(images), after.encode(images))
 
@@ -324,23 +357,27 @@ torch.set_num_threads(1)
 def torchrun(processes: int, code: str, *arguments, cwd: Path) -> str:
     script = cwd / "script.py"
     script.write_text(TORCHRUN.format(root=str(ROOT), code=code))
-    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", str(script), *arguments],
+    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                          f"--nproc-per-node={processes}", str(script), *arguments],
                          capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"), cwd=cwd)
     assert run.returncode == 0, run.stderr[-3000:]
     return run.stdout
 
 
 def train_on_two(folder, out, *options, steps: int) -> Path:
-    torchrun(2, "import train_a; train_a.main(train_a.parse_args(sys.argv[1:]))", *SMALL, "--data", str(folder), "--out", str(out), "--steps", str(steps), *options,
+    torchrun(2, "import train_a; train_a.main(train_a.parse_args(sys.argv[1:]))", *SMALL, "--data", str(folder),
+             "--out", str(out), "--steps", str(steps), *options,
              cwd=Path(out).parent)
     return out
 
 
-# A bias just before BatchNorm has a gradient of 0, but for rounding, and AdamW makes a whole step of any gradient: hence small steps.
+# A bias just before BatchNorm has a gradient of 0, but for rounding, and AdamW makes a whole step of any gradient:
+# hence small steps.
 TRAINED = ["--init", str(TINY), "--lr", "1e-4"]
 
 
-@pytest.mark.parametrize("options", [[], [*GAN, "--gan-start", "0", "--codebook", "ema"]], ids=["plain", "gan and ema codebook"])
+@pytest.mark.parametrize("options", [[], [*GAN, "--gan-start", "0", "--codebook", "ema"]],
+                         ids=["plain", "gan and ema codebook"])
 def test_one_process_and_two_do_the_same_work(folder, tmp_path, options):
     """8 pictures, or 2 x 4, through BatchNorm, revival and discriminator: the same weights, statistics and codes, but for rounding."""
     one = train(folder, tmp_path / "one", *options, *TRAINED, "--batch", "8", steps=3)
@@ -349,7 +386,8 @@ def test_one_process_and_two_do_the_same_work(folder, tmp_path, options):
     same({name: newest(one)[name] for name in names}, {name: newest(two)[name] for name in names}, 1e-5)
     for k, (a, b) in enumerate(zip(lines(one), lines(two))):
         for name in ("loss", "codes_used", "perplexity", "grad_norm"):
-            # Two steps agree to 3e-7. Then the biases of which TRAINED speaks are apart by 5e-6, and with AVX-512 grad_norm by 2e-4.
+            # Two steps agree to 3e-7. Then the biases of which TRAINED speaks are apart by 5e-6, and with AVX-512
+            # grad_norm by 2e-4.
             assert a[name] == pytest.approx(b[name], rel=1e-5 if k < 2 else 5e-4), (k, name)
 
 
@@ -364,7 +402,8 @@ def test_accumulation_is_exact_where_batchnorm_rests(folder, tmp_path, rest):
     same(newest(one)["model"], newest(both)["model"], 1e-5)
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads that are not Python's are counted in Linux's /proc")
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(),
+                    reason="threads that are not Python's are counted in Linux's /proc")
 def test_no_thread_of_a_finished_run_is_left_behind(tmp_path):
     """One of gloo's that lets go of a tensor while the interpreter ends would abort a run that has done all its work."""
     torchrun(2, """
@@ -393,7 +432,7 @@ def test_synchronised_batchnorm_is_batchnorm_of_all(tmp_path):
         reference.weight.copy_(torch.randn(4)), reference.bias.copy_(torch.randn(4))
     torch.save(dict(x=x, weight=weight, state=reference.state_dict()), tmp_path / "given.pt")
     torchrun(2, """
-import training
+from training import run as training
 processes = training.Processes("cpu")
 given = torch.load("given.pt")
 part = slice(0, 2) if processes.rank == 0 else slice(2, 6)
@@ -410,9 +449,11 @@ processes.close()
     y = reference(x)
     (y * weight).sum().backward()
     a, b = (torch.load(tmp_path / f"found{rank}.pt") for rank in (0, 1))
-    for found, expected in ((torch.cat([a["y"], b["y"]]), y.detach()), (torch.cat([a["x"], b["x"]]), x.grad), (a["weight"] + b["weight"], reference.weight.grad),
+    for found, expected in ((torch.cat([a["y"], b["y"]]), y.detach()), (torch.cat([a["x"], b["x"]]), x.grad),
+                            (a["weight"] + b["weight"], reference.weight.grad),
                             (a["bias"] + b["bias"], reference.bias.grad)):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-4)        # numbers near 100 have 1e-5 of their own
+        # numbers near 100 have 1e-5 of their own
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-4)
     same(dict(a["state"]), dict(reference.state_dict()), 1e-5)
     same(dict(b["state"]), dict(a["state"]))
 
@@ -425,12 +466,16 @@ def test_synchronised_batchnorm_alone_is_batchnorm():
     names = [name for name, _ in model.named_parameters()]
     model[1].reset_running_stats()
     training.SynchronisedBatchNorm.convert(model.train())
-    assert isinstance(model[1], training.SynchronisedBatchNorm) and [name for name, _ in model.named_parameters()] == names
+    assert isinstance(model[1], training.SynchronisedBatchNorm)
+    assert [name for name, _ in model.named_parameters()] == names
     same(expected, (model(x), model.eval()(x)))
 
 
-@pytest.mark.parametrize("options", [[], ["--codebook", "ema", "--revive-every", "4"], [*GAN, "--grad-accum", "2", "--random-flip"], ["--workers", "1", "--norm-steps", "4"],
-                                     ["--dtype", "bf16"], ["--dtype", "fp16", *GAN], ["--init", str(TINY), "--freeze-encoder"]],
+@pytest.mark.parametrize("options", [[], ["--codebook", "ema", "--revive-every", "4"],
+                                     [*GAN, "--grad-accum", "2", "--random-flip"],
+                                     ["--workers", "1", "--norm-steps", "4"],
+                                     ["--dtype", "bf16"], ["--dtype", "fp16", *GAN],
+                                     ["--init", str(TINY), "--freeze-encoder"]],
                          ids=["plain", "ema codebook", "gan", "a worker", "bf16", "fp16", "frozen"])
 def test_a_resumed_run_is_the_unbroken_run_to_the_bit(folder, tmp_path, options):
     """Stopped after steps 3 and 5 of 6, between revivals, in the middle of an epoch: all that learns or counts goes on exactly."""
@@ -440,7 +485,8 @@ def test_a_resumed_run_is_the_unbroken_run_to_the_bit(folder, tmp_path, options)
     for steps in (3, 5, 6):
         train(folder, out, *options, "--resume", "auto", steps=steps)
     assert unbroken.keys() == newest(out).keys() >= set(LEARNED)
-    same({name: value for name, value in unbroken.items() if name != "settings"}, {name: value for name, value in newest(out).items() if name != "settings"})
+    same({name: value for name, value in unbroken.items() if name != "settings"},
+         {name: value for name, value in newest(out).items() if name != "settings"})
 
 
 def test_a_run_goes_on_with_another_number_of_processes(folder, tmp_path):
@@ -454,7 +500,8 @@ def test_a_discriminator_may_join_on_resume(folder, tmp_path, capsys):
     """Whether one is wanted shows when reconstruction has settled. A codebook cannot change its kind half-way."""
     out = train(folder, tmp_path / "run", steps=2)
     train(folder, out, "--resume", "auto", *GAN, steps=4)
-    assert "resuming with --gan-start 2, the checkpoint has None" in capsys.readouterr().err and lines(out)[-1]["discriminator"] > 0
+    assert "resuming with --gan-start 2, the checkpoint has None" in capsys.readouterr().err
+    assert lines(out)[-1]["discriminator"] > 0
     with pytest.raises(training.Mistake, match="was made with --codebook gradient"):
         train(folder, out, "--resume", "auto", "--codebook", "ema", steps=6)
 
@@ -470,7 +517,8 @@ def test_the_discriminator_does_not_learn_from_being_deceived(folder, tmp_path):
     discriminator_loss(discriminator(images), discriminator(painted)).backward()
     found = newest(tmp_path / "run")["d_optimizer"]["state"]
     for i, p in enumerate(discriminator.parameters()):
-        torch.testing.assert_close(found[i]["exp_avg"], 0.5 * p.grad, rtol=1e-3, atol=1e-6)    # (1 - beta1) g, beta1 = 0.5
+        # (1 - beta1) g, beta1 = 0.5
+        torch.testing.assert_close(found[i]["exp_avg"], 0.5 * p.grad, rtol=1e-3, atol=1e-6)
 
 
 def test_the_discriminator_learns_once_per_step_from_the_start_on(folder, tmp_path):
@@ -479,8 +527,10 @@ def test_the_discriminator_learns_once_per_step_from_the_start_on(folder, tmp_pa
     assert {int(entry["step"]) for entry in state["d_optimizer"]["state"].values()} == {3}
     assert ["generator" in line for line in lines(out)] == [False, False, True, True, True]
     torch.manual_seed(0)
-    StageA(bottleneck_blocks=1, c_hidden=8, codebook_size=32, scale_factor=1.0)              # made before it, from the same stream
-    same(dict(PatchDiscriminator().state_dict()), dict(newest(train(folder, tmp_path / "early", *GAN, steps=2))["discriminator"]))
+    # made before it, from the same stream
+    StageA(bottleneck_blocks=1, c_hidden=8, codebook_size=32, scale_factor=1.0)
+    same(dict(PatchDiscriminator().state_dict()),
+         dict(newest(train(folder, tmp_path / "early", *GAN, steps=2))["discriminator"]))
 
 
 def test_a_signal_finishes_the_step_and_saves(folder, tmp_path, monkeypatch, capsys):
@@ -501,7 +551,8 @@ def test_a_signal_finishes_the_step_and_saves(folder, tmp_path, monkeypatch, cap
 
 # --- what is not finite ------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("options", [[], ["--codebook", "ema", *GAN], ["--dtype", "fp16"]], ids=["plain", "ema codebook and gan", "fp16"])
+@pytest.mark.parametrize("options", [[], ["--codebook", "ema", *GAN], ["--dtype", "fp16"]],
+                         ids=["plain", "ema codebook and gan", "fp16"])
 def test_a_bad_step_leaves_no_trace(folder, tmp_path, monkeypatch, options):
     """One NaN would be the end of all weights, and of BatchNorm's running statistics, which the forward moves before anyone has looked."""
     calls, encode = [], StageA.encode_raw
@@ -523,7 +574,8 @@ def test_a_bad_step_leaves_no_trace(folder, tmp_path, monkeypatch, options):
 def test_too_many_bad_steps_in_a_row_stop_the_run_with_its_last_good_state(folder, tmp_path, monkeypatch):
     decode = StageA.decode_raw
     monkeypatch.setattr(StageA, "decode_raw", lambda self, z: decode(self, z) * float("nan"))
-    with pytest.raises(training.Mistake, match="3 steps in a row came to NaN or infinity, up to step 3; the last good state is in .*lower --lr"):
+    with pytest.raises(training.Mistake,
+                       match="3 steps in a row came to NaN or infinity, up to step 3; the last good state is in .*lower --lr"):
         train(folder, tmp_path / "run", "--max-bad-steps", "3", steps=9)
     assert all(tensor.isfinite().all() for tensor in newest(tmp_path / "run")["model"].values())
 
@@ -562,7 +614,8 @@ def test_the_official_size_is_a_word_away(tmp_path):
         assert sum(p.numel() for p in train_a.build_model(args).parameters()) == 18_406_894
     (tmp_path / "small.json").write_text(json.dumps(dict(embed_dim=8, bottleneck_blocks=2, num_vq_embeddings=16)))
     args = train_a.parse_args(["--out", "unused", "--config", str(tmp_path / "small.json")])
-    assert train_a.build_model(args).config | dict(scale_factor=0) == dict(levels=2, bottleneck_blocks=2, c_hidden=8, c_latent=4, codebook_size=16, scale_factor=0)
+    assert train_a.build_model(args).config | dict(scale_factor=0) == dict(levels=2, bottleneck_blocks=2, c_hidden=8,
+                                                                           c_latent=4, codebook_size=16, scale_factor=0)
 
 
 def test_a_dry_run_says_what_would_happen_and_does_nothing(folder, tmp_path, capsys):
@@ -574,7 +627,8 @@ def test_a_dry_run_says_what_would_happen_and_does_nothing(folder, tmp_path, cap
 
 def test_a_run_is_not_overwritten_and_foreign_checkpoints_are_refused(folder, tmp_path):
     out = train(folder, tmp_path / "run", steps=1)
-    with pytest.raises(training.Mistake, match="exists already: add --resume auto to go on from it, or choose another --out"):
+    with pytest.raises(training.Mistake,
+                       match="exists already: add --resume auto to go on from it, or choose another --out"):
         train(folder, out)
     torch.save(dict(script="train_b.py"), tmp_path / "b.pt")
     with pytest.raises(training.Mistake, match="is not a checkpoint of train_a.py but of train_b.py"):
@@ -595,7 +649,8 @@ MISTAKES = [
     (["--width", "1"], "--width is 1, expected at least 2"),
     (["--l1", "0", "--l2", "0"], "nothing says what pictures should look like"),
     (["--data", "nowhere"], "nowhere"),
-    (["--perceptual", "nowhere.pth"], "--perceptual nowhere.pth: .*expected vgg16, or a file of torchvision's VGG16 weights"),
+    (["--perceptual", "nowhere.pth"],
+     "--perceptual nowhere.pth: .*expected vgg16, or a file of torchvision's VGG16 weights"),
     (["--perceptual", "x", "--resolution", "8"], "--perceptual halves pictures four times, so it needs at least 16"),
 ]
 

@@ -15,13 +15,13 @@ import pytest
 import torch
 from PIL import Image
 
-import data
+from training import data
 import sample
-import scenes
+from training import scenes
 import train_b
-import training
+from training import run as training
 from diffusion import add_noise, alphas_cumprod, p2_weight, v_weight
-from files import WeightsError
+from loading.files import WeightsError
 from helpers import lines, newest, same
 from stage_a import StageA
 from stage_b import EfficientNetEncoder, StageB, TinyImageEncoder
@@ -29,7 +29,8 @@ from wuerstchen import to_raw, to_stored
 
 ROOT = Path(train_b.__file__).parent
 TINY = ROOT / "models" / "tiny"
-DECODER = dict(c_in=4, c_out=4, c_r=8, patch_size=2, c_cond=8, c_hidden=[8, 16], nhead=[-1, 2], blocks=[1, 1], level_config=["CT", "CTA"],
+DECODER = dict(c_in=4, c_out=4, c_r=8, patch_size=2, c_cond=8, c_hidden=[8, 16], nhead=[-1, 2], blocks=[1, 1],
+               level_config=["CT", "CTA"],
                inject_effnet=[False, True], effnet_embd=16, clip_embd=128, kernel_size=3, dropout=0.1)
 
 
@@ -39,7 +40,8 @@ def folder(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
     for i in range(12):
-        scene = scenes.place_single(rng, scenes.OBJECTS[i], ("small", "medium", "large")[i % 3], list(scenes.COLOURS)[i % 5])
+        scene = scenes.place_single(rng, scenes.OBJECTS[i], ("small", "medium", "large")[i % 3],
+                                    list(scenes.COLOURS)[i % 5])
         Image.fromarray(scenes.render(scene)).save(out / f"{i:02d}.png")
         (out / f"{i:02d}.txt").write_text(scenes.plain_caption(scene.objects, scene.colour) + "\n")
     return out
@@ -49,7 +51,8 @@ def folder(tmp_path_factory) -> Path:
 def config(tmp_path_factory) -> Path:
     """Sizes of a Stage B and an image encoder that take milliseconds."""
     out = tmp_path_factory.mktemp("config")
-    for part, content in (("decoder", DECODER), ("image_encoder", dict(_class_name="TinyImageEncoder", c_semantic=16, c_hidden=[4, 8, 8, 8], blocks=[1, 1, 1, 1]))):
+    for part, content in (("decoder", DECODER), ("image_encoder", dict(_class_name="TinyImageEncoder", c_semantic=16,
+                                                                       c_hidden=[4, 8, 8, 8], blocks=[1, 1, 1, 1]))):
         (out / part).mkdir()
         (out / part / "config.json").write_text(json.dumps(content))
     return out
@@ -60,13 +63,15 @@ def new(config) -> list[str]:
     return ["--weights", "tiny", "--init", "random", "--config", str(config)]
 
 
-SMALL = ["--workers", "0", "--val-every", "0", "--sample-every", "0", "--log-every", "1", "--device", "cpu", "--warmup", "2", "--lr", "1e-3", "--batch", "4",
+SMALL = ["--workers", "0", "--val-every", "0", "--sample-every", "0", "--log-every", "1", "--device", "cpu", "--warmup",
+         "2", "--lr", "1e-3", "--batch", "4",
          "--blind", "0"]
 FROZEN = ["--freeze-encoder", "--image-encoder", str(TINY / "image_encoder")]
 
 
 def train(folder, out, *options, steps: int = 4):
-    train_b.main(train_b.parse_args([*SMALL, "--data", str(folder), "--out", str(out), "--steps", str(steps), *options]))
+    train_b.main(train_b.parse_args([*SMALL, "--data", str(folder), "--out", str(out), "--steps", str(steps),
+                                     *options]))
     return out
 
 
@@ -87,7 +92,8 @@ def test_a_few_steps_on_four_pictures_lower_their_loss(folder, new, tmp_path, lo
     few.mkdir()
     for path in sorted(folder.iterdir())[:8]:
         (few / path.name).write_bytes(path.read_bytes())
-    out = train(few, tmp_path / "run", *new, "--loss", loss, "--lr", "1e-2", "--ema", "0", "--val-every", "30", "--val-count", "4", steps=30)
+    out = train(few, tmp_path / "run", *new, "--loss", loss, "--lr", "1e-2", "--ema", "0", "--val-every", "30",
+                "--val-count", "4", steps=30)
     first, last = (line["val_loss"] for line in lines(out) if "val_loss" in line)
     assert last < (1 - falls) * first
 
@@ -96,17 +102,21 @@ def test_a_decoder_fine_tuned_for_a_domain_is_a_folder_that_paints(folder, tmp_p
     """base.json says where Stage C is, which still fits, as the encoder is the same to the bit; a new Stage B, a new picture."""
     out = train(folder, tmp_path / "run", "--weights", "tiny", "--freeze-encoder", "--lr", "1e-2", steps=2)
     for name, weights in (("new", str(out)), ("old", "tiny")):
-        sample.main(["--weights", weights, "--prompt", "a cat on a red background", "--seed", "1", "--steps-c", "2", "--steps-b", "1", "--out", str(tmp_path / f"{name}.png")])
+        sample.main(["--weights", weights, "--prompt", "a cat on a red background", "--seed", "1", "--steps-c", "2",
+                     "--steps-b", "1", "--out", str(tmp_path / f"{name}.png")])
     a, b = (np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int) for name in ("new", "old"))
     assert np.abs(a - b).max() > 3
     assert f'python sample.py --weights {out.name} --prompt "..."' in (out / "README.md").read_text()
-    assert weights_file(out, "image_encoder") == weights_file(TINY, "image_encoder") and weights_file(out, "decoder") != weights_file(TINY, "decoder")
+    assert weights_file(out, "image_encoder") == weights_file(TINY, "image_encoder")
+    assert weights_file(out, "decoder") != weights_file(TINY, "decoder")
 
 
 def test_where_the_encoder_learned_nothing_claims_that_stage_c_fits(folder, new, tmp_path):
     out = train(folder, tmp_path / "run", *new, "--sample-every", "1", steps=1)
-    card, psnr = (out / "README.md").read_text(), next(line["psnr_a"] for line in reversed(lines(out)) if "psnr_a" in line)
-    assert "must be trained anew" in card and f"| Stage A alone | {psnr:.2f} |" in card and "samples/step_000001.png" in card
+    card, psnr = (out / "README.md").read_text(), next(line["psnr_a"] for line in reversed(lines(out))
+                                                       if "psnr_a" in line)
+    assert "must be trained anew" in card and f"| Stage A alone | {psnr:.2f} |" in card
+    assert "samples/step_000001.png" in card
     assert f"--decoder {out.name}/decoder --image-encoder {out.name}/image_encoder --reconstruct" in card
     assert (out / "decoder").is_dir() and (out / "image_encoder").is_dir() and not (out / "base.json").exists()
     assert json.loads((out / "image_encoder" / "config.json").read_text())["c_hidden"] == [4, 8, 8, 8]
@@ -115,9 +125,11 @@ def test_where_the_encoder_learned_nothing_claims_that_stage_c_fits(folder, new,
 def test_a_frozen_encoder_is_left_alone_to_the_bit(folder, new, tmp_path, monkeypatch):
     """Gradients are one way to change it, BatchNorm's running statistics in train mode another: they would drift unseen."""
     modes, forward = [], TinyImageEncoder.forward
-    monkeypatch.setattr(TinyImageEncoder, "forward", lambda self, x: modes.append((self.training, x.dtype)) or forward(self, x))
+    monkeypatch.setattr(TinyImageEncoder, "forward", lambda self, x: modes.append((self.training, x.dtype))
+                        or forward(self, x))
     out = train(folder, tmp_path / "run", *new, *FROZEN, "--dtype", "bf16", steps=2)
-    assert set(modes) == {(False, torch.float32)} and weights_file(out, "image_encoder") == weights_file(TINY, "image_encoder")
+    assert set(modes) == {(False, torch.float32)}
+    assert weights_file(out, "image_encoder") == weights_file(TINY, "image_encoder")
     assert not any(name.startswith("encoder.") for name in newest(out)["model"])
 
 
@@ -172,7 +184,8 @@ def test_both_losses_teach_the_same_noise(loss):
 def test_blind_steps_show_nothing_and_ask_for_the_picture(folder, new, tmp_path, monkeypatch):
     """x_t is all ones, the noise levels are middling, and eps is what it would have to be: a perfect head has no loss."""
     seen = []
-    monkeypatch.setattr(train_b, "errors", lambda a, b, x_0, x_t, eps, t, loss: seen.append((x_0, x_t, eps, t)) or (a + b).square().mean(dim=(1, 2, 3)))
+    monkeypatch.setattr(train_b, "errors", lambda a, b, x_0, x_t, eps, t, loss: seen.append((x_0, x_t, eps, t))
+                        or (a + b).square().mean(dim=(1, 2, 3)))
     train(folder, tmp_path / "run", *new, "--blind", "1", steps=2)
     (x_0, x_t, eps, t), ordinary = seen
     assert (x_t == 1).all() and 0.4 <= t.min() and t.max() <= 0.9 and not (ordinary[1] == 1).all()
@@ -184,7 +197,8 @@ def test_blind_steps_show_nothing_and_ask_for_the_picture(folder, new, tmp_path,
 def test_the_loss_is_the_mean_of_raw_times_weight(folder, new, tmp_path, monkeypatch, name, weight):
     """With all errors 1, the logged loss is the mean weight of the noise levels that its four samples drew."""
     levels = []
-    monkeypatch.setattr(train_b, "errors", lambda a, b, x_0, x_t, eps, t, loss: levels.append(t) or 1 + 0 * (a + b).mean(dim=(1, 2, 3)))
+    monkeypatch.setattr(train_b, "errors", lambda a, b, x_0, x_t, eps, t, loss: levels.append(t)
+                        or 1 + 0 * (a + b).mean(dim=(1, 2, 3)))
     out = train(folder, tmp_path / "run", *new, "--loss-weight", name, steps=1)
     assert lines(out)[0]["loss"] == pytest.approx(weight(levels[0]).mean().item(), rel=1e-5) and len(levels[0]) == 4
 
@@ -199,10 +213,13 @@ def test_pictures_of_little_contrast_count_more(folder, new, tmp_path, monkeypat
     weight = train_b.contrast_weight(latents)
     torch.testing.assert_close(weight, train_b.contrast_weight(latents + 5))
     torch.testing.assert_close(weight[1:2], train_b.contrast_weight(latents[1:2]))
-    assert weight[0] / weight[1] == pytest.approx(0.45 / 0.18, rel=0.05) and weight[1] / weight[2] == pytest.approx(1.65 / 0.45, rel=0.05)
+    assert weight[0] / weight[1] == pytest.approx(0.45 / 0.18, rel=0.05)
+    assert weight[1] / weight[2] == pytest.approx(1.65 / 0.45, rel=0.05)
     used = []
-    monkeypatch.setattr(train_b, "errors", lambda a, b, x_0, x_t, eps, t, loss: used.append(x_0) or 1 + 0 * (a + b).mean(dim=(1, 2, 3)))
-    out = train(folder, tmp_path / "run", *new, "--loss-weight", "none", "--even-contrast", steps=3)      # 12 samples: all the data once
+    monkeypatch.setattr(train_b, "errors", lambda a, b, x_0, x_t, eps, t, loss: used.append(x_0)
+                        or 1 + 0 * (a + b).mean(dim=(1, 2, 3)))
+    # 12 samples: all the data once
+    out = train(folder, tmp_path / "run", *new, "--loss-weight", "none", "--even-contrast", steps=3)
     assert np.mean([line["loss"] for line in lines(out)]) == pytest.approx(1, rel=1e-3)
     every = train_b.contrast_weight(torch.cat(used))
     assert lines(out)[0]["loss"] == pytest.approx((every[:4].mean() / every.mean()).item(), rel=1e-3)
@@ -247,11 +264,14 @@ def test_captions_are_dropped_one_by_one_and_by_a_coin_of_their_own(folder, draw
 def test_noise_levels_reach_one_and_lean_towards_it(drawn, exponent):
     """t' = (1 - u) 1.08 + 0.001, clamped, then 1 - (1 - t')^exponent: 7 % at exactly t = 1, where sampling starts, in float32."""
     args = train_b.parse_args(["--out", "x", "--blind", "0", "--high-noise", str(exponent)])
-    chance = torch.from_numpy(np.array([data.sample_rng(0, position, "timestep").random() for position in range(6000)], np.float32))
+    chance = torch.from_numpy(np.array([data.sample_rng(0, position, "timestep").random() for position in range(6000)],
+                                       np.float32))
     assert np.array_equal(chance[:600].numpy(), [item["chance"] for item in drawn])
     t = train_b.noise_levels(chance, 0, args)
-    assert t.dtype == torch.float32 and 0.065 < (t == 1).float().mean() < 0.085 and t.min() >= 0.001 and len(t.unique()) > 5000
-    for level in (0.2, 0.5, 0.8):                                                # the distribution, against its closed form
+    assert t.dtype == torch.float32 and 0.065 < (t == 1).float().mean() < 0.085 and t.min() >= 0.001
+    assert len(t.unique()) > 5000
+    # the distribution, against its closed form
+    for level in (0.2, 0.5, 0.8):
         expected = (1 - (1 - level) ** (1 / exponent) - 0.001) / 1.08
         assert (t < level).float().mean().item() == pytest.approx(expected, abs=0.02)
 
@@ -307,7 +327,8 @@ def test_training_on_two_resolutions_and_their_cache(folder, new, tmp_path):
     """Latents of both sizes are cached, of each picture; what is learned is as without the cache."""
     options = [*new, *FROZEN, "--resolution", "128", "256", "--batch", "1"]
     plain = train(folder, tmp_path / "plain", *options, steps=4)
-    cached = train(folder, tmp_path / "cached", *options, "--cache", str(tmp_path / "cache"), "--cache-dtype", "fp32", steps=4)
+    cached = train(folder, tmp_path / "cached", *options, "--cache", str(tmp_path / "cache"), "--cache-dtype", "fp32",
+                   steps=4)
     same(newest(plain)["model"], newest(cached)["model"])
     shapes = {np.load(path).shape for path in (tmp_path / "cache").glob("*/??/*.npy")}
     assert {(4, 32, 32), (4, 64, 64), (16, 3, 3), (16, 6, 6)} <= shapes
@@ -326,7 +347,8 @@ train_b.main(train_b.parse_args(sys.argv[1:]))
 
 
 def run_script(processes: int, script: Path, *options, cwd=None) -> None:
-    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", str(script), *options],
+    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                          f"--nproc-per-node={processes}", str(script), *options],
                          capture_output=True, text=True, cwd=cwd, env=os.environ | dict(OMP_NUM_THREADS="1"))
     assert run.returncode == 0, run.stderr[-3000:]
 
@@ -349,13 +371,15 @@ def test_two_processes_learn_what_one_does_encoder_and_batchnorm_included(folder
     plain = tmp_path / "config"
     for part in ("decoder", "image_encoder"):
         (plain / part).mkdir(parents=True)
-        (plain / part / "config.json").write_text((config / part / "config.json").read_text().replace('"dropout": 0.1', '"dropout": 0.0'))
+        (plain / part / "config.json").write_text((config / part / "config.json").read_text().replace('"dropout": 0.1',
+                                                                                                      '"dropout": 0.0'))
     options[options.index(str(config))] = str(plain)
     one = train(folder, tmp_path / "one", *options, "--batch", "8", steps=3)
     two = torchrun(2, folder, tmp_path / "two", *options, "--batch", "4", steps=3)
     a, b = newest(one), newest(two)
     # A shift in front of BatchNorm changes nothing: the gradient there is rounding alone, which Adam blows up to steps.
-    shifts = {name for name, moments in a["optimizer"]["state"].items() if moments["exp_avg"].abs().max() < 1e-9 and name.startswith("encoder.")}
+    shifts = {name for name, moments in a["optimizer"]["state"].items() if moments["exp_avg"].abs().max() < 1e-9
+              and name.startswith("encoder.")}
     assert shifts <= {"encoder.blocks.3.0.grn.beta", "encoder.blocks.3.0.contract.bias"}
     for part in ("model", "averaged"):
         same(*({name: tensor for name, tensor in state[part].items() if name not in shifts} for state in (a, b)), 1e-5)
@@ -391,7 +415,8 @@ def test_weights_split_over_processes_learn_the_same(folder, new, tmp_path):
         (config / part / "config.json").write_text(text.replace('"dropout": 0.1', '"dropout": 0.0'))
     options = [*new[:-1], str(config), "--text-encoder", "none", "--clip", "0.1"]
     one = train(folder, tmp_path / "one", *options, "--batch", "8", steps=3)
-    split = torchrun(2, folder, tmp_path / "split", *options, "--fsdp", "--batch", "4", "--val-every", "2", "--val-count", "2", steps=2)
+    split = torchrun(2, folder, tmp_path / "split", *options, "--fsdp", "--batch", "4", "--val-every", "2",
+                     "--val-count", "2", steps=2)
     assert (split / "decoder").is_dir() and (split / "image_encoder").is_dir()
     train(folder, split, *options, "--batch", "8", "--resume", "auto", steps=3)
     same(newest(one)["model"], newest(split)["model"], 1e-5)
@@ -414,13 +439,16 @@ torch.nn.parallel.DistributedDataParallel = Counted
 import atexit
 atexit.register(lambda: Path("calls").write_text(str(len(calls))))
 import train_b""", 1))
-    run_script(2, script, *SMALL, *still, "--data", str(folder), "--out", str(tmp_path / "run"), "--steps", "2", "--batch", "1", "--grad-accum", "3", cwd=tmp_path)
-    assert (tmp_path / "calls").read_text() == "2"                               # 2 steps, one bucket; without no_sync() 6
+    run_script(2, script, *SMALL, *still, "--data", str(folder), "--out", str(tmp_path / "run"), "--steps", "2",
+               "--batch", "1", "--grad-accum", "3", cwd=tmp_path)
+    # 2 steps, one bucket; without no_sync() 6
+    assert (tmp_path / "calls").read_text() == "2"
 
 
 RESUMED = {
     "joint": [],
-    "joint, dropout, accumulation, flips, crops": ["--grad-accum", "2", "--random-flip", "--crop", "random", "--semantic-dropout", "0.3"],
+    "joint, dropout, accumulation, flips, crops": ["--grad-accum", "2", "--random-flip", "--crop", "random",
+                                                   "--semantic-dropout", "0.3"],
     "blind, a worker, cache": ["--blind", "4", "--workers", "1", "--cache", "CACHE", "--even-contrast"],
     "frozen, cache, two sizes": [*FROZEN, "--cache", "CACHE", "--resolution", "128", "256"],
     "bf16 and checkpointing": ["--dtype", "bf16", "--checkpointing", "--loss", "head"],
@@ -431,10 +459,12 @@ RESUMED = {
 @pytest.mark.parametrize("options", RESUMED.values(), ids=RESUMED)
 def test_a_resumed_run_is_the_unbroken_run_to_the_bit(folder, new, tmp_path, options):
     """Stopped after steps 3 and 4 of 5, in the middle of an epoch: weights, averages, BatchNorm, optimizer, data order all go on exactly."""
-    options = [*new, "--batch", "2", *(str(tmp_path / "cache") if option == "CACHE" else option for option in options), "--save-every", "1", "--keep", "9"]
+    options = [*new, "--batch", "2", *(str(tmp_path / "cache") if option == "CACHE" else option for option in options),
+               "--save-every", "1", "--keep", "9"]
     unbroken = train(folder, tmp_path / "unbroken", *options, steps=5)
     out = tmp_path / "broken"
-    for last in (3, 4, 5):           # the schedule depends on --steps, so each part ends by losing its last checkpoint, not by ending early
+    # the schedule depends on --steps, so each part ends by losing its last checkpoint, not by ending early
+    for last in (3, 4, 5):
         train(folder, out, *options, "--resume", "auto", steps=5)
         for path in sorted((out / "checkpoints").iterdir())[last:] if last < 5 else []:
             path.unlink()
@@ -463,16 +493,19 @@ def test_gradient_checkpointing_changes_nothing_but_memory(folder, new, tmp_path
     import stage_b
     calls, checkpoint = [], stage_b.checkpoint
     monkeypatch.setattr(stage_b, "checkpoint", lambda *args, **kwargs: calls.append(1) or checkpoint(*args, **kwargs))
-    a, b = (train(folder, tmp_path / name, *new, *options, steps=2) for name, options in (("a", []), ("b", ["--checkpointing"])))
+    a, b = (train(folder, tmp_path / name, *new, *options, steps=2)
+            for name, options in (("a", []), ("b", ["--checkpointing"])))
     same(newest(a)["model"], newest(b)["model"], 1e-6)
-    assert len(calls) == 2 * 10                                                  # each of C T, C T A, C T A, C T in each step
+    # each of C T, C T A, C T A, C T in each step
+    assert len(calls) == 2 * 10
 
 
 def test_a_cache_keeps_only_what_does_not_change(folder, new, tmp_path, monkeypatch):
     """The VQGAN's latents always; those of an encoder that learns never: they would be stale at the next step. The same weights as without;
     and in a second run the VQGAN, or both, do not work at all."""
     for name, frozen in (("joint", []), ("frozen", FROZEN)):
-        options = [*new, *frozen, "--random-flip", "--batch", "1", "--text-encoder", "none"]     # one by one in both, so that nothing rounds another way
+        # one by one in both, so that nothing rounds another way
+        options = [*new, *frozen, "--random-flip", "--batch", "1", "--text-encoder", "none"]
         plain = train(folder, tmp_path / f"{name} plain", *options, steps=3)
         options += ["--cache", str(tmp_path / "cache"), "--cache-dtype", "fp32"]
         cached = train(folder, tmp_path / f"{name} cached", *options, steps=3)
@@ -513,13 +546,16 @@ def test_a_bad_step_is_skipped_and_leaves_no_trace_in_batchnorm_either(folder, n
     assert bad["step"] == 2 and len(bad["captions"]) == 4 and len(bad["positions"]) == 4
     state = newest(out)
     assert (state["bad_in_all"], state["bad"], state["updates"]) == (1, 0, 3)
-    assert all(tensor.isfinite().all() for tensor in state["model"].values()) and state["model"]["encoder.norm.num_batches_tracked"] == 3
+    assert all(tensor.isfinite().all() for tensor in state["model"].values())
+    assert state["model"]["encoder.norm.num_batches_tracked"] == 3
 
 
 def test_too_many_bad_steps_in_a_row_stop_the_run_with_its_last_good_state(folder, new, tmp_path, monkeypatch):
     signal_and_scale = StageB.signal_and_scale
-    monkeypatch.setattr(StageB, "signal_and_scale", lambda self, *args: tuple(x * float("nan") for x in signal_and_scale(self, *args)))
-    with pytest.raises(training.Mistake, match="3 steps in a row came to NaN or infinity, up to step 3; the last good state is in .*lower --lr"):
+    monkeypatch.setattr(StageB, "signal_and_scale",
+                        lambda self, *args: tuple(x * float("nan") for x in signal_and_scale(self, *args)))
+    with pytest.raises(training.Mistake,
+                       match="3 steps in a row came to NaN or infinity, up to step 3; the last good state is in .*lower --lr"):
         train(folder, tmp_path / "run", *new, "--max-bad-steps", "3", steps=9)
     assert all(tensor.isfinite().all() for tensor in newest(tmp_path / "run")["model"].values())
 
@@ -529,24 +565,31 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_with_its_last_good_state(folde
 def test_validation_and_psnr_are_the_same_work_every_time(folder, tmp_path):
     """At step 0 of two runs that differ in all that trains: the same numbers, one per noise level, guidance and number of steps."""
     values = []
-    for name, options in (("a", []), ("b", ["--semantic-dropout", "0.5", "--batch", "2", "--lr", "1e-2", "--cache", str(tmp_path / "cache"), "--cache-dtype", "fp32"])):
-        out = train(folder, tmp_path / name, "--weights", "tiny", "--freeze-encoder", "--val-every", "1", "--val-count", "2", "--sample-every", "1", *options, steps=1)
+    for name, options in (("a", []), ("b", ["--semantic-dropout", "0.5", "--batch", "2", "--lr", "1e-2", "--cache",
+                                            str(tmp_path / "cache"), "--cache-dtype", "fp32"])):
+        out = train(folder, tmp_path / name, "--weights", "tiny", "--freeze-encoder", "--val-every", "1", "--val-count",
+                    "2", "--sample-every", "1", *options, steps=1)
         found = [{key: value for key, value in line.items() if key.startswith(("val", "psnr"))} for line in lines(out)]
         values.append([line for line in found if line])
     (val, psnr), (other_val, other_psnr) = values[0][:2], values[1][:2]
-    assert val == pytest.approx(other_val, rel=1e-5) and psnr == pytest.approx(other_psnr, rel=1e-4) and values[0][2] != values[1][2]
+    assert val == pytest.approx(other_val, rel=1e-5) and psnr == pytest.approx(other_psnr, rel=1e-4)
+    assert values[0][2] != values[1][2]
     assert set(psnr) == {"psnr_a", *(f"psnr_guidance_{g}_steps_{s}" for g in (1, 4) for s in (4, 12))}
-    assert psnr["psnr_a"] > psnr["psnr_guidance_1_steps_12"] > 15               # A's own error is the least that B can have
+    # A's own error is the least that B can have
+    assert psnr["psnr_a"] > psnr["psnr_guidance_1_steps_12"] > 15
     assert sum(f"val_loss_t_{t:.2f}" in val for t in train_b.T_GRID) == 10
-    assert [path.name for path in sorted((tmp_path / "a" / "samples").iterdir())] == ["step_000000.png", "step_000001.png"]
+    assert [path.name for path in sorted((tmp_path / "a" / "samples").iterdir())] == ["step_000000.png",
+                                                                                      "step_000001.png"]
     with Image.open(tmp_path / "a" / "samples" / "step_000000.png") as grid:
-        assert grid.size[0] >= 6 * 128 and 2 * 128 <= grid.size[1] < 3 * 128     # picture, A, guidance 1 and 4 with 4 and 12 steps; 2 pictures
+        # picture, A, guidance 1 and 4 with 4 and 12 steps; 2 pictures
+        assert grid.size[0] >= 6 * 128 and 2 * 128 <= grid.size[1] < 3 * 128
     assert (tmp_path / "a" / "curves.png").exists()
 
 
 def test_emoji_scenes_are_validated_on_ones_that_are_never_trained_on(new, tmp_path, monkeypatch):
     opened, open_pictures = [], data.open_pictures
-    monkeypatch.setattr(train_b, "open_pictures", lambda source, **more: opened.append(source) or open_pictures(source, **more))
+    monkeypatch.setattr(train_b, "open_pictures", lambda source, **more: opened.append(source)
+                        or open_pictures(source, **more))
     train("scenes:all:16:5", tmp_path / "run", *new, "--val-every", "1", "--val-count", "2", steps=1)
     assert opened == ["scenes:all:16:5", "scenes:all:64:1000000000"]
 
@@ -564,7 +607,8 @@ def test_a_dry_run_says_what_would_happen_and_does_nothing(folder, new, tmp_path
 def test_only_the_newest_checkpoints_are_kept_and_others_are_refused(folder, new, tmp_path, capsys):
     out = train(folder, tmp_path / "run", *new, "--save-every", "1", "--keep", "2", steps=3)
     assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step_00000002.pt", "step_00000003.pt"]
-    with pytest.raises(training.Mistake, match="exists already: add --resume auto to go on from it, or choose another --out"):
+    with pytest.raises(training.Mistake,
+                       match="exists already: add --resume auto to go on from it, or choose another --out"):
         train(folder, out, *new)
     torch.save(dict(script="train_c.py"), tmp_path / "c.pt")
     with pytest.raises(training.Mistake, match="is not a checkpoint of train_b.py but of train_c.py"):
@@ -580,7 +624,8 @@ def test_a_checkpoint_of_an_older_version_goes_on(folder, new, tmp_path, capsys)
     out = train(folder, tmp_path / "run", *options, steps=3)
     (out / "checkpoints" / "step_00000003.pt").unlink()
     state = newest(out)
-    state["settings"] = {name: value for name, value in state["settings"].items() if name not in ("v1", "even_contrast")} | dict(encoder_warmup=1200)
+    state["settings"] = {name: value for name, value in state["settings"].items()
+                         if name not in ("v1", "even_contrast")} | dict(encoder_warmup=1200)
     torch.save(state, out / "checkpoints" / "step_00000002.pt")
     train(folder, out, *options, steps=3)
     assert "resuming with" not in capsys.readouterr().err
@@ -624,9 +669,11 @@ def test_defaults_suit_the_model():
     def defaults(small: bool, *options) -> tuple:
         args = train_b.parse_args(["--out", "x", *options])
         train_b.set_defaults(args, small, torch.device("cpu"))
-        return tuple(getattr(args, name) for name in ("resolution", "batch", "lr", "blind", "high_noise", "loss_weight", "ema"))
+        return tuple(getattr(args, name) for name in ("resolution", "batch", "lr", "blind", "high_noise", "loss_weight",
+                                                      "ema"))
     assert defaults(True, *NEW) == ([128], 32, 1.5e-3, 2000, 1.5, "v", 0.998)
-    assert defaults(True, *NEW, "--image-encoder", "x", "--data", "folder") == ([128], 32, 1.5e-3, 2000, 1.5, "v", 0.998)
+    assert defaults(True, *NEW, "--image-encoder", "x", "--data",
+                    "folder") == ([128], 32, 1.5e-3, 2000, 1.5, "v", 0.998)
     assert defaults(True) == ([128], 32, 1.5e-3, 0, 1.5, "v", 0.998)
     assert defaults(False) == ([1024], 4, 1e-5, 0, 1.0, "p2", 0.999)
     assert defaults(False, *NEW, "--data", "folder", "--lr", "3e-4")[2] == 3e-4

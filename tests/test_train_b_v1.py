@@ -14,24 +14,26 @@ import pytest
 import torch
 from PIL import Image
 
-import cache
-import data
-import hub
-import stage_b_v1
-import tokens
+from training import cache
+from training import data
+from loading import hub
+from v1 import stage_b as stage_b_v1
+from v1 import training as tokens
 import train_b
-import training
-import weights
+from training import run as training
+from loading import weights
 from diffusion import add_noise
-from files import WeightsError
+from loading.files import WeightsError
 from helpers import TINY, lines, newest, same
 from stage_a import StageA
 from stage_b import EfficientNetEncoder, TinyImageEncoder
-from stage_b_v1 import StageBV1, training_errors, training_levels
-from test_train_b import FROZEN, LEARNED, SMALL, folder, losses, torchrun, train       # noqa: F401 (folder is a fixture)
+from v1.stage_b import StageBV1, training_errors, training_levels
+# noqa: F401 (folder is a fixture)
+from test_train_b import FROZEN, LEARNED, SMALL, folder, losses, torchrun, train
 from wuerstchen import Wuerstchen, to_raw, to_stored
 
-DECODER = dict(_class_name="Paella", num_labels=1024, c_in=8, c_r=8, patch_size=2, c_cond=16, c_hidden=[8, 16], nhead=[-1, 2], blocks=[1, 1],
+DECODER = dict(_class_name="Paella", num_labels=1024, c_in=8, c_r=8, patch_size=2, c_cond=16, c_hidden=[8, 16],
+               nhead=[-1, 2], blocks=[1, 1],
                level_config=["CT", "CTA"], effnet_embd=16, byt5_embd=128, kernel_size=3, dropout=0.1)
 ENCODER = dict(_class_name="TinyImageEncoder", c_semantic=16, c_hidden=[4, 8, 8, 8], blocks=[1, 1, 1, 1])
 
@@ -45,13 +47,15 @@ def sizes(out: Path, **changed) -> Path:
 
 @pytest.fixture(scope="module")
 def new(tmp_path_factory) -> list[str]:
-    return ["--v1", "--weights", "tiny", "--init", "random", "--config", str(sizes(tmp_path_factory.mktemp("config") / "sizes"))]
+    return ["--v1", "--weights", "tiny", "--init", "random", "--config",
+            str(sizes(tmp_path_factory.mktemp("config") / "sizes"))]
 
 
 @pytest.fixture(scope="module")
 def still(tmp_path_factory) -> list[str]:
     """The same without dropout, which every process draws for itself, and without text: what must be equal however the work is shared out."""
-    return ["--v1", "--weights", "tiny", "--init", "random", "--config", str(sizes(tmp_path_factory.mktemp("still") / "sizes", dropout=0.0)), "--text-encoder", "none"]
+    return ["--v1", "--weights", "tiny", "--init", "random", "--config",
+            str(sizes(tmp_path_factory.mktemp("still") / "sizes", dropout=0.0)), "--text-encoder", "none"]
 
 
 def few(folder, out: Path) -> Path:
@@ -65,7 +69,8 @@ def few(folder, out: Path) -> Path:
 
 def test_a_few_steps_on_four_pictures_lower_their_loss(folder, new, tmp_path):
     """From nothing, encoder and all: it starts at log 1024, all tokens alike, and 30 steps take a third of that away."""
-    out = train(few(folder, tmp_path / "few"), tmp_path / "run", *new, "--lr", "1e-2", "--ema", "0", "--val-every", "30", "--val-count", "4", steps=30)
+    out = train(few(folder, tmp_path / "few"), tmp_path / "run", *new, "--lr", "1e-2", "--ema", "0", "--val-every",
+                "30", "--val-count", "4", steps=30)
     first, last = (line for line in lines(out) if "val_loss" in line)
     assert first["val_loss"] == pytest.approx(math.log(1024), rel=1e-5) and last["val_loss"] < 2 / 3 * first["val_loss"]
     assert first["val_accuracy_t_0.95"] < 0.1 < last["val_accuracy_t_0.95"]
@@ -77,12 +82,14 @@ def test_the_result_is_a_folder_that_paints_with_the_tiny_models_other_parts(fol
     assert json.loads((out / "base.json").read_text())["weights"] == "tiny"
     model = Wuerstchen.load(out, "cpu")
     assert (model.v1_b, model.v1_c, model.size, model.steps_b, model.guidance_b) == (True, False, 128, 8, 2.0)
-    assert model.places["prior"] == TINY / "prior" and model.places["decoder"] == out / "decoder" and model.preview_file == TINY / "preview.json"
+    assert model.places["prior"] == TINY / "prior" and model.places["decoder"] == out / "decoder"
+    assert model.preview_file == TINY / "preview.json"
     learned = newest(out)["averaged"]
     for name, tensor in model.stage_b.state_dict().items():
         torch.testing.assert_close(tensor, learned[f"decoder.{name}"], rtol=1e-3, atol=1e-6)         # float16 on disk
     assert model("a cat", seed=1, steps_c=2, steps_b=2)[0].size == (128, 128)
-    again = train(folder, tmp_path / "again", "--v1", "--weights", str(out), "--freeze-encoder", steps=1)       # and can be fine-tuned
+    # and can be fine-tuned
+    again = train(folder, tmp_path / "again", "--v1", "--weights", str(out), "--freeze-encoder", steps=1)
     assert Wuerstchen.load(again, "cpu").stage_b.config == model.stage_b.config
 
 
@@ -90,14 +97,16 @@ def test_base_json_is_written_only_where_stage_c_fits(folder, new, tmp_path):
     """An encoder that learned with Stage B, or that is another than that of --weights, has no Stage C yet."""
     out = train(folder, tmp_path / "joint", *new, steps=1)
     assert (out / "decoder").is_dir() and (out / "image_encoder").is_dir() and not (out / "base.json").exists()
-    out = train(folder, tmp_path / "other", *new, "--freeze-encoder", "--image-encoder", str(out / "image_encoder"), steps=1)
+    out = train(folder, tmp_path / "other", *new, "--freeze-encoder", "--image-encoder", str(out / "image_encoder"),
+                steps=1)
     assert not (out / "base.json").exists()
 
 
 def test_a_new_one_begins_with_stage_a_s_codes_and_a_trained_one_with_its_own(folder, tmp_path, new, monkeypatch):
     given = []
     monkeypatch.setattr(StageBV1, "init_tokens", lambda self, codes: given.append(codes))
-    out = train(folder, tmp_path / "new", *new, "--freeze-encoder", "--image-encoder", str(TINY / "image_encoder"), steps=1)
+    out = train(folder, tmp_path / "new", *new, "--freeze-encoder", "--image-encoder", str(TINY / "image_encoder"),
+                steps=1)
     assert len(given) == 1 and torch.equal(given[0], weights.load_stage_a(TINY / "vqgan").codebook.codes)
     train(folder, tmp_path / "on", "--v1", "--weights", str(out), "--freeze-encoder", steps=1)
     assert len(given) == 1
@@ -106,16 +115,19 @@ def test_a_new_one_begins_with_stage_a_s_codes_and_a_trained_one_with_its_own(fo
 def test_the_tiny_v1_is_a_name_and_shares_all_but_stage_b(monkeypatch):
     """3 to 5 million parameters, less than 16 MiB in float16, as many tokens as the tiny VQGAN has codes."""
     places = hub.locate(TINY.parent / "tiny-v1", parts=(*hub.TEXT_TO_IMAGE, "image_encoder"))
-    assert places["decoder"] == TINY.parent / "tiny-v1" / "decoder" and weights.stage_b_of(places["decoder"]) is StageBV1
+    assert places["decoder"] == TINY.parent / "tiny-v1" / "decoder"
+    assert weights.stage_b_of(places["decoder"]) is StageBV1
     assert all(places[part] == TINY / part for part in ("prior", "vqgan", "image_encoder", "text_encoder", "tokenizer"))
     with torch.device("meta"):
         model = StageBV1(**weights.config_to_ours(weights.read_config(places["decoder"]), StageBV1))
     n = sum(p.numel() for p in model.parameters())
     assert 3e6 < n < 5e6 and 2 * n < 16 * 2 ** 20
     assert model.codebook_size == weights.read_config(TINY / "vqgan")["num_vq_embeddings"] and model.multiple == 8
-    args = train_b.parse_args(["--v1", "--weights", "tiny", "--init", "random", "--config", str(TINY.parent / "tiny-v1"), "--out", "x"])
+    args = train_b.parse_args(["--v1", "--weights", "tiny", "--init", "random", "--config",
+                               str(TINY.parent / "tiny-v1"), "--out", "x"])
     decoder, encoder = train_b.build(args, train_b.find_places(args))
-    assert decoder.config == model.config and type(encoder) is TinyImageEncoder          # whose sizes stand in models/tiny, as base.json says
+    # whose sizes stand in models/tiny, as base.json says
+    assert decoder.config == model.config and type(encoder) is TinyImageEncoder
 
 
 # --- the loss ------------------------------------------------------------------------------------------
@@ -127,7 +139,8 @@ def test_one_step_in_closed_form(folder, new, tmp_path, monkeypatch):
     monkeypatch.setattr(train_b, "training_errors", lambda *given: seen.append(given) or training_errors(*given))
     forward = StageBV1.forward
     monkeypatch.setattr(StageBV1, "forward", lambda self, *given: asked.append(given) or forward(self, *given))
-    out = train(folder, tmp_path / "run", *new, "--lr", "1e-2", "--guide-attention", "0", steps=2)       # the second, as the first knows nothing
+    # the second, as the first knows nothing
+    out = train(folder, tmp_path / "run", *new, "--lr", "1e-2", "--guide-attention", "0", steps=2)
     (logits, x_0, t, mask), (x_t, told, _, _) = seen[1], asked[1]
     (positions, indices, _), = [train_b.SizedPlan(np.full((12, 2), 128), [128], 2.0, 4, 0).step(1)]
     drawn = [tokens.draw(data.sample_rng(0, p, "noise"), 1024, 32, 32) for p in positions.tolist()]
@@ -139,7 +152,8 @@ def test_one_step_in_closed_form(folder, new, tmp_path, monkeypatch):
         pixels = torch.from_numpy(pictures.read(int(indices[i])).copy()).permute(2, 0, 1)[None].float() / 255
         assert torch.equal(x_0[i], vqgan.encode_indices(pixels)[0])
         replaced = drawn[i]["u"] <= t[i]
-        assert torch.equal(x_t[i], torch.where(replaced, drawn[i]["random_tokens"], x_0[i])) and torch.equal(mask[i], replaced)
+        assert torch.equal(x_t[i], torch.where(replaced, drawn[i]["random_tokens"], x_0[i]))
+        assert torch.equal(mask[i], replaced)
         log_p = logits[i].detach().double().log_softmax(0)                               # (1024, 32, 32)
         errors = -0.9 * log_p.gather(0, x_0[i][None])[0] - 0.1 * log_p.mean(0)           # (32, 32)
         weight = torch.where(replaced, 1.0, 0.3 + 0.7 * t[i].double())
@@ -160,7 +174,8 @@ def test_shares_are_linear_between_middles():
 def guided_net(heads: int = 3) -> tuple[StageBV1, tokens.AttentionGuide, tuple]:
     """-> a small network with two attention blocks, its guide, and what its forward takes: 2 x 3 semantic vectors, 5 of text, 16 x 24 tokens."""
     torch.manual_seed(0)
-    net = StageBV1(codebook_size=16, c_token=8, c_timestep=8, c_cond=16, c_hidden=(8, 24), heads=(-1, heads), blocks=(1, 1), levels=("CT", "CTA"), c_text=12, dropout=0.0)
+    net = StageBV1(codebook_size=16, c_token=8, c_timestep=8, c_cond=16, c_hidden=(8, 24), heads=(-1, heads),
+                   blocks=(1, 1), levels=("CT", "CTA"), c_text=12, dropout=0.0)
     told = torch.randint(16, (2, 16, 24)), torch.rand(2), torch.randn(2, 16, 2, 3), torch.randn(2, 5, 12)
     return net, tokens.AttentionGuide(net), told
 
@@ -183,7 +198,8 @@ def test_the_guides_loss_in_closed_form():
                 attention = (q[b, :, part] @ k[b, :, part].T / 8 ** 0.5).softmax(-1)     # (24, 6 + 5 + 24)
                 for i in range(4):
                     for j in range(6):
-                        share = torch.outer(tokens.share_over(2, 4)[i], tokens.share_over(3, 6)[j]).flatten()            # (6,)
+                        # (6,)
+                        share = torch.outer(tokens.share_over(2, 4)[i], tokens.share_over(3, 6)[j]).flatten()
                         errors.append(-(share * attention[6 * i + j, :6].log()).sum())
     assert len(seen) == 2 and guide.loss().item() == pytest.approx(torch.stack(errors).mean().item(), rel=1e-5)
 
@@ -205,11 +221,15 @@ def test_attention_learns_where_vectors_belong():
 def test_the_guides_loss_is_added_with_its_weight(folder, new, tmp_path, monkeypatch):
     """In training; the validation between the steps knows nothing of it."""
     given, asked, errors, loss = [], [], [], tokens.AttentionGuide.loss
-    monkeypatch.setattr(tokens.AttentionGuide, "loss", lambda self: asked.append(len(self.errors)) or given.append(loss(self)) or given[-1])
-    monkeypatch.setattr(train_b, "training_errors", lambda *inputs: errors.append(training_errors(*inputs)) or errors[-1])
-    out = train(folder, tmp_path / "run", *new, "--guide-attention", "0.7", "--val-every", "1", "--val-count", "2", steps=3)
+    monkeypatch.setattr(tokens.AttentionGuide, "loss", lambda self: asked.append(len(self.errors))
+                        or given.append(loss(self)) or given[-1])
+    monkeypatch.setattr(train_b, "training_errors", lambda *inputs: errors.append(training_errors(*inputs))
+                        or errors[-1])
+    out = train(folder, tmp_path / "run", *new, "--guide-attention", "0.7", "--val-every", "1", "--val-count", "2",
+                steps=3)
     assert asked == [2, 2, 2]                                            # its two attention blocks
-    assert losses(out) == pytest.approx([error.mean().item() + 0.7 * guide.item() for error, guide in zip(errors, given)], rel=1e-5)
+    assert losses(out) == pytest.approx([error.mean().item() + 0.7 * guide.item()
+                                         for error, guide in zip(errors, given)], rel=1e-5)
 
 
 def test_what_a_sample_draws_is_its_own():
@@ -220,10 +240,12 @@ def test_what_a_sample_draws_is_its_own():
     samples = train_b.Samples(pictures, [(128, 128)], 1, args, 1024)
     items = [samples[position, position % 16, 0] for position in range(48)]
     random = torch.stack([item["random_tokens"] for item in items])
-    assert random.dtype == torch.int64 and random.min() == 0 and random.max() == 1023 and random.float().mean().item() == pytest.approx(511.5, abs=5)
+    assert random.dtype == torch.int64 and random.min() == 0 and random.max() == 1023
+    assert random.float().mean().item() == pytest.approx(511.5, abs=5)
     u = torch.stack([item["u"] for item in items])
     assert u.dtype == torch.float32 and 0 <= u.min() and u.max() < 1 and u.mean().item() == pytest.approx(0.5, abs=0.01)
-    assert torch.equal(samples[5, 5, 0]["u"], u[5]) and not torch.equal(u[5], u[21]) and "eps" not in items[0]      # 21: the same picture
+    # 21: the same picture
+    assert torch.equal(samples[5, 5, 0]["u"], u[5]) and not torch.equal(u[5], u[21]) and "eps" not in items[0]
     assert {"t_semantic", "eps_semantic", "dropped", "caption", "chance"} <= items[0].keys()
 
 
@@ -240,10 +262,12 @@ def test_noise_on_the_semantic_latent_is_in_the_units_of_stage_c(c_text):
     seen = []
     decoder = StageBV1(**weights.config_to_ours(DECODER | dict(byt5_embd=c_text), StageBV1))
     decoder.forward = lambda x_t, t, semantic, text: seen.append(semantic)
-    encoder = train_b.new_encoder(TinyImageEncoder, units=train_b.in_units(decoder), **{k: v for k, v in ENCODER.items() if k[0] != "_"})
+    encoder = train_b.new_encoder(TinyImageEncoder, units=train_b.in_units(decoder),
+                                  **{k: v for k, v in ENCODER.items() if k[0] != "_"})
     assert (encoder.norm.weight[0].item(), encoder.norm.bias[0].item()) == ((42, -1) if c_text == 128 else (1, 0))
     raw, eps, level = torch.randn(2, 16, 3, 3), torch.randn(2, 16, 3, 3), torch.tensor([0.0, 0.4])
-    train_b.Learner(decoder)(raw, torch.zeros(2, 32, 32, dtype=torch.int64), torch.rand(2), None, level, eps, torch.tensor([False, False]))
+    train_b.Learner(decoder)(raw, torch.zeros(2, 32, 32, dtype=torch.int64), torch.rand(2), None, level, eps,
+                             torch.tensor([False, False]))
     expected = to_raw(add_noise(to_stored(raw), eps, level)) if c_text == 128 else add_noise(raw, eps, level)
     assert torch.equal(seen[0][0], raw[0])
     torch.testing.assert_close(seen[0][1], expected[1])
@@ -260,7 +284,8 @@ def test_tokens_are_kept_exactly_and_a_cache_changes_nothing(folder, new, tmp_pa
     cached = train(folder, tmp_path / "cached", *options, steps=3)
     same(newest(plain)["model"], newest(cached)["model"])
     kept = [np.load(path) for path in (tmp_path / "cache").glob("tokens-*/??/*.npy")]
-    assert {array.shape for array in kept} == {(32, 32), (64, 64)} and {array.dtype for array in kept} == {np.dtype("int16")} and len(kept) == 48
+    assert {array.shape for array in kept} == {(32, 32), (64, 64)}
+    assert {array.dtype for array in kept} == {np.dtype("int16")} and len(kept) == 48
     monkeypatch.setattr(StageA, "encode_indices", lambda *_: pytest.fail("a picture was encoded"))
     again = train(folder, tmp_path / "again", *options, steps=3)
     same(newest(cached)["model"], newest(again)["model"])
@@ -268,7 +293,8 @@ def test_tokens_are_kept_exactly_and_a_cache_changes_nothing(folder, new, tmp_pa
 
 def test_a_cache_of_whole_numbers_gives_back_what_it_got(tmp_path):
     """And says so where it cannot, in place of wrapping round."""
-    for codes, dtype in ((1024, "int16"), (8192, "int16"), (2 ** 15, "int16"), (2 ** 15 + 1, "int32"), (2 ** 18, "int32")):
+    for codes, dtype in ((1024, "int16"), (8192, "int16"), (2 ** 15, "int16"), (2 ** 15 + 1, "int32"),
+                         (2 ** 18, "int32")):
         assert tokens.cache_dtype(codes) == dtype
         kept = cache.Cache(tmp_path, "vqgan", dict(kind=f"tokens{codes}", dtype=dtype))
         array = np.linspace(0, codes - 1, 4097).astype(np.int64)
@@ -283,12 +309,14 @@ def test_two_processes_learn_what_one_does_encoder_included(folder, still, tmp_p
     two = torchrun(2, folder, tmp_path / "two", *still, "--batch", "4", "--val-every", "3", "--val-count", "3", steps=3)
     a, b = newest(one), newest(two)
     # A shift in front of BatchNorm changes nothing: the gradient there is rounding alone, which Adam blows up to steps.
-    shifts = {name for name, moments in a["optimizer"]["state"].items() if moments["exp_avg"].abs().max() < 1e-9 and name.startswith("encoder.")}
+    shifts = {name for name, moments in a["optimizer"]["state"].items() if moments["exp_avg"].abs().max() < 1e-9
+              and name.startswith("encoder.")}
     assert shifts <= {"encoder.blocks.3.0.grn.beta", "encoder.blocks.3.0.contract.bias"}
     for part in ("model", "averaged"):
         same(*({name: tensor for name, tensor in state[part].items() if name not in shifts} for state in (a, b)), 1e-5)
     assert losses(one) == pytest.approx(losses(two), rel=1e-5)
-    values = [[value for line in lines(out) for name, value in line.items() if name.startswith("val_")] for out in (one, two)]
+    values = [[value for line in lines(out) for name, value in line.items() if name.startswith("val_")]
+              for out in (one, two)]
     assert len(values[0]) == 2 * 21 and values[0] == pytest.approx(values[1], rel=1e-3)
 
 
@@ -296,7 +324,8 @@ def test_weights_split_over_processes_and_accumulation_learn_the_same(folder, st
     """8 at once by one process; --fsdp on two, in 2 micro-steps of 2, with the encoder frozen. Resumed by one that holds it all."""
     options = [*still, *FROZEN, "--clip", "0.1"]
     one = train(folder, tmp_path / "one", *options, "--batch", "8", steps=3)
-    split = torchrun(2, folder, tmp_path / "split", *options, "--fsdp", "--batch", "2", "--grad-accum", "2", "--val-every", "2", "--val-count", "2",
+    split = torchrun(2, folder, tmp_path / "split", *options, "--fsdp", "--batch", "2", "--grad-accum", "2",
+                     "--val-every", "2", "--val-count", "2",
                      "--sample-every", "2", steps=2)
     assert weights.stage_b_of(split / "decoder") is StageBV1
     train(folder, split, *options, "--batch", "4", "--grad-accum", "2", "--resume", "auto", steps=3)
@@ -305,7 +334,8 @@ def test_weights_split_over_processes_and_accumulation_learn_the_same(folder, st
 
 
 RESUMED = {
-    "joint, dropout, accumulation, flips, crops": ["--grad-accum", "2", "--random-flip", "--crop", "random", "--semantic-dropout", "0.3"],
+    "joint, dropout, accumulation, flips, crops": ["--grad-accum", "2", "--random-flip", "--crop", "random",
+                                                   "--semantic-dropout", "0.3"],
     "blind, a worker, cache": ["--blind", "4", "--workers", "1", "--cache", "CACHE"],
     "frozen, cache, two sizes": [*FROZEN, "--cache", "CACHE", "--resolution", "128", "256"],
     "bf16 and checkpointing": ["--dtype", "bf16", "--checkpointing"],
@@ -314,10 +344,12 @@ RESUMED = {
 
 @pytest.mark.parametrize("options", RESUMED.values(), ids=RESUMED)
 def test_a_resumed_run_is_the_unbroken_run_to_the_bit(folder, new, tmp_path, options):
-    options = [*new, "--batch", "2", *(str(tmp_path / "cache") if option == "CACHE" else option for option in options), "--save-every", "1", "--keep", "9"]
+    options = [*new, "--batch", "2", *(str(tmp_path / "cache") if option == "CACHE" else option for option in options),
+               "--save-every", "1", "--keep", "9"]
     unbroken = train(folder, tmp_path / "unbroken", *options, steps=4)
     out = train(folder, tmp_path / "broken", *options, steps=4)
-    for path in sorted((out / "checkpoints").iterdir())[2:]:         # the schedule depends on --steps: it loses its last checkpoints, it does not end early
+    # the schedule depends on --steps: it loses its last checkpoints, it does not end early
+    for path in sorted((out / "checkpoints").iterdir())[2:]:
         path.unlink()
     train(folder, out, *options, "--resume", "auto", steps=4)
     same({name: newest(unbroken)[name] for name in LEARNED}, {name: newest(out)[name] for name in LEARNED})
@@ -325,10 +357,13 @@ def test_a_resumed_run_is_the_unbroken_run_to_the_bit(folder, new, tmp_path, opt
 
 def test_gradient_checkpointing_changes_nothing_but_memory(folder, new, tmp_path, monkeypatch):
     calls, checkpoint = [], stage_b_v1.checkpoint
-    monkeypatch.setattr(stage_b_v1, "checkpoint", lambda *args, **kwargs: calls.append(1) or checkpoint(*args, **kwargs))
-    a, b = (train(folder, tmp_path / name, *new, *options, steps=2) for name, options in (("a", []), ("b", ["--checkpointing"])))
+    monkeypatch.setattr(stage_b_v1, "checkpoint", lambda *args, **kwargs: calls.append(1)
+                        or checkpoint(*args, **kwargs))
+    a, b = (train(folder, tmp_path / name, *new, *options, steps=2)
+            for name, options in (("a", []), ("b", ["--checkpointing"])))
     same(newest(a)["model"], newest(b)["model"], 1e-6)
-    assert len(calls) == 2 * 10                                                  # each of C T, C T A, C T A, C T in each step
+    # each of C T, C T A, C T A, C T in each step
+    assert len(calls) == 2 * 10
 
 
 def test_a_bad_step_is_skipped(folder, new, tmp_path, monkeypatch):
@@ -351,13 +386,15 @@ class Oracle:
         self.decoder, self.answer = SimpleNamespace(codebook_size=1024), answer
 
     def __call__(self, source, x_t=None, t=None, text=None):
-        return source if x_t is None else torch.nn.functional.one_hot(self.answer(x_t).expand_as(x_t), 1024).movedim(-1, 1) * 30.0
+        return source if x_t is None else torch.nn.functional.one_hot(self.answer(x_t).expand_as(x_t),
+                                                                      1024).movedim(-1, 1) * 30.0
 
 
 @pytest.fixture
 def fixed():
     x_0 = torch.randint(1024, (1, 32, 32)).expand(3, -1, -1)
-    return SimpleNamespace(captions=["a", "b", "c"], x_0=x_0, source=torch.randn(3, 16, 3, 3), pixels=torch.zeros(3, 128, 128, 3, dtype=torch.uint8))
+    return SimpleNamespace(captions=["a", "b", "c"], x_0=x_0, source=torch.randn(3, 16, 3, 3),
+                           pixels=torch.zeros(3, 128, 128, 3, dtype=torch.uint8))
 
 
 def run_args(*options):
@@ -371,12 +408,16 @@ def embed(captions):
 def test_validation_counts_replaced_tokens_alone(fixed):
     """Who repeats what he sees finds none of the replaced ones, but for one in 1024; who knows the picture finds all."""
     processes = SimpleNamespace(device="cpu", rank=0, world=1, sum=lambda x: x)
-    told = [tokens.validate(Oracle(answer), fixed, embed, train_b.T_GRID, contextlib.nullcontext(), run_args(), processes)
+    told = [tokens.validate(Oracle(answer), fixed, embed, train_b.T_GRID, contextlib.nullcontext(), run_args(),
+                            processes)
             for answer in (lambda x_t: fixed.x_0[0], lambda x_t: x_t)]
     right, wrong = told
-    assert all(right[f"val_accuracy_t_{t:.2f}"] == 1 and wrong[f"val_accuracy_t_{t:.2f}"] < 0.02 for t in train_b.T_GRID)
-    sure = math.log1p(1023 * math.exp(-30)) + 0.1 * 30 * 1023 / 1024              # label smoothing makes sureness cost something
-    assert right["val_loss"] == pytest.approx(sure, rel=1e-5) and wrong["val_loss_t_0.95"] > wrong["val_loss_t_0.05"] > sure
+    assert all(right[f"val_accuracy_t_{t:.2f}"] == 1 and wrong[f"val_accuracy_t_{t:.2f}"] < 0.02
+               for t in train_b.T_GRID)
+    # label smoothing makes sureness cost something
+    sure = math.log1p(1023 * math.exp(-30)) + 0.1 * 30 * 1023 / 1024
+    assert right["val_loss"] == pytest.approx(sure, rel=1e-5)
+    assert wrong["val_loss_t_0.95"] > wrong["val_loss_t_0.05"] > sure
     assert right["val_loss"] == pytest.approx(np.mean([right[f"val_loss_t_{t:.2f}"] for t in train_b.T_GRID]))
 
 
@@ -386,23 +427,30 @@ def test_pictures_come_back_where_the_model_knows_them(fixed):
     with torch.no_grad():
         expected = vqgan.decode_indices(fixed.x_0).clamp(0, 1)
     for scale, steps in ((1.0, 4), (2.0, 2)):
-        images = tokens.reconstruct(Oracle(lambda x_t: fixed.x_0[0]), vqgan, fixed, embed, scale, steps, contextlib.nullcontext(), run_args())
+        images = tokens.reconstruct(Oracle(lambda x_t: fixed.x_0[0]), vqgan, fixed, embed, scale, steps,
+                                    contextlib.nullcontext(), run_args())
         torch.testing.assert_close(images, expected)
     seen = []
     for _ in range(2):
-        tokens.reconstruct(Oracle(lambda x_t: seen.append(x_t) or x_t), vqgan, fixed, embed, 1.0, 2, contextlib.nullcontext(), run_args())
-    assert len(seen) == 8 and torch.equal(seen[0], seen[4])                      # two parts of the batch, two steps, twice
+        tokens.reconstruct(Oracle(lambda x_t: seen.append(x_t) or x_t), vqgan, fixed, embed, 1.0, 2,
+                           contextlib.nullcontext(), run_args())
+    # two parts of the batch, two steps, twice
+    assert len(seen) == 8 and torch.equal(seen[0], seen[4])
     assert not torch.equal(seen[0][0], seen[0][1]) and seen[0].float().mean().item() == pytest.approx(511.5, abs=30)
 
 
 def test_validation_and_grids_are_the_same_work_every_time(folder, new, tmp_path):
     """At step 0 of two runs that differ in all that trains: the same numbers, one per noise level, guidance and number of steps."""
     values = []
-    for name, options in (("a", []), ("b", ["--batch", "2", "--lr", "1e-2", "--cache", str(tmp_path / "cache"), "--semantic-dropout", "0.5"])):
-        out = train(folder, tmp_path / name, *new, *FROZEN, "--text-encoder", "none", "--val-every", "1", "--val-count", "2", "--sample-every", "1", *options, steps=1)
-        values.append([{key: value for key, value in line.items() if key.startswith(("val", "psnr"))} for line in lines(out) if {"val_loss", "psnr_a"} & line.keys()])
+    for name, options in (("a", []), ("b", ["--batch", "2", "--lr", "1e-2", "--cache", str(tmp_path / "cache"),
+                                            "--semantic-dropout", "0.5"])):
+        out = train(folder, tmp_path / name, *new, *FROZEN, "--text-encoder", "none", "--val-every", "1", "--val-count",
+                    "2", "--sample-every", "1", *options, steps=1)
+        values.append([{key: value for key, value in line.items() if key.startswith(("val", "psnr"))}
+                       for line in lines(out) if {"val_loss", "psnr_a"} & line.keys()])
     (val, shown), (other_val, other_shown) = values[0][:2], values[1][:2]
-    assert val == pytest.approx(other_val, rel=1e-5) and shown == pytest.approx(other_shown, rel=1e-4) and values[0][2] != values[1][2]
+    assert val == pytest.approx(other_val, rel=1e-5) and shown == pytest.approx(other_shown, rel=1e-4)
+    assert values[0][2] != values[1][2]
     assert set(shown) == {"psnr_a", *(f"psnr_guidance_{g}_steps_{s}" for g in (1, 2) for s in (4, 8))}
     assert set(val) == {"val_loss", *(f"val_{what}_t_{t:.2f}" for what in ("loss", "accuracy") for t in train_b.T_GRID)}
     with Image.open(tmp_path / "a" / "samples" / "step_000001.png") as grid:
@@ -424,10 +472,14 @@ MISTAKES = [
     (["--v1", "--even-contrast"], "--even-contrast is for v2"),
     (["--guide-attention", "5"], "--guide-attention is for --v1: in v2 the semantic latent is laid over the picture"),
     (["--v1", "--guide-attention", "-1"], "--guide-attention is -1.0, expected at least 0"),
-    (["--v1"], "models/tiny/decoder is a Stage B of v2, --v1 trains that of v1: leave it away, or --init random for a new one"),
-    (["--weights", str(TINY.parent / "tiny-v1")], "models/tiny-v1/decoder is a Stage B of v1: add --v1, or --init random"),
-    (["--v1", "--init", "random", "--config", str(TINY)], "cannot be used: it describes a WuerstchenDiffNeXt, expected a Paella"),
-    (["--v1", "--init", "random", "--image-encoder", str(TINY / "image_encoder"), "--config", "EIGHT"], "the VQGAN has 1024 tokens, Stage B is for 8: give it another --config"),
+    (["--v1"],
+     "models/tiny/decoder is a Stage B of v2, --v1 trains that of v1: leave it away, or --init random for a new one"),
+    (["--weights", str(TINY.parent / "tiny-v1")],
+     "models/tiny-v1/decoder is a Stage B of v1: add --v1, or --init random"),
+    (["--v1", "--init", "random", "--config", str(TINY)],
+     "cannot be used: it describes a WuerstchenDiffNeXt, expected a Paella"),
+    (["--v1", "--init", "random", "--image-encoder", str(TINY / "image_encoder"), "--config", "EIGHT"],
+     "the VQGAN has 1024 tokens, Stage B is for 8: give it another --config"),
 ]
 
 
@@ -455,8 +507,10 @@ def test_defaults_are_v1s():
     def defaults(small: bool, *options) -> tuple:
         args = train_b.parse_args(["--v1", "--out", "x", *options])
         train_b.set_defaults(args, small, torch.device("cpu"))
-        return tuple(getattr(args, name) for name in ("weights", "resolution", "batch", "lr", "blind", "guide_attention", "high_noise", "loss", "loss_weight"))
+        return tuple(getattr(args, name) for name in ("weights", "resolution", "batch", "lr", "blind",
+                                                      "guide_attention", "high_noise", "loss", "loss_weight"))
     assert defaults(False) == ("v1", [512], 4, 1e-5, 0, 0, 1.0, "ce", "none")
     assert defaults(True, "--weights", "tiny") == ("tiny", [128], 32, 1.5e-3, 0, 0.3, 1.0, "ce", "none")
-    assert defaults(True, "--weights", "tiny", "--init", "random") == ("tiny", [128], 32, 1.5e-3, 0, 0.3, 1.0, "ce", "none")
+    assert defaults(True, "--weights", "tiny", "--init", "random") == ("tiny", [128], 32, 1.5e-3, 0, 0.3, 1.0, "ce",
+                                                                       "none")
     assert train_b.new_encoder(EfficientNetEncoder, units=False).norm.weight[0] == 1

@@ -7,27 +7,29 @@ import numpy as np
 import pytest
 import torch
 
-import hub
+from loading import hub
 import train_b
-import train_encoder
-import training
-from files import WeightsError
+from tiny import train_encoder
+from training import run as training
+from loading.files import WeightsError
 from helpers import TINY, lines, newest, same
-from scenes import COLOURS, OBJECTS, EmojiScenes
+from training.scenes import COLOURS, OBJECTS, EmojiScenes
 from stage_b import TinyImageEncoder
-from weights import load_image_encoder
+from loading.weights import load_image_encoder
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     """Sizes that take milliseconds."""
     out = tmp_path_factory.mktemp("config")
-    (out / "config.json").write_text(json.dumps(dict(_class_name="TinyImageEncoder", c_semantic=16, c_hidden=[4, 8, 8, 8], blocks=[1, 1, 1, 1])))
+    (out / "config.json").write_text(json.dumps(dict(_class_name="TinyImageEncoder", c_semantic=16,
+                                                     c_hidden=[4, 8, 8, 8], blocks=[1, 1, 1, 1])))
     return out
 
 
 def train(out, config, *options, steps: int = 4):
-    train_encoder.main(train_encoder.parse_args(["--out", str(out), "--config", str(config), "--batch", "8", "--log-every", "1", "--device", "cpu",
+    train_encoder.main(train_encoder.parse_args(["--out", str(out), "--config", str(config), "--batch", "8",
+                                                 "--log-every", "1", "--device", "cpu",
                                                  "--steps", str(steps), *options]))
     return out
 
@@ -60,7 +62,8 @@ def test_a_resumed_run_is_the_unbroken_run_to_the_bit(config, tmp_path):
     options = ["--save-every", "1", "--keep", "9"]
     unbroken = train(tmp_path / "unbroken", config, *options, steps=5)
     out = train(tmp_path / "run", config, *options, steps=5)
-    for path in sorted((out / "checkpoints").iterdir())[2:]:     # the schedule depends on --steps: it loses its checkpoints, it does not end early
+    # the schedule depends on --steps: it loses its checkpoints, it does not end early
+    for path in sorted((out / "checkpoints").iterdir())[2:]:
         path.unlink()
     (out / "image_encoder" / "diffusion_pytorch_model.safetensors").unlink()
     train(out, config, *options, "--resume", "auto", steps=5)
@@ -93,7 +96,8 @@ def test_the_result_is_an_image_encoder_in_the_right_units(config, tmp_path):
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         assert torch.equal(getattr(encoder.norm, name), learned[f"norm.{name}"])
     assert encoder.norm.num_batches_tracked == 4
-    args = train_b.parse_args(["--weights", "tiny", "--init", "random", "--config", str(TINY), "--image-encoder", str(out / "image_encoder"), "--out", "unused"])
+    args = train_b.parse_args(["--weights", "tiny", "--init", "random", "--config", str(TINY), "--image-encoder",
+                               str(out / "image_encoder"), "--out", "unused"])
     _, taken = train_b.build(args, train_b.find_places(args))
     same(dict(taken.state_dict()), dict(encoder.state_dict()))
 
@@ -108,7 +112,8 @@ def test_defaults_are_what_models_tiny_was_trained_with():
 @pytest.mark.parametrize("options, message", [
     (["--steps", "0"], "--steps is 0, expected at least 1"),
     (["--config", "nowhere"], "--config nowhere cannot be used: nowhere is not a folder"),
-    (["--config", str(TINY / "decoder")], "cannot be used: it describes a WuerstchenDiffNeXt, expected a TinyImageEncoder"),
+    (["--config", str(TINY / "decoder")],
+     "cannot be used: it describes a WuerstchenDiffNeXt, expected a TinyImageEncoder"),
     (["--resume", "nowhere.pt"], "--resume nowhere.pt: there is no such file")])
 def test_mistakes_are_one_line(config, tmp_path, options, message):
     with pytest.raises((training.Mistake, WeightsError), match=message) as error:

@@ -10,10 +10,10 @@ import sample
 import train_a
 import train_b
 import train_c
-import train_encoder
-import train_text
-import training
-from training import to_tensor
+from tiny import train_encoder
+from tiny import train_text
+from training import run as training
+from training.run import to_tensor
 
 SMALL = ["--batch", "2", "--log-every", "1", "--save-every", "2", "--sample-every", "100", "--device", "cpu"]
 SMALL_B = ["--workers", "0", "--val-every", "0", "--sample-every", "0", "--data", "scenes:all:16:1"]
@@ -24,22 +24,30 @@ TEXT = ["--batch", "4", "--width", "32", "--depth", "1", "--log-every", "1", "--
 def runs(tmp_path_factory) -> Path:
     """The README's sequence A, image encoder, B, text, C with 2 steps each, every script reading what the one before wrote."""
     folder = tmp_path_factory.mktemp("runs")
-    train_a.main(train_a.parse_args([*SMALL, "--out", f"{folder}", "--steps", "2", "--width", "16", "--workers", "0", "--val-count", "2"]))
+    train_a.main(train_a.parse_args([*SMALL, "--out", f"{folder}", "--steps", "2", "--width", "16", "--workers", "0",
+                                     "--val-count", "2"]))
     for part in ("decoder", "image_encoder"):
         (folder / "sizes" / part).mkdir(parents=True)
         text = (Path(__file__).parent.parent / "models" / "tiny" / part / "config.json").read_text()
         (folder / "sizes" / part / "config.json").write_text(text.replace('"clip_embd": 128', '"clip_embd": 32'))
     shutil.rmtree(folder / "checkpoints")
-    train_encoder.main(train_encoder.parse_args(["--out", f"{folder}/encoder", "--steps", "2", "--batch", "4", "--device", "cpu"]))
-    train_b.main(train_b.parse_args([*SMALL, *SMALL_B, "--out", f"{folder}", "--steps", "2", "--init", "random", "--config", f"{folder}/sizes",
-                                     "--vqgan", f"{folder}/vqgan", "--image-encoder", f"{folder}/encoder/image_encoder", "--text-encoder", "none", "--blind", "1"]))
-    train_text.main(train_text.parse_args([*TEXT, "--image-encoder", f"{folder}/image_encoder", "--out", f"{folder}/text", "--steps", "2"]))
+    train_encoder.main(train_encoder.parse_args(["--out", f"{folder}/encoder", "--steps", "2", "--batch", "4",
+                                                 "--device", "cpu"]))
+    train_b.main(train_b.parse_args([*SMALL, *SMALL_B, "--out", f"{folder}", "--steps", "2", "--init", "random",
+                                     "--config", f"{folder}/sizes",
+                                     "--vqgan", f"{folder}/vqgan", "--image-encoder", f"{folder}/encoder/image_encoder",
+                                     "--text-encoder", "none", "--blind", "1"]))
+    train_text.main(train_text.parse_args([*TEXT, "--image-encoder", f"{folder}/image_encoder", "--out",
+                                           f"{folder}/text", "--steps", "2"]))
     for part in ("text_encoder", "tokenizer"):     # one folder for all, so that it ends as a pipeline's
         (folder / "text" / part).rename(folder / part)
     (folder / "small.json").write_text(json.dumps(dict(c=32, depth=1, nhead=2, c_cond=32, c_r=32, dropout=0.0)))
-    train_c.main(train_c.parse_args(["--weights", "tiny", "--init", "random", "--config", f"{folder}/small.json", "--image-encoder", f"{folder}/image_encoder",
-                                     "--prior-text-encoder", f"{folder}/text_encoder", "--data", "scenes:captioned:64", "--out", f"{folder}/c",
-                                     "--batch", "2", "--steps", "2", "--workers", "0", "--val-every", "0", "--device", "cpu"]))
+    train_c.main(train_c.parse_args(["--weights", "tiny", "--init", "random", "--config", f"{folder}/small.json",
+                                     "--image-encoder", f"{folder}/image_encoder",
+                                     "--prior-text-encoder", f"{folder}/text_encoder", "--data", "scenes:captioned:64",
+                                     "--out", f"{folder}/c",
+                                     "--batch", "2", "--steps", "2", "--workers", "0", "--val-every", "0", "--device",
+                                     "cpu"]))
     for part in ("prior", "scheduler"):
         (folder / "c" / part).rename(folder / part)
     return folder
@@ -47,7 +55,8 @@ def runs(tmp_path_factory) -> Path:
 
 def test_the_scripts_write_a_folder_that_paints(runs, tmp_path):
     """A, B and C agree on every file: what three scripts wrote is one pipeline, and sample.py opens it."""
-    assert {path.name for path in runs.iterdir()} >= {"vqgan", "decoder", "image_encoder", "prior", "text_encoder", "tokenizer"}
+    assert {path.name for path in runs.iterdir()} >= {"vqgan", "decoder", "image_encoder", "prior", "text_encoder",
+                                                      "tokenizer"}
     sample.main(["--weights", str(runs), "--prompt", "a cat on a red background", "--steps-c", "2", "--steps-b", "1",
                  "--seed", "0", "--out", str(tmp_path / "cat.png"), "--device", "cpu"])
     assert (tmp_path / "cat.png").stat().st_size > 1000
@@ -55,8 +64,10 @@ def test_the_scripts_write_a_folder_that_paints(runs, tmp_path):
 
 def test_stage_b_can_be_tuned_with_the_image_encoder_frozen(runs, tmp_path):
     """Stage C was trained on this encoder's latents: tuning Stage B afterwards must not move it by a bit."""
-    train_b.main(train_b.parse_args([*SMALL, *SMALL_B, "--weights", str(runs), "--freeze-encoder", "--text-encoder", f"{runs}/text_encoder",
-                                     "--out", str(tmp_path), "--steps", "3", "--cache", f"{tmp_path}/cache", "--even-contrast"]))
+    train_b.main(train_b.parse_args([*SMALL, *SMALL_B, "--weights", str(runs), "--freeze-encoder", "--text-encoder",
+                                     f"{runs}/text_encoder",
+                                     "--out", str(tmp_path), "--steps", "3", "--cache", f"{tmp_path}/cache",
+                                     "--even-contrast"]))
     def read(folder):
         return (folder / "image_encoder" / "diffusion_pytorch_model.safetensors").read_bytes()
     assert read(tmp_path) == read(runs)
@@ -71,7 +82,8 @@ def test_the_text_encoder_learns_from_pictures(runs):
 def test_a_resumed_text_encoder_is_the_unbroken_one(runs, tmp_path, capsys):
     """Stopped after 2 of 4 steps: the same weights to the bit; a run in --out is not overwritten."""
     def train(out, steps, *options):
-        train_text.main(train_text.parse_args([*TEXT, "--image-encoder", f"{runs}/image_encoder", "--out", str(out), "--steps", str(steps),
+        train_text.main(train_text.parse_args([*TEXT, "--image-encoder", f"{runs}/image_encoder", "--out", str(out),
+                                               "--steps", str(steps),
                                                "--schedule", "constant", *options]))
         return (out / "text_encoder" / "model.safetensors").read_bytes()
     unbroken, half = train(tmp_path / "unbroken", 4), train(tmp_path / "broken", 2)
@@ -80,7 +92,7 @@ def test_a_resumed_text_encoder_is_the_unbroken_one(runs, tmp_path, capsys):
     assert train(tmp_path / "broken", 4, "--resume", "auto") == unbroken != half
 
 
-@pytest.mark.parametrize("script, options", [("train_b.py", ["--vqgan"]), ("train_text.py", ["--image-encoder"]),
+@pytest.mark.parametrize("script, options", [("train_b.py", ["--vqgan"]), ("tiny/train_text.py", ["--image-encoder"]),
                                              ("train_c.py", ["--data=scenes", "--weights"])])
 def test_an_unknown_folder_ends_a_script_in_one_line(script, options, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", [script, *options, str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")])

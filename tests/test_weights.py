@@ -7,17 +7,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import files
-import hub
+from loading import files
+from loading import hub
 import stage_a
 import stage_b
 import stage_c
-import weights
-from files import WeightsError
+from loading import weights
+from loading.files import WeightsError
 from helpers import COMBINED, MANIFESTS, PUBLISHED, SMALL_V1, build, golden, manifest, rel, small_v1, under
 from stage_a import StageA
 from stage_b import EfficientNetEncoder, StageB, TinyImageEncoder
-from stage_b_v1 import StageBV1
+from v1.stage_b import StageBV1
 from stage_c import StageC
 
 CONFIGS = MANIFESTS / "diffusers_configs"
@@ -49,7 +49,8 @@ def test_official_sizes_have_the_official_names_and_shapes(name, build_model, tr
     """The defaults of our classes are the released sizes, and every released tensor has its place, with no memory spent."""
     with torch.device("meta"):
         model = build_model()
-    found = {key: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for key, t in translate(model.state_dict(), model).items()}
+    found = {key: (tuple(t.shape), str(t.dtype).removeprefix("torch."))
+             for key, t in translate(model.state_dict(), model).items()}
     assert found == manifest(name)
 
 
@@ -80,8 +81,10 @@ def test_attention_thirds_are_query_key_value_in_this_order():
 # --- config.json -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("place, stage, module", [
-    ("combined/vqgan", StageA, stage_a), ("combined/decoder", StageB, stage_b), ("combined/prior_prior", StageC, stage_c),
-    ("wuerstchen/vqgan", StageA, stage_a), ("wuerstchen/decoder", StageB, stage_b), ("wuerstchen-prior/prior", StageC, stage_c)])
+    ("combined/vqgan", StageA, stage_a), ("combined/decoder", StageB, stage_b),
+    ("combined/prior_prior", StageC, stage_c),
+    ("wuerstchen/vqgan", StageA, stage_a), ("wuerstchen/decoder", StageB, stage_b),
+    ("wuerstchen-prior/prior", StageC, stage_c)])
 def test_published_configs_are_our_defaults(place, stage, module):
     """And are written back as they were, but for diffusers' version number."""
     config = json.loads((CONFIGS / place / "config.json").read_text())
@@ -95,7 +98,8 @@ def test_published_configs_are_our_defaults(place, stage, module):
 
 def test_missing_keys_mean_diffusers_defaults():
     """diffusers leaves such keys to its classes, whose defaults for Stage C are not the released sizes."""
-    assert weights.config_to_ours({}, StageC) == dict(c_in=16, c=1280, c_cond=1024, c_timestep=64, depth=16, heads=16, dropout=0.1)
+    assert weights.config_to_ours({}, StageC) == dict(c_in=16, c=1280, c_cond=1024, c_timestep=64, depth=16, heads=16,
+                                                      dropout=0.1)
     assert weights.config_to_ours({}, StageB) == stage_b.OFFICIAL
     assert weights.config_to_ours({"scale_factor": 1}, StageA) == {**stage_a.OFFICIAL, "scale_factor": 1}
 
@@ -256,7 +260,8 @@ def test_one_number_that_is_none_is_found_wherever_it_stands(dtype, wrong):
             assert files.is_finite(tensor)
             tensor[position] = wrong
             assert not files.is_finite(tensor)
-    assert files.is_finite(torch.empty(0, 3, dtype=dtype)) and files.is_finite(torch.tensor(7)) and files.is_finite(torch.tensor(-1, dtype=torch.int8))
+    assert files.is_finite(torch.empty(0, 3, dtype=dtype)) and files.is_finite(torch.tensor(7))
+    assert files.is_finite(torch.tensor(-1, dtype=torch.int8))
 
 
 # --- saving ------------------------------------------------------------------------------------------
@@ -327,7 +332,8 @@ def test_efficientnet_is_saved_with_the_official_names(tmp_path):
     pytest.importorskip("torchvision", reason="the official image encoder is torchvision's EfficientNetV2-S")
     model = EfficientNetEncoder()
     weights.save_image_encoder(model, tmp_path)
-    assert {name: tuple(t.shape) for name, t in load_file(tmp_path / "diffusion_pytorch_model.safetensors").items()} == \
+    assert {name: tuple(t.shape)
+            for name, t in load_file(tmp_path / "diffusion_pytorch_model.safetensors").items()} == \
         {name: shape for name, (shape, _) in manifest("effnet_v2").items()}
     assert type(weights.load_image_encoder(tmp_path)) is EfficientNetEncoder
 
@@ -357,7 +363,8 @@ def test_text_encoders_equal_the_reference(folder, side):
     parts = hub.find_parts(folder)
     names = ("prior_text_encoder", "prior_tokenizer") if side == "prior" else ("text_encoder", "tokenizer")
     tokenizer, encoder = weights.load_text_encoder(*(parts[name] for name in names))
-    batch = tokenizer(texts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt")
+    batch = tokenizer(texts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length,
+                      return_tensors="pt")
     assert torch.equal(batch["input_ids"], data[f"text/{side}/input_ids"])
     assert torch.equal(batch["attention_mask"], data[f"text/{side}/attention_mask"])
     assert not encoder.training
@@ -420,7 +427,8 @@ def test_missing_tokenizer_is_explained(tmp_path):
 
 @pytest.mark.parametrize("name, sizes", [
     ("text_encoder_h", dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)),
-    ("text_encoder_bigg", dict(hidden_size=1280, num_hidden_layers=32, num_attention_heads=20, intermediate_size=5120))])
+    ("text_encoder_bigg", dict(hidden_size=1280, num_hidden_layers=32, num_attention_heads=20,
+                               intermediate_size=5120))])
 def test_official_text_encoders_have_the_published_names(name, sizes):
     """What save_text_encoder writes is named as in the published folders."""
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -469,7 +477,8 @@ def test_only_the_released_noise_schedule_is_accepted(tmp_path):
     weights.save_scheduler(tmp_path)
     hub.check_scheduler(tmp_path)
     path = tmp_path / "scheduler_config.json"
-    for text, message in (('{"s": 0.01}', "only s = 0.008 and scaler = 1"), ('{"scaler": 2.0}', "only s = 0.008 and scaler = 1"),
+    for text, message in (('{"s": 0.01}', "only s = 0.008 and scaler = 1"),
+                          ('{"scaler": 2.0}', "only s = 0.008 and scaler = 1"),
                           ("[]", "does not hold a JSON object"), ("{", "cannot be read")):
         path.write_text(text)
         with pytest.raises(WeightsError, match=message):
@@ -515,11 +524,13 @@ def test_the_authors_files_hold_several_tables(tmp_path):
     model, folder = tiny_official(StageC)
     shutil.copy(folder / "config.json", tmp_path)
     right = weights.to_original(model.state_dict(), model)
-    torch.save({"ema_state_dict": right, "state_dict": {name: t * 2 for name, t in right.items()}, "step": 7}, tmp_path / "c.pt")
+    torch.save({"ema_state_dict": right, "state_dict": {name: t * 2 for name, t in right.items()}, "step": 7},
+               tmp_path / "c.pt")
     loaded = weights.load_stage_c(tmp_path / "c.pt").state_dict()
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
     torch.save({"optimizer": {"lr": 1.0}}, tmp_path / "c.pt")
-    with pytest.raises(WeightsError, match="does not hold a table of tensors, nor one called ema_state_dict or state_dict"):
+    with pytest.raises(WeightsError,
+                       match="does not hold a table of tensors, nor one called ema_state_dict or state_dict"):
         weights.load_stage_c(tmp_path / "c.pt")
 
 
@@ -551,12 +562,15 @@ def test_a_folder_of_the_authors_files_is_recognised(tmp_path):
         (tmp_path / name).write_bytes(b"")
     parts = hub.find_parts(tmp_path)
     assert parts["prior"].name == "model_v2_stage_c_finetune_interpolation.pt"
-    assert parts["decoder"] == parts["image_encoder"] == tmp_path / "model_v2_stage_b.pt" and parts["text_encoder"] is None
+    assert parts["decoder"] == parts["image_encoder"] == tmp_path / "model_v2_stage_b.pt"
+    assert parts["text_encoder"] is None
 
 
 @pytest.mark.parametrize("name, stage, sizes", [
-    ("stage_c_v1", StageC, dict(c_cond=1024)), ("stage_c_v2", StageC, {}), ("stage_b_v1", StageBV1, {}), ("stage_b_v2", StageB, {}),
-    ("effnet_v1", EfficientNetEncoder, dict(network="efficientnet_v2_l")), ("effnet_v2", EfficientNetEncoder, {}), ("stage_a_vqgan", StageA, {})])
+    ("stage_c_v1", StageC, dict(c_cond=1024)), ("stage_c_v2", StageC, {}), ("stage_b_v1", StageBV1, {}),
+    ("stage_b_v2", StageB, {}),
+    ("effnet_v1", EfficientNetEncoder, dict(network="efficientnet_v2_l")), ("effnet_v2", EfficientNetEncoder, {}),
+    ("stage_a_vqgan", StageA, {})])
 def test_the_authors_files_tell_v1_from_v2_by_their_shapes(name, stage, sizes, tmp_path, monkeypatch):
     """There is no config.json beside them. The model that is planned has each tensor of the manifest, and no other."""
     shapes = {key: shape for key, (shape, _) in manifest(name).items()}
@@ -568,7 +582,8 @@ def test_the_authors_files_tell_v1_from_v2_by_their_shapes(name, stage, sizes, t
     (tmp_path / "file.pt").write_bytes(b"")
     monkeypatch.setattr(weights, "TensorFile", Names)
     model, _ = weights.plan(stage, tmp_path / "file.pt")
-    assert model.config == stage(**sizes).config if name.startswith("effnet") else {**model.config, **sizes} == model.config
+    assert model.config == stage(**sizes).config if name.startswith("effnet") else {**model.config,
+                                                                                    **sizes} == model.config
     if stage in (StageB, StageBV1):
         assert weights.stage_b_of(tmp_path / "file.pt") is stage
 
@@ -576,7 +591,8 @@ def test_the_authors_files_tell_v1_from_v2_by_their_shapes(name, stage, sizes, t
 def test_an_image_encoder_of_another_kind_is_explained(tmp_path):
     (tmp_path / "config.json").write_text('{"_class_name": "EfficientNetEncoder", "effnet": "efficientnet_b7"}')
     (tmp_path / FILE).write_bytes(b"")
-    with pytest.raises(WeightsError, match="cannot be used: the image encoder is to be a 'efficientnet_b7', expected efficientnet_v2_s or, of v1"):
+    with pytest.raises(WeightsError,
+                       match="cannot be used: the image encoder is to be a 'efficientnet_b7', expected efficientnet_v2_s or, of v1"):
         weights.load_image_encoder(tmp_path)
 
 
@@ -587,7 +603,8 @@ def test_v1_s_stage_b_goes_through_all_namings_to_the_bit(naming, tmp_path):
     source = under("sd/original/", data)
     del config["model"]["c_out"]
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "Paella", **config["model"]}))
-    torch.save({"state_dict": source, "effnet_state_dict": {"x": torch.zeros(1)}, "iter": 7}, tmp_path / "model_stage_b.pt")
+    torch.save({"state_dict": source, "effnet_state_dict": {"x": torch.zeros(1)}, "iter": 7},
+               tmp_path / "model_stage_b.pt")
     assert weights.stage_b_of(tmp_path / "model_stage_b.pt") is weights.stage_b_of(tmp_path) is StageBV1
     weights.convert(tmp_path / "model_stage_b.pt", tmp_path / "there", naming)
     loaded = weights.load_stage_b_v1(tmp_path / "there")
@@ -598,9 +615,11 @@ def test_v1_s_stage_b_goes_through_all_namings_to_the_bit(naming, tmp_path):
 @pytest.mark.parametrize("change, message", [
     (lambda table: table.pop("byt5_mapper.bias"), r"missing tensors: 1 \(byt5_mapper.bias\)"),
     (lambda table: table.update(more=torch.zeros(1)), r"unknown tensors: 1 \(more\)"),
-    (lambda table: table.update({"out_mapper.1.weight": torch.zeros(32, 8, 1, 1)}), r"out_mapper.1.weight is \(32, 8, 1, 1\), expected \(32, 4, 1, 1\)"),
+    (lambda table: table.update({"out_mapper.1.weight": torch.zeros(32, 8, 1, 1)}),
+     r"out_mapper.1.weight is \(32, 8, 1, 1\), expected \(32, 4, 1, 1\)"),
     (lambda table: table["in_mapper.0.weight"].fill_(float("nan")), "embed_token.weight contains NaN or infinity"),
-    (lambda table: table["up_blocks.1.0.depthwise.weight"].resize_(8, 1, 3, 3), r"up_blocks.1.0.depthwise.weight is \(8, 1, 3, 3\), expected \(8, 2, 3, 3\)")])
+    (lambda table: table["up_blocks.1.0.depthwise.weight"].resize_(8, 1, 3, 3),
+     r"up_blocks.1.0.depthwise.weight is \(8, 1, 3, 3\), expected \(8, 2, 3, 3\)")])
 def test_v1_files_are_loaded_strictly(change, message, tmp_path, monkeypatch):
     """One line that names what was expected, in the authors' names."""
     monkeypatch.setattr(weights, "official_sizes", lambda stage, shapes: SMALL_V1[stage])
@@ -638,4 +657,4 @@ def test_what_is_given_elsewhere_need_not_be_in_the_folder(tmp_path):
 
 def test_a_text_encoder_of_another_width_is_found_before_sampling():
     with pytest.raises(WeightsError, match="Stage C takes texts of width 1280, the text encoder .* gives 128"):
-        weights.check_widths(1280, weights.Path(weights.__file__).parent / "models/tiny/text_encoder", "Stage C")
+        weights.check_widths(1280, weights.Path(weights.__file__).parents[1] / "models/tiny/text_encoder", "Stage C")

@@ -16,13 +16,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-import hub
-import weights
+from loading import hub
+from loading import weights
 import wuerstchen
 from helpers import COMBINED, GOLDEN, PUBLISHED, golden, rel
 from stage_b import TinyImageEncoder
 from diffusion import Guidance, default_timesteps_c, linear_timesteps
-from images import to_pil
+from extras.images import to_pil
 from wuerstchen import Wuerstchen, latent_sizes, to_raw, to_stored, usable_device
 
 # The golden pipelines are small ones that carry no word of it: 128 px are far from the official sizes.
@@ -73,7 +73,8 @@ class Recorder:
     """Forward hook that keeps the positional inputs of each call."""
     def __init__(self, module: torch.nn.Module):
         self.calls = []
-        self.hook = module.register_forward_pre_hook(lambda module, args, kwargs: self.calls.append((args, kwargs)), with_kwargs=True)
+        self.hook = module.register_forward_pre_hook(lambda module, args, kwargs: self.calls.append((args, kwargs)),
+                                                     with_kwargs=True)
 
     def __enter__(self):
         return self.calls
@@ -104,7 +105,8 @@ def test_multiples_of_128_get_the_published_latent_sizes():
     assert sizes["by_pixels_columns"] == ["requested", "prior_latent", "stage_b_latent", "image_side", "stage_b_runs"]
     for requested, c, b, image, runs in sizes["by_pixels_multiples_of_8"]:
         if requested % 128 == 0:
-            assert latent_sizes(requested, 128) == ((c, 3), (b, 32)) and latent_sizes(128, requested) == ((3, c), (32, b))
+            assert latent_sizes(requested, 128) == ((c, 3), (b, 32))
+            assert latent_sizes(128, requested) == ((3, c), (32, b))
             assert image == requested and runs
 
 
@@ -144,12 +146,14 @@ def test_what_is_rendered_beyond_the_picture_is_cropped_on_both_sides(pipe):
 
 def test_sizes_the_weights_were_not_made_for_are_a_warning(pipe):
     """As errors they would forbid what sometimes works; in silence they look like a bad model."""
-    for size, expected in (((1024, 1024), None), ((2048, 1536), None), ((1024, 2048), None), ((512, 512), "blurred or crowded"),
+    for size, expected in (((1024, 1024), None), ((2048, 1536), None), ((1024, 2048), None),
+                           ((512, 512), "blurred or crowded"),
                            ((2048, 2048), "repeated"), ((1024, 3000), "repeated")):
         with warnings.catch_warnings(record=True) as record:
             warnings.simplefilter("always")
             assert pipe.picture_size(*size, None, None) == size
-        assert [expected in str(w.message) and "1024 to 1536 px" in str(w.message) for w in record] == [True] * (expected is not None)
+        assert [expected in str(w.message) and "1024 to 1536 px" in str(w.message)
+                for w in record] == [True] * (expected is not None)
 
 
 # --- text --------------------------------------------------------------------------------------------
@@ -187,7 +191,8 @@ def test_prompts_that_fit_bring_no_warning(pipe):
     """18 words of one token each, a start and an end mark: exactly 20."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        pipe.encode_text(pipe.text_encoder_c, ["the old red house by the lake at night the old red house by the lake at night"], [""], 1)
+        pipe.encode_text(pipe.text_encoder_c,
+                         ["the old red house by the lake at night the old red house by the lake at night"], [""], 1)
 
 
 # --- whole pipelines against the published ones ------------------------------------------------------
@@ -376,11 +381,12 @@ def test_8_bits_are_rounded():
 
 def test_single_parts_in_any_naming_are_mixed_freely(tmp_path):
     """Stage C as the authors' .pt, Stage B in our own names, the rest from the folder: the same picture."""
-    tiny = weights.Path(wuerstchen.__file__).parent / "models" / "tiny"
+    tiny = Path(wuerstchen.__file__).parent / "models" / "tiny"
     for part, name, naming in (("prior", "prior.pt", "original"), ("decoder", "decoder.safetensors", "ours")):
         weights.convert(tiny / part, tmp_path / part / name, naming)
         shutil.copy(tiny / part / "config.json", tmp_path / part)          # without it: the official sizes
-    mixed = Wuerstchen.load("tiny", "cpu", prior=tmp_path / "prior/prior.pt", decoder=tmp_path / "decoder/decoder.safetensors")
+    mixed = Wuerstchen.load("tiny", "cpu", prior=tmp_path / "prior/prior.pt",
+                            decoder=tmp_path / "decoder/decoder.safetensors")
     assert same(mixed(CAT, seed=5, **QUICK)[0], Wuerstchen.load("tiny", "cpu")(CAT, seed=5, **QUICK)[0])
 
 
@@ -443,7 +449,8 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize("arguments, message", MISTAKES, ids=[" ".join(map(str, a)) + f" {i}" for i, (a, _) in enumerate(MISTAKES)])
+@pytest.mark.parametrize("arguments, message", MISTAKES,
+                         ids=[" ".join(map(str, a)) + f" {i}" for i, (a, _) in enumerate(MISTAKES)])
 def test_mistakes_are_found_before_the_first_step(pipe, arguments, message):
     """Stage C takes a minute with the released weights: a mistake about Stage B must not wait for it."""
     with Recorder(pipe.stage_c) as calls, pytest.raises(ValueError, match=message):

@@ -12,9 +12,9 @@ The judge is right on 512 of 512 real scenes (two seeds), and on 511 of them blu
 noise of sigma 10/255. --real measures 256 of each again.
 Needs: torch, numpy, pillow, scenes.py, sample.py; wuerstchen.py for sampling.
 
-  python evaluate.py --real                                      # the judge's own accuracy
-  python evaluate.py --weights tiny --out eval.json --grid eval.png
-  python evaluate.py --weights tiny --prompts 32                 # a quick look
+  python -m tiny.evaluate --real                                      # the judge's own accuracy
+  python -m tiny.evaluate --weights tiny --out eval.json --grid eval.png
+  python -m tiny.evaluate --weights tiny --prompts 32                 # a quick look
 """
 import argparse
 import json
@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from sample import SAMPLERS, number, several, steps
-from scenes import (CANVAS, CAPTIONED, COLOURS, OBJECTS, RELATIONS, held_out, place_pair,
+from training.scenes import (CANVAS, CAPTIONED, COLOURS, OBJECTS, RELATIONS, held_out, place_pair,
                     place_single, plain_caption, render, sprite)
 
 SIDE = 64                      # px at which the judge compares: half of a scene
@@ -258,18 +258,24 @@ def parse_args(argv=None):
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("what is judged")
     g.add_argument("--weights", default="tiny", help="weights that Wuerstchen.load understands: a name or a folder")
-    g.add_argument("--real", action="store_true", help="judge drawn scenes instead of samples: the judge's own accuracy, clean and degraded")
-    g.add_argument("--prompts", type=int, default=256, help="judge the first N of the 256 prompts; fewer is faster, kinds keep their shares")
+    g.add_argument("--real", action="store_true",
+                   help="judge drawn scenes instead of samples: the judge's own accuracy, clean and degraded")
+    g.add_argument("--prompts", type=int, default=256,
+                   help="judge the first N of the 256 prompts; fewer is faster, kinds keep their shares")
     g = p.add_argument_group("sampling; what is not given is left to Wuerstchen")
     for stage in "cb":
-        g.add_argument(f"--steps-{stage}", type=steps, help=f"sampling steps of Stage {stage.upper()}, in any form that sample.py takes")
+        g.add_argument(f"--steps-{stage}", type=steps,
+                       help=f"sampling steps of Stage {stage.upper()}, in any form that sample.py takes")
         g.add_argument(f"--sampler-{stage}", choices=SAMPLERS[stage], help=f"sampler of Stage {stage.upper()}")
-        g.add_argument(f"--guidance-{stage}", type=several(number, 1, 2), help=f"classifier-free guidance scale of Stage {stage.upper()}, or two for start and end; "
+        g.add_argument(f"--guidance-{stage}", type=several(number, 1, 2),
+                       help=f"classifier-free guidance scale of Stage {stage.upper()}, or two for start and end; "
                        "higher follows the prompt more closely, varies less")
-    g.add_argument("--temperature-b", type=several(number, 1, 2), help="for v1: the temperature at which Stage B draws tokens, or those of its first and last step")
+    g.add_argument("--temperature-b", type=several(number, 1, 2),
+                   help="for v1: the temperature at which Stage B draws tokens, or those of its first and last step")
     g.add_argument("--int8", action="store_true", help="Stages B and C in 8 bits, as sample.py --int8 has them")
     g.add_argument("--batch", type=int, default=32, help="pictures sampled at a time; less if memory runs out")
-    g.add_argument("--seed", type=int, default=0, help="seed of the noise (--real: of the layouts); the prompts stay the same")
+    g.add_argument("--seed", type=int, default=0,
+                   help="seed of the noise (--real: of the layouts); the prompts stay the same")
     g = p.add_argument_group("output")
     g.add_argument("--out", help="JSON file for figures, settings and what was found in each picture")
     g.add_argument("--grid", help="PNG file for the first 64 pictures with their prompts")
@@ -297,7 +303,7 @@ def sample(args, prompts: list[str]) -> list[Image.Image]:
 
 
 def main(args):
-    from files import write_atomically
+    from loading.files import write_atomically
     facts = fixed_prompts()[:args.prompts]
     if args.real:
         rng = np.random.default_rng(args.seed)

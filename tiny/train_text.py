@@ -1,6 +1,6 @@
 """Trains a small text encoder from nothing, for a Stage C from nothing: the place of CLIP's pre-training.
 
-  python train_text.py --image-encoder runs/b/image_encoder --out runs/text          # ten minutes on 2 cores
+  python -m tiny.train_text --image-encoder runs/b/image_encoder --out runs/text          # ten minutes on 2 cores
 
   caption -tokenizer-> ids (B,20) -CLIP text model-> (B,20,D); its vector at the end mark -linear-> expected latent
 
@@ -24,13 +24,15 @@ def parse_args(argv=None):
     p.add_argument("--steps", type=int, default=1500, help="optimizer steps")
     p.add_argument("--batch", type=int, default=128, help="captioned pictures per step")
     p.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
-    p.add_argument("--schedule", choices=["constant", "cosine", "linear", "trapezoid"], default="trapezoid", help="of the learning rate, after the warm-up; trapezoid: down in the last fifth")
+    p.add_argument("--schedule", choices=["constant", "cosine", "linear", "trapezoid"], default="trapezoid",
+                   help="of the learning rate, after the warm-up; trapezoid: down in the last fifth")
     p.add_argument("--warmup", type=int, default=100, help="optimizer steps in which the learning rate rises")
     p.add_argument("--device", default=None, help="cuda, cpu, ... (default: cuda where there is one)")
     p.add_argument("--seed", type=int, default=0, help="seed of weights and data")
     p.add_argument("--log-every", type=int, default=20, help="optimizer steps between lines of log.jsonl")
     p.add_argument("--resume", help="auto: from the newest checkpoint in --out, if there is one; or a file")
-    p.add_argument("--save-every", type=int, default=500, help="steps between checkpoints; SIGTERM and Ctrl-C save, too")
+    p.add_argument("--save-every", type=int, default=500,
+                   help="steps between checkpoints; SIGTERM and Ctrl-C save, too")
     p.add_argument("--keep", type=int, default=1, help="checkpoints kept")
     return p.parse_args(argv)
 
@@ -45,7 +47,7 @@ def new_text_encoder(width: int, depth: int, length: int = 20):
     from collections import Counter
     from tokenizers import pre_tokenizers
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-    from scenes import OBJECTS, EmojiScenes
+    from training.scenes import OBJECTS, EmojiScenes
     # Byte-pair encoding: join the most frequent pair of pieces, again and again, here until each word is one
     # piece. Ties go by spelling, so that the tokenizer is the same on every machine (arXiv:1508.07909).
     words = {word for text in EmojiScenes("captioned").batch(0, 4096)[1] + OBJECTS for word in text.split()}
@@ -60,7 +62,8 @@ def new_text_encoder(width: int, depth: int, length: int = 20):
     # CLIP's order: all bytes, all bytes at a word's end, then one token per merge, then the two specials.
     bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*bytes_, *(b + "</w>" for b in bytes_), *(a + b for a, b in merges), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=length)
+    tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges,
+                              model_max_length=length)
     config = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width,
                             num_hidden_layers=depth, num_attention_heads=width // 32, max_position_embeddings=length,
                             hidden_act="gelu", projection_dim=width, bos_token_id=tokenizer.bos_token_id,
@@ -72,10 +75,10 @@ def main(args):
     # Imported here, so that --help answers at once.
     import torch
     from tqdm import tqdm
-    from scenes import EmojiScenes
+    from training.scenes import EmojiScenes
     from stage_b import preprocess
-    from training import Checkpoints, Log, StopSignal, rate, to_tensor
-    from weights import load_image_encoder, save_text_encoder
+    from training.run import Checkpoints, Log, StopSignal, rate, to_tensor
+    from loading.weights import load_image_encoder, save_text_encoder
     from wuerstchen import to_stored
 
     checkpoints = Checkpoints(f"{args.out}/checkpoints", args.keep)
@@ -102,7 +105,8 @@ def main(args):
         with torch.no_grad():
             x_0 = to_stored(encoder(preprocess(to_tensor(pictures, device), 96)))            # (B, 16, 3, 3)
         tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").to(device)
-        expected = head(text_model(**tokens).pooler_output)                                  # (B, 144) from the end mark
+        # (B, 144) from the end mark
+        expected = head(text_model(**tokens).pooler_output)
         loss = (expected - x_0.flatten(1)).square().mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -112,7 +116,8 @@ def main(args):
         if done % args.log_every == 0 or done == args.steps:
             log.write(done, loss=loss.item(), lr=rate(step, args))
         if done % args.save_every == 0 or done == args.steps or stop.received:
-            checkpoints.save(done, dict(script="train_text.py", settings=settings, step=done, **{name: part.state_dict() for name, part in parts.items()}))
+            checkpoints.save(done, dict(script="train_text.py", settings=settings, step=done,
+                                        **{name: part.state_dict() for name, part in parts.items()}))
         if stop.received and done < args.steps:
             print(f"stopped after step {done}, all of it saved: --resume auto goes on", file=sys.stderr)
             break
@@ -123,6 +128,6 @@ def main(args):
 
 if __name__ == "__main__":
     args = parse_args()                                      # first, so that --help answers at once
-    from training import mistakes_in_one_line
+    from training.run import mistakes_in_one_line
     with mistakes_in_one_line():
         main(args)

@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 from PIL import Image
 
-from scenes import OPPOSITE, RELATIONS, place_pair, place_single, plain_caption, render
+from training.scenes import OPPOSITE, RELATIONS, place_pair, place_single, plain_caption, render
 
 BACKGROUNDS = ("white", "red", "yellow", "green", "blue")
 BESIDE = ("cat", "banana", "house", "star", "tree", "robot", "crab", "key", "gift", "umbrella", "penguin", "moon",
@@ -29,10 +29,12 @@ def main(folder: Path) -> None:
     for i in range(24):
         if i < 8:
             scene = place_single(rng, "unicorn", ("small", "medium", "large")[i % 3], BACKGROUNDS[i % 5])
-            lines = [plain_caption(scene.objects, scene.colour, size_word=word) for word in (None, scene.size_class) if word != "medium"]
+            lines = [plain_caption(scene.objects, scene.colour, size_word=word) for word in (None, scene.size_class)
+                     if word != "medium"]
         else:
             scene = place_pair(rng, "unicorn", BESIDE[i - 8], RELATIONS[i % 4], BACKGROUNDS[i % 5])
-            lines = [plain_caption(scene.objects, scene.colour, scene.relation), plain_caption(scene.objects[::-1], scene.colour, OPPOSITE[scene.relation])]
+            lines = [plain_caption(scene.objects, scene.colour, scene.relation),
+                     plain_caption(scene.objects[::-1], scene.colour, OPPOSITE[scene.relation])]
         Image.fromarray(render(scene)).save(folder / f"{i:02d}.png", optimize=True)
         (folder / f"{i:02d}.txt").write_text("\n".join(lines) + "\n")
 

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from torch import nn
 
-CHECKSUM = 32          # bytes of a sha256 at the end of an entry; np.load(path) reads what stands before it and is content
+# bytes of a sha256 at the end of an entry; np.load(path) reads what stands before it and is content
+CHECKSUM = 32
 
 
 class Cache:
@@ -53,7 +54,8 @@ class Cache:
 
     def path(self, key: str) -> Path:
         name = _sha256(f"{self._identity} {key}")
-        return self.folder / name[:2] / f"{name}.npy"      # 256 folders, as file systems slow down with a million in one
+        # 256 folders, as file systems slow down with a million in one
+        return self.folder / name[:2] / f"{name}.npy"
 
     def get(self, key: str, shape: tuple | None = None) -> np.ndarray | None:
         """The array of this key, None if there is none. One that is damaged, or not of `shape`, is removed with a warning."""
@@ -91,7 +93,8 @@ class Cache:
         """Those of the keys that have no entry yet, each once, in their order.  Damaged ones show only when they are read."""
         paths = {key: self.path(key) for key in keys}
         present = set()
-        for folder in {path.parent for path in paths.values()}:          # a listing of each: far fewer calls than one per key
+        # a listing of each: far fewer calls than one per key
+        for folder in {path.parent for path in paths.values()}:
             if folder.exists():
                 present.update(os.listdir(folder))
         return [key for key, path in paths.items() if path.name not in present]
@@ -118,7 +121,8 @@ def _sha256(text: str) -> str:
 
 
 def _checksum(path: Path, content: bytes) -> bytes:
-    return hashlib.sha256(path.stem.encode() + content).digest()         # with the name, which stands for the key: an entry
+    # with the name, which stands for the key: an entry
+    return hashlib.sha256(path.stem.encode() + content).digest()
                                                                          # under the wrong name is found out, too
 
 def hash_of(module: nn.Module) -> str:

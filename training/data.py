@@ -33,8 +33,8 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from images import read_image
-from sources import SUFFIXES, Place, content_of, reason, samples_of
+from extras.images import read_image
+from training.sources import SUFFIXES, Place, content_of, reason, samples_of
 
 
 class BrokenPicture(ValueError):
@@ -78,9 +78,12 @@ def open_pictures(source: str | Path, *, min_side: int = 64, captions_required: 
 
     pictures = Pictures(text, kept(), skipped, folder / "keys.txt" if folder else None)
     if not len(pictures):
-        files = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in found.most_common(8)) or "no file"
-        raise ValueError(f"{text}: no picture to train on. Looked for {' '.join(SUFFIXES)}" + " with a caption in NAME.txt, "
-                         "NAME.caption, NAME.json or metadata.jsonl/.csv" * captions_required + f"; found {files}; {_listed(skipped)}")
+        files = ", ".join(f"{count} {suffix or 'without suffix'}"
+                          for suffix, count in found.most_common(8)) or "no file"
+        raise ValueError(f"{text}: no picture to train on. Looked for {' '.join(SUFFIXES)}"
+                         + " with a caption in NAME.txt, "
+                         "NAME.caption, NAME.json or metadata.jsonl/.csv" * captions_required
+                         + f"; found {files}; {_listed(skipped)}")
     if unknown := sorted(limits.keys() - known):           # a slip of the pen would otherwise let everything through
         raise ValueError(f"{text}: no picture has a number {unknown[0]!r} to filter by, found: {', '.join(sorted(known)) or 'none'}")
     return pictures
@@ -142,7 +145,8 @@ class Pictures:
 
     sizes (N,2) int32: height and width as shown, after EXIF orientation.  skipped: name and reason of what was left out.
     """
-    def __init__(self, source: str, samples: Iterable[dict], skipped: list[tuple[str, str]], key_file: Path | None = None):
+    def __init__(self, source: str, samples: Iterable[dict], skipped: list[tuple[str, str]], key_file: Path
+                 | None = None):
         self.source, self.skipped = source, skipped
         # All texts in one piece of memory, not a million objects: to look at a Python object is to write its reference
         # count, so every worker process would sooner or later hold a copy of them all.
@@ -220,7 +224,7 @@ class Pictures:
 class ScenePictures(Pictures):
     """Emoji scenes in the same dress: drawn when they are asked for."""
     def __init__(self, source: str):
-        from scenes import CANVAS, EmojiScenes
+        from training.scenes import CANVAS, EmojiScenes
         _, *words = source.split(":")
         self._objects = words.pop(0) if words and not words[0].isdecimal() else "captioned"
         if len(words) > 2 or not all(word.isdecimal() for word in words) or words[:1] == ["0"]:
@@ -247,7 +251,8 @@ def _decode(content: bytes) -> np.ndarray:
     with Image.open(io.BytesIO(content)) as image:
         if image.has_transparency_data or image.mode.startswith("I") or image.mode == "F":
             return (read_image(image) * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
-        return np.array(ImageOps.exif_transpose(image).convert("RGB"))         # without the way through floats: half the time
+        # without the way through floats: half the time
+        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
 
 
 # ----- shapes ----------------------------------------------------------------------------------------
@@ -298,7 +303,8 @@ def fit(image: np.ndarray, size: tuple[int, int], crop: str = "center", flip: bo
     where = rng.random(2) if crop == "random" else (0.5, 0.5)
     # Whole pixels, so that a picture of the right scale is cut and not resampled.
     top, left = (int(share * (int(spare) + 1)) for share, spare in zip(where, (height - box_height, width - box_width)))
-    # Pillow's bicubic widens its kernel when it shrinks a picture: no pixel is passed over, in any version of any library.
+    # Pillow's bicubic widens its kernel when it shrinks a picture: no pixel is passed over, in any version of any
+    # library.
     # Sharper than bilinear, without most of the ringing of Lanczos.
     result = Image.fromarray(image).resize((w, h), Image.BICUBIC, box=(left, top, left + box_width, top + box_height))
     return np.ascontiguousarray(np.asarray(result)[:, ::-1] if flip else np.asarray(result))
@@ -332,7 +338,8 @@ class Plan:
                              "and at least 1")
         self.batch, self.seed, self._n = batch, seed, len(buckets)
         self._buckets, codes, self._counts = np.unique(buckets, return_inverse=True, return_counts=True)
-        self._codes = codes.astype(np.min_scalar_type(len(self._buckets)))     # (N,) sorted five times faster as small integers
+        # (N,) sorted five times faster as small integers
+        self._codes = codes.astype(np.min_scalar_type(len(self._buckets)))
         self._starts = np.cumsum(self._counts) - self._counts
         self._epochs = {}                        # the last few, see _epoch
 
@@ -356,7 +363,8 @@ class Plan:
         i = k - self._steps_before(epoch)
         code, number = step_buckets[i], step_numbers[i]
         count, start = self._counts[code], self._starts[code]
-        members = number * self.batch + np.arange(self.batch)    # (batch,) the bucket's samples, counted from the beginning
+        # (batch,) the bucket's samples, counted from the beginning
+        members = number * self.batch + np.arange(self.batch)
         epochs = members // count                                # (batch,) more than one where something was left over
         positions, indices = np.empty_like(members), np.empty_like(members)
         for e in range(epochs[0], epochs[-1] + 1):
@@ -433,7 +441,8 @@ def batches(samples: torch.utils.data.Dataset, plan: Plan, processes, args, star
                     yield [(int(p), int(i), bucket) for p, i in zip(positions[part], indices[part])]
 
     return iter(torch.utils.data.DataLoader(samples, batch_sampler=Order(), collate_fn=_stack, num_workers=args.workers,
-                                            pin_memory=processes.device.type == "cuda", persistent_workers=False, worker_init_fn=_outlive_signals))
+                                            pin_memory=processes.device.type == "cuda", persistent_workers=False,
+                                            worker_init_fn=_outlive_signals))
 
 
 # ----- what need be computed only once --------------------------------------------------------------
@@ -443,7 +452,8 @@ def latent_key(pictures: Pictures, index: int, size: tuple[int, int], flip: bool
     return f"{pictures.key(index)} {size[0]}x{size[1]}{' flipped' * flip}"
 
 
-def fill_cache(pictures: Pictures, sizes: Callable[[int], list[tuple[int, int]]], flips: bool, caches: dict, encoders: dict, texts, processes) -> dict[int, int]:
+def fill_cache(pictures: Pictures, sizes: Callable[[int], list[tuple[int, int]]], flips: bool, caches: dict,
+               encoders: dict, texts, processes) -> dict[int, int]:
     """The latents of all pictures and the embeddings of all captions into their caches, each process its share.
 
     sizes     of picture i, (height, width), centered crops; flips: mirrored, too
@@ -452,8 +462,10 @@ def fill_cache(pictures: Pictures, sizes: Callable[[int], list[tuple[int, int]]]
     -> for each picture that cannot be read, the next one of its bucket (pictures.bucket), to be used in its place.
     Raises ValueError if there is none.
     """
-    keys = {latent_key(pictures, i, size, flip): (i, size, flip) for i in range(len(pictures)) for size in sizes(i) for flip in (False, True)[:1 + flips]}
-    missing = list(dict.fromkeys(key for cache in caches.values() for key in cache.missing([*keys])))[processes.rank::processes.world]
+    keys = {latent_key(pictures, i, size, flip): (i, size, flip) for i in range(len(pictures)) for size in sizes(i)
+            for flip in (False, True)[:1 + flips]}
+    missing = list(dict.fromkeys(key for cache in caches.values()
+                                 for key in cache.missing([*keys])))[processes.rank::processes.world]
     processes.wait()                                                     # all have looked before the first is written
     for key in tqdm(missing, desc="caching latents", unit="picture", disable=processes.rank > 0 or not missing):
         i, size, flip = keys[key]
@@ -463,12 +475,14 @@ def fill_cache(pictures: Pictures, sizes: Callable[[int], list[tuple[int, int]]]
                 cache.put(key, encoders[name](pixels)[0].cpu().numpy())
     if texts is not None:
         captions = sorted({""} | {caption for i in range(len(pictures)) for caption in pictures.captions(i)})
-        for caption in tqdm(captions[processes.rank::processes.world], desc="caching captions", disable=processes.rank > 0):
+        for caption in tqdm(captions[processes.rank::processes.world], desc="caching captions",
+                            disable=processes.rank > 0):
             texts.one(caption)
     processes.wait()
     broken = {keys[key][0] for cache in caches.values() for key in cache.missing([*keys])}
     if broken and processes.rank == 0:
-        print(f"{len(broken)} pictures cannot be read: {', '.join(pictures.name(i) for i in sorted(broken)[:5])}", file=sys.stderr)
+        print(f"{len(broken)} pictures cannot be read: {', '.join(pictures.name(i) for i in sorted(broken)[:5])}",
+              file=sys.stderr)
     replaced = {}
     for i in broken:
         others = [int(j) for j in np.flatnonzero(pictures.bucket == pictures.bucket[i]) if int(j) not in broken]

@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from data import sample_rng
-from files import WeightsError, write_atomically
-from hub import NAMES, SHIPPED
+from training.data import sample_rng
+from loading.files import WeightsError, write_atomically
+from loading.hub import NAMES, SHIPPED
 
-FILES = ("prior", "prior_text_encoder", "image_encoder", "decoder", "vqgan", "text_encoder")     # parts that may come from elsewhere
+# parts that may come from elsewhere
+FILES = ("prior", "prior_text_encoder", "image_encoder", "decoder", "vqgan", "text_encoder")
 
 
 def outline(args, model, pictures, buckets, plan) -> None:
@@ -50,7 +51,8 @@ def draw_curves(lines: list[dict], names: list[str], path: str | Path, width: in
     """One plot for each name that occurs in the lines of a log, over the step, below each other in one PNG. Loss axes are logarithmic."""
     font, plots = ImageFont.load_default(size=12), []
     for name in names:
-        points = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), (int, float)) and math.isfinite(line[name])]
+        points = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), (int, float))
+                  and math.isfinite(line[name])]
         if len(points) < 2:
             continue
         logarithmic = "loss" in name and min(y for _, y in points) > 0
@@ -83,25 +85,29 @@ def draw_curves(lines: list[dict], names: list[str], path: str | Path, width: in
 def settings_table(args) -> str:
     """The settings of a run as rows of a Markdown table, without those that are nobody else's business."""
     return "\n".join(f"| `--{name.replace('_', '-')}` | {value} |" for name, value in vars(args).items()
-                     if value not in (None, False, []) and name not in ("out", "resume", "device", "cache", "workers", "push_to_hub"))
+                     if value not in (None, False, []) and name not in ("out", "resume", "device", "cache", "workers",
+                                                                        "push_to_hub"))
 
 
 def write_result(args, prior, learned: dict, tokenizer, text_model, pictures: int) -> None:
     """prior/, or lora.safetensors; base.json, which tells sample.py --weights where the other parts are; README.md."""
     import lora
-    from weights import config_to_diffusers, save_scheduler, save_text_encoder, to_diffusers, write_files, STEM
+    from loading.weights import config_to_diffusers, save_scheduler, save_text_encoder, to_diffusers, write_files, STEM
 
     def place(path: str) -> str:
         return path if path in (*SHIPPED, *NAMES) else str(Path(path).resolve())    # a name stays a name
     out = Path(args.out)
-    base = dict(weights=place(args.weights), files={part: place(getattr(args, part)) for part in FILES if getattr(args, part)})
+    base = dict(weights=place(args.weights), files={part: place(getattr(args, part)) for part in FILES
+                                                    if getattr(args, part)})
     if args.lora:
         lora.save_lora(prior, out / "lora.safetensors", facts=dict(
-            base=args.weights, base_hash=lora.base_hash(prior), steps=args.steps, images=pictures, trigger_words=args.trigger))
+            base=args.weights, base_hash=lora.base_hash(prior), steps=args.steps, images=pictures,
+            trigger_words=args.trigger))
         base["lora"] = "lora.safetensors"
     else:
         tensors = {name.removeprefix("prior."): tensor for name, tensor in learned.items() if name.startswith("prior.")}
-        write_files(config_to_diffusers(prior), {n: t.contiguous() for n, t in to_diffusers(tensors, prior).items()}, out / "prior", STEM)
+        write_files(config_to_diffusers(prior), {n: t.contiguous() for n, t in to_diffusers(tensors, prior).items()},
+                    out / "prior", STEM)
         save_scheduler(out / "scheduler")
     if args.train_text:
         save_text_encoder(tokenizer, text_model, out / "text_encoder", out / "tokenizer")
@@ -134,10 +140,11 @@ tags: [text-to-image, wuerstchen{', lora' if args.lora else ''}]
 def push(args) -> None:
     """Uploads the result, not the checkpoints, to the hub. A failure here must not look like a failed training."""
     from huggingface_hub import HfApi
-    from hub import hub_mistakes
+    from loading.hub import hub_mistakes
     try:
         with hub_mistakes(args.push_to_hub, "main"):
             HfApi().create_repo(args.push_to_hub, exist_ok=True)
-            HfApi().upload_folder(repo_id=args.push_to_hub, folder_path=args.out, ignore_patterns=["checkpoints/*", "index/*", ".*"])
+            HfApi().upload_folder(repo_id=args.push_to_hub, folder_path=args.out,
+                                  ignore_patterns=["checkpoints/*", "index/*", ".*"])
     except WeightsError as error:
         print(f"the upload failed, the result is in {args.out}: {error}", file=sys.stderr)

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from files import WeightsError, write_atomically
+from loading.files import WeightsError, write_atomically
 
 
 class Mistake(ValueError):
@@ -70,11 +70,14 @@ class Processes:
             torch.cuda.set_device(self.device)
         self.many = "RANK" in os.environ
         if self.many:
-            # Before there is a group: this module's functions have the group of the time of its import as a default argument, and
-            # DistributedDataParallel imports it. Held by them, gloo's threads would outlive close(), and one that then lets go of a
+            # Before there is a group: this module's functions have the group of the time of its import as a default
+            # argument, and
+            # DistributedDataParallel imports it. Held by them, gloo's threads would outlive close(), and one that then
+            # lets go of a
             # tensor while the interpreter ends aborts the process, after all its work.
             from torch.distributed import nn as _
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=minutes))
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo",
+                                    timeout=datetime.timedelta(minutes=minutes))
 
     def close(self) -> None:
         if self.many:
@@ -141,7 +144,8 @@ class SynchronisedBatchNorm(torch.nn.BatchNorm2d):
         count = torch.full((1,), x.numel() / x.shape[1], device=x.device)
         sums = SumOverProcesses.apply(torch.cat([wide.sum((0, 2, 3)), count]))               # (C + 1,)
         n, mean = sums[-1], sums[:-1] / sums[-1]                                             # (), (C,)
-        # A second message, where one of squares would do: the difference of two large squares loses all digits of a small one.
+        # A second message, where one of squares would do: the difference of two large squares loses all digits of a
+        # small one.
         centred = wide - mean[:, None, None]                                                 # (B, C, H, W)
         variance = SumOverProcesses.apply(centred.square().sum((0, 2, 3))) / n               # (C,)
         with torch.no_grad():
@@ -179,7 +183,8 @@ def build_optimizer(model, args, betas: tuple[float, float] = (0.9, 0.999)):
     lora = getattr(args, "lora", False)
     decayed = [p for name, p in named if p.ndim >= 2 and not lora]
     rest = [p for name, p in named if p.ndim < 2 or lora]
-    groups = [dict(params=params, weight_decay=decay) for params, decay in ((decayed, args.weight_decay), (rest, 0.0)) if params]
+    groups = [dict(params=params, weight_decay=decay) for params, decay in ((decayed, args.weight_decay), (rest, 0.0))
+              if params]
     return torch.optim.AdamW(groups, lr=args.lr, betas=betas, fused=True)
 
 
@@ -256,11 +261,13 @@ class Checkpoints:
             raise Mistake(f"{path} cannot be read, presumably it is cut off or no checkpoint: {str(error).splitlines()[0][:150]}") from error
         if not isinstance(content, dict) or content.get("script") != script:
             found = content.get("script") if isinstance(content, dict) else None
-            raise Mistake(f"{path} is not a checkpoint of {script}" + (f" but of {found}" if found else "") + ": choose another --resume")
+            raise Mistake(f"{path} is not a checkpoint of {script}"
+                          + (f" but of {found}" if found else "") + ": choose another --resume")
         then = content["settings"]
         for name in sorted(settings.keys() & then.keys()):
             if settings[name] != then[name]:
-                print(f"resuming with --{name.replace('_', '-')} {settings[name]}, the checkpoint has {then[name]}", file=sys.stderr)
+                print(f"resuming with --{name.replace('_', '-')} {settings[name]}, the checkpoint has {then[name]}",
+                      file=sys.stderr)
         return content
 
 
@@ -278,7 +285,8 @@ class Log:
             except ImportError:
                 raise Mistake("--report-to tensorboard needs a package: pip install tensorboard") from None
             writer = SummaryWriter(str(out))
-            self.report = lambda values, step: [writer.add_scalar(name, value, step) for name, value in values.items() if isinstance(value, float)]
+            self.report = lambda values, step: [writer.add_scalar(name, value, step) for name, value in values.items()
+                                                if isinstance(value, float)]
         elif report_to == "wandb":
             try:
                 import wandb

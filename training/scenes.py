@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).parents[1] / "assets"
 CANVAS, CELL, COLUMNS = 128, 80, 16       # px of a scene; px and columns of the sprite sheet
 
 # Muted, so that a red apple still shows on red; any two differ by 84 or more in RGB distance.

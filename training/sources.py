@@ -30,7 +30,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from files import write_atomically
+from loading.files import write_atomically
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 CAPTION_KEYS = ("text", "caption", "captions")
@@ -136,7 +136,8 @@ def _size_of(place: Place, suffix: str) -> tuple[int, int]:
         try:
             with Image.open(io.BytesIO(content_of(place, limit))) as image:
                 # A PNG file may hold EXIF data behind its pixels, and getexif() decodes all of them to look for it.
-                known = image.format != "PNG" or image.info.keys() & {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
+                known = image.format != "PNG" or image.info.keys() & {"exif", "xmp", "XML:com.adobe.xmp",
+                                                                      "Raw profile type exif"}
                 turned = known and image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
                 # Of a TIFF file, newer versions of Pillow give the upright size: so take it from the tags themselves.
                 width, height = (image.tag_v2[256], image.tag_v2[257]) if image.format == "TIFF" else image.size
@@ -166,7 +167,8 @@ def _text(place: Place) -> str:
 def _captions_in(row: dict) -> list[str]:
     value = next((row[key] for key in CAPTION_KEYS if row.get(key)), [])
     if isinstance(value, str) and value.startswith("["):
-        with contextlib.suppress(ValueError):    # a list in a column of a CSV file; or just a caption that begins with "["
+        # a list in a column of a CSV file; or just a caption that begins with "["
+        with contextlib.suppress(ValueError):
             value = json.loads(value)
     return _cleaned(value if isinstance(value, list) else [value])
 
@@ -195,10 +197,12 @@ def _metadata_rows(places: dict[str, Place]) -> dict[str, dict]:
         try:
             text = _text(places[table])
             # Not splitlines(): a JSON text may hold U+2028, which that takes for the end of a line.
-            lines = csv.DictReader(io.StringIO(text, newline="")) if table.endswith(".csv") else filter(str.strip, text.split("\n"))
+            lines = csv.DictReader(io.StringIO(text, newline="")) if table.endswith(".csv") else filter(str.strip,
+                                                                                                        text.split("\n"))
             for number, line in enumerate(lines, 1):
                 row = json.loads(line) if isinstance(line, str) else line
-                rows[posixpath.normpath(posixpath.join(posixpath.dirname(table), row["file_name"]))] = {**row, "": table}
+                rows[posixpath.normpath(posixpath.join(posixpath.dirname(table),
+                                                       row["file_name"]))] = {**row, "": table}
         except (ValueError, KeyError, TypeError, csv.Error) as error:
             raise ValueError(f"{places[table][0]}, row {number}: {reason(error)}; expected file_name and text in each row") from error
     return rows
@@ -209,7 +213,8 @@ def _metadata_rows(places: dict[str, Place]) -> dict[str, dict]:
 def _shards(source: str, index_folder: Path | None) -> list[Path]:
     """Tar or parquet files of a source that is no folder, in order; what is not yet on this disk is fetched."""
     if source.startswith("pipe:"):
-        return [_spooled(f"pipe:{command}", command.split("/")[-1], index_folder, lambda tar, command=command: _run(command, tar))
+        return [_spooled(f"pipe:{command}", command.split("/")[-1], index_folder,
+                         lambda tar, command=command: _run(command, tar))
                 for command in _expand(source[5:])]
     if source.startswith("hub:"):
         return [_spooled(source, source[4:], index_folder, lambda tar: _write_tar(_hub_rows(source[4:]), tar))]
@@ -235,7 +240,8 @@ def _expand(pattern: str) -> list[str]:
         words = ",".join(f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1))
         if not words:
             raise ValueError(f"{pattern}: the range {match[0]} is empty, expected the smaller number first")
-    return [text for word in words.split(",") for text in _expand(pattern[:match.start()] + word + pattern[match.end():])]
+    return [text for word in words.split(",") for text in _expand(pattern[:match.start()] + word
+                                                                  + pattern[match.end():])]
 
 
 def _tar_samples(path: Path, index_folder: Path | None, found: Counter) -> Iterator[dict]:
@@ -249,7 +255,8 @@ def _tar_samples(path: Path, index_folder: Path | None, found: Counter) -> Itera
         content = json.loads(index.read_text(encoding="utf-8"))
     if not isinstance(content, dict) or content.get("stamp") != stamp:
         places, doubled, whole = _tar_places(path)
-        samples = [dict(sample, place=sample["place"][1:]) if "place" in sample else sample for sample in _samples(places)]
+        samples = [dict(sample, place=sample["place"][1:]) if "place" in sample else sample
+                   for sample in _samples(places)]
         samples += [dict(name=name, problem="twice in the shard, the last one counts") for name in doubled]
         samples += [dict(name="...", problem=f"cut off or damaged after {len(places)} files")] * (not whole)
         content = dict(stamp=stamp, found=Counter(_split(name)[1] for name in places), samples=samples)
@@ -278,7 +285,8 @@ def _tar_places(path: Path) -> tuple[dict[str, Place], list[str], bool]:
                     places[name] = (str(path), member.offset_data, member.size)
             end = tar.offset
         file.seek(end)
-        whole = file.read(512) == bytes(512)     # the end is a block of zeros; tarfile stops at a damaged header just as well
+        # the end is a block of zeros; tarfile stops at a damaged header just as well
+        whole = file.read(512) == bytes(512)
     if not places and not whole:
         raise ValueError(f"{path} cannot be read as a tar file: expected a folder of pictures, a whole .tar or a .parquet file")
     return places, doubled, whole
@@ -351,7 +359,9 @@ def _write_tar(rows: Iterable[dict], path: Path) -> None:
                 raise ValueError(f"row {number} holds no picture: expected a column of bytes, found {', '.join(row)}")
             content = picture if isinstance(picture, bytes) else picture["bytes"] or Path(picture["path"]).read_bytes()
             facts = {key: value for key, value in row.items() if isinstance(value, (str, int, float, list))}
-            for suffix, data in ((".jpg", content), (".json", json.dumps(facts, default=str).encode())):   # Pillow goes by
-                member = tarfile.TarInfo(f"{number:09d}{suffix}")                                          # content, not name
+            # Pillow goes by
+            for suffix, data in ((".jpg", content), (".json", json.dumps(facts, default=str).encode())):
+                # content, not name
+                member = tarfile.TarInfo(f"{number:09d}{suffix}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))

@@ -12,14 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import sample_rng
+from training.data import sample_rng
 from diffusion import Noise
-from stage_b_v1 import AttentionBlock, add_noise, layer_norm, sample, training_errors
+from v1.stage_b import AttentionBlock, add_noise, layer_norm, sample, training_errors
 
 
 def draw(rng: np.random.Generator, codes: int, h: int, w: int) -> dict:
     """What noise is made of: random_tokens (h,w), each any of the codes, and u (h,w), uniform, which says where they go."""
-    return dict(random_tokens=torch.from_numpy(rng.integers(codes, size=(h, w))), u=torch.from_numpy(rng.random((h, w), dtype=np.float32)))
+    return dict(random_tokens=torch.from_numpy(rng.integers(codes, size=(h, w))),
+                u=torch.from_numpy(rng.random((h, w), dtype=np.float32)))
 
 
 def cache_dtype(codes: int) -> str:
@@ -64,7 +65,8 @@ class AttentionGuide:
         share = torch.einsum("Hh,Ww->HWhw", rows, columns).flatten(2).flatten(0, 1)     # (H*W, h'*w')
         tokens = layer_norm(x).flatten(1, 2)                                             # (B, H*W, C)
         k = torch.cat([block.read(told)[0], block.key(tokens)], dim=1)                   # (B, h'*w' + N + H*W, C)
-        q, k = (y.unflatten(-1, (block.heads, -1))[:, :, :heads].transpose(1, 2) for y in (block.query(tokens), k))      # (B, heads / 2, ..., C / heads)
+        # (B, heads / 2, ..., C / heads)
+        q, k = (y.unflatten(-1, (block.heads, -1))[:, :, :heads].transpose(1, 2) for y in (block.query(tokens), k))
         said = (q @ k.mT / math.sqrt(q.shape[-1])).float().log_softmax(-1)[..., :h * w]  # (B, heads / 2, H*W, h'*w')
         self.errors.append(-(said * share).sum(-1).mean())
 
@@ -85,13 +87,15 @@ def validate(model, fixed, embed, t_grid: list[float], autocast, args, processes
         x_0, rng = fixed.x_0[i:i + 1], sample_rng(args.seed, i, "validation")            # (1, h, w)
         with autocast:
             semantic, text = model(fixed.source[i:i + 1]), embed([caption])
-        for k in range(len(t_grid)):                                     # one by one: logits are many, and it is the same on any machine
+        # one by one: logits are many, and it is the same on any machine
+        for k in range(len(t_grid)):
             t, drawn = levels[k:k + 1], draw(rng, model.decoder.codebook_size, *x_0.shape[1:])
             x_t, mask = add_noise(x_0, t, *(drawn[name][None].to(x_0.device) for name in ("random_tokens", "u")))
             with autocast:
                 logits = model(semantic, x_t, t, text)                                   # (1, K, h, w)
             found = (logits.argmax(1) == x_0)[mask]                                      # (tokens replaced,)
-            sums[:, k] += torch.stack([training_errors(logits, x_0, t, mask)[0], found.sum() / max(len(found), 1), torch.ones_like(t[0])])
+            sums[:, k] += torch.stack([training_errors(logits, x_0, t, mask)[0], found.sum() / max(len(found), 1),
+                                       torch.ones_like(t[0])])
     error, found = ((sums if args.fsdp else processes.sum(sums))[:2] / sums[2]).tolist()
     return dict(val_loss=float(np.mean(error))) | {f"val_loss_t_{t:.2f}": value for t, value in zip(t_grid, error)} \
         | {f"val_accuracy_t_{t:.2f}": value for t, value in zip(t_grid, found)}
