@@ -92,7 +92,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from training.data import Plan, batches, fit, open_pictures, read_filters, sample_rng
+from training.data import BatchSampler, batches, fit, open_dataset, read_filters, sample_rng
 from loading.files import STEM, write_atomically, write_files
 from extras.images import grid
 from training.report import draw_curves, outline, push, settings_table
@@ -322,10 +322,10 @@ def main(args):
     index = Path(args.out) / "index"
     val_data = args.val_data or (f"scenes:all:{args.val_count}:987654321" if scenes else None)   # scenes of another seed: unseen ones
     with processes.one_after_another(), as_user_error():             # what one has indexed or fetched serves the others
-        pictures = open_pictures(args.data, captions_required=False, index_folder=index, **read_filters(args.filter))
-        validation = open_pictures(val_data, captions_required=False, index_folder=index) if val_data else pictures
+        pictures = open_dataset(args.data, captions_required=False, index_folder=index, **read_filters(args.filter))
+        validation = open_dataset(val_data, captions_required=False, index_folder=index) if val_data else pictures
     pictures.bucket = np.zeros(len(pictures), np.int64)              # all are cut to the same square
-    plan = Plan(pictures.bucket, args.batch * args.grad_accum * processes.world, args.seed)
+    plan = BatchSampler(pictures.bucket, args.batch * args.grad_accum * processes.world, args.seed)
     if first:
         print(pictures.describe(), file=sys.stderr)
     if args.dry_run:

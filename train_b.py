@@ -116,7 +116,7 @@ from tqdm import tqdm
 from loading import hub
 from v1 import training as tokens
 from training.cache import Cache, hash_of
-from training.data import Plan, batches, bucket_sizes, fill_cache, fit, latent_key, nearest_bucket, open_pictures, read_filters, sample_rng
+from training.data import BatchSampler, batches, bucket_sizes, fill_cache, fit, latent_key, nearest_bucket, open_dataset, read_filters, sample_rng
 from diffusion import Guidance, Noise, add_noise, alphas_cumprod, denoise, linear_timesteps, p2_weight, per_row, v_weight
 from loading.files import read_config, to_half, write_atomically, write_files, STEM
 from extras.images import grid, psnr, to_pil
@@ -221,8 +221,8 @@ class Samples(torch.utils.data.Dataset):
                                    t_semantic=np.float32(level if noisy else 0), eps_semantic=torch.from_numpy(eps_semantic), dropped=bool(dropped))
 
 
-class SizedPlan(Plan):
-    """A Plan whose steps have sizes: the third of what step() returns is the place of (resolution, bucket) in `sizes`.
+class SizedPlan(BatchSampler):
+    """A BatchSampler whose steps have sizes: the third of what step() returns is the place of (resolution, bucket) in `sizes`.
 
     Which resolution step k has is a function of (seed, k). buckets: of the first resolution, which is the largest, with the
     most shapes; in the others, each of them goes to the nearest.
@@ -409,7 +409,7 @@ class Fixed:
         if source is None and args.data.split(":")[0] == "scenes":       # of another seed: never in training
             source = f"scenes:all:{max(args.val_count, 64)}:1000000000"
         with processes.one_after_another(), as_user_error():
-            pictures = open_pictures(source, index_folder=index_folder, captions_required=False) if source else pictures
+            pictures = open_dataset(source, index_folder=index_folder, captions_required=False) if source else pictures
         chosen = np.random.default_rng([args.seed, 1]).permutation(len(pictures))[:args.val_count]
         rows = [(*pictures.read_or_next(i, np.arange(len(pictures))), sample_rng(args.seed, i, "validation")) for i in chosen.tolist()]
         self.pixels = torch.from_numpy(np.stack([fit(pixels, (resolution, resolution), "center", False, rng) for pixels, _, rng in rows]))
@@ -581,7 +581,7 @@ def main(args):
     # --- data --------------------------------------------------------------------------------------
     index = Path(args.cache or args.out) / "index"
     with processes.one_after_another(), as_user_error():             # what one has indexed or fetched serves the others
-        pictures = open_pictures(args.data, index_folder=index, captions_required=False, **read_filters(args.filter))
+        pictures = open_dataset(args.data, index_folder=index, captions_required=False, **read_filters(args.filter))
         plan = SizedPlan(pictures.sizes, args.resolution, args.max_ratio, args.batch * args.grad_accum * processes.world, args.seed)
     pictures.bucket = plan.bucket
     small_numbers = dict(dtype=dict(fp16="float16", fp32="float32")[args.cache_dtype])

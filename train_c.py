@@ -111,7 +111,7 @@ from tqdm import tqdm
 from loading import hub
 import lora
 from training.cache import Cache, hash_of
-from training.data import Plan, batches, bucket_sizes, fill_cache, fit, latent_key, nearest_bucket, open_pictures, prompts_in, read_filters, sample_rng
+from training.data import BatchSampler, batches, bucket_sizes, fill_cache, fit, latent_key, nearest_bucket, open_dataset, read_prompts, read_filters, sample_rng
 from diffusion import Guidance, add_noise, alphas_cumprod, denoise, dpm_solver_step, linear_timesteps, p2_weight, v_weight
 from loading.files import write_atomically
 from extras.images import grid
@@ -300,7 +300,7 @@ def validate(model, fixed, embed, weight, autocast, args, processes) -> dict[str
 def sample_prompts(args, pictures) -> list[str]:
     if args.sample_prompts:
         with as_user_error():
-            return prompts_in(args.sample_prompts)
+            return read_prompts(args.sample_prompts)
     return list(dict.fromkeys(pictures.captions(i)[0] for i in range(min(len(pictures), 100))))[:4]
 
 
@@ -365,10 +365,10 @@ def main(args):
     buckets = bucket_sizes(args.resolution or (128 if is_tiny(paths["image_encoder"]) else 1024), max_ratio=args.max_ratio)
     index = Path(args.cache or args.out) / "index"
     with processes.one_after_another(), as_user_error():             # what one has indexed or fetched serves the others
-        pictures = open_pictures(args.data, index_folder=index, **read_filters(args.filter))
-        validation = open_pictures(args.val_data, index_folder=index) if args.val_data else pictures
+        pictures = open_dataset(args.data, index_folder=index, **read_filters(args.filter))
+        validation = open_dataset(args.val_data, index_folder=index) if args.val_data else pictures
     pictures.bucket = nearest_bucket(pictures.sizes, buckets)
-    plan = Plan(pictures.bucket, args.batch * args.grad_accum * processes.world, args.seed)
+    plan = BatchSampler(pictures.bucket, args.batch * args.grad_accum * processes.world, args.seed)
     cache = text_cache = None
     if args.cache:
         cache = Cache(args.cache, hash_of(image_encoder), dict(kind="latents", crop="center", dtype=dict(fp16="float16", fp32="float32")[args.cache_dtype]))
@@ -377,7 +377,7 @@ def main(args):
     painted, preserved = None, []
     if args.preserve:
         with as_user_error():
-            preserved = prompts_in(args.preserve_prompts)
+            preserved = read_prompts(args.preserve_prompts)
         painted = Cache(args.cache or index, before, dict(kind="painted", seed=args.seed, dtype="float16"))
 
     @torch.no_grad()

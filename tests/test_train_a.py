@@ -115,9 +115,9 @@ def first_line(folder, out, *options) -> tuple[dict, StageA, torch.Tensor, torch
     args.crop = "random"
     torch.manual_seed(0)
     model = train_a.build_model(args).train()
-    pictures = train_a.open_pictures(folder, captions_required=False)
+    pictures = train_a.open_dataset(folder, captions_required=False)
     samples = train_a.Samples(pictures, args)
-    positions, indices, _ = train_a.Plan(np.zeros(len(pictures), int), args.batch, args.seed).step(0)
+    positions, indices, _ = train_a.BatchSampler(np.zeros(len(pictures), int), args.batch, args.seed).step(0)
     items = [samples[int(position), int(index), 0] for position, index in zip(positions, indices)]
     return line, model, torch.stack([item["x"]
                                      for item in items]).permute(0, 3, 1, 2).float() / 255, torch.tensor([item["quantise"] for item in items])
@@ -275,7 +275,7 @@ def test_quantisation_is_skipped_picture_by_picture(folder):
     """Each by itself, a function of (seed, position): not a coin for the whole batch."""
     args = train_a.parse_args([*SMALL, "--data", str(folder), "--out", "unused", "--quantise", "0.25", "--crop",
                                "center"])
-    samples = train_a.Samples(train_a.open_pictures(folder, captions_required=False), args)
+    samples = train_a.Samples(train_a.open_dataset(folder, captions_required=False), args)
     drawn = np.array([samples[position, 0, 0]["quantise"] for position in range(400)])
     assert 0.18 < drawn.mean() < 0.32 and len(set(drawn.reshape(-1, 4).mean(1).tolist())) >= 4
     assert np.array_equal(drawn[:50], [samples[position, 0, 0]["quantise"] for position in range(50)])
@@ -604,7 +604,7 @@ def test_random_crops_differ_from_visit_to_visit(tmp_path):
     wide[..., 0] = np.arange(256)
     Image.fromarray(wide).save(tmp_path / "wide.png")
     args = train_a.parse_args([*SMALL, "--data", str(tmp_path), "--out", "unused", "--crop", "random"])
-    samples = train_a.Samples(train_a.open_pictures(tmp_path, captions_required=False), args)
+    samples = train_a.Samples(train_a.open_dataset(tmp_path, captions_required=False), args)
     means = [samples[position, 0, 0]["x"].float().mean().item() for position in range(8)]
     assert len(set(means)) > 5 and means[3] == samples[3, 0, 0]["x"].float().mean().item()
 

@@ -229,7 +229,7 @@ def test_pictures_of_little_contrast_count_more(folder, new, tmp_path, monkeypat
 
 def samples(folder, *options, n: int = 600, resolution: tuple = (128, 128)) -> list[dict]:
     args = train_b.parse_args([*SMALL, "--weights", "tiny", "--data", str(folder), "--out", "unused", *options])
-    pictures = data.open_pictures(folder, captions_required=False)
+    pictures = data.open_dataset(folder, captions_required=False)
     pictures.bucket = np.zeros(len(pictures), int)
     every = train_b.Samples(pictures, [resolution], 1, args, 4)
     return [every[position, position % len(pictures), 0] for position in range(n)]
@@ -587,9 +587,9 @@ def test_validation_and_psnr_are_the_same_work_every_time(folder, tmp_path):
 
 
 def test_emoji_scenes_are_validated_on_ones_that_are_never_trained_on(new, tmp_path, monkeypatch):
-    opened, open_pictures = [], data.open_pictures
-    monkeypatch.setattr(train_b, "open_pictures", lambda source, **more: opened.append(source)
-                        or open_pictures(source, **more))
+    opened, open_dataset = [], data.open_dataset
+    monkeypatch.setattr(train_b, "open_dataset", lambda source, **more: opened.append(source)
+                        or open_dataset(source, **more))
     train("scenes:all:16:5", tmp_path / "run", *new, "--val-every", "1", "--val-count", "2", steps=1)
     assert opened == ["scenes:all:16:5", "scenes:all:64:1000000000"]
 

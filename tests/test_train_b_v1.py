@@ -145,7 +145,7 @@ def test_one_step_in_closed_form(folder, new, tmp_path, monkeypatch):
     drawn = [tokens.draw(data.sample_rng(0, p, "noise"), 1024, 32, 32) for p in positions.tolist()]
     chance = torch.tensor([np.float32(data.sample_rng(0, p, "timestep").random()) for p in positions.tolist()])
     torch.testing.assert_close(t, training_levels(chance), rtol=0, atol=1e-6)
-    vqgan, pictures = weights.load_stage_a(TINY / "vqgan"), data.open_pictures(folder)
+    vqgan, pictures = weights.load_stage_a(TINY / "vqgan"), data.open_dataset(folder)
     loss = 0.0
     for i in range(4):
         pixels = torch.from_numpy(pictures.read(int(indices[i])).copy()).permute(2, 0, 1)[None].float() / 255
@@ -234,7 +234,7 @@ def test_the_guides_loss_is_added_with_its_weight(folder, new, tmp_path, monkeyp
 def test_what_a_sample_draws_is_its_own():
     """Any of the codes, evenly; a function of seed and position alone. v2's draws are none of its business."""
     args = train_b.parse_args([*SMALL, "--v1", "--weights", "tiny", "--data", "scenes:all:16:1", "--out", "unused"])
-    pictures = data.open_pictures("scenes:all:16:1", captions_required=False)
+    pictures = data.open_dataset("scenes:all:16:1", captions_required=False)
     pictures.bucket = np.zeros(16, int)
     samples = train_b.Samples(pictures, [(128, 128)], 1, args, 1024)
     items = [samples[position, position % 16, 0] for position in range(48)]

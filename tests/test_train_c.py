@@ -119,7 +119,7 @@ def test_the_text_encoder_learns_only_if_told_to(folder, tmp_path, options, lear
 
 def samples(folder, *options, n: int = 400, **more) -> list[dict]:
     args = train_c.parse_args([*SMALL, "--data", str(folder), "--out", "unused", *options])
-    pictures = data.open_pictures(folder)
+    pictures = data.open_dataset(folder)
     pictures.bucket = np.zeros(len(pictures), int)
     every = train_c.Samples(pictures, [(128, 128)], args, **more)
     return [every[position, position % len(pictures), 0] for position in range(n)]

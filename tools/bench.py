@@ -821,7 +821,7 @@ def reading(side: int, batch: int, files: int = 64) -> dict:
     import numpy as np
     from PIL import Image
     import train_c
-    from training.data import Plan, batches, open_pictures
+    from training.data import BatchSampler, batches, open_dataset
     from training.run import Processes
     with tempfile.TemporaryDirectory() as folder:
         rng = np.random.default_rng(0)
@@ -830,9 +830,9 @@ def reading(side: int, batch: int, files: int = 64) -> dict:
             rough.resize((side * 4 // 3, side * 4 // 3), Image.Resampling.BICUBIC).save(f"{folder}/{i}.jpg", quality=95)
             Path(folder, f"{i}.txt").write_text(PROMPT, encoding="utf-8")
         args = train_c.parse_args(["--data", folder, "--out", folder, "--batch", f"{batch}", "--workers", "2"])
-        pictures = open_pictures(folder)
+        pictures = open_dataset(folder)
         pictures.bucket = np.zeros(len(pictures), int)
-        loader = batches(train_c.Samples(pictures, [(side, side)], args), Plan(pictures.bucket, batch, 0),
+        loader = batches(train_c.Samples(pictures, [(side, side)], args), BatchSampler(pictures.bucket, batch, 0),
                          Processes("cpu"), args)
         for _ in range(8):                       # until the workers run, and what they read ahead is used up
             next(loader)
