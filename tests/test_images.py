@@ -227,7 +227,7 @@ def broken_files(folder):
         noise.save(folder / f"whole.{suffix}")
         data = (folder / f"whole.{suffix}").read_bytes()
         (folder / f"cut.{suffix}").write_bytes(data[:len(data) // 2])
-        yield folder / f"cut.{suffix}", r"presumably it is cut off or damaged \("
+        yield folder / f"cut.{suffix}", r"it is probably cut off or damaged \("
     (folder / "text.png").write_text("this is no picture")
     yield folder / "text.png", "it holds no picture in a known format"
     (folder / "empty.png").touch()
@@ -605,7 +605,7 @@ def test_settings_that_are_not_there_are_explained(tmp_path):
             "broken.png": f"{none}its text 'wuerstchen' is no JSON \\(Expecting value",
             "list.png": f"{none}its text 'wuerstchen' is no JSON object",
             "deep.png": f"{none}its text 'wuerstchen' is no JSON",
-            "cut.png": f"{unreadable}presumably it is cut off",
+            "cut.png": f"{unreadable}it is probably cut off",
             "text.png": f"{unreadable}it holds no picture in a known format",
             "missing.png": f"{unreadable}there is no such file"}.items():
         with pytest.raises(ValueError, match=f"^{tmp_path / name} {problem}") as error:
