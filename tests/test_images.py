@@ -10,9 +10,10 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from extras import images
-from extras.images import (apply_linear, cover, enlarge, feather, fit_linear, fitting_size, grid, parameters_text, psnr,
-                           read_image, read_mask,
-                    read_settings, save_gif, save_png, strip, to_pil)
+from extras.images import (cover, enlarge, feather, fitting_size, grid, psnr, read_image, read_mask, save_gif, strip,
+                           to_pil)
+from extras.metadata import parameters_text, read_settings, save_png
+from extras.previews import apply_linear, fit_linear
 
 RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
 # (2, 3, 3) uint8, all six pixels different: no turning or mirroring leaves it as it is
@@ -82,7 +83,7 @@ def test_floats_are_read_from_0_to_1_or_from_0_to_255(values, tmp_path):
     (np.array([[0, np.nan]], np.float32), r"its pixels \(mode F\) run from nan to nan, expected 0 to 255")])
 def test_numbers_without_a_known_white_are_refused(values, problem):
     """Rather than guess a scale and paint from a picture that nobody has seen."""
-    with pytest.raises(ValueError, match=f"^the image cannot be read as a picture: {problem}$"):
+    with pytest.raises(ValueError, match=f"^the image cannot be read: {problem}$"):
         read_image(Image.fromarray(values))
 
 
@@ -198,8 +199,8 @@ def test_to_pil_rounds():
     (np.zeros((5, 5), np.int64), "an array of int64, expected uint8 from 0 to 255 or floats from 0 to 1"),
     (np.full((5, 5), 128.0), "its numbers run from 128 to 128, expected floats from 0 to 1: scale them first"),
     (np.full((5, 5), -1.0), "its numbers run from -1 to -1, expected floats from 0 to 1"),
-    (np.full((5, 5), np.nan), "it holds numbers that are NaN or infinite, expected 0 to 1"),
-    (torch.full((3, 5, 5), math.inf), "it holds numbers that are NaN or infinite, expected 0 to 1"),
+    (np.full((5, 5), np.nan), "it contains NaN or infinity, expected numbers from 0 to 1"),
+    (torch.full((3, 5, 5), math.inf), "it contains NaN or infinity, expected numbers from 0 to 1"),
     (torch.zeros(2, 3, 5, 5), r"a tensor of shape \(2, 3, 5, 5\), expected \(3,H,W\), \(1,3,H,W\) or \(H,W\)"),
     (torch.zeros(5, 5, 3), r"a tensor of shape \(5, 5, 3\), expected"),
     (torch.zeros(3, 0, 5), r"a tensor of shape \(3, 0, 5\), expected"),
@@ -208,7 +209,7 @@ def test_to_pil_rounds():
     (None, "got NoneType, expected a path, a PIL image, an array or a tensor")])
 def test_impossible_shapes_and_numbers_are_refused(source, problem):
     """In one line, which says what was expected."""
-    with pytest.raises(ValueError, match=f"^the image cannot be read as a picture: {problem}") as error:
+    with pytest.raises(ValueError, match=f"^the image cannot be read: {problem}") as error:
         read_image(source)
     assert "\n" not in str(error.value)
 
@@ -229,9 +230,9 @@ def broken_files(folder):
         (folder / f"cut.{suffix}").write_bytes(data[:len(data) // 2])
         yield folder / f"cut.{suffix}", r"presumably it is cut off or damaged \("
     (folder / "text.png").write_text("this is no picture")
-    yield folder / "text.png", "it holds no picture in a known format"
+    yield folder / "text.png", "it is not an image in a known format"
     (folder / "empty.png").touch()
-    yield folder / "empty.png", "it holds no picture in a known format"
+    yield folder / "empty.png", "it is not an image in a known format"
     yield folder / "missing.png", "there is no such file"
     yield folder, "it is a folder, expected a file"
 
@@ -240,7 +241,7 @@ def test_files_that_are_no_pictures_are_named_in_one_line(tmp_path):
     """Pillow's own errors come in many kinds, some of several lines, some without the file's name."""
     for path, problem in broken_files(tmp_path):
         for read in (read_image, read_mask, str):
-            with pytest.raises(ValueError, match=f"^{path} cannot be read as a picture: {problem}") as error:
+            with pytest.raises(ValueError, match=f"^{path} cannot be read: {problem}") as error:
                 read(path) if read is not str else read_image(str(path))
             assert "\n" not in str(error.value)
 
@@ -250,7 +251,7 @@ def test_a_picture_of_absurd_size_is_refused(tmp_path, monkeypatch):
     plain(RED, (100, 100)).save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(ValueError,
-                       match="bomb.png cannot be read as a picture: Image size .10000 pixels. exceeds limit"):
+                       match="bomb.png cannot be read: Image size .10000 pixels. exceeds limit"):
         read_image(tmp_path / "bomb.png")
 
 
@@ -259,7 +260,7 @@ def test_a_file_that_may_not_be_read_says_so(tmp_path, monkeypatch):
     def refuse(*args, **options):
         raise PermissionError(13, "Permission denied")
     monkeypatch.setattr(Image, "open", refuse)
-    with pytest.raises(ValueError, match="secret.png cannot be read as a picture: permission denied$"):
+    with pytest.raises(ValueError, match="secret.png cannot be read: permission denied$"):
         read_image("secret.png")
 
 
@@ -338,7 +339,7 @@ def test_enlarge_leaves_the_picture_in_its_middle():
     assert larger[:, 0, 0].equal(image[:, 0, 0]) and larger[:, -1, -1].equal(image[:, -1, -1])
     assert read_mask(mask).equal(mask)
     with pytest.raises(ValueError,
-                       match="^nothing is added around the picture: at least one side must be larger than 0 px"):
+                       match="^nothing is added around the image: at least one side must be larger than 0 px"):
         enlarge(image, 0, 0, 0, 0)
 
 
@@ -380,7 +381,7 @@ def test_psnr_is_the_known_formula():
     a = torch.rand(3, 8, 8)
     assert psnr(a, a + 0.1) == pytest.approx(20, abs=1e-4)
     assert psnr(a, a) == math.inf
-    with pytest.raises(ValueError, match=r"pictures of shapes \(3, 8, 8\) and \(3, 8, 1\) cannot be compared"):
+    with pytest.raises(ValueError, match=r"images of shapes \(3, 8, 8\) and \(3, 8, 1\) cannot be compared"):
         psnr(a, a[:, :, :1])
 
 
@@ -474,9 +475,9 @@ def test_strip_is_one_row():
 
 
 @pytest.mark.parametrize("arguments, problem", [
-    (([], 1), r"got 0 pictures of sizes \[\]: expected at least one"),
+    (([], 1), r"got 0 images of sizes \[\]: expected at least one"),
     (([plain(RED), plain(RED, (6, 8))], 1),
-     r"got 2 pictures of sizes \[\(6, 8\), \(8, 6\)\]: expected at least one, and all of one size"),
+     r"got 2 images of sizes \[\(6, 8\), \(8, 6\)\]: expected at least one, all of one size"),
     (([plain(RED)], 0), "got 0 columns, expected at least 1"),
     (([plain(RED)] * 3, 2, ["a"]), "got 1 labels for 2 columns, expected one for each"),
     (([plain(RED)] * 3, 2, None, ["a", "b", "c"]), "got 3 labels for 2 rows, expected one for each")])
@@ -598,15 +599,15 @@ def test_settings_that_are_not_there_are_explained(tmp_path):
     save_png(plain(RED, (400, 400)), tmp_path / "cut.png", SETTINGS)
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:-100])
     (tmp_path / "text.png").write_text("no picture")
-    none, unreadable = "carries no settings of this program: ", "cannot be read as a picture: "
+    none, unreadable = "contains no settings of this program: ", "cannot be read: "
     for name, problem in {
             "bare.png": f"{none}expected a PNG file just as it was saved",
             "photo.jpg": f"{none}expected a PNG file just as it was saved",
-            "broken.png": f"{none}its text 'wuerstchen' is no JSON \\(Expecting value",
-            "list.png": f"{none}its text 'wuerstchen' is no JSON object",
-            "deep.png": f"{none}its text 'wuerstchen' is no JSON",
+            "broken.png": f"{none}its text 'wuerstchen' is not JSON \\(Expecting value",
+            "list.png": f"{none}its text 'wuerstchen' is not a JSON object",
+            "deep.png": f"{none}its text 'wuerstchen' is not JSON",
             "cut.png": f"{unreadable}presumably it is cut off",
-            "text.png": f"{unreadable}it holds no picture in a known format",
+            "text.png": f"{unreadable}it is not an image in a known format",
             "missing.png": f"{unreadable}there is no such file"}.items():
         with pytest.raises(ValueError, match=f"^{tmp_path / name} {problem}") as error:
             read_settings(tmp_path / name)
@@ -621,7 +622,7 @@ def test_a_gif_has_all_frames_and_plays_for_ever(tmp_path):
         for i, colour in enumerate((RED, GREEN, BLUE)):
             movie.seek(i)
             assert movie.convert("RGB").getpixel((0, 0)) == colour
-    with pytest.raises(ValueError, match="got 0 pictures"):
+    with pytest.raises(ValueError, match="got 0 images"):
         save_gif([], tmp_path / "none.gif")
 
 
