@@ -119,8 +119,8 @@ from training.report import FILES, draw_curves, dry_run, push, write_result
 from stage_b import preprocess
 from stage_c import StageC
 from text import CachedTexts, TextEncoder
-from training.run import (Averaged, Checkpoints, Log, Mistake, Processes, StopSignal, build_optimizer, mistakes_in_one_line, rate,
-                      user_mistakes)
+from loading.errors import RESUME_HINT, UserError, as_user_error, exit_on_user_error
+from training.run import Averaged, Checkpoints, Log, Processes, StopSignal, build_optimizer, rate
 from loading.weights import (config_to_ours, is_tiny, load_image_encoder, load_stage_a, load_stage_b, load_stage_c, load_text_encoder)
 from wuerstchen import Wuerstchen, to_stored
 
@@ -131,22 +131,22 @@ def check(args) -> None:
     """Ends the program for arguments that make no sense, before anything is loaded."""
     for name, low in (("rank", 1), ("steps", 1), ("batch", 1), ("grad_accum", 1), ("save_every", 1), ("keep", 1), ("log_every", 1), ("val_count", 1)):
         if getattr(args, name) < low:
-            raise Mistake(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {low}")
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {low}")
     for name in ("caption_dropout", "lora_dropout", "ema", "preserve"):
         if not 0 <= getattr(args, name) < 1:
-            raise Mistake(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a number from 0 to below 1")
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a number from 0 to below 1")
     if args.lora and (args.train_text or args.init == "random"):
-        raise Mistake("--lora leaves all weights as they are: it does not go with --train-text or --init random")
+        raise UserError("--lora leaves all weights as they are: it does not go with --train-text or --init random")
     if bool(args.preserve) != bool(args.preserve_prompts) or args.preserve and (args.train_text or args.init == "random"):
-        raise Mistake("--preserve and --preserve-prompts go together, and with neither --train-text nor --init random, which leave nothing as it was")
+        raise UserError("--preserve and --preserve-prompts go together, and with neither --train-text nor --init random, which leave nothing as it was")
     if args.weights == "v1":
-        raise Mistake("--weights v1 can be painted with, not fine-tuned: training puts latents into v2's scale; choose v2-base")
+        raise UserError("--weights v1 can be painted with, not fine-tuned: training puts latents into v2's scale; choose v2-base")
     if args.config and args.init != "random":
-        raise Mistake("--config gives the sizes of a new Stage C: add --init random")
+        raise UserError("--config gives the sizes of a new Stage C: add --init random")
     if args.cache and (args.crop == "random" or args.train_text):
-        raise Mistake("--cache keeps what does not change: it does not go with --crop random or --train-text")
+        raise UserError("--cache keeps what does not change: it does not go with --crop random or --train-text")
     if args.fsdp and (args.lora or args.train_text):
-        raise Mistake("--fsdp is for all of Stage C: a LoRA fits one GPU, and --train-text is for the tiny model")
+        raise UserError("--fsdp is for all of Stage C: a LoRA fits one GPU, and --train-text is for the tiny model")
 
 
 # ----- one sample -------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ class Samples(torch.utils.data.Dataset):
             index = self.replaced.get(index, index)
             latent = self.cache.get(latent_key(self.pictures, index, (h, w), flip))
             if latent is None:
-                raise Mistake(f"an entry of --cache {args.cache} was damaged while it was in use, and removed: start again with --resume auto")
+                raise UserError(f"an entry of --cache {args.cache} was damaged while it was in use, and removed: start again with --resume auto")
             x = torch.from_numpy(latent).float()                                             # (16, h', w')
         captions = self.pictures.captions(index)
         caption = captions[rng("caption").integers(len(captions))]
@@ -246,7 +246,7 @@ def build_prior(args, place, dtype):
     try:
         return StageC(**(config_to_ours(json.loads(Path(args.config).read_text()), StageC) if args.config else {}))
     except (ValueError, TypeError, RuntimeError) as error:
-        raise Mistake(f"--config {args.config} cannot be used: {error}") from error
+        raise UserError(f"--config {args.config} cannot be used: {error}") from error
 
 
 class Learner(torch.nn.Module):
@@ -299,17 +299,17 @@ def validate(model, fixed, embed, weight, autocast, args, processes) -> dict[str
 
 def sample_prompts(args, pictures) -> list[str]:
     if args.sample_prompts:
-        with user_mistakes():
+        with as_user_error():
             return read_prompts(args.sample_prompts)
     return list(dict.fromkeys(pictures.captions(i)[0] for i in range(min(len(pictures), 100))))[:4]
 
 
-def build_painter(places, prior, tokenizer, text_model, device, dtype):
+def build_painter(paths, prior, tokenizer, text_model, device, dtype):
     """The pipeline with the model that learns in it. Stage B and its text encoder are let go between two grids."""
-    tiny, shared = is_tiny(places["image_encoder"]), places["text_encoder"] == places["prior_text_encoder"]
+    tiny, shared = is_tiny(paths["image_encoder"]), paths["text_encoder"] == paths["prior_text_encoder"]
     text_c = TextEncoder(tokenizer, text_model)
-    return Wuerstchen(lambda: load_stage_a(places["vqgan"], dtype), lambda: load_stage_b(places["decoder"], dtype), prior, text_c,
-                      text_c if shared else lambda: TextEncoder(*load_text_encoder(places["text_encoder"], places["tokenizer"], dtype)),
+    return Wuerstchen(lambda: load_stage_a(paths["vqgan"], dtype), lambda: load_stage_b(paths["decoder"], dtype), prior, text_c,
+                      text_c if shared else lambda: TextEncoder(*load_text_encoder(paths["text_encoder"], paths["tokenizer"], dtype)),
                       device=device, dtype=dtype, **(dict(size=128, guidance_b=4.0) if tiny else {}))
 
 
@@ -346,25 +346,25 @@ def main(args):
 
     # --- models ------------------------------------------------------------------------------------
     files = {part: getattr(args, part) for part in FILES if getattr(args, part)}
-    places = hub.locate(args.weights, files, (*hub.TEXT_TO_IMAGE, "image_encoder") if args.sample_every else TRAINING_PARTS)
-    prior = build_prior(args, places["prior"], dtype).to(device)
-    tokenizer, text_model = load_text_encoder(places["prior_text_encoder"], places["prior_tokenizer"], torch.float32 if args.train_text else dtype)
+    paths = hub.locate(args.weights, files, (*hub.TEXT_TO_IMAGE, "image_encoder") if args.sample_every else TRAINING_PARTS)
+    prior = build_prior(args, paths["prior"], dtype).to(device)
+    tokenizer, text_model = load_text_encoder(paths["prior_text_encoder"], paths["prior_tokenizer"], torch.float32 if args.train_text else dtype)
     text_model.to(device).train(args.train_text).requires_grad_(args.train_text)
-    image_encoder = load_image_encoder(places["image_encoder"]).to(device).requires_grad_(False)     # eval mode, float32: the targets are exact
+    image_encoder = load_image_encoder(paths["image_encoder"]).to(device).requires_grad_(False)     # eval mode, float32: the targets are exact
     if image_encoder.config.get("network") == "efficientnet_v2_l":
-        raise Mistake(f"{places['image_encoder']} is the image encoder of v1, whose latents are not in the scale of this training: choose v2's")
+        raise UserError(f"{paths['image_encoder']} is the image encoder of v1, whose latents are not in the scale of this training: choose v2's")
     before = hash_of(prior) if args.preserve else None
     if args.lora:
-        with user_mistakes():
+        with as_user_error():
             lora.add_lora(prior, args.rank, args.alpha, args.lora_dropout, args.targets, rslora=args.rslora, dora=args.dora)
     prior.checkpointing = args.checkpointing
     untrained = copy.deepcopy(prior).to(dtype).requires_grad_(False).eval() if args.preserve and not args.lora else None
     model = Learner(prior.train(), text_model if args.train_text else None)
 
     # --- data --------------------------------------------------------------------------------------
-    buckets = bucket_sizes(args.resolution or (128 if is_tiny(places["image_encoder"]) else 1024), max_ratio=args.max_ratio)
+    buckets = bucket_sizes(args.resolution or (128 if is_tiny(paths["image_encoder"]) else 1024), max_ratio=args.max_ratio)
     index = Path(args.cache or args.out) / "index"
-    with processes.one_after_another(), user_mistakes():             # what one has indexed or fetched serves the others
+    with processes.one_after_another(), as_user_error():             # what one has indexed or fetched serves the others
         pictures = open_dataset(args.data, index_folder=index, **read_filters(args.filter))
         validation = open_dataset(args.val_data, index_folder=index) if args.val_data else pictures
     pictures.bucket = nearest_bucket(pictures.sizes, buckets)
@@ -376,7 +376,7 @@ def main(args):
     texts = CachedTexts(TextEncoder(tokenizer, text_model), text_cache)
     painted, preserved = None, []
     if args.preserve:
-        with user_mistakes():
+        with as_user_error():
             preserved = read_prompts(args.preserve_prompts)
         painted = Cache(args.cache or index, before, dict(kind="painted", seed=args.seed, dtype="float16"))
 
@@ -414,7 +414,7 @@ def main(args):
         return dry_run(args, model, pictures, buckets, plan) if first else None
     replaced = {}
     if args.cache:
-        with user_mistakes():
+        with as_user_error():
             replaced = fill_cache(pictures, lambda i: [buckets[pictures.bucket[i]]], args.random_flip, {"x": cache}, {"x": encode}, texts, processes)
     if args.preserve:
         paint(as_it_was, preserved, [buckets[number] for number in np.unique(pictures.bucket)], painted, args, processes)
@@ -464,7 +464,7 @@ def main(args):
         processes.wait()
 
     log = Log(args.out, start, args.report_to, settings) if first else None
-    painter = build_painter(places, prior, tokenizer, text_model, device, dtype) if args.sample_every and (first or args.fsdp) else None
+    painter = build_painter(paths, prior, tokenizer, text_model, device, dtype) if args.sample_every and (first or args.fsdp) else None
 
     def look(step: int) -> None:
         """Validation and samples, with the averaged weights."""
@@ -534,7 +534,7 @@ def main(args):
                 log.write(step + 1, bad_step=True, positions=batch["position"].tolist(), captions=batch["caption"])
             if bad >= args.max_bad_steps:
                 save(step)
-                raise Mistake(f"{bad} steps in a row came to NaN or infinity, up to step {step + 1}; the last good state is in {args.out}/checkpoints: "
+                raise UserError(f"{bad} steps in a row came to NaN or infinity, up to step {step + 1}; the last good state is in {args.out}/checkpoints: "
                               f"lower --lr, or use --dtype bf16 or fp32; what was in these batches is in {args.out}/log.jsonl")
         else:
             bad = 0
@@ -584,5 +584,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    with mistakes_in_one_line():
+    with exit_on_user_error(RESUME_HINT):
         main(ARGS)

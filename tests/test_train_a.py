@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from training import scenes
 import train_a
+from loading.errors import UserError
 from training import run as training
 from helpers import lines, newest, same
 from stage_a import (Codebook, CodebookAverages, PatchDiscriminator, StageA, adaptive_weight, count, discriminator_loss,
@@ -502,7 +503,7 @@ def test_a_discriminator_may_join_on_resume(folder, tmp_path, capsys):
     train(folder, out, "--resume", "auto", *GAN, steps=4)
     assert "resuming with --gan-start 2, the checkpoint has None" in capsys.readouterr().err
     assert lines(out)[-1]["discriminator"] > 0
-    with pytest.raises(training.Mistake, match="was made with --codebook gradient"):
+    with pytest.raises(UserError, match="was made with --codebook gradient"):
         train(folder, out, "--resume", "auto", "--codebook", "ema", steps=6)
 
 
@@ -574,7 +575,7 @@ def test_a_bad_step_leaves_no_trace(folder, tmp_path, monkeypatch, options):
 def test_too_many_bad_steps_in_a_row_stop_the_run_with_its_last_good_state(folder, tmp_path, monkeypatch):
     decode = StageA.decode_raw
     monkeypatch.setattr(StageA, "decode_raw", lambda self, z: decode(self, z) * float("nan"))
-    with pytest.raises(training.Mistake,
+    with pytest.raises(UserError,
                        match="3 steps in a row came to NaN or infinity, up to step 3; the last good state is in .*lower --lr"):
         train(folder, tmp_path / "run", "--max-bad-steps", "3", steps=9)
     assert all(tensor.isfinite().all() for tensor in newest(tmp_path / "run")["model"].values())
@@ -627,13 +628,13 @@ def test_a_dry_run_says_what_would_happen_and_does_nothing(folder, tmp_path, cap
 
 def test_a_run_is_not_overwritten_and_foreign_checkpoints_are_refused(folder, tmp_path):
     out = train(folder, tmp_path / "run", steps=1)
-    with pytest.raises(training.Mistake,
+    with pytest.raises(UserError,
                        match="exists already: add --resume auto to go on from it, or choose another --out"):
         train(folder, out)
     torch.save(dict(script="train_b.py"), tmp_path / "b.pt")
-    with pytest.raises(training.Mistake, match="is not a checkpoint of train_a.py but of train_b.py"):
+    with pytest.raises(UserError, match="is not a checkpoint of train_a.py but of train_b.py"):
         train(folder, tmp_path / "other", "--resume", str(tmp_path / "b.pt"))
-    with pytest.raises(training.Mistake, match="does not fit: .*resume with the sizes"):
+    with pytest.raises(UserError, match="does not fit: .*resume with the sizes"):
         train(folder, out, "--resume", "auto", "--width", "16", steps=2)
 
 
@@ -657,6 +658,6 @@ MISTAKES = [
 
 @pytest.mark.parametrize("options, message", MISTAKES, ids=[" ".join(options) for options, _ in MISTAKES])
 def test_mistakes_are_one_line(folder, tmp_path, options, message):
-    with pytest.raises((training.Mistake, ValueError, OSError), match=message) as error:
+    with pytest.raises((UserError, ValueError, OSError), match=message) as error:
         train(folder, tmp_path / "run", *options)
     assert "\n" not in str(error.value)

@@ -24,6 +24,7 @@ from training import data
 import sample
 from training import scenes
 import train_c
+from loading.errors import UserError
 from training import run as training
 from helpers import newest, same
 from stage_b import TinyImageEncoder
@@ -446,7 +447,7 @@ def test_a_bad_step_is_skipped_and_its_batch_named(folder, tmp_path, monkeypatch
 def test_too_many_bad_steps_in_a_row_stop_the_run_with_its_last_good_state(folder, tmp_path, monkeypatch):
     forward = train_c.Learner.forward
     monkeypatch.setattr(train_c.Learner, "forward", lambda self, *args: forward(self, *args) * float("nan"))
-    with pytest.raises(training.Mistake,
+    with pytest.raises(UserError,
                        match="3 steps in a row came to NaN or infinity, up to step 3; the last good state is in .*lower --lr"):
         train(folder, tmp_path / "run", *LORA, "--max-bad-steps", "3", steps=9)
     assert all(tensor.isfinite().all() for tensor in newest(tmp_path / "run")["model"].values())
@@ -462,25 +463,25 @@ def test_only_the_newest_checkpoints_are_kept(folder, tmp_path):
 def test_v1_is_not_trained():
     """Its Stage C works on unscaled latents: trained on scaled ones it would be spoilt, and nothing would tell why."""
     args = train_c.parse_args(["--data", "x", "--out", "y", "--weights", "v1"])
-    with pytest.raises(training.Mistake, match="--weights v1 can be painted with, not fine-tuned: .* choose v2-base"):
+    with pytest.raises(UserError, match="--weights v1 can be painted with, not fine-tuned: .* choose v2-base"):
         train_c.check(args)
 
 
 def test_a_run_is_not_overwritten_and_foreign_checkpoints_are_refused(folder, tmp_path):
     out = train(folder, tmp_path / "run", *LORA, steps=1)
-    with pytest.raises(training.Mistake,
+    with pytest.raises(UserError,
                        match="exists already: add --resume auto to go on from it, or choose another --out"):
         train(folder, out, *LORA)
-    with pytest.raises(training.Mistake, match="there is no such file; the checkpoints here are step_00000001.pt"):
+    with pytest.raises(UserError, match="there is no such file; the checkpoints here are step_00000001.pt"):
         train(folder, out, *LORA, "--resume", "nowhere.pt")
     path = out / "checkpoints" / "step_00000001.pt"
     for content, message in ((path.read_bytes()[:-500], "cannot be read, presumably it is cut off"),
                              (b"hello", "cannot be read")):
         (tmp_path / "torn.pt").write_bytes(content)
-        with pytest.raises(training.Mistake, match=message):
+        with pytest.raises(UserError, match=message):
             train(folder, tmp_path / "other", *LORA, "--resume", str(tmp_path / "torn.pt"))
     torch.save(dict(script="train_b.py"), tmp_path / "b.pt")
-    with pytest.raises(training.Mistake, match="is not a checkpoint of train_c.py but of train_b.py"):
+    with pytest.raises(UserError, match="is not a checkpoint of train_c.py but of train_b.py"):
         train(folder, tmp_path / "other", *LORA, "--resume", str(tmp_path / "b.pt"))
 
 
@@ -505,7 +506,7 @@ MISTAKES = [
 
 @pytest.mark.parametrize("options, message", MISTAKES, ids=[" ".join(options) for options, _ in MISTAKES])
 def test_mistakes_are_one_line(folder, tmp_path, options, message):
-    with pytest.raises((training.Mistake, OSError), match=message) as error:
+    with pytest.raises((UserError, OSError), match=message) as error:
         train(folder, tmp_path / "run", *options)
     assert "\n" not in str(error.value)
 

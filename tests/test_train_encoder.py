@@ -11,7 +11,7 @@ from loading import hub
 import train_b
 from tiny import train_encoder
 from training import run as training
-from loading.files import WeightsError
+from loading.errors import UserError, WeightsError
 from helpers import TINY, lines, newest, same
 from training.scenes import COLOURS, OBJECTS, EmojiScenes
 from stage_b import TinyImageEncoder
@@ -116,15 +116,15 @@ def test_defaults_are_what_models_tiny_was_trained_with():
      "cannot be used: it describes a WuerstchenDiffNeXt, expected a TinyImageEncoder"),
     (["--resume", "nowhere.pt"], "--resume nowhere.pt: there is no such file")])
 def test_mistakes_are_one_line(config, tmp_path, options, message):
-    with pytest.raises((training.Mistake, WeightsError), match=message) as error:
+    with pytest.raises((UserError, WeightsError), match=message) as error:
         train(tmp_path / "run", config, *options)
     assert "\n" not in str(error.value)
 
 
 def test_other_checkpoints_are_refused(config, tmp_path):
     out = train(tmp_path / "run", config)
-    with pytest.raises(training.Mistake, match="exists already: add --resume auto"):
+    with pytest.raises(UserError, match="exists already: add --resume auto"):
         train(out, config)
     torch.save(dict(script="train_text.py"), tmp_path / "text.pt")
-    with pytest.raises(training.Mistake, match="is not a checkpoint of train_encoder.py but of train_text.py"):
+    with pytest.raises(UserError, match="is not a checkpoint of train_encoder.py but of train_text.py"):
         train(tmp_path / "other", config, "--resume", str(tmp_path / "text.pt"))

@@ -60,16 +60,17 @@ def main(args):
     import torch.nn.functional as F
     from tqdm import tqdm
     from diffusion import add_noise
-    from loading.files import WeightsError, read_config
+    from loading.errors import UserError, WeightsError
+    from loading.files import read_config
     from training.scenes import COLOURS, OBJECTS, EmojiScenes
     from stage_b import TinyImageEncoder, preprocess
-    from training.run import Checkpoints, Log, Mistake, StopSignal, rate, to_tensor
+    from training.run import Checkpoints, Log, StopSignal, rate, to_tensor
     from loading.weights import config_to_ours, save_image_encoder
     from wuerstchen import to_stored
 
     for name in ("steps", "batch", "log_every", "save_every", "keep"):
         if getattr(args, name) < 1:
-            raise Mistake(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
     checkpoints = Checkpoints(f"{args.out}/checkpoints", args.keep)
     resumed, stop = checkpoints.find(args.resume), StopSignal()
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "device")}
@@ -80,7 +81,7 @@ def main(args):
     try:
         encoder = TinyImageEncoder(**config_to_ours(read_config(args.config), TinyImageEncoder)).to(device).train()
     except (WeightsError, TypeError, RuntimeError) as error:
-        raise Mistake(f"--config {args.config} cannot be used: {error}") from error
+        raise UserError(f"--config {args.config} cannot be used: {error}") from error
     head = torch.nn.Sequential(torch.nn.Linear(16, 256), torch.nn.GELU(),
                                torch.nn.Linear(256, nothing + 1 + 3 + len(COLOURS))).to(device)
     importance = torch.ones(nothing + 1, device=device)
@@ -134,6 +135,6 @@ def main(args):
 
 if __name__ == "__main__":
     args = parse_args()                                      # first, so that --help answers at once
-    from training.run import mistakes_in_one_line
-    with mistakes_in_one_line():
+    from loading.errors import RESUME_HINT, exit_on_user_error
+    with exit_on_user_error(RESUME_HINT):
         main(args)

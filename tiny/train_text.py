@@ -128,6 +128,6 @@ def main(args):
 
 if __name__ == "__main__":
     args = parse_args()                                      # first, so that --help answers at once
-    from training.run import mistakes_in_one_line
-    with mistakes_in_one_line():
+    from loading.errors import RESUME_HINT, exit_on_user_error
+    with exit_on_user_error(RESUME_HINT):
         main(args)

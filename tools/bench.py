@@ -590,7 +590,7 @@ sys.exit()
 PAINTING = f"""
 model = wuerstchen.Wuerstchen.load(folder, str(device), dtype, low_memory=True)
 model({PROMPT!r}, steps_c=2, steps_b=2)
-size = max(sum(p.numel() for p in weights.plan(stage, folder + "/" + part)[0].parameters()) * dtype.itemsize
+size = max(sum(p.numel() for p in weights.build_empty(stage, folder + "/" + part)[0].parameters()) * dtype.itemsize
            for part, stage in (("prior_prior", weights.StageC), ("decoder", weights.StageB)))
 """
 

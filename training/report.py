@@ -11,7 +11,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from training.data import sample_rng
-from loading.files import WeightsError, write_atomically
+from loading.errors import WeightsError
+from loading.files import write_atomically
 from loading.hub import NAMES, SHIPPED
 
 # parts that may come from elsewhere
@@ -140,9 +141,9 @@ tags: [text-to-image, wuerstchen{', lora' if args.lora else ''}]
 def push(args) -> None:
     """Uploads the result, not the checkpoints, to the hub. A failure here must not look like a failed training."""
     from huggingface_hub import HfApi
-    from loading.hub import hub_mistakes
+    from loading.hub import hub_errors
     try:
-        with hub_mistakes(args.push_to_hub, "main"):
+        with hub_errors(args.push_to_hub, "main"):
             HfApi().create_repo(args.push_to_hub, exist_ok=True)
             HfApi().upload_folder(repo_id=args.push_to_hub, folder_path=args.out,
                                   ignore_patterns=["checkpoints/*", "index/*", ".*"])

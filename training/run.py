@@ -20,37 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from loading.files import WeightsError, write_atomically
-
-
-class Mistake(ValueError):
-    """What a user can mend; the message is the one line that is shown."""
-
-
-@contextlib.contextmanager
-def user_mistakes():
-    """Around calls that raise ValueError for what a user gave: only there it is a Mistake, elsewhere a bug of ours."""
-    try:
-        yield
-    except ValueError as error:
-        raise Mistake(str(error)) from error
-
-
-def fail(message: str):
-    """Ends the program for a user's mistake: one line on stderr, exit code 2, no traceback."""
-    sys.exit(print(f"error: {message}", file=sys.stderr) or 2)
-
-
-@contextlib.contextmanager
-def mistakes_in_one_line():
-    """Around a whole script: unusable weights and files, and Ctrl-C, end it with one line and no traceback."""
-    try:
-        yield
-    except (WeightsError, Mistake, OSError) as error:
-        fail(str(error))
-    except KeyboardInterrupt:
-        print("stopped: --resume auto goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+from loading.errors import UserError
+from loading.files import write_atomically
 
 
 # ----- processes --------------------------------------------------------------------------------------
@@ -233,16 +204,16 @@ class Checkpoints:
         return sorted(self.folder.glob("step_*.pt"))
 
     def find(self, resume: str | None) -> Path | None:
-        """What --resume means: None, "auto" (the newest, or none if there is none yet), or a file. Raises Mistake."""
+        """What --resume means: None, "auto" (the newest, or none if there is none yet), or a file. Raises UserError."""
         found = self.all()
         if resume is None:
             if found:
-                raise Mistake(f"{found[-1]} exists already: add --resume auto to go on from it, or choose another --out")
+                raise UserError(f"{found[-1]} exists already: add --resume auto to go on from it, or choose another --out")
             return None
         if resume == "auto":
             return found[-1] if found else None
         if not Path(resume).is_file():
-            raise Mistake(f"--resume {resume}: there is no such file; the checkpoints here are {', '.join(p.name for p in found) or 'none'}")
+            raise UserError(f"--resume {resume}: there is no such file; the checkpoints here are {', '.join(p.name for p in found) or 'none'}")
         return Path(resume)
 
     def save(self, step: int, content: dict) -> Path:
@@ -254,14 +225,14 @@ class Checkpoints:
 
     @staticmethod
     def load(path: Path, script: str, settings: dict) -> dict:
-        """The content of a checkpoint. Raises Mistake if it is torn or another script's; names settings that differ on stderr."""
+        """The content of a checkpoint. Raises UserError if it is torn or another script's; names settings that differ on stderr."""
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:       # torch has many kinds: EOFError, RuntimeError, UnpicklingError ...
-            raise Mistake(f"{path} cannot be read, presumably it is cut off or no checkpoint: {str(error).splitlines()[0][:150]}") from error
+            raise UserError(f"{path} cannot be read, presumably it is cut off or no checkpoint: {str(error).splitlines()[0][:150]}") from error
         if not isinstance(content, dict) or content.get("script") != script:
             found = content.get("script") if isinstance(content, dict) else None
-            raise Mistake(f"{path} is not a checkpoint of {script}"
+            raise UserError(f"{path} is not a checkpoint of {script}"
                           + (f" but of {found}" if found else "") + ": choose another --resume")
         then = content["settings"]
         for name in sorted(settings.keys() & then.keys()):
@@ -283,7 +254,7 @@ class Log:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
-                raise Mistake("--report-to tensorboard needs a package: pip install tensorboard") from None
+                raise UserError("--report-to tensorboard needs a package: pip install tensorboard") from None
             writer = SummaryWriter(str(out))
             self.report = lambda values, step: [writer.add_scalar(name, value, step) for name, value in values.items()
                                                 if isinstance(value, float)]
@@ -291,7 +262,7 @@ class Log:
             try:
                 import wandb
             except ImportError:
-                raise Mistake("--report-to wandb needs a package: pip install wandb") from None
+                raise UserError("--report-to wandb needs a package: pip install wandb") from None
             wandb.init(project="wuerstchen", config=settings, dir=str(out))
             self.report = lambda values, step: wandb.log(values, step=step)
 
