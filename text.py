@@ -39,32 +39,6 @@ class TextEncoder:
 EMPTY = "the prompt is empty: say what to paint, for example \"a red apple on a blue background\"."
 
 
-class CachedTexts:
-    """Captions -> embeddings (B,N,D) of a frozen encoder: each caption once, by itself, so that no batch changes its numbers.
-
-    encoder: a TextEncoder; None once all captions are in `cache`, a cache.Cache. most: captions held in memory, too.
-    """
-    def __init__(self, encoder, cache=None, most: int = 2000):
-        self.encoder, self.cache, self.most, self.memory = encoder, cache, most, {}
-
-    def one(self, caption: str):
-        if caption not in self.memory:
-            found = self.cache.get("text " + caption) if self.cache is not None else None
-            if found is None:
-                with torch.no_grad():
-                    found = self.encoder([caption])[0].float().cpu().numpy()             # (N, D)
-                if self.cache is not None:   # and read again: rounded, as every later run will see it
-                    self.cache.put("text " + caption, found)
-                    found = self.cache.get("text " + caption)
-            if len(self.memory) >= self.most:
-                self.memory.pop(next(iter(self.memory)))
-            self.memory[caption] = torch.from_numpy(found).float()
-        return self.memory[caption]
-
-    def __call__(self, captions: list[str]):
-        return torch.stack([self.one(caption) for caption in captions])
-
-
 class Texts:
     """What the stages are told: texts("c") and texts("b") -> embeddings with and without condition, each (images,N,D).
 

@@ -115,7 +115,7 @@ from tqdm import tqdm
 
 from loading import hub
 from v1 import training as tokens
-from training.cache import Cache, hash_of
+from training.cache import CachedTexts, Cache, hash_of
 from training.data import BatchSampler, batches, bucket_sizes, fill_cache, fit, latent_key, nearest_bucket, open_dataset, read_filters, sample_rng
 from diffusion import Guidance, Noise, add_noise, alphas_cumprod, denoise, linear_timesteps, per_row
 from training.losses import LOSS_WEIGHTS
@@ -124,7 +124,7 @@ from extras.images import grid, psnr, to_pil
 from training.report import draw_curves, dry_run, push, settings_table
 from stage_b import EfficientNetEncoder, StageB, TinyImageEncoder, preprocess
 from v1.stage_b import StageBV1, add_noise as replace_tokens, training_errors
-from text import CachedTexts, TextEncoder
+from text import TextEncoder
 from loading.errors import RESUME_HINT, UserError, as_user_error, exit_on_user_error
 from training.checkpoints import Checkpoints, Log
 from training.optim import EMA, learning_rate

@@ -832,7 +832,7 @@ def reading(side: int, batch: int, files: int = 64) -> dict:
         args = train_c.parse_args(["--data", folder, "--out", folder, "--batch", f"{batch}", "--workers", "2"])
         pictures = open_dataset(folder)
         pictures.bucket = np.zeros(len(pictures), int)
-        loader = batches(train_c.Samples(pictures, [(side, side)], args), BatchSampler(pictures.bucket, batch, 0),
+        loader = batches(train_c.StageCSamples(pictures, [(side, side)], args, {}, {}), BatchSampler(pictures.bucket, batch, 0),
                          Processes("cpu"), args)
         for _ in range(8):                       # until the workers run, and what they read ahead is used up
             next(loader)
