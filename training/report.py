@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from training.data import sample_rng
+from training.order import sample_rng
 from loading.errors import WeightsError
 from loading.files import write_atomically
 from loading.hub import NAMES, SHIPPED
