@@ -823,7 +823,7 @@ def reading(side: int, batch: int, files: int = 64) -> dict:
     import train_c
     from training.data import open_dataset
     from training.order import BatchSampler, batches
-    from training.run import Processes
+    from training.processes import Processes
     with tempfile.TemporaryDirectory() as folder:
         rng = np.random.default_rng(0)
         for i in range(files):
