@@ -327,9 +327,10 @@ class TextEncoder:
 class Wuerstchen:
     """Text to images. Every step is a method of its own; __call__ shows them in order.
 
-    networks: stage_a, stage_b, stage_c, text_encoder_c, text_encoder_b, image_encoder, by name.
-    size (px), c and b are the defaults of these weights. What speed/ makes faster or smaller
-    replaces `part`, `bind_c`, `bind_b` or `decode_one` of a loaded model.
+    networks: stage_a, stage_b, stage_c, text_encoder_c, text_encoder_b, image_encoder, by name; each
+    a module, or a function that loads it when it is first needed. size (px), c and b are the
+    defaults of these weights. What speed/ makes faster or smaller replaces `part`, `bind_c`,
+    `bind_b` or `decode_one` of a loaded model.
     """
     channels_c, channels_b = 16, 4             # of the noise that Stages C and B start from
 
@@ -438,10 +439,14 @@ class Wuerstchen:
     # ----- the networks and their input: what speed/ and v1/ replace ------------------------------
 
     def part(self, name: str):
-        """A network by its name. Raises ValueError if it was not loaded."""
-        if self.networks.get(name) is None:
+        """A network by its name. Raises ValueError if these weights were loaded without it."""
+        network = self.networks.get(name)
+        if network is None:
             raise ValueError(f"{name} is needed for this, but was not loaded.")
-        return self.networks[name]
+        if not isinstance(network, (torch.nn.Module, TextEncoder)):
+            names = [other for other, loader in self.networks.items() if loader is network]
+            self.networks.update(dict.fromkeys(names, network := network()))
+        return network
 
     def bind_c(self, text: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         """Stage C with its condition: (x_t, t) -> eps."""

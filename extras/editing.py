@@ -140,14 +140,13 @@ def interpolate(model: Wuerstchen, a: str | Tensor, b: str | Tensor, frames: int
                          f"expected twice the same: (1, 16, h, w).")
     ends = {"semantic": (a, b)} if not isinstance(a, str) else {
         f"prompt_{stage}": model.encode_text(stage, [a], [b]) for stage in "cb"}
-    images = []
+    images, given = [], options.pop("given", {})
     for part in torch.linspace(0, 1, frames).split(batch):
         k, first = len(part), Noise([seed] * len(part))
         last = None if to_seed is None else Noise([to_seed] * k)
         moved = {name: slerp(*(end.expand(k, *end.shape[1:]) for end in pair), part) for name, pair in ends.items()}
         done = generate(model, seed=first if last is None else lambda *shape: slerp(first(*shape), last(*shape), part),
-                        num_images=k if "semantic" in moved else 1, **options,
-                        given={**moved, **options.pop("given", {})})
+                        num_images=k if "semantic" in moved else 1, given=given | moved, **options)
         images += done
         if len(done) < k:                                                                  # a callback has stopped it
             break
@@ -202,7 +201,8 @@ class PromptBatch:
     def __init__(self, model: Wuerstchen, prompt, negative, embeddings: dict[str, Tensor], num_images: int, stages: str,
                  optional: bool):
         self.model, self.num_images, self.embeddings = model, num_images, dict(embeddings)
-        if model.shares_text_encoder:                        # what is given for Stage C serves Stage B as well
+        networks = model.networks
+        if networks.get("text_encoder_c") is networks.get("text_encoder_b"):    # what is given for Stage C serves Stage B as well
             for name in ("prompt", "negative"):
                 if f"{name}_c" in embeddings:
                     self.embeddings.setdefault(f"{name}_b", embeddings[f"{name}_c"])
@@ -235,10 +235,10 @@ class PromptBatch:
 
     def check_width(self, name: str, embedding: Tensor) -> None:
         stage, key = ("stage_c", "c_cond") if name.endswith("_c") else ("stage_b", "c_text")
-        network = self.model.networks.get(stage)
-        if network is not None and embedding.shape[2] != network.config[key]:
+        config = getattr(self.model.networks.get(stage), "config", None)     # a loader may know it as well
+        if config is not None and embedding.shape[2] != config[key]:
             raise ValueError(f"embeddings {name} have shape {tuple(embedding.shape)}, "
-                             f"expected ({self.rows} or 1, tokens, {network.config[key]}).")
+                             f"expected ({self.rows} or 1, tokens, {config[key]}).")
 
     def __call__(self, stage: str) -> tuple[Tensor, Tensor]:
         names = (f"prompt_{stage}", f"negative_{stage}")
@@ -294,7 +294,8 @@ def encode_image(model: Wuerstchen, images: Tensor) -> Tensor:
 def extend(images: Tensor, height: int, width: int) -> Tensor:
     """(n,C,H,W) -> (n,C,height,width), edges repeated: wuerstchen.crop undoes it."""
     top, left = (height - images.shape[-2]) // 2, (width - images.shape[-1]) // 2
-    return F.pad(images, (left, width - images.shape[-1] - left, top, height - images.shape[-2] - top), mode="replicate")
+    right, bottom = width - images.shape[-1] - left, height - images.shape[-2] - top
+    return F.pad(images, (left, right, top, bottom), mode="replicate")
 
 
 def cut_levels(levels: Tensor, strength: float) -> Tensor:

@@ -20,10 +20,9 @@ from loading import hub
 from v1 import stage_b as stage_b_v1
 from v1 import training as tokens
 import train_b
-from training import run as training
 from loading import weights
 from diffusion import add_noise
-from loading.files import WeightsError
+from loading.errors import UserError, WeightsError
 from helpers import TINY, lines, newest, same
 from stage_a import StageA
 from stage_b import EfficientNetEncoder, TinyImageEncoder
@@ -487,7 +486,7 @@ MISTAKES = [
 def test_mistakes_are_one_line(folder, tmp_path, options, message):
     if "EIGHT" in options:
         options = [*options[:-1], str(sizes(tmp_path / "eight", num_labels=8))]
-    with pytest.raises((training.Mistake, WeightsError, OSError), match=message) as error:
+    with pytest.raises((UserError, WeightsError, OSError), match=message) as error:
         train(folder, tmp_path / "run", "--weights", "tiny", *options)
     assert "\n" not in str(error.value)
 
@@ -495,10 +494,10 @@ def test_mistakes_are_one_line(folder, tmp_path, options, message):
 def test_v1_and_v2_do_not_take_each_others_checkpoints(folder, new, tmp_path):
     """Their tensors have other names: loaded leniently, they would be passed over in silence."""
     v1 = train(folder, tmp_path / "v1", *new, steps=1)
-    with pytest.raises(training.Mistake, match="is of v1: add --v1, or choose another --resume"):
+    with pytest.raises(UserError, match="is of v1: add --v1, or choose another --resume"):
         train(folder, v1, "--weights", "tiny", "--resume", "auto", steps=2)
     v2 = train(folder, tmp_path / "v2", "--weights", "tiny", steps=1)
-    with pytest.raises(training.Mistake, match="is of v2: leave --v1 away, or choose another --resume"):
+    with pytest.raises(UserError, match="is of v2: leave --v1 away, or choose another --resume"):
         train(folder, v2, *new, "--resume", "auto", steps=2)
 
 

@@ -590,7 +590,7 @@ sys.exit()
 PAINTING = f"""
 model = wuerstchen.Wuerstchen.load(folder, str(device), dtype, low_memory=True)
 model({PROMPT!r}, steps_c=2, steps_b=2)
-size = max(sum(p.numel() for p in weights.plan(stage, folder + "/" + part)[0].parameters()) * dtype.itemsize
+size = max(sum(p.numel() for p in weights.build_empty(stage, folder + "/" + part)[0].parameters()) * dtype.itemsize
            for part, stage in (("prior_prior", weights.StageC), ("decoder", weights.StageB)))
 """
 
@@ -822,7 +822,7 @@ def reading(side: int, batch: int, files: int = 64) -> dict:
     from PIL import Image
     import train_c
     from training.data import BatchSampler, batches, open_dataset
-    from training.run import Processes
+    from training.processes import Processes
     with tempfile.TemporaryDirectory() as folder:
         rng = np.random.default_rng(0)
         for i in range(files):
