@@ -481,11 +481,13 @@ class Wuerstchen:
 NAN_ADVICE = "use bfloat16 or float32, or a lower guidance scale"
 
 
-def prompt_lists(prompt, negative, num_images: int) -> tuple[list[str], list[str]]:
-    """Prompts and negative prompts as given -> one of each per image. Raises ValueError."""
+def prompt_lists(prompt, negative, num_images: int, optional: bool = False) -> tuple[list, list]:
+    """Prompts and negative prompts as given -> one of each per image. Raises ValueError, also for
+    empty prompts unless they are `optional`."""
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
-    if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts) or num_images < 1:
+    texts = [isinstance(p, str) and (optional or p.strip()) for p in prompts]
+    if not texts or not all(texts) or num_images < 1:
         raise ValueError(f"got the prompts {prompts!r:.200} and {num_images} images of each, "
                          f"expected text, \"a red apple on a blue background\", and at least 1.")
     if len(negatives) != len(prompts):

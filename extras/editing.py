@@ -207,16 +207,14 @@ class PromptBatch:
                 if f"{name}_c" in embeddings:
                     self.embeddings.setdefault(f"{name}_b", embeddings[f"{name}_c"])
         self.check_given(prompt, stages, optional)
-        self.rows = max([len(e) for e in self.embeddings.values()], default=1)
-        prompts = [""] * self.rows if prompt is None else prompt
-        if optional or prompt is None:                       # prompt_lists refuses empty prompts
-            prompts = [p or " " for p in ([prompts] if isinstance(prompts, str) else prompts)]
-        self.prompts, self.negatives = prompt_lists(prompts, "" if negative is None else negative, 1)
-        self.prompts = [p if p.strip() else "" for p in self.prompts]
+        if prompt is None:
+            prompt = [""] * max([len(e) for e in self.embeddings.values()], default=1)
+            optional = True
+        self.prompts, self.negatives = prompt_lists(prompt, negative or "", 1, optional)
         if num_images < 1:
             raise ValueError(f"the number of images must be at least 1, got {num_images}.")
         self.rows = len(self.prompts)
-        self.silent = not any(self.prompts) and not {"prompt_c", "prompt_b"} & set(self.embeddings)
+        self.silent = not any(p.strip() for p in self.prompts) and not {"prompt_c", "prompt_b"} & set(self.embeddings)
         for name, embedding in self.embeddings.items():
             if embedding.ndim != 3 or len(embedding) not in (1, self.rows):
                 raise ValueError(f"embeddings {name} have shape {tuple(embedding.shape)}, "
@@ -273,8 +271,6 @@ def checked(callback: Callable) -> Callable:
 def encode_latents(model: Wuerstchen, images: Tensor) -> Tensor:
     """images (n,3,H,W) in [0, 1], sides multiples of 4 -> the VQGAN's latents (n,4,H/4,W/4) float32."""
     stage_a = model.part("stage_a")
-    if model.dtype == torch.float16:                         # numbers inside may pass 65504, where float16 ends
-        stage_a.float()
     return stage_a.encode(images.to(model.device, next(stage_a.parameters()).dtype)).float()
 
 

@@ -52,7 +52,7 @@ def load(weights: str | Path | None = None, device: str | None = None, dtype: to
                        revision=revision)
     empty = build_all(paths)
     loras = ({paths["lora"]: 1.0} if paths.get("lora") else {}) | (lora or {})
-    loaders = loaders_of(paths, empty, device, dtype, int8, loras)
+    loaders = loaders_of(paths, empty, torch.device("cpu") if offload else device, dtype, int8, loras)
     if weights in hub.NAMES and not paths["image_encoder"]:
         name = "v1" if isinstance(empty.get("decoder"), w.StageBV1) else "v2"
         loaders["image_encoder"] = lambda: w.load_image_encoder(hub.fetch(
@@ -106,11 +106,13 @@ def build_all(paths: dict) -> dict[str, torch.nn.Module]:
 def loaders_of(paths: dict, empty: dict, device: torch.device, dtype: torch.dtype, int8: bool, loras: dict) -> dict:
     """-> for each part of a Wuerstchen that there is, a function that loads it onto the device."""
     def stage(part: str, int8: bool) -> torch.nn.Module:
-        return w.load(type(empty[part]), paths[part], dtype, int8)
+        # Numbers inside the VQGAN can pass 65504, where float16 ends. It is small, so it stays in float32 then.
+        half = dtype == torch.float16 and part == "vqgan"
+        return w.load(type(empty[part]), paths[part], torch.float32 if half else dtype, int8)
 
     def stage_c() -> torch.nn.Module:
-        from loading.lora_formats import load_lora
-        from lora import merge_and_unload
+        from lora import load_lora
+        from lora import bake as merge_and_unload
         model = stage("prior", int8 and not loras)
         for i, (file, scale) in enumerate(loras.items()):
             load_lora(model, file, f"lora_{i}", scale)
@@ -164,7 +166,7 @@ def bytes_needed(paths: dict, empty: dict, dtype: torch.dtype, int8: bool) -> fl
         if int8 and part in empty:
             to_int8(empty[part])
     encoders = {paths["prior_text_encoder"], paths["text_encoder"]} - {None}
-    shapes = [shape for path in encoders for shape in TensorFile(find_file(path, ("model", "pytorch_model"))).shapes.values()]
+    files = [TensorFile(find_file(path, ("model", "pytorch_model"))) for path in encoders]
     return sum(tensor.numel() * (1 if tensor.dtype == torch.int8 else dtype.itemsize)
                for model in empty.values() for tensor in model.state_dict().values()) \
-        + sum(math.prod(shape) * dtype.itemsize for shape in shapes)
+        + sum(math.prod(shape) * dtype.itemsize for file in files for shape in file.shapes.values())
