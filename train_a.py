@@ -99,7 +99,9 @@ from training.report import draw_curves, outline, push, settings_table
 from stage_a import (OFFICIAL, CodebookAverages, PatchDiscriminator, StageA, adaptive_weight, count, discriminator_loss, generator_loss,
                      perceptual_loss, perplexity)
 from loading.errors import RESUME_HINT, UserError, as_user_error, exit_on_user_error
-from training.run import Averaged, Checkpoints, Log, Processes, StopSignal, SynchronisedBatchNorm, build_optimizer, rate
+from training.checkpoints import Checkpoints, Log
+from training.optim import build_optimizer, EMA, learning_rate
+from training.processes import GracefulExit, Processes, SynchronisedBatchNorm
 from loading.weights import config_to_diffusers, config_to_ours, load_stage_a, save_stage_a, to_diffusers
 
 TERMS = ("loss", "l1", "l2", "perceptual", "codebook", "commitment", "generator", "gan_weight", "discriminator")
@@ -304,7 +306,7 @@ def main(args):
     check(args)
     checkpoints = Checkpoints(f"{args.out}/checkpoints", args.keep)
     resumed = checkpoints.find(args.resume)
-    stop, processes = StopSignal(), Processes(args.device)
+    stop, processes = GracefulExit(), Processes(args.device)
     device, first = processes.device, processes.rank == 0
     scenes = args.data.split(":")[0] == "scenes"
     args.resolution = args.resolution or (128 if scenes else 256)
@@ -321,7 +323,7 @@ def main(args):
     averages = CodebookAverages(model.codebook.codes, args.codebook_decay).to(device) if args.codebook == "ema" and not args.freeze_encoder else None
     index = Path(args.out) / "index"
     val_data = args.val_data or (f"scenes:all:{args.val_count}:987654321" if scenes else None)   # scenes of another seed: unseen ones
-    with processes.one_after_another(), as_user_error():             # what one has indexed or fetched serves the others
+    with processes.main_first(), as_user_error():             # what one has indexed or fetched serves the others
         pictures = open_dataset(args.data, captions_required=False, index_folder=index, **read_filters(args.filter))
         validation = open_dataset(val_data, captions_required=False, index_folder=index) if val_data else pictures
     pictures.bucket = np.zeros(len(pictures), np.int64)              # all are cut to the same square
@@ -337,7 +339,7 @@ def main(args):
     optimizer = build_optimizer(model, args, betas=(0.9, 0.99))
     d_optimizer = torch.optim.AdamW(discriminator.parameters(), lr=args.lr / 4, betas=(0.5, 0.99), weight_decay=0, fused=True) if discriminator else None
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
-    averaged = Averaged(model, args.ema)
+    averaged = EMA(model, args.ema)
     usage = torch.zeros(2, model.config["codebook_size"], device=device)                     # of each code: since codes were revived, since a line was logged
     parts = dict(model=model, optimizer=optimizer, scaler=scaler) | (dict(discriminator=discriminator, d_optimizer=d_optimizer) if discriminator else {}) \
         | (dict(codebook=averages) if averages else {})
@@ -394,9 +396,9 @@ def main(args):
     for step in bar:
         train_mode(model, step, args)
         for group in optimizer.param_groups:
-            group["lr"] = rate(step, args)
+            group["lr"] = learning_rate(step, args)
         for group in d_optimizer.param_groups if d_optimizer else ():
-            group["lr"] = rate(step, args) / 4
+            group["lr"] = learning_rate(step, args) / 4
         gan = discriminator is not None and step >= args.gan_start
         terms, counted, latents = torch.zeros(len(TERMS), device=device), 0, []
         statistics = [buffer.clone() for buffer in model.norm_latent.buffers()]
@@ -485,9 +487,9 @@ def main(args):
             if first:
                 kept = {name: mean for name, mean in zip(TERMS, means) if mean or name in ("loss", "l1", "l2")}
                 memory = torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else None
-                log.write(done, **kept, smooth_loss=smooth, grad_norm=grad_norm.item(), lr=rate(step, args), images_per_second=speed, memory_gib=memory,
+                log.write(done, **kept, smooth_loss=smooth, grad_norm=grad_norm.item(), lr=learning_rate(step, args), images_per_second=speed, memory_gib=memory,
                           bad_steps=bad_in_all, epoch=plan.epoch_of(done * plan.batch), codes_used=int((usage[1] > 0).sum()), perplexity=perplexity(usage[1]).item())
-                bar.set_postfix_str(f"loss {smooth:.4f}, |grad| {grad_norm.item():.2f}, {int((usage[1] > 0).sum())} codes, lr {rate(step, args):.1e}, "
+                bar.set_postfix_str(f"loss {smooth:.4f}, |grad| {grad_norm.item():.2f}, {int((usage[1] > 0).sum())} codes, lr {learning_rate(step, args):.1e}, "
                                     f"{speed:.1f} images/s" + (f", {memory:.1f} GiB" if memory else ""))
             usage[1] = 0
             since, clock = done, time.time()

@@ -125,7 +125,9 @@ from stage_b import EfficientNetEncoder, StageB, TinyImageEncoder, preprocess
 from v1.stage_b import StageBV1, add_noise as replace_tokens, training_errors
 from text import CachedTexts, TextEncoder
 from loading.errors import RESUME_HINT, UserError, as_user_error, exit_on_user_error
-from training.run import Averaged, Checkpoints, Log, Processes, StopSignal, SynchronisedBatchNorm, rate
+from training.checkpoints import Checkpoints, Log
+from training.optim import EMA, learning_rate
+from training.processes import GracefulExit, Processes, SynchronisedBatchNorm
 from loading.weights import (check_widths, config_to_diffusers, config_to_ours, load_image_encoder, load_stage_a, load_stage_b, load_stage_b_v1,
                      load_text_encoder, save_stage_b, save_stage_b_v1, stage_b_of, to_diffusers)
 from wuerstchen import to_raw, to_stored
@@ -408,7 +410,7 @@ class Fixed:
         source = args.val_data
         if source is None and args.data.split(":")[0] == "scenes":       # of another seed: never in training
             source = f"scenes:all:{max(args.val_count, 64)}:1000000000"
-        with processes.one_after_another(), as_user_error():
+        with processes.main_first(), as_user_error():
             pictures = open_dataset(source, index_folder=index_folder, captions_required=False) if source else pictures
         chosen = np.random.default_rng([args.seed, 1]).permutation(len(pictures))[:args.val_count]
         rows = [(*pictures.read_or_next(i, np.arange(len(pictures))), sample_rng(args.seed, i, "validation")) for i in chosen.tolist()]
@@ -546,7 +548,7 @@ def main(args):
     check(args)
     checkpoints = Checkpoints(f"{args.out}/checkpoints", args.keep)
     resumed = checkpoints.find(args.resume)
-    stop, processes = StopSignal(), Processes(args.device)
+    stop, processes = GracefulExit(), Processes(args.device)
     device, first = processes.device, processes.rank == 0
     torch.manual_seed(args.seed)
 
@@ -580,7 +582,7 @@ def main(args):
 
     # --- data --------------------------------------------------------------------------------------
     index = Path(args.cache or args.out) / "index"
-    with processes.one_after_another(), as_user_error():             # what one has indexed or fetched serves the others
+    with processes.main_first(), as_user_error():             # what one has indexed or fetched serves the others
         pictures = open_dataset(args.data, index_folder=index, captions_required=False, **read_filters(args.filter))
         plan = SizedPlan(pictures.sizes, args.resolution, args.max_ratio, args.batch * args.grad_accum * processes.world, args.seed)
     pictures.bucket = plan.bucket
@@ -636,7 +638,7 @@ def main(args):
             fully_shard(part, mesh=mesh)
     optimizer = build_optimizer(model, args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
-    averaged, weight = Averaged(model, args.ema), dict(v=v_weight, p2=p2_weight, none=torch.ones_like)[args.loss_weight]
+    averaged, weight = EMA(model, args.ema), dict(v=v_weight, p2=p2_weight, none=torch.ones_like)[args.loss_weight]
     whole = dict(full_state_dict=True, cpu_offload=True)                                 # gathered from all processes, if they are split
     start = bad = bad_in_all = 0
     if resumed is not None:
@@ -709,7 +711,7 @@ def main(args):
         look(0)                              # the untouched model: proof that validation and sampling are set up rightly
     for step in bar:
         for group in optimizer.param_groups:
-            group["lr"] = rate(step, args) * group["share"]
+            group["lr"] = learning_rate(step, args) * group["share"]
         loss_sum, statistics = torch.zeros((), device=device), [buffer.clone() for buffer in model.buffers()]
         for micro in range(args.grad_accum):
             batch = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in next(samples).items()}
@@ -787,9 +789,9 @@ def main(args):
             if first:
                 levels = {f"raw_loss_t_0.{i}": (raw[i] / count[i]).item() for i in range(10) if count[i] > 0}
                 memory = torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else None
-                log.write(done, loss=mean, smooth_loss=smooth, grad_norm=grad_norm.item(), lr=rate(step, args), images_per_second=speed,
+                log.write(done, loss=mean, smooth_loss=smooth, grad_norm=grad_norm.item(), lr=learning_rate(step, args), images_per_second=speed,
                           memory_gib=memory, bad_steps=bad_in_all, epoch=plan.epoch_of(done * plan.batch), **levels)
-                bar.set_postfix_str(f"loss {smooth:.4f}, |grad| {grad_norm.item():.2f}, lr {rate(step, args):.1e}, {speed:.1f} images/s"
+                bar.set_postfix_str(f"loss {smooth:.4f}, |grad| {grad_norm.item():.2f}, lr {learning_rate(step, args):.1e}, {speed:.1f} images/s"
                                     + (f", {memory:.1f} GiB" if memory else ""))
             sums.zero_()
             since, clock = done, time.time()

@@ -120,7 +120,9 @@ from stage_b import preprocess
 from stage_c import StageC
 from text import CachedTexts, TextEncoder
 from loading.errors import RESUME_HINT, UserError, as_user_error, exit_on_user_error
-from training.run import Averaged, Checkpoints, Log, Processes, StopSignal, build_optimizer, rate
+from training.checkpoints import Checkpoints, Log
+from training.optim import build_optimizer, EMA, learning_rate
+from training.processes import GracefulExit, Processes
 from loading.weights import (config_to_ours, is_tiny, load_image_encoder, load_stage_a, load_stage_b, load_stage_c, load_text_encoder)
 from wuerstchen import Wuerstchen, to_stored
 
@@ -334,7 +336,7 @@ def main(args):
     check(args)
     checkpoints = Checkpoints(f"{args.out}/checkpoints", args.keep)
     resumed = checkpoints.find(args.resume)
-    stop, processes = StopSignal(), Processes(args.device)
+    stop, processes = GracefulExit(), Processes(args.device)
     device, first = processes.device, processes.rank == 0
     args.dtype = args.dtype or ("fp32" if device.type == "cpu" else "bf16")
     args.lr = args.lr or (1e-5 if not args.lora and args.init == "weights" else 1e-4)
@@ -364,7 +366,7 @@ def main(args):
     # --- data --------------------------------------------------------------------------------------
     buckets = bucket_sizes(args.resolution or (128 if is_tiny(paths["image_encoder"]) else 1024), max_ratio=args.max_ratio)
     index = Path(args.cache or args.out) / "index"
-    with processes.one_after_another(), as_user_error():             # what one has indexed or fetched serves the others
+    with processes.main_first(), as_user_error():             # what one has indexed or fetched serves the others
         pictures = open_dataset(args.data, index_folder=index, **read_filters(args.filter))
         validation = open_dataset(args.val_data, index_folder=index) if args.val_data else pictures
     pictures.bucket = nearest_bucket(pictures.sizes, buckets)
@@ -432,7 +434,7 @@ def main(args):
             fully_shard(block, mesh=mesh)
     optimizer = build_optimizer(model, args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
-    averaged, weight = Averaged(model, args.ema), loss_weight(args.loss_weight)
+    averaged, weight = EMA(model, args.ema), loss_weight(args.loss_weight)
     whole = dict(full_state_dict=True, cpu_offload=True)                                 # gathered from all processes, if they are split
     start = bad = bad_in_all = 0
     if resumed is not None:
@@ -492,7 +494,7 @@ def main(args):
     step = start
     for step in bar:
         for group in optimizer.param_groups:
-            group["lr"] = rate(step, args)
+            group["lr"] = learning_rate(step, args)
         loss_sum = torch.zeros((), device=device)
         for micro in range(args.grad_accum):
             batch = next(samples)
@@ -553,9 +555,9 @@ def main(args):
             if first:
                 levels = {f"raw_loss_t_0.{i}": (raw[i] / count[i]).item() for i in range(10) if count[i] > 0}
                 memory = torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else None
-                log.write(done, loss=mean, smooth_loss=smooth, grad_norm=grad_norm.item(), lr=rate(step, args), images_per_second=speed,
+                log.write(done, loss=mean, smooth_loss=smooth, grad_norm=grad_norm.item(), lr=learning_rate(step, args), images_per_second=speed,
                           memory_gib=memory, bad_steps=bad_in_all, epoch=plan.epoch_of(done * plan.batch), **levels)
-                bar.set_postfix_str(f"loss {smooth:.4f}, |grad| {grad_norm.item():.2f}, lr {rate(step, args):.1e}, {speed:.1f} images/s"
+                bar.set_postfix_str(f"loss {smooth:.4f}, |grad| {grad_norm.item():.2f}, lr {learning_rate(step, args):.1e}, {speed:.1f} images/s"
                                     + (f", {memory:.1f} GiB" if memory else ""))
             sums.zero_()
             since, clock = done, time.time()

@@ -30,7 +30,8 @@ from torch import Tensor
 from v1 import stage_b as stage_b_v1
 from diffusion import (SAMPLERS, Guidance, Keep, Noise, add_noise, cut_timesteps, ddim_step, ddpm_step, default_timesteps_c, denoise,
                        linear_timesteps, slerp, timesteps)
-from extras.images import apply_linear, cover, feather, fit_linear, fitting_size, read_image, read_mask, to_pil
+from extras.images import cover, feather, fitting_size, read_image, read_mask, to_pil
+from extras.previews import apply_linear, fit_linear
 from latents import crop, extend, latent_sizes, to_raw, to_stored
 from text import TextEncoder, Texts
 

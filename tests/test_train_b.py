@@ -19,7 +19,7 @@ from training import data
 import sample
 from training import scenes
 import train_b
-from training import run as training
+from training import optim
 from diffusion import add_noise, alphas_cumprod, p2_weight, v_weight
 from loading.errors import UserError, WeightsError
 from helpers import lines, newest, same
@@ -475,14 +475,14 @@ def test_a_resumed_run_is_the_unbroken_run_to_the_bit(folder, new, tmp_path, opt
 def test_a_signal_finishes_the_step_and_saves(folder, new, tmp_path, monkeypatch, capsys):
     """A scheduler warns with SIGTERM before it kills: nothing is lost, and the run goes on as if nothing had happened."""
     unbroken = train(folder, tmp_path / "unbroken", *new, steps=4)
-    update = training.Averaged.update
+    update = optim.EMA.update
 
     def update_and_warn(self):
         update(self)
         if self.updates == 2:
             os.kill(os.getpid(), signal.SIGTERM)
     with monkeypatch.context() as patch:
-        patch.setattr(training.Averaged, "update", update_and_warn)
+        patch.setattr(optim.EMA, "update", update_and_warn)
         out = train(folder, tmp_path / "run", *new, steps=4)
     assert newest(out)["step"] == 2 and "stopped after step 2" in capsys.readouterr().err and not (out / "decoder").exists()
     train(folder, out, *new, "--resume", "auto", steps=4)
@@ -608,7 +608,7 @@ def test_only_the_newest_checkpoints_are_kept_and_others_are_refused(folder, new
     out = train(folder, tmp_path / "run", *new, "--save-every", "1", "--keep", "2", steps=3)
     assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step_00000002.pt", "step_00000003.pt"]
     with pytest.raises(UserError,
-                       match="exists already: add --resume auto to go on from it, or choose another --out"):
+                       match="exists already: add --resume auto to continue from it, or choose another --out"):
         train(folder, out, *new)
     torch.save(dict(script="train_c.py"), tmp_path / "c.pt")
     with pytest.raises(UserError, match="is not a checkpoint of train_b.py but of train_c.py"):

@@ -10,7 +10,7 @@ import torch
 from loading import hub
 import train_b
 from tiny import train_encoder
-from training import run as training
+from training import optim
 from loading.errors import UserError, WeightsError
 from helpers import TINY, lines, newest, same
 from training.scenes import COLOURS, OBJECTS, EmojiScenes
@@ -74,14 +74,14 @@ def test_a_resumed_run_is_the_unbroken_run_to_the_bit(config, tmp_path):
 
 
 def test_a_signal_finishes_the_step_and_saves(config, tmp_path, monkeypatch, capsys):
-    unbroken, rate = train(tmp_path / "unbroken", config), training.rate
+    unbroken, rate = train(tmp_path / "unbroken", config), optim.learning_rate
 
     def rate_and_warn(step, args):
         if step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return rate(step, args)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "rate", rate_and_warn)
+        patch.setattr(optim, "learning_rate", rate_and_warn)
         out = train(tmp_path / "run", config)
     assert newest(out)["step"] == 2 and "stopped after step 2" in capsys.readouterr().err and not (out / "image_encoder").exists()
     assert weights_file(train(out, config, "--resume", "auto")) == weights_file(unbroken)

@@ -64,7 +64,10 @@ def main(args):
     from loading.files import read_config
     from training.scenes import COLOURS, OBJECTS, EmojiScenes
     from stage_b import TinyImageEncoder, preprocess
-    from training.run import Checkpoints, Log, StopSignal, rate, to_tensor
+    from training.checkpoints import Checkpoints, Log
+    from training.optim import learning_rate
+    from training.processes import GracefulExit
+    from training.samples import to_tensor
     from loading.weights import config_to_ours, save_image_encoder
     from wuerstchen import to_stored
 
@@ -72,7 +75,7 @@ def main(args):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
     checkpoints = Checkpoints(f"{args.out}/checkpoints", args.keep)
-    resumed, stop = checkpoints.find(args.resume), StopSignal()
+    resumed, stop = checkpoints.find(args.resume), GracefulExit()
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "device")}
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.manual_seed(args.seed)
@@ -97,7 +100,7 @@ def main(args):
             part.load_state_dict(state[name])
     log = Log(args.out, start)
     for step in tqdm(range(start, args.steps), initial=start, total=args.steps, desc="Image encoder"):
-        optimizer.param_groups[0]["lr"] = rate(step, args)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, args)
         first = 5 * 10 ** 8 + step * args.batch                                          # not the scenes Stage B sees
         objects, places, colours = (torch.from_numpy(a).to(device) for a in facts(scenes.scenes(first, args.batch)))
         # (B, 16, 3, 3)
@@ -119,7 +122,7 @@ def main(args):
         optimizer.zero_grad(set_to_none=True)
         done = step + 1
         if done % args.log_every == 0 or done == args.steps:
-            log.write(done, loss=loss.item(), lr=rate(step, args), place_error=place_error.item(),
+            log.write(done, loss=loss.item(), lr=learning_rate(step, args), place_error=place_error.item(),
                       objects_right=(names.argmax(-1) == objects)[there].float().mean().item(),
                       colour_right=(on.argmax(-1) == colours[:, None]).float().mean().item())
         if done % args.save_every == 0 or done == args.steps or stop.received:

@@ -822,7 +822,7 @@ def reading(side: int, batch: int, files: int = 64) -> dict:
     from PIL import Image
     import train_c
     from training.data import BatchSampler, batches, open_dataset
-    from training.run import Processes
+    from training.processes import Processes
     with tempfile.TemporaryDirectory() as folder:
         rng = np.random.default_rng(0)
         for i in range(files):
