@@ -109,6 +109,7 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
 from tqdm import tqdm
 
 from loading import hub
+from loading.layouts import locate
 import lora
 from training.cache import Cache, hash_of
 from training.data import BatchSampler, batches, bucket_sizes, fill_cache, fit, latent_key, nearest_bucket, open_dataset, read_prompts, read_filters, sample_rng
@@ -123,7 +124,8 @@ from loading.errors import RESUME_HINT, UserError, as_user_error, exit_on_user_e
 from training.checkpoints import Checkpoints, Log
 from training.optim import build_optimizer, EMA, learning_rate
 from training.processes import GracefulExit, Processes
-from loading.weights import (config_to_ours, is_tiny, load_image_encoder, load_stage_a, load_stage_b, load_stage_c, load_text_encoder)
+from loading.names import config_to_ours
+from loading.weights import is_tiny, load_image_encoder, load_stage_a, load_stage_b, load_stage_c, load_text_encoder
 from wuerstchen import Wuerstchen, to_stored
 
 T_GRID = [0.05 + 0.1 * i for i in range(10)]         # noise levels of the validation
@@ -348,7 +350,7 @@ def main(args):
 
     # --- models ------------------------------------------------------------------------------------
     files = {part: getattr(args, part) for part in FILES if getattr(args, part)}
-    paths = hub.locate(args.weights, files, (*hub.TEXT_TO_IMAGE, "image_encoder") if args.sample_every else TRAINING_PARTS)
+    paths = locate(args.weights, files, (*hub.TEXT_TO_IMAGE, "image_encoder") if args.sample_every else TRAINING_PARTS)
     prior = build_prior(args, paths["prior"], dtype).to(device)
     tokenizer, text_model = load_text_encoder(paths["prior_text_encoder"], paths["prior_tokenizer"], torch.float32 if args.train_text else dtype)
     text_model.to(device).train(args.train_text).requires_grad_(args.train_text)

@@ -135,7 +135,7 @@ class Wuerstchen:
              low_memory: bool | None = None, offload: bool = False, compile: bool = False, int8: bool = False,
              lora: dict[str | Path, float] | None = None, **files) -> "Wuerstchen":
         """weights: "tiny" and "tiny-v1", which ship with the code; "v1", "v2", "v2-base", "v2-aesthetic", fetched if need be; or a folder in any
-        of diffusers' layouts, or of the original .pt files (see hub.find_parts).
+        of diffusers' layouts, or of the original .pt files (see loading/layouts.py).
 
         device: default cuda where there is one, else cpu. dtype of the networks: default float32 on a CPU, bfloat16 on
         a GPU. files: single parts from elsewhere, each a folder or a file: prior, decoder, vqgan, image_encoder,
@@ -149,6 +149,7 @@ class Wuerstchen:
         """
         from loading import hub
         from loading import weights as w
+        from loading.layouts import locate
         from loading.errors import WeightsError
         from loading.files import TensorFile, find_file
         from speed.int8 import check as int8_check, to_int8
@@ -160,7 +161,7 @@ class Wuerstchen:
                 raise ValueError(f"int8 computes in float32 between its products: it does not go with {str(dtype).removeprefix('torch.')}, leave out one of them")
             int8_check([device])
         weights = weights or ("v2" if files else "tiny")
-        places = hub.locate(weights, files, parts or hub.TEXT_TO_IMAGE, half=dtype != torch.float32, offline=offline, revision=revision)
+        places = locate(weights, files, parts or hub.TEXT_TO_IMAGE, half=dtype != torch.float32, offline=offline, revision=revision)
         # Before the first number is read: do the files fit the models, and the models each other?
         stage_b = w.stage_b_of(places["decoder"]) if places["decoder"] else w.StageB
         plans = {part: w.build_empty(stage, places[part])[0]

@@ -313,15 +313,6 @@ def check_names(found: dict[str, tuple], wanted: dict[str, tuple]) -> None:
         raise WeightsError(f"the weights do not fit the model: {'; '.join(problems)}")
 
 
-def to_ours(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """A state dict in any naming -> one that model.load_state_dict takes. Tensors are views.
-
-    Raises WeightsError if tensors are missing, unknown or have other shapes than `model` needs.
-    """
-    check_fit({name: tuple(tensor.shape) for name, tensor in state_dict.items()}, model)
-    return dict(translate(state_dict.items(), state_dict.keys(), model))
-
-
 def to_diffusers(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """A state dict with model's names, for example of EMA weights -> diffusers' naming. Tensors are views."""
     return {theirs: add_ones(state_dict[ours], kind) for theirs, (ours, kind) in name_table(model).items()}
