@@ -118,7 +118,8 @@ from loading.layouts import SHIPPED, locate
 from v1 import training as tokens
 from training.cache import Cache, hash_of
 from training.data import BatchSampler, batches, bucket_sizes, fill_cache, fit, latent_key, nearest_bucket, open_dataset, read_filters, sample_rng
-from diffusion import Guidance, Noise, add_noise, alphas_cumprod, denoise, linear_timesteps, p2_weight, per_row, v_weight
+from diffusion import Guidance, Noise, add_noise, alphas_cumprod, denoise, linear_timesteps, per_row
+from training.losses import LOSS_WEIGHTS
 from loading.files import read_config, to_half, write_atomically, write_files, STEM
 from extras.images import grid, psnr, to_pil
 from training.report import draw_curves, dry_run, push, settings_table
@@ -640,7 +641,7 @@ def main(args):
             fully_shard(part, mesh=mesh)
     optimizer = build_optimizer(model, args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
-    averaged, weight = EMA(model, args.ema), dict(v=v_weight, p2=p2_weight, none=torch.ones_like)[args.loss_weight]
+    averaged, weight = EMA(model, args.ema), LOSS_WEIGHTS[args.loss_weight]
     whole = dict(full_state_dict=True, cpu_offload=True)                                 # gathered from all processes, if they are split
     start = bad = bad_in_all = 0
     if resumed is not None:

@@ -113,7 +113,8 @@ from loading.layouts import locate
 import lora
 from training.cache import Cache, hash_of
 from training.data import BatchSampler, batches, bucket_sizes, fill_cache, fit, latent_key, nearest_bucket, open_dataset, read_prompts, read_filters, sample_rng
-from diffusion import Guidance, add_noise, alphas_cumprod, denoise, dpm_solver_step, linear_timesteps, p2_weight, v_weight
+from training.losses import LOSS_WEIGHTS
+from diffusion import Guidance, add_noise, denoise, dpm_solver_step, linear_timesteps
 from loading.files import write_atomically
 from extras.images import grid
 from training.report import FILES, draw_curves, dry_run, push, write_result
@@ -226,15 +227,6 @@ def paint(predict, prompts: list[str], sizes: list[tuple[int, int]], painted, ar
             for i, latent in zip(part, latents.cpu().numpy()):
                 painted.put(painted_key(prompts[i], (h, w)), latent)
     processes.wait()
-
-
-def loss_weight(name: str):
-    """t (B,) -> (B,)."""
-
-    def min_snr(t, gamma: float = 5.0):      # arXiv:2303.09556, eq. 6, for noise prediction: min(SNR, gamma) / SNR
-        snr = alphas_cumprod(t) / (1 - alphas_cumprod(t))
-        return snr.clamp(max=gamma) / snr
-    return {"p2": p2_weight, "none": torch.ones_like, "v": v_weight, "min-snr": min_snr}[name]
 
 
 # ----- what is trained ---------------------------------------------------------------------------------
@@ -436,7 +428,7 @@ def main(args):
             fully_shard(block, mesh=mesh)
     optimizer = build_optimizer(model, args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
-    averaged, weight = EMA(model, args.ema), loss_weight(args.loss_weight)
+    averaged, weight = EMA(model, args.ema), LOSS_WEIGHTS[args.loss_weight]
     whole = dict(full_state_dict=True, cpu_offload=True)                                 # gathered from all processes, if they are split
     start = bad = bad_in_all = 0
     if resumed is not None:

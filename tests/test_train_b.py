@@ -20,7 +20,8 @@ import sample
 from training import scenes
 import train_b
 from training import optim
-from diffusion import add_noise, alphas_cumprod, p2_weight, v_weight
+from diffusion import add_noise, alphas_cumprod
+from training.losses import p2_weight, v_weight
 from loading.errors import UserError, WeightsError
 from helpers import lines, newest, same
 from stage_a import StageA

@@ -26,6 +26,7 @@ from training import scenes
 import train_c
 from loading.errors import UserError
 from training import optim
+from training.losses import LOSS_WEIGHTS
 from helpers import newest, same
 from stage_b import TinyImageEncoder
 
@@ -198,7 +199,7 @@ def test_averages_forget_the_start():
 
 @pytest.mark.parametrize("name, t, expected", [("none", 0.5, 1.0), ("p2", 1.0, 0.9999), ("min-snr", 1.0, 1.0)])
 def test_loss_weights(name, t, expected):
-    assert train_c.loss_weight(name)(torch.tensor([t])).item() == pytest.approx(expected)
+    assert LOSS_WEIGHTS[name](torch.tensor([t])).item() == pytest.approx(expected)
 
 
 # --- the same run, however it is computed ------------------------------------------------------------
