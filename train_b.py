@@ -69,7 +69,7 @@ def parse_args(argv=None):
     g.add_argument("--high-noise", type=float, help="exponent that draws noise levels towards 1, where Stage B must rely on the semantic latent; 1 draws them evenly (default: 1; small 1.5, with --v1 1)")
     g.add_argument("--loss", choices=["eps", "head"], help="eps, the default: error of the predicted noise, as the released models were trained; head: signal and noise "
                                                                           "scale, the two outputs it is made of, each by itself, which learns faster from random weights")
-    g.add_argument("--loss-weight", choices=["v", "p2", "none"], help="what errors count by noise level, see diffusion.py (default: p2, the original's; small v)")
+    g.add_argument("--loss-weight", choices=["v", "p2", "none"], help="what errors count by noise level, see training/losses.py (default: p2, the original's; small v)")
     g.add_argument("--even-contrast", action="store_true", help="let pictures of little contrast (a fish on its own colour, a snowflake's lines) count more: the squared error alone hardly sees them")
     g.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="autocast type (default: bf16 on a GPU, else fp32)")
     g.add_argument("--checkpointing", action="store_true", help="compute blocks again in the backward pass: a fraction of the memory, a third slower")
@@ -114,6 +114,7 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
 from tqdm import tqdm
 
 from loading import hub
+from loading.layouts import SHIPPED, locate
 from v1 import training as tokens
 from training.cache import Cache, CachedTexts, hash_of
 from training.data import BatchSampler, batches, bucket_sizes, fill_cache, fit, latent_key, nearest_bucket, open_dataset, read_filters, sample_rng
@@ -127,8 +128,9 @@ from loading.errors import RESUME_HINT, UserError, as_user_error, exit_on_user_e
 from training.checkpoints import Checkpoints, Log
 from training.optim import EMA, learning_rate
 from training.processes import GracefulExit, Processes, SynchronisedBatchNorm
-from loading.weights import (check_widths, config_to_diffusers, config_to_ours, load_image_encoder, load_stage_a, load_stage_b, load_stage_b_v1,
-                     load_text_encoder, save_stage_b, save_stage_b_v1, stage_b_of, to_diffusers)
+from loading.names import config_to_diffusers, config_to_ours, to_diffusers
+from loading.weights import (check_widths, load_image_encoder, load_stage_a, load_stage_b, load_stage_b_v1,
+                             load_text_encoder, save_model, stage_b_of)
 from wuerstchen import (Noise, Sampling, TextEncoder, add_noise, alphas_cumprod, denoise, per_row, scale_semantic,
                         unscale_semantic)
 
@@ -306,7 +308,7 @@ def find_places(args) -> dict:
     """Where the parts are that are needed; nothing else is fetched."""
     files = {part: getattr(args, part) for part in PARTS if getattr(args, part) not in (None, "none")}
     wanted = ["vqgan"] + ["decoder", "image_encoder"] * (args.init == "weights") + ["text_encoder", "tokenizer"] * (args.text_encoder != "none")
-    paths = hub.locate(args.weights, files, tuple(wanted))
+    paths = locate(args.weights, files, tuple(wanted))
     if args.init == "weights" and paths["image_encoder"] is None:
         raise UserError(f"{args.weights} has no image encoder: add --image-encoder FOLDER")
     return paths
@@ -345,7 +347,7 @@ def build(args, paths) -> tuple:
         if args.config not in (None, "official"):
             folder = Path(args.config)
             decoder = config_to_ours(read_config(folder / "decoder") if folder.is_dir() else json.loads(folder.read_text()), stage)
-            place = hub.locate(folder, parts=("image_encoder",))["image_encoder"] if folder.is_dir() else None
+            place = locate(folder, parts=("image_encoder",))["image_encoder"] if folder.is_dir() else None
             if place is not None:
                 config = read_config(place)
                 kind = TinyImageEncoder if config.get("_class_name") == "TinyImageEncoder" else EfficientNetEncoder
@@ -491,7 +493,7 @@ def stage_c_fits(args) -> bool:
     """Has the frozen image encoder a Stage C, in --weights? It is from there, or --image-encoder names that one."""
     if not args.freeze_encoder or args.init == "weights" or args.weights in hub.NAMES:
         return args.freeze_encoder and args.init == "weights"
-    own = hub.locate(args.weights, parts=("image_encoder",))["image_encoder"]
+    own = locate(args.weights, parts=("image_encoder",))["image_encoder"]
     return own is not None and own.resolve() == Path(args.image_encoder).resolve()
 
 
@@ -505,7 +507,7 @@ def write_result(args, decoder, encoder, weights: dict, pictures: int, lines: li
         model.load_state_dict({key.removeprefix(name): tensor for key, tensor in weights.items() if key.startswith(name)}, assign=True)
         return model
     out = Path(args.out)
-    (save_stage_b_v1 if args.v1 else save_stage_b)(filled(decoder, "decoder."), out / "decoder")
+    (save_model if args.v1 else save_model)(filled(decoder, "decoder."), out / "decoder")
     encoder = encoder if args.freeze_encoder else filled(encoder, "encoder.")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in to_diffusers(encoder.state_dict(), encoder).items()}
     half = to_half(tensors)
@@ -514,7 +516,7 @@ def write_result(args, decoder, encoder, weights: dict, pictures: int, lines: li
     write_files(config_to_diffusers(encoder), half, out / "image_encoder", STEM)
     if stage_c_fits(args):
         files = {part: str(Path(getattr(args, part)).resolve()) for part in PARTS if getattr(args, part) not in (None, "none")}
-        base = dict(weights=args.weights if args.weights in (*hub.SHIPPED, *hub.NAMES) else str(Path(args.weights).resolve()), files=files)
+        base = dict(weights=args.weights if args.weights in (*SHIPPED, *hub.NAMES) else str(Path(args.weights).resolve()), files=files)
         write_atomically(out / "base.json", lambda path: path.write_text(json.dumps(base, indent=2) + "\n"))
     last = next((line for line in reversed(lines) if "psnr_a" in line), {})
     measured = "\n".join([f"| PSNR of {args.val_count} pictures | dB |", "|---|---:|"] * bool(last) +

@@ -63,7 +63,7 @@ def parse_args(argv=None):
     g.add_argument("--weight-decay", type=float, default=0.01, help="not for norms, biases and LoRA")
     g.add_argument("--clip", type=float, default=1.0, help="gradient norm, over all processes, above which gradients are scaled down")
     g.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights, which are the ones kept; 0: no averaging")
-    g.add_argument("--loss-weight", choices=["p2", "none", "min-snr", "v"], default="p2", help="what errors count by noise level, see diffusion.py; p2: the original's")
+    g.add_argument("--loss-weight", choices=["p2", "none", "min-snr", "v"], default="p2", help="what errors count by noise level, see training/losses.py; p2: the original's")
     g.add_argument("--offset-noise", type=float, default=0.0, help="noise common to a whole channel, so that very dark and bright pictures are learned; 0.05 to 0.1")
     g.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="autocast type (default: bf16 on a GPU, else fp32)")
     g.add_argument("--checkpointing", choices=["products", "blocks"], nargs="?", const="blocks", help="keep less for the backward pass and compute it "
@@ -109,6 +109,7 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
 from tqdm import tqdm
 
 from loading import hub
+from loading.layouts import locate
 import lora
 from training.cache import Cache, CachedTexts, hash_of
 from training.data import BatchSampler, batches, bucket_sizes, fill_cache, fit, latent_key, nearest_bucket, open_dataset, read_prompts, read_filters, sample_rng
@@ -122,7 +123,8 @@ from loading.errors import RESUME_HINT, UserError, as_user_error, exit_on_user_e
 from training.checkpoints import Checkpoints, Log
 from training.optim import build_optimizer, EMA, learning_rate
 from training.processes import GracefulExit, Processes
-from loading.weights import (config_to_ours, is_tiny, load_image_encoder, load_stage_a, load_stage_b, load_stage_c, load_text_encoder)
+from loading.names import config_to_ours
+from loading.weights import is_tiny, load_image_encoder, load_stage_a, load_stage_b, load_stage_c, load_text_encoder
 from wuerstchen import Sampling, TextEncoder, Wuerstchen, add_noise, denoise, scale_semantic
 
 T_GRID = [0.05 + 0.1 * i for i in range(10)]         # noise levels of the validation
@@ -343,7 +345,7 @@ def main(args):
 
     # --- models ------------------------------------------------------------------------------------
     files = {part: getattr(args, part) for part in FILES if getattr(args, part)}
-    paths = hub.locate(args.weights, files, (*hub.TEXT_TO_IMAGE, "image_encoder") if args.sample_every else TRAINING_PARTS)
+    paths = locate(args.weights, files, (*hub.TEXT_TO_IMAGE, "image_encoder") if args.sample_every else TRAINING_PARTS)
     prior = build_prior(args, paths["prior"], dtype).to(device)
     tokenizer, text_model = load_text_encoder(paths["prior_text_encoder"], paths["prior_tokenizer"], torch.float32 if args.train_text else dtype)
     text_model.to(device).train(args.train_text).requires_grad_(args.train_text)

@@ -14,6 +14,7 @@ from loading import hub
 from loading import weights as w
 from loading.errors import WeightsError
 from loading.files import TensorFile, find_file
+from loading.layouts import locate
 from speed.fast import accelerate
 from speed.int8 import check as check_int8, to_int8
 from speed.memory import free_memory, module_of, offload as offload_networks, one_at_a_time, tile
@@ -48,7 +49,7 @@ def load(weights: str | Path | None = None, device: str | None = None, dtype: to
             raise ValueError(f"int8 computes in float32 between its products, not in {dtype}: remove one of them.")
         check_int8([device])
     weights = weights or ("v2" if files else "tiny")
-    paths = hub.locate(weights, files, parts or hub.TEXT_TO_IMAGE, half=dtype != torch.float32, offline=offline,
+    paths = locate(weights, files, parts or hub.TEXT_TO_IMAGE, half=dtype != torch.float32, offline=offline,
                        revision=revision)
     empty = build_all(paths)
     loras = ({paths["lora"]: 1.0} if paths.get("lora") else {}) | (lora or {})

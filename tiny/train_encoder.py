@@ -68,7 +68,8 @@ def main(args):
     from training.optim import learning_rate
     from training.processes import GracefulExit
     from training.samples import to_tensor
-    from loading.weights import config_to_ours, save_image_encoder
+    from loading.names import config_to_ours
+    from loading.weights import save_model
     from wuerstchen import scale_semantic
 
     for name in ("steps", "batch", "log_every", "save_every", "keep"):
@@ -132,7 +133,7 @@ def main(args):
             print(f"stopped after step {done}, all of it saved: --resume auto goes on", file=sys.stderr)
             break
     else:
-        save_image_encoder(encoder.eval(), f"{args.out}/image_encoder")
+        save_model(encoder.eval(), f"{args.out}/image_encoder")
     stop.restore()
 
 
