@@ -1,4 +1,4 @@
-"""Diffusion in plain functions: noise schedule, loss weights, three samplers, guidance, and the loop that ties them together.
+"""Diffusion in plain functions: noise schedule, three samplers, guidance, and the loop that ties them together.
 
   x_0 (data) -add_noise-> x_t;   noise -denoise, many times predict + step-> x_0
 
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# ----- noise schedule and loss weights --------------------------------------------------------------
+# ----- noise schedule ---------------------------------------------------------------------------------
 
 
 def alphas_cumprod(t: Tensor, s: float = 0.008) -> Tensor:
@@ -56,27 +56,6 @@ def predict_x_0(x_t: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """add_noise solved for x_0: what is clean if eps is the noise.  x_t, eps (B,...), t (B,) -> (B,...)."""
     ab = per_row(alphas_cumprod(t), x_t)
     return (x_t - (1 - ab).sqrt() * eps) / ab.sqrt()
-
-
-def p2_weight(t: Tensor, k: float = 1.0, gamma: float = 1.0) -> Tensor:
-    """Loss weight (k + SNR)^-gamma, t (B,) -> (B,).  With k = gamma = 1 it is 1 - alphas_cumprod.
-
-    Plain noise prediction spends itself on the nearly clean levels, where little is decided;
-    this turns it to the noisy ones.  Source: Choi et al. 2022, arXiv:2204.00227, eq. 8.
-    """
-    ab = alphas_cumprod(t)
-    return (k + ab / (1 - ab)) ** -gamma
-
-
-def v_weight(t: Tensor, least: float = 0.01) -> Tensor:
-    """Loss weight 1 / alphas_cumprod, t (B,) -> (B,): the squared error of noise becomes that of v-prediction.
-
-    In terms of the clean x_0 that is an error weight of 1 / (1 - alphas_cumprod), where p2 has
-    alphas_cumprod: nothing at high noise. There a prediction rests on the condition alone, so
-    this is what makes a network listen to its condition early in training. Capped at 1 / least.
-    Source: Salimans & Ho 2022, arXiv:2202.00512, sec. 4 ("SNR+1 weighting").
-    """
-    return 1 / alphas_cumprod(t).clamp(min=least)
 
 
 # ----- samplers: one step from noise level t down to t_prev < t --------------------------------------

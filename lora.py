@@ -762,8 +762,8 @@ def convert(source: str, target: Path, to: str) -> str:
 def load_prior(path: str) -> tuple[nn.Module, dict[str, torch.dtype]]:
     """A prior, as folder or file in any naming -> (Stage C in float32, {tensor's name: its dtype in the file})."""
     from stage_c import StageC
-    from loading.weights import fill, plan, translate
-    model, file = plan(StageC, path)
+    from loading.weights import build_empty, fill, translate
+    model, file = build_empty(StageC, path)
     dtypes = {}
 
     def noted(pairs):

@@ -92,14 +92,16 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from training.data import Plan, batches, fit, open_pictures, read_filters, sample_rng
+from training.data import BatchSampler, batches, fit, open_dataset, read_filters, sample_rng
 from loading.files import STEM, write_atomically, write_files
 from extras.images import grid
 from training.report import draw_curves, outline, push, settings_table
 from stage_a import (OFFICIAL, CodebookAverages, PatchDiscriminator, StageA, adaptive_weight, count, discriminator_loss, generator_loss,
                      perceptual_loss, perplexity)
-from training.run import (Averaged, Checkpoints, Log, Mistake, Processes, StopSignal, SynchronisedBatchNorm, build_optimizer,
-                      mistakes_in_one_line, rate, user_mistakes)
+from loading.errors import RESUME_HINT, UserError, as_user_error, exit_on_user_error
+from training.checkpoints import Checkpoints, Log
+from training.optim import build_optimizer, EMA, learning_rate
+from training.processes import GracefulExit, Processes, SynchronisedBatchNorm
 from loading.weights import config_to_diffusers, config_to_ours, load_stage_a, save_stage_a, to_diffusers
 
 TERMS = ("loss", "l1", "l2", "perceptual", "codebook", "commitment", "generator", "gan_weight", "discriminator")
@@ -110,22 +112,22 @@ def check(args) -> None:
     for name, low in (("width", 2), ("bottleneck_blocks", 1), ("codebook_size", 1), ("steps", 1), ("batch", 1), ("grad_accum", 1), ("revive_every", 1),
                       ("save_every", 1), ("keep", 1), ("log_every", 1), ("val_count", 1), ("norm_steps", 0), ("gan_start", 0), ("l1", 0), ("l2", 0), ("commitment", 0)):
         if getattr(args, name) is not None and getattr(args, name) < low:
-            raise Mistake(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {low}")
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {low}")
     for name in ("ema", "codebook_decay"):
         if not 0 <= getattr(args, name) < 1:
-            raise Mistake(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a number from 0 to below 1")
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a number from 0 to below 1")
     if not 0 <= args.quantise <= 1:
-        raise Mistake(f"--quantise is {args.quantise}, expected a share from 0 to 1")
+        raise UserError(f"--quantise is {args.quantise}, expected a share from 0 to 1")
     if args.resolution is not None and (args.resolution < 4 or args.resolution % 4):
-        raise Mistake(f"--resolution is {args.resolution}, expected a multiple of 4, as 4 x 4 pixels become one latent")
+        raise UserError(f"--resolution is {args.resolution}, expected a multiple of 4, as 4 x 4 pixels become one latent")
     if args.perceptual and args.resolution is not None and args.resolution < 16:
-        raise Mistake(f"--resolution is {args.resolution}: --perceptual halves pictures four times, so it needs at least 16")
+        raise UserError(f"--resolution is {args.resolution}: --perceptual halves pictures four times, so it needs at least 16")
     if args.init and args.config:
-        raise Mistake("--init brings its own sizes: leave --config away")
+        raise UserError("--init brings its own sizes: leave --config away")
     if args.freeze_encoder and not args.init:
-        raise Mistake("--freeze-encoder keeps an encoder that has learned: add --init FOLDER")
+        raise UserError("--freeze-encoder keeps an encoder that has learned: add --init FOLDER")
     if not args.l1 and not args.l2 and not args.perceptual:
-        raise Mistake("--l1 and --l2 are both 0: nothing says what pictures should look like")
+        raise UserError("--l1 and --l2 are both 0: nothing says what pictures should look like")
 
 
 # ----- one sample -------------------------------------------------------------------------------------
@@ -158,7 +160,7 @@ def build_model(args) -> StageA:
                 c_hidden=args.width, bottleneck_blocks=args.bottleneck_blocks, codebook_size=args.codebook_size)
             model = StageA(**sizes)
         except (ValueError, TypeError, RuntimeError) as error:
-            raise Mistake(f"--config {args.config} cannot be used: {error}" if args.config else f"these sizes cannot be used: {error}") from error
+            raise UserError(f"--config {args.config} cannot be used: {error}" if args.config else f"these sizes cannot be used: {error}") from error
     if args.freeze_encoder:
         model.requires_grad_(False)
         for part in (model.from_latent, model.decoder, model.to_pixels):
@@ -182,12 +184,12 @@ class VGGFeatures(torch.nn.Module):
     LAYERS = (3, 8, 15, 22, 29)      # relu1_2, 2_2, 3_3, 4_3, 5_3, those of LPIPS
 
     def __init__(self, weights: str):
-        """weights: a file of torchvision's VGG16 weights, or "vgg16". Raises Mistake."""
+        """weights: a file of torchvision's VGG16 weights, or "vgg16". Raises UserError."""
         super().__init__()
         try:
             from torchvision.models import VGG16_Weights, vgg16
         except ImportError:
-            raise Mistake("--perceptual needs a package: pip install torchvision") from None
+            raise UserError("--perceptual needs a package: pip install torchvision") from None
         try:
             if weights == "vgg16":
                 tensors = VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True)
@@ -201,7 +203,7 @@ class VGGFeatures(torch.nn.Module):
             names = self.layers.state_dict().keys()
             self.layers.load_state_dict({name: tensors[f"features.{name}"].float() for name in names}, assign=True)
         except Exception as error:                                       # each library raises its own kinds
-            raise Mistake(f"--perceptual {weights}: {str(error).splitlines()[0][:150] or type(error).__name__}; expected vgg16, or a file of torchvision's VGG16 "
+            raise UserError(f"--perceptual {weights}: {str(error).splitlines()[0][:150] or type(error).__name__}; expected vgg16, or a file of torchvision's VGG16 "
                           "weights (vgg16-397923af.pth); without --perceptual training goes without") from error
         self.requires_grad_(False)
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))      # ImageNet's
@@ -304,7 +306,7 @@ def main(args):
     check(args)
     checkpoints = Checkpoints(f"{args.out}/checkpoints", args.keep)
     resumed = checkpoints.find(args.resume)
-    stop, processes = StopSignal(), Processes(args.device)
+    stop, processes = GracefulExit(), Processes(args.device)
     device, first = processes.device, processes.rank == 0
     scenes = args.data.split(":")[0] == "scenes"
     args.resolution = args.resolution or (128 if scenes else 256)
@@ -321,11 +323,11 @@ def main(args):
     averages = CodebookAverages(model.codebook.codes, args.codebook_decay).to(device) if args.codebook == "ema" and not args.freeze_encoder else None
     index = Path(args.out) / "index"
     val_data = args.val_data or (f"scenes:all:{args.val_count}:987654321" if scenes else None)   # scenes of another seed: unseen ones
-    with processes.one_after_another(), user_mistakes():             # what one has indexed or fetched serves the others
-        pictures = open_pictures(args.data, captions_required=False, index_folder=index, **read_filters(args.filter))
-        validation = open_pictures(val_data, captions_required=False, index_folder=index) if val_data else pictures
+    with processes.main_first(), as_user_error():             # what one has indexed or fetched serves the others
+        pictures = open_dataset(args.data, captions_required=False, index_folder=index, **read_filters(args.filter))
+        validation = open_dataset(val_data, captions_required=False, index_folder=index) if val_data else pictures
     pictures.bucket = np.zeros(len(pictures), np.int64)              # all are cut to the same square
-    plan = Plan(pictures.bucket, args.batch * args.grad_accum * processes.world, args.seed)
+    plan = BatchSampler(pictures.bucket, args.batch * args.grad_accum * processes.world, args.seed)
     if first:
         print(pictures.describe(), file=sys.stderr)
     if args.dry_run:
@@ -337,7 +339,7 @@ def main(args):
     optimizer = build_optimizer(model, args, betas=(0.9, 0.99))
     d_optimizer = torch.optim.AdamW(discriminator.parameters(), lr=args.lr / 4, betas=(0.5, 0.99), weight_decay=0, fused=True) if discriminator else None
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
-    averaged = Averaged(model, args.ema)
+    averaged = EMA(model, args.ema)
     usage = torch.zeros(2, model.config["codebook_size"], device=device)                     # of each code: since codes were revived, since a line was logged
     parts = dict(model=model, optimizer=optimizer, scaler=scaler) | (dict(discriminator=discriminator, d_optimizer=d_optimizer) if discriminator else {}) \
         | (dict(codebook=averages) if averages else {})
@@ -345,14 +347,14 @@ def main(args):
     if resumed is not None:
         state = checkpoints.load(resumed, "train_a.py", settings)
         if averages is not None and "codebook" not in state:
-            raise Mistake(f"{resumed} was made with --codebook gradient: go on with that, or start anew with --init {args.out}/vqgan")
+            raise UserError(f"{resumed} was made with --codebook gradient: go on with that, or start anew with --init {args.out}/vqgan")
         start, bad, bad_in_all, averaged.updates = (state[name] for name in ("step", "bad", "bad_in_all", "updates"))
         try:
             for name, part in parts.items():
                 if name in state:                # a discriminator may join a run that began without one
                     part.load_state_dict(state[name])
         except (ValueError, RuntimeError) as error:
-            raise Mistake(f"{resumed} does not fit: {str(error).splitlines()[0]}: resume with the sizes and --freeze-encoder it was made with") from error
+            raise UserError(f"{resumed} does not fit: {str(error).splitlines()[0]}: resume with the sizes and --freeze-encoder it was made with") from error
         usage.copy_(state["usage"])
         for name, mean in averaged.mean.items():
             mean.copy_(state["averaged"].get(name, averaged.live[name]))
@@ -394,9 +396,9 @@ def main(args):
     for step in bar:
         train_mode(model, step, args)
         for group in optimizer.param_groups:
-            group["lr"] = rate(step, args)
+            group["lr"] = learning_rate(step, args)
         for group in d_optimizer.param_groups if d_optimizer else ():
-            group["lr"] = rate(step, args) / 4
+            group["lr"] = learning_rate(step, args) / 4
         gan = discriminator is not None and step >= args.gan_start
         terms, counted, latents = torch.zeros(len(TERMS), device=device), 0, []
         statistics = [buffer.clone() for buffer in model.norm_latent.buffers()]
@@ -456,7 +458,7 @@ def main(args):
                 log.write(step + 1, bad_step=True, positions=batch["position"].tolist())
             if bad >= args.max_bad_steps:
                 save(step)
-                raise Mistake(f"{bad} steps in a row came to NaN or infinity, up to step {step + 1}; the last good state is in {args.out}/checkpoints: "
+                raise UserError(f"{bad} steps in a row came to NaN or infinity, up to step {step + 1}; the last good state is in {args.out}/checkpoints: "
                               f"lower --lr, or use --dtype bf16 or fp32; what was in these batches is in {args.out}/log.jsonl")
         else:
             bad = 0
@@ -485,9 +487,9 @@ def main(args):
             if first:
                 kept = {name: mean for name, mean in zip(TERMS, means) if mean or name in ("loss", "l1", "l2")}
                 memory = torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else None
-                log.write(done, **kept, smooth_loss=smooth, grad_norm=grad_norm.item(), lr=rate(step, args), images_per_second=speed, memory_gib=memory,
+                log.write(done, **kept, smooth_loss=smooth, grad_norm=grad_norm.item(), lr=learning_rate(step, args), images_per_second=speed, memory_gib=memory,
                           bad_steps=bad_in_all, epoch=plan.epoch_of(done * plan.batch), codes_used=int((usage[1] > 0).sum()), perplexity=perplexity(usage[1]).item())
-                bar.set_postfix_str(f"loss {smooth:.4f}, |grad| {grad_norm.item():.2f}, {int((usage[1] > 0).sum())} codes, lr {rate(step, args):.1e}, "
+                bar.set_postfix_str(f"loss {smooth:.4f}, |grad| {grad_norm.item():.2f}, {int((usage[1] > 0).sum())} codes, lr {learning_rate(step, args):.1e}, "
                                     f"{speed:.1f} images/s" + (f", {memory:.1f} GiB" if memory else ""))
             usage[1] = 0
             since, clock = done, time.time()
@@ -523,5 +525,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    with mistakes_in_one_line():
+    with exit_on_user_error(RESUME_HINT):
         main(ARGS)

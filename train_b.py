@@ -116,15 +116,19 @@ from tqdm import tqdm
 from loading import hub
 from v1 import training as tokens
 from training.cache import Cache, hash_of
-from training.data import Plan, batches, bucket_sizes, fill_cache, fit, latent_key, nearest_bucket, open_pictures, read_filters, sample_rng
-from diffusion import Guidance, Noise, add_noise, alphas_cumprod, denoise, linear_timesteps, p2_weight, per_row, v_weight
+from training.data import BatchSampler, batches, bucket_sizes, fill_cache, fit, latent_key, nearest_bucket, open_dataset, read_filters, sample_rng
+from diffusion import Guidance, Noise, add_noise, alphas_cumprod, denoise, linear_timesteps, per_row
+from training.losses import LOSS_WEIGHTS
 from loading.files import read_config, to_half, write_atomically, write_files, STEM
 from extras.images import grid, psnr, to_pil
 from training.report import draw_curves, dry_run, push, settings_table
 from stage_b import EfficientNetEncoder, StageB, TinyImageEncoder, preprocess
 from v1.stage_b import StageBV1, add_noise as replace_tokens, training_errors
 from text import CachedTexts, TextEncoder
-from training.run import (Averaged, Checkpoints, Log, Mistake, Processes, StopSignal, SynchronisedBatchNorm, mistakes_in_one_line, rate, user_mistakes)
+from loading.errors import RESUME_HINT, UserError, as_user_error, exit_on_user_error
+from training.checkpoints import Checkpoints, Log
+from training.optim import EMA, learning_rate
+from training.processes import GracefulExit, Processes, SynchronisedBatchNorm
 from loading.weights import (check_widths, config_to_diffusers, config_to_ours, load_image_encoder, load_stage_a, load_stage_b, load_stage_b_v1,
                      load_text_encoder, save_stage_b, save_stage_b_v1, stage_b_of, to_diffusers)
 from wuerstchen import to_raw, to_stored
@@ -138,29 +142,29 @@ def check(args) -> None:
     """Ends the program for arguments that make no sense, before anything is loaded."""
     for name, low in (("steps", 1), ("batch", 1), ("grad_accum", 1), ("save_every", 1), ("keep", 1), ("log_every", 1), ("val_count", 1), ("blind", 0), ("guide_attention", 0)):
         if getattr(args, name) is not None and getattr(args, name) < low:
-            raise Mistake(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {low}")
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {low}")
     for name in ("caption_dropout", "semantic_dropout", "ema"):
         if getattr(args, name) is not None and not 0 <= getattr(args, name) < 1:
-            raise Mistake(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a number from 0 to below 1")
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a number from 0 to below 1")
     if not 0 <= args.semantic_noise <= 1:
-        raise Mistake(f"--semantic-noise is {args.semantic_noise}, expected a share from 0 to 1")
+        raise UserError(f"--semantic-noise is {args.semantic_noise}, expected a share from 0 to 1")
     if args.high_noise is not None and args.high_noise <= 0:
-        raise Mistake(f"--high-noise is {args.high_noise}, expected an exponent above 0: 1 draws noise levels evenly, 1.5 more of the high ones")
+        raise UserError(f"--high-noise is {args.high_noise}, expected an exponent above 0: 1 draws noise levels evenly, 1.5 more of the high ones")
     for name in ("loss", "loss_weight", "even_contrast"):
         if args.v1 and getattr(args, name):
-            raise Mistake(f"--{name.replace('_', '-')} is for v2, whose Stage B makes latents; --v1 has a loss of its own, cross-entropy over tokens: leave one of them away")
+            raise UserError(f"--{name.replace('_', '-')} is for v2, whose Stage B makes latents; --v1 has a loss of its own, cross-entropy over tokens: leave one of them away")
     if args.guide_attention and not args.v1:
-        raise Mistake("--guide-attention is for --v1: in v2 the semantic latent is laid over the picture, so that there is nothing to find")
+        raise UserError("--guide-attention is for --v1: in v2 the semantic latent is laid over the picture, so that there is nothing to find")
     if args.config and args.init != "random":
-        raise Mistake("--config gives the sizes of a new Stage B: add --init random")
+        raise UserError("--config gives the sizes of a new Stage B: add --init random")
     if args.backbone and (args.init != "random" or args.image_encoder):
-        raise Mistake("--backbone is where a new image encoder starts: it goes with --init random and without --image-encoder")
+        raise UserError("--backbone is where a new image encoder starts: it goes with --init random and without --image-encoder")
     if args.init == "random" and args.decoder:
-        raise Mistake("--decoder says where Stage B starts, and so does --init random: leave one of them away")
+        raise UserError("--decoder says where Stage B starts, and so does --init random: leave one of them away")
     if args.init == "random" and args.freeze_encoder and not args.image_encoder:
-        raise Mistake("--freeze-encoder would keep an image encoder that has learned nothing: add --image-encoder FOLDER")
+        raise UserError("--freeze-encoder would keep an image encoder that has learned nothing: add --image-encoder FOLDER")
     if args.cache and args.crop == "random":
-        raise Mistake("--cache keeps what does not change: it does not go with --crop random")
+        raise UserError("--cache keeps what does not change: it does not go with --crop random")
 
 
 def set_defaults(args, small: bool, device) -> None:
@@ -201,7 +205,7 @@ class Samples(torch.utils.data.Dataset):
         for name, cache in self.caches.items():
             latent = cache.get(latent_key(self.pictures, index, (h, w), flip))
             if latent is None:
-                raise Mistake(f"an entry of --cache {args.cache} was damaged while it was in use, and removed: start again with --resume auto")
+                raise UserError(f"an entry of --cache {args.cache} was damaged while it was in use, and removed: start again with --resume auto")
             item[name] = torch.from_numpy(latent).long() if latent.dtype.kind == "i" else torch.from_numpy(latent).float()
         caption = ""
         if args.text_encoder != "none":
@@ -220,8 +224,8 @@ class Samples(torch.utils.data.Dataset):
                                    t_semantic=np.float32(level if noisy else 0), eps_semantic=torch.from_numpy(eps_semantic), dropped=bool(dropped))
 
 
-class SizedPlan(Plan):
-    """A Plan whose steps have sizes: the third of what step() returns is the place of (resolution, bucket) in `sizes`.
+class SizedPlan(BatchSampler):
+    """A BatchSampler whose steps have sizes: the third of what step() returns is the place of (resolution, bucket) in `sizes`.
 
     Which resolution step k has is a function of (seed, k). buckets: of the first resolution, which is the largest, with the
     most shapes; in the others, each of them goes to the nearest.
@@ -303,10 +307,10 @@ def find_places(args) -> dict:
     """Where the parts are that are needed; nothing else is fetched."""
     files = {part: getattr(args, part) for part in PARTS if getattr(args, part) not in (None, "none")}
     wanted = ["vqgan"] + ["decoder", "image_encoder"] * (args.init == "weights") + ["text_encoder", "tokenizer"] * (args.text_encoder != "none")
-    places = hub.locate(args.weights, files, tuple(wanted))
-    if args.init == "weights" and places["image_encoder"] is None:
-        raise Mistake(f"{args.weights} has no image encoder: add --image-encoder FOLDER")
-    return places
+    paths = hub.locate(args.weights, files, tuple(wanted))
+    if args.init == "weights" and paths["image_encoder"] is None:
+        raise UserError(f"{args.weights} has no image encoder: add --image-encoder FOLDER")
+    return paths
 
 
 def in_units(decoder) -> bool:
@@ -321,22 +325,22 @@ def new_encoder(kind: type = EfficientNetEncoder, backbone: str | None = None, u
     torch.nn.init.constant_(encoder.norm.bias, -1 if units else 0)
     if backbone:
         if kind is not EfficientNetEncoder:
-            raise Mistake(f"--backbone is for EfficientNetV2-S, --config asks for a {kind.__name__}")
+            raise UserError(f"--backbone is for EfficientNetV2-S, --config asks for a {kind.__name__}")
         try:
             tensors = torch.load(backbone, map_location="cpu", weights_only=True)
             encoder.backbone.load_state_dict({name.removeprefix("features."): t for name, t in tensors.items() if name.startswith("features.")})
         except Exception as error:           # torch has many kinds for a file that will not do
-            raise Mistake(f"--backbone {backbone} cannot be used, expected torchvision's efficientnet_v2_s: {str(error).splitlines()[0][:150]}") from error
+            raise UserError(f"--backbone {backbone} cannot be used, expected torchvision's efficientnet_v2_s: {str(error).splitlines()[0][:150]}") from error
     return encoder
 
 
-def build(args, places) -> tuple:
+def build(args, paths) -> tuple:
     """Stage B and the image encoder, in float32, since the steps of an optimizer are too small for less."""
     stage = StageBV1 if args.v1 else StageB
     if args.init == "weights":
-        if stage_b_of(places["decoder"]) is not stage:
-            raise Mistake(f"{places['decoder']} is a Stage B of {'v2, --v1 trains that of v1: leave it away' if args.v1 else 'v1: add --v1'}, or --init random for a new one")
-        return (load_stage_b_v1 if args.v1 else load_stage_b)(places["decoder"]), load_image_encoder(places["image_encoder"])
+        if stage_b_of(paths["decoder"]) is not stage:
+            raise UserError(f"{paths['decoder']} is a Stage B of {'v2, --v1 trains that of v1: leave it away' if args.v1 else 'v1: add --v1'}, or --init random for a new one")
+        return (load_stage_b_v1 if args.v1 else load_stage_b)(paths["decoder"]), load_image_encoder(paths["image_encoder"])
     decoder, kind, sizes = {}, EfficientNetEncoder, {}
     try:
         if args.config not in (None, "official"):
@@ -349,9 +353,9 @@ def build(args, places) -> tuple:
                 sizes = config_to_ours(config, kind)
         decoder = stage(**decoder)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise Mistake(f"--config {args.config} cannot be used: {error}") from error
+        raise UserError(f"--config {args.config} cannot be used: {error}") from error
     if args.image_encoder:
-        return decoder, load_image_encoder(places["image_encoder"])
+        return decoder, load_image_encoder(paths["image_encoder"])
     return decoder, new_encoder(kind, args.backbone, in_units(decoder), **sizes)
 
 
@@ -407,8 +411,8 @@ class Fixed:
         source = args.val_data
         if source is None and args.data.split(":")[0] == "scenes":       # of another seed: never in training
             source = f"scenes:all:{max(args.val_count, 64)}:1000000000"
-        with processes.one_after_another(), user_mistakes():
-            pictures = open_pictures(source, index_folder=index_folder, captions_required=False) if source else pictures
+        with processes.main_first(), as_user_error():
+            pictures = open_dataset(source, index_folder=index_folder, captions_required=False) if source else pictures
         chosen = np.random.default_rng([args.seed, 1]).permutation(len(pictures))[:args.val_count]
         rows = [(*pictures.read_or_next(i, np.arange(len(pictures))), sample_rng(args.seed, i, "validation")) for i in chosen.tolist()]
         self.pixels = torch.from_numpy(np.stack([fit(pixels, (resolution, resolution), "center", False, rng) for pixels, _, rng in rows]))
@@ -545,28 +549,28 @@ def main(args):
     check(args)
     checkpoints = Checkpoints(f"{args.out}/checkpoints", args.keep)
     resumed = checkpoints.find(args.resume)
-    stop, processes = StopSignal(), Processes(args.device)
+    stop, processes = GracefulExit(), Processes(args.device)
     device, first = processes.device, processes.rank == 0
     torch.manual_seed(args.seed)
 
     # --- models ------------------------------------------------------------------------------------
-    places = find_places(args)
-    decoder, encoder = build(args, places)
+    paths = find_places(args)
+    decoder, encoder = build(args, paths)
     kind, small = type(encoder), isinstance(encoder, TinyImageEncoder)
     set_defaults(args, small, device)
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "workers", "device", "push_to_hub")}
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    vqgan = load_stage_a(places["vqgan"]).to(device).requires_grad_(False)               # eval mode, float32: the targets are exact
+    vqgan = load_stage_a(paths["vqgan"]).to(device).requires_grad_(False)               # eval mode, float32: the targets are exact
     codes = vqgan.config["codebook_size"]
     if args.v1 and codes != decoder.codebook_size:
-        raise Mistake(f"the VQGAN has {codes} tokens, Stage B is for {decoder.codebook_size}: give it another --config, or another --vqgan")
+        raise UserError(f"the VQGAN has {codes} tokens, Stage B is for {decoder.codebook_size}: give it another --config, or another --vqgan")
     if args.v1 and args.init == "random":
         decoder.init_tokens(vqgan.codebook.codes)
     text_encoder = None
     if args.text_encoder != "none":
-        check_widths(decoder.config["c_text"], places["text_encoder"], "Stage B")
-        text_encoder = TextEncoder(*load_text_encoder(places["text_encoder"], places["tokenizer"], dtype))
+        check_widths(decoder.config["c_text"], paths["text_encoder"], "Stage B")
+        text_encoder = TextEncoder(*load_text_encoder(paths["text_encoder"], paths["tokenizer"], dtype))
         text_encoder.model.to(device).requires_grad_(False)
     encoder.to(device).requires_grad_(not args.freeze_encoder)
     encoder.norm.requires_grad_(False)                                                   # its 42 and -1 fix the latents' units
@@ -579,8 +583,8 @@ def main(args):
 
     # --- data --------------------------------------------------------------------------------------
     index = Path(args.cache or args.out) / "index"
-    with processes.one_after_another(), user_mistakes():             # what one has indexed or fetched serves the others
-        pictures = open_pictures(args.data, index_folder=index, captions_required=False, **read_filters(args.filter))
+    with processes.main_first(), as_user_error():             # what one has indexed or fetched serves the others
+        pictures = open_dataset(args.data, index_folder=index, captions_required=False, **read_filters(args.filter))
         plan = SizedPlan(pictures.sizes, args.resolution, args.max_ratio, args.batch * args.grad_accum * processes.world, args.seed)
     pictures.bucket = plan.bucket
     small_numbers = dict(dtype=dict(fp16="float16", fp32="float32")[args.cache_dtype])
@@ -620,7 +624,7 @@ def main(args):
     encoders = dict(x_0=encode_vqgan) | (dict(stored=encode_semantic) if args.freeze_encoder else {})
     replaced = {}
     if args.cache:
-        with user_mistakes():
+        with as_user_error():
             replaced = fill_cache(pictures, lambda i: plan.sizes[plan.bucket[i]::len(plan.shapes)], args.random_flip, caches, encoders, texts, processes)
     fixed = Fixed(args, processes, pictures, plan.resolutions[0], index, encoders) if args.val_every or args.sample_every else None
     mean_contrast = mean_contrast_weight(pictures, plan, encode_vqgan, args)
@@ -635,13 +639,13 @@ def main(args):
             fully_shard(part, mesh=mesh)
     optimizer = build_optimizer(model, args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
-    averaged, weight = Averaged(model, args.ema), dict(v=v_weight, p2=p2_weight, none=torch.ones_like)[args.loss_weight]
+    averaged, weight = EMA(model, args.ema), LOSS_WEIGHTS[args.loss_weight]
     whole = dict(full_state_dict=True, cpu_offload=True)                                 # gathered from all processes, if they are split
     start = bad = bad_in_all = 0
     if resumed is not None:
         state = checkpoints.load(resumed, "train_b.py", settings)
         if state["settings"].get("v1", False) != args.v1:
-            raise Mistake(f"{resumed} is of {'v2: leave --v1 away' if args.v1 else 'v1: add --v1'}, or choose another --resume")
+            raise UserError(f"{resumed} is of {'v2: leave --v1 away' if args.v1 else 'v1: add --v1'}, or choose another --resume")
         start, bad, bad_in_all, averaged.updates = (state[name] for name in ("step", "bad", "bad_in_all", "updates"))
         set_optimizer_state_dict(model, optimizer, state["optimizer"], options=StateDictOptions(**whole))
         scaler.load_state_dict(state["scaler"])
@@ -708,7 +712,7 @@ def main(args):
         look(0)                              # the untouched model: proof that validation and sampling are set up rightly
     for step in bar:
         for group in optimizer.param_groups:
-            group["lr"] = rate(step, args) * group["share"]
+            group["lr"] = learning_rate(step, args) * group["share"]
         loss_sum, statistics = torch.zeros((), device=device), [buffer.clone() for buffer in model.buffers()]
         for micro in range(args.grad_accum):
             batch = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in next(samples).items()}
@@ -767,7 +771,7 @@ def main(args):
                 log.write(step + 1, bad_step=True, positions=batch["position"].tolist(), captions=batch["caption"])
             if bad >= args.max_bad_steps:
                 save(step)
-                raise Mistake(f"{bad} steps in a row came to NaN or infinity, up to step {step + 1}; the last good state is in {args.out}/checkpoints: "
+                raise UserError(f"{bad} steps in a row came to NaN or infinity, up to step {step + 1}; the last good state is in {args.out}/checkpoints: "
                               f"lower --lr, or use --dtype bf16 or fp32; what was in these batches is in {args.out}/log.jsonl")
         else:
             bad = 0
@@ -786,9 +790,9 @@ def main(args):
             if first:
                 levels = {f"raw_loss_t_0.{i}": (raw[i] / count[i]).item() for i in range(10) if count[i] > 0}
                 memory = torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else None
-                log.write(done, loss=mean, smooth_loss=smooth, grad_norm=grad_norm.item(), lr=rate(step, args), images_per_second=speed,
+                log.write(done, loss=mean, smooth_loss=smooth, grad_norm=grad_norm.item(), lr=learning_rate(step, args), images_per_second=speed,
                           memory_gib=memory, bad_steps=bad_in_all, epoch=plan.epoch_of(done * plan.batch), **levels)
-                bar.set_postfix_str(f"loss {smooth:.4f}, |grad| {grad_norm.item():.2f}, lr {rate(step, args):.1e}, {speed:.1f} images/s"
+                bar.set_postfix_str(f"loss {smooth:.4f}, |grad| {grad_norm.item():.2f}, lr {learning_rate(step, args):.1e}, {speed:.1f} images/s"
                                     + (f", {memory:.1f} GiB" if memory else ""))
             sums.zero_()
             since, clock = done, time.time()
@@ -821,5 +825,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    with mistakes_in_one_line():
+    with exit_on_user_error(RESUME_HINT):
         main(ARGS)

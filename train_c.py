@@ -111,16 +111,19 @@ from tqdm import tqdm
 from loading import hub
 import lora
 from training.cache import Cache, hash_of
-from training.data import Plan, batches, bucket_sizes, fill_cache, fit, latent_key, nearest_bucket, open_pictures, prompts_in, read_filters, sample_rng
-from diffusion import Guidance, add_noise, alphas_cumprod, denoise, dpm_solver_step, linear_timesteps, p2_weight, v_weight
+from training.data import BatchSampler, batches, bucket_sizes, fill_cache, fit, latent_key, nearest_bucket, open_dataset, read_prompts, read_filters, sample_rng
+from training.losses import LOSS_WEIGHTS
+from diffusion import Guidance, add_noise, denoise, dpm_solver_step, linear_timesteps
 from loading.files import write_atomically
 from extras.images import grid
 from training.report import FILES, draw_curves, dry_run, push, write_result
 from stage_b import preprocess
 from stage_c import StageC
 from text import CachedTexts, TextEncoder
-from training.run import (Averaged, Checkpoints, Log, Mistake, Processes, StopSignal, build_optimizer, mistakes_in_one_line, rate,
-                      user_mistakes)
+from loading.errors import RESUME_HINT, UserError, as_user_error, exit_on_user_error
+from training.checkpoints import Checkpoints, Log
+from training.optim import build_optimizer, EMA, learning_rate
+from training.processes import GracefulExit, Processes
 from loading.weights import (config_to_ours, is_tiny, load_image_encoder, load_stage_a, load_stage_b, load_stage_c, load_text_encoder)
 from wuerstchen import Wuerstchen, to_stored
 
@@ -131,22 +134,22 @@ def check(args) -> None:
     """Ends the program for arguments that make no sense, before anything is loaded."""
     for name, low in (("rank", 1), ("steps", 1), ("batch", 1), ("grad_accum", 1), ("save_every", 1), ("keep", 1), ("log_every", 1), ("val_count", 1)):
         if getattr(args, name) < low:
-            raise Mistake(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {low}")
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {low}")
     for name in ("caption_dropout", "lora_dropout", "ema", "preserve"):
         if not 0 <= getattr(args, name) < 1:
-            raise Mistake(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a number from 0 to below 1")
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a number from 0 to below 1")
     if args.lora and (args.train_text or args.init == "random"):
-        raise Mistake("--lora leaves all weights as they are: it does not go with --train-text or --init random")
+        raise UserError("--lora leaves all weights as they are: it does not go with --train-text or --init random")
     if bool(args.preserve) != bool(args.preserve_prompts) or args.preserve and (args.train_text or args.init == "random"):
-        raise Mistake("--preserve and --preserve-prompts go together, and with neither --train-text nor --init random, which leave nothing as it was")
+        raise UserError("--preserve and --preserve-prompts go together, and with neither --train-text nor --init random, which leave nothing as it was")
     if args.weights == "v1":
-        raise Mistake("--weights v1 can be painted with, not fine-tuned: training puts latents into v2's scale; choose v2-base")
+        raise UserError("--weights v1 can be painted with, not fine-tuned: training puts latents into v2's scale; choose v2-base")
     if args.config and args.init != "random":
-        raise Mistake("--config gives the sizes of a new Stage C: add --init random")
+        raise UserError("--config gives the sizes of a new Stage C: add --init random")
     if args.cache and (args.crop == "random" or args.train_text):
-        raise Mistake("--cache keeps what does not change: it does not go with --crop random or --train-text")
+        raise UserError("--cache keeps what does not change: it does not go with --crop random or --train-text")
     if args.fsdp and (args.lora or args.train_text):
-        raise Mistake("--fsdp is for all of Stage C: a LoRA fits one GPU, and --train-text is for the tiny model")
+        raise UserError("--fsdp is for all of Stage C: a LoRA fits one GPU, and --train-text is for the tiny model")
 
 
 # ----- one sample -------------------------------------------------------------------------------------
@@ -176,7 +179,7 @@ class Samples(torch.utils.data.Dataset):
             index = self.replaced.get(index, index)
             latent = self.cache.get(latent_key(self.pictures, index, (h, w), flip))
             if latent is None:
-                raise Mistake(f"an entry of --cache {args.cache} was damaged while it was in use, and removed: start again with --resume auto")
+                raise UserError(f"an entry of --cache {args.cache} was damaged while it was in use, and removed: start again with --resume auto")
             x = torch.from_numpy(latent).float()                                             # (16, h', w')
         captions = self.pictures.captions(index)
         caption = captions[rng("caption").integers(len(captions))]
@@ -224,15 +227,6 @@ def paint(predict, prompts: list[str], sizes: list[tuple[int, int]], painted, ar
     processes.wait()
 
 
-def loss_weight(name: str):
-    """t (B,) -> (B,)."""
-
-    def min_snr(t, gamma: float = 5.0):      # arXiv:2303.09556, eq. 6, for noise prediction: min(SNR, gamma) / SNR
-        snr = alphas_cumprod(t) / (1 - alphas_cumprod(t))
-        return snr.clamp(max=gamma) / snr
-    return {"p2": p2_weight, "none": torch.ones_like, "v": v_weight, "min-snr": min_snr}[name]
-
-
 # ----- what is trained ---------------------------------------------------------------------------------
 
 TRAINING_PARTS = ("prior", "prior_text_encoder", "prior_tokenizer", "image_encoder")
@@ -246,7 +240,7 @@ def build_prior(args, place, dtype):
     try:
         return StageC(**(config_to_ours(json.loads(Path(args.config).read_text()), StageC) if args.config else {}))
     except (ValueError, TypeError, RuntimeError) as error:
-        raise Mistake(f"--config {args.config} cannot be used: {error}") from error
+        raise UserError(f"--config {args.config} cannot be used: {error}") from error
 
 
 class Learner(torch.nn.Module):
@@ -299,17 +293,17 @@ def validate(model, fixed, embed, weight, autocast, args, processes) -> dict[str
 
 def sample_prompts(args, pictures) -> list[str]:
     if args.sample_prompts:
-        with user_mistakes():
-            return prompts_in(args.sample_prompts)
+        with as_user_error():
+            return read_prompts(args.sample_prompts)
     return list(dict.fromkeys(pictures.captions(i)[0] for i in range(min(len(pictures), 100))))[:4]
 
 
-def build_painter(places, prior, tokenizer, text_model, device, dtype):
+def build_painter(paths, prior, tokenizer, text_model, device, dtype):
     """The pipeline with the model that learns in it. Stage B and its text encoder are let go between two grids."""
-    tiny, shared = is_tiny(places["image_encoder"]), places["text_encoder"] == places["prior_text_encoder"]
+    tiny, shared = is_tiny(paths["image_encoder"]), paths["text_encoder"] == paths["prior_text_encoder"]
     text_c = TextEncoder(tokenizer, text_model)
-    return Wuerstchen(lambda: load_stage_a(places["vqgan"], dtype), lambda: load_stage_b(places["decoder"], dtype), prior, text_c,
-                      text_c if shared else lambda: TextEncoder(*load_text_encoder(places["text_encoder"], places["tokenizer"], dtype)),
+    return Wuerstchen(lambda: load_stage_a(paths["vqgan"], dtype), lambda: load_stage_b(paths["decoder"], dtype), prior, text_c,
+                      text_c if shared else lambda: TextEncoder(*load_text_encoder(paths["text_encoder"], paths["tokenizer"], dtype)),
                       device=device, dtype=dtype, **(dict(size=128, guidance_b=4.0) if tiny else {}))
 
 
@@ -334,7 +328,7 @@ def main(args):
     check(args)
     checkpoints = Checkpoints(f"{args.out}/checkpoints", args.keep)
     resumed = checkpoints.find(args.resume)
-    stop, processes = StopSignal(), Processes(args.device)
+    stop, processes = GracefulExit(), Processes(args.device)
     device, first = processes.device, processes.rank == 0
     args.dtype = args.dtype or ("fp32" if device.type == "cpu" else "bf16")
     args.lr = args.lr or (1e-5 if not args.lora and args.init == "weights" else 1e-4)
@@ -346,29 +340,29 @@ def main(args):
 
     # --- models ------------------------------------------------------------------------------------
     files = {part: getattr(args, part) for part in FILES if getattr(args, part)}
-    places = hub.locate(args.weights, files, (*hub.TEXT_TO_IMAGE, "image_encoder") if args.sample_every else TRAINING_PARTS)
-    prior = build_prior(args, places["prior"], dtype).to(device)
-    tokenizer, text_model = load_text_encoder(places["prior_text_encoder"], places["prior_tokenizer"], torch.float32 if args.train_text else dtype)
+    paths = hub.locate(args.weights, files, (*hub.TEXT_TO_IMAGE, "image_encoder") if args.sample_every else TRAINING_PARTS)
+    prior = build_prior(args, paths["prior"], dtype).to(device)
+    tokenizer, text_model = load_text_encoder(paths["prior_text_encoder"], paths["prior_tokenizer"], torch.float32 if args.train_text else dtype)
     text_model.to(device).train(args.train_text).requires_grad_(args.train_text)
-    image_encoder = load_image_encoder(places["image_encoder"]).to(device).requires_grad_(False)     # eval mode, float32: the targets are exact
+    image_encoder = load_image_encoder(paths["image_encoder"]).to(device).requires_grad_(False)     # eval mode, float32: the targets are exact
     if image_encoder.config.get("network") == "efficientnet_v2_l":
-        raise Mistake(f"{places['image_encoder']} is the image encoder of v1, whose latents are not in the scale of this training: choose v2's")
+        raise UserError(f"{paths['image_encoder']} is the image encoder of v1, whose latents are not in the scale of this training: choose v2's")
     before = hash_of(prior) if args.preserve else None
     if args.lora:
-        with user_mistakes():
+        with as_user_error():
             lora.add_lora(prior, args.rank, args.alpha, args.lora_dropout, args.targets, rslora=args.rslora, dora=args.dora)
     prior.checkpointing = args.checkpointing
     untrained = copy.deepcopy(prior).to(dtype).requires_grad_(False).eval() if args.preserve and not args.lora else None
     model = Learner(prior.train(), text_model if args.train_text else None)
 
     # --- data --------------------------------------------------------------------------------------
-    buckets = bucket_sizes(args.resolution or (128 if is_tiny(places["image_encoder"]) else 1024), max_ratio=args.max_ratio)
+    buckets = bucket_sizes(args.resolution or (128 if is_tiny(paths["image_encoder"]) else 1024), max_ratio=args.max_ratio)
     index = Path(args.cache or args.out) / "index"
-    with processes.one_after_another(), user_mistakes():             # what one has indexed or fetched serves the others
-        pictures = open_pictures(args.data, index_folder=index, **read_filters(args.filter))
-        validation = open_pictures(args.val_data, index_folder=index) if args.val_data else pictures
+    with processes.main_first(), as_user_error():             # what one has indexed or fetched serves the others
+        pictures = open_dataset(args.data, index_folder=index, **read_filters(args.filter))
+        validation = open_dataset(args.val_data, index_folder=index) if args.val_data else pictures
     pictures.bucket = nearest_bucket(pictures.sizes, buckets)
-    plan = Plan(pictures.bucket, args.batch * args.grad_accum * processes.world, args.seed)
+    plan = BatchSampler(pictures.bucket, args.batch * args.grad_accum * processes.world, args.seed)
     cache = text_cache = None
     if args.cache:
         cache = Cache(args.cache, hash_of(image_encoder), dict(kind="latents", crop="center", dtype=dict(fp16="float16", fp32="float32")[args.cache_dtype]))
@@ -376,8 +370,8 @@ def main(args):
     texts = CachedTexts(TextEncoder(tokenizer, text_model), text_cache)
     painted, preserved = None, []
     if args.preserve:
-        with user_mistakes():
-            preserved = prompts_in(args.preserve_prompts)
+        with as_user_error():
+            preserved = read_prompts(args.preserve_prompts)
         painted = Cache(args.cache or index, before, dict(kind="painted", seed=args.seed, dtype="float16"))
 
     @torch.no_grad()
@@ -414,7 +408,7 @@ def main(args):
         return dry_run(args, model, pictures, buckets, plan) if first else None
     replaced = {}
     if args.cache:
-        with user_mistakes():
+        with as_user_error():
             replaced = fill_cache(pictures, lambda i: [buckets[pictures.bucket[i]]], args.random_flip, {"x": cache}, {"x": encode}, texts, processes)
     if args.preserve:
         paint(as_it_was, preserved, [buckets[number] for number in np.unique(pictures.bucket)], painted, args, processes)
@@ -432,7 +426,7 @@ def main(args):
             fully_shard(block, mesh=mesh)
     optimizer = build_optimizer(model, args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
-    averaged, weight = Averaged(model, args.ema), loss_weight(args.loss_weight)
+    averaged, weight = EMA(model, args.ema), LOSS_WEIGHTS[args.loss_weight]
     whole = dict(full_state_dict=True, cpu_offload=True)                                 # gathered from all processes, if they are split
     start = bad = bad_in_all = 0
     if resumed is not None:
@@ -464,7 +458,7 @@ def main(args):
         processes.wait()
 
     log = Log(args.out, start, args.report_to, settings) if first else None
-    painter = build_painter(places, prior, tokenizer, text_model, device, dtype) if args.sample_every and (first or args.fsdp) else None
+    painter = build_painter(paths, prior, tokenizer, text_model, device, dtype) if args.sample_every and (first or args.fsdp) else None
 
     def look(step: int) -> None:
         """Validation and samples, with the averaged weights."""
@@ -492,7 +486,7 @@ def main(args):
     step = start
     for step in bar:
         for group in optimizer.param_groups:
-            group["lr"] = rate(step, args)
+            group["lr"] = learning_rate(step, args)
         loss_sum = torch.zeros((), device=device)
         for micro in range(args.grad_accum):
             batch = next(samples)
@@ -534,7 +528,7 @@ def main(args):
                 log.write(step + 1, bad_step=True, positions=batch["position"].tolist(), captions=batch["caption"])
             if bad >= args.max_bad_steps:
                 save(step)
-                raise Mistake(f"{bad} steps in a row came to NaN or infinity, up to step {step + 1}; the last good state is in {args.out}/checkpoints: "
+                raise UserError(f"{bad} steps in a row came to NaN or infinity, up to step {step + 1}; the last good state is in {args.out}/checkpoints: "
                               f"lower --lr, or use --dtype bf16 or fp32; what was in these batches is in {args.out}/log.jsonl")
         else:
             bad = 0
@@ -553,9 +547,9 @@ def main(args):
             if first:
                 levels = {f"raw_loss_t_0.{i}": (raw[i] / count[i]).item() for i in range(10) if count[i] > 0}
                 memory = torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else None
-                log.write(done, loss=mean, smooth_loss=smooth, grad_norm=grad_norm.item(), lr=rate(step, args), images_per_second=speed,
+                log.write(done, loss=mean, smooth_loss=smooth, grad_norm=grad_norm.item(), lr=learning_rate(step, args), images_per_second=speed,
                           memory_gib=memory, bad_steps=bad_in_all, epoch=plan.epoch_of(done * plan.batch), **levels)
-                bar.set_postfix_str(f"loss {smooth:.4f}, |grad| {grad_norm.item():.2f}, lr {rate(step, args):.1e}, {speed:.1f} images/s"
+                bar.set_postfix_str(f"loss {smooth:.4f}, |grad| {grad_norm.item():.2f}, lr {learning_rate(step, args):.1e}, {speed:.1f} images/s"
                                     + (f", {memory:.1f} GiB" if memory else ""))
             sums.zero_()
             since, clock = done, time.time()
@@ -584,5 +578,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    with mistakes_in_one_line():
+    with exit_on_user_error(RESUME_HINT):
         main(ARGS)

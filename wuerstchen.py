@@ -30,7 +30,8 @@ from torch import Tensor
 from v1 import stage_b as stage_b_v1
 from diffusion import (SAMPLERS, Guidance, Keep, Noise, add_noise, cut_timesteps, ddim_step, ddpm_step, default_timesteps_c, denoise,
                        linear_timesteps, slerp, timesteps)
-from extras.images import apply_linear, cover, feather, fit_linear, fitting_size, read_image, read_mask, to_pil
+from extras.images import cover, feather, fitting_size, read_image, read_mask, to_pil
+from extras.previews import apply_linear, fit_linear
 from latents import crop, extend, latent_sizes, to_raw, to_stored
 from text import TextEncoder, Texts
 
@@ -144,10 +145,11 @@ class Wuerstchen:
         offload: one part on the device at a time, the others wait in main memory. compile: torch.compile for Stages B and C.
         int8: the large layers of Stages B and C in 8 bits, on a CPU: a quarter of their memory, 1.5 to 2 times as fast, nearly the same
         pictures; see int8.py. lora: LoRA files for Stage C and their scales, 1 as trained; see lora.py.
-        Raises files.WeightsError (a ValueError) for what will not do, ValueError for devices that are not there.
+        Raises WeightsError (a ValueError) for what will not do, ValueError for devices that are not there.
         """
         from loading import hub
         from loading import weights as w
+        from loading.errors import WeightsError
         from loading.files import TensorFile, find_file
         from speed.int8 import check as int8_check, to_int8
         from lora import bake, load_lora
@@ -161,13 +163,13 @@ class Wuerstchen:
         places = hub.locate(weights, files, parts or hub.TEXT_TO_IMAGE, half=dtype != torch.float32, offline=offline, revision=revision)
         # Before the first number is read: do the files fit the models, and the models each other?
         stage_b = w.stage_b_of(places["decoder"]) if places["decoder"] else w.StageB
-        plans = {part: w.plan(stage, places[part])[0]
+        plans = {part: w.build_empty(stage, places[part])[0]
                  for part, stage in (("vqgan", w.StageA), ("decoder", stage_b), ("prior", w.StageC)) if places[part]}
         for part, key, encoder, name in (("prior", "c_cond", "prior_text_encoder", "Stage C"), ("decoder", "c_text", "text_encoder", "Stage B")):
             if part in plans and places[encoder]:
                 w.check_widths(plans[part].config[key], places[encoder], name)
         if stage_b is w.StageBV1 and places["vqgan"] and plans["decoder"].codebook_size != plans["vqgan"].config["codebook_size"]:
-            raise w.WeightsError(f"Stage B of v1 makes {plans['decoder'].codebook_size} tokens, the VQGAN {places['vqgan']} has "
+            raise WeightsError(f"Stage B of v1 makes {plans['decoder'].codebook_size} tokens, the VQGAN {places['vqgan']} has "
                                  f"{plans['vqgan'].config['codebook_size']}: they belong to different weights")
 
         def text_c():

@@ -4,7 +4,7 @@
   write_atomically(path, write): nobody ever finds half a file
 
 Reading a model takes hardly more memory than the model: a file is mapped, not loaded, and what is freed goes
-back to the operating system at once (memory_of_its_own). What is wrong with a file is a WeightsError of one line.
+back to the operating system at once (return_freed_memory). What is wrong with a file is a WeightsError of one line.
 Needs: torch, safetensors.
 """
 import contextlib
@@ -18,12 +18,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from loading.errors import WeightsError
+
 STEM = "diffusion_pytorch_model"      # diffusers' name for weight files, and so ours; transformers' are called "model"
 CHUNK = 128 * 2 ** 20                 # bytes read between two openings of a file, see TensorFile
-
-
-class WeightsError(ValueError):
-    """A file or folder of weights that will not do; the message says what was expected."""
 
 
 # ----- reading ---------------------------------------------------------------------------------------
@@ -122,7 +120,7 @@ def find_file(path: str | Path, stems: tuple[str, ...]) -> Path:
 
 
 @contextlib.contextmanager
-def memory_of_its_own():
+def return_freed_memory():
     """What is allocated inside stands apart from the heap, and so goes back to the operating system as soon as it is freed.
 
     glibc keeps freed pieces of up to 32 MB, which most weights are, for later, in a heap that ends up full of holes: up to

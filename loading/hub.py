@@ -24,7 +24,8 @@ import warnings
 from pathlib import Path
 from typing import Iterable
 
-from loading.files import STEM, WeightsError, find_file, listing, write_atomically
+from loading.errors import WeightsError
+from loading.files import STEM, find_file, listing, write_atomically
 from loading.weights import extract_image_encoder
 
 # Which state of each repository. A commit's hash where one is known; "main" where none could be
@@ -274,7 +275,7 @@ def choose(repo: str, revision: str, files: list[list[str]], offline: bool) -> d
     if offline:
         there = {name: 0 for options in files for name in options if cached(name, revision)}
     else:
-        with hub_mistakes(repo, revision):
+        with hub_errors(repo, revision):
             info = HfApi().model_info(repo, revision=revision, files_metadata=True)
         there = {file.rfilename: 0 if cached(file.rfilename, info.sha) else file.size or 1 for file in info.siblings}
     chosen = {}
@@ -291,14 +292,14 @@ def choose(repo: str, revision: str, files: list[list[str]], offline: bool) -> d
 def download(repo: str, revision: str, files: dict[str, int]) -> Path:
     """Fetches what is not in the cache yet -> the folder there that holds it all. What was interrupted goes on where it stopped."""
     from huggingface_hub import hf_hub_download
-    with hub_mistakes(repo, revision):
+    with hub_errors(repo, revision):
         for name, new in files.items():
             path = hf_hub_download(repo, name, revision=revision, local_files_only=new == 0)
     return Path(path).parents[name.count("/")]
 
 
 @contextlib.contextmanager
-def hub_mistakes(repo: str, revision: str):
+def hub_errors(repo: str, revision: str):
     """Around calls of huggingface_hub: its many exceptions become a WeightsError that says what to do."""
     from huggingface_hub import constants, errors
     try:
@@ -325,7 +326,7 @@ def first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0][:200] or type(error).__name__
 
 
-def hashes(places: dict[str, Path | None]) -> dict[str, str]:
+def hashes(paths: dict[str, Path | None]) -> dict[str, str]:
     """part -> sha256 of its weight file: what a picture was made with. For files from the hub it is their name in the cache;
     for others it is computed, and remembered for large ones."""
     import hashlib
@@ -335,10 +336,10 @@ def hashes(places: dict[str, Path | None]) -> dict[str, str]:
     except (OSError, ValueError):
         memory = {}
     for part in ("prior", "decoder", "vqgan", "image_encoder", "prior_text_encoder", "text_encoder"):
-        if places.get(part) is None:
+        if paths.get(part) is None:
             continue
         # the hub's cache holds links to files named by hash
-        path = find_file(places[part], (STEM, "model", "pytorch_model")).resolve()
+        path = find_file(paths[part], (STEM, "model", "pytorch_model")).resolve()
         if re.fullmatch("[0-9a-f]{64}", path.name):
             result[part] = path.name
             continue

@@ -26,9 +26,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from loading.files import (STEM, TensorFile, WeightsError, find_file, is_finite, memory_of_its_own, read_config,
-                           write_atomically, write_files,
-                   write_model)
+from loading.errors import WeightsError
+from loading.files import (STEM, TensorFile, find_file, is_finite, return_freed_memory, read_config, write_atomically,
+                           write_files, write_model)
 from speed.int8 import quantised, to_int8
 from stage_a import StageA
 from stage_b import EfficientNetEncoder, StageB, TinyImageEncoder
@@ -381,13 +381,13 @@ SECTIONS = {StageA: ("state_dict",), StageB: ("state_dict",), StageBV1: ("state_
             StageC: ("ema_state_dict", "state_dict"),
             EfficientNetEncoder: ("effnet_state_dict",)}
 # A tensor that tells which model a file holds: its name elsewhere, its name here.
-TELLTALES = {StageA: ("in_block.1.weight", "codebook.codes"), StageBV1: ("byt5_mapper.weight", "embed_token.weight"),
+SIGNATURES = {StageA: ("in_block.1.weight", "codebook.codes"), StageBV1: ("byt5_mapper.weight", "embed_token.weight"),
              StageB: ("clip_mapper.weight", "embed_text.weight"),
              StageC: ("cond_mapper.0.weight", "embed_text.0.weight"),
              EfficientNetEncoder: ("backbone.0.0.weight",) * 2}
 
 
-@memory_of_its_own()
+@return_freed_memory()
 def fill(model: nn.Module, tensors, dtype: torch.dtype) -> nn.Module:
     """Puts (our name, tensor) pairs, in `dtype`, into a model that was built on the meta device, and sets eval mode.
 
@@ -409,7 +409,7 @@ def fill(model: nn.Module, tensors, dtype: torch.dtype) -> nn.Module:
 
 def official_sizes(stage: type, shapes: dict[str, tuple]) -> dict:
     """Arguments for `stage` where no config.json tells: the sizes of v2, which are the defaults, unless a shape is v1's."""
-    shape = next((shapes[name] for name in TELLTALES[stage] if name in shapes), ())
+    shape = next((shapes[name] for name in SIGNATURES[stage] if name in shapes), ())
     if stage is StageC and shape[1:] == (1024,):
         return dict(c_cond=1024)                             # CLIP-H in place of bigG
     if stage is EfficientNetEncoder and shape[:1] == (32,):
@@ -417,7 +417,7 @@ def official_sizes(stage: type, shapes: dict[str, tuple]) -> dict:
     return {}
 
 
-def plan(stage: type, path: str | Path) -> tuple[nn.Module, TensorFile]:
+def build_empty(stage: type, path: str | Path) -> tuple[nn.Module, TensorFile]:
     """A model without memory, and the file that fits it by names and shapes, of which no number has been read yet.
 
     path: its folder, or a single file. A config.json beside the file gives the sizes; without one, as beside
@@ -442,8 +442,8 @@ def plan(stage: type, path: str | Path) -> tuple[nn.Module, TensorFile]:
 
 
 def load(stage: type, path: str | Path, dtype: torch.dtype, int8: bool = False) -> nn.Module:
-    """One model from its folder or file, see plan, in eval mode. int8: its large layers so, converted one by one while they are read."""
-    model, file = plan(stage, path)
+    """One model from its folder or file, see build_empty, in eval mode. int8: its large layers so, converted one by one while they are read."""
+    model, file = build_empty(stage, path)
     tensors = translate(file, file.shapes.keys(), model)
     if int8:
         tensors = quantised(tensors, to_int8(model))
@@ -552,7 +552,7 @@ def stage_b_of(place: str | Path) -> type:
         v1 = read_config(folder).get("_class_name") == CONFIGS[StageBV1][0]
     else:
         shapes = TensorFile(find_file(place, (STEM, "model")), SECTIONS[StageB]).shapes
-        v1 = any(name in shapes for name in TELLTALES[StageBV1])
+        v1 = any(name in shapes for name in SIGNATURES[StageBV1])
     return StageBV1 if v1 else StageB
 
 
@@ -626,11 +626,11 @@ def convert(source: str | Path, target: str | Path, to: str) -> int:
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise WeightsError(f"{target} exists already and is not overwritten: choose another name")
     file = TensorFile(find_file(source, (STEM, "model")), sum(SECTIONS.values(), ()))
-    stage = next((stage for stage, names in TELLTALES.items() if any(name in file.shapes for name in names)), None)
+    stage = next((stage for stage, names in SIGNATURES.items() if any(name in file.shapes for name in names)), None)
     if stage is None:
         raise WeightsError(f"{file.path} holds none of the models that are converted: Stage A, B, C or the image encoder"
                            + (f". This looks like {looks}" if (looks := what_it_is(file.shapes)) else ""))
-    model, file = plan(stage, source)
+    model, file = build_empty(stage, source)
     ours = {name: tensor.clone() for name, tensor in translate(file, file.shapes.keys(), model)}
     tensors = {"ours": lambda ours, _: ours, "diffusers": to_diffusers, "original": to_original}[to](ours, model)
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}

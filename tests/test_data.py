@@ -24,7 +24,7 @@ from PIL import Image
 
 from training import data
 from training import sources
-from training.data import BrokenPicture, Plan, bucket_sizes, fit, nearest_bucket, open_pictures, sample_rng, split
+from training.data import BrokenImage, BatchSampler, bucket_sizes, fit, nearest_bucket, open_dataset, sample_rng, split
 from extras.images import read_image
 from training.scenes import EmojiScenes
 
@@ -79,7 +79,7 @@ def test_a_folder_is_read_with_all_below_it_in_the_order_of_names(tmp_path):
     """The order of a directory listing is chance; a seed would mean something else on every machine."""
     write(tmp_path,
           {f"{name}.png": encoded(picture(i)) for i, name in enumerate(("b", "a", "sub/c", "sub/deep/d", "B"))})
-    pictures = open_pictures(tmp_path, captions_required=False)
+    pictures = open_dataset(tmp_path, captions_required=False)
     assert names_of(pictures) == ["B.png", "a.png", "b.png", "sub/c.png", "sub/deep/d.png"]
     np.testing.assert_array_equal(pictures.read(1), np.asarray(picture(1)))
     assert pictures.sizes.dtype == np.int32 and pictures.sizes.tolist() == [[64, 80]] * 5
@@ -97,7 +97,7 @@ def test_captions_stand_beside_pictures_one_per_line_or_as_a_whole(tmp_path):
                      "d.e.txt": "dotted",
                      "f.png": image, "f.txt": "text wins", "f.caption": "no", "f.json": '{"caption": "no"}',
                      "README.txt": "not a caption"})
-    assert captions_of(open_pictures(tmp_path)) == [["one", "two words"], ["a tale of two lines"], ["from json"],
+    assert captions_of(open_dataset(tmp_path)) == [["one", "two words"], ["a tale of two lines"], ["from json"],
                                                     ["dotted"], ["text wins"]]
 
 
@@ -112,7 +112,7 @@ def test_metadata_comes_before_files_beside_and_the_nearest_one_counts(tmp_path)
     with open(tmp_path / "sub" / "metadata.csv", "w", newline="") as file:
         csv.writer(file).writerows([["file_name", "captions"],
                                     ["b.png", json.dumps(['near, with "commas"', "and\nlines"])]])
-    pictures = open_pictures(tmp_path)
+    pictures = open_dataset(tmp_path)
     assert captions_of(pictures) == [["from metadata"], ["x", "y"], ["beside d"], ['near, with "commas"', "and lines"]]
     assert pictures.skipped == [("gone.png", "named in metadata.jsonl, but not there")]
 
@@ -128,7 +128,7 @@ def test_metadata_that_cannot_be_read_stops_with_its_row(tmp_path, name, text, m
     """To go on without would be to train on other captions."""
     write(tmp_path, {"a.png": encoded(picture()), name: text})
     with pytest.raises(ValueError, match=message) as error:
-        open_pictures(tmp_path)
+        open_dataset(tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -139,7 +139,7 @@ def test_sizes_are_those_of_the_upright_picture(tmp_path, suffix):
         exif = Image.Exif()
         exif[0x0112] = orientation
         write(tmp_path, {f"{orientation}{suffix}": encoded(picture(), suffix, exif=exif)})
-    pictures = open_pictures(tmp_path, captions_required=False)
+    pictures = open_dataset(tmp_path, captions_required=False)
     for i in range(8):
         assert tuple(pictures.sizes[i]) == pictures.read(i).shape[:2] == ((64, 80) if i < 4 else (80, 64))
 
@@ -153,7 +153,7 @@ def test_sizes_are_those_of_the_upright_picture(tmp_path, suffix):
 def test_pictures_of_all_kinds_are_read_as_the_model_would_read_them(tmp_path, suffix, image):
     """What is transparent lies over white, 16 bits and floats are scaled: images.read_image is the reference."""
     write(tmp_path, {f"a{suffix}": encoded(image, suffix)})
-    found = open_pictures(tmp_path, captions_required=False).read(0)
+    found = open_dataset(tmp_path, captions_required=False).read(0)
     expected = (read_image(tmp_path / f"a{suffix}") * 255).round().byte().permute(1, 2, 0).numpy()
     assert found.dtype == np.uint8 and found.flags.writeable
     np.testing.assert_array_equal(found, expected)
@@ -162,7 +162,7 @@ def test_pictures_of_all_kinds_are_read_as_the_model_would_read_them(tmp_path, s
 def test_of_an_animation_the_first_frame_is_taken(tmp_path):
     frames = [picture(i).convert("L") for i in range(3)]
     write(tmp_path, {"a.gif": encoded(frames[0], ".gif", save_all=True, append_images=frames[1:])})
-    np.testing.assert_array_equal(open_pictures(tmp_path, captions_required=False).read(0)[..., 0],
+    np.testing.assert_array_equal(open_dataset(tmp_path, captions_required=False).read(0)[..., 0],
                                   np.asarray(frames[0]))
 
 
@@ -176,7 +176,7 @@ def test_headers_longer_than_what_is_read_first_are_read_all_the_same(tmp_path):
     assert (tmp_path / "c.jpg").stat().st_size > 2 * sources.HEAD
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        pictures = open_pictures(tmp_path, captions_required=False)
+        pictures = open_dataset(tmp_path, captions_required=False)
     assert pictures.sizes.tolist() == [[64, 80], [64, 80], [640, 800]]
 
 
@@ -189,7 +189,7 @@ def test_what_cannot_be_used_is_counted_and_named(tmp_path):
                      "latin.png": encoded(picture()), "latin.txt": "caf\xe9".encode("latin-1"), "late.tar": "x",
                      "list.png": encoded(picture()), "list.json": "[1]", "._000.png": "a Mac's",
                      ".trash/a.png": "deleted"})
-    pictures = open_pictures(tmp_path)
+    pictures = open_dataset(tmp_path)
     assert names_of(pictures) == ["000.png", "001.png"]
     reasons = dict(pictures.skipped)
     assert reasons.keys() == {"tiny.png", "mute.png", "blank.png", "empty.jpg", "text.jpg", "latin.png", "list.png",
@@ -201,7 +201,7 @@ def test_what_cannot_be_used_is_counted_and_named(tmp_path):
     assert reasons["latin.png"].startswith("the text beside it cannot be read: 'utf-8'")
     assert re.fullmatch(rf"2 pictures in {re.escape(str(tmp_path))}; 8 skipped: (\S+ \(.*\)(, )?){{5}}\.\.\.",
                         pictures.describe())
-    assert len(open_pictures(tmp_path, min_side=32)) == 3
+    assert len(open_dataset(tmp_path, min_side=32)) == 3
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path):
@@ -209,10 +209,10 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     write(tmp_path / "elsewhere", pairs(2))
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "linked").symlink_to(tmp_path / "elsewhere")
-    assert names_of(open_pictures(tmp_path / "set")) == ["linked/000.png", "linked/001.png"]
+    assert names_of(open_dataset(tmp_path / "set")) == ["linked/000.png", "linked/001.png"]
     (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "set")
     with pytest.raises(ValueError, match="back is a link to a folder that is below .*remove the link"):
-        open_pictures(tmp_path / "set")
+        open_dataset(tmp_path / "set")
 
 
 def test_a_file_cut_off_is_found_when_it_is_read_and_the_next_of_its_size_takes_its_place(tmp_path):
@@ -220,9 +220,9 @@ def test_a_file_cut_off_is_found_when_it_is_read_and_the_next_of_its_size_takes_
     write(tmp_path, pairs(6))
     for i in (2, 5):
         (tmp_path / f"{i:03d}.png").write_bytes(encoded(picture(i))[:-200])
-    pictures = open_pictures(tmp_path)
+    pictures = open_dataset(tmp_path)
     assert len(pictures) == 6 and not pictures.skipped
-    with pytest.raises(BrokenPicture, match=r"^002.png cannot be read: .*truncated"):
+    with pytest.raises(BrokenImage, match=r"^002.png cannot be read: .*truncated"):
         pictures.read(2)
     allowed = np.array([1, 2, 4, 5])
     for _ in range(2):
@@ -232,14 +232,14 @@ def test_a_file_cut_off_is_found_when_it_is_read_and_the_next_of_its_size_takes_
             np.testing.assert_array_equal(array, np.asarray(picture(j)))
     assert [name for name, _ in pictures.skipped] == ["002.png", "005.png"] and "truncated" in pictures.skipped[0][1]
     assert len(pictures) == 6                              # numbers stay what they were
-    with pytest.raises(BrokenPicture, match="none of 2 pictures of this size can be read; 2 skipped: 002.png"):
+    with pytest.raises(BrokenImage, match="none of 2 pictures of this size can be read; 2 skipped: 002.png"):
         pictures.read_or_next(5, np.array([2, 5]))
 
 
 def test_a_file_that_is_gone_is_a_broken_picture_too(tmp_path):
-    pictures = open_pictures(write(tmp_path, pairs(2)))
+    pictures = open_dataset(write(tmp_path, pairs(2)))
     (tmp_path / "000.png").unlink()
-    with pytest.raises(BrokenPicture, match="000.png cannot be read: No such file"):
+    with pytest.raises(BrokenImage, match="000.png cannot be read: No such file"):
         pictures.read(0)
 
 
@@ -247,13 +247,13 @@ def test_the_key_is_the_content_and_is_computed_once_per_file(tmp_path, monkeypa
     """A cache keyed by names would serve old latents for new pictures; to hash a terabyte at each start would take hours."""
     write(tmp_path / "set", pairs(3))
     write(tmp_path / "set", {"003.png": encoded(picture(0)), "003.txt": "the same again"})
-    first = open_pictures(tmp_path / "set", index_folder=tmp_path / "index")
+    first = open_dataset(tmp_path / "set", index_folder=tmp_path / "index")
     keys = [first.key(i) for i in range(4)]
     assert keys[0] == keys[3] == hashlib.sha256(encoded(picture(0))).hexdigest() and len(set(keys)) == 3
     with open(tmp_path / "index" / "keys.txt", "a") as file:
         file.write("0123 torn line")
     write(tmp_path / "set", {"002.png": encoded(picture(7))})
-    again = open_pictures(tmp_path / "set", index_folder=tmp_path / "index")
+    again = open_dataset(tmp_path / "set", index_folder=tmp_path / "index")
     read = []
     monkeypatch.setattr(data, "content_of", lambda place: read.append(place[0]) or sources.content_of(place))
     assert [again.key(i) for i in range(4)] == [*keys[:2], hashlib.sha256(encoded(picture(7))).hexdigest(), keys[3]]
@@ -270,7 +270,7 @@ def test_the_key_is_the_content_and_is_computed_once_per_file(tmp_path, monkeypa
 def test_an_empty_set_says_what_was_looked_for_and_what_was_found(tmp_path, files, options, message):
     """An empty loop would end at once, content."""
     with pytest.raises(ValueError, match=message) as error:
-        open_pictures(write(tmp_path, files), **options)
+        open_dataset(write(tmp_path, files), **options)
     assert "\n" not in str(error.value)
 
 
@@ -281,9 +281,9 @@ def test_a_tar_file_gives_what_the_same_folder_gives(tmp_path):
     files = {**pairs(5), "sub/x.jpg": encoded(picture(9), ".jpg"), "sub/x.json": '{"text": "from json", "other": null}',
              "n" * 150 + ".webp": encoded(picture(8), ".webp"), "n" * 150 + ".caption": "a long name",
              "._000.png": "a Mac's"}
-    folder = open_pictures(write(tmp_path / "folder", files))
+    folder = open_dataset(write(tmp_path / "folder", files))
     for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
-        shard = pickle.loads(pickle.dumps(open_pictures(tar(tmp_path / f"{form}.tar", files, format=form))))
+        shard = pickle.loads(pickle.dumps(open_dataset(tar(tmp_path / f"{form}.tar", files, format=form))))
         in_shard = {name.removeprefix(f"{tmp_path / str(form)}.tar/"): i for i, name in enumerate(names_of(shard))}
         assert len(shard) == len(folder) == 7 and not shard.skipped
         for i, name in reversed(list(enumerate(names_of(folder)))):
@@ -299,34 +299,34 @@ def test_a_tar_file_is_gone_through_once(tmp_path, monkeypatch):
     counted = []
     monkeypatch.setattr(sources, "_tar_places", lambda path, original=sources._tar_places: counted.append(path)
                         or original(path))
-    first, second = open_pictures(path), open_pictures(path)
+    first, second = open_dataset(path), open_dataset(path)
     assert len(counted) == 1 and captions_of(first) == captions_of(second)
     assert first.sizes.tolist() == second.sizes.tolist()
     index = tmp_path / "a.tar.index.json"
     for damage in (index.read_text()[:50], "[]", '{"stamp": 3}'):
         index.write_text(damage)
-        assert len(open_pictures(path)) == 3
+        assert len(open_dataset(path)) == 3
     tar(path, pairs(4))
-    assert len(open_pictures(path)) == 4 and len(counted) == 5
+    assert len(open_dataset(path)) == 4 and len(counted) == 5
     tar(path, pairs(4, first=1))                           # of the same size
     os.utime(path, ns=(0, 10 ** 9))
-    assert captions_of(open_pictures(path))[0] == ["picture 1"] and len(counted) == 6
-    assert len(open_pictures(path, index_folder=tmp_path / "elsewhere")) == 4 and len(counted) == 7
+    assert captions_of(open_dataset(path))[0] == ["picture 1"] and len(counted) == 6
+    assert len(open_dataset(path, index_folder=tmp_path / "elsewhere")) == 4 and len(counted) == 7
     assert len(list((tmp_path / "elsewhere").glob("a-*.index.json"))) == 1
 
 
 def test_an_index_keeps_what_is_found_apart_from_what_is_wanted(tmp_path):
     """Made under strict options, it must not hide pictures from lenient ones."""
     path = tar(tmp_path / "a.tar", {**pairs(2), "tiny.png": encoded(picture(0, 40, 40)), "tiny.txt": "tiny"})
-    assert len(open_pictures(path)) == 2 and len(open_pictures(path, min_side=8)) == 3
-    assert len(open_pictures(path, min_side=8)) == 3
+    assert len(open_dataset(path)) == 2 and len(open_dataset(path, min_side=8)) == 3
+    assert len(open_dataset(path, min_side=8)) == 3
 
 
 def test_shards_where_nothing_may_be_written_are_read_all_the_same(tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
     monkeypatch.setattr(sources, "write_atomically", refuse)
-    assert len(open_pictures(tar(tmp_path / "a.tar", pairs(2)))) == 2 and len(list(tmp_path.iterdir())) == 1
+    assert len(open_dataset(tar(tmp_path / "a.tar", pairs(2)))) == 2 and len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize("source", ["{}/s-*.tar", "{}/s-{{00..02}}.tar", "{}/s-0{{0,1,2}}.tar",
@@ -337,7 +337,7 @@ def test_globs_braces_and_folders_name_shards_in_order(tmp_path, source):
         tar(tmp_path / f"s-0{i}.tar", pairs(2, 2 * i))
         if "{{s," in source:
             tar(tmp_path / f"-0{i}.tar", pairs(2, 2 * i))
-    found = captions_of(open_pictures(source.format(tmp_path)))
+    found = captions_of(open_dataset(source.format(tmp_path)))
     assert found == [[f"picture {i}"] for i in range(6)] * (2 if "{{s," in source else 1)
 
 
@@ -359,7 +359,7 @@ def test_a_shard_that_is_cut_off_gives_what_is_whole_and_says_so(tmp_path):
         path = tmp_path / "cut.tar"
         path.write_bytes(whole[:cut])
         try:
-            pictures = open_pictures(path, captions_required=False)
+            pictures = open_dataset(path, captions_required=False)
         except ValueError as error:              # not even one picture is whole
             assert cut < 2000 and ("cut.tar" in str(error))
             continue
@@ -370,7 +370,7 @@ def test_a_shard_that_is_cut_off_gives_what_is_whole_and_says_so(tmp_path):
     at = whole.index(b"002.png")
     damaged[at:at + 512] = b"x" * 512
     path.write_bytes(damaged)
-    pictures = open_pictures(path)
+    pictures = open_dataset(path)
     assert len(pictures) == 2 and dict(pictures.skipped) == {f"{path}/...": "cut off or damaged after 4 files"}
 
 
@@ -381,7 +381,7 @@ def test_a_name_that_comes_twice_in_a_shard_is_counted(tmp_path):
             member = tarfile.TarInfo("./a.png")
             member.size = len(encoded(picture(seed)))
             shard.addfile(member, io.BytesIO(encoded(picture(seed))))
-    pictures = open_pictures(tmp_path / "a.tar", captions_required=False)
+    pictures = open_dataset(tmp_path / "a.tar", captions_required=False)
     np.testing.assert_array_equal(pictures.read(0), np.asarray(picture(2)))
     assert pictures.skipped == [(f"{tmp_path}/a.tar/a.png", "twice in the shard, the last one counts")]
 
@@ -408,7 +408,7 @@ def test_a_name_that_comes_twice_in_a_shard_is_counted(tmp_path):
 def test_sources_that_cannot_be_read_say_why(tmp_path, make, source, message):
     make(tmp_path)
     with pytest.raises(ValueError, match=message) as error:
-        open_pictures(source.format(tmp_path))
+        open_dataset(source.format(tmp_path))
     assert "\n" not in str(error.value)
 
 
@@ -420,7 +420,7 @@ def test_what_a_pipe_gives_is_kept_and_fetched_once(tmp_path):
         tar(tmp_path / f"{i}.tar", pairs(2, 2 * i))
     source = f"pipe:echo fetched >> {tmp_path}/log; cat {tmp_path}/{{0..1}}.tar | cat"
     for _ in range(2):
-        pictures = open_pictures(source, index_folder=tmp_path / "kept")
+        pictures = open_dataset(source, index_folder=tmp_path / "kept")
         assert captions_of(pictures) == [[f"picture {i}"] for i in range(4)]
         np.testing.assert_array_equal(pictures.read(3), np.asarray(picture(3)))
     assert (tmp_path / "log").read_text() == "fetched\n" * 2 and len(list((tmp_path / "kept").glob("*.tar"))) == 2
@@ -437,7 +437,7 @@ def test_a_pipe_that_fails_leaves_nothing_behind(tmp_path, command, message):
     """Half a shard kept under the name of a whole one would be used for ever."""
     tar(tmp_path / "a.tar", pairs(3))
     with pytest.raises(ValueError, match=message) as error:
-        open_pictures("pipe:" + command.format(tmp_path), index_folder=tmp_path / "kept")
+        open_dataset("pipe:" + command.format(tmp_path), index_folder=tmp_path / "kept")
     assert "\n" not in str(error.value) and not list((tmp_path / "kept").iterdir())
 
 
@@ -449,8 +449,8 @@ def test_no_local_path_is_ever_given_to_a_shell(tmp_path, monkeypatch):
     folder = tmp_path / "s3 $(touch oops); `x`"
     folder.mkdir()
     for name in ("a|b.tar", "pipe:x.tar", "[1].tar", "{1,2}.tar"):
-        assert len(open_pictures(tar(folder / name, pairs(1)))) == 1
-    assert len(open_pictures(folder)) == 4 and not list(tmp_path.glob("**/oops"))
+        assert len(open_dataset(tar(folder / name, pairs(1)))) == 1
+    assert len(open_dataset(folder)) == 4 and not list(tmp_path.glob("**/oops"))
 
 
 def table(count: int) -> list[dict]:
@@ -473,7 +473,7 @@ def test_a_missing_package_is_named(tmp_path, no_optional_packages, source, mess
     """Few need it, so it is not installed with the rest."""
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match=message):
-        open_pictures(source.format(tmp_path), index_folder=tmp_path / "kept")
+        open_dataset(source.format(tmp_path), index_folder=tmp_path / "kept")
 
 
 def test_a_data_set_of_the_hub_becomes_a_tar_file_once(tmp_path, monkeypatch):
@@ -494,13 +494,13 @@ def test_a_data_set_of_the_hub_becomes_a_tar_file_once(tmp_path, monkeypatch):
     module = types.SimpleNamespace(load_dataset=load_dataset, Image=types.SimpleNamespace)
     monkeypatch.setitem(sys.modules, "datasets", module)
     for _ in range(2):
-        pictures = open_pictures("hub:some/set:test", index_folder=tmp_path, min_score=0.25)
+        pictures = open_dataset("hub:some/set:test", index_folder=tmp_path, min_score=0.25)
         assert captions_of(pictures) == [["picture 1"], ["picture 2"]]
         np.testing.assert_array_equal(pictures.read(1), np.asarray(picture(2)))
-    open_pictures("hub:some/set", index_folder=tmp_path)
+    open_dataset("hub:some/set", index_folder=tmp_path)
     assert asked == [("some/set", "test"), ("some/set", "train")]
     with pytest.raises(ValueError, match="hub:nowhere cannot be loaded: Couldn't find it$"):
-        open_pictures("hub:nowhere", index_folder=tmp_path)
+        open_dataset("hub:nowhere", index_folder=tmp_path)
 
 
 def test_parquet_files_become_tar_files_once(tmp_path):
@@ -511,7 +511,7 @@ def test_parquet_files_become_tar_files_once(tmp_path):
     for i in range(2):
         parquet.write_table(pyarrow.Table.from_pylist(table(20 + i)), tmp_path / "set" / f"{i}.parquet")
     for source in (tmp_path / "set", f"{tmp_path}/set/*.parquet", f"{tmp_path}/set/{{0..1}}.parquet"):
-        pictures = open_pictures(source, index_folder=tmp_path / "kept", max_score=5)
+        pictures = open_dataset(source, index_folder=tmp_path / "kept", max_score=5)
         assert len(pictures) == 41 and pictures.captions(20) == ["picture 0"]
         np.testing.assert_array_equal(pictures.read(40), np.asarray(picture(20)))
     assert len(list((tmp_path / "kept").glob("*.tar"))) == 2
@@ -544,7 +544,7 @@ def test_filters_compare_numbers_and_nothing_else(tmp_path, facts, filters, kept
     if "min_aesthetic" in filters:
         files["000.json"] = '{"aesthetic": 5, "pwatermark": 0}' if filters["min_aesthetic"] == 5 else '{"aesthetic": 0}'
     for source in (write(tmp_path / "folder", files), tar(tmp_path / "a.tar", files)):
-        pictures = open_pictures(source, **filters)
+        pictures = open_dataset(source, **filters)
         assert len(pictures) == 1 + kept and len(pictures.skipped) == 1 - kept
         assert all(re.search("pwatermark|aesthetic", reason) for _, reason in pictures.skipped)
 
@@ -554,7 +554,7 @@ def test_filters_work_on_metadata(tmp_path):
     (tmp_path / "metadata.csv").write_text("file_name,text,punsafe\n"
                                            + "".join(f"{i}.png,t,{value}\n"
                                                      for i, value in enumerate(("0.1", "0.999", "", "0"))))
-    pictures = open_pictures(tmp_path, max_punsafe=0.99)
+    pictures = open_dataset(tmp_path, max_punsafe=0.99)
     assert names_of(pictures) == ["0.png", "2.png", "3.png"] and pictures.skipped == [("1.png", "punsafe 0.999")]
 
 
@@ -567,14 +567,14 @@ def test_a_filter_that_can_match_nothing_is_refused(tmp_path, filters, message):
     """A slip of the pen would let everything through."""
     write(tmp_path, {**pairs(1), "000.json": '{"punsafe": 0.5}'})
     with pytest.raises(ValueError, match=message):
-        open_pictures(tmp_path, **filters)
+        open_dataset(tmp_path, **filters)
 
 
 # ----- scenes ----------------------------------------------------------------------------------------
 
 def test_emoji_scenes_are_pictures_like_any_other():
     """The tiny model is trained by the same script as the large one."""
-    pictures = open_pictures("scenes:all:50:3")
+    pictures = open_dataset("scenes:all:50:3")
     images, captions = EmojiScenes("all", seed=3).batch(0, 50)
     assert len(pictures) == 50 and (pictures.sizes == 128).all()
     assert pictures.describe() == "50 pictures in scenes:all:50:3"
@@ -587,7 +587,7 @@ def test_emoji_scenes_are_pictures_like_any_other():
 
 def test_scenes_have_keys_without_being_drawn():
     """The cache asks for keys of them all."""
-    sets = [open_pictures(source) for source in ("scenes", "scenes:500", "scenes:uncaptioned:500", "scenes:500:1",
+    sets = [open_dataset(source) for source in ("scenes", "scenes:500", "scenes:uncaptioned:500", "scenes:500:1",
                                                  "scenes:captioned:500:0")]
     assert [len(pictures) for pictures in sets] == [24000] + [500] * 4
     assert sets[0].key(9) == sets[1].key(9) == sets[4].key(9) == hashlib.sha256(b"scene 0 captioned 9").hexdigest()
@@ -600,9 +600,9 @@ def test_scenes_have_keys_without_being_drawn():
                                              ("scenes:all:-5", "cannot read")])
 def test_scenes_misspelled_are_refused(source, message):
     with pytest.raises(ValueError, match=message):
-        open_pictures(source)
+        open_dataset(source)
     with pytest.raises(ValueError, match="scenes has no keys to filter by: leave max_x away"):
-        open_pictures("scenes", max_x=1)
+        open_dataset("scenes", max_x=1)
 
 
 # ----- shapes ----------------------------------------------------------------------------------------
@@ -692,11 +692,11 @@ def test_chance_depends_on_seed_position_and_purpose_alone():
 
 # ----- order -----------------------------------------------------------------------------------------
 
-def by_queues(plan: Plan, buckets, batch: int, epochs: int) -> list:
+def by_queues(sampler: BatchSampler, buckets, batch: int, epochs: int) -> list:
     """The definition, taken literally: one queue per bucket, one sample at a time."""
     queues, steps, position = {bucket: [] for bucket in set(buckets)}, [], 0
     for e in range(epochs):
-        for index in plan._epoch(e)[0]:
+        for index in sampler._epoch(e)[0]:
             queue = queues[buckets[index]]
             queue.append((position, index))
             position += 1
@@ -709,28 +709,28 @@ def by_queues(plan: Plan, buckets, batch: int, epochs: int) -> list:
 @pytest.mark.parametrize("counts, batch", [((40,), 8), ((37,), 8), ((3,), 8), ((1,), 1), ((30, 12, 5), 4),
                                            ((30, 12, 1, 1), 4), ((2, 1, 1), 16), ((5, 5), 1)])
 def test_steps_are_what_queues_would_give(counts, batch):
-    """Computed for any step at once, the plan equals the process it stands for: also for sets smaller than a batch and for
+    """Computed for any step at once, the sampler equals the process it stands for: also for sets smaller than a batch and for
     shapes so rare that their queue takes many epochs to fill."""
     buckets = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)) * 3 + 1, counts))
-    plan = Plan(buckets, batch, seed=5)
-    expected = by_queues(plan, buckets, batch, 40)
+    sampler = BatchSampler(buckets, batch, seed=5)
+    expected = by_queues(sampler, buckets, batch, 40)
     assert expected
-    for (positions, indices, bucket), step in zip(Plan(buckets, batch, seed=5).steps(), expected):
+    for (positions, indices, bucket), step in zip(BatchSampler(buckets, batch, seed=5).steps(), expected):
         assert (positions.tolist(), indices.tolist(), bucket) == step
     for k in random.Random(0).sample(range(len(expected)), min(20, len(expected))):        # and in any order
-        positions, indices, bucket = plan.step(k)
+        positions, indices, bucket = sampler.step(k)
         assert (positions.tolist(), indices.tolist(), bucket) == expected[k]
 
 
 def test_with_one_bucket_every_epoch_shows_every_picture_once():
     """Steps are consecutive pieces of the stream, across the ends of epochs too, and every epoch has an order of its own."""
-    steps = list(itertools.islice(Plan(np.zeros(50, int), 8, seed=0).steps(), 25))
+    steps = list(itertools.islice(BatchSampler(np.zeros(50, int), 8, seed=0).steps(), 25))
     positions, indices = (np.concatenate(parts) for parts in list(zip(*steps))[:2])
     assert positions.tolist() == list(range(200))
     epochs = indices.reshape(4, 50)
     assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4 and (np.diff(epochs[0]) != 1).any()
-    other = Plan(np.zeros(50, int), 8, seed=1)
+    other = BatchSampler(np.zeros(50, int), 8, seed=1)
     assert other.step(0)[1].tolist() != steps[0][1].tolist()
     assert [other.epoch_of(p) for p in (0, 49, 50, 199)] == [0, 0, 1, 3]
 
@@ -739,9 +739,9 @@ def test_with_several_buckets_nothing_is_lost_and_no_step_mixes_sizes():
     """Others drop what does not fill a batch at the end of an epoch: the rarest shapes, always."""
     buckets = np.random.default_rng(1).choice(4, 500, p=[0.7, 0.2, 0.09, 0.01])
     counts, batch = np.bincount(buckets), 16
-    plan, visits, seen, position = Plan(buckets, batch, 0), np.zeros(500, int), set(), 0
-    steps = plan._steps_before(20)
-    for positions, indices, bucket in itertools.islice(plan.steps(), steps):
+    sampler, visits, seen, position = BatchSampler(buckets, batch, 0), np.zeros(500, int), set(), 0
+    steps = sampler._steps_before(20)
+    for positions, indices, bucket in itertools.islice(sampler.steps(), steps):
         assert (buckets[indices] == bucket).all() and (np.diff(positions) > 0).all() and not seen & set(positions)
         assert positions[-1] > position                    # steps come in the order in which they fill up
         position = positions[-1]
@@ -756,12 +756,12 @@ def test_with_several_buckets_nothing_is_lost_and_no_step_mixes_sizes():
 def test_a_plan_goes_on_from_any_step_and_from_there_again():
     """Also after a second resume: counts belong to the training, not to the run."""
     buckets = np.random.default_rng(0).choice(3, 100, p=[0.8, 0.15, 0.05])
-    unbroken = [step[1].tolist() for step in itertools.islice(Plan(buckets, 8, 3).steps(), 60)]
+    unbroken = [step[1].tolist() for step in itertools.islice(BatchSampler(buckets, 8, 3).steps(), 60)]
     resumed = []
     for start, stop in ((0, 13), (13, 14), (14, 47), (47, 60)):
-        resumed += [step[1].tolist() for step in itertools.islice(Plan(buckets, 8, 3).steps(start), stop - start)]
+        resumed += [step[1].tolist() for step in itertools.islice(BatchSampler(buckets, 8, 3).steps(start), stop - start)]
     assert resumed == unbroken
-    copy = pickle.loads(pickle.dumps(Plan(buckets, 8, 3)))
+    copy = pickle.loads(pickle.dumps(BatchSampler(buckets, 8, 3)))
     assert copy.step(59)[1].tolist() == unbroken[59]
 
 
@@ -770,15 +770,15 @@ def test_a_start_far_into_training_goes_through_nothing_before_it(monkeypatch):
     laid_out = []
     monkeypatch.setattr(data, "sample_rng", lambda *key, original=sample_rng: laid_out.append(key) or original(*key))
     buckets = np.random.default_rng(0).choice(5, 20_000, p=[0.5, 0.2, 0.2, 0.05, 0.05])
-    positions, indices, bucket = Plan(buckets, 64, 0).step(10 ** 8)
+    positions, indices, bucket = BatchSampler(buckets, 64, 0).step(10 ** 8)
     assert len(laid_out) <= 2 and (buckets[indices] == bucket).all() and abs(positions[-1] / (64 * 10 ** 8) - 1) < 1e-6
 
 
 @pytest.mark.parametrize("world, micro_batch", [(1, 8), (2, 4), (1, 4), (4, 1), (8, 1), (2, 2)])
 def test_a_step_is_the_same_work_however_it_is_shared(world, micro_batch):
     """1 process x 8, 2 x 4, 1 x 4 x 2 accumulation steps: the parts of a step are the step, each sample once."""
-    plan = Plan(np.random.default_rng(0).choice(3, 60), 8, 0)
-    for positions, indices, _ in itertools.islice(plan.steps(), 20):
+    sampler = BatchSampler(np.random.default_rng(0).choice(3, 60), 8, 0)
+    for positions, indices, _ in itertools.islice(sampler.steps(), 20):
         parts = [indices[split(positions, micro, rank, world, micro_batch)]
                  for micro in range(8 // world // micro_batch) for rank in range(world)]
         assert all(len(part) == micro_batch for part in parts) and np.concatenate(parts).tolist() == indices.tolist()
@@ -796,18 +796,18 @@ def test_shares_that_do_not_add_up_are_refused(arguments, message):
 
 @pytest.mark.parametrize("buckets, batch", [([], 1), ([0], 0), ([[0, 1]], 1)])
 def test_plans_of_nothing_are_refused(buckets, batch):
-    """The loop over an empty plan would never end."""
+    """The loop over an empty sampler would never end."""
     with pytest.raises(ValueError, match="expected .N,., one per picture"):
-        Plan(np.array(buckets, int), batch, 0)
+        BatchSampler(np.array(buckets, int), batch, 0)
 
 
 class Training(torch.utils.data.Dataset):
     """What a training script does with this file, for one rank: its shares of the steps, one sample per item."""
     def __init__(self, folder, world, rank, micro_batch):
-        self.pictures = open_pictures(folder)
+        self.pictures = open_dataset(folder)
         self.shapes = bucket_sizes(384)
-        plan, self.samples = Plan(nearest_bucket(self.pictures.sizes, self.shapes), 4, 0), []
-        for positions, indices, bucket in itertools.islice(plan.steps(), 6):
+        sampler, self.samples = BatchSampler(nearest_bucket(self.pictures.sizes, self.shapes), 4, 0), []
+        for positions, indices, bucket in itertools.islice(sampler.steps(), 6):
             for micro in range(4 // world // micro_batch):
                 part = split(positions, micro, rank, world, micro_batch)
                 self.samples += [(int(p), int(i), bucket) for p, i in zip(positions[part], indices[part])]

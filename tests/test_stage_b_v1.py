@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from v1 import stage_b as stage_b_v1
+from loading.errors import WeightsError
 from loading import weights
 import wuerstchen
 from diffusion import Guidance, Noise
@@ -594,7 +595,7 @@ def test_the_authors_files_are_loaded_and_paint(folder, low_memory):
 
 def test_another_codebook_is_refused(folder):
     """Tokens would be read in it as others, or lie beyond its end."""
-    with pytest.raises(weights.WeightsError,
+    with pytest.raises(WeightsError,
                        match="Stage B of v1 makes 32 tokens, the VQGAN .*vqgan has 1024: they belong to different weights"):
         Wuerstchen.load(folder, "cpu", vqgan=TINY / "vqgan")
 

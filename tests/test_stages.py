@@ -75,7 +75,8 @@ def test_untrained_stage_c_returns_its_input():
 
 def test_stage_c_training_step_equals_the_original():
     """Scaled features, noise, prediction, weighted loss, gradients, clipping, one AdamW step: each as in the authors' loop."""
-    from diffusion import add_noise, p2_weight
+    from diffusion import add_noise
+    from training.losses import p2_weight
     from wuerstchen import to_stored
     data, config = golden("training_stage_c")
     model = build(StageC, {**config["model"], "dropout": 0.0}, under("sd/original/", data)).train()

@@ -19,7 +19,9 @@ from safetensors.torch import load_file, save_file
 
 from training import scenes
 import train_a
-from training import run as training
+from loading.errors import UserError
+from training import optim
+from training.processes import Processes, SynchronisedBatchNorm
 from helpers import lines, newest, same
 from stage_a import (Codebook, CodebookAverages, PatchDiscriminator, StageA, adaptive_weight, count, discriminator_loss,
                      generator_loss,
@@ -86,7 +88,7 @@ def test_the_shipped_model_reconstructs_unseen_scenes():
     """Measured on these 64: 30.0 dB, 28.7 dB by way of the codebook, of the mean squared error of all."""
     images = torch.from_numpy(scenes.EmojiScenes("all", seed=987654321).batch(0, 64)[0]).permute(0, 3, 1, 2)
     values = train_a.validate(load_stage_a(TINY), images, train_a.parse_args(["--out", "unused"]),
-                              training.Processes("cpu"))
+                              Processes("cpu"))
     assert values["val_psnr"] > 29.8 and values["val_psnr_quantised"] > 28.5
 
 
@@ -100,7 +102,7 @@ def test_psnr_is_that_of_the_mean_squared_error(folder):
     model.decode_raw = lambda z: torch.full((len(z), 3, 32, 32), 0.5)
     images = torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8)
     values = train_a.validate(model, images, train_a.parse_args(["--out", "unused", "--batch", "4"]),
-                              training.Processes("cpu"))
+                              Processes("cpu"))
     expected = -10 * (images.double() / 255 - 0.5).square().mean().log10()
     assert values["val_psnr"] == pytest.approx(expected.item(), abs=1e-4) == values["val_psnr_quantised"]
 
@@ -114,9 +116,9 @@ def first_line(folder, out, *options) -> tuple[dict, StageA, torch.Tensor, torch
     args.crop = "random"
     torch.manual_seed(0)
     model = train_a.build_model(args).train()
-    pictures = train_a.open_pictures(folder, captions_required=False)
+    pictures = train_a.open_dataset(folder, captions_required=False)
     samples = train_a.Samples(pictures, args)
-    positions, indices, _ = train_a.Plan(np.zeros(len(pictures), int), args.batch, args.seed).step(0)
+    positions, indices, _ = train_a.BatchSampler(np.zeros(len(pictures), int), args.batch, args.seed).step(0)
     items = [samples[int(position), int(index), 0] for position, index in zip(positions, indices)]
     return line, model, torch.stack([item["x"]
                                      for item in items]).permute(0, 3, 1, 2).float() / 255, torch.tensor([item["quantise"] for item in items])
@@ -274,7 +276,7 @@ def test_quantisation_is_skipped_picture_by_picture(folder):
     """Each by itself, a function of (seed, position): not a coin for the whole batch."""
     args = train_a.parse_args([*SMALL, "--data", str(folder), "--out", "unused", "--quantise", "0.25", "--crop",
                                "center"])
-    samples = train_a.Samples(train_a.open_pictures(folder, captions_required=False), args)
+    samples = train_a.Samples(train_a.open_dataset(folder, captions_required=False), args)
     drawn = np.array([samples[position, 0, 0]["quantise"] for position in range(400)])
     assert 0.18 < drawn.mean() < 0.32 and len(set(drawn.reshape(-1, 4).mean(1).tolist())) >= 4
     assert np.array_equal(drawn[:50], [samples[position, 0, 0]["quantise"] for position in range(50)])
@@ -411,7 +413,7 @@ import pathlib, training
 def threads():
     return sum("gloo" in path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm"))
 def work():
-    processes = training.Processes("cpu")
+    processes = Processes("cpu")
     model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
     model(torch.ones(1, 2)).sum().backward()
     assert processes.sum(torch.ones(())) == 2 and threads() > 0
@@ -432,13 +434,13 @@ def test_synchronised_batchnorm_is_batchnorm_of_all(tmp_path):
         reference.weight.copy_(torch.randn(4)), reference.bias.copy_(torch.randn(4))
     torch.save(dict(x=x, weight=weight, state=reference.state_dict()), tmp_path / "given.pt")
     torchrun(2, """
-from training import run as training
-processes = training.Processes("cpu")
+from training.processes import Processes, SynchronisedBatchNorm
+processes = Processes("cpu")
 given = torch.load("given.pt")
 part = slice(0, 2) if processes.rank == 0 else slice(2, 6)
 norm = torch.nn.Sequential(torch.nn.BatchNorm2d(4))
 norm[0].load_state_dict(given["state"])
-training.SynchronisedBatchNorm.convert(norm)
+SynchronisedBatchNorm.convert(norm)
 x = given["x"][part].requires_grad_()
 y = norm(x)
 (y * given["weight"][part]).sum().backward()
@@ -465,8 +467,8 @@ def test_synchronised_batchnorm_alone_is_batchnorm():
     expected = model(x), model.eval()(x)
     names = [name for name, _ in model.named_parameters()]
     model[1].reset_running_stats()
-    training.SynchronisedBatchNorm.convert(model.train())
-    assert isinstance(model[1], training.SynchronisedBatchNorm)
+    SynchronisedBatchNorm.convert(model.train())
+    assert isinstance(model[1], SynchronisedBatchNorm)
     assert [name for name, _ in model.named_parameters()] == names
     same(expected, (model(x), model.eval()(x)))
 
@@ -502,7 +504,7 @@ def test_a_discriminator_may_join_on_resume(folder, tmp_path, capsys):
     train(folder, out, "--resume", "auto", *GAN, steps=4)
     assert "resuming with --gan-start 2, the checkpoint has None" in capsys.readouterr().err
     assert lines(out)[-1]["discriminator"] > 0
-    with pytest.raises(training.Mistake, match="was made with --codebook gradient"):
+    with pytest.raises(UserError, match="was made with --codebook gradient"):
         train(folder, out, "--resume", "auto", "--codebook", "ema", steps=6)
 
 
@@ -535,14 +537,14 @@ def test_the_discriminator_learns_once_per_step_from_the_start_on(folder, tmp_pa
 
 def test_a_signal_finishes_the_step_and_saves(folder, tmp_path, monkeypatch, capsys):
     unbroken = train(folder, tmp_path / "unbroken", steps=4)
-    update = training.Averaged.update
+    update = optim.EMA.update
 
     def update_and_warn(self):
         update(self)
         if self.updates == 2:
             os.kill(os.getpid(), signal.SIGTERM)
     with monkeypatch.context() as patch:
-        patch.setattr(training.Averaged, "update", update_and_warn)
+        patch.setattr(optim.EMA, "update", update_and_warn)
         out = train(folder, tmp_path / "run", steps=4)
     assert newest(out)["step"] == 2 and "stopped after step 2" in capsys.readouterr().err and not (out / "vqgan").exists()
     train(folder, out, "--resume", "auto", steps=4)
@@ -574,7 +576,7 @@ def test_a_bad_step_leaves_no_trace(folder, tmp_path, monkeypatch, options):
 def test_too_many_bad_steps_in_a_row_stop_the_run_with_its_last_good_state(folder, tmp_path, monkeypatch):
     decode = StageA.decode_raw
     monkeypatch.setattr(StageA, "decode_raw", lambda self, z: decode(self, z) * float("nan"))
-    with pytest.raises(training.Mistake,
+    with pytest.raises(UserError,
                        match="3 steps in a row came to NaN or infinity, up to step 3; the last good state is in .*lower --lr"):
         train(folder, tmp_path / "run", "--max-bad-steps", "3", steps=9)
     assert all(tensor.isfinite().all() for tensor in newest(tmp_path / "run")["model"].values())
@@ -603,7 +605,7 @@ def test_random_crops_differ_from_visit_to_visit(tmp_path):
     wide[..., 0] = np.arange(256)
     Image.fromarray(wide).save(tmp_path / "wide.png")
     args = train_a.parse_args([*SMALL, "--data", str(tmp_path), "--out", "unused", "--crop", "random"])
-    samples = train_a.Samples(train_a.open_pictures(tmp_path, captions_required=False), args)
+    samples = train_a.Samples(train_a.open_dataset(tmp_path, captions_required=False), args)
     means = [samples[position, 0, 0]["x"].float().mean().item() for position in range(8)]
     assert len(set(means)) > 5 and means[3] == samples[3, 0, 0]["x"].float().mean().item()
 
@@ -627,13 +629,13 @@ def test_a_dry_run_says_what_would_happen_and_does_nothing(folder, tmp_path, cap
 
 def test_a_run_is_not_overwritten_and_foreign_checkpoints_are_refused(folder, tmp_path):
     out = train(folder, tmp_path / "run", steps=1)
-    with pytest.raises(training.Mistake,
-                       match="exists already: add --resume auto to go on from it, or choose another --out"):
+    with pytest.raises(UserError,
+                       match="exists already: add --resume auto to continue from it, or choose another --out"):
         train(folder, out)
     torch.save(dict(script="train_b.py"), tmp_path / "b.pt")
-    with pytest.raises(training.Mistake, match="is not a checkpoint of train_a.py but of train_b.py"):
+    with pytest.raises(UserError, match="is not a checkpoint of train_a.py but of train_b.py"):
         train(folder, tmp_path / "other", "--resume", str(tmp_path / "b.pt"))
-    with pytest.raises(training.Mistake, match="does not fit: .*resume with the sizes"):
+    with pytest.raises(UserError, match="does not fit: .*resume with the sizes"):
         train(folder, out, "--resume", "auto", "--width", "16", steps=2)
 
 
@@ -657,6 +659,6 @@ MISTAKES = [
 
 @pytest.mark.parametrize("options, message", MISTAKES, ids=[" ".join(options) for options, _ in MISTAKES])
 def test_mistakes_are_one_line(folder, tmp_path, options, message):
-    with pytest.raises((training.Mistake, ValueError, OSError), match=message) as error:
+    with pytest.raises((UserError, ValueError, OSError), match=message) as error:
         train(folder, tmp_path / "run", *options)
     assert "\n" not in str(error.value)

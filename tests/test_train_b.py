@@ -19,9 +19,10 @@ from training import data
 import sample
 from training import scenes
 import train_b
-from training import run as training
-from diffusion import add_noise, alphas_cumprod, p2_weight, v_weight
-from loading.files import WeightsError
+from training import optim
+from diffusion import add_noise, alphas_cumprod
+from training.losses import p2_weight, v_weight
+from loading.errors import UserError, WeightsError
 from helpers import lines, newest, same
 from stage_a import StageA
 from stage_b import EfficientNetEncoder, StageB, TinyImageEncoder
@@ -153,7 +154,7 @@ def test_a_new_efficientnet_starts_from_imagenets_weights_and_in_the_right_units
         stored = to_stored(encoder.train()(torch.randn(4, 3, 96, 96)))
     assert abs(stored.mean()) < 1e-3 and stored.std() == pytest.approx(1, abs=0.02)
     torch.save(dict(x=torch.ones(1)), tmp_path / "other.pth")
-    with pytest.raises(training.Mistake, match="expected torchvision's efficientnet_v2_s"):
+    with pytest.raises(UserError, match="expected torchvision's efficientnet_v2_s"):
         train_b.new_encoder(EfficientNetEncoder, str(tmp_path / "other.pth"))
 
 
@@ -229,7 +230,7 @@ def test_pictures_of_little_contrast_count_more(folder, new, tmp_path, monkeypat
 
 def samples(folder, *options, n: int = 600, resolution: tuple = (128, 128)) -> list[dict]:
     args = train_b.parse_args([*SMALL, "--weights", "tiny", "--data", str(folder), "--out", "unused", *options])
-    pictures = data.open_pictures(folder, captions_required=False)
+    pictures = data.open_dataset(folder, captions_required=False)
     pictures.bucket = np.zeros(len(pictures), int)
     every = train_b.Samples(pictures, [resolution], 1, args, 4)
     return [every[position, position % len(pictures), 0] for position in range(n)]
@@ -475,14 +476,14 @@ def test_a_resumed_run_is_the_unbroken_run_to_the_bit(folder, new, tmp_path, opt
 def test_a_signal_finishes_the_step_and_saves(folder, new, tmp_path, monkeypatch, capsys):
     """A scheduler warns with SIGTERM before it kills: nothing is lost, and the run goes on as if nothing had happened."""
     unbroken = train(folder, tmp_path / "unbroken", *new, steps=4)
-    update = training.Averaged.update
+    update = optim.EMA.update
 
     def update_and_warn(self):
         update(self)
         if self.updates == 2:
             os.kill(os.getpid(), signal.SIGTERM)
     with monkeypatch.context() as patch:
-        patch.setattr(training.Averaged, "update", update_and_warn)
+        patch.setattr(optim.EMA, "update", update_and_warn)
         out = train(folder, tmp_path / "run", *new, steps=4)
     assert newest(out)["step"] == 2 and "stopped after step 2" in capsys.readouterr().err and not (out / "decoder").exists()
     train(folder, out, *new, "--resume", "auto", steps=4)
@@ -554,7 +555,7 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_with_its_last_good_state(folde
     signal_and_scale = StageB.signal_and_scale
     monkeypatch.setattr(StageB, "signal_and_scale",
                         lambda self, *args: tuple(x * float("nan") for x in signal_and_scale(self, *args)))
-    with pytest.raises(training.Mistake,
+    with pytest.raises(UserError,
                        match="3 steps in a row came to NaN or infinity, up to step 3; the last good state is in .*lower --lr"):
         train(folder, tmp_path / "run", *new, "--max-bad-steps", "3", steps=9)
     assert all(tensor.isfinite().all() for tensor in newest(tmp_path / "run")["model"].values())
@@ -587,9 +588,9 @@ def test_validation_and_psnr_are_the_same_work_every_time(folder, tmp_path):
 
 
 def test_emoji_scenes_are_validated_on_ones_that_are_never_trained_on(new, tmp_path, monkeypatch):
-    opened, open_pictures = [], data.open_pictures
-    monkeypatch.setattr(train_b, "open_pictures", lambda source, **more: opened.append(source)
-                        or open_pictures(source, **more))
+    opened, open_dataset = [], data.open_dataset
+    monkeypatch.setattr(train_b, "open_dataset", lambda source, **more: opened.append(source)
+                        or open_dataset(source, **more))
     train("scenes:all:16:5", tmp_path / "run", *new, "--val-every", "1", "--val-count", "2", steps=1)
     assert opened == ["scenes:all:16:5", "scenes:all:64:1000000000"]
 
@@ -607,11 +608,11 @@ def test_a_dry_run_says_what_would_happen_and_does_nothing(folder, new, tmp_path
 def test_only_the_newest_checkpoints_are_kept_and_others_are_refused(folder, new, tmp_path, capsys):
     out = train(folder, tmp_path / "run", *new, "--save-every", "1", "--keep", "2", steps=3)
     assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step_00000002.pt", "step_00000003.pt"]
-    with pytest.raises(training.Mistake,
-                       match="exists already: add --resume auto to go on from it, or choose another --out"):
+    with pytest.raises(UserError,
+                       match="exists already: add --resume auto to continue from it, or choose another --out"):
         train(folder, out, *new)
     torch.save(dict(script="train_c.py"), tmp_path / "c.pt")
-    with pytest.raises(training.Mistake, match="is not a checkpoint of train_b.py but of train_c.py"):
+    with pytest.raises(UserError, match="is not a checkpoint of train_b.py but of train_c.py"):
         train(folder, tmp_path / "other", *new, "--resume", str(tmp_path / "c.pt"))
     train(folder, out, *new, "--resume", "auto", "--semantic-dropout", "0.1", steps=4)
     assert "resuming with --semantic-dropout 0.1, the checkpoint has 0.05" in capsys.readouterr().err
@@ -652,7 +653,7 @@ MISTAKES = [
 
 @pytest.mark.parametrize("options, message", MISTAKES, ids=[" ".join(options) for options, _ in MISTAKES])
 def test_mistakes_are_one_line(folder, tmp_path, options, message):
-    with pytest.raises((training.Mistake, WeightsError, OSError), match=message) as error:
+    with pytest.raises((UserError, WeightsError, OSError), match=message) as error:
         train(folder, tmp_path / "run", "--weights", "tiny", *options)
     assert "\n" not in str(error.value)
 

@@ -20,10 +20,9 @@ from loading import hub
 from v1 import stage_b as stage_b_v1
 from v1 import training as tokens
 import train_b
-from training import run as training
 from loading import weights
 from diffusion import add_noise
-from loading.files import WeightsError
+from loading.errors import UserError, WeightsError
 from helpers import TINY, lines, newest, same
 from stage_a import StageA
 from stage_b import EfficientNetEncoder, TinyImageEncoder
@@ -146,7 +145,7 @@ def test_one_step_in_closed_form(folder, new, tmp_path, monkeypatch):
     drawn = [tokens.draw(data.sample_rng(0, p, "noise"), 1024, 32, 32) for p in positions.tolist()]
     chance = torch.tensor([np.float32(data.sample_rng(0, p, "timestep").random()) for p in positions.tolist()])
     torch.testing.assert_close(t, training_levels(chance), rtol=0, atol=1e-6)
-    vqgan, pictures = weights.load_stage_a(TINY / "vqgan"), data.open_pictures(folder)
+    vqgan, pictures = weights.load_stage_a(TINY / "vqgan"), data.open_dataset(folder)
     loss = 0.0
     for i in range(4):
         pixels = torch.from_numpy(pictures.read(int(indices[i])).copy()).permute(2, 0, 1)[None].float() / 255
@@ -235,7 +234,7 @@ def test_the_guides_loss_is_added_with_its_weight(folder, new, tmp_path, monkeyp
 def test_what_a_sample_draws_is_its_own():
     """Any of the codes, evenly; a function of seed and position alone. v2's draws are none of its business."""
     args = train_b.parse_args([*SMALL, "--v1", "--weights", "tiny", "--data", "scenes:all:16:1", "--out", "unused"])
-    pictures = data.open_pictures("scenes:all:16:1", captions_required=False)
+    pictures = data.open_dataset("scenes:all:16:1", captions_required=False)
     pictures.bucket = np.zeros(16, int)
     samples = train_b.Samples(pictures, [(128, 128)], 1, args, 1024)
     items = [samples[position, position % 16, 0] for position in range(48)]
@@ -487,7 +486,7 @@ MISTAKES = [
 def test_mistakes_are_one_line(folder, tmp_path, options, message):
     if "EIGHT" in options:
         options = [*options[:-1], str(sizes(tmp_path / "eight", num_labels=8))]
-    with pytest.raises((training.Mistake, WeightsError, OSError), match=message) as error:
+    with pytest.raises((UserError, WeightsError, OSError), match=message) as error:
         train(folder, tmp_path / "run", "--weights", "tiny", *options)
     assert "\n" not in str(error.value)
 
@@ -495,10 +494,10 @@ def test_mistakes_are_one_line(folder, tmp_path, options, message):
 def test_v1_and_v2_do_not_take_each_others_checkpoints(folder, new, tmp_path):
     """Their tensors have other names: loaded leniently, they would be passed over in silence."""
     v1 = train(folder, tmp_path / "v1", *new, steps=1)
-    with pytest.raises(training.Mistake, match="is of v1: add --v1, or choose another --resume"):
+    with pytest.raises(UserError, match="is of v1: add --v1, or choose another --resume"):
         train(folder, v1, "--weights", "tiny", "--resume", "auto", steps=2)
     v2 = train(folder, tmp_path / "v2", "--weights", "tiny", steps=1)
-    with pytest.raises(training.Mistake, match="is of v2: leave --v1 away, or choose another --resume"):
+    with pytest.raises(UserError, match="is of v2: leave --v1 away, or choose another --resume"):
         train(folder, v2, *new, "--resume", "auto", steps=2)
 
 

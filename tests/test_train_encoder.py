@@ -10,8 +10,8 @@ import torch
 from loading import hub
 import train_b
 from tiny import train_encoder
-from training import run as training
-from loading.files import WeightsError
+from training import optim
+from loading.errors import UserError, WeightsError
 from helpers import TINY, lines, newest, same
 from training.scenes import COLOURS, OBJECTS, EmojiScenes
 from stage_b import TinyImageEncoder
@@ -74,14 +74,14 @@ def test_a_resumed_run_is_the_unbroken_run_to_the_bit(config, tmp_path):
 
 
 def test_a_signal_finishes_the_step_and_saves(config, tmp_path, monkeypatch, capsys):
-    unbroken, rate = train(tmp_path / "unbroken", config), training.rate
+    unbroken, rate = train(tmp_path / "unbroken", config), optim.learning_rate
 
     def rate_and_warn(step, args):
         if step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return rate(step, args)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "rate", rate_and_warn)
+        patch.setattr(optim, "learning_rate", rate_and_warn)
         out = train(tmp_path / "run", config)
     assert newest(out)["step"] == 2 and "stopped after step 2" in capsys.readouterr().err and not (out / "image_encoder").exists()
     assert weights_file(train(out, config, "--resume", "auto")) == weights_file(unbroken)
@@ -116,15 +116,15 @@ def test_defaults_are_what_models_tiny_was_trained_with():
      "cannot be used: it describes a WuerstchenDiffNeXt, expected a TinyImageEncoder"),
     (["--resume", "nowhere.pt"], "--resume nowhere.pt: there is no such file")])
 def test_mistakes_are_one_line(config, tmp_path, options, message):
-    with pytest.raises((training.Mistake, WeightsError), match=message) as error:
+    with pytest.raises((UserError, WeightsError), match=message) as error:
         train(tmp_path / "run", config, *options)
     assert "\n" not in str(error.value)
 
 
 def test_other_checkpoints_are_refused(config, tmp_path):
     out = train(tmp_path / "run", config)
-    with pytest.raises(training.Mistake, match="exists already: add --resume auto"):
+    with pytest.raises(UserError, match="exists already: add --resume auto"):
         train(out, config)
     torch.save(dict(script="train_text.py"), tmp_path / "text.pt")
-    with pytest.raises(training.Mistake, match="is not a checkpoint of train_encoder.py but of train_text.py"):
+    with pytest.raises(UserError, match="is not a checkpoint of train_encoder.py but of train_text.py"):
         train(tmp_path / "other", config, "--resume", str(tmp_path / "text.pt"))

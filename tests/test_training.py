@@ -12,8 +12,9 @@ import train_b
 import train_c
 from tiny import train_encoder
 from tiny import train_text
-from training import run as training
-from training.run import to_tensor
+from loading.errors import RESUME_HINT, UserError, exit_on_user_error
+from training import optim
+from training.samples import to_tensor
 
 SMALL = ["--batch", "2", "--log-every", "1", "--save-every", "2", "--sample-every", "100", "--device", "cpu"]
 SMALL_B = ["--workers", "0", "--val-every", "0", "--sample-every", "0", "--data", "scenes:all:16:1"]
@@ -87,7 +88,7 @@ def test_a_resumed_text_encoder_is_the_unbroken_one(runs, tmp_path, capsys):
                                                "--schedule", "constant", *options]))
         return (out / "text_encoder" / "model.safetensors").read_bytes()
     unbroken, half = train(tmp_path / "unbroken", 4), train(tmp_path / "broken", 2)
-    with pytest.raises(training.Mistake, match="exists already: add --resume auto"):
+    with pytest.raises(UserError, match="exists already: add --resume auto"):
         train(tmp_path / "broken", 4)
     assert train(tmp_path / "broken", 4, "--resume", "auto") == unbroken != half
 
@@ -103,18 +104,18 @@ def test_an_unknown_folder_ends_a_script_in_one_line(script, options, tmp_path, 
 
 
 def test_ctrl_c_says_how_to_go_on(capsys):
-    with pytest.raises(SystemExit) as stop, training.mistakes_in_one_line():
+    with pytest.raises(SystemExit) as stop, exit_on_user_error(RESUME_HINT):
         raise KeyboardInterrupt
-    assert stop.value.code == 130 and "--resume auto goes on" in capsys.readouterr().err
+    assert stop.value.code == 130 and "--resume auto continues" in capsys.readouterr().err
 
 
 def test_the_learning_rate_warms_up_stays_and_decays():
     """And until the decay starts it does not depend on the number of steps, so that a run can be lengthened."""
     args = train_a.parse_args(["--out", "x", "--lr", "1", "--warmup", "10", "--steps", "100"])
-    rates = [training.rate(step, args) for step in range(100)]
+    rates = [optim.learning_rate(step, args) for step in range(100)]
     assert rates[0] == 0.1 and rates[9:80] == [1.0] * 71 and rates[90] == 0.5 and rates[99] == 0.05
     args.steps = 1000
-    assert [training.rate(step, args) for step in range(80)] == rates[:80]
+    assert [optim.learning_rate(step, args) for step in range(80)] == rates[:80]
 
 
 def test_pictures_become_tensors_without_rounding():

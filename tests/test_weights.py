@@ -13,7 +13,7 @@ import stage_a
 import stage_b
 import stage_c
 from loading import weights
-from loading.files import WeightsError
+from loading.errors import WeightsError
 from helpers import COMBINED, MANIFESTS, PUBLISHED, SMALL_V1, build, golden, manifest, rel, small_v1, under
 from stage_a import StageA
 from stage_b import EfficientNetEncoder, StageB, TinyImageEncoder
@@ -581,7 +581,7 @@ def test_the_authors_files_tell_v1_from_v2_by_their_shapes(name, stage, sizes, t
             self.path, self.shapes = path, shapes
     (tmp_path / "file.pt").write_bytes(b"")
     monkeypatch.setattr(weights, "TensorFile", Names)
-    model, _ = weights.plan(stage, tmp_path / "file.pt")
+    model, _ = weights.build_empty(stage, tmp_path / "file.pt")
     assert model.config == stage(**sizes).config if name.startswith("effnet") else {**model.config,
                                                                                     **sizes} == model.config
     if stage in (StageB, StageBV1):

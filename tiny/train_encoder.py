@@ -60,18 +60,22 @@ def main(args):
     import torch.nn.functional as F
     from tqdm import tqdm
     from diffusion import add_noise
-    from loading.files import WeightsError, read_config
+    from loading.errors import UserError, WeightsError
+    from loading.files import read_config
     from training.scenes import COLOURS, OBJECTS, EmojiScenes
     from stage_b import TinyImageEncoder, preprocess
-    from training.run import Checkpoints, Log, Mistake, StopSignal, rate, to_tensor
+    from training.checkpoints import Checkpoints, Log
+    from training.optim import learning_rate
+    from training.processes import GracefulExit
+    from training.samples import to_tensor
     from loading.weights import config_to_ours, save_image_encoder
     from wuerstchen import to_stored
 
     for name in ("steps", "batch", "log_every", "save_every", "keep"):
         if getattr(args, name) < 1:
-            raise Mistake(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
     checkpoints = Checkpoints(f"{args.out}/checkpoints", args.keep)
-    resumed, stop = checkpoints.find(args.resume), StopSignal()
+    resumed, stop = checkpoints.find(args.resume), GracefulExit()
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "device")}
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.manual_seed(args.seed)
@@ -80,7 +84,7 @@ def main(args):
     try:
         encoder = TinyImageEncoder(**config_to_ours(read_config(args.config), TinyImageEncoder)).to(device).train()
     except (WeightsError, TypeError, RuntimeError) as error:
-        raise Mistake(f"--config {args.config} cannot be used: {error}") from error
+        raise UserError(f"--config {args.config} cannot be used: {error}") from error
     head = torch.nn.Sequential(torch.nn.Linear(16, 256), torch.nn.GELU(),
                                torch.nn.Linear(256, nothing + 1 + 3 + len(COLOURS))).to(device)
     importance = torch.ones(nothing + 1, device=device)
@@ -96,7 +100,7 @@ def main(args):
             part.load_state_dict(state[name])
     log = Log(args.out, start)
     for step in tqdm(range(start, args.steps), initial=start, total=args.steps, desc="Image encoder"):
-        optimizer.param_groups[0]["lr"] = rate(step, args)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, args)
         first = 5 * 10 ** 8 + step * args.batch                                          # not the scenes Stage B sees
         objects, places, colours = (torch.from_numpy(a).to(device) for a in facts(scenes.scenes(first, args.batch)))
         # (B, 16, 3, 3)
@@ -118,7 +122,7 @@ def main(args):
         optimizer.zero_grad(set_to_none=True)
         done = step + 1
         if done % args.log_every == 0 or done == args.steps:
-            log.write(done, loss=loss.item(), lr=rate(step, args), place_error=place_error.item(),
+            log.write(done, loss=loss.item(), lr=learning_rate(step, args), place_error=place_error.item(),
                       objects_right=(names.argmax(-1) == objects)[there].float().mean().item(),
                       colour_right=(on.argmax(-1) == colours[:, None]).float().mean().item())
         if done % args.save_every == 0 or done == args.steps or stop.received:
@@ -134,6 +138,6 @@ def main(args):
 
 if __name__ == "__main__":
     args = parse_args()                                      # first, so that --help answers at once
-    from training.run import mistakes_in_one_line
-    with mistakes_in_one_line():
+    from loading.errors import RESUME_HINT, exit_on_user_error
+    with exit_on_user_error(RESUME_HINT):
         main(args)

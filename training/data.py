@@ -1,8 +1,8 @@
 """Captioned pictures from anywhere, and an order of training that can be taken up at any step.
 
-  folder | tar shards | pipe:... | parquet | hub:... | scenes -open_pictures-> Pictures: read(i), captions(i), key(i), sizes
+  folder | tar shards | pipe:... | parquet | hub:... | scenes -open_dataset-> ImageDataset: read(i), captions(i), key(i), sizes
   sizes (N,2) -nearest_bucket-> buckets (N,): to which of bucket_sizes each picture is cut
-  buckets -Plan-> step k: positions (batch,), indices (batch,) -split-> the share of one GPU -read, fit-> (h,w,3) uint8
+  buckets -BatchSampler-> step k: positions (batch,), indices (batch,) -split-> the share of one GPU -read, fit-> (h,w,3) uint8
 
 What cannot be used is left out, counted and named, never silently. A resolution always means pixels of the picture; of
 those the image encoder sees 0.75 x as many.
@@ -37,14 +37,14 @@ from extras.images import read_image
 from training.sources import SUFFIXES, Place, content_of, reason, samples_of
 
 
-class BrokenPicture(ValueError):
+class BrokenImage(ValueError):
     """A file that turned out to be no whole picture when it was read; the message names it."""
 
 
 # ----- opening ---------------------------------------------------------------------------------------
 
-def open_pictures(source: str | Path, *, min_side: int = 64, captions_required: bool = True,
-                  index_folder: str | Path | None = None, require_keys: bool = False, **filters: float) -> "Pictures":
+def open_dataset(source: str | Path, *, min_side: int = 64, captions_required: bool = True,
+                  index_folder: str | Path | None = None, require_keys: bool = False, **filters: float) -> "ImageDataset":
     """Finds all pictures of a source and their captions, from headers and text only.
 
     source  FOLDER, with all below it: NAME.jpg (or .jpeg .png .webp .bmp .gif .tif) beside NAME.txt (a caption per line),
@@ -65,7 +65,7 @@ def open_pictures(source: str | Path, *, min_side: int = 64, captions_required: 
     if text.split(":")[0] == "scenes":
         if limits:
             raise ValueError(f"{text} has no keys to filter by: leave {', '.join(filters)} away")
-        return ScenePictures(text)
+        return SceneDataset(text)
 
     def kept() -> Iterator[dict]:                # a million samples pass through here one at a time
         for sample in samples_of(text, folder, found):
@@ -76,7 +76,7 @@ def open_pictures(source: str | Path, *, min_side: int = 64, captions_required: 
             else:
                 yield sample
 
-    pictures = Pictures(text, kept(), skipped, folder / "keys.txt" if folder else None)
+    pictures = ImageDataset(text, kept(), skipped, folder / "keys.txt" if folder else None)
     if not len(pictures):
         files = ", ".join(f"{count} {suffix or 'without suffix'}"
                           for suffix, count in found.most_common(8)) or "no file"
@@ -97,7 +97,7 @@ def read_filters(texts: list[str]) -> dict[str, float]:
         raise ValueError(f"--filter {' '.join(texts)}: expected something like min_aesthetic=5") from None
 
 
-def prompts_in(file: str | Path) -> list[str]:
+def read_prompts(file: str | Path) -> list[str]:
     """The lines of a text file that are not empty.  Raises ValueError if there are none."""
     prompts = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
     if not prompts:
@@ -140,7 +140,7 @@ def _listed(skipped: list[tuple[str, str]]) -> str:
 
 # ----- pictures --------------------------------------------------------------------------------------
 
-class Pictures:
+class ImageDataset:
     """Pictures and captions by number, 0 to N - 1, always in the same order.
 
     sizes (N,2) int32: height and width as shown, after EXIF orientation.  skipped: name and reason of what was left out.
@@ -192,36 +192,36 @@ class Pictures:
         return self._keys[known_as]
 
     def read(self, i: int) -> np.ndarray:
-        """(H,W,3) uint8, RGB: upright, and over white where it is transparent.  Raises BrokenPicture."""
+        """(H,W,3) uint8, RGB: upright, and over white where it is transparent.  Raises BrokenImage."""
         name, place, _ = self._record(i)
         try:
             return _decode(content_of(place))
         except Exception as error:               # each of Pillow's decoders raises its own kinds for a damaged file
-            raise BrokenPicture(f"{name} cannot be read: {reason(error)}") from error
+            raise BrokenImage(f"{name} cannot be read: {reason(error)}") from error
 
     def read_or_next(self, i: int, allowed: np.ndarray) -> tuple[np.ndarray, int]:
         """read(i) and i; if that file is broken, the same of the next one among `allowed`, ascending, round from the end.
 
         Which one it is depends on the files alone, so all runs agree. The broken one is remembered in `skipped`: of this
-        process, so whoever reads in worker processes should look for j != i. Raises BrokenPicture if none can be read.
+        process, so whoever reads in worker processes should look for j != i. Raises BrokenImage if none can be read.
         """
         allowed = np.asarray(allowed)
         for j in itertools.chain([i], allowed[allowed > i], allowed[allowed < i]):
             try:
                 return self.read(int(j)), int(j)
-            except BrokenPicture as error:
+            except BrokenImage as error:
                 name = self.name(int(j))
                 entry = name, str(error).removeprefix(f"{name} cannot be read: ")
                 if entry not in self.skipped:
                     self.skipped.append(entry)
-        raise BrokenPicture(f"{self.source}: none of {len(allowed)} pictures of this size can be read; {_listed(self.skipped)}")
+        raise BrokenImage(f"{self.source}: none of {len(allowed)} pictures of this size can be read; {_listed(self.skipped)}")
 
     def describe(self) -> str:
         """One line: how many, from where, what was left out."""
         return f"{len(self)} pictures in {self.source}" + (f"; {_listed(self.skipped)}" if self.skipped else "")
 
 
-class ScenePictures(Pictures):
+class SceneDataset(ImageDataset):
     """Emoji scenes in the same dress: drawn when they are asked for."""
     def __init__(self, source: str):
         from training.scenes import CANVAS, EmojiScenes
@@ -315,13 +315,13 @@ def fit(image: np.ndarray, size: tuple[int, int], crop: str = "center", flip: bo
 def sample_rng(seed: int, position: int, purpose: str) -> np.random.Generator:
     """Chance for one sample and one purpose ("crop", "caption", "noise", ...), a function of these three alone.
 
-    position: the sample's place in the stream of Plan. It differs from visit to visit, and between all samples of a step,
+    position: the sample's place in the stream of BatchSampler. It differs from visit to visit, and between all samples of a step,
     so two GPUs never draw the same noise. Whoever draws more for one purpose changes nothing for the others.
     """
     return np.random.Generator(np.random.PCG64([seed, position, zlib.crc32(purpose.encode())]))
 
 
-class Plan:
+class BatchSampler:
     """Which samples make up which optimizer step, for ever, as a function of (buckets, batch, seed).
 
     Epoch after epoch, each in an order of its own, the samples form one stream of positions 0, 1, 2, ... Each goes to the
@@ -424,7 +424,7 @@ def _outlive_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
-def batches(samples: torch.utils.data.Dataset, plan: Plan, processes, args, start: int = 0) -> Iterator[dict]:
+def batches(samples: torch.utils.data.Dataset, plan: BatchSampler, processes, args, start: int = 0) -> Iterator[dict]:
     """This process's micro-batches, args.grad_accum for each step of `plan` from `start` on, for ever.
 
     samples    item (position, index, bucket) -> a dict, a function of these three and the seed alone
@@ -447,12 +447,12 @@ def batches(samples: torch.utils.data.Dataset, plan: Plan, processes, args, star
 
 # ----- what need be computed only once --------------------------------------------------------------
 
-def latent_key(pictures: Pictures, index: int, size: tuple[int, int], flip: bool) -> str:
+def latent_key(pictures: ImageDataset, index: int, size: tuple[int, int], flip: bool) -> str:
     """What a latent was computed from, for a Cache."""
     return f"{pictures.key(index)} {size[0]}x{size[1]}{' flipped' * flip}"
 
 
-def fill_cache(pictures: Pictures, sizes: Callable[[int], list[tuple[int, int]]], flips: bool, caches: dict,
+def fill_cache(pictures: ImageDataset, sizes: Callable[[int], list[tuple[int, int]]], flips: bool, caches: dict,
                encoders: dict, texts, processes) -> dict[int, int]:
     """The latents of all pictures and the embeddings of all captions into their caches, each process its share.
 
@@ -469,7 +469,7 @@ def fill_cache(pictures: Pictures, sizes: Callable[[int], list[tuple[int, int]]]
     processes.wait()                                                     # all have looked before the first is written
     for key in tqdm(missing, desc="caching latents", unit="picture", disable=processes.rank > 0 or not missing):
         i, size, flip = keys[key]
-        with contextlib.suppress(BrokenPicture):
+        with contextlib.suppress(BrokenImage):
             pixels = torch.from_numpy(np.array(fit(pictures.read(i), size, "center", flip)))[None]       # (1, h, w, 3)
             for name, cache in caches.items():
                 cache.put(key, encoders[name](pixels)[0].cpu().numpy())

@@ -1,0 +1,45 @@
+"""Errors a user can repair. Each ends a script with one line on stderr instead of a traceback.
+
+A UserError says what was wrong, what was expected and what to do. Any other exception except OSError is
+a bug of ours and keeps its traceback. A WeightsError is a UserError about a file or folder of weights.
+Needs: the standard library only, so that `--help` stays fast.
+"""
+import contextlib
+import sys
+
+RESUME_HINT = "--resume auto continues from the last checkpoint"
+
+
+class UserError(ValueError):
+    """The user can repair this. Its message is the one line that is shown."""
+
+
+class WeightsError(UserError):
+    """A file or folder of weights that cannot be used. The message says what was expected."""
+
+
+@contextlib.contextmanager
+def as_user_error():
+    """Turns each ValueError raised inside into a UserError. For calls that check the user's own values."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+@contextlib.contextmanager
+def exit_on_user_error(hint: str | None = None):
+    """Runs a whole script: a UserError or OSError ends it with one line and exit code 2, Ctrl-C with code 130.
+
+    hint: what to do after Ctrl-C, for example RESUME_HINT.
+    """
+    try:
+        yield
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped" + (f": {hint}" if hint else ""), file=sys.stderr)
+        sys.exit(130)
