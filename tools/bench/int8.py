@@ -1,4 +1,4 @@
-"""What int8 saves of the weights at official size, and what it costs the tiny model in images that the judge finds right."""
+"""What int8 saves of the weights at official size, and how many more images it gets wrong with the tiny model."""
 import torch
 from torch import nn
 
@@ -17,8 +17,8 @@ def measure(args, seeds: int = 4) -> tuple[str, list[Row], str]:
     n = seeds * len(facts)
     rows.append(Row("wrong instead of right, points", f"{int8 / n:.1%} right", f"{plain / n:.1%} right, float32",
                     100 * (plain - int8) / n, f"objects and places in {n} images"))
-    return "Int8", rows, (f"Images: weights {args.weights}, default settings, the 256 prompts of tiny/evaluate.py, with "
-                          f"{seeds} noises each.")
+    return "Int8", rows, (f"Images: weights {args.weights}, default settings, the 256 prompts of tiny/evaluate.py, "
+                          f"with {seeds} noises each.")
 
 
 def row_of_weights(title: str, stage: type) -> Row:

@@ -62,8 +62,8 @@ def seconds_of(action: Callable, device: str = "cpu") -> float:
 class Call(NamedTuple):
     """What is measured: our call, diffusers' or None, how often per run, and whether our products are also timed alone.
 
-    eager: for a compiled call, the call that does the same eagerly. It is compared with, and its operations are counted,
-    because those of a compiled call cannot be.
+    eager: for a compiled call, the call that does the same eagerly. It is compared with, and its operations are
+    counted, because those of a compiled call cannot be.
     """
     ours: Callable
     theirs: Callable | None
@@ -146,7 +146,8 @@ def compare(calls: dict[str, Call], repeats: int, device: str,
             reference = call.theirs().float()
             error = results[what] - reference
             errors = (error.abs().max() / reference.abs().max()).item(), (error.norm() / reference.norm()).item()
-        found[what] = Measured(median(ours) / call.repeat, theirs and median(theirs) / call.repeat, flops[what], *errors)
+        found[what] = Measured(median(ours) / call.repeat, theirs and median(theirs) / call.repeat, flops[what],
+                               *errors)
         rows += rows_of(what, call, found[what], seconds, seconds.get(alone.get(what)), peak)
     return rows, found, peak
 

@@ -1,5 +1,4 @@
 """How much memory official sizes take: loading Stage C, and a whole image with one part in memory at a time (Linux)."""
-import shutil
 import tempfile
 from pathlib import Path
 from statistics import median
@@ -8,10 +7,12 @@ import torch
 
 from loading import weights
 from tools.bench.measure import in_own_process, memory, peak_memory, seconds_of
+from tools.bench.models import randomize
 from tools.bench.report import PROMPT, ROOT, Row
 from wuerstchen import Wuerstchen
 
-STAGES = dict(prior_prior=weights.StageC, decoder=weights.StageB, vqgan=weights.StageA)
+STAGES = dict(prior_prior=(weights.StageC, weights.save_stage_c), decoder=(weights.StageB, weights.save_stage_b),
+              vqgan=(weights.StageA, weights.save_stage_a))
 
 
 def measure(args) -> tuple[str, list[Row]]:
@@ -25,7 +26,8 @@ def measure(args) -> tuple[str, list[Row]]:
                     loading / reading, "from the system's memory of files; medians of 5")]
         for dtype in ("float16", "float32"):
             peak, size = in_own_process(peak_of_loading, folder, args.device, dtype)
-            rows.append(Row(f"loading Stage C, {dtype}", megabytes(peak), f"{megabytes(size)}, its weights", peak / size))
+            rows.append(Row(f"loading Stage C, {dtype}", megabytes(peak), f"{megabytes(size)}, its weights",
+                            peak / size))
         numbers = sum(file.stat().st_size for file in folder.rglob("*.safetensors")) / 2         # they are float16
         for dtype in ("float32", "bfloat16"):
             peak, size = in_own_process(peak_of_generating, folder, args.device, dtype)
@@ -65,38 +67,25 @@ def peak_of_generating(folder: Path, device: str, dtype: str) -> tuple[int, int]
     """-> bytes at the peak, bytes of the larger one of Stages B and C."""
     before, dtype = memory_before(device), getattr(torch, dtype)
     Wuerstchen.load(str(folder), device, dtype, low_memory=True)(PROMPT, steps_c=2, steps_b=2)
-    sizes = [sum(p.numel() for p in weights.plan(STAGES[part], folder / part)[0].parameters()) * dtype.itemsize
-             for part in ("prior_prior", "decoder")]
-    return peak_memory(device, before), max(sizes)
+    models = [weights.build_empty(STAGES[part][0], folder / part)[0] for part in ("prior_prior", "decoder")]
+    largest = max(sum(p.numel() for p in model.parameters()) for model in models)
+    return peak_memory(device, before), largest * dtype.itemsize
 
 
 # ----- files -----------------------------------------------------------------------------------------
 
-def random_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """For a model on the meta device."""
-    def random(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if not tensor.is_floating_point():
-            return torch.zeros(tensor.shape, dtype=tensor.dtype)
-        values = torch.empty(tensor.shape, dtype=torch.float16).normal_(std=0.02)
-        return values.abs() + 0.5 if name.endswith("running_var") else values
-    return {name: random(name, tensor) for name, tensor in model.state_dict().items()}
-
-
 def write_official_files(folder: Path) -> None:
     """Random weights with the official names, sizes and folders of diffusers' combined pipeline: float16, 6.3 GB."""
-    from transformers import CLIPTextConfig, CLIPTextModel
-    for part, stage in STAGES.items():
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    for part, (stage, save) in STAGES.items():
         with torch.device("meta"):
             model = stage()
-        tensors = weights.to_diffusers(random_tensors(model), model)
-        weights.write_files(weights.config_to_diffusers(model), {name: x.contiguous() for name, x in tensors.items()},
-                            folder / part, weights.STEM)
+        save(randomize(model, "cpu", torch.float16), folder / part)
+    tokenizer = CLIPTokenizer.from_pretrained(ROOT / "models" / "tiny" / "tokenizer")            # any words will do
     for prefix, width, layers, heads in (("prior_", 1280, 32, 20), ("", 1024, 24, 16)):
-        config = CLIPTextConfig(vocab_size=49408, hidden_size=width, num_hidden_layers=layers,
-                                num_attention_heads=heads, intermediate_size=4 * width, hidden_act="gelu")
         with torch.device("meta"):
-            model = CLIPTextModel(config)
-        tensors = {name: x for name, x in random_tensors(model).items() if not name.endswith("position_ids")}
-        weights.write_files(config.to_dict(), tensors, folder / f"{prefix}text_encoder", "model")
-        # tiny's, because its words do not matter here
-        shutil.copytree(ROOT / "models" / "tiny" / "tokenizer", folder / f"{prefix}tokenizer")
+            model = CLIPTextModel(CLIPTextConfig(vocab_size=49408, hidden_size=width, num_hidden_layers=layers,
+                                                 num_attention_heads=heads, intermediate_size=4 * width,
+                                                 hidden_act="gelu"))
+        weights.save_text_encoder(tokenizer, randomize(model, "cpu", torch.float16), folder / f"{prefix}text_encoder",
+                                  folder / f"{prefix}tokenizer")

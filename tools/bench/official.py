@@ -1,4 +1,4 @@
-"""How fast the networks of official size are, with random weights, call by call next to diffusers; and a whole image."""
+"""How fast networks of official size are, with random weights, call by call next to diffusers; and a whole image."""
 import gc
 import sys
 from collections.abc import Callable, Iterator
@@ -87,8 +87,8 @@ def step_calls(title: str, args, pair: tuple[nn.Module, nn.Module], bind: Callab
         if args.plain:
             calls[named(f"{title}, plain", n)] = Call(partial(ours, x, t, *conditions), other, args.calls)
         if args.compile:
-            calls[named(f"{title}, compiled", n)] = Call(partial(compiled(step), x, t),
-                                                         partial(theirs_compiled, *their_inputs), args.calls, eager=eager)
+            calls[named(f"{title}, compiled", n)] = Call(
+                partial(compiled(step), x, t), partial(theirs_compiled, *their_inputs), args.calls, eager=eager)
         if ours_in_int8:
             calls[named(f"{title}, int8", n)] = Call(partial(bind(ours_in_int8, *conditions), x, t), other, args.calls)
     return calls

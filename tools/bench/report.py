@@ -49,7 +49,7 @@ GOALS = {
 
 
 class Row(NamedTuple):
-    """A row of a table. ratio: the number a goal is about; for a quantity with a unit, such as seconds, that quantity."""
+    """A row of a table. ratio: what a goal is about; for a quantity with a unit, such as seconds, that quantity."""
     what: str
     ours: str
     other: str
@@ -59,7 +59,8 @@ class Row(NamedTuple):
 
 def goals_of(section: str, but: set[str] = frozenset()) -> list[str]:
     """A section's goals in words, without those of the rows in `but`."""
-    return [f"{what} ({kind} {goal:g})" for (of, what), (kind, goal) in GOALS.items() if of == section and what not in but]
+    return [f"{what} ({kind} {goal:g})" for (of, what), (kind, goal) in GOALS.items()
+            if of == section and what not in but]
 
 
 def verdict(section: str, row: Row) -> tuple[str, str]:
@@ -85,8 +86,8 @@ def replace_section(text: str, title: str, body: str) -> str:
     """The file's text with one section, "## title" up to the next one, replaced; or added, in the order of SECTIONS."""
     head, *parts = re.split(r"(?m)^## ", text)
     sections = dict(part.split("\n", 1) for part in parts) | {title: f"\n{body.strip()}\n"}
-    head = head.strip() or ("# Benchmarks\n\nWritten by `python -m tools.bench`; its `--help` says what is measured and "
-                            "how. Each section has its own date and machine.")
+    head = head.strip() or ("# Benchmarks\n\nWritten by `python -m tools.bench`; its `--help` says what is measured "
+                            "and how. Each section has its own date and machine.")
     order = [*(name for name in SECTIONS if name in sections), *(name for name in sections if name not in SECTIONS)]
     return "\n\n".join([head, *(f"## {name}\n\n{sections[name].strip()}" for name in order)]) + "\n"
 
@@ -103,8 +104,9 @@ def machine(device: str) -> str:
     cpus = Path("/proc/cpuinfo")
     cpu = re.search(r"model name\s*: (.*)", cpus.read_text()) if cpus.exists() else None
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu[1] if cpu else platform.machine()
-    load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""              # Windows has none
-    return f"{date.today()}; {name}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads{load}; {', '.join(versions)}"
+    load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""      # Windows has none
+    return (f"{date.today()}; {name}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads{load}; "
+            f"{', '.join(versions)}")
 
 
 def write(args, section: str, rows: list[Row], note: str = "") -> None:

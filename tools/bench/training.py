@@ -1,4 +1,4 @@
-"""How long training steps of Stage C take, and how much memory, next to diffusers and peft: random weights (Linux only).
+"""How long training steps of Stage C take, and how much memory, next to diffusers and peft: random weights (Linux).
 
 Each setting runs in a process of its own, in turns.
 """
@@ -48,9 +48,9 @@ def measure(args) -> tuple[str, list[Row], str]:
             shares.append((4 if run.full else 1) * sizes[-1] / median(result["peak"] for result in other))
     note = (f"One step of a LoRA of rank 8 on attention, Stage C of depth {depths[False]} (weights {sizes[0]:.2f} GB), "
             f"and one of all of Stage C, of depth {depths[True]} ({sizes[2]:.2f} GB): {side} px, batch {args.batch}. "
-            f"Ratios: of time and of memory. Without activations the weights would remain, {shares[0]:.2f} of diffusers' "
-            f"memory ({shares[1]:.2f} with checkpointing); for all of Stage C with gradients and two moments "
-            f"{shares[2]:.2f} ({shares[3]:.2f}).")
+            f"Ratios: of time and of memory. Without activations the weights would remain, {shares[0]:.2f} of "
+            f"diffusers' memory ({shares[1]:.2f} with checkpointing); for all of Stage C with gradients and two "
+            f"moments {shares[2]:.2f} ({shares[3]:.2f}).")
     return "Training at 1024 px" if side == 1024 else "Training", rows, note
 
 
@@ -66,9 +66,9 @@ def rows_of(run: Run, ours: list[dict], theirs: list[dict]) -> list[Row]:
     if not run.checkpointing:
         seconds, products = ([result[key] for result in ours] for key in ("seconds", "products"))
         share = ratio(products, [result["seconds"] for result in theirs])
-        rows.append(Row(f"{title}, only its products", rows[0].ours, f"{median(products):.2f} s", ratio(products, seconds),
-                        "share of the time that matrix products and attention take by themselves; without the rest "
-                        f"{share:.2f} of diffusers' time"))
+        rows.append(Row(f"{title}, only its products", rows[0].ours, f"{median(products):.2f} s",
+                        ratio(products, seconds), "share of the time that matrix products and attention take by "
+                        f"themselves; without the rest {share:.2f} of diffusers' time"))
     return rows
 
 
