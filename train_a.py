@@ -102,7 +102,8 @@ from loading.errors import RESUME_HINT, UserError, as_user_error, exit_on_user_e
 from training.checkpoints import Checkpoints, Log
 from training.optim import build_optimizer, EMA, learning_rate
 from training.processes import GracefulExit, Processes, SynchronisedBatchNorm
-from loading.weights import config_to_diffusers, config_to_ours, load_stage_a, save_stage_a, to_diffusers
+from loading.names import config_to_diffusers, config_to_ours, to_diffusers
+from loading.weights import load_stage_a, save_model
 
 TERMS = ("loss", "l1", "l2", "perceptual", "codebook", "commitment", "generator", "gan_weight", "discriminator")
 
@@ -278,7 +279,7 @@ def write_result(args, model, values: dict, pictures: int) -> None:
     out = Path(args.out)
     frozen = [p for p in model.parameters() if not p.requires_grad] if args.freeze_encoder else []
     if all(torch.equal(p.half().float(), p) for p in frozen):
-        save_stage_a(model, out / "vqgan")
+        save_model(model, out / "vqgan")
     else:
         tensors = {name: tensor.contiguous().cpu() for name, tensor in to_diffusers(model.state_dict(), model).items()}
         write_files(config_to_diffusers(model), tensors, out / "vqgan", STEM)

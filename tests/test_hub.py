@@ -146,13 +146,13 @@ def test_reconstruction_never_fetches_stage_c(served, tmp_path):
     """Encoding a picture and painting it again takes the image encoder, Stage B with its text encoder, and Stage A."""
     from safetensors.torch import save
     from stage_b import EfficientNetEncoder
-    from loading.weights import to_diffusers
+    from loading.names import to_diffusers
     model = EfficientNetEncoder()
     served.files["warp-ai/EfficientNetEncoder"] = {"config.json": b'{"_class_name": "EfficientNetEncoder"}',
                                                    "diffusion_pytorch_model.safetensors": save(
         {name: tensor.contiguous() for name, tensor in to_diffusers(model.state_dict(), model).items()})}
     result = run(served, tmp_path, "-c",
-                 "import wuerstchen, hub; wuerstchen.Wuerstchen.load('v2', 'cpu', parts=hub.RECONSTRUCTION)")
+                 "import wuerstchen; from loading import hub; wuerstchen.Wuerstchen.load('v2', 'cpu', parts=hub.RECONSTRUCTION)")
     assert result.returncode == 0, result.stderr
     asked = {name for name, _ in served.asked}
     assert "warp-ai/EfficientNetEncoder/diffusion_pytorch_model.safetensors" in asked
@@ -214,7 +214,7 @@ def serve_v1(served, folder: Path) -> set[str]:
 
 
 # Without config.json sizes are the official ones: here they are small.
-SMALL = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; import weights, sample; from helpers import SMALL_V1; " \
+SMALL = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; import sample; from loading import weights; from helpers import SMALL_V1; " \
         "weights.official_sizes = lambda stage, shapes: SMALL_V1[stage]; sample.main(sys.argv[1:])"
 
 
@@ -303,7 +303,8 @@ def test_the_image_encoder_is_taken_out_of_the_big_file_once(served, tmp_path):
     """80 MB of 6 GB: fetched and read once, then kept as a small file of its own, the same bit by bit."""
     import io
     from stage_b import EfficientNetEncoder
-    from loading.weights import load_image_encoder, to_diffusers
+    from loading.names import to_diffusers
+    from loading.weights import load_image_encoder
     torch.manual_seed(0)
     model = EfficientNetEncoder().eval()
     file = io.BytesIO()
@@ -323,7 +324,8 @@ def test_the_image_encoder_of_its_own_repository_spares_the_big_file(served, tmp
     """80 MB in place of 6 GB, where the hub has it, in the form diffusers' training code gave it."""
     from safetensors.torch import save
     from stage_b import EfficientNetEncoder
-    from loading.weights import load_image_encoder, to_diffusers
+    from loading.names import to_diffusers
+    from loading.weights import load_image_encoder
     torch.manual_seed(0)
     model = EfficientNetEncoder().eval()
     config = {"_class_name": "EfficientNetEncoder", "_diffusers_version": "0.24.0", "c_cond": 1280, "c_latent": 16,

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from training.data import sample_rng
 from loading.errors import WeightsError
 from loading.files import write_atomically
-from loading.hub import NAMES, SHIPPED
+from loading.hub import NAMES
+from loading.layouts import SHIPPED
 
 # parts that may come from elsewhere
 FILES = ("prior", "prior_text_encoder", "image_encoder", "decoder", "vqgan", "text_encoder")
@@ -146,7 +147,9 @@ def settings_table(args) -> str:
 def write_result(args, prior, learned: dict, tokenizer, text_model, pictures: int) -> None:
     """prior/, or lora.safetensors; base.json, which tells sample.py --weights where the other parts are; README.md."""
     import lora
-    from loading.weights import config_to_diffusers, save_scheduler, save_text_encoder, to_diffusers, write_files, STEM
+    from loading.files import STEM, write_files
+    from loading.names import config_to_diffusers, to_diffusers
+    from loading.weights import save_scheduler, save_text_encoder
 
     def place(path: str) -> str:
         return path if path in (*SHIPPED, *NAMES) else str(Path(path).resolve())    # a name stays a name

@@ -6,13 +6,15 @@ from statistics import median
 import torch
 
 from loading import weights
+from stage_a import StageA
+from stage_b import StageB
+from stage_c import StageC
 from tools.bench.measure import in_own_process, memory, peak_memory, seconds_of
 from tools.bench.models import randomize
 from tools.bench.report import PROMPT, ROOT, Row
 from wuerstchen import Wuerstchen
 
-STAGES = dict(prior_prior=(weights.StageC, weights.save_stage_c), decoder=(weights.StageB, weights.save_stage_b),
-              vqgan=(weights.StageA, weights.save_stage_a))
+STAGES = dict(prior_prior=StageC, decoder=StageB, vqgan=StageA)
 
 
 def measure(args) -> tuple[str, list[Row]]:
@@ -44,7 +46,7 @@ def loading_times(folder: Path) -> list[float]:
     """Median seconds of loading Stage C in float16, and of reading its file."""
     file = next((folder / "prior_prior").glob("*.safetensors"))
     file.read_bytes()                                    # once from the disk; from then on from memory
-    times = [(seconds_of(lambda: weights.load_stage_c(folder / "prior_prior", torch.float16)),
+    times = [(seconds_of(lambda: weights.load(StageC, folder / "prior_prior", torch.float16)),
               seconds_of(file.read_bytes)) for _ in range(5)]
     return [median(column) for column in zip(*times)]
 
@@ -59,7 +61,7 @@ def memory_before(device: str) -> int:
 def peak_of_loading(folder: Path, device: str, dtype: str) -> tuple[int, int]:
     """-> bytes at the peak, bytes of the weights."""
     before = memory_before(device)
-    model = weights.load_stage_c(folder / "prior_prior", getattr(torch, dtype)).to(device)
+    model = weights.load(StageC, folder / "prior_prior", getattr(torch, dtype)).to(device)
     return peak_memory(device, before), sum(tensor.nbytes for tensor in model.state_dict().values())
 
 
@@ -67,7 +69,7 @@ def peak_of_generating(folder: Path, device: str, dtype: str) -> tuple[int, int]
     """-> bytes at the peak, bytes of the larger one of Stages B and C."""
     before, dtype = memory_before(device), getattr(torch, dtype)
     Wuerstchen.load(str(folder), device, dtype, low_memory=True)(PROMPT, steps_c=2, steps_b=2)
-    models = [weights.build_empty(STAGES[part][0], folder / part)[0] for part in ("prior_prior", "decoder")]
+    models = [weights.build_empty(STAGES[part], folder / part)[0] for part in ("prior_prior", "decoder")]
     largest = max(sum(p.numel() for p in model.parameters()) for model in models)
     return peak_memory(device, before), largest * dtype.itemsize
 
@@ -77,10 +79,10 @@ def peak_of_generating(folder: Path, device: str, dtype: str) -> tuple[int, int]
 def write_official_files(folder: Path) -> None:
     """Random weights with the official names, sizes and folders of diffusers' combined pipeline: float16, 6.3 GB."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-    for part, (stage, save) in STAGES.items():
+    for part, stage in STAGES.items():
         with torch.device("meta"):
             model = stage()
-        save(randomize(model, "cpu", torch.float16), folder / part)
+        weights.save_model(randomize(model, "cpu", torch.float16), folder / part)
     tokenizer = CLIPTokenizer.from_pretrained(ROOT / "models" / "tiny" / "tokenizer")            # any words will do
     for prefix, width, layers, heads in (("prior_", 1280, 32, 20), ("", 1024, 24, 16)):
         with torch.device("meta"):

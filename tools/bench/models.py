@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from loading.weights import config_to_diffusers, to_diffusers
+from loading.names import config_to_diffusers, to_diffusers
 from speed.int8 import quantised, to_int8
 
 

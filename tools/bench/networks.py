@@ -4,10 +4,11 @@ from functools import partial
 from statistics import median
 
 import torch
+from torch import nn
 
-from loading.hub import find_parts
+from loading.layouts import find_parts
 from tools.bench.measure import Call, compare, in_turns
-from tools.bench.models import bind_b, bind_c, diffusers_classes, noise
+from tools.bench.models import diffusers_classes, noise
 from tools.bench.report import PROMPT, ROOT, Row
 from wuerstchen import Wuerstchen, latent_sizes
 
@@ -29,22 +30,24 @@ def measure(args) -> tuple[str, list[Row], str]:
 
 def calls_of(model: Wuerstchen, theirs: dict, args) -> dict[str, Call]:
     random, (size_c, size_b) = noise(args.device, model.dtype), latent_sizes(*[args.side or model.size] * 2)
-    text_c = torch.cat(model.encode_text(model.text_encoder_c, [PROMPT], [""], 1))       # (2, N, D)
-    text_b, _ = model.encode_text(model.text_encoder_b, [PROMPT], [""], 1)               # (1, N, D)
-    x_c, x_b = random(2, model.stage_c.config["c_in"], *size_c), random(1, model.stage_b.config["c_in"], *size_b)
-    semantic = random(1, model.stage_b.config["c_semantic"], *size_c) * 42 - 1
+    text_c = torch.cat(model.encode_text("c", [PROMPT], [""]))                           # (2, N, D)
+    text_b, _ = model.encode_text("b", [PROMPT], [""])                                   # (1, N, D)
+    x_c, x_b = random(2, model.channels_c, *size_c), random(1, model.channels_b, *size_b)
+    semantic = model.unscale(random(1, model.channels_c, *size_c))
     calls, vqgan = {}, theirs.get("vqgan")
 
-    def add(title: str, part: str, bind: Callable, network, x, *conditions) -> None:
+    def add(title: str, part: str, step: Callable, network: nn.Module, x: torch.Tensor, *conditions) -> None:
         t = torch.full((len(x),), 0.5, device=args.device)
         other = partial(theirs[part], x, t.to(x.dtype), *conditions) if theirs else None
-        calls[title] = Call(partial(bind(network, *conditions), x, t), other, args.calls)
+        calls[title] = Call(partial(step, x, t), other, args.calls)
         if args.plain:
             calls[f"{title}, plain"] = Call(partial(network, x, t, *conditions), other, args.calls)
-    add("Stage C step", "prior", bind_c, model.stage_c, x_c, text_c)
+    add("Stage C step", "prior", model.bind_c(text_c), model.part("stage_c"), x_c, text_c)
     # Outside the guidance interval nothing unconditional is computed.
-    add("Stage C step, unguided", "prior", bind_c, model.stage_c, x_c[:1], text_c[:1])
-    add("Stage B step", "decoder", bind_b, model.stage_b, x_b, semantic, text_b)
-    calls["Stage A decode"] = Call(lambda: model.stage_a.decode(x_b), vqgan and (
-        lambda: vqgan.decode(x_b * vqgan.config.scale_factor).sample), args.calls)
+    add("Stage C step, unguided", "prior", model.bind_c(text_c[:1]), model.part("stage_c"), x_c[:1], text_c[:1])
+    add("Stage B step", "decoder", model.bind_b(semantic, text_b), model.part("stage_b"), x_b, semantic, text_b)
+    other = (lambda: vqgan.decode(x_b * vqgan.config.scale_factor).sample) if theirs else None
+    calls["Stage A decode"] = Call(lambda: model.decode_one(x_b), other, args.calls)
+    if args.plain:
+        calls["Stage A decode, plain"] = Call(lambda: model.part("stage_a").decode(x_b), other, args.calls)
     return calls
