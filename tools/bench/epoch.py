@@ -54,7 +54,8 @@ def encoding(side: int, batch: int, device: str) -> float:
 def reading(side: int, batch: int, files: int = 64) -> float:
     """Seconds in which two workers read a batch as train_c.py's loop gets it, from JPEGs a third larger than `side`."""
     import train_c
-    from training.data import BatchSampler, batches, open_dataset
+    from training.data import open_dataset
+    from training.order import BatchSampler, batches
     from training.processes import Processes
     with tempfile.TemporaryDirectory() as folder:
         rng = np.random.default_rng(0)
