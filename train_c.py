@@ -63,7 +63,7 @@ def parse_args(argv=None):
     g.add_argument("--weight-decay", type=float, default=0.01, help="not for norms, biases and LoRA")
     g.add_argument("--clip", type=float, default=1.0, help="gradient norm, over all processes, above which gradients are scaled down")
     g.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights, which are the ones kept; 0: no averaging")
-    g.add_argument("--loss-weight", choices=["p2", "none", "min-snr", "v"], default="p2", help="what errors count by noise level, see diffusion.py; p2: the original's")
+    g.add_argument("--loss-weight", choices=["p2", "none", "min-snr", "v"], default="p2", help="what errors count by noise level, see training/losses.py; p2: the original's")
     g.add_argument("--offset-noise", type=float, default=0.0, help="noise common to a whole channel, so that very dark and bright pictures are learned; 0.05 to 0.1")
     g.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="autocast type (default: bf16 on a GPU, else fp32)")
     g.add_argument("--checkpointing", choices=["products", "blocks"], nargs="?", const="blocks", help="keep less for the backward pass and compute it "
@@ -111,23 +111,21 @@ from tqdm import tqdm
 from loading import hub
 from loading.layouts import locate
 import lora
-from training.cache import Cache, hash_of
+from training.cache import Cache, CachedTexts, hash_of
 from training.data import BatchSampler, batches, bucket_sizes, fill_cache, fit, latent_key, nearest_bucket, open_dataset, read_prompts, read_filters, sample_rng
 from training.losses import LOSS_WEIGHTS
-from diffusion import Guidance, add_noise, denoise, dpm_solver_step, linear_timesteps
 from loading.files import write_atomically
 from extras.images import grid
 from training.report import FILES, draw_curves, dry_run, push, write_result
 from stage_b import preprocess
 from stage_c import StageC
-from text import CachedTexts, TextEncoder
 from loading.errors import RESUME_HINT, UserError, as_user_error, exit_on_user_error
 from training.checkpoints import Checkpoints, Log
 from training.optim import build_optimizer, EMA, learning_rate
 from training.processes import GracefulExit, Processes
 from loading.names import config_to_ours
 from loading.weights import is_tiny, load_image_encoder, load_stage_a, load_stage_b, load_stage_c, load_text_encoder
-from wuerstchen import Wuerstchen, to_stored
+from wuerstchen import Sampling, TextEncoder, Wuerstchen, add_noise, denoise, scale_semantic
 
 T_GRID = [0.05 + 0.1 * i for i in range(10)]         # noise levels of the validation
 
@@ -223,7 +221,7 @@ def paint(predict, prompts: list[str], sizes: list[tuple[int, int]], painted, ar
             part = numbers[start:start + rows]
             noise = [sample_rng(args.seed, i, "painted").standard_normal((16, h * 3 // 128, w * 3 // 128), dtype=np.float32) for i in part]
             noise = torch.from_numpy(np.stack(noise)).to(processes.device)               # (n, 16, h', w')
-            latents = denoise(predict([prompts[i] for i in part]), noise, lambda: noise, linear_timesteps(15), dpm_solver_step, Guidance(4.0))
+            latents = denoise(predict([prompts[i] for i in part]), noise, lambda: noise, Sampling(15, "dpm++", 4.0))
             for i, latent in zip(part, latents.cpu().numpy()):
                 painted.put(painted_key(prompts[i], (h, w)), latent)
     processes.wait()
@@ -304,9 +302,14 @@ def build_painter(paths, prior, tokenizer, text_model, device, dtype):
     """The pipeline with the model that learns in it. Stage B and its text encoder are let go between two grids."""
     tiny, shared = is_tiny(paths["image_encoder"]), paths["text_encoder"] == paths["prior_text_encoder"]
     text_c = TextEncoder(tokenizer, text_model)
-    return Wuerstchen(lambda: load_stage_a(paths["vqgan"], dtype), lambda: load_stage_b(paths["decoder"], dtype), prior, text_c,
-                      text_c if shared else lambda: TextEncoder(*load_text_encoder(paths["text_encoder"], paths["tokenizer"], dtype)),
-                      device=device, dtype=dtype, **(dict(size=128, guidance_b=4.0) if tiny else {}))
+    networks = dict(stage_a=lambda: load_stage_a(paths["vqgan"], dtype).to(device), stage_c=prior, text_encoder_c=text_c,
+                    stage_b=lambda: load_stage_b(paths["decoder"], dtype).to(device), text_encoder_b=text_c)
+    if not shared:
+        networks["text_encoder_b"] = lambda: TextEncoder(*load_text_encoder(paths["text_encoder"], paths["tokenizer"], dtype))
+    pipeline = Wuerstchen(networks, 128 if tiny else 1024, device, dtype, b=Sampling(12, guidance=4.0 if tiny else 1.0))
+    pipeline.unloaded = dict(networks)
+    return pipeline
+
 
 
 def paint_samples(painter, prompts, args, autocast, with_lora: bool):
@@ -315,11 +318,11 @@ def paint_samples(painter, prompts, args, autocast, with_lora: bool):
     with autocast:
         for title, on in (("without LoRA", False), ("with LoRA", True)) if args.lora and with_lora else (("", True),):
             if args.lora:
-                (lora.enable if on else lora.disable)(painter.stage_c)
+                (lora.enable if on else lora.disable)(painter.part("stage_c"))
             columns[title] = [painter(prompt, seed=args.seed)[0] for prompt in prompts]
     if args.lora:
-        lora.enable(painter.stage_c)
-    painter.loaded = {name: part for name, part in painter.loaded.items() if name in ("stage_c", "text_encoder_c")}
+        lora.enable(painter.part("stage_c"))
+    painter.networks = dict(painter.unloaded)
     return grid([image for row in zip(*columns.values()) for image in row], len(columns), [*columns] if len(columns) > 1 else None, prompts)
 
 
@@ -381,7 +384,7 @@ def main(args):
         """(B,h,w,3) uint8 -> x_0 (B,16,h',w') float32, of about unit variance."""
         h, w = pixels.shape[1:3]
         images = pixels.to(device).permute(0, 3, 1, 2).float() / 255
-        return to_stored(image_encoder(preprocess(images, (h * 3 // 4, w * 3 // 4))))
+        return scale_semantic(image_encoder(preprocess(images, (h * 3 // 4, w * 3 // 4))))
 
     def embed(captions: list[str]):
         if args.train_text:

@@ -448,7 +448,7 @@ def official(args) -> tuple[list[Row], str]:
     import gc
     import torch
     from diffusers.pipelines.deprecated import wuerstchen as theirs_in
-    from latents import latent_sizes
+    from wuerstchen import latent_sizes
     from stage_a import OFFICIAL as A, StageA
     from stage_b import OFFICIAL as B, StageB
     from stage_c import OFFICIAL as C, StageC

@@ -135,3 +135,29 @@ def hash_of(module: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+class CachedTexts:
+    """Captions -> embeddings (B,N,D) of a frozen encoder: each caption once, by itself, so that no batch changes it.
+
+    encoder: a TextEncoder; None once all captions are in `cache`, a Cache. most: captions that memory holds as well.
+    """
+    def __init__(self, encoder, cache=None, most: int = 2000):
+        self.encoder, self.cache, self.most, self.memory = encoder, cache, most, {}
+
+    def one(self, caption: str):
+        if caption not in self.memory:
+            found = self.cache.get("text " + caption) if self.cache is not None else None
+            if found is None:
+                with torch.no_grad():
+                    found = self.encoder([caption])[0].float().cpu().numpy()             # (N, D)
+                if self.cache is not None:   # and read again: rounded, as every later run sees it
+                    self.cache.put("text " + caption, found)
+                    found = self.cache.get("text " + caption)
+            if len(self.memory) >= self.most:
+                self.memory.pop(next(iter(self.memory)))
+            self.memory[caption] = torch.from_numpy(found).float()
+        return self.memory[caption]
+
+    def __call__(self, captions: list[str]):
+        return torch.stack([self.one(caption) for caption in captions])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from training.data import sample_rng
-from diffusion import Noise
+from wuerstchen import Noise
 from v1.stage_b import AttentionBlock, add_noise, layer_norm, sample, training_errors
 
 
