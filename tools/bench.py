@@ -823,7 +823,8 @@ def reading(side: int, batch: int, files: int = 64) -> dict:
     import numpy as np
     from PIL import Image
     import train_c
-    from training.data import BatchSampler, batches, open_dataset
+    from training.data import open_dataset
+    from training.order import BatchSampler, batches
     from training.processes import Processes
     with tempfile.TemporaryDirectory() as folder:
         rng = np.random.default_rng(0)
