@@ -777,7 +777,7 @@ def merge_files(prior: str, lora: str, out: Path, scale: float) -> str:
     """Writes a prior with the LoRA in it: summed in float32, rounded once, to the dtype that the prior had."""
     from safetensors.torch import save_file
     from loading.files import STEM, write_files
-    from loading.weights import config_to_diffusers, to_diffusers
+    from loading.names import config_to_diffusers, to_diffusers
     refuse_existing(out)
     model, dtypes = load_prior(prior)
     trained_on = read_lora(lora)[1].get("base_hash")

@@ -92,7 +92,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from training.data import BatchSampler, batches, fit, open_dataset, read_filters, sample_rng
+from training.data import fit, open_dataset, read_filters
+from training.order import BatchSampler, batches, sample_rng
 from loading.files import STEM, write_atomically, write_files
 from extras.images import grid
 from training.report import draw_curves, outline
@@ -103,7 +104,8 @@ from loading.errors import RESUME_HINT, UserError, as_user_error, exit_on_user_e
 from training.checkpoints import Checkpoints, Log
 from training.optim import build_optimizer, EMA, learning_rate
 from training.processes import GracefulExit, Processes, SynchronisedBatchNorm
-from loading.weights import config_to_diffusers, config_to_ours, load_stage_a, save_stage_a, to_diffusers
+from loading.names import config_to_diffusers, config_to_ours, to_diffusers
+from loading.weights import load_stage_a, save_model
 
 TERMS = ("loss", "l1", "l2", "perceptual", "codebook", "commitment", "generator", "gan_weight", "discriminator")
 
@@ -229,7 +231,7 @@ def revive(model, averages, averaged, dead, z, step: int, args, processes) -> No
     """
     n, z = z[0].shape[:3].numel(), torch.cat([part.float().flatten(0, 2) for part in z])     # (micro-steps * n, 4)
     chosen = torch.from_numpy(sample_rng(args.seed, step, "revive").integers(len(z) * processes.world, size=int(dead.sum()))).to(z.device)
-    micro, rank, place = chosen // (n * processes.world), chosen // n % processes.world, chosen % n      # in the order of data.split
+    micro, rank, place = chosen // (n * processes.world), chosen // n % processes.world, chosen % n      # in the order of order.split
     latents = z[micro * n + place] * (rank == processes.rank)[:, None]
     latents = processes.sum(latents)                                                         # (number of dead, 4)
     model.codebook.codes[dead] = latents
@@ -279,7 +281,7 @@ def write_result(args, model, values: dict, pictures: int) -> None:
     out = Path(args.out)
     frozen = [p for p in model.parameters() if not p.requires_grad] if args.freeze_encoder else []
     if all(torch.equal(p.half().float(), p) for p in frozen):
-        save_stage_a(model, out / "vqgan")
+        save_model(model, out / "vqgan")
     else:
         tensors = {name: tensor.contiguous().cpu() for name, tensor in to_diffusers(model.state_dict(), model).items()}
         write_files(config_to_diffusers(model), tensors, out / "vqgan", STEM)

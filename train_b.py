@@ -69,7 +69,7 @@ def parse_args(argv=None):
     g.add_argument("--high-noise", type=float, help="exponent that draws noise levels towards 1, where Stage B must rely on the semantic latent; 1 draws them evenly (default: 1; small 1.5, with --v1 1)")
     g.add_argument("--loss", choices=["eps", "head"], help="eps, the default: error of the predicted noise, as the released models were trained; head: signal and noise "
                                                                           "scale, the two outputs it is made of, each by itself, which learns faster from random weights")
-    g.add_argument("--loss-weight", choices=["v", "p2", "none"], help="what errors count by noise level, see diffusion.py (default: p2, the original's; small v)")
+    g.add_argument("--loss-weight", choices=["v", "p2", "none"], help="what errors count by noise level, see training/losses.py (default: p2, the original's; small v)")
     g.add_argument("--even-contrast", action="store_true", help="let pictures of little contrast (a fish on its own colour, a snowflake's lines) count more: the squared error alone hardly sees them")
     g.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="autocast type (default: bf16 on a GPU, else fp32)")
     g.add_argument("--checkpointing", action="store_true", help="compute blocks again in the backward pass: a fraction of the memory, a third slower")
@@ -114,24 +114,27 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
 from tqdm import tqdm
 
 from loading import hub
+from loading.layouts import SHIPPED, locate
 from v1 import training as tokens
-from training.cache import CachedTexts, Cache, hash_of
-from training.data import BatchSampler, batches, bucket_sizes, fill_cache, fit, latent_key, nearest_bucket, open_dataset, read_filters, sample_rng
-from diffusion import Guidance, Noise, add_noise, alphas_cumprod, denoise, linear_timesteps, per_row
+from training.cache import Cache, CachedTexts, fill_cache, hash_of, latent_key
+from training.data import bucket_sizes, fit, nearest_bucket, open_dataset, read_filters
+from training.order import BatchSampler, batches, sample_rng
 from training.losses import LOSS_WEIGHTS
 from loading.files import read_config, to_half, write_atomically, write_files, STEM
-from extras.images import grid, psnr, to_pil
-from training.report import draw_curves, dry_run, push, settings_table
+from extras.images import grid, psnr
+from training.report import draw_curves, dry_run
+from training.results import push, settings_table
 from stage_b import EfficientNetEncoder, StageB, TinyImageEncoder, preprocess
 from v1.stage_b import StageBV1, add_noise as replace_tokens, training_errors
-from text import TextEncoder
 from loading.errors import RESUME_HINT, UserError, as_user_error, exit_on_user_error
 from training.checkpoints import Checkpoints, Log
 from training.optim import EMA, learning_rate
 from training.processes import GracefulExit, Processes, SynchronisedBatchNorm
-from loading.weights import (check_widths, config_to_diffusers, config_to_ours, load_image_encoder, load_stage_a, load_stage_b, load_stage_b_v1,
-                     load_text_encoder, save_stage_b, save_stage_b_v1, stage_b_of, to_diffusers)
-from wuerstchen import to_raw, to_stored
+from loading.names import config_to_diffusers, config_to_ours, to_diffusers
+from loading.weights import (check_widths, load_image_encoder, load_stage_a, load_stage_b, load_stage_b_v1,
+                             load_text_encoder, save_model, stage_b_of)
+from wuerstchen import (Noise, Sampling, TextEncoder, add_noise, alphas_cumprod, denoise, per_row, scale_semantic,
+                        to_pil, unscale_semantic)
 
 T_GRID = [0.05 + 0.1 * i for i in range(10)]         # noise levels of the validation
 STEPS, STEPS_V1 = (4, 12), (4, 8)                    # of the sampler, in the grids
@@ -307,7 +310,7 @@ def find_places(args) -> dict:
     """Where the parts are that are needed; nothing else is fetched."""
     files = {part: getattr(args, part) for part in PARTS if getattr(args, part) not in (None, "none")}
     wanted = ["vqgan"] + ["decoder", "image_encoder"] * (args.init == "weights") + ["text_encoder", "tokenizer"] * (args.text_encoder != "none")
-    paths = hub.locate(args.weights, files, tuple(wanted))
+    paths = locate(args.weights, files, tuple(wanted))
     if args.init == "weights" and paths["image_encoder"] is None:
         raise UserError(f"{args.weights} has no image encoder: add --image-encoder FOLDER")
     return paths
@@ -346,7 +349,7 @@ def build(args, paths) -> tuple:
         if args.config not in (None, "official"):
             folder = Path(args.config)
             decoder = config_to_ours(read_config(folder / "decoder") if folder.is_dir() else json.loads(folder.read_text()), stage)
-            place = hub.locate(folder, parts=("image_encoder",))["image_encoder"] if folder.is_dir() else None
+            place = locate(folder, parts=("image_encoder",))["image_encoder"] if folder.is_dir() else None
             if place is not None:
                 config = read_config(place)
                 kind = TinyImageEncoder if config.get("_class_name") == "TinyImageEncoder" else EfficientNetEncoder
@@ -376,7 +379,7 @@ class Learner(torch.nn.Module):
             return semantic
         if t_semantic is not None:
             if in_units(self.decoder):       # noise is of variance 1, as the latents are in Stage C's eyes
-                noised = to_raw(add_noise(to_stored(semantic), eps_semantic, t_semantic))
+                noised = unscale_semantic(add_noise(scale_semantic(semantic), eps_semantic, t_semantic))
             else:
                 noised = add_noise(semantic, eps_semantic, t_semantic)
             semantic = torch.where(per_row(t_semantic > 0, semantic), noised, semantic)
@@ -419,7 +422,7 @@ class Fixed:
         self.captions = [pictures.captions(i)[0] for _, i, _ in rows]
         self.x_0 = torch.cat([encoders["x_0"](row) for row in self.pixels.split(1)])
         if "stored" in encoders:
-            self.source = to_raw(torch.cat([encoders["stored"](row) for row in self.pixels.split(1)]))
+            self.source = unscale_semantic(torch.cat([encoders["stored"](row) for row in self.pixels.split(1)]))
         else:
             self.source = to_encoder(to_images(self.pixels, processes.device))
 
@@ -465,7 +468,7 @@ def reconstruct(model, vqgan, fixed, embed, scale: float, steps: int, autocast, 
                 a, b = model(torch.cat([semantic, 0 * semantic]) if both else semantic, x, t,
                              torch.cat([text, embed([""] * len(text))]) if both else text)
             return (x - a.float()) / b.float()
-        latents = denoise(predict, draw(*x_0.shape[1:]).to(x_0), lambda: draw(*x_0.shape[1:]).to(x_0), linear_timesteps(steps), guidance=Guidance(scale))
+        latents = denoise(predict, draw(*x_0.shape[1:]).to(x_0), lambda: draw(*x_0.shape[1:]).to(x_0), Sampling(steps, guidance=scale))
         painted.append(vqgan.decode(latents).clamp(0, 1))
     return torch.cat(painted)                                                            # (N, 3, r, r)
 
@@ -492,7 +495,7 @@ def stage_c_fits(args) -> bool:
     """Has the frozen image encoder a Stage C, in --weights? It is from there, or --image-encoder names that one."""
     if not args.freeze_encoder or args.init == "weights" or args.weights in hub.NAMES:
         return args.freeze_encoder and args.init == "weights"
-    own = hub.locate(args.weights, parts=("image_encoder",))["image_encoder"]
+    own = locate(args.weights, parts=("image_encoder",))["image_encoder"]
     return own is not None and own.resolve() == Path(args.image_encoder).resolve()
 
 
@@ -506,7 +509,7 @@ def write_result(args, decoder, encoder, weights: dict, pictures: int, lines: li
         model.load_state_dict({key.removeprefix(name): tensor for key, tensor in weights.items() if key.startswith(name)}, assign=True)
         return model
     out = Path(args.out)
-    (save_stage_b_v1 if args.v1 else save_stage_b)(filled(decoder, "decoder."), out / "decoder")
+    (save_model if args.v1 else save_model)(filled(decoder, "decoder."), out / "decoder")
     encoder = encoder if args.freeze_encoder else filled(encoder, "encoder.")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in to_diffusers(encoder.state_dict(), encoder).items()}
     half = to_half(tensors)
@@ -515,7 +518,7 @@ def write_result(args, decoder, encoder, weights: dict, pictures: int, lines: li
     write_files(config_to_diffusers(encoder), half, out / "image_encoder", STEM)
     if stage_c_fits(args):
         files = {part: str(Path(getattr(args, part)).resolve()) for part in PARTS if getattr(args, part) not in (None, "none")}
-        base = dict(weights=args.weights if args.weights in (*hub.SHIPPED, *hub.NAMES) else str(Path(args.weights).resolve()), files=files)
+        base = dict(weights=args.weights if args.weights in (*SHIPPED, *hub.NAMES) else str(Path(args.weights).resolve()), files=files)
         write_atomically(out / "base.json", lambda path: path.write_text(json.dumps(base, indent=2) + "\n"))
     last = next((line for line in reversed(lines) if "psnr_a" in line), {})
     measured = "\n".join([f"| PSNR of {args.val_count} pictures | dB |", "|---|---:|"] * bool(last) +
@@ -606,7 +609,7 @@ def main(args):
     @torch.no_grad()
     def encode_semantic(pixels):
         """(B,h,w,3) uint8 -> the frozen encoder's latents (B,16,h',w') as Stage C knows them, of about unit variance."""
-        return to_stored(encoder(to_encoder(to_images(pixels, device))))
+        return scale_semantic(encoder(to_encoder(to_images(pixels, device))))
 
     def embed(captions: list[str]):
         """Captions -> (B,N,c_text); without a text encoder one zero token each."""
@@ -619,7 +622,7 @@ def main(args):
     if args.dry_run:
         h, w = plan.sizes[plan.step(0)[2]]
         x_0 = f"tokens ({plan.batch}, {h // 4}, {w // 4})" if args.v1 else f"x_0 and eps ({plan.batch}, {decoder.config['c_in']}, {h // 4}, {w // 4})"
-        return dry_run(args, model, pictures, plan.sizes, plan, f"{x_0}, semantic latents ({plan.batch}, 16, {h * 3 // 128}, {w * 3 // 128})") \
+        return dry_run(args, model, pictures, plan.sizes, plan, processes, f"{x_0}, semantic latents ({plan.batch}, 16, {h * 3 // 128}, {w * 3 // 128})") \
             if first else None
     encoders = dict(x_0=encode_vqgan) | (dict(stored=encode_semantic) if args.freeze_encoder else {})
     replaced = {}
@@ -720,7 +723,7 @@ def main(args):
             if not args.freeze_encoder:
                 source = to_encoder(to_images(batch["pixels"], device))                  # (B, 3, H, W)
             else:
-                source = to_raw(batch["stored"] if args.cache else encode_semantic(batch["pixels"]))     # (B, 16, h', w')
+                source = unscale_semantic(batch["stored"] if args.cache else encode_semantic(batch["pixels"]))     # (B, 16, h', w')
             text = embed(batch["caption"])                                              # (B, N, c_text)
             t = noise_levels(batch["chance"], step, args)                                # (B,)
             if args.v1:                      # each token gives way to a random one with probability t

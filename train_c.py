@@ -100,21 +100,20 @@ import numpy as np
 import torch
 
 import lora
-from diffusion import add_noise
-from loading import hub
 from loading.errors import UserError, as_user_error
-from loading.weights import (config_to_ours, is_tiny, load_image_encoder, load_stage_c,
-                             load_text_encoder)
+from loading.hub import TEXT_TO_IMAGE
+from loading.layouts import locate
+from loading.names import config_to_ours
+from loading.weights import is_tiny, load_image_encoder, load_stage_c, load_text_encoder
 from stage_b import preprocess
 from stage_c import StageC
-from text import TextEncoder
-from training.cache import CachedTexts
+from training.cache import CachedTexts, fill_cache
 from training.checkpoints import Checkpoints, Log, full_state, load_full_state, settings_of
-from training.data import (BatchSampler, batches, bucket_sizes, fill_cache, nearest_bucket,
-                           sample_rng)
+from training.data import bucket_sizes, nearest_bucket
 from training.losses import LOSS_WEIGHTS
 from training.optim import (EMA, build_optimizer, clip_gradients, learning_rate, set_precision,
                             too_many_nan_steps)
+from training.order import BatchSampler, batches, sample_rng
 from training.preserve import Teacher, TeacherLatents
 from training.processes import GracefulExit, Processes, no_sync
 from training.report import Progress, draw_curves, dry_run, due
@@ -122,7 +121,7 @@ from training.results import FILES_C, files_given, write_stage_c
 from training.samples import ImageReader, draw_caption, open_cache, open_data, to_tensor
 from training.sampling import SampleSheets
 from training.validation import T_GRID, by_level, fixed_images, fixed_noise, mean_over
-from wuerstchen import to_stored
+from wuerstchen import TextEncoder, add_noise, scale_semantic
 
 CURVES = ["loss", "val_loss", "grad_norm", *(f"val_loss_t_{t:.2f}" for t in T_GRID[::3])]
 
@@ -266,8 +265,8 @@ def main(args):
     torch.manual_seed(args.seed)
 
     # --- models and data --------------------------------------------------------------------------
-    parts = (*hub.TEXT_TO_IMAGE, "image_encoder") if args.sample_every else TRAINING_PARTS
-    paths = hub.locate(args.weights, files_given(args, FILES_C), parts)
+    parts = (*TEXT_TO_IMAGE, "image_encoder") if args.sample_every else TRAINING_PARTS
+    paths = locate(args.weights, files_given(args, FILES_C), parts)
     prior, teacher, image_encoder, text_encoder = load_models(args, paths, dtype, autocast, device)
     model = TextAndPrior(prior.train(), text_encoder.model if args.train_text else None)
     resolution = args.resolution or (128 if is_tiny(paths["image_encoder"]) else 1024)
@@ -282,7 +281,7 @@ def main(args):
     def encode(pixels):
         """(B,h,w,3) uint8 -> x_0 (B,16,h',w') float32, of about unit variance."""
         size = tuple(side * 3 // 4 for side in pixels.shape[1:3])      # what the encoder sees
-        return to_stored(image_encoder(preprocess(to_tensor(pixels, device), size)))
+        return scale_semantic(image_encoder(preprocess(to_tensor(pixels, device), size)))
 
     def embed(captions: list[str]):
         """-> (B,N,D); for a text encoder that is trained, token ids and mask."""

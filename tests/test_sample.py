@@ -948,7 +948,7 @@ def no_picture():
 
 
 @pytest.mark.parametrize("weights, message", [("nowhere", "there is no such folder"),
-                                              (".", "holds no weights that are understood"),
+                                              (".", "does not hold weights in a known layout"),
                                               ("tiny.png", "there is no such folder")])
 def test_folders_that_hold_no_weights(weights, message, capsys):
     assert message in error_of(capsys, "--prompt", "cat", "--out", "a.png", "--weights", weights)

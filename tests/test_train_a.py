@@ -26,7 +26,7 @@ from helpers import lines, newest, same
 from stage_a import (Codebook, CodebookAverages, PatchDiscriminator, StageA, adaptive_weight, count, discriminator_loss,
                      generator_loss,
                      perceptual_loss, perplexity)
-from loading.weights import load_stage_a, save_stage_a
+from loading.weights import load_stage_a, save_model
 
 ROOT = Path(train_a.__file__).parent
 TINY = ROOT / "models" / "tiny" / "vqgan"
@@ -289,7 +289,7 @@ def test_dead_codes_are_put_where_latents_are(folder, tmp_path, kind):
     """Codes far from everything win nothing and get no gradient; after a revival they are latents, in the averages, too."""
     far = StageA(bottleneck_blocks=1, c_hidden=8, codebook_size=32, scale_factor=1.0)
     far.codebook.codes.data[4:] += 1000
-    save_stage_a(far, tmp_path / "far")
+    save_model(far, tmp_path / "far")
     codes = {steps: newest(train(folder, tmp_path / f"{steps}", "--init", str(tmp_path / "far"), "--codebook", kind,
                                  steps=steps))
              for steps in (1, 2)}
@@ -334,7 +334,7 @@ def test_a_frozen_encoder_leaves_every_latent_as_it_was(folder, tmp_path):
 def test_frozen_weights_of_full_precision_are_not_rounded(folder, tmp_path):
     """The result is float16 as a rule; not where that would move latents."""
     from loading.files import STEM, write_files
-    from loading.weights import config_to_diffusers, to_diffusers
+    from loading.names import config_to_diffusers, to_diffusers
     model = StageA(bottleneck_blocks=1, c_hidden=8, codebook_size=32)
     write_files(config_to_diffusers(model),
                 {name: t.contiguous() for name, t in to_diffusers(model.state_dict(), model).items()},

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from loading import hub
+from loading.layouts import locate
 import train_b
 from tiny import train_encoder
 from training import optim
@@ -88,9 +88,9 @@ def test_a_signal_finishes_the_step_and_saves(config, tmp_path, monkeypatch, cap
 
 
 def test_the_result_is_an_image_encoder_in_the_right_units(config, tmp_path):
-    """What hub.locate finds and train_b.py goes on with: 42 and -1 in its last BatchNorm, whose running statistics have moved and come back in float32."""
+    """What locate finds and train_b.py goes on with: 42 and -1 in its last BatchNorm, whose running statistics have moved and come back in float32."""
     out = train(tmp_path / "run", config)
-    place = hub.locate("tiny", dict(image_encoder=out / "image_encoder"), ("image_encoder",))["image_encoder"]
+    place = locate("tiny", dict(image_encoder=out / "image_encoder"), ("image_encoder",))["image_encoder"]
     encoder, learned = load_image_encoder(place), newest(out)["model"]
     assert type(encoder) is TinyImageEncoder and (encoder.norm.weight == 42).all() and (encoder.norm.bias == -1).all()
     for name in ("running_mean", "running_var", "num_batches_tracked"):

@@ -59,7 +59,7 @@ def main(args):
     import torch
     import torch.nn.functional as F
     from tqdm import tqdm
-    from diffusion import add_noise
+    from wuerstchen import add_noise
     from loading.errors import UserError, WeightsError
     from loading.files import read_config
     from training.scenes import COLOURS, OBJECTS, EmojiScenes
@@ -68,8 +68,9 @@ def main(args):
     from training.optim import learning_rate
     from training.processes import GracefulExit
     from training.samples import to_tensor
-    from loading.weights import config_to_ours, save_image_encoder
-    from wuerstchen import to_stored
+    from loading.names import config_to_ours
+    from loading.weights import save_model
+    from wuerstchen import scale_semantic
 
     for name in ("steps", "batch", "log_every", "save_every", "keep"):
         if getattr(args, name) < 1:
@@ -104,7 +105,7 @@ def main(args):
         first = 5 * 10 ** 8 + step * args.batch                                          # not the scenes Stage B sees
         objects, places, colours = (torch.from_numpy(a).to(device) for a in facts(scenes.scenes(first, args.batch)))
         # (B, 16, 3, 3)
-        stored = to_stored(encoder(preprocess(to_tensor(scenes.batch(first, args.batch)[0], device), 96)))
+        stored = scale_semantic(encoder(preprocess(to_tensor(scenes.batch(first, args.batch)[0], device), 96)))
         # Noise on the latent makes neighbouring codes mean similar things; Stage C will not hit them exactly.
         # of its own in each step: it survives a resume
         torch.manual_seed(hash((args.seed, step)) % 2 ** 63)
@@ -132,7 +133,7 @@ def main(args):
             print(f"stopped after step {done}, all of it saved: --resume auto goes on", file=sys.stderr)
             break
     else:
-        save_image_encoder(encoder.eval(), f"{args.out}/image_encoder")
+        save_model(encoder.eval(), f"{args.out}/image_encoder")
     stop.restore()
 
 

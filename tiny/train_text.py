@@ -82,7 +82,7 @@ def main(args):
     from training.processes import GracefulExit
     from training.samples import to_tensor
     from loading.weights import load_image_encoder, save_text_encoder
-    from wuerstchen import to_stored
+    from wuerstchen import scale_semantic
 
     checkpoints = Checkpoints(f"{args.out}/checkpoints", args.keep)
     resumed, stop = checkpoints.find(args.resume), GracefulExit()
@@ -106,7 +106,7 @@ def main(args):
         optimizer.param_groups[0]["lr"] = learning_rate(step, args)
         pictures, captions = scenes.batch(step * args.batch, args.batch)
         with torch.no_grad():
-            x_0 = to_stored(encoder(preprocess(to_tensor(pictures, device), 96)))            # (B, 16, 3, 3)
+            x_0 = scale_semantic(encoder(preprocess(to_tensor(pictures, device), 96)))            # (B, 16, 3, 3)
         tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").to(device)
         # (B, 144) from the end mark
         expected = head(text_model(**tokens).pooler_output)

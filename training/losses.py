@@ -9,7 +9,7 @@ All take t (B,) in [0, 1] and return (B,).  Needs: torch; alphas_cumprod.
 import torch
 from torch import Tensor
 
-from diffusion import alphas_cumprod
+from wuerstchen import alphas_cumprod
 
 
 def p2_weight(t: Tensor, k: float = 1.0, gamma: float = 1.0) -> Tensor:

@@ -6,7 +6,7 @@ for them (a teacher) instead of the noise. Samples without a caption are always 
 the unconditional prediction, and would steer away from what is learned.
 Why not noise the training images and ask the teacher about them with another prompt? It never meets such x_t in
 sampling, and what it then predicts (there is no cat in this unicorn) only hinders what is to be learned.
-Needs: torch, numpy, tqdm; lora.py, cache.py, data.py, wuerstchen.py.
+Needs: torch, numpy, tqdm; lora.py, cache.py, data.py, order.py, wuerstchen.py.
 """
 import copy
 from collections.abc import Callable
@@ -18,10 +18,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import lora
-from diffusion import Guidance, add_noise, denoise, dpm_solver_step, linear_timesteps
 from loading.errors import as_user_error
 from training.cache import Cache, hash_of
-from training.data import read_prompts, sample_rng
+from training.data import read_prompts
+from training.order import sample_rng
+from wuerstchen import Sampling, add_noise, denoise
 
 
 class Teacher:
@@ -38,7 +39,7 @@ class Teacher:
         with self.autocast:
             if self.copy is not None:
                 return self.copy(x_t, t, text).float()
-            lora.disable(self.live.eval())
+            lora.enable(self.live.eval(), on=False)
             eps = self.live(x_t, t, text).float()
             lora.enable(self.live.train())
             return eps
@@ -83,7 +84,7 @@ class TeacherLatents:
                     if guided:
                         x, t = torch.cat([x, x]), torch.cat([t, t])
                     return teacher(x, t, torch.cat([text, empty]) if guided else text)
-                latents = denoise(predict, noise, lambda: noise, linear_timesteps(15), dpm_solver_step, Guidance(4.0))
+                latents = denoise(predict, noise, lambda: noise, Sampling(15, "dpm++", 4.0))
                 for i, latent in zip(part, latents.cpu().numpy()):
                     self.cache.put(self.key(self.prompts[i], (h, w)), latent)
         processes.wait()

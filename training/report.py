@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from loading.files import write_atomically
-from training.data import sample_rng
+from training.order import sample_rng
 from training.samples import draw_caption
 
 

@@ -1,6 +1,6 @@
 """What a finished run leaves: the folder that sample.py and diffusers open, its model card, the upload to the hub.
 
-Needs: torch; weights.py, files.py, hub.py, lora.py; huggingface_hub for the upload.
+Needs: torch; loading/; huggingface_hub for the upload.
 """
 import json
 import sys
@@ -8,11 +8,13 @@ from pathlib import Path
 
 import torch
 
-import lora
+from loading import lora_formats
 from loading.errors import WeightsError
 from loading.files import STEM, to_half, write_atomically, write_files
-from loading.hub import NAMES, SHIPPED, hub_errors, locate
-from loading.weights import config_to_diffusers, save_scheduler, save_text_encoder, to_diffusers
+from loading.hub import NAMES, hub_errors
+from loading.layouts import SHIPPED, locate
+from loading.names import config_to_diffusers, to_diffusers
+from loading.weights import save_scheduler, save_text_encoder
 from training.checkpoints import full_weights
 
 PRIVATE = ("out", "resume", "device", "cache", "workers", "push_to_hub")         # options that a card does not mention
@@ -78,9 +80,9 @@ def write_stage_c(args, model, text_encoder, images: int, processes) -> None:
 def write_files_c(args, prior, weights: dict, text_encoder, images: int) -> None:
     out, more = Path(args.out), {}
     if args.lora:
-        facts = dict(base=args.weights, base_hash=lora.base_hash(prior), steps=args.steps, images=images,
-                     trigger_words=args.trigger)
-        lora.save_lora(prior, out / "lora.safetensors", facts=facts)
+        metadata = dict(base=args.weights, base_hash=lora_formats.base_hash(prior), steps=args.steps, images=images,
+                        trigger_words=args.trigger)
+        lora_formats.save_lora(prior, out / "lora.safetensors", metadata=metadata)
         more["lora"] = "lora.safetensors"
     else:
         learned = {name.removeprefix("prior."): tensor for name, tensor in weights.items() if name.startswith("prior.")}

@@ -1,8 +1,8 @@
 """How an image becomes part of a sample: which images make up a step, pixels or cached latents, the caption.
 
 What else a sample draws (noise, noise level) stands in the script. `rng` here is a function of a purpose, see
-data.sample_rng: everything random is a function of (seed, position in the stream of samples, purpose).
-Needs: torch, numpy; data.py.
+order.sample_rng: everything random is a function of (seed, position in the stream of samples, purpose).
+Needs: torch, numpy; data.py, order.py, cache.py.
 """
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from loading.errors import UserError, as_user_error
-from training.cache import Cache, hash_of
-from training.data import (BatchSampler, bucket_sizes, fit, latent_key, nearest_bucket, open_dataset, read_filters,
-                           sample_rng)
+from training.cache import Cache, hash_of, latent_key
+from training.data import bucket_sizes, fit, nearest_bucket, open_dataset, read_filters
+from training.order import BatchSampler, sample_rng
 
 
 def to_tensor(pixels, device="cpu") -> Tensor:

@@ -1,6 +1,6 @@
 """Sample sheets of a Stage C in training: images from the whole pipeline, with the network that is being trained in it.
 
-Needs: pillow; lora.py, wuerstchen.py, weights.py, images.py.
+Needs: torch, pillow; lora.py, wuerstchen.py, loading/, images.py.
 """
 from PIL import Image
 
@@ -8,20 +8,20 @@ import lora
 from extras.images import grid
 from loading.errors import as_user_error
 from loading.files import write_atomically
-from loading.weights import is_tiny, load_stage_a, load_stage_b, load_text_encoder
-from text import TextEncoder
+from loading.pipeline import pipeline_for
+from loading.weights import load_stage_a, load_stage_b, load_text_encoder
 from training.data import read_prompts
-from wuerstchen import Wuerstchen
+from wuerstchen import TextEncoder, Wuerstchen
 
 
 class SampleSheets:
     """out/samples/step_000500.png, ...: a row for each prompt, always from the same noise.
 
-    prior: Stage C, in training. Under a LoRA, sheets after step 0 have a column without it and one with it. Stages A and
+    stage_c: in training. Under a LoRA, sheets after step 0 have a column without it and one with it. Stages A and
     B are loaded for each sheet and freed again, because training needs the memory. Under FSDP all processes take part.
     """
-    def __init__(self, args, prior, text_encoder: TextEncoder, paths: dict, dataset, autocast, dtype, processes):
-        self.args, self.prior, self.text_encoder, self.paths = args, prior, text_encoder, paths
+    def __init__(self, args, stage_c, text_encoder: TextEncoder, paths: dict, dataset, autocast, dtype, processes):
+        self.args, self.stage_c, self.text_encoder, self.paths = args, stage_c, text_encoder, paths
         self.autocast, self.dtype, self.processes = autocast, dtype, processes
         if args.sample_prompts:
             with as_user_error():
@@ -41,19 +41,17 @@ class SampleSheets:
         with self.autocast:
             for title, on in (("without LoRA", False), ("with LoRA", True)) if compare else (("", True),):
                 if self.args.lora:
-                    (lora.enable if on else lora.disable)(self.prior)
+                    lora.enable(self.stage_c, on=on)
                 columns[title] = [pipeline(prompt, seed=self.args.seed)[0] for prompt in self.prompts]
         rows = [image for row in zip(*columns.values()) for image in row]
         return grid(rows, len(columns), [*columns] if compare else None, self.prompts)
 
     def pipeline(self) -> Wuerstchen:
         """The plain pipeline with Stage C as it is now."""
-        paths, dtype = self.paths, self.dtype
-        shared = paths["text_encoder"] == paths["prior_text_encoder"]
-
-        def text_b() -> TextEncoder:
-            return TextEncoder(*load_text_encoder(paths["text_encoder"], paths["tokenizer"], dtype))
-        return Wuerstchen(lambda: load_stage_a(paths["vqgan"], dtype), lambda: load_stage_b(paths["decoder"], dtype),
-                          self.prior, self.text_encoder, self.text_encoder if shared else text_b,
-                          device=self.processes.device, dtype=dtype,
-                          **(dict(size=128, guidance_b=4.0) if is_tiny(paths["image_encoder"]) else {}))
+        paths, device, dtype = self.paths, self.processes.device, self.dtype
+        networks = dict(stage_a=lambda: load_stage_a(paths["vqgan"], dtype).to(device), stage_c=self.stage_c,
+                        stage_b=lambda: load_stage_b(paths["decoder"], dtype).to(device),
+                        text_encoder_c=self.text_encoder, text_encoder_b=self.text_encoder)
+        if paths["text_encoder"] != paths["prior_text_encoder"]:
+            networks["text_encoder_b"] = TextEncoder(*load_text_encoder(paths["text_encoder"], paths["tokenizer"], dtype))
+        return pipeline_for(paths, {}, networks, device, dtype)

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.data import fit, nearest_bucket, sample_rng
+from training.data import fit, nearest_bucket
+from training.order import sample_rng
 
 T_GRID = [0.05 + 0.1 * i for i in range(10)]             # noise levels
 
