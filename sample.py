@@ -217,7 +217,7 @@ def parse_args(argv: list[str]) -> list[argparse.Namespace]:
     args = typed = p.parse_args(argv)
     then = {}
     if typed.like is not None:
-        from extras.images import read_settings
+        from extras.metadata import read_settings
         settings = read_settings(typed.like)
         # A prompt file brings prompts of its own; and from a latent, the noise goes on from where it stood, not from a seed.
         settings |= {"prompt": None} if typed.prompt_file else {"seed": None} if typed.from_latent else {}
@@ -548,7 +548,8 @@ def main(argv=None) -> None:
             jobs = parse_args(argv)
             args, shots = jobs[0], plan(jobs)
             from loading.files import write_atomically
-            from extras.images import save_gif, save_png
+            from extras.images import save_gif
+            from extras.metadata import save_png
             from safetensors.torch import save_file
             for job in jobs:
                 options_of(job)              # reads all files: what is wrong with one is said before weights are loaded for a minute

@@ -92,15 +92,19 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from training.data import BatchSampler, batches, fit, open_dataset, read_filters, sample_rng
+from training.data import fit, open_dataset, read_filters
+from training.order import BatchSampler, batches, sample_rng
 from loading.files import STEM, write_atomically, write_files
 from extras.images import grid
 from training.report import draw_curves, outline, push, settings_table
 from stage_a import (OFFICIAL, CodebookAverages, PatchDiscriminator, StageA, adaptive_weight, count, discriminator_loss, generator_loss,
                      perceptual_loss, perplexity)
 from loading.errors import RESUME_HINT, UserError, as_user_error, exit_on_user_error
-from training.run import Averaged, Checkpoints, Log, Processes, StopSignal, SynchronisedBatchNorm, build_optimizer, rate
-from loading.weights import config_to_diffusers, config_to_ours, load_stage_a, save_stage_a, to_diffusers
+from training.checkpoints import Checkpoints, Log
+from training.optim import build_optimizer, EMA, learning_rate
+from training.processes import GracefulExit, Processes, SynchronisedBatchNorm
+from loading.names import config_to_diffusers, config_to_ours, to_diffusers
+from loading.weights import load_stage_a, save_model
 
 TERMS = ("loss", "l1", "l2", "perceptual", "codebook", "commitment", "generator", "gan_weight", "discriminator")
 
@@ -226,7 +230,7 @@ def revive(model, averages, averaged, dead, z, step: int, args, processes) -> No
     """
     n, z = z[0].shape[:3].numel(), torch.cat([part.float().flatten(0, 2) for part in z])     # (micro-steps * n, 4)
     chosen = torch.from_numpy(sample_rng(args.seed, step, "revive").integers(len(z) * processes.world, size=int(dead.sum()))).to(z.device)
-    micro, rank, place = chosen // (n * processes.world), chosen // n % processes.world, chosen % n      # in the order of data.split
+    micro, rank, place = chosen // (n * processes.world), chosen // n % processes.world, chosen % n      # in the order of order.split
     latents = z[micro * n + place] * (rank == processes.rank)[:, None]
     latents = processes.sum(latents)                                                         # (number of dead, 4)
     model.codebook.codes[dead] = latents
@@ -276,7 +280,7 @@ def write_result(args, model, values: dict, pictures: int) -> None:
     out = Path(args.out)
     frozen = [p for p in model.parameters() if not p.requires_grad] if args.freeze_encoder else []
     if all(torch.equal(p.half().float(), p) for p in frozen):
-        save_stage_a(model, out / "vqgan")
+        save_model(model, out / "vqgan")
     else:
         tensors = {name: tensor.contiguous().cpu() for name, tensor in to_diffusers(model.state_dict(), model).items()}
         write_files(config_to_diffusers(model), tensors, out / "vqgan", STEM)
@@ -304,7 +308,7 @@ def main(args):
     check(args)
     checkpoints = Checkpoints(f"{args.out}/checkpoints", args.keep)
     resumed = checkpoints.find(args.resume)
-    stop, processes = StopSignal(), Processes(args.device)
+    stop, processes = GracefulExit(), Processes(args.device)
     device, first = processes.device, processes.rank == 0
     scenes = args.data.split(":")[0] == "scenes"
     args.resolution = args.resolution or (128 if scenes else 256)
@@ -321,7 +325,7 @@ def main(args):
     averages = CodebookAverages(model.codebook.codes, args.codebook_decay).to(device) if args.codebook == "ema" and not args.freeze_encoder else None
     index = Path(args.out) / "index"
     val_data = args.val_data or (f"scenes:all:{args.val_count}:987654321" if scenes else None)   # scenes of another seed: unseen ones
-    with processes.one_after_another(), as_user_error():             # what one has indexed or fetched serves the others
+    with processes.main_first(), as_user_error():             # what one has indexed or fetched serves the others
         pictures = open_dataset(args.data, captions_required=False, index_folder=index, **read_filters(args.filter))
         validation = open_dataset(val_data, captions_required=False, index_folder=index) if val_data else pictures
     pictures.bucket = np.zeros(len(pictures), np.int64)              # all are cut to the same square
@@ -337,7 +341,7 @@ def main(args):
     optimizer = build_optimizer(model, args, betas=(0.9, 0.99))
     d_optimizer = torch.optim.AdamW(discriminator.parameters(), lr=args.lr / 4, betas=(0.5, 0.99), weight_decay=0, fused=True) if discriminator else None
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
-    averaged = Averaged(model, args.ema)
+    averaged = EMA(model, args.ema)
     usage = torch.zeros(2, model.config["codebook_size"], device=device)                     # of each code: since codes were revived, since a line was logged
     parts = dict(model=model, optimizer=optimizer, scaler=scaler) | (dict(discriminator=discriminator, d_optimizer=d_optimizer) if discriminator else {}) \
         | (dict(codebook=averages) if averages else {})
@@ -394,9 +398,9 @@ def main(args):
     for step in bar:
         train_mode(model, step, args)
         for group in optimizer.param_groups:
-            group["lr"] = rate(step, args)
+            group["lr"] = learning_rate(step, args)
         for group in d_optimizer.param_groups if d_optimizer else ():
-            group["lr"] = rate(step, args) / 4
+            group["lr"] = learning_rate(step, args) / 4
         gan = discriminator is not None and step >= args.gan_start
         terms, counted, latents = torch.zeros(len(TERMS), device=device), 0, []
         statistics = [buffer.clone() for buffer in model.norm_latent.buffers()]
@@ -485,9 +489,9 @@ def main(args):
             if first:
                 kept = {name: mean for name, mean in zip(TERMS, means) if mean or name in ("loss", "l1", "l2")}
                 memory = torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else None
-                log.write(done, **kept, smooth_loss=smooth, grad_norm=grad_norm.item(), lr=rate(step, args), images_per_second=speed, memory_gib=memory,
+                log.write(done, **kept, smooth_loss=smooth, grad_norm=grad_norm.item(), lr=learning_rate(step, args), images_per_second=speed, memory_gib=memory,
                           bad_steps=bad_in_all, epoch=plan.epoch_of(done * plan.batch), codes_used=int((usage[1] > 0).sum()), perplexity=perplexity(usage[1]).item())
-                bar.set_postfix_str(f"loss {smooth:.4f}, |grad| {grad_norm.item():.2f}, {int((usage[1] > 0).sum())} codes, lr {rate(step, args):.1e}, "
+                bar.set_postfix_str(f"loss {smooth:.4f}, |grad| {grad_norm.item():.2f}, {int((usage[1] > 0).sum())} codes, lr {learning_rate(step, args):.1e}, "
                                     f"{speed:.1f} images/s" + (f", {memory:.1f} GiB" if memory else ""))
             usage[1] = 0
             since, clock = done, time.time()

@@ -69,7 +69,7 @@ def parse_args(argv=None):
     g.add_argument("--high-noise", type=float, help="exponent that draws noise levels towards 1, where Stage B must rely on the semantic latent; 1 draws them evenly (default: 1; small 1.5, with --v1 1)")
     g.add_argument("--loss", choices=["eps", "head"], help="eps, the default: error of the predicted noise, as the released models were trained; head: signal and noise "
                                                                           "scale, the two outputs it is made of, each by itself, which learns faster from random weights")
-    g.add_argument("--loss-weight", choices=["v", "p2", "none"], help="what errors count by noise level, see diffusion.py (default: p2, the original's; small v)")
+    g.add_argument("--loss-weight", choices=["v", "p2", "none"], help="what errors count by noise level, see training/losses.py (default: p2, the original's; small v)")
     g.add_argument("--even-contrast", action="store_true", help="let pictures of little contrast (a fish on its own colour, a snowflake's lines) count more: the squared error alone hardly sees them")
     g.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="autocast type (default: bf16 on a GPU, else fp32)")
     g.add_argument("--checkpointing", action="store_true", help="compute blocks again in the backward pass: a fraction of the memory, a third slower")
@@ -114,21 +114,26 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
 from tqdm import tqdm
 
 from loading import hub
+from loading.layouts import SHIPPED, locate
 from v1 import training as tokens
-from training.cache import Cache, hash_of
-from training.data import BatchSampler, batches, bucket_sizes, fill_cache, fit, latent_key, nearest_bucket, open_dataset, read_filters, sample_rng
-from diffusion import Guidance, Noise, add_noise, alphas_cumprod, denoise, linear_timesteps, p2_weight, per_row, v_weight
+from training.cache import Cache, CachedTexts, fill_cache, hash_of, latent_key
+from training.data import bucket_sizes, fit, nearest_bucket, open_dataset, read_filters
+from training.order import BatchSampler, batches, sample_rng
+from training.losses import LOSS_WEIGHTS
 from loading.files import read_config, to_half, write_atomically, write_files, STEM
 from extras.images import grid, psnr, to_pil
 from training.report import draw_curves, dry_run, push, settings_table
 from stage_b import EfficientNetEncoder, StageB, TinyImageEncoder, preprocess
 from v1.stage_b import StageBV1, add_noise as replace_tokens, training_errors
-from text import CachedTexts, TextEncoder
 from loading.errors import RESUME_HINT, UserError, as_user_error, exit_on_user_error
-from training.run import Averaged, Checkpoints, Log, Processes, StopSignal, SynchronisedBatchNorm, rate
-from loading.weights import (check_widths, config_to_diffusers, config_to_ours, load_image_encoder, load_stage_a, load_stage_b, load_stage_b_v1,
-                     load_text_encoder, save_stage_b, save_stage_b_v1, stage_b_of, to_diffusers)
-from wuerstchen import to_raw, to_stored
+from training.checkpoints import Checkpoints, Log
+from training.optim import EMA, learning_rate
+from training.processes import GracefulExit, Processes, SynchronisedBatchNorm
+from loading.names import config_to_diffusers, config_to_ours, to_diffusers
+from loading.weights import (check_widths, load_image_encoder, load_stage_a, load_stage_b, load_stage_b_v1,
+                             load_text_encoder, save_model, stage_b_of)
+from wuerstchen import (Noise, Sampling, TextEncoder, add_noise, alphas_cumprod, denoise, per_row, scale_semantic,
+                        unscale_semantic)
 
 T_GRID = [0.05 + 0.1 * i for i in range(10)]         # noise levels of the validation
 STEPS, STEPS_V1 = (4, 12), (4, 8)                    # of the sampler, in the grids
@@ -304,7 +309,7 @@ def find_places(args) -> dict:
     """Where the parts are that are needed; nothing else is fetched."""
     files = {part: getattr(args, part) for part in PARTS if getattr(args, part) not in (None, "none")}
     wanted = ["vqgan"] + ["decoder", "image_encoder"] * (args.init == "weights") + ["text_encoder", "tokenizer"] * (args.text_encoder != "none")
-    paths = hub.locate(args.weights, files, tuple(wanted))
+    paths = locate(args.weights, files, tuple(wanted))
     if args.init == "weights" and paths["image_encoder"] is None:
         raise UserError(f"{args.weights} has no image encoder: add --image-encoder FOLDER")
     return paths
@@ -343,7 +348,7 @@ def build(args, paths) -> tuple:
         if args.config not in (None, "official"):
             folder = Path(args.config)
             decoder = config_to_ours(read_config(folder / "decoder") if folder.is_dir() else json.loads(folder.read_text()), stage)
-            place = hub.locate(folder, parts=("image_encoder",))["image_encoder"] if folder.is_dir() else None
+            place = locate(folder, parts=("image_encoder",))["image_encoder"] if folder.is_dir() else None
             if place is not None:
                 config = read_config(place)
                 kind = TinyImageEncoder if config.get("_class_name") == "TinyImageEncoder" else EfficientNetEncoder
@@ -373,7 +378,7 @@ class Learner(torch.nn.Module):
             return semantic
         if t_semantic is not None:
             if in_units(self.decoder):       # noise is of variance 1, as the latents are in Stage C's eyes
-                noised = to_raw(add_noise(to_stored(semantic), eps_semantic, t_semantic))
+                noised = unscale_semantic(add_noise(scale_semantic(semantic), eps_semantic, t_semantic))
             else:
                 noised = add_noise(semantic, eps_semantic, t_semantic)
             semantic = torch.where(per_row(t_semantic > 0, semantic), noised, semantic)
@@ -408,7 +413,7 @@ class Fixed:
         source = args.val_data
         if source is None and args.data.split(":")[0] == "scenes":       # of another seed: never in training
             source = f"scenes:all:{max(args.val_count, 64)}:1000000000"
-        with processes.one_after_another(), as_user_error():
+        with processes.main_first(), as_user_error():
             pictures = open_dataset(source, index_folder=index_folder, captions_required=False) if source else pictures
         chosen = np.random.default_rng([args.seed, 1]).permutation(len(pictures))[:args.val_count]
         rows = [(*pictures.read_or_next(i, np.arange(len(pictures))), sample_rng(args.seed, i, "validation")) for i in chosen.tolist()]
@@ -416,7 +421,7 @@ class Fixed:
         self.captions = [pictures.captions(i)[0] for _, i, _ in rows]
         self.x_0 = torch.cat([encoders["x_0"](row) for row in self.pixels.split(1)])
         if "stored" in encoders:
-            self.source = to_raw(torch.cat([encoders["stored"](row) for row in self.pixels.split(1)]))
+            self.source = unscale_semantic(torch.cat([encoders["stored"](row) for row in self.pixels.split(1)]))
         else:
             self.source = to_encoder(to_images(self.pixels, processes.device))
 
@@ -462,7 +467,7 @@ def reconstruct(model, vqgan, fixed, embed, scale: float, steps: int, autocast, 
                 a, b = model(torch.cat([semantic, 0 * semantic]) if both else semantic, x, t,
                              torch.cat([text, embed([""] * len(text))]) if both else text)
             return (x - a.float()) / b.float()
-        latents = denoise(predict, draw(*x_0.shape[1:]).to(x_0), lambda: draw(*x_0.shape[1:]).to(x_0), linear_timesteps(steps), guidance=Guidance(scale))
+        latents = denoise(predict, draw(*x_0.shape[1:]).to(x_0), lambda: draw(*x_0.shape[1:]).to(x_0), Sampling(steps, guidance=scale))
         painted.append(vqgan.decode(latents).clamp(0, 1))
     return torch.cat(painted)                                                            # (N, 3, r, r)
 
@@ -489,7 +494,7 @@ def stage_c_fits(args) -> bool:
     """Has the frozen image encoder a Stage C, in --weights? It is from there, or --image-encoder names that one."""
     if not args.freeze_encoder or args.init == "weights" or args.weights in hub.NAMES:
         return args.freeze_encoder and args.init == "weights"
-    own = hub.locate(args.weights, parts=("image_encoder",))["image_encoder"]
+    own = locate(args.weights, parts=("image_encoder",))["image_encoder"]
     return own is not None and own.resolve() == Path(args.image_encoder).resolve()
 
 
@@ -503,7 +508,7 @@ def write_result(args, decoder, encoder, weights: dict, pictures: int, lines: li
         model.load_state_dict({key.removeprefix(name): tensor for key, tensor in weights.items() if key.startswith(name)}, assign=True)
         return model
     out = Path(args.out)
-    (save_stage_b_v1 if args.v1 else save_stage_b)(filled(decoder, "decoder."), out / "decoder")
+    (save_model if args.v1 else save_model)(filled(decoder, "decoder."), out / "decoder")
     encoder = encoder if args.freeze_encoder else filled(encoder, "encoder.")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in to_diffusers(encoder.state_dict(), encoder).items()}
     half = to_half(tensors)
@@ -512,7 +517,7 @@ def write_result(args, decoder, encoder, weights: dict, pictures: int, lines: li
     write_files(config_to_diffusers(encoder), half, out / "image_encoder", STEM)
     if stage_c_fits(args):
         files = {part: str(Path(getattr(args, part)).resolve()) for part in PARTS if getattr(args, part) not in (None, "none")}
-        base = dict(weights=args.weights if args.weights in (*hub.SHIPPED, *hub.NAMES) else str(Path(args.weights).resolve()), files=files)
+        base = dict(weights=args.weights if args.weights in (*SHIPPED, *hub.NAMES) else str(Path(args.weights).resolve()), files=files)
         write_atomically(out / "base.json", lambda path: path.write_text(json.dumps(base, indent=2) + "\n"))
     last = next((line for line in reversed(lines) if "psnr_a" in line), {})
     measured = "\n".join([f"| PSNR of {args.val_count} pictures | dB |", "|---|---:|"] * bool(last) +
@@ -546,7 +551,7 @@ def main(args):
     check(args)
     checkpoints = Checkpoints(f"{args.out}/checkpoints", args.keep)
     resumed = checkpoints.find(args.resume)
-    stop, processes = StopSignal(), Processes(args.device)
+    stop, processes = GracefulExit(), Processes(args.device)
     device, first = processes.device, processes.rank == 0
     torch.manual_seed(args.seed)
 
@@ -580,7 +585,7 @@ def main(args):
 
     # --- data --------------------------------------------------------------------------------------
     index = Path(args.cache or args.out) / "index"
-    with processes.one_after_another(), as_user_error():             # what one has indexed or fetched serves the others
+    with processes.main_first(), as_user_error():             # what one has indexed or fetched serves the others
         pictures = open_dataset(args.data, index_folder=index, captions_required=False, **read_filters(args.filter))
         plan = SizedPlan(pictures.sizes, args.resolution, args.max_ratio, args.batch * args.grad_accum * processes.world, args.seed)
     pictures.bucket = plan.bucket
@@ -603,7 +608,7 @@ def main(args):
     @torch.no_grad()
     def encode_semantic(pixels):
         """(B,h,w,3) uint8 -> the frozen encoder's latents (B,16,h',w') as Stage C knows them, of about unit variance."""
-        return to_stored(encoder(to_encoder(to_images(pixels, device))))
+        return scale_semantic(encoder(to_encoder(to_images(pixels, device))))
 
     def embed(captions: list[str]):
         """Captions -> (B,N,c_text); without a text encoder one zero token each."""
@@ -636,7 +641,7 @@ def main(args):
             fully_shard(part, mesh=mesh)
     optimizer = build_optimizer(model, args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
-    averaged, weight = Averaged(model, args.ema), dict(v=v_weight, p2=p2_weight, none=torch.ones_like)[args.loss_weight]
+    averaged, weight = EMA(model, args.ema), LOSS_WEIGHTS[args.loss_weight]
     whole = dict(full_state_dict=True, cpu_offload=True)                                 # gathered from all processes, if they are split
     start = bad = bad_in_all = 0
     if resumed is not None:
@@ -709,7 +714,7 @@ def main(args):
         look(0)                              # the untouched model: proof that validation and sampling are set up rightly
     for step in bar:
         for group in optimizer.param_groups:
-            group["lr"] = rate(step, args) * group["share"]
+            group["lr"] = learning_rate(step, args) * group["share"]
         loss_sum, statistics = torch.zeros((), device=device), [buffer.clone() for buffer in model.buffers()]
         for micro in range(args.grad_accum):
             batch = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in next(samples).items()}
@@ -717,7 +722,7 @@ def main(args):
             if not args.freeze_encoder:
                 source = to_encoder(to_images(batch["pixels"], device))                  # (B, 3, H, W)
             else:
-                source = to_raw(batch["stored"] if args.cache else encode_semantic(batch["pixels"]))     # (B, 16, h', w')
+                source = unscale_semantic(batch["stored"] if args.cache else encode_semantic(batch["pixels"]))     # (B, 16, h', w')
             text = embed(batch["caption"])                                              # (B, N, c_text)
             t = noise_levels(batch["chance"], step, args)                                # (B,)
             if args.v1:                      # each token gives way to a random one with probability t
@@ -787,9 +792,9 @@ def main(args):
             if first:
                 levels = {f"raw_loss_t_0.{i}": (raw[i] / count[i]).item() for i in range(10) if count[i] > 0}
                 memory = torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else None
-                log.write(done, loss=mean, smooth_loss=smooth, grad_norm=grad_norm.item(), lr=rate(step, args), images_per_second=speed,
+                log.write(done, loss=mean, smooth_loss=smooth, grad_norm=grad_norm.item(), lr=learning_rate(step, args), images_per_second=speed,
                           memory_gib=memory, bad_steps=bad_in_all, epoch=plan.epoch_of(done * plan.batch), **levels)
-                bar.set_postfix_str(f"loss {smooth:.4f}, |grad| {grad_norm.item():.2f}, lr {rate(step, args):.1e}, {speed:.1f} images/s"
+                bar.set_postfix_str(f"loss {smooth:.4f}, |grad| {grad_norm.item():.2f}, lr {learning_rate(step, args):.1e}, {speed:.1f} images/s"
                                     + (f", {memory:.1f} GiB" if memory else ""))
             sums.zero_()
             since, clock = done, time.time()

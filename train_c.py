@@ -63,7 +63,7 @@ def parse_args(argv=None):
     g.add_argument("--weight-decay", type=float, default=0.01, help="not for norms, biases and LoRA")
     g.add_argument("--clip", type=float, default=1.0, help="gradient norm, over all processes, above which gradients are scaled down")
     g.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights, which are the ones kept; 0: no averaging")
-    g.add_argument("--loss-weight", choices=["p2", "none", "min-snr", "v"], default="p2", help="what errors count by noise level, see diffusion.py; p2: the original's")
+    g.add_argument("--loss-weight", choices=["p2", "none", "min-snr", "v"], default="p2", help="what errors count by noise level, see training/losses.py; p2: the original's")
     g.add_argument("--offset-noise", type=float, default=0.0, help="noise common to a whole channel, so that very dark and bright pictures are learned; 0.05 to 0.1")
     g.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="autocast type (default: bf16 on a GPU, else fp32)")
     g.add_argument("--checkpointing", choices=["products", "blocks"], nargs="?", const="blocks", help="keep less for the backward pass and compute it "
@@ -109,20 +109,24 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
 from tqdm import tqdm
 
 from loading import hub
+from loading.layouts import locate
 import lora
-from training.cache import Cache, hash_of
-from training.data import BatchSampler, batches, bucket_sizes, fill_cache, fit, latent_key, nearest_bucket, open_dataset, read_prompts, read_filters, sample_rng
-from diffusion import Guidance, add_noise, alphas_cumprod, denoise, dpm_solver_step, linear_timesteps, p2_weight, v_weight
+from training.cache import Cache, CachedTexts, fill_cache, hash_of, latent_key
+from training.data import bucket_sizes, fit, nearest_bucket, open_dataset, read_filters, read_prompts
+from training.order import BatchSampler, batches, sample_rng
+from training.losses import LOSS_WEIGHTS
 from loading.files import write_atomically
 from extras.images import grid
 from training.report import FILES, draw_curves, dry_run, push, write_result
 from stage_b import preprocess
 from stage_c import StageC
-from text import CachedTexts, TextEncoder
 from loading.errors import RESUME_HINT, UserError, as_user_error, exit_on_user_error
-from training.run import Averaged, Checkpoints, Log, Processes, StopSignal, build_optimizer, rate
-from loading.weights import (config_to_ours, is_tiny, load_image_encoder, load_stage_a, load_stage_b, load_stage_c, load_text_encoder)
-from wuerstchen import Wuerstchen, to_stored
+from training.checkpoints import Checkpoints, Log
+from training.optim import build_optimizer, EMA, learning_rate
+from training.processes import GracefulExit, Processes
+from loading.names import config_to_ours
+from loading.weights import is_tiny, load_image_encoder, load_stage_a, load_stage_b, load_stage_c, load_text_encoder
+from wuerstchen import Sampling, TextEncoder, Wuerstchen, add_noise, denoise, scale_semantic
 
 T_GRID = [0.05 + 0.1 * i for i in range(10)]         # noise levels of the validation
 
@@ -218,19 +222,10 @@ def paint(predict, prompts: list[str], sizes: list[tuple[int, int]], painted, ar
             part = numbers[start:start + rows]
             noise = [sample_rng(args.seed, i, "painted").standard_normal((16, h * 3 // 128, w * 3 // 128), dtype=np.float32) for i in part]
             noise = torch.from_numpy(np.stack(noise)).to(processes.device)               # (n, 16, h', w')
-            latents = denoise(predict([prompts[i] for i in part]), noise, lambda: noise, linear_timesteps(15), dpm_solver_step, Guidance(4.0))
+            latents = denoise(predict([prompts[i] for i in part]), noise, lambda: noise, Sampling(15, "dpm++", 4.0))
             for i, latent in zip(part, latents.cpu().numpy()):
                 painted.put(painted_key(prompts[i], (h, w)), latent)
     processes.wait()
-
-
-def loss_weight(name: str):
-    """t (B,) -> (B,)."""
-
-    def min_snr(t, gamma: float = 5.0):      # arXiv:2303.09556, eq. 6, for noise prediction: min(SNR, gamma) / SNR
-        snr = alphas_cumprod(t) / (1 - alphas_cumprod(t))
-        return snr.clamp(max=gamma) / snr
-    return {"p2": p2_weight, "none": torch.ones_like, "v": v_weight, "min-snr": min_snr}[name]
 
 
 # ----- what is trained ---------------------------------------------------------------------------------
@@ -308,9 +303,14 @@ def build_painter(paths, prior, tokenizer, text_model, device, dtype):
     """The pipeline with the model that learns in it. Stage B and its text encoder are let go between two grids."""
     tiny, shared = is_tiny(paths["image_encoder"]), paths["text_encoder"] == paths["prior_text_encoder"]
     text_c = TextEncoder(tokenizer, text_model)
-    return Wuerstchen(lambda: load_stage_a(paths["vqgan"], dtype), lambda: load_stage_b(paths["decoder"], dtype), prior, text_c,
-                      text_c if shared else lambda: TextEncoder(*load_text_encoder(paths["text_encoder"], paths["tokenizer"], dtype)),
-                      device=device, dtype=dtype, **(dict(size=128, guidance_b=4.0) if tiny else {}))
+    networks = dict(stage_a=lambda: load_stage_a(paths["vqgan"], dtype).to(device), stage_c=prior, text_encoder_c=text_c,
+                    stage_b=lambda: load_stage_b(paths["decoder"], dtype).to(device), text_encoder_b=text_c)
+    if not shared:
+        networks["text_encoder_b"] = lambda: TextEncoder(*load_text_encoder(paths["text_encoder"], paths["tokenizer"], dtype))
+    pipeline = Wuerstchen(networks, 128 if tiny else 1024, device, dtype, b=Sampling(12, guidance=4.0 if tiny else 1.0))
+    pipeline.unloaded = dict(networks)
+    return pipeline
+
 
 
 def paint_samples(painter, prompts, args, autocast, with_lora: bool):
@@ -319,11 +319,11 @@ def paint_samples(painter, prompts, args, autocast, with_lora: bool):
     with autocast:
         for title, on in (("without LoRA", False), ("with LoRA", True)) if args.lora and with_lora else (("", True),):
             if args.lora:
-                (lora.enable if on else lora.disable)(painter.stage_c)
+                (lora.enable if on else lora.disable)(painter.part("stage_c"))
             columns[title] = [painter(prompt, seed=args.seed)[0] for prompt in prompts]
     if args.lora:
-        lora.enable(painter.stage_c)
-    painter.loaded = {name: part for name, part in painter.loaded.items() if name in ("stage_c", "text_encoder_c")}
+        lora.enable(painter.part("stage_c"))
+    painter.networks = dict(painter.unloaded)
     return grid([image for row in zip(*columns.values()) for image in row], len(columns), [*columns] if len(columns) > 1 else None, prompts)
 
 
@@ -334,7 +334,7 @@ def main(args):
     check(args)
     checkpoints = Checkpoints(f"{args.out}/checkpoints", args.keep)
     resumed = checkpoints.find(args.resume)
-    stop, processes = StopSignal(), Processes(args.device)
+    stop, processes = GracefulExit(), Processes(args.device)
     device, first = processes.device, processes.rank == 0
     args.dtype = args.dtype or ("fp32" if device.type == "cpu" else "bf16")
     args.lr = args.lr or (1e-5 if not args.lora and args.init == "weights" else 1e-4)
@@ -346,7 +346,7 @@ def main(args):
 
     # --- models ------------------------------------------------------------------------------------
     files = {part: getattr(args, part) for part in FILES if getattr(args, part)}
-    paths = hub.locate(args.weights, files, (*hub.TEXT_TO_IMAGE, "image_encoder") if args.sample_every else TRAINING_PARTS)
+    paths = locate(args.weights, files, (*hub.TEXT_TO_IMAGE, "image_encoder") if args.sample_every else TRAINING_PARTS)
     prior = build_prior(args, paths["prior"], dtype).to(device)
     tokenizer, text_model = load_text_encoder(paths["prior_text_encoder"], paths["prior_tokenizer"], torch.float32 if args.train_text else dtype)
     text_model.to(device).train(args.train_text).requires_grad_(args.train_text)
@@ -364,7 +364,7 @@ def main(args):
     # --- data --------------------------------------------------------------------------------------
     buckets = bucket_sizes(args.resolution or (128 if is_tiny(paths["image_encoder"]) else 1024), max_ratio=args.max_ratio)
     index = Path(args.cache or args.out) / "index"
-    with processes.one_after_another(), as_user_error():             # what one has indexed or fetched serves the others
+    with processes.main_first(), as_user_error():             # what one has indexed or fetched serves the others
         pictures = open_dataset(args.data, index_folder=index, **read_filters(args.filter))
         validation = open_dataset(args.val_data, index_folder=index) if args.val_data else pictures
     pictures.bucket = nearest_bucket(pictures.sizes, buckets)
@@ -385,7 +385,7 @@ def main(args):
         """(B,h,w,3) uint8 -> x_0 (B,16,h',w') float32, of about unit variance."""
         h, w = pixels.shape[1:3]
         images = pixels.to(device).permute(0, 3, 1, 2).float() / 255
-        return to_stored(image_encoder(preprocess(images, (h * 3 // 4, w * 3 // 4))))
+        return scale_semantic(image_encoder(preprocess(images, (h * 3 // 4, w * 3 // 4))))
 
     def embed(captions: list[str]):
         if args.train_text:
@@ -432,7 +432,7 @@ def main(args):
             fully_shard(block, mesh=mesh)
     optimizer = build_optimizer(model, args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
-    averaged, weight = Averaged(model, args.ema), loss_weight(args.loss_weight)
+    averaged, weight = EMA(model, args.ema), LOSS_WEIGHTS[args.loss_weight]
     whole = dict(full_state_dict=True, cpu_offload=True)                                 # gathered from all processes, if they are split
     start = bad = bad_in_all = 0
     if resumed is not None:
@@ -492,7 +492,7 @@ def main(args):
     step = start
     for step in bar:
         for group in optimizer.param_groups:
-            group["lr"] = rate(step, args)
+            group["lr"] = learning_rate(step, args)
         loss_sum = torch.zeros((), device=device)
         for micro in range(args.grad_accum):
             batch = next(samples)
@@ -553,9 +553,9 @@ def main(args):
             if first:
                 levels = {f"raw_loss_t_0.{i}": (raw[i] / count[i]).item() for i in range(10) if count[i] > 0}
                 memory = torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else None
-                log.write(done, loss=mean, smooth_loss=smooth, grad_norm=grad_norm.item(), lr=rate(step, args), images_per_second=speed,
+                log.write(done, loss=mean, smooth_loss=smooth, grad_norm=grad_norm.item(), lr=learning_rate(step, args), images_per_second=speed,
                           memory_gib=memory, bad_steps=bad_in_all, epoch=plan.epoch_of(done * plan.batch), **levels)
-                bar.set_postfix_str(f"loss {smooth:.4f}, |grad| {grad_norm.item():.2f}, lr {rate(step, args):.1e}, {speed:.1f} images/s"
+                bar.set_postfix_str(f"loss {smooth:.4f}, |grad| {grad_norm.item():.2f}, lr {learning_rate(step, args):.1e}, {speed:.1f} images/s"
                                     + (f", {memory:.1f} GiB" if memory else ""))
             sums.zero_()
             since, clock = done, time.time()

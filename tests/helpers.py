@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loading import weights
+from loading.names import check_fit, config_to_ours, to_original, translate
 from stage_a import StageA
 from v1.stage_b import StageBV1
 from stage_c import StageC
@@ -43,8 +44,9 @@ def manifest(name: str) -> dict[str, tuple[tuple, str]]:
 def build(stage: type, config: dict, state_dict: dict[str, Tensor], dtype=torch.float32):
     """A model of ours in eval mode from a configuration in diffusers' words and weights in either official naming."""
     with torch.device("meta"):
-        model = stage(**weights.config_to_ours(config, stage))
-    return weights.fill(model, weights.to_ours(state_dict, model).items(), dtype)
+        model = stage(**config_to_ours(config, stage))
+    check_fit({name: tuple(tensor.shape) for name, tensor in state_dict.items()}, model)
+    return weights.fill(model, translate(state_dict.items(), state_dict.keys(), model), dtype)
 
 
 def rel(found: Tensor, reference: Tensor) -> float:
@@ -97,7 +99,7 @@ def small_v1(folder: Path) -> Path:
                                  ("model_stage_c_ema.pt", "ema_state_dict", StageC)):
         model = stage(**SMALL_V1[stage])
         others = {"effnet_state_dict": {"x": torch.zeros(1)}, "iter": 7} if stage is StageBV1 else {}
-        torch.save({section: weights.to_original(model.state_dict(), model), **others}, folder / name)
+        torch.save({section: to_original(model.state_dict(), model), **others}, folder / name)
     tokenizer, _ = weights.load_text_encoder(TINY / "text_encoder", TINY / "tokenizer")
     encoder = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=1024, num_hidden_layers=1,
                                            num_attention_heads=16, intermediate_size=8,

@@ -185,15 +185,15 @@ def test_an_epoch_is_added_up_from_its_parts(monkeypatch):
 
 def test_reading_is_that_of_the_training_loop(monkeypatch):
     """Through train_c.py's own samples and two workers, from JPEGs of a folder a third larger than what is trained on."""
-    from training import data
-    taken, batches = [], data.batches
+    from training import order
+    taken, batches = [], order.batches
 
     def watched(samples, plan, processes, args):
         taken.append((type(samples).__name__, args.workers, samples.pictures.sizes.tolist()))
         for batch in batches(samples, plan, processes, args):
             taken.append((batch["x"].shape, batch["x"].dtype, batch["x"].float().std() > 20))
             yield batch
-    monkeypatch.setattr(data, "batches", watched)
+    monkeypatch.setattr(order, "batches", watched)
     assert bench.reading(96, 2, files=3)["seconds"] > 0
     assert taken == [("Samples", 2, [[128, 128]] * 3)] + [((2, 96, 96, 3), torch.uint8, True)] * (8 + 16)
 

@@ -172,9 +172,9 @@ def test_files_are_exchanged_with_diffusers_both_ways(tmp_path):
         return model(*args)
 
     for reference, load, save, args, ours, peer in (
-            (prior, weights.load_stage_c, weights.save_stage_c, prior_inputs(config_c, draw, 2), forward, forward),
-            (decoder, weights.load_stage_b, weights.save_stage_b, decoder_inputs(config_b, draw, 2), forward, forward),
-            (vqgan, weights.load_stage_a, weights.save_stage_a, (latents,),
+            (prior, weights.load_stage_c, weights.save_model, prior_inputs(config_c, draw, 2), forward, forward),
+            (decoder, weights.load_stage_b, weights.save_model, decoder_inputs(config_b, draw, 2), forward, forward),
+            (vqgan, weights.load_stage_a, weights.save_model, (latents,),
              lambda model, z: model.decode(z / 0.5), lambda model, z: model.decode(z).sample)):
         name = type(reference).__name__
         reference.save_pretrained(tmp_path / f"{name}.theirs")

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from diffusion import (DEFAULT_STAGE_C_TIMESTEPS, SAMPLERS, Guidance, Keep, add_noise, alphas_cumprod, check_finite,
                        cut_timesteps, ddim_step,
-                       ddpm_step, default_timesteps_c, denoise, dpm_solver_step, guide, linear_timesteps, p2_weight,
+                       ddpm_step, default_timesteps_c, denoise, dpm_solver_step, guide, linear_timesteps,
                        per_row,
-                       predict_x_0, segmented_timesteps, timesteps, v_weight)
+                       predict_x_0, segmented_timesteps, timesteps)
 from helpers import HostReads, golden, rel
+from training.losses import p2_weight, v_weight
 
 ALL_SAMPLERS = [*SAMPLERS.values(), partial(ddim_step, eta=0.5)]
 SAMPLER_NAMES = [*SAMPLERS, "ddim, eta 0.5"]

@@ -1,4 +1,4 @@
-"""Whatever kind of file a user has, it is read as they see it; what is saved is whole and says how it was made."""
+"""Any kind of image file is read the way its user sees it; saved files are complete and say how they were made."""
 import json
 import math
 import warnings
@@ -10,9 +10,10 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from extras import images
-from extras.images import (apply_linear, cover, enlarge, feather, fit_linear, fitting_size, grid, parameters_text, psnr,
-                           read_image, read_mask,
-                    read_settings, save_gif, save_png, strip, to_pil)
+from extras.images import (cover, enlarge, feather, fitting_size, grid, psnr, read_image, read_mask, save_gif, strip,
+                           to_pil)
+from extras.metadata import parameters_text, read_settings, save_png
+from extras.previews import apply_linear, fit_linear
 
 RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
 # (2, 3, 3) uint8, all six pixels different: no turning or mirroring leaves it as it is
@@ -35,7 +36,7 @@ def plain(colour, size=(8, 6)) -> Image.Image:
     (5, UPRIGHT.transpose(1, 0, 2)), (6, np.rot90(UPRIGHT)), (7, np.rot90(UPRIGHT.transpose(1, 0, 2), 2)),
     (8, np.rot90(UPRIGHT, -1))])
 def test_photos_are_read_upright(orientation, stored, tmp_path):
-    """Cameras store what the sensor saw and note in the EXIF data how to turn it: 6 and 8 held upright, 3 upside down."""
+    """Cameras store what the sensor saw; the EXIF data say how to turn it: 6 and 8 held upright, 3 upside down."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "photo.png", exif=exif)
@@ -43,7 +44,7 @@ def test_photos_are_read_upright(orientation, stored, tmp_path):
 
 
 def test_a_jpeg_from_a_phone_is_read_upright(tmp_path):
-    """The usual case: held upright, so wider than high in the file; red on the left there is above in the picture."""
+    """The usual case: held upright, so wider than high in the file. Red on the left of the file is at the top."""
     stored = Image.new("RGB", (64, 32), BLUE)
     stored.paste(RED, (0, 0, 32, 32))
     exif = Image.Exif()
@@ -80,29 +81,29 @@ def test_floats_are_read_from_0_to_1_or_from_0_to_255(values, tmp_path):
     (np.array([[-1, 9]], np.int32), r"its pixels \(mode I\) run from -1 to 9, expected 0 to 65535"),
     (np.array([[0, 300]], np.float32), r"its pixels \(mode F\) run from 0 to 300, expected 0 to 255"),
     (np.array([[0, np.nan]], np.float32), r"its pixels \(mode F\) run from nan to nan, expected 0 to 255")])
-def test_numbers_without_a_known_white_are_refused(values, problem):
-    """Rather than guess a scale and paint from a picture that nobody has seen."""
-    with pytest.raises(ValueError, match=f"^the image cannot be read as a picture: {problem}$"):
+def test_numbers_without_a_known_white_are_rejected(values, problem):
+    """Better than guessing a scale and generating from an image that nobody has seen."""
+    with pytest.raises(ValueError, match=f"^the image cannot be read: {problem}$"):
         read_image(Image.fromarray(values))
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
-def test_what_is_transparent_turns_white(mode):
+def test_transparent_pixels_turn_white(mode):
     """As on the page of a browser; dropping alpha shows whatever colour is stored underneath, mostly black."""
-    picture = Image.new("RGBA", (3, 1), (0, 0, 0, 255))
-    picture.putpixel((1, 0), (0, 0, 0, 0))
-    picture.putpixel((2, 0), (0, 0, 0, 51))              # a fifth black, four fifths white
-    assert pixels(read_image(picture.convert(mode))) == [[[0] * 3, [255] * 3, [204] * 3]]
+    image = Image.new("RGBA", (3, 1), (0, 0, 0, 255))
+    image.putpixel((1, 0), (0, 0, 0, 0))
+    image.putpixel((2, 0), (0, 0, 0, 51))              # a fifth black, four fifths white
+    assert pixels(read_image(image.convert(mode))) == [[[0] * 3, [255] * 3, [204] * 3]]
 
 
 def test_a_palette_with_a_transparent_entry_turns_white_there(tmp_path):
     """GIF and small PNG files; without a warning of Pillow's on the user's screen."""
-    picture = Image.fromarray(np.array([[0, 1, 2]], np.uint8)).convert("P")
-    picture.putpalette([*RED, *GREEN, *BLUE])
+    image = Image.fromarray(np.array([[0, 1, 2]], np.uint8)).convert("P")
+    image.putpalette([*RED, *GREEN, *BLUE])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for transparency in (1, bytes([255, 0, 255])):   # as one entry of GIF's and as a table of PNG's
-            picture.save(tmp_path / "palette.png", transparency=transparency)
+            image.save(tmp_path / "palette.png", transparency=transparency)
             assert pixels(read_image(tmp_path / "palette.png")) == [[[255, 0, 0], [255] * 3, [0, 0, 255]]]
 
 
@@ -119,7 +120,7 @@ def test_a_cmyk_jpeg_keeps_its_colours(tmp_path):
     assert red > 0.98 and green < 0.02 and blue < 0.02
 
 
-def test_one_bit_and_grey_pictures_get_three_equal_channels(tmp_path):
+def test_one_bit_and_grey_images_get_three_equal_channels(tmp_path):
     """1 is white, not 1 of 255."""
     Image.fromarray(np.array([[True, False]])).save(tmp_path / "bits.png")
     Image.fromarray(np.array([[255, 7]], np.uint8)).save(tmp_path / "grey.png")
@@ -130,9 +131,8 @@ def test_one_bit_and_grey_pictures_get_three_equal_channels(tmp_path):
 @pytest.mark.parametrize("mode", ["YCbCr", "HSV", "RGBX", "RGBa"])
 def test_other_modes_are_converted(mode):
     """Rare, but no reason to fail; orange comes back within 2 of 255."""
-    picture = plain((255, 128, 0)).convert("RGBA").convert(mode) if mode == "RGBa" else plain((255, 128,
-                                                                                               0)).convert(mode)
-    assert np.abs(np.array(pixels(read_image(picture))) - (255, 128, 0)).max() <= 2
+    image = plain((255, 128, 0)).convert("RGBA" if mode == "RGBa" else "RGB").convert(mode)
+    assert np.abs(np.array(pixels(read_image(image))) - (255, 128, 0)).max() <= 2
 
 
 def test_of_an_animation_the_first_frame_is_read(tmp_path):
@@ -141,12 +141,12 @@ def test_of_an_animation_the_first_frame_is_read(tmp_path):
     assert pixels(read_image(tmp_path / "moving.gif"))[0][0] == [255, 0, 0]
 
 
-def test_pictures_in_memory_are_left_as_they_are():
-    """The caller may go on with them."""
-    picture, array = Image.fromarray(UPRIGHT), UPRIGHT.copy()
-    picture.getexif()[0x0112] = 3
-    assert read_image(picture).shape == (3, 2, 3)
-    assert (np.asarray(picture) == UPRIGHT).all() and picture.getexif()[0x0112] == 3
+def test_images_in_memory_are_left_as_they_are():
+    """The caller may still use them."""
+    image, array = Image.fromarray(UPRIGHT), UPRIGHT.copy()
+    image.getexif()[0x0112] = 3
+    assert read_image(image).shape == (3, 2, 3)
+    assert (np.asarray(image) == UPRIGHT).all() and image.getexif()[0x0112] == 3
     read_image(array).zero_()
     assert (array == UPRIGHT).all()
 
@@ -159,13 +159,13 @@ def test_pictures_in_memory_are_left_as_they_are():
     torch.from_numpy(UPRIGHT).movedim(-1, 0) / 255, torch.from_numpy(UPRIGHT).movedim(-1, 0)[None] / 255,
     (torch.from_numpy(UPRIGHT).movedim(-1, 0) / 255).requires_grad_()])
 def test_arrays_and_tensors_of_every_kind_mean_the_same(source):
-    """Arrays have their colours last, tensors first, as numpy's and torch's pictures have."""
+    """Arrays have their colours last, tensors first, as numpy's and torch's images have."""
     image = read_image(source)
     assert image.dtype == torch.float32 and image.is_contiguous() and not image.requires_grad
     assert pixels(image) == UPRIGHT.tolist()
 
 
-def test_grey_arrays_and_tensors_and_bools_are_pictures_too():
+def test_grey_arrays_and_tensors_and_bools_are_images_too():
     """Masks are mostly that, among them what read_mask returns."""
     grey = np.array([[True, False]])
     for source in (grey, grey * np.uint8(255), grey.astype(np.float16), torch.from_numpy(grey),
@@ -179,15 +179,15 @@ def test_transparent_arrays_lie_over_white():
 
 
 def test_8_bits_survive_reading_and_to_pil():
-    """An unchanged picture is saved unchanged, all 256 values of it."""
+    """An unchanged image is saved unchanged, all 256 values."""
     array = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
     assert (np.asarray(to_pil(read_image(array)[None])[0]) == array).all()
 
 
 def test_to_pil_rounds():
     """Cutting off would darken by half a step on average: 0.999 of white is white."""
-    (picture,) = to_pil(torch.tensor([0.999, 0.5, 0.001])[None, :, None, None])
-    assert picture.mode == "RGB" and picture.getpixel((0, 0)) == (255, 128, 0)
+    (image,) = to_pil(torch.tensor([0.999, 0.5, 0.001])[None, :, None, None])
+    assert image.mode == "RGB" and image.getpixel((0, 0)) == (255, 128, 0)
 
 
 @pytest.mark.parametrize("source, problem", [
@@ -198,68 +198,68 @@ def test_to_pil_rounds():
     (np.zeros((5, 5), np.int64), "an array of int64, expected uint8 from 0 to 255 or floats from 0 to 1"),
     (np.full((5, 5), 128.0), "its numbers run from 128 to 128, expected floats from 0 to 1: scale them first"),
     (np.full((5, 5), -1.0), "its numbers run from -1 to -1, expected floats from 0 to 1"),
-    (np.full((5, 5), np.nan), "it holds numbers that are NaN or infinite, expected 0 to 1"),
-    (torch.full((3, 5, 5), math.inf), "it holds numbers that are NaN or infinite, expected 0 to 1"),
+    (np.full((5, 5), np.nan), "it contains NaN or infinity, expected numbers from 0 to 1"),
+    (torch.full((3, 5, 5), math.inf), "it contains NaN or infinity, expected numbers from 0 to 1"),
     (torch.zeros(2, 3, 5, 5), r"a tensor of shape \(2, 3, 5, 5\), expected \(3,H,W\), \(1,3,H,W\) or \(H,W\)"),
     (torch.zeros(5, 5, 3), r"a tensor of shape \(5, 5, 3\), expected"),
     (torch.zeros(3, 0, 5), r"a tensor of shape \(3, 0, 5\), expected"),
     (torch.zeros(3, 5, 5, dtype=torch.uint8), "a tensor of torch.uint8, expected floats from 0 to 1"),
     (Image.new("RGB", (0, 5)), "it has 0 x 5 px, expected at least 1 x 1"),
     (None, "got NoneType, expected a path, a PIL image, an array or a tensor")])
-def test_impossible_shapes_and_numbers_are_refused(source, problem):
+def test_impossible_shapes_and_numbers_are_rejected(source, problem):
     """In one line, which says what was expected."""
-    with pytest.raises(ValueError, match=f"^the image cannot be read as a picture: {problem}") as error:
+    with pytest.raises(ValueError, match=f"^the image cannot be read: {problem}") as error:
         read_image(source)
     assert "\n" not in str(error.value)
 
 
 def test_floats_just_outside_are_clamped():
-    """Resizing and half precision overshoot a little; that is no mistake of the caller's."""
+    """Resizing and half precision overshoot a little; the caller did nothing wrong."""
     assert read_image(torch.tensor([[-0.0009, 1.0009]]))[0].tolist() == [[0, 1]]
     with pytest.raises(ValueError, match="its numbers run from 0 to 1.002"):
         read_image(torch.tensor([[0, 1.002]]))
 
 
 def broken_files(folder):
-    """(path, what is said about it)"""
+    """(path, the problem that is reported)"""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     for suffix in ("png", "jpg", "gif", "tiff", "webp"):
         noise.save(folder / f"whole.{suffix}")
         data = (folder / f"whole.{suffix}").read_bytes()
         (folder / f"cut.{suffix}").write_bytes(data[:len(data) // 2])
         yield folder / f"cut.{suffix}", r"presumably it is cut off or damaged \("
-    (folder / "text.png").write_text("this is no picture")
-    yield folder / "text.png", "it holds no picture in a known format"
+    (folder / "text.png").write_text("this is not an image")
+    yield folder / "text.png", "it is not an image in a known format"
     (folder / "empty.png").touch()
-    yield folder / "empty.png", "it holds no picture in a known format"
+    yield folder / "empty.png", "it is not an image in a known format"
     yield folder / "missing.png", "there is no such file"
     yield folder, "it is a folder, expected a file"
 
 
-def test_files_that_are_no_pictures_are_named_in_one_line(tmp_path):
+def test_files_that_are_not_images_are_named_in_one_line(tmp_path):
     """Pillow's own errors come in many kinds, some of several lines, some without the file's name."""
     for path, problem in broken_files(tmp_path):
         for read in (read_image, read_mask, str):
-            with pytest.raises(ValueError, match=f"^{path} cannot be read as a picture: {problem}") as error:
+            with pytest.raises(ValueError, match=f"^{path} cannot be read: {problem}") as error:
                 read(path) if read is not str else read_image(str(path))
             assert "\n" not in str(error.value)
 
 
-def test_a_picture_of_absurd_size_is_refused(tmp_path, monkeypatch):
+def test_an_image_of_absurd_size_is_rejected(tmp_path, monkeypatch):
     """A file of a few kB can claim to be larger than memory; Pillow's limit is 179 million pixels."""
     plain(RED, (100, 100)).save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(ValueError,
-                       match="bomb.png cannot be read as a picture: Image size .10000 pixels. exceeds limit"):
+                       match="bomb.png cannot be read: Image size .10000 pixels. exceeds limit"):
         read_image(tmp_path / "bomb.png")
 
 
 def test_a_file_that_may_not_be_read_says_so(tmp_path, monkeypatch):
-    """The operating system's word for it; monkeypatched, since the tests may run as root, who may read everything."""
+    """The operating system's message; monkeypatched, because the tests may run as root, who may read everything."""
     def refuse(*args, **options):
         raise PermissionError(13, "Permission denied")
     monkeypatch.setattr(Image, "open", refuse)
-    with pytest.raises(ValueError, match="secret.png cannot be read as a picture: permission denied$"):
+    with pytest.raises(ValueError, match="secret.png cannot be read: permission denied$"):
         read_image("secret.png")
 
 
@@ -276,28 +276,28 @@ def test_white_is_marked_and_the_mask_is_0_or_1(tmp_path):
 @pytest.mark.parametrize("sheet", [BLACK, WHITE, (255, 0, 0)])
 @pytest.mark.parametrize("beneath", [BLACK, WHITE])
 def test_a_sheet_of_one_colour_marks_with_its_holes(sheet, beneath):
-    """Whatever its colour, and whatever colour the file happens to hold where nothing is to be seen."""
-    picture = Image.new("RGBA", (3, 1), (*sheet, 255))
-    picture.putpixel((1, 0), (*beneath, 0))
-    assert read_mask(picture).tolist() == [[0, 1, 0]]
+    """Whatever its colour, and whatever colour the file stores where nothing is visible."""
+    image = Image.new("RGBA", (3, 1), (*sheet, 255))
+    image.putpixel((1, 0), (*beneath, 0))
+    assert read_mask(image).tolist() == [[0, 1, 0]]
 
 
 def test_black_and_white_with_holes_is_read_over_white():
     """More than one colour: then the colours are meant, and a hole is white, as in read_image."""
-    picture = Image.new("RGBA", (3, 1), (*BLACK, 255))
-    picture.putpixel((1, 0), (*WHITE, 255))
-    picture.putpixel((2, 0), (*BLACK, 0))
-    assert read_mask(picture).tolist() == [[0, 1, 1]]
+    image = Image.new("RGBA", (3, 1), (*BLACK, 255))
+    image.putpixel((1, 0), (*WHITE, 255))
+    image.putpixel((2, 0), (*BLACK, 0))
+    assert read_mask(image).tolist() == [[0, 1, 1]]
 
 
-def test_an_opaque_alpha_channel_is_no_hole():
+def test_an_opaque_alpha_channel_is_not_a_hole():
     """Many editors always save one."""
-    picture = Image.new("RGBA", (2, 1), (*WHITE, 255))
-    assert read_mask(picture).tolist() == [[1, 1]]
+    image = Image.new("RGBA", (2, 1), (*WHITE, 255))
+    assert read_mask(image).tolist() == [[1, 1]]
 
 
-def test_a_mask_that_marks_nothing_is_refused(tmp_path):
-    """It would paint for minutes and change nothing."""
+def test_a_mask_that_marks_nothing_is_rejected(tmp_path):
+    """It would run for minutes and change nothing."""
     plain(BLACK).save(tmp_path / "black.png")
     with pytest.raises(ValueError,
                        match="black.png marks nothing: expected white where new content goes, black elsewhere$"):
@@ -329,8 +329,8 @@ def test_cover_keeps_the_shape_and_the_middle():
     torch.testing.assert_close(half, expected.expand(3, 50, 50), atol=0.01, rtol=0)
 
 
-def test_enlarge_leaves_the_picture_in_its_middle():
-    """Its edges repeated around it, and marked: what an image encoder sees there must look like more of the picture, not like a frame."""
+def test_enlarge_leaves_the_image_in_its_middle():
+    """Its edges are repeated around it, and marked: an image encoder must see more of the image there, not a frame."""
     image = torch.rand(3, 4, 5)
     larger, mask = enlarge(image, left=1, top=2, right=3, bottom=0)
     assert larger.shape == (3, 6, 9) and mask.shape == (6, 9)
@@ -338,7 +338,7 @@ def test_enlarge_leaves_the_picture_in_its_middle():
     assert larger[:, 0, 0].equal(image[:, 0, 0]) and larger[:, -1, -1].equal(image[:, -1, -1])
     assert read_mask(mask).equal(mask)
     with pytest.raises(ValueError,
-                       match="^nothing is added around the picture: at least one side must be larger than 0 px"):
+                       match="^nothing is added around the image: at least one side must be larger than 0 px"):
         enlarge(image, 0, 0, 0, 0)
 
 
@@ -349,8 +349,8 @@ def test_cover_smooths_when_it_shrinks():
 
 
 @pytest.mark.parametrize("size", [5, 16, 48])
-def test_a_mask_stays_a_mask_and_lies_on_its_picture(size):
-    """No grey pixels, and no shift: what is symmetric stays so, and it is where the smoothly resized picture is bright."""
+def test_a_mask_stays_a_mask_and_lies_on_its_image(size):
+    """No grey pixels, and no shift: it stays symmetric, and lies where the smoothly resized image is bright."""
     mask = torch.zeros(1, 20, 20)
     mask[:, 5:15, 5:15] = 1                                                       # symmetric about the middle
     small = cover(mask, size, size, nearest=True)
@@ -358,7 +358,7 @@ def test_a_mask_stays_a_mask_and_lies_on_its_picture(size):
     assert small.equal((cover(mask, size, size) > 0.5).float())
 
 
-def test_cover_refuses_what_is_no_picture():
+def test_cover_rejects_what_is_not_an_image():
     """A batch, or a size of 0."""
     with pytest.raises(ValueError, match=r"cannot bring shape \(1, 3, 8, 8\) to 4 x 4 px: expected \(C,H,W\)"):
         cover(torch.rand(1, 3, 8, 8), 4, 4)
@@ -380,12 +380,12 @@ def test_psnr_is_the_known_formula():
     a = torch.rand(3, 8, 8)
     assert psnr(a, a + 0.1) == pytest.approx(20, abs=1e-4)
     assert psnr(a, a) == math.inf
-    with pytest.raises(ValueError, match=r"pictures of shapes \(3, 8, 8\) and \(3, 8, 1\) cannot be compared"):
+    with pytest.raises(ValueError, match=r"images of shapes \(3, 8, 8\) and \(3, 8, 1\) cannot be compared"):
         psnr(a, a[:, :, :1])
 
 
 def test_feather_rises_inside_the_mask_only():
-    """What is not marked must come back bit for bit, so its weight is 0, not nearly 0."""
+    """Unmarked pixels must come back bit for bit, so their weight is 0, not almost 0."""
     mask = torch.zeros(40, 40)
     mask[10:30, 10:30] = 1
     weights = feather(mask, 3)
@@ -394,8 +394,8 @@ def test_feather_rises_inside_the_mask_only():
     assert weights.equal(weights.flip(0)) and weights.equal(weights.T)
 
 
-def test_the_border_of_the_picture_is_no_edge():
-    """A mask that leaves the picture goes on there; a fade would keep a frame of the old picture."""
+def test_the_border_of_the_image_is_not_an_edge():
+    """A mask that reaches the border continues beyond it; a fade would keep a frame of the old image."""
     mask = torch.zeros(20, 20)
     mask[:, 10:] = 1
     weights = feather(mask, 4)
@@ -422,39 +422,39 @@ def test_feather_of_radius_0_is_the_mask():
 
 # ----- laying out ------------------------------------------------------------------------------------
 
-def box(picture: Image.Image, left: int, top: int, width: int, height: int) -> set:
-    """The colours of a part of a picture."""
-    return {colour for _, colour in picture.crop((left, top, left + width, top + height)).getcolors(1000)}
+def box(image: Image.Image, left: int, top: int, width: int, height: int) -> set:
+    """The colours of a part of a image."""
+    return {colour for _, colour in image.crop((left, top, left + width, top + height)).getcolors(1000)}
 
 
 def test_cells_lie_where_they_are_expected():
     """Row by row with white gaps, nothing around them; an unfinished last row ends in white."""
-    picture = grid([plain(colour) for colour in (RED, GREEN, BLUE, BLACK, RED)], columns=3, gap=2)
-    assert picture.mode == "RGB" and picture.size == (3 * 8 + 2 * 2, 2 * 6 + 2)
+    image = grid([plain(colour) for colour in (RED, GREEN, BLUE, BLACK, RED)], columns=3, gap=2)
+    assert image.mode == "RGB" and image.size == (3 * 8 + 2 * 2, 2 * 6 + 2)
     for (left, top), colour in {(0, 0): RED, (10, 0): GREEN, (20, 0): BLUE, (0, 8): BLACK, (10, 8): RED,
                                 (20, 8): WHITE}.items():
-        assert box(picture, left, top, 8, 6) == {colour}
-    assert box(picture, 8, 0, 2, 14) == box(picture, 18, 0, 2, 14) == box(picture, 0, 6, 28, 2) == {WHITE}
+        assert box(image, left, top, 8, 6) == {colour}
+    assert box(image, 8, 0, 2, 14) == box(image, 18, 0, 2, 14) == box(image, 0, 6, 28, 2) == {WHITE}
 
 
 @pytest.mark.parametrize("side", [64, 128, 1024])
-def test_labels_stand_beside_the_cells_never_on_them(side):
-    """Cells end in the bottom right corner; above each and left of each there is text, and none in the corner between."""
+def test_labels_stand_next_to_the_cells_never_on_them(side):
+    """Cells end in the bottom right corner; there is text above and left of each, none in the corner between."""
     cells = [plain(colour, (side, side)) for colour in (RED, GREEN, BLUE, RED)]
-    picture = grid(cells, 2, ["guidance 1", "an endless label " * 20], ["seed 7", "another endless label " * 20], gap=4)
-    left, top = picture.width - 2 * side - 4, picture.height - 2 * side - 4
+    image = grid(cells, 2, ["guidance 1", "an endless label " * 20], ["seed 7", "another endless label " * 20], gap=4)
+    left, top = image.width - 2 * side - 4, image.height - 2 * side - 4
     for x, y, colour in ((0, 0, RED), (1, 0, GREEN), (0, 1, BLUE), (1, 1, RED)):
-        assert box(picture, left + x * (side + 4), top + y * (side + 4), side, side) == {colour}
-        assert min(box(picture, left + x * (side + 4), 0, side, top)) < (64, 64, 64)
-        assert min(box(picture, 0, top + y * (side + 4), left, side)) < (64, 64, 64)
+        assert box(image, left + x * (side + 4), top + y * (side + 4), side, side) == {colour}
+        assert min(box(image, left + x * (side + 4), 0, side, top)) < (64, 64, 64)
+        assert min(box(image, 0, top + y * (side + 4), left, side)) < (64, 64, 64)
     # a long label is as wide as a cell at most
     assert 15 <= top <= side / 3 and left <= side + 5
-    assert box(picture, 0, 0, left, top) == box(picture, left + side, 0, 4, top) == {WHITE}
-    assert box(picture, 0, top - 4, picture.width, 4) == box(picture, left - 4, 0, 4, top + side) == {WHITE}
+    assert box(image, 0, 0, left, top) == box(image, left + side, 0, 4, top) == {WHITE}
+    assert box(image, 0, top - 4, image.width, 4) == box(image, left - 4, 0, 4, top + side) == {WHITE}
 
 
 def test_long_labels_end_in_an_ellipsis():
-    """And fit; a label that fits is left alone, whatever its line breaks."""
+    """They fit. A label that fits is only put on one line."""
     font = images.ImageFont.load_default(size=11)
     short = images._shortened("a cat left of a moon on a green background", 128, font)
     assert short.endswith("…") and "a cat left of a moon on a green".startswith(short[:-1])
@@ -464,24 +464,24 @@ def test_long_labels_end_in_an_ellipsis():
 
 
 def test_strip_is_one_row():
-    """The picture of the README: from noise to image."""
+    """As in the README: from noise to image."""
     cells = [plain(RED), plain(GREEN), plain(BLUE)]
-    picture = strip(cells)
-    assert picture.size == (3 * 8 + 2 * 4, 6)
-    assert [box(picture, x, 0, 8, 6) for x in (0, 12, 24)] == [{RED}, {GREEN}, {BLUE}]
+    image = strip(cells)
+    assert image.size == (3 * 8 + 2 * 4, 6)
+    assert [box(image, x, 0, 8, 6) for x in (0, 12, 24)] == [{RED}, {GREEN}, {BLUE}]
     labelled = strip([cell.resize((64, 64)) for cell in cells], ["a", "b", "c"], gap=3)
     assert labelled.width == 3 * 64 + 2 * 3 and box(labelled, 0, labelled.height - 64, 64, 64) == {RED}
 
 
 @pytest.mark.parametrize("arguments, problem", [
-    (([], 1), r"got 0 pictures of sizes \[\]: expected at least one"),
+    (([], 1), r"got 0 images of sizes \[\]: expected at least one"),
     (([plain(RED), plain(RED, (6, 8))], 1),
-     r"got 2 pictures of sizes \[\(6, 8\), \(8, 6\)\]: expected at least one, and all of one size"),
+     r"got 2 images of sizes \[\(6, 8\), \(8, 6\)\]: expected at least one, all of one size"),
     (([plain(RED)], 0), "got 0 columns, expected at least 1"),
     (([plain(RED)] * 3, 2, ["a"]), "got 1 labels for 2 columns, expected one for each"),
     (([plain(RED)] * 3, 2, None, ["a", "b", "c"]), "got 3 labels for 2 rows, expected one for each")])
-def test_what_makes_no_grid_is_refused(arguments, problem):
-    """A label too many means that a picture is missing."""
+def test_impossible_grids_are_rejected(arguments, problem):
+    """A label too many means that a image is missing."""
     with pytest.raises(ValueError, match=f"^{problem}"):
         grid(*arguments)
 
@@ -504,7 +504,7 @@ def test_parameters_are_in_the_words_of_other_programs():
         "Version: wuerstchen, Steps b: 12, Guidance b: 4.0")
 
 
-def test_parameters_leave_out_what_is_not_there():
+def test_parameters_omit_missing_settings():
     """An empty negative prompt, no hashes, one side only, empty text."""
     assert parameters_text(dict(prompt="a\nb", negative_prompt="", steps_c=3, seed=0, width=128, hashes={"prior": None},
                                 note="")) == (
@@ -532,9 +532,9 @@ def test_a_name_known_to_readers_keeps_its_value():
 def test_settings_survive_in_the_file(prompt, tmp_path):
     """Any script, and numbers as numbers; both texts are there, the readable one as other programs expect it."""
     settings = SETTINGS | dict(prompt=prompt)
-    save_png(plain(RED), tmp_path / "new" / "picture.png", settings)
-    assert read_settings(tmp_path / "new" / "picture.png") == settings
-    with Image.open(tmp_path / "new" / "picture.png") as image:
+    save_png(plain(RED), tmp_path / "new" / "image.png", settings)
+    assert read_settings(tmp_path / "new" / "image.png") == settings
+    with Image.open(tmp_path / "new" / "image.png") as image:
         assert image.text["parameters"] == parameters_text(settings)
         assert image.text["wuerstchen"] == json.dumps(settings, ensure_ascii=False, sort_keys=True)
         assert image.getpixel((0, 0)) == RED and list(image.text) == ["parameters", "wuerstchen"]
@@ -550,10 +550,10 @@ def test_text_is_latin_1_where_it_can_be(tmp_path):
 
 
 def test_without_settings_a_png_carries_no_text(tmp_path):
-    """Not even that of the file which the picture came from: some do not want to tell how it was made."""
-    picture = plain(RED)
-    picture.info.update(parameters="private", wuerstchen="{}")
-    save_png(picture, tmp_path / "bare.png", None)
+    """Not even the text of the file that the image came from: some users do not want to tell how it was made."""
+    image = plain(RED)
+    image.info.update(parameters="private", wuerstchen="{}")
+    save_png(image, tmp_path / "bare.png", None)
     with Image.open(tmp_path / "bare.png") as image:
         assert image.text == {}
 
@@ -561,13 +561,13 @@ def test_without_settings_a_png_carries_no_text(tmp_path):
 @pytest.mark.parametrize("save", [lambda path, **options: save_png(plain(RED), path, SETTINGS, **options),
                                   lambda path, **options: save_gif([plain(RED)], path, **options)])
 def test_no_file_is_overwritten_silently(save, tmp_path):
-    """Pictures take minutes, and some are dear to someone."""
-    path = tmp_path / "picture"
-    path.write_text("dear to someone")
+    """Images take minutes, and someone may treasure an old one."""
+    path = tmp_path / "image"
+    path.write_text("treasured")
     with pytest.raises(FileExistsError,
-                       match="picture exists already and will not be overwritten: choose another name, or remove it"):
+                       match="image exists already and will not be overwritten: choose another name, or remove it"):
         save(path)
-    assert path.read_text() == "dear to someone"
+    assert path.read_text() == "treasured"
     save(path, overwrite=True)
     assert pixels(read_image(path))[0][0] == [255, 0, 0]
 
@@ -580,14 +580,14 @@ def test_a_save_that_fails_leaves_no_half_file_and_the_old_one(save, tmp_path, m
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(Image.Image, "save", full)
-    (tmp_path / "old").write_text("dear to someone")
+    (tmp_path / "old").write_text("treasured")
     for name in ("old", "new"):
         with pytest.raises(OSError, match="No space left"):
             save(tmp_path / name)
-    assert [path.name for path in tmp_path.iterdir()] == ["old"] and (tmp_path / "old").read_text() == "dear to someone"
+    assert [path.name for path in tmp_path.iterdir()] == ["old"] and (tmp_path / "old").read_text() == "treasured"
 
 
-def test_settings_that_are_not_there_are_explained(tmp_path):
+def test_missing_settings_are_explained(tmp_path):
     """Which file, and what it is instead; always in one line."""
     plain(RED).save(tmp_path / "bare.png")
     plain(RED).save(tmp_path / "photo.jpg")
@@ -597,23 +597,23 @@ def test_settings_that_are_not_there_are_explained(tmp_path):
         plain(RED).save(tmp_path / name, pnginfo=text)
     save_png(plain(RED, (400, 400)), tmp_path / "cut.png", SETTINGS)
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:-100])
-    (tmp_path / "text.png").write_text("no picture")
-    none, unreadable = "carries no settings of this program: ", "cannot be read as a picture: "
+    (tmp_path / "text.png").write_text("not an image")
+    none, unreadable = "contains no settings of this program: ", "cannot be read: "
     for name, problem in {
             "bare.png": f"{none}expected a PNG file just as it was saved",
             "photo.jpg": f"{none}expected a PNG file just as it was saved",
-            "broken.png": f"{none}its text 'wuerstchen' is no JSON \\(Expecting value",
-            "list.png": f"{none}its text 'wuerstchen' is no JSON object",
-            "deep.png": f"{none}its text 'wuerstchen' is no JSON",
+            "broken.png": f"{none}its text 'wuerstchen' is not JSON \\(Expecting value",
+            "list.png": f"{none}its text 'wuerstchen' is not a JSON object",
+            "deep.png": f"{none}its text 'wuerstchen' is not JSON",
             "cut.png": f"{unreadable}presumably it is cut off",
-            "text.png": f"{unreadable}it holds no picture in a known format",
+            "text.png": f"{unreadable}it is not an image in a known format",
             "missing.png": f"{unreadable}there is no such file"}.items():
         with pytest.raises(ValueError, match=f"^{tmp_path / name} {problem}") as error:
             read_settings(tmp_path / name)
         assert "\n" not in str(error.value)
 
 
-def test_a_gif_has_all_frames_and_plays_for_ever(tmp_path):
+def test_a_gif_has_all_frames_and_loops_forever(tmp_path):
     """0.15 s each, and from the start again (loop 0)."""
     save_gif([plain(colour) for colour in (RED, GREEN, BLUE)], tmp_path / "steps.gif")
     with Image.open(tmp_path / "steps.gif") as movie:
@@ -621,14 +621,14 @@ def test_a_gif_has_all_frames_and_plays_for_ever(tmp_path):
         for i, colour in enumerate((RED, GREEN, BLUE)):
             movie.seek(i)
             assert movie.convert("RGB").getpixel((0, 0)) == colour
-    with pytest.raises(ValueError, match="got 0 pictures"):
+    with pytest.raises(ValueError, match="got 0 images"):
         save_gif([], tmp_path / "none.gif")
 
 
-# ----- latents as pictures ---------------------------------------------------------------------------
+# ----- latents as colours ---------------------------------------------------------------------------
 
 def test_a_linear_world_is_found_again():
-    """Colours that are a linear map of the latents, plus a constant: the fit returns that map, the pictures those colours."""
+    """Colours that are a linear map of the latents, plus a constant: the fit returns that map and those colours."""
     latents = torch.randn(3, 4, 5, 6)                                             # (N, C, h, w)
     truth = torch.cat([0.05 * torch.randn(4, 3), torch.full((1, 3), 0.5)])        # (C + 1, 3)
     colours = torch.einsum("nchw,cd->ndhw", latents, truth[:-1]) + truth[-1][:, None, None]
@@ -640,10 +640,10 @@ def test_a_linear_world_is_found_again():
     torch.testing.assert_close(apply_linear(latents, matrix), colours, atol=1e-5, rtol=0)
 
 
-def test_the_fit_is_the_best_there_is():
+def test_no_other_map_fits_better():
     """Any other map has a larger squared error, for colours that are not linear at all."""
-    latents, pictures = torch.randn(4, 2, 6, 6), torch.rand(4, 3, 24, 24)
-    matrix, goal = fit_linear(latents, pictures), torch.nn.functional.avg_pool2d(pictures, 4)
+    latents, images = torch.randn(4, 2, 6, 6), torch.rand(4, 3, 24, 24)
+    matrix, goal = fit_linear(latents, images), torch.nn.functional.avg_pool2d(images, 4)
     best = (apply_linear(latents, matrix) - goal).square().sum()
     for _ in range(10):
         assert (apply_linear(latents, matrix + 0.01 * torch.randn(3, 3)) - goal).square().sum() > best
@@ -656,14 +656,14 @@ def test_a_channel_that_is_always_0_does_not_upset_the_fit():
     assert fit_linear(latents, torch.rand(2, 3, 8, 8)).isfinite().all()
 
 
-def test_small_pictures_stay_within_0_and_1():
-    """Latents far out would leave it; half precision is taken, too."""
+def test_small_images_stay_within_0_and_1():
+    """Latents far out would leave it; half precision is accepted."""
     matrix = torch.tensor([[1.0, -1.0, 0.0], [0.0, 0.0, 0.25]])                   # one channel and the constant
-    pictures = apply_linear(torch.full((1, 1, 2, 2), 9.0, dtype=torch.float16), matrix)
-    assert pictures.dtype == torch.float32 and pictures[0, :, 0, 0].tolist() == [1, 0, 0.25]
+    images = apply_linear(torch.full((1, 1, 2, 2), 9.0, dtype=torch.float16), matrix)
+    assert images.dtype == torch.float32 and images[0, :, 0, 0].tolist() == [1, 0, 0.25]
 
 
-def test_latents_and_pictures_must_belong_together():
+def test_latents_and_images_must_belong_together():
     """One image per latent, one row of the matrix per channel and one for the constant."""
     with pytest.raises(ValueError,
                        match=r"got latents of shape \(2, 4, 4, 4\) for images of shape \(3, 3, 8, 8\): expected"):

@@ -307,7 +307,7 @@ def test_what_does_not_go_is_said_in_one_line(monkeypatch, capsys):
 
 def test_a_picture_says_that_it_was_made_in_int8(tmp_path):
     """8 bits change the picture: so it is among the settings that are saved with it, and taken over by --like."""
-    from extras.images import read_settings
+    from extras.metadata import read_settings
     few = ["--steps-c", "2", "--steps-b", "2", "--device", "cpu"]
     sample.main(["--prompt", "a moon on a red background", "--seed", "1", "--int8", *few, "--out",
                  str(tmp_path / "a.png")])

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from loading import files
 import lora
 from loading import weights
+from loading.names import config_to_diffusers, name_table, to_diffusers
 from helpers import manifest, rel
 from lora import (LoRALayer, add_lora, base_hash, base_state_dict, disable, enable, load_lora, lora_parameters,
                   lora_state_dict,
@@ -294,7 +295,7 @@ def test_a_regular_expression_chooses_layers():
 def test_the_table_of_names_is_that_of_weights():
     """lora.py carries its own, to be copied alone; here it is held against the one that weights.py loads models by."""
     model = prior(depth=3)
-    table = {ours: (theirs, kind) for theirs, (ours, kind) in weights.name_table(model).items()}
+    table = {ours: (theirs, kind) for theirs, (ours, kind) in name_table(model).items()}
     for name in lora.find_layers(model)[0]:
         found = lora.their_name(name)
         assert (f"{found}.weight", "1x1" if found in lora.CONVOLUTIONS_THERE else "") == table[f"{name}.weight"]
@@ -457,7 +458,7 @@ def test_remove_gives_the_plain_model_back():
         remove(model)
         assert same(bits(model), before) and list(model.state_dict()) == list(before)
         assert not any(isinstance(module, LoRALayer) for module in model.modules())
-        assert weights.to_diffusers(model.state_dict(), model)
+        assert to_diffusers(model.state_dict(), model)
 
 
 def test_base_state_dict_has_the_old_names_while_wrapped():
@@ -861,9 +862,9 @@ def test_info_shows_what_is_inside(tmp_path, capsys):
 
 
 def save_prior(model, folder):
-    """In its own dtype; save_stage_c always writes float16."""
-    tensors = {name: t.contiguous() for name, t in weights.to_diffusers(model.state_dict(), model).items()}
-    files.write_files(weights.config_to_diffusers(model), tensors, folder, files.STEM)
+    """In its own dtype; save_model always writes float16."""
+    tensors = {name: t.contiguous() for name, t in to_diffusers(model.state_dict(), model).items()}
+    files.write_files(config_to_diffusers(model), tensors, folder, files.STEM)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -950,9 +951,9 @@ def oracle(model: StageC):
             kind = importlib.import_module(f"diffusers.{package}.wuerstchen.modeling_wuerstchen_prior").WuerstchenPrior
         except ImportError:
             continue
-        theirs = kind(**{key: value for key, value in weights.config_to_diffusers(model).items()
+        theirs = kind(**{key: value for key, value in config_to_diffusers(model).items()
                          if not key.startswith("_")})
-        theirs.load_state_dict(weights.to_diffusers(model.state_dict(), model))
+        theirs.load_state_dict(to_diffusers(model.state_dict(), model))
         return theirs.eval()
     pytest.skip("this version of diffusers has no Würstchen any more")
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import sample
 from helpers import PUBLISHED, SMALL_V1, small_v1
-from extras.images import read_settings, save_png
+from extras.metadata import read_settings, save_png
 from wuerstchen import Wuerstchen, latent_sizes
 
 QUICK = ["--weights", str(PUBLISHED), "--width", "128", "--height", "128", "--steps-c", "3", "--steps-b", "2"]
@@ -616,9 +616,9 @@ def test_what_has_changed_since_is_told(capsys):
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("foreign.png", None, "foreign.png carries no settings of this program: expected a PNG file just as it was saved"),
-    ("text.png", b"no picture", "text.png cannot be read as a picture: it holds no picture in a known format"),
-    ("missing.png", None, "missing.png cannot be read as a picture: there is no such file"),
+    ("foreign.png", None, "foreign.png contains no settings of this program: expected a PNG file just as it was saved"),
+    ("text.png", b"no picture", "text.png cannot be read: it is not an image in a known format"),
+    ("missing.png", None, "missing.png cannot be read: there is no such file"),
     ("forged.png", {"steps_c": "many"}, "argument --steps-c: expected something like 29"),
     ("forged.png", {"prompt": "cat", "hashes": 3, "seed": -5}, "argument --seed: expected a whole number"),
     ("forged.png", {"out": "/elsewhere"}, EMPTY)])
@@ -730,19 +730,19 @@ def test_outpainting_leaves_the_picture_within_its_border():
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--init", "missing.png"], "missing.png cannot be read as a picture: there is no such file"),
-    (["--init", "text.png"], "text.png cannot be read as a picture: it holds no picture"),
-    (["--reconstruct", "text.png"], "text.png cannot be read as a picture: it holds no picture"),
+    (["--init", "missing.png"], "missing.png cannot be read: there is no such file"),
+    (["--init", "text.png"], "text.png cannot be read: it is not an image"),
+    (["--reconstruct", "text.png"], "text.png cannot be read: it is not an image"),
     (["--init", "photo.png", "--mask", "black.png"], "black.png marks nothing: expected white"),
-    (["--init", "photo.png", "--mask", "text.png"], "text.png cannot be read as a picture"),
-    (["--init", "photo.png", "--outpaint", "0,0,0,0"], "nothing is added around the picture"),
+    (["--init", "photo.png", "--mask", "text.png"], "text.png cannot be read"),
+    (["--init", "photo.png", "--outpaint", "0,0,0,0"], "nothing is added around the image"),
     (["--from-latent", "missing.safetensors"],
      "missing.safetensors cannot be read as a .safetensors file: No such file"),
     (["--from-latent", "photo.png"], "photo.png cannot be read as a .safetensors file"),
     (["--from-latent", "rows.safetensors"],
      "rows.safetensors holds latents_c, expected semantic, states, size: is it a file written by --save-latent?"),
     (["--tensors", "rows.safetensors"], "rows.safetensors holds tensors for several pictures, expected 1 row of each"),
-    (["--prompt-file", "p.jsonl"], "missing.png cannot be read as a picture")])
+    (["--prompt-file", "p.jsonl"], "missing.png cannot be read")])
 def test_files_that_cannot_be_used_are_found_before_weights_are_loaded(argv, message, capsys, monkeypatch):
     """The weights may be 12 GB that must be fetched first. Of a prompt file, also those of the last line."""
     monkeypatch.setattr(Wuerstchen, "load", None)
@@ -948,7 +948,7 @@ def no_picture():
 
 
 @pytest.mark.parametrize("weights, message", [("nowhere", "there is no such folder"),
-                                              (".", "holds no weights that are understood"),
+                                              (".", "does not hold weights in a known layout"),
                                               ("tiny.png", "there is no such folder")])
 def test_folders_that_hold_no_weights(weights, message, capsys):
     assert message in error_of(capsys, "--prompt", "cat", "--out", "a.png", "--weights", weights)

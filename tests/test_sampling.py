@@ -897,7 +897,7 @@ MISTAKES = [
     (dict(init=RIGHT, strength=1.5),
      "strength is 1.5, expected a number from 0, nothing changes, to 1, nothing is kept"),
     (dict(init=np.zeros((10, 400)), width=300), "height 8 is not possible"),
-    (dict(init="no such file.png"), "no such file.png cannot be read as a picture: there is no such file"),
+    (dict(init="no such file.png"), "no such file.png cannot be read: there is no such file"),
     (dict(prompt=[CAT, 3]), "the prompt is empty"),
 ]
 

@@ -606,7 +606,7 @@ def test_a_small_v1_of_one_s_own(v1, tmp_path):
         (tmp_path / part).symlink_to(TINY / part)
     torch.manual_seed(1)
     decoder = StageBV1(**SMALL_V1[StageBV1] | dict(codebook_size=weights.load_stage_a(TINY / "vqgan").config["codebook_size"], c_text=128))
-    weights.save_stage_b_v1(decoder, tmp_path / "decoder")
+    weights.save_model(decoder, tmp_path / "decoder")
     model = Wuerstchen.load(tmp_path, "cpu")
     assert (model.v1_b, model.v1_c, model.size, model.steps_c, model.steps_b,
             model.guidance_b) == (True, False, 128, 29, 8, 2.0)

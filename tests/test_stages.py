@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import stage_b
 from v1 import stage_b as stage_b_v1
 import stage_c
-from loading import weights
+from loading.names import config_to_ours, name_table, to_original
 from helpers import build, capture, draw, golden, manifest, rel, under, weights_from_names
 from stage_a import StageA, VQResBlock
 from stage_b import (AttentionBlock, EfficientNetEncoder, ResBlock, StageB, TimestepBlock, TinyImageEncoder,
@@ -75,7 +75,8 @@ def test_untrained_stage_c_returns_its_input():
 
 def test_stage_c_training_step_equals_the_original():
     """Scaled features, noise, prediction, weighted loss, gradients, clipping, one AdamW step: each as in the authors' loop."""
-    from diffusion import add_noise, p2_weight
+    from diffusion import add_noise
+    from training.losses import p2_weight
     from wuerstchen import to_stored
     data, config = golden("training_stage_c")
     model = build(StageC, {**config["model"], "dropout": 0.0}, under("sd/original/", data)).train()
@@ -92,7 +93,7 @@ def test_stage_c_training_step_equals_the_original():
     loss.backward()
 
     def compare(tensors, prefix, tolerance):
-        found, wanted = weights.to_original(tensors, model), under(prefix, data)
+        found, wanted = to_original(tensors, model), under(prefix, data)
         assert found.keys() == wanted.keys()
         for name, tensor in found.items():
             reference = wanted[name]
@@ -202,7 +203,7 @@ def test_stage_b_has_no_plain_feed_forward_blocks():
     _, config = golden("diffnext_original_only")
     with pytest.raises(ValueError, match="'CTF' has an unknown letter 'F': use C, T and A"), warnings.catch_warnings():
         warnings.simplefilter("ignore")          # config_to_ours also warns of self_attn
-        StageB(**weights.config_to_ours(config["model"], StageB))
+        StageB(**config_to_ours(config["model"], StageB))
 
 
 # --- Stage A -----------------------------------------------------------------------------------------
@@ -277,7 +278,7 @@ def test_image_encoder_equals_the_original():
             facts = torch.stack([x.mean(), x.std(), x.flatten()[0]])
             assert rel(facts, data[f"mid/efficientnet_v2_s/{tag}/stage{i}_mean_std_first"]) < 1e-5
     head = {name.replace("/", ".", 1): tensor for name, tensor in under("sd/", data).items()}       # "mapper/0.weight"
-    mapper = {ours: head[theirs] for theirs, (ours, _) in weights.name_table(encoder).items() if theirs in head}
+    mapper = {ours: head[theirs] for theirs, (ours, _) in name_table(encoder).items() if theirs in head}
     encoder.load_state_dict(mapper, strict=False)
     raw = encoder.norm(encoder.to_semantic(data["in/head/features"]))
     assert rel(raw, data["out/head/mapper"]) < 1e-5

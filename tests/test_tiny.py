@@ -8,7 +8,7 @@ import torch
 
 from tiny.evaluate import Judge, fixed_prompts, verdict
 from training.scenes import Scene, render
-from training.run import to_tensor
+from training.samples import to_tensor
 from wuerstchen import Wuerstchen
 
 TINY = Path(__file__).parent.parent / "models" / "tiny"

@@ -20,12 +20,13 @@ from safetensors.torch import load_file, save_file
 from training import scenes
 import train_a
 from loading.errors import UserError
-from training import run as training
+from training import optim
+from training.processes import Processes, SynchronisedBatchNorm
 from helpers import lines, newest, same
 from stage_a import (Codebook, CodebookAverages, PatchDiscriminator, StageA, adaptive_weight, count, discriminator_loss,
                      generator_loss,
                      perceptual_loss, perplexity)
-from loading.weights import load_stage_a, save_stage_a
+from loading.weights import load_stage_a, save_model
 
 ROOT = Path(train_a.__file__).parent
 TINY = ROOT / "models" / "tiny" / "vqgan"
@@ -87,7 +88,7 @@ def test_the_shipped_model_reconstructs_unseen_scenes():
     """Measured on these 64: 30.0 dB, 28.7 dB by way of the codebook, of the mean squared error of all."""
     images = torch.from_numpy(scenes.EmojiScenes("all", seed=987654321).batch(0, 64)[0]).permute(0, 3, 1, 2)
     values = train_a.validate(load_stage_a(TINY), images, train_a.parse_args(["--out", "unused"]),
-                              training.Processes("cpu"))
+                              Processes("cpu"))
     assert values["val_psnr"] > 29.8 and values["val_psnr_quantised"] > 28.5
 
 
@@ -101,7 +102,7 @@ def test_psnr_is_that_of_the_mean_squared_error(folder):
     model.decode_raw = lambda z: torch.full((len(z), 3, 32, 32), 0.5)
     images = torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8)
     values = train_a.validate(model, images, train_a.parse_args(["--out", "unused", "--batch", "4"]),
-                              training.Processes("cpu"))
+                              Processes("cpu"))
     expected = -10 * (images.double() / 255 - 0.5).square().mean().log10()
     assert values["val_psnr"] == pytest.approx(expected.item(), abs=1e-4) == values["val_psnr_quantised"]
 
@@ -288,7 +289,7 @@ def test_dead_codes_are_put_where_latents_are(folder, tmp_path, kind):
     """Codes far from everything win nothing and get no gradient; after a revival they are latents, in the averages, too."""
     far = StageA(bottleneck_blocks=1, c_hidden=8, codebook_size=32, scale_factor=1.0)
     far.codebook.codes.data[4:] += 1000
-    save_stage_a(far, tmp_path / "far")
+    save_model(far, tmp_path / "far")
     codes = {steps: newest(train(folder, tmp_path / f"{steps}", "--init", str(tmp_path / "far"), "--codebook", kind,
                                  steps=steps))
              for steps in (1, 2)}
@@ -333,7 +334,7 @@ def test_a_frozen_encoder_leaves_every_latent_as_it_was(folder, tmp_path):
 def test_frozen_weights_of_full_precision_are_not_rounded(folder, tmp_path):
     """The result is float16 as a rule; not where that would move latents."""
     from loading.files import STEM, write_files
-    from loading.weights import config_to_diffusers, to_diffusers
+    from loading.names import config_to_diffusers, to_diffusers
     model = StageA(bottleneck_blocks=1, c_hidden=8, codebook_size=32)
     write_files(config_to_diffusers(model),
                 {name: t.contiguous() for name, t in to_diffusers(model.state_dict(), model).items()},
@@ -412,7 +413,7 @@ import pathlib, training
 def threads():
     return sum("gloo" in path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm"))
 def work():
-    processes = training.Processes("cpu")
+    processes = Processes("cpu")
     model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
     model(torch.ones(1, 2)).sum().backward()
     assert processes.sum(torch.ones(())) == 2 and threads() > 0
@@ -433,13 +434,13 @@ def test_synchronised_batchnorm_is_batchnorm_of_all(tmp_path):
         reference.weight.copy_(torch.randn(4)), reference.bias.copy_(torch.randn(4))
     torch.save(dict(x=x, weight=weight, state=reference.state_dict()), tmp_path / "given.pt")
     torchrun(2, """
-from training import run as training
-processes = training.Processes("cpu")
+from training.processes import Processes, SynchronisedBatchNorm
+processes = Processes("cpu")
 given = torch.load("given.pt")
 part = slice(0, 2) if processes.rank == 0 else slice(2, 6)
 norm = torch.nn.Sequential(torch.nn.BatchNorm2d(4))
 norm[0].load_state_dict(given["state"])
-training.SynchronisedBatchNorm.convert(norm)
+SynchronisedBatchNorm.convert(norm)
 x = given["x"][part].requires_grad_()
 y = norm(x)
 (y * given["weight"][part]).sum().backward()
@@ -466,8 +467,8 @@ def test_synchronised_batchnorm_alone_is_batchnorm():
     expected = model(x), model.eval()(x)
     names = [name for name, _ in model.named_parameters()]
     model[1].reset_running_stats()
-    training.SynchronisedBatchNorm.convert(model.train())
-    assert isinstance(model[1], training.SynchronisedBatchNorm)
+    SynchronisedBatchNorm.convert(model.train())
+    assert isinstance(model[1], SynchronisedBatchNorm)
     assert [name for name, _ in model.named_parameters()] == names
     same(expected, (model(x), model.eval()(x)))
 
@@ -536,14 +537,14 @@ def test_the_discriminator_learns_once_per_step_from_the_start_on(folder, tmp_pa
 
 def test_a_signal_finishes_the_step_and_saves(folder, tmp_path, monkeypatch, capsys):
     unbroken = train(folder, tmp_path / "unbroken", steps=4)
-    update = training.Averaged.update
+    update = optim.EMA.update
 
     def update_and_warn(self):
         update(self)
         if self.updates == 2:
             os.kill(os.getpid(), signal.SIGTERM)
     with monkeypatch.context() as patch:
-        patch.setattr(training.Averaged, "update", update_and_warn)
+        patch.setattr(optim.EMA, "update", update_and_warn)
         out = train(folder, tmp_path / "run", steps=4)
     assert newest(out)["step"] == 2 and "stopped after step 2" in capsys.readouterr().err and not (out / "vqgan").exists()
     train(folder, out, "--resume", "auto", steps=4)
@@ -629,7 +630,7 @@ def test_a_dry_run_says_what_would_happen_and_does_nothing(folder, tmp_path, cap
 def test_a_run_is_not_overwritten_and_foreign_checkpoints_are_refused(folder, tmp_path):
     out = train(folder, tmp_path / "run", steps=1)
     with pytest.raises(UserError,
-                       match="exists already: add --resume auto to go on from it, or choose another --out"):
+                       match="exists already: add --resume auto to continue from it, or choose another --out"):
         train(folder, out)
     torch.save(dict(script="train_b.py"), tmp_path / "b.pt")
     with pytest.raises(UserError, match="is not a checkpoint of train_a.py but of train_b.py"):

@@ -15,12 +15,13 @@ import pytest
 import torch
 from PIL import Image
 
-from training import data
+from training import data, order
 import sample
 from training import scenes
 import train_b
-from training import run as training
-from diffusion import add_noise, alphas_cumprod, p2_weight, v_weight
+from training import optim
+from diffusion import add_noise, alphas_cumprod
+from training.losses import p2_weight, v_weight
 from loading.errors import UserError, WeightsError
 from helpers import lines, newest, same
 from stage_a import StageA
@@ -264,7 +265,7 @@ def test_captions_are_dropped_one_by_one_and_by_a_coin_of_their_own(folder, draw
 def test_noise_levels_reach_one_and_lean_towards_it(drawn, exponent):
     """t' = (1 - u) 1.08 + 0.001, clamped, then 1 - (1 - t')^exponent: 7 % at exactly t = 1, where sampling starts, in float32."""
     args = train_b.parse_args(["--out", "x", "--blind", "0", "--high-noise", str(exponent)])
-    chance = torch.from_numpy(np.array([data.sample_rng(0, position, "timestep").random() for position in range(6000)],
+    chance = torch.from_numpy(np.array([order.sample_rng(0, position, "timestep").random() for position in range(6000)],
                                        np.float32))
     assert np.array_equal(chance[:600].numpy(), [item["chance"] for item in drawn])
     t = train_b.noise_levels(chance, 0, args)
@@ -475,14 +476,14 @@ def test_a_resumed_run_is_the_unbroken_run_to_the_bit(folder, new, tmp_path, opt
 def test_a_signal_finishes_the_step_and_saves(folder, new, tmp_path, monkeypatch, capsys):
     """A scheduler warns with SIGTERM before it kills: nothing is lost, and the run goes on as if nothing had happened."""
     unbroken = train(folder, tmp_path / "unbroken", *new, steps=4)
-    update = training.Averaged.update
+    update = optim.EMA.update
 
     def update_and_warn(self):
         update(self)
         if self.updates == 2:
             os.kill(os.getpid(), signal.SIGTERM)
     with monkeypatch.context() as patch:
-        patch.setattr(training.Averaged, "update", update_and_warn)
+        patch.setattr(optim.EMA, "update", update_and_warn)
         out = train(folder, tmp_path / "run", *new, steps=4)
     assert newest(out)["step"] == 2 and "stopped after step 2" in capsys.readouterr().err and not (out / "decoder").exists()
     train(folder, out, *new, "--resume", "auto", steps=4)
@@ -527,7 +528,7 @@ def test_a_broken_picture_is_replaced_and_named(folder, new, tmp_path, capsys):
         (broken / path.name).write_bytes(path.read_bytes())
     (broken / "03.png").write_bytes((folder / "03.png").read_bytes()[:400])
     train(broken, tmp_path / "run", *new, "--cache", str(tmp_path / "cache"), steps=4)
-    assert "1 pictures cannot be read: " in capsys.readouterr().err
+    assert "1 images cannot be read: " in capsys.readouterr().err
     train(broken, tmp_path / "other", *new, "--even-contrast", "--val-every", "4", steps=4)
 
 
@@ -608,7 +609,7 @@ def test_only_the_newest_checkpoints_are_kept_and_others_are_refused(folder, new
     out = train(folder, tmp_path / "run", *new, "--save-every", "1", "--keep", "2", steps=3)
     assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step_00000002.pt", "step_00000003.pt"]
     with pytest.raises(UserError,
-                       match="exists already: add --resume auto to go on from it, or choose another --out"):
+                       match="exists already: add --resume auto to continue from it, or choose another --out"):
         train(folder, out, *new)
     torch.save(dict(script="train_c.py"), tmp_path / "c.pt")
     with pytest.raises(UserError, match="is not a checkpoint of train_b.py but of train_c.py"):

@@ -15,12 +15,15 @@ import torch
 from PIL import Image
 
 from training import cache
-from training import data
+from training import data, order
 from loading import hub
 from v1 import stage_b as stage_b_v1
 from v1 import training as tokens
 import train_b
 from loading import weights
+from loading.files import read_config
+from loading.layouts import locate
+from loading.names import config_to_ours
 from diffusion import add_noise
 from loading.errors import UserError, WeightsError
 from helpers import TINY, lines, newest, same
@@ -113,15 +116,15 @@ def test_a_new_one_begins_with_stage_a_s_codes_and_a_trained_one_with_its_own(fo
 
 def test_the_tiny_v1_is_a_name_and_shares_all_but_stage_b(monkeypatch):
     """3 to 5 million parameters, less than 16 MiB in float16, as many tokens as the tiny VQGAN has codes."""
-    places = hub.locate(TINY.parent / "tiny-v1", parts=(*hub.TEXT_TO_IMAGE, "image_encoder"))
+    places = locate(TINY.parent / "tiny-v1", parts=(*hub.TEXT_TO_IMAGE, "image_encoder"))
     assert places["decoder"] == TINY.parent / "tiny-v1" / "decoder"
     assert weights.stage_b_of(places["decoder"]) is StageBV1
     assert all(places[part] == TINY / part for part in ("prior", "vqgan", "image_encoder", "text_encoder", "tokenizer"))
     with torch.device("meta"):
-        model = StageBV1(**weights.config_to_ours(weights.read_config(places["decoder"]), StageBV1))
+        model = StageBV1(**config_to_ours(read_config(places["decoder"]), StageBV1))
     n = sum(p.numel() for p in model.parameters())
     assert 3e6 < n < 5e6 and 2 * n < 16 * 2 ** 20
-    assert model.codebook_size == weights.read_config(TINY / "vqgan")["num_vq_embeddings"] and model.multiple == 8
+    assert model.codebook_size == read_config(TINY / "vqgan")["num_vq_embeddings"] and model.multiple == 8
     args = train_b.parse_args(["--v1", "--weights", "tiny", "--init", "random", "--config",
                                str(TINY.parent / "tiny-v1"), "--out", "x"])
     decoder, encoder = train_b.build(args, train_b.find_places(args))
@@ -142,8 +145,8 @@ def test_one_step_in_closed_form(folder, new, tmp_path, monkeypatch):
     out = train(folder, tmp_path / "run", *new, "--lr", "1e-2", "--guide-attention", "0", steps=2)
     (logits, x_0, t, mask), (x_t, told, _, _) = seen[1], asked[1]
     (positions, indices, _), = [train_b.SizedPlan(np.full((12, 2), 128), [128], 2.0, 4, 0).step(1)]
-    drawn = [tokens.draw(data.sample_rng(0, p, "noise"), 1024, 32, 32) for p in positions.tolist()]
-    chance = torch.tensor([np.float32(data.sample_rng(0, p, "timestep").random()) for p in positions.tolist()])
+    drawn = [tokens.draw(order.sample_rng(0, p, "noise"), 1024, 32, 32) for p in positions.tolist()]
+    chance = torch.tensor([np.float32(order.sample_rng(0, p, "timestep").random()) for p in positions.tolist()])
     torch.testing.assert_close(t, training_levels(chance), rtol=0, atol=1e-6)
     vqgan, pictures = weights.load_stage_a(TINY / "vqgan"), data.open_dataset(folder)
     loss = 0.0
@@ -259,7 +262,7 @@ def test_blind_steps_show_random_tokens_alone():
 def test_noise_on_the_semantic_latent_is_in_the_units_of_stage_c(c_text):
     """The authors' v1, whose texts have width 1024, works on raw latents of variance 1; a v1 Stage B beside v2's Stage C on (raw + 1) / 42."""
     seen = []
-    decoder = StageBV1(**weights.config_to_ours(DECODER | dict(byt5_embd=c_text), StageBV1))
+    decoder = StageBV1(**config_to_ours(DECODER | dict(byt5_embd=c_text), StageBV1))
     decoder.forward = lambda x_t, t, semantic, text: seen.append(semantic)
     encoder = train_b.new_encoder(TinyImageEncoder, units=train_b.in_units(decoder),
                                   **{k: v for k, v in ENCODER.items() if k[0] != "_"})

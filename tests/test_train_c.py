@@ -25,7 +25,8 @@ import sample
 from training import scenes
 import train_c
 from loading.errors import UserError
-from training import run as training
+from training import optim
+from training.losses import LOSS_WEIGHTS
 from helpers import newest, same
 from stage_b import TinyImageEncoder
 
@@ -165,11 +166,11 @@ def test_weight_decay_spares_norms_biases_and_loras():
     """A LoRA starts at 0 and is pulled there by decay; biases and norms have no scale that decay could regularise."""
     args = train_c.parse_args([*SMALL, "--data", "x", "--out", "y"])
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
-    decay = {tuple(p.shape): group["weight_decay"] for group in training.build_optimizer(model, args).param_groups
+    decay = {tuple(p.shape): group["weight_decay"] for group in optim.build_optimizer(model, args).param_groups
              for p in group["params"]}
     assert decay == {(4, 3): 0.01, (4,): 0.0}
     args.lora = True
-    assert {group["weight_decay"] for group in training.build_optimizer(model, args).param_groups} == {0.0}
+    assert {group["weight_decay"] for group in optim.build_optimizer(model, args).param_groups} == {0.0}
 
 
 def test_learning_rates():
@@ -177,15 +178,15 @@ def test_learning_rates():
     for schedule, at_60, at_end in (("constant", 1, 1), ("linear", 0.5, 0.01), ("cosine", 0.5, 0.0002),
                                     ("trapezoid", 1, 1 / 22)):
         args.schedule = schedule
-        assert training.rate(0, args) == pytest.approx(0.1) and training.rate(9, args) == pytest.approx(1)
-        assert training.rate(60, args) == pytest.approx(at_60)
-        assert training.rate(109, args) == pytest.approx(at_end, rel=0.3)
+        assert optim.learning_rate(0, args) == pytest.approx(0.1) and optim.learning_rate(9, args) == pytest.approx(1)
+        assert optim.learning_rate(60, args) == pytest.approx(at_60)
+        assert optim.learning_rate(109, args) == pytest.approx(at_end, rel=0.3)
 
 
 def test_averages_forget_the_start():
     """min(beta, (1 + n) / (10 + n)): with a constant 0.999 the average of a short run would be its first weights."""
     model = torch.nn.Linear(1, 1, bias=False)
-    averaged = training.Averaged(model, 0.999)
+    averaged = optim.EMA(model, 0.999)
     for value in range(1, 31):
         model.weight.data.fill_(value)
         averaged.update()
@@ -198,7 +199,7 @@ def test_averages_forget_the_start():
 
 @pytest.mark.parametrize("name, t, expected", [("none", 0.5, 1.0), ("p2", 1.0, 0.9999), ("min-snr", 1.0, 1.0)])
 def test_loss_weights(name, t, expected):
-    assert train_c.loss_weight(name)(torch.tensor([t])).item() == pytest.approx(expected)
+    assert LOSS_WEIGHTS[name](torch.tensor([t])).item() == pytest.approx(expected)
 
 
 # --- the same run, however it is computed ------------------------------------------------------------
@@ -310,14 +311,14 @@ def test_a_resumed_run_is_the_unbroken_run_to_the_bit(folder, tmp_path, options)
 def test_a_signal_finishes_the_step_and_saves(folder, tmp_path, monkeypatch, capsys):
     """A scheduler warns with SIGTERM before it kills: nothing is lost, and the run goes on as if nothing had happened."""
     unbroken = train(folder, tmp_path / "unbroken", *LORA, steps=4)
-    update = training.Averaged.update
+    update = optim.EMA.update
 
     def update_and_warn(self):
         update(self)
         if self.updates == 2:
             os.kill(os.getpid(), signal.SIGTERM)
     with monkeypatch.context() as patch:
-        patch.setattr(training.Averaged, "update", update_and_warn)
+        patch.setattr(optim.EMA, "update", update_and_warn)
         out = train(folder, tmp_path / "run", *LORA, steps=4)
     assert newest(out)["step"] == 2 and "stopped after step 2" in capsys.readouterr().err and not (out / "lora.safetensors").exists()
     train(folder, out, *LORA, "--resume", "auto", steps=4)
@@ -390,7 +391,7 @@ def test_a_broken_picture_is_replaced_and_named(folder, tmp_path, capsys):
         (broken / path.name).write_bytes(path.read_bytes())
     (broken / "03.png").write_bytes((folder / "03.png").read_bytes()[:400])
     train(broken, tmp_path / "run", *LORA, "--cache", str(tmp_path / "cache"), steps=4)
-    assert "1 pictures cannot be read: " in capsys.readouterr().err
+    assert "1 images cannot be read: " in capsys.readouterr().err
     train(broken, tmp_path / "other", *LORA, steps=4)
 
 
@@ -470,12 +471,12 @@ def test_v1_is_not_trained():
 def test_a_run_is_not_overwritten_and_foreign_checkpoints_are_refused(folder, tmp_path):
     out = train(folder, tmp_path / "run", *LORA, steps=1)
     with pytest.raises(UserError,
-                       match="exists already: add --resume auto to go on from it, or choose another --out"):
+                       match="exists already: add --resume auto to continue from it, or choose another --out"):
         train(folder, out, *LORA)
     with pytest.raises(UserError, match="there is no such file; the checkpoints here are step_00000001.pt"):
         train(folder, out, *LORA, "--resume", "nowhere.pt")
     path = out / "checkpoints" / "step_00000001.pt"
-    for content, message in ((path.read_bytes()[:-500], "cannot be read, presumably it is cut off"),
+    for content, message in ((path.read_bytes()[:-500], "cannot be read, it is probably cut off"),
                              (b"hello", "cannot be read")):
         (tmp_path / "torn.pt").write_bytes(content)
         with pytest.raises(UserError, match=message):

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from loading import hub
+from loading.layouts import locate
 import train_b
 from tiny import train_encoder
-from training import run as training
+from training import optim
 from loading.errors import UserError, WeightsError
 from helpers import TINY, lines, newest, same
 from training.scenes import COLOURS, OBJECTS, EmojiScenes
@@ -74,23 +74,23 @@ def test_a_resumed_run_is_the_unbroken_run_to_the_bit(config, tmp_path):
 
 
 def test_a_signal_finishes_the_step_and_saves(config, tmp_path, monkeypatch, capsys):
-    unbroken, rate = train(tmp_path / "unbroken", config), training.rate
+    unbroken, rate = train(tmp_path / "unbroken", config), optim.learning_rate
 
     def rate_and_warn(step, args):
         if step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return rate(step, args)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "rate", rate_and_warn)
+        patch.setattr(optim, "learning_rate", rate_and_warn)
         out = train(tmp_path / "run", config)
     assert newest(out)["step"] == 2 and "stopped after step 2" in capsys.readouterr().err and not (out / "image_encoder").exists()
     assert weights_file(train(out, config, "--resume", "auto")) == weights_file(unbroken)
 
 
 def test_the_result_is_an_image_encoder_in_the_right_units(config, tmp_path):
-    """What hub.locate finds and train_b.py goes on with: 42 and -1 in its last BatchNorm, whose running statistics have moved and come back in float32."""
+    """What locate finds and train_b.py goes on with: 42 and -1 in its last BatchNorm, whose running statistics have moved and come back in float32."""
     out = train(tmp_path / "run", config)
-    place = hub.locate("tiny", dict(image_encoder=out / "image_encoder"), ("image_encoder",))["image_encoder"]
+    place = locate("tiny", dict(image_encoder=out / "image_encoder"), ("image_encoder",))["image_encoder"]
     encoder, learned = load_image_encoder(place), newest(out)["model"]
     assert type(encoder) is TinyImageEncoder and (encoder.norm.weight == 42).all() and (encoder.norm.bias == -1).all()
     for name in ("running_mean", "running_var", "num_batches_tracked"):

@@ -13,8 +13,8 @@ import train_c
 from tiny import train_encoder
 from tiny import train_text
 from loading.errors import RESUME_HINT, UserError, exit_on_user_error
-from training import run as training
-from training.run import to_tensor
+from training import optim
+from training.samples import to_tensor
 
 SMALL = ["--batch", "2", "--log-every", "1", "--save-every", "2", "--sample-every", "100", "--device", "cpu"]
 SMALL_B = ["--workers", "0", "--val-every", "0", "--sample-every", "0", "--data", "scenes:all:16:1"]
@@ -112,10 +112,10 @@ def test_ctrl_c_says_how_to_go_on(capsys):
 def test_the_learning_rate_warms_up_stays_and_decays():
     """And until the decay starts it does not depend on the number of steps, so that a run can be lengthened."""
     args = train_a.parse_args(["--out", "x", "--lr", "1", "--warmup", "10", "--steps", "100"])
-    rates = [training.rate(step, args) for step in range(100)]
+    rates = [optim.learning_rate(step, args) for step in range(100)]
     assert rates[0] == 0.1 and rates[9:80] == [1.0] * 71 and rates[90] == 0.5 and rates[99] == 0.05
     args.steps = 1000
-    assert [training.rate(step, args) for step in range(80)] == rates[:80]
+    assert [optim.learning_rate(step, args) for step in range(80)] == rates[:80]
 
 
 def test_pictures_become_tensors_without_rounding():

@@ -1,4 +1,4 @@
-"""Weights arrive where they belong, come back unchanged, and what is wrong with a file is said in one line."""
+"""Weights load into the right tensors and are saved unchanged; each unusable file is one clear line."""
 import json
 import pickle
 import shutil
@@ -8,11 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loading import files
-from loading import hub
 import stage_a
 import stage_b
 import stage_c
 from loading import weights
+from loading.layouts import check_scheduler, find_parts
+from loading.names import config_to_diffusers, config_to_ours, original_to_diffusers, to_diffusers, to_original
+from tools.weights import convert
 from loading.errors import WeightsError
 from helpers import COMBINED, MANIFESTS, PUBLISHED, SMALL_V1, build, golden, manifest, rel, small_v1, under
 from stage_a import StageA
@@ -21,9 +23,9 @@ from v1.stage_b import StageBV1
 from stage_c import StageC
 
 CONFIGS = MANIFESTS / "diffusers_configs"
-PARTS = {StageA: ("vqgan", weights.load_stage_a, weights.save_stage_a),
-         StageB: ("decoder", weights.load_stage_b, weights.save_stage_b),
-         StageC: ("prior_prior", weights.load_stage_c, weights.save_stage_c)}
+PARTS = {StageA: ("vqgan", weights.load_stage_a, weights.save_model),
+         StageB: ("decoder", weights.load_stage_b, weights.save_model),
+         StageC: ("prior_prior", weights.load_stage_c, weights.save_model)}
 STAGES = list(PARTS)
 FILE = "diffusion_pytorch_model.safetensors"
 
@@ -35,18 +37,18 @@ def small_tiny_encoder():
 # --- names and shapes --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, build_model, translate", [
-    ("stage_a_vqgan", lambda: StageA(), weights.to_original),
-    ("stage_b_v1", lambda: StageBV1(), weights.to_original),
-    ("stage_b_v2", lambda: StageB(), weights.to_original),
-    ("stage_c_v2", lambda: StageC(), weights.to_original),
-    ("stage_c_v1", lambda: StageC(c_cond=1024), weights.to_original),
-    ("effnet_v1", lambda: EfficientNetEncoder(network="efficientnet_v2_l"), weights.to_original),
-    ("effnet_v2", lambda: EfficientNetEncoder(), weights.to_original),
-    ("diffusers_vqgan", lambda: StageA(), weights.to_diffusers),
-    ("diffusers_decoder_v2", lambda: StageB(), weights.to_diffusers),
-    ("diffusers_prior_v2", lambda: StageC(), weights.to_diffusers)])
+    ("stage_a_vqgan", lambda: StageA(), to_original),
+    ("stage_b_v1", lambda: StageBV1(), to_original),
+    ("stage_b_v2", lambda: StageB(), to_original),
+    ("stage_c_v2", lambda: StageC(), to_original),
+    ("stage_c_v1", lambda: StageC(c_cond=1024), to_original),
+    ("effnet_v1", lambda: EfficientNetEncoder(network="efficientnet_v2_l"), to_original),
+    ("effnet_v2", lambda: EfficientNetEncoder(), to_original),
+    ("diffusers_vqgan", lambda: StageA(), to_diffusers),
+    ("diffusers_decoder_v2", lambda: StageB(), to_diffusers),
+    ("diffusers_prior_v2", lambda: StageC(), to_diffusers)])
 def test_official_sizes_have_the_official_names_and_shapes(name, build_model, translate):
-    """The defaults of our classes are the released sizes, and every released tensor has its place, with no memory spent."""
+    """The defaults of our classes are the released sizes: all names and shapes match the manifests. Takes no memory."""
     with torch.device("meta"):
         model = build_model()
     found = {key: (tuple(t.shape), str(t.dtype).removeprefix("torch."))
@@ -59,21 +61,20 @@ def test_official_sizes_have_the_official_names_and_shapes(name, build_model, tr
     ("vqgan", StageA), ("vqgan_three_levels", StageA)])
 @pytest.mark.parametrize("naming", ["original", "diffusers"])
 def test_names_go_to_ours_and_back_unchanged(name, stage, naming):
-    """Both namings, to the bit: a file loaded and saved is the same file."""
+    """Both namings, bit by bit: a file loaded and saved is the same file."""
     data, config = golden(name)
     source = under(f"sd/{naming}/", data)
     model = build(stage, config["model"], source)
-    assert weights.naming(source) == naming
-    for back, other in ((weights.to_original, "original"), (weights.to_diffusers, "diffusers")):
+    for back, other in ((to_original, "original"), (to_diffusers, "diffusers")):
         found, wanted = back(model.state_dict(), model), under(f"sd/{other}/", data)
         assert found.keys() == wanted.keys()
         assert all(found[key].shape == wanted[key].shape and torch.equal(found[key], wanted[key]) for key in wanted)
 
 
 def test_attention_thirds_are_query_key_value_in_this_order():
-    """Swapped thirds have the same shapes, so nothing but the order itself can be checked."""
+    """Swapped thirds have the same shapes, so only the order itself can be checked."""
     fused = {"attention.attn.in_proj_bias": torch.arange(6.0)}
-    split = weights.original_to_diffusers(fused)
+    split = original_to_diffusers(fused)
     assert {name: t.tolist() for name, t in split.items()} == {
         "attention.to_q.bias": [0, 1], "attention.to_k.bias": [2, 3], "attention.to_v.bias": [4, 5]}
 
@@ -86,22 +87,22 @@ def test_attention_thirds_are_query_key_value_in_this_order():
     ("wuerstchen/vqgan", StageA, stage_a), ("wuerstchen/decoder", StageB, stage_b),
     ("wuerstchen-prior/prior", StageC, stage_c)])
 def test_published_configs_are_our_defaults(place, stage, module):
-    """And are written back as they were, but for diffusers' version number."""
+    """And are written back unchanged, except for diffusers' version number."""
     config = json.loads((CONFIGS / place / "config.json").read_text())
-    arguments = weights.config_to_ours(config, stage)
+    arguments = config_to_ours(config, stage)
     assert arguments == module.OFFICIAL
     with torch.device("meta"):
-        written, default = weights.config_to_diffusers(stage(**arguments)), stage()
+        written, default = config_to_diffusers(stage(**arguments)), stage()
     del config["_diffusers_version"]
     assert written == config and default.config == module.OFFICIAL
 
 
 def test_missing_keys_mean_diffusers_defaults():
     """diffusers leaves such keys to its classes, whose defaults for Stage C are not the released sizes."""
-    assert weights.config_to_ours({}, StageC) == dict(c_in=16, c=1280, c_cond=1024, c_timestep=64, depth=16, heads=16,
+    assert config_to_ours({}, StageC) == dict(c_in=16, c=1280, c_cond=1024, c_timestep=64, depth=16, heads=16,
                                                       dropout=0.1)
-    assert weights.config_to_ours({}, StageB) == stage_b.OFFICIAL
-    assert weights.config_to_ours({"scale_factor": 1}, StageA) == {**stage_a.OFFICIAL, "scale_factor": 1}
+    assert config_to_ours({}, StageB) == stage_b.OFFICIAL
+    assert config_to_ours({"scale_factor": 1}, StageA) == {**stage_a.OFFICIAL, "scale_factor": 1}
 
 
 @pytest.mark.parametrize("stage, change, message", [
@@ -123,24 +124,24 @@ def test_impossible_configs_are_explained(stage, change, message, tmp_path):
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_unknown_options_are_only_warned_of():
-    """Later versions of diffusers may add some; what changes a tensor is caught by its shape."""
+def test_unknown_options_are_a_warning():
+    """Later versions of diffusers may add some. An option that changes a tensor is found by its shape."""
     with pytest.warns(UserWarning, match="not used here: flavour"):
-        weights.config_to_ours({"flavour": "ham", "_diffusers_version": "9"}, StageC)
+        config_to_ours({"flavour": "ham", "_diffusers_version": "9"}, StageC)
 
 
 # --- loading -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_loading_gives_a_model_ready_to_use(stage):
-    """Eval mode, float32, trainable, every buffer filled, and no random number drawn: nothing was initialised in vain."""
+    """Eval mode, float32, trainable, every buffer filled. No random number was drawn only to be overwritten."""
     place, load, _ = PARTS[stage]
     state = torch.get_rng_state()
     model = load(COMBINED / place)
     assert torch.equal(torch.get_rng_state(), state)
     assert not model.training and all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
     assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
-    found, wanted = weights.to_diffusers(model.state_dict(), model), load_file(COMBINED / place / FILE)
+    found, wanted = to_diffusers(model.state_dict(), model), load_file(COMBINED / place / FILE)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
@@ -152,7 +153,7 @@ def test_dtype_reaches_all_but_counters():
 
 
 def test_bin_files_are_a_fallback(tmp_path):
-    """Older folders hold a pickle instead; it is read without running what is in it."""
+    """Older folders hold a pickle instead; it is read without running its code."""
     shutil.copy(COMBINED / "vqgan/config.json", tmp_path)
     tensors = load_file(COMBINED / "vqgan" / FILE)
     torch.save(tensors, tmp_path / "diffusion_pytorch_model.bin")
@@ -169,7 +170,7 @@ def test_bin_files_are_a_fallback(tmp_path):
 
 
 def damage(folder, how):
-    """Spoils a Stage C folder in the way named."""
+    """Damages a Stage C folder in the named way."""
     path = folder / FILE
     tensors = load_file(path)
     if how == "config missing":
@@ -218,7 +219,7 @@ def damage(folder, how):
     ("nan", "timestep_blocks.0.mapper.weight contains NaN or infinity"),
     ("infinity", "timestep_blocks.0.mapper.weight contains NaN or infinity")])
 def test_damaged_folders_are_explained_in_one_line(how, message, tmp_path):
-    """Never a traceback from a library, never a model that loads and paints badly."""
+    """Never a traceback from a library, never a model that loads and generates badly."""
     folder = tmp_path / "prior"
     shutil.copytree(COMBINED / "prior_prior", folder)
     damage(folder, how)
@@ -233,7 +234,7 @@ def test_missing_folder_is_explained(tmp_path):
 
 
 def test_weights_of_another_size_name_the_first_few():
-    """One line even where hundreds of tensors differ."""
+    """One line even if hundreds of tensors differ."""
     data, config = golden("diffnext")
     with pytest.raises(WeightsError, match="missing tensors: .*unknown tensors: .*wrong shapes: ") as error:
         build(StageB, {**config["model"], "c_cond": 16, "blocks": [1, 2, 1, 1]}, under("sd/original/", data))
@@ -252,8 +253,11 @@ def test_overflow_in_half_precision_is_found():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf")])
-def test_one_number_that_is_none_is_found_wherever_it_stands(dtype, wrong):
-    """At the ends and inside, where vector instructions read and where they no longer do; whole numbers and empty tensors are finite."""
+def test_one_bad_number_is_found_at_any_position(dtype, wrong):
+    """At the ends and in the middle, inside and outside the part that vector instructions read.
+
+    Integers and empty tensors are finite.
+    """
     for n in (1, 7, 64, 1000, 100_000):
         for position in {0, n // 2, n - 1}:
             tensor = torch.randn(n).to(dtype)
@@ -285,35 +289,35 @@ def test_saved_models_are_as_diffusers_writes_them(stage, tmp_path):
 
 
 def test_scale_factor_of_training_is_saved(tmp_path):
-    """It is measured at the end of training, when the model has long been built."""
+    """It is measured at the end of training, long after the model was built."""
     model = StageA(2, 1, 16, 4, 32, scale_factor=1.0)
     model.scale_factor = model.config["scale_factor"] = 0.4321
-    weights.save_stage_a(model, tmp_path)
+    weights.save_model(model, tmp_path)
     assert weights.load_stage_a(tmp_path).scale_factor == 0.4321
     model.scale_factor = 2.0
     with pytest.raises(AssertionError, match="in one place only"):
-        weights.save_stage_a(model, tmp_path)
+        weights.save_model(model, tmp_path)
 
 
 @pytest.mark.parametrize("value", [70000.0, float("nan")])
 def test_numbers_float16_cannot_hold_are_not_saved(value, tmp_path):
-    """An infinity would be written without a word; the old file stays as it is."""
+    """An infinity would be written silently. The old file stays unchanged."""
     model = weights.load_stage_c(COMBINED / "prior_prior")
-    weights.save_stage_c(model, tmp_path)
+    weights.save_model(model, tmp_path)
     before = (tmp_path / FILE).read_bytes()
     with torch.no_grad():
         model.head.bias[0] = value
     with pytest.raises(WeightsError, match="out.1.bias cannot be saved in float16"):
-        weights.save_stage_c(model, tmp_path)
+        weights.save_model(model, tmp_path)
     assert (tmp_path / FILE).read_bytes() == before
 
 
 @torch.no_grad()
 def test_image_encoders_are_saved_and_loaded(tmp_path):
-    """Ours with its fixed scale of 42 still fixed; running statistics to the bit, since encoding divides by them."""
+    """Ours keeps its scale of 42 fixed; running statistics are equal bit by bit, since encoding divides by them."""
     model = small_tiny_encoder()
     model(torch.randn(4, 3, 64, 64))                         # train mode: moves the running statistics
-    weights.save_image_encoder(model, tmp_path)
+    weights.save_model(model, tmp_path)
     loaded = weights.load_image_encoder(tmp_path)
     assert loaded.config == model.config and not loaded.training
     assert torch.equal(loaded.norm.running_var, model.norm.running_var)
@@ -328,10 +332,10 @@ def test_image_encoders_are_saved_and_loaded(tmp_path):
 
 
 def test_efficientnet_is_saved_with_the_official_names(tmp_path):
-    """So that the file is one that others can use."""
+    """So that other programs can use the file."""
     pytest.importorskip("torchvision", reason="the official image encoder is torchvision's EfficientNetV2-S")
     model = EfficientNetEncoder()
-    weights.save_image_encoder(model, tmp_path)
+    weights.save_model(model, tmp_path)
     assert {name: tuple(t.shape)
             for name, t in load_file(tmp_path / "diffusion_pytorch_model.safetensors").items()} == \
         {name: shape for name, (shape, _) in manifest("effnet_v2").items()}
@@ -339,7 +343,7 @@ def test_efficientnet_is_saved_with_the_official_names(tmp_path):
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
-    """Power cuts and full disks happen at the end of long trainings."""
+    """Power cuts and full disks happen at the end of long training runs."""
     path = tmp_path / "new" / "file.txt"
     files.write_atomically(path, lambda temporary: temporary.write_text("old"))
 
@@ -357,10 +361,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 @pytest.mark.parametrize("side", ["prior", "decoder"])
 @torch.no_grad()
 def test_text_encoders_equal_the_reference(folder, side):
-    """Both layouts, that is names with and without "text_model."; six prompts, one empty, one too long, one beyond ASCII."""
+    """Both layouts: names with and without "text_model.". Six prompts: one empty, one too long, one beyond ASCII."""
     data, _ = golden("pipeline_text")
     texts = metadata_texts()
-    parts = hub.find_parts(folder)
+    parts = find_parts(folder)
     names = ("prior_text_encoder", "prior_tokenizer") if side == "prior" else ("text_encoder", "tokenizer")
     tokenizer, encoder = weights.load_text_encoder(*(parts[name] for name in names))
     batch = tokenizer(texts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length,
@@ -381,7 +385,7 @@ def metadata_texts():
 
 @torch.no_grad()
 def test_text_encoder_survives_saving(tmp_path):
-    """float16 on disk, float32 in memory; transformers itself reads the folder too, and gets the same."""
+    """float16 on disk, float32 in memory; transformers itself also reads the folder, with the same result."""
     from transformers import CLIPTextModel, CLIPTokenizer
     tokenizer, encoder = weights.load_text_encoder(COMBINED / "text_encoder", COMBINED / "tokenizer")
     weights.save_text_encoder(tokenizer, encoder, tmp_path / "text_encoder", tmp_path / "tokenizer")
@@ -417,7 +421,7 @@ def test_text_encoder_loading_is_strict_but_for_position_ids(tmp_path):
 
 
 def test_missing_tokenizer_is_explained(tmp_path):
-    """transformers makes an empty tokenizer of an empty folder, and every prompt means the same."""
+    """transformers would make an empty tokenizer of an empty folder: all prompts would mean the same."""
     with pytest.raises(WeightsError, match="holds no tokenizer"):
         weights.load_text_encoder(COMBINED / "text_encoder", tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -430,7 +434,7 @@ def test_missing_tokenizer_is_explained(tmp_path):
     ("text_encoder_bigg", dict(hidden_size=1280, num_hidden_layers=32, num_attention_heads=20,
                                intermediate_size=5120))])
 def test_official_text_encoders_have_the_published_names(name, sizes):
-    """What save_text_encoder writes is named as in the published folders."""
+    """save_text_encoder writes the names of the published folders."""
     from transformers import CLIPTextConfig, CLIPTextModel
     with torch.device("meta"):
         model = CLIPTextModel(CLIPTextConfig(hidden_act="gelu", **sizes))
@@ -442,56 +446,56 @@ def test_official_text_encoders_have_the_published_names(name, sizes):
 
 def test_all_three_layouts_are_recognised(tmp_path):
     """Ours, diffusers' combined pipeline, and the two published folders side by side."""
-    parts = hub.find_parts(COMBINED)
+    parts = find_parts(COMBINED)
     assert parts["prior"] == COMBINED / "prior_prior" and parts["image_encoder"] is None
     assert parts["prior_scheduler"] == COMBINED / "prior_scheduler"
-    parts = hub.find_parts(PUBLISHED)
+    parts = find_parts(PUBLISHED)
     assert parts["prior"] == PUBLISHED / "wuerstchen-prior/prior" and parts["vqgan"] == PUBLISHED / "wuerstchen/vqgan"
     assert parts["text_encoder"] != parts["prior_text_encoder"]
     for name in ("prior", "text_encoder", "tokenizer", "decoder", "vqgan", "image_encoder"):
         (tmp_path / name).mkdir()
-    parts = hub.find_parts(tmp_path)
+    parts = find_parts(tmp_path)
     assert parts["text_encoder"] == parts["prior_text_encoder"] == tmp_path / "text_encoder"
     assert parts["image_encoder"] == tmp_path / "image_encoder" and parts["scheduler"] is None
 
 
 def test_unknown_layouts_are_explained(tmp_path):
-    """What was looked for, and what was there instead."""
+    """The message lists what was looked for and what was found."""
     with pytest.raises(WeightsError, match="there is no such folder"):
-        hub.find_parts(tmp_path / "nowhere")
+        find_parts(tmp_path / "nowhere")
     with pytest.raises(WeightsError, match="looked for prior/, decoder/, vqgan/; or prior_prior/.*found nothing"):
-        hub.find_parts(tmp_path)
+        find_parts(tmp_path)
     with pytest.raises(WeightsError, match="found decoder/, .*vqgan/"):
-        hub.find_parts(PUBLISHED / "wuerstchen")
+        find_parts(PUBLISHED / "wuerstchen")
     for name in ("prior", "decoder", "vqgan", "tokenizer"):
         (tmp_path / name).mkdir()
     with pytest.raises(WeightsError, match="looks like the layout 'one folder' but lacks text_encoder$"):
-        hub.find_parts(tmp_path)
+        find_parts(tmp_path)
 
 
 def test_only_the_released_noise_schedule_is_accepted(tmp_path):
-    """Sampled with another schedule than in training, weights make grey noise, and nothing else would tell why."""
-    hub.check_scheduler(None)
-    hub.check_scheduler(COMBINED / "scheduler")
-    hub.check_scheduler(PUBLISHED / "wuerstchen-prior/scheduler")
+    """Sampled with another schedule than in training, weights give grey noise, and nothing else would tell why."""
+    check_scheduler(None)
+    check_scheduler(COMBINED / "scheduler")
+    check_scheduler(PUBLISHED / "wuerstchen-prior/scheduler")
     weights.save_scheduler(tmp_path)
-    hub.check_scheduler(tmp_path)
+    check_scheduler(tmp_path)
     path = tmp_path / "scheduler_config.json"
     for text, message in (('{"s": 0.01}', "only s = 0.008 and scaler = 1"),
                           ('{"scaler": 2.0}', "only s = 0.008 and scaler = 1"),
                           ("[]", "does not hold a JSON object"), ("{", "cannot be read")):
         path.write_text(text)
         with pytest.raises(WeightsError, match=message):
-            hub.check_scheduler(tmp_path)
+            check_scheduler(tmp_path)
     path.unlink()
     with pytest.raises(WeightsError, match="cannot be read"):
-        hub.check_scheduler(tmp_path)
+        check_scheduler(tmp_path)
 
 
 # --- single files, the authors' own, and conversion ----------------------------------------------------
 
 def tiny_official(stage):
-    """A small model of a stage, in eval mode, and its config.json's folder among the goldens."""
+    """A small model of a stage, in eval mode, and its folder among the goldens."""
     part, load, _ = PARTS[stage]
     return load(COMBINED / part), COMBINED / part
 
@@ -499,13 +503,13 @@ def tiny_official(stage):
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("ending", [".pt", ".safetensors", ".bin", ""])
 @pytest.mark.parametrize("naming", ["ours", "diffusers", "original"])
-def test_conversion_there_and_back_is_the_same_to_the_bit(naming, ending, stage, tmp_path):
-    """Three namings, four kinds of places: nothing is rounded, and what was converted loads as what it was."""
+def test_conversion_there_and_back_changes_no_bit(naming, ending, stage, tmp_path):
+    """Three namings, four kinds of files: nothing is rounded, and a converted model loads as the same model."""
     model, folder = tiny_official(stage)
     shutil.copy(folder / "config.json", tmp_path)
     there, back = tmp_path / f"there{ending}", tmp_path / "back"
-    assert weights.convert(folder, there, naming) > 0
-    weights.convert(there, back, "diffusers")
+    assert convert(folder, there, naming) > 0
+    convert(there, back, "diffusers")
     before, after = load_file(folder / FILE), load_file(back / FILE)
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     loaded = PARTS[stage][1](there).state_dict()
@@ -515,15 +519,15 @@ def test_conversion_there_and_back_is_the_same_to_the_bit(naming, ending, stage,
 def test_conversion_overwrites_nothing(tmp_path):
     (tmp_path / "out.safetensors").write_bytes(b"precious")
     with pytest.raises(WeightsError, match="exists already and is not overwritten"):
-        weights.convert(COMBINED / "vqgan", tmp_path / "out.safetensors", "ours")
+        convert(COMBINED / "vqgan", tmp_path / "out.safetensors", "ours")
     assert (tmp_path / "out.safetensors").read_bytes() == b"precious"
 
 
 def test_the_authors_files_hold_several_tables(tmp_path):
-    """model_v2_stage_b.pt holds decoder and image encoder, Stage C's file the averaged weights beside others: each finds its own."""
+    """model_v2_stage_b.pt holds decoder and image encoder, Stage C's file EMA and plain weights: each finds its own."""
     model, folder = tiny_official(StageC)
     shutil.copy(folder / "config.json", tmp_path)
-    right = weights.to_original(model.state_dict(), model)
+    right = to_original(model.state_dict(), model)
     torch.save({"ema_state_dict": right, "state_dict": {name: t * 2 for name, t in right.items()}, "step": 7},
                tmp_path / "c.pt")
     loaded = weights.load_stage_c(tmp_path / "c.pt").state_dict()
@@ -543,7 +547,7 @@ def test_the_authors_files_hold_several_tables(tmp_path):
     (weights.load_stage_b, "stage_a_vqgan", r"a Stage A \(VQGAN\)"),
     (weights.load_stage_a, "effnet_v2", r"an image encoder \(EfficientNet\)")])
 def test_a_file_in_the_wrong_place_is_named_for_what_it_is(load, name, looks, tmp_path, monkeypatch):
-    """The official names and shapes, without the gigabytes: only they are looked at before a number is read."""
+    """Official names and shapes without the gigabytes: only they are checked before a value is read."""
     shapes = {key: shape for key, (shape, _) in manifest(name).items()}
 
     class Names:
@@ -557,10 +561,10 @@ def test_a_file_in_the_wrong_place_is_named_for_what_it_is(load, name, looks, tm
 
 
 def test_a_folder_of_the_authors_files_is_recognised(tmp_path):
-    """Text encoders were never among them, so these may be absent."""
+    """The authors published no text encoders with them, so these may be missing."""
     for name in ("vqgan_f4_v1_500k.pt", "model_v2_stage_b.pt", "model_v2_stage_c_finetune_interpolation.pt"):
         (tmp_path / name).write_bytes(b"")
-    parts = hub.find_parts(tmp_path)
+    parts = find_parts(tmp_path)
     assert parts["prior"].name == "model_v2_stage_c_finetune_interpolation.pt"
     assert parts["decoder"] == parts["image_encoder"] == tmp_path / "model_v2_stage_b.pt"
     assert parts["text_encoder"] is None
@@ -572,7 +576,7 @@ def test_a_folder_of_the_authors_files_is_recognised(tmp_path):
     ("effnet_v1", EfficientNetEncoder, dict(network="efficientnet_v2_l")), ("effnet_v2", EfficientNetEncoder, {}),
     ("stage_a_vqgan", StageA, {})])
 def test_the_authors_files_tell_v1_from_v2_by_their_shapes(name, stage, sizes, tmp_path, monkeypatch):
-    """There is no config.json beside them. The model that is planned has each tensor of the manifest, and no other."""
+    """There is no config.json next to them. The empty model has exactly the tensors of the manifest."""
     shapes = {key: shape for key, (shape, _) in manifest(name).items()}
     assert weights.official_sizes(stage, shapes) == sizes
 
@@ -592,13 +596,14 @@ def test_an_image_encoder_of_another_kind_is_explained(tmp_path):
     (tmp_path / "config.json").write_text('{"_class_name": "EfficientNetEncoder", "effnet": "efficientnet_b7"}')
     (tmp_path / FILE).write_bytes(b"")
     with pytest.raises(WeightsError,
-                       match="cannot be used: the image encoder is to be a 'efficientnet_b7', expected efficientnet_v2_s or, of v1"):
+                       match="cannot be used: the image encoder is to be a 'efficientnet_b7', expected "
+                             "efficientnet_v2_s or, of v1"):
         weights.load_image_encoder(tmp_path)
 
 
 @pytest.mark.parametrize("naming", ["ours", "diffusers", "original"])
-def test_v1_s_stage_b_goes_through_all_namings_to_the_bit(naming, tmp_path):
-    """From the authors' file to ours, or split as diffusers would, and back: the same table."""
+def test_v1_s_stage_b_goes_through_all_namings_unchanged(naming, tmp_path):
+    """From the authors' file to our names, or to names as diffusers would split them, and back: the same table."""
     data, config = golden("paella_v1")
     source = under("sd/original/", data)
     del config["model"]["c_out"]
@@ -606,9 +611,9 @@ def test_v1_s_stage_b_goes_through_all_namings_to_the_bit(naming, tmp_path):
     torch.save({"state_dict": source, "effnet_state_dict": {"x": torch.zeros(1)}, "iter": 7},
                tmp_path / "model_stage_b.pt")
     assert weights.stage_b_of(tmp_path / "model_stage_b.pt") is weights.stage_b_of(tmp_path) is StageBV1
-    weights.convert(tmp_path / "model_stage_b.pt", tmp_path / "there", naming)
+    convert(tmp_path / "model_stage_b.pt", tmp_path / "there", naming)
     loaded = weights.load_stage_b_v1(tmp_path / "there")
-    back = weights.to_original(loaded.state_dict(), loaded)
+    back = to_original(loaded.state_dict(), loaded)
     assert back.keys() == source.keys() and all(torch.equal(back[name], source[name]) for name in source)
 
 
@@ -621,7 +626,7 @@ def test_v1_s_stage_b_goes_through_all_namings_to_the_bit(naming, tmp_path):
     (lambda table: table["up_blocks.1.0.depthwise.weight"].resize_(8, 1, 3, 3),
      r"up_blocks.1.0.depthwise.weight is \(8, 1, 3, 3\), expected \(8, 2, 3, 3\)")])
 def test_v1_files_are_loaded_strictly(change, message, tmp_path, monkeypatch):
-    """One line that names what was expected, in the authors' names."""
+    """One line says what was expected, in the authors' names."""
     monkeypatch.setattr(weights, "official_sizes", lambda stage, shapes: SMALL_V1[stage])
     path = small_v1(tmp_path) / "model_stage_b.pt"
     content = torch.load(path, weights_only=True)
@@ -633,26 +638,26 @@ def test_v1_files_are_loaded_strictly(change, message, tmp_path, monkeypatch):
 
 
 def test_a_folder_of_v1_s_files_is_recognised(tmp_path):
-    """Of Stage C's two files the one with averaged weights alone; beside v2's files, v2 is meant."""
+    """Of Stage C's two files, the one with EMA weights is taken. If v2's files are there as well, v2 is meant."""
     for name in ("vqgan_f4_v1_500k.pt", "model_stage_b.pt", "model_stage_c.pt", "model_stage_c_ema.pt"):
         (tmp_path / name).write_bytes(b"")
     with pytest.warns(UserWarning, match="holds several files model_stage_c.*: taking model_stage_c_ema.pt"):
-        parts = hub.find_parts(tmp_path)
+        parts = find_parts(tmp_path)
     assert parts["prior"] == tmp_path / "model_stage_c_ema.pt" and parts["text_encoder"] is None
     assert parts["decoder"] == parts["image_encoder"] == tmp_path / "model_stage_b.pt"
     for name in ("model_v2_stage_b.pt", "model_v2_stage_c_finetune_interpolation.pt"):
         (tmp_path / name).write_bytes(b"")
-    assert hub.find_parts(tmp_path)["decoder"] == tmp_path / "model_v2_stage_b.pt"
+    assert find_parts(tmp_path)["decoder"] == tmp_path / "model_v2_stage_b.pt"
 
 
-def test_what_is_given_elsewhere_need_not_be_in_the_folder(tmp_path):
-    """So a folder that train_c.py wrote, which has no decoder, can be painted with."""
+def test_parts_given_separately_may_be_missing_in_the_folder(tmp_path):
+    """So a folder written by train_c.py, which has no decoder, can generate images."""
     (tmp_path / "prior").mkdir()
     for part in ("text_encoder", "tokenizer"):
         (tmp_path / part).mkdir()
-    assert hub.find_parts(tmp_path, ("decoder", "vqgan"))["prior"] == tmp_path / "prior"
-    with pytest.raises(WeightsError, match="holds no weights that are understood"):
-        hub.find_parts(tmp_path, ("decoder",))
+    assert find_parts(tmp_path, ("decoder", "vqgan"))["prior"] == tmp_path / "prior"
+    with pytest.raises(WeightsError, match="does not hold weights in a known layout"):
+        find_parts(tmp_path, ("decoder",))
 
 
 def test_a_text_encoder_of_another_width_is_found_before_sampling():

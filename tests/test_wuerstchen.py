@@ -18,6 +18,7 @@ from torch import Tensor
 
 from loading import hub
 from loading import weights
+from tools.weights import convert
 import wuerstchen
 from helpers import COMBINED, GOLDEN, PUBLISHED, golden, rel
 from stage_b import TinyImageEncoder
@@ -383,7 +384,7 @@ def test_single_parts_in_any_naming_are_mixed_freely(tmp_path):
     """Stage C as the authors' .pt, Stage B in our own names, the rest from the folder: the same picture."""
     tiny = Path(wuerstchen.__file__).parent / "models" / "tiny"
     for part, name, naming in (("prior", "prior.pt", "original"), ("decoder", "decoder.safetensors", "ours")):
-        weights.convert(tiny / part, tmp_path / part / name, naming)
+        convert(tiny / part, tmp_path / part / name, naming)
         shutil.copy(tiny / part / "config.json", tmp_path / part)          # without it: the official sizes
     mixed = Wuerstchen.load("tiny", "cpu", prior=tmp_path / "prior/prior.pt",
                             decoder=tmp_path / "decoder/decoder.safetensors")

@@ -59,20 +59,24 @@ def main(args):
     import torch
     import torch.nn.functional as F
     from tqdm import tqdm
-    from diffusion import add_noise
+    from wuerstchen import add_noise
     from loading.errors import UserError, WeightsError
     from loading.files import read_config
     from training.scenes import COLOURS, OBJECTS, EmojiScenes
     from stage_b import TinyImageEncoder, preprocess
-    from training.run import Checkpoints, Log, StopSignal, rate, to_tensor
-    from loading.weights import config_to_ours, save_image_encoder
-    from wuerstchen import to_stored
+    from training.checkpoints import Checkpoints, Log
+    from training.optim import learning_rate
+    from training.processes import GracefulExit
+    from training.samples import to_tensor
+    from loading.names import config_to_ours
+    from loading.weights import save_model
+    from wuerstchen import scale_semantic
 
     for name in ("steps", "batch", "log_every", "save_every", "keep"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
     checkpoints = Checkpoints(f"{args.out}/checkpoints", args.keep)
-    resumed, stop = checkpoints.find(args.resume), StopSignal()
+    resumed, stop = checkpoints.find(args.resume), GracefulExit()
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "device")}
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.manual_seed(args.seed)
@@ -97,11 +101,11 @@ def main(args):
             part.load_state_dict(state[name])
     log = Log(args.out, start)
     for step in tqdm(range(start, args.steps), initial=start, total=args.steps, desc="Image encoder"):
-        optimizer.param_groups[0]["lr"] = rate(step, args)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, args)
         first = 5 * 10 ** 8 + step * args.batch                                          # not the scenes Stage B sees
         objects, places, colours = (torch.from_numpy(a).to(device) for a in facts(scenes.scenes(first, args.batch)))
         # (B, 16, 3, 3)
-        stored = to_stored(encoder(preprocess(to_tensor(scenes.batch(first, args.batch)[0], device), 96)))
+        stored = scale_semantic(encoder(preprocess(to_tensor(scenes.batch(first, args.batch)[0], device), 96)))
         # Noise on the latent makes neighbouring codes mean similar things; Stage C will not hit them exactly.
         # of its own in each step: it survives a resume
         torch.manual_seed(hash((args.seed, step)) % 2 ** 63)
@@ -119,7 +123,7 @@ def main(args):
         optimizer.zero_grad(set_to_none=True)
         done = step + 1
         if done % args.log_every == 0 or done == args.steps:
-            log.write(done, loss=loss.item(), lr=rate(step, args), place_error=place_error.item(),
+            log.write(done, loss=loss.item(), lr=learning_rate(step, args), place_error=place_error.item(),
                       objects_right=(names.argmax(-1) == objects)[there].float().mean().item(),
                       colour_right=(on.argmax(-1) == colours[:, None]).float().mean().item())
         if done % args.save_every == 0 or done == args.steps or stop.received:
@@ -129,7 +133,7 @@ def main(args):
             print(f"stopped after step {done}, all of it saved: --resume auto goes on", file=sys.stderr)
             break
     else:
-        save_image_encoder(encoder.eval(), f"{args.out}/image_encoder")
+        save_model(encoder.eval(), f"{args.out}/image_encoder")
     stop.restore()
 
 

@@ -77,12 +77,15 @@ def main(args):
     from tqdm import tqdm
     from training.scenes import EmojiScenes
     from stage_b import preprocess
-    from training.run import Checkpoints, Log, StopSignal, rate, to_tensor
+    from training.checkpoints import Checkpoints, Log
+    from training.optim import learning_rate
+    from training.processes import GracefulExit
+    from training.samples import to_tensor
     from loading.weights import load_image_encoder, save_text_encoder
-    from wuerstchen import to_stored
+    from wuerstchen import scale_semantic
 
     checkpoints = Checkpoints(f"{args.out}/checkpoints", args.keep)
-    resumed, stop = checkpoints.find(args.resume), StopSignal()
+    resumed, stop = checkpoints.find(args.resume), GracefulExit()
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "device")}
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.manual_seed(args.seed)
@@ -100,10 +103,10 @@ def main(args):
             part.load_state_dict(state[name])
     log = Log(args.out, start)
     for step in tqdm(range(start, args.steps), initial=start, total=args.steps, desc="Text encoder"):
-        optimizer.param_groups[0]["lr"] = rate(step, args)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, args)
         pictures, captions = scenes.batch(step * args.batch, args.batch)
         with torch.no_grad():
-            x_0 = to_stored(encoder(preprocess(to_tensor(pictures, device), 96)))            # (B, 16, 3, 3)
+            x_0 = scale_semantic(encoder(preprocess(to_tensor(pictures, device), 96)))            # (B, 16, 3, 3)
         tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").to(device)
         # (B, 144) from the end mark
         expected = head(text_model(**tokens).pooler_output)
@@ -114,7 +117,7 @@ def main(args):
         optimizer.zero_grad(set_to_none=True)
         done = step + 1
         if done % args.log_every == 0 or done == args.steps:
-            log.write(done, loss=loss.item(), lr=rate(step, args))
+            log.write(done, loss=loss.item(), lr=learning_rate(step, args))
         if done % args.save_every == 0 or done == args.steps or stop.received:
             checkpoints.save(done, dict(script="train_text.py", settings=settings, step=done,
                                         **{name: part.state_dict() for name, part in parts.items()}))

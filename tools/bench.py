@@ -376,7 +376,7 @@ def their_networks(parts: dict, model) -> dict | None:
 def networks(args) -> tuple[list[Row], str]:
     """-> rows and a note."""
     import torch
-    from loading.hub import find_parts
+    from loading.layouts import find_parts
     from wuerstchen import Wuerstchen, latent_sizes
 
     model = Wuerstchen.load(args.weights, args.device)
@@ -417,7 +417,7 @@ def networks(args) -> tuple[list[Row], str]:
 def official_pair(stage: type, kind: type, config: dict, device, dtype):
     """Ours with random weights, and diffusers' with the very same tensors: their memory is there once."""
     import torch
-    from loading.weights import config_to_diffusers, to_diffusers
+    from loading.names import config_to_diffusers, to_diffusers
     with torch.device("meta"):
         ours = stage(**config)
         theirs = kind(**{key: value for key, value in config_to_diffusers(ours).items() if key[0] != "_"})
@@ -448,7 +448,7 @@ def official(args) -> tuple[list[Row], str]:
     import gc
     import torch
     from diffusers.pipelines.deprecated import wuerstchen as theirs_in
-    from latents import latent_sizes
+    from wuerstchen import latent_sizes
     from stage_a import OFFICIAL as A, StageA
     from stage_b import OFFICIAL as B, StageB
     from stage_c import OFFICIAL as C, StageC
@@ -601,6 +601,8 @@ def official_files(folder: Path) -> None:
     import torch
     from transformers import CLIPTextConfig, CLIPTextModel
     from loading import weights as w
+    from loading.files import STEM, write_files
+    from loading.names import config_to_diffusers, to_diffusers
 
     def random_tensor(name: str, shape: tuple) -> torch.Tensor:
         values = torch.empty(shape, dtype=torch.float16).normal_(std=0.02)
@@ -611,8 +613,8 @@ def official_files(folder: Path) -> None:
         tensors = {name: random_tensor(name, tensor.shape) if tensor.is_floating_point()
                    else torch.zeros(tensor.shape, dtype=tensor.dtype)
                    for name, tensor in model.state_dict().items()}
-        w.write_files(w.config_to_diffusers(model),
-                      {n: t.contiguous() for n, t in w.to_diffusers(tensors, model).items()}, folder / part, w.STEM)
+        write_files(config_to_diffusers(model),
+                      {n: t.contiguous() for n, t in to_diffusers(tensors, model).items()}, folder / part, STEM)
     tokenizer = Path(__file__).parents[1] / "models" / "tiny" / "tokenizer"         # its words do not matter here
     for side, width, layers, heads in (("prior_", 1280, 32, 20), ("", 1024, 24, 16)):
         config = CLIPTextConfig(vocab_size=49408, hidden_size=width, num_hidden_layers=layers,
@@ -622,7 +624,7 @@ def official_files(folder: Path) -> None:
             model = CLIPTextModel(config)
         tensors = {name: random_tensor(name, tensor.shape) for name, tensor in model.state_dict().items()
                    if not name.endswith("position_ids")}
-        w.write_files(config.to_dict(), tensors, folder / f"{side}text_encoder", "model")
+        write_files(config.to_dict(), tensors, folder / f"{side}text_encoder", "model")
         shutil.copytree(tokenizer, folder / f"{side}tokenizer")
 
 
@@ -676,7 +678,7 @@ def training_steps(who: str, full: bool, checkpointing: str | None, depth: int, 
     """
     import torch
     from stage_c import StageC
-    from loading.weights import config_to_diffusers, to_diffusers
+    from loading.names import config_to_diffusers, to_diffusers
     # without dropout both compute the same
     config = dict(c_in=16, c=width, c_cond=1280, c_timestep=64, depth=depth, heads=width // 64, dropout=0.0)
     before = status("VmRSS")
@@ -821,8 +823,9 @@ def reading(side: int, batch: int, files: int = 64) -> dict:
     import numpy as np
     from PIL import Image
     import train_c
-    from training.data import BatchSampler, batches, open_dataset
-    from training.run import Processes
+    from training.data import open_dataset
+    from training.order import BatchSampler, batches
+    from training.processes import Processes
     with tempfile.TemporaryDirectory() as folder:
         rng = np.random.default_rng(0)
         for i in range(files):

@@ -5,18 +5,72 @@ Needs: torch, pillow; lora.py, weights.py, files.py; huggingface_hub for the upl
 import json
 import math
 import sys
+import time
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from tqdm import tqdm
 
-from training.data import sample_rng
+from training.order import sample_rng
 from loading.errors import WeightsError
 from loading.files import write_atomically
-from loading.hub import NAMES, SHIPPED
+from loading.hub import NAMES
+from loading.layouts import SHIPPED
 
 # parts that may come from elsewhere
 FILES = ("prior", "prior_text_encoder", "image_encoder", "decoder", "vqgan", "text_encoder")
+
+
+def due(every: int, step: int, steps: int) -> bool:
+    """Is it time for something that happens every so many steps (0: never), and after the last one?"""
+    return bool(every) and (step % every == 0 or step == steps)
+
+
+class Progress:
+    """The progress bar of a run, and what a line of the log says about the steps since the line before.
+
+    Iterate over it for the steps that are left. batch: samples per step, of all processes.
+    """
+    def __init__(self, title: str, start: int, args, processes, batch: int):
+        self.processes, self.batch, self.smooth = processes, batch, None
+        self.since, self.clock = start, time.time()
+        self.sums = torch.zeros(2, 10, device=processes.device)          # raw loss and number of samples, by noise level
+        self.bar = tqdm(range(start, args.steps), title, args.steps, initial=start, disable=not processes.is_main)
+
+    def __iter__(self):
+        return iter(self.bar)
+
+    def add(self, t: Tensor, raw: Tensor) -> None:
+        """Losses raw (B,) of samples at noise levels t (B,), not weighted."""
+        level = (t * 10).long().clamp(max=9)
+        self.sums[0].index_add_(0, level, raw.detach())
+        self.sums[1].index_add_(0, level, torch.ones_like(raw))
+
+    def forget_nan(self) -> None:
+        """After a step whose loss was not finite."""
+        self.sums.nan_to_num_(0, 0, 0)
+
+    def values(self, step: int, loss: Tensor) -> dict:
+        """What to log after `step` steps; loss () is the last step's. All processes must call this."""
+        loss = (self.processes.sum(loss.clone()) / self.processes.world).item()
+        self.smooth = loss if self.smooth is None else 0.9 * self.smooth + 0.1 * loss
+        raw, count = self.processes.sum(self.sums.clone())
+        speed = (step - self.since) * self.batch / (time.time() - self.clock)
+        on_gpu = self.processes.device.type == "cuda"
+        values = dict(loss=loss, smooth_loss=self.smooth, images_per_second=speed,
+                      memory_gib=torch.cuda.max_memory_allocated() / 2 ** 30 if on_gpu else None)
+        values |= {f"raw_loss_t_0.{i}": (raw[i] / count[i]).item() for i in range(10) if count[i] > 0}
+        self.sums.zero_()
+        self.since, self.clock = step, time.time()
+        return values
+
+    def show(self, line: dict, *more: str) -> None:
+        """Puts a line of the log at the end of the bar; more: words between."""
+        words = [f"loss {line['smooth_loss']:.4f}", f"|grad| {line['grad_norm']:.2f}", *more, f"lr {line['lr']:.1e}",
+                 f"{line['images_per_second']:.1f} images/s"]
+        self.bar.set_postfix_str(", ".join(words + [f"{line['memory_gib']:.1f} GiB"] * bool(line["memory_gib"])))
 
 
 def outline(args, model, pictures, buckets, plan) -> None:
@@ -93,7 +147,9 @@ def settings_table(args) -> str:
 def write_result(args, prior, learned: dict, tokenizer, text_model, pictures: int) -> None:
     """prior/, or lora.safetensors; base.json, which tells sample.py --weights where the other parts are; README.md."""
     import lora
-    from loading.weights import config_to_diffusers, save_scheduler, save_text_encoder, to_diffusers, write_files, STEM
+    from loading.files import STEM, write_files
+    from loading.names import config_to_diffusers, to_diffusers
+    from loading.weights import save_scheduler, save_text_encoder
 
     def place(path: str) -> str:
         return path if path in (*SHIPPED, *NAMES) else str(Path(path).resolve())    # a name stays a name

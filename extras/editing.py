@@ -1,0 +1,371 @@
+"""Everything that can be done with a loaded model besides a prompt: images, masks, embeddings, latents as input.
+
+  generate(model, "a moon", edit=InitImage("apple.png", strength=0.9))            # image to image
+  generate(model, "a rose", edit=InitImage("apple.png", mask="mask.png"))         # inpainting: white is generated anew
+  generate(model, edit=InitImage("apple.png"))                                    # variations: no prompt
+  generate(model, given={"prompt_c": a, "prompt_b": b})                           # embeddings instead of text
+  reconstruct(model, "photo.png");  interpolate(model, "a dog", "a cat", frames=12)
+
+`generate` is Wuerstchen.__call__ with more ways in and out; it calls the same steps of the model: encode_text,
+sample_c, sample_b, decode. Images are described in images.py; outpainting is images.enlarge and a mask.
+Needs: torch; wuerstchen.py, stage_b.py (preprocess), images.py.
+"""
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from extras.images import cover, feather, fitting_size, read_image, read_mask
+from stage_b import preprocess
+from wuerstchen import (Noise, Sampling, Wuerstchen, add_noise, crop, latent_sizes, per_row, prompt_lists, seed_list,
+                        to_pil, warn_of_size)
+
+EMBEDDINGS = ("prompt_c", "negative_c", "prompt_b", "negative_b")
+LATENTS = ("semantic", "latents_c", "latents_b")
+OUTPUTS = ("pil", "np", "pt", "semantic", "latents_b")
+
+
+class Stopped(Exception):
+    """A callback has asked to stop."""
+
+
+@dataclass(frozen=True)
+class InitImage:
+    """An image to start from. image, mask: anything that images.read_image takes; the mask as large as the image.
+
+    strength   the noise level at which Stage C starts from the image's semantic latents: 0 is a reconstruction, 1 keeps
+               nothing. Default 0.6; with a mask 1; without a prompt 0.3, because beyond that nothing holds the object
+    mask       white where new content is generated; outside of it the image stays as it is
+    """
+    image: Any
+    strength: float | None = None
+    mask: Any = None
+
+    def strength_for(self, silent: bool) -> float:
+        """The strength, or its default; silent: there is no prompt."""
+        if self.strength is not None:
+            return self.strength
+        return 1.0 if self.mask is not None else 0.3 if silent else 0.6
+
+
+# ----- the whole way -------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def generate(model: Wuerstchen, prompt: str | list[str] | None = None, negative_prompt: str | list[str] = "", *,
+             seed: int | list[int] | Callable = 0, num_images: int = 1, width: int | None = None,
+             height: int | None = None, edit: InitImage | None = None, given: dict[str, Tensor] | None = None,
+             output: str = "pil", callback: Callable | None = None, progress: bool = False, **sampling):
+    """Wuerstchen.__call__ with these arguments more or wider:
+
+    prompt         may be left out if `edit` or `given` specify the image
+    seed           also a source of noise: seed(C, h, w) -> (images or 1,C,h,w)
+    width, height  px; default: the shape of the edited image, its shorter side at the weights' own size; else that size
+    edit           an InitImage
+    given          any of: prompt_c, negative_c, prompt_b, negative_b, embeddings (prompts or 1,N,D) instead of text;
+                   semantic, raw latents (images or 1,16,h,w) as output="semantic" returns them, instead of Stage C;
+                   latents_c, latents_b (images or 1,C,h,w), what the stages start from instead of noise
+    output         "pil"; "np" (n,H,W,3) or "pt" (n,3,H,W) in [0, 1]; "semantic" or "latents_b": what C or B generated
+    callback       may also return False to stop: then the result is []
+    Raises ValueError for arguments that do not fit together, nearly always before the first step.
+    """
+    c, b = model.settings(sampling)
+    check_arguments(model, given or {}, edit, output)
+    embeddings = {name: tensor for name, tensor in (given or {}).items() if name in EMBEDDINGS}
+    semantic, latents_c, latents_b = ((given or {}).get(name) for name in LATENTS)
+    stages = ("c" if semantic is None else "") + ("b" if output != "semantic" else "")
+    optional = edit is not None or semantic is not None
+    texts = PromptBatch(model, prompt, negative_prompt, embeddings, num_images, stages, optional)
+    n = texts.rows * num_images
+    image = None if edit is None else read_image(edit.image)                               # (3, H0, W0)
+    height, width = image_size(model, height, width, image, semantic)
+    size_c, size_b = latent_sizes(height, width)
+    shape_c, shape_b = (model.channels_c, *size_c), (model.channels_b, *size_b)
+    noise = seed if callable(seed) else Noise(seed_list(seed, n), model.device)
+    fit = functools.partial(fitting, n, model.device)
+    known = None if edit is None else KnownImage(model, image, edit.mask, height, width)
+    if known is not None:
+        levels = cut_levels(c.levels, edit.strength_for(texts.silent))
+        if len(levels) > 1:
+            c = replace(c, steps=levels)
+        elif semantic is None:                                                             # strength 0: no step at all
+            semantic = model.unscale(known.semantic)
+    # Stage C takes a minute: what is wrong with something for Stage B is reported before.
+    semantic = None if semantic is None else fit("semantic", semantic, (16, *size_c))
+    latents_b = None if latents_b is None else fit("latents_b", latents_b, shape_b)
+    text_b = None if output == "semantic" else texts("b")
+    draw_c, draw_b = (lambda shape=shape: fit("what the source of noise returned", noise(*shape), shape)
+                      for shape in (shape_c, shape_b))
+    options = dict(callback=callback and checked(callback), progress=progress)
+    try:
+        if semantic is None:
+            text_c, x = texts("c"), draw_c() if latents_c is None else fit("latents_c", latents_c, shape_c)
+            keep, x = (None, x) if known is None else (known.keep_c(x), known.start_c(x, c.levels[0]))
+            semantic = model.sample_c(*text_c, draw_c, c, x=x, keep=keep, **options)       # (n, 16, h, w)
+        if output == "semantic":
+            return semantic
+        x = draw_b() if latents_b is None else latents_b                                   # (n, 4, h', w')
+        latents = model.sample_b(semantic, *text_b, draw_b, b, x=x, keep=known and known.keep_b(x), **options)
+    except Stopped:
+        return []
+    if output == "latents_b":
+        return latents
+    images = crop(model.decode(latents), height, width)                                    # (n, 3, height, width)
+    images = images if known is None else known.paste(images)
+    return {"pil": to_pil, "pt": lambda x: x, "np": lambda x: x.permute(0, 2, 3, 1).cpu().numpy()}[output](images)
+
+
+def reconstruct(model: Wuerstchen, image, prompt: str = "", **options):
+    """An image -> what is left of it after the way through its semantic latents and back."""
+    return generate(model, prompt, edit=InitImage(image, 0.0), **options)
+
+
+@torch.no_grad()
+def interpolate(model: Wuerstchen, a: str | Tensor, b: str | Tensor, frames: int = 8, *, seed: int = 0,
+                to_seed: int | None = None, batch: int = 1, **options) -> list:
+    """`frames` PIL images on the way from a to b, two prompts or two semantic latents (1,16,h,w); both ends included.
+
+    Embeddings or latents move along a sphere (slerp). to_seed: so does the noise, from that of `seed`. batch: images
+    computed at a time. options: those of generate.
+    """
+    if frames < 2:
+        raise ValueError(f"the number of frames must be at least 2, got {frames}.")
+    if isinstance(a, str) != isinstance(b, str):
+        raise ValueError("one end is a prompt and the other a latent: interpolation needs two of a kind.")
+    if not isinstance(a, str) and not (a.ndim == 4 and len(a) == 1 and a.shape == b.shape):
+        raise ValueError(f"the ends have shapes {tuple(a.shape)} and {tuple(b.shape)}, "
+                         f"expected twice the same: (1, 16, h, w).")
+    ends = {"semantic": (a, b)} if not isinstance(a, str) else {
+        f"prompt_{stage}": model.encode_text(stage, [a], [b]) for stage in "cb"}
+    images, given = [], options.pop("given", {})
+    for part in torch.linspace(0, 1, frames).split(batch):
+        k, first = len(part), Noise([seed] * len(part))
+        last = None if to_seed is None else Noise([to_seed] * k)
+        moved = {name: slerp(*(end.expand(k, *end.shape[1:]) for end in pair), part) for name, pair in ends.items()}
+        done = generate(model, seed=first if last is None else lambda *shape: slerp(first(*shape), last(*shape), part),
+                        num_images=k if "semantic" in moved else 1, given=given | moved, **options)
+        images += done
+        if len(done) < k:                                                                  # a callback has stopped it
+            break
+    return images
+
+
+# ----- arguments -----------------------------------------------------------------------------------------------------
+
+def check_arguments(model: Wuerstchen, given: dict, edit: InitImage | None, output: str) -> None:
+    """Raises ValueError for arguments of generate that are unknown or do not go together."""
+    if unknown := sorted(given.keys() - {*EMBEDDINGS, *LATENTS}):
+        raise ValueError(f"{unknown[0]} cannot be given: expected some of {', '.join(EMBEDDINGS + LATENTS)}.")
+    if output not in OUTPUTS:
+        raise ValueError(f"output is {output!r}, expected one of {', '.join(OUTPUTS)}.")
+    if "semantic" in given and given["semantic"].ndim != 4:
+        raise ValueError(f"semantic has shape {tuple(given['semantic'].shape)}, expected (images or 1, 16, h, w).")
+    if "latents_c" in given and (edit is not None or "semantic" in given):
+        raise ValueError("latents_c specify where Stage C starts, and so do an image and semantic: give one of them.")
+    if not isinstance(model.b, Sampling) and ("latents_b" in given or edit is not None and edit.mask is not None):
+        raise ValueError("Stage B of v1 generates tokens, for which masks and latents_b do not exist: remove them.")
+
+
+def fitting(n: int, device: torch.device, name: str, tensor: Tensor, shape: tuple) -> Tensor:
+    """A tensor (n or 1, *shape) -> (n, *shape) float32 on the device. Raises ValueError for another shape."""
+    if tuple(tensor.shape[1:]) != shape or len(tensor) not in (1, n):
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected ({n} or 1, {', '.join(map(str, shape))}).")
+    return tensor.float().to(device).expand(n, *shape)
+
+
+def image_size(model: Wuerstchen, height: int | None, width: int | None, image: Tensor | None,
+               semantic: Tensor | None) -> tuple[int, int]:
+    """Fills in the sides that were left open, see generate, and warns of sizes the weights were not trained on."""
+    if image is not None:
+        h, w = image.shape[-2:]
+        if height is None and width is None:
+            height, width = fitting_size(h, w, model.size)
+        height, width = height or round(width * h / w), width or round(height * w / h)
+    elif semantic is not None:
+        height, width = height or semantic.shape[-2] * 128 // 3, width or semantic.shape[-1] * 128 // 3
+    height, width = height or model.size, width or model.size
+    latent_sizes(height, width)                                                            # for its error messages
+    warn_of_size(height, width, model.size)
+    return height, width
+
+
+class PromptBatch:
+    """Text embeddings for the stages: texts("c"), texts("b") -> with and without condition, each (images,N,D).
+
+    Prompts and embeddings are checked at once and encoded when they are asked for. rows: the number of prompts.
+    stages: those that will be asked for, "cb" or one of them. optional: an empty prompt will do. silent: it is empty.
+    """
+    def __init__(self, model: Wuerstchen, prompt, negative, embeddings: dict[str, Tensor], num_images: int, stages: str,
+                 optional: bool):
+        self.model, self.num_images, self.embeddings = model, num_images, dict(embeddings)
+        networks = model.networks
+        if networks.get("text_encoder_c") is networks.get("text_encoder_b"):    # what is given for Stage C serves Stage B as well
+            for name in ("prompt", "negative"):
+                if f"{name}_c" in embeddings:
+                    self.embeddings.setdefault(f"{name}_b", embeddings[f"{name}_c"])
+        self.check_given(prompt, stages, optional)
+        if prompt is None:
+            prompt = [""] * max([len(e) for e in self.embeddings.values()], default=1)
+            optional = True
+        self.prompts, self.negatives = prompt_lists(prompt, negative or "", 1, optional)
+        if num_images < 1:
+            raise ValueError(f"the number of images must be at least 1, got {num_images}.")
+        self.rows = len(self.prompts)
+        self.silent = not any(p.strip() for p in self.prompts) and not {"prompt_c", "prompt_b"} & set(self.embeddings)
+        for name, embedding in self.embeddings.items():
+            if embedding.ndim != 3 or len(embedding) not in (1, self.rows):
+                raise ValueError(f"embeddings {name} have shape {tuple(embedding.shape)}, "
+                                 f"expected ({self.rows} or 1, tokens, width).")
+            self.check_width(name, embedding)
+
+    def check_given(self, prompt, stages: str, optional: bool) -> None:
+        """Without a prompt: either every stage has its embedding, or none has and that is fine."""
+        missing = [f"prompt_{stage}" for stage in stages if f"prompt_{stage}" not in self.embeddings]
+        if prompt is None and missing and {"prompt_c", "prompt_b"} & set(self.embeddings):
+            raise ValueError(f"there is no {missing[0]} among the embeddings, and no prompt to make it from: "
+                             f"give one of them.")
+        if prompt is None and missing and not optional:
+            raise ValueError('the prompt is empty: describe the image, '
+                             'for example "a red apple on a blue background".')
+
+    def check_width(self, name: str, embedding: Tensor) -> None:
+        stage, key = ("stage_c", "c_cond") if name.endswith("_c") else ("stage_b", "c_text")
+        config = getattr(self.model.networks.get(stage), "config", None)     # a loader may know it as well
+        if config is not None and embedding.shape[2] != config[key]:
+            raise ValueError(f"embeddings {name} have shape {tuple(embedding.shape)}, "
+                             f"expected ({self.rows} or 1, tokens, {config[key]}).")
+
+    def __call__(self, stage: str) -> tuple[Tensor, Tensor]:
+        names = (f"prompt_{stage}", f"negative_{stage}")
+        encoded = (None, None)
+        if not all(name in self.embeddings for name in names):
+            encoded = self.model.encode_text(stage, self.prompts, self.negatives)
+        pair = [self.embeddings.get(name, e) for name, e in zip(names, encoded)]
+        if pair[0].shape[1:] != pair[1].shape[1:]:
+            raise ValueError(f"embeddings of {names[0]} and {names[1]} differ in shape, {tuple(pair[0].shape)} and "
+                             f"{tuple(pair[1].shape)}: they must come from the same encoder.")
+        return tuple(e.to(self.model.device, self.model.dtype).expand(self.rows, -1, -1)
+                     .repeat_interleave(self.num_images, 0) for e in pair)
+
+
+def checked(callback: Callable) -> Callable:
+    """A callback whose answers are checked: None, False to stop, or finite latents of the same shape."""
+    def ask(stage: str, step: int, t: float, x: Tensor, x_0: Tensor) -> Tensor | None:
+        answer = callback(stage, step, t, x, x_0)
+        if answer is False:
+            raise Stopped
+        if answer is not None and not (isinstance(answer, Tensor) and answer.shape == x.shape
+                                       and answer.isfinite().all()):
+            raise ValueError(f"a callback may return None, False, or finite latents of shape {tuple(x.shape)}, "
+                             f"not {answer!r:.80}.")
+        return answer
+    return ask
+
+
+# ----- images as input -----------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def encode_latents(model: Wuerstchen, images: Tensor) -> Tensor:
+    """images (n,3,H,W) in [0, 1], sides multiples of 4 -> the VQGAN's latents (n,4,H/4,W/4) float32."""
+    stage_a = model.part("stage_a")
+    return stage_a.encode(images.to(model.device, next(stage_a.parameters()).dtype)).float()
+
+
+@torch.no_grad()
+def encode_image(model: Wuerstchen, images: Tensor) -> Tensor:
+    """images (n,3,H,W) in [0, 1] -> raw semantic latents (n,16,h,w) float32, what Stage C would have to generate.
+
+    The images are extended to Stage B's grid and resized to 32 px for each position of the semantic latents: 0.75 of
+    their size, or nearly. Raises ValueError for sides below 64 px, and for weights without an image encoder.
+    """
+    encoder = model.part("image_encoder")
+    (h, w), (h_b, w_b) = latent_sizes(*images.shape[-2:])
+    images = extend(images.float().to(model.device), 4 * h_b, 4 * w_b)
+    return encoder(preprocess(images, (32 * h, 32 * w)))
+
+
+def extend(images: Tensor, height: int, width: int) -> Tensor:
+    """(n,C,H,W) -> (n,C,height,width), edges repeated: wuerstchen.crop undoes it."""
+    top, left = (height - images.shape[-2]) // 2, (width - images.shape[-1]) // 2
+    right, bottom = width - images.shape[-1] - left, height - images.shape[-2] - top
+    return F.pad(images, (left, right, top, bottom), mode="replicate")
+
+
+def cut_levels(levels: Tensor, strength: float) -> Tensor:
+    """The part of a schedule below noise level `strength`, which becomes its start: for image to image.
+
+    Returns (m + 1,), m <= n; for strength 0 or the schedule's end a single level, no step at all.
+    """
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength is {strength:g}, expected a number from 0, nothing changes, to 1, nothing is kept.")
+    start = max(min(strength, levels[0].item()), levels[-1].item())
+    return torch.cat([levels.new_tensor([start]), levels[levels < start - 1e-6]])
+
+
+class KnownImage:
+    """An image encoded as a start and, with a mask, as what stays while the rest is generated around it."""
+    def __init__(self, model: Wuerstchen, image: Tensor, mask, height: int, width: int):
+        """image (3,H,W) is resized and cropped to cover height x width; mask: see read_mask, resized like it."""
+        self.image = cover(image, height, width).to(model.device)                          # (3, height, width)
+        (h, w), (h_b, w_b) = latent_sizes(height, width)
+        self.semantic = model.scale(encode_image(model, self.image[None]))                 # (1, 16, h, w)
+        self.mask = None
+        if mask is None:
+            return
+        mask = read_mask(mask)                                                             # (H0, W0)
+        if mask.shape != image.shape[-2:]:
+            raise ValueError(f"the mask has {mask.shape[1]} x {mask.shape[0]} px, its image {image.shape[2]} x "
+                             f"{image.shape[1]}: they must be the same.")
+        self.mask = cover(mask[None], height, width, nearest=True)[0].to(model.device)     # (height, width)
+        canvas = extend(self.mask[None, None], 4 * h_b, 4 * w_b)
+        # A latent that has any part in the mask is generated anew.
+        self.mask_c, self.mask_b = (F.adaptive_max_pool2d(canvas, size).bool() for size in ((h, w), (h_b, w_b)))
+        self.latents = encode_latents(model, extend(self.image[None], 4 * h_b, 4 * w_b))   # (1, 4, h_b, w_b)
+
+    def start_c(self, eps: Tensor, t: Tensor) -> Tensor:
+        """Where Stage C starts: noise (n,16,h,w) -> the image's semantic latents at noise level t."""
+        return eps if t == 1 else add_noise(self.semantic.expand_as(eps), eps, t.to(eps.device).expand(len(eps)))
+
+    def keep_c(self, eps: Tensor) -> "InpaintMask | None":
+        return None if self.mask is None else InpaintMask(self.semantic.expand_as(eps), self.mask_c, eps)
+
+    def keep_b(self, eps: Tensor) -> "InpaintMask | None":
+        return None if self.mask is None else InpaintMask(self.latents.expand_as(eps), self.mask_b, eps)
+
+    def paste(self, images: Tensor) -> Tensor:
+        """The known pixels over the generated ones, with a soft edge inside the mask: outside it nothing changes."""
+        if self.mask is None:
+            return images
+        return torch.lerp(self.image.expand_as(images), images, feather(self.mask, min(images.shape[-2:]) // 64))
+
+
+class InpaintMask:
+    """Inpainting, as `keep` of denoise: holds what is known in place while the rest is sampled around it.
+
+    known x_0 (B,...); mask, broadcast over it, True where new content goes; eps, the noise that the known part gets:
+    always the same, so that it moves towards x_0 on one straight path, which samplers with a memory need.
+    """
+    def __init__(self, known: Tensor, mask: Tensor, eps: Tensor):
+        self.known, self.mask, self.eps = known, mask, eps
+
+    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
+        known = torch.where(per_row(t == 0, x_t), self.known, add_noise(self.known, self.eps, t))
+        return torch.where(self.mask, x_t, known)
+
+
+def slerp(a: Tensor, b: Tensor, f: float | Tensor) -> Tensor:
+    """Spherical interpolation of each row from a (f = 0) to b (f = 1): (B,...), (B,...), f a number or (B,) -> (B,...).
+
+    A straight line between two noises would be too quiet in its middle: the network has only seen unit variance.
+    Source: Shoemake 1985, "Animating rotation with quaternion curves", sec. 3.3.
+    """
+    f = per_row(torch.as_tensor(f, dtype=a.dtype, device=a.device).expand(len(a)), a)
+    cosine = F.cosine_similarity(a.flatten(1), b.flatten(1)).view_as(f).clamp(-1, 1)
+    angle = cosine.arccos()
+    straight = angle.sin() < 1e-4                            # the same direction: no arc to follow
+    angle = angle.where(~straight, 1)
+    arc = ((1 - f) * angle).sin() / angle.sin() * a + (f * angle).sin() / angle.sin() * b
+    return torch.where(straight, torch.lerp(a, b, f), arc)

@@ -1,0 +1,355 @@
+"""Names: translates tensor names, shapes and config.json of the released weights into ours, and back.
+
+  "projection.weight" (C,16,1,1), as released  <->  "embed.weight" (C,16), in our StageC
+
+The released weights come in two namings. "original" is the naming of the authors' training code, "diffusers" that
+of the Hugging Face library. They differ in the attention layers, where query, key and value are one fused matrix in
+the first and three matrices in the second, and in the name of the codebook. Our models use a third naming, meant for
+readers ("expand" instead of "channelwise.0"). A table of rules translates: for each part of a model, its name here
+and its name there. Values never change, so the way back gives the same file again.
+
+Shapes differ in two places, because our models are channels-last: a released 1x1 convolution (D,C,1,1) is a Linear
+(D,C) here, and the released vectors of GlobalResponseNorm are (1,1,1,C), here (C,).
+Needs: torch; the stage files.
+"""
+import warnings
+from typing import Callable, Iterable, Iterator, NamedTuple
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from loading.errors import WeightsError
+from stage_a import StageA
+from stage_b import EfficientNetEncoder, StageB, TinyImageEncoder
+from stage_c import StageC
+from v1.stage_b import StageBV1
+
+
+# ----- rules: our name, diffusers' name, and how the shape differs --------------------------------------------------
+# A rule covers one part with all its tensors (weight, bias, running_mean, ...), or a single tensor.
+# Third column: "1x1" is a Linear here and a 1x1 convolution there; "grn" has three leading ones there.
+
+RES_BLOCK = [
+    ("depthwise",   "depthwise",          ""),
+    ("expand",      "channelwise.0",      ""),       # channelwise.1 is GELU
+    ("grn",         "channelwise.2",      "grn"),    # channelwise.3 is Dropout
+    ("contract",    "channelwise.4",      ""),
+]
+TIMESTEP_BLOCK = [
+    ("mapper",      "mapper",             ""),
+]
+ATTENTION_BLOCK = [
+    ("text_mapper", "kv_mapper.1",        ""),       # kv_mapper.0 is SiLU
+    ("query",       "attention.to_q",     ""),
+    ("key",         "attention.to_k",     ""),
+    ("value",       "attention.to_v",     ""),
+    ("out",         "attention.to_out.0", ""),       # to_out.1 is Dropout
+]
+VQ_RES_BLOCK = [
+    ("depthwise",   "depthwise.1",        ""),       # depthwise.0 is the padding
+    ("expand",      "channelwise.0",      ""),
+    ("contract",    "channelwise.2",      ""),
+    ("gammas",      "gammas",             ""),
+]
+BLOCKS = {"C": RES_BLOCK, "T": TIMESTEP_BLOCK, "A": ATTENTION_BLOCK}     # the letters of Stage B's level patterns
+
+
+def inside(ours: str, theirs: str, block: list) -> list:
+    """The rules of one block, called `ours` here and `theirs` there."""
+    return [(f"{ours}.{a}", f"{theirs}.{b}", kind) for a, b, kind in block]
+
+
+def rules_a(levels: int, bottleneck_blocks: int, **_) -> list:
+    """Stage A. There, encoder and decoder are flat lists with the latent layers at one end of each."""
+    encoder = ["block"] + ["downsample", "block"] * (levels - 1)
+    decoder = ["block"] * bottleneck_blocks + ["upsample", "block"] * (levels - 1)
+    rules = [
+        ("embed",          "in_block.1",                    "1x1"),      # in_block.0 is PixelUnshuffle
+        ("to_latent",      f"down_blocks.{len(encoder)}.0", "1x1"),
+        ("norm_latent",    f"down_blocks.{len(encoder)}.1", ""),
+        ("codebook.codes", "vquantizer.embedding.weight",   ""),
+        ("from_latent",    "up_blocks.0.0",                 "1x1"),
+        ("to_pixels",      "out_block.0",                   "1x1"),
+    ]
+    layers = [(f"encoder.{i}", f"down_blocks.{i}", kind) for i, kind in enumerate(encoder)]
+    layers += [(f"decoder.{i}", f"up_blocks.{i + 1}", kind) for i, kind in enumerate(decoder)]
+    for ours, theirs, kind in layers:
+        rules += inside(ours, theirs, VQ_RES_BLOCK) if kind == "block" else [(ours, theirs, "")]
+    return rules
+
+
+def rules_b(levels, blocks, inject, **_) -> list:
+    """Stage B. There, down- and upsampling layers are elements of the levels' lists of blocks, and the way up is
+    counted from the deepest level, n - 1, to the finest, 0. Here a level keeps its number."""
+    n = len(levels)
+    rules = [
+        ("embed",      "embedding.1", "1x1"),        # embedding.0 is PixelUnshuffle
+        ("embed_text", "clip_mapper", ""),
+        ("head",       "clf.1",       "1x1"),        # clf.0 is the norm
+    ]
+    for i in range(n):
+        up = n - 1 - i                               # level i on the way up, in their numbers
+        pattern = levels[i] * blocks[i]
+        if inject[i]:
+            rules += [(f"semantic_down.{i}", f"effnet_mappers.{i}",      "1x1"),
+                      (f"semantic_up.{i}",   f"effnet_mappers.{n + up}", "1x1")]
+        if i > 0:                                    # .0.0 and .{last}.0 are norms
+            rules += [(f"downsample.{i}",    f"down_blocks.{i}.0.1",                ""),
+                      (f"upsample.{i}",      f"up_blocks.{up}.{len(pattern)}.1",    "")]
+        for k, letter in enumerate(pattern):
+            first = 1 if i > 0 else 0                # the downsampling layer is the level's element 0
+            rules += inside(f"down_blocks.{i}.{k}", f"down_blocks.{i}.{first + k}", BLOCKS[letter])
+            rules += inside(f"up_blocks.{i}.{k}",   f"up_blocks.{up}.{k}",          BLOCKS[letter])
+    return rules
+
+
+def rules_b_v1(levels, blocks, **_) -> list:
+    """Stage B of v1. Its U-Net is numbered like v2's. "byt5" is the text encoder it was first planned with."""
+    unet = rules_b(levels, blocks, inject=[False] * len(levels))
+    return [rule for rule in unet if rule[0] != "embed_text"] + [
+        ("embed_token",    "in_mapper.0",   ""),     # in_mapper.1 is the norm
+        ("embed_semantic", "effnet_mapper", ""),
+        ("embed_text",     "byt5_mapper",   ""),
+        ("classify",       "out_mapper.1",  "1x1"),  # out_mapper.0 is the norm
+    ]
+
+
+def rules_c(depth: int, **_) -> list:
+    """Stage C. There, the three kinds of blocks are one list, in the order in which they run."""
+    rules = [
+        ("embed",        "projection",    "1x1"),
+        ("embed_text.0", "cond_mapper.0", ""),
+        ("embed_text.2", "cond_mapper.2", ""),
+        ("head",         "out.1",         "1x1"),    # out.0 is the norm
+    ]
+    for i in range(depth):
+        rules += inside(f"res_blocks.{i}",       f"blocks.{3 * i}",     RES_BLOCK)
+        rules += inside(f"timestep_blocks.{i}",  f"blocks.{3 * i + 1}", TIMESTEP_BLOCK)
+        rules += inside(f"attention_blocks.{i}", f"blocks.{3 * i + 2}", ATTENTION_BLOCK)
+    return rules
+
+
+# ----- formats: what the released files look like, for each of our models -------------------------------------------
+
+class Format(NamedTuple):
+    """The released form of one model."""
+    description: str
+    rules: Callable[..., list]     # model.config -> rules
+    class_name: str                # in config.json
+    arguments: dict                # ours -> (key in config.json, the default of diffusers' class for a missing key)
+    fixed: dict = {}               # keys our class does not have, each with the only value that is supported
+    signature: tuple = ()          # names of a tensor that only this model has: as released, and here
+    sections: tuple = ()           # the tables that hold it in the original .pt files, averaged weights first
+
+
+FORMATS = {
+    StageA: Format(
+        "a Stage A (VQGAN)", rules_a, "PaellaVQModel", dict(
+            levels=("levels", 2), bottleneck_blocks=("bottleneck_blocks", 12), c_hidden=("embed_dim", 384),
+            c_latent=("latent_channels", 4), codebook_size=("num_vq_embeddings", 8192),
+            scale_factor=("scale_factor", 0.3764)),
+        fixed=dict(in_channels=3, out_channels=3, up_down_scale_factor=2),
+        signature=("in_block.1.weight", "codebook.codes"), sections=("state_dict",)),
+    StageBV1: Format(                  # diffusers never had this model: these keys are the authors'
+        "a v1 Stage B (Paella, a model of tokens)", rules_b_v1, "Paella", dict(
+            codebook_size=("num_labels", 8192), c_token=("c_in", 256), c_timestep=("c_r", 64),
+            patch_size=("patch_size", 2), c_cond=("c_cond", 1024), c_hidden=("c_hidden", [640, 1280, 1280]),
+            heads=("nhead", [-1, 16, 16]), blocks=("blocks", [4, 12, 4]), levels=("level_config", ["CT", "CTA", "CTA"]),
+            c_semantic=("effnet_embd", 16), c_text=("byt5_embd", 1024), kernel_size=("kernel_size", 3),
+            dropout=("dropout", 0.1)),
+        signature=("byt5_mapper.weight", "embed_token.weight"), sections=("state_dict",)),
+    StageB: Format(
+        "a Stage B (DiffNeXt)", rules_b, "WuerstchenDiffNeXt", dict(
+            c_in=("c_in", 4), c_out=("c_out", 4), c_timestep=("c_r", 64), patch_size=("patch_size", 2),
+            c_cond=("c_cond", 1024), c_hidden=("c_hidden", [320, 640, 1280, 1280]), heads=("nhead", [-1, 10, 20, 20]),
+            blocks=("blocks", [4, 4, 14, 4]), levels=("level_config", ["CT", "CTA", "CTA", "CTA"]),
+            inject=("inject_effnet", [False, True, True, True]), c_semantic=("effnet_embd", 16),
+            c_text=("clip_embd", 1024), kernel_size=("kernel_size", 3), dropout=("dropout", 0.1)),
+        signature=("clip_mapper.weight", "embed_text.weight"), sections=("state_dict",)),
+    StageC: Format(                    # these defaults are not the released sizes; the released files state theirs
+        "a Stage C", rules_c, "WuerstchenPrior", dict(
+            c_in=("c_in", 16), c=("c", 1280), c_cond=("c_cond", 1024), c_timestep=("c_r", 64), depth=("depth", 16),
+            heads=("nhead", 16), dropout=("dropout", 0.1)),
+        signature=("cond_mapper.0.weight", "embed_text.0.weight"), sections=("ema_state_dict", "state_dict")),
+    EfficientNetEncoder: Format(
+        "an image encoder (EfficientNet)",       # `backbone` is torchvision's and keeps its names
+        lambda **_: [("backbone", "backbone", ""), ("to_semantic", "mapper.0", ""), ("norm", "mapper.1", "")],
+        "EfficientNetEncoder", dict(
+            c_semantic=("c_latent", 16), network=("effnet", "efficientnet_v2_s")),
+        fixed=dict(c_cond=1280), signature=("backbone.0.0.weight",), sections=("effnet_state_dict",)),
+    TinyImageEncoder: Format(
+        "a small image encoder",                 # exists only here, so its names are the same everywhere
+        lambda **_: [(name, name, "") for name in ("downsample", "blocks", "to_semantic", "norm")],
+        "TinyImageEncoder", dict(
+            c_semantic=("c_semantic", 16), c_hidden=("c_hidden", [32, 64, 128, 256]), blocks=("blocks", [1, 2, 2, 2]))),
+}
+
+
+def recognise(names: Iterable[str]) -> type | None:
+    """Which of our models a file with these tensor names holds, in any naming; None if none."""
+    return next((stage for stage, form in FORMATS.items() if any(name in names for name in form.signature)), None)
+
+
+def describe(shapes: dict[str, tuple]) -> str | None:
+    """What a file with these names and shapes probably is, for error messages; None if nothing tells."""
+    if any("lora" in name for name in shapes):
+        return "a LoRA, which is added to a model and is not a model by itself"
+    if any(name.startswith(("clip_txt_mapper.", "clip_txt_pooled_mapper.")) for name in shapes):
+        return "Stable Cascade (Würstchen v3), which is another architecture"
+    if any(name.endswith("embeddings.token_embedding.weight") for name in shapes):
+        return "a CLIP text encoder"
+    stage = recognise(shapes)
+    width = signature_shape(stage, shapes)[1:] if stage is StageC else ()
+    if width:
+        return {1024: "a v1 Stage C", 1280: "a v2 Stage C"}.get(width[0], "a Stage C") + f" (text width {width[0]})"
+    return FORMATS[stage].description if stage else None
+
+
+def signature_shape(stage: type, shapes: dict[str, tuple]) -> tuple:
+    """The shape of the tensor that `stage` is recognised by; () if it is missing."""
+    return next((shapes[name] for name in FORMATS[stage].signature if name in shapes), ())
+
+
+# ----- state dicts: from any naming to ours, and back ----------------------------------------------------------------
+
+def name_table(model: nn.Module) -> dict[str, tuple[str, str]]:
+    """For one of our models: the name of each tensor in diffusers' naming -> (our name, "1x1", "grn" or "")."""
+    parts = {ours: (theirs, kind) for ours, theirs, kind in FORMATS[type(model)].rules(**model.config)}
+    table = {}
+    for name in model.state_dict():
+        part = name
+        while part not in parts:                     # "embed.weight" belongs to the part "embed"
+            assert part, f"no rule for {name} in {type(model).__name__}"
+            part = part.rpartition(".")[0]
+        theirs, kind = parts[part]
+        table[theirs + name[len(part):]] = (name, kind)
+    return table
+
+
+def original_to_diffusers(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """nn.MultiheadAttention stacks the rows of query, key and value; diffusers has three layers."""
+    result = {}
+    for name, tensor in state_dict.items():
+        if ".attn.in_proj_" in name:                                                     # (3C, C) or (3C,)
+            for part, third in zip(("to_q", "to_k", "to_v"), tensor.chunk(3)):
+                result[name.replace("attn.in_proj_", f"{part}.")] = third                # (C, C) or (C,)
+        else:
+            name = name.replace(".attn.out_proj.", ".to_out.0.")
+            result[name.replace("vquantizer.codebook.", "vquantizer.embedding.")] = tensor
+    return result
+
+
+def diffusers_to_original(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The exact inverse of original_to_diffusers."""
+    result = {}
+    for name, tensor in state_dict.items():
+        if ".attention.to_q." in name:
+            thirds = [state_dict[name.replace(".to_q.", f".{part}.")] for part in ("to_q", "to_k", "to_v")]
+            result[name.replace(".to_q.", ".attn.in_proj_")] = torch.cat(thirds)         # (3C, C) or (3C,)
+        elif ".attention.to_k." not in name and ".attention.to_v." not in name:
+            name = name.replace(".attention.to_out.0.", ".attention.attn.out_proj.")
+            result[name.replace("vquantizer.embedding.", "vquantizer.codebook.")] = tensor
+    return result
+
+
+def add_ones(tensor: Tensor, kind: str) -> Tensor:
+    """Our shape -> theirs. The bias of a 1x1 convolution is a vector in both."""
+    if kind == "1x1" and tensor.ndim == 2:
+        return tensor[:, :, None, None]                                                  # (D, C, 1, 1)
+    return tensor[None, None, None] if kind == "grn" else tensor                         # (1, 1, 1, C)
+
+
+def drop_ones(tensor: Tensor, kind: str) -> Tensor:
+    """Their shape -> ours."""
+    if kind == "1x1" and tensor.ndim == 4:
+        return tensor[:, :, 0, 0]                                                        # (D, C)
+    return tensor[0, 0, 0] if kind == "grn" else tensor                                  # (C,)
+
+
+def in_our_names(names, model: nn.Module) -> bool:
+    """Whether these tensor names are ours rather than diffusers'. Some exist in both, for different tensors."""
+    return len(names & model.state_dict().keys()) > len(names & name_table(model).keys())
+
+
+def translate(tensors: Iterable[tuple[str, Tensor]], names, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) pairs in any of the three namings -> pairs with our names and shapes. Tensors are views.
+
+    names: the keys of all pairs, which tell the naming before the first pair is read.
+    """
+    if in_our_names(names, model):
+        yield from tensors
+        return
+    table = name_table(model)
+    for name, tensor in tensors:
+        for theirs, part in original_to_diffusers({name: tensor}).items():
+            ours, kind = table[theirs]
+            yield ours, drop_ones(part, kind)
+
+
+def check_fit(shapes: dict[str, tuple], model: nn.Module) -> None:
+    """Raises WeightsError unless tensors of these names and shapes, in any of the three namings, make up `model`."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if not in_our_names(shapes.keys(), model):
+        wanted = {theirs: tuple(add_ones(torch.empty(wanted[ours], device="meta"), kind).shape)
+                  for theirs, (ours, kind) in name_table(model).items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in original_to_diffusers(
+            {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}).items()}
+    check_names(shapes, wanted)
+
+
+def check_names(found: dict[str, tuple], wanted: dict[str, tuple]) -> None:
+    """Both: name -> shape. Raises WeightsError with all differences, the first few of each kind by name."""
+    def some(names: list) -> str:
+        return f"{len(names)} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
+
+    missing = [name for name in wanted if name not in found]
+    unknown = [name for name in found if name not in wanted]
+    misshapen = [f"{name} is {found[name]}, expected {wanted[name]}"
+                 for name in wanted if name in found and found[name] != wanted[name]]
+    problems = [f"{label}: {some(names)}" for label, names in
+                (("missing tensors", missing), ("unknown tensors", unknown), ("wrong shapes", misshapen)) if names]
+    if problems:
+        raise WeightsError(f"the weights do not fit the model: {'; '.join(problems)}")
+
+
+def to_diffusers(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """A state dict with model's names, for example of EMA weights -> diffusers' naming. Tensors are views."""
+    return {theirs: add_ones(state_dict[ours], kind) for theirs, (ours, kind) in name_table(model).items()}
+
+
+def to_original(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """A state dict with model's names -> the original naming."""
+    return diffusers_to_original(to_diffusers(state_dict, model))
+
+
+# ----- config.json: our constructor arguments and diffusers' ---------------------------------------------------------
+
+def config_to_ours(config: dict, stage: type) -> dict:
+    """The content of a config.json -> arguments for `stage`. Raises WeightsError for another class or bad values."""
+    class_name, arguments, fixed = FORMATS[stage].class_name, FORMATS[stage].arguments, FORMATS[stage].fixed
+    if config.get("_class_name", class_name).removeprefix("Wuerstchen") != class_name.removeprefix("Wuerstchen"):
+        raise WeightsError(f"it describes a {config['_class_name']}, expected a {class_name}")
+    for key, value in fixed.items():
+        if config.get(key, value) != value:
+            raise WeightsError(f"{key} is {config[key]!r}, only {value!r} is supported")
+    known = {key for key, _ in arguments.values()} | fixed.keys()
+    unknown = [key for key in config if not key.startswith("_") and key not in known]
+    if unknown:
+        # Not an error: later versions add options, and an option that changes a tensor is found by its shape.
+        warnings.warn(f"config.json of {class_name} has options that are not used here: {', '.join(unknown)}")
+    result = {}
+    for argument, (key, default) in arguments.items():
+        value = config.get(key, default)
+        if type(value) is not type(default) and not (type(value) is int and type(default) is float):
+            raise WeightsError(f"{key} is {value!r}, expected something like {default!r}")
+        result[argument] = tuple(value) if isinstance(value, list) else value
+    return result
+
+
+def config_to_diffusers(model: nn.Module) -> dict:
+    """model.config -> the content of a config.json that diffusers reads."""
+    form = FORMATS[type(model)]
+    values = {key: model.config[argument] for argument, (key, _) in form.arguments.items()}
+    values = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+    return {"_class_name": form.class_name, **form.fixed, **values}

@@ -1,0 +1,173 @@
+"""Loads a whole pipeline: finds the parts, checks that they fit each other, fills the networks, makes them fast.
+
+  "tiny", "v2", a folder -locate-> paths of the parts -weights-> networks -> Wuerstchen or, of v1, WuerstchenV1
+
+Before the first number is read, names, shapes and widths are compared: files that do not fit end in one line.
+Needs: torch, safetensors; transformers for the text encoders.
+"""
+import math
+from pathlib import Path
+
+import torch
+
+from loading import hub
+from loading import weights as w
+from loading.errors import WeightsError
+from loading.files import TensorFile, find_file
+from loading.layouts import locate
+from speed.fast import accelerate
+from speed.int8 import check as check_int8, to_int8
+from speed.memory import free_memory, module_of, offload as offload_networks, one_at_a_time, tile
+from v1.pipeline import WuerstchenV1
+from wuerstchen import Sampling, TextEncoder, Wuerstchen
+
+
+def load(weights: str | Path | None = None, device: str | None = None, dtype: torch.dtype | None = None, *,
+         parts: tuple[str, ...] | None = None, offline: bool = False, revision: str | None = None,
+         fast: bool = True, low_memory: bool | None = None, offload: bool = False, compile: bool = False,
+         int8: bool = False, lora: dict[str | Path, float] | None = None, **files) -> Wuerstchen:
+    """-> the pipeline, ready to be called.
+
+    weights     "tiny" and "tiny-v1", which ship with the code; "v1", "v2", "v2-base", "v2-aesthetic", fetched if need
+                be; or a folder in any of diffusers' layouts, or of the original .pt files (see layouts.find_parts)
+    files       single parts from elsewhere, each a folder or a file: prior, decoder, vqgan, image_encoder,
+                prior_text_encoder, text_encoder; the rest then comes from `weights`, by default "v2"
+    device      default cuda if there is one, else cpu. dtype: default float32 on a CPU, bfloat16 on a GPU
+    parts       what will be needed, hub.TEXT_TO_IMAGE (the default) or hub.RECONSTRUCTION; nothing else is fetched
+    offline, revision   see hub.fetch
+    fast        the fast forms of speed/fast.py instead of the plain networks; compile: torch.compile on top
+    int8        the large layers of Stages B and C in 8 bits, on a CPU: a quarter of their memory, see speed/int8.py
+    low_memory  one network in memory at a time, read again when needed; default: if they do not all fit
+    offload     one network on the device at a time, the others wait in main memory
+    lora        LoRA files for Stage C and their scales, 1 as trained
+    Raises WeightsError (a ValueError) for files that cannot be used, ValueError for a device that is not there.
+    """
+    device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    if int8:
+        if dtype != torch.float32:
+            raise ValueError(f"int8 computes in float32 between its products, not in {dtype}: remove one of them.")
+        check_int8([device])
+    weights = weights or ("v2" if files else "tiny")
+    paths = locate(weights, files, parts or hub.TEXT_TO_IMAGE, half=dtype != torch.float32, offline=offline,
+                       revision=revision)
+    empty = build_all(paths)
+    loras = ({paths["lora"]: 1.0} if paths.get("lora") else {}) | (lora or {})
+    loaders = loaders_of(paths, empty, torch.device("cpu") if offload else device, dtype, int8, loras)
+    if weights in hub.NAMES and not paths["image_encoder"]:
+        name = "v1" if isinstance(empty.get("decoder"), w.StageBV1) else "v2"
+        loaders["image_encoder"] = lambda: w.load_image_encoder(hub.fetch(
+            name, ("image_encoder",), offline=offline, revision=revision)["image_encoder"]).to(device)
+    model = pipeline_for(paths, empty, loaders, device, dtype)
+    # For extras: where the parts came from, the LoRAs, and where preview colours are kept; None if they do not fit.
+    model.paths, model.loras = paths, loras
+    folder = hub.own_cache() if weights in hub.NAMES else paths["vqgan"].parent if paths["vqgan"] else None
+    own = not (files.get("vqgan") or files.get("image_encoder")) and folder is not None
+    model.preview_file = folder / f"preview{'_v1' * (model.scale is not Wuerstchen.scale)}.json" if own else None
+    if low_memory is None and not offload:
+        low_memory = 1.25 * bytes_needed(paths, empty, dtype, int8) > free_memory(device)    # a quarter for activations
+    if low_memory:
+        one_at_a_time(model)
+    else:
+        for name in loaders.keys() - {"image_encoder"}:      # what is wrong with a file is reported now
+            model.part(name)
+    if offload:
+        offload_networks(model)
+    if fast or compile:
+        accelerate(model, compile=compile, keep_shares=not low_memory)
+    tile(model, None)
+    return model
+
+
+def usable_device(name: str | torch.device) -> torch.device:
+    """Raises ValueError if torch does not know the name or cannot compute there, before anything is loaded."""
+    try:
+        torch.ones(1, device=name).tolist()                # "meta" is a device as well, but has no numbers
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:        # torch has several for what is not there
+        reason = str(error).split("\n")[0].split(". ")[0].rstrip(".")
+    raise ValueError(f"device {name!r} cannot be used here: {reason}. \"cpu\" always works.")
+
+
+def build_all(paths: dict) -> dict[str, torch.nn.Module]:
+    """-> "vqgan", "decoder", "prior", those there are, without memory. Raises WeightsError if files do not fit."""
+    stages = dict(vqgan=w.StageA, decoder=w.stage_b_of(paths["decoder"]) if paths["decoder"] else None, prior=w.StageC)
+    empty = {part: w.build_empty(stage, paths[part])[0] for part, stage in stages.items() if paths[part]}
+    for part, key, encoder, name in (("prior", "c_cond", "prior_text_encoder", "Stage C"),
+                                     ("decoder", "c_text", "text_encoder", "Stage B")):
+        if part in empty and paths[encoder]:
+            w.check_widths(empty[part].config[key], paths[encoder], name)
+    decoder, vqgan = empty.get("decoder"), empty.get("vqgan")
+    if isinstance(decoder, w.StageBV1) and vqgan and decoder.codebook_size != vqgan.config["codebook_size"]:
+        raise WeightsError(f"Stage B of v1 generates {decoder.codebook_size} tokens, the VQGAN {paths['vqgan']} has "
+                           f"{vqgan.config['codebook_size']}: they belong to different weights")
+    return empty
+
+
+def loaders_of(paths: dict, empty: dict, device: torch.device, dtype: torch.dtype, int8: bool, loras: dict) -> dict:
+    """-> for each part of a Wuerstchen that there is, a function that loads it onto the device."""
+    def stage(part: str, int8: bool) -> torch.nn.Module:
+        # Numbers inside the VQGAN can pass 65504, where float16 ends. It is small, so it stays in float32 then.
+        half = dtype == torch.float16 and part == "vqgan"
+        return w.load(type(empty[part]), paths[part], torch.float32 if half else dtype, int8)
+
+    def stage_c() -> torch.nn.Module:
+        from lora import load_lora
+        from lora import bake as merge_and_unload
+        model = stage("prior", int8 and not loras)
+        for i, (file, scale) in enumerate(loras.items()):
+            load_lora(model, file, f"lora_{i}", scale)
+        if int8 and loras:                       # a LoRA works on float weights: merged first, rounded then
+            merge_and_unload(model)
+            to_int8(model)
+        return model.eval()
+
+    def text_encoder(encoder: str, tokenizer: str) -> TextEncoder:
+        return TextEncoder(*w.load_text_encoder(paths[encoder], paths[tokenizer], dtype))
+
+    def on_device(load):
+        def loader():
+            network = load()
+            module_of(network).to(device)
+            return network
+        return loader
+    shared = paths["text_encoder"] == paths["prior_text_encoder"]
+    found = dict(stage_a=("vqgan", lambda: stage("vqgan", False)), stage_b=("decoder", lambda: stage("decoder", int8)),
+                 stage_c=("prior", stage_c),
+                 text_encoder_c=("prior_text_encoder", lambda: text_encoder("prior_text_encoder", "prior_tokenizer")),
+                 text_encoder_b=("text_encoder", lambda: text_encoder("text_encoder", "tokenizer")),
+                 # In float32: BatchNorm's statistics do not survive half precision.
+                 image_encoder=("image_encoder", lambda: w.load_image_encoder(paths["image_encoder"])))
+    loaders = {name: on_device(load) for name, (part, load) in found.items() if paths[part]}
+    if shared and "text_encoder_c" in loaders:
+        loaders["text_encoder_b"] = loaders["text_encoder_c"]
+    for name, part in (("stage_b", "decoder"), ("stage_c", "prior")):
+        if part in empty:
+            loaders[name].config = empty[part].config        # known before the numbers are read
+    return loaders
+
+
+def pipeline_for(paths: dict, empty: dict, loaders: dict, device, dtype) -> Wuerstchen:
+    """The pipeline of these weights' kind, with their own settings."""
+    tiny = bool(paths["image_encoder"]) and w.is_tiny(paths["image_encoder"])
+    decoder, prior = empty.get("decoder"), empty.get("prior")
+    if not isinstance(decoder, w.StageBV1):
+        # A small Stage B hesitates between objects; guidance makes it follow the semantic latents more decidedly.
+        return Wuerstchen(loaders, 128 if tiny else 1024, device, dtype,
+                          b=Sampling(12, guidance=4.0) if tiny else Sampling(12))
+    # Only the released v1 has texts of CLIP-H's width in both stages; another may stand on v2's scaled latents.
+    raw = (prior.config["c_cond"] if prior else decoder.config["c_text"]) == 1024
+    more = {} if raw else dict(c=Sampling(29, guidance=4.0, early=True))
+    return WuerstchenV1(loaders, 128 if tiny else 512, device, dtype, raw=raw, **more)
+
+
+def bytes_needed(paths: dict, empty: dict, dtype: torch.dtype, int8: bool) -> float:
+    """What all networks take when they are loaded. Rounds the empty Stages B and C to int8."""
+    for part in ("decoder", "prior"):
+        if int8 and part in empty:
+            to_int8(empty[part])
+    encoders = {paths["prior_text_encoder"], paths["text_encoder"]} - {None}
+    files = [TensorFile(find_file(path, ("model", "pytorch_model"))) for path in encoders]
+    return sum(tensor.numel() * (1 if tensor.dtype == torch.int8 else dtype.itemsize)
+               for model in empty.values() for tensor in model.state_dict().values()) \
+        + sum(math.prod(shape) * dtype.itemsize for file in files for shape in file.shapes.values())

@@ -1,0 +1,68 @@
+"""Converts the weights of one model between the three namings: ours, diffusers' and the authors' original.
+
+  python -m tools.weights convert models/tiny/prior prior.pt --to original
+
+Values are copied bit by bit; only names and shapes change, see loading/names.py.
+Needs: torch, safetensors.
+"""
+import sys
+
+if __name__ == "__main__" and not __package__:
+    sys.exit("error: run this as: python -m tools.weights")
+
+import argparse
+from pathlib import Path
+
+from loading.errors import WeightsError, exit_on_user_error
+
+
+def convert(source: str | Path, target: str | Path, to: str) -> int:
+    """Writes one model in another naming: "ours", "diffusers" or "original". Returns the number of tensors.
+
+    source, target: a folder with config.json, or a file. A .pt target holds one table, like the authors' files; a
+    .safetensors or .bin target only the tensors. Raises WeightsError.
+    """
+    import torch
+    from safetensors.torch import save_file
+    from loading.files import STEM, TensorFile, find_file, write_atomically, write_files
+    from loading.names import (FORMATS, config_to_diffusers, describe, recognise, to_diffusers, to_original, translate)
+    from loading.weights import build_empty
+    target = Path(target)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise WeightsError(f"{target} exists already and is not overwritten: choose another name")
+    file = TensorFile(find_file(source, (STEM, "model")), sum((form.sections for form in FORMATS.values()), ()))
+    stage = recognise(file.shapes)
+    if stage is None:
+        looks = describe(file.shapes)
+        raise WeightsError(f"{file.path} holds none of the models that can be converted: Stage A, B, C or the image "
+                           f"encoder" + (f". This looks like {looks}" if looks else ""))
+    model, file = build_empty(stage, source)
+    tensors = {name: tensor.clone() for name, tensor in translate(file, file.shapes.keys(), model)}
+    if to != "ours":
+        tensors = {"diffusers": to_diffusers, "original": to_original}[to](tensors, model)
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    if target.suffix in (".pt", ".bin"):
+        table = {FORMATS[stage].sections[0]: tensors} if target.suffix == ".pt" else tensors
+        write_atomically(target, lambda path: torch.save(table, path))
+    elif target.suffix == ".safetensors":
+        write_atomically(target, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    else:
+        write_files(config_to_diffusers(model), tensors, target, STEM)
+    return len(tensors)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(prog="python -m tools.weights", description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    command = p.add_subparsers(dest="command", required=True).add_parser(
+        "convert", help="write a model in another naming, values unchanged")
+    command.add_argument("source", help="folder with config.json, or a .safetensors, .bin or .pt file")
+    command.add_argument("target", help="folder, .safetensors, .bin or .pt; must not exist yet")
+    command.add_argument("--to", required=True, choices=["ours", "diffusers", "original"], help="the naming to write")
+    args = p.parse_args()
+    print(f"{convert(args.source, args.target, args.to)} tensors written to {args.target}")
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()

@@ -1,0 +1,37 @@
+"""Loss weights: how much an error counts at which noise level t, for a network that predicts the noise.
+
+The plain squared error of the noise spends most of the training on nearly clean levels, where little is decided.
+  p2       1 - alphas_cumprod: towards noisy levels; the released models were trained with it
+  v        1 / alphas_cumprod: even more so; the error of v-prediction
+  min-snr  between the two;  none: the plain error
+All take t (B,) in [0, 1] and return (B,).  Needs: torch; alphas_cumprod.
+"""
+import torch
+from torch import Tensor
+
+from wuerstchen import alphas_cumprod
+
+
+def p2_weight(t: Tensor, k: float = 1.0, gamma: float = 1.0) -> Tensor:
+    """(k + SNR)^-gamma. With k = gamma = 1 it is 1 - alphas_cumprod.  Source: Choi et al. 2022, arXiv:2204.00227, eq. 8."""
+    ab = alphas_cumprod(t)
+    return (k + ab / (1 - ab)) ** -gamma
+
+
+def v_weight(t: Tensor, least: float = 0.01) -> Tensor:
+    """1 / alphas_cumprod, capped at 1 / least: the squared error of noise becomes that of v-prediction.
+
+    In terms of the clean x_0 that is an error weight of 1 / (1 - alphas_cumprod), where p2 has alphas_cumprod, which is
+    zero at high noise. There a prediction rests on the condition alone, so this weight makes a network listen to its
+    condition early in training.  Source: Salimans & Ho 2022, arXiv:2202.00512, sec. 4 ("SNR+1 weighting").
+    """
+    return 1 / alphas_cumprod(t).clamp(min=least)
+
+
+def min_snr_weight(t: Tensor, gamma: float = 5.0) -> Tensor:
+    """min(SNR, gamma) / SNR.  Source: Hang et al. 2023, arXiv:2303.09556, eq. 6, for the prediction of noise."""
+    snr = alphas_cumprod(t) / (1 - alphas_cumprod(t))
+    return snr.clamp(max=gamma) / snr
+
+
+LOSS_WEIGHTS = {"p2": p2_weight, "v": v_weight, "min-snr": min_snr_weight, "none": torch.ones_like}

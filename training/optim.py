@@ -1,0 +1,72 @@
+"""Optimizer, learning rate, gradient clipping and averaged weights: the parts that every training loop has.
+
+Needs: torch.
+"""
+import contextlib
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def build_optimizer(model: nn.Module, args, betas: tuple[float, float] = (0.9, 0.999)) -> torch.optim.AdamW:
+    """AdamW. Weight decay pulls weights to zero, so it is only for matrices: not for norms and biases, nor for a LoRA,
+    which starts at zero."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    lora = getattr(args, "lora", False)
+    decayed = [p for name, p in named if p.ndim >= 2 and not lora]
+    rest = [p for name, p in named if p.ndim < 2 or lora]
+    groups = [dict(params=params, weight_decay=decay) for params, decay in ((decayed, args.weight_decay), (rest, 0.0))
+              if params]
+    return torch.optim.AdamW(groups, lr=args.lr, betas=betas, fused=True)
+
+
+def learning_rate(step: int, args) -> float:
+    """Learning rate of a step: linear warm-up, then constant, or down to 0 by a cosine, a line, or a line in the last
+    fifth (trapezoid).
+
+    Until that fifth a trapezoid does not depend on args.steps, so a run can be lengthened from any earlier checkpoint.
+    """
+    done = max(step - args.warmup, 0) / max(args.steps - args.warmup, 1)
+    shape = dict(constant=1.0, linear=1 - done, cosine=(1 + math.cos(math.pi * done)) / 2,
+                 trapezoid=min((args.steps - step) / max(args.steps // 5, 1), 1.0))[args.schedule]
+    return args.lr * min((step + 1) / max(args.warmup, 1), 1.0) * shape
+
+
+def clip_gradients(model: nn.Module, limit: float) -> Tensor:
+    """Scales the gradients down if their norm is above limit. Returns the norm before that, () float, over all processes."""
+    norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], limit)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm      # FSDP: each process has a part of it
+
+
+class EMA:
+    """Exponential moving averages of the weights that learn. decay 0: none.
+
+    decay rises with the number of updates, min(decay, (1 + n) / (10 + n)), so that a young average forgets the start.
+    """
+    def __init__(self, model: nn.Module, decay: float):
+        self.live = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.mean = {name: p.detach().clone().float() for name, p in self.live.items()} if decay else {}
+        self.decay, self.updates = decay, 0
+
+    def update(self) -> None:
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        with torch.no_grad():
+            for name, mean in self.mean.items():
+                mean.lerp_(self.live[name].float(), 1 - decay)
+
+    def swap(self) -> None:
+        """Exchanges averages and live weights. A second call puts them back."""
+        with torch.no_grad():
+            for name, mean in self.mean.items():
+                kept = self.live[name].clone()
+                self.live[name].copy_(mean)
+                mean.copy_(kept)
+
+    @contextlib.contextmanager
+    def applied(self):
+        """Inside, the model has its averaged weights."""
+        self.swap()
+        yield
+        self.swap()

@@ -1,0 +1,169 @@
+"""One process or many: what torchrun started, sums over all processes, BatchNorm over all batches, FSDP, a graceful exit.
+
+One process takes the same path as many, so a training loop needs no second version. Nothing here knows a model.
+Needs: torch.
+"""
+import contextlib
+import datetime
+import os
+import signal
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class Processes:
+    """This process among all that torchrun started. Without torchrun it is the only one.
+
+    rank 0 .. world - 1; is_main: rank 0, which writes files; device: this process's own; many: torchrun started it.
+    """
+    def __init__(self, device: str | None = None, minutes: float = 30):
+        """minutes: how long any process waits for another before it gives up, for example while rank 0 samples images."""
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.is_main, self.many = self.rank == 0, "RANK" in os.environ
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if self.many:
+            # Imported before there is a group. This module's functions keep the current group as a default argument,
+            # and DistributedDataParallel imports it. If they held ours, gloo's threads would outlive close(), and a
+            # thread that releases a tensor while the interpreter ends aborts the process after all its work.
+            from torch.distributed import nn as _
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo",
+                                    timeout=datetime.timedelta(minutes=minutes))
+
+    def close(self) -> None:
+        if self.many:
+            dist.destroy_process_group()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        if self.many:
+            dist.all_reduce(values)
+        return values
+
+    def any(self, flag: bool | Tensor) -> bool:
+        """True if the flag is true in any process. All processes get the same answer and take the same branch; a process
+        that took another one would leave the rest waiting forever."""
+        value = torch.as_tensor(flag, dtype=torch.float32, device=self.device)
+        return bool(self.sum(value) > 0)
+
+    def wait(self) -> None:
+        if self.many:
+            dist.barrier()
+
+    @contextlib.contextmanager
+    def main_first(self):
+        """Rank 0 first, then the others: for work whose result is left on disk, such as an index or a download."""
+        if not self.is_main:
+            self.wait()
+        yield
+        if self.is_main:
+            self.wait()
+
+    def data_parallel(self, model: nn.Module) -> nn.Module:
+        """The module to call in a training step: DistributedDataParallel around model, or model itself if it is alone.
+
+        Buffers are not broadcast: they are the same everywhere already, BatchNorm's since it is synchronised.
+        """
+        if not self.many:
+            return model
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+
+    def split_weights(self, model: nn.Module, blocks: Iterable[nn.Module]) -> None:
+        """FSDP: each process holds a part of every tensor. blocks are gathered one at a time, then the rest of model."""
+        if self.many:
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.fsdp import fully_shard
+            mesh = init_device_mesh(self.device.type, (self.world,))
+            for part in (*blocks, model):
+                fully_shard(part, mesh=mesh)
+
+
+@contextlib.contextmanager
+def no_sync(model: nn.Module):
+    """Inside, backward leaves each process its own gradients; the next backward outside averages all of them.
+
+    Forward belongs inside as well: DDP decides in forward whether the coming backward communicates. For one process
+    this does nothing; FSDP has another name for it.
+    """
+    if hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(False)
+        yield
+        model.set_requires_gradient_sync(True)
+    else:
+        with model.no_sync() if hasattr(model, "no_sync") else contextlib.nullcontext():
+            yield
+
+
+class SumOverProcesses(torch.autograd.Function):
+    """The sum over all processes, with a gradient. Each x adds to the result of every process, so its gradient is the sum
+    of all gradients."""
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return SumOverProcesses.apply(gradient.contiguous())
+
+
+class SynchronisedBatchNorm(nn.BatchNorm2d):
+    """BatchNorm2d over the batches of all processes. With one process, or in eval mode, it is BatchNorm2d.
+
+    BatchNorm makes the output for an image depend on the images next to it. With separate statistics, each of 64 GPUs
+    with 4 images would train a different and noisier function than the one that is saved, whose running statistics are
+    those of rank 0. torch.nn.SyncBatchNorm does the same, but only on GPUs; this one can be tested without a GPU.
+    """
+    @staticmethod
+    def convert(model: nn.Module) -> None:
+        """Every BatchNorm2d inside model, in place: the same module and weights, only forward changes."""
+        for module in model.modules():
+            if type(module) is nn.BatchNorm2d:
+                module.__class__ = SynchronisedBatchNorm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B,C,H,W) -> (B,C,H,W) in the dtype of x; sums are float32."""
+        if not (self.training and dist.is_initialized()):
+            return super().forward(x)
+        wide = x.float()
+        count = torch.full((1,), x.numel() / x.shape[1], device=x.device)
+        sums = SumOverProcesses.apply(torch.cat([wide.sum((0, 2, 3)), count]))               # (C + 1,)
+        n, mean = sums[-1], sums[:-1] / sums[-1]                                             # (), (C,)
+        # The variance takes a second message. Sums of squares would need only one, but the difference of two large
+        # numbers loses all digits of a small variance.
+        centred = wide - mean[:, None, None]                                                 # (B, C, H, W)
+        variance = SumOverProcesses.apply(centred.square().sum((0, 2, 3))) / n               # (C,)
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * n / (n - 1), self.momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()                                  # (C,)
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)       # (B, C, H, W)
+
+
+class GracefulExit:
+    """SIGTERM (a scheduler's last warning) and Ctrl-C set `received`, so that a loop can finish its step and save.
+
+    A second Ctrl-C ends the program at once. restore() brings back the old handlers.
+    """
+    def __init__(self):
+        self.received, self.before = False, {}
+        for name in (signal.SIGTERM, signal.SIGINT):
+            with contextlib.suppress(ValueError):            # not the main thread, as perhaps in a notebook
+                self.before[name] = signal.signal(name, self)
+
+    def restore(self) -> None:
+        for name, handler in self.before.items():
+            signal.signal(name, handler)
+
+    def __call__(self, number, frame):
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = True
