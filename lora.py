@@ -373,36 +373,28 @@ ROLES = {               # endings of names: ours, diffusers'
 }
 
 
+def diffusers_name(name: str) -> str:
+    """A layer of Stage C -> its name in diffusers. Other names stay as they are."""
+    i = int((re.findall(r"_blocks\.(\d+)\.", name) or [0])[0])
+    theirs = DIFFUSERS_NAMES.get(re.sub(r"(?<=_blocks\.)\d+", "{i}", name), name)
+    return theirs.format(res=3 * i, time=3 * i + 1, att=3 * i + 2)
+
+
 def diffusers_names(names) -> dict[str, str]:
     """{our name: diffusers' name} of a model's layers."""
-    result = {name: name for name in names}
-    if any(name.startswith("attention_blocks.") for name in names):      # Stage C
-        for name in names:
-            i = int((re.findall(r"_blocks\.(\d+)\.", name) or [0])[0])
-            theirs = DIFFUSERS_NAMES.get(re.sub(r"(?<=_blocks\.)\d+", "{i}", name), name)
-            result[name] = theirs.format(res=3 * i, time=3 * i + 1, att=3 * i + 2)
-    return result
-
-
-def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU and contiguous. safetensors refuses tensors that share memory."""
-    return {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-            for key, tensor in tensors.items()}
-
-
-def to_state_dict(weights: dict[str, Adapter]) -> dict[str, Tensor]:
-    """{layer's name: Adapter} -> copies of the tensors in our names."""
-    tensors = {}
-    for layer, a in weights.items():
-        alpha = torch.tensor(a.alpha, dtype=torch.float64)                     # as exact as Python
-        values = dict(down=a.down, up=a.up, alpha=alpha, magnitude=a.magnitude)
-        tensors |= {layer + ROLES[role][0]: x for role, x in values.items() if x is not None}
-    return copies(tensors)
+    stage_c = any(name.startswith("attention_blocks.") for name in names)
+    return {name: diffusers_name(name) if stage_c else name for name in names}
 
 
 def lora_state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     """Copies of one LoRA's tensors in our names, for a checkpoint. load_lora reads them."""
-    return to_state_dict(dict(adapters(model, name)))
+    tensors = {}
+    for path, a in adapters(model, name):
+        alpha = torch.tensor(a.alpha, dtype=torch.float64)                     # as exact as Python
+        values = dict(down=a.down, up=a.up, alpha=alpha, magnitude=a.magnitude)
+        tensors |= {path + ROLES[role][0]: tensor.detach().to("cpu", copy=True)
+                    for role, tensor in values.items() if tensor is not None}
+    return tensors
 
 
 def to_diffusers(weights: dict[str, Adapter]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -426,7 +418,10 @@ def to_diffusers(weights: dict[str, Adapter]) -> tuple[dict[str, Tensor], dict[s
                   alpha_pattern={f"^{layer}": a for layer, a in alphas.items() if a != alpha},
                   use_dora=any(a.magnitude is not None for a in weights.values()))
     config = json.dumps({f"prior.{key}": value for key, value in config.items()})
-    return copies(tensors), dict(format="pt", lora_adapter_metadata=config)
+    # Copies, because safetensors refuses tensors that share memory.
+    tensors = {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+               for key, tensor in tensors.items()}
+    return tensors, dict(format="pt", lora_adapter_metadata=config)
 
 
 def save_lora(model: nn.Module, path: str | Path, name: str = "default") -> None:
@@ -446,31 +441,20 @@ def alpha_from(config: dict, layer: str, rank: int) -> float:
     return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
 
 
-def open_lora(source: str | Path | dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A .safetensors file, a folder as diffusers writes it, or tensors -> (tensors, metadata)."""
-    if isinstance(source, dict):
-        return source, {}
-    from safetensors import safe_open
-    path = Path(source)
-    path = path / "pytorch_lora_weights.safetensors" if path.is_dir() else path
-    with safe_open(path, "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
-
-
-def to_adapter(values: dict[str, Tensor], shape: tuple, alpha: float) -> Adapter:
-    """{"down": tensor, "up": tensor, ...} of a layer whose weight has this shape -> its Adapter."""
+def to_adapter(values: dict, shape: tuple) -> Adapter:
+    """{"down": tensor, "up": tensor, "alpha": 8.0} of a file -> for a weight of this shape."""
     rank = len(values.get("down", ()))
     shapes = dict(down=(rank, *shape[1:]), up=(shape[0], rank, *(1 for _ in shape[2:])),
                   magnitude=shape[:1])
-    if not all(tensor.isfinite().all() for tensor in values.values()):
-        raise ValueError("has NaN or infinity")
+    tensors = {role: values[role] for role in shapes if role in values}
     try:     # reshape: a 1x1 convolution in the file may be a Linear here, or the reverse
-        alpha = float(values.get("alpha", alpha)) or rank                # 0 means the rank: kohya
-        return Adapter(alpha=alpha, **{role: values[role].reshape(new) for role, new in
-                                       shapes.items() if role in values})
-    except (RuntimeError, TypeError) as error:
-        found = ", ".join(f"{role} {tuple(tensor.shape)}" for role, tensor in values.items())
-        raise ValueError(f"is {tuple(shape)}, the file has {found}") from error
+        if tensors["up"].shape[1] == rank > 0:
+            return Adapter(alpha=float(values["alpha"]) or rank,             # 0 means the rank
+                           **{role: x.reshape(shapes[role]) for role, x in tensors.items()})
+    except (KeyError, IndexError, RuntimeError):
+        pass
+    found = ", ".join(f"{role} {tuple(tensor.shape)}" for role, tensor in tensors.items())
+    raise ValueError(f"is {tuple(shape)}, the file has {found}")
 
 
 def load_lora(model: nn.Module, source: str | Path | dict[str, Tensor], name: str = "default",
@@ -481,25 +465,26 @@ def load_lora(model: nn.Module, source: str | Path | dict[str, Tensor], name: st
     Freezes everything except LoRAs. Raises ValueError before it changes anything.
     """
     check_name(model, name)
-    tensors, metadata = open_lora(source)
-    config = json.loads(metadata.get("lora_adapter_metadata") or "{}")
-    layers, new, misfits, left = find_layers(model)[0], {}, [], dict(tensors)
+    tensors, config = source, {}
+    if not isinstance(source, dict):
+        from safetensors import safe_open
+        path = Path(source)
+        path = path / "pytorch_lora_weights.safetensors" if path.is_dir() else path
+        with safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            config = json.loads((file.metadata() or {}).get("lora_adapter_metadata") or "{}")
+    layers, new, left = find_layers(model)[0], {}, dict(tensors)
     for path, theirs in diffusers_names(layers).items():
         values = {role: left.pop(alias + ending) for role, endings in ROLES.items()
                   for ending in endings for alias in (path, theirs, f"prior.{theirs}")
                   if alias + ending in left}
-        try:
-            alpha = alpha_from(config, theirs, len(values.get("down", ())))
-            new |= {path: to_adapter(values, layers[path].weight.shape, alpha)} if values else {}
-        except ValueError as error:
-            misfits.append(f"{path} {error}")
+        if values:
+            values.setdefault("alpha", alpha_from(config, theirs, len(values.get("down", ()))))
+            new[path] = to_adapter(values, layers[path].weight.shape)
     if left or not tensors:
         raise ValueError(f"{len(left)} of {len(tensors)} tensors belong to no layer of this model "
                          f"by diffusers' names ({', '.join([*left][:4])}): for files of other "
                          "programs use load_lora of loading/lora_formats.py")
-    if misfits:
-        raise ValueError(f"{len(misfits)} of {len(misfits) + len(new)} layers do not fit: "
-                         + "; ".join(misfits[:3]) + "; ..." * (len(misfits) > 3))
     old = {path: layer.adapters[name] for path, layer in lora_layers(model)
            if name in layer.adapters}
     sizes = [{(path, a.rank, a.magnitude is None) for path, a in x.items()} for x in (old, new)]

@@ -54,7 +54,7 @@ ENDINGS = {
 }
 # What a file is that is not read: the first of these patterns that is found in the unknown names.
 FOREIGN = {
-    r"\A(?!.*(lora|lycoris|hada_|lokr_|bundle_emb))": "not a LoRA, presumably a whole model",
+    r"\A(?!.*(lora|lycoris|hada_|lokr_|bundle_emb))": "a whole model, not a LoRA",
     r"hada_|lokr_|oft_|glora": "another method than LoRA (LoHa, LoKr, OFT, ...)",
     r"dora_scale": "a DoRA in LyCORIS' form, which does not say whether its scale is per input or per output",
     r"^(lora_te|lora_prior_te|text_encoder)": "a LoRA that also changes a text encoder",
@@ -81,7 +81,9 @@ def open_lora(source: str | Path | dict[str, Tensor]) -> tuple[dict[str, Tensor]
         raise ValueError("there is no such file")
     try:
         if path.suffix == ".safetensors":
-            return lora.open_lora(path)
+            from safetensors import safe_open
+            with safe_open(path, "pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:         # each library raises its own kinds
         reason = str(error).split("\n")[0][:200]
@@ -161,7 +163,7 @@ def split(values: dict[str, Tensor], n: int) -> list[dict[str, Tensor]]:
     return result
 
 
-def read_layers(source, names) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
+def read_layers(source, names) -> tuple[dict[str, dict], dict[str, str]]:
     """A LoRA in any format -> ({our layer: {"down": tensor, "up": tensor, "alpha": tensor, ...}}, metadata).
 
     names: of a model's layers; None: of a Stage C of any depth. alpha is the layer's own if the file has one, otherwise
@@ -182,8 +184,26 @@ def read_layers(source, names) -> tuple[dict[str, dict[str, Tensor]], dict[str, 
     return result, metadata
 
 
+def check_fit(layers: dict[str, dict], shapes: dict[str, tuple] | None) -> None:
+    """Raises ValueError if layers of a file do not fit weights of these shapes (None: of any)."""
+    misfits = []
+    for name, values in layers.items():
+        try:
+            if not all(tensor.isfinite().all() for tensor in values.values()):
+                raise ValueError("has NaN or infinity")
+            shape = shapes[name] if shapes else values["up"].shape[:1] + values["down"].shape[1:]
+            lora.to_adapter(values, shape)
+        except KeyError as error:
+            misfits.append(f"{name} has no {error.args[0]}")
+        except ValueError as error:
+            misfits.append(f"{name} {error}")
+    if misfits:
+        raise ValueError(f"{len(misfits)} of {len(layers)} layers do not fit: {'; '.join(misfits[:3])}"
+                         + "; ..." * (len(misfits) > 3))
+
+
 @contextlib.contextmanager
-def errors_name(source):
+def naming_source(source):
     """Errors inside become a WeightsError that names the file."""
     try:
         yield
@@ -196,27 +216,22 @@ def load_lora(model: nn.Module, source: str | Path | dict[str, Tensor], name: st
               scale: float = 1.0) -> list[str]:
     """lora.load_lora for a file in any format. Raises WeightsError, and then the model is as before."""
     lora.check_name(model, name)
-    with errors_name(source):
-        layers, _ = read_layers(source, lora.find_layers(model)[0])
-        tensors = {layer + lora.ROLES[role][0]: tensor for layer, values in layers.items()
+    with naming_source(source):
+        known = lora.find_layers(model)[0]
+        layers, _ = read_layers(source, known)
+        check_fit(layers, {name: layer.weight.shape for name, layer in known.items()})
+        tensors = {name + lora.ROLES[role][0]: tensor for name, values in layers.items()
                    for role, tensor in values.items()}
         return lora.load_lora(model, tensors, name, scale)
 
 
 def read_lora(source: str | Path | dict[str, Tensor]) -> tuple[dict[str, LoRAWeights], dict[str, str]]:
     """A LoRA of a Stage C of any size, in any format -> ({our layer's name: LoRAWeights}, metadata)."""
-    with errors_name(source):
+    with naming_source(source):
         layers, metadata = read_layers(source, None)
-        result = {}
-        for layer, values in layers.items():
-            if "down" not in values or "up" not in values:
-                raise ValueError(f"{layer} has only {', '.join(values)}")
-            try:           # does it fit any layer at all?
-                adapter = lora.to_adapter(values, (len(values["up"]), *values["down"].shape[1:]), 0.0)
-            except ValueError as error:
-                raise ValueError(f"{layer} {error}") from error
-            result[layer] = LoRAWeights(values["down"], values["up"], adapter.alpha, values.get("magnitude"))
-        return result, metadata
+        check_fit(layers, None)
+    return {name: LoRAWeights(**values | dict(alpha=float(values["alpha"]) or float(len(values["down"]))))
+            for name, values in layers.items()}, metadata
 
 
 # ----- writing ---------------------------------------------------------------------------------------
@@ -248,7 +263,7 @@ def fuse(weights: dict[str, LoRAWeights]) -> dict[str, LoRAWeights]:
 
 
 def to_tensors(weights: dict[str, LoRAWeights], names: dict[str, str], to: str) -> tuple[dict, dict]:
-    """{our layer's name: LoRAWeights} -> (tensors of a file, its metadata). names: lora.diffusers_names.
+    """{our layer's name: LoRAWeights} -> (tensors of a file, its metadata). names: those of diffusers.
 
     Raises ValueError for what the format cannot hold.
     """
@@ -258,9 +273,8 @@ def to_tensors(weights: dict[str, LoRAWeights], names: dict[str, str], to: str) 
     if doras and (to not in ("diffusers", "ours") or doras < len(weights)):
         raise ValueError(f"{doras} of {len(weights)} layers are DoRA: only diffusers' format has that, for all layers "
                          "or none")
-    if to == "ours":
-        return lora.to_state_dict(weights), dict(format="pt")
-    weights = {names[name]: one for name, one in weights.items()}
+    if to != "ours":
+        weights = {names[name]: one for name, one in weights.items()}
     weights = fuse(weights) if to == "original" else weights
     tensors, metadata = lora.to_diffusers(weights)
     if to == "diffusers":
@@ -270,7 +284,9 @@ def to_tensors(weights: dict[str, LoRAWeights], names: dict[str, str], to: str) 
         name = prefix + (layer.replace(".", "_") if to == "kohya" else layer)
         result[f"{name}.{down}.weight"] = tensors[f"prior.{layer}.lora_A.weight"]
         result[f"{name}.{up}.weight"] = tensors[f"prior.{layer}.lora_B.weight"]
-        result[f"{name}.alpha"] = torch.tensor(one.alpha, dtype=torch.float64)
+        result[f"{name}.alpha"] = torch.tensor(one.alpha, dtype=torch.float64)           # as exact as Python's
+        if one.magnitude is not None:
+            result[f"{name}.lora_magnitude_vector"] = tensors[f"prior.{layer}.lora_magnitude_vector"]
     return result, dict(format="pt")
 
 
