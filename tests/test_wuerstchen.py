@@ -23,8 +23,7 @@ import wuerstchen
 from helpers import COMBINED, GOLDEN, PUBLISHED, golden, rel
 from stage_b import TinyImageEncoder
 from diffusion import Guidance, default_timesteps_c, linear_timesteps
-from extras.images import to_pil
-from wuerstchen import Wuerstchen, latent_sizes, to_raw, to_stored, usable_device
+from wuerstchen import Wuerstchen, latent_sizes, to_pil, to_raw, to_stored, usable_device
 
 # The golden pipelines are small ones that carry no word of it: 128 px are far from the official sizes.
 pytestmark = pytest.mark.filterwarnings("ignore:.*not what these weights were trained on")
