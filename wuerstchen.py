@@ -157,21 +157,26 @@ class Sampling:
     early: bool = False
 
     def __post_init__(self):
-        scales, levels = np.ravel(self.guidance), self.levels
+        scales, ends = np.ravel(self.guidance), (self.t_start, self.t_end)
         low, high = self.interval if len(self.interval) == 2 else (1, 0)
-        for name, possible, expected in (
-                ("sampler", callable(self.sampler) or self.sampler in SAMPLERS, [*SAMPLERS]),
-                ("guidance", len(scales) in (1, 2) and np.isfinite(scales).all(),
+        steps = [*self.steps.values()] if isinstance(self.steps, dict) else [1]
+        levels = torch.zeros(0) if isinstance(self.steps, str) or min(steps, default=0) < 1 else \
+            self.levels
+        for name, value, possible, expected in (
+                ("sampler", self.sampler, callable(self.sampler) or self.sampler in SAMPLERS,
+                 f"one of {', '.join(SAMPLERS)}"),
+                ("guidance", self.guidance, len(scales) in (1, 2) and np.isfinite(scales).all(),
                  "a number, or two for start and end: 1 is none, 4 is usual for Stage C"),
-                ("interval", 0 <= low <= high <= 1, "two noise levels in [0, 1], the lower first"),
-                ("rescale", 0 <= self.rescale <= 1, "a number from 0, none, to 1"),
-                ("eta", 0 <= self.eta <= 1, "a number from 0, deterministic, to 1, as ddpm"),
-                ("t_start", 0 <= self.t_end < self.t_start <= 1, "1 >= t_start > t_end >= 0"),
-                ("steps", levels.ndim == 1 and len(levels) > 1 and (levels.diff() < 0).all()
-                 and 0 <= levels[-1] and levels[0] <= 1,
+                ("interval", self.interval, 0 <= low <= high <= 1,
+                 "two noise levels in [0, 1], the lower first"),
+                ("rescale", self.rescale, 0 <= self.rescale <= 1, "a number from 0, none, to 1"),
+                ("eta", self.eta, 0 <= self.eta <= 1, "a number from 0, deterministic, to 1, as ddpm"),
+                ("(t_start, t_end)", ends, 0 <= ends[1] < ends[0] <= 1, "1 >= t_start > t_end >= 0"),
+                ("steps", self.steps, levels.ndim == 1 and len(levels) > 1 and 0 <= levels[-1]
+                 and levels[0] <= 1 and (levels.diff() < 0).all(),
                  "at least 1, or at least two strictly falling noise levels in [0, 1]")):
             if not possible:
-                raise ValueError(f"{name} is {getattr(self, name)!r:.200}, expected {expected}.")
+                raise ValueError(f"{name} is {value!r:.200}, expected {expected}.")
 
     @property
     def levels(self) -> Tensor:
@@ -235,7 +240,7 @@ def denoise(predict: Callable[[Tensor, Tensor, bool], Tensor], x: Tensor,
     callback(i, t, x, x_0) -> None or another x: after step i, with the new x and its noise level
     Raises FloatingPointError once x is not finite; on a GPU, which would have to wait, at the end.
     """
-    x, last, levels = x.float(), None, sampling.levels
+    x, last, finite, levels = x.float(), None, [], sampling.levels
     on_device = levels.to(x.device)            # one copy: the host waits for a GPU at each
     for i in progress(range(len(levels) - 1)):
         t, t_prev = (on_device[k].expand(len(x)) for k in (i, i + 1))              # (B,), (B,)
@@ -246,11 +251,19 @@ def denoise(predict: Callable[[Tensor, Tensor, bool], Tensor], x: Tensor,
             eps = guide(*eps.chunk(2), scale, sampling.rescale)                    # (B, ...)
         x_0 = predict_x_0(x, eps, t)
         x, last = sampling.step(x, eps, t, t_prev, draw(), last), (t, x_0)         # (B, ...)
-        if (x.device.type == "cpu" or i == len(levels) - 2) and not x.isfinite().all():
-            raise FloatingPointError(f"step {i + 1} of {len(levels) - 1} (t = {levels[i]:.3f})")
+        finite.append(x.isfinite().all())
+        if x.device.type == "cpu" or i == len(levels) - 2:
+            check_finite(torch.stack(finite), levels)
         changed = None if callback is None else callback(i, levels[i + 1].item(), x, x_0)
         x = x if changed is None else changed.to(x)
     return x if keep is None else keep(x, on_device[-1].expand(len(x)))
+
+
+def check_finite(finite: Tensor, levels: Tensor) -> None:
+    """finite (steps so far,) bool. Raises FloatingPointError that names the first step that was not."""
+    if not finite.all():
+        i = finite.tolist().index(False)
+        raise FloatingPointError(f"step {i + 1} of {len(levels) - 1} (t = {levels[i]:.3f})")
 
 
 # ----- sizes, random numbers, text ----------------------------------------------------------------
