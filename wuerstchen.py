@@ -158,7 +158,7 @@ class Sampling:
 
     def __post_init__(self):
         scales, ends = np.ravel(self.guidance), (self.t_start, self.t_end)
-        low, high = self.interval if len(self.interval) == 2 else (1, 0)
+        low, high = self.interval if np.size(self.interval) == 2 else (1, 0)
         steps = [*self.steps.values()] if isinstance(self.steps, dict) else [1]
         levels = torch.zeros(0) if isinstance(self.steps, str) or min(steps, default=0) < 1 else \
             self.levels
@@ -170,8 +170,8 @@ class Sampling:
                 ("interval", self.interval, 0 <= low <= high <= 1,
                  "two noise levels in [0, 1], the lower first"),
                 ("rescale", self.rescale, 0 <= self.rescale <= 1, "a number from 0, none, to 1"),
-                ("eta", self.eta, 0 <= self.eta <= 1, "a number from 0, deterministic, to 1, as ddpm"),
-                ("(t_start, t_end)", ends, 0 <= ends[1] < ends[0] <= 1, "1 >= t_start > t_end >= 0"),
+                ("eta", self.eta, 0 <= self.eta <= 1, "a number from 0 to 1, where 1 is ddpm's"),
+                ("(t_start, t_end)", ends, 0 <= ends[1] < ends[0] <= 1, "1 >= first > second >= 0"),
                 ("steps", self.steps, levels.ndim == 1 and len(levels) > 1 and 0 <= levels[-1]
                  and levels[0] <= 1 and (levels.diff() < 0).all(),
                  "at least 1, or at least two strictly falling noise levels in [0, 1]")):
@@ -260,7 +260,7 @@ def denoise(predict: Callable[[Tensor, Tensor, bool], Tensor], x: Tensor,
 
 
 def check_finite(finite: Tensor, levels: Tensor) -> None:
-    """finite (steps so far,) bool. Raises FloatingPointError that names the first step that was not."""
+    """finite (steps so far,) bool. Raises FloatingPointError naming the first step that was not."""
     if not finite.all():
         i = finite.tolist().index(False)
         raise FloatingPointError(f"step {i + 1} of {len(levels) - 1} (t = {levels[i]:.3f})")
@@ -340,8 +340,8 @@ class TextEncoder:
 class Wuerstchen:
     """Text to images. Every step is a method of its own; __call__ shows them in order.
 
-    networks: stage_a, stage_b, stage_c, text_encoder_c, text_encoder_b, image_encoder, by name; each
-    a module, or a function that loads it when it is first needed. size (px), c and b are the
+    networks: stage_a, stage_b, stage_c, text_encoder_c, text_encoder_b, image_encoder, by name: a
+    module each, or a function that loads it when it is first needed. size (px), c and b are the
     defaults of these weights. What speed/ makes faster or smaller replaces `part`, `bind_c`,
     `bind_b` or `decode_one` of a loaded model.
     """
@@ -378,7 +378,7 @@ class Wuerstchen:
         c, b = self.settings(sampling)
         prompts, negatives = prompt_lists(prompt, negative_prompt, num_images)
         noise = Noise(seed_list(seed, len(prompts)), self.device)
-        height, width = height or self.size, width or self.size
+        height, width = (self.size if side is None else side for side in (height, width))
         warn_of_size(height, width, self.size)
         size_c, size_b = latent_sizes(height, width)
         text_c, text_b = (self.encode_text(stage, prompts, negatives) for stage in "cb")
@@ -481,13 +481,16 @@ class Wuerstchen:
     def settings(self, given: dict) -> tuple[Sampling, Sampling]:
         """{"steps_c": 15, ...} -> these weights' settings of Stages C and B, with those changed."""
         result = []
-        for stage, default in (("c", self.c), ("b", self.b)):
-            own = {name[:-2]: value for name, value in given.items() if name.endswith(f"_{stage}")}
-            result.append(replace(default, **{n: v for n, v in own.items() if n in vars(default)}))
-        known = [f"{n}_{stage}" for stage in "cb" for n in vars(getattr(self, stage))]
+        known = [f"{name}_{stage}" for stage in "cb" for name in vars(getattr(self, stage))]
         if unknown := given.keys() - known:
             raise ValueError(f"there is no option {min(unknown)}: expected {', '.join(known)}; "
                              f"for other options see extras/editing.py.")
+        for stage in "cb":
+            own = {name[:-2]: value for name, value in given.items() if name.endswith(f"_{stage}")}
+            try:
+                result.append(replace(getattr(self, stage), **own))
+            except ValueError as error:
+                raise ValueError(f"Stage {stage.upper()}: {error}") from None
         return tuple(result)
 
 
@@ -497,12 +500,14 @@ NAN_ADVICE = "use bfloat16 or float32, or a lower guidance scale"
 def prompt_lists(prompt, negative, num_images: int, optional: bool = False) -> tuple[list, list]:
     """Prompts and negative prompts as given -> one of each per image. Raises ValueError, also for
     empty prompts unless they are `optional`."""
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
-    texts = [isinstance(p, str) and (optional or p.strip()) for p in prompts]
-    if not texts or not all(texts) or num_images < 1:
-        raise ValueError(f"got the prompts {prompts!r:.200} and {num_images} images of each, "
-                         f"expected text, \"a red apple on a blue background\", and at least 1.")
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
+    negatives = [negative or ""] if isinstance(negative, str | None) else list(negative)
+    negatives = negatives * len(prompts) if len(negatives) == 1 else negatives
+    if not prompts or not all(isinstance(p, str) and (optional or p.strip()) for p in prompts):
+        raise ValueError("the prompt is empty: describe the image, "
+                         "for example \"a red apple on a blue background\".")
+    if num_images < 1:
+        raise ValueError(f"the number of images must be at least 1, got {num_images}.")
     if len(negatives) != len(prompts):
         raise ValueError(f"got {len(negatives)} negative prompts for {len(prompts)} prompts: "
                          f"give one for all, or one for each.")
@@ -514,7 +519,7 @@ def seed_list(seed: int | Sequence[int], n: int) -> list[int]:
     """A seed, or one for each of n images -> n seeds. Raises ValueError."""
     seeds = [seed + i for i in range(n)] if isinstance(seed, Integral) else list(seed)
     if len(seeds) != n:
-        raise ValueError(f"got {len(seeds)} seeds for {n} images: give one, or one for each.")
+        raise ValueError(f"got {len(seeds)} seeds for {n} images: give one for all, or one for each.")
     return seeds
 
 

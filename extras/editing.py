@@ -183,10 +183,14 @@ def image_size(model: Wuerstchen, height: int | None, width: int | None, image: 
         h, w = image.shape[-2:]
         if height is None and width is None:
             height, width = fitting_size(h, w, model.size)
-        height, width = height or round(width * h / w), width or round(height * w / h)
+        elif height is None:
+            height = round(width * h / w)
+        elif width is None:
+            width = round(height * w / h)
     elif semantic is not None:
-        height, width = height or semantic.shape[-2] * 128 // 3, width or semantic.shape[-1] * 128 // 3
-    height, width = height or model.size, width or model.size
+        height, width = (side * 128 // 3 if given is None else given
+                         for given, side in zip((height, width), semantic.shape[-2:]))
+    height, width = (model.size if side is None else side for side in (height, width))
     latent_sizes(height, width)                                                            # for its error messages
     warn_of_size(height, width, model.size)
     return height, width
@@ -210,7 +214,7 @@ class PromptBatch:
         if prompt is None:
             prompt = [""] * max([len(e) for e in self.embeddings.values()], default=1)
             optional = True
-        self.prompts, self.negatives = prompt_lists(prompt, negative or "", 1, optional)
+        self.prompts, self.negatives = prompt_lists(prompt, negative, 1, optional)
         if num_images < 1:
             raise ValueError(f"the number of images must be at least 1, got {num_images}.")
         self.rows = len(self.prompts)

@@ -408,7 +408,7 @@ def test_denoise_rescales_too():
     (dict(rescale=-0.1), "rescale is -0.1, expected a number from 0, none, to 1."),
     (dict(rescale=1.5), "rescale is 1.5, expected"),
     (dict(rescale=math.nan), "rescale is nan, expected"),
-    (dict(eta=1.5), "eta is 1.5, expected a number from 0, deterministic, to 1, as ddpm."),
+    (dict(eta=1.5), "eta is 1.5, expected a number from 0 to 1, where 1 is ddpm's."),
     (dict(sampler="euler"), "sampler is 'euler', expected one of ddpm, ddim, dpm++."),
 ])
 def test_impossible_settings_are_refused(arguments, message):
@@ -497,7 +497,7 @@ def test_timesteps_that_do_not_fall_are_refused(spec):
 @pytest.mark.parametrize("spec, arguments, message", [
     ({0.5: 0, 0.0: 3}, {}, "steps is {0.5: 0, 0.0: 3}, expected at least 1"),
     ("karras", {}, "steps is 'karras', expected at least 1"),
-    (10, dict(t_start=0.2, t_end=0.6), "(t_start, t_end) is (0.2, 0.6), expected 1 >= t_start > t_end >= 0."),
+    (10, dict(t_start=0.2, t_end=0.6), "(t_start, t_end) is (0.2, 0.6), expected 1 >= first > second >= 0."),
     (10, dict(t_start=0.5, t_end=0.5), "(t_start, t_end) is (0.5, 0.5), expected"),
     (10, dict(t_start=999), "(t_start, t_end) is (999, 0.0), expected"),
     (10, dict(t_end=-0.1), "(t_start, t_end) is (1.0, -0.1), expected"),
