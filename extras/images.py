@@ -6,7 +6,7 @@
 Inside, an image is a tensor (3,H,W), float32, 0 black to 1 white. A mask is (H,W), 1 where new content goes.
 Surprise: a plain convert("RGB") gets four kinds of files wrong. Photos lie on their side, because their EXIF data says
 how to turn them. Transparent pixels turn black, or whatever colour is stored under them. 16 bits are clipped at 255
-instead of scaled. 32-bit floats from 0 to 1 come out black. See _pixels_of.
+instead of scaled. 32-bit floats from 0 to 1 come out black. See pixels_of.
 Needs: torch, numpy, pillow (10.1 or newer), loading/files.py.
 """
 import contextlib
@@ -65,10 +65,10 @@ def _channels(source) -> tuple[Tensor, Tensor]:
     try:
         if isinstance(source, (str, Path)):
             with decoding(), Image.open(source) as image:
-                array = _pixels_of(image)
+                array = pixels_of(image)
         elif isinstance(source, Image.Image):
             with decoding():
-                array = _pixels_of(source)
+                array = pixels_of(source)
         elif isinstance(source, Tensor):
             array = _array_of(source)
         elif isinstance(source, np.ndarray):
@@ -97,15 +97,18 @@ def decoding():
     except UnidentifiedImageError as error:
         raise ValueError("it is not an image in a known format") from error
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if getattr(error, "strerror", None):             # the operating system's message, such as: permission denied
-            reason = error.strerror.lower()
-        elif not isinstance(error, (ValueError, Image.DecompressionBombError)):
-            reason = f"presumably it is cut off or damaged ({reason})"
-        raise ValueError(reason) from error
+        explained = getattr(error, "strerror", None) or isinstance(error, (ValueError, Image.DecompressionBombError))
+        text = reason(error) if explained else f"presumably it is cut off or damaged ({reason(error)})"
+        raise ValueError(text) from error
 
 
-def _pixels_of(image: Image.Image) -> np.ndarray:
+def reason(error: Exception) -> str:
+    """A library's error in one line."""
+    strerror = getattr(error, "strerror", None)          # the operating system's message, such as: permission denied
+    return strerror.lower() if strerror else (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def pixels_of(image: Image.Image) -> np.ndarray:
     """A PIL image of any mode -> (H,W,3) uint8, or (H,W,4) if it stores transparency."""
     if 0 in image.size:
         raise ValueError(f"it has {image.width} x {image.height} px, expected at least 1 x 1")

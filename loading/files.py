@@ -193,8 +193,3 @@ def write_files(config: dict, tensors: dict[str, Tensor], folder: str | Path, st
                      lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     write_atomically(Path(folder) / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
-
-
-def write_model(config: dict, tensors: dict[str, Tensor], folder: str | Path, stem: str) -> None:
-    """The same in float16. Converts before it writes, so that an error leaves the old files."""
-    write_files(config, to_half(tensors), folder, stem)

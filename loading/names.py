@@ -200,15 +200,15 @@ def describe(shapes: dict[str, tuple]) -> str | None:
     if any(name.endswith("embeddings.token_embedding.weight") for name in shapes):
         return "a CLIP text encoder"
     stage = recognise(shapes)
-    if stage is None:
-        return None
-    form = FORMATS[stage]
-    name = next(name for name in form.signature if name in shapes)
-    description = form.description
-    if stage is StageC and len(shapes[name]) > 1:
-        width = shapes[name][1]
-        description = {1024: "a v1 Stage C", 1280: "a v2 Stage C"}.get(width, description) + f" (text width {width})"
-    return description + " in our own names" * (name in form.signature[1:])
+    width = signature_shape(stage, shapes)[1:] if stage is StageC else ()
+    if width:
+        return {1024: "a v1 Stage C", 1280: "a v2 Stage C"}.get(width[0], "a Stage C") + f" (text width {width[0]})"
+    return FORMATS[stage].description if stage else None
+
+
+def signature_shape(stage: type, shapes: dict[str, tuple]) -> tuple:
+    """The shape of the tensor that `stage` is recognised by; () if it is missing."""
+    return next((shapes[name] for name in FORMATS[stage].signature if name in shapes), ())
 
 
 # ----- state dicts: from any naming to ours, and back ----------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Loads a whole pipeline: finds the parts, checks that they fit each other, fills the networks, makes them fast.
 
-  "tiny", "v2", a folder -hub.locate-> paths of the parts -weights-> networks -> Wuerstchen or, of v1, WuerstchenV1
+  "tiny", "v2", a folder -locate-> paths of the parts -weights-> networks -> Wuerstchen or, of v1, WuerstchenV1
 
 Before the first number is read, names, shapes and widths are compared: files that do not fit end in one line.
 Needs: torch, safetensors; transformers for the text encoders.
@@ -29,7 +29,7 @@ def load(weights: str | Path | None = None, device: str | None = None, dtype: to
     """-> the pipeline, ready to be called.
 
     weights     "tiny" and "tiny-v1", which ship with the code; "v1", "v2", "v2-base", "v2-aesthetic", fetched if need
-                be; or a folder in any of diffusers' layouts, or of the original .pt files (see hub.find_parts)
+                be; or a folder in any of diffusers' layouts, or of the original .pt files (see layouts.find_parts)
     files       single parts from elsewhere, each a folder or a file: prior, decoder, vqgan, image_encoder,
                 prior_text_encoder, text_encoder; the rest then comes from `weights`, by default "v2"
     device      default cuda if there is one, else cpu. dtype: default float32 on a CPU, bfloat16 on a GPU

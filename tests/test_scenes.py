@@ -47,13 +47,13 @@ def test_names_are_plain_lower_case_words():
     assert all(re.fullmatch(r"[a-z]+( [a-z]+){0,2}", name) for name in OBJECTS)
 
 
-def test_every_cell_of_the_sheet_holds_its_own_picture():
+def test_every_cell_of_the_sheet_holds_its_own_image():
     """The table names cells by order alone: one missing or doubled cell would shift the rest."""
     with Image.open(scenes.ASSETS / "emoji.png") as sheet:
         assert (sheet.mode, sheet.size) == ("RGBA", (16 * 80, 8 * 80))
-    pictures = [scenes.sprite(name, 40)[0].astype(int) for name in OBJECTS]
+    sprites = [scenes.sprite(name, 40)[0].astype(int) for name in OBJECTS]
     assert all((scenes.sprite(name, 40)[1] < 128).mean() > 0.1 for name in OBJECTS)
-    difference = [np.abs(a - b).mean() for a, b in itertools.combinations(pictures, 2)]
+    difference = [np.abs(a - b).mean() for a, b in itertools.combinations(sprites, 2)]
     assert min(difference) > 10
 
 
@@ -90,8 +90,8 @@ def test_held_out_scenes_show_nothing_else():
 
 # ---- scenes ----------------------------------------------------------------------------------
 
-def test_the_same_index_gives_the_same_picture_whatever_came_before():
-    """Resuming a training at picture n must go on as if it had never stopped."""
+def test_the_same_index_gives_the_same_image_whatever_came_before():
+    """Resuming a training at image n must go on as if it had never stopped."""
     images, captions = EmojiScenes(seed=3).batch(0, 12)
     again, again_captions = EmojiScenes(seed=3).batch(7, 5)
     np.testing.assert_array_equal(images[7:], again)
@@ -125,7 +125,7 @@ def test_sizes_of_single_objects_leave_gaps_between_the_classes():
     assert max(sizes["small"]) < min(sizes["medium"]) <= max(sizes["medium"]) < min(sizes["large"])
 
 
-# ---- pictures --------------------------------------------------------------------------------
+# ---- images --------------------------------------------------------------------------------
 
 def test_the_border_has_exactly_the_background_colour():
     """No frame, no gradient: a wrong background of a model is the model's own."""
@@ -149,8 +149,8 @@ def test_render_is_alpha_compositing_as_pillow_does_it():
         assert np.abs(render(scene).astype(int) - reference).max() <= 2
 
 
-def test_other_sizes_are_the_same_picture_resized():
-    """A model for larger pictures sees the same world."""
+def test_other_sizes_are_the_same_image_resized():
+    """A model for larger images sees the same world."""
     scene = SCENES[0]
     small, large = render(scene), render(scene, 256)
     assert large.shape == (256, 256, 3)

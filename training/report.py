@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from training.data import sample_rng
+from training.order import sample_rng
 from loading.errors import WeightsError
 from loading.files import write_atomically
 from loading.hub import NAMES
