@@ -281,17 +281,6 @@ def latent_sizes(height: int, width: int) -> tuple[tuple[int, int], tuple[int, i
         tuple(-(-side // 64) * 16 for side in (height, width))
 
 
-def warn_of_size(height: int, width: int, trained: int) -> None:
-    """Warns of image sizes (px) far from the one that the weights were trained on."""
-    only = trained in (128, 512)               # v2 was trained on many shapes
-    if (height, width) != (trained,) * 2 if only else not (
-            1024 <= min(height, width) <= 1536 and max(height, width) <= 2048):
-        effect = "blurred or crowded" if min(height, width) < trained else "repeated"
-        sizes = f"{trained} px only" if only else "1024 to 1536 px, one side up to 2048"
-        warnings.warn(f"{width} x {height} px is not what these weights were trained on ({sizes}): "
-                      f"expect {effect} objects")
-
-
 class Noise:
     """The random numbers of n images, each from its own generator: noise(C, h, w) -> (n,C,h,w).
 
@@ -361,27 +350,28 @@ class Wuerstchen:
         return load(weights, device, dtype, **options)
 
     @torch.no_grad()
-    def __call__(self, prompt: str | list[str], negative_prompt: str | list[str] = "", *,
-                 seed: int | list[int] = 0, num_images: int = 1, width: int | None = None,
-                 height: int | None = None, callback: Callable | None = None,
-                 progress: bool = False, **sampling) -> list[Image.Image]:
+    def __call__(self, prompt: str | list[str], negative_prompt: str = "", *, seed: int = 0,
+                 num_images: int = 1, width: int | None = None, height: int | None = None,
+                 callback: Callable | None = None, progress: bool = False,
+                 **sampling) -> list[Image.Image]:
         """Prompts -> PIL images, num_images for each prompt, in order.
 
-        negative_prompt  what guidance steers away from; one for all, or one for each prompt
-        seed             0 to 2^32 - 1. Image i uses seed + i, or the i-th of a list
+        negative_prompt  what guidance steers away from
+        seed             0 to 2^32 - 1; image i uses seed + i
         width, height    px, any from 64; default: what the weights were trained on
         callback         callback("C" or "B", step, t, latents, x_0) after every step
         sampling         any field of Sampling for one stage: steps_c=15, guidance_b=2.0, ...
-        Raises ValueError for impossible input, before the first step, and for NaN. Image to image,
-        inpainting, given embeddings and latents, other outputs: extras/editing.py.
+        Raises ValueError for impossible settings, before the first step, and for NaN. Image to
+        image, inpainting, lists of seeds, given embeddings, other outputs: extras/editing.py.
         """
         c, b = self.settings(sampling)
-        prompts, negatives = prompt_lists(prompt, negative_prompt, num_images)
-        noise = Noise(seed_list(seed, len(prompts)), self.device)
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        prompts = [text for text in prompts for _ in range(num_images)]
+        noise = Noise([seed + i for i in range(len(prompts))], self.device)
         height, width = (self.size if side is None else side for side in (height, width))
-        warn_of_size(height, width, self.size)
         size_c, size_b = latent_sizes(height, width)
-        text_c, text_b = (self.encode_text(stage, prompts, negatives) for stage in "cb")
+        text_c, text_b = (self.encode_text(stage, prompts, [negative_prompt] * len(prompts))
+                          for stage in "cb")                                       # 2 x (n, 77, D)
         semantic = self.sample_c(*text_c, lambda: noise(self.channels_c, *size_c), c,
                                  callback=callback, progress=progress)             # (n, 16, h, w)
         latents = self.sample_b(semantic, *text_b, lambda: noise(self.channels_b, *size_b), b,
@@ -480,13 +470,12 @@ class Wuerstchen:
 
     def settings(self, given: dict) -> tuple[Sampling, Sampling]:
         """{"steps_c": 15, ...} -> these weights' settings of Stages C and B, with those changed."""
+        if unknown := [name for name in given if name[-2:] not in ("_c", "_b")]:
+            raise TypeError(f"there is no option {unknown[0]}: expected a field of Sampling for one "
+                            f"stage, such as steps_c; for other options see extras/editing.py")
         result = []
-        known = [f"{name}_{stage}" for stage in "cb" for name in vars(getattr(self, stage))]
-        if unknown := given.keys() - known:
-            raise ValueError(f"there is no option {min(unknown)}: expected {', '.join(known)}; "
-                             f"for other options see extras/editing.py.")
         for stage in "cb":
-            own = {name[:-2]: value for name, value in given.items() if name.endswith(f"_{stage}")}
+            own = {name[:-2]: value for name, value in given.items() if name[-1] == stage}
             try:
                 result.append(replace(getattr(self, stage), **own))
             except ValueError as error:
@@ -495,32 +484,6 @@ class Wuerstchen:
 
 
 NAN_ADVICE = "use bfloat16 or float32, or a lower guidance scale"
-
-
-def prompt_lists(prompt, negative, num_images: int, optional: bool = False) -> tuple[list, list]:
-    """Prompts and negative prompts as given -> one of each per image. Raises ValueError, also for
-    empty prompts unless they are `optional`."""
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
-    negatives = [negative or ""] if isinstance(negative, str | None) else list(negative)
-    negatives = negatives * len(prompts) if len(negatives) == 1 else negatives
-    if not prompts or not all(isinstance(p, str) and (optional or p.strip()) for p in prompts):
-        raise ValueError("the prompt is empty: describe the image, "
-                         "for example \"a red apple on a blue background\".")
-    if num_images < 1:
-        raise ValueError(f"the number of images must be at least 1, got {num_images}.")
-    if len(negatives) != len(prompts):
-        raise ValueError(f"got {len(negatives)} negative prompts for {len(prompts)} prompts: "
-                         f"give one for all, or one for each.")
-    return ([text for text in prompts for _ in range(num_images)],
-            [text for text in negatives for _ in range(num_images)])
-
-
-def seed_list(seed: int | Sequence[int], n: int) -> list[int]:
-    """A seed, or one for each of n images -> n seeds. Raises ValueError."""
-    seeds = [seed + i for i in range(n)] if isinstance(seed, Integral) else list(seed)
-    if len(seeds) != n:
-        raise ValueError(f"got {len(seeds)} seeds for {n} images: give one for all, or one for each.")
-    return seeds
 
 
 def crop(images: Tensor, height: int, width: int) -> Tensor:

@@ -115,14 +115,14 @@ def test_embeddings_give_the_picture_of_the_text_they_came_from(model, request):
     """To the bit, each prompt with a negative one of its own: so what is mixed or learned can take the place of words."""
     model = request.getfixturevalue(model)
     embeddings = embeddings_of(model, [CAT, DOG], ["a moon", "a key"])
-    texts = model([CAT, DOG], ["a moon", "a key"], seed=5, guidance_b=2, **QUICK)
+    texts = generate(model, [CAT, DOG], ["a moon", "a key"], seed=5, guidance_b=2, **QUICK)
     assert all(map(same, texts, generate(model, given=embeddings, seed=5, guidance_b=2, **QUICK)))
     assert not alike(texts[0], model([CAT, DOG], seed=5, guidance_b=2, **QUICK)[0])
 
 
 def test_where_both_stages_share_an_encoder_one_embedding_serves_both(tiny):
     embeddings = embeddings_of(tiny, [CAT], ["a moon"], stages="c")
-    assert same(tiny(CAT, "a moon", seed=5, **QUICK)[0], generate(tiny, given=embeddings, seed=5, **QUICK)[0])
+    assert same(generate(tiny, CAT, "a moon", seed=5, **QUICK)[0], generate(tiny, given=embeddings, seed=5, **QUICK)[0])
     del embeddings["negative_c"]                        # then the negative prompt, here "", is used
     assert same(tiny(CAT, seed=5, **QUICK)[0], generate(tiny, given=embeddings, seed=5, **QUICK)[0])
 
@@ -153,7 +153,7 @@ def test_a_stage_that_is_not_used_needs_not_be_told(two_encoders):
 
 
 def test_no_negative_prompt_is_the_empty_one(tiny):
-    assert same(tiny(CAT, None, seed=5, **QUICK)[0], tiny(CAT, seed=5, **QUICK)[0])
+    assert same(generate(tiny, CAT, None, seed=5, **QUICK)[0], tiny(CAT, seed=5, **QUICK)[0])
 
 
 # --- seeds and noise ---------------------------------------------------------------------------------
@@ -890,7 +890,6 @@ MISTAKES = [
     (dict(interval_b=0.5), "Stage B: interval is 0.5, expected two noise levels"),
     (dict(guidance_c=(4, 3, 2)), "Stage C: guidance is (4, 3, 2), expected a number, or two"),
     (dict(rescale_b=2), "Stage B: rescale is 2, expected a number from 0"),
-    (dict(step_c=5), "there is no option step_c: expected steps_c, sampler_c,"),
     (dict(output="jpg"), "output is 'jpg', expected one of pil, np, pt, semantic, latents_b"),
     (dict(width=0), "width is 0, expected a whole number of px from 64 on"),
     (dict(given=dict(latents_c=torch.zeros(1, 16, 3, 4))),
@@ -919,6 +918,14 @@ def test_mistakes_are_found_before_the_first_step(tiny, arguments, message):
         with pytest.raises(ValueError, match=re.escape(message)) as error:
             generate(tiny, **dict(prompt=CAT, **QUICK) | arguments)
     assert not calls_c and not calls_b and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name, message", [("step_c", "unexpected keyword argument 'step'"),
+                                           ("init", "there is no option init: .* see extras/editing.py")])
+def test_an_option_that_does_not_exist_is_refused(tiny, name, message):
+    """Elsewhere a misspelled option is passed on until somebody ignores it."""
+    with pytest.raises(TypeError, match=message):
+        tiny(CAT, **{name: 5})
 
 
 @pytest.mark.parametrize("tile", [0, -8])

@@ -26,10 +26,9 @@ import loading.pipeline
 import wuerstchen
 from helpers import COMBINED, GOLDEN, PUBLISHED, golden, rel
 from stage_b import TinyImageEncoder
-from extras.editing import encode_image, generate
+from extras.editing import encode_image, generate, warn_of_size
 from loading.pipeline import usable_device
-from wuerstchen import (Noise, Sampling, Wuerstchen, crop, latent_sizes, scale_semantic, to_pil, unscale_semantic,
-                        warn_of_size)
+from wuerstchen import (Noise, Sampling, Wuerstchen, crop, latent_sizes, scale_semantic, to_pil, unscale_semantic)
 
 # The golden pipelines are small ones that carry no word of it: 128 px are far from the official sizes.
 pytestmark = pytest.mark.filterwarnings("ignore:.*not what these weights were trained on")
@@ -295,15 +294,15 @@ def test_num_images_are_different_pictures_with_consecutive_seeds(pipe, monkeypa
 def test_a_picture_does_not_depend_on_its_neighbours(pipe):
     """To the bit where the batch is of the same size, whoever is in it; at guidance 4, with conditional and unconditional rows
     in one batch. One of the other samplers rescales by a standard deviation over the whole batch."""
-    a = pipe([CAT, HOUSE], ["blurry", ""], seed=[5, 6], **QUICK)
-    b = pipe([CAT, "An astronaut"], ["blurry", "the moon"], seed=[5, 77], **QUICK)
+    a = generate(pipe, [CAT, HOUSE], ["blurry", ""], seed=[5, 6], **QUICK)
+    b = generate(pipe, [CAT, "An astronaut"], ["blurry", "the moon"], seed=[5, 77], **QUICK)
     assert same(a[0], b[0]) and not alike(a[1], b[1])
     assert alike(a[0], pipe(CAT, "blurry", seed=5, **QUICK)[0])
 
 
 def test_several_images_of_several_prompts(pipe):
     """In order, each as if painted alone. diffusers' Stage B pairs such embeddings wrongly and ends in a shape error."""
-    images = pipe([CAT, HOUSE], num_images=2, seed=[5, 6, 7, 8], guidance_b=1.5, **QUICK)
+    images = generate(pipe, [CAT, HOUSE], num_images=2, seed=[5, 6, 7, 8], guidance_b=1.5, **QUICK)
     assert len(images) == 4
     for image, prompt, seed in zip(images, [CAT, CAT, HOUSE, HOUSE], [5, 6, 7, 8]):
         assert alike(image, pipe(prompt, seed=seed, guidance_b=1.5, **QUICK)[0])
@@ -311,7 +310,7 @@ def test_several_images_of_several_prompts(pipe):
 
 def test_one_negative_prompt_serves_all_prompts(pipe):
     """In diffusers a string does not go with a list of prompts."""
-    one, each = (pipe([CAT, HOUSE], negative, seed=5, **QUICK) for negative in ("blurry", ["blurry", "blurry"]))
+    one, each = (generate(pipe, [CAT, HOUSE], negative, seed=5, **QUICK) for negative in ("blurry", ["blurry", "blurry"]))
     assert all(map(same, one, each))
     assert not same(one[0], pipe([CAT, HOUSE], seed=5, **QUICK)[0])
 
