@@ -471,8 +471,8 @@ class Wuerstchen:
     def settings(self, given: dict) -> tuple[Sampling, Sampling]:
         """{"steps_c": 15, ...} -> these weights' settings of Stages C and B, with those changed."""
         if unknown := [name for name in given if name[-2:] not in ("_c", "_b")]:
-            raise TypeError(f"there is no option {unknown[0]}: expected a field of Sampling for one "
-                            f"stage, such as steps_c; for other options see extras/editing.py")
+            raise TypeError(f"there is no option {unknown[0]}: expected a field of Sampling for "
+                            f"one stage, such as steps_c; for others see extras/editing.py")
         result = []
         for stage in "cb":
             own = {name[:-2]: value for name, value in given.items() if name[-1] == stage}

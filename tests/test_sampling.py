@@ -921,7 +921,7 @@ def test_mistakes_are_found_before_the_first_step(tiny, arguments, message):
 
 
 @pytest.mark.parametrize("name, message", [("step_c", "unexpected keyword argument 'step'"),
-                                           ("init", "there is no option init: .* see extras/editing.py")])
+                                           ("init", "there is no option init: .*see extras/editing.py")])
 def test_an_option_that_does_not_exist_is_refused(tiny, name, message):
     """Elsewhere a misspelled option is passed on until somebody ignores it."""
     with pytest.raises(TypeError, match=message):
