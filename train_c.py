@@ -305,7 +305,7 @@ def main(args):
     fixed = [(encode(pixels), caption) for pixels, caption in images]
     sheets = None
     if args.sample_every:
-        sheets = SampleSheets(args, prior, text_encoder, paths, dataset, autocast, dtype, processes)
+        sheets = SampleSheets(args, model, text_encoder, paths, dataset, autocast, dtype, processes)
     if args.cache:               # all that training needs is there: free the memory of the encoders
         for caption in [caption for _, caption in fixed] + (preserved.prompts if preserved else []):
             texts.one(caption)

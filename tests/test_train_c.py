@@ -249,10 +249,13 @@ def test_one_process_two_processes_and_accumulation_do_the_same_work(folder, tmp
 
 
 def test_weights_split_over_processes_learn_the_same(folder, tmp_path):
-    """--fsdp, for what does not fit one GPU; with gradients clipped over the norm of all parts. Resumed by one process that holds it all."""
+    """--fsdp, for what does not fit on one GPU, with gradients clipped over the norm of all parts, a validation and a
+    sample sheet. Resumed by one process that holds all of it."""
     one = train(folder, tmp_path / "one", "--batch", "8", "--clip", "0.1", steps=3)
+    (tmp_path / "prompts.txt").write_text("a cat on a red background\n")
     split = torchrun(2, folder, tmp_path / "split", "--fsdp", "--batch", "2", "--grad-accum", "2", "--clip", "0.1",
-                     "--val-every", "2", steps=2)
+                     "--val-every", "2", "--sample-every", "2", "--sample-prompts", f"{tmp_path}/prompts.txt", steps=2)
+    assert len([*(split / "samples").iterdir()]) == 2
     train(folder, split, "--batch", "8", "--clip", "0.1", "--resume", "auto", steps=3)
     same(newest(one)["model"], newest(split)["model"], 1e-5)
     same(newest(one)["averaged"], newest(split)["averaged"], 1e-5)

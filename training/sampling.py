@@ -17,7 +17,7 @@ from wuerstchen import TextEncoder, Wuerstchen
 class SampleSheets:
     """out/samples/step_000500.png, ...: a row for each prompt, always from the same noise.
 
-    stage_c: in training. Under a LoRA, sheets after step 0 have a column without it and one with it. Stages A and
+    stage_c: in training; under FSDP the module at its root. Under a LoRA, sheets after step 0 have a column without it and one with it. Stages A and
     B are loaded for each sheet and freed again, because training needs the memory. Under FSDP all processes take part.
     """
     def __init__(self, args, stage_c, text_encoder: TextEncoder, paths: dict, dataset, autocast, dtype, processes):
