@@ -21,7 +21,8 @@ import diffusion
 from loading import hub
 import wuerstchen
 from diffusion import DEFAULT_STAGE_C_TIMESTEPS, Noise, default_timesteps_c, linear_timesteps, slerp
-from tiny.evaluate import Judge, fixed_prompts, relation_of, verdict
+from tiny.evaluate import fixed_prompts
+from tiny.judge import Judge, relation_of, verdict
 from helpers import COMBINED, rel
 from extras.images import psnr
 from training.scenes import Scene, place_pair, place_single, plain_caption, render

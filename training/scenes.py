@@ -14,7 +14,7 @@ Out  EmojiScenes.batch(start, n) -> images (n,128,128,3) uint8, RGB; captions, n
 data.py serves them among other captioned pictures, as `scenes`.
 Surprise: there is no list of pictures. Picture i depends on (seed, i) alone, so the set is endless
 and a training that resumes at picture 12800 sees exactly what an unbroken one would have seen.
-Pictures: Noto Color Emoji, assets/OFL.txt, sheet by tools/make_sprites.py.  Needs: numpy, pillow.
+Pictures: Noto Color Emoji, assets/OFL.txt, sheet by `python -m tools.make_sprites`.  Needs: numpy, pillow.
 """
 import difflib
 import functools
