@@ -184,8 +184,8 @@ def test_help_needs_no_torch_and_a_wrong_start_says_how():
 @pytest.mark.parametrize("arguments, message", [
     (["--weights", "no-such-weights"],
      "error: there are no weights called 'no-such-weights', and there is no such folder: expected tiny, "),
-    (["--temperature-b", "1"], "error: there is no option temperature_b: expected steps_c, "),
-    (["--sampler-b", "quant"], "error: sampler is 'quant', expected ['ddpm', 'ddim', 'dpm++']."),
+    (["--temperature-b", "1"], "error: --temperature-b is for v1, whose Stage B generates tokens: remove it."),
+    (["--sampler-b", "quant"], "error: Stage B: sampler is 'quant', expected one of ddpm, ddim, dpm++."),
 ])
 def test_an_error_in_the_settings_ends_in_one_line(arguments, message, capsys):
     with pytest.raises(SystemExit) as end:

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from loading.errors import as_user_error, exit_on_user_error
+from loading.errors import UserError, as_user_error, exit_on_user_error
 from sample import SAMPLERS, number, several, steps
 from tiny.judge import Judge, verdict
 from training.scenes import (CANVAS, CAPTIONED, COLOURS, RELATIONS, held_out, place_pair, place_single, plain_caption,
@@ -161,6 +161,8 @@ def sample(args, prompts: list[str]) -> list[Image.Image]:
     from tqdm import tqdm                                # only now, so that --help and --real start at once
     from wuerstchen import Wuerstchen
     model = Wuerstchen.load(args.weights, int8=args.int8)
+    if args.temperature_b is not None and not hasattr(model.b, "temperature"):
+        raise UserError("--temperature-b is for v1, whose Stage B generates tokens: remove it.")
     names = [f"{name}_{stage}" for name in ("steps", "sampler", "guidance") for stage in "cb"] + ["temperature_b"]
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     images = []
