@@ -113,8 +113,8 @@ def loaders_of(paths: dict, empty: dict, device: torch.device, dtype: torch.dtyp
         return w.load(type(empty[part]), paths[part], torch.float32 if half else dtype, int8)
 
     def stage_c() -> torch.nn.Module:
-        from lora import load_lora
-        from lora import bake as merge_and_unload
+        from loading.lora_formats import load_lora
+        from lora import merge_and_unload
         model = stage("prior", int8 and not loras)
         for i, (file, scale) in enumerate(loras.items()):
             load_lora(model, file, f"lora_{i}", scale)

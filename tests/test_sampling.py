@@ -18,12 +18,18 @@ from PIL import Image
 from torch import Tensor
 
 import wuerstchen
+<<<<<<< HEAD
+from diffusion import DEFAULT_STAGE_C_TIMESTEPS, Noise, default_timesteps_c, linear_timesteps, slerp
+from tiny.evaluate import fixed_prompts
+from tiny.judge import Judge, relation_of, verdict
+=======
 from extras import previews
 from extras.editing import InitImage, encode_image, generate, interpolate, reconstruct, slerp
 from extras.previews import Previews, preview_maps
 from loading import hub
 from speed import memory
 from tiny.evaluate import Judge, fixed_prompts, relation_of, verdict
+>>>>>>> main
 from helpers import COMBINED, rel
 from extras.images import psnr
 from training.scenes import Scene, place_pair, place_single, plain_caption, render
