@@ -66,6 +66,7 @@ def load(weights: str | Path | None = None, device: str | None = None, dtype: to
     model.preview_file = folder / f"preview{'_v1' * (model.scale is not Wuerstchen.scale)}.json" if own else None
     if low_memory is None and not offload:
         low_memory = 1.25 * bytes_needed(paths, empty, dtype, int8) > free_memory(device)    # a quarter for activations
+    model.low_memory = bool(low_memory)
     if low_memory:
         one_at_a_time(model)
     else:
