@@ -442,7 +442,7 @@ def alpha_from(config: dict, layer: str, rank: int) -> float:
 
 
 def to_adapter(values: dict, shape: tuple) -> Adapter:
-    """{"down": tensor, "up": tensor, "alpha": 8.0} of a file -> for a weight of this shape."""
+    """{"down": tensor, "up": tensor, "alpha": 8.0} of a layer -> for its weight of this shape."""
     rank = len(values.get("down", ()))
     shapes = dict(down=(rank, *shape[1:]), up=(shape[0], rank, *(1 for _ in shape[2:])),
                   magnitude=shape[:1])
@@ -459,18 +459,17 @@ def to_adapter(values: dict, shape: tuple) -> Adapter:
 
 def load_lora(model: nn.Module, source: str | Path | dict[str, Tensor], name: str = "default",
               scale: float = 1.0) -> list[str]:
-    """Adds the LoRA in a file or folder of diffusers, or in a dict of tensors. Returns its layers.
+    """Adds the LoRA in a .safetensors file of diffusers, or in lora_state_dict's tensors.
 
     If the model has a LoRA of this name, its parameters get the new values, to continue training.
-    Freezes everything except LoRAs. Raises ValueError before it changes anything.
+    Freezes everything except LoRAs. Returns the names of the LoRA's layers. Raises ValueError if
+    any tensor does not fit, and then the model is as before: half a LoRA is not what was trained.
     """
     check_name(model, name)
     tensors, config = source, {}
     if not isinstance(source, dict):
         from safetensors import safe_open
-        path = Path(source)
-        path = path / "pytorch_lora_weights.safetensors" if path.is_dir() else path
-        with safe_open(path, "pt") as file:
+        with safe_open(source, "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
             config = json.loads((file.metadata() or {}).get("lora_adapter_metadata") or "{}")
     layers, new, left = find_layers(model)[0], {}, dict(tensors)
@@ -480,7 +479,10 @@ def load_lora(model: nn.Module, source: str | Path | dict[str, Tensor], name: st
                   if alias + ending in left}
         if values:
             values.setdefault("alpha", alpha_from(config, theirs, len(values.get("down", ()))))
-            new[path] = to_adapter(values, layers[path].weight.shape)
+            try:
+                new[path] = to_adapter(values, layers[path].weight.shape)
+            except ValueError as error:
+                raise ValueError(f"{path} {error}") from error
     if left or not tensors:
         raise ValueError(f"{len(left)} of {len(tensors)} tensors belong to no layer of this model "
                          f"by diffusers' names ({', '.join([*left][:4])}): for files of other "

@@ -219,7 +219,7 @@ def test_int8_is_judged_by_the_same_prompts_and_noise(monkeypatch):
     """Four true scenes for float32, of which int8 loses the objects of one: 25 points, for each seed."""
     from tiny import evaluate
     facts, noises = evaluate.fixed_prompts()[:4], []
-    scenes = [evaluate.real_picture(fact, np.random.default_rng(0)) for fact in facts]
+    scenes = [evaluate.real_image(fact, np.random.default_rng(0)) for fact in facts]
     monkeypatch.setattr(evaluate, "fixed_prompts", lambda: facts)
 
     def sample(args, prompts):

@@ -338,8 +338,8 @@ def test_the_checksum_is_of_the_code_and_of_nothing_else():
     ("1 / 0", dict(output_type="error", ename="ZeroDivisionError", evalue="division by zero"),
      "failed: ZeroDivisionError"),
     ("f()", dict(output_type="stream", name="stderr", text=["UserWarning: old"]), "wrote to stderr: UserWarning"),
-    ("pictures(x, 'title')", dict(output_type="stream", name="stdout", text=["done"]), "gave no picture"),
-    ("plt.plot(x)", dict(output_type="display_data", data={"image/png": "WHITE"}), "empty picture")])
+    ("pictures(x, 'title')", dict(output_type="stream", name="stdout", text=["done"]), "its output has no image"),
+    ("plt.plot(x)", dict(output_type="display_data", data={"image/png": "WHITE"}), "drew an empty image")])
 def test_broken_outputs_are_found(code, output, message):
     """Each in one line that names the cell."""
     if "data" in output:
