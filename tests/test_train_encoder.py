@@ -10,7 +10,8 @@ import torch
 from loading.layouts import locate
 import train_b
 from tiny import train_encoder
-from training import optim
+from training import models, optim
+from training.processes import Processes
 from loading.errors import UserError, WeightsError
 from helpers import TINY, lines, newest, same
 from training.scenes import COLOURS, OBJECTS, EmojiScenes
@@ -98,7 +99,7 @@ def test_the_result_is_an_image_encoder_in_the_right_units(config, tmp_path):
     assert encoder.norm.num_batches_tracked == 4
     args = train_b.parse_args(["--weights", "tiny", "--init", "random", "--config", str(TINY), "--image-encoder",
                                str(out / "image_encoder"), "--out", "unused"])
-    _, taken = train_b.build(args, train_b.find_places(args))
+    _, taken, _, _ = models.load_models(args, train_b, torch.float32, Processes("cpu"))
     same(dict(taken.state_dict()), dict(encoder.state_dict()))
 
 
