@@ -1,4 +1,4 @@
-"""How long an epoch of training takes with and without a cache, added up from its parts; and how fast it reads files."""
+"""How long an epoch of training takes with and without a cache, added up from its parts; and its reading of files."""
 import tempfile
 from pathlib import Path
 from statistics import median
