@@ -96,7 +96,8 @@ from training.data import fit, open_dataset, read_filters
 from training.order import BatchSampler, batches, sample_rng
 from loading.files import STEM, write_atomically, write_files
 from extras.images import grid
-from training.report import draw_curves, outline, push, settings_table
+from training.report import draw_curves, outline
+from training.results import push, settings_table
 from stage_a import (OFFICIAL, CodebookAverages, PatchDiscriminator, StageA, adaptive_weight, count, discriminator_loss, generator_loss,
                      perceptual_loss, perplexity)
 from loading.errors import RESUME_HINT, UserError, as_user_error, exit_on_user_error

@@ -1,7 +1,7 @@
 """What a call can do beyond text to picture: each thing it offers, on the small model that ships.
 
-Where it matters what is in a picture, the judge of evaluate.py looks, and half of the usual steps do: HALF. Where it does not,
-a few do: QUICK.
+Where it matters what is in a picture, the judge of evaluate.py looks, and half of the usual steps do: HALF. Where it
+does not, a few do: QUICK.
 """
 import itertools
 import math
@@ -118,7 +118,8 @@ def embeddings_of(model: Wuerstchen, prompts: list[str], negatives: list[str], s
 
 @pytest.mark.parametrize("model", ["tiny", "two_encoders"])
 def test_embeddings_give_the_picture_of_the_text_they_came_from(model, request):
-    """To the bit, each prompt with a negative one of its own: so what is mixed or learned can take the place of words."""
+    """To the bit, each prompt with a negative one of its own: so what is mixed or learned can take the place of
+    words."""
     model = request.getfixturevalue(model)
     embeddings = embeddings_of(model, [CAT, DOG], ["a moon", "a key"])
     texts = generate(model, [CAT, DOG], ["a moon", "a key"], seed=5, guidance_b=2, **QUICK)
@@ -141,7 +142,8 @@ def test_one_negative_embedding_serves_all_prompts_and_all_their_images(tiny):
 
 
 def test_no_stage_is_told_nothing_in_silence(two_encoders):
-    """With an embedding for Stage C alone, diffusers gives Stage B the empty prompt: its picture is off, and nobody knows why."""
+    """With an embedding for Stage C alone, diffusers gives Stage B the empty prompt: its picture is off, and nobody
+    knows why."""
     embeddings = embeddings_of(two_encoders, [CAT], [""])
     for name, lacking in (("prompt_c", "prompt_b"), ("prompt_b", "prompt_c")):
         with pytest.raises(ValueError, match=f"no {lacking} among the embeddings, and no prompt to make it from"):
@@ -237,7 +239,8 @@ def test_any_way_to_say_a_schedule_arrives_at_the_networks(tiny, arguments, leve
     dict(sampler_c="ddim", steps_c=14, sampler_b="ddim", steps_b=6),
 ], ids=["dpm++", "dpm++ in both", "ddim in both"])
 def test_every_sampler_paints_what_it_is_told(tiny, judge, how):
-    """As the default in test_tiny.py, but with half of the steps: objects, relation and background, at least 10 of 12."""
+    """As the default in test_tiny.py, but with half of the steps: objects, relation and background, at least 10 of
+    12."""
     facts = fixed_prompts()[:12]
     verdicts = [verdict(*judge.find(picture), fact).values()
                 for picture, fact in zip(tiny([fact["prompt"] for fact in facts], seed=0, **how), facts)]
@@ -274,8 +277,8 @@ def test_a_pair_of_scales_goes_from_start_to_end(tiny, monkeypatch):
 
 
 def test_rescale_takes_back_the_contrast_of_each_image_by_itself(tiny):
-    """Guidance of 15 makes latents 40 % too large: rescale brings them down. To the bit the same whoever is beside: one of the
-    other samplers takes the standard deviation of the whole batch."""
+    """Guidance of 15 makes latents 40 % too large: rescale brings them down. To the bit the same whoever is beside: one
+    of the other samplers takes the standard deviation of the whole batch."""
     def latents(rescale: float, beside: str) -> Tensor:
         return generate(tiny, [CAT, beside], seed=5, guidance_c=15, rescale_c=rescale, output="semantic")
     plain, rescaled = latents(0, DOG).flatten(1).std(dim=1), latents(1, DOG)
@@ -296,7 +299,8 @@ def test_pil_numpy_and_torch_are_the_same_picture(tiny):
 
 
 def test_the_semantic_latent_is_a_place_to_stop_and_to_go_on(tiny):
-    """With the noise that was left there the picture is the same to the bit; so Stage B can be repeated, with other settings."""
+    """With the noise that was left there the picture is the same to the bit; so Stage B can be repeated, with other
+    settings."""
     noise = Noise([5, 6])
     semantic = generate(tiny, [CAT, DOG], seed=noise, output="semantic", **QUICK)
     assert semantic.shape == (2, *C)
@@ -338,7 +342,8 @@ def test_the_callback_may_change_the_latents(tiny):
     for stage in "CB":
         assert not alike(picture, tiny(CAT, seed=5, callback=lambda s, i, t, x, x_0: x * 0 if s == stage and i == 0
                                        else None, **QUICK)[0])
-    black = generate(tiny, CAT, seed=5, output="pt", callback=lambda s, i, t, x, x_0: x * 0 if s == "B" else None, **QUICK)
+    black = generate(tiny, CAT, seed=5, output="pt", **QUICK,
+                     callback=lambda s, i, t, x, x_0: x * 0 if s == "B" else None)
     assert torch.equal(black, tiny.decode(torch.zeros(1, *B)))
 
 
@@ -355,7 +360,8 @@ def test_the_callback_may_stop_and_nothing_more_is_computed(tiny, stage, rows_c,
                          ids=["True", "another shape", "NaN"])
 def test_what_a_callback_may_not_return_is_said(tiny, answer, shown):
     with pytest.raises(ValueError,
-                       match=re.escape("a callback may return None, False, or finite latents of shape (1, 16, 3, 3), not " + shown)):
+                       match=re.escape("a callback may return None, False, or finite latents of shape "
+                                         "(1, 16, 3, 3), not " + shown)):
         generate(tiny, CAT, callback=lambda *args: answer, **QUICK)
 
 
@@ -386,7 +392,8 @@ def test_a_latent_that_is_no_number_stops_the_run_in_that_step(tiny, stage, wher
     finally:
         hook.remove()
     assert len(calls) == 2
-    assert str(error.value) == f"{where}, computing in torch.float32: use bfloat16 or float32, or a lower guidance scale."
+    assert str(error.value) == (f"{where}, computing in torch.float32: use bfloat16 or float32, "
+                                "or a lower guidance scale.")
 
 
 def test_a_single_broken_weight_is_noticed_at_once(tiny):
@@ -412,7 +419,8 @@ PAIRS = [("rocket", "moon", "left of", "blue"), ("dog", "cat", "left of", "green
 
 @pytest.mark.parametrize("i, what", list(enumerate(PAIRS)), ids=[what[0] for what in PAIRS])
 def test_a_reconstruction_shows_what_the_picture_shows(tiny, seen, i, what):
-    """49152 numbers through 144 and back, and Stage B is told nothing else: the same objects, background, and much of the pixels."""
+    """49152 numbers through 144 and back, and Stage B is told nothing else: the same objects, background, and much of
+    the pixels."""
     scene = pair(i, *what)
     picture, = reconstruct(tiny, scene)
     assert seen(picture) == ([what[0], what[1]], what[3])
@@ -454,7 +462,8 @@ def test_the_less_strength_the_nearer_to_the_picture(tiny):
 
 
 def test_a_new_object_comes_where_the_old_one_was(tiny, judge):
-    """That is the use of it: the prompt says what, the picture where. A star at the upper left or the lower right becomes a cat."""
+    """That is the use of it: the prompt says what, the picture where. A star at the upper left or the lower right
+    becomes a cat."""
     places = []
     for place in ((40, 40), (88, 88)):
         scene = render(Scene(("star",), (60,), (place,), "red"))
@@ -468,8 +477,8 @@ def test_a_new_object_comes_where_the_old_one_was(tiny, judge):
 @pytest.mark.parametrize("what", [("cat", "large", "green"), ("penguin", "large", "red"), ("rocket", "large", "blue")],
                          ids=lambda what: what[0])
 def test_without_a_prompt_a_picture_gets_variations(tiny, seen, what):
-    """The same object on the same background, each time another picture. With the strength of 0.6 that a prompt would get, it is
-    mostly another object: nothing says what to paint where so little is left of the picture."""
+    """The same object on the same background, each time another picture. With the strength of 0.6 that a prompt would
+    get, it is mostly another object: nothing says what to paint where so little is left of the picture."""
     variations = generate(tiny, edit=InitImage(single(1, *what)), num_images=4, **HALF)
     assert [seen(picture) for picture in variations] == [([what[0]], what[2])] * 4
     assert all(np.abs(pixels(a) - pixels(b)).mean() > 3 for a, b in itertools.combinations(variations, 2))
@@ -480,7 +489,8 @@ def test_without_a_prompt_a_picture_gets_variations(tiny, seen, what):
                                              (dict(width=150, height=150), (150, 150)),
                                              (dict(width=64, height=201), (64, 201))])
 def test_a_picture_of_any_size_gives_one_of_any_size(tiny, given, expected):
-    """Of 200 x 130 px: what is not given follows the picture's shape, with the weights' own size for the shorter side."""
+    """Of 200 x 130 px: what is not given follows the picture's shape, with the weights' own size for the shorter
+    side."""
     gradient = np.linspace(0, 255, 200, dtype=np.uint8)[None, :, None].repeat(130, 0).repeat(3, 2)
     assert reconstruct(tiny, gradient, steps_b=2, **given)[0].size == expected
 
@@ -529,8 +539,8 @@ def test_a_mask_of_any_shape_keeps_every_pixel_outside_it(tiny):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_what_is_known_is_held_in_the_latents_of_both_stages(tiny, sampler):
-    """Pasting alone would bring the pixels back, but what is new would not have been painted to fit them. A latent of Stage C
-    that the mask touches is made anew, here the two right columns of three; in Stage B it is the right half."""
+    """Pasting alone would bring the pixels back, but what is new would not have been painted to fit them. A latent of
+    Stage C that the mask touches is made anew, here the two right columns of three; in Stage B it is the right half."""
     scene = pair(0, "dog", "cat", "left of", "green")
     image = torch.from_numpy(scene / 255).float().permute(2, 0, 1)[None]
     how = dict(edit=InitImage(scene, mask=RIGHT), sampler_c=sampler, sampler_b=sampler, **QUICK)
@@ -629,7 +639,8 @@ def test_slerp_ends_exactly_at_its_ends():
 
 
 def test_slerp_between_noises_is_noise():
-    """Of variance 1 all the way. Halfway along a straight line it is 1/2: (x + y) / 2 has half the variance of x and y."""
+    """Of variance 1 all the way. Halfway along a straight line it is 1/2: (x + y) / 2 has half the variance of x and
+    y."""
     a, b = torch.randn(2, 1, 200_000)
     for f in (0.25, 0.5, 0.9):
         assert slerp(a, b, f).var().item() == pytest.approx(1, abs=0.02)
@@ -728,8 +739,8 @@ def test_without_an_image_encoder_stage_b_is_shown(two_encoders):
 
 @pytest.mark.parametrize("tile", [3, 5, 8, 20, 64])
 def test_tiles_fit_together_without_seams(tiny, tile):
-    """To rounding, not to the eye: each is decoded with as many neighbours as the decoder looks far. 20 x 27 latents, so that
-    they do not divide, and one tile is larger than the picture."""
+    """To rounding, not to the eye: each is decoded with as many neighbours as the decoder looks far. 20 x 27 latents,
+    so that they do not divide, and one tile is larger than the picture."""
     latents = torch.randn(2, 4, 20, 27)
     with torch.no_grad():
         torch.testing.assert_close(memory.decode_tiled(tiny.part("stage_a"), latents, tile),
@@ -739,7 +750,8 @@ def test_tiles_fit_together_without_seams(tiny, tile):
 
 @pytest.mark.parametrize("levels, blocks", [(1, 3), (2, 4), (3, 2)])
 def test_a_tile_has_as_many_neighbours_as_the_decoder_looks_far(levels, blocks):
-    """For decoders of other depths, too, and with weights under which each block looks as far as it can; trained ones do not."""
+    """For decoders of other depths, too, and with weights under which each block looks as far as it can; trained ones
+    do not."""
     stage_a = StageA(levels, blocks, c_hidden=8, codebook_size=8)
     latents = torch.randn(1, 4, 20, 27)
     with torch.no_grad():
@@ -789,7 +801,8 @@ def moves(monkeypatch) -> list:
 
 
 def test_offload_keeps_one_part_at_a_time_on_the_device(tiny, moves):
-    """The others wait in main memory. Here "cpu:0" plays the device and "cpu" main memory: for torch two names of one place."""
+    """The others wait in main memory. Here "cpu:0" plays the device and "cpu" main memory: for torch two names of one
+    place."""
     model = Wuerstchen.load("tiny", "cpu:0", offload=True)
     names = {id(memory.module_of(model.networks[name])): name for name in ("stage_a", "stage_b", "stage_c",
                                                                            "text_encoder_c")}
@@ -823,8 +836,8 @@ def test_offload_moves_the_image_encoder_too(tiny, moves):
 
 
 def test_compile_is_for_stages_b_and_c_and_finds_one_graph_in_each(tiny, monkeypatch):
-    """Nothing in them breaks the graph, and no step asks for another one: a break would cost what compiling gains. Here torch
-    only traces, which takes seconds: what it makes of the graph is its own affair."""
+    """Nothing in them breaks the graph, and no step asks for another one: a break would cost what compiling gains. Here
+    torch only traces, which takes seconds: what it makes of the graph is its own affair."""
     from torch._dynamo.utils import counters
     compiled, compile = [], torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self)

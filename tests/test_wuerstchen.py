@@ -140,7 +140,8 @@ def test_pictures_have_exactly_the_size_that_was_asked_for(pipe, width, height):
 
 
 def test_what_is_rendered_beyond_the_picture_is_cropped_on_both_sides(pipe):
-    """100 x 77 px are the middle of the 128 x 128 that Stage B renders. Stage C's grid, 3 x 2, differs from that of 128 x 128."""
+    """100 x 77 px are the middle of the 128 x 128 that Stage B renders. Stage C's grid, 3 x 2, differs from that of 128
+    x 128."""
     semantic, latents = torch.randn(1, 16, 2, 3), torch.randn(1, 4, 32, 32)
     options = dict(given=dict(semantic=semantic, latents_b=latents), steps_b=2, width=100, height=77)
     with warnings.catch_warnings():
@@ -204,7 +205,8 @@ def test_prompts_that_fit_bring_no_warning(pipe):
 # --- whole pipelines against the published ones ------------------------------------------------------
 
 def reference_run(name: str):
-    """Recorded numbers and our arguments: prompts, negatives, images per prompt, timesteps and guidance of both stages."""
+    """Recorded numbers and our arguments: prompts, negatives, images per prompt, timesteps and guidance of both
+    stages."""
     data, run = golden(name)
     prompts = [run["prompt"]] if isinstance(run["prompt"], str) else run["prompt"]
     negatives = run.get("negative_prompt", "")
@@ -238,8 +240,9 @@ def assert_as_published(data: dict, semantic: Tensor, latents: Tensor, images: T
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", RUNS)
 def test_pictures_equal_those_of_the_published_pipelines(pipes, layout, name):
-    """Two prompts at once, guidance in both stages, a wide picture, two images of a prompt: from text to pixels, with the
-    noise that was recorded there. Two prompts at once are an error in diffusers' Stage B: the reference made them one by one."""
+    """Two prompts at once, guidance in both stages, a wide picture, two images of a prompt: from text to pixels, with
+    the noise that was recorded there. Two prompts at once are an error in diffusers' Stage B: the reference made them
+    one by one."""
     data, _, text, stage_c, stage_b = reference_run(name)
     pipe = pipes[layout]
     with Recorder(pipe.part("stage_c")) as calls:
@@ -253,7 +256,8 @@ def test_pictures_equal_those_of_the_published_pipelines(pipes, layout, name):
 
 @pytest.mark.parametrize("name", ["pipeline_wide_decoder_cfg", "pipeline_two_images_no_cfg"])
 def test_a_seed_draws_the_noise_that_it_draws_in_the_published_pipelines(pipe, name):
-    """One generator for everything: start and steps of Stage C, then those of Stage B, the unused last noise included."""
+    """One generator for everything: start and steps of Stage C, then those of Stage B, the unused last noise
+    included."""
     data, seed, text, stage_c, stage_b = reference_run(name)
     generator = torch.Generator().manual_seed(seed)
     results = run_through(pipe, text, stage_c, stage_b,
@@ -292,8 +296,8 @@ def test_num_images_are_different_pictures_with_consecutive_seeds(pipe, monkeypa
 
 
 def test_a_picture_does_not_depend_on_its_neighbours(pipe):
-    """To the bit where the batch is of the same size, whoever is in it; at guidance 4, with conditional and unconditional rows
-    in one batch. One of the other samplers rescales by a standard deviation over the whole batch."""
+    """To the bit where the batch is of the same size, whoever is in it; at guidance 4, with conditional and
+    unconditional rows in one batch. One of the other samplers rescales by a standard deviation over the whole batch."""
     a = generate(pipe, [CAT, HOUSE], ["blurry", ""], seed=[5, 6], **QUICK)
     b = generate(pipe, [CAT, "An astronaut"], ["blurry", "the moon"], seed=[5, 77], **QUICK)
     assert same(a[0], b[0]) and not alike(a[1], b[1])
@@ -301,7 +305,8 @@ def test_a_picture_does_not_depend_on_its_neighbours(pipe):
 
 
 def test_several_images_of_several_prompts(pipe):
-    """In order, each as if painted alone. diffusers' Stage B pairs such embeddings wrongly and ends in a shape error."""
+    """In order, each as if painted alone. diffusers' Stage B pairs such embeddings wrongly and ends in a shape
+    error."""
     images = generate(pipe, [CAT, HOUSE], num_images=2, seed=[5, 6, 7, 8], guidance_b=1.5, **QUICK)
     assert len(images) == 4
     for image, prompt, seed in zip(images, [CAT, CAT, HOUSE, HOUSE], [5, 6, 7, 8]):
@@ -310,7 +315,8 @@ def test_several_images_of_several_prompts(pipe):
 
 def test_one_negative_prompt_serves_all_prompts(pipe):
     """In diffusers a string does not go with a list of prompts."""
-    one, each = (generate(pipe, [CAT, HOUSE], negative, seed=5, **QUICK) for negative in ("blurry", ["blurry", "blurry"]))
+    one, each = (generate(pipe, [CAT, HOUSE], negative, seed=5, **QUICK)
+                 for negative in ("blurry", ["blurry", "blurry"]))
     assert all(map(same, one, each))
     assert not same(one[0], pipe([CAT, HOUSE], seed=5, **QUICK)[0])
 
@@ -318,8 +324,8 @@ def test_one_negative_prompt_serves_all_prompts(pipe):
 # --- guidance ----------------------------------------------------------------------------------------
 
 def test_unconditional_is_the_encoding_of_the_empty_prompt(pipe, monkeypatch):
-    """Not zeros, which the authors' sampler takes if told nothing: the networks never saw them. For Stage B, whose semantic
-    latent was dropped in training, zeros in its place are right."""
+    """Not zeros, which the authors' sampler takes if told nothing: the networks never saw them. For Stage B, whose
+    semantic latent was dropped in training, zeros in its place are right."""
     bound_c, bound_b = bound(monkeypatch, pipe, "bind_c"), bound(monkeypatch, pipe, "bind_b")
     with Recorder(pipe.part("stage_c")) as calls_c, Recorder(pipe.part("stage_b")) as calls_b, torch.no_grad():
         pipe(CAT, seed=5, guidance_c=4, guidance_b=1.5, **QUICK)
@@ -350,8 +356,8 @@ def test_guidance_below_1_is_used(pipe):
 # --- half precision ----------------------------------------------------------------------------------
 
 def test_in_half_precision_the_networks_get_exact_noise_levels():
-    """bfloat16 has no number between 0.98 and 0.984: rounded like that, t = 2/3 would be another step's level. And the picture
-    must have a value everywhere."""
+    """bfloat16 has no number between 0.98 and 0.984: rounded like that, t = 2/3 would be another step's level. And the
+    picture must have a value everywhere."""
     pipe = Wuerstchen.load(COMBINED, "cpu", torch.bfloat16, fast=False)
     with Recorder(pipe.part("stage_c")) as calls:
         image, = pipe(CAT, seed=5, **QUICK)

@@ -142,9 +142,9 @@ class Log:
             self.report = lambda values, step: wandb.log(values, step=step)
 
     def lines(self) -> list[dict]:
-        """The lines so far. A last line that was cut off is skipped."""
+        """The lines so far; none if not enabled. A last line that was cut off is skipped."""
         result = []
-        for line in self.path.read_text().splitlines() if self.path.exists() else []:
+        for line in self.path.read_text().splitlines() if self.enabled and self.path.exists() else []:
             with contextlib.suppress(ValueError):
                 result.append(json.loads(line))
         return result
