@@ -3,6 +3,8 @@
 Most tests call sample.main in this process, since every new one imports torch and transformers for seconds. The smallest
 weights, PUBLISHED, paint noise, which is enough where pictures are compared with each other; the shipped ones encode pictures.
 """
+import copy
+import dataclasses
 import functools
 import hashlib
 import inspect
@@ -20,9 +22,13 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
 import sample
-from helpers import PUBLISHED, SMALL_V1, small_v1
+from extras import cli, editing
 from extras.metadata import read_settings, save_png
-from wuerstchen import Wuerstchen, latent_sizes
+from helpers import PUBLISHED, SMALL_V1, small_v1
+from loading import pipeline
+from speed import memory
+from v1.pipeline import TokenSampling
+from wuerstchen import Sampling, Wuerstchen, latent_sizes
 
 QUICK = ["--weights", str(PUBLISHED), "--width", "128", "--height", "128", "--steps-c", "3", "--steps-b", "2"]
 SIZE = "warning: 128 x 128 px is not what these weights were trained on"         # theirs is said to be 1024 px
@@ -50,7 +56,7 @@ def weights_are_loaded_once(monkeypatch):
         key = str((weights, args, sorted(options.items())))
         if key not in LOADED:
             LOADED[key] = load(weights, *args, **options)
-        return LOADED[key]
+        return copy.copy(LOADED[key])        # --tile and previews are set on the pipeline itself
     monkeypatch.setattr(Wuerstchen, "load", once)
 
 
@@ -123,25 +129,22 @@ def without_torch(monkeypatch):
 
 
 def passed_on(monkeypatch) -> list[dict]:
-    """From now on nothing is loaded or painted: a list of what would have been passed to load, then to each call."""
+    """From now on nothing is loaded or generated: a list of the arguments of load, then of each call."""
     calls = []
 
     class Model:
-        places, loras, dtype, device = {}, {}, torch.float32, torch.device("cpu")
-        steps_c = sampler_c = guidance_c = steps_b = sampler_b = guidance_b = temperature_b = 1.0
+        paths, loras, dtype, device, c, b = {}, {}, torch.float32, torch.device("cpu"), Sampling(), Sampling()
 
-        def __call__(self, *args, **options):
-            calls.append(options)
-            return [Image.new("RGB", (128, 128))] * len(options.get("noise", [1]))
-
-        def interpolate(self, a, b, frames, **options):
-            calls.append(dict(a=a, b=b, frames=frames) | options)
-            return [Image.new("RGB", (128, 128))] * frames
+        def __call__(self, prompt, **options):
+            calls.append(dict(prompt=prompt) | options)
+            return [Image.new("RGB", (128, 128))]
 
     def load(weights, device, dtype, **options):
         calls.append(dict(weights=weights, device=device, dtype=dtype) | options)
         return Model()
     monkeypatch.setattr(Wuerstchen, "load", load)
+    monkeypatch.setattr(editing, "generate", lambda model, *args, **options: Model.__call__(model, *args, **options))
+    monkeypatch.setattr(memory, "tile", lambda model, size: calls.append(size))
     return calls
 
 
@@ -152,7 +155,7 @@ def passed_on(monkeypatch) -> list[dict]:
 def test_help_and_usage_import_neither_torch_nor_transformers(argv, expected):
     """They take seconds to import, and help is asked for more often than pictures. Exit code 0, on stdout."""
     code = "import sys, runpy; sys.modules.update(torch=None, transformers=None, numpy=None); " \
-           f"sys.argv = {['sample.py', *argv]}; runpy.run_path({sample.__file__!r}, run_name='__main__')"
+           f"sys.argv = {['sample.py', *argv]}; sys.path.insert(0, {str(TINY.parents[1])!r}); runpy.run_path({sample.__file__!r}, run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "") and expected in done.stdout and done.stdout.startswith("usage:")
 
@@ -162,12 +165,12 @@ def test_every_option_is_explained():
         assert action.help and not action.help.endswith("."), action.option_strings
 
 
-EMPTY = "the prompt is empty: say what to paint, for example --prompt \"a red apple on a blue background\""
+EMPTY = 'the prompt is empty: describe the image, for example --prompt "a red apple on a blue background"'
 MISTAKES = [
     (["--seed", "1"], EMPTY),
     (["--prompt", ""], EMPTY),
     (["--prompt", " \t"], EMPTY),
-    (["--prompt", "cat\udcff"], "--prompt holds bytes that are no UTF-8 text"),
+    (["--prompt", "cat\udcff"], "--prompt contains bytes that are not UTF-8 text"),
     (["--prompt", "cat", "--num-images", "0"], "argument --num-images: expected a whole number of at least 1, got '0'"),
     (["--prompt", "cat", "--steps-c", "0"],
      "argument --steps-c: expected something like 29 (steps), 2/3:20,0:10 (segments), 1,0.5,0 (noise levels)"),
@@ -176,16 +179,16 @@ MISTAKES = [
     (["--prompt", "cat", "--steps-b", "0.5:3:2"], "got '0.5:3:2'"),
     (["--prompt", "cat", "--steps-b", "1,0.5,"], "got '1,0.5,'"),
     (["--prompt", "cat", "--steps-c", "1,0.5,0.6"],
-     "Stage C is to visit the noise levels 1,0.5,0.6: expected each to be lower"),
+     "the noise levels of Stage C are 1,0.5,0.6, expected each to be lower"),
     (["--prompt", "cat", "--steps-b", "0:3,0.5:2"],
-     "Stage B is to visit the noise levels 1,0,0.5: expected each to be lower"),
+     "the noise levels of Stage B are 1,0,0.5, expected each to be lower"),
     (["--prompt", "cat", "--steps-c", "1.5,0"], "got '1.5,0'"),
     (["--prompt", "cat", "--t-start-c", "2"],
      "argument --t-start-c: expected a number such as 0.5 or 2/3, from 0 to 1, got '2'"),
     (["--prompt", "cat", "--t-start-b", "0.2", "--t-end-b", "1/2"],
-     "Stage B is to visit the noise levels 0.2,0.5: expected each to be lower"),
+     "the noise levels of Stage B are 0.2,0.5, expected each to be lower"),
     (["--prompt", "cat", "--steps-c", "1,0", "--t-end-c", "0.1"],
-     "--t-start-c and --t-end-c are for a number of steps: 1,0 says itself"),
+     "--t-start-c and --t-end-c are for a number of steps: 1,0 contains its own"),
     (["--prompt", "cat", "--seed", "-1"], "argument --seed: expected a whole number of at least 0, got '-1'"),
     (["--prompt", "cat", "--seed", "one"], "argument --seed: expected a whole number of at least 0, got 'one'"),
     (["--prompt", "cat", "--seed", "4294967295", "--num-images", "2"],
@@ -208,33 +211,33 @@ MISTAKES = [
     (["--prompt", "cat", "--width", "40"], "argument --width: expected a whole number of at least 64, got '40'"),
     (["--prompt", "cat", "--dtype", "fp8"], "argument --dtype: invalid choice: 'fp8'"),
     (["--prompt", "cat", "--colour", "red"], "unrecognized arguments: --colour red"),
-    (["--prompt", "cat", "--out", "picture.jpg"], "pictures are saved as PNG"),
-    (["--prompt", "cat", "--out", "picture.gif"], "pictures are saved as PNG"),
-    (["--prompt", "cat", "--mask", "m.png"], "--mask needs --init beside it"),
-    (["--prompt", "cat", "--strength", "0"], "--strength needs --init beside it"),
-    (["--prompt", "cat", "--outpaint", "1,1,1,1"], "--outpaint needs --init beside it"),
+    (["--prompt", "cat", "--out", "image.jpg"], "images are saved as PNG"),
+    (["--prompt", "cat", "--out", "image.gif"], "images are saved as PNG"),
+    (["--prompt", "cat", "--mask", "m.png"], "--mask requires --init"),
+    (["--prompt", "cat", "--strength", "0"], "--strength requires --init"),
+    (["--prompt", "cat", "--outpaint", "1,1,1,1"], "--outpaint requires --init"),
     (["--init", "a.png", "--outpaint", "1,1,1"],
      "argument --outpaint: expected 4 numbers with commas between, got '1,1,1'"),
     (["--init", "a.png", "--mask", "m.png", "--outpaint", "1,1,1,1"],
-     "--mask and --outpaint do not go together: choose one"),
+     "--mask and --outpaint cannot be used together: choose one"),
     (["--init", "a.png", "--strength", "1.1"],
      "argument --strength: expected a number such as 0.5 or 2/3, from 0 to 1, got '1.1'"),
-    (["--init", "a.png", "--reconstruct", "b.png"], "--reconstruct and --init do not go together: choose one"),
+    (["--init", "a.png", "--reconstruct", "b.png"], "--reconstruct and --init cannot be used together: choose one"),
     (["--prompt", "cat", "--interpolate-to", "dog", "--grid", "1,2"],
-     "--grid and --interpolate-to do not go together: choose one"),
+     "--grid and --interpolate-to cannot be used together: choose one"),
     (["--init", "a.png", "--interpolate-to", "dog"], EMPTY),
     (["--prompt", "cat", "--interpolate-to", "dog", "--frames", "1"],
      "argument --frames: expected a whole number of at least 2, got '1'"),
-    (["--prompt", "cat", "--to-seed", "0"], "--to-seed needs --interpolate-to or --to-latent beside it"),
-    (["--prompt", "cat", "--to-latent", "b"], "--to-latent needs --from-latent beside it"),
+    (["--prompt", "cat", "--to-seed", "0"], "--to-seed requires --interpolate-to or --to-latent"),
+    (["--prompt", "cat", "--to-latent", "b"], "--to-latent requires --from-latent"),
     (["--prompt", "cat", "--grid", "1,2", "--from-latent", "a"],
-     "--grid and --from-latent do not go together: choose one"),
-    (["--prompt", "cat", "--grid", "1,2", "--save-latent"], "--save-latent and --grid do not go together: choose one"),
+     "--grid and --from-latent cannot be used together: choose one"),
+    (["--prompt", "cat", "--grid", "1,2", "--save-latent"], "--save-latent and --grid cannot be used together: choose one"),
     (["--reconstruct", "a.png", "--preview-every", "1"],
-     "--preview-every and --reconstruct do not go together: choose one"),
+     "--preview-every and --reconstruct cannot be used together: choose one"),
     (["--from-latent", "a", "--num-images", "2"],
-     "--from-latent without --seed is one picture: for --num-images, give a --seed"),
-    (["--prompt", "cat", "--low-memory", "--offload"], "--low-memory and --offload do not go together: choose one"),
+     "--from-latent without --seed is one image: for --num-images, give a --seed"),
+    (["--prompt", "cat", "--low-memory", "--offload"], "--low-memory and --offload cannot be used together: choose one"),
     (["--prompt", "cat", "--prompt-file", "a.txt"], "--prompt and --prompt-file are both given: choose one"),
 ]
 
@@ -257,26 +260,31 @@ def test_the_command_line_refuses_the_sizes_that_the_library_refuses(capsys):
             except ValueError:
                 assert error_of(capsys, *argv).startswith(f"argument --{name}: expected a whole number of at least 64")
             else:
-                assert getattr(sample.parse_args(argv)[0], name) == side
+                assert getattr(cli.parse_args(sample.parser(), argv)[0], name) == side
 
 
-# What the library takes under another name, and what cannot be said on a command line.
-ELSEWHERE = dict(embeddings="tensors", latents_c="tensors", latents_b="tensors", semantic="from_latent",
-                 preview="preview_every")
-IN_PYTHON_ONLY = {"self", "noise", "output", "callback", "progress", "parts", "files", "options", "a", "b"}
+# Arguments of the library under another name, and those that do not exist on the command line.
+ELSEWHERE = dict(given="tensors", edit="init", image="init", callback="preview_every")
+IN_PYTHON_ONLY = {"model", "output", "progress", "parts", "fast", "files", "sampling", "options", "a", "b"}
 
 
 def test_the_command_line_has_the_options_and_defaults_of_the_library():
-    """One to one, so that who knows one knows the other; but for the seed, which is drawn here."""
-    ours = vars(sample.parse_args(["--prompt", ""] + ["--init", "a.png"])[0]) | dict(init=None, prompt=None)
-    for function in (Wuerstchen.load, Wuerstchen.__call__, Wuerstchen.interpolate):
+    """One to one, so who knows one knows the other; except for the seed, which is random here."""
+    ours = vars(cli.parse_args(sample.parser(), ["--prompt", ""] + ["--init", "a.png"])[0]) | dict(init=None, prompt=None)
+    for function in (pipeline.load, editing.generate, editing.interpolate, editing.InitImage, memory.tile):
         for name, parameter in inspect.signature(function).parameters.items():
+            name = "tile" if (function, name) == (memory.tile, "size") else name
             if name in ELSEWHERE or name in IN_PYTHON_ONLY:
                 assert name not in ELSEWHERE or ours[ELSEWHERE[name]] is None
-            elif name != "seed" and (function, name) != (Wuerstchen.interpolate, "batch"):
-                assert ours[name] == (parameter.default or ours[name]), name
-                assert type(ours[name]) is type(parameter.default) or not ours[name], name
-    assert set(sample.FILES) < set(ours)
+            elif name != "seed" and (function, name) != (editing.interpolate, "batch"):
+                default = None if parameter.default is parameter.empty else parameter.default
+                assert ours[name] == (default or ours[name]), name
+                assert type(ours[name]) is type(default) or not ours[name], name
+    for kind, stages in ((Sampling, "cb"), (TokenSampling, "b")):
+        for name in {field.name: field for field in dataclasses.fields(kind)}.keys() - {"early"}:
+            for stage in stages:
+                assert ours[f"{name}_{stage}"] in (None, getattr(kind(), name)), name
+    assert set(cli.FILES) < set(ours)
 
 
 @pytest.mark.parametrize("text, value", [
@@ -285,15 +293,15 @@ def test_the_command_line_has_the_options_and_defaults_of_the_library():
     ("1,2/3,0", (1.0, 2 / 3, 0.0)), ("DEFAULT_STAGE_C_TIMESTEPS", "DEFAULT_STAGE_C_TIMESTEPS")])
 def test_steps_can_be_said_in_all_ways_of_the_library(text, value):
     """And written back, to the last bit: this is how pictures tell it."""
-    assert sample.steps(text) == value and type(sample.steps(text)) is type(value)
-    assert sample.steps(sample.as_text(value)) == value
+    assert cli.steps(text) == value and type(cli.steps(text)) is type(value)
+    assert cli.steps(cli.as_text(value)) == value
 
 
 @pytest.mark.parametrize("text, value", [("a.safetensors", {"a.safetensors": 1.0}),
                                          ("a:0.8,b.pt", {"a": 0.8, "b.pt": 1.0}),
                                          ("C:folder:-1", {"C:folder": -1.0}), ("C:folder", {"C:folder": 1.0})])
 def test_loras_are_said_with_their_scales(text, value):
-    assert sample.loras(text) == value and sample.loras(sample.as_text(value)) == value
+    assert cli.loras(text) == value and cli.loras(cli.as_text(value)) == value
 
 
 @pytest.mark.parametrize("value, text", [(4, "4"), (4.0, "4"), (2 / 3, "0.6666666666666666"), ((8.0, 2.5), "8,2.5"),
@@ -301,7 +309,7 @@ def test_loras_are_said_with_their_scales(text, value):
                                          (["1", 0.5], "1,0.5"), ({"2/3": 3}, "2/3:3"), ("a, b", "a, b")])
 def test_values_are_written_as_one_would_type_them(value, text):
     """Short, but exact; lists and objects of a prompt file, too."""
-    assert sample.as_text(value) == text
+    assert cli.as_text(value) == text
 
 
 @pytest.mark.parametrize("out", ["file/cat.png", "file", "file/folder/deeper", "cat" * 100 + ".png",
@@ -321,14 +329,15 @@ def test_options_of_sampling_arrive_as_they_were_said(monkeypatch):
     sample.main("--prompt cat --negative-prompt dog --seed 7 --width 100 --tile 16 --sampler-c dpm++ --steps-c 2/3:2,0:1 --guidance-c 8,2 "
                 "--interval-c 0.2,2/3 --rescale-c 0.7 --sampler-b ddim --eta-b 0.5 --steps-b 1,0.5,0.1 --guidance-b 1.5".split())
     sample.main("--prompt cat --t-start-c 0.9 --t-end-b 0.1".split())
-    first, second = calls[1], calls[3]
-    assert {name: first[name] for name in ("prompt", "negative_prompt", "width", "height", "tile")} == dict(
-        prompt=["cat"], negative_prompt=["dog"], width=100, height=None, tile=16)
-    assert [first[f"{name}_c"] for name in sample.SAMPLING] == [{2 / 3: 2, 0.0: 1}, "dpm++", (8.0, 2.0), (0.2, 2 / 3),
-                                                                0.7, 0.0, 1.0, 0.0]
-    assert [first[f"{name}_b"] for name in sample.SAMPLING] == [(1.0, 0.5, 0.1), "ddim", 1.5, (0.0, 1.0), 0.0, 0.5, 1.0,
-                                                                0.0]
-    assert (second["t_start_c"], second["t_end_c"], second["t_start_b"], second["t_end_b"]) == (0.9, 0.0, 1.0, 0.1)
+    sample.main("--prompt cat --steps-b DEFAULT_STAGE_C_TIMESTEPS".split())
+    assert calls[1] == 16                        # tile
+    assert calls[2] == dict(
+        prompt=["cat"], negative_prompt=["dog"], seed=[7], width=100, height=None, progress=True,
+        steps_c={2 / 3: 2, 0.0: 1}, sampler_c="dpm++", guidance_c=(8.0, 2.0), interval_c=(0.2, 2 / 3), rescale_c=0.7,
+        steps_b=(1.0, 0.5, 0.1), sampler_b="ddim", guidance_b=1.5, eta_b=0.5)
+    assert {name: value for name, value in calls[4].items() if name[-2:] in ("_c", "_b")} == dict(t_start_c=0.9,
+                                                                                                 t_end_b=0.1)
+    assert torch.equal(calls[6]["steps_b"], Sampling(29, early=True).levels)
 
 
 def test_options_of_the_machine_arrive_as_they_were_said(monkeypatch):
@@ -389,7 +398,7 @@ def test_without_a_seed_one_is_drawn_and_told(capsys):
     seed = path.removeprefix("out/cat_").removesuffix(".png")
     assert capsys.readouterr().out == f"seed {seed}: {path}\n"
     assert str(read_settings(path)["seed"]) == seed
-    assert sample.parse_args(["--prompt", "cat"])[0].seed != sample.parse_args(["--prompt", "cat"])[0].seed
+    assert cli.parse_args(sample.parser(), ["--prompt", "cat"])[0].seed != cli.parse_args(sample.parser(), ["--prompt", "cat"])[0].seed
 
 
 def test_several_pictures_go_to_a_file_each_and_have_a_seed_each(capsys):
@@ -424,7 +433,7 @@ def test_folders_are_made_and_names_stay_short():
     path, = files()
     assert path.startswith("new/er/cat-cat-") and len(path) < 80
     run("--prompt", "???", "--seed", "7", "--out", "new/er")
-    assert "new/er/picture_7.png" in files()
+    assert "new/er/image_7.png" in files()
 
 
 # --- prompt files ------------------------------------------------------------------------------------
@@ -477,8 +486,8 @@ def test_the_same_prompt_twice_is_two_pictures(capsys):
 @pytest.mark.parametrize("name, content, message", [
     ("missing.txt", None, "missing.txt cannot be read as a text file: No such file"),
     ("latin.txt", "Käse".encode("latin-1"), "latin.txt cannot be read as a text file: 'utf-8' codec can't decode"),
-    ("empty.txt", b" \n\n", "empty.txt holds no prompts: expected one per line"),
-    ("a.jsonl", b'{"prompt": "cat"}\n\n{"prompt": "dog",}', "a.jsonl, line 3: this is no JSON ("),
+    ("empty.txt", b" \n\n", "empty.txt contains no prompts: expected one per line"),
+    ("a.jsonl", b'{"prompt": "cat"}\n\n{"prompt": "dog",}', "a.jsonl, line 3: this is not JSON ("),
     ("a.jsonl", b'"cat"',
      'a.jsonl, line 1: expected an object with one prompt, such as {"prompt": "a cat", "seed": 3}'),
     ("a.jsonl", b'{"prompt": ["cat", "dog"]}', "a.jsonl, line 1: expected an object with one prompt"),
@@ -486,11 +495,11 @@ def test_the_same_prompt_twice_is_two_pictures(capsys):
      "a.jsonl, line 1: colour, out cannot be set for one line; possible: prompt,"),
     ("a.jsonl", b'{"prompt": "cat"}\n{"prompt": ""}', f"a.jsonl, line 2: {EMPTY}"),
     ("a.jsonl", b'{"seed": 3}', f"a.jsonl, line 1: {EMPTY}"),
-    ("a.jsonl", b'{"prompt": "cat\\ud800"}', "a.jsonl, line 1: --prompt holds bytes that are no UTF-8 text"),
+    ("a.jsonl", b'{"prompt": "cat\\ud800"}', "a.jsonl, line 1: --prompt contains bytes that are not UTF-8 text"),
     ("a.jsonl", b'{"prompt": "cat", "seed": "x"}',
      "a.jsonl, line 1: argument --seed: expected a whole number of at least 0, got 'x'"),
     ("a.jsonl", b'{"prompt": "cat", "steps_c": true}', "a.jsonl, line 1: argument --steps-c: expected"),
-    ("a.jsonl", b'{"prompt": "cat", "mask": "m.png"}', "a.jsonl, line 1: --mask needs --init beside it")])
+    ("a.jsonl", b'{"prompt": "cat", "mask": "m.png"}', "a.jsonl, line 1: --mask requires --init")])
 def test_mistakes_in_prompt_files_say_where(name, content, message, capsys, monkeypatch):
     """Before the first picture: the mistake may be in the last of a thousand lines."""
     without_torch(monkeypatch)
@@ -509,9 +518,9 @@ NOT_OF_THE_PICTURE = {"help", "prompt_file", "like", "save_latent", "offline", "
 
 
 def test_every_option_that_changes_the_picture_is_written_down():
-    """A new option must be put into OF_A_PICTURE or OF_A_RUN, or else --like would paint another picture."""
+    """A new option must be put into PER_IMAGE or PER_RUN, or else --like would paint another picture."""
     options = {action.dest for action in sample.parser()._actions}
-    assert options == {*sample.OF_A_PICTURE, *sample.OF_A_RUN} | NOT_OF_THE_PICTURE
+    assert options == {*cli.PER_IMAGE, *cli.PER_RUN} | NOT_OF_THE_PICTURE
 
 
 def test_a_picture_tells_how_it_was_made():
@@ -602,7 +611,7 @@ def test_what_has_changed_since_is_told(capsys):
     tiny("--init", photo(), "--seed", "7", "--out", "a.png")
     photo(colour=(0, 128, 0))
     sample.main(["--like", "a.png", "--out", "b.png"])
-    assert "warning: init changed since a.png was made: so this is another picture" in capsys.readouterr().err
+    assert "warning: init changed since a.png was made: this is another image" in capsys.readouterr().err
     photo("other.png", colour=(0, 128, 0))
     # meant to be another
     sample.main(["--like", "a.png", "--init", "other.png", "--weights", str(TINY), "--out", "c.png"])
@@ -643,7 +652,7 @@ def test_a_file_that_was_named_is_never_overwritten(existing, more, capsys, monk
     without_torch(monkeypatch)
     Path(existing).write_text("dear to someone")
     message = error_of(capsys, "--prompt", "cat", "--seed", "7", "--out", "a.png", *more)
-    assert message == f"{existing} exists already and will not be overwritten: choose another --out, remove it, or add --overwrite"
+    assert message == f"{existing} exists already and will not be overwritten: choose another --out, remove the file, or add --overwrite"
     assert Path(existing).read_text() == "dear to someone" and files() == [existing]
 
 
@@ -740,8 +749,8 @@ def test_outpainting_leaves_the_picture_within_its_border():
      "missing.safetensors cannot be read as a .safetensors file: No such file"),
     (["--from-latent", "photo.png"], "photo.png cannot be read as a .safetensors file"),
     (["--from-latent", "rows.safetensors"],
-     "rows.safetensors holds latents_c, expected semantic, states, size: is it a file written by --save-latent?"),
-    (["--tensors", "rows.safetensors"], "rows.safetensors holds tensors for several pictures, expected 1 row of each"),
+     "rows.safetensors contains latents_c, expected semantic, states, size: was it written by --save-latent?"),
+    (["--tensors", "rows.safetensors"], "rows.safetensors contains tensors for several images, expected 1 row of each"),
     (["--prompt-file", "p.jsonl"], "missing.png cannot be read")])
 def test_files_that_cannot_be_used_are_found_before_weights_are_loaded(argv, message, capsys, monkeypatch):
     """The weights may be 12 GB that must be fetched first. Of a prompt file, also those of the last line."""
@@ -757,7 +766,7 @@ def test_files_that_cannot_be_used_are_found_before_weights_are_loaded(argv, mes
 def test_a_mask_must_have_the_size_of_its_picture(capsys):
     photo(), mask(size=(64, 64))
     assert error_of(capsys, *INPAINT,
-                    by=tiny).startswith("the mask has 64 x 64 px, its picture 128 x 128: they must be the same")
+                    by=tiny).startswith("the mask has 64 x 64 px, its image 128 x 128: they must be the same")
 
 
 # --- latents and embeddings --------------------------------------------------------------------------
@@ -794,10 +803,9 @@ def test_embeddings_and_latents_can_come_from_a_file():
     """The embeddings of a prompt give that prompt's picture, each with its own seed, in batches or not."""
     model = Wuerstchen.load(str(PUBLISHED))
     embeddings = {}
-    for stage, encoder in (("c", model.text_encoder_c), ("b", model.text_encoder_b)):
-        embeddings[f"prompt_{stage}"], embeddings[f"negative_{stage}"] = map(torch.clone,
-                                                                             model.encode_text(encoder, ["cat"],
-                                                                                               ["dog"], 1))
+    for stage in "cb":
+        pair = model.encode_text(stage, ["cat"], ["dog"])
+        embeddings[f"prompt_{stage}"], embeddings[f"negative_{stage}"] = map(torch.clone, pair)
     save_file(embeddings, "e.safetensors")
     for name, argv in {"text": ["--prompt", "cat", "--negative-prompt", "dog"],
                        "tensors": ["--tensors", "e.safetensors"],
@@ -815,7 +823,7 @@ def test_embeddings_and_latents_can_come_from_a_file():
 
 @pytest.mark.parametrize("tensors, message", [
     (dict(prompt_x=torch.zeros(1, 2, 3)),
-     "there are no embeddings called prompt_x: expected some of prompt_c, negative_c, prompt_b, negative_b"),
+     "prompt_x cannot be given: expected some of prompt_c, negative_c, prompt_b, negative_b"),
     (dict(latents_c=torch.zeros(1, 16, 5, 5)), "latents_c has shape (1, 16, 5, 5), expected (1 or 1, 16, 3, 3)"),
     (dict(prompt_c=torch.zeros(1)), "embeddings prompt_c have shape (1,), expected (1 or 1, tokens")])
 def test_tensors_that_do_not_fit_are_refused(tensors, message, capsys):
@@ -873,7 +881,7 @@ def test_latents_can_be_interpolated_too(capsys):
     assert np.abs(strip[:, -128:] - pixels("end8.png")).max() <= 2
     capsys.readouterr()
     message = error_of(capsys, *argv, "--from-latent", "7.safetensors", "--to-latent", "9.safetensors", by=run)
-    assert message == "7.safetensors and 9.safetensors are of pictures of different sizes, expected the same"
+    assert message == "7.safetensors and 9.safetensors belong to images of different sizes, expected the same"
 
 
 def test_each_prompt_and_each_seed_has_a_picture_of_its_own():
@@ -913,7 +921,7 @@ def test_ctrl_c_keeps_what_is_finished(capsys, monkeypatch):
         run("--prompt", "cat", "--seed", "7", "--num-images", "3", "--out", "a.png")
     assert end.value.code == 130 and files() == ["a_7.png"]
     err = capsys.readouterr().err
-    assert err.splitlines()[-1] == "stopped: 1 of 3 pictures are finished, each in its file" and "Traceback" not in err
+    assert err.splitlines()[-1] == "stopped: 1 of 3 images are finished, each in its file" and "Traceback" not in err
 
 
 # --- what can go wrong later -------------------------------------------------------------------------
@@ -957,7 +965,7 @@ def test_folders_that_hold_no_weights(weights, message, capsys):
 
 def test_weights_that_cannot_encode_pictures(capsys):
     """The released ones come without their image encoder."""
-    assert "hold no image encoder" in error_of(capsys, "--init", photo(), "--out", "a.png")
+    assert "image_encoder is needed for this, but was not loaded" in error_of(capsys, "--init", photo(), "--out", "a.png")
     no_picture()
 
 
@@ -1001,7 +1009,7 @@ def broken(monkeypatch, error: Exception) -> None:
 def test_memory_that_runs_out(error, capsys, monkeypatch):
     broken(monkeypatch, error)
     assert error_of(capsys, "--prompt", "cat", "--out",
-                    "a.png").startswith("memory ran out: paint fewer or smaller pictures")
+                    "a.png").startswith("memory ran out: generate fewer or smaller images")
     no_picture()
 
 
@@ -1052,8 +1060,9 @@ def v1(tmp_path, monkeypatch, capsys):
 @pytest.fixture
 def v1_is_a_folder(monkeypatch):
     """Its name, here, too, so that nothing is fetched."""
-    from loading import hub
-    monkeypatch.setattr(hub, "NAMES", {name: parts for name, parts in hub.NAMES.items() if name != "v1"})
+    from loading import hub, layouts
+    for module in (hub, layouts):
+        monkeypatch.setattr(module, "NAMES", {name: parts for name, parts in hub.NAMES.items() if name != "v1"})
 
 
 @pytest.mark.usefixtures("v1_is_a_folder")
@@ -1083,12 +1092,12 @@ def test_a_latent_of_v1_gives_the_same_picture_without_stage_c(v1):
 
 @pytest.mark.usefixtures("v1_is_a_folder")
 @pytest.mark.parametrize("argv, message", [
-    (["--sampler-b", "ddim"], "there is no sampler 'ddim': expected one of multinomial, argmax, quant."),
+    (["--sampler-b", "ddim"], "sampler is 'ddim', expected one of multinomial, argmax, quant for Stage B of v1."),
     (["--temperature-b", "0"], "the temperature is 0, expected more than 0; mode argmax is what 0 would mean."),
     (["--temperature-b", "1,0.8,0.6"],
      "argument --temperature-b: expected 1 or 2 numbers with commas between, got '1,0.8,0.6'"),
     (["--rescale-b", "0.5"],
-     "Stage B of v1 makes tokens, for which mask, latents_b and rescale_b do not exist: leave them away."),
+     "--rescale-b is only for v2, because Stage B of v1 generates tokens: remove it"),
     (["--prior", str(PUBLISHED / "wuerstchen-prior" / "prior")],
      "Stage C takes texts of width 24, the text encoder v1/text_encoder gives 1024: CLIP bigG (1280) belongs to v2")])
 def test_what_v1_has_not(v1, argv, message, capsys):
@@ -1097,6 +1106,6 @@ def test_what_v1_has_not(v1, argv, message, capsys):
 
 def test_temperature_is_for_v1(capsys):
     assert error_of(capsys, "--prompt", "cat", "--temperature-b",
-                    "0.5") == "temperature_b is for v1, whose Stage B makes tokens: leave it away."
+                    "0.5") == "--temperature-b is only for v1, because Stage B of v1 generates tokens: remove it"
     assert error_of(capsys, "--prompt", "cat", "--sampler-b",
-                    "argmax") == "there is no sampler 'argmax': expected one of ddpm, ddim, dpm++."
+                    "argmax") == "sampler is 'argmax', expected one of ddpm, ddim, dpm++."
