@@ -25,7 +25,6 @@ import warnings
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import NoReturn
 
 from loading.errors import UserError
 
@@ -57,7 +56,7 @@ REQUIRES = (("mask", "init"), ("outpaint", "init"), ("strength", "init"), ("to_l
             ("to_seed", "interpolate_to", "to_latent"))                      # the first needs one of the others
 
 
-def error(message: str) -> NoReturn:
+def error(message: str) -> None:
     raise UserError(message)
 
 
@@ -164,8 +163,8 @@ def add_input_options(p: argparse.ArgumentParser) -> None:
     add("--to-seed", metavar="N", type=integer(0), help="also interpolate the noise, from --seed to this seed")
     add("--frames", metavar="N", type=integer(2), default=8, help="images of an interpolation, including both ends "
         "(default: 8)")
-    add("--grid", metavar="X,X,...", type=comma_list(number), help="one image: a column for each of these --guidance-c, "
-        "a row for each of --num-images seeds")
+    add("--grid", metavar="X,X,...", type=comma_list(number), help="one image: a column for each of these "
+        "--guidance-c, a row for each of --num-images seeds")
     add = p.add_argument_group("latents and embeddings").add_argument
     add("--save-latent", action="store_true", help="also save the semantic latents, the output of Stage C, as "
         ".safetensors next to the image")
@@ -189,8 +188,8 @@ def add_output_options(p: argparse.ArgumentParser) -> None:
         for stage in "cb":
             add(as_option(f"{name}_{stage}"), metavar=name.upper().replace("_", "-"), type=read, default=SAMPLING[name],
                 help=f"{text if stage == 'c' else 'as for Stage C'} (default: {as_text(SAMPLING[name])})")
-    add("--temperature-b", metavar="T", type=comma_list(number, 1, 2), help="for v1: below 1 likelier tokens are drawn: "
-        "cleaner and less varied; two numbers, 1,0.6: in the first and the last step (default: 1,0.6)")
+    add("--temperature-b", metavar="T", type=comma_list(number, 1, 2), help="for v1: below 1 likelier tokens are "
+        "drawn: cleaner and less varied; two numbers, 1,0.6: in the first and the last step (default: 1,0.6)")
 
     add = p.add_argument_group("more about weights, memory and speed").add_argument
     for part, what in FILES.items():

@@ -69,8 +69,9 @@ def generate(model, job: argparse.Namespace, prompts: list[str], options: dict, 
                   if name not in editing.LATENTS}
     if semantic is not None:
         given = {name: tensor for name, tensor in given.items() if name != "latents_c"} | dict(semantic=semantic)
-    texts = None if embeddings and not job.prompt else prompts
-    return editing.generate(model, texts, **options | inputs | dict(given=given | embeddings))
+    if not job.prompt and (embeddings or "edit" not in inputs and "semantic" not in given):
+        prompts = None                           # the embeddings are enough; otherwise generate reports what is missing
+    return editing.generate(model, prompts, **options | inputs | dict(given=given | embeddings))
 
 
 def read_inputs(job: argparse.Namespace) -> dict:
