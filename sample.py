@@ -130,18 +130,18 @@ def main(argv: list[str] | None = None) -> None:
 
 def make_images(model, jobs: list[argparse.Namespace]) -> list:
     """-> the images of jobs that differ only in prompt and seed, computed in one batch."""
-    job, prompts = jobs[0], [job.prompt for job in jobs]
-    options = dict(negative_prompt=[job.negative_prompt for job in jobs],
-                   seed=[job.seed for job in jobs], width=job.width, height=job.height,
-                   progress=True, **cli.sampling_options(job, model))
+    job = jobs[0]
+    options = dict(progress=True, **cli.sampling_options(job, model))
     if job.given & cli.SPECIAL:                        # grids, interpolation, latents, previews
         from extras import modes
-        return modes.make_images(model, jobs, prompts, options)
-    if job.init:
-        from extras.editing import InitImage, generate
-        edit = InitImage(job.init, job.strength, job.mask or None)
-        return generate(model, prompts, edit=edit, **options)
-    return model(prompts, **options)
+        return modes.make_images(model, jobs, options)
+    if len(jobs) == 1 and not job.given & {"init", "width", "height"}:
+        return model(job.prompt, job.negative_prompt, seed=job.seed, **options)
+    from extras.editing import InitImage, generate     # the same steps, with an image to start from
+    edit = InitImage(job.init, job.strength, job.mask or None) if job.init else None
+    return generate(model, [job.prompt for job in jobs], [job.negative_prompt for job in jobs],
+                    seed=[job.seed for job in jobs], width=job.width, height=job.height, edit=edit,
+                    **options)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from training.data import BatchSampler, batches, fit, open_dataset, read_filters, sample_rng
+from training.data import fit, open_dataset, read_filters
+from training.order import BatchSampler, batches, sample_rng
 from loading.files import STEM, write_atomically, write_files
 from extras.images import grid
 from training.report import draw_curves, outline, push, settings_table
@@ -229,7 +230,7 @@ def revive(model, averages, averaged, dead, z, step: int, args, processes) -> No
     """
     n, z = z[0].shape[:3].numel(), torch.cat([part.float().flatten(0, 2) for part in z])     # (micro-steps * n, 4)
     chosen = torch.from_numpy(sample_rng(args.seed, step, "revive").integers(len(z) * processes.world, size=int(dead.sum()))).to(z.device)
-    micro, rank, place = chosen // (n * processes.world), chosen // n % processes.world, chosen % n      # in the order of data.split
+    micro, rank, place = chosen // (n * processes.world), chosen // n % processes.world, chosen % n      # in the order of order.split
     latents = z[micro * n + place] * (rank == processes.rank)[:, None]
     latents = processes.sum(latents)                                                         # (number of dead, 4)
     model.codebook.codes[dead] = latents

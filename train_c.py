@@ -111,8 +111,9 @@ from tqdm import tqdm
 from loading import hub
 from loading.layouts import locate
 import lora
-from training.cache import Cache, CachedTexts, hash_of
-from training.data import BatchSampler, batches, bucket_sizes, fill_cache, fit, latent_key, nearest_bucket, open_dataset, read_prompts, read_filters, sample_rng
+from training.cache import Cache, CachedTexts, fill_cache, hash_of, latent_key
+from training.data import bucket_sizes, fit, nearest_bucket, open_dataset, read_filters, read_prompts
+from training.order import BatchSampler, batches, sample_rng
 from training.losses import LOSS_WEIGHTS
 from loading.files import write_atomically
 from extras.images import grid

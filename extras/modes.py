@@ -1,6 +1,6 @@
 """What sample.py makes besides images from a prompt: files as input, previews, latents, grids, strips, reconstructions.
 
-  jobs that differ only in prompt and seed, their prompts and options of `generate` -make_images-> an image for each job
+  jobs that differ only in prompt and seed, options of sampling -make_images-> an image for each job
 
 A job is what cli.parse_jobs makes of the command line: all options, the seed and the path of one image.
 Needs: torch, safetensors; editing.py, images.py, previews.py.
@@ -26,11 +26,12 @@ from wuerstchen import Noise, latent_sizes, to_pil
 LATENT = ("semantic", "states", "size")
 
 
-def make_images(model, jobs: list[argparse.Namespace], prompts: list[str], options: dict) -> list:
-    """-> a PIL image for each job or, for a .gif, its frames. options: of editing.generate, as sample.py has them."""
+def make_images(model, jobs: list[argparse.Namespace], options: dict) -> list:
+    """-> a PIL image for each job or, for a .gif, its frames. options: of sampling and progress, for editing.generate."""
     job = jobs[0]
+    options |= dict(width=job.width, height=job.height)
     if job.reconstruct:
-        return [reconstruction(model, job, prompts, options)]
+        return [reconstruction(model, job, options)]
     if job.grid:
         return [guidance_grid(model, job, options)]
     if job.interpolate_to or job.to_latent:
@@ -39,17 +40,16 @@ def make_images(model, jobs: list[argparse.Namespace], prompts: list[str], optio
         previews = previews_of(model)
         previews.show = functools.partial(write_previews, jobs)
         options["callback"] = previews
-    noise = Noise([seed or 0 for seed in options["seed"]], model.device)
+    noise = Noise([job.seed or 0 for job in jobs], model.device)
     if job.seed is None:                         # continues where the noise of the saved latent stopped
         state = read_tensors(job.from_latent, *LATENT)["states"][0]
         for generator in noise.generators:
             generator.set_state(state.clone())
-    options["seed"] = noise
     if not job.save_latent:
-        return generate(model, job, prompts, options)
-    semantic = generate(model, job, prompts, options | dict(output="semantic"))            # (n, 16, h, w)
+        return generate(model, jobs, noise, options)
+    semantic = generate(model, jobs, noise, options | dict(output="semantic"))             # (n, 16, h, w)
     states = [generator.get_state() for generator in noise.generators]
-    images = generate(model, job, prompts, options, semantic)
+    images = generate(model, jobs, noise, options, semantic)
     for job, latent, state, image in zip(jobs, semantic.split(1), states, images):
         job.latent = dict(zip(LATENT, (latent.cpu().clone(), state[None], torch.tensor([image.height, image.width]))))
     return images
@@ -61,17 +61,22 @@ def save_latent(job: argparse.Namespace, path: Path) -> None:
 
 # ----- files as input ------------------------------------------------------------------------------------------------
 
-def generate(model, job: argparse.Namespace, prompts: list[str], options: dict, semantic: Tensor | None = None):
-    """editing.generate with the files that the job names. semantic: the output of Stage C, if it has run already."""
-    inputs, n = read_inputs(job), len(prompts)
+def generate(model, jobs: list[argparse.Namespace], seed, options: dict, semantic: Tensor | None = None):
+    """editing.generate with the files that the jobs name. seed: a list, or a source of noise.
+
+    semantic: the output of Stage C, if it has run already.
+    """
+    inputs, n = read_inputs(jobs[0]), len(jobs)
     given = inputs["given"]
     embeddings = {name: tensor.expand(n, *tensor.shape[1:]) for name, tensor in given.items()
                   if name not in editing.LATENTS}
+    prompts = [job.prompt for job in jobs]
+    if not jobs[0].prompt and (embeddings or "edit" not in inputs and "semantic" not in given):
+        prompts = None                           # the embeddings are enough; otherwise generate reports what is missing
     if semantic is not None:
         given = {name: tensor for name, tensor in given.items() if name != "latents_c"} | dict(semantic=semantic)
-    if not job.prompt and (embeddings or "edit" not in inputs and "semantic" not in given):
-        prompts = None                           # the embeddings are enough; otherwise generate reports what is missing
-    return editing.generate(model, prompts, **options | inputs | dict(given=given | embeddings))
+    return editing.generate(model, prompts, [job.negative_prompt for job in jobs], seed=seed,
+                            **options | inputs | dict(given=given | embeddings))
 
 
 def read_inputs(job: argparse.Namespace) -> dict:
@@ -129,12 +134,11 @@ def write_previews(jobs: list[argparse.Namespace], stage: str, step: int, images
 
 # ----- one image out of several --------------------------------------------------------------------------------------
 
-def reconstruction(model, job: argparse.Namespace, prompts: list[str], options: dict):
+def reconstruction(model, job: argparse.Namespace, options: dict):
     """The original and what the semantic latents kept of it, side by side. Prints how similar they are."""
-    inputs = read_inputs(job)
-    result = editing.generate(model, prompts, **options | inputs, output="pt").cpu()       # (1, 3, height, width)
+    result = generate(model, [job], [job.seed], options | dict(output="pt")).cpu()         # (1, 3, height, width)
     height, width = result.shape[-2:]
-    original = cover(inputs["edit"].image, height, width)[None]                            # (1, 3, height, width)
+    original = cover(read_image(job.reconstruct), height, width)[None]                     # (1, 3, height, width)
     h, w = latent_sizes(height, width)[0]
     print(f"PSNR {psnr(result, original):.2f} dB; {width} x {height} px became {w} x {h} positions of 16 numbers: "
           f"{math.sqrt(height * width / (h * w)):.1f} : 1 per side, {3 * height * width / (16 * h * w):.0f} : 1 in "
@@ -144,25 +148,25 @@ def reconstruction(model, job: argparse.Namespace, prompts: list[str], options: 
 
 def guidance_grid(model, job: argparse.Namespace, options: dict):
     """One image: a column for each guidance scale of --grid, a row for each seed."""
-    seeds, columns = [*range(job.seed, job.seed + job.num_images)], []
-    options["negative_prompt"] = job.negative_prompt
+    seeds, columns = range(job.seed, job.seed + job.num_images), []
     for scale in job.grid:
         columns.append([])
         for i in range(0, len(seeds), job.batch):
-            batch = seeds[i:i + job.batch]
-            columns[-1] += generate(model, job, [job.prompt] * len(batch), options | dict(seed=batch, guidance_c=scale))
+            batch = [*seeds[i:i + job.batch]]
+            columns[-1] += generate(model, [job] * len(batch), batch, options | dict(guidance_c=scale))
     images = [image for row in zip(*columns) for image in row]
     return grid(images, len(columns), [f"guidance {scale:g}" for scale in job.grid], [f"seed {seed}" for seed in seeds])
 
 
 def interpolation(model, job: argparse.Namespace, options: dict):
     """A strip of --frames images; for a .gif, the list of them."""
-    options |= read_inputs(job) | dict(negative_prompt=job.negative_prompt, seed=job.seed)
+    options |= read_inputs(job) | dict(negative_prompt=job.negative_prompt)
     ends = job.prompt, job.interpolate_to
     if job.to_latent:
         ends = options["given"].pop("semantic"), read_tensors(job.to_latent, *LATENT)["semantic"]
         if ends[0].shape != ends[1].shape:
             error(f"{job.from_latent} and {job.to_latent} belong to images of different sizes, expected the same")
         options["prompt"] = job.prompt
-    images = editing.interpolate(model, *ends, job.frames, to_seed=job.to_seed, batch=job.batch, **options)
+    images = editing.interpolate(model, *ends, job.frames, seed=job.seed, to_seed=job.to_seed, batch=job.batch,
+                                 **options)
     return images if job.path.suffix.lower() == ".gif" else strip(images)

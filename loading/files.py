@@ -128,7 +128,7 @@ class TensorFile:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """No NaN and no infinity? Minimum and maximum tell, and are found 40 times as fast as isfinite() of all values."""
+    """No NaN and no infinity? Minimum and maximum tell, and are found much faster than isfinite() of all values."""
     import torch
     return tensor.numel() == 0 or torch.stack(torch.aminmax(tensor)).isfinite().all().item()
 
@@ -137,9 +137,9 @@ def is_finite(tensor: Tensor) -> bool:
 def return_freed_memory():
     """Memory allocated inside goes back to the operating system as soon as it is freed.
 
-    glibc keeps freed blocks of up to 32 MB for later, and most weights are smaller. Its heap then fills with holes:
-    up to 1.5 GB more while Stage C is loaded, 2 GB more at the peak with low_memory. Inside, larger blocks are mapped
-    one by one instead. Other C libraries are left unchanged.
+    glibc keeps freed blocks of up to 32 MB for later, and most weights are smaller. Its heap then fills with holes,
+    gigabytes at official size. Inside, blocks from 1 MB are mapped one by one instead. Other C libraries stay as
+    they are.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:
@@ -198,8 +198,3 @@ def write_files(config: dict, tensors: dict[str, Tensor], folder: str | Path, st
                      lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     write_atomically(Path(folder) / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
-
-
-def write_model(config: dict, tensors: dict[str, Tensor], folder: str | Path, stem: str) -> None:
-    """The same in float16. Converts before it writes, so that an error leaves the old files."""
-    write_files(config, to_half(tensors), folder, stem)

@@ -200,15 +200,15 @@ def describe(shapes: dict[str, tuple]) -> str | None:
     if any(name.endswith("embeddings.token_embedding.weight") for name in shapes):
         return "a CLIP text encoder"
     stage = recognise(shapes)
-    if stage is None:
-        return None
-    form = FORMATS[stage]
-    name = next(name for name in form.signature if name in shapes)
-    description = form.description
-    if stage is StageC and len(shapes[name]) > 1:
-        width = shapes[name][1]
-        description = {1024: "a v1 Stage C", 1280: "a v2 Stage C"}.get(width, description) + f" (text width {width})"
-    return description + " in our own names" * (name in form.signature[1:])
+    width = signature_shape(stage, shapes)[1:] if stage is StageC else ()
+    if width:
+        return {1024: "a v1 Stage C", 1280: "a v2 Stage C"}.get(width[0], "a Stage C") + f" (text width {width[0]})"
+    return FORMATS[stage].description if stage else None
+
+
+def signature_shape(stage: type, shapes: dict[str, tuple]) -> tuple:
+    """The shape of the tensor that `stage` is recognised by; () if it is missing."""
+    return next((shapes[name] for name in FORMATS[stage].signature if name in shapes), ())
 
 
 # ----- state dicts: from any naming to ours, and back ----------------------------------------------------------------
@@ -260,13 +260,6 @@ def add_ones(tensor: Tensor, kind: str) -> Tensor:
     return tensor[None, None, None] if kind == "grn" else tensor                         # (1, 1, 1, C)
 
 
-def drop_ones(tensor: Tensor, kind: str) -> Tensor:
-    """Their shape -> ours."""
-    if kind == "1x1" and tensor.ndim == 4:
-        return tensor[:, :, 0, 0]                                                        # (D, C)
-    return tensor[0, 0, 0] if kind == "grn" else tensor                                  # (C,)
-
-
 def in_our_names(names, model: nn.Module) -> bool:
     """Whether these tensor names are ours rather than diffusers'. Some exist in both, for different tensors."""
     return len(names & model.state_dict().keys()) > len(names & name_table(model).keys())
@@ -275,27 +268,25 @@ def in_our_names(names, model: nn.Module) -> bool:
 def translate(tensors: Iterable[tuple[str, Tensor]], names, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) pairs in any of the three namings -> pairs with our names and shapes. Tensors are views.
 
-    names: the keys of all pairs, which tell the naming before the first pair is read.
+    names: the keys of all pairs, which tell the naming before the first pair is read. They passed check_fit.
     """
     if in_our_names(names, model):
         yield from tensors
         return
-    table = name_table(model)
+    table, wanted = name_table(model), model.state_dict()
     for name, tensor in tensors:
         for theirs, part in original_to_diffusers({name: tensor}).items():
-            ours, kind = table[theirs]
-            yield ours, drop_ones(part, kind)
+            ours, _ = table[theirs]
+            yield ours, part.reshape(wanted[ours].shape)                                 # drops the ones of add_ones
 
 
 def check_fit(shapes: dict[str, tuple], model: nn.Module) -> None:
     """Raises WeightsError unless tensors of these names and shapes, in any of the three namings, make up `model`."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    wanted = model.state_dict()
     if not in_our_names(shapes.keys(), model):
-        wanted = {theirs: tuple(add_ones(torch.empty(wanted[ours], device="meta"), kind).shape)
-                  for theirs, (ours, kind) in name_table(model).items()}
-        shapes = {name: tuple(tensor.shape) for name, tensor in original_to_diffusers(
-            {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}).items()}
-    check_names(shapes, wanted)
+        found, wanted = original_to_diffusers(found), to_diffusers(wanted, model)
+    check_names(*({name: tuple(tensor.shape) for name, tensor in side.items()} for side in (found, wanted)))
 
 
 def check_names(found: dict[str, tuple], wanted: dict[str, tuple]) -> None:

@@ -1,6 +1,6 @@
 """Loads a whole pipeline: finds the parts, checks that they fit each other, fills the networks, makes them fast.
 
-  "tiny", "v2", a folder -hub.locate-> paths of the parts -weights-> networks -> Wuerstchen or, of v1, WuerstchenV1
+  "tiny", "v2", a folder -locate-> paths of the parts -weights-> networks -> Wuerstchen or, of v1, WuerstchenV1
 
 Before the first number is read, names, shapes and widths are compared: files that do not fit end in one line.
 Needs: torch, safetensors; transformers for the text encoders.
@@ -29,7 +29,7 @@ def load(weights: str | Path | None = None, device: str | None = None, dtype: to
     """-> the pipeline, ready to be called.
 
     weights     "tiny" and "tiny-v1", which ship with the code; "v1", "v2", "v2-base", "v2-aesthetic", fetched if need
-                be; or a folder in any of diffusers' layouts, or of the original .pt files (see hub.find_parts)
+                be; or a folder in any of diffusers' layouts, or of the original .pt files (see layouts.find_parts)
     files       single parts from elsewhere, each a folder or a file: prior, decoder, vqgan, image_encoder,
                 prior_text_encoder, text_encoder; the rest then comes from `weights`, by default "v2"
     device      default cuda if there is one, else cpu. dtype: default float32 on a CPU, bfloat16 on a GPU
@@ -66,6 +66,7 @@ def load(weights: str | Path | None = None, device: str | None = None, dtype: to
     model.preview_file = folder / f"preview{'_v1' * (model.scale is not Wuerstchen.scale)}.json" if own else None
     if low_memory is None and not offload:
         low_memory = 1.25 * bytes_needed(paths, empty, dtype, int8) > free_memory(device)    # a quarter for activations
+    model.low_memory = bool(low_memory)
     if low_memory:
         one_at_a_time(model)
     else:
@@ -112,8 +113,8 @@ def loaders_of(paths: dict, empty: dict, device: torch.device, dtype: torch.dtyp
         return w.load(type(empty[part]), paths[part], torch.float32 if half else dtype, int8)
 
     def stage_c() -> torch.nn.Module:
-        from lora import load_lora
-        from lora import bake as merge_and_unload
+        from loading.lora_formats import load_lora
+        from lora import merge_and_unload
         model = stage("prior", int8 and not loras)
         for i, (file, scale) in enumerate(loras.items()):
             load_lora(model, file, f"lora_{i}", scale)

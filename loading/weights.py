@@ -19,10 +19,10 @@ import torch.nn as nn
 from torch import Tensor
 
 from loading.errors import WeightsError
-from loading.files import (STEM, TensorFile, find_file, is_finite, read_config, return_freed_memory, write_atomically,
-                           write_files, write_model)
+from loading.files import (STEM, TensorFile, find_file, is_finite, read_config, return_freed_memory, to_half,
+                           write_atomically, write_files)
 from loading.names import (FORMATS, check_fit, check_names, config_to_diffusers, config_to_ours, describe, recognise,
-                           to_diffusers, translate)
+                           signature_shape, to_diffusers, translate)
 from speed.int8 import quantised, to_int8
 from stage_a import StageA
 from stage_b import EfficientNetEncoder, StageB, TinyImageEncoder
@@ -42,7 +42,7 @@ def config_of(path: str | Path) -> dict | None:
 
 def official_sizes(stage: type, shapes: dict[str, tuple]) -> dict:
     """Arguments for `stage` without a config.json: the defaults, which are v2's sizes, unless a shape is v1's."""
-    shape = next((shapes[name] for name in FORMATS[stage].signature if name in shapes), ())
+    shape = signature_shape(stage, shapes)
     if stage is StageC and shape[1:] == (1024,):
         return dict(c_cond=1024)                             # CLIP-H instead of bigG
     if stage is EfficientNetEncoder and shape[:1] == (32,):
@@ -65,8 +65,7 @@ def build_empty(stage: type, path: str | Path) -> tuple[nn.Module, TensorFile]:
         with torch.device("meta"):
             model = stage(**(official_sizes(stage, file.shapes) if config is None else config_to_ours(config, stage)))
     except (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError) as error:     # impossible sizes
-        folder = Path(path) if Path(path).is_dir() else Path(path).parent
-        raise WeightsError(f"{folder / 'config.json'} cannot be used: {error}") from error
+        raise WeightsError(f"{path}: its config.json cannot be used: {error}") from error
     file = file or open_file()
     try:
         check_fit(file.shapes, model)
@@ -124,8 +123,7 @@ def load_image_encoder(path: str | Path, dtype: torch.dtype = torch.float32) -> 
     name = "EfficientNetEncoder" if config is None else str(config.get("_class_name"))
     name = name.removeprefix("Wuerstchen")                   # OneTrainer's name for it
     if name not in encoders:
-        folder = Path(path) if Path(path).is_dir() else Path(path).parent
-        raise WeightsError(f"{folder / 'config.json'} describes a {name}, expected one of {', '.join(encoders)}")
+        raise WeightsError(f"{path}: its config.json describes a {name}, expected one of {', '.join(encoders)}")
     return load(encoders[name], path, dtype)
 
 
@@ -204,7 +202,8 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
     """
     if isinstance(model, StageA):
         assert model.config["scale_factor"] == model.scale_factor, "scale_factor was changed in one place only"
-    write_model(config_to_diffusers(model), to_diffusers(model.state_dict(), model), folder, STEM)
+    tensors = to_half(to_diffusers(model.state_dict(), model))     # an error here leaves the old files
+    write_files(config_to_diffusers(model), tensors, folder, STEM)
 
 
 def extract_image_encoder(file: str | Path, folder: str | Path) -> None:
@@ -227,7 +226,7 @@ def save_text_encoder(tokenizer, encoder, folder: str | Path, tokenizer_folder: 
     config.update(architectures=["CLIPTextModel"], dtype="float16", torch_dtype="float16")   # for transformers 5 and 4
     tensors = {"text_model." + name.removeprefix("text_model."): tensor
                for name, tensor in encoder.state_dict().items()}
-    write_model(config, tensors, folder, "model")
+    write_files(config, to_half(tensors), folder, "model")
     with tempfile.TemporaryDirectory() as temporary:
         tokenizer.save_pretrained(temporary)
         for source in Path(temporary).iterdir():

@@ -1,4 +1,4 @@
-"""The cache gives back what was put in or nothing: never half an entry, never that of another encoder, never a NaN."""
+"""The cache returns what was stored or nothing: never half an entry, never another encoder's, never a NaN."""
 import json
 import os
 import subprocess
@@ -21,11 +21,11 @@ def array(seed: int = 0, shape=(16, 24, 24)) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-# ----- what is kept ----------------------------------------------------------------------------------
+# ----- entries ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_an_array_comes_back_as_it_was_in_the_type_of_the_cache(tmp_path, dtype):
-    """float16 has half the size and 3 digits; the latents of an encoder that is good to 2 need no more."""
+def test_an_array_comes_back_unchanged_in_the_dtype_of_the_cache(tmp_path, dtype):
+    """float16 has half the size and 3 digits; the latents of an encoder that is accurate to 2 need no more."""
     cache = Cache(tmp_path, "encoder", {**SETTINGS, "dtype": dtype})
     assert cache.get("a") is None
     cache.put("a", array())
@@ -62,7 +62,7 @@ def test_other_settings_another_encoder_or_type_never_meet(tmp_path):
     assert same.path("a") == caches[0].path("a")
 
 
-def test_a_folder_says_for_people_what_it_holds(tmp_path):
+def test_a_folder_tells_people_what_it_contains(tmp_path):
     cache = Cache(tmp_path, "abc123", SETTINGS)
     info = json.loads((cache.folder / "info.json").read_text())
     assert cache.folder.name.startswith("latents-")
@@ -72,7 +72,7 @@ def test_a_folder_says_for_people_what_it_holds(tmp_path):
     assert (cache.folder / "info.json").read_text() == "a note of mine"
 
 
-def test_captions_are_kept_once_however_many_pictures_share_them(tmp_path):
+def test_captions_are_kept_once_however_many_images_share_them(tmp_path):
     """Any text is a key, whatever its letters: they are hashed, and never part of a path."""
     cache, captions = Cache(tmp_path, "clip", {"kind": "text"}), ["", "a cat", "../../a/b\0c", "猫" * 5000,
                                                                   "a cat "] * 200
@@ -85,9 +85,9 @@ def test_captions_are_kept_once_however_many_pictures_share_them(tmp_path):
     np.testing.assert_array_equal(cache.get("a cat "), array(4, (7, 8)).astype(np.float16))
 
 
-def test_the_rest_of_the_work_is_shared_without_a_word(tmp_path):
+def test_the_rest_of_the_work_is_shared_without_communication(tmp_path):
     """Every rank lists what is missing before any of them writes; their parts are all of it."""
-    cache, keys = Cache(tmp_path, "encoder", SETTINGS), [f"picture {i}" for i in range(100)]
+    cache, keys = Cache(tmp_path, "encoder", SETTINGS), [f"image {i}" for i in range(100)]
     for key in keys[::7]:
         cache.put(key, array(0, (4,)))
     missing = cache.missing(keys)
@@ -95,14 +95,14 @@ def test_the_rest_of_the_work_is_shared_without_a_word(tmp_path):
     assert sorted(missing[0::3] + missing[1::3] + missing[2::3]) == sorted(missing)
 
 
-# ----- what is refused -------------------------------------------------------------------------------
+# ----- rejected values -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e6])
-def test_numbers_that_are_none_are_refused(tmp_path, value):
-    """Another trainer replaced NaN in latents by 0 and went on, on garbage. 1e6 is beyond float16."""
+def test_nan_and_infinity_are_rejected(tmp_path, value):
+    """Another trainer replaced NaN in latents by 0 and continued on garbage. 1e6 is beyond float16."""
     cache, bad = Cache(tmp_path, "encoder", SETTINGS), array()
     bad[3, 4, 5] = value
-    with pytest.raises(ValueError, match="cannot keep 'a': it holds numbers that are NaN or beyond float16"):
+    with pytest.raises(ValueError, match="cannot store 'a': it contains numbers that are NaN or beyond float16"):
         cache.put("a", bad)
     assert cache.get("a") is None and not list(cache.folder.glob("??/*"))
 
@@ -111,7 +111,7 @@ def test_numbers_that_are_none_are_refused(tmp_path, value):
                          [({"dtype": "bfloat16"}, ValueError,
                            "a cache of bfloat16, expected float16, float32, int16 or int32"),
                                                       ({"x": {1, 2}}, TypeError, "JSON")])
-def test_settings_that_cannot_be_told_apart_are_refused(tmp_path, settings, error, message):
+def test_impossible_settings_are_rejected(tmp_path, settings, error, message):
     with pytest.raises(error, match=message):
         Cache(tmp_path, "encoder", settings)
 
@@ -123,7 +123,7 @@ def damage(cache: Cache, kind: str) -> None:
         content = content[:len(content) // 2]
     elif kind == "empty":
         content = b""
-    elif kind == "zeros":                                  # what a power cut leaves of a file that was not flushed
+    elif kind == "zeros":                                  # left by a power cut if the file was not flushed
         content = bytes(len(content))
     elif kind == "one bit":
         content[1000] ^= 1
@@ -141,7 +141,7 @@ def test_a_damaged_entry_is_removed_with_a_warning_and_made_again(tmp_path, kind
     cache.put("a", array())
     cache.put("b", array(1))
     damage(cache, kind)
-    with pytest.warns(UserWarning, match=r"a?.*\.npy is removed and computed again: its checksum does not fit"):
+    with pytest.warns(UserWarning, match=r"a?.*\.npy is removed and computed again: its checksum does not match"):
         assert cache.get("a") is None
     assert cache.missing(["a", "b"]) == ["a"] and not cache.path("a").exists()
     cache.put("a", array())
@@ -149,7 +149,7 @@ def test_a_damaged_entry_is_removed_with_a_warning_and_made_again(tmp_path, kind
 
 
 def test_an_entry_of_another_shape_is_removed_with_a_warning(tmp_path):
-    """A key that forgot to say something, such as the size a picture was cut to."""
+    """The key lacks something, such as the size an image was cut to."""
     cache = Cache(tmp_path, "encoder", SETTINGS)
     cache.put("a", array())
     with pytest.warns(UserWarning, match=r"it has shape \(16, 24, 24\), expected \(16, 18, 30\)"):
@@ -158,8 +158,8 @@ def test_an_entry_of_another_shape_is_removed_with_a_warning(tmp_path):
 
 # ----- many at once ----------------------------------------------------------------------------------
 
-def test_killed_runs_leave_nothing_torn_and_their_rests_are_swept_away(tmp_path, monkeypatch):
-    """An entry gets its name when it is whole."""
+def test_killed_runs_leave_no_torn_entry_and_their_leftovers_are_removed(tmp_path, monkeypatch):
+    """An entry gets its name when it is complete."""
     cache = Cache(tmp_path, "encoder", SETTINGS)
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -195,7 +195,7 @@ print(rounds)
 
 
 def test_processes_that_write_the_same_key_at_once_never_see_a_torn_one(tmp_path):
-    """As two ranks, or two runs that share a folder, do."""
+    """Two ranks do that, or two runs that share a folder."""
     script = WRITER.format(root=str(ROOT), folder=str(tmp_path))
     writers = [subprocess.Popen([sys.executable, "-W", "error", "-c", script], stdin=subprocess.PIPE,
                                 stdout=subprocess.PIPE,
@@ -238,15 +238,15 @@ def change(module: torch.nn.Module, kind: str) -> torch.nn.Module:
     return module
 
 
-def test_the_hash_is_that_of_all_numbers_and_names():
-    """One number of a million changed by a rounding must give other entries."""
+def test_the_hash_covers_all_numbers_and_names():
+    """One number of a million, changed by rounding, must give other entries."""
     kinds = ["a weight", "a buffer", "the type", "a shape", "a name", "two weights, exchanged"]
     hashes = [hash_of(model())] + [hash_of(change(model(), kind)) for kind in kinds]
     assert len(set(hashes)) == 7 and all(len(h) == 64 for h in hashes)
 
 
 def test_the_hash_does_not_depend_on_how_the_model_lies_in_memory():
-    """Nor on mode, gradients, or a state that was loaded."""
+    """Nor on mode, gradients, or a loaded state."""
     expected, other = hash_of(model()), model().to(memory_format=torch.channels_last).train().requires_grad_(False)
     assert not other[0].weight.is_contiguous() and hash_of(other) == expected
     fresh = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Linear(4, 4, bias=False))

@@ -1,4 +1,4 @@
-"""What training may rely on: every captioned picture is found and counted, and the order is the same however it is computed."""
+"""What training relies on: every captioned image is found and counted, and the order never depends on processes."""
 import csv
 import functools
 import gzip
@@ -22,15 +22,15 @@ import pytest
 import torch
 from PIL import Image
 
-from training import data
-from training import sources
-from training.data import BrokenImage, BatchSampler, bucket_sizes, fit, nearest_bucket, open_dataset, sample_rng, split
 from extras.images import read_image
+from training import data, order, sources
+from training.data import BrokenImage, bucket_sizes, fit, nearest_bucket, open_dataset
+from training.order import BatchSampler, sample_rng, split
 from training.scenes import EmojiScenes
 
 
-def picture(seed: int = 0, width: int = 80, height: int = 64) -> Image.Image:
-    """Coarse noise: no two alike, and none hurt by JPEG."""
+def noise_image(seed: int = 0, width: int = 80, height: int = 64) -> Image.Image:
+    """Coarse noise: no two are alike, and JPEG does not change it much."""
     cells = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3), np.uint8)
     return Image.fromarray(cells).resize((width, height), Image.NEAREST)
 
@@ -62,35 +62,35 @@ def tar(path, files: dict[str, bytes | str], **options):
 def pairs(count: int, first: int = 0) -> dict[str, bytes | str]:
     """0.png, 0.txt, 1.png, ..."""
     return {name: content for i in range(first, first + count)
-            for name, content in ((f"{i:03d}.png", encoded(picture(i))), (f"{i:03d}.txt", f"picture {i}"))}
+            for name, content in ((f"{i:03d}.png", encoded(noise_image(i))), (f"{i:03d}.txt", f"image {i}"))}
 
 
-def captions_of(pictures) -> list[list[str]]:
-    return [pictures.captions(i) for i in range(len(pictures))]
+def captions_of(dataset) -> list[list[str]]:
+    return [dataset.captions(i) for i in range(len(dataset))]
 
 
-def names_of(pictures) -> list[str]:
-    return [pictures.name(i) for i in range(len(pictures))]
+def names_of(dataset) -> list[str]:
+    return [dataset.name(i) for i in range(len(dataset))]
 
 
 # ----- folders ---------------------------------------------------------------------------------------
 
-def test_a_folder_is_read_with_all_below_it_in_the_order_of_names(tmp_path):
-    """The order of a directory listing is chance; a seed would mean something else on every machine."""
+def test_a_folder_is_read_with_its_subfolders_in_the_order_of_names(tmp_path):
+    """The order of a directory listing is arbitrary; a seed would mean something else on every machine."""
     write(tmp_path,
-          {f"{name}.png": encoded(picture(i)) for i, name in enumerate(("b", "a", "sub/c", "sub/deep/d", "B"))})
-    pictures = open_dataset(tmp_path, captions_required=False)
-    assert names_of(pictures) == ["B.png", "a.png", "b.png", "sub/c.png", "sub/deep/d.png"]
-    np.testing.assert_array_equal(pictures.read(1), np.asarray(picture(1)))
-    assert pictures.sizes.dtype == np.int32 and pictures.sizes.tolist() == [[64, 80]] * 5
-    assert captions_of(pictures) == [[""]] * 5
+          {f"{name}.png": encoded(noise_image(i)) for i, name in enumerate(("b", "a", "sub/c", "sub/deep/d", "B"))})
+    dataset = open_dataset(tmp_path, captions_required=False)
+    assert names_of(dataset) == ["B.png", "a.png", "b.png", "sub/c.png", "sub/deep/d.png"]
+    np.testing.assert_array_equal(dataset.read(1), np.asarray(noise_image(1)))
+    assert dataset.sizes.dtype == np.int32 and dataset.sizes.tolist() == [[64, 80]] * 5
+    assert captions_of(dataset) == [[""]] * 5
     with pytest.raises(IndexError):
-        pictures.read(5)
+        dataset.read(5)
 
 
-def test_captions_stand_beside_pictures_one_per_line_or_as_a_whole(tmp_path):
+def test_captions_stand_next_to_images_one_per_line_or_as_a_whole(tmp_path):
     """Of several captions, training draws one per visit."""
-    image = encoded(picture())
+    image = encoded(noise_image())
     write(tmp_path, {"a.png": image, "a.txt": "\ufeffone\r\n\r\n  two  words \n", "b.PNG": image,
                      "b.caption": "a tale\nof two lines",
                      "c.png": image, "c.json": json.dumps({"caption": "from json", "width": 3}), "d.e.png": image,
@@ -101,9 +101,9 @@ def test_captions_stand_beside_pictures_one_per_line_or_as_a_whole(tmp_path):
                                                     ["dotted"], ["text wins"]]
 
 
-def test_metadata_comes_before_files_beside_and_the_nearest_one_counts(tmp_path):
-    """The Hub's ImageFolder layout; U+2028 inside a text is no end of a line."""
-    image = encoded(picture())
+def test_metadata_takes_precedence_and_the_nearest_file_counts(tmp_path):
+    """The Hub's ImageFolder layout; U+2028 inside a text does not end a line."""
+    image = encoded(noise_image())
     rows = [{"file_name": "a.png", "text": "from\u2028metadata"}, {"file_name": "sub/b.png", "text": "too far"},
             {"file_name": "c.png", "captions": ["x", "y", ""]}, {"file_name": "gone.png", "text": "?"}]
     write(tmp_path, {"a.png": image, "a.txt": "beside", "sub/b.png": image, "c.png": image, "d.png": image,
@@ -112,9 +112,9 @@ def test_metadata_comes_before_files_beside_and_the_nearest_one_counts(tmp_path)
     with open(tmp_path / "sub" / "metadata.csv", "w", newline="") as file:
         csv.writer(file).writerows([["file_name", "captions"],
                                     ["b.png", json.dumps(['near, with "commas"', "and\nlines"])]])
-    pictures = open_dataset(tmp_path)
-    assert captions_of(pictures) == [["from metadata"], ["x", "y"], ["beside d"], ['near, with "commas"', "and lines"]]
-    assert pictures.skipped == [("gone.png", "named in metadata.jsonl, but not there")]
+    dataset = open_dataset(tmp_path)
+    assert captions_of(dataset) == [["from metadata"], ["x", "y"], ["beside d"], ['near, with "commas"', "and lines"]]
+    assert dataset.skipped == [("gone.png", "named in metadata.jsonl, but not there")]
 
 
 @pytest.mark.parametrize("name, text, message", [
@@ -125,33 +125,36 @@ def test_metadata_comes_before_files_beside_and_the_nearest_one_counts(tmp_path)
     ("metadata.csv", "name,text\na.png,hello", "metadata.csv, row 1: 'file_name'"),
 ])
 def test_metadata_that_cannot_be_read_stops_with_its_row(tmp_path, name, text, message):
-    """To go on without would be to train on other captions."""
-    write(tmp_path, {"a.png": encoded(picture()), name: text})
+    """Continuing without it would train on other captions."""
+    write(tmp_path, {"a.png": encoded(noise_image()), name: text})
     with pytest.raises(ValueError, match=message) as error:
         open_dataset(tmp_path)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
-def test_sizes_are_those_of_the_upright_picture(tmp_path, suffix):
-    """From the header alone, and yet what read() gives: phones write most photos lying on their side."""
+def test_sizes_are_of_the_upright_image(tmp_path, suffix):
+    """Read from the header, and the same as in read(): phones store most photos lying on their side."""
     for orientation in range(1, 9):
         exif = Image.Exif()
         exif[0x0112] = orientation
-        write(tmp_path, {f"{orientation}{suffix}": encoded(picture(), suffix, exif=exif)})
-    pictures = open_dataset(tmp_path, captions_required=False)
+        write(tmp_path, {f"{orientation}{suffix}": encoded(noise_image(), suffix, exif=exif)})
+    dataset = open_dataset(tmp_path, captions_required=False)
     for i in range(8):
-        assert tuple(pictures.sizes[i]) == pictures.read(i).shape[:2] == ((64, 80) if i < 4 else (80, 64))
+        assert tuple(dataset.sizes[i]) == dataset.read(i).shape[:2] == ((64, 80) if i < 4 else (80, 64))
 
 
 @pytest.mark.parametrize("suffix, image", [
-    (".png", picture().convert("RGBA").rotate(30)), (".png", picture().convert("P")), (".png", picture().convert("L")),
-    (".png", Image.fromarray(np.arange(4096, dtype=np.uint16).reshape(64, 64) * 16)), (".png", picture().convert("1")),
-    (".jpg", picture().convert("CMYK")), (".webp", picture().convert("RGBA").rotate(30)), (".bmp", picture()),
-    (".tif", picture().convert("LA")), (".tif", picture().convert("F").point(lambda value: value / 255)),
+    (".png", noise_image().convert("RGBA").rotate(30)), (".png", noise_image().convert("P")),
+    (".png", noise_image().convert("L")),
+    (".png", Image.fromarray(np.arange(4096, dtype=np.uint16).reshape(64, 64) * 16)),
+    (".png", noise_image().convert("1")),
+    (".jpg", noise_image().convert("CMYK")), (".webp", noise_image().convert("RGBA").rotate(30)),
+    (".bmp", noise_image()),
+    (".tif", noise_image().convert("LA")), (".tif", noise_image().convert("F").point(lambda value: value / 255)),
 ])
-def test_pictures_of_all_kinds_are_read_as_the_model_would_read_them(tmp_path, suffix, image):
-    """What is transparent lies over white, 16 bits and floats are scaled: images.read_image is the reference."""
+def test_images_of_all_kinds_are_read_as_the_model_would_read_them(tmp_path, suffix, image):
+    """Transparent pixels lie over white, 16 bits and floats are scaled: images.read_image is the reference."""
     write(tmp_path, {f"a{suffix}": encoded(image, suffix)})
     found = open_dataset(tmp_path, captions_required=False).read(0)
     expected = (read_image(tmp_path / f"a{suffix}") * 255).round().byte().permute(1, 2, 0).numpy()
@@ -160,115 +163,115 @@ def test_pictures_of_all_kinds_are_read_as_the_model_would_read_them(tmp_path, s
 
 
 def test_of_an_animation_the_first_frame_is_taken(tmp_path):
-    frames = [picture(i).convert("L") for i in range(3)]
+    frames = [noise_image(i).convert("L") for i in range(3)]
     write(tmp_path, {"a.gif": encoded(frames[0], ".gif", save_all=True, append_images=frames[1:])})
     np.testing.assert_array_equal(open_dataset(tmp_path, captions_required=False).read(0)[..., 0],
                                   np.asarray(frames[0]))
 
 
-def test_headers_longer_than_what_is_read_first_are_read_all_the_same(tmp_path):
-    """A preview or a colour profile may stand before the size; a phone's JPEG file may hold several pictures."""
+def test_headers_longer_than_the_first_read_are_read_completely(tmp_path):
+    """A preview or a colour profile may precede the size; a phone's JPEG file may contain several images."""
     profile = np.random.default_rng(0).bytes(2 * sources.HEAD)
-    write(tmp_path, {"a.jpg": encoded(picture(), ".jpg", icc_profile=profile),
-                     "b.png": encoded(picture(), icc_profile=profile),
-                     "c.jpg": encoded(picture(0, 800, 640), ".mpo", save_all=True,
-                                      append_images=[picture(1, 800, 640)] * 3, quality=100)})
+    write(tmp_path, {"a.jpg": encoded(noise_image(), ".jpg", icc_profile=profile),
+                     "b.png": encoded(noise_image(), icc_profile=profile),
+                     "c.jpg": encoded(noise_image(0, 800, 640), ".mpo", save_all=True,
+                                      append_images=[noise_image(1, 800, 640)] * 3, quality=100)})
     assert (tmp_path / "c.jpg").stat().st_size > 2 * sources.HEAD
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        pictures = open_dataset(tmp_path, captions_required=False)
-    assert pictures.sizes.tolist() == [[64, 80], [64, 80], [640, 800]]
+        dataset = open_dataset(tmp_path, captions_required=False)
+    assert dataset.sizes.tolist() == [[64, 80], [64, 80], [640, 800]]
 
 
-def test_what_cannot_be_used_is_counted_and_named(tmp_path):
-    """A silent drop looks like training. Files that start with a dot are a system's own and no pictures."""
-    write(tmp_path, {**pairs(2), "tiny.png": encoded(picture(0, 80, 32)), "tiny.txt": "tiny",
-                     "mute.png": encoded(picture()),
-                     "blank.png": encoded(picture()), "blank.txt": " \n", "empty.jpg": "", "empty.txt": "x",
-                     "text.jpg": "not a picture",
-                     "latin.png": encoded(picture()), "latin.txt": "caf\xe9".encode("latin-1"), "late.tar": "x",
-                     "list.png": encoded(picture()), "list.json": "[1]", "._000.png": "a Mac's",
+def test_unusable_files_are_counted_and_named(tmp_path):
+    """A silent drop looks like training. Files that start with a dot belong to the system."""
+    write(tmp_path, {**pairs(2), "tiny.png": encoded(noise_image(0, 80, 32)), "tiny.txt": "tiny",
+                     "mute.png": encoded(noise_image()),
+                     "blank.png": encoded(noise_image()), "blank.txt": " \n", "empty.jpg": "", "empty.txt": "x",
+                     "text.jpg": "not an image",
+                     "latin.png": encoded(noise_image()), "latin.txt": "caf\xe9".encode("latin-1"), "late.tar": "x",
+                     "list.png": encoded(noise_image()), "list.json": "[1]", "._000.png": "a Mac's",
                      ".trash/a.png": "deleted"})
-    pictures = open_dataset(tmp_path)
-    assert names_of(pictures) == ["000.png", "001.png"]
-    reasons = dict(pictures.skipped)
+    dataset = open_dataset(tmp_path)
+    assert names_of(dataset) == ["000.png", "001.png"]
+    reasons = dict(dataset.skipped)
     assert reasons.keys() == {"tiny.png", "mute.png", "blank.png", "empty.jpg", "text.jpg", "latin.png", "list.png",
                               "late.tar"}
     assert reasons["tiny.png"] == "80 x 32 px, fewer than 64"
     assert reasons["mute.png"] == reasons["blank.png"] == "no caption"
-    assert reasons["empty.jpg"] == reasons["text.jpg"] == "holds no picture in a known format"
-    assert reasons["late.tar"] == "a shard beside pictures: name it by itself"
-    assert reasons["latin.png"].startswith("the text beside it cannot be read: 'utf-8'")
-    assert re.fullmatch(rf"2 pictures in {re.escape(str(tmp_path))}; 8 skipped: (\S+ \(.*\)(, )?){{5}}\.\.\.",
-                        pictures.describe())
+    assert reasons["empty.jpg"] == reasons["text.jpg"] == "it is not an image in a known format"
+    assert reasons["late.tar"] == "a shard next to images: give it as a source of its own"
+    assert reasons["latin.png"].startswith("its text cannot be read: 'utf-8'")
+    assert re.fullmatch(rf"2 images in {re.escape(str(tmp_path))}; 8 skipped: (\S+ \(.*\)(, )?){{5}}\.\.\.",
+                        dataset.describe())
     assert len(open_dataset(tmp_path, min_side=32)) == 3
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path):
-    """Large sets are often put together from links."""
+    """Large datasets are often assembled from links."""
     write(tmp_path / "elsewhere", pairs(2))
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "linked").symlink_to(tmp_path / "elsewhere")
     assert names_of(open_dataset(tmp_path / "set")) == ["linked/000.png", "linked/001.png"]
     (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "set")
-    with pytest.raises(ValueError, match="back is a link to a folder that is below .*remove the link"):
+    with pytest.raises(ValueError, match="back is a link to a folder that is already below .*remove the link"):
         open_dataset(tmp_path / "set")
 
 
-def test_a_file_cut_off_is_found_when_it_is_read_and_the_next_of_its_size_takes_its_place(tmp_path):
-    """The same one in every run, whatever was read before, or a resumed run would differ from the unbroken one."""
+def test_a_truncated_file_is_found_when_it_is_read_and_the_next_of_its_size_replaces_it(tmp_path):
+    """The same one in every run, whatever was read before, or a resumed run would differ from an unbroken one."""
     write(tmp_path, pairs(6))
     for i in (2, 5):
-        (tmp_path / f"{i:03d}.png").write_bytes(encoded(picture(i))[:-200])
-    pictures = open_dataset(tmp_path)
-    assert len(pictures) == 6 and not pictures.skipped
+        (tmp_path / f"{i:03d}.png").write_bytes(encoded(noise_image(i))[:-200])
+    dataset = open_dataset(tmp_path)
+    assert len(dataset) == 6 and not dataset.skipped
     with pytest.raises(BrokenImage, match=r"^002.png cannot be read: .*truncated"):
-        pictures.read(2)
+        dataset.read(2)
     allowed = np.array([1, 2, 4, 5])
     for _ in range(2):
         for i, expected in ((1, 1), (2, 4), (5, 1)):       # after the last comes the first
-            array, j = pictures.read_or_next(i, allowed)
+            array, j = dataset.read_or_next(i, allowed)
             assert j == expected
-            np.testing.assert_array_equal(array, np.asarray(picture(j)))
-    assert [name for name, _ in pictures.skipped] == ["002.png", "005.png"] and "truncated" in pictures.skipped[0][1]
-    assert len(pictures) == 6                              # numbers stay what they were
-    with pytest.raises(BrokenImage, match="none of 2 pictures of this size can be read; 2 skipped: 002.png"):
-        pictures.read_or_next(5, np.array([2, 5]))
+            np.testing.assert_array_equal(array, np.asarray(noise_image(j)))
+    assert [name for name, _ in dataset.skipped] == ["002.png", "005.png"] and "truncated" in dataset.skipped[0][1]
+    assert len(dataset) == 6                              # numbers stay the same
+    with pytest.raises(BrokenImage, match="none of 2 images of this size can be read; 2 skipped: 002.png"):
+        dataset.read_or_next(5, np.array([2, 5]))
 
 
-def test_a_file_that_is_gone_is_a_broken_picture_too(tmp_path):
-    pictures = open_dataset(write(tmp_path, pairs(2)))
+def test_a_deleted_file_is_a_broken_image(tmp_path):
+    dataset = open_dataset(write(tmp_path, pairs(2)))
     (tmp_path / "000.png").unlink()
-    with pytest.raises(BrokenImage, match="000.png cannot be read: No such file"):
-        pictures.read(0)
+    with pytest.raises(BrokenImage, match="000.png cannot be read: there is no such file"):
+        dataset.read(0)
 
 
 def test_the_key_is_the_content_and_is_computed_once_per_file(tmp_path, monkeypatch):
-    """A cache keyed by names would serve old latents for new pictures; to hash a terabyte at each start would take hours."""
+    """A cache keyed by names would return old latents for new images; hashing a terabyte at each start takes hours."""
     write(tmp_path / "set", pairs(3))
-    write(tmp_path / "set", {"003.png": encoded(picture(0)), "003.txt": "the same again"})
+    write(tmp_path / "set", {"003.png": encoded(noise_image(0)), "003.txt": "the same again"})
     first = open_dataset(tmp_path / "set", index_folder=tmp_path / "index")
     keys = [first.key(i) for i in range(4)]
-    assert keys[0] == keys[3] == hashlib.sha256(encoded(picture(0))).hexdigest() and len(set(keys)) == 3
+    assert keys[0] == keys[3] == hashlib.sha256(encoded(noise_image(0))).hexdigest() and len(set(keys)) == 3
     with open(tmp_path / "index" / "keys.txt", "a") as file:
         file.write("0123 torn line")
-    write(tmp_path / "set", {"002.png": encoded(picture(7))})
+    write(tmp_path / "set", {"002.png": encoded(noise_image(7))})
     again = open_dataset(tmp_path / "set", index_folder=tmp_path / "index")
     read = []
     monkeypatch.setattr(data, "content_of", lambda place: read.append(place[0]) or sources.content_of(place))
-    assert [again.key(i) for i in range(4)] == [*keys[:2], hashlib.sha256(encoded(picture(7))).hexdigest(), keys[3]]
+    assert [again.key(i) for i in range(4)] == [*keys[:2], hashlib.sha256(encoded(noise_image(7))).hexdigest(), keys[3]]
     assert read == [str(tmp_path / "set" / "002.png")]
 
 
 @pytest.mark.parametrize("files, options, message", [
-    ({}, {}, "no picture to train on. Looked for .jpg .* with a caption in NAME.txt.*; found no file; 0 skipped"),
+    ({}, {}, "no image to train on. Looked for .jpg .* with a caption in NAME.txt.*; found no file; 0 skipped"),
     ({"a.md": "", "b.md": "", "c.heic": "", "LICENSE": ""}, {}, "found 2 .md, 1 without suffix, 1 .heic; 0 skipped"),
-    ({"a.png": encoded(picture())}, {}, r"found 1 .png; 1 skipped: a.png \(no caption\)"),
-    ({"a.png": encoded(picture(0, 16, 16))}, dict(captions_required=False),
+    ({"a.png": encoded(noise_image())}, {}, r"found 1 .png; 1 skipped: a.png \(no caption\)"),
+    ({"a.png": encoded(noise_image(0, 16, 16))}, dict(captions_required=False),
      r"Looked for [^,]*\.tiff; .*a.png \(16 x 16 px, fewer than 64\)"),
 ])
-def test_an_empty_set_says_what_was_looked_for_and_what_was_found(tmp_path, files, options, message):
-    """An empty loop would end at once, content."""
+def test_an_empty_dataset_says_what_was_looked_for_and_what_was_found(tmp_path, files, options, message):
+    """Otherwise an empty loop would end at once, as if all were well."""
     with pytest.raises(ValueError, match=message) as error:
         open_dataset(write(tmp_path, files), **options)
     assert "\n" not in str(error.value)
@@ -276,10 +279,11 @@ def test_an_empty_set_says_what_was_looked_for_and_what_was_found(tmp_path, file
 
 # ----- shards ----------------------------------------------------------------------------------------
 
-def test_a_tar_file_gives_what_the_same_folder_gives(tmp_path):
+def test_a_tar_file_equals_the_same_folder(tmp_path):
     """Random access: read by offset, in any order, also by worker processes."""
-    files = {**pairs(5), "sub/x.jpg": encoded(picture(9), ".jpg"), "sub/x.json": '{"text": "from json", "other": null}',
-             "n" * 150 + ".webp": encoded(picture(8), ".webp"), "n" * 150 + ".caption": "a long name",
+    files = {**pairs(5), "sub/x.jpg": encoded(noise_image(9), ".jpg"),
+             "sub/x.json": '{"text": "from json", "other": null}',
+             "n" * 150 + ".webp": encoded(noise_image(8), ".webp"), "n" * 150 + ".caption": "a long name",
              "._000.png": "a Mac's"}
     folder = open_dataset(write(tmp_path / "folder", files))
     for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
@@ -293,8 +297,8 @@ def test_a_tar_file_gives_what_the_same_folder_gives(tmp_path):
             np.testing.assert_array_equal(folder.read(i), shard.read(j))
 
 
-def test_a_tar_file_is_gone_through_once(tmp_path, monkeypatch):
-    """The second time its index is read; one of another file, or half a one, is made anew."""
+def test_a_tar_file_is_scanned_once(tmp_path, monkeypatch):
+    """The second time its index is read. An index of another file, or an incomplete one, is rebuilt."""
     path = tar(tmp_path / "a.tar", pairs(3))
     counted = []
     monkeypatch.setattr(sources, "_tar_places", lambda path, original=sources._tar_places: counted.append(path)
@@ -310,19 +314,19 @@ def test_a_tar_file_is_gone_through_once(tmp_path, monkeypatch):
     assert len(open_dataset(path)) == 4 and len(counted) == 5
     tar(path, pairs(4, first=1))                           # of the same size
     os.utime(path, ns=(0, 10 ** 9))
-    assert captions_of(open_dataset(path))[0] == ["picture 1"] and len(counted) == 6
+    assert captions_of(open_dataset(path))[0] == ["image 1"] and len(counted) == 6
     assert len(open_dataset(path, index_folder=tmp_path / "elsewhere")) == 4 and len(counted) == 7
     assert len(list((tmp_path / "elsewhere").glob("a-*.index.json"))) == 1
 
 
-def test_an_index_keeps_what_is_found_apart_from_what_is_wanted(tmp_path):
-    """Made under strict options, it must not hide pictures from lenient ones."""
-    path = tar(tmp_path / "a.tar", {**pairs(2), "tiny.png": encoded(picture(0, 40, 40)), "tiny.txt": "tiny"})
+def test_an_index_contains_everything_found_whatever_the_options(tmp_path):
+    """Made under strict options, it must not hide images from lenient ones."""
+    path = tar(tmp_path / "a.tar", {**pairs(2), "tiny.png": encoded(noise_image(0, 40, 40)), "tiny.txt": "tiny"})
     assert len(open_dataset(path)) == 2 and len(open_dataset(path, min_side=8)) == 3
     assert len(open_dataset(path, min_side=8)) == 3
 
 
-def test_shards_where_nothing_may_be_written_are_read_all_the_same(tmp_path, monkeypatch):
+def test_shards_in_a_folder_without_write_permission_are_still_read(tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
     monkeypatch.setattr(sources, "write_atomically", refuse)
@@ -338,18 +342,18 @@ def test_globs_braces_and_folders_name_shards_in_order(tmp_path, source):
         if "{{s," in source:
             tar(tmp_path / f"-0{i}.tar", pairs(2, 2 * i))
     found = captions_of(open_dataset(source.format(tmp_path)))
-    assert found == [[f"picture {i}"] for i in range(6)] * (2 if "{{s," in source else 1)
+    assert found == [[f"image {i}"] for i in range(6)] * (2 if "{{s," in source else 1)
 
 
 @pytest.mark.parametrize("pattern, expected", [
     ("a{8..11}.tar", ["a8.tar", "a9.tar", "a10.tar", "a11.tar"]), ("{a,b}{0..1}", ["a0", "a1", "b0", "b1"]),
     ("${HOME}/{x}", ["${HOME}/{x}"]), ("${A,B}", ["${A,B}"]), ("plain", ["plain"]),
 ])
-def test_braces_mean_what_they_mean_to_a_shell(pattern, expected):
+def test_braces_are_expanded_as_in_a_shell(pattern, expected):
     assert sources._expand(pattern) == expected
 
 
-def test_a_shard_that_is_cut_off_gives_what_is_whole_and_says_so(tmp_path):
+def test_a_truncated_shard_gives_its_complete_files_and_says_so(tmp_path):
     """tarfile takes a damaged header for the end: half a download would pass for a smaller shard."""
     whole = tar(tmp_path / "whole.tar", pairs(4)).read_bytes()
     end = len(whole.rstrip(b"\0"))
@@ -359,31 +363,31 @@ def test_a_shard_that_is_cut_off_gives_what_is_whole_and_says_so(tmp_path):
         path = tmp_path / "cut.tar"
         path.write_bytes(whole[:cut])
         try:
-            pictures = open_dataset(path, captions_required=False)
-        except ValueError as error:              # not even one picture is whole
+            dataset = open_dataset(path, captions_required=False)
+        except ValueError as error:              # not even one image is complete
             assert cut < 2000 and ("cut.tar" in str(error))
             continue
-        assert "cut off or damaged after" in dict(pictures.skipped)[f"{path}/..."]
-        for i in range(len(pictures)):
-            np.testing.assert_array_equal(pictures.read(i), np.asarray(picture(i)))
+        assert "cut off or damaged after" in dict(dataset.skipped)[f"{path}/..."]
+        for i in range(len(dataset)):
+            np.testing.assert_array_equal(dataset.read(i), np.asarray(noise_image(i)))
     damaged = bytearray(whole)
     at = whole.index(b"002.png")
     damaged[at:at + 512] = b"x" * 512
     path.write_bytes(damaged)
-    pictures = open_dataset(path)
-    assert len(pictures) == 2 and dict(pictures.skipped) == {f"{path}/...": "cut off or damaged after 4 files"}
+    dataset = open_dataset(path)
+    assert len(dataset) == 2 and dict(dataset.skipped) == {f"{path}/...": "cut off or damaged after 4 files"}
 
 
-def test_a_name_that_comes_twice_in_a_shard_is_counted(tmp_path):
-    """As tar has it, the last one counts."""
+def test_a_name_that_occurs_twice_in_a_shard_is_counted(tmp_path):
+    """As with tar itself, the last one counts."""
     with tarfile.open(tmp_path / "a.tar", "w") as shard:
         for seed in (1, 2):
             member = tarfile.TarInfo("./a.png")
-            member.size = len(encoded(picture(seed)))
-            shard.addfile(member, io.BytesIO(encoded(picture(seed))))
-    pictures = open_dataset(tmp_path / "a.tar", captions_required=False)
-    np.testing.assert_array_equal(pictures.read(0), np.asarray(picture(2)))
-    assert pictures.skipped == [(f"{tmp_path}/a.tar/a.png", "twice in the shard, the last one counts")]
+            member.size = len(encoded(noise_image(seed)))
+            shard.addfile(member, io.BytesIO(encoded(noise_image(seed))))
+    dataset = open_dataset(tmp_path / "a.tar", captions_required=False)
+    np.testing.assert_array_equal(dataset.read(0), np.asarray(noise_image(2)))
+    assert dataset.skipped == [(f"{tmp_path}/a.tar/a.png", "twice in the shard, the last one counts")]
 
 
 @pytest.mark.parametrize("make, source, message", [
@@ -392,9 +396,9 @@ def test_a_name_that_comes_twice_in_a_shard_is_counted(tmp_path):
     (lambda f: (f / "a.tar").write_text("<html>404"), "{}/a.tar",
      "a.tar cannot be read as a tar file: expected a folder"),
     (lambda f: (f / "a.tar").write_text(""), "{}/a.tar", "a.tar cannot be read as a tar file"),
-    (lambda f: (f / "a.png").write_bytes(encoded(picture())), "{}/a.png",
-     "a.png cannot be read as a tar file: expected a folder of pictures"),
-    (lambda f: tar(f / "a.tar", {"x.md": ""}), "{}/a.tar", "no picture to train on.*found 1 .md"),
+    (lambda f: (f / "a.png").write_bytes(encoded(noise_image())), "{}/a.png",
+     "a.png cannot be read as a tar file: expected a folder of images"),
+    (lambda f: tar(f / "a.tar", {"x.md": ""}), "{}/a.tar", "no image to train on.*found 1 .md"),
     (lambda f: tar(f / "s-1.tar", pairs(1)), "{}/s-{{0..3}}.tar",
      "s-0.tar: there is no such folder or file, and 2 more of .* are missing"),
     (lambda f: None, "{}/*.tar", r"\*.tar: there is no such folder or file$"),
@@ -414,15 +418,15 @@ def test_sources_that_cannot_be_read_say_why(tmp_path, make, source, message):
 
 # ----- pipes, parquet files, the Hub -----------------------------------------------------------------
 
-def test_what_a_pipe_gives_is_kept_and_fetched_once(tmp_path):
+def test_the_output_of_a_pipe_is_kept_and_fetched_once(tmp_path):
     """From then on it is a tar file on this disk, read in any order."""
     for i in range(2):
         tar(tmp_path / f"{i}.tar", pairs(2, 2 * i))
     source = f"pipe:echo fetched >> {tmp_path}/log; cat {tmp_path}/{{0..1}}.tar | cat"
     for _ in range(2):
-        pictures = open_dataset(source, index_folder=tmp_path / "kept")
-        assert captions_of(pictures) == [[f"picture {i}"] for i in range(4)]
-        np.testing.assert_array_equal(pictures.read(3), np.asarray(picture(3)))
+        dataset = open_dataset(source, index_folder=tmp_path / "kept")
+        assert captions_of(dataset) == [[f"image {i}"] for i in range(4)]
+        np.testing.assert_array_equal(dataset.read(3), np.asarray(noise_image(3)))
     assert (tmp_path / "log").read_text() == "fetched\n" * 2 and len(list((tmp_path / "kept").glob("*.tar"))) == 2
 
 
@@ -431,10 +435,10 @@ def test_what_a_pipe_gives_is_kept_and_fetched_once(tmp_path):
     ("head -c 3000 {}/a.tar", "its output of 3000 bytes is cut off"),
     ("cat {}/missing.tar | cat", "its output cannot be read as a tar file.*No such file"),
     ("gzip -c {}/a.tar", "its output is compressed"),
-    ("true", "its output cannot be read as a tar file.*it said nothing"),
+    ("true", "its output cannot be read as a tar file.*it gave no message"),
 ])
 def test_a_pipe_that_fails_leaves_nothing_behind(tmp_path, command, message):
-    """Half a shard kept under the name of a whole one would be used for ever."""
+    """Half a shard kept under the name of a complete one would be used forever."""
     tar(tmp_path / "a.tar", pairs(3))
     with pytest.raises(ValueError, match=message) as error:
         open_dataset("pipe:" + command.format(tmp_path), index_folder=tmp_path / "kept")
@@ -454,7 +458,7 @@ def test_no_local_path_is_ever_given_to_a_shell(tmp_path, monkeypatch):
 
 
 def table(count: int) -> list[dict]:
-    return [{"image": {"bytes": encoded(picture(i)), "path": None}, "text": f"picture {i}", "score": i / 4,
+    return [{"image": {"bytes": encoded(noise_image(i)), "path": None}, "text": f"image {i}", "score": i / 4,
              "note": None} for i in range(count)]
 
 
@@ -476,8 +480,8 @@ def test_a_missing_package_is_named(tmp_path, no_optional_packages, source, mess
         open_dataset(source.format(tmp_path), index_folder=tmp_path / "kept")
 
 
-def test_a_data_set_of_the_hub_becomes_a_tar_file_once(tmp_path, monkeypatch):
-    """With a stand-in for the package: pictures as bytes, whatever else is text or number beside them."""
+def test_a_dataset_of_the_hub_becomes_a_tar_file_once(tmp_path, monkeypatch):
+    """With a stand-in for the package: images as bytes, and text and numbers in the other columns."""
     class Table(list):
         features = dict(image=types.SimpleNamespace(decode=True), text=None)
 
@@ -494,9 +498,9 @@ def test_a_data_set_of_the_hub_becomes_a_tar_file_once(tmp_path, monkeypatch):
     module = types.SimpleNamespace(load_dataset=load_dataset, Image=types.SimpleNamespace)
     monkeypatch.setitem(sys.modules, "datasets", module)
     for _ in range(2):
-        pictures = open_dataset("hub:some/set:test", index_folder=tmp_path, min_score=0.25)
-        assert captions_of(pictures) == [["picture 1"], ["picture 2"]]
-        np.testing.assert_array_equal(pictures.read(1), np.asarray(picture(2)))
+        dataset = open_dataset("hub:some/set:test", index_folder=tmp_path, min_score=0.25)
+        assert captions_of(dataset) == [["image 1"], ["image 2"]]
+        np.testing.assert_array_equal(dataset.read(1), np.asarray(noise_image(2)))
     open_dataset("hub:some/set", index_folder=tmp_path)
     assert asked == [("some/set", "test"), ("some/set", "train")]
     with pytest.raises(ValueError, match="hub:nowhere cannot be loaded: Couldn't find it$"):
@@ -511,14 +515,14 @@ def test_parquet_files_become_tar_files_once(tmp_path):
     for i in range(2):
         parquet.write_table(pyarrow.Table.from_pylist(table(20 + i)), tmp_path / "set" / f"{i}.parquet")
     for source in (tmp_path / "set", f"{tmp_path}/set/*.parquet", f"{tmp_path}/set/{{0..1}}.parquet"):
-        pictures = open_dataset(source, index_folder=tmp_path / "kept", max_score=5)
-        assert len(pictures) == 41 and pictures.captions(20) == ["picture 0"]
-        np.testing.assert_array_equal(pictures.read(40), np.asarray(picture(20)))
+        dataset = open_dataset(source, index_folder=tmp_path / "kept", max_score=5)
+        assert len(dataset) == 41 and dataset.captions(20) == ["image 0"]
+        np.testing.assert_array_equal(dataset.read(40), np.asarray(noise_image(20)))
     assert len(list((tmp_path / "kept").glob("*.tar"))) == 2
 
 
-def test_a_table_without_pictures_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="row 0 holds no picture: expected a column of bytes, found url, text"):
+def test_a_table_without_images_is_rejected(tmp_path):
+    with pytest.raises(ValueError, match="row 0 has no image: expected a column of bytes, found url, text"):
         sources._write_tar([{"url": "http://", "text": "x"}], tmp_path / "a.tar")
 
 
@@ -537,34 +541,34 @@ def test_a_table_without_pictures_is_refused(tmp_path):
     ({"pwatermark": None}, dict(max_pwatermark=0.5, require_keys=True), False),
     ({"pwatermark": 0.0}, dict(max_pwatermark=0.5, require_keys=True), True),
 ])
-def test_filters_compare_numbers_and_nothing_else(tmp_path, facts, filters, kept):
-    """`value or 1.0` once rejected the best pictures, and all that had no .json, without a word."""
+def test_filters_compare_only_numbers(tmp_path, facts, filters, kept):
+    """`value or 1.0` once rejected the best images, and all that had no .json, silently."""
     files = {**pairs(1), "000.json": json.dumps({"pwatermark": 0, "aesthetic": 1, **{k: 0.0 for k in facts}}),
-             "a.png": encoded(picture(1)), "a.json": json.dumps({"text": "a", **facts})}
+             "a.png": encoded(noise_image(1)), "a.json": json.dumps({"text": "a", **facts})}
     if "min_aesthetic" in filters:
         files["000.json"] = '{"aesthetic": 5, "pwatermark": 0}' if filters["min_aesthetic"] == 5 else '{"aesthetic": 0}'
     for source in (write(tmp_path / "folder", files), tar(tmp_path / "a.tar", files)):
-        pictures = open_dataset(source, **filters)
-        assert len(pictures) == 1 + kept and len(pictures.skipped) == 1 - kept
-        assert all(re.search("pwatermark|aesthetic", reason) for _, reason in pictures.skipped)
+        dataset = open_dataset(source, **filters)
+        assert len(dataset) == 1 + kept and len(dataset.skipped) == 1 - kept
+        assert all(re.search("pwatermark|aesthetic", reason) for _, reason in dataset.skipped)
 
 
 def test_filters_work_on_metadata(tmp_path):
-    write(tmp_path, {f"{i}.png": encoded(picture(i)) for i in range(4)})
+    write(tmp_path, {f"{i}.png": encoded(noise_image(i)) for i in range(4)})
     (tmp_path / "metadata.csv").write_text("file_name,text,punsafe\n"
                                            + "".join(f"{i}.png,t,{value}\n"
                                                      for i, value in enumerate(("0.1", "0.999", "", "0"))))
-    pictures = open_dataset(tmp_path, max_punsafe=0.99)
-    assert names_of(pictures) == ["0.png", "2.png", "3.png"] and pictures.skipped == [("1.png", "punsafe 0.999")]
+    dataset = open_dataset(tmp_path, max_punsafe=0.99)
+    assert names_of(dataset) == ["0.png", "2.png", "3.png"] and dataset.skipped == [("1.png", "punsafe 0.999")]
 
 
 @pytest.mark.parametrize("filters, message", [
-    (dict(max_pwatermak=0.5), "no picture has a number 'pwatermak' to filter by, found: punsafe"),
+    (dict(max_pwatermak=0.5), "no image has a number 'pwatermak' to filter by, found: punsafe"),
     (dict(pwatermark=0.5), "unknown option 'pwatermark': expected a filter min_KEY or max_KEY"),
     (dict(max_=0.5), "unknown option 'max_'"),
 ])
-def test_a_filter_that_can_match_nothing_is_refused(tmp_path, filters, message):
-    """A slip of the pen would let everything through."""
+def test_a_filter_that_can_match_nothing_is_rejected(tmp_path, filters, message):
+    """A typo would let everything through."""
     write(tmp_path, {**pairs(1), "000.json": '{"punsafe": 0.5}'})
     with pytest.raises(ValueError, match=message):
         open_dataset(tmp_path, **filters)
@@ -572,42 +576,42 @@ def test_a_filter_that_can_match_nothing_is_refused(tmp_path, filters, message):
 
 # ----- scenes ----------------------------------------------------------------------------------------
 
-def test_emoji_scenes_are_pictures_like_any_other():
+def test_emoji_scenes_are_images_like_any_other():
     """The tiny model is trained by the same script as the large one."""
-    pictures = open_dataset("scenes:all:50:3")
+    dataset = open_dataset("scenes:all:50:3")
     images, captions = EmojiScenes("all", seed=3).batch(0, 50)
-    assert len(pictures) == 50 and (pictures.sizes == 128).all()
-    assert pictures.describe() == "50 pictures in scenes:all:50:3"
-    assert captions_of(pictures) == [[text] for text in captions]
-    np.testing.assert_array_equal(np.stack([pictures.read(i) for i in range(50)]), images)
-    assert pictures.read_or_next(7, np.arange(50))[1] == 7 and pictures.name(7) == "scene 7"
+    assert len(dataset) == 50 and (dataset.sizes == 128).all()
+    assert dataset.describe() == "50 images in scenes:all:50:3"
+    assert captions_of(dataset) == [[text] for text in captions]
+    np.testing.assert_array_equal(np.stack([dataset.read(i) for i in range(50)]), images)
+    assert dataset.read_or_next(7, np.arange(50))[1] == 7 and dataset.name(7) == "scene 7"
     with pytest.raises(IndexError):
-        pictures.captions(50)
+        dataset.captions(50)
 
 
 def test_scenes_have_keys_without_being_drawn():
-    """The cache asks for keys of them all."""
+    """The cache needs the keys of all of them."""
     sets = [open_dataset(source) for source in ("scenes", "scenes:500", "scenes:uncaptioned:500", "scenes:500:1",
                                                  "scenes:captioned:500:0")]
-    assert [len(pictures) for pictures in sets] == [24000] + [500] * 4
+    assert [len(dataset) for dataset in sets] == [24000] + [500] * 4
     assert sets[0].key(9) == sets[1].key(9) == sets[4].key(9) == hashlib.sha256(b"scene 0 captioned 9").hexdigest()
-    assert len({pictures.key(i) for pictures in sets[1:4] for i in range(500)}) == 1500
+    assert len({dataset.key(i) for dataset in sets[1:4] for i in range(500)}) == 1500
 
 
-@pytest.mark.parametrize("source, message", [("scenes:some", "Unknown set of objects 'some'"),
+@pytest.mark.parametrize("source, message", [("scenes:some", "unknown set of objects 'some'"),
                                              ("scenes:all:x", "cannot read 'scenes:all:x': expected"),
                                              ("scenes:all:1:2:3", "cannot read"), ("scenes:0", "cannot read"),
                                              ("scenes:all:-5", "cannot read")])
-def test_scenes_misspelled_are_refused(source, message):
+def test_scenes_misspelled_are_rejected(source, message):
     with pytest.raises(ValueError, match=message):
         open_dataset(source)
-    with pytest.raises(ValueError, match="scenes has no keys to filter by: leave max_x away"):
+    with pytest.raises(ValueError, match="scenes has no keys to filter by: remove max_x"):
         open_dataset("scenes", max_x=1)
 
 
 # ----- shapes ----------------------------------------------------------------------------------------
 
-def test_a_resolution_is_pixels_of_the_picture():
+def test_a_resolution_is_pixels_of_the_image():
     """And so is every shape: near resolution^2 in area, on the grid of 128 px, the square among them."""
     for resolution in range(128, 2049, 128):
         shapes = bucket_sizes(resolution)
@@ -621,21 +625,21 @@ def test_a_resolution_is_pixels_of_the_picture():
 
 
 @pytest.mark.parametrize("resolution", [0, 64, 500, 1000])
-def test_resolutions_off_the_grid_are_refused(resolution):
+def test_resolutions_off_the_grid_are_rejected(resolution):
     with pytest.raises(ValueError, match="expected a multiple of 128, such as"):
         bucket_sizes(resolution)
 
 
 def test_the_nearest_shape_is_found_by_the_logarithm_of_the_ratio():
-    """By the ratio itself, 0.7 would be nearer to 1 than to 0.5, though more is cut off; and flat and tall would differ."""
+    """By the ratio itself, 0.7 would be nearer to 1 than to 0.5, though more is cut off; wide and tall would differ."""
     buckets = [(512, 1024), (724, 724), (1024, 512)]
     sizes = np.array([[690, 1000], [1000, 690], [720, 1000], [1000, 720], [100, 1000], [1000, 100], [64, 64]])
     assert nearest_bucket(sizes, buckets).tolist() == [0, 2, 1, 1, 0, 2, 1]
     assert nearest_bucket(np.array([[64, 80]]), bucket_sizes(128)).tolist() == [0]
 
 
-def test_a_picture_of_the_right_size_stays_as_it_is_and_a_larger_one_of_the_right_scale_is_only_cut():
-    """To resample what fits would blur it."""
+def test_an_image_of_the_right_size_stays_unchanged_and_a_larger_one_of_the_right_scale_is_only_cropped():
+    """Resampling an image that fits would blur it."""
     image = np.random.default_rng(0).integers(0, 256, (128, 200, 3), np.uint8)
     np.testing.assert_array_equal(fit(image, (128, 200)), image)
     np.testing.assert_array_equal(fit(image, (128, 128)), image[:, 36:164])
@@ -649,19 +653,20 @@ def test_a_picture_of_the_right_size_stays_as_it_is_and_a_larger_one_of_the_righ
 
 
 @pytest.mark.parametrize("size, expected", [((64, 64), (1, 1)), ((128, 64), (2, 1)), ((96, 160), (3, 5))])
-def test_pictures_keep_their_proportions(size, expected):
-    """A linear ramp in x and y shows what became of both axes."""
+def test_images_keep_their_proportions(size, expected):
+    """A linear ramp in x and y shows the scale of both axes."""
     height, width = 333, 517
     image = np.stack(np.broadcast_arrays(np.linspace(0, 255, height)[:, None], np.linspace(0, 255, width), 0.0),
                      axis=-1).round().astype(np.uint8)
     result = fit(image, size).astype(float)
     assert result.shape == (*size, 3)
-    down, along = (result[-2, :, 0] - result[1, :, 0]).mean() * height, (result[:, -2, 1] - result[:, 1, 1]).mean() * width
+    down = (result[-2, :, 0] - result[1, :, 0]).mean() * height
+    along = (result[:, -2, 1] - result[:, 1, 1]).mean() * width
     assert down / along == pytest.approx((size[0] - 3) / (size[1] - 3), rel=0.03)
 
 
-def test_shrinking_passes_over_no_pixel():
-    """A fine checkerboard becomes grey. Without antialiasing it stays black and white, in a pattern that is not there."""
+def test_shrinking_skips_no_pixel():
+    """A fine checkerboard becomes grey. Without antialiasing it stays black and white, in a false pattern."""
     image = np.repeat(np.indices((1000, 1000)).sum(0)[..., None] % 2 * 255, 3, axis=2).astype(np.uint8)
     assert np.abs(fit(image, (128, 128)).astype(int) - 127.5).max() < 30
     assert np.abs(fit(image, (128, 128)).astype(int)[8:-8, 8:-8] - 127.5).max() < 8
@@ -676,10 +681,10 @@ def test_fit_says_what_it_expects(arguments, message):
         fit(*arguments)
 
 
-# ----- chance ----------------------------------------------------------------------------------------
+# ----- randomness ----------------------------------------------------------------------------------------
 
-def test_chance_depends_on_seed_position_and_purpose_alone():
-    """Not on rank, worker, or what was drawn before. Another trainer seeded all ranks alike: the same noise on every GPU."""
+def test_randomness_depends_only_on_seed_position_and_purpose():
+    """Not on rank, worker or earlier draws. Another trainer seeded all ranks alike: the same noise on every GPU."""
     draws = {key: tuple(sample_rng(*key).random(4))
              for key in itertools.product((0, 1, 2 ** 40), (0, 1, 10 ** 12), ("crop", "noise"))}
     assert len(set(draws.values())) == len(draws) == 18
@@ -708,9 +713,9 @@ def by_queues(sampler: BatchSampler, buckets, batch: int, epochs: int) -> list:
 
 @pytest.mark.parametrize("counts, batch", [((40,), 8), ((37,), 8), ((3,), 8), ((1,), 1), ((30, 12, 5), 4),
                                            ((30, 12, 1, 1), 4), ((2, 1, 1), 16), ((5, 5), 1)])
-def test_steps_are_what_queues_would_give(counts, batch):
-    """Computed for any step at once, the sampler equals the process it stands for: also for sets smaller than a batch and for
-    shapes so rare that their queue takes many epochs to fill."""
+def test_steps_equal_those_of_queues(counts, batch):
+    """The closed form equals the process it stands for, also for datasets smaller than a batch, and for shapes so rare
+    that their queue takes many epochs to fill."""
     buckets = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)) * 3 + 1, counts))
     sampler = BatchSampler(buckets, batch, seed=5)
     expected = by_queues(sampler, buckets, batch, 40)
@@ -722,8 +727,8 @@ def test_steps_are_what_queues_would_give(counts, batch):
         assert (positions.tolist(), indices.tolist(), bucket) == expected[k]
 
 
-def test_with_one_bucket_every_epoch_shows_every_picture_once():
-    """Steps are consecutive pieces of the stream, across the ends of epochs too, and every epoch has an order of its own."""
+def test_with_one_bucket_every_epoch_shows_every_image_once():
+    """Steps are consecutive pieces of the stream, also across epochs, and every epoch has its own order."""
     steps = list(itertools.islice(BatchSampler(np.zeros(50, int), 8, seed=0).steps(), 25))
     positions, indices = (np.concatenate(parts) for parts in list(zip(*steps))[:2])
     assert positions.tolist() == list(range(200))
@@ -736,7 +741,7 @@ def test_with_one_bucket_every_epoch_shows_every_picture_once():
 
 
 def test_with_several_buckets_nothing_is_lost_and_no_step_mixes_sizes():
-    """Others drop what does not fill a batch at the end of an epoch: the rarest shapes, always."""
+    """Other trainers drop samples that do not fill a batch at the end of an epoch: always the rarest shapes."""
     buckets = np.random.default_rng(1).choice(4, 500, p=[0.7, 0.2, 0.09, 0.01])
     counts, batch = np.bincount(buckets), 16
     sampler, visits, seen, position = BatchSampler(buckets, batch, 0), np.zeros(500, int), set(), 0
@@ -753,29 +758,30 @@ def test_with_several_buckets_nothing_is_lost_and_no_step_mixes_sizes():
     assert visits.max() <= 20
 
 
-def test_a_plan_goes_on_from_any_step_and_from_there_again():
+def test_a_sampler_continues_from_any_step_and_from_there_again():
     """Also after a second resume: counts belong to the training, not to the run."""
     buckets = np.random.default_rng(0).choice(3, 100, p=[0.8, 0.15, 0.05])
     unbroken = [step[1].tolist() for step in itertools.islice(BatchSampler(buckets, 8, 3).steps(), 60)]
     resumed = []
     for start, stop in ((0, 13), (13, 14), (14, 47), (47, 60)):
-        resumed += [step[1].tolist() for step in itertools.islice(BatchSampler(buckets, 8, 3).steps(start), stop - start)]
+        resumed += [step[1].tolist() for step in itertools.islice(BatchSampler(buckets, 8, 3).steps(start),
+                                                                  stop - start)]
     assert resumed == unbroken
     copy = pickle.loads(pickle.dumps(BatchSampler(buckets, 8, 3)))
     assert copy.step(59)[1].tolist() == unbroken[59]
 
 
-def test_a_start_far_into_training_goes_through_nothing_before_it(monkeypatch):
-    """A hundred million steps in: what an epoch holds of each bucket is known, so only the epochs of this step are laid out."""
+def test_a_start_far_into_training_computes_nothing_before_it(monkeypatch):
+    """A hundred million steps in: the counts of each bucket are known, so only the epochs of this step are laid out."""
     laid_out = []
-    monkeypatch.setattr(data, "sample_rng", lambda *key, original=sample_rng: laid_out.append(key) or original(*key))
+    monkeypatch.setattr(order, "sample_rng", lambda *key, original=sample_rng: laid_out.append(key) or original(*key))
     buckets = np.random.default_rng(0).choice(5, 20_000, p=[0.5, 0.2, 0.2, 0.05, 0.05])
     positions, indices, bucket = BatchSampler(buckets, 64, 0).step(10 ** 8)
     assert len(laid_out) <= 2 and (buckets[indices] == bucket).all() and abs(positions[-1] / (64 * 10 ** 8) - 1) < 1e-6
 
 
 @pytest.mark.parametrize("world, micro_batch", [(1, 8), (2, 4), (1, 4), (4, 1), (8, 1), (2, 2)])
-def test_a_step_is_the_same_work_however_it_is_shared(world, micro_batch):
+def test_a_step_is_the_same_however_it_is_shared(world, micro_batch):
     """1 process x 8, 2 x 4, 1 x 4 x 2 accumulation steps: the parts of a step are the step, each sample once."""
     sampler = BatchSampler(np.random.default_rng(0).choice(3, 60), 8, 0)
     for positions, indices, _ in itertools.islice(sampler.steps(), 20):
@@ -789,24 +795,24 @@ def test_a_step_is_the_same_work_however_it_is_shared(world, micro_batch):
                            "8 samples cannot be shared by 3 GPUs in micro-steps of 1: expected a multiple of 3"),
                                                 ((0, 0, 2, 8), "multiple of 16"), ((2, 0, 2, 2), "micro-step 2 of 2"),
                           ((0, 2, 2, 2), "rank 2 of 2")])
-def test_shares_that_do_not_add_up_are_refused(arguments, message):
+def test_shares_that_do_not_add_up_are_rejected(arguments, message):
     with pytest.raises(ValueError, match=message):
         split(np.arange(8), *arguments)
 
 
 @pytest.mark.parametrize("buckets, batch", [([], 1), ([0], 0), ([[0, 1]], 1)])
-def test_plans_of_nothing_are_refused(buckets, batch):
+def test_empty_samplers_are_rejected(buckets, batch):
     """The loop over an empty sampler would never end."""
-    with pytest.raises(ValueError, match="expected .N,., one per picture"):
+    with pytest.raises(ValueError, match="expected .N,., one per image"):
         BatchSampler(np.array(buckets, int), batch, 0)
 
 
 class Training(torch.utils.data.Dataset):
-    """What a training script does with this file, for one rank: its shares of the steps, one sample per item."""
+    """What a training script does, for one rank: its shares of the steps, one sample per item."""
     def __init__(self, folder, world, rank, micro_batch):
-        self.pictures = open_dataset(folder)
+        self.dataset = open_dataset(folder)
         self.shapes = bucket_sizes(384)
-        sampler, self.samples = BatchSampler(nearest_bucket(self.pictures.sizes, self.shapes), 4, 0), []
+        sampler, self.samples = BatchSampler(nearest_bucket(self.dataset.sizes, self.shapes), 4, 0), []
         for positions, indices, bucket in itertools.islice(sampler.steps(), 6):
             for micro in range(4 // world // micro_batch):
                 part = split(positions, micro, rank, world, micro_batch)
@@ -818,15 +824,15 @@ class Training(torch.utils.data.Dataset):
     def __getitem__(self, n):
         position, i, bucket = self.samples[n]
         draw = functools.partial(sample_rng, 0, position)
-        captions = self.pictures.captions(i)
-        image = fit(self.pictures.read(i), self.shapes[bucket], "random", bool(draw("flip").integers(2)), draw("crop"))
+        captions = self.dataset.captions(i)
+        image = fit(self.dataset.read(i), self.shapes[bucket], "random", bool(draw("flip").integers(2)), draw("crop"))
         return position, captions[draw("caption").integers(len(captions))], hashlib.sha256(image).hexdigest()
 
 
-def test_what_a_sample_becomes_depends_on_no_rank_and_no_worker(tmp_path):
-    """Crop, flip and caption of every position: 1 process, 2 ranks, 2 ranks with 2 micro-steps each, worker processes."""
+def test_samples_do_not_depend_on_ranks_or_workers(tmp_path):
+    """Crop, flip and caption of every position: 1 process, 2 ranks, 2 ranks with 2 micro-steps each, workers."""
     for i in range(10):
-        write(tmp_path, {f"{i}.png": encoded(picture(i, *((96, 64), (64, 96), (72, 80))[i % 3])),
+        write(tmp_path, {f"{i}.png": encoded(noise_image(i, *((96, 64), (64, 96), (72, 80))[i % 3])),
                          f"{i}.txt": "one\ntwo\nthree"})
 
     def run(world, micro_batch, workers=0):

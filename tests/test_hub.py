@@ -1,6 +1,6 @@
-"""Fetching weights, against a stand-in for the hub on this machine: what is asked for, what is said when it goes wrong.
+"""Fetches weights from a local stand-in for the hub: which files are requested, and the errors of failed downloads.
 
-The stand-in serves the tiny weights under the official names, so that the whole way from "v2" to a picture is walked.
+The stand-in serves the tiny weights under the official names, so the whole way from "v2" to an image is tested.
 Every call runs in a process of its own, as huggingface_hub reads its settings once, when it is imported.
 """
 import hashlib
@@ -24,7 +24,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def official_files() -> dict[str, dict[str, bytes]]:
-    """repository -> {file: content}, with files nobody needs: pickles, float32 beside float16, pictures, model_index.json."""
+    """repository -> {file: content}, including files nobody needs: pickles, float32 next to float16, an image, ..."""
     def folder(name, inside):
         return {f"{inside}/{path.name}" if inside else path.name: path.read_bytes() for path in (TINY / name).iterdir()}
     text = folder("text_encoder", "text_encoder") | folder("tokenizer", "tokenizer")
@@ -40,7 +40,7 @@ def official_files() -> dict[str, dict[str, bytes]]:
 
 
 class Hub:
-    """A web server that answers as the hub does; `asked` are the files whose content was asked for, with the first byte."""
+    """A web server that answers like the hub. `asked`: the files whose content was requested, with the first byte."""
     def __init__(self, files):
         self.files, self.asked, self.cut, self.status = files, [], None, None
         outer = self
@@ -84,11 +84,13 @@ class Hub:
                 first = int(re.match(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-"))[1])
                 outer.asked.append((f"{place[1]}/{place[2]}", first))
                 if outer.cut and place[2].endswith(outer.cut[0]) and first < outer.cut[1]:
-                    # A line that breaks, once: fewer bytes than were promised.
+                    # A connection that breaks once: fewer bytes than promised.
                     self.answer(200, data[first:outer.cut[1]], **headers, Content_Length=str(len(data) - first))
                     self.close_connection, outer.cut = True, None
                     return
-                partly = {"Content_Range": f"bytes {first}-{len(data) - 1}/{len(data)}"} if "Range" in self.headers else {}
+                partly = {}
+                if "Range" in self.headers:
+                    partly["Content_Range"] = f"bytes {first}-{len(data) - 1}/{len(data)}"
                 self.answer(206 if partly else 200, data[first:], **headers, **partly)
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -115,7 +117,7 @@ def run(served, home: Path, script: str, *arguments: str, **environment) -> subp
 
 
 def error_of(result: subprocess.CompletedProcess) -> str:
-    """The one line of a user's mistake."""
+    """The one line of a user error."""
     assert result.returncode == 2, result.stderr
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "Traceback" not in result.stderr
@@ -132,7 +134,7 @@ NEEDED = {f"warp-ai/wuerstchen-prior/{name}" for name in ("prior/config.json",
 
 
 def test_text_to_image_fetches_what_it_needs_once_and_nothing_else(served, tmp_path):
-    """Seven parts, one weight file each, .safetensors before .bin, no image encoder; the second time, not a byte."""
+    """Seven parts, one weight file each, .safetensors before .bin, no image encoder. The second time, not a byte."""
     result = run(served, tmp_path, "hub.py", "v2")
     assert result.returncode == 0, result.stderr
     assert {name for name, _ in served.asked} == NEEDED
@@ -143,7 +145,7 @@ def test_text_to_image_fetches_what_it_needs_once_and_nothing_else(served, tmp_p
 
 
 def test_reconstruction_never_fetches_stage_c(served, tmp_path):
-    """Encoding a picture and painting it again takes the image encoder, Stage B with its text encoder, and Stage A."""
+    """Encoding and decoding an image takes the image encoder, Stage B with its text encoder, and Stage A."""
     from safetensors.torch import save
     from stage_b import EfficientNetEncoder
     from loading.names import to_diffusers
@@ -152,7 +154,8 @@ def test_reconstruction_never_fetches_stage_c(served, tmp_path):
                                                    "diffusion_pytorch_model.safetensors": save(
         {name: tensor.contiguous() for name, tensor in to_diffusers(model.state_dict(), model).items()})}
     result = run(served, tmp_path, "-c",
-                 "import wuerstchen; from loading import hub; wuerstchen.Wuerstchen.load('v2', 'cpu', parts=hub.RECONSTRUCTION)")
+                 "from wuerstchen import Wuerstchen; from loading import hub; "
+                 "Wuerstchen.load('v2', 'cpu', parts=hub.RECONSTRUCTION)")
     assert result.returncode == 0, result.stderr
     asked = {name for name, _ in served.asked}
     assert "warp-ai/EfficientNetEncoder/diffusion_pytorch_model.safetensors" in asked
@@ -160,7 +163,7 @@ def test_reconstruction_never_fetches_stage_c(served, tmp_path):
                     if "EfficientNetEncoder" in name} == {name for name in NEEDED if "wuerstchen-prior" not in name}
 
 
-def test_what_was_fetched_serves_without_a_network(served, tmp_path):
+def test_fetched_weights_work_without_a_network(served, tmp_path):
     run(served, tmp_path, "hub.py", "v2")
     served.close()
     online = run(served, tmp_path, "hub.py", "v2", "--offline")
@@ -169,8 +172,8 @@ def test_what_was_fetched_serves_without_a_network(served, tmp_path):
     assert "prior" in error_of(run(served, tmp_path, "hub.py", "v2-base", "--offline"))
 
 
-def test_v2_is_painted_as_its_files_say(served, tmp_path):
-    """From the name to the picture: the same as from the same files in a folder."""
+def test_v2_gives_the_same_image_from_the_hub_and_from_a_folder(served, tmp_path):
+    """From the name to the image."""
     from PIL import Image
     from wuerstchen import Wuerstchen
     import numpy as np
@@ -183,8 +186,8 @@ def test_v2_is_painted_as_its_files_say(served, tmp_path):
     assert np.abs(np.asarray(Image.open(tmp_path / "cat.png"), int) - np.asarray(here, int)).max() <= 1
 
 
-def test_a_broken_download_goes_on_where_it_stopped(served, tmp_path):
-    """Of 30 MB, 15 arrive before the line breaks. huggingface_hub writes pieces of 10 MB, so that at most the last one is lost."""
+def test_a_broken_download_resumes_where_it_stopped(served, tmp_path):
+    """The connection breaks after 15 of 30 MB. huggingface_hub writes pieces of 10 MB, so it loses at most the last."""
     name, content = "decoder/diffusion_pytorch_model.safetensors", bytes(range(256)) * 120_000
     served.files["warp-ai/wuerstchen"][name] = content
     served.cut = (name, len(content) // 2)
@@ -213,13 +216,16 @@ def serve_v1(served, folder: Path) -> set[str]:
            if name.startswith(("warp-ai/wuerstchen/text_encoder", "warp-ai/wuerstchen/tokenizer"))}
 
 
-# Without config.json sizes are the official ones: here they are small.
-SMALL = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; import sample; from loading import weights; from helpers import SMALL_V1; " \
+# Without config.json, sizes are the official ones: here they are small.
+SMALL = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; " \
+        "import sample; from loading import weights; from helpers import SMALL_V1; " \
         "weights.official_sizes = lambda stage, shapes: SMALL_V1[stage]; sample.main(sys.argv[1:])"
 
 
-def test_v1_is_fetched_by_the_names_of_its_files_and_paints(served, tmp_path):
-    """From the name to the picture: three files of the authors at the revision that has them, CLIP-H once for both stages, nothing else; then without a network."""
+def test_v1_is_fetched_by_the_names_of_its_files_and_generates(served, tmp_path):
+    """From the name to the image, first with and then without a network: three files of the authors, at the revision
+    that has them, and CLIP-H once for both stages. Nothing else is fetched.
+    """
     from PIL import Image
     needed = serve_v1(served, tmp_path / "v1")
     result = run(served, tmp_path, "hub.py", "v1")
@@ -231,7 +237,7 @@ def test_v1_is_fetched_by_the_names_of_its_files_and_paints(served, tmp_path):
         assert places[part].endswith(f"/snapshots/{hub.REVISIONS['dome272/wuerstchen (v1)']}/{file}")
     assert places["text_encoder"] == places["prior_text_encoder"] and places["tokenizer"] == places["prior_tokenizer"]
     served.asked.clear()
-    # The image encoder is in Stage B's file, and so there already.
+    # The image encoder is in Stage B's file, which is already there.
     assert run(served, tmp_path, "hub.py", "v1", "--parts",
                "image_encoder").stdout.split() == ["image_encoder", places["decoder"]]
     served.close()
@@ -243,8 +249,8 @@ def test_v1_is_fetched_by_the_names_of_its_files_and_paints(served, tmp_path):
     assert "128 x 64 px is not what these weights were trained on (512 px only)" in result.stderr
 
 
-def test_a_folder_of_v1_s_files_fetches_the_text_encoder_alone(served, tmp_path):
-    """CLIP-H for both stages, not v2's bigG: the authors published their files without."""
+def test_a_folder_of_v1_s_files_fetches_only_the_text_encoder(served, tmp_path):
+    """CLIP-H for both stages, not v2's bigG: the authors published no text encoder with their files."""
     import shutil
     needed = serve_v1(served, tmp_path / "v1")
     for part in ("text_encoder", "tokenizer"):
@@ -256,20 +262,22 @@ def test_a_folder_of_v1_s_files_fetches_the_text_encoder_alone(served, tmp_path)
     assert {name for name, _ in served.asked} == {name for name in needed if name.startswith("warp-ai")}
 
 
-def test_v1_s_file_that_is_missing_is_said_in_one_line(served, tmp_path):
-    """With the revision, which --revision changes."""
+def test_a_missing_file_of_v1_is_explained_in_one_line(served, tmp_path):
+    """With the revision, so that --revision can change it."""
     serve_v1(served, tmp_path / "v1")
     del served.files["dome272/wuerstchen"]["model_stage_c_ema.pt"]
+    revision = hub.REVISIONS["dome272/wuerstchen (v1)"]
     assert error_of(run(served, tmp_path, "hub.py", "v1")) == \
-        f"error: dome272/wuerstchen at revision {hub.REVISIONS['dome272/wuerstchen (v1)']} holds no model_stage_c_ema.pt"
+        f"error: dome272/wuerstchen at revision {revision} holds no model_stage_c_ema.pt"
     assert "at revision main holds no" in error_of(run(served, tmp_path, "hub.py", "v1", "--revision",
                                                        "dome272/wuerstchen=main"))
 
 
-def test_v1_s_file_that_is_a_pointer_is_recognised(served, tmp_path):
-    """Its notebook fetched the VQGAN by /raw/, which gives the pointer in place of the file."""
+def test_a_pointer_instead_of_a_file_of_v1_is_recognised(served, tmp_path):
+    """The authors' notebook fetched the VQGAN by /raw/, which gives the pointer instead of the file."""
     serve_v1(served, tmp_path / "v1")
-    served.files["dome272/wuerstchen"]["vqgan_f4_v1_500k.pt"] = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4\n"
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4\n"
+    served.files["dome272/wuerstchen"]["vqgan_f4_v1_500k.pt"] = pointer
     assert "vqgan_f4_v1_500k.pt is a Git LFS pointer" in error_of(run(served, tmp_path, "-c", SMALL, "--weights", "v1",
                                                                       "--prompt", "a cat"))
 
@@ -280,12 +288,12 @@ def test_v1_s_file_that_is_a_pointer_is_recognised(served, tmp_path):
     (403, {"X_Error_Code": "GatedRepo"}, "asks for its terms to be accepted"),
     (404, {"X_Error_Code": "RevisionNotFound"}, "has no revision"),
     (500, {}, "answered with an error")])
-def test_what_the_hub_refuses_is_said_in_one_line(status, headers, message, served, tmp_path):
+def test_a_refusal_by_the_hub_is_explained_in_one_line(status, headers, message, served, tmp_path):
     served.status = (status, headers)
     assert message in error_of(run(served, tmp_path, "hub.py", "v2", "--parts", "vqgan"))
 
 
-def test_no_network_is_said_in_one_line(served, tmp_path):
+def test_a_missing_network_is_explained_in_one_line(served, tmp_path):
     served.close()
     message = error_of(run(served, tmp_path, "hub.py", "v2", "--parts", "vqgan"))
     assert "cannot be reached" in message and "--offline" in message
@@ -294,13 +302,13 @@ def test_no_network_is_said_in_one_line(served, tmp_path):
 @pytest.mark.parametrize("content, message", [
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4\n", "is a Git LFS pointer"),
     (b"<!DOCTYPE html><html>rate limited</html>", "is a web page, not weights")])
-def test_what_is_no_weight_file_is_recognised(content, message, served, tmp_path):
+def test_files_that_are_not_weights_are_recognised(content, message, served, tmp_path):
     served.files["warp-ai/wuerstchen"]["vqgan/diffusion_pytorch_model.safetensors"] = content
     assert message in error_of(run(served, tmp_path, "sample.py", "--weights", "v2", "--prompt", "a cat"))
 
 
 def test_the_image_encoder_is_taken_out_of_the_big_file_once(served, tmp_path):
-    """80 MB of 6 GB: fetched and read once, then kept as a small file of its own, the same bit by bit."""
+    """80 MB of 6 GB: fetched and read once, then kept as a small file with the same bits."""
     import io
     from stage_b import EfficientNetEncoder
     from loading.names import to_diffusers
@@ -320,8 +328,8 @@ def test_the_image_encoder_is_taken_out_of_the_big_file_once(served, tmp_path):
     assert run(served, tmp_path, "hub.py", "v2", "--parts", "image_encoder").returncode == 0 and served.asked == []
 
 
-def test_the_image_encoder_of_its_own_repository_spares_the_big_file(served, tmp_path):
-    """80 MB in place of 6 GB, where the hub has it, in the form diffusers' training code gave it."""
+def test_the_image_encoder_s_own_repository_replaces_the_big_file(served, tmp_path):
+    """80 MB instead of 6 GB if the hub has it, in the form diffusers' training code gave it."""
     from safetensors.torch import save
     from stage_b import EfficientNetEncoder
     from loading.names import to_diffusers
@@ -347,7 +355,7 @@ def test_the_image_encoder_of_its_own_repository_spares_the_big_file(served, tmp
     (True, ["pytorch_model.bin", "model.safetensors"], "model.safetensors"),
     (True, ["pytorch_model.bin", "pytorch_model.fp16.bin"], "pytorch_model.fp16.bin"),
     (False, ["pytorch_model.bin"], "pytorch_model.bin")])
-def test_one_weight_file_of_those_offered_is_taken(half, offered, taken):
+def test_one_of_the_offered_weight_files_is_taken(half, offered, taken):
     """.safetensors before .bin; half precision where it is wanted and there."""
     _, names = hub.choices("text_encoder", "model", half)
     assert next(name for name in names if name.removeprefix("text_encoder/") in offered) == f"text_encoder/{taken}"
@@ -359,6 +367,6 @@ def test_a_revision_is_for_all_repositories_or_for_one():
     assert hub.revision_of(repo, "refs/pr/1") == hub.revision_of(repo, f"{repo}=refs/pr/1") == "refs/pr/1"
     assert hub.revision_of(repo, "warp-ai/wuerstchen-prior=refs/pr/1") == hub.REVISIONS[repo]
     authors = "dome272/wuerstchen"
-    assert hub.revision_of(authors, None) == hub.REVISIONS[authors] != hub.revision_of(authors, None,
-                                                                                       "v1") == hub.REVISIONS[f"{authors} (v1)"]
+    assert hub.revision_of(authors, None) == hub.REVISIONS[authors] != hub.REVISIONS[f"{authors} (v1)"]
+    assert hub.revision_of(authors, None, "v1") == hub.REVISIONS[f"{authors} (v1)"]
     assert hub.revision_of(authors, "main", "v1") == "main" and hub.revision_of(repo, None, "v1") == hub.REVISIONS[repo]

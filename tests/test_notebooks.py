@@ -338,8 +338,8 @@ def test_the_checksum_is_of_the_code_and_of_nothing_else():
     ("1 / 0", dict(output_type="error", ename="ZeroDivisionError", evalue="division by zero"),
      "failed: ZeroDivisionError"),
     ("f()", dict(output_type="stream", name="stderr", text=["UserWarning: old"]), "wrote to stderr: UserWarning"),
-    ("pictures(x, 'title')", dict(output_type="stream", name="stdout", text=["done"]), "gave no picture"),
-    ("plt.plot(x)", dict(output_type="display_data", data={"image/png": "WHITE"}), "empty picture")])
+    ("pictures(x, 'title')", dict(output_type="stream", name="stdout", text=["done"]), "its output has no image"),
+    ("plt.plot(x)", dict(output_type="display_data", data={"image/png": "WHITE"}), "drew an empty image")])
 def test_broken_outputs_are_found(code, output, message):
     """Each in one line that names the cell."""
     if "data" in output:
@@ -407,7 +407,7 @@ def test_calls_of_what_exists_are_not_complained_about(code):
 @pytest.mark.parametrize("text, wrong", [("```\npython train_a.py --out a \\\n    --steps 5\n```", 0),
                                          ("```\npython train_a.py --out a \\\n    --stebs 5\n```", 1),
                                          ("`python nothing.py`", 1), ("`python sample.py --help`", 0),
-                                         ("`python lora.py merge`", 0), ("`--steps 3`", 0),
+                                         ("`python -m tools.lora merge`", 0), ("`--steps 3`", 0),
                                          ("```\ntorchrun --nproc-per-node 8 train_c.py --data 'a/{0..3}.tar' --out c   # comment\n```", 0)])
 def test_wrong_commands_are_found(text, wrong, capsys):
     """In blocks, over several lines, and within a line."""

@@ -1092,8 +1092,8 @@ def test_a_latent_of_v1_gives_the_same_picture_without_stage_c(v1):
 
 @pytest.mark.usefixtures("v1_is_a_folder")
 @pytest.mark.parametrize("argv, message", [
-    (["--sampler-b", "ddim"], "sampler is 'ddim', expected one of multinomial, argmax, quant for Stage B of v1."),
-    (["--temperature-b", "0"], "the temperature is 0, expected more than 0; mode argmax is what 0 would mean."),
+    (["--sampler-b", "ddim"], "Stage B: sampler is 'ddim', expected one of multinomial, argmax, quant for Stage B of v1."),
+    (["--temperature-b", "0"], "Stage B: the temperature is 0, expected more than 0; mode argmax is what 0 would mean."),
     (["--temperature-b", "1,0.8,0.6"],
      "argument --temperature-b: expected 1 or 2 numbers with commas between, got '1,0.8,0.6'"),
     (["--rescale-b", "0.5"],
@@ -1108,4 +1108,4 @@ def test_temperature_is_for_v1(capsys):
     assert error_of(capsys, "--prompt", "cat", "--temperature-b",
                     "0.5") == "--temperature-b is only for v1, because Stage B of v1 generates tokens: remove it"
     assert error_of(capsys, "--prompt", "cat", "--sampler-b",
-                    "argmax") == "sampler is 'argmax', expected one of ddpm, ddim, dpm++."
+                    "argmax") == "Stage B: sampler is 'argmax', expected one of ddpm, ddim, dpm++."

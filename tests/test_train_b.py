@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from training import data
+from training import data, order
 import sample
 from training import scenes
 import train_b
@@ -265,7 +265,7 @@ def test_captions_are_dropped_one_by_one_and_by_a_coin_of_their_own(folder, draw
 def test_noise_levels_reach_one_and_lean_towards_it(drawn, exponent):
     """t' = (1 - u) 1.08 + 0.001, clamped, then 1 - (1 - t')^exponent: 7 % at exactly t = 1, where sampling starts, in float32."""
     args = train_b.parse_args(["--out", "x", "--blind", "0", "--high-noise", str(exponent)])
-    chance = torch.from_numpy(np.array([data.sample_rng(0, position, "timestep").random() for position in range(6000)],
+    chance = torch.from_numpy(np.array([order.sample_rng(0, position, "timestep").random() for position in range(6000)],
                                        np.float32))
     assert np.array_equal(chance[:600].numpy(), [item["chance"] for item in drawn])
     t = train_b.noise_levels(chance, 0, args)
@@ -528,7 +528,7 @@ def test_a_broken_picture_is_replaced_and_named(folder, new, tmp_path, capsys):
         (broken / path.name).write_bytes(path.read_bytes())
     (broken / "03.png").write_bytes((folder / "03.png").read_bytes()[:400])
     train(broken, tmp_path / "run", *new, "--cache", str(tmp_path / "cache"), steps=4)
-    assert "1 pictures cannot be read: " in capsys.readouterr().err
+    assert "1 images cannot be read: " in capsys.readouterr().err
     train(broken, tmp_path / "other", *new, "--even-contrast", "--val-every", "4", steps=4)
 
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from training import cache
-from training import data
+from training import data, order
 from loading import hub
 from v1 import stage_b as stage_b_v1
 from v1 import training as tokens
@@ -145,8 +145,8 @@ def test_one_step_in_closed_form(folder, new, tmp_path, monkeypatch):
     out = train(folder, tmp_path / "run", *new, "--lr", "1e-2", "--guide-attention", "0", steps=2)
     (logits, x_0, t, mask), (x_t, told, _, _) = seen[1], asked[1]
     (positions, indices, _), = [train_b.SizedPlan(np.full((12, 2), 128), [128], 2.0, 4, 0).step(1)]
-    drawn = [tokens.draw(data.sample_rng(0, p, "noise"), 1024, 32, 32) for p in positions.tolist()]
-    chance = torch.tensor([np.float32(data.sample_rng(0, p, "timestep").random()) for p in positions.tolist()])
+    drawn = [tokens.draw(order.sample_rng(0, p, "noise"), 1024, 32, 32) for p in positions.tolist()]
+    chance = torch.tensor([np.float32(order.sample_rng(0, p, "timestep").random()) for p in positions.tolist()])
     torch.testing.assert_close(t, training_levels(chance), rtol=0, atol=1e-6)
     vqgan, pictures = weights.load_stage_a(TINY / "vqgan"), data.open_dataset(folder)
     loss = 0.0

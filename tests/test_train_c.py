@@ -391,7 +391,7 @@ def test_a_broken_picture_is_replaced_and_named(folder, tmp_path, capsys):
         (broken / path.name).write_bytes(path.read_bytes())
     (broken / "03.png").write_bytes((folder / "03.png").read_bytes()[:400])
     train(broken, tmp_path / "run", *LORA, "--cache", str(tmp_path / "cache"), steps=4)
-    assert "1 pictures cannot be read: " in capsys.readouterr().err
+    assert "1 images cannot be read: " in capsys.readouterr().err
     train(broken, tmp_path / "other", *LORA, steps=4)
 
 

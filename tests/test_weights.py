@@ -1,4 +1,4 @@
-"""Weights arrive where they belong, come back unchanged, and what is wrong with a file is said in one line."""
+"""Weights load into the right tensors and are saved unchanged; each unusable file is one clear line."""
 import json
 import pickle
 import shutil
@@ -14,8 +14,8 @@ import stage_c
 from loading import weights
 from loading.layouts import check_scheduler, find_parts
 from loading.names import config_to_diffusers, config_to_ours, original_to_diffusers, to_diffusers, to_original
-from tools.weights import convert
-from loading.errors import WeightsError
+from tools.weights import convert, main
+from loading.errors import UserError, WeightsError, as_user_error, exit_on_user_error
 from helpers import COMBINED, MANIFESTS, PUBLISHED, SMALL_V1, build, golden, manifest, rel, small_v1, under
 from stage_a import StageA
 from stage_b import EfficientNetEncoder, StageB, TinyImageEncoder
@@ -48,7 +48,7 @@ def small_tiny_encoder():
     ("diffusers_decoder_v2", lambda: StageB(), to_diffusers),
     ("diffusers_prior_v2", lambda: StageC(), to_diffusers)])
 def test_official_sizes_have_the_official_names_and_shapes(name, build_model, translate):
-    """The defaults of our classes are the released sizes, and every released tensor has its place, with no memory spent."""
+    """The defaults of our classes are the released sizes: all names and shapes match the manifests. Takes no memory."""
     with torch.device("meta"):
         model = build_model()
     found = {key: (tuple(t.shape), str(t.dtype).removeprefix("torch."))
@@ -61,7 +61,7 @@ def test_official_sizes_have_the_official_names_and_shapes(name, build_model, tr
     ("vqgan", StageA), ("vqgan_three_levels", StageA)])
 @pytest.mark.parametrize("naming", ["original", "diffusers"])
 def test_names_go_to_ours_and_back_unchanged(name, stage, naming):
-    """Both namings, to the bit: a file loaded and saved is the same file."""
+    """Both namings, bit by bit: a file loaded and saved is the same file."""
     data, config = golden(name)
     source = under(f"sd/{naming}/", data)
     model = build(stage, config["model"], source)
@@ -72,7 +72,7 @@ def test_names_go_to_ours_and_back_unchanged(name, stage, naming):
 
 
 def test_attention_thirds_are_query_key_value_in_this_order():
-    """Swapped thirds have the same shapes, so nothing but the order itself can be checked."""
+    """Swapped thirds have the same shapes, so only the order itself can be checked."""
     fused = {"attention.attn.in_proj_bias": torch.arange(6.0)}
     split = original_to_diffusers(fused)
     assert {name: t.tolist() for name, t in split.items()} == {
@@ -87,7 +87,7 @@ def test_attention_thirds_are_query_key_value_in_this_order():
     ("wuerstchen/vqgan", StageA, stage_a), ("wuerstchen/decoder", StageB, stage_b),
     ("wuerstchen-prior/prior", StageC, stage_c)])
 def test_published_configs_are_our_defaults(place, stage, module):
-    """And are written back as they were, but for diffusers' version number."""
+    """And are written back unchanged, except for diffusers' version number."""
     config = json.loads((CONFIGS / place / "config.json").read_text())
     arguments = config_to_ours(config, stage)
     assert arguments == module.OFFICIAL
@@ -124,8 +124,8 @@ def test_impossible_configs_are_explained(stage, change, message, tmp_path):
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_unknown_options_are_only_warned_of():
-    """Later versions of diffusers may add some; what changes a tensor is caught by its shape."""
+def test_unknown_options_are_a_warning():
+    """Later versions of diffusers may add some. An option that changes a tensor is found by its shape."""
     with pytest.warns(UserWarning, match="not used here: flavour"):
         config_to_ours({"flavour": "ham", "_diffusers_version": "9"}, StageC)
 
@@ -134,7 +134,7 @@ def test_unknown_options_are_only_warned_of():
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_loading_gives_a_model_ready_to_use(stage):
-    """Eval mode, float32, trainable, every buffer filled, and no random number drawn: nothing was initialised in vain."""
+    """Eval mode, float32, trainable, every buffer filled. No random number was drawn only to be overwritten."""
     place, load, _ = PARTS[stage]
     state = torch.get_rng_state()
     model = load(COMBINED / place)
@@ -153,7 +153,7 @@ def test_dtype_reaches_all_but_counters():
 
 
 def test_bin_files_are_a_fallback(tmp_path):
-    """Older folders hold a pickle instead; it is read without running what is in it."""
+    """Older folders hold a pickle instead; it is read without running its code."""
     shutil.copy(COMBINED / "vqgan/config.json", tmp_path)
     tensors = load_file(COMBINED / "vqgan" / FILE)
     torch.save(tensors, tmp_path / "diffusion_pytorch_model.bin")
@@ -170,7 +170,7 @@ def test_bin_files_are_a_fallback(tmp_path):
 
 
 def damage(folder, how):
-    """Spoils a Stage C folder in the way named."""
+    """Damages a Stage C folder in the named way."""
     path = folder / FILE
     tensors = load_file(path)
     if how == "config missing":
@@ -219,7 +219,7 @@ def damage(folder, how):
     ("nan", "timestep_blocks.0.mapper.weight contains NaN or infinity"),
     ("infinity", "timestep_blocks.0.mapper.weight contains NaN or infinity")])
 def test_damaged_folders_are_explained_in_one_line(how, message, tmp_path):
-    """Never a traceback from a library, never a model that loads and paints badly."""
+    """Never a traceback from a library, never a model that loads and generates badly."""
     folder = tmp_path / "prior"
     shutil.copytree(COMBINED / "prior_prior", folder)
     damage(folder, how)
@@ -234,7 +234,7 @@ def test_missing_folder_is_explained(tmp_path):
 
 
 def test_weights_of_another_size_name_the_first_few():
-    """One line even where hundreds of tensors differ."""
+    """One line even if hundreds of tensors differ."""
     data, config = golden("diffnext")
     with pytest.raises(WeightsError, match="missing tensors: .*unknown tensors: .*wrong shapes: ") as error:
         build(StageB, {**config["model"], "c_cond": 16, "blocks": [1, 2, 1, 1]}, under("sd/original/", data))
@@ -253,8 +253,11 @@ def test_overflow_in_half_precision_is_found():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf")])
-def test_one_number_that_is_none_is_found_wherever_it_stands(dtype, wrong):
-    """At the ends and inside, where vector instructions read and where they no longer do; whole numbers and empty tensors are finite."""
+def test_one_bad_number_is_found_at_any_position(dtype, wrong):
+    """At the ends and in the middle, inside and outside the part that vector instructions read.
+
+    Integers and empty tensors are finite.
+    """
     for n in (1, 7, 64, 1000, 100_000):
         for position in {0, n // 2, n - 1}:
             tensor = torch.randn(n).to(dtype)
@@ -286,7 +289,7 @@ def test_saved_models_are_as_diffusers_writes_them(stage, tmp_path):
 
 
 def test_scale_factor_of_training_is_saved(tmp_path):
-    """It is measured at the end of training, when the model has long been built."""
+    """It is measured at the end of training, long after the model was built."""
     model = StageA(2, 1, 16, 4, 32, scale_factor=1.0)
     model.scale_factor = model.config["scale_factor"] = 0.4321
     weights.save_model(model, tmp_path)
@@ -298,7 +301,7 @@ def test_scale_factor_of_training_is_saved(tmp_path):
 
 @pytest.mark.parametrize("value", [70000.0, float("nan")])
 def test_numbers_float16_cannot_hold_are_not_saved(value, tmp_path):
-    """An infinity would be written without a word; the old file stays as it is."""
+    """An infinity would be written silently. The old file stays unchanged."""
     model = weights.load_stage_c(COMBINED / "prior_prior")
     weights.save_model(model, tmp_path)
     before = (tmp_path / FILE).read_bytes()
@@ -311,7 +314,7 @@ def test_numbers_float16_cannot_hold_are_not_saved(value, tmp_path):
 
 @torch.no_grad()
 def test_image_encoders_are_saved_and_loaded(tmp_path):
-    """Ours with its fixed scale of 42 still fixed; running statistics to the bit, since encoding divides by them."""
+    """Ours keeps its scale of 42 fixed; running statistics are equal bit by bit, since encoding divides by them."""
     model = small_tiny_encoder()
     model(torch.randn(4, 3, 64, 64))                         # train mode: moves the running statistics
     weights.save_model(model, tmp_path)
@@ -329,7 +332,7 @@ def test_image_encoders_are_saved_and_loaded(tmp_path):
 
 
 def test_efficientnet_is_saved_with_the_official_names(tmp_path):
-    """So that the file is one that others can use."""
+    """So that other programs can use the file."""
     pytest.importorskip("torchvision", reason="the official image encoder is torchvision's EfficientNetV2-S")
     model = EfficientNetEncoder()
     weights.save_model(model, tmp_path)
@@ -340,7 +343,7 @@ def test_efficientnet_is_saved_with_the_official_names(tmp_path):
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
-    """Power cuts and full disks happen at the end of long trainings."""
+    """Power cuts and full disks happen at the end of long training runs."""
     path = tmp_path / "new" / "file.txt"
     files.write_atomically(path, lambda temporary: temporary.write_text("old"))
 
@@ -352,13 +355,34 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
 
 
+# --- errors ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("error", [UserError("a folder is missing"), WeightsError("a folder is missing"),
+                                   OSError("a folder is missing")])
+def test_what_a_user_can_repair_ends_a_script_with_one_line(error, capsys):
+    with pytest.raises(SystemExit) as stop, exit_on_user_error():
+        raise error
+    assert stop.value.code == 2 and capsys.readouterr().err == "error: a folder is missing\n"
+
+
+def test_other_errors_are_bugs_unless_a_call_checks_the_user_s_values():
+    """A WeightsError stays one; a ValueError becomes a UserError only inside as_user_error."""
+    with pytest.raises(ValueError) as bug, exit_on_user_error():
+        raise ValueError("shapes differ")
+    assert type(bug.value) is ValueError
+    for error, kind in ((ValueError("no such column"), UserError), (WeightsError("no such tensor"), WeightsError)):
+        with pytest.raises(kind, match=str(error)) as found, as_user_error():
+            raise error
+        assert type(found.value) is kind
+
+
 # --- text encoders -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("folder", [COMBINED, PUBLISHED], ids=["combined", "published"])
 @pytest.mark.parametrize("side", ["prior", "decoder"])
 @torch.no_grad()
 def test_text_encoders_equal_the_reference(folder, side):
-    """Both layouts, that is names with and without "text_model."; six prompts, one empty, one too long, one beyond ASCII."""
+    """Both layouts: names with and without "text_model.". Six prompts: one empty, one too long, one beyond ASCII."""
     data, _ = golden("pipeline_text")
     texts = metadata_texts()
     parts = find_parts(folder)
@@ -382,7 +406,7 @@ def metadata_texts():
 
 @torch.no_grad()
 def test_text_encoder_survives_saving(tmp_path):
-    """float16 on disk, float32 in memory; transformers itself reads the folder too, and gets the same."""
+    """float16 on disk, float32 in memory; transformers itself also reads the folder, with the same result."""
     from transformers import CLIPTextModel, CLIPTokenizer
     tokenizer, encoder = weights.load_text_encoder(COMBINED / "text_encoder", COMBINED / "tokenizer")
     weights.save_text_encoder(tokenizer, encoder, tmp_path / "text_encoder", tmp_path / "tokenizer")
@@ -418,7 +442,7 @@ def test_text_encoder_loading_is_strict_but_for_position_ids(tmp_path):
 
 
 def test_missing_tokenizer_is_explained(tmp_path):
-    """transformers makes an empty tokenizer of an empty folder, and every prompt means the same."""
+    """transformers would make an empty tokenizer of an empty folder: all prompts would mean the same."""
     with pytest.raises(WeightsError, match="holds no tokenizer"):
         weights.load_text_encoder(COMBINED / "text_encoder", tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -431,7 +455,7 @@ def test_missing_tokenizer_is_explained(tmp_path):
     ("text_encoder_bigg", dict(hidden_size=1280, num_hidden_layers=32, num_attention_heads=20,
                                intermediate_size=5120))])
 def test_official_text_encoders_have_the_published_names(name, sizes):
-    """What save_text_encoder writes is named as in the published folders."""
+    """save_text_encoder writes the names of the published folders."""
     from transformers import CLIPTextConfig, CLIPTextModel
     with torch.device("meta"):
         model = CLIPTextModel(CLIPTextConfig(hidden_act="gelu", **sizes))
@@ -457,7 +481,7 @@ def test_all_three_layouts_are_recognised(tmp_path):
 
 
 def test_unknown_layouts_are_explained(tmp_path):
-    """What was looked for, and what was there instead."""
+    """The message lists what was looked for and what was found."""
     with pytest.raises(WeightsError, match="there is no such folder"):
         find_parts(tmp_path / "nowhere")
     with pytest.raises(WeightsError, match="looked for prior/, decoder/, vqgan/; or prior_prior/.*found nothing"):
@@ -471,7 +495,7 @@ def test_unknown_layouts_are_explained(tmp_path):
 
 
 def test_only_the_released_noise_schedule_is_accepted(tmp_path):
-    """Sampled with another schedule than in training, weights make grey noise, and nothing else would tell why."""
+    """Sampled with another schedule than in training, weights give grey noise, and nothing else would tell why."""
     check_scheduler(None)
     check_scheduler(COMBINED / "scheduler")
     check_scheduler(PUBLISHED / "wuerstchen-prior/scheduler")
@@ -492,7 +516,7 @@ def test_only_the_released_noise_schedule_is_accepted(tmp_path):
 # --- single files, the authors' own, and conversion ----------------------------------------------------
 
 def tiny_official(stage):
-    """A small model of a stage, in eval mode, and its config.json's folder among the goldens."""
+    """A small model of a stage, in eval mode, and its folder among the goldens."""
     part, load, _ = PARTS[stage]
     return load(COMBINED / part), COMBINED / part
 
@@ -500,8 +524,8 @@ def tiny_official(stage):
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("ending", [".pt", ".safetensors", ".bin", ""])
 @pytest.mark.parametrize("naming", ["ours", "diffusers", "original"])
-def test_conversion_there_and_back_is_the_same_to_the_bit(naming, ending, stage, tmp_path):
-    """Three namings, four kinds of places: nothing is rounded, and what was converted loads as what it was."""
+def test_conversion_there_and_back_changes_no_bit(naming, ending, stage, tmp_path):
+    """Three namings, four kinds of files: nothing is rounded, and a converted model loads as the same model."""
     model, folder = tiny_official(stage)
     shutil.copy(folder / "config.json", tmp_path)
     there, back = tmp_path / f"there{ending}", tmp_path / "back"
@@ -520,8 +544,20 @@ def test_conversion_overwrites_nothing(tmp_path):
     assert (tmp_path / "out.safetensors").read_bytes() == b"precious"
 
 
+def test_convert_on_the_command_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["weights.py", "convert", str(COMBINED / "vqgan"), str(tmp_path / "a.pt"), "--to",
+                                     "original"])
+    main()
+    content = torch.load(tmp_path / "a.pt", weights_only=True)["state_dict"]
+    assert "vquantizer.codebook.weight" in content
+    assert capsys.readouterr().out == f"{len(content)} tensors written to {tmp_path / 'a.pt'}\n"
+    with pytest.raises(SystemExit) as stop, exit_on_user_error():
+        main()
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith(f"error: {tmp_path / 'a.pt'} exists already")
+
+
 def test_the_authors_files_hold_several_tables(tmp_path):
-    """model_v2_stage_b.pt holds decoder and image encoder, Stage C's file the averaged weights beside others: each finds its own."""
+    """model_v2_stage_b.pt holds decoder and image encoder, Stage C's file EMA and plain weights: each finds its own."""
     model, folder = tiny_official(StageC)
     shutil.copy(folder / "config.json", tmp_path)
     right = to_original(model.state_dict(), model)
@@ -544,7 +580,7 @@ def test_the_authors_files_hold_several_tables(tmp_path):
     (weights.load_stage_b, "stage_a_vqgan", r"a Stage A \(VQGAN\)"),
     (weights.load_stage_a, "effnet_v2", r"an image encoder \(EfficientNet\)")])
 def test_a_file_in_the_wrong_place_is_named_for_what_it_is(load, name, looks, tmp_path, monkeypatch):
-    """The official names and shapes, without the gigabytes: only they are looked at before a number is read."""
+    """Official names and shapes without the gigabytes: only they are checked before a value is read."""
     shapes = {key: shape for key, (shape, _) in manifest(name).items()}
 
     class Names:
@@ -558,7 +594,7 @@ def test_a_file_in_the_wrong_place_is_named_for_what_it_is(load, name, looks, tm
 
 
 def test_a_folder_of_the_authors_files_is_recognised(tmp_path):
-    """Text encoders were never among them, so these may be absent."""
+    """The authors published no text encoders with them, so these may be missing."""
     for name in ("vqgan_f4_v1_500k.pt", "model_v2_stage_b.pt", "model_v2_stage_c_finetune_interpolation.pt"):
         (tmp_path / name).write_bytes(b"")
     parts = find_parts(tmp_path)
@@ -573,7 +609,7 @@ def test_a_folder_of_the_authors_files_is_recognised(tmp_path):
     ("effnet_v1", EfficientNetEncoder, dict(network="efficientnet_v2_l")), ("effnet_v2", EfficientNetEncoder, {}),
     ("stage_a_vqgan", StageA, {})])
 def test_the_authors_files_tell_v1_from_v2_by_their_shapes(name, stage, sizes, tmp_path, monkeypatch):
-    """There is no config.json beside them. The model that is planned has each tensor of the manifest, and no other."""
+    """There is no config.json next to them. The empty model has exactly the tensors of the manifest."""
     shapes = {key: shape for key, (shape, _) in manifest(name).items()}
     assert weights.official_sizes(stage, shapes) == sizes
 
@@ -593,13 +629,14 @@ def test_an_image_encoder_of_another_kind_is_explained(tmp_path):
     (tmp_path / "config.json").write_text('{"_class_name": "EfficientNetEncoder", "effnet": "efficientnet_b7"}')
     (tmp_path / FILE).write_bytes(b"")
     with pytest.raises(WeightsError,
-                       match="cannot be used: the image encoder is to be a 'efficientnet_b7', expected efficientnet_v2_s or, of v1"):
+                       match="cannot be used: the image encoder is to be a 'efficientnet_b7', expected "
+                             "efficientnet_v2_s or, of v1"):
         weights.load_image_encoder(tmp_path)
 
 
 @pytest.mark.parametrize("naming", ["ours", "diffusers", "original"])
-def test_v1_s_stage_b_goes_through_all_namings_to_the_bit(naming, tmp_path):
-    """From the authors' file to ours, or split as diffusers would, and back: the same table."""
+def test_v1_s_stage_b_goes_through_all_namings_unchanged(naming, tmp_path):
+    """From the authors' file to our names, or to names as diffusers would split them, and back: the same table."""
     data, config = golden("paella_v1")
     source = under("sd/original/", data)
     del config["model"]["c_out"]
@@ -622,7 +659,7 @@ def test_v1_s_stage_b_goes_through_all_namings_to_the_bit(naming, tmp_path):
     (lambda table: table["up_blocks.1.0.depthwise.weight"].resize_(8, 1, 3, 3),
      r"up_blocks.1.0.depthwise.weight is \(8, 1, 3, 3\), expected \(8, 2, 3, 3\)")])
 def test_v1_files_are_loaded_strictly(change, message, tmp_path, monkeypatch):
-    """One line that names what was expected, in the authors' names."""
+    """One line says what was expected, in the authors' names."""
     monkeypatch.setattr(weights, "official_sizes", lambda stage, shapes: SMALL_V1[stage])
     path = small_v1(tmp_path) / "model_stage_b.pt"
     content = torch.load(path, weights_only=True)
@@ -634,7 +671,7 @@ def test_v1_files_are_loaded_strictly(change, message, tmp_path, monkeypatch):
 
 
 def test_a_folder_of_v1_s_files_is_recognised(tmp_path):
-    """Of Stage C's two files the one with averaged weights alone; beside v2's files, v2 is meant."""
+    """Of Stage C's two files, the one with EMA weights is taken. If v2's files are there as well, v2 is meant."""
     for name in ("vqgan_f4_v1_500k.pt", "model_stage_b.pt", "model_stage_c.pt", "model_stage_c_ema.pt"):
         (tmp_path / name).write_bytes(b"")
     with pytest.warns(UserWarning, match="holds several files model_stage_c.*: taking model_stage_c_ema.pt"):
@@ -646,8 +683,8 @@ def test_a_folder_of_v1_s_files_is_recognised(tmp_path):
     assert find_parts(tmp_path)["decoder"] == tmp_path / "model_v2_stage_b.pt"
 
 
-def test_what_is_given_elsewhere_need_not_be_in_the_folder(tmp_path):
-    """So a folder that train_c.py wrote, which has no decoder, can be painted with."""
+def test_parts_given_separately_may_be_missing_in_the_folder(tmp_path):
+    """So a folder written by train_c.py, which has no decoder, can generate images."""
     (tmp_path / "prior").mkdir()
     for part in ("text_encoder", "tokenizer"):
         (tmp_path / part).mkdir()

@@ -1,40 +1,48 @@
-"""What is costly to compute and always comes out the same, kept on disk: semantic latents and text embeddings.
+"""On-disk cache of arrays that are expensive to compute and never change: latents and text embeddings.
 
   array = cache.get(key);  if array is None: cache.put(key, array := compute())
-  folder/KIND-HASH/ab/abcdef...npy     one entry; HASH is of the settings and the encoder, so other ones never meet
+  folder/KIND-HASH/ab/abcdef...npy     one entry; HASH is of the settings and the encoder, so different ones never meet
+  CachedTexts: captions -> embeddings, each computed once
+  fill_cache: the latents and embeddings of a whole dataset, each process computes its share
 
-A key is any text that says what was computed from: a caption itself (so each is kept once, however many pictures share
-it), or a picture's hash with all that was done to it, such as "3f2a... 1024x768 center flipped".
-Any number of processes may use a folder at once: an entry is written under another name and then renamed, so it is there
-whole or not at all, and whoever comes second replaces it by the same. The work is shared by missing(keys)[rank::world].
-Surprise: nothing is flushed to the disk (fsync), which would take longer than the rest. A power cut may leave entries of
-zeros; each carries a checksum of key and content, and one that does not fit is removed and computed again.
-Needs: torch, numpy.
+A key is any text that says what the array was computed from. It may be a caption, which is then stored once, however
+many images share it. Or it is an image's hash with everything that was done to it, see latent_key.
+Any number of processes may use a folder at once. An entry is written under another name and then renamed, so it is
+complete or not there at all, and a process that comes second replaces it by the same.
+Surprise: nothing is flushed to the disk (fsync), which would take longer than all the rest. A power cut may leave
+entries of zeros. Each carries a checksum of key and content; if it does not match, the entry is removed and computed
+again.
+Needs: torch, numpy, tqdm; training/data.py.
 """
+import contextlib
 import hashlib
 import io
 import json
 import os
+import sys
 import time
 import uuid
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
+from tqdm import tqdm
 
-# bytes of a sha256 at the end of an entry; np.load(path) reads what stands before it and is content
-CHECKSUM = 32
+from training.data import BrokenImage, ImageDataset, fit
+
+CHECKSUM = 32    # bytes of a sha256 at the end of an entry; np.load(path) reads only the array before it
 
 
 class Cache:
     """Arrays by key, for one encoder and one set of settings.
 
-    settings   whatever else the arrays depend on, as JSON can hold it. "kind" names the folder ("latents", "text"), "dtype"
-               is "float16", half the size, or "float32", or of whole numbers "int16" or "int32", which are kept exactly; these
-               are the defaults: kind "entries", dtype "float16".
-    Raises ValueError for another dtype, TypeError for settings that JSON cannot hold.
+    settings   everything else the arrays depend on, in types that JSON has. "kind" names the folder: "latents",
+               "texts", ..., by default "entries". "dtype" is "float16" (the default, half the size) or "float32"; for
+               integers, which are stored exactly, "int16" or "int32".
+    Raises ValueError for another dtype, TypeError for settings that JSON cannot represent.
     """
     def __init__(self, folder: str | Path, encoder_hash: str, settings: dict):
         settings = {"kind": "entries", "dtype": "float16", **settings}
@@ -45,7 +53,7 @@ class Cache:
         self.folder = Path(folder) / f"{settings['kind']}-{_sha256(self._identity)[:16]}"
         self._writing = self.folder / "writing"            # on the same disk, so that a rename is one step
         self._writing.mkdir(parents=True, exist_ok=True)
-        for path in self._writing.iterdir():               # what killed runs have left
+        for path in self._writing.iterdir():               # leftovers of killed runs
             if time.time() - path.stat().st_mtime > 3600:
                 path.unlink(missing_ok=True)
         if not (self.folder / "info.json").exists():       # for people; the program never reads it
@@ -54,17 +62,16 @@ class Cache:
 
     def path(self, key: str) -> Path:
         name = _sha256(f"{self._identity} {key}")
-        # 256 folders, as file systems slow down with a million in one
-        return self.folder / name[:2] / f"{name}.npy"
+        return self.folder / name[:2] / f"{name}.npy"      # 256 folders: file systems are slow with a million in one
 
     def get(self, key: str, shape: tuple | None = None) -> np.ndarray | None:
-        """The array of this key, None if there is none. One that is damaged, or not of `shape`, is removed with a warning."""
+        """The array of this key, or None. A damaged entry, or one not of `shape`, is removed with a warning."""
         path = self.path(key)
         try:
             content = path.read_bytes()
         except FileNotFoundError:
             return None
-        problem, array = "its checksum does not fit", None
+        problem, array = "its checksum does not match", None
         if content[-CHECKSUM:] == _checksum(path, content[:-CHECKSUM]):
             array = np.load(io.BytesIO(content[:-CHECKSUM]), allow_pickle=False)
             problem = self._problem(array, shape)
@@ -75,40 +82,42 @@ class Cache:
         return None
 
     def put(self, key: str, array: np.ndarray) -> None:
-        """Keeps an array.  Raises ValueError if it holds NaN or infinity, also if only after rounding to float16, and for whole
-        numbers that do not fit."""
+        """Stores an array.
+
+        Raises ValueError for NaN and infinity, also if they only arise from rounding to float16, and for integers that
+        do not fit.
+        """
         with np.errstate(over="ignore"):
             stored = np.asarray(array, self.dtype, order="C")
         problem = self._problem(stored, None)
         if self.dtype.kind == "i" and not np.array_equal(stored, array):
-            problem = f"it holds numbers that do not fit {self.dtype}"           # they would come back as others
+            problem = f"it contains numbers that do not fit {self.dtype}"        # they would come back as others
         if problem:
-            raise ValueError(f"cannot keep {key[:80]!r}: {problem}; its largest number is {np.abs(array).max():g}")
+            raise ValueError(f"cannot store {key[:80]!r}: {problem}; its largest number is {np.abs(array).max():g}")
         buffer = io.BytesIO()
         np.save(buffer, stored, allow_pickle=False)
         path = self.path(key)
         self._write(path, buffer.getvalue() + _checksum(path, buffer.getvalue()))
 
     def missing(self, keys: list[str]) -> list[str]:
-        """Those of the keys that have no entry yet, each once, in their order.  Damaged ones show only when they are read."""
+        """The keys without an entry, each once, in their order.  Damaged entries are only found when they are read."""
         paths = {key: self.path(key) for key in keys}
         present = set()
-        # a listing of each: far fewer calls than one per key
-        for folder in {path.parent for path in paths.values()}:
+        for folder in {path.parent for path in paths.values()}:      # listing each: far fewer calls than one per key
             if folder.exists():
                 present.update(os.listdir(folder))
         return [key for key, path in paths.items() if path.name not in present]
 
     def _problem(self, array: np.ndarray, shape: tuple | None) -> str | None:
         if array.dtype != self.dtype:
-            return f"it holds {array.dtype}, expected {self.dtype}"
+            return f"it contains {array.dtype}, expected {self.dtype}"
         if shape is not None and array.shape != tuple(shape):
             return f"it has shape {array.shape}, expected {tuple(shape)}"
-        return None if np.isfinite(array).all() else f"it holds numbers that are NaN or beyond {self.dtype}"
+        return None if np.isfinite(array).all() else f"it contains numbers that are NaN or beyond {self.dtype}"
 
     def _write(self, path: Path, content: bytes) -> None:
         path.parent.mkdir(exist_ok=True)
-        temporary = self._writing / uuid.uuid4().hex       # not the process's number: machines may share the folder
+        temporary = self._writing / uuid.uuid4().hex       # not the process id: machines may share the folder
         try:
             temporary.write_bytes(content)
             os.replace(temporary, path)
@@ -121,14 +130,14 @@ def _sha256(text: str) -> str:
 
 
 def _checksum(path: Path, content: bytes) -> bytes:
-    # with the name, which stands for the key: an entry
+    """With the name, which stands for the key: so an entry under the wrong name is found as well."""
     return hashlib.sha256(path.stem.encode() + content).digest()
-                                                                         # under the wrong name is found out, too
+
 
 def hash_of(module: nn.Module) -> str:
-    """sha256, in hex, of all parameters and buffers of a model: names, types, shapes and bytes.  1 GB takes a second or two.
+    """sha256, in hex, of all parameters and buffers of a model: names, dtypes, shapes and bytes.  About 1 s per GB.
 
-    The same on every device. What is not in tensors, such as train() or eval(), does not count.
+    It is the same on every device. Anything outside tensors, such as train() or eval(), does not count.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted([*module.named_parameters(), *module.named_buffers()], key=lambda item: item[0]):
@@ -161,3 +170,50 @@ class CachedTexts:
 
     def __call__(self, captions: list[str]):
         return torch.stack([self.one(caption) for caption in captions])
+
+
+# ----- filling a cache before training -------------------------------------------------------------------------------
+
+def latent_key(dataset: ImageDataset, index: int, size: tuple[int, int], flip: bool) -> str:
+    """What a latent was computed from: "3f2a... 1024x768 flipped"."""
+    return f"{dataset.key(index)} {size[0]}x{size[1]}{' flipped' * flip}"
+
+
+def fill_cache(dataset: ImageDataset, sizes: Callable[[int], list[tuple[int, int]]], flips: bool, caches: dict,
+               encoders: dict, texts, processes) -> dict[int, int]:
+    """Computes the missing latents of all images and embeddings of all captions, each process its share.
+
+    sizes     i -> all (height, width) to which image i is cut, centered; flips: also mirrored
+    caches    name -> Cache;  encoders: the same name -> function of pixels (1,h,w,3) uint8 to a latent (1,C,h',w')
+    texts     a CachedTexts, or None
+    -> for each image that cannot be read, the next one of its bucket (dataset.bucket), to be used instead.
+    Raises ValueError if there is none.
+    """
+    keys = {latent_key(dataset, i, size, flip): (i, size, flip) for i in range(len(dataset)) for size in sizes(i)
+            for flip in (False, True)[:1 + flips]}
+    missing = list(dict.fromkeys(key for cache in caches.values() for key in cache.missing([*keys])))
+    missing = missing[processes.rank::processes.world]
+    processes.wait()                             # all processes have looked before the first entry is written
+    for key in tqdm(missing, desc="caching latents", unit="image", disable=processes.rank > 0 or not missing):
+        i, size, flip = keys[key]
+        with contextlib.suppress(BrokenImage):   # counted below
+            pixels = torch.from_numpy(np.array(fit(dataset.read(i), size, "center", flip)))[None]        # (1, h, w, 3)
+            for name, cache in caches.items():
+                cache.put(key, encoders[name](pixels)[0].cpu().numpy())
+    if texts is not None:
+        captions = sorted({""} | {caption for i in range(len(dataset)) for caption in dataset.captions(i)})
+        for caption in tqdm(captions[processes.rank::processes.world], desc="caching captions",
+                            disable=processes.rank > 0):
+            texts.one(caption)
+    processes.wait()
+    broken = {keys[key][0] for cache in caches.values() for key in cache.missing([*keys])}
+    if broken and processes.rank == 0:
+        print(f"{len(broken)} images cannot be read: {', '.join(dataset.name(i) for i in sorted(broken)[:5])}",
+              file=sys.stderr)
+    replaced = {}
+    for i in broken:
+        others = [int(j) for j in np.flatnonzero(dataset.bucket == dataset.bucket[i]) if int(j) not in broken]
+        if not others:
+            raise ValueError(f"{dataset.name(i)} and all other images of its shape cannot be read: remove them")
+        replaced[i] = next((j for j in others if j > i), others[0])
+    return replaced

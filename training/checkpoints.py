@@ -3,7 +3,7 @@
   checkpoints.find(args.resume) -> path;  checkpoints.load(path, ...) -> state -load_full_state-> model, optimizer, ...
   model, optimizer, ... -full_state-> state -checkpoints.save-> out/checkpoints/step_00000100.pt
 
-A checkpoint holds no random state, because all randomness is a function of (seed, step, sample); see data.py.
+A checkpoint holds no random state, because all randomness is a function of (seed, step, sample); see order.py.
 Needs: torch; files.py, errors.py.
 """
 import contextlib

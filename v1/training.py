@@ -4,7 +4,7 @@
 
 One step stands in train_b.py's loop, model and loss in stage_b_v1.py. Here is what surrounds them, under the names that
 the same things for v2 have in train_b.py: what a sample draws, the validation, pictures through the whole chain.
-Needs: torch, numpy; stage_b_v1.py, data.py, diffusion.py.
+Needs: torch, numpy; stage_b_v1.py, training/order.py, diffusion.py.
 """
 import math
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.data import sample_rng
+from training.order import sample_rng
 from wuerstchen import Noise
 from v1.stage_b import AttentionBlock, add_noise, layer_norm, sample, training_errors
 

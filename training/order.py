@@ -1,0 +1,152 @@
+"""The order of training: which samples make up which step, and the randomness of each. It has no state.
+
+  buckets (N,) -BatchSampler-> step k: positions (batch,), indices (batch,), bucket -split-> the samples of one GPU
+  (seed, position, purpose) -sample_rng-> the random numbers of one sample, for its crop, caption, noise, ...
+  batches: both of them, with a dataset, as an endless stream of micro-batches
+
+Position is a sample's number in the stream of all epochs, index its number in the dataset.
+Surprise: step k is a function of (seed, k), and the randomness of a sample one of (seed, position, purpose). A resumed
+run therefore opens no image to find its place, and two GPUs together see the same step as one, whatever ran before.
+Needs: torch, numpy.
+"""
+import bisect
+import itertools
+import signal
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+
+def sample_rng(seed: int, position: int, purpose: str) -> np.random.Generator:
+    """The randomness of one sample for one purpose ("crop", "caption", "noise", ...), a function of only these three.
+
+    position: the sample's number in the stream of BatchSampler. It differs from visit to visit, and between all samples
+    of a step, so two GPUs never draw the same noise. Drawing more for one purpose changes nothing for the others.
+    """
+    return np.random.Generator(np.random.PCG64([seed, position, zlib.crc32(purpose.encode())]))
+
+
+class BatchSampler:
+    """Which samples make up which optimizer step, without end, as a function of (buckets, batch, seed).
+
+    The samples of all epochs, each epoch in its own order, form one stream of positions 0, 1, ... Each sample goes to
+    the queue of its bucket. A queue with `batch` samples, all of one size, is the next step. Samples left in the queues
+    at the end of an epoch stay there, so nothing is dropped, however rare its shape. The batch is that of the whole
+    step: how many GPUs and micro-steps share it makes no difference, see `split`.
+
+    buckets (N,) integers, one per image; with one bucket, steps are consecutive pieces of the stream.
+    """
+    def __init__(self, buckets: np.ndarray, batch: int, seed: int):
+        buckets = np.asarray(buckets)
+        if buckets.ndim != 1 or not len(buckets) or batch < 1:
+            raise ValueError(f"got buckets of shape {buckets.shape} and a batch of {batch}: "
+                             "expected (N,), one per image, and at least 1")
+        self.batch, self.seed, self._n = batch, seed, len(buckets)
+        self._buckets, codes, self._counts = np.unique(buckets, return_inverse=True, return_counts=True)
+        self._codes = codes.astype(np.min_scalar_type(len(self._buckets)))   # (N,) small integers sort faster
+        self._starts = np.cumsum(self._counts) - self._counts
+        self._epochs = {}                        # the last few, see _epoch
+
+    def epoch_of(self, position: int) -> int:
+        return position // self._n
+
+    def steps(self, start: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+        """step(start), step(start + 1), ... without end."""
+        return map(self.step, itertools.count(start))
+
+    def step(self, k: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """-> positions (batch,) in the stream, ascending; indices (batch,) of the images; the bucket they share.
+
+        Any k is found directly, without computing the steps before it. Every epoch contains the same number of samples
+        of each bucket, `count`. So count * e of them come before epoch e, which makes count * e // batch steps.
+        """
+        # The last epoch that begins with at most k steps done. The queues hold back less than one step per bucket.
+        latest = (k + len(self._buckets) + 1) * self.batch // self._n + 2
+        epoch = bisect.bisect_right(range(latest), k, key=self._steps_before) - 1
+        _, _, step_buckets, step_numbers = self._epoch(epoch)
+        i = k - self._steps_before(epoch)
+        code, number = step_buckets[i], step_numbers[i]
+        count, start = self._counts[code], self._starts[code]
+        # (batch,) the step's samples, numbered within their bucket from the beginning of training
+        members = number * self.batch + np.arange(self.batch)
+        epochs = members // count                # (batch,) several if some were left over from an earlier epoch
+        positions, indices = np.empty_like(members), np.empty_like(members)
+        for e in range(epochs[0], epochs[-1] + 1):
+            order, by_bucket, _, _ = self._epoch(e)
+            inside = by_bucket[start + members[epochs == e] - e * count]
+            positions[epochs == e], indices[epochs == e] = e * self._n + inside, order[inside]
+        return positions, indices, int(self._buckets[code])
+
+    def _steps_before(self, epoch: int) -> int:
+        return int((epoch * self._counts // self.batch).sum())
+
+    def _epoch(self, e: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """-> order (N,), the images of epoch e; by_bucket (N,), places in `order`, one bucket after the other; and, for
+        the steps completed in this epoch, in order, bucket and number (counted per bucket, from the beginning)."""
+        if e not in self._epochs:
+            while len(self._epochs) > 3:         # a million samples take 0.3 s to lay out, and 16 MB
+                del self._epochs[next(iter(self._epochs))]
+            # Raw bits, sorted: numpy promises never to change those, but not permutation().
+            order = np.argsort(sample_rng(self.seed, e, "epoch").bit_generator.random_raw(self._n), kind="stable")
+            by_bucket = np.argsort(self._codes[order], kind="stable")
+            # A bucket's step n ends with its sample (n + 1) * batch - 1, counted from the beginning.
+            numbers = [np.arange(e * count // self.batch, (e + 1) * count // self.batch) for count in self._counts]
+            ends = [by_bucket[start + (n + 1) * self.batch - 1 - e * count]
+                    for n, start, count in zip(numbers, self._starts, self._counts)]
+            codes = np.repeat(np.arange(len(numbers)), [len(n) for n in numbers])
+            by_end = np.argsort(np.concatenate(ends))
+            self._epochs[e] = order, by_bucket, codes[by_end], np.concatenate(numbers)[by_end]
+        return self._epochs[e]
+
+
+def split(positions: np.ndarray, micro: int, rank: int, world: int, micro_batch: int) -> slice:
+    """The samples of a step that one GPU computes in micro-step `micro`: positions[split(...)], (micro_batch,).
+
+    All parts together are the step, each sample once.  Raises ValueError if they cannot be of the same size.
+    """
+    parts, rest = divmod(len(positions), micro_batch * world)
+    if rest or not parts:
+        raise ValueError(f"a step of {len(positions)} samples cannot be shared by {world} GPUs in micro-steps of "
+                         f"{micro_batch}: expected a multiple of {micro_batch * world}")
+    if not (0 <= micro < parts and 0 <= rank < world):
+        raise ValueError(f"micro-step {micro} of {parts}, rank {rank} of {world}: expected numbers counted from 0")
+    start = (micro * world + rank) * micro_batch
+    return slice(start, start + micro_batch)
+
+
+def batches(samples: torch.utils.data.Dataset, sampler: BatchSampler, processes, args, start: int = 0
+            ) -> Iterator[dict]:
+    """This process's micro-batches, args.grad_accum for each step of `sampler` from `start` on, without end.
+
+    samples    item (position, index, bucket) -> a dict, a function of only these three and the seed
+    processes  its rank, world and device; see processes.py
+    args       batch (samples of a micro-batch), grad_accum, workers (processes that read)
+    -> dicts of the same names: strings as a list, everything else stacked to a tensor.
+    """
+    class MicroBatches:
+        """The samples of each micro-batch. The steps are the same for any number of processes."""
+        def __iter__(self):
+            for positions, indices, bucket in sampler.steps(start):
+                for micro in range(args.grad_accum):
+                    part = split(positions, micro, processes.rank, processes.world, args.batch)
+                    yield [(int(p), int(i), bucket) for p, i in zip(positions[part], indices[part])]
+
+    return iter(torch.utils.data.DataLoader(samples, batch_sampler=MicroBatches(), collate_fn=_stack,
+                                            num_workers=args.workers, pin_memory=processes.device.type == "cuda",
+                                            worker_init_fn=_outlive_signals))
+
+
+def _stack(items: list[dict]) -> dict:
+    """Outside batches(), because worker processes that are not forked must find it by its name."""
+    columns = {name: [item[name] for item in items] for name in items[0]}
+    return {name: values if isinstance(values[0], str) else torch.stack([torch.as_tensor(value) for value in values])
+            for name, values in columns.items()}
+
+
+def _outlive_signals(worker: int) -> None:
+    """A scheduler and Ctrl-C signal all processes of a run. A reader that died of it would break the step that is to be
+    saved. A second SIGTERM ends it, which is how torch stops workers that are stuck."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
