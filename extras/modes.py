@@ -27,7 +27,7 @@ LATENT = ("semantic", "states", "size")
 
 
 def make_images(model, jobs: list[argparse.Namespace], options: dict) -> list:
-    """-> a PIL image for each job or, for a .gif, its frames. options: of sampling and progress, for editing.generate."""
+    """-> a PIL image for each job or, for a .gif, its frames. options: sampling and progress, for editing.generate."""
     job = jobs[0]
     options |= dict(width=job.width, height=job.height)
     if job.reconstruct:
