@@ -15,15 +15,22 @@ from torch.utils.flop_counter import FlopCounterMode
 from tools.bench.report import Row
 
 
+def seconds_of(action: Callable, device: str = "cpu") -> float:
+    start = time.perf_counter()
+    action()
+    if device.startswith("cuda"):                        # calls return before a GPU is done
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
 def in_turns(actions: dict[Hashable, Callable], repeats: int) -> dict[Hashable, list[float]]:
     """Runs all actions once to warm up, then `repeats` times in turns -> the seconds of each."""
     seconds = {name: [] for name in actions}
     for repeat in range(repeats + 1):
         for name, action in actions.items():
-            start = time.perf_counter()
-            action()
+            taken = seconds_of(action)
             if repeat > 0:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(taken)
     return seconds
 
 
@@ -47,14 +54,6 @@ def memory(line: str) -> int:
 def peak_memory(device: str, before: int) -> int:
     """The most bytes this process has held: those of a GPU, or those of main memory beyond `before`."""
     return torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else memory("VmHWM") - before
-
-
-def seconds_of(action: Callable, device: str = "cpu") -> float:
-    start = time.perf_counter()
-    action()
-    if device.startswith("cuda"):                        # calls return before a GPU is done
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 # ----- networks --------------------------------------------------------------------------------------
