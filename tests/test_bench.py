@@ -206,13 +206,14 @@ def test_reading_is_that_of_the_training_loop(monkeypatch):
     taken, batches = [], order.batches
 
     def watched(samples, plan, processes, args):
-        taken.append((type(samples).__name__, args.workers, samples.pictures.sizes.tolist()))
+        taken.append((type(samples).__name__, args.workers, samples.dataset.sizes.tolist()))
         for batch in batches(samples, plan, processes, args):
-            taken.append((batch["x"].shape, batch["x"].dtype, batch["x"].float().std() > 20))
+            pixels = batch["pixels"]
+            taken.append((pixels.shape, pixels.dtype, pixels.float().std() > 20))
             yield batch
     monkeypatch.setattr(order, "batches", watched)
     assert epoch.reading(96, 2, files=3) > 0
-    assert taken == [("Samples", 2, [[128, 128]] * 3)] + [((2, 96, 96, 3), torch.uint8, True)] * (8 + 16)
+    assert taken == [("StageCSamples", 2, [[128, 128]] * 3)] + [((2, 96, 96, 3), torch.uint8, True)] * (8 + 16)
 
 
 def test_int8_is_judged_by_the_same_prompts_and_noise(monkeypatch):
