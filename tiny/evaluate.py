@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from loading.errors import UserError, as_user_error, exit_on_user_error
-from extras.cli import SAMPLERS, comma_list, number, steps
+from extras.cli import OF_STAGES, SAMPLERS, comma_list, number, sampling_options, steps
+from loading.errors import as_user_error, exit_on_user_error
 from tiny.judge import Judge, verdict
 from training.scenes import (CANVAS, CAPTIONED, COLOURS, RELATIONS, held_out, place_pair, place_single, plain_caption,
                              render)
@@ -160,12 +160,8 @@ def parse_args(argv=None):
 def sample(args, prompts: list[str]) -> list[Image.Image]:
     from tqdm import tqdm                                # only now, so that --help and --real start at once
     from wuerstchen import Wuerstchen
-    model = Wuerstchen.load(args.weights, int8=args.int8)
-    if args.temperature_b is not None and not hasattr(model.b, "temperature"):
-        raise UserError("--temperature-b is for v1, whose Stage B generates tokens: remove it.")
-    names = [f"{name}_{stage}" for name in ("steps", "sampler", "guidance") for stage in "cb"] + ["temperature_b"]
-    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    images = []
+    model, images = Wuerstchen.load(args.weights, int8=args.int8), []
+    options = sampling_options(argparse.Namespace(**dict.fromkeys(OF_STAGES) | vars(args)), model)
     for start in tqdm(range(0, len(prompts), args.batch), desc="sampling", unit="batch"):
         # Image i of a call starts from the noise of seed + i, so image n of all gets seed + n, whatever --batch is.
         images += model(prompts[start:start + args.batch], seed=args.seed + start, **options)
