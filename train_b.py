@@ -125,7 +125,9 @@ from extras.images import grid, psnr
 from training.report import draw_curves, dry_run
 from training.results import push, settings_table
 from stage_b import EfficientNetEncoder, StageB, TinyImageEncoder, preprocess
-from v1.stage_b import StageBV1, add_noise as replace_tokens, training_errors
+from v1.losses import training_errors
+from v1.sampling import add_noise as replace_tokens
+from v1.stage_b import StageBV1
 from loading.errors import RESUME_HINT, UserError, as_user_error, exit_on_user_error
 from training.checkpoints import Checkpoints, Log
 from training.optim import EMA, learning_rate

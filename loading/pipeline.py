@@ -75,7 +75,7 @@ def load(weights: str | Path | None = None, device: str | None = None, dtype: to
     if offload:
         offload_networks(model)
     if fast or compile:
-        accelerate(model, compile=compile, keep_shares=not low_memory)
+        accelerate(model, compile=compile, keep_shares=not low_memory, offload=offload)
     tile(model, None)
     return model
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tools.bench import __main__ as bench, epoch, int8
+from tools.bench import __main__ as bench, epoch, int8, official
 from tools.bench.measure import Call, Measured, compare, in_turns, products_of, ratio
+from tools.bench.models import random_pair
 from tools.bench.official import whole_images
 from tools.bench.report import GOALS, SECTIONS, Row, replace_section, table, verdict
 from tools.bench.training import Run, training_steps
@@ -165,11 +166,10 @@ def test_the_official_measurement_runs_at_any_size(options, tmp_path, monkeypatc
     pytest.importorskip("diffusers", reason="diffusers is what is compared with")
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda network, **options: compile(network, backend="eager"))
-    for stage, small in (("stage_a", dict(c_hidden=16)),
-                         ("stage_b", dict(c_cond=64, c_hidden=(32, 64, 64, 64), heads=(-1, 2, 2, 2))),
-                         ("stage_c", dict(c=64, heads=2))):
-        module = __import__(stage)
-        monkeypatch.setattr(module, "OFFICIAL", module.OFFICIAL | small)
+    small = dict(vqgan=dict(c_hidden=16), prior=dict(c=64, heads=2),
+                 decoder=dict(c_cond=64, c_hidden=(32, 64, 64, 64), heads=(-1, 2, 2, 2)))
+    monkeypatch.setattr(official, "random_pair", lambda stage, part, config, *args:
+                        random_pair(stage, part, config | small[part], *args))
     bench.main(["--official", "--device", "cpu", "--depth", "1", "--side", "128", "--repeats", "1", "--out",
                 str(tmp_path / "b.md"), *options.split()])
     text = (tmp_path / "b.md").read_text()

@@ -8,11 +8,12 @@ from statistics import median
 import torch
 from torch import nn
 
-import stage_a
-import stage_b
-import stage_c
+from speed.fast import bind_b, bind_c, decode, step_b, step_c
+from stage_a import StageA
+from stage_b import StageB
+from stage_c import StageC
 from tools.bench.measure import Call, Measured, compare
-from tools.bench.models import bind_b, bind_c, int8_copy, noise, random_pair
+from tools.bench.models import int8_copy, noise, random_pair
 from tools.bench.networks import decode_calls, step_calls
 from tools.bench.report import DTYPES, Row, goals_of
 from wuerstchen import latent_sizes
@@ -51,39 +52,40 @@ def all_calls(args) -> Iterator[dict[str, Call]]:
     """The calls of Stage C, of Stage B, of Stage A: one network at a time is in memory."""
     (size_c, size_b), dtype = latent_sizes(args.side, args.side), getattr(torch, DTYPES[args.dtype])
     random = noise(args.device, dtype)
-    blocks = tuple(max(1, n * args.depth // 32) for n in stage_b.OFFICIAL["blocks"])
+    blocks = tuple(max(1, n * args.depth // 32) for n in (4, 4, 14, 4))
     # guided, so two rows per image
-    yield calls_of("Stage C step", args, bind_c, lambda n: (random(2 * n, 16, *size_c), random(2 * n, 77, 1280)),
-                   random_pair(stage_c.StageC, "prior", stage_c.OFFICIAL | dict(depth=args.depth), args.device, dtype))
+    yield calls_of("Stage C step", args, bind_c, step_c,
+                   lambda n: (random(2 * n, 16, *size_c), random(2 * n, 77, 1280)),
+                   random_pair(StageC, "prior", dict(depth=args.depth), args.device, dtype))
     gc.collect()
-    yield calls_of("Stage B step", args, bind_b,
+    yield calls_of("Stage B step", args, bind_b, step_b,
                    lambda n: (random(n, 4, *size_b), random(n, 16, *size_c) * 42 - 1, random(n, 77, 1024)),
-                   random_pair(stage_b.StageB, "decoder", stage_b.OFFICIAL | dict(blocks=blocks), args.device, dtype))
+                   random_pair(StageB, "decoder", dict(blocks=blocks), args.device, dtype))
     gc.collect()
-    pair = random_pair(stage_a.StageA, "vqgan", stage_a.OFFICIAL, args.device, dtype)
-    calls = [decode_calls(suffix_of(n), args, pair, pair[0].decode, random(n, 4, *size_b)) for n in args.pictures]
+    pair = random_pair(StageA, "vqgan", {}, args.device, dtype)
+    fast = partial(decode, pair[0])
+    calls = [decode_calls(suffix_of(n), args, pair, fast, random(n, 4, *size_b)) for n in args.pictures]
     yield {title: call for some in calls for title, call in some.items()}
 
 
 @torch.no_grad()
-def calls_of(title: str, args, bind: Callable, inputs: Callable[[int], tuple],
+def calls_of(title: str, args, bind: Callable, step: Callable, inputs: Callable[[int], tuple],
              pair: tuple[nn.Module, nn.Module]) -> dict[str, Call]:
-    """inputs(n): x_t and conditions for n images; pair: our network and diffusers'."""
+    """bind, step: see speed/fast.py; inputs(n): x_t and conditions for n images; pair: our network and diffusers'."""
     def compiled(function: Callable) -> Callable:
         mode = dict(mode="reduce-overhead") if args.device.startswith("cuda") else {}
         return torch.compile(function, dynamic=False, **mode)
     ours, theirs = pair
-    calls, theirs_compiled = {}, compiled(theirs)
+    calls, step_compiled, theirs_compiled = {}, compiled(step), compiled(theirs)
     ours_in_int8 = int8_copy(ours) if args.device == "cpu" and args.dtype == "fp32" else None
     for n in args.pictures:
         (x, *conditions), suffix = inputs(n), suffix_of(n)
-        step = bind(ours, *conditions)
-        calls |= step_calls(title, suffix, args, pair, step, x, *conditions)
+        calls |= step_calls(title, suffix, args, pair, bind(ours, *conditions), x, *conditions)
         fast = calls[title + suffix]
         if args.compile:
             calls[f"{title}, compiled{suffix}"] = Call(
-                partial(compiled(step), *fast.ours.args), partial(theirs_compiled, *fast.theirs.args), args.calls,
-                eager=fast.ours)
+                partial(bind(ours, *conditions, step_compiled), *fast.ours.args),
+                partial(theirs_compiled, *fast.theirs.args), args.calls, eager=fast.ours)
         if ours_in_int8:
             calls[f"{title}, int8{suffix}"] = fast._replace(
                 ours=partial(bind(ours_in_int8, *conditions), *fast.ours.args), alone=False)
