@@ -56,8 +56,8 @@ class WuerstchenV1(Wuerstchen):
     channels_b = 1                                           # one random number per token
 
     def __init__(self, networks: dict, size: int = 512, device="cpu", dtype=torch.float32, c: Sampling = DEFAULT_C,
-                 b: TokenSampling = TokenSampling(), raw: bool = True):
-        super().__init__(networks, size, device, dtype, c, b)
+                 b: TokenSampling | None = None, raw: bool = True):
+        super().__init__(networks, size, device, dtype, c, b or TokenSampling())
         if raw:
             self.scale = self.unscale = lambda x: x
 
