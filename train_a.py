@@ -94,7 +94,7 @@ from loading.errors import RESUME_HINT, UserError, exit_on_user_error
 from loading.files import write_atomically
 from loading.names import config_to_ours
 from loading.weights import load_stage_a
-from stage_a import OFFICIAL, StageA
+from stage_a import StageA
 from training.checkpoints import Checkpoints, Log, load_state, settings_of, state_of
 from training.codebook import CodebookUpdates, perplexity
 from training.optim import (EMA, build_optimizer, clip_gradients, learning_rate, set_precision,
@@ -161,7 +161,7 @@ def build_model(args) -> StageA:
     if args.init:
         model = load_stage_a(args.init)
     elif args.config == "official":
-        model = StageA(**OFFICIAL)
+        model = StageA()
     else:
         sizes = dict(c_hidden=args.width, bottleneck_blocks=args.bottleneck_blocks,
                      codebook_size=args.codebook_size)
