@@ -35,13 +35,13 @@ class LoRAWeights(NamedTuple):
     magnitude: Tensor | None = None    # (out,), only in a DoRA
 
 
-# To write: what precedes the layer's name, and the names of the two matrices.
+# To write: what precedes the layer's name, and which of lora.ROLES' endings follows it.
 FORMATS = {
-    "diffusers": ("prior.", "lora_A", "lora_B"),              # alpha in the metadata; in the others, {layer}.alpha
-    "kohya":     ("lora_unet_", "lora_down", "lora_up"),      # with _ instead of . in the layer's name
-    "comfy":     ("diffusion_model.", "lora_A", "lora_B"),
-    "original":  ("", "lora_down", "lora_up"),                # query, key and value are one layer, in_proj
-    "ours":      ("", "lora_down", "lora_up"),                # our names, for checkpoints
+    "diffusers": ("prior.", 1),              # alpha in the metadata; in the others, {layer}.alpha
+    "kohya":     ("lora_unet_", 0),          # with _ instead of . in the layer's name
+    "comfy":     ("diffusion_model.", 1),
+    "original":  ("", 0),                    # query, key and value are one layer, in_proj
+    "ours":      ("", 0),                    # our names, for checkpoints
 }
 # To read: a tensor's name is one of these, the layer's name, one of those.
 PREFIXES = ("prior.", "diffusion_model.", "lora_unet_", "lora_prior_unet_", "lora_prior_unet.", "unet.",
@@ -190,14 +190,14 @@ def check_fit(layers: dict[str, dict], shapes: dict[str, tuple] | None) -> None:
     for name, values in layers.items():
         try:
             if not all(tensor.isfinite().all() for tensor in values.values()):
-                raise ValueError("has NaN or infinity")
+                raise ValueError(f"{name} has NaN or infinity")
             if min(values["down"].ndim, values["up"].ndim) < 2:
-                raise ValueError("has a vector instead of a matrix")
-            lora.to_adapter(values, shapes[name] if shapes else (len(values["up"]), *values["down"].shape[1:]))
+                raise ValueError(f"{name} has a vector instead of a matrix")
+            lora.to_adapter(name, shapes[name] if shapes else (len(values["up"]), *values["down"].shape[1:]), values)
         except KeyError as error:
             misfits.append(f"{name} has no {error.args[0]}")
         except ValueError as error:
-            misfits.append(f"{name} {error}")
+            misfits.append(str(error))
     if misfits:
         raise ValueError(f"{len(misfits)} of {len(layers)} layers do not fit: {'; '.join(misfits[:3])}"
                          + "; ..." * (len(misfits) > 3))
@@ -277,18 +277,13 @@ def to_tensors(weights: dict[str, LoRAWeights], names: dict[str, str], to: str) 
     if to != "ours":
         weights = {names[name]: one for name, one in weights.items()}
     weights = fuse(weights) if to == "original" else weights
-    tensors, metadata = lora.to_diffusers(weights)
     if to == "diffusers":
-        return tensors, metadata
-    result, (prefix, down, up) = {}, FORMATS[to]
-    for layer, one in weights.items():
-        name = prefix + (layer.replace(".", "_") if to == "kohya" else layer)
-        result[f"{name}.{down}.weight"] = tensors[f"prior.{layer}.lora_A.weight"]
-        result[f"{name}.{up}.weight"] = tensors[f"prior.{layer}.lora_B.weight"]
-        result[f"{name}.alpha"] = torch.tensor(one.alpha, dtype=torch.float64)           # as exact as Python's
-        if one.magnitude is not None:
-            result[f"{name}.lora_magnitude_vector"] = tensors[f"prior.{layer}.lora_magnitude_vector"]
-    return result, dict(format="pt")
+        return lora.to_diffusers(weights)
+    tensors = lora.to_tensors(weights, *FORMATS[to])
+    if to == "kohya":
+        tensors = {re.sub(r"\.(?!(lora_down\.|lora_up\.)?weight$|alpha$)", "_", name): tensor
+                   for name, tensor in tensors.items()}
+    return tensors, dict(format="pt")
 
 
 def describe(weights: dict[str, LoRAWeights]) -> dict[str, str]:

@@ -162,9 +162,15 @@ def test_sampling_does_not_depend_on_the_batch_size(monkeypatch):
     calls = []
 
     class Wuerstchen:
+        c = b = types.SimpleNamespace(guidance=1.0)
+
         @classmethod
         def load(cls, weights, int8):
-            return lambda prompts, **options: calls.append((len(prompts), options)) or list(prompts)
+            return cls()
+
+        def __call__(self, prompts, **options):
+            calls.append((len(prompts), options))
+            return list(prompts)
 
     monkeypatch.setitem(sys.modules, "wuerstchen", types.SimpleNamespace(Wuerstchen=Wuerstchen))
     args = evaluate.parse_args(["--batch", "2", "--seed", "7", "--guidance-c", "3"])
@@ -184,7 +190,7 @@ def test_help_needs_no_torch_and_a_wrong_start_says_how():
 @pytest.mark.parametrize("arguments, message", [
     (["--weights", "no-such-weights"],
      "error: there are no weights called 'no-such-weights', and there is no such folder: expected tiny, "),
-    (["--temperature-b", "1"], "error: --temperature-b is for v1, whose Stage B generates tokens: remove it."),
+    (["--temperature-b", "1"], "error: --temperature-b is only for v1, because Stage B of v1 generates tokens: remove it"),
     (["--sampler-b", "quant"], "error: Stage B: sampler is 'quant', expected one of ddpm, ddim, dpm++."),
 ])
 def test_an_error_in_the_settings_ends_in_one_line(arguments, message, capsys):

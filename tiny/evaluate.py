@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from loading.errors import UserError, as_user_error, exit_on_user_error
-from sample import SAMPLERS, number, several, steps
+from extras.cli import OF_STAGES, SAMPLERS, comma_list, number, sampling_options, steps
+from loading.errors import as_user_error, exit_on_user_error
 from tiny.judge import Judge, verdict
 from training.scenes import (CANVAS, CAPTIONED, COLOURS, RELATIONS, held_out, place_pair, place_single, plain_caption,
                              render)
@@ -136,10 +136,10 @@ def parse_args(argv=None):
         g.add_argument(f"--steps-{stage}", type=steps,
                        help=f"sampling steps of Stage {stage.upper()}, in any form that sample.py takes")
         g.add_argument(f"--sampler-{stage}", choices=SAMPLERS[stage], help=f"sampler of Stage {stage.upper()}")
-        g.add_argument(f"--guidance-{stage}", type=several(number, 1, 2),
+        g.add_argument(f"--guidance-{stage}", type=comma_list(number, 1, 2),
                        help=f"classifier-free guidance scale of Stage {stage.upper()}, or two for start and end; "
                        "higher follows the prompt more closely, varies less")
-    g.add_argument("--temperature-b", type=several(number, 1, 2),
+    g.add_argument("--temperature-b", type=comma_list(number, 1, 2),
                    help="for v1: the temperature at which Stage B draws tokens, or those of its first and last step")
     g.add_argument("--int8", action="store_true", help="Stages B and C in 8 bits, as with sample.py --int8")
     g.add_argument("--batch", type=int, default=32, help="images sampled at a time; less if memory runs out")
@@ -160,12 +160,8 @@ def parse_args(argv=None):
 def sample(args, prompts: list[str]) -> list[Image.Image]:
     from tqdm import tqdm                                # only now, so that --help and --real start at once
     from wuerstchen import Wuerstchen
-    model = Wuerstchen.load(args.weights, int8=args.int8)
-    if args.temperature_b is not None and not hasattr(model.b, "temperature"):
-        raise UserError("--temperature-b is for v1, whose Stage B generates tokens: remove it.")
-    names = [f"{name}_{stage}" for name in ("steps", "sampler", "guidance") for stage in "cb"] + ["temperature_b"]
-    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    images = []
+    model, images = Wuerstchen.load(args.weights, int8=args.int8), []
+    options = sampling_options(argparse.Namespace(**dict.fromkeys(OF_STAGES) | vars(args)), model)
     for start in tqdm(range(0, len(prompts), args.batch), desc="sampling", unit="batch"):
         # Image i of a call starts from the noise of seed + i, so image n of all gets seed + n, whatever --batch is.
         images += model(prompts[start:start + args.batch], seed=args.seed + start, **options)

@@ -116,6 +116,30 @@ def full_weights(model) -> dict:
     return get_model_state_dict(model, options=StateDictOptions(**FULL))
 
 
+def state_of(parts: dict, ema=None) -> dict:
+    """The state of parts that every process holds in full: name -> module, optimizer, scaler ..."""
+    averages = {} if ema is None else dict(averaged=ema.mean, updates=ema.updates)
+    return {name: part.state_dict() for name, part in parts.items()} | averages
+
+
+def load_state(path: Path, state: dict, parts: dict, ema=None) -> None:
+    """The opposite of state_of. Parts that the checkpoint does not have stay as they are, so a part may join a run.
+
+    Raises UserError if a part does not fit.
+    """
+    try:
+        for name, part in parts.items():
+            if name in state:
+                part.load_state_dict(state[name])
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{path} does not fit: {str(error).splitlines()[0]}: resume with the sizes it was made with "
+                        f"and the same frozen parameters") from error
+    if ema is not None:
+        ema.updates = state["updates"]
+        for name, mean in ema.mean.items():
+            mean.copy_(state["averaged"].get(name, ema.live[name]))
+
+
 class Log:
     """out/log.jsonl, a line per call, and the service that --report-to names.
 

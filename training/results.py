@@ -162,6 +162,32 @@ def write_files_b(args, decoder, encoder, weights: dict, images: int, log_lines:
         push(args)
 
 
+# ----- Stage A -----------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def write_stage_a(args, model, fixed: torch.Tensor, values: dict, images: int) -> None:
+    """vqgan/, README.md, and --push-to-hub. fixed: images of the validation, (N,3,H,W) uint8; values: what it found."""
+    if not args.freeze_encoder:          # the scale of the latents, so that Stage B sees unit variance
+        device = model.codebook.codes.device
+        z = [model.encode_raw(part.to(device).float() / 255) for part in fixed.split(args.batch)]
+        model.scale_factor = model.config["scale_factor"] = round(torch.cat(z).std().item(), 4)
+    psnr = f"not quantised {values['val_psnr']:.2f} dB, quantised {values['val_psnr_quantised']:.2f} dB"
+    unseen = " that were not trained on" if args.val_data or args.data.startswith("scenes") else ""
+    print(f"PSNR on {len(fixed)} images{unseen}: {psnr}")
+    frozen = [p for p in model.parameters() if not p.requires_grad] if args.freeze_encoder else []
+    if all(torch.equal(p.half().float(), p) for p in frozen):
+        save_model(model, Path(args.out) / "vqgan")
+    else:
+        write_files(config_to_diffusers(model), diffusers_tensors(model), Path(args.out) / "vqgan", STEM)
+    write_card(args, "tags: [vqgan, wuerstchen]",
+               f"Würstchen's Stage A, {f'from `{args.init}`, ' if args.init else ''}{args.steps} steps on {images} "
+               "images.\n"
+               f"PSNR on {len(fixed)} images{f' of `{args.val_data}`' if args.val_data else unseen}: {psnr}.",
+               f"    python sample.py --weights tiny --vqgan {Path(args.out).name}/vqgan --reconstruct photo.png")
+    if args.push_to_hub:
+        push(args)
+
+
 # ----- the upload ----------------------------------------------------------------------------------------
 
 def push(args) -> None:

@@ -4,7 +4,7 @@
 
 train_b.py calls the functions of the first part under the same names as its own for v2, so that one loop trains both.
 The second part is for v1 only: a loss that shows attention where each semantic vector belongs.
-Needs: torch, numpy; v1/stage_b.py, v1/pipeline.py, wuerstchen.py.
+Needs: torch, numpy; stage_b.py, v1/, wuerstchen.py.
 """
 import math
 
@@ -12,8 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stage_b import AttentionBlock, layer_norm
 from v1.pipeline import WuerstchenV1
-from v1.stage_b import AttentionBlock, StageBV1, add_noise, layer_norm, training_errors
+from v1.losses import training_errors
+from v1.sampling import add_noise
+from v1.stage_b import StageBV1
 from wuerstchen import scale_semantic, unscale_semantic
 
 NETWORK = StageBV1
@@ -140,7 +143,7 @@ class AttentionGuide:
         rows, columns = (share_over(n, m, x.device) for n, m in zip((h, w), x.shape[1:3]))
         share = torch.einsum("Hh,Ww->HWhw", rows, columns).flatten(2).flatten(0, 1)      # (H*W, h'*w')
         tokens = layer_norm(x).flatten(1, 2)                                             # (B, H*W, C)
-        k = torch.cat([block.read(condition)[0], block.key(tokens)], dim=1)              # (B, h'*w' + N + H*W, C)
+        k = torch.cat([block.text_kv(condition)[0], block.key(tokens)], dim=1)              # (B, h'*w' + N + H*W, C)
         # (B, heads / 2, ..., C / heads)
         q, k = (y.unflatten(-1, (block.heads, -1))[:, :, :heads].transpose(1, 2) for y in (block.query(tokens), k))
         scores = (q @ k.mT / math.sqrt(q.shape[-1])).float()

@@ -1,4 +1,4 @@
-"""How long an epoch of training takes with and without a cache, added up from its parts; and how fast it reads files."""
+"""How long an epoch of training takes with and without a cache, added up from its parts; and its reading of files."""
 import tempfile
 from pathlib import Path
 from statistics import median
@@ -66,8 +66,8 @@ def reading(side: int, batch: int, files: int = 64) -> float:
         args = train_c.parse_args(["--data", folder, "--out", folder, "--batch", f"{batch}", "--workers", "2"])
         dataset = open_dataset(folder)
         dataset.bucket = np.zeros(len(dataset), int)
-        loader = batches(train_c.StageCSamples(dataset, [(side, side)], args, {}, {}), BatchSampler(dataset.bucket, batch, 0),
-                         Processes("cpu"), args)
+        samples = train_c.StageCSamples(dataset, [(side, side)], args, {}, {})
+        loader = batches(samples, BatchSampler(dataset.bucket, batch, 0), Processes("cpu"), args)
         for _ in range(8):                               # until the workers run and have used up what they read ahead
             next(loader)
         return seconds_of(lambda: [next(loader) for _ in range(16)]) / 16

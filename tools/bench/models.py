@@ -59,19 +59,3 @@ def int8_copy(network: nn.Module) -> nn.Module:
 def noise(device: str, dtype=torch.float32) -> Callable:
     """-> noise(*shape), the same on all devices and at each call."""
     return lambda *shape: torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-
-
-# until speed/fast.py has them
-def bind_c(network: nn.Module, text: torch.Tensor) -> Callable:
-    prepared = network.prepare(text)
-    return lambda x_t, t: network(x_t, t, prepared)
-
-
-def bind_b(network: nn.Module, semantic: torch.Tensor, text: torch.Tensor) -> Callable:
-    prepared = []
-
-    def step(x_t, t):
-        if not prepared:
-            prepared.append(network.prepare(x_t.shape[2:], semantic, text))
-        return network(x_t, t, prepared[0])
-    return step

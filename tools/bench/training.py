@@ -30,45 +30,41 @@ RUNS = [Run(who, full, how) for full in (False, True)
 
 
 def measure(args) -> tuple[str, list[Row], str]:
-    side, results = args.side or 512, {run: [] for run in RUNS}
+    side, results, rows = args.side or 512, {run: [] for run in RUNS}, []
     # On a CPU, all of Stage C with gradients and moments does not fit next to the rest: fewer blocks, for the ratio.
     depths = {False: args.depth, True: max(1, args.depth // 4) if args.device == "cpu" else args.depth}
     for _ in range(args.repeats):
         for run in RUNS:
             results[run].append(in_own_process(fresh_steps, run, depths[run.full], side, args.batch, args.device))
             print(run, results[run][-1], file=sys.stderr, flush=True)
-    rows, sizes, shares = [], [], []
     for run in RUNS:
-        # Our "products" takes as long as a plain step and has no counterpart, so diffusers' plain step is next to it.
-        other = results["diffusers", run.full, "blocks" if run.checkpointing == "blocks" else None]
         if run.who == "ours":
-            rows += rows_of(run, results[run], other)
-        else:                                            # of all of Stage C: weights, gradients and two moments
-            sizes.append(other[0]["size"])
-            shares.append((4 if run.full else 1) * sizes[-1] / median(result["peak"] for result in other))
-    note = (f"One step of a LoRA of rank 8 on attention, Stage C of depth {depths[False]} (weights {sizes[0]:.2f} GB), "
-            f"and one of all of Stage C, of depth {depths[True]} ({sizes[2]:.2f} GB): {side} px, batch {args.batch}. "
-            f"Ratios: of time and of memory. Without activations the weights would remain, {shares[0]:.2f} of "
-            f"diffusers' memory ({shares[1]:.2f} with checkpointing); for all of Stage C with gradients and two "
-            f"moments {shares[2]:.2f} ({shares[3]:.2f}).")
+            # Our "products" takes as long as a plain step and has no counterpart: diffusers' plain step is next to it.
+            how = "blocks" if run.checkpointing == "blocks" else None
+            rows += rows_of(run, results[run], results["diffusers", run.full, how])
+    note = (f"One step of a LoRA of rank 8 on attention, Stage C of depth {depths[False]}, and one of all of Stage C, "
+            f"of depth {depths[True]}: {side} px, batch {args.batch}. Ratios: of time and of memory.")
     return "Training at 1024 px" if side == 1024 else "Training", rows, note
 
 
 def rows_of(run: Run, ours: list[dict], theirs: list[dict]) -> list[Row]:
-    """What was measured of a run of ours, and of its counterpart."""
+    """The rows of a run of ours and its counterpart."""
+    def both(key: str) -> tuple[list[float], list[float]]:
+        return tuple([result[key] for result in results] for results in (ours, theirs))
     title = ("full" if run.full else "LoRA") + f", `--checkpointing {run.checkpointing}`" * bool(run.checkpointing)
     other = "diffusers" + " + peft" * (not run.full) + ", checkpointed" * (run.checkpointing == "blocks")
-    losses, rows = f"losses {ours[0]['loss']:.6f} and {theirs[0]['loss']:.6f}", []
-    for name, key, text in (("time", "seconds", "{:.2f} s"), ("memory", "peak", "{:.2f} GB")):
-        our_values, their_values = ([result[key] for result in results] for results in (ours, theirs))
-        rows.append(Row(f"{title}, {name}", text.format(median(our_values)),
-                        f"{text.format(median(their_values))}, {other}", ratio(our_values, their_values), losses))
+    (seconds, their_seconds), (peak, their_peak) = both("seconds"), both("peak")
+    size = ours[0]["size"]
+    least = f"weights, gradients and moments {4 * size:.2f}" if run.full else f"weights {size:.2f}"
+    rows = [Row(f"{title}, time", f"{median(seconds):.2f} s", f"{median(their_seconds):.2f} s, {other}",
+                ratio(seconds, their_seconds), f"losses {ours[0]['loss']:.6f} and {theirs[0]['loss']:.6f}"),
+            Row(f"{title}, memory", f"{median(peak):.2f} GB", f"{median(their_peak):.2f} GB, {other}",
+                ratio(peak, their_peak), f"of this {least} GB")]
     if not run.checkpointing:
-        seconds, products = ([result[key] for result in ours] for key in ("seconds", "products"))
-        share = ratio(products, [result["seconds"] for result in theirs])
+        products = [result["products"] for result in ours]
         rows.append(Row(f"{title}, only its products", rows[0].ours, f"{median(products):.2f} s",
                         ratio(products, seconds), "share of the time that matrix products and attention take by "
-                        f"themselves; without the rest {share:.2f} of diffusers' time"))
+                        f"themselves; without the rest {ratio(products, their_seconds):.2f} of diffusers' time"))
     return rows
 
 
