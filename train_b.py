@@ -139,7 +139,7 @@ def check(args) -> None:
     check_shares(args, "caption_dropout", "semantic_dropout", "ema")
     new, only_v2 = args.init == "random", ("loss", "loss_weight", "even_contrast")
     only_v2 = [f"--{name.replace('_', '-')}" for name in only_v2 if args.v1 and getattr(args, name)]
-    for wrong, message in (
+    for conflict, message in (
             (not 0 <= args.semantic_noise <= 1,
              f"--semantic-noise is {args.semantic_noise}, expected a share from 0 to 1"),
             (args.high_noise is not None and args.high_noise <= 0, f"--high-noise is "
@@ -158,7 +158,7 @@ def check(args) -> None:
              "an image encoder that has learned nothing: add --image-encoder FOLDER"),
             (args.cache and args.crop == "random",
              "--cache keeps what does not change: it does not go with --crop random")):
-        if wrong:
+        if conflict:
             raise UserError(message)
 
 
@@ -261,6 +261,8 @@ def contrast_weight(x_0):
 
 def mean_contrast_weight(dataset, sizes, encode_vqgan, args) -> float:
     """Its mean over 256 images. With the mean of a batch, a weight would depend on other images."""
+    if not args.even_contrast:
+        return 1.0
     images = random_images(dataset, sizes, sample_rng(args.seed, 0, "contrast"), 256)
     return float(np.mean([contrast_weight(encode_vqgan(pixels)).item() for pixels, _ in images]))
 
@@ -352,8 +354,7 @@ def main(args):
         fixed = fixed_set(val_data, order.resolutions[0], encoders, args, device)
         sheets = Reconstructions(args, model, stage, vqgan, small, fixed, embed, autocast,
                                  processes)
-    if args.even_contrast:
-        mean_contrast = mean_contrast_weight(dataset, order.shapes, encode_vqgan, args)
+    mean_contrast = mean_contrast_weight(dataset, order.shapes, encode_vqgan, args)
     if args.cache and args.freeze_encoder:
         encoder.to("cpu")                # no longer needed on the device
 

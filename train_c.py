@@ -131,7 +131,7 @@ def check(args) -> None:
                    val_count=1)
     check_shares(args, "caption_dropout", "lora_dropout", "ema", "preserve")
     new = args.train_text or args.init == "random"       # then the weights are not what they were
-    for wrong, message in (
+    for conflict, message in (
             (args.lora and new, "--lora leaves all weights unchanged: it does not go with "
              "--train-text or --init random"),
             (bool(args.preserve) != bool(args.preserve_prompts) or args.preserve and new,
@@ -145,7 +145,7 @@ def check(args) -> None:
              "not change: it does not go with --crop random or --train-text"),
             (args.fsdp and (args.lora or args.train_text), "--fsdp is for all of Stage C: a LoRA "
              "fits on one GPU, and --train-text is for the tiny model")):
-        if wrong:
+        if conflict:
             raise UserError(message)
 
 
