@@ -157,6 +157,18 @@ def test_an_image_is_29_steps_of_c_12_of_b_and_a_decoding():
         <= rows.keys()
 
 
+def test_the_networks_of_the_tiny_weights_are_measured(tmp_path):
+    bench.main(["--skip-start", "--plain", "--device", "cpu", "--repeats", "1", "--calls", "1", "--out",
+                str(tmp_path / "b.md")])
+    text = (tmp_path / "b.md").read_text()
+    assert all(f"| {what} |" in text for what in (
+        "Stage C step", "Stage C step, plain", "Stage C step, unguided", "Stage B step", "Stage B step, plain",
+        "Stage A decode", "Stage A decode, plain", "16 images in a batch, per second"))
+    assert "not measured" not in text
+    fast, plain = (float(re.search(rf"\| Stage B step{form} \|.* ([\d.]+) GFLOP,", text)[1]) for form in ("", ", plain"))
+    assert fast < 0.9 * plain                            # without what is the same at every step
+
+
 @pytest.mark.parametrize("options", ["--no-compile", "--dtype bf16 --pictures 1 2 --plain"])
 def test_the_official_measurement_runs_at_any_size(options, tmp_path, monkeypatch):
     """With one block of each, 128 px and random weights: what needs a GPU and half an hour is tried here in seconds.

@@ -16,10 +16,11 @@ from tools.bench.report import Row
 
 
 def seconds_of(action: Callable, device: str = "cpu") -> float:
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None     # a GPU is done later
+    wait()
     start = time.perf_counter()
     action()
-    if device.startswith("cuda"):                        # calls return before a GPU is done
-        torch.cuda.synchronize(device)
+    wait()
     return time.perf_counter() - start
 
 
@@ -128,6 +129,9 @@ def compare(calls: dict[str, Call], repeats: int, device: str,
     a = torch.randn(n, n, device=device, dtype=dtype)
     actions, alone, flops, results = {"peak": repeated(lambda: a @ a, 1)}, {}, {}, {}
     for what, call in calls.items():
+        # First of all, because a fast form computes in its first call what is the same in all. Cloned because a CUDA
+        # graph overwrites its output.
+        results[what] = call.ours().float().clone()
         if call.alone:
             alone[what] = products_of(call.ours)
         for function in (call.ours, call.theirs, alone.get(what)):
@@ -135,8 +139,7 @@ def compare(calls: dict[str, Call], repeats: int, device: str,
                 actions[function] = repeated(function, call.repeat)
         with FlopCounterMode(display=False) as counter:
             (call.eager or call.ours)()
-        # Cloned because a CUDA graph overwrites its output.
-        flops[what], results[what] = counter.get_total_flops(), call.ours().float().clone()
+        flops[what] = counter.get_total_flops()
     seconds = in_turns(actions, repeats)
     peak, rows, found = 2 * n ** 3 / median(seconds["peak"]) / 1e9, [], {}
     for what, call in calls.items():

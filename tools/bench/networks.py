@@ -21,8 +21,8 @@ def measure(args) -> tuple[str, list[Row], str]:
     theirs = {part: kind.from_pretrained(paths[part], torch_dtype=model.dtype, low_cpu_mem_usage=False).to(args.device)
               for part, kind in diffusers_classes().items()}
     rows, _, peak = compare(calls_of(model, theirs, args), args.repeats, args.device)
-    seconds = median(in_turns({"batch": lambda: model([PROMPT] * 16, seed=list(range(16)), width=args.side,
-                                                      height=args.side)}, args.repeats)["batch"])
+    seconds = median(in_turns({"batch": lambda: model(PROMPT, num_images=16, width=args.side, height=args.side)},
+                              args.repeats)["batch"])
     rows.append(Row("16 images in a batch, per second", f"{seconds:.2f} s", "", 16 / seconds))
     return "Networks", rows, (f"Ratios: how many times as fast. Weights: {args.weights}. Peak {peak:.0f} GFLOP/s."
                               + " diffusers is not installed, so there is no comparison with it." * (not theirs))
