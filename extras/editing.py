@@ -1,7 +1,7 @@
 """Everything that can be done with a loaded model besides a prompt: images, masks, embeddings, latents as input.
 
   generate(model, "a moon", edit=InitImage("apple.png", strength=0.9))            # image to image
-  generate(model, "a rose", edit=InitImage("apple.png", mask="mask.png"))         # inpainting: white is generated anew
+  generate(model, "a rose", edit=InitImage("apple.png", mask="mask.png"))         # inpainting: white is new content
   generate(model, edit=InitImage("apple.png"))                                    # variations: no prompt
   generate(model, given={"prompt_c": a, "prompt_b": b})                           # embeddings instead of text
   reconstruct(model, "photo.png");  interpolate(model, "a dog", "a cat", frames=12)
@@ -244,7 +244,7 @@ class PromptBatch:
                  optional: bool):
         self.model, self.num_images, self.embeddings = model, num_images, dict(embeddings)
         networks = model.networks
-        if networks.get("text_encoder_c") is networks.get("text_encoder_b"):    # what is given for Stage C serves Stage B as well
+        if networks.get("text_encoder_c") is networks.get("text_encoder_b"):    # one embedding serves both stages
             for name in ("prompt", "negative"):
                 if f"{name}_c" in embeddings:
                     self.embeddings.setdefault(f"{name}_b", embeddings[f"{name}_c"])
@@ -363,7 +363,7 @@ class KnownImage:
                              f"{image.shape[1]}: they must be the same.")
         self.mask = cover(mask[None], height, width, nearest=True)[0].to(model.device)     # (height, width)
         canvas = extend(self.mask[None, None], 4 * h_b, 4 * w_b)
-        # A latent that has any part in the mask is generated anew.
+        # A latent that has any part in the mask becomes new content.
         self.mask_c, self.mask_b = (F.adaptive_max_pool2d(canvas, size).bool() for size in ((h, w), (h_b, w_b)))
         self.latents = encode_latents(model, extend(self.image[None], 4 * h_b, 4 * w_b))   # (1, 4, h_b, w_b)
 
