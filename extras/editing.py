@@ -27,7 +27,8 @@ from wuerstchen import Noise, Sampling, Wuerstchen, add_noise, crop, latent_size
 
 EMBEDDINGS = ("prompt_c", "negative_c", "prompt_b", "negative_b")
 LATENTS = ("semantic", "latents_c", "latents_b")
-OUTPUTS = ("pil", "np", "pt", "semantic", "latents_b")
+FORMATS = {"pil": to_pil, "np": lambda images: images.permute(0, 2, 3, 1).cpu().numpy(), "pt": lambda images: images}
+OUTPUTS = (*FORMATS, "semantic", "latents_b")
 
 
 class Stopped(Exception):
@@ -73,10 +74,10 @@ def generate(model: Wuerstchen, prompt: str | list[str] | None = None, negative_
     callback       may also return False to stop: then the result is []
     Raises ValueError for arguments that do not fit together, nearly always before the first step.
     """
-    c, b = model.settings(sampling)
-    check_arguments(model, given or {}, edit, output)
-    embeddings = {name: tensor for name, tensor in (given or {}).items() if name in EMBEDDINGS}
-    semantic, latents_c, latents_b = ((given or {}).get(name) for name in LATENTS)
+    (c, b), given = model.settings(sampling), given or {}
+    check_arguments(model, given, edit, output)
+    embeddings = {name: tensor for name, tensor in given.items() if name in EMBEDDINGS}
+    semantic, latents_c, latents_b = (given.get(name) for name in LATENTS)
     stages = ("c" if semantic is None else "") + ("b" if output != "semantic" else "")
     optional = edit is not None or semantic is not None
     texts = PromptBatch(model, prompt, negative_prompt, embeddings, num_images, stages, optional)
@@ -115,8 +116,7 @@ def generate(model: Wuerstchen, prompt: str | list[str] | None = None, negative_
     if output == "latents_b":
         return latents
     images = crop(model.decode(latents), height, width)                                    # (n, 3, height, width)
-    images = images if known is None else known.paste(images)
-    return {"pil": to_pil, "pt": lambda x: x, "np": lambda x: x.permute(0, 2, 3, 1).cpu().numpy()}[output](images)
+    return FORMATS[output](images if known is None else known.paste(images))
 
 
 def reconstruct(model: Wuerstchen, image, prompt: str = "", **options):
