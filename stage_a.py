@@ -13,7 +13,7 @@ Surprise: `encode` divides latents by `scale_factor` (0.3764, fixed by the relea
 
 Inside, activations are channels-last, (B,H,W,C): a Linear or a norm then reads C contiguously, and
 a convolution gets its (B,C,H,W) as a view with channels-last strides, which costs nothing.
-Losses and discriminator: training/vqgan_losses.py.
+Its training: train_a.py, training/vqgan_losses.py, training/codebook.py.
 Paper: arXiv:2306.00637 (Stage A); VQGAN: arXiv:2012.09841; codebook: arXiv:1711.00937.
 Needs: torch only. This file works when copied alone.
 """
@@ -115,22 +115,17 @@ class StageA(nn.Module):
         widths = [c_hidden // 2 ** i for i in reversed(range(levels))]          # official: 192, 384
 
         self.embed = nn.Linear(3 * 4, widths[0])                       # after pixel unshuffle by 2
-        self.encoder = nn.ModuleList()
-        for i, width in enumerate(widths):
-            if i > 0:
-                self.encoder.append(nn.Conv2d(widths[i - 1], width, 4, stride=2, padding=1))
-            self.encoder.append(VQResBlock(width))
+        self.encoder = nn.ModuleList([VQResBlock(widths[0])])
+        for c_in, c in zip(widths, widths[1:]):
+            self.encoder += [nn.Conv2d(c_in, c, 4, stride=2, padding=1), VQResBlock(c)]
         self.to_latent = nn.Linear(widths[-1], c_latent, bias=False)
         self.norm_latent = nn.BatchNorm2d(c_latent)                    # keeps the latents' scale
         self.codebook = Codebook(codebook_size, c_latent)
         self.from_latent = nn.Linear(c_latent, widths[-1])
-        self.decoder = nn.ModuleList()
-        for i, width in enumerate(reversed(widths)):
-            # Most of the decoder's blocks are at the coarsest level, where they are cheapest.
-            blocks = bottleneck_blocks if i == 0 else 1
-            self.decoder.extend(VQResBlock(width) for _ in range(blocks))
-            if i < levels - 1:
-                self.decoder.append(nn.ConvTranspose2d(width, width // 2, 4, stride=2, padding=1))
+        # Most of the decoder's blocks are at the coarsest level, where they are cheapest.
+        self.decoder = nn.ModuleList(VQResBlock(widths[-1]) for _ in range(bottleneck_blocks))
+        for c_in, c in zip(widths[::-1], widths[-2::-1]):
+            self.decoder += [nn.ConvTranspose2d(c_in, c, 4, stride=2, padding=1), VQResBlock(c)]
         self.to_pixels = nn.Linear(widths[0], 3 * 4)                   # before pixel shuffle by 2
 
     def encode_raw(self, images: Tensor) -> Tensor:

@@ -62,8 +62,8 @@ class GlobalResponseNorm(nn.Module):
     """Lets the channels compete: each is scaled by its energy, relative to the mean channel.
 
     y = gamma * (x * n) + beta + x with n = |x| / mean_channels |x|, |.| the L2 norm over H and W.
-    |.| grows with the number of positions, so a part of an image is not treated like the whole:
-    no padding, no tiles. Starts as the identity. Source: ConvNeXt V2, arXiv:2301.00808, sec. 3.1.
+    |.| grows with the number of positions, so an image must be neither padded nor cut into tiles.
+    Starts as the identity. Source: ConvNeXt V2, arXiv:2301.00808, sec. 3.1.
     """
     def __init__(self, c: int):
         super().__init__()
@@ -108,7 +108,7 @@ class TimestepBlock(nn.Module):
     def forward(self, x: Tensor, t_embedding: Tensor) -> Tensor:
         """x (B,H,W,C), t_embedding (B,c_timestep) -> (B,H,W,C)."""
         scale, shift = self.mapper(t_embedding)[:, None, None].chunk(2, dim=-1)  # 2 x (B, 1, 1, C)
-        return torch.addcmul(shift, x, 1 + scale)                     # x * (1 + scale) + shift
+        return torch.addcmul(shift, x, 1 + scale)            # x (1 + scale) + shift: (B, H, W, C)
 
 
 class AttentionBlock(nn.Module):
@@ -145,7 +145,7 @@ class AttentionBlock(nn.Module):
 
 
 def resize_semantic(semantic: Tensor, size: tuple[int, int]) -> Tensor:
-    """semantic (B,C,h,w) -> (B,*size,C), bicubic, in float32 like the training of the released weights.
+    """semantic (B,C,h,w) -> (B,*size,C), bicubic, always in float32, as the weights were trained.
 
     Interpolation is linear in rows and in columns: two matrix products. Not F.interpolate itself,
     because torch.compile cannot differentiate it when sizes vary. The matrices are what it makes of
@@ -154,10 +154,11 @@ def resize_semantic(semantic: Tensor, size: tuple[int, int]) -> Tensor:
     """
     (h, w), (H, W), device = semantic.shape[2:], size, semantic.device
 
-    def weights(n: int, m: int, width: int) -> Tensor:         # (m, n): shares of n rows in m rows
+    def weights(n: int, m: int, width: int) -> Tensor:          # (m, n): the share of n rows in m
         units = torch.eye(n, device=device)[None, :, :, None].expand(1, n, n, 2)
-        return F.interpolate(units, size=(m, min(width, 2)), mode="bicubic", antialias=True,
-                             align_corners=True)[0, :, :, 0].T    # other weights if width is 1
+        shape = (m, min(width, 2))                 # torch has other weights for a result of width 1
+        rows = F.interpolate(units, shape, mode="bicubic", antialias=True, align_corners=True)
+        return rows[0, :, :, 0].T
     with torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False):
         resized = torch.einsum("Hh,bchw,Ww->bHWc", weights(h, H, W), semantic.float(),
                                weights(w, W, 2))
@@ -229,10 +230,9 @@ class StageB(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         for mapper in [self.embed_text, *self.semantic_down, *self.semantic_up]:
-            if mapper is not None:
-                # Semantic latents have a standard deviation of about 42, hence small.
+            if mapper is not None:             # semantic latents have a standard deviation of 42
                 nn.init.normal_(mapper.weight, std=0.02)
-        nn.init.zeros_(self.head.weight)       # the first prediction is then 2 x_t
+        nn.init.zeros_(self.head.weight)       # the first prediction is 2 x_t for any condition
         for module in self.modules():
             if isinstance(module, ResBlock):   # all residual branches add up to a variance of 1
                 module.contract.weight *= math.sqrt(1 / sum(self.config["blocks"]))
@@ -266,13 +266,13 @@ class StageB(nn.Module):
         for i in range(depth):                                  # down to the coarsest level ...
             if i > 0:
                 x = channels_last(self.downsample[i](channels_first(layer_norm(x))))
-            condition = self.condition(self.semantic_down[i], semantic, x)
-            x = self.run_level(self.down_blocks[i], x, t_embedding, text, condition)
-            skips.append([x])                                                      # (B, H, W, C_i)
-        skips[-1] = []                      # the coarsest level starts from its own output: no skip
+            x = self.run_level(self.down_blocks[i], self.semantic_down[i], x, t_embedding, semantic,
+                               text)                                               # (B, H, W, C_i)
+            skips.append(x)
+        skips[-1] = None                    # the coarsest level starts from its own output: no skip
         for i in reversed(range(depth)):                        # ... and up again
-            condition = self.condition(self.semantic_up[i], semantic, x)
-            x = self.run_level(self.up_blocks[i], x, t_embedding, text, condition, skips[i])
+            x = self.run_level(self.up_blocks[i], self.semantic_up[i], x, t_embedding, semantic,
+                               text, skips[i])                                     # (B, H, W, C_i)
             if i > 0:
                 x = channels_last(self.upsample[i](channels_first(layer_norm(x))))
 
@@ -280,16 +280,16 @@ class StageB(nn.Module):
         a, b = F.pixel_shuffle(x, self.patch_size).chunk(2, dim=1)                # 2 x (B, 4, h, w)
         return a, b.sigmoid() * (1 - 2e-3) + 1e-3
 
-    def condition(self, mapper: nn.Linear | None, semantic: Tensor, x: Tensor) -> list[Tensor]:
-        """What x (B,H,W,C) gets of the semantic latent: [(B,H,W,c_cond)], or [] without mapper."""
-        return [] if mapper is None else [mapper(resize_semantic(semantic, x.shape[1:3]))]
-
-    def run_level(self, blocks: nn.ModuleList, x: Tensor, t_embedding: Tensor, text: Tensor,
-                  condition: list[Tensor], skip: list[Tensor] = []) -> Tensor:
+    def run_level(self, blocks: nn.ModuleList, mapper: nn.Linear | None, x: Tensor,
+                  t_embedding: Tensor, semantic: Tensor, text: Tensor,
+                  skip: Tensor | None = None) -> Tensor:
         """The blocks of one level: x (B,H,W,C) -> (B,H,W,C). The first block also gets the skip."""
+        extras = [] if mapper is None else [mapper(resize_semantic(semantic, x.shape[1:3]))]
         for k, block in enumerate(blocks):
-            inputs = ([*(skip if k == 0 else []), *condition] if isinstance(block, ResBlock) else
-                      [t_embedding if isinstance(block, TimestepBlock) else text])
+            if isinstance(block, ResBlock):
+                inputs = [skip, *extras] if k == 0 and skip is not None else extras
+            else:
+                inputs = [t_embedding if isinstance(block, TimestepBlock) else text]
             if self.checkpointing and self.training:
                 x = checkpoint(block, x, *inputs, use_reentrant=False)               # (B, H, W, C)
             else:

@@ -61,8 +61,8 @@ class GlobalResponseNorm(nn.Module):
     """Lets the channels compete: each is scaled by its energy, relative to the mean channel.
 
     y = gamma * (x * n) + beta + x with n = |x| / mean_channels |x|, |.| the L2 norm over H and W.
-    |.| grows with the number of positions, so a part of an image is not treated like the whole:
-    no padding, no tiles. Starts as the identity. Source: ConvNeXt V2, arXiv:2301.00808, sec. 3.1.
+    |.| grows with the number of positions, so an image must be neither padded nor cut into tiles.
+    Starts as the identity. Source: ConvNeXt V2, arXiv:2301.00808, sec. 3.1.
     """
     def __init__(self, c: int):
         super().__init__()
@@ -107,7 +107,7 @@ class TimestepBlock(nn.Module):
     def forward(self, x: Tensor, t_embedding: Tensor) -> Tensor:
         """x (B,H,W,C), t_embedding (B,c_timestep) -> (B,H,W,C)."""
         scale, shift = self.mapper(t_embedding)[:, None, None].chunk(2, dim=-1)  # 2 x (B, 1, 1, C)
-        return torch.addcmul(shift, x, 1 + scale)                     # x * (1 + scale) + shift
+        return torch.addcmul(shift, x, 1 + scale)            # x (1 + scale) + shift: (B, H, W, C)
 
 
 class AttentionBlock(nn.Module):
