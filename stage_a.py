@@ -13,7 +13,7 @@ Surprise: `encode` divides latents by `scale_factor` (0.3764, fixed by the relea
 
 Inside, activations are channels-last, (B,H,W,C): a Linear or a norm then reads C contiguously, and
 a convolution gets its (B,C,H,W) as a view with channels-last strides, which costs nothing.
-Losses and discriminator: training/vqgan_losses.py.
+Its training: train_a.py, training/vqgan_losses.py, training/codebook.py.
 Paper: arXiv:2306.00637 (Stage A); VQGAN: arXiv:2012.09841; codebook: arXiv:1711.00937.
 Needs: torch only. This file works when copied alone.
 """
