@@ -13,7 +13,7 @@ Surprise: `encode` divides latents by `scale_factor` (0.3764, fixed by the relea
 
 Inside, activations are channels-last, (B,H,W,C): a Linear or a norm then reads C contiguously, and
 a convolution gets its (B,C,H,W) as a view with channels-last strides, which costs nothing.
-Losses and discriminator: training/vqgan_losses.py.
+Its training: train_a.py, training/vqgan_losses.py, training/codebook.py.
 Paper: arXiv:2306.00637 (Stage A); VQGAN: arXiv:2012.09841; codebook: arXiv:1711.00937.
 Needs: torch only. This file works when copied alone.
 """
@@ -37,8 +37,7 @@ class VQResBlock(nn.Module):
     """Two residual halves: a depthwise 3x3 mixes positions, an MLP mixes channels.
 
     `gammas` are six learned numbers: scale and shift of each half's norm, and how much of each half
-    is added. They start at zero, so an untrained block returns its input.
-    """
+    is added. They start at zero, so an untrained block returns its input."""
     def __init__(self, c: int):
         super().__init__()
         # Replicate padding: zeros would give images a dark rim, since this stage makes the pixels.
@@ -79,8 +78,7 @@ class Codebook(nn.Module):
 
         |z - c|^2 = |z|^2 - 2 z.c + |c|^2, and |z|^2 is the same for every c, so it is omitted.
         Always in float32: two of 8192 codes in 4 dimensions are often closer than half precision
-        can tell.
-        """
+        can tell."""
         z, codes = z.float(), self.codes.float()
         return (codes.square().sum(1) - 2 * z @ codes.T).argmin(-1)                      # (B, H, W)
 
@@ -89,8 +87,7 @@ class Codebook(nn.Module):
 
         The codebook loss pulls codes to the latents, the commitment loss latents to their codes
         (arXiv:1711.00937, eq. 3). argmin has no gradient, so z + (q - z).detach() passes the
-        decoder's gradient straight through to z.
-        """
+        decoder's gradient straight through to z."""
         indices = self.nearest(z)                                                        # (B, H, W)
         q = F.embedding(indices, self.codes)                                          # (B, H, W, C)
         codebook_loss, commitment_loss = F.mse_loss(q, z.detach()), F.mse_loss(z, q.detach())
@@ -115,22 +112,17 @@ class StageA(nn.Module):
         widths = [c_hidden // 2 ** i for i in reversed(range(levels))]          # official: 192, 384
 
         self.embed = nn.Linear(3 * 4, widths[0])                       # after pixel unshuffle by 2
-        self.encoder = nn.ModuleList()
-        for i, width in enumerate(widths):
-            if i > 0:
-                self.encoder.append(nn.Conv2d(widths[i - 1], width, 4, stride=2, padding=1))
-            self.encoder.append(VQResBlock(width))
+        self.encoder = nn.ModuleList([VQResBlock(widths[0])])
+        for c_in, c in zip(widths, widths[1:]):
+            self.encoder += [nn.Conv2d(c_in, c, 4, stride=2, padding=1), VQResBlock(c)]
         self.to_latent = nn.Linear(widths[-1], c_latent, bias=False)
         self.norm_latent = nn.BatchNorm2d(c_latent)                    # keeps the latents' scale
         self.codebook = Codebook(codebook_size, c_latent)
         self.from_latent = nn.Linear(c_latent, widths[-1])
-        self.decoder = nn.ModuleList()
-        for i, width in enumerate(reversed(widths)):
-            # Most of the decoder's blocks are at the coarsest level, where they are cheapest.
-            blocks = bottleneck_blocks if i == 0 else 1
-            self.decoder.extend(VQResBlock(width) for _ in range(blocks))
-            if i < levels - 1:
-                self.decoder.append(nn.ConvTranspose2d(width, width // 2, 4, stride=2, padding=1))
+        # Most of the decoder's blocks are at the coarsest level, where they are cheapest.
+        self.decoder = nn.ModuleList(VQResBlock(widths[-1]) for _ in range(bottleneck_blocks))
+        for c_in, c in zip(widths[::-1], widths[-2::-1]):
+            self.decoder += [nn.ConvTranspose2d(c_in, c, 4, stride=2, padding=1), VQResBlock(c)]
         self.to_pixels = nn.Linear(widths[0], 3 * 4)                   # before pixel shuffle by 2
 
     def encode_raw(self, images: Tensor) -> Tensor:
@@ -155,8 +147,7 @@ class StageA(nn.Module):
     def encode(self, images: Tensor, quantise: bool = False) -> Tensor:
         """images (B,3,H,W) in [0, 1] -> latents (B,4,H/4,W/4) as Stage B wants them.
 
-        quantise=True snaps them to the codebook first. Raises ValueError for impossible shapes.
-        """
+        quantise=True snaps them to the codebook first. Raises ValueError for impossible shapes."""
         z = self.encode_raw(images)                                                   # (B, h, w, 4)
         if quantise:
             z = F.embedding(self.codebook.nearest(z), self.codebook.codes)
@@ -187,8 +178,7 @@ class StageA(nn.Module):
         quantise: True, False, or one bool for each row (B,). v2 decodes latents that were never
         quantised, so a decoder trained half of the time without quantisation is good at both.
         Returned losses are unweighted: reconstruction (mean |error|), codebook, commitment.
-        latents (B,h,w,4) are not quantised.
-        """
+        latents (B,h,w,4) are not quantised."""
         z = self.encode_raw(images)                                                   # (B, h, w, 4)
         q, indices, codebook_loss, commitment_loss = self.codebook(z)
         rows = torch.as_tensor(quantise, device=z.device).reshape(-1, 1, 1, 1)   # (1 or B, 1, 1, 1)

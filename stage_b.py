@@ -48,8 +48,7 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
     Always float32 and always in this order of operations: the angle reaches 10^4, where float32 has
     steps of 1e-3, so any other rounding moves the networks' outputs by 1e-4, and half precision
     would turn the first columns into noise. The caller casts the result. Source: arXiv:1706.03762,
-    sec. 3.5.
-    """
+    sec. 3.5."""
     half = width // 2
     k = torch.arange(half, device=t.device).float()
     frequencies = (k * -(math.log(10000) / (half - 1))).exp()                        # (width // 2,)
@@ -62,9 +61,8 @@ class GlobalResponseNorm(nn.Module):
     """Lets the channels compete: each is scaled by its energy, relative to the mean channel.
 
     y = gamma * (x * n) + beta + x with n = |x| / mean_channels |x|, |.| the L2 norm over H and W.
-    |.| grows with the number of positions, so a part of an image is not treated like the whole:
-    no padding, no tiles. Starts as the identity. Source: ConvNeXt V2, arXiv:2301.00808, sec. 3.1.
-    """
+    |.| grows with the number of positions, so an image must be neither padded nor cut into tiles.
+    Starts as the identity. Source: ConvNeXt V2, arXiv:2301.00808, sec. 3.1."""
     def __init__(self, c: int):
         super().__init__()
         self.gamma = nn.Parameter(torch.zeros(c))
@@ -81,8 +79,7 @@ class GlobalResponseNorm(nn.Module):
 class ResBlock(nn.Module):
     """x + MLP(norm(depthwise(x))): a convolution mixes positions, then a wide MLP mixes channels.
 
-    The MLP may see more than x. In Stage B these extras are a U-Net skip and the semantic latent.
-    """
+    The MLP may see more than x: in Stage B a U-Net skip and the semantic latent, as extras."""
     def __init__(self, c: int, c_skip: int = 0, kernel_size: int = 3, dropout: float = 0.0):
         super().__init__()
         self.depthwise = nn.Conv2d(c, c, kernel_size, padding=kernel_size // 2, groups=c)
@@ -108,15 +105,14 @@ class TimestepBlock(nn.Module):
     def forward(self, x: Tensor, t_embedding: Tensor) -> Tensor:
         """x (B,H,W,C), t_embedding (B,c_timestep) -> (B,H,W,C)."""
         scale, shift = self.mapper(t_embedding)[:, None, None].chunk(2, dim=-1)  # 2 x (B, 1, 1, C)
-        return torch.addcmul(shift, x, 1 + scale)                     # x * (1 + scale) + shift
+        return torch.addcmul(shift, x, 1 + scale)            # x (1 + scale) + shift: (B, H, W, C)
 
 
 class AttentionBlock(nn.Module):
     """Every position attends to all positions and to the text, in one attention.
 
     Keys and values are those of the normalised image tokens, then those of the text tokens. Padding
-    tokens of the text are not masked: the released weights were trained with them in view.
-    """
+    tokens of the text are not masked: the released weights were trained with them in view."""
     def __init__(self, c: int, c_text: int, heads: int, dropout: float = 0.0):
         super().__init__()
         self.heads, self.dropout = heads, dropout
@@ -145,19 +141,19 @@ class AttentionBlock(nn.Module):
 
 
 def resize_semantic(semantic: Tensor, size: tuple[int, int]) -> Tensor:
-    """semantic (B,C,h,w) -> (B,*size,C), bicubic, in float32 like the training of the released weights.
+    """semantic (B,C,h,w) -> (B,*size,C), bicubic, always in float32, as the weights were trained.
 
     Interpolation is linear in rows and in columns: two matrix products. Not F.interpolate itself,
     because torch.compile cannot differentiate it when sizes vary. The matrices are what it makes of
     unit vectors. No textbook formula gives them: in torch, bicubic with antialias and align_corners
-    follows none of the usual conventions (end points do not map to end points).
-    """
+    follows none of the usual conventions (end points do not map to end points)."""
     (h, w), (H, W), device = semantic.shape[2:], size, semantic.device
 
-    def weights(n: int, m: int, width: int) -> Tensor:         # (m, n): shares of n rows in m rows
+    def weights(n: int, m: int, width: int) -> Tensor:          # (m, n): the share of n rows in m
         units = torch.eye(n, device=device)[None, :, :, None].expand(1, n, n, 2)
-        return F.interpolate(units, size=(m, min(width, 2)), mode="bicubic", antialias=True,
-                             align_corners=True)[0, :, :, 0].T    # other weights if width is 1
+        shape = (m, min(width, 2))                 # torch has other weights for a result of width 1
+        rows = F.interpolate(units, shape, mode="bicubic", antialias=True, align_corners=True)
+        return rows[0, :, :, 0].T
     with torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False):
         resized = torch.einsum("Hh,bchw,Ww->bHWc", weights(h, H, W), semantic.float(),
                                weights(w, W, 2))
@@ -171,8 +167,7 @@ class StageB(nn.Module):
     levels  a pattern of blocks, C = ResBlock, T = TimestepBlock, A = AttentionBlock, which is
             repeated blocks[i] times
     inject  whether a level's ResBlocks get the semantic latent (the finest does not: it would cost
-            the most there and adds only what the level below already knows)
-    """
+            the most there and adds only what the level below already knows)"""
     def __init__(self, c_in: int = 4, c_out: int = 4, c_timestep: int = 64, patch_size: int = 2,
                  c_cond: int = 1024, c_hidden=(320, 640, 1280, 1280), heads=(-1, 10, 20, 20),
                  blocks=(4, 4, 14, 4), levels=("CT", "CTA", "CTA", "CTA"),
@@ -229,10 +224,9 @@ class StageB(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         for mapper in [self.embed_text, *self.semantic_down, *self.semantic_up]:
-            if mapper is not None:
-                # Semantic latents have a standard deviation of about 42, hence small.
+            if mapper is not None:             # semantic latents have a standard deviation of 42
                 nn.init.normal_(mapper.weight, std=0.02)
-        nn.init.zeros_(self.head.weight)       # the first prediction is then 2 x_t
+        nn.init.zeros_(self.head.weight)       # the first prediction is 2 x_t for any condition
         for module in self.modules():
             if isinstance(module, ResBlock):   # all residual branches add up to a variance of 1
                 module.contract.weight *= math.sqrt(1 / sum(self.config["blocks"]))
@@ -266,13 +260,13 @@ class StageB(nn.Module):
         for i in range(depth):                                  # down to the coarsest level ...
             if i > 0:
                 x = channels_last(self.downsample[i](channels_first(layer_norm(x))))
-            condition = self.condition(self.semantic_down[i], semantic, x)
-            x = self.run_level(self.down_blocks[i], x, t_embedding, text, condition)
-            skips.append([x])                                                      # (B, H, W, C_i)
-        skips[-1] = []                      # the coarsest level starts from its own output: no skip
+            x = self.run_level(self.down_blocks[i], self.semantic_down[i], x, t_embedding, semantic,
+                               text)                                               # (B, H, W, C_i)
+            skips.append(x)
+        skips[-1] = None                    # the coarsest level starts from its own output: no skip
         for i in reversed(range(depth)):                        # ... and up again
-            condition = self.condition(self.semantic_up[i], semantic, x)
-            x = self.run_level(self.up_blocks[i], x, t_embedding, text, condition, skips[i])
+            x = self.run_level(self.up_blocks[i], self.semantic_up[i], x, t_embedding, semantic,
+                               text, skips[i])                                     # (B, H, W, C_i)
             if i > 0:
                 x = channels_last(self.upsample[i](channels_first(layer_norm(x))))
 
@@ -280,16 +274,16 @@ class StageB(nn.Module):
         a, b = F.pixel_shuffle(x, self.patch_size).chunk(2, dim=1)                # 2 x (B, 4, h, w)
         return a, b.sigmoid() * (1 - 2e-3) + 1e-3
 
-    def condition(self, mapper: nn.Linear | None, semantic: Tensor, x: Tensor) -> list[Tensor]:
-        """What x (B,H,W,C) gets of the semantic latent: [(B,H,W,c_cond)], or [] without mapper."""
-        return [] if mapper is None else [mapper(resize_semantic(semantic, x.shape[1:3]))]
-
-    def run_level(self, blocks: nn.ModuleList, x: Tensor, t_embedding: Tensor, text: Tensor,
-                  condition: list[Tensor], skip: list[Tensor] = []) -> Tensor:
+    def run_level(self, blocks: nn.ModuleList, mapper: nn.Linear | None, x: Tensor,
+                  t_embedding: Tensor, semantic: Tensor, text: Tensor,
+                  skip: Tensor | None = None) -> Tensor:
         """The blocks of one level: x (B,H,W,C) -> (B,H,W,C). The first block also gets the skip."""
+        extras = [] if mapper is None else [mapper(resize_semantic(semantic, x.shape[1:3]))]
         for k, block in enumerate(blocks):
-            inputs = ([*(skip if k == 0 else []), *condition] if isinstance(block, ResBlock) else
-                      [t_embedding if isinstance(block, TimestepBlock) else text])
+            if isinstance(block, ResBlock):
+                inputs = [skip, *extras] if k == 0 and skip is not None else extras
+            else:
+                inputs = [t_embedding if isinstance(block, TimestepBlock) else text]
             if self.checkpointing and self.training:
                 x = checkpoint(block, x, *inputs, use_reentrant=False)               # (B, H, W, C)
             else:
@@ -300,12 +294,11 @@ class StageB(nn.Module):
 # ----- the semantic compressor: an image -> the latent that Stage C learns to produce -------------
 
 class EfficientNetEncoder(nn.Module):
-    """EfficientNetV2-S features and a 1x1 mapper to 16 channels (20.2 M parameters).
+    """EfficientNetV2-S features and a 1x1 mapper to 16 channels, 20.2 M parameters; torchvision's.
 
     v1 has the large one, efficientnet_v2_l (117 M), for images half as wide. Built without ImageNet
     weights: the released encoder was trained on, and the constructor must not download. Encode in
-    eval() mode: BatchNorm and stochastic depth behave differently in training. Needs torchvision.
-    """
+    eval() mode: BatchNorm and stochastic depth compute something else in training."""
     def __init__(self, c_semantic: int = 16, network: str = "efficientnet_v2_s"):
         super().__init__()
         import torchvision                     # only here, so that StageB needs only torch
@@ -327,8 +320,7 @@ class TinyImageEncoder(nn.Module):
     """The same for 128 px images with 7 % of the work: four levels of ResBlocks, no EfficientNet.
 
     BatchNorm has a fixed weight of 42 and bias of -1, so that Stage C, which gets (raw + 1) / 42
-    like the released one, sees numbers of mean 0 and variance 1: what diffusion is made for.
-    """
+    like the released one, sees numbers of mean 0 and variance 1: what diffusion is made for."""
     def __init__(self, c_semantic: int = 16, c_hidden=(32, 64, 128, 256), blocks=(1, 2, 2, 2)):
         super().__init__()
         self.config = dict(c_semantic=c_semantic, c_hidden=tuple(c_hidden), blocks=tuple(blocks))
@@ -358,8 +350,7 @@ def preprocess(images: Tensor, size: int | tuple[int, int] = 768) -> Tensor:
 
     size in px: of the shorter side, 0.75 of the image's, a multiple of 32 (official 1024 -> 768,
     tiny 128 -> 96); the longer side keeps the image's shape and is cropped in its middle to a
-    multiple of 32. Or (height, width).
-    """
+    multiple of 32. Or (height, width)."""
     h, w = images.shape[-2:]
     if isinstance(size, int):                             # rounded down, as in torchvision's Resize
         size = (size * h // min(h, w), size * w // min(h, w))

@@ -61,8 +61,8 @@ def parse_args(argv=None):
     g = add_data_options(p, "scenes:all:100000:0", crop=None, captions=False,
                          what="; captions are not used (default: %(default)s)")
     g.add_argument("--resolution", type=int,
-                   help="px, side of the squares to train on, a multiple of 4; the model then works "
-                        "for larger images as well (default: 128 for scenes, else 256)")
+                   help="px, side of the squares to train on, a multiple of 4; larger images work "
+                        "with the result as well (default: 128 for scenes, else 256)")
     g = add_optimization_options(
         p, steps=8000, batch=4, lr=2e-3, schedule="trapezoid", warmup=100, weight_decay=1e-4,
         ema=0.999, large=False,
@@ -100,14 +100,13 @@ from training.codebook import CodebookUpdates, perplexity
 from training.optim import (EMA, build_optimizer, clip_gradients, learning_rate, set_precision,
                             too_many_nan_steps)
 from training.order import BatchSampler, batches, sample_rng
-from training.perceptual import VGGFeatures
 from training.processes import GracefulExit, Processes, SynchronisedBatchNorm, no_sync
 from training.report import Progress, draw_curves, due, outline
 from training.results import write_stage_a
 from training.samples import ImageReader, open_data, to_tensor
 from training.validation import fixed_images
-from training.vqgan_losses import (PatchDiscriminator, adaptive_weight, discriminator_loss,
-                                   generator_loss, perceptual_loss)
+from training.vqgan_losses import (PatchDiscriminator, VGGFeatures, adaptive_weight,
+                                   discriminator_loss, generator_loss, perceptual_loss)
 
 CURVES = ["loss", "val_psnr", "val_psnr_quantised", "perplexity", "grad_norm", "gan_weight"]
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tools.bench import __main__ as bench, epoch, int8, official
+from tools.bench import __main__ as bench, int8, official, training
 from tools.bench.measure import Call, Measured, compare, in_turns, products_of, ratio
 from tools.bench.models import random_pair
 from tools.bench.official import whole_images
@@ -139,7 +139,7 @@ def test_a_training_step_reports_the_time_of_its_products():
 
 
 def test_an_image_is_29_steps_of_c_12_of_b_and_a_decoding():
-    """Its time is added up from the parts, ours fast and compiled, diffusers' as they are; and the share of the peak."""
+    """Its time is added up from the parts, ours fast and compiled, diffusers' as they are; so is the share."""
     found = {"Stage C step": Measured(1, 2, 0), "Stage C step, plain": Measured(9, 2, 0),
              "Stage C step, compiled": Measured(0.5, 1, 10 ** 9),
              "Stage B step": Measured(2, 4, 0), "Stage B step, plain": Measured(9, 4, 0),
@@ -165,7 +165,8 @@ def test_the_networks_of_the_tiny_weights_are_measured(tmp_path):
         "Stage C step", "Stage C step, plain", "Stage C step, unguided", "Stage B step", "Stage B step, plain",
         "Stage A decode", "Stage A decode, plain", "16 images in a batch, per second"))
     assert "not measured" not in text
-    fast, plain = (float(re.search(rf"\| Stage B step{form} \|.* ([\d.]+) GFLOP,", text)[1]) for form in ("", ", plain"))
+    fast, plain = (float(re.search(rf"\| {what} \|.* ([\d.]+) GFLOP,", text)[1])
+                   for what in ("Stage B step", "Stage B step, plain"))
     assert fast < 0.9 * plain                            # without what is the same at every step
 
 
@@ -203,9 +204,9 @@ def test_the_official_measurement_runs_at_any_size(options, tmp_path, monkeypatc
 def test_an_epoch_is_added_up_from_its_parts(monkeypatch):
     """200 images are 50 steps of 4. A cache saves the encoding; reading is compared with the step that waits for it."""
     seconds = {"fresh_steps": dict(seconds=2.0), "encoding": 0.5, "reading": 0.25}
-    monkeypatch.setattr(epoch, "in_own_process", lambda function, *args: seconds[function.__name__])
+    monkeypatch.setattr(training, "in_own_process", lambda function, *args: seconds[function.__name__])
     args = bench.parse_args(["--epoch", "--device", "cpu", "--repeats", "1"])
-    _, rows, note = epoch.measure(args)
+    _, rows, note = training.measure_epoch(args)
     assert [(row.what, row.ours, row.ratio) for row in rows] == [("200 images, LoRA, `--cache`", "100 s", 1.25),
                                                                  ("reading a batch, 2 workers", "0.250 s", 0.1)]
     assert rows[0].other == "125 s, without" and "768 px, batch 4, image files of 1024 px" in note
@@ -224,7 +225,7 @@ def test_reading_is_that_of_the_training_loop(monkeypatch):
             taken.append((pixels.shape, pixels.dtype, pixels.float().std() > 20))
             yield batch
     monkeypatch.setattr(order, "batches", watched)
-    assert epoch.reading(96, 2, files=3) > 0
+    assert training.reading(96, 2, files=3) > 0
     assert taken == [("StageCSamples", 2, [[128, 128]] * 3)] + [((2, 96, 96, 3), torch.uint8, True)] * (8 + 16)
 
 

@@ -218,7 +218,7 @@ def test_eta_says_how_much_of_the_noise_is_fresh_and_never_how_much_there_is():
 
 @each_sampler
 def test_the_last_step_adds_no_noise(step):
-    """Whatever is drawn there would stay in the picture. Row by row: the second row has steps to go."""
+    """Whatever is drawn there would stay in the image. Row by row: the second row has steps to go."""
     x, eps, t, t_prev = torch.randn(2, 3), torch.randn(2, 3), torch.tensor([0.1, 0.5]), torch.tensor([0.0, 0.4])
     one, other = (step(x, eps, t, t_prev, torch.randn(2, 3)) for _ in range(2))
     assert torch.equal(one[0], other[0])
@@ -378,7 +378,7 @@ def test_rescale_takes_back_what_guidance_adds_to_the_contrast():
 
 
 def test_rescale_does_not_look_at_the_neighbours_in_the_batch():
-    """A standard deviation over the whole batch would make a picture depend on what else was asked for."""
+    """A standard deviation over the whole batch would make an image depend on what else was asked for."""
     conditional, unconditional = torch.randn(2, 3, 4, 8, 8) * torch.tensor([0.1, 1.0, 10.0]).view(3, 1, 1, 1)
     together = guide(conditional, unconditional, 4.0, 0.7)
     for i in range(3):
@@ -543,7 +543,7 @@ def test_impossible_strengths_are_refused(strength):
 # --- inpainting --------------------------------------------------------------------------------------
 
 def left_half(x_0: Tensor) -> Tensor:
-    """A mask of (1, 1, W): new content in the left half of every picture and channel."""
+    """A mask of (1, 1, W): new content in the left half of every image and channel."""
     return (torch.arange(x_0.shape[-1]) < x_0.shape[-1] // 2).view(1, 1, -1)
 
 
@@ -573,7 +573,7 @@ def test_the_network_sees_the_known_part_at_the_noise_level_of_every_step(step):
 
 
 def test_what_is_known_has_the_last_levels_noise_where_that_is_not_0():
-    """A part of the schedule hands its result on to the next part: clean pixels in a noisy picture would be noise of
+    """A part of the schedule hands its result on to the next part: clean pixels in a noisy image would be noise of
     their own."""
     known, x, eps = torch.randn(3, 2, 3, 8)
     found = denoise(half, x, lambda: None, Sampling(3, ddim_step, t_start=1.0, t_end=0.4),
@@ -639,7 +639,7 @@ def test_noise_is_drawn_once_in_every_step_whatever_the_sampler(step, guidance):
 
 @each_sampler
 def test_denoise_leaves_alone_what_it_was_given(step):
-    """The caller's noise and picture may be needed again, for the next sampler to be compared with."""
+    """The caller's noise and image may be needed again, for the next sampler to be compared with."""
     given = x, known, eps, levels = [torch.randn(2, 3, 8), torch.randn(2, 3, 8), torch.randn(2, 3, 8),
                                      even(5)]
     copies = [tensor.clone() for tensor in given]
@@ -649,7 +649,7 @@ def test_denoise_leaves_alone_what_it_was_given(step):
 
 
 @each_sampler
-def test_watch_sees_every_step_with_its_guess_of_the_picture(step):
+def test_watch_sees_every_step_with_its_guess_of_the_image(step):
     """i, the level reached, x there, and x_0 as guessed: a preview costs nothing more."""
     x_0, eps = torch.randn(2, 2, 3)
     calls, levels = [], even(4)
@@ -714,7 +714,7 @@ def test_progress_goes_around_the_steps():
 @each_sampler
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_network_that_overflows_is_named_in_that_very_step(step, value):
-    """One pixel of one picture is enough. Elsewhere the steps go on, and what comes out is black."""
+    """One pixel of one image is enough. Elsewhere the steps go on, and what comes out is black."""
     watched = []
 
     def predict(x, t, both):
@@ -734,7 +734,7 @@ def test_a_network_that_overflows_is_named_in_that_very_step(step, value):
 def test_no_step_waits_for_the_numbers_of_another_device(step):
     """A GPU is fast while the host is ahead of it. Reading one number makes the host wait for all that was asked for
     before; then the GPU waits for the host. Read is once, in the end: is all of it finite? (On the meta device other
-    reads would fail, too.)"""
+    reads would fail as well.)"""
     x = torch.empty(2, 4, 8, 8, device="meta")
     keep = InpaintMask(torch.empty_like(x), torch.empty_like(x[:1, :1], dtype=torch.bool), torch.empty_like(x))
     with HostReads() as reads:

@@ -61,7 +61,7 @@ def test_the_first_prompts_are_a_fair_sample():
 # ----- the judge is right ----------------------------------------------------------------------------
 
 def test_the_judge_accepts_real_scenes_clean_or_degraded(judge):
-    """Its own errors must not count against a model: by hand, 512 of 512 clean and 511 of 512 degraded ones were right."""
+    """Its own errors must not count against a model: of 512 each, 512 clean ones and 511 degraded ones were right."""
     rng = np.random.default_rng(0)
     images = [real_image(f, rng) for f in FACTS[:32]]
     images = images[:20] + [degrade(image, rng) for image in images[20:]]
@@ -190,7 +190,8 @@ def test_help_needs_no_torch_and_a_wrong_start_says_how():
 @pytest.mark.parametrize("arguments, message", [
     (["--weights", "no-such-weights"],
      "error: there are no weights called 'no-such-weights', and there is no such folder: expected tiny, "),
-    (["--temperature-b", "1"], "error: --temperature-b is only for v1, because Stage B of v1 generates tokens: remove it"),
+    (["--temperature-b", "1"],
+     "error: --temperature-b is only for v1, because Stage B of v1 generates tokens: remove it"),
     (["--sampler-b", "quant"], "error: Stage B: sampler is 'quant', expected one of ddpm, ddim, dpm++."),
 ])
 def test_an_error_in_the_settings_ends_in_one_line(arguments, message, capsys):

@@ -1,4 +1,5 @@
-"""Each stage file can be copied into another project alone, and the copies in these files are the same."""
+"""The stage files, wuerstchen.py, lora.py and int8.py each work when copied into another project alone; the blocks that
+stage files copy from each other are the same."""
 import inspect
 import shutil
 import subprocess

@@ -27,9 +27,8 @@ from stage_a import Codebook, StageA
 from training.codebook import CodebookAverages, count, perplexity
 from training.data import open_dataset
 from training.order import BatchSampler
-from training.perceptual import VGGFeatures
-from training.vqgan_losses import (PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss,
-                                   perceptual_loss)
+from training.vqgan_losses import (PatchDiscriminator, VGGFeatures, adaptive_weight, discriminator_loss,
+                                   generator_loss, perceptual_loss)
 from loading.weights import load_stage_a, save_model
 
 ROOT = Path(train_a.__file__).parent

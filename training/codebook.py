@@ -2,13 +2,56 @@
 
 A code moves towards the latents that are nearest to it, by a gradient or as their running mean. A code that no latent
 is near has neither and would stay where it is forever; so once in a while such codes are put where latents are.
-Needs: torch; data.py.
+Needs: torch; order.py.
 """
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from training.order import sample_rng
-from training.vqgan_losses import CodebookAverages, count, perplexity
+
+
+class CodebookAverages(nn.Module):
+    """The other way to train a codebook: each code is the running mean of the latents nearest to it, without gradients.
+
+    Per code a running number of latents N and their running sum m; the code is m / N. A code then follows its latents
+    at its own speed, whatever the learning rate. arXiv:1711.00937, appendix A.1, eq. 6 to 8.
+    """
+    def __init__(self, codes: Tensor, decay: float = 0.99):
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("sizes", torch.ones(len(codes)))                            # (K,)    N
+        self.register_buffer("sums", codes.detach().clone())                             # (K, C)  m
+
+    @torch.no_grad()
+    def update(self, codes: Tensor, counts: Tensor, sums: Tensor) -> None:
+        """codes (K,C), changed in place; counts (K,) and sums (K,C) of the latents of a step, see `count`."""
+        self.sizes.lerp_(counts, 1 - self.decay)
+        self.sums.lerp_(sums, 1 - self.decay)
+        # Laplace smoothing, as if each code had 1e-5 latents more: otherwise a code without latents divides by 0.
+        total = self.sizes.sum()
+        sizes = (self.sizes + 1e-5) * total / (total + len(codes) * 1e-5)                # (K,)
+        codes.copy_(self.sums / sizes[:, None])
+
+    @torch.no_grad()
+    def restart(self, dead: Tensor, latents: Tensor) -> None:
+        """Codes that were moved, dead (K,) bool, restart with the one latent they were moved to, latents (dead,C)."""
+        self.sizes[dead], self.sums[dead] = 1.0, latents
+
+
+@torch.no_grad()
+def count(z: Tensor, indices: Tensor, size: int) -> Tensor:
+    """Latents z (..., C) and their nearest codes (...) -> (K, 1 + C): for each code, their number and their sum."""
+    z = torch.cat([torch.ones_like(z[..., :1]), z], dim=-1).float().flatten(0, -2)       # (N, 1 + C)
+    return z.new_zeros(size, z.shape[1]).index_add_(0, indices.flatten(), z)
+
+
+def perplexity(counts: Tensor) -> Tensor:
+    """How often each code was used, (K,) -> the number of codes, used equally often, that this amounts to: 1 to K.
+
+    It is exp of the entropy.
+    """
+    p = counts / counts.sum()
+    return torch.special.entr(p).sum().exp()
 
 
 class CodebookUpdates:

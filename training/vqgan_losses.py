@@ -1,57 +1,62 @@
-"""What Stage A is trained with, in addition to its own reconstruction and codebook losses.
+"""Stage A's losses besides those of its own forward: how different images look, and a discriminator, against blur.
 
-CodebookAverages is another way to train the codebook; count and perplexity say how it is used. perceptual_loss and the
-discriminator with its losses make images sharp. See train_a.py for how they are combined.
-Papers: VQGAN: arXiv:2012.09841; codebook: arXiv:1711.00937; LPIPS: arXiv:1801.03924.  Needs: torch.
+  images, output -VGGFeatures-> 5 feature maps each -perceptual_loss-> scalar
+  output -PatchDiscriminator-> logits -generator_loss x adaptive_weight-> scalar, added to the reconstruction loss
+See train_a.py for how they are combined.
+Papers: VQGAN: arXiv:2012.09841; LPIPS: arXiv:1801.03924.  Needs: torch; torchvision for VGGFeatures.
 """
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from loading.errors import UserError
 
-class CodebookAverages(nn.Module):
-    """The other way to train a codebook: each code is the running mean of the latents nearest to it, without gradients.
 
-    Per code a running number of latents N and their running sum m; the code is m / N. A code then follows its latents
-    at its own speed, whatever the learning rate. arXiv:1711.00937, appendix A.1, eq. 6 to 8.
-    """
-    def __init__(self, codes: Tensor, decay: float = 0.99):
+class VGGFeatures(nn.Module):
+    """The activations of VGG16 (arXiv:1409.1556) before each halving of the image: five feature maps."""
+    LAYERS = (3, 8, 15, 22, 29)      # relu1_2, 2_2, 3_3, 4_3, 5_3, as in LPIPS
+
+    def __init__(self, weights: str):
+        """weights: a file of torchvision's VGG16 weights, or "vgg16", which downloads it. Raises UserError."""
         super().__init__()
-        self.decay = decay
-        self.register_buffer("sizes", torch.ones(len(codes)))                            # (K,)    N
-        self.register_buffer("sums", codes.detach().clone())                             # (K, C)  m
+        try:
+            from torchvision.models import vgg16
+        except ImportError:
+            raise UserError("--perceptual needs a package: pip install torchvision") from None
+        try:
+            tensors = read_vgg16(weights)
+            with torch.device("meta"):               # the classifier, 90 % of its weights, is never allocated
+                self.layers = vgg16().features[:self.LAYERS[-1] + 1]
+            names = self.layers.state_dict().keys()
+            self.layers.load_state_dict({name: tensors[f"features.{name}"].float() for name in names}, assign=True)
+        except Exception as error:                   # each library raises its own kinds
+            reason = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
+            raise UserError(f"--perceptual {weights}: {reason}; expected vgg16, or a file of torchvision's VGG16 "
+                            f"weights (vgg16-397923af.pth); remove the option to train without it") from error
+        self.requires_grad_(False)
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))      # ImageNet's
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
 
-    @torch.no_grad()
-    def update(self, codes: Tensor, counts: Tensor, sums: Tensor) -> None:
-        """codes (K,C), changed in place; counts (K,) and sums (K,C) of the latents of a step, see `count`."""
-        self.sizes.lerp_(counts, 1 - self.decay)
-        self.sums.lerp_(sums, 1 - self.decay)
-        # Laplace smoothing, as if each code had 1e-5 latents more: otherwise a code without latents divides by 0.
-        total = self.sizes.sum()
-        sizes = (self.sizes + 1e-5) * total / (total + len(codes) * 1e-5)                # (K,)
-        codes.copy_(self.sums / sizes[:, None])
-
-    @torch.no_grad()
-    def restart(self, dead: Tensor, latents: Tensor) -> None:
-        """Codes that were moved, dead (K,) bool, restart with the one latent they were moved to, latents (dead,C)."""
-        self.sizes[dead], self.sums[dead] = 1.0, latents
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """images (B,3,H,W) in [0, 1] -> [(B,64,H,W), (B,128,H/2,W/2), ... (B,512,H/16,W/16)]."""
+        x, features = (images - self.mean) / self.std, []
+        for i, layer in enumerate(self.layers):
+            x = layer(x)
+            if i in self.LAYERS:
+                features.append(x)
+        return features
 
 
-@torch.no_grad()
-def count(z: Tensor, indices: Tensor, size: int) -> Tensor:
-    """Latents z (..., C) and their nearest codes (...) -> (K, 1 + C): for each code, their number and their sum."""
-    z = torch.cat([torch.ones_like(z[..., :1]), z], dim=-1).float().flatten(0, -2)       # (N, 1 + C)
-    return z.new_zeros(size, z.shape[1]).index_add_(0, indices.flatten(), z)
-
-
-def perplexity(counts: Tensor) -> Tensor:
-    """How often each code was used, (K,) -> the number of codes, used equally often, that this amounts to: 1 to K.
-
-    It is exp of the entropy.
-    """
-    p = counts / counts.sum()
-    return torch.special.entr(p).sum().exp()
+def read_vgg16(weights: str) -> dict[str, Tensor]:
+    """torchvision's tensors of VGG16, see VGGFeatures."""
+    if weights == "vgg16":
+        from torchvision.models import VGG16_Weights
+        return VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True)
+    if weights.endswith(".safetensors"):
+        from safetensors.torch import load_file
+        return load_file(weights)
+    return torch.load(weights, map_location="cpu", weights_only=True)
 
 
 def perceptual_loss(features: list[Tensor], targets: list[Tensor]) -> Tensor:

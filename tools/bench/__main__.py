@@ -12,8 +12,8 @@
   python -m tools.bench --epoch --repeats 1              # 13 GB, 4 minutes
   python -m tools.bench --int8                           # 10 minutes
 
-start      from `python sample.py` to the image on disk, next to a Python that only imports torch and transformers' CLIP,
-           the lower bound for any program that uses both; and `--help`
+start      from `python sample.py` to the image on disk, next to a Python that only imports torch and transformers'
+           CLIP, the lower bound for any program that uses both; and `--help`
 networks   one step of Stage C (guided: two rows), one of Stage B (one row), one decoding by Stage A, next to diffusers
            with the same weights and inputs, if it is installed; and 16 images in one batch
 
@@ -78,11 +78,13 @@ def main(argv=None):
     args = parse_args(argv)
     args.typed = sys.argv[1:] if argv is None else list(argv)
     import torch                                         # only now, so that --help answers at once
-    from tools.bench import epoch, int8, memory, networks, official, start, training
+    from tools.bench import int8, memory, networks, official, start, training
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = dict(memory=memory, training=training, epoch=epoch, int8=int8, official=official)
-    for module in [chosen[name] for name in QUESTIONS if getattr(args, name)] or [start, networks][args.skip_start:]:
-        write(args, *module.measure(args))
+    answers = dict(memory=memory.measure, training=training.measure, epoch=training.measure_epoch, int8=int8.measure,
+                   official=official.measure)
+    chosen = [answers[name] for name in QUESTIONS if getattr(args, name)]
+    for measure in chosen or [start.measure, networks.measure][args.skip_start:]:
+        write(args, *measure(args))
 
 
 if __name__ == "__main__":

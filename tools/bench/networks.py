@@ -20,7 +20,7 @@ def measure(args) -> tuple[str, list[Row], str]:
     # low_cpu_mem_usage would need another library, and warn about it at length.
     theirs = {part: kind.from_pretrained(paths[part], torch_dtype=model.dtype, low_cpu_mem_usage=False).to(args.device)
               for part, kind in diffusers_classes().items()}
-    rows, _, peak = compare(calls_of(model, theirs, args), args.repeats, args.device)
+    rows, _, peak = compare(calls_of(model, theirs, args), args.repeats, args.device, times=args.calls)
     seconds = median(in_turns({"batch": lambda: model(PROMPT, num_images=16, width=args.side, height=args.side)},
                               args.repeats)["batch"])
     rows.append(Row("16 images in a batch, per second", f"{seconds:.2f} s", "", 16 / seconds))
@@ -48,9 +48,9 @@ def step_calls(title: str, suffix: str, args, networks: tuple[nn.Module, nn.Modu
     """A step at t = 0.5 in the fast form and, with --plain, in the plain one. networks: ours, diffusers' or None."""
     (ours, theirs), t = networks, torch.full((len(x),), 0.5, device=args.device)
     other = theirs and partial(theirs, x, t.to(x.dtype), *conditions)
-    calls = {title + suffix: Call(partial(fast, x, t), other, args.calls, alone=args.official)}
+    calls = {title + suffix: Call(partial(fast, x, t), other, args.official)}
     if args.plain:
-        calls[f"{title}, plain{suffix}"] = Call(partial(ours, x, t, *conditions), other, args.calls)
+        calls[f"{title}, plain{suffix}"] = Call(partial(ours, x, t, *conditions), other)
     return calls
 
 
@@ -59,7 +59,7 @@ def decode_calls(suffix: str, args, networks: tuple[nn.Module, nn.Module | None]
     """The same for a decoding by Stage A."""
     ours, theirs = networks
     other = theirs and (lambda: theirs.decode(x * ours.scale_factor).sample)
-    calls = {f"Stage A decode{suffix}": Call(partial(fast, x), other, args.calls, alone=args.official)}
+    calls = {f"Stage A decode{suffix}": Call(partial(fast, x), other, args.official)}
     if args.plain:
-        calls[f"Stage A decode, plain{suffix}"] = Call(partial(ours.decode, x), other, args.calls)
+        calls[f"Stage A decode, plain{suffix}"] = Call(partial(ours.decode, x), other)
     return calls

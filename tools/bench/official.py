@@ -30,7 +30,8 @@ def measure(args) -> tuple[str, list[Row], str]:
     args.dtype, args.side = args.dtype or ("bf16" if gpu else "fp32"), args.side or 1024
     args.pictures, args.calls = args.pictures or ([1, 4, 8] if gpu else [1]), args.calls if gpu else 1
     for calls in all_calls(args):
-        new_rows, new, peak = compare(calls, args.repeats, args.device, getattr(torch, DTYPES[args.dtype]))
+        new_rows, new, peak = compare(calls, args.repeats, args.device, getattr(torch, DTYPES[args.dtype]),
+                                      args.calls)
         print("\n".join(" ".join(map(str, row)) for row in new_rows), file=sys.stderr, flush=True)   # the end is far
         rows, found, peaks = rows + new_rows, found | new, peaks + [peak]
         del calls
@@ -85,7 +86,7 @@ def calls_of(title: str, args, bind: Callable, step: Callable, inputs: Callable[
         if args.compile:
             calls[f"{title}, compiled{suffix}"] = Call(
                 partial(bind(ours, *conditions, step_compiled), *fast.ours.args),
-                partial(theirs_compiled, *fast.theirs.args), args.calls, eager=fast.ours)
+                partial(theirs_compiled, *fast.theirs.args), eager=fast.ours)
         if ours_in_int8:
             calls[f"{title}, int8{suffix}"] = fast._replace(
                 ours=partial(bind(ours_in_int8, *conditions), *fast.ours.args), alone=False)

@@ -1,20 +1,25 @@
-"""How long training steps of Stage C take, and how much memory, next to diffusers and peft: random weights (Linux).
+"""How long training of Stage C takes, and how much memory: steps next to diffusers and peft, and an epoch (Linux).
 
-Each setting runs in a process of its own, in turns.
+Each setting runs in a process of its own, in turns, with random weights.
 """
 import sys
+import tempfile
 import time
+from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 import lora
+from stage_b import EfficientNetEncoder, preprocess
 from stage_c import StageC
 from tools.bench.measure import in_own_process, memory, peak_memory, products_of, ratio, seconds_of
-from tools.bench.models import random_pair
-from tools.bench.report import Row
+from tools.bench.models import random_pair, random_text_model
+from tools.bench.report import PROMPT, Row
 
 
 class Run(NamedTuple):
@@ -68,7 +73,25 @@ def rows_of(run: Run, ours: list[dict], theirs: list[dict]) -> list[Row]:
     return rows
 
 
-# ----- runs in a process of its own ------------------------------------------------------------------
+def measure_epoch(args) -> tuple[str, list[Row], str]:
+    """An epoch of 200 images with and without a cache, added up from its parts: a whole one takes hours on a CPU."""
+    side, steps, found = args.side or 768, 200 / args.batch, []
+    for _ in range(args.repeats):
+        step = in_own_process(fresh_steps, Run("ours", False, None), args.depth, side, args.batch, args.device)
+        found.append((step["seconds"], in_own_process(encoding, side, args.batch, args.device),
+                      in_own_process(reading, side, args.batch)))
+    step, more, read = (median(values) for values in zip(*found))
+    rows = [Row("200 images, LoRA, `--cache`", f"{steps * step:.0f} s", f"{steps * (step + more):.0f} s, without",
+                (step + more) / step, f"the image encoder and CLIP take {more:.2f} s of a step of {step + more:.2f} s, "
+                "which is all that a cache can save"),
+            Row("reading a batch, 2 workers", f"{read:.3f} s", f"{step + more:.2f} s, a step without a cache",
+                read / (step + more))]
+    return "Epoch", rows, (f"LoRA of rank 8 on attention, Stage C of depth {args.depth}, {side} px, "
+                           f"batch {args.batch}, image files of {side * 4 // 3} px.")
+
+
+# ----- in processes of their own ---------------------------------------------------------------------
+
 
 def fresh_steps(run: Run, *sizes) -> dict:
     """training_steps after a step of a small model: what torch and peft load at first use is not memory of a step."""
@@ -128,3 +151,35 @@ def build(run: Run, depth: int, device: str, width: int) -> nn.Module:
         from peft import LoraConfig
         model.add_adapter(LoraConfig(r=8, lora_alpha=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     return model
+
+
+@torch.no_grad()
+def encoding(side: int, batch: int, device: str) -> float:
+    """Seconds of what --cache saves in a step: the image encoder and CLIP-bigG, of official size, random weights."""
+    encoder, text_model = EfficientNetEncoder().eval().to(device), random_text_model(1280, 32, 20, device)
+    images, ids = torch.rand(batch, 3, side, side, device=device), torch.arange(77, device=device).expand(batch, -1)
+    seconds = [seconds_of(lambda: (encoder(preprocess(images, side * 3 // 4)), text_model(input_ids=ids)), device)
+               for _ in range(3)]
+    return median(seconds[1:])
+
+
+def reading(side: int, batch: int, files: int = 64) -> float:
+    """Seconds in which two workers read a batch as train_c.py's loop gets it, from JPEGs a third larger than `side`."""
+    import train_c
+    from training.data import open_dataset
+    from training.order import BatchSampler, batches
+    from training.processes import Processes
+    with tempfile.TemporaryDirectory() as folder:
+        rng = np.random.default_rng(0)
+        for i in range(files):
+            rough = Image.fromarray(rng.integers(0, 256, (side // 16, side // 16, 3), np.uint8))
+            rough.resize((side * 4 // 3, side * 4 // 3), Image.Resampling.BICUBIC).save(f"{folder}/{i}.jpg", quality=95)
+            Path(folder, f"{i}.txt").write_text(PROMPT, encoding="utf-8")
+        args = train_c.parse_args(["--data", folder, "--out", folder, "--batch", f"{batch}", "--workers", "2"])
+        dataset = open_dataset(folder)
+        dataset.bucket = np.zeros(len(dataset), int)
+        samples = train_c.StageCSamples(dataset, [(side, side)], args, {}, {})
+        loader = batches(samples, BatchSampler(dataset.bucket, batch, 0), Processes("cpu"), args)
+        for _ in range(8):                               # until the workers run and have used up what they read ahead
+            next(loader)
+        return seconds_of(lambda: [next(loader) for _ in range(16)]) / 16
