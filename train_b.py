@@ -319,13 +319,13 @@ def main(args):
     settings = settings_of(args)
     model = EncoderAndDecoder(decoder, None if args.freeze_encoder else encoder, stage)
     dataset, val_data = open_data(args, processes, captions_required=False,
-                                  unseen_scenes=f"scenes:all:{max(args.val_count, 64)}:1000000000")
+                                  unseen=f"scenes:all:{max(args.val_count, 64)}:1000000000")
     with as_user_error():
         order = MultiSizeSampler(dataset.sizes, args.resolution, args.max_ratio,
                                  args.batch * args.grad_accum * processes.world, args.seed)
     dataset.bucket, draw = order.bucket, partial(stage.draw_noise, config=decoder.config)
     if args.dry_run:
-        return dry_run(args, model, dataset, order.sizes, order, processes, draw)
+        return processes.on_main(dry_run, args, model, dataset, order.sizes, order, draw)
 
     @torch.no_grad()
     def encode_vqgan(pixels):

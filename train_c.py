@@ -275,7 +275,7 @@ def main(args):
     dataset.bucket = nearest_bucket(dataset.sizes, buckets)
     order = BatchSampler(dataset.bucket, args.batch * args.grad_accum * processes.world, args.seed)
     if args.dry_run:
-        return dry_run(args, model, dataset, buckets, order, processes)
+        return processes.on_main(dry_run, args, model, dataset, buckets, order)
 
     encode = partial(semantic_latents, image_encoder, device=device)               # pixels -> x_0
 
