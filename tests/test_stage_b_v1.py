@@ -467,7 +467,7 @@ def test_v1_s_latents_are_not_scaled(v1):
              callback=lambda stage, i, t, x, x_0: seen.append(x.clone()) if stage == "C" else None)
     assert torch.equal(seen[-1], generate(v1, "a cat", given=given, output="semantic", **QUICK))
     v2 = WuerstchenV1(v1.networks, size=128, raw=False)                 # v1's Stage B can learn on v2's latents
-    assert v2.scale is scale_semantic and v2.unscale is unscale_semantic
+    assert v2.scale_semantic is scale_semantic and v2.unscale_semantic is unscale_semantic
 
 
 def test_an_image_is_made_of_codes(v1):
@@ -619,7 +619,7 @@ def test_a_small_v1_of_one_s_own(tmp_path):
     decoder = StageBV1(**SMALL_V1[StageBV1] | dict(codebook_size=codes, c_text=128))
     weights.save_model(decoder, tmp_path / "decoder")
     model = Wuerstchen.load(tmp_path, "cpu")
-    assert type(model) is WuerstchenV1 and model.scale is scale_semantic and model.size == 128
+    assert type(model) is WuerstchenV1 and model.scale_semantic is scale_semantic and model.size == 128
     assert (model.c.steps, model.b.steps, model.b.guidance) == (29, 8, 2.0)
     stage_b = model.part("stage_b")
     assert stage_b.config == decoder.config and model("a cat", **QUICK)[0].size == (128, 128)
