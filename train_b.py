@@ -129,7 +129,7 @@ from wuerstchen import add_noise, alphas_cumprod, per_row, unscale_semantic
 
 CURVES = ["loss", "val_loss",
           *(f"psnr_guidance_{scale}_steps_{steps}" for scale in (1, 2, 4) for steps in (8, 12)),
-          "grad_norm", *(f"val_{name}_t_{t:.2f}" for name in ("loss", "accuracy") for t in T_GRID[::3])]
+          "grad_norm", *(f"val_{of}_t_{t:.2f}" for of in ("loss", "accuracy") for t in T_GRID[::3])]
 
 
 def check(args) -> None:
