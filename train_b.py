@@ -15,10 +15,11 @@
 The first command is a smoke run on a CPU; the second adapts Stage B to your images.
 Stage B is a diffusion autoencoder. Its encoder reduces an image to 1/42 of its width and height,
 with 16 channels. To lower the loss it can only put into them what Stage B needs to denoise x_t.
-One pass of the loop at the bottom is one optimizer step. All randomness is a function of (seed,
-position in the stream of samples). So any number of processes sees the same samples, and a resumed
-run equals an unbroken one. Surprise: with --grad-accum this is exact only with --freeze-encoder,
-because the encoder's BatchNorm sees one forward pass (of all processes) at a time.
+One pass of the loop at the bottom is one optimizer step. What is drawn for a sample is a function
+of (seed, position in the stream of samples), and dropout in the networks one of (seed, step,
+process). So any number of processes sees the same samples, and a resumed run equals an unbroken
+one. Surprise: with --grad-accum this is exact only with --freeze-encoder, because the encoder's
+BatchNorm sees one forward pass (of all processes) at a time.
 Stage C only works with the encoder it was trained on; if that learns, train Stage C again.
 With --v1, the functions of v1/training.py replace those of the same names here: see `stage`.
 Paper: arXiv:2306.00637 (Stage B).
@@ -123,7 +124,7 @@ from training.report import Progress, draw_curves, dry_run, due
 from training.results import write_stage_b
 from training.samples import (ImageReader, MultiSizeSampler, draw_caption, encoder_input, no_text,
                               open_cache, open_data, semantic_latents, to_tensor)
-from training.sampling import Reconstructions
+from training.sheets import Reconstructions
 from training.validation import T_GRID, fixed_set, random_images, validate
 from wuerstchen import add_noise, alphas_cumprod, per_row, unscale_semantic
 

@@ -14,8 +14,9 @@ One pass of the loop at the bottom is one optimizer step, written out in full. T
 whether a fine-tune is good, and are on by default. 5 % of the captions, each drawn separately, are
 replaced by "", which guidance needs. Noise levels reach t = 1, where sampling starts. Targets come
 from the image encoder in float32.
-All randomness is a function of (seed, position in the stream of samples). So any number of
-processes sees the same samples, and a resumed run equals an unbroken one.
+What is drawn for a sample is a function of (seed, position in the stream of samples), and dropout
+in the network one of (seed, step, process). So any number of processes sees the same samples, and
+a resumed run equals an unbroken one.
 Paper: arXiv:2306.00637 (Stage C).
 Needs: torch, torchvision, transformers, numpy, pillow, tqdm; training/, loading/, wuerstchen.py.
 """
@@ -118,7 +119,7 @@ from training.processes import GracefulExit, Processes, no_sync
 from training.report import Progress, draw_curves, dry_run, due
 from training.results import FILES_C, files_given, write_stage_c
 from training.samples import ImageReader, draw_caption, open_cache, open_data, semantic_latents
-from training.sampling import SampleSheets
+from training.sheets import SampleSheets
 from training.validation import T_GRID, by_level, fixed_images, fixed_noise, mean_over
 from wuerstchen import TextEncoder, add_noise
 
