@@ -447,7 +447,7 @@ def main(args):
         if processes.any(is_nan):
             nan_steps, nan_steps_in_all = nan_steps + 1, nan_steps_in_all + 1
             for buffer, before in zip(model.buffers(), statistics):
-                buffer.copy_(before)     # BatchNorm's have seen it: a NaN would stay for ever
+                buffer.copy_(before)     # BatchNorm's have seen it: a NaN would never leave
             progress.forget_nan()
             log.write(step + 1, bad_step=True, positions=batch["position"].tolist(),
                       captions=batch["caption"])

@@ -93,7 +93,7 @@ def test_the_result_is_a_folder_that_generates_images_with_the_tiny_models_other
     assert json.loads((out / "base.json").read_text())["weights"] == "tiny"
     model = Wuerstchen.load(out, "cpu")
     assert type(model) is WuerstchenV1 and (model.size, model.b.steps, model.b.guidance) == (128, 8, 2.0)
-    assert model.scale is Wuerstchen.scale           # v2's scaled latents
+    assert model.scale_semantic is Wuerstchen.scale_semantic
     assert model.paths["prior"] == TINY / "prior" and model.paths["decoder"] == out / "decoder"
     assert model.preview_file == TINY / "preview.json"
     learned = newest(out)["averaged"]
