@@ -130,8 +130,7 @@ from wuerstchen import add_noise, alphas_cumprod, per_row, unscale_semantic
 
 CURVES = ["loss", "val_loss",
           *(f"psnr_guidance_{scale}_steps_{steps}" for scale in (1, 2, 4) for steps in (8, 12)),
-          "grad_norm", *(f"val_{name}_t_{t:.2f}" for name in ("loss", "accuracy")
-                         for t in T_GRID[::3])]
+          "grad_norm", *(f"val_{of}_t_{t:.2f}" for of in ("loss", "accuracy") for t in T_GRID[::3])]
 
 
 def check(args) -> None:
@@ -448,7 +447,7 @@ def main(args):
         if processes.any(is_nan):
             nan_steps, nan_steps_in_all = nan_steps + 1, nan_steps_in_all + 1
             for buffer, before in zip(model.buffers(), statistics):
-                buffer.copy_(before)     # BatchNorm's have seen it: a NaN would stay for ever
+                buffer.copy_(before)     # BatchNorm's have seen it: a NaN would never leave
             progress.forget_nan()
             log.write(step + 1, bad_step=True, positions=batch["position"].tolist(),
                       captions=batch["caption"])

@@ -1,4 +1,4 @@
-"""What a run leaves behind: curves, the folder, its card, and the upload to a stand-in for the hub on this machine."""
+"""What a run writes: curves, the folder, its card, and the upload to a fake hub on this machine."""
 import base64
 import http.server
 import json
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 
 class Hub:
-    """Takes uploads as the hub does: small files inside the commit, others beforehand, to an address of its choice."""
+    """Accepts uploads as the hub does: small files inside the commit, others before it, to an address of its choice."""
     def __init__(self, refuse: bool = False):
         self.files, self.stored = {}, {}
         outer = self
@@ -99,7 +99,7 @@ def pushed(tmp_path_factory):
     return hub, out, result
 
 
-def test_a_result_is_uploaded_whole_and_without_checkpoints(pushed):
+def test_a_result_is_uploaded_completely_and_without_checkpoints(pushed):
     hub, out, _ = pushed
     assert hub.files.keys() == {"lora.safetensors", "base.json", "README.md", "log.jsonl"}
     assert all((out / name).read_bytes() == content for name, content in hub.files.items())
@@ -117,7 +117,7 @@ def test_the_card_says_what_it_is_and_how_to_use_it(pushed):
 
 
 def test_an_upload_that_fails_does_not_look_like_a_failed_training(tmp_path):
-    """The last line of a training of days: what it made stays, and one line says why it is not on the hub."""
+    """The training may have taken days. Its result stays, and one line says why it is not on the hub."""
     result = Hub(refuse=True).run(*RUN, tmp_path / "out")
     assert result.returncode == 0 and "Traceback" not in result.stderr
     assert "the upload failed, the result is in" in result.stderr and (tmp_path / "out" / "lora.safetensors").is_file()

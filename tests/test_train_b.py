@@ -1,7 +1,7 @@
-"""The trainer of Stage B: its losses in closed form, what each sample draws, the same work on any number of processes, a resume without a trace.
+"""train_b.py: losses in closed form, what each sample draws, the same work on any number of processes, exact resumes.
 
-Nearly all on a decoder and an image encoder of a few thousand weights, with the tiny VQGAN: what they learn does not matter
-here, that every bit is where it should be does.
+Most runs use a decoder and an image encoder of a few thousand parameters, with the tiny VQGAN. What they learn does not
+matter here, but every bit must be right.
 """
 import json
 import os
@@ -39,8 +39,8 @@ DECODER = dict(c_in=4, c_out=4, c_r=8, patch_size=2, c_cond=8, c_hidden=[8, 16],
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Twelve small pictures with captions beside them."""
-    out = tmp_path_factory.mktemp("pictures")
+    """Twelve small images with captions."""
+    out = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for i in range(12):
         scene = scenes.place_single(rng, scenes.OBJECTS[i], ("small", "medium", "large")[i % 3],
@@ -86,12 +86,14 @@ EPS, HEAD = SimpleNamespace(loss="eps"), SimpleNamespace(loss="head")
 LEARNED = ("model", "averaged", "optimizer", "step", "updates", "scaler")
 
 
-# --- it learns, and what it leaves ---------------------------------------------------------------------
+# --- it learns, and what it writes ---------------------------------------------------------------------
 
 @pytest.mark.parametrize("loss, falls", [("head", 0.5), ("eps", 0.25)])
-def test_a_few_steps_on_four_pictures_lower_their_loss(folder, new, tmp_path, loss, falls):
-    """From nothing, encoder and all, 30 steps: at fixed noise and noise levels, by half, or by a quarter, of what it was. The plain
-    loss of noise starts higher and falls more slowly, as models/tiny/README.md says."""
+def test_a_few_steps_on_four_images_lower_their_loss(folder, new, tmp_path, loss, falls):
+    """From random weights, encoder included, 30 steps lower the loss at fixed noise and levels by a half or a quarter.
+
+    The plain loss of the noise starts higher and falls more slowly, as models/tiny/README.md says.
+    """
     few = tmp_path / "few"
     few.mkdir()
     for path in sorted(folder.iterdir())[:8]:
@@ -102,8 +104,9 @@ def test_a_few_steps_on_four_pictures_lower_their_loss(folder, new, tmp_path, lo
     assert last < (1 - falls) * first
 
 
-def test_a_decoder_fine_tuned_for_a_domain_is_a_folder_that_paints(folder, tmp_path):
-    """base.json says where Stage C is, which still fits, as the encoder is the same to the bit; a new Stage B, a new picture."""
+def test_a_decoder_fine_tuned_for_a_domain_is_a_folder_that_generates_images(folder, tmp_path):
+    """base.json says where Stage C is. It still fits, because the encoder did not change. A new Stage B makes a new
+    image."""
     out = train(folder, tmp_path / "run", "--weights", "tiny", "--freeze-encoder", "--lr", "1e-2", steps=2)
     for name, weights in (("new", str(out)), ("old", "tiny")):
         sample.main(["--weights", weights, "--prompt", "a cat on a red background", "--seed", "1", "--steps-c", "2",
@@ -115,7 +118,7 @@ def test_a_decoder_fine_tuned_for_a_domain_is_a_folder_that_paints(folder, tmp_p
     assert weights_file(out, "decoder") != weights_file(TINY, "decoder")
 
 
-def test_where_the_encoder_learned_nothing_claims_that_stage_c_fits(folder, new, tmp_path):
+def test_if_the_encoder_learned_nothing_claims_that_stage_c_fits(folder, new, tmp_path):
     out = train(folder, tmp_path / "run", *new, "--sample-every", "1", steps=1)
     card, psnr = (out / "README.md").read_text(), next(line["psnr_a"] for line in reversed(lines(out))
                                                        if "psnr_a" in line)
@@ -126,8 +129,8 @@ def test_where_the_encoder_learned_nothing_claims_that_stage_c_fits(folder, new,
     assert json.loads((out / "image_encoder" / "config.json").read_text())["c_hidden"] == [4, 8, 8, 8]
 
 
-def test_a_frozen_encoder_is_left_alone_to_the_bit(folder, new, tmp_path, monkeypatch):
-    """Gradients are one way to change it, BatchNorm's running statistics in train mode another: they would drift unseen."""
+def test_a_frozen_encoder_does_not_change_by_a_bit(folder, new, tmp_path, monkeypatch):
+    """Gradients could change it, and BatchNorm's running statistics would, in train mode, without being noticed."""
     modes, forward = [], TinyImageEncoder.forward
     monkeypatch.setattr(TinyImageEncoder, "forward", lambda self, x: modes.append((self.training, x.dtype))
                         or forward(self, x))
@@ -137,16 +140,17 @@ def test_a_frozen_encoder_is_left_alone_to_the_bit(folder, new, tmp_path, monkey
     assert not any(name.startswith("encoder.") for name in newest(out)["model"])
 
 
-def test_an_encoder_that_learns_keeps_its_units(folder, new, tmp_path):
-    """Weight 42 and bias -1 of its last BatchNorm: what to_stored, Stage C and Stage B count on. Its statistics do move."""
+def test_an_encoder_that_learns_keeps_its_scale(folder, new, tmp_path):
+    """Weight 42 and bias -1 of its last BatchNorm: scale_semantic, Stage C and Stage B rely on them. Its statistics
+    move."""
     out = train(folder, tmp_path / "run", *new, steps=3)
     state = models.load_image_encoder(out / "image_encoder").norm.state_dict()
     assert (state["weight"] == 42).all() and (state["bias"] == -1).all()
     assert state["num_batches_tracked"] == 3 and not torch.equal(state["running_mean"], torch.zeros(16))
 
 
-def test_a_new_efficientnet_starts_from_imagenets_weights_and_in_the_right_units(tmp_path):
-    """The released encoder has learned its scale; a new one of torch's default, 1, would give Stage C variances of 1 / 42^2."""
+def test_a_new_efficientnet_starts_from_imagenet_weights_and_with_the_right_scale(tmp_path):
+    """The released encoder has learned its scale. With torch's default, 1, Stage C would see variances of 1 / 42^2."""
     import torchvision
     torch.manual_seed(1)
     theirs = torchvision.models.efficientnet_v2_s(weights=None).state_dict()
@@ -163,9 +167,11 @@ def test_a_new_efficientnet_starts_from_imagenets_weights_and_in_the_right_units
 
 # --- losses and weights in closed form ----------------------------------------------------------------
 
-def test_errors_of_noise_and_of_the_head():
-    """eps: ((x_t - a) / b - eps)^2. head: ((a - sqrt(ab) x_0)^2 + (b - sqrt(1 - ab))^2) / max(1 - ab, 0.2). Means of each picture."""
-    x_0, eps, a, b, t = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.rand(3, 4, 8, 8) + 0.1, torch.tensor([0.05, 0.5, 1.0])
+def test_losses_of_the_noise_and_of_the_head():
+    """eps: ((x_t - a) / b - eps)^2. head: ((a - sqrt(ab) x_0)^2 + (b - sqrt(1 - ab))^2) / max(1 - ab, 0.2). Image
+    means."""
+    x_0, eps, a, t = *(torch.randn(3, 4, 8, 8) for _ in range(3)), torch.tensor([0.05, 0.5, 1.0])
+    b = torch.rand(3, 4, 8, 8) + 0.1
     x_t = add_noise(x_0, eps, t)
     for i in range(3):
         ab = alphas_cumprod(t[i]).item()
@@ -177,7 +183,7 @@ def test_errors_of_noise_and_of_the_head():
 
 @pytest.mark.parametrize("args", [EPS, HEAD], ids=["eps", "head"])
 def test_both_losses_teach_the_same_noise(args):
-    """A head that is right has a loss of 0, whether measured in eps or in the head's two outputs; also where x_t is empty."""
+    """A head that is right has a loss of 0, measured in eps or in the head's two outputs, even if x_t is empty."""
     x_0, eps, t = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([0.4, 0.9])
     ab = alphas_cumprod(t).view(-1, 1, 1, 1)
     for x_t in (add_noise(x_0, eps, t), torch.ones_like(x_0)):
@@ -186,8 +192,8 @@ def test_both_losses_teach_the_same_noise(args):
         assert train_b.raw_losses(output, x_0, x_t, noise, t, args).max() < 1e-9
 
 
-def test_blind_steps_show_nothing_and_ask_for_the_picture(folder, new, tmp_path, monkeypatch):
-    """x_t is all ones, the noise levels are middling, and eps is what it would have to be: a perfect head has no loss."""
+def test_blind_steps_show_nothing_of_the_image(folder, new, tmp_path, monkeypatch):
+    """x_t is all ones, the noise levels are medium, and eps is what it would have to be: a perfect head has no loss."""
     seen = []
     monkeypatch.setattr(train_b, "raw_losses", lambda output, x_0, x_t, eps, t, args: seen.append((x_0, x_t, eps, t))
                         or sum(output).square().mean(dim=(1, 2, 3)))
@@ -200,7 +206,7 @@ def test_blind_steps_show_nothing_and_ask_for_the_picture(folder, new, tmp_path,
 
 @pytest.mark.parametrize("name, weight", [("v", v_weight), ("p2", p2_weight), ("none", torch.ones_like)])
 def test_the_loss_is_the_mean_of_raw_times_weight(folder, new, tmp_path, monkeypatch, name, weight):
-    """With all errors 1, the logged loss is the mean weight of the noise levels that its four samples drew."""
+    """If all raw losses are 1, the logged loss is the mean weight of the noise levels of its four samples."""
     levels = []
     monkeypatch.setattr(train_b, "raw_losses", lambda output, x_0, x_t, eps, t, args: levels.append(t)
                         or 1 + 0 * sum(output).mean(dim=(1, 2, 3)))
@@ -208,11 +214,11 @@ def test_the_loss_is_the_mean_of_raw_times_weight(folder, new, tmp_path, monkeyp
     assert lines(out)[0]["loss"] == pytest.approx(weight(levels[0]).mean().item(), rel=1e-5) and len(levels[0]) == 4
 
 
-def test_pictures_of_little_contrast_count_more(folder, new, tmp_path, monkeypatch):
-    """A fish on its own orange is as wrong as a panda on white, though its squared error is a fraction of that.
+def test_images_of_little_contrast_count_more(folder, new, tmp_path, monkeypatch):
+    """A wrong fish on orange is as bad as a wrong panda on white, but its squared error is a fraction of that.
 
-    The weights are relative to the mean over the data, not over the batch: else a picture's would depend on its neighbours,
-    and two processes would not do what one does.
+    The weights are relative to the mean over the data, not over the batch. Otherwise an image's weight would depend on
+    others in its batch, and two processes would not do what one does.
     """
     latents = torch.randn(3, 4, 32, 32) * torch.tensor([0.03, 0.3, 1.5]).sqrt().view(3, 1, 1, 1) + 2
     weight = train_b.contrast_weight(latents)
@@ -234,10 +240,11 @@ def test_pictures_of_little_contrast_count_more(folder, new, tmp_path, monkeypat
 
 def samples(folder, *options, n: int = 600, resolution: tuple = (128, 128)) -> list[dict]:
     args = train_b.parse_args([*SMALL, "--weights", "tiny", "--data", str(folder), "--out", "unused", *options])
-    pictures = data.open_dataset(folder, captions_required=False)
-    pictures.bucket = np.zeros(len(pictures), int)
-    every = train_b.StageBSamples(pictures, [resolution], args, {}, {}, partial(train_b.draw_noise, config=dict(c_in=4)))
-    return [every[position, position % len(pictures), 0] for position in range(n)]
+    dataset = data.open_dataset(folder, captions_required=False)
+    dataset.bucket = np.zeros(len(dataset), int)
+    draw = partial(train_b.draw_noise, config=dict(c_in=4))
+    every = train_b.StageBSamples(dataset, [resolution], args, {}, {}, draw)
+    return [every[position, position % len(dataset), 0] for position in range(n)]
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +253,7 @@ def drawn(folder) -> list[dict]:
 
 
 def test_semantic_latents_are_dropped_and_noised_one_by_one(drawn):
-    """5 % are zeroed, 30 % get noise, of a level that is even from 0 to 0.5; elsewhere one coin decides for a whole batch."""
+    """5 % are zeroed, 30 % get noise of a level that is even from 0 to 0.5. Other trainers drop whole batches."""
     dropped, level = np.array([item["dropped"] for item in drawn]), np.array([item["t_semantic"] for item in drawn])
     noisy = level > 0
     assert 0.03 < dropped.mean() < 0.075 and 0.25 < noisy.mean() < 0.35
@@ -255,7 +262,7 @@ def test_semantic_latents_are_dropped_and_noised_one_by_one(drawn):
     assert len(set(noisy.reshape(-1, 4).mean(1).tolist())) >= 4                  # 0, 1, 2, 3 of 4, not all or none
 
 
-def test_captions_are_dropped_one_by_one_and_by_a_coin_of_their_own(folder, drawn):
+def test_captions_are_dropped_one_by_one_and_independently(folder, drawn):
     empty = np.array([item["caption"] == "" for item in drawn])
     assert 0.03 < empty.mean() < 0.075
     dropped = np.array([item["dropped"] for item in drawn])
@@ -267,7 +274,7 @@ def test_captions_are_dropped_one_by_one_and_by_a_coin_of_their_own(folder, draw
 
 @pytest.mark.parametrize("exponent", [1.0, 1.5])
 def test_noise_levels_reach_one_and_lean_towards_it(drawn, exponent):
-    """t' = (1 - u) 1.08 + 0.001, clamped, then 1 - (1 - t')^exponent: 7 % at exactly t = 1, where sampling starts, in float32."""
+    """t' = (1 - u) 1.08 + 0.001, clamped, then 1 - (1 - t')^exponent: 7 % at exactly t = 1, where sampling starts."""
     args = train_b.parse_args(["--out", "x", "--blind", "0", "--high-noise", str(exponent)])
     chance = torch.from_numpy(np.array([order.sample_rng(0, position, "timestep").random() for position in range(6000)],
                                        np.float32))
@@ -281,8 +288,8 @@ def test_noise_levels_reach_one_and_lean_towards_it(drawn, exponent):
         assert (t < level).float().mean().item() == pytest.approx(expected, abs=0.02)
 
 
-def test_every_sample_has_chance_of_its_own(folder, drawn):
-    """A function of (seed, position): the same again, others for another seed, and for the same picture at another position."""
+def test_every_sample_has_its_own_random_numbers(folder, drawn):
+    """A function of (seed, position): the same again, others for another seed, and for the same image elsewhere."""
     again, other = samples(folder, n=13), samples(folder, "--seed", "1", n=13)
     for name in ("eps", "eps_semantic", "chance", "t_semantic", "pixels"):
         assert np.array_equal(again[5][name], drawn[5][name])
@@ -293,7 +300,7 @@ def test_every_sample_has_chance_of_its_own(folder, drawn):
 
 
 def test_what_was_drawn_is_what_the_decoder_sees():
-    """Dropped: zeros. Noised: to_raw of add_noise on the scale of unit variance. The others: untouched, to the bit."""
+    """Dropped: zeros. Noised: at the scale of unit variance. The others: unchanged to the bit."""
     seen = []
 
     class Decoder(torch.nn.Module):
@@ -302,7 +309,8 @@ def test_what_was_drawn_is_what_the_decoder_sees():
             return x_t, x_t
     raw, eps, level = torch.randn(4, 16, 3, 3) * 42 - 1, torch.randn(4, 16, 3, 3), torch.tensor([0.0, 0.5, 0.3, 0.0])
     x = torch.randn(4, 4, 32, 32)
-    train_b.EncoderAndDecoder(Decoder(), None, train_b)(raw, x, torch.rand(4), None, level, eps, torch.tensor([False, False, True, True]))
+    model = train_b.EncoderAndDecoder(Decoder(), None, train_b)
+    model(raw, x, torch.rand(4), None, level, eps, torch.tensor([False, False, True, True]))
     expected = unscale_semantic(add_noise(scale_semantic(raw), eps, level))
     assert torch.equal(seen[0][0], raw[0]) and (seen[0][2:] == 0).all()
     torch.testing.assert_close(seen[0][1], expected[1])
@@ -312,7 +320,8 @@ def test_what_was_drawn_is_what_the_decoder_sees():
 # --- sizes --------------------------------------------------------------------------------------------
 
 def test_each_step_draws_one_of_several_resolutions():
-    """A function of (seed, step); all pictures of a step have one size, of their own shape; every resolution comes up alike."""
+    """A function of (seed, step). All images of a step have one size, near their shape; resolutions are equally
+    likely."""
     shapes = np.array([[100, 100], [100, 200], [200, 100]] * 40)
     plan = training_samples.MultiSizeSampler(shapes, [256, 512, 768], 2.0, 8, 3)
     steps = [plan.step(k) for k in range(300)]
@@ -329,7 +338,7 @@ def test_each_step_draws_one_of_several_resolutions():
 
 
 def test_training_on_two_resolutions_and_their_cache(folder, new, tmp_path):
-    """Latents of both sizes are cached, of each picture; what is learned is as without the cache."""
+    """Latents of each image are cached in both sizes. What is learned is the same as without the cache."""
     options = [*new, *FROZEN, "--resolution", "128", "256", "--batch", "1"]
     plain = train(folder, tmp_path / "plain", *options, steps=4)
     cached = train(folder, tmp_path / "cached", *options, "--cache", str(tmp_path / "cache"), "--cache-dtype", "fp32",
@@ -370,7 +379,8 @@ def losses(out) -> list[float]:
 
 
 def test_two_processes_learn_what_one_does_encoder_and_batchnorm_included(folder, new, tmp_path):
-    """8 at once and 2 x 4: the same samples in each step and statistics over all of them, so the same weights, but for rounding."""
+    """8 at once and 2 x 4: the same samples in each step and statistics over all of them, so the same weights up to
+    rounding."""
     options = [*new, "--even-contrast", "--text-encoder", "none"]
     config = Path(new[-1])
     plain = tmp_path / "config"
@@ -382,7 +392,7 @@ def test_two_processes_learn_what_one_does_encoder_and_batchnorm_included(folder
     one = train(folder, tmp_path / "one", *options, "--batch", "8", steps=3)
     two = torchrun(2, folder, tmp_path / "two", *options, "--batch", "4", steps=3)
     a, b = newest(one), newest(two)
-    # A shift in front of BatchNorm changes nothing: the gradient there is rounding alone, which Adam blows up to steps.
+    # A shift before BatchNorm changes nothing. The gradient there is only rounding, which Adam turns into full steps.
     shifts = {name for name, moments in a["optimizer"]["state"].items() if moments["exp_avg"].abs().max() < 1e-9
               and name.startswith("encoder.")}
     assert shifts <= {"encoder.blocks.3.0.grn.beta", "encoder.blocks.3.0.contract.bias"}
@@ -394,14 +404,16 @@ def test_two_processes_learn_what_one_does_encoder_and_batchnorm_included(folder
 
 @pytest.fixture(scope="module")
 def still(config, tmp_path_factory) -> list[str]:
-    """A new decoder without dropout on the frozen encoder: what must be equal however the samples are shared out."""
+    """A new decoder without dropout on the frozen encoder: it must learn the same however the samples are shared
+    out."""
     file = tmp_path_factory.mktemp("still") / "decoder.json"
     file.write_text(json.dumps(DECODER | dict(dropout=0.0)))
     return ["--weights", "tiny", "--init", "random", "--config", str(file), *FROZEN]
 
 
-def test_with_the_encoder_frozen_accumulation_does_the_same_work_too(folder, still, tmp_path):
-    """8 at once, 4 twice, and 2 processes of 2 twice. An encoder that learns sees its own forward pass alone in BatchNorm."""
+def test_with_a_frozen_encoder_accumulation_does_the_same_work(folder, still, tmp_path):
+    """8 at once, 4 twice, and 2 processes of 2 twice. An encoder that learns sees only its own forward pass in
+    BatchNorm."""
     one = train(folder, tmp_path / "one", *still, "--batch", "8", steps=3)
     twice = train(folder, tmp_path / "twice", *still, "--batch", "4", "--grad-accum", "2", steps=3)
     two = torchrun(2, folder, tmp_path / "two", *still, "--batch", "2", "--grad-accum", "2", steps=3)
@@ -411,8 +423,8 @@ def test_with_the_encoder_frozen_accumulation_does_the_same_work_too(folder, sti
 
 
 def test_weights_split_over_processes_learn_the_same(folder, new, tmp_path):
-    """--fsdp, for what does not fit one GPU, with the encoder learning, and gradients clipped over the norm of all parts. Resumed by one
-    process that holds it all."""
+    """--fsdp, for what does not fit on one GPU, with the encoder learning, and gradients clipped over the norm of all
+    parts. Resumed by one process that holds all of it."""
     config = tmp_path / "config"
     for part in ("decoder", "image_encoder"):
         (config / part).mkdir(parents=True)
@@ -429,7 +441,7 @@ def test_weights_split_over_processes_learn_the_same(folder, new, tmp_path):
 
 
 def test_gradients_travel_once_per_step(folder, still, tmp_path):
-    """Forward and backward of all micro-steps but the last stand inside no_sync(): DDP decides in forward."""
+    """Forward and backward of all micro-steps except the last are inside no_sync(): DDP decides in forward."""
     script = tmp_path / "counting.py"
     script.write_text(TORCHRUN.format(root=str(ROOT)).replace("import train_b", """
 from pathlib import Path
@@ -463,12 +475,13 @@ RESUMED = {
 
 @pytest.mark.parametrize("options", RESUMED.values(), ids=RESUMED)
 def test_a_resumed_run_is_the_unbroken_run_to_the_bit(folder, new, tmp_path, options):
-    """Stopped after steps 3 and 4 of 5, in the middle of an epoch: weights, averages, BatchNorm, optimizer, data order all go on exactly."""
+    """Stopped after steps 3 and 4 of 5, in the middle of an epoch: weights, EMA, BatchNorm, optimizer and data order
+    all continue exactly."""
     options = [*new, "--batch", "2", *(str(tmp_path / "cache") if option == "CACHE" else option for option in options),
                "--save-every", "1", "--keep", "9"]
     unbroken = train(folder, tmp_path / "unbroken", *options, steps=5)
     out = tmp_path / "broken"
-    # the schedule depends on --steps, so each part ends by losing its last checkpoint, not by ending early
+    # The schedule depends on --steps, so a part is not ended early but loses its last checkpoint.
     for last in (3, 4, 5):
         train(folder, out, *options, "--resume", "auto", steps=5)
         for path in sorted((out / "checkpoints").iterdir())[last:] if last < 5 else []:
@@ -478,7 +491,7 @@ def test_a_resumed_run_is_the_unbroken_run_to_the_bit(folder, new, tmp_path, opt
 
 
 def test_a_signal_finishes_the_step_and_saves(folder, new, tmp_path, monkeypatch, capsys):
-    """A scheduler warns with SIGTERM before it kills: nothing is lost, and the run goes on as if nothing had happened."""
+    """A scheduler sends SIGTERM before it kills a run. Nothing is lost, and the resumed run equals an unbroken one."""
     unbroken = train(folder, tmp_path / "unbroken", *new, steps=4)
     update = optim.EMA.update
 
@@ -489,7 +502,8 @@ def test_a_signal_finishes_the_step_and_saves(folder, new, tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(optim.EMA, "update", update_and_warn)
         out = train(folder, tmp_path / "run", *new, steps=4)
-    assert newest(out)["step"] == 2 and "stopped after step 2" in capsys.readouterr().err and not (out / "decoder").exists()
+    assert newest(out)["step"] == 2 and "stopped after step 2" in capsys.readouterr().err
+    assert not (out / "decoder").exists()
     train(folder, out, *new, "--resume", "auto", steps=4)
     same(newest(unbroken)["model"], newest(out)["model"])
 
@@ -506,10 +520,12 @@ def test_gradient_checkpointing_changes_nothing_but_memory(folder, new, tmp_path
 
 
 def test_a_cache_keeps_only_what_does_not_change(folder, new, tmp_path, monkeypatch):
-    """The VQGAN's latents always; those of an encoder that learns never: they would be stale at the next step. The same weights as without;
-    and in a second run the VQGAN, or both, do not work at all."""
+    """Always the VQGAN's latents; never those of an encoder that learns, which would be outdated at the next step.
+
+    The weights are the same as without. In a second run the VQGAN, or both, do no work at all.
+    """
     for name, frozen in (("joint", []), ("frozen", FROZEN)):
-        # one by one in both, so that nothing rounds another way
+        # One image per batch in both runs, so that the rounding is the same.
         options = [*new, *frozen, "--random-flip", "--batch", "1", "--text-encoder", "none"]
         plain = train(folder, tmp_path / f"{name} plain", *options, steps=3)
         options += ["--cache", str(tmp_path / "cache"), "--cache-dtype", "fp32"]
@@ -517,15 +533,15 @@ def test_a_cache_keeps_only_what_does_not_change(folder, new, tmp_path, monkeypa
         same(newest(plain)["model"], newest(cached)["model"])
         calls, forward = [], TinyImageEncoder.forward
         with monkeypatch.context() as patch:
-            patch.setattr(StageA, "encode", lambda *_: pytest.fail("a picture was encoded"))
+            patch.setattr(StageA, "encode", lambda *_: pytest.fail("an image was encoded"))
             patch.setattr(TinyImageEncoder, "forward", lambda self, x: calls.append(1) or forward(self, x))
             again = train(folder, tmp_path / f"{name} again", *options, steps=3)
         same(newest(cached)["model"], newest(again)["model"])
         assert len(calls) == (0 if frozen else 3)
 
 
-def test_a_broken_picture_is_replaced_and_named(folder, new, tmp_path, capsys):
-    """Cut off in the middle: its header is fine, so it is found only when it is read."""
+def test_a_broken_image_is_replaced_and_named(folder, new, tmp_path, capsys):
+    """It is cut off in the middle. Its header is fine, so it is only found when it is read."""
     broken = tmp_path / "data"
     broken.mkdir()
     for path in folder.iterdir():
@@ -536,10 +552,10 @@ def test_a_broken_picture_is_replaced_and_named(folder, new, tmp_path, capsys):
     train(broken, tmp_path / "other", *new, "--even-contrast", "--val-every", "4", steps=4)
 
 
-# --- what is not finite ------------------------------------------------------------------------------
+# --- NaN and infinity ------------------------------------------------------------------------------
 
-def test_a_bad_step_is_skipped_and_leaves_no_trace_in_batchnorm_either(folder, new, tmp_path, monkeypatch):
-    """One NaN would be the end of all weights, and one in the encoder that of its running statistics, which no optimizer guards."""
+def test_a_nan_step_is_skipped_and_leaves_no_trace_in_batchnorm(folder, new, tmp_path, monkeypatch):
+    """One NaN would destroy all weights, and the running statistics of the encoder, which no optimizer guards."""
     calls, forward = [], TinyImageEncoder.forward
 
     def sometimes(self, x):
@@ -555,20 +571,21 @@ def test_a_bad_step_is_skipped_and_leaves_no_trace_in_batchnorm_either(folder, n
     assert state["model"]["encoder.norm.num_batches_tracked"] == 3
 
 
-def test_too_many_bad_steps_in_a_row_stop_the_run_with_its_last_good_state(folder, new, tmp_path, monkeypatch):
+def test_too_many_nan_steps_in_a_row_stop_the_run_with_its_last_good_state(folder, new, tmp_path, monkeypatch):
     signal_and_scale = StageB.signal_and_scale
     monkeypatch.setattr(StageB, "signal_and_scale",
                         lambda self, *args: tuple(x * float("nan") for x in signal_and_scale(self, *args)))
-    with pytest.raises(UserError,
-                       match="3 steps in a row came to NaN or infinity, up to step 3; the last good state is in .*lower --lr"):
+    with pytest.raises(UserError, match="3 steps in a row came to NaN or infinity, up to step 3; "
+                                        "the last good state is in .*lower --lr"):
         train(folder, tmp_path / "run", *new, "--max-bad-steps", "3", steps=9)
     assert all(tensor.isfinite().all() for tensor in newest(tmp_path / "run")["model"].values())
 
 
-# --- looking -----------------------------------------------------------------------------------------
+# --- validation and samples -----------------------------------------------------------------------------------------
 
 def test_validation_and_psnr_are_the_same_work_every_time(folder, tmp_path):
-    """At step 0 of two runs that differ in all that trains: the same numbers, one per noise level, guidance and number of steps."""
+    """At step 0 of two runs with different training: the same values, one per noise level, guidance and number of
+    steps."""
     values = []
     for name, options in (("a", []), ("b", ["--semantic-dropout", "0.5", "--batch", "2", "--lr", "1e-2", "--cache",
                                             str(tmp_path / "cache"), "--cache-dtype", "fp32"])):
@@ -580,18 +597,18 @@ def test_validation_and_psnr_are_the_same_work_every_time(folder, tmp_path):
     assert val == pytest.approx(other_val, rel=1e-5) and psnr == pytest.approx(other_psnr, rel=1e-4)
     assert values[0][2] != values[1][2]
     assert set(psnr) == {"psnr_a", *(f"psnr_guidance_{g}_steps_{s}" for g in (1, 4) for s in (4, 12))}
-    # A's own error is the least that B can have
+    # B cannot have less error than A.
     assert psnr["psnr_a"] > psnr["psnr_guidance_1_steps_12"] > 15
     assert sum(f"val_loss_t_{t:.2f}" in val for t in train_b.T_GRID) == 10
     assert [path.name for path in sorted((tmp_path / "a" / "samples").iterdir())] == ["step_000000.png",
                                                                                       "step_000001.png"]
     with Image.open(tmp_path / "a" / "samples" / "step_000000.png") as grid:
-        # picture, A, guidance 1 and 4 with 4 and 12 steps; 2 pictures
+        # Image, Stage A, guidance 1 and 4 with 4 and 12 steps, of 2 images.
         assert grid.size[0] >= 6 * 128 and 2 * 128 <= grid.size[1] < 3 * 128
     assert (tmp_path / "a" / "curves.png").exists()
 
 
-def test_emoji_scenes_are_validated_on_ones_that_are_never_trained_on(new, tmp_path, monkeypatch):
+def test_emoji_scenes_are_validated_on_unseen_ones(new, tmp_path, monkeypatch):
     opened, open_dataset = [], data.open_dataset
     monkeypatch.setattr(training_samples, "open_dataset", lambda source, **more: opened.append(source)
                         or open_dataset(source, **more))
@@ -599,15 +616,15 @@ def test_emoji_scenes_are_validated_on_ones_that_are_never_trained_on(new, tmp_p
     assert opened == ["scenes:all:16:5", "scenes:all:64:1000000000"]
 
 
-def test_a_dry_run_says_what_would_happen_and_does_nothing(folder, new, tmp_path, capsys):
+def test_a_dry_run_prints_what_would_happen_and_does_nothing(folder, new, tmp_path, capsys):
     train(folder, tmp_path / "run", *new, "--dry-run")
-    said = capsys.readouterr().out
-    assert "parameters learn" in said and "GiB" in said and "128x128 px 12" in said and "background" in said
-    assert "step 0: semantic (4, 16, 3, 3), eps (4, 4, 32, 32)" in said
+    output = capsys.readouterr().out
+    assert all(words in output for words in ("parameters learn", "GiB", "128x128 px 12", "background"))
+    assert "step 0: semantic (4, 16, 3, 3), eps (4, 4, 32, 32)" in output
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-# --- checkpoints and mistakes ------------------------------------------------------------------------
+# --- checkpoints and errors ------------------------------------------------------------------------
 
 def test_only_the_newest_checkpoints_are_kept_and_others_are_refused(folder, new, tmp_path, capsys):
     out = train(folder, tmp_path / "run", *new, "--save-every", "1", "--keep", "2", steps=3)
@@ -622,8 +639,9 @@ def test_only_the_newest_checkpoints_are_kept_and_others_are_refused(folder, new
     assert "resuming with --semantic-dropout 0.1, the checkpoint has 0.05" in capsys.readouterr().err
 
 
-def test_a_checkpoint_of_an_older_version_goes_on(folder, new, tmp_path, capsys):
-    """A new option at its default must not refuse a long run, nor one that is gone: only what both know is compared."""
+def test_a_checkpoint_of_an_older_version_is_resumed(folder, new, tmp_path, capsys):
+    """An option that is new, at its default, or one that is gone must not stop a long run: only common ones are
+    compared."""
     options = [*new, "--save-every", "2", "--resume", "auto"]
     unbroken = train(folder, tmp_path / "unbroken", *options, steps=3)
     out = train(folder, tmp_path / "run", *options, steps=3)
@@ -638,7 +656,7 @@ def test_a_checkpoint_of_an_older_version_goes_on(folder, new, tmp_path, capsys)
 
 
 NEW = ["--init", "random"]
-MISTAKES = [
+ERRORS = [
     (["--steps", "0"], "--steps is 0, expected at least 1"),
     (["--semantic-dropout", "1"], "--semantic-dropout is 1.0, expected a number from 0 to below 1"),
     (["--semantic-noise", "1.5"], "--semantic-noise is 1.5, expected a share from 0 to 1"),
@@ -655,8 +673,8 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize("options, message", MISTAKES, ids=[" ".join(options) for options, _ in MISTAKES])
-def test_mistakes_are_one_line(folder, tmp_path, options, message):
+@pytest.mark.parametrize("options, message", ERRORS, ids=[" ".join(options) for options, _ in ERRORS])
+def test_user_errors_are_one_line(folder, tmp_path, options, message):
     with pytest.raises((UserError, WeightsError, OSError), match=message) as error:
         train(folder, tmp_path / "run", "--weights", "tiny", *options)
     assert "\n" not in str(error.value)
@@ -670,7 +688,8 @@ def test_a_text_encoder_of_another_width_is_refused(folder, new, tmp_path):
 
 
 def test_defaults_suit_the_model():
-    """Emoji scenes from nothing: what models/tiny/README.md found. The released weights: small steps, and the original's loss."""
+    """Emoji scenes from random weights: as models/tiny/README.md found. Released weights: small steps, the original's
+    loss."""
     def defaults(small: bool, *options) -> tuple:
         args = train_b.parse_args(["--out", "x", *options])
         train_b.set_defaults(args, small)

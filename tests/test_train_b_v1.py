@@ -1,7 +1,8 @@
-"""train_b.py --v1: the trainer of v1's Stage B. Its loss in closed form, tokens that are kept exactly, the same work on any number of
-processes, a resume without a trace, a folder that paints.
+"""train_b.py --v1: the loss in closed form, tokens kept exactly, the same work on any number of processes, exact
+resumes.
 
-On a token model of a few thousand weights, with the tiny VQGAN's 1024 codes. What both versions share is in test_train_b.py.
+On a token model of a few thousand parameters, with the tiny VQGAN's 1024 codes. What both versions share is in
+test_train_b.py.
 """
 import contextlib
 import json
@@ -61,7 +62,8 @@ def new(tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def still(tmp_path_factory) -> list[str]:
-    """The same without dropout, which every process draws for itself, and without text: what must be equal however the work is shared out."""
+    """The same without dropout, which each process draws for itself, and without text: it must learn the same however
+    the work is shared out."""
     return ["--v1", "--weights", "tiny", "--init", "random", "--config",
             str(sizes(tmp_path_factory.mktemp("still") / "sizes", dropout=0.0)), "--text-encoder", "none"]
 
@@ -73,10 +75,10 @@ def few(folder, out: Path) -> Path:
     return out
 
 
-# --- it learns, and what it leaves ---------------------------------------------------------------------
+# --- it learns, and what it writes ---------------------------------------------------------------------
 
-def test_a_few_steps_on_four_pictures_lower_their_loss(folder, new, tmp_path):
-    """From nothing, encoder and all: it starts at log 1024, all tokens alike, and 30 steps take a third of that away."""
+def test_a_few_steps_on_four_images_lower_their_loss(folder, new, tmp_path):
+    """From random weights, encoder included: it starts at log 1024, all tokens alike, and loses a third in 30 steps."""
     out = train(few(folder, tmp_path / "few"), tmp_path / "run", *new, "--lr", "1e-2", "--ema", "0", "--val-every",
                 "30", "--val-count", "4", steps=30)
     first, last = (line for line in lines(out) if "val_loss" in line)
@@ -84,13 +86,14 @@ def test_a_few_steps_on_four_pictures_lower_their_loss(folder, new, tmp_path):
     assert first["val_accuracy_t_0.95"] < 0.1 < last["val_accuracy_t_0.95"]
 
 
-def test_the_result_is_a_folder_that_paints_with_the_tiny_models_other_parts(folder, new, tmp_path):
-    """A new token model on the tiny image encoder, frozen: that one's Stage C fits, and base.json says so. v1's Stage B, v2's scaled latents."""
+def test_the_result_is_a_folder_that_generates_images_with_the_tiny_models_other_parts(folder, new, tmp_path):
+    """A new token model on the tiny image encoder, frozen, whose Stage C fits: base.json says so. Its latents are
+    scaled as in v2."""
     out = train(folder, tmp_path / "run", *new, *FROZEN, steps=2)
     assert json.loads((out / "base.json").read_text())["weights"] == "tiny"
     model = Wuerstchen.load(out, "cpu")
     assert type(model) is WuerstchenV1 and (model.size, model.b.steps, model.b.guidance) == (128, 8, 2.0)
-    assert model.scale is Wuerstchen.scale           # v2's scaled latents
+    assert model.scale_semantic is Wuerstchen.scale_semantic
     assert model.paths["prior"] == TINY / "prior" and model.paths["decoder"] == out / "decoder"
     assert model.preview_file == TINY / "preview.json"
     learned = newest(out)["averaged"]
@@ -102,8 +105,8 @@ def test_the_result_is_a_folder_that_paints_with_the_tiny_models_other_parts(fol
     assert Wuerstchen.load(again, "cpu").part("stage_b").config == model.part("stage_b").config
 
 
-def test_base_json_is_written_only_where_stage_c_fits(folder, new, tmp_path):
-    """An encoder that learned with Stage B, or that is another than that of --weights, has no Stage C yet."""
+def test_base_json_is_written_only_if_stage_c_fits(folder, new, tmp_path):
+    """An encoder that learned with Stage B, or another than that of --weights, has no Stage C yet."""
     out = train(folder, tmp_path / "joint", *new, steps=1)
     assert (out / "decoder").is_dir() and (out / "image_encoder").is_dir() and not (out / "base.json").exists()
     out = train(folder, tmp_path / "other", *new, "--freeze-encoder", "--image-encoder", str(out / "image_encoder"),
@@ -111,7 +114,7 @@ def test_base_json_is_written_only_where_stage_c_fits(folder, new, tmp_path):
     assert not (out / "base.json").exists()
 
 
-def test_a_new_one_begins_with_stage_a_s_codes_and_a_trained_one_with_its_own(folder, tmp_path, new, monkeypatch):
+def test_a_new_decoder_starts_with_stage_a_s_codes_and_a_trained_one_with_its_own(folder, tmp_path, new, monkeypatch):
     given = []
     monkeypatch.setattr(StageBV1, "init_tokens", lambda self, codes: given.append(codes))
     out = train(folder, tmp_path / "new", *new, "--freeze-encoder", "--image-encoder", str(TINY / "image_encoder"),
@@ -121,7 +124,7 @@ def test_a_new_one_begins_with_stage_a_s_codes_and_a_trained_one_with_its_own(fo
     assert len(given) == 1
 
 
-def test_the_tiny_v1_is_a_name_and_shares_all_but_stage_b(monkeypatch):
+def test_tiny_v1_shares_everything_except_stage_b_with_tiny(monkeypatch):
     """3 to 5 million parameters, less than 16 MiB in float16, as many tokens as the tiny VQGAN has codes."""
     places = locate(TINY.parent / "tiny-v1", parts=(*hub.TEXT_TO_IMAGE, "image_encoder"))
     assert places["decoder"] == TINY.parent / "tiny-v1" / "decoder"
@@ -142,23 +145,23 @@ def test_the_tiny_v1_is_a_name_and_shares_all_but_stage_b(monkeypatch):
 # --- the loss ------------------------------------------------------------------------------------------
 
 def test_one_step_in_closed_form(folder, new, tmp_path, monkeypatch):
-    """t = 1.08 (1 - u) + 0.001, clamped; tokens give way with probability t; -sum of 0.9 [k = x_0] + 0.1 / K times log p, for replaced
-    tokens with weight 1, for others 0.3 + 0.7 t; mean of each picture, then of all."""
+    """t = 1.08 (1 - u) + 0.001, clamped; tokens are replaced with probability t; -sum of 0.9 [k = x_0] + 0.1 / K times
+    log p, for replaced tokens with weight 1, for others 0.3 + 0.7 t; mean of each image, then of all."""
     seen, asked = [], []
     monkeypatch.setattr(tokens, "training_errors", lambda *given: seen.append(given) or training_errors(*given))
     forward = StageBV1.forward
     monkeypatch.setattr(StageBV1, "forward", lambda self, *given: asked.append(given) or forward(self, *given))
-    # the second, as the first knows nothing
+    # The second step, because in the first all tokens are alike.
     out = train(folder, tmp_path / "run", *new, "--lr", "1e-2", "--guide-attention", "0", steps=2)
-    (logits, x_0, t, mask), (x_t, told, _, _) = seen[1], asked[1]
+    (logits, x_0, t, mask), (x_t, t_seen, _, _) = seen[1], asked[1]
     (positions, indices, _), = [training_samples.MultiSizeSampler(np.full((12, 2), 128), [128], 2.0, 4, 0).step(1)]
     drawn = [tokens.draw_noise(order.sample_rng(0, p, "noise"), 32, 32, CODES) for p in positions.tolist()]
     chance = torch.tensor([np.float32(order.sample_rng(0, p, "timestep").random()) for p in positions.tolist()])
     torch.testing.assert_close(t, training_levels(chance), rtol=0, atol=1e-6)
-    vqgan, pictures = weights.load_stage_a(TINY / "vqgan"), data.open_dataset(folder)
+    vqgan, dataset = weights.load_stage_a(TINY / "vqgan"), data.open_dataset(folder)
     loss = 0.0
     for i in range(4):
-        pixels = torch.from_numpy(pictures.read(int(indices[i])).copy()).permute(2, 0, 1)[None].float() / 255
+        pixels = torch.from_numpy(dataset.read(int(indices[i])).copy()).permute(2, 0, 1)[None].float() / 255
         assert torch.equal(x_0[i], vqgan.encode_indices(pixels)[0])
         replaced = drawn[i]["u"] <= t[i]
         assert torch.equal(x_t[i], torch.where(replaced, drawn[i]["random_tokens"], x_0[i]))
@@ -167,13 +170,14 @@ def test_one_step_in_closed_form(folder, new, tmp_path, monkeypatch):
         errors = -0.9 * log_p.gather(0, x_0[i][None])[0] - 0.1 * log_p.mean(0)           # (32, 32)
         weight = torch.where(replaced, 1.0, 0.3 + 0.7 * t[i].double())
         loss += (errors * weight).sum() / weight.sum() / 4
-    assert torch.equal(told, t) and losses(out)[1] == pytest.approx(loss.item(), rel=1e-5)
+    assert torch.equal(t_seen, t) and losses(out)[1] == pytest.approx(loss.item(), rel=1e-5)
 
 
-# --- attention is shown where semantic vectors belong ---------------------------------------------------
+# --- the guide of attention ---------------------------------------------------
 
-def test_shares_are_linear_between_middles():
-    """3 vectors over 6 places: their middles lie at 1/6, 1/2, 5/6 of the way, the places' at 1/12, 3/12, ...; outside of the first and last middle, these alone."""
+def test_shares_are_linear_between_centers():
+    """3 vectors over 6 places: their centers are at 1/6, 1/2, 5/6, those of the places at 1/12, 3/12, ... Before the
+    first and after the last center, only these count."""
     expected = [[1, 0, 0], [0.75, 0.25, 0], [0.25, 0.75, 0], [0, 0.75, 0.25], [0, 0.25, 0.75], [0, 0, 1]]
     torch.testing.assert_close(tokens.share_over(3, 6), torch.tensor(expected))
     assert torch.equal(tokens.share_over(4, 4), torch.eye(4)) and torch.equal(tokens.share_over(1, 5), torch.ones(5, 1))
@@ -181,21 +185,23 @@ def test_shares_are_linear_between_middles():
 
 
 def guided_net(heads: int = 3) -> tuple[StageBV1, tokens.AttentionGuide, tuple]:
-    """-> a small network with two attention blocks, its guide, and what its forward takes: 2 x 3 semantic vectors, 5 of text, 16 x 24 tokens."""
+    """-> a small network with two attention blocks, its guide, and the inputs of its forward: 2 x 3 semantic vectors, 5
+    of text, 16 x 24 tokens."""
     torch.manual_seed(0)
     net = StageBV1(codebook_size=16, c_token=8, c_timestep=8, c_cond=16, c_hidden=(8, 24), heads=(-1, heads),
                    blocks=(1, 1), levels=("CT", "CTA"), c_text=12, dropout=0.0)
-    told = torch.randint(16, (2, 16, 24)), torch.rand(2), torch.randn(2, 16, 2, 3), torch.randn(2, 5, 12)
-    return net, tokens.AttentionGuide(net), told
+    inputs = torch.randint(16, (2, 16, 24)), torch.rand(2), torch.randn(2, 16, 2, 3), torch.randn(2, 5, 12)
+    return net, tokens.AttentionGuide(net), inputs
 
 
 def test_the_guides_loss_in_closed_form():
-    """Cross-entropy between the attention of 2 of 3 heads, over all keys, and the shares of the 6 vectors over each of 4 x 6 places."""
-    net, guide, told = guided_net()
+    """Cross-entropy between the attention of 2 of 3 heads, over all keys, and the shares of 6 vectors over 4 x 6
+    places."""
+    net, guide, inputs = guided_net()
     seen = []
     for block in (net.down_blocks[1][2], net.up_blocks[1][2]):
         block.register_forward_pre_hook(lambda block, inputs: seen.append((block, *inputs)))
-    net(*told)
+    net(*inputs)
     errors = []
     for block, x, sequence in seen:
         places = torch.nn.functional.layer_norm(x, (24,), eps=1e-6).reshape(2, 24, 24)
@@ -214,12 +220,13 @@ def test_the_guides_loss_in_closed_form():
 
 
 def test_attention_learns_where_vectors_belong():
-    """From random tokens and 6 vectors that differ: at first a place looks anywhere, -log(1/35) = 3.6; after 60 steps on this alone mostly at its own."""
-    net, guide, told = guided_net()
+    """From random tokens and 6 vectors that differ. At first a place attends anywhere, -log(1/35) = 3.6. After 60 steps
+    on this loss only, it attends mostly to its own vector."""
+    net, guide, inputs = guided_net()
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
     values = []
     for _ in range(60):
-        net(*told)
+        net(*inputs)
         values.append(guide.loss())
         optimizer.zero_grad()
         values[-1].backward()
@@ -228,7 +235,7 @@ def test_attention_learns_where_vectors_belong():
 
 
 def test_the_guides_loss_is_added_with_its_weight(folder, new, tmp_path, monkeypatch):
-    """In training; the validation between the steps knows nothing of it."""
+    """In training, but not in the validations between the steps."""
     given, asked, errors, loss = [], [], [], tokens.AttentionGuide.loss
     monkeypatch.setattr(tokens.AttentionGuide, "loss", lambda self: asked.append(len(self.errors))
                         or given.append(loss(self)) or given[-1])
@@ -245,24 +252,24 @@ def test_the_guides_loss_is_added_with_its_weight(folder, new, tmp_path, monkeyp
                                          for error, guide in zip(errors, given)], rel=1e-5)
 
 
-def test_what_a_sample_draws_is_its_own():
-    """Any of the codes, evenly; a function of seed and position alone. v2's draws are none of its business."""
+def test_every_sample_has_its_own_random_numbers():
+    """All codes are equally likely; a function of seed and position only. There are no random numbers of v2."""
     args = train_b.parse_args([*SMALL, "--v1", "--weights", "tiny", "--data", "scenes:all:16:1", "--out", "unused"])
-    pictures = data.open_dataset("scenes:all:16:1", captions_required=False)
-    pictures.bucket = np.zeros(16, int)
-    samples = train_b.StageBSamples(pictures, [(128, 128)], args, {}, {}, partial(tokens.draw_noise, config=CODES))
+    dataset = data.open_dataset("scenes:all:16:1", captions_required=False)
+    dataset.bucket = np.zeros(16, int)
+    samples = train_b.StageBSamples(dataset, [(128, 128)], args, {}, {}, partial(tokens.draw_noise, config=CODES))
     items = [samples[position, position % 16, 0] for position in range(48)]
     random = torch.stack([item["random_tokens"] for item in items])
     assert random.dtype == torch.int64 and random.min() == 0 and random.max() == 1023
     assert random.float().mean().item() == pytest.approx(511.5, abs=5)
     u = torch.stack([item["u"] for item in items])
     assert u.dtype == torch.float32 and 0 <= u.min() and u.max() < 1 and u.mean().item() == pytest.approx(0.5, abs=0.01)
-    # 21: the same picture
+    # 21: the same image
     assert torch.equal(samples[5, 5, 0]["u"], u[5]) and not torch.equal(u[5], u[21]) and "eps" not in items[0]
     assert {"t_semantic", "eps_semantic", "dropped", "caption", "chance"} <= items[0].keys()
 
 
-def test_blind_steps_show_random_tokens_alone():
+def test_blind_steps_show_random_tokens_only():
     args = train_b.parse_args(["--v1", "--out", "x", "--blind", "3", "--high-noise", "1"])
     chance = torch.rand(100)
     assert (tokens.noise_levels(chance, True, args) == 1).all()
@@ -270,8 +277,9 @@ def test_blind_steps_show_random_tokens_alone():
 
 
 @pytest.mark.parametrize("c_text", [128, 1024])
-def test_noise_on_the_semantic_latent_is_in_the_units_of_stage_c(c_text):
-    """The authors' v1, whose texts have width 1024, works on raw latents of variance 1; a v1 Stage B beside v2's Stage C on (raw + 1) / 42."""
+def test_noise_on_the_semantic_latents_has_the_scale_of_stage_c(c_text):
+    """The authors' v1, whose texts have width 1024, works on raw latents of variance 1; a v1 Stage B with v2's Stage C
+    on (raw + 1) / 42."""
     seen = []
     decoder = StageBV1(**config_to_ours(DECODER | dict(byt5_embd=c_text), StageBV1))
     decoder.forward = lambda x_t, t, semantic, text: seen.append(semantic)
@@ -279,9 +287,11 @@ def test_noise_on_the_semantic_latent_is_in_the_units_of_stage_c(c_text):
                                  **{k: v for k, v in ENCODER.items() if k[0] != "_"})
     assert (encoder.norm.weight[0].item(), encoder.norm.bias[0].item()) == ((42, -1) if c_text == 128 else (1, 0))
     raw, eps, level = torch.randn(2, 16, 3, 3), torch.randn(2, 16, 3, 3), torch.tensor([0.0, 0.4])
-    train_b.EncoderAndDecoder(decoder, None, tokens)(raw, torch.zeros(2, 32, 32, dtype=torch.int64), torch.rand(2), None, level, eps,
-                             torch.tensor([False, False]))
-    expected = unscale_semantic(add_noise(scale_semantic(raw), eps, level)) if c_text == 128 else add_noise(raw, eps, level)
+    model, x_t = train_b.EncoderAndDecoder(decoder, None, tokens), torch.zeros(2, 32, 32, dtype=torch.int64)
+    model(raw, x_t, torch.rand(2), None, level, eps, torch.tensor([False, False]))
+    expected = add_noise(raw, eps, level)
+    if c_text == 128:
+        expected = unscale_semantic(add_noise(scale_semantic(raw), eps, level))
     assert torch.equal(seen[0][0], raw[0])
     torch.testing.assert_close(seen[0][1], expected[1])
 
@@ -289,8 +299,8 @@ def test_noise_on_the_semantic_latent_is_in_the_units_of_stage_c(c_text):
 # --- the same run, however it is computed ------------------------------------------------------------
 
 def test_tokens_are_kept_exactly_and_a_cache_changes_nothing(folder, new, tmp_path, monkeypatch):
-    """float16 ends at 2048 for whole numbers: as such, tokens of the official 8192 would come back as their neighbours. The same weights
-    with and without, to the bit; in a second run the VQGAN does not work at all. Two sizes; mirrored, too."""
+    """In float16 integers end at 2048, so tokens of the official 8192 would come back as their neighbours. The weights
+    are the same with and without a cache, to the bit; in a second run the VQGAN does no work. Two sizes, and flips."""
     options = [*new, *FROZEN, "--random-flip", "--batch", "1", "--resolution", "128", "256", "--text-encoder", "none"]
     plain = train(folder, tmp_path / "plain", *options, steps=3)
     options += ["--cache", str(tmp_path / "cache"), "--cache-dtype", "fp32"]
@@ -299,13 +309,13 @@ def test_tokens_are_kept_exactly_and_a_cache_changes_nothing(folder, new, tmp_pa
     kept = [np.load(path) for path in (tmp_path / "cache").glob("tokens-*/??/*.npy")]
     assert {array.shape for array in kept} == {(32, 32), (64, 64)}
     assert {array.dtype for array in kept} == {np.dtype("int16")} and len(kept) == 48
-    monkeypatch.setattr(StageA, "encode_indices", lambda *_: pytest.fail("a picture was encoded"))
+    monkeypatch.setattr(StageA, "encode_indices", lambda *_: pytest.fail("an image was encoded"))
     again = train(folder, tmp_path / "again", *options, steps=3)
     same(newest(cached)["model"], newest(again)["model"])
 
 
-def test_a_cache_of_whole_numbers_gives_back_what_it_got(tmp_path):
-    """And says so where it cannot, in place of wrapping round."""
+def test_a_cache_of_integers_returns_what_was_put(tmp_path):
+    """And raises an error if a number does not fit, instead of wrapping around."""
     for codes, dtype in ((1024, "int16"), (8192, "int16"), (2 ** 15, "int16"), (2 ** 15 + 1, "int32"),
                          (2 ** 18, "int32")):
         assert tokens.cache_settings(SimpleNamespace(config=dict(codebook_size=codes)))["dtype"] == dtype
@@ -321,7 +331,7 @@ def test_two_processes_learn_what_one_does_encoder_included(folder, still, tmp_p
     one = train(folder, tmp_path / "one", *still, "--batch", "8", "--val-every", "3", "--val-count", "3", steps=3)
     two = torchrun(2, folder, tmp_path / "two", *still, "--batch", "4", "--val-every", "3", "--val-count", "3", steps=3)
     a, b = newest(one), newest(two)
-    # A shift in front of BatchNorm changes nothing: the gradient there is rounding alone, which Adam blows up to steps.
+    # A shift before BatchNorm changes nothing. The gradient there is only rounding, which Adam turns into full steps.
     shifts = {name for name, moments in a["optimizer"]["state"].items() if moments["exp_avg"].abs().max() < 1e-9
               and name.startswith("encoder.")}
     assert shifts <= {"encoder.blocks.3.0.grn.beta", "encoder.blocks.3.0.contract.bias"}
@@ -334,7 +344,8 @@ def test_two_processes_learn_what_one_does_encoder_included(folder, still, tmp_p
 
 
 def test_weights_split_over_processes_and_accumulation_learn_the_same(folder, still, tmp_path):
-    """8 at once by one process; --fsdp on two, in 2 micro-steps of 2, with the encoder frozen. Resumed by one that holds it all."""
+    """8 at once by one process; --fsdp on two, in 2 micro-steps of 2, with the encoder frozen. Resumed by one process
+    that holds all of it."""
     options = [*still, *FROZEN, "--clip", "0.1"]
     one = train(folder, tmp_path / "one", *options, "--batch", "8", steps=3)
     split = torchrun(2, folder, tmp_path / "split", *options, "--fsdp", "--batch", "2", "--grad-accum", "2",
@@ -361,7 +372,7 @@ def test_a_resumed_run_is_the_unbroken_run_to_the_bit(folder, new, tmp_path, opt
                "--save-every", "1", "--keep", "9"]
     unbroken = train(folder, tmp_path / "unbroken", *options, steps=4)
     out = train(folder, tmp_path / "broken", *options, steps=4)
-    # the schedule depends on --steps: it loses its last checkpoints, it does not end early
+    # The schedule depends on --steps, so the run is not ended early but loses its last checkpoints.
     for path in sorted((out / "checkpoints").iterdir())[2:]:
         path.unlink()
     train(folder, out, *options, "--resume", "auto", steps=4)
@@ -379,7 +390,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(folder, new, tmp_path
     assert len(calls) == 2 * 10
 
 
-def test_a_bad_step_is_skipped(folder, new, tmp_path, monkeypatch):
+def test_a_nan_step_is_skipped(folder, new, tmp_path, monkeypatch):
     calls, forward = [], StageBV1.forward
 
     def sometimes(self, *given):
@@ -391,7 +402,7 @@ def test_a_bad_step_is_skipped(folder, new, tmp_path, monkeypatch):
     assert newest(out)["updates"] == 2 and all(tensor.isfinite().all() for tensor in newest(out)["model"].values())
 
 
-# --- looking -----------------------------------------------------------------------------------------
+# --- validation and samples -----------------------------------------------------------------------------------------
 
 class Oracle:
     """A token model that is quite sure of one answer: of `answer(x_t)`."""
@@ -418,22 +429,22 @@ def embed(captions):
     return torch.zeros(len(captions), 1, 8)
 
 
-def test_validation_counts_replaced_tokens_alone(fixed):
-    """Who repeats what he sees finds none of the replaced ones, but for one in 1024; who knows the picture finds all."""
+def test_validation_counts_replaced_tokens_only(fixed):
+    """A model that repeats its input finds 1 in 1024 of the replaced tokens. A model that knows the image finds all."""
     right, wrong = (validation.validate(Oracle(answer), fixed, embed, torch.ones_like, tokens, contextlib.nullcontext(),
                                         run_args(), Processes("cpu"))
                     for answer in (lambda x_t: fixed.x_0[0], lambda x_t: x_t))
     assert all(right[f"val_accuracy_t_{t:.2f}"] == 1 and wrong[f"val_accuracy_t_{t:.2f}"] < 0.02
                for t in validation.T_GRID)
-    # label smoothing makes sureness cost something
+    # With label smoothing, certainty has a cost.
     sure = math.log1p(1023 * math.exp(-30)) + 0.1 * 30 * 1023 / 1024
     assert right["val_loss"] == pytest.approx(sure, rel=1e-5)
     assert wrong["val_loss_t_0.95"] > wrong["val_loss_t_0.05"] > sure
     assert right["val_loss"] == pytest.approx(np.mean([right[f"val_loss_t_{t:.2f}"] for t in validation.T_GRID]))
 
 
-def test_pictures_come_back_where_the_model_knows_them(fixed):
-    """Through v1's own sampler, guided or not, from noise that is the same every time."""
+def test_images_come_back_if_the_model_knows_them(fixed):
+    """Through v1's own sampler, guided or not, from noise that is always the same."""
     vqgan = weights.load_stage_a(TINY / "vqgan")
     with torch.no_grad():
         expected = vqgan.decode_indices(fixed.x_0).clamp(0, 1)
@@ -452,7 +463,8 @@ def test_pictures_come_back_where_the_model_knows_them(fixed):
 
 
 def test_validation_and_grids_are_the_same_work_every_time(folder, new, tmp_path):
-    """At step 0 of two runs that differ in all that trains: the same numbers, one per noise level, guidance and number of steps."""
+    """At step 0 of two runs with different training: the same values, one per noise level, guidance and number of
+    steps."""
     values = []
     for name, options in (("a", []), ("b", ["--batch", "2", "--lr", "1e-2", "--cache", str(tmp_path / "cache"),
                                             "--semantic-dropout", "0.5"])):
@@ -464,7 +476,8 @@ def test_validation_and_grids_are_the_same_work_every_time(folder, new, tmp_path
     assert val == pytest.approx(other_val, rel=1e-5) and shown == pytest.approx(other_shown, rel=1e-4)
     assert values[0][2] != values[1][2]
     assert set(shown) == {"psnr_a", *(f"psnr_guidance_{g}_steps_{s}" for g in (1, 2) for s in (4, 8))}
-    assert set(val) == {"val_loss", *(f"val_{what}_t_{t:.2f}" for what in ("loss", "accuracy") for t in validation.T_GRID)}
+    assert set(val) == {"val_loss", *(f"val_{name}_t_{t:.2f}" for name in ("loss", "accuracy")
+                                      for t in validation.T_GRID)}
     with Image.open(tmp_path / "a" / "samples" / "step_000001.png") as grid:
         assert grid.size[0] >= 6 * 128
     assert (tmp_path / "a" / "curves.png").exists()
@@ -475,9 +488,9 @@ def test_a_dry_run_names_the_tokens(folder, new, tmp_path, capsys):
     assert "step 0: semantic (4, 16, 3, 3), random_tokens (4, 32, 32), u (4, 32, 32)" in capsys.readouterr().out
 
 
-# --- mistakes ------------------------------------------------------------------------------------------
+# --- errors ------------------------------------------------------------------------------------------
 
-MISTAKES = [
+ERRORS = [
     (["--v1", "--loss", "head"], "--loss is for v2, whose Stage B generates latents; --v1 has its own loss"),
     (["--v1", "--loss", "eps"], "--loss is for v2"),
     (["--v1", "--loss-weight", "v"], "--loss-weight is for v2"),
@@ -495,8 +508,8 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize("options, message", MISTAKES, ids=[" ".join(options[:3]) for options, _ in MISTAKES])
-def test_mistakes_are_one_line(folder, tmp_path, options, message):
+@pytest.mark.parametrize("options, message", ERRORS, ids=[" ".join(options[:3]) for options, _ in ERRORS])
+def test_user_errors_are_one_line(folder, tmp_path, options, message):
     if "EIGHT" in options:
         options = [*options[:-1], str(sizes(tmp_path / "eight", num_labels=8))]
     with pytest.raises((UserError, WeightsError, OSError), match=message) as error:
@@ -504,8 +517,8 @@ def test_mistakes_are_one_line(folder, tmp_path, options, message):
     assert "\n" not in str(error.value)
 
 
-def test_v1_and_v2_do_not_take_each_others_checkpoints(folder, new, tmp_path):
-    """Their tensors have other names: loaded leniently, they would be passed over in silence."""
+def test_v1_and_v2_refuse_each_others_checkpoints(folder, new, tmp_path):
+    """Their tensors have other names. If loaded leniently, they would be skipped silently."""
     v1 = train(folder, tmp_path / "v1", *new, steps=1)
     with pytest.raises(UserError, match="was made with --v1: add it, or choose another --resume"):
         train(folder, v1, "--weights", "tiny", "--resume", "auto", steps=2)
@@ -514,8 +527,9 @@ def test_v1_and_v2_do_not_take_each_others_checkpoints(folder, new, tmp_path):
         train(folder, v2, *new, "--resume", "auto", steps=2)
 
 
-def test_defaults_are_v1s():
-    """Its loss, its noise levels, 512 px, its released weights; with the small encoder the sizes of step that suit emoji scenes."""
+def test_defaults_of_v1():
+    """Its loss, noise levels, 512 px, released weights. With the small encoder, the learning rates suit emoji
+    scenes."""
     def defaults(small: bool, *options) -> tuple:
         args = train_b.parse_args(["--v1", "--out", "x", *options])
         train_b.set_defaults(args, small)

@@ -1,6 +1,6 @@
-"""The trainer of Stage C: the same work on any number of processes, a resume without a trace, and what other trainers get wrong.
+"""train_c.py: the same work on any number of processes, exact resumes, and mistakes that other trainers make.
 
-All on the tiny weights, with few steps: what they learn does not matter here, that every bit is where it should be does.
+All runs use the tiny weights and few steps. What they learn does not matter here, but every bit must be right.
 """
 import contextlib
 import gc
@@ -37,7 +37,7 @@ ROOT = Path(train_c.__file__).parent
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Twelve pictures of an object whose name Stage C does not know, with captions beside them."""
+    """Twelve images of an object whose name Stage C does not know, with captions."""
     out = tmp_path_factory.mktemp("unicorns")
     rng = np.random.default_rng(0)
     for i in range(12):
@@ -63,8 +63,8 @@ LEARNED = ("model", "averaged", "optimizer", "step", "updates", "scaler")
 
 # --- a run and its result ----------------------------------------------------------------------------
 
-def test_a_lora_run_leaves_a_folder_that_paints_and_the_base_untouched(folder, tmp_path):
-    """base.json says where the other parts are; the LoRA file alone does the same with --lora. Both paint other than the base."""
+def test_a_lora_run_writes_a_folder_that_generates_images(folder, tmp_path):
+    """base.json says where the other parts are. The LoRA file with --lora gives the same image, the base another."""
     out = train(folder, tmp_path / "run", *LORA, "--lr", "0.05", "--sample-every", "4", "--val-every", "2", steps=4)
     assert {path.name for path in out.iterdir()} >= {"lora.safetensors", "base.json", "README.md", "log.jsonl",
                                                      "curves.png", "samples", "checkpoints"}
@@ -77,66 +77,66 @@ def test_a_lora_run_leaves_a_folder_that_paints_and_the_base_untouched(folder, t
                      "--steps-b", "2",
                      "--out", str(tmp_path / f"{name}.png")])
     pixels = {path.stem: np.asarray(Image.open(path)).astype(int) for path in tmp_path.glob("*.png")}
-    # frozen weights take another kernel
+    # Frozen weights use another kernel.
     assert np.array_equal(pixels["folder"], pixels["file"]) and np.abs(pixels["off"] - pixels["base"]).max() <= 1
     assert np.abs(pixels["file"] - pixels["base"]).max() > 10
     with safe_open(out / "lora.safetensors", "pt") as file:
-        told = file.metadata()
-    assert (told["rank"], told["alpha"], told["steps"], told["images"],
-            len(told["base_hash"])) == ("2", "2", "4", "12", 64)
+        metadata = file.metadata()
+    assert [metadata[name] for name in ("rank", "alpha", "steps", "images")] == ["2", "2", "4", "12"]
+    assert len(metadata["base_hash"]) == 64
     with Image.open(tmp_path / "file.png") as image:
         settings = json.loads(image.text["wuerstchen"])
     assert settings["lora"].endswith("lora.safetensors:1.0") and "lora lora.safetensors" in settings["hashes"]
 
 
-def test_full_fine_tuning_writes_a_prior_that_stands_in_for_the_base(folder, tmp_path):
+def test_full_fine_tuning_writes_a_prior_that_replaces_the_base(folder, tmp_path):
     out = train(folder, tmp_path / "run", steps=2)
-    before, after = (load_file(place / "prior" / "diffusion_pytorch_model.safetensors")
-                     for place in (ROOT / "models" / "tiny", out))
+    before, after = (load_file(path / "prior" / "diffusion_pytorch_model.safetensors")
+                     for path in (ROOT / "models" / "tiny", out))
     assert before.keys() == after.keys()
     assert any(not torch.equal(before[name].float(), after[name].float()) for name in before)
     sample.main(["--weights", str(out), "--prompt", "a cat", "--seed", "1", "--steps-c", "2", "--steps-b", "1", "--out",
                  str(tmp_path / "cat.png")])
     assert (tmp_path / "cat.png").stat().st_size > 1000
-    diffusers = pytest.importorskip("diffusers",
-                                    reason="opens the result in diffusers, which is not installed: pip install diffusers")
-    theirs = diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_prior.WuerstchenPrior.from_pretrained(out / "prior", low_cpu_mem_usage=False)
+    diffusers = pytest.importorskip("diffusers", reason="opens the result in diffusers: pip install diffusers")
+    wuerstchen = diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_prior
+    theirs = wuerstchen.WuerstchenPrior.from_pretrained(out / "prior", low_cpu_mem_usage=False)
     assert all(torch.equal(tensor, after[name].float()) for name, tensor in theirs.state_dict().items())
 
 
-def test_training_from_nothing_takes_its_sizes_from_a_config(folder, tmp_path):
+def test_training_from_random_weights_takes_its_sizes_from_a_config(folder, tmp_path):
     (tmp_path / "small.json").write_text(json.dumps(dict(c=32, depth=1, nhead=2, c_cond=128, c_r=32, dropout=0.0)))
     out = train(folder, tmp_path / "run", "--init", "random", "--config", str(tmp_path / "small.json"), steps=1)
     assert json.loads((out / "prior" / "config.json").read_text())["c"] == 32
 
 
 @pytest.mark.parametrize("options, learns", [([], False), (["--train-text"], True)])
-def test_the_text_encoder_learns_only_if_told_to(folder, tmp_path, options, learns):
-    """Stage B reads the same encoder: its words must not change their meaning unasked."""
+def test_the_text_encoder_learns_only_on_request(folder, tmp_path, options, learns):
+    """Stage B uses the same encoder, so its embeddings must not change by default."""
     out = train(folder, tmp_path / "run", *options, steps=2)
     assert (out / "text_encoder").exists() is learns
     assert any(name.startswith("text.") for name in newest(out)["model"]) is learns
 
 
-# --- what a step sees --------------------------------------------------------------------------------
+# --- what a step gets --------------------------------------------------------------------------------
 
 def samples(folder, *options, n: int = 400, **more) -> list[dict]:
     args = train_c.parse_args([*SMALL, "--data", str(folder), "--out", "unused", *options])
-    pictures = data.open_dataset(folder)
-    pictures.bucket = np.zeros(len(pictures), int)
-    every = train_c.StageCSamples(pictures, [(128, 128)], args, {}, {}, **more)
-    return [every[position, position % len(pictures), 0] for position in range(n)]
+    dataset = data.open_dataset(folder)
+    dataset.bucket = np.zeros(len(dataset), int)
+    every = train_c.StageCSamples(dataset, [(128, 128)], args, {}, {}, **more)
+    return [every[position, position % len(dataset), 0] for position in range(n)]
 
 
 def test_noise_levels_are_the_original_ones(folder):
-    """(1 - u) 1.08 + 0.001, clamped: 7 % at exactly t = 1, where sampling starts and where others never train; in float32,
-    where others draw one of 256 bfloat16 numbers."""
+    """(1 - u) 1.08 + 0.001, clamped: 7 % at exactly t = 1, where sampling starts and where other trainers never train.
+    In float32, while others draw one of 256 bfloat16 numbers."""
     t = np.array([item["t"] for item in samples(folder)])
     assert t.dtype == np.float32 and 0.04 < (t == 1).mean() < 0.12 and t.min() >= 0.001 and len(np.unique(t)) > 350
 
 
 def test_captions_are_dropped_one_by_one(folder):
-    """Elsewhere one coin decides for the whole batch, or nothing is dropped, and guidance breaks."""
+    """Other trainers drop whole batches or nothing, and guidance breaks."""
     dropped = np.array([item["caption"] == "" for item in samples(folder, "--caption-dropout", "0.25")])
     assert 0.18 < dropped.mean() < 0.32
     batches = dropped.reshape(-1, 4).mean(1)
@@ -144,8 +144,8 @@ def test_captions_are_dropped_one_by_one(folder):
     assert not any(item["caption"] == "" for item in samples(folder, "--caption-dropout", "0", n=50))
 
 
-def test_every_sample_has_noise_of_its_own(folder):
-    """Elsewhere all GPUs draw the same noise from the same seed."""
+def test_every_sample_has_its_own_noise(folder):
+    """In other trainers, all GPUs draw the same noise from the same seed."""
     first, again, other = (samples(folder, "--seed", seed, n=3) for seed in ("0", "0", "1"))
     noise = [item["eps"] for item in first]
     assert abs(torch.corrcoef(torch.stack([n.flatten() for n in noise]))[0, 1]) < 0.4
@@ -154,8 +154,8 @@ def test_every_sample_has_noise_of_its_own(folder):
                            other[0]["eps"]) and not torch.equal(noise[0], samples(folder, n=13)[12]["eps"])
 
 
-def test_targets_are_float32_whatever_the_rest_computes_in(folder, tmp_path, monkeypatch):
-    """The image encoder's BatchNorm statistics do not survive half precision, and its error would be learned as truth."""
+def test_targets_are_float32_with_any_dtype(folder, tmp_path, monkeypatch):
+    """The image encoder's BatchNorm statistics do not survive half precision, and its errors would be learned."""
     seen = []
     forward = TinyImageEncoder.forward
     monkeypatch.setattr(TinyImageEncoder, "forward", lambda self, x: seen.append((x.dtype, self.training))
@@ -165,7 +165,7 @@ def test_targets_are_float32_whatever_the_rest_computes_in(folder, tmp_path, mon
 
 
 def test_weight_decay_spares_norms_biases_and_loras():
-    """A LoRA starts at 0 and is pulled there by decay; biases and norms have no scale that decay could regularise."""
+    """Decay would pull a LoRA back to 0. Biases and norms have no scale that decay could regularise."""
     args = train_c.parse_args([*SMALL, "--data", "x", "--out", "y"])
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
     decay = {tuple(p.shape): group["weight_decay"] for group in optim.build_optimizer(model, args).param_groups
@@ -185,17 +185,17 @@ def test_learning_rates():
         assert optim.learning_rate(109, args) == pytest.approx(at_end, rel=0.3)
 
 
-def test_averages_forget_the_start():
-    """min(beta, (1 + n) / (10 + n)): with a constant 0.999 the average of a short run would be its first weights."""
+def test_the_ema_forgets_the_start():
+    """min(beta, (1 + n) / (10 + n)). With a constant 0.999, the average of a short run would be its first weights."""
     model = torch.nn.Linear(1, 1, bias=False)
-    averaged = optim.EMA(model, 0.999)
+    ema = optim.EMA(model, 0.999)
     for value in range(1, 31):
         model.weight.data.fill_(value)
-        averaged.update()
-    assert averaged.mean["weight"].item() > 20
-    averaged.swap()
-    assert model.weight.item() == averaged.mean["weight"].item() + 0 or model.weight.item() > 20
-    averaged.swap()
+        ema.update()
+    assert ema.mean["weight"].item() > 20
+    ema.swap()
+    assert model.weight.item() == ema.mean["weight"].item() + 0 or model.weight.item() > 20
+    ema.swap()
     assert model.weight.item() == 30
 
 
@@ -231,10 +231,10 @@ def torchrun(processes: int, folder, out, *options, steps: int) -> Path:
 
 @pytest.mark.parametrize("kind", [LORA, []], ids=["lora", "full"])
 def test_one_process_two_processes_and_accumulation_do_the_same_work(folder, tmp_path, kind):
-    """8 at once, 2 x 4, and 4 twice: the same samples in each step, so the same weights, but for rounding.
+    """8 at once, 2 x 4, and 4 twice: the same samples in each step, so the same weights up to rounding.
 
-    The biases of keys are left out. Each moves all scores of a query alike, which softmax does not see: their gradients are 0, but
-    for rounding, and of that AdamW makes whole steps.
+    The biases of keys are excluded. Each shifts all scores of a query equally, which softmax ignores. So the gradients
+    are 0 up to rounding, and AdamW turns that into full steps.
     """
     def learned(out) -> dict:
         return {name: tensor for name, tensor in newest(out)["model"].items() if not name.endswith(".key.bias")}
@@ -262,8 +262,8 @@ def test_weights_split_over_processes_learn_the_same(folder, tmp_path):
 
 
 def test_gradients_travel_once_per_step(folder, tmp_path):
-    """Forward and backward of all micro-steps but the last stand inside no_sync(): elsewhere only the backward does, which
-    saves nothing, since DDP decides in forward."""
+    """Forward and backward of all micro-steps except the last are inside no_sync(). In other trainers only backward is,
+    which saves nothing, because DDP decides in forward."""
     script = tmp_path / "counting.py"
     script.write_text(TORCHRUN.format(root=str(ROOT)).replace("import train_c", """
 from pathlib import Path
@@ -283,12 +283,12 @@ import train_c""", 1))
                           "--out", str(tmp_path / "run"), "--steps", "2", "--batch", "1", "--grad-accum", "4"],
                          cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
-    # 2 steps, one bucket; without no_sync() 8
+    # 2 steps, one bucket. Without no_sync() it would be 8.
     assert (tmp_path / "calls").read_text() == "2"
 
 
-def test_a_run_goes_on_with_another_number_of_processes(folder, tmp_path):
-    """1 -> 2 -> 1: the data order is a function of the step, so that only rounding tells."""
+def test_a_run_continues_with_another_number_of_processes(folder, tmp_path):
+    """1 -> 2 -> 1: the data order is a function of the step, so only rounding differs."""
     unbroken = train(folder, tmp_path / "unbroken", *LORA, "--batch", "4", steps=6)
     out = train(folder, tmp_path / "run", *LORA, "--batch", "4", steps=2)
     torchrun(2, folder, out, *LORA, "--batch", "2", "--resume", "auto", steps=4)
@@ -302,9 +302,9 @@ def test_a_run_goes_on_with_another_number_of_processes(folder, tmp_path):
                                      [*LORA, "--cache"]],
                          ids=["lora", "full", "dropout and flips", "a worker", "text", "bf16", "fp16", "a new cache"])
 def test_a_resumed_run_is_the_unbroken_run_to_the_bit(folder, tmp_path, options):
-    """Stopped after steps 3 and 5 of 6, in the middle of an epoch: weights, averages, optimizer, scaler, data order all go on exactly.
-    With a cache, the first run must see what it wrote as the second does, rounded."""
-    def own(name):       # each run has a cache of its own
+    """Stopped after steps 3 and 5 of 6, in the middle of an epoch: weights, EMA, optimizer, scaler and data order all
+    continue exactly. With a cache, the first run must see rounded values as the second does."""
+    def own(name):       # each run has its own cache
         return [str(tmp_path / f"{name}_cache")] if options[-1:] == ["--cache"] else []
     unbroken = train(folder, tmp_path / "unbroken", "--batch", "2", *options, *own("unbroken"), steps=6)
     out = tmp_path / "broken"
@@ -314,7 +314,7 @@ def test_a_resumed_run_is_the_unbroken_run_to_the_bit(folder, tmp_path, options)
 
 
 def test_a_signal_finishes_the_step_and_saves(folder, tmp_path, monkeypatch, capsys):
-    """A scheduler warns with SIGTERM before it kills: nothing is lost, and the run goes on as if nothing had happened."""
+    """A scheduler sends SIGTERM before it kills a run. Nothing is lost, and the resumed run equals an unbroken one."""
     unbroken = train(folder, tmp_path / "unbroken", *LORA, steps=4)
     update = optim.EMA.update
 
@@ -325,14 +325,15 @@ def test_a_signal_finishes_the_step_and_saves(folder, tmp_path, monkeypatch, cap
     with monkeypatch.context() as patch:
         patch.setattr(optim.EMA, "update", update_and_warn)
         out = train(folder, tmp_path / "run", *LORA, steps=4)
-    assert newest(out)["step"] == 2 and "stopped after step 2" in capsys.readouterr().err and not (out / "lora.safetensors").exists()
+    assert newest(out)["step"] == 2 and "stopped after step 2" in capsys.readouterr().err
+    assert not (out / "lora.safetensors").exists()
     train(folder, out, *LORA, "--resume", "auto", steps=4)
     same(newest(unbroken)["model"], newest(out)["model"])
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_signal_to_all_processes_of_a_run_saves_too(folder, tmp_path, name):
-    """That is how a scheduler, and Ctrl-C in a terminal, do it. Readers that died of it would end the run with a traceback."""
+    """A scheduler and Ctrl-C in a terminal signal all of them. If that ended the readers, the run would fail."""
     out = tmp_path / "run"
     script = tmp_path / "script.py"
     script.write_text(TORCHRUN.format(root=str(ROOT)))
@@ -341,7 +342,7 @@ def test_a_signal_to_all_processes_of_a_run_saves_too(folder, tmp_path, name):
                            stderr=subprocess.PIPE, text=True, start_new_session=True, env=os.environ
                            | dict(OMP_NUM_THREADS="1"))
     try:
-        # readers are at work
+        # Wait until the readers work.
         while run.poll() is None and not ((out / "log.jsonl").exists()
                                           and (out / "log.jsonl").read_text().count('"grad_norm"') > 2):
             time.sleep(0.2)
@@ -350,7 +351,8 @@ def test_a_signal_to_all_processes_of_a_run_saves_too(folder, tmp_path, name):
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(run.pid, signal.SIGKILL)
-    assert run.returncode == 0 and "and saved: --resume auto continues" in errors and "Traceback" not in errors, errors[-2000:]
+    assert run.returncode == 0 and "Traceback" not in errors, errors[-2000:]
+    assert "and saved: --resume auto continues" in errors
     assert newest(out)["step"] >= 1
 
 
@@ -362,20 +364,20 @@ def test_gradient_checkpointing_changes_nothing_but_memory(folder, tmp_path):
 
 
 def test_a_cache_changes_nothing_but_time(folder, tmp_path, monkeypatch):
-    """Latents and texts are computed once: the same weights, and in a second run no picture is encoded any more."""
-    # one by one in both, so that nothing rounds another way
+    """Latents and texts are computed once. The weights are the same, and a second run encodes no image."""
+    # One image per batch in both runs, so that the rounding is the same.
     options = [*LORA, "--random-flip", "--batch", "1"]
     plain = train(folder, tmp_path / "plain", *options, steps=3)
     options += ["--cache", str(tmp_path / "cache"), "--cache-dtype", "fp32"]
     cached = train(folder, tmp_path / "cached", *options, steps=3)
     same(newest(plain)["model"], newest(cached)["model"])
-    monkeypatch.setattr(TinyImageEncoder, "forward", lambda *_: pytest.fail("a picture was encoded"))
+    monkeypatch.setattr(TinyImageEncoder, "forward", lambda *_: pytest.fail("an image was encoded"))
     again = train(folder, tmp_path / "again", *options, steps=3)
     same(newest(cached)["model"], newest(again)["model"])
 
 
 def test_with_a_cache_no_encoder_stays_in_memory(folder, tmp_path, monkeypatch):
-    """3 GB at official size. Captions that no picture has, of the validation and of --preserve, are in the cache before."""
+    """They take 3 GB at the official size. Captions of the validation and of --preserve are cached before."""
     def encoders() -> int:
         gc.collect()
         return sum(type(thing) in (TinyImageEncoder, CLIPTextModel) for thing in gc.get_objects())
@@ -388,8 +390,8 @@ def test_with_a_cache_no_encoder_stays_in_memory(folder, tmp_path, monkeypatch):
     assert counts == [alive]
 
 
-def test_a_broken_picture_is_replaced_and_named(folder, tmp_path, capsys):
-    """Cut off in the middle: its header is fine, so it is found only when it is read."""
+def test_a_broken_image_is_replaced_and_named(folder, tmp_path, capsys):
+    """It is cut off in the middle. Its header is fine, so it is only found when it is read."""
     broken = tmp_path / "data"
     broken.mkdir()
     for path in folder.iterdir():
@@ -400,9 +402,9 @@ def test_a_broken_picture_is_replaced_and_named(folder, tmp_path, capsys):
     train(broken, tmp_path / "other", *LORA, steps=4)
 
 
-def test_what_is_to_be_preserved_is_compared_with_the_model_as_it_was(folder, tmp_path, capsys):
-    """A LoRA starts as the base model, so where all rows are to stay as they are, the first loss is 0; the base knows nothing of noise.
-    What Stage C paints for that at the start is kept: a resumed run paints nothing."""
+def test_preserved_samples_are_compared_with_the_original_model(folder, tmp_path, capsys):
+    """A LoRA starts as the base model. If all rows are preserved, the first loss is 0; without --preserve it is not.
+    The latents generated at the start are kept, so a resumed run generates none."""
     (tmp_path / "prompts.txt").write_text("a cat on a red background\na tree on a white background\n")
     preserve = ["--preserve-prompts", f"{tmp_path}/prompts.txt", "--preserve"]
     losses = {}
@@ -415,8 +417,8 @@ def test_what_is_to_be_preserved_is_compared_with_the_model_as_it_was(folder, tm
     assert "generating latents to preserve" not in capsys.readouterr().err
 
 
-def test_what_is_preserved_are_other_prompts_and_the_empty_one(folder, tmp_path):
-    """A share of the samples, each with the latent painted for its prompt; without a caption, as what guidance steers away from, every one."""
+def test_preserved_are_other_prompts_and_the_empty_one(folder, tmp_path):
+    """A share of the samples, each with the latents of its prompt; and all samples without a caption, for guidance."""
     (tmp_path / "prompts.txt").write_text("a cat\na tree\n")
     options = [*LORA, "--preserve-prompts", f"{tmp_path}/prompts.txt", "--preserve", "0.5", "--cache", str(tmp_path)]
     args = train_c.parse_args(["--data", "x", "--out", "y", *options])
@@ -430,14 +432,15 @@ def test_what_is_preserved_are_other_prompts_and_the_empty_one(folder, tmp_path)
             if item["preserve"]} == {("a cat", 1.0), ("a tree", 2.0)}
     assert not any(item["teacher_latents"].any() for item in kept if not item["preserve"])
     without = [item for item in kept if not item["caption"]]
-    assert all(item["preserve"] and item["teacher_latents"].mean() in (1, 2) for item in without) and 20 < len(without) < 60
+    assert all(item["preserve"] and item["teacher_latents"].mean() in (1, 2) for item in without)
+    assert 20 < len(without) < 60
 
 
-# --- what is not finite ------------------------------------------------------------------------------
+# --- NaN and infinity ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-def test_a_bad_step_is_skipped_and_its_batch_named(folder, tmp_path, monkeypatch, dtype):
-    """One NaN would be the end of all weights; others replace it by 0, or stop on one process only. fp16's scaler must hear of it, too."""
+def test_a_nan_step_is_skipped_and_its_batch_named(folder, tmp_path, monkeypatch, dtype):
+    """One NaN would destroy all weights. Other trainers replace it by 0, or stop on one process only."""
     calls, forward = [], StageC.forward
 
     def sometimes(self, x_t, t, text):
@@ -453,16 +456,16 @@ def test_a_bad_step_is_skipped_and_its_batch_named(folder, tmp_path, monkeypatch
     assert all(tensor.isfinite().all() for tensor in state["model"].values())
 
 
-def test_too_many_bad_steps_in_a_row_stop_the_run_with_its_last_good_state(folder, tmp_path, monkeypatch):
+def test_too_many_nan_steps_in_a_row_stop_the_run_with_its_last_good_state(folder, tmp_path, monkeypatch):
     forward = StageC.forward
     monkeypatch.setattr(StageC, "forward", lambda self, *args: forward(self, *args) * float("nan"))
-    with pytest.raises(UserError,
-                       match="3 steps in a row came to NaN or infinity, up to step 3; the last good state is in .*lower --lr"):
+    with pytest.raises(UserError, match="3 steps in a row came to NaN or infinity, up to step 3; "
+                                        "the last good state is in .*lower --lr"):
         train(folder, tmp_path / "run", *LORA, "--max-bad-steps", "3", steps=9)
     assert all(tensor.isfinite().all() for tensor in newest(tmp_path / "run")["model"].values())
 
 
-# --- checkpoints and mistakes ------------------------------------------------------------------------
+# --- checkpoints and errors ------------------------------------------------------------------------
 
 def test_only_the_newest_checkpoints_are_kept(folder, tmp_path):
     out = train(folder, tmp_path / "run", *LORA, "--save-every", "1", "--keep", "2", steps=4)
@@ -470,7 +473,7 @@ def test_only_the_newest_checkpoints_are_kept(folder, tmp_path):
 
 
 def test_v1_is_not_trained():
-    """Its Stage C works on unscaled latents: trained on scaled ones it would be spoilt, and nothing would tell why."""
+    """Its Stage C works on unscaled latents. Training on scaled ones would ruin it without an error."""
     args = train_c.parse_args(["--data", "x", "--out", "y", "--weights", "v1"])
     with pytest.raises(UserError, match="--weights v1 can generate images but not be fine-tuned: .* choose v2-base"):
         train_c.check(args)
@@ -500,7 +503,7 @@ def test_settings_that_differ_from_the_checkpoints_are_named(folder, tmp_path, c
     assert "resuming with --caption-dropout 0.1, the checkpoint has 0.05" in capsys.readouterr().err
 
 
-MISTAKES = [
+ERRORS = [
     (["--rank", "0"], "--rank is 0, expected at least 1"),
     (["--caption-dropout", "1"], "--caption-dropout is 1.0, expected a number from 0 to below 1"),
     (["--lora", "--init", "random"], "does not go with --train-text or --init random"),
@@ -514,22 +517,22 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize("options, message", MISTAKES, ids=[" ".join(options) for options, _ in MISTAKES])
-def test_mistakes_are_one_line(folder, tmp_path, options, message):
+@pytest.mark.parametrize("options, message", ERRORS, ids=[" ".join(options) for options, _ in ERRORS])
+def test_user_errors_are_one_line(folder, tmp_path, options, message):
     with pytest.raises((UserError, OSError), match=message) as error:
         train(folder, tmp_path / "run", *options)
     assert "\n" not in str(error.value)
 
 
-def test_a_dry_run_says_what_would_happen_and_does_nothing(folder, tmp_path, capsys):
+def test_a_dry_run_prints_what_would_happen_and_does_nothing(folder, tmp_path, capsys):
     train(folder, tmp_path / "run", *LORA, "--dry-run")
-    said = capsys.readouterr().out
-    assert "parameters learn" in said and "GiB" in said and "128x128 px 12" in said and "unicorn" in said
+    output = capsys.readouterr().out
+    assert all(words in output for words in ("parameters learn", "GiB", "128x128 px 12", "unicorn"))
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_the_validation_is_the_same_work_every_time(folder, tmp_path):
-    """At step 0 of two runs with different training seeds' noise: the same number; and one per noise level, which are comparable."""
+    """At step 0 of two runs: the same value, and one per noise level, which can be compared."""
     values = []
     for name in ("a", "b"):
         out = train(folder, tmp_path / name, *LORA, "--val-every", "1", "--val-count", "3",

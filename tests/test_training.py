@@ -1,4 +1,4 @@
-"""The training scripts, from random weights to a folder that paints, at sizes that take seconds."""
+"""The training scripts, from random weights to a folder that generates images, at sizes that take seconds."""
 import json
 import runpy
 import shutil
@@ -23,7 +23,8 @@ TEXT = ["--batch", "4", "--width", "32", "--depth", "1", "--log-every", "1", "--
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """The README's sequence A, image encoder, B, text, C with 2 steps each, every script reading what the one before wrote."""
+    """The README's sequence A, image encoder, B, text, C with 2 steps each. Every script reads what the one before
+    wrote."""
     folder = tmp_path_factory.mktemp("runs")
     train_a.main(train_a.parse_args([*SMALL, "--out", f"{folder}", "--steps", "2", "--width", "16", "--workers", "0",
                                      "--val-count", "2"]))
@@ -54,8 +55,8 @@ def runs(tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_scripts_write_a_folder_that_paints(runs, tmp_path):
-    """A, B and C agree on every file: what three scripts wrote is one pipeline, and sample.py opens it."""
+def test_the_scripts_write_a_folder_that_generates_images(runs, tmp_path):
+    """A, B and C agree on every file. The output of three scripts is one pipeline, and sample.py opens it."""
     assert {path.name for path in runs.iterdir()} >= {"vqgan", "decoder", "image_encoder", "prior", "text_encoder",
                                                       "tokenizer"}
     sample.main(["--weights", str(runs), "--prompt", "a cat on a red background", "--steps-c", "2", "--steps-b", "1",
@@ -63,8 +64,8 @@ def test_the_scripts_write_a_folder_that_paints(runs, tmp_path):
     assert (tmp_path / "cat.png").stat().st_size > 1000
 
 
-def test_stage_b_can_be_tuned_with_the_image_encoder_frozen(runs, tmp_path):
-    """Stage C was trained on this encoder's latents: tuning Stage B afterwards must not move it by a bit."""
+def test_stage_b_can_be_tuned_with_a_frozen_image_encoder(runs, tmp_path):
+    """Stage C was trained on this encoder's latents, so tuning Stage B afterwards must not change it by a bit."""
     train_b.main(train_b.parse_args([*SMALL, *SMALL_B, "--weights", str(runs), "--freeze-encoder", "--text-encoder",
                                      f"{runs}/text_encoder",
                                      "--out", str(tmp_path), "--steps", "3", "--cache", f"{tmp_path}/cache",
@@ -74,8 +75,8 @@ def test_stage_b_can_be_tuned_with_the_image_encoder_frozen(runs, tmp_path):
     assert read(tmp_path) == read(runs)
 
 
-def test_the_text_encoder_learns_from_pictures(runs):
-    """What stands for CLIP's pre-training: it starts at the latents' variance, about 1, and its loss is kept."""
+def test_the_text_encoder_learns_from_images(runs):
+    """It replaces CLIP's pre-training. Its loss starts at the latents' variance, about 1, and is logged."""
     lines = [json.loads(line) for line in (runs / "text" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2] and 0.5 < lines[-1]["loss"] < 4
 
@@ -103,14 +104,14 @@ def test_an_unknown_folder_ends_a_script_in_one_line(script, options, tmp_path, 
     assert "nowhere" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_ctrl_c_says_how_to_go_on(capsys):
+def test_ctrl_c_says_how_to_continue(capsys):
     with pytest.raises(SystemExit) as stop, exit_on_user_error(RESUME_HINT):
         raise KeyboardInterrupt
     assert stop.value.code == 130 and "--resume auto continues" in capsys.readouterr().err
 
 
 def test_the_learning_rate_warms_up_stays_and_decays():
-    """And until the decay starts it does not depend on the number of steps, so that a run can be lengthened."""
+    """Until the decay starts it does not depend on the number of steps, so a run can be lengthened."""
     args = train_a.parse_args(["--out", "x", "--lr", "1", "--warmup", "10", "--steps", "100"])
     rates = [optim.learning_rate(step, args) for step in range(100)]
     assert rates[0] == 0.1 and rates[9:80] == [1.0] * 71 and rates[90] == 0.5 and rates[99] == 0.05
@@ -118,9 +119,9 @@ def test_the_learning_rate_warms_up_stays_and_decays():
     assert [optim.learning_rate(step, args) for step in range(80)] == rates[:80]
 
 
-def test_pictures_become_tensors_without_rounding():
+def test_pixels_become_tensors_without_rounding():
     import numpy as np
-    pictures = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
-    tensor = to_tensor(pictures)
+    pixels = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
+    tensor = to_tensor(pixels)
     assert tensor.shape == (2, 3, 4, 4)
-    assert (tensor * 255).round().byte().permute(0, 2, 3, 1).numpy().tolist() == pictures.tolist()
+    assert (tensor * 255).round().byte().permute(0, 2, 3, 1).numpy().tolist() == pixels.tolist()

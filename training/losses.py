@@ -22,7 +22,7 @@ def v_weight(t: Tensor, least: float = 0.01) -> Tensor:
     """1 / alphas_cumprod, capped at 1 / least: the squared error of noise becomes that of v-prediction.
 
     In terms of the clean x_0 that is an error weight of 1 / (1 - alphas_cumprod), where p2 has alphas_cumprod, which is
-    zero at high noise. There a prediction rests on the condition alone, so this weight makes a network listen to its
+    zero at high noise. There a prediction rests only on the condition, so this weight makes a network listen to its
     condition early in training.  Source: Salimans & Ho 2022, arXiv:2202.00512, sec. 4 ("SNR+1 weighting").
     """
     return 1 / alphas_cumprod(t).clamp(min=least)

@@ -77,7 +77,7 @@ class Processes:
             self.wait()
 
     def data_parallel(self, model: nn.Module) -> nn.Module:
-        """The module to call in a training step: DistributedDataParallel around model, or model itself if it is alone.
+        """The module to call in a training step: DistributedDataParallel around model, or model itself for one process.
 
         Buffers are not broadcast: they are the same everywhere already, BatchNorm's since it is synchronised.
         """

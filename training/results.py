@@ -35,7 +35,7 @@ def write_base(args, parts: tuple[str, ...], **more) -> None:
 
 
 def settings_table(args) -> str:
-    """The settings of a run as rows of a Markdown table, without those that are nobody else's business."""
+    """The settings of a run as rows of a Markdown table, without those that concern only this machine."""
     return "\n".join(f"| `--{name.replace('_', '-')}` | {value} |" for name, value in vars(args).items()
                      if value not in (None, False, []) and name not in PRIVATE)
 

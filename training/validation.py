@@ -1,6 +1,6 @@
-"""The validation: the same images, noise levels and noise every time, so that its numbers can be compared.
+"""The validation: the same images, noise levels and noise every time, so that its values can be compared.
 
-The training loss says little: at t = 0.05 the raw error is a hundred times that at t = 0.95, so the levels that were
+The training loss shows little: at t = 0.05 the raw error is a hundred times that at t = 0.95, so the levels that were
 drawn decide it. Needs: torch, numpy; data.py, order.py, samples.py, wuerstchen.py.
 """
 from collections.abc import Callable, Iterator
