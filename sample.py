@@ -445,7 +445,7 @@ def options_of(args: argparse.Namespace) -> dict:
 def preview_to(args: argparse.Namespace, paths: tuple):
     """A preview for Wuerstchen.__call__ that writes NAME_preview.png for each picture, every so many steps."""
     from loading.files import write_atomically
-    from extras.images import to_pil
+    from wuerstchen import to_pil
 
     def preview(stage: str, step: int, images) -> None:
         for image, path in zip(to_pil(images), paths) if (step + 1) % args.preview_every == 0 else ():
@@ -491,7 +491,8 @@ def paint_batch(model, jobs: tuple, seeds: tuple, paths: tuple):
 
 def reconstruct(model, args: argparse.Namespace, seed: int):
     """The picture and what came back of it, side by side. Prints how much that is."""
-    from extras.images import cover, psnr, strip, to_pil
+    from extras.images import cover, psnr, strip
+    from wuerstchen import to_pil
     from wuerstchen import latent_sizes
     options = options_of(args) | dict(strength=0.0, seed=seed, output="pt")
     result = model(args.prompt, args.negative_prompt, **options).cpu()

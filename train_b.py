@@ -121,7 +121,7 @@ from training.data import bucket_sizes, fit, nearest_bucket, open_dataset, read_
 from training.order import BatchSampler, batches, sample_rng
 from training.losses import LOSS_WEIGHTS
 from loading.files import read_config, to_half, write_atomically, write_files, STEM
-from extras.images import grid, psnr, to_pil
+from extras.images import grid, psnr
 from training.report import draw_curves, dry_run, push, settings_table
 from stage_b import EfficientNetEncoder, StageB, TinyImageEncoder, preprocess
 from v1.stage_b import StageBV1, add_noise as replace_tokens, training_errors
@@ -133,7 +133,7 @@ from loading.names import config_to_diffusers, config_to_ours, to_diffusers
 from loading.weights import (check_widths, load_image_encoder, load_stage_a, load_stage_b, load_stage_b_v1,
                              load_text_encoder, save_model, stage_b_of)
 from wuerstchen import (Noise, Sampling, TextEncoder, add_noise, alphas_cumprod, denoise, per_row, scale_semantic,
-                        unscale_semantic)
+                        to_pil, unscale_semantic)
 
 T_GRID = [0.05 + 0.1 * i for i in range(10)]         # noise levels of the validation
 STEPS, STEPS_V1 = (4, 12), (4, 8)                    # of the sampler, in the grids

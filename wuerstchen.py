@@ -157,21 +157,26 @@ class Sampling:
     early: bool = False
 
     def __post_init__(self):
-        scales, levels = np.ravel(self.guidance), self.levels
-        low, high = self.interval if len(self.interval) == 2 else (1, 0)
-        for name, possible, expected in (
-                ("sampler", callable(self.sampler) or self.sampler in SAMPLERS, [*SAMPLERS]),
-                ("guidance", len(scales) in (1, 2) and np.isfinite(scales).all(),
+        scales, ends = np.ravel(self.guidance), (self.t_start, self.t_end)
+        low, high = self.interval if np.size(self.interval) == 2 else (1, 0)
+        steps = [*self.steps.values()] if isinstance(self.steps, dict) else [1]
+        levels = torch.zeros(0) if isinstance(self.steps, str) or min(steps, default=0) < 1 else \
+            self.levels
+        for name, value, possible, expected in (
+                ("sampler", self.sampler, callable(self.sampler) or self.sampler in SAMPLERS,
+                 f"one of {', '.join(SAMPLERS)}"),
+                ("guidance", self.guidance, len(scales) in (1, 2) and np.isfinite(scales).all(),
                  "a number, or two for start and end: 1 is none, 4 is usual for Stage C"),
-                ("interval", 0 <= low <= high <= 1, "two noise levels in [0, 1], the lower first"),
-                ("rescale", 0 <= self.rescale <= 1, "a number from 0, none, to 1"),
-                ("eta", 0 <= self.eta <= 1, "a number from 0, deterministic, to 1, as ddpm"),
-                ("t_start", 0 <= self.t_end < self.t_start <= 1, "1 >= t_start > t_end >= 0"),
-                ("steps", levels.ndim == 1 and len(levels) > 1 and (levels.diff() < 0).all()
-                 and 0 <= levels[-1] and levels[0] <= 1,
+                ("interval", self.interval, 0 <= low <= high <= 1,
+                 "two noise levels in [0, 1], the lower first"),
+                ("rescale", self.rescale, 0 <= self.rescale <= 1, "a number from 0, none, to 1"),
+                ("eta", self.eta, 0 <= self.eta <= 1, "a number from 0 to 1, where 1 is ddpm's"),
+                ("(t_start, t_end)", ends, 0 <= ends[1] < ends[0] <= 1, "1 >= first > second >= 0"),
+                ("steps", self.steps, levels.ndim == 1 and len(levels) > 1 and 0 <= levels[-1]
+                 and levels[0] <= 1 and (levels.diff() < 0).all(),
                  "at least 1, or at least two strictly falling noise levels in [0, 1]")):
             if not possible:
-                raise ValueError(f"{name} is {getattr(self, name)!r:.200}, expected {expected}.")
+                raise ValueError(f"{name} is {value!r:.200}, expected {expected}.")
 
     @property
     def levels(self) -> Tensor:
@@ -235,7 +240,7 @@ def denoise(predict: Callable[[Tensor, Tensor, bool], Tensor], x: Tensor,
     callback(i, t, x, x_0) -> None or another x: after step i, with the new x and its noise level
     Raises FloatingPointError once x is not finite; on a GPU, which would have to wait, at the end.
     """
-    x, last, levels = x.float(), None, sampling.levels
+    x, last, finite, levels = x.float(), None, [], sampling.levels
     on_device = levels.to(x.device)            # one copy: the host waits for a GPU at each
     for i in progress(range(len(levels) - 1)):
         t, t_prev = (on_device[k].expand(len(x)) for k in (i, i + 1))              # (B,), (B,)
@@ -246,11 +251,19 @@ def denoise(predict: Callable[[Tensor, Tensor, bool], Tensor], x: Tensor,
             eps = guide(*eps.chunk(2), scale, sampling.rescale)                    # (B, ...)
         x_0 = predict_x_0(x, eps, t)
         x, last = sampling.step(x, eps, t, t_prev, draw(), last), (t, x_0)         # (B, ...)
-        if (x.device.type == "cpu" or i == len(levels) - 2) and not x.isfinite().all():
-            raise FloatingPointError(f"step {i + 1} of {len(levels) - 1} (t = {levels[i]:.3f})")
+        finite.append(x.isfinite().all())
+        if x.device.type == "cpu" or i == len(levels) - 2:
+            check_finite(torch.stack(finite), levels)
         changed = None if callback is None else callback(i, levels[i + 1].item(), x, x_0)
         x = x if changed is None else changed.to(x)
     return x if keep is None else keep(x, on_device[-1].expand(len(x)))
+
+
+def check_finite(finite: Tensor, levels: Tensor) -> None:
+    """finite (steps so far,) bool. Raises FloatingPointError naming the first step that was not."""
+    if not finite.all():
+        i = finite.tolist().index(False)
+        raise FloatingPointError(f"step {i + 1} of {len(levels) - 1} (t = {levels[i]:.3f})")
 
 
 # ----- sizes, random numbers, text ----------------------------------------------------------------
@@ -266,17 +279,6 @@ def latent_sizes(height: int, width: int) -> tuple[tuple[int, int], tuple[int, i
             raise ValueError(f"{name} is {side}, expected a whole number of px from 64 on.")
     return tuple(-(-side * 3 // 128) for side in (height, width)), \
         tuple(-(-side // 64) * 16 for side in (height, width))
-
-
-def warn_of_size(height: int, width: int, trained: int) -> None:
-    """Warns of image sizes (px) far from the one that the weights were trained on."""
-    only = trained in (128, 512)               # v2 was trained on many shapes
-    if (height, width) != (trained,) * 2 if only else not (
-            1024 <= min(height, width) <= 1536 and max(height, width) <= 2048):
-        effect = "blurred or crowded" if min(height, width) < trained else "repeated"
-        sizes = f"{trained} px only" if only else "1024 to 1536 px, one side up to 2048"
-        warnings.warn(f"{width} x {height} px is not what these weights were trained on ({sizes}): "
-                      f"expect {effect} objects")
 
 
 class Noise:
@@ -327,8 +329,8 @@ class TextEncoder:
 class Wuerstchen:
     """Text to images. Every step is a method of its own; __call__ shows them in order.
 
-    networks: stage_a, stage_b, stage_c, text_encoder_c, text_encoder_b, image_encoder, by name; each
-    a module, or a function that loads it when it is first needed. size (px), c and b are the
+    networks: stage_a, stage_b, stage_c, text_encoder_c, text_encoder_b, image_encoder, by name: a
+    module each, or a function that loads it when it is first needed. size (px), c and b are the
     defaults of these weights. What speed/ makes faster or smaller replaces `part`, `bind_c`,
     `bind_b` or `decode_one` of a loaded model.
     """
@@ -348,27 +350,28 @@ class Wuerstchen:
         return load(weights, device, dtype, **options)
 
     @torch.no_grad()
-    def __call__(self, prompt: str | list[str], negative_prompt: str | list[str] = "", *,
-                 seed: int | list[int] = 0, num_images: int = 1, width: int | None = None,
-                 height: int | None = None, callback: Callable | None = None,
-                 progress: bool = False, **sampling) -> list[Image.Image]:
+    def __call__(self, prompt: str | list[str], negative_prompt: str = "", *, seed: int = 0,
+                 num_images: int = 1, width: int | None = None, height: int | None = None,
+                 callback: Callable | None = None, progress: bool = False,
+                 **sampling) -> list[Image.Image]:
         """Prompts -> PIL images, num_images for each prompt, in order.
 
-        negative_prompt  what guidance steers away from; one for all, or one for each prompt
-        seed             0 to 2^32 - 1. Image i uses seed + i, or the i-th of a list
+        negative_prompt  what guidance steers away from
+        seed             0 to 2^32 - 1; image i uses seed + i
         width, height    px, any from 64; default: what the weights were trained on
         callback         callback("C" or "B", step, t, latents, x_0) after every step
         sampling         any field of Sampling for one stage: steps_c=15, guidance_b=2.0, ...
-        Raises ValueError for impossible input, before the first step, and for NaN. Image to image,
-        inpainting, given embeddings and latents, other outputs: extras/editing.py.
+        Raises ValueError for impossible settings, before the first step, and for NaN. Image to
+        image, inpainting, lists of seeds, given embeddings, other outputs: extras/editing.py.
         """
         c, b = self.settings(sampling)
-        prompts, negatives = prompt_lists(prompt, negative_prompt, num_images)
-        noise = Noise(seed_list(seed, len(prompts)), self.device)
-        height, width = height or self.size, width or self.size
-        warn_of_size(height, width, self.size)
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        prompts = [text for text in prompts for _ in range(num_images)]
+        noise = Noise([seed + i for i in range(len(prompts))], self.device)
+        height, width = (self.size if side is None else side for side in (height, width))
         size_c, size_b = latent_sizes(height, width)
-        text_c, text_b = (self.encode_text(stage, prompts, negatives) for stage in "cb")
+        text_c, text_b = (self.encode_text(stage, prompts, [negative_prompt] * len(prompts))
+                          for stage in "cb")                                       # 2 x (n, 77, D)
         semantic = self.sample_c(*text_c, lambda: noise(self.channels_c, *size_c), c,
                                  callback=callback, progress=progress)             # (n, 16, h, w)
         latents = self.sample_b(semantic, *text_b, lambda: noise(self.channels_b, *size_b), b,
@@ -467,42 +470,20 @@ class Wuerstchen:
 
     def settings(self, given: dict) -> tuple[Sampling, Sampling]:
         """{"steps_c": 15, ...} -> these weights' settings of Stages C and B, with those changed."""
+        if unknown := [name for name in given if name[-2:] not in ("_c", "_b")]:
+            raise TypeError(f"there is no option {unknown[0]}: expected a field of Sampling for "
+                            f"one stage, such as steps_c; for others see extras/editing.py")
         result = []
-        for stage, default in (("c", self.c), ("b", self.b)):
-            own = {name[:-2]: value for name, value in given.items() if name.endswith(f"_{stage}")}
-            result.append(replace(default, **{n: v for n, v in own.items() if n in vars(default)}))
-        known = [f"{n}_{stage}" for stage in "cb" for n in vars(getattr(self, stage))]
-        if unknown := given.keys() - known:
-            raise ValueError(f"there is no option {min(unknown)}: expected {', '.join(known)}; "
-                             f"for other options see extras/editing.py.")
+        for stage in "cb":
+            own = {name[:-2]: value for name, value in given.items() if name[-1] == stage}
+            try:
+                result.append(replace(getattr(self, stage), **own))
+            except ValueError as error:
+                raise ValueError(f"Stage {stage.upper()}: {error}") from None
         return tuple(result)
 
 
 NAN_ADVICE = "use bfloat16 or float32, or a lower guidance scale"
-
-
-def prompt_lists(prompt, negative, num_images: int, optional: bool = False) -> tuple[list, list]:
-    """Prompts and negative prompts as given -> one of each per image. Raises ValueError, also for
-    empty prompts unless they are `optional`."""
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
-    texts = [isinstance(p, str) and (optional or p.strip()) for p in prompts]
-    if not texts or not all(texts) or num_images < 1:
-        raise ValueError(f"got the prompts {prompts!r:.200} and {num_images} images of each, "
-                         f"expected text, \"a red apple on a blue background\", and at least 1.")
-    if len(negatives) != len(prompts):
-        raise ValueError(f"got {len(negatives)} negative prompts for {len(prompts)} prompts: "
-                         f"give one for all, or one for each.")
-    return ([text for text in prompts for _ in range(num_images)],
-            [text for text in negatives for _ in range(num_images)])
-
-
-def seed_list(seed: int | Sequence[int], n: int) -> list[int]:
-    """A seed, or one for each of n images -> n seeds. Raises ValueError."""
-    seeds = [seed + i for i in range(n)] if isinstance(seed, Integral) else list(seed)
-    if len(seeds) != n:
-        raise ValueError(f"got {len(seeds)} seeds for {n} images: give one, or one for each.")
-    return seeds
 
 
 def crop(images: Tensor, height: int, width: int) -> Tensor:

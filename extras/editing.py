@@ -11,8 +11,10 @@ sample_c, sample_b, decode. Images are described in images.py; outpainting is im
 Needs: torch; wuerstchen.py, stage_b.py (preprocess), images.py.
 """
 import functools
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -21,8 +23,7 @@ from torch import Tensor
 
 from extras.images import cover, feather, fitting_size, read_image, read_mask
 from stage_b import preprocess
-from wuerstchen import (Noise, Sampling, Wuerstchen, add_noise, crop, latent_sizes, per_row, prompt_lists, seed_list,
-                        to_pil, warn_of_size)
+from wuerstchen import Noise, Sampling, Wuerstchen, add_noise, crop, latent_sizes, per_row, to_pil
 
 EMBEDDINGS = ("prompt_c", "negative_c", "prompt_b", "negative_b")
 LATENTS = ("semantic", "latents_c", "latents_b")
@@ -169,6 +170,32 @@ def check_arguments(model: Wuerstchen, given: dict, edit: InitImage | None, outp
         raise ValueError("Stage B of v1 generates tokens, for which masks and latents_b do not exist: remove them.")
 
 
+def prompt_lists(prompt, negative, num_images: int, optional: bool = False) -> tuple[list, list]:
+    """Prompts and negative prompts as given -> one of each per image. Raises ValueError, also for
+    empty prompts unless they are `optional`."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
+    negatives = [negative or ""] if isinstance(negative, str | None) else list(negative)
+    negatives = negatives * len(prompts) if len(negatives) == 1 else negatives
+    if not prompts or not all(isinstance(p, str) and (optional or p.strip()) for p in prompts):
+        raise ValueError("the prompt is empty: describe the image, "
+                         "for example \"a red apple on a blue background\".")
+    if num_images < 1:
+        raise ValueError(f"the number of images must be at least 1, got {num_images}.")
+    if len(negatives) != len(prompts):
+        raise ValueError(f"got {len(negatives)} negative prompts for {len(prompts)} prompts: "
+                         f"give one for all, or one for each.")
+    return ([text for text in prompts for _ in range(num_images)],
+            [text for text in negatives for _ in range(num_images)])
+
+
+def seed_list(seed: int | Sequence[int], n: int) -> list[int]:
+    """A seed, or one for each of n images -> n seeds. Raises ValueError."""
+    seeds = [seed + i for i in range(n)] if isinstance(seed, Integral) else list(seed)
+    if len(seeds) != n:
+        raise ValueError(f"got {len(seeds)} seeds for {n} images: give one for all, or one for each.")
+    return seeds
+
+
 def fitting(n: int, device: torch.device, name: str, tensor: Tensor, shape: tuple) -> Tensor:
     """A tensor (n or 1, *shape) -> (n, *shape) float32 on the device. Raises ValueError for another shape."""
     if tuple(tensor.shape[1:]) != shape or len(tensor) not in (1, n):
@@ -183,13 +210,28 @@ def image_size(model: Wuerstchen, height: int | None, width: int | None, image: 
         h, w = image.shape[-2:]
         if height is None and width is None:
             height, width = fitting_size(h, w, model.size)
-        height, width = height or round(width * h / w), width or round(height * w / h)
+        elif height is None:
+            height = round(width * h / w)
+        elif width is None:
+            width = round(height * w / h)
     elif semantic is not None:
-        height, width = height or semantic.shape[-2] * 128 // 3, width or semantic.shape[-1] * 128 // 3
-    height, width = height or model.size, width or model.size
+        height, width = (side * 128 // 3 if given is None else given
+                         for given, side in zip((height, width), semantic.shape[-2:]))
+    height, width = (model.size if side is None else side for side in (height, width))
     latent_sizes(height, width)                                                            # for its error messages
     warn_of_size(height, width, model.size)
     return height, width
+
+
+def warn_of_size(height: int, width: int, trained: int) -> None:
+    """Warns of image sizes (px) far from the one that the weights were trained on."""
+    only = trained in (128, 512)               # v2 was trained on many shapes
+    if (height, width) != (trained,) * 2 if only else not (
+            1024 <= min(height, width) <= 1536 and max(height, width) <= 2048):
+        effect = "blurred or crowded" if min(height, width) < trained else "repeated"
+        sizes = f"{trained} px only" if only else "1024 to 1536 px, one side up to 2048"
+        warnings.warn(f"{width} x {height} px is not what these weights were trained on ({sizes}): "
+                      f"expect {effect} objects")
 
 
 class PromptBatch:
@@ -210,7 +252,7 @@ class PromptBatch:
         if prompt is None:
             prompt = [""] * max([len(e) for e in self.embeddings.values()], default=1)
             optional = True
-        self.prompts, self.negatives = prompt_lists(prompt, negative or "", 1, optional)
+        self.prompts, self.negatives = prompt_lists(prompt, negative, 1, optional)
         if num_images < 1:
             raise ValueError(f"the number of images must be at least 1, got {num_images}.")
         self.rows = len(self.prompts)

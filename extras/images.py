@@ -1,7 +1,7 @@
 """Image files: reads them, fits them, blends them and lays them out side by side. Knows no model.
 
   any file, array or tensor -read_image-> (3,H,W) -cover-> (3,height,width)      the input of the model
-  (B,3,H,W) -to_pil-> PIL images -strip, grid-> one image to look at             metadata.py saves it with its settings
+  PIL images (wuerstchen.to_pil) -strip, grid-> one image to look at             metadata.py saves it with its settings
 
 Inside, an image is a tensor (3,H,W), float32, 0 black to 1 white. A mask is (H,W), 1 where new content goes.
 Surprise: a plain convert("RGB") gets four kinds of files wrong. Photos lie on their side, because their EXIF data says
@@ -22,6 +22,8 @@ from torch import Tensor
 from loading.files import write_atomically
 
 TOLERANCE = 1e-3                 # by which floats may leave [0, 1]: the first float16 above 1 is 1.00098
+EXPLAINED = {FileNotFoundError: "there is no such file", IsADirectoryError: "it is a folder, expected a file",
+             UnidentifiedImageError: "it is not an image in a known format"}
 
 
 # ----- reading -------------------------------------------------------------------------------------------------------
@@ -90,22 +92,19 @@ def decoding():
     """
     try:
         yield
-    except FileNotFoundError as error:
-        raise ValueError("there is no such file") from error
-    except IsADirectoryError as error:
-        raise ValueError("it is a folder, expected a file") from error
-    except UnidentifiedImageError as error:
-        raise ValueError("it is not an image in a known format") from error
     except Exception as error:
-        explained = getattr(error, "strerror", None) or isinstance(error, (ValueError, Image.DecompressionBombError))
-        text = reason(error) if explained else f"presumably it is cut off or damaged ({reason(error)})"
+        text = EXPLAINED.get(type(error)) or reason(error)
+        clear = (*EXPLAINED, ValueError, Image.DecompressionBombError)
+        if not isinstance(error, clear) and not getattr(error, "strerror", None):
+            text = f"presumably it is cut off or damaged ({text})"
         raise ValueError(text) from error
 
 
 def reason(error: Exception) -> str:
     """A library's error in one line."""
-    strerror = getattr(error, "strerror", None)          # the operating system's message, such as: permission denied
-    return strerror.lower() if strerror else (str(error).splitlines() or [type(error).__name__])[0]
+    if getattr(error, "strerror", None):                 # the operating system's message, such as: permission denied
+        return error.strerror.lower()
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def pixels_of(image: Image.Image) -> np.ndarray:
@@ -167,11 +166,6 @@ def _name(source, otherwise: str) -> str:
 
 
 # ----- fitting and blending ------------------------------------------------------------------------------------------
-
-def to_pil(images: Tensor) -> list:
-    """images (B,3,H,W) in [0, 1] -> PIL images of 8 bits, rounded (truncating would darken by half a step)."""
-    return [Image.fromarray(image) for image in (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()]
-
 
 def cover(image: Tensor, height: int, width: int, nearest: bool = False) -> Tensor:
     """image (C,H,W) -> (C,height,width): resized in its own shape until it covers that, the rest cut off evenly.

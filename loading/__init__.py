@@ -1,1 +1,1 @@
-"""Weights: files, names and the hub. Nothing in here runs a network."""
+"""Loading: finds, fetches, checks and reads weights, and puts a pipeline together. Start with pipeline.py."""

@@ -128,7 +128,7 @@ class TensorFile:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """No NaN and no infinity? Minimum and maximum tell, and are found 40 times as fast as isfinite() of all values."""
+    """No NaN and no infinity? Minimum and maximum tell, and are found much faster than isfinite() of all values."""
     import torch
     return tensor.numel() == 0 or torch.stack(torch.aminmax(tensor)).isfinite().all().item()
 
@@ -137,9 +137,9 @@ def is_finite(tensor: Tensor) -> bool:
 def return_freed_memory():
     """Memory allocated inside goes back to the operating system as soon as it is freed.
 
-    glibc keeps freed blocks of up to 32 MB for later, and most weights are smaller. Its heap then fills with holes:
-    up to 1.5 GB more while Stage C is loaded, 2 GB more at the peak with low_memory. Inside, larger blocks are mapped
-    one by one instead. Other C libraries are left unchanged.
+    glibc keeps freed blocks of up to 32 MB for later, and most weights are smaller. Its heap then fills with holes,
+    gigabytes at official size. Inside, blocks from 1 MB are mapped one by one instead. Other C libraries stay as
+    they are.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:

@@ -260,13 +260,6 @@ def add_ones(tensor: Tensor, kind: str) -> Tensor:
     return tensor[None, None, None] if kind == "grn" else tensor                         # (1, 1, 1, C)
 
 
-def drop_ones(tensor: Tensor, kind: str) -> Tensor:
-    """Their shape -> ours."""
-    if kind == "1x1" and tensor.ndim == 4:
-        return tensor[:, :, 0, 0]                                                        # (D, C)
-    return tensor[0, 0, 0] if kind == "grn" else tensor                                  # (C,)
-
-
 def in_our_names(names, model: nn.Module) -> bool:
     """Whether these tensor names are ours rather than diffusers'. Some exist in both, for different tensors."""
     return len(names & model.state_dict().keys()) > len(names & name_table(model).keys())
@@ -275,27 +268,25 @@ def in_our_names(names, model: nn.Module) -> bool:
 def translate(tensors: Iterable[tuple[str, Tensor]], names, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) pairs in any of the three namings -> pairs with our names and shapes. Tensors are views.
 
-    names: the keys of all pairs, which tell the naming before the first pair is read.
+    names: the keys of all pairs, which tell the naming before the first pair is read. They passed check_fit.
     """
     if in_our_names(names, model):
         yield from tensors
         return
-    table = name_table(model)
+    table, wanted = name_table(model), model.state_dict()
     for name, tensor in tensors:
         for theirs, part in original_to_diffusers({name: tensor}).items():
-            ours, kind = table[theirs]
-            yield ours, drop_ones(part, kind)
+            ours, _ = table[theirs]
+            yield ours, part.reshape(wanted[ours].shape)                                 # drops the ones of add_ones
 
 
 def check_fit(shapes: dict[str, tuple], model: nn.Module) -> None:
     """Raises WeightsError unless tensors of these names and shapes, in any of the three namings, make up `model`."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    wanted = model.state_dict()
     if not in_our_names(shapes.keys(), model):
-        wanted = {theirs: tuple(add_ones(torch.empty(wanted[ours], device="meta"), kind).shape)
-                  for theirs, (ours, kind) in name_table(model).items()}
-        shapes = {name: tuple(tensor.shape) for name, tensor in original_to_diffusers(
-            {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}).items()}
-    check_names(shapes, wanted)
+        found, wanted = original_to_diffusers(found), to_diffusers(wanted, model)
+    check_names(*({name: tuple(tensor.shape) for name, tensor in side.items()} for side in (found, wanted)))
 
 
 def check_names(found: dict[str, tuple], wanted: dict[str, tuple]) -> None:

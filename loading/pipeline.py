@@ -66,6 +66,7 @@ def load(weights: str | Path | None = None, device: str | None = None, dtype: to
     model.preview_file = folder / f"preview{'_v1' * (model.scale is not Wuerstchen.scale)}.json" if own else None
     if low_memory is None and not offload:
         low_memory = 1.25 * bytes_needed(paths, empty, dtype, int8) > free_memory(device)    # a quarter for activations
+    model.low_memory = bool(low_memory)
     if low_memory:
         one_at_a_time(model)
     else:
@@ -112,8 +113,8 @@ def loaders_of(paths: dict, empty: dict, device: torch.device, dtype: torch.dtyp
         return w.load(type(empty[part]), paths[part], torch.float32 if half else dtype, int8)
 
     def stage_c() -> torch.nn.Module:
-        from lora import load_lora
-        from lora import bake as merge_and_unload
+        from loading.lora_formats import load_lora
+        from lora import merge_and_unload
         model = stage("prior", int8 and not loras)
         for i, (file, scale) in enumerate(loras.items()):
             load_lora(model, file, f"lora_{i}", scale)

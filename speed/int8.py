@@ -13,7 +13,7 @@ Out  the same with Int8Linear in place of those that have at least `least` input
      nothing, and the first and last of a network are small, where rounding hurts most
 Surprise: on some processors weights go from -64 to 64 and not to 127. Those with AVX2 but without VNNI add products of 8 bits in pairs,
      in 16 bits that stop at 32767: 255 * 127 * 2 does not fit, and the sum is wrong without a word; 255 * 64 * 2 does. `finest` tries it.
-Only to paint with: nothing can be learned in int8. LoRAs belong into the float weights before, see lora.bake.
+Only to paint with: nothing can be learned in int8. LoRAs belong into the float weights before, see lora.merge_and_unload.
 Source of the idea of a scale per row and per output: LLM.int8(), arXiv:2208.07339.
 Needs: torch only, with oneDNN (on x86 it has that). This file works when copied alone.
 """

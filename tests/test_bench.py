@@ -1,18 +1,33 @@
-"""The parts of bench.py that compute nothing: ratios, goals, and the file whose sections are replaced one at a time."""
+"""The benchmark: its ratios, goals and file, and each of its questions at a size that takes seconds."""
 import math
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tools import bench
-from tools.bench import GOALS, SECTIONS, Call, Measured, Row, measured, ratio, replace_section, table, verdict
+from tools.bench import __main__ as bench, epoch, int8
+from tools.bench.measure import Call, Measured, compare, in_turns, products_of, ratio
+from tools.bench.official import whole_images
+from tools.bench.report import GOALS, SECTIONS, Row, replace_section, table, verdict
+from tools.bench.training import Run, training_steps
+
+
+def test_help_needs_no_torch_and_a_wrong_start_says_how():
+    root = Path(bench.__file__).parents[2]
+    code = "import sys; from tools.bench.__main__ import parse_args\ntry: parse_args(['--help'])\n" \
+           "except SystemExit: sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True, capture_output=True)
+    run = subprocess.run([sys.executable, root / "tools" / "bench" / "__main__.py"], capture_output=True, text=True)
+    assert run.returncode and run.stderr.endswith("as: python -m tools.bench\n") and run.stderr.count("\n") == 1
 
 
 def test_a_ratio_is_of_neighbours():
-    """The machine gets ten times slower half-way: both sides of a pair see it, so that the ratio is 2 throughout."""
+    """The machine gets ten times slower half-way: both sides of a pair see it, so the ratio is 2 throughout."""
     assert ratio([2.0, 2.0, 20.0, 20.0], [1.0, 1.0, 10.0, 10.0]) == 2
     # it came between the two of one pair, which is outvoted
     assert ratio([2.0, 2.0, 20.0], [1.0, 10.0, 10.0]) == 2
@@ -22,7 +37,7 @@ def test_a_ratio_is_of_neighbours():
 
 def test_runs_are_taken_in_turns_after_one_to_warm_up():
     order = []
-    seconds = bench.in_turns({name: lambda name=name: order.append(name) for name in "ab"}, 3)
+    seconds = in_turns({name: lambda name=name: order.append(name) for name in "ab"}, 3)
     assert order == list("abababab") and [len(values) for values in seconds.values()] == [3, 3]
 
 
@@ -31,14 +46,14 @@ def test_runs_are_taken_in_turns_after_one_to_warm_up():
                                               (("at most", 0.3), 0.31, "**no**"),
                                               (("at least", 1.4), math.nan, "**no**")])
 def test_a_goal_is_met_or_not(goal, value, met, monkeypatch):
-    """A figure that there is not, without diffusers, meets nothing."""
+    """Without diffusers some figures are NaN, which meets no goal."""
     monkeypatch.setitem(GOALS, ("Start", "x"), goal)
     assert verdict("Start", Row("x", "", "", value)) == (f"{goal[0]} {goal[1]}", met)
     assert verdict("Memory", Row("x", "", "", value)) == ("", "")
 
 
-def test_a_goal_that_nothing_speaks_of_is_said():
-    """A row that was renamed would otherwise take its goal out of sight."""
+def test_a_goal_without_a_row_is_reported():
+    """A renamed row would otherwise hide its goal."""
     assert all(section in SECTIONS for section, _ in GOALS)
     rows = [Row(what, "", "", 1.0) for section, what in GOALS if section == "Start"]
     assert "not measured" not in table("Start", rows)
@@ -65,20 +80,20 @@ def test_a_section_is_replaced_and_the_others_stay():
     assert replace_section(text, "Memory", "second memory\n\n| a |\n") == text
 
 
-def test_what_others_wrote_into_the_file_stays():
+def test_text_that_others_wrote_into_the_file_stays():
     text = replace_section("# My title\n\nMy words.\n\n## Mine\n\nmine ## not a title\n", "Training", "x")
     assert text.startswith("# My title\n\nMy words.\n\n## Training\n\nx\n\n## Mine\n\nmine ## not a title")
 
 
 def test_operations_and_differences_of_a_call_are_those_of_the_call():
-    """A product of (8,32) and (32,16) is 2 * 8 * 32 * 16 operations; diffusers' side, shared by two calls, is measured once."""
+    """A product of (8,32) and (32,16) is 2 * 8 * 32 * 16 operations. A shared side of diffusers is measured once."""
     a, b, ran = torch.randn(8, 32), torch.randn(32, 16), []
 
     def theirs():
         ran.append(1)
         return 1.01 * (a @ b)
-    rows, found, peak = measured({"x": Call(lambda: a @ b, theirs), "y": Call(lambda: a @ b, theirs),
-                                  "z": Call(lambda: a @ b, None)}, 2, torch.device("cpu"))
+    rows, found, peak = compare({"x": Call(lambda: a @ b, theirs), "y": Call(lambda: a @ b, theirs),
+                                 "z": Call(lambda: a @ b, None)}, 2, "cpu")
     assert [row.what for row in rows] == ["x", "y", "z"] and rows[0].more.startswith("8.192e-06 GFLOP")
     assert "L2 1e-02" in rows[0].more
     assert len(ran) == 3 + 2                 # a warm-up and 2 repeats, and for each comparison of results once more
@@ -87,7 +102,7 @@ def test_operations_and_differences_of_a_call_are_those_of_the_call():
 
 
 def test_products_alone_are_those_of_the_call():
-    """As many operations as torch counts in the call, but for those channel by channel; nothing of what lies between."""
+    """As many operations as torch counts in the call, except for the depthwise ones, and nothing else."""
     linear, pointwise, depthwise = torch.nn.Linear(8, 16), torch.nn.Conv2d(16, 8, 1), torch.nn.Conv2d(8, 8, 3, groups=8)
     x = torch.randn(1, 6, 6, 8)
 
@@ -102,7 +117,7 @@ def test_products_alone_are_those_of_the_call():
             action()
         return counter.get_total_flops()
     with torch.no_grad():
-        alone = bench.products_of(call)
+        alone = products_of(call)
     assert operations(alone) == operations(call) - 2 * 8 * 16 * 9 > 0
 
 
@@ -110,43 +125,43 @@ def test_products_of_a_training_step_include_the_way_back():
     """Two layers of frozen weights: in each a product forwards, and one that takes the gradient back to its input."""
     net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 4)).requires_grad_(False)
     x = torch.randn(5, 8, requires_grad=True)
-    alone = bench.products_of(lambda: net(x).square().mean().backward())
+    alone = products_of(lambda: net(x).square().mean().backward())
     with FlopCounterMode(display=False) as counter:
         alone()
     assert counter.get_total_flops() == 2 * 2 * 5 * (8 * 16 + 16 * 4)
 
 
-def test_a_training_step_says_what_its_products_take():
-    plain, blocks = (bench.training_steps("ours", False, how, 1, 128, 1, "cpu", 64, steps=2)
-                     for how in (None, "blocks"))
+def test_a_training_step_reports_the_time_of_its_products():
+    plain, blocks = (training_steps(Run("ours", False, how), 1, 128, 1, "cpu", 64, steps=2) for how in (None, "blocks"))
     assert plain["products"] > 0 and blocks["products"] is None
     assert plain["loss"] == pytest.approx(blocks["loss"], rel=1e-6)
 
 
-def test_a_picture_is_29_steps_of_c_12_of_b_and_a_decoding():
-    """Its time is added up from the parts, ours prepared and compiled, diffusers' as they are; and the share of the peak follows."""
-    found = {"Stage C step": Measured(9, 2, 0), "Stage C step, prepared": Measured(1, 2, 0),
+def test_an_image_is_29_steps_of_c_12_of_b_and_a_decoding():
+    """Its time is added up from the parts, ours fast and compiled, diffusers' as they are; and the share of the peak."""
+    found = {"Stage C step": Measured(1, 2, 0), "Stage C step, plain": Measured(9, 2, 0),
              "Stage C step, compiled": Measured(0.5, 1, 10 ** 9),
-             "Stage B step": Measured(9, 4, 0), "Stage B step, prepared": Measured(2, 4, 0),
+             "Stage B step": Measured(2, 4, 0), "Stage B step, plain": Measured(9, 4, 0),
              "Stage B step, compiled": Measured(1, 3, 10 ** 9),
              "Stage A decode": Measured(3, 6, 10 ** 9)}
-    rows = {row.what: row.ratio for row in bench.whole_pictures(found, lambda title: title, 1, peak=10)}
+    rows = {row.what: row.ratio for row in whole_images(found, 1, peak=10)}
     ours, theirs, fast, their_fast = 29 + 24 + 3, 58 + 48 + 6, 14.5 + 12 + 3, 29 + 36 + 6
-    assert rows == {"whole picture, added up": theirs / ours, "a picture, compiled, seconds": fast,
-                    "a picture, compiled, beside diffusers": theirs / fast,
-                    "a picture, compiled, beside diffusers compiled": their_fast / fast,
-                    "a picture, compiled, share of the peak": pytest.approx(42 / fast / 10)}
-    four = {f"{title}, 4 pictures": value for title, value in found.items() if "compiled" not in title}
-    assert [row.what for row in bench.whole_pictures(four, lambda title: f"{title}, 4 pictures", 4,
-                                                     10)] == ["whole picture, added up, 4 pictures"]
-    assert {what for section, what in GOALS if section
-            == "GPU"} - {"a picture of 8, compiled, share of the peak"} <= rows.keys()
+    assert rows == {"whole image, added up": theirs / ours, "whole image, added up, plain": theirs / (9 * 41 + 3),
+                    "an image, compiled, seconds": fast, "an image, compiled, next to diffusers": theirs / fast,
+                    "an image, compiled, next to diffusers compiled": their_fast / fast,
+                    "an image, compiled, share of the peak": pytest.approx(42 / fast / 10)}
+    four = {f"{title}, 4 images": value for title, value in found.items() if not title.endswith(("compiled", "plain"))}
+    assert [row.what for row in whole_images(four, 4, 10)] == ["whole image, added up, 4 images"]
+    assert {what for section, what in GOALS if section == "GPU"} - {"an image of 8, compiled, share of the peak"} \
+        <= rows.keys()
 
 
-@pytest.mark.parametrize("options", ["--no-compile", "--dtype bf16 --pictures 1 2"])
+@pytest.mark.parametrize("options", ["--no-compile", "--dtype bf16 --pictures 1 2 --plain"])
 def test_the_official_measurement_runs_at_any_size(options, tmp_path, monkeypatch):
-    """With one block of each and 128 px, on random weights: what needs a GPU and half an hour is tried here in seconds. Compiling is
-    only traced."""
+    """With one block of each, 128 px and random weights: what needs a GPU and half an hour is tried here in seconds.
+
+    Compiling is only traced.
+    """
     pytest.importorskip("diffusers", reason="diffusers is what is compared with")
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda network, **options: compile(network, backend="eager"))
@@ -159,32 +174,34 @@ def test_the_official_measurement_runs_at_any_size(options, tmp_path, monkeypatc
                 str(tmp_path / "b.md"), *options.split()])
     text = (tmp_path / "b.md").read_text()
     assert "## Official size" in text and "**Not the official size: 128 px, depth 1.**" in text
-    assert "| Stage C step, prepared, its products alone |" in text
+    assert "| Stage C step, only its products |" in text
     if "bf16" in options:
-        assert all(what in text for what in ("bfloat16", "| Stage B step, compiled, 2 pictures |",
-                                             "| Stage C step, compiled, beside eager |",
-                                             "a picture of 2, compiled, share of the peak"))
+        assert all(what in text for what in ("bfloat16", "| Stage B step, compiled, 2 images |",
+                                             "| Stage C step, compiled, next to eager |", "| Stage C step, plain |",
+                                             "an image of 2, compiled, share of the peak"))
     else:
         assert "| Stage B step, int8 |" in text and "| Stage B step, compiled |" not in text
-        assert "On a GPU the same command writes a section of its own, whose goals are: a picture, compiled, seconds (at most 0.35); " in text
+        assert "plain" not in text.split("## Official size")[1]
+        assert "On a GPU the same command writes a section of its own. Its goals: an image, compiled, seconds " \
+               "(at most 0.35); " in text
         # 7e-8 on one machine, not on all
         assert float(re.search(r"largest deviation from diffusers \| (\S+) \|", text)[1]) < 2e-6
 
 
 def test_an_epoch_is_added_up_from_its_parts(monkeypatch):
-    """200 pictures are 50 steps of 4; what a cache saves is the encoding, and reading is held against the step that waits for it."""
-    seconds = {"training_steps": 2.0, "encoding": 0.5, "reading": 0.25}
-    monkeypatch.setattr(bench, "alone", lambda call, device: dict(seconds=seconds[call.split("(")[0]]))
+    """200 images are 50 steps of 4. A cache saves the encoding; reading is compared with the step that waits for it."""
+    seconds = {"fresh_steps": dict(seconds=2.0), "encoding": 0.5, "reading": 0.25}
+    monkeypatch.setattr(epoch, "in_own_process", lambda function, *args: seconds[function.__name__])
     args = bench.parse_args(["--epoch", "--device", "cpu", "--repeats", "1"])
-    rows, note = bench.epoch(args)
-    assert [(row.what, row.ours, row.ratio) for row in rows] == [("200 pictures, LoRA, `--cache`", "100 s", 1.25),
+    _, rows, note = epoch.measure(args)
+    assert [(row.what, row.ours, row.ratio) for row in rows] == [("200 images, LoRA, `--cache`", "100 s", 1.25),
                                                                  ("reading a batch, 2 workers", "0.250 s", 0.1)]
-    assert rows[0].other == "125 s, without" and "768 px, batch 4, pictures of 1024 px" in note
+    assert rows[0].other == "125 s, without" and "768 px, batch 4, image files of 1024 px" in note
     assert {what for section, what in GOALS if section == "Epoch"} == {row.what for row in rows}
 
 
 def test_reading_is_that_of_the_training_loop(monkeypatch):
-    """Through train_c.py's own samples and two workers, from JPEGs of a folder a third larger than what is trained on."""
+    """Through train_c.py's own samples and two workers, from JPEGs a third larger than the training size."""
     from training import order
     taken, batches = [], order.batches
 
@@ -194,12 +211,12 @@ def test_reading_is_that_of_the_training_loop(monkeypatch):
             taken.append((batch["x"].shape, batch["x"].dtype, batch["x"].float().std() > 20))
             yield batch
     monkeypatch.setattr(order, "batches", watched)
-    assert bench.reading(96, 2, files=3)["seconds"] > 0
+    assert epoch.reading(96, 2, files=3) > 0
     assert taken == [("Samples", 2, [[128, 128]] * 3)] + [((2, 96, 96, 3), torch.uint8, True)] * (8 + 16)
 
 
 def test_int8_is_judged_by_the_same_prompts_and_noise(monkeypatch):
-    """Four true scenes for float32, of which int8 has one without its objects: 25 points, for each of the seeds."""
+    """Four true scenes for float32, of which int8 loses the objects of one: 25 points, for each seed."""
     from tiny import evaluate
     facts, noises = evaluate.fixed_prompts()[:4], []
     scenes = [evaluate.real_picture(fact, np.random.default_rng(0)) for fact in facts]
@@ -210,10 +227,10 @@ def test_int8_is_judged_by_the_same_prompts_and_noise(monkeypatch):
         noises.append((args.int8, args.seed))
         return [np.full_like(scenes[0], scenes[0][0, 0]), *scenes[1:]] if args.int8 else scenes
     monkeypatch.setattr(evaluate, "sample", sample)
-    rows, _ = bench.in_8_bits(bench.parse_args(["--int8"]), seeds=2)
+    _, rows, _ = int8.measure(bench.parse_args(["--int8"]), seeds=2)
     assert [row.what for row in rows] == [what for section, what in GOALS if section == "Int8"]
     assert rows[2].ratio == 25 and rows[2].ours == "75.0% right"
     assert noises == [(False, 0), (False, 1000), (True, 0), (True, 1000)]
-    # Of one byte a weight, with what stays float32: embeddings and norms of Stage C, and the convolutions between Stage
-    # B's levels.
+    # One byte per weight, and four for what stays float32: embeddings and norms of Stage C, and the convolutions
+    # between Stage B's levels.
     assert [round(row.ratio, 3) for row in rows[:2]] == [0.257, 0.272]

@@ -598,7 +598,7 @@ def test_scenes_have_keys_without_being_drawn():
     assert len({dataset.key(i) for dataset in sets[1:4] for i in range(500)}) == 1500
 
 
-@pytest.mark.parametrize("source, message", [("scenes:some", "Unknown set of objects 'some'"),
+@pytest.mark.parametrize("source, message", [("scenes:some", "unknown set of objects 'some'"),
                                              ("scenes:all:x", "cannot read 'scenes:all:x': expected"),
                                              ("scenes:all:1:2:3", "cannot read"), ("scenes:0", "cannot read"),
                                              ("scenes:all:-5", "cannot read")])

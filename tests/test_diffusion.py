@@ -13,13 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion import (DEFAULT_STAGE_C_TIMESTEPS, SAMPLERS, Guidance, Keep, add_noise, alphas_cumprod, check_finite,
-                       cut_timesteps, ddim_step,
-                       ddpm_step, default_timesteps_c, denoise, dpm_solver_step, guide, linear_timesteps,
-                       per_row,
-                       predict_x_0, segmented_timesteps, timesteps)
+from extras.editing import InpaintMask, cut_levels
 from helpers import HostReads, golden, rel
 from training.losses import p2_weight, v_weight
+from wuerstchen import (SAMPLERS, Sampling, add_noise, alphas_cumprod, check_finite, ddim_step, ddpm_step, denoise,
+                        dpm_solver_step, guide, per_row, predict_x_0)
 
 ALL_SAMPLERS = [*SAMPLERS.values(), partial(ddim_step, eta=0.5)]
 SAMPLER_NAMES = [*SAMPLERS, "ddim, eta 0.5"]
@@ -45,6 +43,10 @@ def noise_like(x: Tensor):
     return lambda: torch.randn(x.shape)
 
 
+def even(steps: int, t_start: float = 1.0, t_end: float = 0.0) -> Tensor:
+    return Sampling(steps, t_start=t_start, t_end=t_end).levels
+
+
 # Data for which the best possible network is known: four independent Gaussians, (1, 4) each.
 MEAN, STD = torch.tensor([[-1.0, 0.5, 2.0, 0.0]]), torch.tensor([[0.5, 1.5, 0.3, 0.1]])
 
@@ -63,7 +65,7 @@ def exact_path(t: float) -> Tensor:
 
 def error(step, levels: Tensor, predict=best_eps) -> float:
     """Largest distance from the exact path at the last level, having started on it at the first."""
-    x = denoise(predict, exact_path(levels[0].item()), lambda: None, levels, step)
+    x = denoise(predict, exact_path(levels[0].item()), lambda: None, Sampling(levels, step))
     return (x - exact_path(levels[-1].item())).abs().max().item()
 
 
@@ -158,9 +160,8 @@ def test_one_step_with_its_own_noise_level_in_each_row(schedule, step, name):
 def test_trajectories_equal_the_peers_in_every_step(schedule, levels, step, name):
     data = {key.rpartition("/")[2]: value for key, value in schedule.items() if f"traj/{levels}/" in key}
     states, preds = [], iter(data["preds"])
-    denoise(lambda x, t, both: 0.9 * x + 0.3 * next(preds), data["x"], recorded(data["noises"]), data["timesteps"],
-            step,
-            watch=lambda i, t, x, x_0: states.append(x))
+    denoise(lambda x, t, both: 0.9 * x + 0.3 * next(preds), data["x"], recorded(data["noises"]),
+            Sampling(data["timesteps"], step), callback=lambda i, t, x, x_0: states.append(x))
     assert rel(torch.stack(states), data[name]) < 1e-6
 
 
@@ -176,8 +177,8 @@ def test_guided_sampling_equals_the_authors_loop(schedule, step, name):
         x, t = torch.cat([x, x]), torch.cat([t, t])
         mixed = torch.einsum("dc,bchw->bdhw", data["mix"], x)
         return 0.9 * x + mixed * t[:, None, None, None] + condition
-    denoise(predict, data["x_init"], recorded(data["noises"]), linear_timesteps(7), step, Guidance(4.0),
-            watch=lambda i, t, x, x_0: states.append(x))
+    denoise(predict, data["x_init"], recorded(data["noises"]), Sampling(7, step, guidance=4.0),
+            callback=lambda i, t, x, x_0: states.append(x))
     assert rel(torch.stack(states), data[name]) < 1e-6
 
 
@@ -187,8 +188,7 @@ def test_a_perfect_prediction_leads_back_to_the_data():
     x_0, eps = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
     for steps in (1, 10):
         for step in (ddim_step, dpm_solver_step):
-            x = denoise(lambda x, t, both: eps, add_noise(x_0, eps, torch.ones(2)), lambda: None,
-                        linear_timesteps(steps), step)
+            x = denoise(lambda x, t, both: eps, add_noise(x_0, eps, torch.ones(2)), lambda: None, Sampling(steps, step))
             torch.testing.assert_close(x, add_noise(x_0, eps, torch.zeros(2)), rtol=0, atol=1e-3)
 
 
@@ -196,8 +196,8 @@ def test_ddim_with_eta_1_is_ddpm(schedule):
     """Two formulas for one step: the same mean and the same noise, so from the same draws the same trajectory."""
     data = {key.rpartition("/")[2]: value for key, value in schedule.items() if "traj/default_stage_c/" in key}
     states, preds = [], iter(data["preds"])
-    denoise(lambda x, t, both: 0.9 * x + 0.3 * next(preds), data["x"], recorded(data["noises"]), data["timesteps"],
-            partial(ddim_step, eta=1.0), watch=lambda i, t, x, x_0: states.append(x))
+    denoise(lambda x, t, both: 0.9 * x + 0.3 * next(preds), data["x"], recorded(data["noises"]),
+            Sampling(data["timesteps"], partial(ddim_step, eta=1.0)), callback=lambda i, t, x, x_0: states.append(x))
     assert rel(torch.stack(states), data["ddpm"]) < 1e-5
 
 
@@ -227,7 +227,7 @@ def test_the_last_step_adds_no_noise(step):
 def test_levels_among_which_the_schedule_stands_still_do_no_harm(step, first, last):
     """Above 0.9936 and below 0.0022 alphas_cumprod is clamped: a step there is none, and 0/0 is near."""
     x = torch.randn(2, 3, 4)
-    found = denoise(half, x, noise_like(x), torch.linspace(first, last, 13), step)
+    found = denoise(half, x, noise_like(x), Sampling(torch.linspace(first, last, 13), step))
     assert found.isfinite().all() and found.abs().max() < 10 * x.abs().max()
     if last == 0.994:
         assert rel(found, x) < 1e-5
@@ -239,7 +239,7 @@ def test_dpm_solver_is_of_second_order_and_ddim_of_first():
     """Twice the steps: a quarter of DPM-Solver++'s error, half of DDIM's. Measured on data whose exact path is known,
     without the ends, where the steps are clamped (t = 1) or of first order on purpose (t = 0)."""
     for step, low, high in ((dpm_solver_step, 1.7, 2.5), (ddim_step, 0.8, 1.3)):
-        errors = [error(step, linear_timesteps(n, 0.8, 0.2)) for n in (8, 16, 32, 64)]
+        errors = [error(step, even(n, 0.8, 0.2)) for n in (8, 16, 32, 64)]
         orders = [math.log2(coarse / fine) for coarse, fine in zip(errors, errors[1:])]
         assert all(low < order < high for order in orders), orders
 
@@ -248,7 +248,7 @@ def test_dpm_solver_is_of_second_order_and_ddim_of_first():
 def test_15_steps_of_dpm_solver_beat_many_more_of_ddim(t_start, t_end, more):
     """What it is for. The whole way from 1 to 0 ends in a step of DDIM, which costs a part of the advantage."""
     assert error(dpm_solver_step,
-                 linear_timesteps(15, t_start, t_end)) < error(ddim_step, linear_timesteps(more, t_start, t_end))
+                 even(15, t_start, t_end)) < error(ddim_step, even(more, t_start, t_end))
 
 
 def test_dpm_solver_starts_and_ends_with_ddim():
@@ -268,7 +268,7 @@ def test_dpm_solver_equals_that_of_diffusers_in_every_step():
     given ours, it must walk our way. It too makes the last step DDIM's."""
     diffusers = pytest.importorskip("diffusers",
                                     reason="compares with diffusers, which is not installed: pip install diffusers")
-    levels, states, preds = linear_timesteps(12), [], torch.randn(12, 2, 3, 4)
+    levels, states, preds = even(12), [], torch.randn(12, 2, 3, 4)
     theirs = diffusers.DPMSolverMultistepScheduler(algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint")
     theirs.set_timesteps(12)
     theirs.sigmas = ((1 - alphas_cumprod(levels)) / alphas_cumprod(levels)).sqrt()
@@ -280,7 +280,8 @@ def test_dpm_solver_equals_that_of_diffusers_in_every_step():
     def compare(i, t, x, x_0):
         assert rel(x, states[i]) < 1e-5, f"step {i + 1}"
     eps = iter(preds)
-    denoise(lambda x, t, both: 0.9 * x + 0.3 * next(eps), start, lambda: None, levels, dpm_solver_step, watch=compare)
+    denoise(lambda x, t, both: 0.9 * x + 0.3 * next(eps), start, lambda: None, Sampling(levels, dpm_solver_step),
+            callback=compare)
 
 
 @pytest.mark.parametrize("first", [[0.6, 0.5999999], [0.6, 0.5999], [1.0, 0.9935]])
@@ -304,16 +305,16 @@ def test_guidance_rounds_like_the_released_samplers(schedule, scale):
 
 
 def test_guidance_is_one_number_or_falls_on_a_straight_line():
-    assert [Guidance().at(t) for t in (1.0, 0.5, 0.0)] == [1, 1, 1]
-    assert [Guidance(4).at(t) for t in (1.0, 0.5, 0.0)] == [4, 4, 4]
+    assert [Sampling().scale(t) for t in (1.0, 0.5, 0.0)] == [1, 1, 1]
+    assert [Sampling(guidance=4).scale(t) for t in (1.0, 0.5, 0.0)] == [4, 4, 4]
     for pair in ((8, 2), [8, 2]):
-        assert [Guidance(pair).at(t) for t in (1.0, 0.5, 0.0)] == [8, 5, 2]
+        assert [Sampling(guidance=pair).scale(t) for t in (1.0, 0.5, 0.0)] == [8, 5, 2]
 
 
 @pytest.mark.parametrize("alone", [(4.0,), [4.0]])
 def test_a_list_of_one_scale_is_that_scale(alone):
     """A command line's `--guidance 4` arrives like that where two numbers are possible."""
-    assert Guidance(alone).at(0.5) == 4
+    assert Sampling(guidance=alone).scale(0.5) == 4
 
 
 def test_outside_the_guidance_interval_nothing_is_predicted_without_text():
@@ -324,7 +325,7 @@ def test_outside_the_guidance_interval_nothing_is_predicted_without_text():
         calls.append((t[0].item(), both, len(x), len(t)))
         return half(x, t, both)
     x = torch.randn(2, 3)
-    denoise(predict, x, lambda: None, linear_timesteps(8), ddim_step, Guidance(4.0, interval=(0.25, 0.75)))
+    denoise(predict, x, lambda: None, Sampling(8, ddim_step, guidance=4.0, interval=(0.25, 0.75)))
     assert [t for t, *_ in calls] == [1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]
     assert [both for _, both, *_ in calls] == [False, False, True, True, True, True, True, False]
     assert {rows for _, _, *rows in calls for rows in rows} == {2}
@@ -334,15 +335,16 @@ def test_outside_the_guidance_interval_nothing_is_predicted_without_text():
 def test_an_end_of_the_interval_that_is_a_level_belongs_to_it(steps):
     """But for rounding: 0.8 as a float32 lies above the 0.8 that was asked for, and among 30 even levels 0.6 lies below it. That
     must not shut a level out, or the ends would belong to some intervals and not to others."""
-    for k, level in enumerate(linear_timesteps(steps).tolist()):
+    for k, level in enumerate(Sampling(steps).levels.tolist()):
         end = 1 - k / steps
-        assert Guidance(4, interval=(0, end)).at(level) == Guidance(4, interval=(end, 1)).at(level) == 4, end
+        assert Sampling(guidance=4, interval=(0, end)).scale(level) == 4, end
+        assert Sampling(guidance=4, interval=(end, 1)).scale(level) == 4, end
 
 
 def test_guidance_acts_within_its_interval_only():
     """Between two levels it does nothing; around one, it is that step's."""
     def run(*args, **kwargs):
-        return denoise(half, torch.ones(1, 3), lambda: None, linear_timesteps(4), ddim_step, Guidance(*args, **kwargs))
+        return denoise(half, torch.ones(1, 3), lambda: None, Sampling(4, ddim_step, *args, **kwargs))
     plain, full = run(1.0), run(4.0)
     assert torch.equal(run(4.0, interval=(0.55, 0.7)), plain) and torch.equal(run(4.0, interval=(0, 1)), full)
     assert not torch.equal(run(4.0, interval=(0.4, 0.6)),
@@ -356,7 +358,7 @@ def test_a_pair_of_scales_is_taken_by_noise_level_and_not_by_step():
     for t, t_prev in zip(levels, levels[1:]):
         eps = guide(0.5 * by_hand, by_hand, 2 + 6 * t.item())
         by_hand = ddim_step(by_hand, eps, t.expand(2), t_prev.expand(2))
-    found = denoise(half, x, lambda: None, levels, ddim_step, Guidance((8, 2)))
+    found = denoise(half, x, lambda: None, Sampling(levels, ddim_step, guidance=(8, 2)))
     torch.testing.assert_close(found, by_hand, rtol=1e-5, atol=1e-6)
 
 
@@ -386,61 +388,60 @@ def test_denoise_rescales_too():
     def predict(x, t, both):
         return torch.cat([0.5 * x, 0.4 * x]) if both else 0.5 * x
 
-    def run(guidance):
-        return denoise(predict, x, lambda: None, linear_timesteps(5), ddim_step, guidance)
-    torch.testing.assert_close(run(Guidance(4.0, rescale=1.0)), run(Guidance()), rtol=1e-4, atol=1e-5)
-    assert rel(run(Guidance(4.0)), run(Guidance())) > 0.1
+    def run(guidance, rescale=0.0):
+        return denoise(predict, x, lambda: None, Sampling(5, ddim_step, guidance, rescale=rescale))
+    torch.testing.assert_close(run(4.0, rescale=1.0), run(1.0), rtol=1e-4, atol=1e-5)
+    assert rel(run(4.0), run(1.0)) > 0.1
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (dict(scale=()),
-     "the guidance scale is (), expected a number, or two for start and end: 1 is none, 4 is usual for Stage C."),
-    (dict(scale=(4, 3, 2)), "the guidance scale is (4, 3, 2), expected a number"),
-    (dict(scale=math.nan), "the guidance scale is nan, expected a number"),
-    (dict(scale=(4, math.inf)), "the guidance scale is (4, inf), expected a number"),
-    (dict(interval=(0.8, 0.2)),
-     "the guidance interval is 0.8 to 0.2, expected two noise levels, the lower first, within 0 and 1."),
-    (dict(interval=(-0.1, 0.5)), "the guidance interval is -0.1 to 0.5, expected"),
-    (dict(interval=(0.5, 100)), "the guidance interval is 0.5 to 100, expected"),
-    (dict(interval=(math.nan, 1)), "the guidance interval is nan to 1, expected"),
-    (dict(rescale=-0.1), "guidance rescale is -0.1, expected a number from 0, none, to 1."),
-    (dict(rescale=1.5), "guidance rescale is 1.5, expected"),
-    (dict(rescale=math.nan), "guidance rescale is nan, expected"),
+    (dict(guidance=()),
+     "guidance is (), expected a number, or two for start and end: 1 is none, 4 is usual for Stage C."),
+    (dict(guidance=(4, 3, 2)), "guidance is (4, 3, 2), expected a number"),
+    (dict(guidance=math.nan), "guidance is nan, expected a number"),
+    (dict(guidance=(4, math.inf)), "guidance is (4, inf), expected a number"),
+    (dict(interval=(0.8, 0.2)), "interval is (0.8, 0.2), expected two noise levels in [0, 1], the lower first."),
+    (dict(interval=(-0.1, 0.5)), "interval is (-0.1, 0.5), expected"),
+    (dict(interval=(0.5, 100)), "interval is (0.5, 100), expected"),
+    (dict(interval=(math.nan, 1)), "interval is (nan, 1), expected"),
+    (dict(interval=(0.5,)), "interval is (0.5,), expected"),
+    (dict(rescale=-0.1), "rescale is -0.1, expected a number from 0, none, to 1."),
+    (dict(rescale=1.5), "rescale is 1.5, expected"),
+    (dict(rescale=math.nan), "rescale is nan, expected"),
+    (dict(eta=1.5), "eta is 1.5, expected a number from 0 to 1, where 1 is ddpm's."),
+    (dict(sampler="euler"), "sampler is 'euler', expected one of ddpm, ddim, dpm++."),
 ])
-def test_impossible_guidance_is_refused(arguments, message):
+def test_impossible_settings_are_refused(arguments, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        Guidance(**arguments)
+        Sampling(**arguments)
 
 
 # --- timesteps ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("steps", [5, 12, 60])
 def test_linear_timesteps_are_the_released_ones(schedule, steps):
-    assert torch.equal(linear_timesteps(steps), schedule[f"out/timesteps/linspace{steps}"])
-    assert torch.equal(timesteps(steps), schedule[f"out/timesteps/linspace{steps}"])
+    assert torch.equal(Sampling(steps).levels, schedule[f"out/timesteps/linspace{steps}"])
 
 
 def test_default_timesteps_c_are_the_published_list(schedule):
     """DEFAULT_STAGE_C_TIMESTEPS of diffusers: 29 steps."""
     published = np.concatenate([np.linspace(1, 2 / 3, 20), np.linspace(2 / 3, 0, 11)[1:]])
-    for levels in (default_timesteps_c(), default_timesteps_c(29), DEFAULT_STAGE_C_TIMESTEPS,
-                   timesteps("DEFAULT_STAGE_C_TIMESTEPS")):
+    for levels in (Sampling(early=True).levels, Sampling({2 / 3: 19, 0.0: 10}).levels):
         assert torch.equal(levels, schedule["out/timesteps/default_stage_c"])
         assert torch.equal(levels, torch.tensor(published, dtype=torch.float32))
 
 
 def test_30_steps_are_the_authors_own_schedule(schedule):
     """Theirs has 20 + 10 steps, and diffusers, with 19 + 10, one less: whoever wants the authors' asks for 30, or writes theirs out."""
-    for levels in (default_timesteps_c(30), timesteps({2 / 3: 20, 0.0: 10}),
-                   timesteps(30, default=default_timesteps_c)):
+    for levels in (Sampling(30, early=True).levels, Sampling({2 / 3: 20, 0.0: 10}).levels):
         torch.testing.assert_close(levels, schedule["out/timesteps/original_two_segments_20_10"], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("spread", [linear_timesteps, default_timesteps_c])
+@pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("t_start, t_end", [(1.0, 0.0), (0.8, 0.0), (1.0, 0.3), (0.7, 0.6), (0.6, 0.1), (0.9, 2 / 3)])
-def test_any_number_of_steps_falls_strictly_from_start_to_end(spread, t_start, t_end):
+def test_any_number_of_steps_falls_strictly_from_start_to_end(early, t_start, t_end):
     for n in range(1, 101):
-        t = spread(n, t_start, t_end)
+        t = Sampling(n, t_start=t_start, t_end=t_end, early=early).levels
         assert t.dtype == torch.float32 and len(t) == n + 1 and (t.diff() < 0).all(), n
         assert t[0] == torch.tensor(t_start) and t[-1] == torch.tensor(t_end), n
 
@@ -448,7 +449,7 @@ def test_any_number_of_steps_falls_strictly_from_start_to_end(spread, t_start, t
 @pytest.mark.parametrize("steps", [10, 20, 60])
 def test_default_timesteps_c_keep_their_corner_and_their_proportion_in_a_part_of_the_schedule(steps):
     """Started at 0.8, two fifths of the noisiest third are left, and the steps must not crowd there as if it were whole."""
-    levels = timesteps(steps, t_start=0.8, default=default_timesteps_c)
+    levels = Sampling(steps, t_start=0.8, early=True).levels
     corner = (levels == torch.tensor(2 / 3)).nonzero()
     assert levels[0] == torch.tensor(0.8) and levels[-1] == 0 and (levels.diff() < 0).all() and len(corner) == 1
     assert corner.item() / steps == pytest.approx(0.4 * 19 / (0.4 * 19 + 10), abs=0.5 / steps + 1e-6)
@@ -459,29 +460,29 @@ def test_default_timesteps_c_keep_their_corner_and_their_proportion_in_a_part_of
 @pytest.mark.parametrize("t_start", [0.6666667, 0.66667, 0.667])
 def test_a_start_a_hair_above_the_corner_has_no_step_to_the_corner(t_start):
     """It is 2/3 as people write it. The part above it is worth less than half a step of ten, so it gets none."""
-    levels = timesteps(10, t_start, default=default_timesteps_c)
+    levels = Sampling(10, t_start=t_start, early=True).levels
     assert len(levels) == 11 and levels[0] == torch.tensor(t_start) and (levels.diff() < -0.06).all()
 
 
 def test_start_and_end_move_a_number_of_steps_and_the_start_of_segments():
-    torch.testing.assert_close(timesteps(3, 0.8, 0.2), torch.tensor([0.8, 0.6, 0.4, 0.2]))
-    torch.testing.assert_close(timesteps({0.5: 3, 0.1: 2}, t_start=0.8), torch.tensor([0.8, 0.7, 0.6, 0.5, 0.3, 0.1]))
-    assert torch.equal(timesteps({0.5: 3, 0.1: 2}, t_start=0.8), segmented_timesteps({0.5: 3, 0.1: 2}, 0.8))
+    even, segments = Sampling(3, t_start=0.8, t_end=0.2), Sampling({0.5: 3, 0.1: 2}, t_start=0.8)
+    torch.testing.assert_close(even.levels, torch.tensor([0.8, 0.6, 0.4, 0.2]))
+    torch.testing.assert_close(segments.levels, torch.tensor([0.8, 0.7, 0.6, 0.5, 0.3, 0.1]))
 
 
 def test_levels_that_are_written_out_are_taken_as_they_are():
     """Also as a tensor of another precision: it becomes float32, which is what the networks embed."""
     expected = torch.tensor([0.9, 0.4, 0.1])
     for spec in ([0.9, 0.4, 0.1], (0.9, 0.4, 0.1), expected, expected.double(), np.array([0.9, 0.4, 0.1])):
-        found = timesteps(spec)
+        found = Sampling(spec).levels
         assert found.dtype == torch.float32 and torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("use", [linear_timesteps, default_timesteps_c, timesteps])
+@pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("steps", [0, -3])
-def test_no_steps_are_refused(use, steps):
-    with pytest.raises(ValueError, match=f"number of steps must be at least 1, got {steps}"):
-        use(steps)
+def test_no_steps_are_refused(early, steps):
+    with pytest.raises(ValueError, match=f"steps is {steps}, expected at least 1"):
+        Sampling(steps, early=early)
 
 
 @pytest.mark.parametrize("spec", [[1.0, 0.5, 0.5, 0.0], [0.0, 1.0], [1.0], [], [1.0, math.nan], [[1.0, 0.0]], 0.5, {},
@@ -489,22 +490,22 @@ def test_no_steps_are_refused(use, steps):
                                   [999.0, 500.0, 0.0], [0.5, -0.1]], ids=str)
 def test_timesteps_that_do_not_fall_are_refused(spec):
     """Elsewhere a repeated level stalls: its successor is looked up by value, and found to be itself."""
-    with pytest.raises(ValueError, match=r"a list of at least two strictly falling numbers in \[0, 1\], got "):
-        timesteps(spec)
+    with pytest.raises(ValueError, match=r"steps is .*, or at least two strictly falling noise levels in \[0, 1\]"):
+        Sampling(spec)
 
 
 @pytest.mark.parametrize("spec, arguments, message", [
-    ({0.5: 0, 0.0: 3}, {}, "the number of steps must be at least 1, got 0 for the part down to 0.5."),
-    ("karras", {}, "there are no timesteps called 'karras': the only name is DEFAULT_STAGE_C_TIMESTEPS."),
-    (10, dict(t_start=0.2, t_end=0.6), "t_start is 0.2 and t_end 0.6, expected 1 >= t_start > t_end >= 0."),
-    (10, dict(t_start=0.5, t_end=0.5), "t_start is 0.5 and t_end 0.5, expected"),
-    (10, dict(t_start=999), "t_start is 999 and t_end 0, expected"),
-    (10, dict(t_end=-0.1), "t_start is 1 and t_end -0.1, expected"),
-    (10, dict(t_start=math.nan), "t_start is nan and t_end 0, expected"),
+    ({0.5: 0, 0.0: 3}, {}, "steps is {0.5: 0, 0.0: 3}, expected at least 1"),
+    ("karras", {}, "steps is 'karras', expected at least 1"),
+    (10, dict(t_start=0.2, t_end=0.6), "(t_start, t_end) is (0.2, 0.6), expected 1 >= first > second >= 0."),
+    (10, dict(t_start=0.5, t_end=0.5), "(t_start, t_end) is (0.5, 0.5), expected"),
+    (10, dict(t_start=999), "(t_start, t_end) is (999, 0.0), expected"),
+    (10, dict(t_end=-0.1), "(t_start, t_end) is (1.0, -0.1), expected"),
+    (10, dict(t_start=math.nan), "(t_start, t_end) is (nan, 0.0), expected"),
 ])
 def test_impossible_timesteps_are_refused(spec, arguments, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        timesteps(spec, **arguments)
+        Sampling(spec, **arguments)
 
 
 @pytest.mark.parametrize("strength, expected", [
@@ -513,7 +514,7 @@ def test_impossible_timesteps_are_refused(spec, arguments, message):
 ])
 def test_strength_cuts_off_what_lies_above_it_and_starts_exactly_there(strength, expected):
     """Above the schedule it is the whole schedule, on a level that level, and below it there is no step to take."""
-    torch.testing.assert_close(cut_timesteps(torch.tensor([0.9, 0.6, 0.3, 0.1]), strength), torch.tensor(expected))
+    torch.testing.assert_close(cut_levels(torch.tensor([0.9, 0.6, 0.3, 0.1]), strength), torch.tensor(expected))
 
 
 @pytest.mark.parametrize("steps", [10, 30, 50, 60])
@@ -521,7 +522,7 @@ def test_a_strength_that_is_a_level_but_for_rounding_adds_no_step(steps):
     """The 0.6 among 30 even steps is not the float32 nearest to 0.6: between the two would lie a step of 6e-8, a prediction
     for nothing."""
     for k in range(1, steps):
-        levels = cut_timesteps(linear_timesteps(steps), 1 - k / steps)
+        levels = cut_levels(Sampling(steps).levels, 1 - k / steps)
         assert len(levels) == steps - k + 1 and (levels.diff() < -1e-3).all(), 1 - k / steps
 
 
@@ -529,7 +530,7 @@ def test_a_strength_that_is_a_level_but_for_rounding_adds_no_step(steps):
 def test_impossible_strengths_are_refused(strength):
     with pytest.raises(ValueError,
                        match=f"strength is {strength:g}, expected a number from 0, nothing changes, to 1, nothing is kept"):
-        cut_timesteps(linear_timesteps(5), strength)
+        cut_levels(Sampling(5).levels, strength)
 
 
 # --- inpainting --------------------------------------------------------------------------------------
@@ -543,8 +544,8 @@ def left_half(x_0: Tensor) -> Tensor:
 def test_what_is_known_comes_out_exactly_and_the_rest_is_new(step):
     """Exactly: not with the 1e-4 of noise that t = 0 has by the schedule."""
     known, x = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
-    found = denoise(half, x, noise_like(x), linear_timesteps(6), step,
-                    keep=Keep(known, left_half(known), torch.randn_like(known)))
+    found = denoise(half, x, noise_like(x), Sampling(6, step),
+                    keep=InpaintMask(known, left_half(known), torch.randn_like(known)))
     assert torch.equal(found[..., 4:], known[..., 4:])
     assert ((found - known)[..., :4].abs() > 0).all()
 
@@ -560,15 +561,15 @@ def test_the_network_sees_the_known_part_at_the_noise_level_of_every_step(step):
         assert torch.equal(x[..., 4:], add_noise(known, eps, t)[..., 4:])
         assert not torch.equal(x[..., :4], add_noise(known, eps, t)[..., :4])
         return half(x, t, both)
-    denoise(predict, x, noise_like(x), linear_timesteps(5), step, Guidance(4.0), Keep(known, left_half(known), eps))
-    assert seen == linear_timesteps(5)[:-1].tolist()
+    denoise(predict, x, noise_like(x), Sampling(5, step, guidance=4.0), keep=InpaintMask(known, left_half(known), eps))
+    assert seen == Sampling(5).levels[:-1].tolist()
 
 
 def test_what_is_known_has_the_last_levels_noise_where_that_is_not_0():
     """A part of the schedule hands its result on to the next part: clean pixels in a noisy picture would be noise of their own."""
     known, x, eps = torch.randn(3, 2, 3, 8)
-    found = denoise(half, x, lambda: None, linear_timesteps(3, 1.0, 0.4), ddim_step,
-                    keep=Keep(known, left_half(known), eps))
+    found = denoise(half, x, lambda: None, Sampling(3, ddim_step, t_start=1.0, t_end=0.4),
+                    keep=InpaintMask(known, left_half(known), eps))
     assert torch.equal(found[..., 4:], add_noise(known, eps, torch.full((2,), 0.4))[..., 4:])
 
 
@@ -582,7 +583,7 @@ def test_what_is_new_fits_what_is_known():
         x_0 = predict_x_0(x, eps, t)[..., 4:].repeat(1, 1, 2)
         return (x - ab.sqrt() * x_0) / (1 - ab).sqrt()
     for step in SAMPLERS.values():
-        found = denoise(predict, x, noise_like(x), linear_timesteps(10), step, keep=Keep(known, left_half(known), eps))
+        found = denoise(predict, x, noise_like(x), Sampling(10, step), keep=InpaintMask(known, left_half(known), eps))
         assert rel(found, known) < 0.05
 
 
@@ -597,39 +598,23 @@ def test_sampling_stays_in_float32_whatever_the_network_computes_in():
         def predict(x, t, both):
             seen.append((x.dtype, t.dtype))
             return (0.5 * x).to(torch.bfloat16)
-        x = denoise(predict, torch.randn(2, 3).bfloat16(), lambda: torch.randn(2, 3).bfloat16(), default_timesteps_c(3),
-                    step)
+        x = denoise(predict, torch.randn(2, 3).bfloat16(), lambda: torch.randn(2, 3).bfloat16(),
+                    Sampling(3, step, early=True))
         assert x.dtype == torch.float32 and set(seen) == {(torch.float32, torch.float32)}
 
 
 def test_guidance_is_computed_in_float32():
     """Four times the difference of two float16 predictions can lie beyond what float16 holds, and is rounded where it does not."""
     eps = torch.tensor([[-2e4, 0.1, 1.0], [2e4, 0.2, 3.0]], dtype=torch.float16)          # with text, without
-    x = denoise(lambda x, t, both: eps, torch.zeros(1, 3), lambda: None, torch.tensor([0.5, 0.4]), ddim_step,
-                Guidance(4.0))
+    x = denoise(lambda x, t, both: eps, torch.zeros(1, 3), lambda: None,
+                Sampling(torch.tensor([0.5, 0.4]), ddim_step, guidance=4.0))
     t = torch.tensor([0.5])
     expected = ddim_step(torch.zeros(1, 3), guide(eps[:1].float(), eps[1:].float(), 4.0), t, torch.tensor([0.4]))
     assert torch.equal(x, expected) and expected.isfinite().all()
 
 
-@pytest.mark.parametrize("levels", [[1.0, 0.5, 0.5, 0.0], [0.0, 1.0], [1.0, math.nan], [[1.0, 0.0]], [[1.0], [0.0]],
-                                    []], ids=str)
-def test_denoise_refuses_levels_that_do_not_fall(levels):
-    """It is also called without `timesteps`, which would have refused them. No levels at all are a mistake; one is no step."""
-    with pytest.raises(ValueError, match="strictly falling"):
-        denoise(half, torch.zeros(1, 2), lambda: torch.zeros(1, 2), torch.tensor(levels))
-
-
-def test_a_single_level_is_no_step_and_changes_nothing():
-    """Image to image at strength 0: the picture itself."""
-    def never(*_):
-        raise AssertionError("nothing to predict, draw or watch")
-    x = torch.randn(2, 3)
-    assert torch.equal(denoise(never, x, never, torch.tensor([0.6]), watch=never), x)
-
-
 @each_sampler
-@pytest.mark.parametrize("guidance", [Guidance(), Guidance(4.0), Guidance(4.0, (0.3, 0.6))],
+@pytest.mark.parametrize("guidance", [(), (4.0,), (4.0, (0.3, 0.6))],
                          ids=["plain", "guided", "interval"])
 def test_noise_is_drawn_once_in_every_step_whatever_the_sampler(step, guidance):
     """So a seed's numbers stay where they are when the sampler changes: Stage B's follow Stage C's from one generator. And the
@@ -639,7 +624,7 @@ def test_noise_is_drawn_once_in_every_step_whatever_the_sampler(step, guidance):
     def draw():
         drawn.append(len(watched))
         return torch.randn(2, 3)
-    denoise(half, torch.randn(2, 3), draw, linear_timesteps(7), step, guidance, watch=lambda i, *_: watched.append(i))
+    denoise(half, torch.randn(2, 3), draw, Sampling(7, step, *guidance), callback=lambda i, *_: watched.append(i))
     assert drawn == watched == list(range(7))
 
 
@@ -647,9 +632,10 @@ def test_noise_is_drawn_once_in_every_step_whatever_the_sampler(step, guidance):
 def test_denoise_leaves_alone_what_it_was_given(step):
     """The caller's noise and picture may be needed again, for the next sampler to be compared with."""
     given = x, known, eps, levels = [torch.randn(2, 3, 8), torch.randn(2, 3, 8), torch.randn(2, 3, 8),
-                                     linear_timesteps(5)]
+                                     even(5)]
     copies = [tensor.clone() for tensor in given]
-    denoise(half, x, lambda: eps, levels, step, Guidance(4.0, rescale=0.5), Keep(known, left_half(known), eps))
+    denoise(half, x, lambda: eps, Sampling(levels, step, guidance=4.0, rescale=0.5),
+            keep=InpaintMask(known, left_half(known), eps))
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(given, copies))
 
 
@@ -657,7 +643,7 @@ def test_denoise_leaves_alone_what_it_was_given(step):
 def test_watch_sees_every_step_with_its_guess_of_the_picture(step):
     """i, the level reached, x there, and x_0 as guessed: a preview costs nothing more."""
     x_0, eps = torch.randn(2, 2, 3)
-    calls, levels = [], linear_timesteps(4)
+    calls, levels = [], even(4)
 
     def predict(x, t, both):                       # that noise which leads to x_0 from wherever the sampler went
         ab = per_row(alphas_cumprod(t), x)
@@ -666,7 +652,7 @@ def test_watch_sees_every_step_with_its_guess_of_the_picture(step):
     def watch(i, t, x, x_0_hat):
         calls.append((i, t, x))
         torch.testing.assert_close(x_0_hat, x_0, rtol=0, atol=1e-3)
-    x = denoise(predict, add_noise(x_0, eps, torch.ones(2)), noise_like(eps), levels, step, watch=watch)
+    x = denoise(predict, add_noise(x_0, eps, torch.ones(2)), noise_like(eps), Sampling(levels, step), callback=watch)
     assert [(i, t) for i, t, _ in calls] == [(0, 0.75), (1, 0.5), (2, 0.25), (3, 0.0)]
     assert torch.equal(calls[-1][2], x)
 
@@ -681,7 +667,7 @@ def test_watch_may_put_another_x_in_place():
 
     def watch(i, t, x, x_0):
         return torch.full_like(x, 7, dtype=torch.float16) if i in (1, 3) else None
-    x = denoise(predict, torch.randn(2, 3), lambda: None, linear_timesteps(4), ddim_step, watch=watch)
+    x = denoise(predict, torch.randn(2, 3), lambda: None, Sampling(4, ddim_step), callback=watch)
     assert [(y == 7).all().item() for y in [*seen, x]] == [False, False, True, False, True]
     assert seen[2].dtype == x.dtype == torch.float32
 
@@ -701,7 +687,7 @@ def test_watch_may_stop_by_raising():
         if i == 2:
             raise Enough
     with pytest.raises(Enough):
-        denoise(predict, torch.randn(2, 3), lambda: None, linear_timesteps(7), ddim_step, watch=watch)
+        denoise(predict, torch.randn(2, 3), lambda: None, Sampling(7, ddim_step), callback=watch)
     assert len(predicted) == 3
 
 
@@ -712,7 +698,7 @@ def test_progress_goes_around_the_steps():
     def progress(steps):
         lengths.append(len(steps))
         return steps
-    denoise(half, torch.randn(2, 3), lambda: None, linear_timesteps(7), ddim_step, progress=progress)
+    denoise(half, torch.randn(2, 3), lambda: None, Sampling(7, ddim_step), progress=progress)
     assert lengths == [7]
 
 
@@ -728,8 +714,8 @@ def test_a_network_that_overflows_is_named_in_that_very_step(step, value):
             eps[1, 2] = value
         return eps
     with pytest.raises(FloatingPointError, match=re.escape("step 3 of 7 (t = 0.714)")):
-        denoise(predict, torch.randn(2, 3), lambda: torch.randn(2, 3), linear_timesteps(7), step,
-                watch=lambda i, *_: watched.append(i))
+        denoise(predict, torch.randn(2, 3), lambda: torch.randn(2, 3), Sampling(7, step),
+                callback=lambda i, *_: watched.append(i))
     assert watched == [0, 1]
 
 
@@ -740,10 +726,10 @@ def test_no_step_waits_for_the_numbers_of_another_device(step):
     """A GPU is fast while the host is ahead of it. Reading one number makes the host wait for all that was asked for before; then
     the GPU waits for the host. Read is once, in the end: is all of it finite? (On the meta device other reads would fail, too.)"""
     x = torch.empty(2, 4, 8, 8, device="meta")
-    keep = Keep(torch.empty_like(x), torch.empty_like(x[:1, :1], dtype=torch.bool), torch.empty_like(x))
+    keep = InpaintMask(torch.empty_like(x), torch.empty_like(x[:1, :1], dtype=torch.bool), torch.empty_like(x))
     with HostReads() as reads:
-        found = denoise(half, x, lambda: torch.empty_like(x), linear_timesteps(6), step,
-                        Guidance((4.0, 2.0), (0.3, 0.8), 0.5), keep)
+        found = denoise(half, x, lambda: torch.empty_like(x),
+                        Sampling(6, step, guidance=(4.0, 2.0), interval=(0.3, 0.8), rescale=0.5), keep=keep)
     assert found.is_meta and reads.count == 1
 
 
@@ -751,8 +737,8 @@ def test_on_a_gpu_a_network_that_overflows_is_named_in_the_end():
     """Found when all steps are done, told as if it had been found at once."""
     finite = [torch.tensor(True), torch.tensor(False), torch.tensor(False)]
     with pytest.raises(FloatingPointError, match=re.escape("step 2 of 7 (t = 0.857)")):
-        check_finite(finite, linear_timesteps(7))
-    check_finite(finite[:1], linear_timesteps(7))
+        check_finite(torch.stack(finite), even(7))
+    check_finite(torch.stack(finite[:1]), even(7))
 
 
 def test_integer_timesteps_are_refused_on_a_gpu_by_their_type():

@@ -10,10 +10,10 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from extras import images
-from extras.images import (cover, enlarge, feather, fitting_size, grid, psnr, read_image, read_mask, save_gif, strip,
-                           to_pil)
+from extras.images import cover, enlarge, feather, fitting_size, grid, psnr, read_image, read_mask, save_gif, strip
 from extras.metadata import parameters_text, read_settings, save_png
 from extras.previews import apply_linear, fit_linear
+from wuerstchen import to_pil
 
 RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
 # (2, 3, 3) uint8, all six pixels different: no turning or mirroring leaves it as it is

@@ -16,11 +16,12 @@ from torch.utils.checkpoint import checkpoint
 from loading import files
 import lora
 from loading import weights
+from loading.lora_formats import base_hash, base_state_dict, load_lora, save_lora
 from loading.names import config_to_diffusers, name_table, to_diffusers
 from helpers import manifest, rel
-from lora import (LoRALayer, add_lora, base_hash, base_state_dict, disable, enable, load_lora, lora_parameters,
-                  lora_state_dict,
-                  merge, remove, save_lora, set_scale, unmerge)
+from lora import (LoRALayer, add_lora, disable, enable, lora_parameters, lora_state_dict, merge, remove, set_scale,
+                  unmerge)
+from tools import lora as tool
 from stage_c import StageC
 
 SIZES = dict(c_in=4, c=16, c_cond=12, c_timestep=8, depth=2, heads=2, dropout=0.0)
@@ -297,8 +298,8 @@ def test_the_table_of_names_is_that_of_weights():
     model = prior(depth=3)
     table = {ours: (theirs, kind) for theirs, (ours, kind) in name_table(model).items()}
     for name in lora.find_layers(model)[0]:
-        found = lora.their_name(name)
-        assert (f"{found}.weight", "1x1" if found in lora.CONVOLUTIONS_THERE else "") == table[f"{name}.weight"]
+        found = lora.diffusers_name(name)
+        assert (f"{found}.weight", "1x1" if found in lora.CONVOLUTIONS else "") == table[f"{name}.weight"]
 
 
 def test_official_attention_is_128_layers_and_256_tensors():
@@ -611,7 +612,7 @@ def test_a_half_precision_file_is_loaded_into_float32_and_converted_as_it_is(tmp
     """Its training can go on; and who only changes names changes no numbers."""
     save_file({name: t.half() for name, t in lora_state_dict(with_lora()).items()}, tmp_path / "l.safetensors")
     assert {p.dtype for p in lora_parameters(loaded(tmp_path / "l.safetensors"))} == {torch.float32}
-    lora.convert(tmp_path / "l.safetensors", tmp_path / "m.safetensors", "original")
+    tool.convert(tmp_path / "l.safetensors", tmp_path / "m.safetensors", "original")
     found = load_file(tmp_path / "m.safetensors")
     assert {t.dtype for name, t in found.items() if not name.endswith(".alpha")} == {torch.float16}
     assert torch.equal(loaded(tmp_path / "m.safetensors")(*inputs()), loaded(tmp_path / "l.safetensors")(*inputs()))
@@ -705,7 +706,7 @@ def test_metadata_says_what_the_file_is(tmp_path):
     """All strings, as safetensors wants them; facts of the training beside what is always there."""
     model = with_lora()
     facts = dict(base_hash=base_hash(model), steps=100, images=24, trigger_words=["a zorp"])
-    save_lora(model, tmp_path / "l.safetensors", facts=facts)
+    save_lora(model, tmp_path / "l.safetensors", metadata=facts)
     with safe_open(tmp_path / "l.safetensors", "pt") as file:
         metadata = file.metadata()
     assert metadata | dict(format="pt", format_version="1", rank="4", alpha="6", base_hash=base_hash(prior()),
@@ -766,16 +767,18 @@ def test_a_file_with_anything_unknown_is_refused_with_counts():
     refused({}, "it is empty")
     refused(tensors, "8 of 8 layers do not fit: attention_blocks.0.query is .24, 24., the file has down .4, 16., .*; ...", c=24)
     refused({name: t for name, t in tensors.items() if "0.query.lora_up" not in name},
-            "attention_blocks.0.query has down")
+            "attention_blocks.0.query is .16, 16., the file has down .4, 16.; nothing was loaded")
     refused({**tensors, "attention_blocks.0.query.lora_up.weight": torch.zeros(16, 3)},
-            "1 of 8 layers do not fit: attention_blocks.0.query has down .4, 16., up .16, 3.")
+            "1 of 8 layers do not fit: attention_blocks.0.query is .16, 16., the file has down .4, 16., up .16, 3.")
+    refused({**tensors, "attention_blocks.0.query.lora_up.weight": torch.zeros(4, 16)},
+            "attention_blocks.0.query is .16, 16., the file has down .4, 16., up .4, 16.")
     refused({**tensors, "attention_blocks.0.out.lora_up.weight": torch.full((16, 4), math.nan)},
             "attention_blocks.0.out has NaN")
     refused({**tensors, "prior.blocks.2.attention.to_q.lora_A.weight": torch.zeros(4, 16)},
-            "0.query stands in it twice")
+            "0.query is in the file twice")
     refused({**tensors, "blocks.2.attention.attn.in_proj.lora_down.weight": torch.zeros(4, 16),
              "blocks.2.attention.attn.in_proj.lora_up.weight": torch.zeros(48, 4)},
-            "stands in it twice, alone and fused")
+            "is in the file twice, alone and fused")
 
 
 @pytest.mark.parametrize("name, looks", [
@@ -791,7 +794,7 @@ def test_a_file_with_anything_unknown_is_refused_with_counts():
     ("lora_prior_unet_down_blocks_0_2_attention_attn_to_q.lora_down.weight", "for Stable Cascade"),
     ("lora_unet_blocks_0_depthwise.lora_down.weight", "grouped convolutions"),
     ("prior.something.lora_A.weight", "for another model"),
-    ("cond_mapper.0.weight", "no LoRA")])
+    ("cond_mapper.0.weight", "a whole model, not a LoRA")])
 def test_a_refused_file_says_what_it_looks_like(name, looks):
     """Alone, or among tensors that do fit: half a LoRA is not what was trained."""
     refused({name: torch.zeros(4, 16)}, f"1 of 1 tensors.*{looks}")
@@ -801,7 +804,7 @@ def test_a_refused_file_says_what_it_looks_like(name, looks):
 def test_whole_models_are_recognised():
     """Of any stage, some of whose layers have the names that LoRAs of other models have."""
     for model in ("stage_c_v2", "stage_b_v2", "stage_a_vqgan", "text_encoder_bigg"):
-        refused({name: torch.zeros(1) for name in manifest(model)}, "no LoRA, presumably a whole model")
+        refused({name: torch.zeros(1) for name in manifest(model)}, "it looks like a whole model, not a LoRA")
 
 
 def test_files_that_are_none_are_refused_in_one_line(tmp_path):
@@ -817,13 +820,13 @@ def test_files_that_are_none_are_refused_in_one_line(tmp_path):
 # ----- the command line ------------------------------------------------------------------------------
 
 def run(capsys, *args) -> str:
-    lora.main([str(arg) for arg in args])
+    tool.main([str(arg) for arg in args])
     return capsys.readouterr().out
 
 
 def fails(capsys, match, *args):
     with pytest.raises(SystemExit) as error:
-        lora.main([str(arg) for arg in args])
+        tool.main([str(arg) for arg in args])
     text = capsys.readouterr().err
     assert error.value.code == 2 and text.count("\n") == 1 and match in text, text
 
@@ -832,7 +835,7 @@ def fails(capsys, match, *args):
 def test_convert_needs_no_model_and_keeps_the_facts(to, tmp_path, capsys):
     """From every format to every other and back; un-flattening goes by the table of names alone."""
     model = with_lora(targets="all")
-    save_lora(model, tmp_path / "a.safetensors", to=to, facts=dict(steps=7))
+    save_lora(model, tmp_path / "a.safetensors", to=to, metadata=dict(steps=7))
     for other in FORMATS:
         run(capsys, "convert", tmp_path / "a.safetensors", tmp_path / f"{other}.safetensors", "--to", other)
         assert torch.equal(loaded(tmp_path / f"{other}.safetensors")(*inputs()), model(*inputs()))
@@ -875,7 +878,7 @@ def test_merge_writes_the_sum_in_the_dtype_of_the_source(dtype, tmp_path, capsys
     model = base.float()
     add_lora(model, rank=2, alpha=3.0)
     train_a_little(model)
-    save_lora(model, tmp_path / "l.safetensors", to="kohya", facts=dict(base_hash=base_hash(model)))
+    save_lora(model, tmp_path / "l.safetensors", to="kohya", metadata=dict(base_hash=base_hash(model)))
     text = run(capsys, "merge", tmp_path / "prior", tmp_path / "l.safetensors", tmp_path / "out", "--scale", "0.5")
     assert "8 layers merged at scale 0.5" in text and "note" not in text
     set_scale(model, 0.5)
@@ -919,7 +922,7 @@ def test_extract_reports_what_a_small_rank_loses():
     with torch.no_grad():
         tuned.attention_blocks[0].query.weight += difference
         tuned.attention_blocks[0].query.bias += 1.0
-    parts, text = lora.extract(base, tuned, 3, "all")
+    parts, text = tool.nearest_lora(base, tuned, 3, "all")
     s = torch.linalg.svdvals(difference).square()
     assert f"in 1 layers: {s[:3].sum() / s.sum():.4f}" in text
     assert f"whole difference: {s[:3].sum() / (s.sum() + 16):.4f}" in text
@@ -930,14 +933,9 @@ def test_help_says_what_there_is(capsys):
     """Also that of each command."""
     for args in ([], ["info"], ["convert"], ["merge"], ["extract"]):
         with pytest.raises(SystemExit) as error:
-            lora.main([*args, "--help"])
+            tool.main([*args, "--help"])
         assert error.value.code == 0
     assert "--rank" in capsys.readouterr().out
-
-
-def test_the_copied_function_has_not_drifted():
-    """lora.py works when copied alone, so it carries its own write_atomically."""
-    assert inspect.getsource(lora.write_atomically) == inspect.getsource(files.write_atomically)
 
 
 # ----- diffusers and peft as oracles -----------------------------------------------------------------
@@ -1035,7 +1033,7 @@ def test_gradients_equal_pefts():
                                       target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
         add_lora(model, rank=4, alpha=6.0, dora=dora)
         train_a_little(model)
-        ours = {lora.their_name(path): adapter for path, adapter in lora.adapters(model)}
+        ours = {lora.diffusers_name(path): adapter for path, adapter in lora.adapters(model)}
         kinds = {"lora_A.default.weight": "down", "lora_B.default.weight": "up",
                  "lora_magnitude_vector.default.weight": "magnitude"}
         pairs = [(parameter, getattr(ours[name.removesuffix("." + kind)], attribute))

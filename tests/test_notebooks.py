@@ -407,7 +407,7 @@ def test_calls_of_what_exists_are_not_complained_about(code):
 @pytest.mark.parametrize("text, wrong", [("```\npython train_a.py --out a \\\n    --steps 5\n```", 0),
                                          ("```\npython train_a.py --out a \\\n    --stebs 5\n```", 1),
                                          ("`python nothing.py`", 1), ("`python sample.py --help`", 0),
-                                         ("`python lora.py merge`", 0), ("`--steps 3`", 0),
+                                         ("`python -m tools.lora merge`", 0), ("`--steps 3`", 0),
                                          ("```\ntorchrun --nproc-per-node 8 train_c.py --data 'a/{0..3}.tar' --out c   # comment\n```", 0)])
 def test_wrong_commands_are_found(text, wrong, capsys):
     """In blocks, over several lines, and within a line."""

@@ -17,16 +17,18 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-import diffusion
-from loading import hub
 import wuerstchen
-from diffusion import DEFAULT_STAGE_C_TIMESTEPS, Noise, default_timesteps_c, linear_timesteps, slerp
+from extras import previews
+from extras.editing import InitImage, encode_image, generate, interpolate, reconstruct, slerp
+from extras.previews import Previews, preview_maps
+from loading import hub
+from speed import memory
 from tiny.evaluate import Judge, fixed_prompts, relation_of, verdict
 from helpers import COMBINED, rel
 from extras.images import psnr
 from training.scenes import Scene, place_pair, place_single, plain_caption, render
 from stage_a import StageA
-from wuerstchen import Wuerstchen
+from wuerstchen import SAMPLERS, Noise, Sampling, Wuerstchen, add_noise, scale_semantic, unscale_semantic
 
 # 128 px are all that the small model was trained on; and the text encoders of random weights take 20 short tokens.
 pytestmark = [pytest.mark.filterwarnings("ignore:.*not what these weights were trained on"),
@@ -40,13 +42,14 @@ C, B = (16, 3, 3), (4, 32, 32)               # the latents of 128 x 128 px
 
 @pytest.fixture(scope="module")
 def tiny() -> Wuerstchen:
-    return Wuerstchen.load("tiny", "cpu")
+    """With the plain networks, whose calls can be recorded. tests/test_fast.py compares them with the fast forms."""
+    return Wuerstchen.load("tiny", "cpu", fast=False)
 
 
 @pytest.fixture(scope="module")
 def two_encoders() -> Wuerstchen:
     """Random weights, but a text encoder for each stage, as in the official ones."""
-    model = Wuerstchen.load(COMBINED, "cpu")
+    model = Wuerstchen.load(COMBINED, "cpu", fast=False)
     model.size = 128
     return model
 
@@ -103,7 +106,7 @@ def single(seed: int, *what) -> np.ndarray:
 # --- prompts as embeddings ---------------------------------------------------------------------------
 
 def embeddings_of(model: Wuerstchen, prompts: list[str], negatives: list[str], stages: str = "cb") -> dict[str, Tensor]:
-    pairs = {s: model.encode_text(getattr(model, f"text_encoder_{s}"), prompts, negatives, 1) for s in stages}
+    pairs = {s: model.encode_text(s, prompts, negatives) for s in stages}
     return {f"{name}_{s}": pairs[s][i] for s in stages for i, name in enumerate(("prompt", "negative"))}
 
 
@@ -112,22 +115,22 @@ def test_embeddings_give_the_picture_of_the_text_they_came_from(model, request):
     """To the bit, each prompt with a negative one of its own: so what is mixed or learned can take the place of words."""
     model = request.getfixturevalue(model)
     embeddings = embeddings_of(model, [CAT, DOG], ["a moon", "a key"])
-    texts = model([CAT, DOG], ["a moon", "a key"], seed=5, guidance_b=2, **QUICK)
-    assert all(map(same, texts, model(embeddings=embeddings, seed=5, guidance_b=2, **QUICK)))
+    texts = generate(model, [CAT, DOG], ["a moon", "a key"], seed=5, guidance_b=2, **QUICK)
+    assert all(map(same, texts, generate(model, given=embeddings, seed=5, guidance_b=2, **QUICK)))
     assert not alike(texts[0], model([CAT, DOG], seed=5, guidance_b=2, **QUICK)[0])
 
 
 def test_where_both_stages_share_an_encoder_one_embedding_serves_both(tiny):
     embeddings = embeddings_of(tiny, [CAT], ["a moon"], stages="c")
-    assert same(tiny(CAT, "a moon", seed=5, **QUICK)[0], tiny(embeddings=embeddings, seed=5, **QUICK)[0])
+    assert same(generate(tiny, CAT, "a moon", seed=5, **QUICK)[0], generate(tiny, given=embeddings, seed=5, **QUICK)[0])
     del embeddings["negative_c"]                        # then the negative prompt, here "", is used
-    assert same(tiny(CAT, seed=5, **QUICK)[0], tiny(embeddings=embeddings, seed=5, **QUICK)[0])
+    assert same(tiny(CAT, seed=5, **QUICK)[0], generate(tiny, given=embeddings, seed=5, **QUICK)[0])
 
 
 def test_one_negative_embedding_serves_all_prompts_and_all_their_images(tiny):
-    negative = {"negative_c": tiny.encode_text(tiny.text_encoder_c, ["a moon"], [""], 1)[0]}               # (1, N, D)
-    texts, embeddings = (tiny([CAT, DOG], num_images=2, seed=5, **QUICK, **how)
-                         for how in (dict(negative_prompt="a moon"), dict(embeddings=negative)))
+    negative = {"negative_c": tiny.encode_text("c", ["a moon"], [""])[0]}               # (1, N, D)
+    texts = tiny([CAT, DOG], "a moon", num_images=2, seed=5, **QUICK)
+    embeddings = generate(tiny, [CAT, DOG], num_images=2, seed=5, given=negative, **QUICK)
     assert len(texts) == 4 and all(map(same, texts, embeddings))
 
 
@@ -136,38 +139,28 @@ def test_no_stage_is_told_nothing_in_silence(two_encoders):
     embeddings = embeddings_of(two_encoders, [CAT], [""])
     for name, lacking in (("prompt_c", "prompt_b"), ("prompt_b", "prompt_c")):
         with pytest.raises(ValueError, match=f"no {lacking} among the embeddings, and no prompt to make it from"):
-            two_encoders(embeddings={name: embeddings[name]}, **QUICK)
+            generate(two_encoders, given={name: embeddings[name]}, **QUICK)
     texts, = two_encoders(CAT, seed=5, **QUICK)
-    assert same(texts, two_encoders(CAT, embeddings={"prompt_c": embeddings["prompt_c"]}, seed=5, **QUICK)[0])
+    assert same(texts, generate(two_encoders, CAT, given={"prompt_c": embeddings["prompt_c"]}, seed=5, **QUICK)[0])
 
 
 def test_a_stage_that_is_not_used_needs_not_be_told(two_encoders):
     embeddings = embeddings_of(two_encoders, [CAT], [""])
-    semantic = two_encoders(embeddings={"prompt_c": embeddings["prompt_c"]}, seed=5, output="semantic", **QUICK)
-    images = two_encoders(embeddings={"prompt_b": embeddings["prompt_b"]}, semantic=semantic, seed=5, **QUICK)
-    assert same(images[0], two_encoders(CAT, semantic=semantic, seed=5, **QUICK)[0])
+    semantic = generate(two_encoders, given={"prompt_c": embeddings["prompt_c"]}, seed=5, output="semantic", **QUICK)
+    images = generate(two_encoders, given={**{"prompt_b": embeddings["prompt_b"]}, "semantic": semantic}, seed=5,
+                      **QUICK)
+    assert same(images[0], generate(two_encoders, CAT, given={"semantic": semantic}, seed=5, **QUICK)[0])
 
 
 def test_no_negative_prompt_is_the_empty_one(tiny):
-    assert same(tiny(CAT, None, seed=5, **QUICK)[0], tiny(CAT, seed=5, **QUICK)[0])
+    assert same(generate(tiny, CAT, None, seed=5, **QUICK)[0], tiny(CAT, seed=5, **QUICK)[0])
 
 
 # --- seeds and noise ---------------------------------------------------------------------------------
 
-def test_noise_goes_on_where_its_states_were_saved():
-    """So a run can be split in two: what Stage B draws does not depend on whether Stage C ran just before."""
-    noise, other = Noise([1, 2]), Noise([0, 0])
-    noise(3, 4)
-    other.states = noise.states
-    assert torch.equal(noise(5), other(5))
-    torch.testing.assert_close(noise.states, other.states, rtol=0, atol=0)
-    with pytest.raises(ValueError):
-        other.states = noise.states[:1]                 # of another number of images
-
-
 def test_every_image_draws_from_its_own_seed():
     """The numbers of seed 2 are the same beside any other seed, at any place."""
-    assert torch.equal(Noise([1, 2])(3, 4)[1], Noise([2, 7, 9])(3, 4)[0]) and len(Noise([1, 2])) == 2
+    assert torch.equal(Noise([1, 2])(3, 4)[1], Noise([2, 7, 9])(3, 4)[0]) and len(Noise([1, 2])(3)) == 2
     assert torch.equal(Noise([np.int64(2)])(3), Noise([2])(3))
 
 
@@ -178,15 +171,15 @@ def test_noise_may_come_from_anywhere(tiny):
     def noise(*shape):
         asked.append(shape)
         return seeds(*shape)
-    assert same(tiny(CAT, noise=noise, **QUICK)[0], tiny(CAT, seed=5, **QUICK)[0])
+    assert same(generate(tiny, CAT, seed=noise, **QUICK)[0], tiny(CAT, seed=5, **QUICK)[0])
     assert asked == [C] * 4 + [B] * 3
 
 
 def test_noise_for_another_number_of_images_is_refused(tiny):
     """There is no telling whose it is."""
-    message = "what noise() gave has shape (3, 16, 3, 3), expected (2 or 1, 16, 3, 3)"
-    with Recorder(tiny.stage_c) as calls, pytest.raises(ValueError, match=re.escape(message)):
-        tiny([CAT, DOG], noise=Noise([1, 2, 3]), **QUICK)
+    message = "what the source of noise returned has shape (3, 16, 3, 3), expected (2 or 1, 16, 3, 3)"
+    with Recorder(tiny.part("stage_c")) as calls, pytest.raises(ValueError, match=re.escape(message)):
+        generate(tiny, [CAT, DOG], seed=Noise([1, 2, 3]), **QUICK)
     assert not calls
 
 
@@ -198,23 +191,24 @@ def test_given_latents_are_where_the_stages_start(tiny, sampler):
     # three more, unused, are drawn in Stage C's steps
     latents_c, latents_b = [noise(*C) for _ in range(4)][0], noise(*B)
     expected, = tiny(CAT, seed=5, **how)
-    first, second = tiny(CAT, seed=[8, 9], num_images=2, latents_c=latents_c, latents_b=latents_b, **how)
+    first, second = generate(tiny, CAT, seed=[8, 9], num_images=2,
+                             given={"latents_c": latents_c, "latents_b": latents_b}, **how)
     assert same(first, second) and alike(first, expected)
-    assert same(tiny(CAT, seed=8, latents_c=latents_c, latents_b=latents_b, **how)[0], expected)
-    assert not alike(expected, tiny(CAT, seed=8, latents_c=latents_c, **how)[0])
+    assert same(generate(tiny, CAT, seed=8, given={"latents_c": latents_c, "latents_b": latents_b}, **how)[0], expected)
+    assert not alike(expected, generate(tiny, CAT, seed=8, given={"latents_c": latents_c}, **how)[0])
 
 
 # --- schedules ---------------------------------------------------------------------------------------
 
 SCHEDULES = [
-    (dict(steps_c=6), default_timesteps_c(6)),
-    (dict(steps_c="DEFAULT_STAGE_C_TIMESTEPS"), DEFAULT_STAGE_C_TIMESTEPS),
+    (dict(steps_c=6), Sampling(6, early=True).levels),
+    (dict(steps_c=29), Sampling({2 / 3: 19, 0.0: 10}).levels),
     (dict(steps_c={2 / 3: 4, 0.0: 2}), torch.tensor([1, 11 / 12, 10 / 12, 9 / 12, 2 / 3, 1 / 3, 0])),
     (dict(steps_c=[1.0, 0.5, 0.25]), torch.tensor([1, 0.5, 0.25])),
     (dict(steps_c=torch.tensor([0.9, 0.1])), torch.tensor([0.9, 0.1])),
     (dict(steps_c=2, t_start_c=0.6, t_end_c=0.2), torch.tensor([0.6, 0.4, 0.2])),
     (dict(steps_c={0.25: 2}, t_start_c=0.75), torch.tensor([0.75, 0.5, 0.25])),
-    (dict(steps_b=5), linear_timesteps(5)),
+    (dict(steps_b=5), Sampling(5).levels),
     (dict(steps_b={0.5: 1, 0.0: 2}), torch.tensor([1, 0.5, 0.25, 0])),
     (dict(steps_b=3, t_start_b=0.9, t_end_b=0.3), torch.tensor([0.9, 0.7, 0.5, 0.3])),
 ]
@@ -223,7 +217,7 @@ SCHEDULES = [
 @pytest.mark.parametrize("arguments, levels", SCHEDULES, ids=[str(list(a.values())) for a, _ in SCHEDULES])
 def test_any_way_to_say_a_schedule_arrives_at_the_networks(tiny, arguments, levels):
     """Seen from inside: the noise level of each call. The last one is where a stage ends, and no input."""
-    stage = tiny.stage_c if "steps_c" in arguments else tiny.stage_b
+    stage = tiny.part("stage_c") if "steps_c" in arguments else tiny.part("stage_b")
     with Recorder(stage) as calls:
         tiny(CAT, **QUICK | arguments)
     torch.testing.assert_close(torch.stack([args[1][0] for args in calls]), levels[:-1], rtol=0, atol=1e-6)
@@ -248,7 +242,8 @@ def test_eta_says_how_much_chance_there_is_in_ddim(tiny):
     """0: the start decides. Above: what is drawn on the way counts, too, and the more the larger eta is."""
     def painted(eta: float, seed: int) -> Tensor:
         start = Noise([5])(*C)
-        return tiny(CAT, seed=seed, latents_c=start, sampler_c="ddim", eta_c=eta, steps_c=8, output="semantic")
+        return generate(tiny, CAT, seed=seed, given={"latents_c": start}, sampler_c="ddim", eta_c=eta, steps_c=8,
+                        output="semantic")
     spread = [rel(painted(eta, 1), painted(eta, 2)) for eta in (0.0, 0.1, 1.0)]
     assert spread[0] == 0 and 0 < spread[1] < spread[2]
 
@@ -258,7 +253,7 @@ def test_eta_says_how_much_chance_there_is_in_ddim(tiny):
 def test_outside_its_interval_guidance_costs_nothing(tiny):
     """Counted in rows that go through the networks: two for each image inside, one outside. Both ends belong to it."""
     levels = [1.0, 0.8, 0.6, 0.4, 0.2, 0.0]
-    with Recorder(tiny.stage_c) as calls_c, Recorder(tiny.stage_b) as calls_b:
+    with Recorder(tiny.part("stage_c")) as calls_c, Recorder(tiny.part("stage_b")) as calls_b:
         tiny([CAT, DOG], steps_c=levels, interval_c=(0.4, 0.8), steps_b=levels, interval_b=(0.5, 1))
     assert [len(x) for x, *_ in calls_c] == [2, 4, 4, 4, 2]
     assert [len(x) for x, *_ in calls_b] == [4, 4, 4, 2, 2]
@@ -266,8 +261,8 @@ def test_outside_its_interval_guidance_costs_nothing(tiny):
 
 def test_a_pair_of_scales_goes_from_start_to_end(tiny, monkeypatch):
     """Over the noise level, not the number of the step; Stage B by a pair of its own."""
-    scales, guide = [], diffusion.guide
-    monkeypatch.setattr(diffusion, "guide", lambda *args: scales.append(args[2]) or guide(*args))
+    scales, guide = [], wuerstchen.guide
+    monkeypatch.setattr(wuerstchen, "guide", lambda *args: scales.append(args[2]) or guide(*args))
     tiny(CAT, steps_c=[1, 0.75, 0.5, 0], guidance_c=(6, 2), steps_b=[1, 0.5, 0], guidance_b=(3, 5))
     assert scales == [6, 5, 4, 3, 4]
 
@@ -276,7 +271,7 @@ def test_rescale_takes_back_the_contrast_of_each_image_by_itself(tiny):
     """Guidance of 15 makes latents 40 % too large: rescale brings them down. To the bit the same whoever is beside: one of the
     other samplers takes the standard deviation of the whole batch."""
     def latents(rescale: float, beside: str) -> Tensor:
-        return tiny([CAT, beside], seed=5, guidance_c=15, rescale_c=rescale, output="semantic")
+        return generate(tiny, [CAT, beside], seed=5, guidance_c=15, rescale_c=rescale, output="semantic")
     plain, rescaled = latents(0, DOG).flatten(1).std(dim=1), latents(1, DOG)
     assert (rescaled.flatten(1).std(dim=1) < 0.85 * plain).all()
     assert torch.equal(rescaled[0], latents(1, STAR)[0])
@@ -285,7 +280,7 @@ def test_rescale_takes_back_the_contrast_of_each_image_by_itself(tiny):
 # --- kinds of output ---------------------------------------------------------------------------------
 
 def test_pil_numpy_and_torch_are_the_same_picture(tiny):
-    pil, array, tensor = (tiny([CAT, DOG], seed=5, width=128, height=96, output=output, **QUICK)
+    pil, array, tensor = (generate(tiny, [CAT, DOG], seed=5, width=128, height=96, output=output, **QUICK)
                           for output in ("pil", "np", "pt"))
     assert array.shape == (2, 96, 128, 3) and array.dtype == np.float32 and tensor.shape == (2, 3, 96, 128)
     assert tensor.dtype == torch.float32
@@ -297,22 +292,23 @@ def test_pil_numpy_and_torch_are_the_same_picture(tiny):
 def test_the_semantic_latent_is_a_place_to_stop_and_to_go_on(tiny):
     """With the noise that was left there the picture is the same to the bit; so Stage B can be repeated, with other settings."""
     noise = Noise([5, 6])
-    semantic = tiny([CAT, DOG], noise=noise, output="semantic", **QUICK)
+    semantic = generate(tiny, [CAT, DOG], seed=noise, output="semantic", **QUICK)
     assert semantic.shape == (2, *C)
-    with Recorder(tiny.stage_c) as calls:
-        images = tiny([CAT, DOG], semantic=semantic, noise=noise, **QUICK)
+    with Recorder(tiny.part("stage_c")) as calls:
+        images = generate(tiny, [CAT, DOG], given={"semantic": semantic}, seed=noise, **QUICK)
     assert not calls and all(map(same, images, tiny([CAT, DOG], seed=5, **QUICK)))
 
 
 def test_a_semantic_latent_says_the_size_of_its_picture(tiny):
-    semantic = tiny(CAT, width=170, height=128, output="semantic", **QUICK)                # (1, 16, 3, 4)
-    assert tiny(CAT, semantic=semantic, **QUICK)[0].size == (170, 128)
-    assert tiny(CAT, semantic=semantic, width=150, **QUICK)[0].size == (150, 128)
+    semantic = generate(tiny, CAT, width=170, height=128, output="semantic", **QUICK)                # (1, 16, 3, 4)
+    assert generate(tiny, CAT, given={"semantic": semantic}, **QUICK)[0].size == (170, 128)
+    assert generate(tiny, CAT, given={"semantic": semantic}, width=150, **QUICK)[0].size == (150, 128)
 
 
 def test_latents_of_stage_b_are_what_stage_a_decodes(tiny):
-    latents = tiny(CAT, seed=5, output="latents_b", **QUICK)
-    assert latents.shape == (1, *B) and torch.equal(tiny.decode(latents), tiny(CAT, seed=5, output="pt", **QUICK))
+    latents = generate(tiny, CAT, seed=5, output="latents_b", **QUICK)
+    assert latents.shape == (1, *B)
+    assert torch.equal(tiny.decode(latents), generate(tiny, CAT, seed=5, output="pt", **QUICK))
 
 
 # --- callback ----------------------------------------------------------------------------------------
@@ -321,29 +317,29 @@ def test_the_callback_sees_every_step_in_order(tiny):
     """With the latents that the step has made, and their noise level: 0 in the end."""
     told, levels = [], [1.0, 0.5, 0.2, 0.0]
     picture, = tiny(CAT, seed=5, steps_c=levels, steps_b=2, callback=lambda *args: told.append(args))
-    assert [(stage, i, round(t, 4), tuple(x.shape)) for stage, i, t, x in told] == [
+    assert [(stage, i, round(t, 4), tuple(x.shape)) for stage, i, t, x, _ in told] == [
         ("C", 0, 0.5, (1, *C)), ("C", 1, 0.2, (1, *C)), ("C", 2, 0.0, (1, *C)), ("B", 0, 0.5, (1, *B)),
         ("B", 1, 0.0, (1, *B))]
     # who only looks changes nothing
     assert same(picture, tiny(CAT, seed=5, steps_c=levels, steps_b=2)[0])
-    semantic = tiny(CAT, seed=5, steps_c=levels, output="semantic")
-    torch.testing.assert_close(wuerstchen.to_raw(told[2][3]), semantic, rtol=0, atol=0)
+    semantic = generate(tiny, CAT, seed=5, steps_c=levels, output="semantic")
+    torch.testing.assert_close(unscale_semantic(told[2][3]), semantic, rtol=0, atol=0)
 
 
 def test_the_callback_may_change_the_latents(tiny):
     """What it returns is what goes on. In the last step of Stage B that is the picture itself."""
     picture, = tiny(CAT, seed=5, **QUICK)
     for stage in "CB":
-        assert not alike(picture, tiny(CAT, seed=5, callback=lambda s, i, t, x: x * 0 if s == stage and i == 0
+        assert not alike(picture, tiny(CAT, seed=5, callback=lambda s, i, t, x, x_0: x * 0 if s == stage and i == 0
                                        else None, **QUICK)[0])
-    black = tiny(CAT, seed=5, output="pt", callback=lambda s, i, t, x: x * 0 if s == "B" else None, **QUICK)
+    black = generate(tiny, CAT, seed=5, output="pt", callback=lambda s, i, t, x, x_0: x * 0 if s == "B" else None, **QUICK)
     assert torch.equal(black, tiny.decode(torch.zeros(1, *B)))
 
 
 @pytest.mark.parametrize("stage, rows_c, rows_b", [("C", 2, 0), ("B", 3, 2)])
 def test_the_callback_may_stop_and_nothing_more_is_computed(tiny, stage, rows_c, rows_b):
-    with Recorder(tiny.stage_c) as calls_c, Recorder(tiny.stage_b) as calls_b:
-        assert tiny(CAT, steps_c=3, steps_b=3, callback=lambda s, i, t, x: False if (s, i) == (stage, 1)
+    with Recorder(tiny.part("stage_c")) as calls_c, Recorder(tiny.part("stage_b")) as calls_b:
+        assert generate(tiny, CAT, steps_c=3, steps_b=3, callback=lambda s, i, t, x, x_0: False if (s, i) == (stage, 1)
                     else None) == []
     assert (len(calls_c), len(calls_b)) == (rows_c, rows_b)
 
@@ -354,7 +350,7 @@ def test_the_callback_may_stop_and_nothing_more_is_computed(tiny, stage, rows_c,
 def test_what_a_callback_may_not_return_is_said(tiny, answer, shown):
     with pytest.raises(ValueError,
                        match=re.escape("a callback may return None, False, or finite latents of shape (1, 16, 3, 3), not " + shown)):
-        tiny(CAT, callback=lambda *args: answer, **QUICK)
+        generate(tiny, CAT, callback=lambda *args: answer, **QUICK)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
@@ -377,7 +373,7 @@ def test_a_latent_that_is_no_number_stops_the_run_in_that_step(tiny, stage, wher
     def broken(module, args, output):
         calls.append(args)
         return output * value if len(calls) == 2 else output
-    hook = getattr(tiny, stage).register_forward_hook(broken)
+    hook = tiny.part(stage).register_forward_hook(broken)
     try:
         with pytest.raises(ValueError) as error:
             tiny([CAT, DOG], steps_c=[1, 2 / 3, 1 / 3, 0], steps_b=2)
@@ -389,7 +385,7 @@ def test_a_latent_that_is_no_number_stops_the_run_in_that_step(tiny, stage, wher
 
 def test_a_single_broken_weight_is_noticed_at_once(tiny):
     """In the first step, though it is one number of millions."""
-    bias = tiny.stage_c.head.bias
+    bias = tiny.part("stage_c").head.bias
     kept = bias[0].item()
     try:
         with torch.no_grad():
@@ -412,7 +408,7 @@ PAIRS = [("rocket", "moon", "left of", "blue"), ("dog", "cat", "left of", "green
 def test_a_reconstruction_shows_what_the_picture_shows(tiny, seen, i, what):
     """49152 numbers through 144 and back, and Stage B is told nothing else: the same objects, background, and much of the pixels."""
     scene = pair(i, *what)
-    picture, = tiny.reconstruct(scene)
+    picture, = reconstruct(tiny, scene)
     assert seen(picture) == ([what[0], what[1]], what[3])
     assert psnr(torch.from_numpy(pixels(picture) / 255), torch.from_numpy(scene / 255)) > 20
 
@@ -420,31 +416,32 @@ def test_a_reconstruction_shows_what_the_picture_shows(tiny, seen, i, what):
 def test_strength_0_is_the_reconstruction(tiny):
     """To the bit, and Stage C is not asked."""
     scene = pair(0, *PAIRS[0])
-    with Recorder(tiny.stage_c) as calls:
-        picture, = tiny(CAT, init=scene, strength=0, seed=5, **QUICK)
-    assert not calls and same(picture, tiny.reconstruct(scene, CAT, seed=5, **QUICK)[0])
-    assert not alike(picture, tiny.reconstruct(scene, seed=5, **QUICK)[0])                  # Stage B does listen
+    with Recorder(tiny.part("stage_c")) as calls:
+        picture, = generate(tiny, CAT, edit=InitImage(scene, 0), seed=5, **QUICK)
+    assert not calls and same(picture, reconstruct(tiny, scene, CAT, seed=5, **QUICK)[0])
+    assert not alike(picture, reconstruct(tiny, scene, seed=5, **QUICK)[0])                  # Stage B does listen
 
 
 def test_strength_1_keeps_nothing(tiny):
     """To the bit what the prompt alone gives."""
-    assert same(tiny(CAT, init=pair(0, *PAIRS[0]), strength=1, seed=5, **QUICK)[0], tiny(CAT, seed=5, **QUICK)[0])
+    assert same(generate(tiny, CAT, edit=InitImage(pair(0, *PAIRS[0]), 1), seed=5, **QUICK)[0],
+                tiny(CAT, seed=5, **QUICK)[0])
 
 
 def test_strength_says_where_the_schedule_is_entered(tiny):
     """From the picture's latent with exactly so much noise, and only through the levels below."""
     scene, levels = single(1, "cat", "large", "green"), [1, 0.8, 0.5, 0.2, 0]
-    with Recorder(tiny.stage_c) as calls:
-        tiny(CAT, init=scene, strength=0.6, seed=5, steps_c=levels, steps_b=2)
+    with Recorder(tiny.part("stage_c")) as calls:
+        generate(tiny, CAT, edit=InitImage(scene, 0.6), seed=5, steps_c=levels, steps_b=2)
     assert [round(t[0].item(), 4) for _, t, _ in calls] == [0.6, 0.5, 0.2]
-    clean = wuerstchen.to_stored(tiny.encode_image(torch.from_numpy(scene / 255).permute(2, 0, 1)[None]))
-    torch.testing.assert_close(calls[0][0][:1], diffusion.add_noise(clean, Noise([5])(*C), torch.tensor([0.6])),
+    clean = scale_semantic(encode_image(tiny, torch.from_numpy(scene / 255).permute(2, 0, 1)[None]))
+    torch.testing.assert_close(calls[0][0][:1], add_noise(clean, Noise([5])(*C), torch.tensor([0.6])),
                                rtol=1e-4, atol=1e-4)
 
 
 def test_the_less_strength_the_nearer_to_the_picture(tiny):
     scene, prompt = single(1, "cat", "large", "green"), "a cat on a green background"
-    none, some, more, all_ = (tiny(prompt, init=scene, strength=strength, num_images=2, output="pt", **HALF)
+    none, some, more, all_ = (generate(tiny, prompt, edit=InitImage(scene, strength), num_images=2, output="pt", **HALF)
                               for strength in (0, 0.2, 0.6, 1))
     nearness = [psnr(images, none) for images in (some, more, all_)]
     assert nearness[0] > nearness[1] > nearness[2], nearness
@@ -455,8 +452,8 @@ def test_a_new_object_comes_where_the_old_one_was(tiny, judge):
     places = []
     for place in ((40, 40), (88, 88)):
         scene = render(Scene(("star",), (60,), (place,), "red"))
-        found = [judge.find(picture)[0] for picture in tiny("a cat on a red background", init=scene, strength=0.6,
-                                                            num_images=4, **HALF)]
+        found = [judge.find(picture)[0] for picture in generate(tiny, "a cat on a red background",
+                                                                edit=InitImage(scene, 0.6), num_images=4, **HALF)]
         assert [[name for name, *_ in objects] for objects in found] == [["cat"]] * 4
         places.append(np.mean([objects[0][2] for objects in found], axis=0))
     assert (places[0] + 6 < places[1]).all(), places
@@ -467,7 +464,7 @@ def test_a_new_object_comes_where_the_old_one_was(tiny, judge):
 def test_without_a_prompt_a_picture_gets_variations(tiny, seen, what):
     """The same object on the same background, each time another picture. With the strength of 0.6 that a prompt would get, it is
     mostly another object: nothing says what to paint where so little is left of the picture."""
-    variations = tiny(init=single(1, *what), num_images=4, **HALF)
+    variations = generate(tiny, edit=InitImage(single(1, *what)), num_images=4, **HALF)
     assert [seen(picture) for picture in variations] == [([what[0]], what[2])] * 4
     assert all(np.abs(pixels(a) - pixels(b)).mean() > 3 for a, b in itertools.combinations(variations, 2))
 
@@ -479,7 +476,7 @@ def test_without_a_prompt_a_picture_gets_variations(tiny, seen, what):
 def test_a_picture_of_any_size_gives_one_of_any_size(tiny, given, expected):
     """Of 200 x 130 px: what is not given follows the picture's shape, with the weights' own size for the shorter side."""
     gradient = np.linspace(0, 255, 200, dtype=np.uint8)[None, :, None].repeat(130, 0).repeat(3, 2)
-    assert tiny.reconstruct(gradient, steps_b=2, **given)[0].size == expected
+    assert reconstruct(tiny, gradient, steps_b=2, **given)[0].size == expected
 
 
 def test_a_photo_that_lies_on_its_side_is_set_upright_before_its_size_is_taken(tiny, tmp_path):
@@ -487,8 +484,8 @@ def test_a_photo_that_lies_on_its_side_is_set_upright_before_its_size_is_taken(t
     exif = Image.Exif()
     exif[0x0112] = 6                                    # stored lying: a quarter turn to the right sets it upright
     Image.fromarray(np.rot90(upright).copy()).save(tmp_path / "photo.png", exif=exif)
-    picture, = tiny.reconstruct(tmp_path / "photo.png", steps_b=2)
-    assert picture.size == (128, 197) and same(picture, tiny.reconstruct(upright, steps_b=2)[0])
+    picture, = reconstruct(tiny, tmp_path / "photo.png", steps_b=2)
+    assert picture.size == (128, 197) and same(picture, reconstruct(tiny, upright, steps_b=2)[0])
 
 
 # --- inpainting --------------------------------------------------------------------------------------
@@ -499,14 +496,14 @@ PAINTED_ANEW = [("dog", "cat", "rose", "left of", "green"), ("rocket", "moon", "
                 ("penguin", "owl", "donut", "above", "blue")]
 
 
-@pytest.mark.parametrize("sampler", diffusion.SAMPLERS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("i, what", list(enumerate(PAINTED_ANEW)), ids=[what[2] for what in PAINTED_ANEW])
 def test_what_is_masked_becomes_what_the_prompt_says(tiny, judge, i, what, sampler):
     """The other object is still there, in its relation to the new one, and not a pixel outside the mask has changed."""
     kept, old, new, relation, colour = what
     scene, mask = pair(i, kept, old, relation, colour), RIGHT if relation == "left of" else LOWER
-    picture, = tiny(plain_caption((kept, new), colour, relation), init=scene, mask=mask, sampler_c=sampler,
-                    sampler_b=sampler, **HALF)
+    picture, = generate(tiny, plain_caption((kept, new), colour, relation), edit=InitImage(scene, mask=mask),
+                        sampler_c=sampler, sampler_b=sampler, **HALF)
     found, background = judge.find(picture)
     places = {name: place for name, _, place, _ in found}
     assert set(places) == {kept, new} and background == colour and relation_of(places[kept], places[new]) == relation
@@ -518,21 +515,23 @@ def test_a_mask_of_any_shape_keeps_every_pixel_outside_it(tiny):
     rows, columns = np.indices((100, 150))
     mask = (rows - 50) ** 2 + (columns - 40) ** 2 < 20 ** 2                                 # a disc
     picture = np.random.default_rng(0).integers(0, 256, (100, 150, 3), dtype=np.uint8)
-    for painted in tiny(CAT, init=picture, mask=mask, width=150, height=100, num_images=2, **QUICK):
+    for painted in generate(tiny, CAT, edit=InitImage(picture, mask=mask), width=150, height=100, num_images=2,
+                            **QUICK):
         assert np.array_equal(np.asarray(painted)[~mask],
                               picture[~mask]) and not np.array_equal(np.asarray(painted)[mask], picture[mask])
 
 
-@pytest.mark.parametrize("sampler", diffusion.SAMPLERS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_what_is_known_is_held_in_the_latents_of_both_stages(tiny, sampler):
     """Pasting alone would bring the pixels back, but what is new would not have been painted to fit them. A latent of Stage C
     that the mask touches is made anew, here the two right columns of three; in Stage B it is the right half."""
     scene = pair(0, "dog", "cat", "left of", "green")
     image = torch.from_numpy(scene / 255).float().permute(2, 0, 1)[None]
-    how = dict(init=scene, mask=RIGHT, sampler_c=sampler, sampler_b=sampler, **QUICK)
-    semantic, latents = (tiny(CAT, output=output, **how) for output in ("semantic", "latents_b"))
+    how = dict(edit=InitImage(scene, mask=RIGHT), sampler_c=sampler, sampler_b=sampler, **QUICK)
+    semantic, latents = (generate(tiny, CAT, output=output, **how) for output in ("semantic", "latents_b"))
     with torch.no_grad():
-        for made, known, new in ((semantic, tiny.encode_image(image), 1), (latents, tiny.stage_a.encode(image), 16)):
+        for made, known, new in ((semantic, encode_image(tiny, image), 1),
+                                 (latents, tiny.part("stage_a").encode(image), 16)):
             torch.testing.assert_close(made[..., :new], known[..., :new], rtol=1e-4, atol=1e-4)
             assert rel(made[..., new:], known[..., new:]) > 0.1
 
@@ -542,16 +541,16 @@ def test_a_picture_is_continued_beyond_its_edge(tiny, seen, filler):
     """Outpainting is a mask around it. Whatever lies under the mask must not shine through."""
     scene = pair(0, "dog", "cat", "left of", "green").copy()
     scene[:, 64:] = filler
-    picture, = tiny("a dog left of a rose on a green background", init=scene, mask=RIGHT, **HALF)
+    picture, = generate(tiny, "a dog left of a rose on a green background", edit=InitImage(scene, mask=RIGHT), **HALF)
     assert seen(picture) == (["dog", "rose"], "green")
 
 
 @pytest.mark.parametrize("mask, message", [
-    (np.ones((128, 64)), "the mask has 64 x 128 px, its picture 128 x 128: they must be the same"),
+    (np.ones((128, 64)), "the mask has 64 x 128 px, its image 128 x 128: they must be the same"),
     (np.zeros((128, 128)), "the mask marks nothing: expected white where new content goes, black elsewhere")])
 def test_masks_that_do_not_fit_are_refused(tiny, mask, message):
-    with Recorder(tiny.stage_c) as calls, pytest.raises(ValueError, match=message):
-        tiny(CAT, init=pair(0, *PAIRS[0]), mask=mask, **QUICK)
+    with Recorder(tiny.part("stage_c")) as calls, pytest.raises(ValueError, match=message):
+        generate(tiny, CAT, edit=InitImage(pair(0, *PAIRS[0]), mask=mask), **QUICK)
     assert not calls
 
 
@@ -561,7 +560,7 @@ def test_masks_that_do_not_fit_are_refused(tiny, mask, message):
 def test_the_ends_of_an_interpolation_are_the_pure_prompts(model, request):
     """To the bit, with a negative prompt, too."""
     model = request.getfixturevalue(model)
-    frames = model.interpolate(CAT, DOG, 4, seed=5, negative_prompt="a moon", **QUICK)
+    frames = interpolate(model, CAT, DOG, 4, seed=5, negative_prompt="a moon", **QUICK)
     assert len(frames) == 4
     for frame, prompt in ((frames[0], CAT), (frames[-1], DOG)):
         assert same(frame, model(prompt, "a moon", seed=5, **QUICK)[0])
@@ -569,38 +568,38 @@ def test_the_ends_of_an_interpolation_are_the_pure_prompts(model, request):
 
 def test_between_two_prompts_the_picture_changes_once(tiny, seen):
     """A cat, then a dog, on the same background all the way: no third thing in between."""
-    frames = [seen(frame) for frame in tiny.interpolate(CAT, "a dog on a blue background", 5, seed=3, batch=5, **HALF)]
+    frames = [seen(frame) for frame in interpolate(tiny, CAT, "a dog on a blue background", 5, seed=3, batch=5, **HALF)]
     changes = [key for key, _ in itertools.groupby(frames)]
     assert changes == [(["cat"], "blue"), (["dog"], "blue")]
 
 
 def test_between_two_semantic_latents(tiny, seen):
     """Pictures may be interpolated, too, as they have such latents. Stage B is told nothing, or one prompt for all."""
-    cat, dog = (tiny(prompt, seed=3, output="semantic", **HALF) for prompt in (CAT, DOG))
-    frames = tiny.interpolate(cat, dog, 3, seed=5, steps_b=6)
+    cat, dog = (generate(tiny, prompt, seed=3, output="semantic", **HALF) for prompt in (CAT, DOG))
+    frames = interpolate(tiny, cat, dog, 3, seed=5, steps_b=6)
     assert seen(frames[0]) == (["cat"], "blue") and seen(frames[-1]) == (["dog"], "yellow") and len(frames) == 3
-    assert same(frames[0], tiny(semantic=cat, seed=5, steps_b=6)[0])
-    assert same(frames[-1], tiny(semantic=dog, seed=5, steps_b=6)[0])
-    assert same(tiny.interpolate(cat, dog, 2, seed=5, prompt=STAR, **QUICK)[0],
-                tiny(STAR, semantic=cat, seed=5, **QUICK)[0])
+    assert same(frames[0], generate(tiny, given={"semantic": cat}, seed=5, steps_b=6)[0])
+    assert same(frames[-1], generate(tiny, given={"semantic": dog}, seed=5, steps_b=6)[0])
+    assert same(interpolate(tiny, cat, dog, 2, seed=5, prompt=STAR, **QUICK)[0],
+                generate(tiny, STAR, given={"semantic": cat}, seed=5, **QUICK)[0])
 
 
 def test_the_noise_may_move_from_one_seed_to_another(tiny):
-    frames = tiny.interpolate(CAT, CAT, 3, seed=5, to_seed=9, **QUICK)
+    frames = interpolate(tiny, CAT, CAT, 3, seed=5, to_seed=9, **QUICK)
     assert same(frames[0], tiny(CAT, seed=5, **QUICK)[0]) and same(frames[-1], tiny(CAT, seed=9, **QUICK)[0])
     assert not alike(frames[1], frames[0]) and not alike(frames[1], frames[-1])
 
 
 @pytest.mark.parametrize("to_seed", [None, 9])
 def test_frames_are_the_same_in_batches(tiny, to_seed):
-    one, three = (tiny.interpolate(CAT, DOG, 5, seed=5, to_seed=to_seed, batch=batch, **QUICK) for batch in (1, 3))
+    one, three = (interpolate(tiny, CAT, DOG, 5, seed=5, to_seed=to_seed, batch=batch, **QUICK) for batch in (1, 3))
     assert len(one) == len(three) == 5 and all(map(alike, one, three))
 
 
 def test_an_interpolation_that_is_stopped_keeps_what_is_finished(tiny):
     """And starts no further frame."""
     told = []
-    frames = tiny.interpolate(CAT, DOG, 5, callback=lambda *args: False if told.append(args) or len(told) == 8
+    frames = interpolate(tiny, CAT, DOG, 5, callback=lambda *args: False if told.append(args) or len(told) == 8
                               else None, **QUICK)
     assert len(frames) == 1 and len(told) == 8          # five steps a frame: stopped in the second
 
@@ -614,7 +613,7 @@ def test_an_interpolation_that_is_stopped_keeps_what_is_finished(tiny):
      r"shapes \(2, 16, 3, 3\) and \(2, 16, 3, 3\), expected twice the same: \(1, 16, h, w\)")])
 def test_what_cannot_be_interpolated_is_refused(tiny, a, b, frames, message):
     with pytest.raises(ValueError, match=message):
-        tiny.interpolate(a, b, frames)
+        interpolate(tiny, a, b, frames)
 
 
 def test_slerp_ends_exactly_at_its_ends():
@@ -659,8 +658,8 @@ def rim(images: Tensor) -> Tensor:
 def test_previews_come_to_resemble_the_picture(tiny):
     """From three middle steps on in Stage C the background is right; in Stage B the picture is, but for detail."""
     shown = []
-    images = tiny([CAT, STAR, "a snowman above a car on a yellow background"], seed=5, output="pt",
-                  preview=lambda stage, i, images: shown.append((stage, i, images)))
+    images = generate(tiny, [CAT, STAR, "a snowman above a car on a yellow background"], seed=5, output="pt",
+                      callback=Previews(tiny, lambda stage, i, images: shown.append((stage, i, images))))
     assert [(stage, i) for stage, i, _ in shown] == [("C", i) for i in range(29)] + [("B", i) for i in range(12)]
     for stage, i, preview in shown:
         assert preview.shape == (3, 3, *(C if stage == "C" else B)[1:]) and 0 <= preview.min() and preview.max() <= 1
@@ -673,13 +672,14 @@ def test_previews_come_to_resemble_the_picture(tiny):
 
 
 def test_looking_changes_nothing(tiny):
-    assert same(tiny(CAT, seed=5, preview=lambda *args: None, **QUICK)[0], tiny(CAT, seed=5, **QUICK)[0])
+    assert same(generate(tiny, CAT, seed=5, callback=Previews(tiny, lambda *args: None), **QUICK)[0],
+                tiny(CAT, seed=5, **QUICK)[0])
 
 
 def counted(monkeypatch) -> list:
     """How often the maps were fitted: one entry for each."""
-    fits, fit = [], wuerstchen.fit_linear
-    monkeypatch.setattr(wuerstchen, "fit_linear", lambda *args: fits.append(args) or fit(*args))
+    fits, fit = [], previews.fit_linear
+    monkeypatch.setattr(previews, "fit_linear", lambda *args: fits.append(args) or fit(*args))
     return fits
 
 
@@ -687,10 +687,10 @@ def test_the_maps_are_fitted_once_and_stored_beside_the_weights(tmp_path, monkey
     shutil.copytree(TINY, tmp_path / "copy", ignore=shutil.ignore_patterns("preview.json"))
     fits, file = counted(monkeypatch), tmp_path / "copy" / "preview.json"
     model = Wuerstchen.load(tmp_path / "copy", "cpu")
-    maps = model.preview_maps()
+    maps = preview_maps(model)
     assert len(fits) == 2 and file.is_file()
     assert {stage: matrix.shape for stage, matrix in maps.items()} == {"C": (17, 3), "B": (5, 3)}
-    again = Wuerstchen(*model.sources.values(), preview_file=file).preview_maps()           # as after a new start
+    again = preview_maps(Wuerstchen.load(tmp_path / "copy", "cpu"))                         # as after a new start
     assert len(fits) == 2 and all((again[stage] - maps[stage]).abs().max() < 1e-4 for stage in maps)
 
 
@@ -702,18 +702,19 @@ def test_maps_of_other_parts_are_not_taken(tmp_path):
 
 
 def test_weights_that_cannot_be_written_beside_are_no_error(tiny, tmp_path, monkeypatch):
-    """Fitted for as long as the object lives, then."""
+    """They are fitted for this call, then."""
     (tmp_path / "file").write_text("not a folder")
-    model = Wuerstchen(*tiny.sources.values(), size=128, preview_file=tmp_path / "file" / "preview.json")
+    model = Wuerstchen(tiny.networks, 128)
+    model.preview_file = tmp_path / "file" / "preview.json"
     fits = counted(monkeypatch)
-    assert set(model.preview_maps()) == set(model.preview_maps()) == {"C", "B"} and len(fits) == 2
+    assert set(preview_maps(model)) == {"C", "B"} and len(fits) == 2
 
 
 def test_without_an_image_encoder_stage_b_is_shown(two_encoders):
     """How Stage C's latents look is learned from the image encoder's."""
     stages = []
     two_encoders.preview_file = None                    # its folder belongs to the tests: nothing is written there
-    two_encoders(CAT, preview=lambda stage, i, images: stages.append(stage), **QUICK)
+    generate(two_encoders, CAT, callback=Previews(two_encoders, lambda stage, i, images: stages.append(stage)), **QUICK)
     assert stages == ["B", "B"]
 
 
@@ -725,7 +726,8 @@ def test_tiles_fit_together_without_seams(tiny, tile):
     they do not divide, and one tile is larger than the picture."""
     latents = torch.randn(2, 4, 20, 27)
     with torch.no_grad():
-        torch.testing.assert_close(tiny.stage_a.decode_tiled(latents, tile), tiny.stage_a.decode(latents), rtol=0,
+        torch.testing.assert_close(memory.decode_tiled(tiny.part("stage_a"), latents, tile),
+                                   tiny.part("stage_a").decode(latents), rtol=0,
                                    atol=1e-5)
 
 
@@ -738,23 +740,29 @@ def test_a_tile_has_as_many_neighbours_as_the_decoder_looks_far(levels, blocks):
         for parameter in stage_a.parameters():
             if parameter.shape == (6,):                 # the gammas of a block: untrained, they are 0 and switch it off
                 parameter.fill_(1)
-        torch.testing.assert_close(stage_a.decode_tiled(latents, 5), stage_a.decode(latents), rtol=0, atol=1e-5)
+        torch.testing.assert_close(memory.decode_tiled(stage_a, latents, 5), stage_a.decode(latents), rtol=0, atol=1e-5)
 
 
-def test_a_call_may_ask_for_tiles(tiny, monkeypatch):
-    whole, = tiny(CAT, seed=5, **QUICK)
-    tiles, decode_tiled = [], tiny.stage_a.decode_tiled
-    monkeypatch.setattr(tiny.stage_a, "decode_tiled", lambda z, tile: tiles.append(tile) or decode_tiled(z, tile))
-    tiled, = tiny(CAT, seed=5, tile=8, **QUICK)
-    assert tiles == [8] and np.abs(pixels(whole) - pixels(tiled)).max() <= 1
+def record_tiles(monkeypatch) -> list[int]:
+    """The size of the tiles of every image that is decoded in tiles."""
+    tiles, decode_tiled = [], memory.decode_tiled
+    monkeypatch.setattr(memory, "decode_tiled", lambda stage_a, z, tile: tiles.append(tile)
+                        or decode_tiled(stage_a, z, tile))
+    return tiles
+
+
+def test_a_model_may_be_told_to_use_tiles(tiny, monkeypatch):
+    model, tiles = Wuerstchen.load("tiny", "cpu", fast=False), record_tiles(monkeypatch)
+    memory.tile(model, 8)
+    whole, tiled = (pixels(m(CAT, seed=5, **QUICK)[0]) for m in (tiny, model))
+    assert tiles == [8] and np.abs(whole - tiled).max() <= 1
 
 
 @pytest.mark.parametrize("free, expected", [(0, [64, 64]), (math.inf, [])], ids=["short", "plenty"])
 def test_tiles_are_used_by_themselves_where_memory_is_short(tiny, monkeypatch, free, expected):
-    latents, tiles, decode_tiled = torch.randn(2, 4, 80, 72), [], tiny.stage_a.decode_tiled
+    latents, tiles = torch.randn(2, 4, 80, 72), record_tiles(monkeypatch)
     whole = tiny.decode(latents)
-    monkeypatch.setattr(tiny.stage_a, "decode_tiled", lambda z, tile: tiles.append(tile) or decode_tiled(z, tile))
-    monkeypatch.setattr(wuerstchen, "free_memory", lambda device: free)
+    monkeypatch.setattr(memory, "free_memory", lambda device: free)
     torch.testing.assert_close(tiny.decode(latents), whole, rtol=0, atol=1e-5)
     assert tiles == expected
 
@@ -777,16 +785,17 @@ def moves(monkeypatch) -> list:
 def test_offload_keeps_one_part_at_a_time_on_the_device(tiny, moves):
     """The others wait in main memory. Here "cpu:0" plays the device and "cpu" main memory: for torch two names of one place."""
     model = Wuerstchen.load("tiny", "cpu:0", offload=True)
-    names = {id(wuerstchen.network(model.loaded[name])): name for name in ("stage_a", "stage_b", "stage_c",
+    names = {id(memory.module_of(model.networks[name])): name for name in ("stage_a", "stage_b", "stage_c",
                                                                            "text_encoder_c")}
 
     def on_device() -> list[str]:
         places = {names[id(part)]: place for part, place in moves if id(part) in names}
         return [name for name, place in places.items() if place == "cpu:0"]
-    assert on_device() == ["text_encoder_c"]            # the last that was loaded
+    assert on_device() == []                            # what has not been asked for waits in main memory
     at_work, hooks = [], [part.register_forward_pre_hook(lambda part, args: at_work.append((names[id(part)],
                                                                                             on_device())))
-                          for part in (model.stage_b, model.stage_c, model.text_encoder_c.model)]
+                          for part in (model.part("stage_b"), model.part("stage_c"),
+                                       model.part("text_encoder_c").model)]
     loading = len(moves)
     picture, = model(CAT, seed=5, **QUICK)
     assert {name for name, _ in at_work} == {"text_encoder_c", "stage_c", "stage_b"}
@@ -802,9 +811,9 @@ def test_offload_keeps_one_part_at_a_time_on_the_device(tiny, moves):
 
 def test_offload_moves_the_image_encoder_too(tiny, moves):
     model, scene = Wuerstchen.load("tiny", "cpu:0", offload=True, parts=hub.TEXT_TO_IMAGE), pair(0, *PAIRS[0])
-    picture, = model(CAT, init=scene, mask=RIGHT, seed=5, **QUICK)
-    assert (model.image_encoder, "cpu:0") in moves and (model.image_encoder, "cpu") in moves
-    assert same(picture, tiny(CAT, init=scene, mask=RIGHT, seed=5, **QUICK)[0])
+    picture, = generate(model, CAT, edit=InitImage(scene, mask=RIGHT), seed=5, **QUICK)
+    assert (model.part("image_encoder"), "cpu:0") in moves and (model.part("image_encoder"), "cpu") in moves
+    assert same(picture, generate(tiny, CAT, edit=InitImage(scene, mask=RIGHT), seed=5, **QUICK)[0])
 
 
 def test_compile_is_for_stages_b_and_c_and_finds_one_graph_in_each(tiny, monkeypatch):
@@ -815,7 +824,8 @@ def test_compile_is_for_stages_b_and_c_and_finds_one_graph_in_each(tiny, monkeyp
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self)
                         or compile(self, backend="eager"))
     model = Wuerstchen.load("tiny", "cpu", compile=True)
-    assert len(compiled) == 2 and {id(part) for part in compiled} == {id(model.stage_b), id(model.stage_c)}
+    assert len(compiled) == 2
+    assert {id(part) for part in compiled} == {id(model.part("stage_b")), id(model.part("stage_c"))}
     torch._dynamo.reset()
     counters.clear()
     picture, = model(CAT, seed=5, **QUICK)
@@ -852,61 +862,73 @@ def test_on_a_gpu_no_step_makes_the_host_wait():
 
 D = 128                                                  # width of the small model's text embeddings
 MISTAKES = [
-    (dict(embeddings=dict(prompt=torch.zeros(1, 20, D))),
-     "there are no embeddings called prompt: expected some of prompt_c, negative_c,"),
-    (dict(embeddings=dict(prompt_c=torch.zeros(20, D))),
-     "embeddings prompt_c have shape (20, 128), expected (1 or 1, tokens, 128)"),
-    (dict(embeddings=dict(prompt_c=torch.zeros(3, 20, D))),
-     "embeddings prompt_c have shape (3, 20, 128), expected (1 or 1, tokens, 128)"),
-    (dict(embeddings=dict(negative_c=torch.zeros(1, 20, 1280))),
+    (dict(given=dict(prompt=torch.zeros(1, 20, D))),
+     "prompt cannot be given: expected some of prompt_c, negative_c,"),
+    (dict(given=dict(prompt_c=torch.zeros(20, D))),
+     "embeddings prompt_c have shape (20, 128), expected (1 or 1, tokens, width)"),
+    (dict(given=dict(prompt_c=torch.zeros(3, 20, D))),
+     "embeddings prompt_c have shape (3, 20, 128), expected (1 or 1, tokens, width)"),
+    (dict(given=dict(negative_c=torch.zeros(1, 20, 1280))),
      "embeddings negative_c have shape (1, 20, 1280), expected (1 or 1, tokens, 128)"),
-    (dict(embeddings=dict(prompt_b=torch.zeros(1, 20, 1024))),
+    (dict(given=dict(prompt_b=torch.zeros(1, 20, 1024))),
      "embeddings prompt_b have shape (1, 20, 1024), expected (1 or 1, tokens, 128)"),
-    (dict(embeddings=dict(prompt_b=torch.zeros(1, 9, D))),
+    (dict(given=dict(prompt_b=torch.zeros(1, 9, D))),
      "embeddings of prompt_b and negative_b differ in shape, (1, 9, 128) and (1, 20, 128)"),
-    (dict(steps_c=[1, 0.5, 0.7]),
-     "timesteps must be a list of at least two strictly falling numbers in [0, 1], got [1.0, 0.5, 0.699"),
-    (dict(steps_b=[1, 0, -1]),
-     "timesteps must be a list of at least two strictly falling numbers in [0, 1], got [1.0, 0.0, -1.0]"),
-    (dict(steps_b={0.5: 2, 0.7: 2}), "timesteps must be a list of at least two strictly falling"),
-    (dict(steps_c={0.5: 0}), "the number of steps must be at least 1, got 0 for the part down to 0.5"),
-    (dict(steps_c="default"), "there are no timesteps called 'default': the only name is DEFAULT_STAGE_C_TIMESTEPS"),
-    (dict(t_start_c=0.2, t_end_c=0.4), "t_start is 0.2 and t_end 0.4, expected 1 >= t_start > t_end >= 0"),
-    (dict(t_start_b=1000), "t_start is 1000 and t_end 0, expected"),
-    (dict(sampler_c="euler"), "there is no sampler 'euler': expected one of ddpm, ddim, dpm++"),
-    (dict(sampler_b="DDPM"), "there is no sampler 'DDPM': expected one of"),
-    (dict(sampler_c="ddim", eta_c=1.5), "eta is 1.5, expected a number from 0, no chance, to 1"),
-    (dict(interval_c=(0.8, 0.2)), "guidance_c: the guidance interval is 0.8 to 0.2, expected two noise levels"),
-    (dict(interval_b=(0.5,)), "guidance_b: the guidance interval is 0.5, expected two noise levels"),
-    (dict(interval_b=0.5), "guidance_b: the guidance interval is 0.5, expected two noise levels"),
-    (dict(guidance_c=(4, 3, 2)), "guidance_c: the guidance scale is (4, 3, 2), expected a number, or two"),
-    (dict(rescale_b=2), "guidance_b: guidance rescale is 2, expected a number from 0"),
-    (dict(output="jpg"), 'output is \'jpg\', expected "pil", "np", "pt", "semantic" or "latents_b"'),
-    (dict(tile=0), "tile is 0, expected at least 1 latent per side"),
-    (dict(tile=-8), "tile is -8, expected at least 1 latent per side"),
-    (dict(width=0), "width 0 is not possible"),
-    (dict(latents_c=torch.zeros(1, 16, 3, 4)), "latents_c has shape (1, 16, 3, 4), expected (1 or 1, 16, 3, 3)"),
-    (dict(latents_b=torch.zeros(2, 4, 32, 32)), "latents_b has shape (2, 4, 32, 32), expected (1 or 1, 4, 32, 32)"),
-    (dict(semantic=torch.zeros(16, 3, 3)), "semantic has shape (16, 3, 3), expected (images or 1, 16, h, w)"),
-    (dict(semantic=torch.zeros(1, *B), width=128, height=128),
+    (dict(steps_c=[1, 0.5, 0.7]), "Stage C: steps is [1, 0.5, 0.7], expected at least 1, or at least two strictly "
+                                  "falling noise levels in [0, 1]"),
+    (dict(steps_b=[1, 0, -1]), "Stage B: steps is [1, 0, -1], expected at least 1, or at least two strictly falling"),
+    (dict(steps_b={0.5: 2, 0.7: 2}), "Stage B: steps is {0.5: 2, 0.7: 2}, expected at least 1, or at least two"),
+    (dict(steps_c={0.5: 0}), "Stage C: steps is {0.5: 0}, expected at least 1"),
+    (dict(steps_c="default"), "Stage C: steps is 'default', expected at least 1"),
+    (dict(t_start_c=0.2, t_end_c=0.4), "Stage C: (t_start, t_end) is (0.2, 0.4), expected 1 >= first > second >= 0"),
+    (dict(t_start_b=1000), "Stage B: (t_start, t_end) is (1000, 0.0), expected"),
+    (dict(sampler_c="euler"), "Stage C: sampler is 'euler', expected one of ddpm, ddim, dpm++"),
+    (dict(sampler_b="DDPM"), "Stage B: sampler is 'DDPM', expected one of"),
+    (dict(sampler_c="ddim", eta_c=1.5), "Stage C: eta is 1.5, expected a number from 0 to 1"),
+    (dict(interval_c=(0.8, 0.2)), "Stage C: interval is (0.8, 0.2), expected two noise levels"),
+    (dict(interval_b=(0.5,)), "Stage B: interval is (0.5,), expected two noise levels"),
+    (dict(interval_b=0.5), "Stage B: interval is 0.5, expected two noise levels"),
+    (dict(guidance_c=(4, 3, 2)), "Stage C: guidance is (4, 3, 2), expected a number, or two"),
+    (dict(rescale_b=2), "Stage B: rescale is 2, expected a number from 0"),
+    (dict(output="jpg"), "output is 'jpg', expected one of pil, np, pt, semantic, latents_b"),
+    (dict(width=0), "width is 0, expected a whole number of px from 64 on"),
+    (dict(given=dict(latents_c=torch.zeros(1, 16, 3, 4))),
+     "latents_c has shape (1, 16, 3, 4), expected (1 or 1, 16, 3, 3)"),
+    (dict(given=dict(latents_b=torch.zeros(2, 4, 32, 32))),
+     "latents_b has shape (2, 4, 32, 32), expected (1 or 1, 4, 32, 32)"),
+    (dict(given=dict(semantic=torch.zeros(16, 3, 3))),
+     "semantic has shape (16, 3, 3), expected (images or 1, 16, h, w)"),
+    (dict(given=dict(semantic=torch.zeros(1, *B)), width=128, height=128),
      "semantic has shape (1, 4, 32, 32), expected (1 or 1, 16, 3, 3)"),
-    (dict(semantic=torch.zeros(1, *C), latents_c=torch.zeros(1, *C)),
-     "latents_c say where Stage C starts, and so do init and semantic"),
-    (dict(mask=RIGHT), "a mask or a strength needs a picture to start from: give it as init"),
-    (dict(strength=0.5), "a mask or a strength needs a picture to start from: give it as init"),
-    (dict(init=RIGHT, strength=1.5),
+    (dict(given=dict(semantic=torch.zeros(1, *C), latents_c=torch.zeros(1, *C))),
+     "latents_c specify where Stage C starts, and so do an image and semantic"),
+    (dict(edit=InitImage(RIGHT, strength=1.5)),
      "strength is 1.5, expected a number from 0, nothing changes, to 1, nothing is kept"),
-    (dict(init=np.zeros((10, 400)), width=300), "height 8 is not possible"),
-    (dict(init="no such file.png"), "no such file.png cannot be read: there is no such file"),
-    (dict(prompt=[CAT, 3]), "the prompt is empty"),
+    (dict(edit=InitImage(np.zeros((10, 400))), width=300), "height is 8, expected a whole number of px from 64 on"),
+    (dict(edit=InitImage("no such file.png")), "no such file.png cannot be read: there is no such file"),
+    (dict(prompt=[CAT, 3]), "the prompt is empty: describe the image"),
 ]
 
 
 @pytest.mark.parametrize("arguments, message", MISTAKES,
                          ids=[f"{' '.join(a)} {i}" for i, (a, _) in enumerate(MISTAKES)])
 def test_mistakes_are_found_before_the_first_step(tiny, arguments, message):
-    """Those about Stage B, too: with the released weights Stage C takes a minute."""
-    with Recorder(tiny.stage_c) as calls_c, Recorder(tiny.stage_b) as calls_b, pytest.raises(ValueError,
-                                                                                             match=re.escape(message)) as error:
-        tiny(**dict(prompt=CAT, **QUICK) | arguments)
+    """Those about Stage B as well: with the released weights Stage C takes a minute."""
+    with Recorder(tiny.part("stage_c")) as calls_c, Recorder(tiny.part("stage_b")) as calls_b:
+        with pytest.raises(ValueError, match=re.escape(message)) as error:
+            generate(tiny, **dict(prompt=CAT, **QUICK) | arguments)
     assert not calls_c and not calls_b and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name, message", [("step_c", "unexpected keyword argument 'step'"),
+                                           ("init", "there is no option init: .*see extras/editing.py")])
+def test_an_option_that_does_not_exist_is_refused(tiny, name, message):
+    """Elsewhere a misspelled option is passed on until somebody ignores it."""
+    with pytest.raises(TypeError, match=message):
+        tiny(CAT, **{name: 5})
+
+
+@pytest.mark.parametrize("tile", [0, -8])
+def test_impossible_tiles_are_refused(tiny, tile):
+    with pytest.raises(ValueError, match=f"tile is {tile}, expected at least 1 latent per side"):
+        memory.tile(tiny, tile)

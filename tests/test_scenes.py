@@ -1,4 +1,4 @@
-"""What training may rely on: scenes are reproducible, true to their captions, and fairly split."""
+"""What training relies on: scenes are reproducible, true to their captions, and fairly split."""
 import itertools
 import re
 
@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from training import scenes
-from training.scenes import (CAPTIONED, COLOURS, OBJECTS, OPPOSITE, RELATIONS, UNCAPTIONED, VARIANTS,
-                    EmojiScenes, Scene, caption, held_out, random_scene, render)
+from training.scenes import (CAPTIONED, COLOURS, OBJECTS, OPPOSITE, RELATIONS, UNCAPTIONED, VARIANTS, EmojiScenes,
+                             Scene, caption, held_out, random_scene, render)
 
 SCENES = EmojiScenes("captioned").scenes(0, 2000)
 
@@ -43,12 +43,12 @@ def test_there_are_128_distinct_names_half_of_them_captioned():
 
 
 def test_names_are_plain_lower_case_words():
-    """They are put into captions as they are, so they must read well after "a"."""
+    """They go into captions unchanged, so they must read well after "a"."""
     assert all(re.fullmatch(r"[a-z]+( [a-z]+){0,2}", name) for name in OBJECTS)
 
 
-def test_every_cell_of_the_sheet_holds_its_own_image():
-    """The table names cells by order alone: one missing or doubled cell would shift the rest."""
+def test_every_cell_of_the_sheet_has_its_own_image():
+    """The table names cells only by their order: one missing or doubled cell would shift the rest."""
     with Image.open(scenes.ASSETS / "emoji.png") as sheet:
         assert (sheet.mode, sheet.size) == ("RGBA", (16 * 80, 8 * 80))
     sprites = [scenes.sprite(name, 40)[0].astype(int) for name in OBJECTS]
@@ -58,7 +58,7 @@ def test_every_cell_of_the_sheet_holds_its_own_image():
 
 
 def test_colours_are_far_apart():
-    """The judge calls a background right within an RGB distance of 40, half of the least gap."""
+    """The judge calls a background right within an RGB distance of 40, half of the smallest gap."""
     gaps = [np.linalg.norm(np.subtract(a, b))
             for a, b in itertools.combinations(COLOURS.values(), 2)]
     assert len(COLOURS) == 8 and min(gaps) > 2 * 40
@@ -75,7 +75,7 @@ def test_about_a_tenth_of_all_pairs_is_held_out_in_either_order():
 
 
 def test_held_out_pairs_never_appear_in_training_scenes():
-    """Else drawing them would be memory, not composition."""
+    """Otherwise drawing them would be memory, not composition."""
     pairs = [scene.objects for scene in SCENES if len(scene.objects) == 2]
     assert 0.55 < len(pairs) / len(SCENES) < 0.65
     assert not any(held_out(*pair) for pair in pairs)
@@ -91,7 +91,7 @@ def test_held_out_scenes_show_nothing_else():
 # ---- scenes ----------------------------------------------------------------------------------
 
 def test_the_same_index_gives_the_same_image_whatever_came_before():
-    """Resuming a training at image n must go on as if it had never stopped."""
+    """A training resumed at image n must continue as if it had never stopped."""
     images, captions = EmojiScenes(seed=3).batch(0, 12)
     again, again_captions = EmojiScenes(seed=3).batch(7, 5)
     np.testing.assert_array_equal(images[7:], again)
@@ -100,7 +100,7 @@ def test_the_same_index_gives_the_same_image_whatever_came_before():
 
 
 def test_two_objects_never_overlap_and_stay_off_the_rim():
-    """The judge and the relations rely on objects side by side on bare background."""
+    """The judge and the relations rely on separate objects on plain background."""
     for scene in SCENES:
         for left, top, right, bottom in boxes(scene):
             assert min(left, top) >= scenes.MARGIN and max(right, bottom) <= 128 - scenes.MARGIN
@@ -109,8 +109,8 @@ def test_two_objects_never_overlap_and_stay_off_the_rim():
             assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
 
 
-def test_the_relation_is_what_the_centers_say():
-    """And clearly so: along its axis the distance is twice that across."""
+def test_the_relation_agrees_with_the_centers():
+    """Clearly: the distance along its axis is twice the distance across."""
     for scene in (s for s in SCENES if s.relation):
         (x1, y1), (x2, y2) = scene.centers
         along, across = {"left of": (x2 - x1, y2 - y1), "right of": (x1 - x2, y2 - y1),
@@ -128,7 +128,7 @@ def test_sizes_of_single_objects_leave_gaps_between_the_classes():
 # ---- images --------------------------------------------------------------------------------
 
 def test_the_border_has_exactly_the_background_colour():
-    """No frame, no gradient: a wrong background of a model is the model's own."""
+    """No frame, no gradient: a wrong background is the model's own mistake."""
     for scene in SCENES[:100]:
         image = render(scene)
         rim = np.concatenate([image[:2].reshape(-1, 3), image[-2:].reshape(-1, 3),
@@ -136,16 +136,16 @@ def test_the_border_has_exactly_the_background_colour():
         assert image.dtype == np.uint8 and (rim == COLOURS[scene.colour]).all()
 
 
-def test_render_is_alpha_compositing_as_pillow_does_it():
+def test_render_equals_pillows_alpha_compositing():
     """Reference for the 16-bit arithmetic; 1 of 255 is left to the order of rounding."""
     for scene in SCENES[:50]:
-        picture = Image.new("RGBA", (128, 128), COLOURS[scene.colour])
+        image = Image.new("RGBA", (128, 128), COLOURS[scene.colour])
         for name, k, (left, top, *_) in zip(scene.objects, scene.sizes, boxes(scene)):
-            colour, through = scenes.sprite(name, k)
-            glyph = np.concatenate([colour, 255 - through[..., :1]], axis=2)
+            colour, transparency = scenes.sprite(name, k)
+            glyph = np.concatenate([colour, 255 - transparency[..., :1]], axis=2)
             straight = Image.frombytes("RGBa", (k, k), glyph.tobytes()).convert("RGBA")
-            picture.alpha_composite(straight, (left, top))
-        reference = np.asarray(picture.convert("RGB"), int)
+            image.alpha_composite(straight, (left, top))
+        reference = np.asarray(image.convert("RGB"), int)
         assert np.abs(render(scene).astype(int) - reference).max() <= 2
 
 
@@ -160,7 +160,7 @@ def test_other_sizes_are_the_same_image_resized():
 
 # ---- captions --------------------------------------------------------------------------------
 
-def test_captions_say_what_the_scene_shows():
+def test_captions_describe_the_scene():
     """Read back by an independent grammar: objects, relation in either order, size, colour."""
     rng = np.random.default_rng(0)
     for scene in SCENES:
@@ -207,17 +207,17 @@ def test_scenes_with_uncaptioned_objects_have_no_caption_in_the_mixed_set():
 # ---- errors ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("make, message", [
-    (lambda: Scene(("rokcet",), (40,), ((64, 64),), "red"), "Unknown object 'rokcet'.*rocket"),
-    (lambda: Scene(("rocket",), (40,), ((64, 64),), "gren"), "Unknown colour 'gren'.*green"),
+    (lambda: Scene(("rokcet",), (40,), ((64, 64),), "red"), "unknown object 'rokcet', expected for example .*rocket"),
+    (lambda: Scene(("rocket",), (40,), ((64, 64),), "gren"), "unknown colour 'gren', expected .*green"),
     (lambda: Scene(("rocket", "moon"), (40, 40), ((30, 64), (90, 64)), "red", "left"),
-     "Unknown relation 'left'.*left of"),
-    (lambda: EmojiScenes("captions"), "Unknown set of objects 'captions'.*captioned"),
-    (lambda: render(Scene(("rocket",), (60,), ((10, 64),), "red")), "'rocket' of 60 px .* canvas"),
+     "unknown relation 'left', expected .*left of"),
+    (lambda: EmojiScenes("captions"), "unknown set of objects 'captions', expected .*captioned"),
+    (lambda: render(Scene(("rocket",), (60,), ((10, 64),), "red")), "'rocket' of 60 px .* extends beyond the 128 px canvas"),
     (lambda: random_scene(np.random.default_rng(0), ["cat"], held_out_pairs=True),
-     "No held-out pair among these 1 objects"),
+     "no held-out pair among these 1 objects: give more objects"),
 ])
 def test_errors_say_what_was_wrong_and_what_is_near(make, message):
-    """One line, with a way out."""
+    """In one line, with a remedy."""
     with pytest.raises(ValueError, match=message) as error:
         make()
     assert "\n" not in str(error.value)

@@ -14,8 +14,8 @@ import stage_c
 from loading import weights
 from loading.layouts import check_scheduler, find_parts
 from loading.names import config_to_diffusers, config_to_ours, original_to_diffusers, to_diffusers, to_original
-from tools.weights import convert
-from loading.errors import WeightsError
+from tools.weights import convert, main
+from loading.errors import UserError, WeightsError, as_user_error, exit_on_user_error
 from helpers import COMBINED, MANIFESTS, PUBLISHED, SMALL_V1, build, golden, manifest, rel, small_v1, under
 from stage_a import StageA
 from stage_b import EfficientNetEncoder, StageB, TinyImageEncoder
@@ -355,6 +355,27 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
 
 
+# --- errors ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("error", [UserError("a folder is missing"), WeightsError("a folder is missing"),
+                                   OSError("a folder is missing")])
+def test_what_a_user_can_repair_ends_a_script_with_one_line(error, capsys):
+    with pytest.raises(SystemExit) as stop, exit_on_user_error():
+        raise error
+    assert stop.value.code == 2 and capsys.readouterr().err == "error: a folder is missing\n"
+
+
+def test_other_errors_are_bugs_unless_a_call_checks_the_user_s_values():
+    """A WeightsError stays one; a ValueError becomes a UserError only inside as_user_error."""
+    with pytest.raises(ValueError) as bug, exit_on_user_error():
+        raise ValueError("shapes differ")
+    assert type(bug.value) is ValueError
+    for error, kind in ((ValueError("no such column"), UserError), (WeightsError("no such tensor"), WeightsError)):
+        with pytest.raises(kind, match=str(error)) as found, as_user_error():
+            raise error
+        assert type(found.value) is kind
+
+
 # --- text encoders -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("folder", [COMBINED, PUBLISHED], ids=["combined", "published"])
@@ -521,6 +542,18 @@ def test_conversion_overwrites_nothing(tmp_path):
     with pytest.raises(WeightsError, match="exists already and is not overwritten"):
         convert(COMBINED / "vqgan", tmp_path / "out.safetensors", "ours")
     assert (tmp_path / "out.safetensors").read_bytes() == b"precious"
+
+
+def test_convert_on_the_command_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["weights.py", "convert", str(COMBINED / "vqgan"), str(tmp_path / "a.pt"), "--to",
+                                     "original"])
+    main()
+    content = torch.load(tmp_path / "a.pt", weights_only=True)["state_dict"]
+    assert "vquantizer.codebook.weight" in content
+    assert capsys.readouterr().out == f"{len(content)} tensors written to {tmp_path / 'a.pt'}\n"
+    with pytest.raises(SystemExit) as stop, exit_on_user_error():
+        main()
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith(f"error: {tmp_path / 'a.pt'} exists already")
 
 
 def test_the_authors_files_hold_several_tables(tmp_path):

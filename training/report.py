@@ -1,6 +1,6 @@
 """What a run shows: what it would do, pictures of its curves, the folder that sample.py and diffusers open, its card, the upload.
 
-Needs: torch, pillow; lora.py, weights.py, files.py; huggingface_hub for the upload.
+Needs: torch, pillow; loading/; huggingface_hub for the upload.
 """
 import json
 import math
@@ -146,7 +146,7 @@ def settings_table(args) -> str:
 
 def write_result(args, prior, learned: dict, tokenizer, text_model, pictures: int) -> None:
     """prior/, or lora.safetensors; base.json, which tells sample.py --weights where the other parts are; README.md."""
-    import lora
+    from loading import lora_formats
     from loading.files import STEM, write_files
     from loading.names import config_to_diffusers, to_diffusers
     from loading.weights import save_scheduler, save_text_encoder
@@ -157,8 +157,8 @@ def write_result(args, prior, learned: dict, tokenizer, text_model, pictures: in
     base = dict(weights=place(args.weights), files={part: place(getattr(args, part)) for part in FILES
                                                     if getattr(args, part)})
     if args.lora:
-        lora.save_lora(prior, out / "lora.safetensors", facts=dict(
-            base=args.weights, base_hash=lora.base_hash(prior), steps=args.steps, images=pictures,
+        lora_formats.save_lora(prior, out / "lora.safetensors", metadata=dict(
+            base=args.weights, base_hash=lora_formats.base_hash(prior), steps=args.steps, images=pictures,
             trigger_words=args.trigger))
         base["lora"] = "lora.safetensors"
     else:

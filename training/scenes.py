@@ -1,20 +1,19 @@
-"""Emoji scenes: pictures with captions, drawn on the fly, nothing to download.
+"""Emoji scenes: captioned images drawn on the fly, nothing to download.
 
-  (seed, i) -random_scene-> Scene -render-> (128,128,3) uint8     the picture
+  (seed, i) -random_scene-> Scene -render-> (128,128,3) uint8     the image
                                   -caption-> "a cat left of a moon on a blue background"
 
-One scene is one or two emojis on a plain background. The world is small enough to be learned in
-an hour and rich enough to test a text-to-image model: objects, sizes, colours and relations. About
-a tenth of all pairs of objects is held out, never shown in training: a model that draws them
-rightly has learned to compose, not to remember.
-  128 objects    64 captioned (Stage C learns their names), 64 uncaptioned: Stages A and B see
-                 them too, Stage C does not, so they are new words for a later fine-tuning
+A scene is one or two emojis on a plain background. This world is small enough to be learned in an hour and rich enough
+to test a text-to-image model: objects, sizes, colours and relations. About a tenth of all pairs of objects is held out
+of training: a model that draws them correctly has learned to compose, not to remember.
+  128 objects    64 captioned (Stage C learns their names), 64 uncaptioned: Stages A and B also see these, Stage C does
+                 not, so they are new words for a later fine-tuning
   8 colours      of the background, exact RGB values in COLOURS
 Out  EmojiScenes.batch(start, n) -> images (n,128,128,3) uint8, RGB; captions, n strings.
-data.py serves them among other captioned pictures, as `scenes`.
-Surprise: there is no list of pictures. Picture i depends on (seed, i) alone, so the set is endless
-and a training that resumes at picture 12800 sees exactly what an unbroken one would have seen.
-Pictures: Noto Color Emoji, assets/OFL.txt, sheet by tools/make_sprites.py.  Needs: numpy, pillow.
+data.py offers them as the dataset `scenes`, like any folder of images.
+Surprise: there is no list of images. Image i depends only on (seed, i), so the set is endless, and a training that
+resumes at image 12800 sees exactly what an unbroken one would have seen.
+Emojis: Noto Color Emoji, assets/OFL.txt, sheet made by tools/make_sprites.py.  Needs: numpy, pillow.
 """
 import difflib
 import functools
@@ -30,12 +29,9 @@ from PIL import Image
 ASSETS = Path(__file__).parents[1] / "assets"
 CANVAS, CELL, COLUMNS = 128, 80, 16       # px of a scene; px and columns of the sprite sheet
 
-# Muted, so that a red apple still shows on red; any two differ by 84 or more in RGB distance.
-COLOURS = {
-    "white": (245, 245, 245), "black": (26, 26, 30), "red": (176, 44, 52),
-    "orange": (236, 142, 62), "yellow": (250, 222, 110), "green": (84, 158, 92),
-    "blue": (72, 122, 204), "purple": (146, 90, 178),
-}
+# Muted, so that a red apple is visible on red; any two differ by at least 84 in RGB distance.
+COLOURS = {"white": (245, 245, 245), "black": (26, 26, 30), "red": (176, 44, 52), "orange": (236, 142, 62),
+           "yellow": (250, 222, 110), "green": (84, 158, 92), "blue": (72, 122, 204), "purple": (146, 90, 178)}
 _TABLE = json.loads((ASSETS / "emoji.json").read_text())     # in the order of the sheet's cells
 OBJECTS = [row["name"] for row in _TABLE]
 CAPTIONED = [row["name"] for row in _TABLE if row["captioned"]]
@@ -44,19 +40,18 @@ UNCAPTIONED = [row["name"] for row in _TABLE if not row["captioned"]]
 RELATIONS = ("left of", "right of", "above", "below")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
-# Size class of a single object: smallest and largest px, how far its center strays. Even sizes
-# only: half as many resized sprites to keep (50 MB for all). The gaps between the classes make
-# "small" and "large" unambiguous; a medium object is never called anything. All are large in the picture:
-# of 40 px, Stage B sees 10 x 10 latents.
+# Size class of a single object: smallest and largest px, how far its center strays. Only even sizes: half as many
+# resized sprites to keep (50 MB for all). The gaps between the classes make "small" and "large" unambiguous; captions
+# never call an object medium. Even the smallest are large for Stage B: 40 px are 10 x 10 latents.
 SIZE_CLASSES = {"small": (40, 46, 10), "medium": (56, 62, 8), "large": (80, 88, 6)}
 PAIR_SIZES = (50, 58)
-MARGIN = 2         # px around a scene that always show the bare background
+MARGIN = 2         # px at each edge of a scene that always show only the background
 PAIR_STRAY = 5     # px: two centers differ by <= 10 across and >= 50 along their relation's axis
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What is where.  `relation` holds from objects[0] to objects[1]; None for a single object."""
+    """Objects and their places.  `relation` is from objects[0] to objects[1]; None for a single object."""
     objects: tuple[str, ...]
     sizes: tuple[int, ...]                    # px, of the square that the sprite fills
     centers: tuple[tuple[int, int], ...]      # (x, y) in px, y points down
@@ -75,30 +70,28 @@ class Scene:
         """"small", "medium" or "large" for a single object, None for two."""
         if len(self.objects) == 2:
             return None
-        return next((name for name, (low, high, _) in SIZE_CLASSES.items()
-                     if low <= self.sizes[0] <= high), "medium")
+        return next((name for name, (low, high, _) in SIZE_CLASSES.items() if low <= self.sizes[0] <= high), "medium")
 
 
 def check_name(name: str, known: Sequence[str], kind: str) -> None:
     """Raises ValueError with the nearest known names if `name` is not one of `known`."""
     if name not in known:
         near = difflib.get_close_matches(str(name), known, n=3) or list(known)[:3]
-        raise ValueError(f"Unknown {kind} {name!r}; near matches: {', '.join(near)}.")
+        raise ValueError(f"unknown {kind} {name!r}, expected for example {', '.join(near)}")
 
 
 @functools.cache
 def held_out(a: str, b: str) -> bool:
-    """Is this pair kept out of training?  A tenth of all pairs is; the order does not matter.
+    """Is this pair held out of training?  A tenth of all pairs is; the order does not matter.
 
     A checksum, not a random draw: the same pairs for every seed, version and machine.
     """
     return zlib.crc32(f"{min(a, b)}|{max(a, b)}".encode()) % 10 == 0
 
 
-# ---- drawing scenes at random ----------------------------------------------------------------
+# ----- drawing scenes at random --------------------------------------------------------------------------------------
 
-def random_scene(rng: np.random.Generator, objects: Sequence[str] = CAPTIONED,
-                 held_out_pairs: bool = False) -> Scene:
+def random_scene(rng: np.random.Generator, objects: Sequence[str] = CAPTIONED, held_out_pairs: bool = False) -> Scene:
     """One scene: 40 % a single object, 60 % two different ones.
 
     held_out_pairs=True gives test scenes: always two objects, always a held-out pair.
@@ -112,16 +105,16 @@ def random_scene(rng: np.random.Generator, objects: Sequence[str] = CAPTIONED,
 
 
 def _draw_pair(rng, objects, held_out_pairs) -> tuple[str, str]:
-    for _ in range(10_000):                   # 10 draws are enough on average, even for held-out
+    for _ in range(10_000):                   # 10 draws are enough on average, even for held-out pairs
         a, b = (objects[i] for i in rng.integers(len(objects), size=2))
         if a != b and held_out(a, b) == held_out_pairs:
             return a, b
     kind = "held-out" if held_out_pairs else "training"
-    raise ValueError(f"No {kind} pair among these {len(objects)} objects; give more objects.")
+    raise ValueError(f"no {kind} pair among these {len(objects)} objects: give more objects")
 
 
 def place_single(rng: np.random.Generator, name: str, size_class: str, colour: str) -> Scene:
-    """A scene of one object, at a random size of its class and a random place around the middle."""
+    """A scene of one object, with a random size of its class and a random place near the middle."""
     check_name(size_class, list(SIZE_CLASSES), "size class")
     low, high, stray = SIZE_CLASSES[size_class]
     size = int(rng.integers(low // 2, high // 2 + 1)) * 2
@@ -134,35 +127,34 @@ def place_pair(rng: np.random.Generator, a: str, b: str, relation: str, colour: 
     low, high = PAIR_SIZES
     sizes = (rng.integers(low // 2, high // 2 + 1, size=2) * 2).tolist()
     half = CANVAS // 2
-    # Along the axis of the relation: anywhere in its own half. Across: near the middle.
+    # Along the axis of the relation: anywhere in the object's own half. Across: near the middle.
     first = int(rng.integers(MARGIN + sizes[0] // 2, half - sizes[0] // 2 + 1))
     second = int(rng.integers(half + sizes[1] // 2, CANVAS - MARGIN - sizes[1] // 2 + 1))
     across = (half + rng.integers(-PAIR_STRAY, PAIR_STRAY + 1, size=2)).tolist()
-    if relation in ("right of", "below"):     # a is then the one in the right or lower half:
-        first, second = CANVAS - first, CANVAS - second       # mirror, sizes are even
+    if relation in ("right of", "below"):     # a belongs in the right or lower half: mirror, sizes are even
+        first, second = CANVAS - first, CANVAS - second
     centers = ((first, across[0]), (second, across[1]))
     if relation in ("above", "below"):
         centers = tuple((x, y) for y, x in centers)
     return Scene((a, b), tuple(sizes), centers, colour, relation)
 
 
-# ---- picture ---------------------------------------------------------------------------------
+# ----- image ---------------------------------------------------------------------------------------------------------
 
 @functools.cache
 def _sheet() -> Image.Image:
-    # "RGBa" is RGB already multiplied by alpha: what may be averaged when resizing, as the hidden
-    # colour of transparent pixels then counts nothing.
+    # "RGBa" is RGB already multiplied by alpha. Only this may be averaged when resizing: the hidden colour of
+    # transparent pixels then has no weight.
     return Image.open(ASSETS / "emoji.png").convert("RGBa")
 
 
 @functools.cache
 def sprite(name: str, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """One object at size x size px: colour times alpha (size,size,3) uint8, and what it lets
-    through, 255 - alpha, (size,size,3) uint8."""
+    """One object at size x size px: colour times alpha, and its transparency, 255 - alpha, both (size,size,3) uint8."""
     check_name(name, OBJECTS, "object")
     column, row = OBJECTS.index(name) % COLUMNS * CELL, OBJECTS.index(name) // COLUMNS * CELL
-    cell = _sheet().crop((column, row, column + CELL, row + CELL))     # before the resize, so that
-    rgba = np.array(cell.resize((size, size), Image.LANCZOS))          # neighbors do not bleed in
+    cell = _sheet().crop((column, row, column + CELL, row + CELL))     # before resizing: neighbours do not bleed in
+    rgba = np.array(cell.resize((size, size), Image.LANCZOS))
     alpha = rgba[..., 3:]
     # Lanczos overshoots at edges; colour <= alpha keeps the sum in render() within 255.
     return np.minimum(rgba[..., :3], alpha), np.repeat(255 - alpha, 3, axis=2)
@@ -174,32 +166,32 @@ def _background(colour: str) -> np.ndarray:
 
 
 def render(scene: Scene, size: int = CANVAS) -> np.ndarray:
-    """The picture of a scene, (size,size,3) uint8 RGB.  Drawn at 128 px, resized for other sizes.
+    """The image of a scene, (size,size,3) uint8 RGB.  Drawn at 128 px, resized for other sizes.
 
-    Raises ValueError if an object reaches over the edge.
+    Raises ValueError if an object extends beyond the edge.
     """
     image = _background(scene.colour).copy()
     for name, k, (x, y) in zip(scene.objects, scene.sizes, scene.centers):
         left, top = x - k // 2, y - k // 2
         if min(left, top) < 0 or max(left, top) + k > CANVAS:
-            raise ValueError(f"{name!r} of {k} px at {(x, y)} reaches over the {CANVAS} px canvas; "
-                             f"make it smaller or move it to the middle.")
-        colour, through = sprite(name, k)
+            raise ValueError(f"{name!r} of {k} px at {(x, y)} extends beyond the {CANVAS} px canvas: "
+                             "make it smaller or move it to the middle")
+        colour, transparency = sprite(name, k)
         window = image[top:top + k, left:left + k]           # a view: only k x k pixels are touched
-        # v / 255, rounded, is (v + 128 + (v + 128 >> 8)) >> 8 for all v up to 255 * 255: no
-        # division per pixel, and all of it fits in 16 bits.
-        behind = np.multiply(window, through, dtype=np.uint16) + np.uint16(128)   # (k, k, 3)
+        # v / 255, rounded, is (v + 128 + (v + 128 >> 8)) >> 8 for all v up to 255 * 255: no division per pixel, and
+        # all of it fits in 16 bits.
+        behind = np.multiply(window, transparency, dtype=np.uint16) + np.uint16(128)          # (k, k, 3)
         window[:] = colour + (behind + (behind >> 8) >> 8).astype(np.uint8)
     if size != CANVAS:
         image = np.array(Image.fromarray(image).resize((size, size), Image.BICUBIC))
     return image
 
 
-# ---- caption ---------------------------------------------------------------------------------
+# ----- caption -------------------------------------------------------------------------------------------------------
 
 # Plain grammar:  a [small|large] OBJECT on a COLOUR background
 #                 a OBJECT left of|right of|above|below a OBJECT on a COLOUR background
-# 15 % of the captions say one of these instead, so that prompts in other words are understood:
+# 15 % of the captions use one of these instead, so that the model understands prompts in other words:
 VARIANT_SHARE = 0.15
 VARIANTS = {
     "left of": ("to the left of", "on the left of"),
@@ -222,7 +214,7 @@ def article(words: str) -> str:
 
 def plain_caption(objects: Sequence[str], colour: str, relation: str | None = None,
                   size_word: str | None = None, layout: str = LAYOUT) -> str:
-    """The caption of given facts, without chance.  Lower case, no full stop."""
+    """The caption of given facts, without randomness.  Lower case, no full stop."""
     if relation is None:
         things = article(f"{size_word} {objects[0]}" if size_word else objects[0])
     else:
@@ -231,7 +223,7 @@ def plain_caption(objects: Sequence[str], colour: str, relation: str | None = No
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """One of the captions that fit the scene: either object first, size word or not, variants."""
+    """A random caption that fits the scene: either object first, with or without size word, variants."""
     objects, relation, size_word, layout = scene.objects, scene.relation, None, LAYOUT
     if relation is None and scene.size_class != "medium" and rng.random() < 0.5:
         size_word = scene.size_class
@@ -245,15 +237,14 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     return plain_caption(objects, scene.colour, relation, size_word, layout)
 
 
-# ---- data set --------------------------------------------------------------------------------
+# ----- dataset -------------------------------------------------------------------------------------------------------
 
 class EmojiScenes:
     """An endless, numbered set of scenes.
 
-    objects  "captioned" (train Stage C), "uncaptioned" (fine-tune), or "all" (train Stages A and
-             B): there a scene with an uncaptioned object gets the caption "", so that no stage
-             learns the name before its time.
-    size     px of the pictures.  seed  another seed is another, equally endless set.
+    objects  "captioned" (to train Stage C), "uncaptioned" (to fine-tune), or "all" (to train Stages A and B). In the
+             last, a scene with an uncaptioned object gets the caption "", so that no stage learns the name too early.
+    size     px of the images.  seed  another seed is another, equally endless set.
     """
     def __init__(self, objects: str = "all", size: int = CANVAS, seed: int = 0):
         choices = {"all": OBJECTS, "captioned": CAPTIONED, "uncaptioned": UNCAPTIONED}
@@ -262,7 +253,7 @@ class EmojiScenes:
         self.captioned = frozenset(CAPTIONED if objects == "all" else self.objects)
 
     def _draw(self, i: int) -> tuple[Scene, str]:
-        rng = np.random.default_rng([self.seed, i])          # nothing but (seed, i) enters
+        rng = np.random.default_rng([self.seed, i])          # the only source of randomness
         scene = random_scene(rng, self.objects)
         return scene, caption(scene, rng) if self.captioned.issuperset(scene.objects) else ""
 
@@ -276,6 +267,6 @@ class EmojiScenes:
         return [self.scene(i) for i in range(start, start + n)]
 
     def batch(self, start: int, n: int) -> tuple[np.ndarray, list[str]]:
-        """Pictures start .. start + n - 1: (n,size,size,3) uint8 and their n captions."""
+        """Images start .. start + n - 1: (n,size,size,3) uint8 and their n captions."""
         scenes, captions = zip(*(self._draw(i) for i in range(start, start + n)))
         return np.stack([render(scene, self.size) for scene in scenes]), list(captions)

@@ -1,0 +1,342 @@
+"""LoRA files of all programs: read into lora.py's names, and written for other programs.
+
+All programs store the same two matrices of a layer, under different names. The original code, and programs built on
+it, also have one matrix `in_proj` for the rows of query, key and value. One LoRA there is three here: see fuse, split.
+
+  load_lora(model, source, name, scale)           # like lora.load_lora, for a file of any program
+  save_lora(model, path, name, to="kohya")        # or diffusers, comfy, original, ours
+  weights, metadata = read_lora(source)           # without a model: {layer's name: LoRAWeights}
+
+A file is read as a whole or not at all. The error has counts and the first names, because loaders that skip what they
+do not know end up loading nothing.
+Needs: torch, safetensors, numpy; lora.py, loading/errors.py, loading/files.py.
+"""
+import contextlib
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+import lora
+from loading.errors import WeightsError
+from loading.files import write_atomically
+
+
+class LoRAWeights(NamedTuple):
+    """The LoRA of one layer. For a convolution: down (rank, in, k, k) and up (out, rank, 1, 1)."""
+    down: Tensor                       # (rank, in)
+    up: Tensor                         # (out, rank)
+    alpha: float
+    magnitude: Tensor | None = None    # (out,), only in a DoRA
+
+
+# Written names: what stands in front of the layer's name, and the names of the two matrices.
+FORMATS = {
+    "diffusers": ("prior.", "lora_A", "lora_B"),              # alpha in the metadata; in the others, {layer}.alpha
+    "kohya":     ("lora_unet_", "lora_down", "lora_up"),      # with _ instead of . in the layer's name
+    "comfy":     ("diffusion_model.", "lora_A", "lora_B"),
+    "original":  ("", "lora_down", "lora_up"),                # query, key and value are one layer, in_proj
+    "ours":      ("", "lora_down", "lora_up"),                # our names, for checkpoints
+}
+# Read names: one of these, the layer's name, one of those.
+PREFIXES = ("prior.", "diffusion_model.", "lora_unet_", "lora_prior_unet_", "lora_prior_unet.", "unet.",
+            "base_model.model.", "")
+ENDINGS = {
+    "down":      (".lora_A.weight", ".lora_down.weight", "_lora.down.weight", ".lora.down.weight"),
+    "up":        (".lora_B.weight", ".lora_up.weight", "_lora.up.weight", ".lora.up.weight"),
+    "alpha":     (".alpha",),
+    "magnitude": (".lora_magnitude_vector.weight", ".lora_magnitude_vector"),
+}
+# What a file is that is not read: the first of these patterns that is found in the unknown names.
+FOREIGN = {
+    r"\A(?!.*(lora|lycoris|hada_|lokr_|bundle_emb))": "a whole model, not a LoRA",
+    r"hada_|lokr_|oft_|glora": "another method than LoRA (LoHa, LoKr, OFT, ...)",
+    r"dora_scale": "a DoRA in LyCORIS' form, which does not say whether its scale is per input or per output",
+    r"^(lora_te|lora_prior_te|text_encoder)": "a LoRA that also changes a text encoder",
+    r"^(bundle_emb|embeddings\.)": "a LoRA with learned words, for which no model here has a place",
+    r"^weights\.\d": "a LoRA of Stable Cascade's trainer, which numbers the layers instead of naming them",
+    r"double_blocks|single_transformer_blocks|joint_blocks": "a LoRA for Flux or Stable Diffusion 3",
+    r"transformer_blocks|attentions_\d|attn1|input_blocks": "a LoRA for Stable Diffusion",
+    r"down_blocks|up_blocks": "a LoRA for Stable Cascade (Würstchen v3) or for Stage B",
+    r"depthwise": "a LoRA that was also trained on grouped convolutions, which no program can apply as it was trained",
+    r"": "a LoRA for another model",
+}
+
+
+# ----- reading ---------------------------------------------------------------------------------------
+
+def open_lora(source: str | Path | dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A file, a folder as diffusers saves it, or tensors -> (tensors, metadata). Raises ValueError."""
+    if isinstance(source, dict):
+        return source, {}
+    path = Path(source)
+    if path.is_dir():
+        path = max(path.glob("pytorch_lora_weights.*"), default=path)        # .safetensors rather than .bin
+    if not path.is_file():
+        raise ValueError("there is no such file")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors import safe_open
+            with safe_open(path, "pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:         # each library raises its own kinds
+        reason = str(error).split("\n")[0][:200]
+        raise ValueError(f"it cannot be read, presumably it is cut off or not a file of weights: {reason}") from error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise ValueError("it does not hold a table of tensors, which a LoRA is")
+    return tensors, {}
+
+
+def aliases(names: dict[str, str]) -> dict[str, tuple[str, ...]]:
+    """{a layer's name in any file, without prefix: (our name,)}. The fused matrix has three of ours.
+
+    names: {our name: diffusers' name}.
+    """
+    lookup = {}
+    for name, theirs in names.items():
+        block, _, layer = theirs.partition(".attention.")
+        same = [name, theirs]
+        if layer == "to_out.0":                          # older diffusers, the original
+            same += [f"{block}.attention.{other}" for other in ("processor.to_out", "to_out", "attn.out_proj")]
+        elif layer in ("to_q", "to_k", "to_v"):          # older diffusers, OneTrainer's thirds of the fused matrix
+            third = ("to_q", "to_k", "to_v").index(layer)
+            same += [f"{block}.attention.processor.{layer}", f"{block}.attention.attn.in_proj.{third}"]
+        lookup |= {alias: (name,) for alias in same}
+        if layer == "to_q":
+            trio = tuple(name.removesuffix("query") + one for one in ("query", "key", "value"))
+            lookup |= {f"{block}.attention.attn.in_proj": trio, f"{block}.attention.attn.in_proj_weight": trio}
+    # kohya flattens names, and "a_b" could be a.b or a_b. So this is a table of all names; nothing is guessed.
+    return {alias.replace(".", "_"): names for alias, names in lookup.items()} | lookup
+
+
+def parse_name(name: str, lookup: dict[str, tuple[str, ...]]) -> tuple[tuple[str, ...] | None, str]:
+    """A tensor's name -> (our layers, "down", "up", "alpha" or "magnitude"), or (None, "") if it is not known."""
+    for role, endings in ENDINGS.items():
+        for ending in (ending for ending in endings if name.endswith(ending)):
+            for prefix in (prefix for prefix in PREFIXES if name.startswith(prefix)):
+                if (layer := name.removesuffix(ending).removeprefix(prefix)) in lookup:
+                    return lookup[layer], role
+    return None, ""
+
+
+def by_layer(tensors: dict[str, Tensor], lookup: dict) -> dict[tuple[str, ...], dict[str, Tensor]]:
+    """Tensors of a file -> {our layers: {"down": tensor, "up": tensor, ...}}. ValueError if one is not known."""
+    unknown, layers = [], {}
+    for name, tensor in tensors.items():
+        names, role = parse_name(name, lookup)
+        if names is None:
+            unknown.append(name)
+        elif role in layers.setdefault(names, {}):
+            raise ValueError(f"{names[0]} is in the file twice, the second time as {name}")
+        else:
+            layers[names][role] = tensor
+    if not tensors:
+        raise ValueError("it is empty")
+    if unknown:
+        text = "\n".join(unknown)
+        kind = next(kind for pattern, kind in FOREIGN.items() if re.search(pattern, text, re.DOTALL | re.MULTILINE))
+        raise ValueError(f"{len(unknown)} of {len(tensors)} tensors belong to no layer of this model "
+                         f"({', '.join(unknown[:4])}{', ...' * (len(unknown) > 4)}): it looks like {kind}")
+    return layers
+
+
+def split(values: dict[str, Tensor], n: int) -> list[dict[str, Tensor]]:
+    """A LoRA of n layers whose rows were stacked into one matrix -> n LoRAs: the same down, and each its rows of up.
+
+    Rows of down that only the others use are dropped, so what `fuse` wrote comes back as it was.
+    """
+    down, up, magnitude = (values.get(role) for role in ("down", "up", "magnitude"))
+    if n == 1 or down is None or up is None or up.ndim < 2 or up.shape[1] != len(down) or len(up) % n:
+        return [values] * n                              # what is wrong is found when it has to fit a layer
+    result, magnitudes = [], [None] * n if magnitude is None else magnitude.flatten().chunk(n)
+    for up, magnitude in zip(up.chunk(n), magnitudes):                                   # up (out, rank)
+        used = up.any(0).flatten() if up.any() else torch.ones(len(down), dtype=torch.bool)        # (rank,)
+        alpha = values["alpha"].double() * int(used.sum()) / len(used)
+        result.append(dict(down=down[used], up=up[:, used], alpha=alpha)
+                      | ({} if magnitude is None else dict(magnitude=magnitude)))
+    return result
+
+
+def read_layers(source, names) -> tuple[dict[str, dict], dict[str, str]]:
+    """A LoRA in any format -> ({our layer: {"down": tensor, "up": tensor, "alpha": tensor, ...}}, metadata).
+
+    names: of a model's layers; None: of a Stage C of any depth. alpha is the layer's own if the file has one, otherwise
+    that of diffusers' metadata, otherwise the rank.
+    """
+    tensors, metadata = open_lora(source)
+    config = json.loads(metadata.get("lora_adapter_metadata") or "{}")
+    if names is None:      # as many blocks as the largest number in the file, mostly too many
+        depth = max(map(int, re.findall(r"\d{1,3}", " ".join(tensors))), default=0) + 1
+        names = [name.format(i=i) for i in range(depth) for name in lora.DIFFUSERS_NAMES]
+    theirs, result = lora.diffusers_names(names), {}
+    for layers, values in by_layer(tensors, aliases(theirs)).items():
+        if result.keys() & set(layers):
+            raise ValueError(f"{layers[0]} is in the file twice, alone and fused")
+        alpha = lora.alpha_from(config, theirs[layers[0]], len(values.get("down", ())))
+        values.setdefault("alpha", torch.tensor(alpha, dtype=torch.float64))
+        result |= zip(layers, split(values, len(layers)))
+    return result, metadata
+
+
+def check_fit(layers: dict[str, dict], shapes: dict[str, tuple] | None) -> None:
+    """Raises ValueError if layers of a file do not fit weights of these shapes (None: of any)."""
+    misfits = []
+    for name, values in layers.items():
+        try:
+            if not all(tensor.isfinite().all() for tensor in values.values()):
+                raise ValueError("has NaN or infinity")
+            shape = shapes[name] if shapes else values["up"].shape[:1] + values["down"].shape[1:]
+            lora.to_adapter(values, shape)
+        except KeyError as error:
+            misfits.append(f"{name} has no {error.args[0]}")
+        except ValueError as error:
+            misfits.append(f"{name} {error}")
+    if misfits:
+        raise ValueError(f"{len(misfits)} of {len(layers)} layers do not fit: {'; '.join(misfits[:3])}"
+                         + "; ..." * (len(misfits) > 3))
+
+
+@contextlib.contextmanager
+def naming_source(source):
+    """Errors inside become a WeightsError that names the file."""
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError, re.error) as error:       # the last three: impossible metadata
+        name = "the LoRA" if isinstance(source, dict) else source
+        raise WeightsError(f"{name}: {error}; nothing was loaded") from error
+
+
+def load_lora(model: nn.Module, source: str | Path | dict[str, Tensor], name: str = "default",
+              scale: float = 1.0) -> list[str]:
+    """lora.load_lora for a file in any format. Raises WeightsError, and then the model is as before."""
+    lora.check_name(model, name)
+    with naming_source(source):
+        known = lora.find_layers(model)[0]
+        layers, _ = read_layers(source, known)
+        check_fit(layers, {name: layer.weight.shape for name, layer in known.items()})
+        tensors = {name + lora.ROLES[role][0]: tensor for name, values in layers.items()
+                   for role, tensor in values.items()}
+        return lora.load_lora(model, tensors, name, scale)
+
+
+def read_lora(source: str | Path | dict[str, Tensor]) -> tuple[dict[str, LoRAWeights], dict[str, str]]:
+    """A LoRA of a Stage C of any size, in any format -> ({our layer's name: LoRAWeights}, metadata)."""
+    with naming_source(source):
+        layers, metadata = read_layers(source, None)
+        check_fit(layers, None)
+    return {name: LoRAWeights(**values | dict(alpha=float(values["alpha"]) or float(len(values["down"]))))
+            for name, values in layers.items()}, metadata
+
+
+# ----- writing ---------------------------------------------------------------------------------------
+
+def fuse(weights: dict[str, LoRAWeights]) -> dict[str, LoRAWeights]:
+    """diffusers' names -> the original's, where query, key and value are the rows of one matrix, in_proj.
+
+    Their LoRAs become one, exactly: down = [q; k; v] stacked, up = block diagonal, with the sum of the ranks. If all
+    have the same down, because they came from such a matrix, up = [q; k; v] stacked, with their rank.
+    """
+    result = {}
+    for name, one in weights.items():
+        block, _, layer = name.partition(".attention.")
+        fused = f"{block}.attention.attn.in_proj"
+        if layer not in ("to_q", "to_k", "to_v"):
+            result[f"{block}.attention.attn.out_proj" if layer == "to_out.0" else name] = one
+        elif fused not in result:
+            empty = LoRAWeights(one.down[:0], one.up[:, :0], 0.0)                        # rank 0, for one without LoRA
+            trio = [weights.get(f"{block}.attention.{third}", empty) for third in ("to_q", "to_k", "to_v")]
+            s = one.alpha / len(one.down)                # one for all three; the rest goes into up
+            ups = [third.up * (third.alpha / max(len(third.down), 1) / s) for third in trio]       # (out, rank) each
+            if all(torch.equal(third.down, one.down) for third in trio):
+                down, up = one.down, torch.cat(ups)                                      # (rank, in), (3 out, rank)
+            else:
+                down = torch.cat([third.down for third in trio])                         # (sum of ranks, in)
+                up = torch.block_diag(*ups)                                              # (3 out, sum of ranks)
+            result[fused] = LoRAWeights(down, up, s * len(down))
+    return result
+
+
+def to_tensors(weights: dict[str, LoRAWeights], names: dict[str, str], to: str) -> tuple[dict, dict]:
+    """{our layer's name: LoRAWeights} -> (tensors of a file, its metadata). names: those of diffusers.
+
+    Raises ValueError for what the format cannot hold.
+    """
+    if to not in FORMATS:
+        raise ValueError(f"{to!r} is not a format: expected one of {', '.join(FORMATS)}")
+    doras = sum(one.magnitude is not None for one in weights.values())
+    if doras and (to not in ("diffusers", "ours") or doras < len(weights)):
+        raise ValueError(f"{doras} of {len(weights)} layers are DoRA: only diffusers' format has that, for all layers "
+                         "or none")
+    if to != "ours":
+        weights = {names[name]: one for name, one in weights.items()}
+    weights = fuse(weights) if to == "original" else weights
+    tensors, metadata = lora.to_diffusers(weights)
+    if to == "diffusers":
+        return tensors, metadata
+    result, (prefix, down, up) = {}, FORMATS[to]
+    for layer, one in weights.items():
+        name = prefix + (layer.replace(".", "_") if to == "kohya" else layer)
+        result[f"{name}.{down}.weight"] = tensors[f"prior.{layer}.lora_A.weight"]
+        result[f"{name}.{up}.weight"] = tensors[f"prior.{layer}.lora_B.weight"]
+        result[f"{name}.alpha"] = torch.tensor(one.alpha, dtype=torch.float64)           # as exact as Python's
+        if one.magnitude is not None:
+            result[f"{name}.lora_magnitude_vector"] = tensors[f"prior.{layer}.lora_magnitude_vector"]
+    return result, dict(format="pt")
+
+
+def describe(weights: dict[str, LoRAWeights]) -> dict[str, str]:
+    """Rank, alpha and layers of a LoRA, for metadata and for people."""
+    def span(numbers) -> str:                            # "8", or "8 to 16" if layers differ
+        low, high = min(numbers), max(numbers)
+        return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+    return dict(rank=span([len(one.down) for one in weights.values()]),
+                alpha=span([one.alpha for one in weights.values()]), targets=lora.summary(weights))
+
+
+def write_lora(path: str | Path, weights: dict[str, LoRAWeights], names: dict[str, str], to: str,
+               metadata: dict) -> int:
+    """Writes a .safetensors file in one of FORMATS -> the number of its tensors. See save_lora."""
+    from safetensors.torch import save_file
+    tensors, its_own = to_tensors(weights, names, to)
+    metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
+    metadata |= dict(format_version="1") | describe(weights) | its_own
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    return len(tensors)
+
+
+def save_lora(model: nn.Module, path: str | Path, name: str = "default", to: str = "diffusers",
+              metadata: dict | None = None) -> None:
+    """Writes one LoRA as a .safetensors file in one of FORMATS. The user's `scale` is not part of it.
+
+    metadata: what the file should say besides rank, alpha, targets and format_version, which it always has. For example
+    dict(base_hash=base_hash(model), steps=1000, images=24, trigger_words=["a zorp"]). Raises ValueError.
+    """
+    names = lora.diffusers_names(lora.find_layers(model)[0])
+    write_lora(path, dict(lora.adapters(model, name)), names, to, metadata or {})
+
+
+# ----- which weights a LoRA was trained on -----------------------------------------------------------
+
+def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """model.state_dict() without LoRAs, under the names it has without them. What is merged is in the weights."""
+    tensors = model.state_dict()
+    for path, _ in lora.lora_layers(model):
+        tensors = {f"{path}.{name.removeprefix(f'{path}.base.')}" if name.startswith(f"{path}.base.") else name: tensor
+                   for name, tensor in tensors.items() if not name.startswith(f"{path}.adapters.")}
+    return tensors
+
+
+def base_hash(model: nn.Module) -> str:
+    """sha256 of the model without LoRA, in float32: the same for float16 weights and for a float32 copy of them."""
+    lora.check_unmerged(model)
+    digest = hashlib.sha256()
+    for name, tensor in sorted(base_state_dict(model).items()):
+        digest.update(name.encode() + b"\0")
+        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""The benchmark, one file per question: `python -m tools.bench --help`."""

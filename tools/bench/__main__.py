@@ -1,0 +1,87 @@
+"""Measures this code on this machine, next to something it can be compared with, and writes BENCHMARKS.md.
+
+  python -m tools.bench                                  # the bundled weights: start and networks, a few minutes
+  python -m tools.bench --repeats 9 --skip-start         # only the networks
+  python -m tools.bench --weights PATH --side 128        # other weights, images smaller than their default
+  python -m tools.bench --official                       # official size; 9 GB, half an hour on 2 cores
+  python -m tools.bench --official --no-compile          # without torch.compile, which needs a C++ compiler on a CPU
+  python -m tools.bench --official --plain               # also the networks as the stage files have them
+  python -m tools.bench --memory                         # 7 GB of disk, some minutes
+  python -m tools.bench --training --repeats 1           # 12 GB of memory, 10 minutes for the LoRA alone
+  python -m tools.bench --training --side 1024 --batch 1 --depth 8 --repeats 1     # a quarter of the blocks
+  python -m tools.bench --epoch --repeats 1              # 13 GB, 4 minutes
+  python -m tools.bench --int8                           # 10 minutes
+
+Our networks run as `Wuerstchen.load` sets them up by default, in their fast form (speed/fast.py).
+Whatever is compared runs in turns, A B A B ..., so that a slow phase of the machine slows both. Times are medians; a
+ratio is the median of the ratios of neighbouring runs. Each command replaces only its own sections of the file.
+Operations are those that torch counts in products and convolutions. The peak is the speed of one large matrix product
+in the same dtype, measured in turns with the rest. Nothing is asserted: a figure belongs to its machine.
+Needs: what wuerstchen.py needs; diffusers and peft for the comparisons.
+"""
+if __name__ == "__main__" and not __package__:
+    raise SystemExit("error: run the benchmark from the repository's folder as: python -m tools.bench")
+
+import argparse
+import sys
+from pathlib import Path
+
+from tools.bench.report import DTYPES, FILE, write
+
+QUESTIONS = {
+    "memory": "measure peak memory instead, at official size (Linux): of loading Stage C, and of a whole image with "
+              "low_memory=True, two steps each; next to the size of what is loaded. On a CPU with pages of files",
+    "training": "measure training steps instead (forward, backward, clip, AdamW) of a LoRA and of all of Stage C at "
+                "official size and 512 px, next to diffusers and peft with the same weights and inputs (Linux)",
+    "epoch": "measure an epoch instead: 200 images of 768 px with and without --cache, added up from a LoRA's step at "
+             "official size and the encoders; and whether two workers read fast enough",
+    "int8": "measure int8 instead: the weights at official size, and what tiny/evaluate.py finds right in 4 x 256 "
+            "images, next to float32 with the same noise",
+    "official": "measure networks of official size instead, with random weights at 1024 px; also compiled and in int8; "
+                "and how much of the time matrix products and attention take by themselves",
+}
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    g = p.add_argument_group(
+        "what is measured", "By default: from `python sample.py` to the image on disk, next to a Python that only "
+        "imports torch and transformers' CLIP, the lower bound for any program that uses both; and `--help`. Then one "
+        "step of Stage C (guided: two rows), one of Stage B (one row) and one decoding by Stage A, next to diffusers "
+        "with the same weights and inputs, if it is installed; and 16 images in one batch.")
+    for name, text in QUESTIONS.items():
+        g.add_argument(f"--{name}", action="store_true", help=text)
+    g.add_argument("--skip-start", action="store_true", help="do not measure program starts, which take longest")
+    g.add_argument("--plain", action="store_true", help="also measure networks in plain form, as in the stage files")
+    g.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True,
+                   help="for --official: also measure Stages B and C under torch.compile (default: yes)")
+    g = p.add_argument_group("how")
+    g.add_argument("--weights", default="tiny", help="tiny, which ships with the code, or a folder (default: tiny)")
+    g.add_argument("--side", type=int, help="side of the square image in px (default: the weights' own size)")
+    g.add_argument("--repeats", type=int, default=5, help="runs of everything; raise it if figures jump (default: 5)")
+    g.add_argument("--calls", type=int, default=10, help="calls per run; lower it for large weights (default: 10)")
+    g.add_argument("--device", help="cuda, cpu, ... (default: cuda if there is one, else cpu)")
+    g.add_argument("--dtype", choices=DTYPES, help="dtype for --official (default: bf16 on a GPU, else fp32)")
+    g.add_argument("--pictures", type=int, nargs="+",
+                   help="for --official: images per batch, one or several numbers (default: 1, on a GPU 1 4 8)")
+    g.add_argument("--batch", type=int, default=4, help="images per training step (default: 4)")
+    g.add_argument("--depth", type=int, default=32, help="blocks of Stage C in --official and --training, and of Stage "
+                   "B in proportion; lower it if memory or time is short (default: 32, the official depth)")
+    g.add_argument("--out", type=Path, default=FILE, help="file whose sections are replaced (default: BENCHMARKS.md)")
+    return p.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    args.typed = sys.argv[1:] if argv is None else list(argv)
+    import torch                                         # only now, so that --help answers at once
+    from tools.bench import epoch, int8, memory, networks, official, start, training
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = dict(memory=memory, training=training, epoch=epoch, int8=int8, official=official)
+    for module in [chosen[name] for name in QUESTIONS if getattr(args, name)] or [start, networks][args.skip_start:]:
+        write(args, *module.measure(args))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""How the benchmark measures: actions in turns, functions in processes of their own, networks next to diffusers'."""
+import multiprocessing
+import time
+from collections.abc import Callable, Hashable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
+
+from tools.bench.report import Row
+
+
+def in_turns(actions: dict[Hashable, Callable], repeats: int) -> dict[Hashable, list[float]]:
+    """Runs all actions once to warm up, then `repeats` times in turns -> the seconds of each."""
+    seconds = {name: [] for name in actions}
+    for repeat in range(repeats + 1):
+        for name, action in actions.items():
+            start = time.perf_counter()
+            action()
+            if repeat > 0:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(above: list[float], below: list[float]) -> float:
+    """The median of the pairs' ratios: a slow phase of the machine slows both of a pair, and odd pairs are outvoted."""
+    return median(a / b for a, b in zip(above, below, strict=True))
+
+
+def in_own_process(function: Callable, *args):
+    """What `function` returns in a fresh process, whose memory is then the function's own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def memory(line: str) -> int:
+    """A line of /proc/self/status in bytes: VmRSS is the memory this process holds now, VmHWM the most it has held."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(text.split()[1]) * 1024 for text in status if text.startswith(line))
+
+
+def peak_memory(device: str, before: int) -> int:
+    """The most bytes this process has held: those of a GPU, or those of main memory beyond `before`."""
+    return torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else memory("VmHWM") - before
+
+
+def seconds_of(action: Callable, device: str = "cpu") -> float:
+    start = time.perf_counter()
+    action()
+    if device.startswith("cuda"):                        # calls return before a GPU is done
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+# ----- networks --------------------------------------------------------------------------------------
+
+class Call(NamedTuple):
+    """What is measured: our call, diffusers' or None, how often per run, and whether our products are also timed alone.
+
+    eager: for a compiled call, the call that does the same eagerly. It is compared with, and its operations are
+    counted, because those of a compiled call cannot be.
+    """
+    ours: Callable
+    theirs: Callable | None
+    repeat: int = 1
+    alone: bool = False
+    eager: Callable | None = None
+
+
+class Measured(NamedTuple):
+    """Median seconds of our call and of diffusers', the operations of ours, and how far the results are apart: the
+    largest difference relative to the largest value, and relative in the L2 norm."""
+    ours: float
+    theirs: float | None
+    flops: int
+    difference: float | None = None
+    l2: float | None = None
+
+
+def products_of(call: Callable) -> Callable:
+    """-> a call that multiplies as many numbers as this one, in the same order, shapes and strides, and nothing else.
+
+    It runs the matrix products, the convolutions that are such products (not the depthwise ones) and the attentions, on
+    numbers of its own. Tensors of equal shape are one tensor there, so it is rather too fast than too slow.
+    """
+    aten = torch.ops.aten
+    attention = [getattr(aten, f"_scaled_dot_product_{name}", None) for name in
+                 ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")]
+    products, tensors, seen = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution, *attention}, {}, []
+
+    def twin(tensor):
+        shape, stride, dtype = key = tensor.shape, tensor.stride(), tensor.dtype
+        if key not in tensors:                           # not zeros, with which some processors are faster
+            length = 1 + sum((n - 1) * step for n, step in zip(shape, stride))           # a stride may be 0
+            tensors[key] = torch.randn(length, device=tensor.device).to(dtype).as_strided(shape, stride)
+        return tensors[key]
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            kind = function.overloadpacket
+            if kind in products and not (kind is aten.convolution and args[8] > 1):      # groups
+                seen.append((function, *tree_map_only(torch.Tensor, twin, (args, kwargs or {}))))
+            return function(*args, **(kwargs or {}))
+    with Watch():
+        call()
+
+    def alone():
+        for function, args, kwargs in seen:
+            function(*args, **kwargs)
+    return alone
+
+
+@torch.no_grad()
+def compare(calls: dict[str, Call], repeats: int, device: str,
+            dtype=torch.float32) -> tuple[list[Row], dict[str, Measured], float]:
+    """-> rows; what was measured of each call; and GFLOP/s of a large product in this dtype, all taken in turns.
+
+    Calls that share diffusers' side (the same function) have it measured once, and their ratios are with that one.
+    """
+    def repeated(call: Callable, times: int) -> Callable:
+        return lambda: seconds_of(lambda: [call() for _ in range(times)], device)
+    # Small for half precision on a CPU: one without it takes minutes.
+    n = 8192 if device.startswith("cuda") else 2048 if dtype == torch.float32 else 256
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    actions, alone, flops, results = {"peak": repeated(lambda: a @ a, 1)}, {}, {}, {}
+    for what, call in calls.items():
+        if call.alone:
+            alone[what] = products_of(call.ours)
+        for function in (call.ours, call.theirs, alone.get(what)):
+            if function is not None:                     # keyed by the function, so that a shared one runs once
+                actions[function] = repeated(function, call.repeat)
+        with FlopCounterMode(display=False) as counter:
+            (call.eager or call.ours)()
+        # Cloned because a CUDA graph overwrites its output.
+        flops[what], results[what] = counter.get_total_flops(), call.ours().float().clone()
+    seconds = in_turns(actions, repeats)
+    peak, rows, found = 2 * n ** 3 / median(seconds["peak"]) / 1e9, [], {}
+    for what, call in calls.items():
+        ours, theirs, errors = seconds[call.ours], seconds.get(call.theirs), ()
+        if theirs:
+            reference = call.theirs().float()
+            error = results[what] - reference
+            errors = (error.abs().max() / reference.abs().max()).item(), (error.norm() / reference.norm()).item()
+        found[what] = Measured(median(ours) / call.repeat, theirs and median(theirs) / call.repeat, flops[what],
+                               *errors)
+        rows += rows_of(what, call, found[what], seconds, seconds.get(alone.get(what)), peak)
+    return rows, found, peak
+
+
+def rows_of(what: str, call: Call, found: Measured, seconds: dict[Hashable, list[float]], alone: list[float] | None,
+            peak: float) -> list[Row]:
+    """The rows of one call. alone: the seconds of only its products; peak: GFLOP/s."""
+    def ms(values: list[float]) -> str:
+        return f"{1000 * median(values) / call.repeat:.2f} ms"
+    ours, theirs, speed, more = seconds[call.ours], seconds.get(call.theirs), found.flops / found.ours / 1e9, []
+    if "int8" not in what:                               # torch does not count its products
+        more.append(f"{found.flops / 1e9:.4g} GFLOP, {speed:.0f} GFLOP/s, {speed / peak:.0%} of the peak")
+    if theirs:
+        more.append(f"differs by {found.difference:.0e}, L2 {found.l2:.0e}")
+    rows = [Row(what, ms(ours), f"{ms(theirs)}, diffusers" if theirs else "",
+                ratio(theirs, ours) if theirs else float("nan"), "; ".join(more))]
+    if call.eager:
+        eager = seconds[call.eager]
+        rows.append(Row(f"{what}, next to eager", ms(ours), ms(eager), ratio(eager, ours)))
+    if alone:
+        limit = f"; without the rest {ratio(theirs, alone):.2f} times as fast as diffusers" if theirs else ""
+        rows.append(Row(f"{what}, only its products", ms(ours), ms(alone), ratio(alone, ours),
+                        f"share of the time that matrix products and attention take by themselves{limit}"))
+    return rows

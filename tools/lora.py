@@ -1,0 +1,184 @@
+"""LoRA files on the command line.
+
+  python -m tools.lora info FILE                               # ranks, alphas, layers, and what its trainer wrote
+  python -m tools.lora convert IN OUT --to kohya               # or diffusers, comfy, original, ours
+  python -m tools.lora merge PRIOR LORA OUT --scale 0.8        # a prior for any program, without LoRA
+  python -m tools.lora extract BASE TUNED OUT --rank 16        # the LoRA closest to a full fine-tuning
+
+Needs: torch, safetensors, numpy.
+"""
+import sys
+
+if __name__ == "__main__" and not __package__:
+    sys.exit("error: run this as: python -m tools.lora")
+
+import argparse
+from pathlib import Path
+
+from loading.errors import UserError, as_user_error, exit_on_user_error
+
+
+def check_output(path: Path, suffix: str = "") -> None:
+    """Raises UserError if the file exists already, or does not have the suffix that is written."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path} exists already and is not overwritten: choose another name")
+    if path.suffix != (suffix or path.suffix):
+        raise UserError(f"{path} should end in {suffix}, the only kind of file that is written")
+
+
+def info(file: str) -> str:
+    """What a LoRA file holds, as text."""
+    from loading.lora_formats import describe, open_lora, read_lora
+    weights, metadata = read_lora(file)
+    tensors, (one, *_) = open_lora(file)[0], weights.values()
+    metadata |= describe(weights) | dict(tensors=f"{len(tensors)}, {one.down.dtype}, for example {max(tensors)}",
+                                         layers=len(weights), dora=one.magnitude is not None)
+    return "\n".join(f"{key}: {value}" for key, value in sorted(metadata.items()))
+
+
+def convert(source: str, target: Path, to: str) -> str:
+    """Writes a LoRA of Stage C in another format. The values of its matrices do not change."""
+    from loading.lora_formats import read_lora, write_lora
+    from lora import diffusers_name
+    check_output(target, ".safetensors")
+    weights, metadata = read_lora(source)
+    metadata.pop("lora_adapter_metadata", None)          # belongs to diffusers' format, and is written again for it
+    count = write_lora(target, weights, {name: diffusers_name(name) for name in weights}, to, metadata)
+    return f"{count} tensors for {len(weights)} layers written to {target}"
+
+
+def load_prior(path: str):
+    """A prior, as folder or file in any naming -> (Stage C in float32, {tensor's name: its dtype in the file})."""
+    import torch
+    from loading.names import translate
+    from loading.weights import build_empty, fill
+    from stage_c import StageC
+    model, file = build_empty(StageC, path)
+    dtypes = {}
+
+    def noting_dtypes():
+        for name, tensor in translate(file, file.shapes.keys(), model):
+            dtypes[name] = tensor.dtype
+            yield name, tensor
+    return fill(model, noting_dtypes(), torch.float32), dtypes
+
+
+def merge(prior: str, lora: str, out: Path, scale: float) -> str:
+    """Writes a prior with the LoRA merged: summed in float32, rounded once, to the dtype that the prior had."""
+    from safetensors.torch import save_file
+    from loading.files import STEM, write_atomically, write_files
+    from loading.lora_formats import base_hash, load_lora, read_lora
+    from loading.names import config_to_diffusers, to_diffusers
+    from lora import merge_and_unload
+    check_output(out)
+    model, dtypes = load_prior(prior)
+    trained_on = read_lora(lora)[1].get("base_hash")
+    other = trained_on not in (None, base_hash(model))
+    names = load_lora(model, lora, scale=scale)
+    merge_and_unload(model)
+    merged = {name: tensor.to(dtypes[name], copy=True) for name, tensor in model.state_dict().items()}
+    too_large = [f"{name} in {tensor.dtype}" for name, tensor in merged.items() if not tensor.isfinite().all()]
+    if too_large:
+        raise UserError(f"{too_large[0]} cannot hold the sum: use a smaller --scale, or a prior in float32")
+    tensors = {name: tensor.contiguous() for name, tensor in to_diffusers(merged, model).items()}
+    if out.suffix == ".safetensors":
+        write_atomically(out, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    else:
+        write_files(config_to_diffusers(model), tensors, out, STEM)
+    note = "\nnote: the LoRA was trained on other weights than these" if other else ""
+    return f"{len(names)} layers merged at scale {scale:g}, {len(tensors)} tensors written to {out}{note}"
+
+
+def nearest_lora(base, tuned, rank: int, targets: str) -> tuple[dict, str]:
+    """The LoRA of this rank that is nearest to tuned - base in each layer -> (LoRAWeights, how near it is, as text).
+
+    The best approximation of a matrix by one of rank r are its r largest singular values and their vectors (Eckart and
+    Young, 1936). How near it is: the share of the energy, the sum of squares, that they keep. Raises ValueError if the
+    two models do not differ.
+    """
+    import torch
+    from loading.lora_formats import LoRAWeights
+    from lora import find_targets, summary
+    after = tuned.state_dict()
+    energy = {name: (after[name].double() - before.double()).square().sum().item()
+              for name, before in base.state_dict().items()}
+    weights, kept = {}, {}                                                               # kept: {tensor's name: energy}
+    for path, layer in find_targets(base, targets).items():
+        name, shape = f"{path}.weight", layer.weight.shape                               # (out, in) or (out, in, k, k)
+        if energy[name]:
+            difference = (after[name] - layer.weight.detach()).flatten(1)
+            u, s, v = torch.linalg.svd(difference, full_matrices=False)
+            u, s, v = u[:, :rank], s[:rank], v[:rank]                        # (out, rank), (rank,), (rank, in)
+            kept[name] = s.double().square().sum().item()
+            # The root of s in both: neither is much larger than the other, as after training.
+            weights[path] = LoRAWeights((s.sqrt()[:, None] * v).view(-1, *shape[1:]),
+                                        (u * s.sqrt()).view(*u.shape, *(1,) * (len(shape) - 2)), float(len(s)))
+    left = [name for name in energy if energy[name] and name not in kept]
+    if not weights:
+        raise ValueError(f"the two models do not differ in any layer of {targets!r}"
+                         + f", only in {summary(left)}" * bool(left))
+    worst = min(kept, key=lambda name: kept[name] / energy[name])
+    total = sum(kept.values())
+    share = total / sum(energy[name] for name in kept)
+    text = (f"energy of the difference kept in {len(weights)} layers: {share:.4f}; "
+            f"in the worst, {worst}: {kept[worst] / energy[worst]:.4f}")
+    if left:
+        text += (f"\nof the whole difference: {total / sum(energy.values()):.4f}. Also {len(left)} tensors differ that "
+                 f"the LoRA does not cover: {summary(left)}")
+    return weights, text
+
+
+def extract(base: str, tuned: str, out: Path, rank: int, targets: str) -> str:
+    """Writes the LoRA between two priors. At official size the SVDs take ten minutes on two cores."""
+    from loading.lora_formats import base_hash, write_lora
+    from lora import diffusers_name
+    check_output(out, ".safetensors")
+    if rank < 1:
+        raise UserError(f"rank {rank}: expected a whole number >= 1")
+    (base, _), (tuned, _) = load_prior(base), load_prior(tuned)
+    if base.config != tuned.config:
+        raise UserError(f"the two priors have different sizes: {base.config} and {tuned.config}")
+    weights, text = nearest_lora(base, tuned, rank, targets)
+    write_lora(out, weights, {name: diffusers_name(name) for name in weights}, "diffusers",
+               dict(base_hash=base_hash(base), made_by="extract"))
+    return f"{text}\nwritten to {out}"
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m tools.lora", description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = p.add_subparsers(dest="command", required=True)
+    c = commands.add_parser("info", help="what is inside a LoRA file")
+    c.add_argument("file", help=".safetensors, .bin or .pt file, or a folder with pytorch_lora_weights.safetensors")
+    c = commands.add_parser("convert", help="write a LoRA for another program, values unchanged")
+    c.add_argument("source", help="the LoRA, in any format")
+    c.add_argument("target", type=Path, help=".safetensors file to write; must not exist yet")
+    c.add_argument("--to", required=True, choices=["diffusers", "kohya", "comfy", "original", "ours"],
+                   help="diffusers: also peft; kohya: also OneTrainer; comfy: ComfyUI; original: the authors' code; "
+                        "ours: this repository's names")
+    c = commands.add_parser("merge", help="add a LoRA to a prior for good")
+    c.add_argument("prior", help="folder with config.json, or a file, as for python -m tools.weights")
+    c.add_argument("lora", help="the LoRA, in any format")
+    c.add_argument("out", type=Path, help="folder or .safetensors file to write, in diffusers' names; must not exist "
+                                          "yet")
+    c.add_argument("--scale", type=float, default=1.0, help="strength of the LoRA (default 1: as trained)")
+    c = commands.add_parser("extract", help="the LoRA nearest to the difference of two priors, and how near it is")
+    c.add_argument("base", help="the prior before fine-tuning, folder or file")
+    c.add_argument("tuned", help="the prior after it")
+    c.add_argument("out", type=Path, help=".safetensors file to write; must not exist yet")
+    c.add_argument("--rank", type=int, default=16, help="of every layer (default 16): more keeps more, in a larger "
+                                                        "file")
+    c.add_argument("--targets", default="all", help="attention, attention+mlp, all, or a regular expression for our "
+                                                    "names (default all)")
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = vars(parser().parse_args(argv))
+    run = dict(info=info, convert=convert, merge=merge, extract=extract)[args.pop("command")]
+    with exit_on_user_error(), as_user_error():
+        print(run(**args))
+
+
+if __name__ == "__main__":
+    main()
