@@ -161,8 +161,14 @@ def test_files_to_copy_need_few_packages(file, allowed):
 
 # --- scripts -----------------------------------------------------------------------------------------
 
+def module_of(file: str) -> str:
+    """The name after `python -m`."""
+    return file.removesuffix(".py").removesuffix("/__main__").replace("/", ".")
+
+
 def is_script(tree: ast.Module) -> bool:
-    return any(isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'" for node in tree.body)
+    """Whether a file ends with what runs it; what stands at its beginning only says how to run it."""
+    return isinstance(tree.body[-1], ast.If) and ast.unparse(tree.body[-1].test) == "__name__ == '__main__'"
 
 
 ALL_SCRIPTS = [file for file, tree in TREES.items() if is_script(tree)]
@@ -178,14 +184,13 @@ except SystemExit as end:
 
 def test_the_scripts_are_found():
     """Guards the tests below: a search that finds nothing would pass."""
-    assert {*SCRIPTS, "loading/hub.py", "tools/weights.py", "tools/bench.py", "tiny/evaluate.py"} <= set(ALL_SCRIPTS)
+    assert {*SCRIPTS, "loading/hub.py", "tools/weights.py", "tools/bench/__main__.py", "tiny/evaluate.py"} <= set(ALL_SCRIPTS)
 
 
 @pytest.mark.parametrize("file", ALL_SCRIPTS)
 def test_help_imports_no_torch(file):
     """Importing torch takes seconds, and help should appear at once."""
-    module = file.removesuffix(".py").replace("/", ".")
-    run = subprocess.run([sys.executable, "-c", HELP, module], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", HELP, module_of(file)], cwd=ROOT, capture_output=True, text=True)
     assert run.stdout, run.stderr
     assert json.loads(run.stdout.splitlines()[-1]) == [0, []] and "usage: " in run.stdout
 
@@ -194,6 +199,5 @@ def test_help_imports_no_torch(file):
 def test_a_script_in_a_room_says_how_to_run_it(file, tmp_path):
     """Run by its path it would not find our other files, so it says so before it imports them."""
     run = subprocess.run([sys.executable, ROOT / file, "--help"], cwd=tmp_path, capture_output=True, text=True)
-    module = file.removesuffix(".py").replace("/", ".")
     assert run.returncode != 0 and len(run.stderr.splitlines()) == 1, run.stdout + run.stderr
-    assert f"python -m {module}" in run.stderr
+    assert f"python -m {module_of(file)}" in run.stderr
