@@ -367,9 +367,11 @@ DIFFUSERS_NAMES = {     # for Stage C; other models keep their names
     "head":                             "out.1",
 }
 CONVOLUTIONS = ("projection", "out.1")     # 1x1 convolutions in diffusers, Linear here
-ROLES = {               # endings of names: ours, diffusers'
-    "down": (".lora_down.weight", ".lora_A.weight"), "up": (".lora_up.weight", ".lora_B.weight"),
-    "alpha": (".alpha",), "magnitude": (".lora_magnitude_vector", ".lora_magnitude_vector.weight"),
+ROLES = {               # a tensor's name after the layer's: ours, diffusers', others that are read
+    "down":      (".lora_down.weight", ".lora_A.weight"),
+    "up":        (".lora_up.weight", ".lora_B.weight"),
+    "magnitude": (".lora_magnitude_vector",) * 2 + (".lora_magnitude_vector.weight",),
+    "alpha":     (".alpha", ".alpha"),
 }
 
 
@@ -386,15 +388,25 @@ def diffusers_names(names) -> dict[str, str]:
     return {name: diffusers_name(name) if stage_c else name for name in names}
 
 
+def to_tensors(weights: dict[str, Adapter], prefix: str = "", naming: int = 0) -> dict[str, Tensor]:
+    """{layer's name there: Adapter} -> copies of the tensors. naming: 0 is ours, 1 diffusers'."""
+    tensors = {}
+    for layer, a in weights.items():
+        ones = (1, 1) if layer in CONVOLUTIONS else a.down.shape[2:]
+        values = dict(down=a.down.view(*a.down.shape[:2], *ones),
+                      up=a.up.view(*a.up.shape[:2], *(1 for _ in ones)),
+                      alpha=torch.tensor(a.alpha, dtype=torch.float64))        # as exact as Python
+        if a.magnitude is not None:      # (out,), for convolutions (1, out, 1, 1): peft's shapes
+            values["magnitude"] = a.magnitude.view((1, -1, 1, 1) if ones else -1)
+        tensors |= {prefix + layer + ROLES[role][naming]: x for role, x in values.items()}
+    # Copies, because safetensors refuses tensors that share memory.
+    return {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for key, tensor in tensors.items()}
+
+
 def lora_state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     """Copies of one LoRA's tensors in our names, for a checkpoint. load_lora reads them."""
-    tensors = {}
-    for path, a in adapters(model, name):
-        alpha = torch.tensor(a.alpha, dtype=torch.float64)                     # as exact as Python
-        values = dict(down=a.down, up=a.up, alpha=alpha, magnitude=a.magnitude)
-        tensors |= {path + ROLES[role][0]: tensor.detach().to("cpu", copy=True)
-                    for role, tensor in values.items() if tensor is not None}
-    return tensors
+    return to_tensors(dict(adapters(model, name)))
 
 
 def to_diffusers(weights: dict[str, Adapter]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -403,25 +415,17 @@ def to_diffusers(weights: dict[str, Adapter]) -> tuple[dict[str, Tensor], dict[s
     diffusers and peft take alpha from the metadata: that of most layers, and patterns for others.
     Versions that do not read it take alpha = rank, which is the default here.
     """
-    tensors, ranks, alphas = {}, {}, {}
-    for layer, a in weights.items():
-        ranks[layer], alphas[layer] = len(a.down), a.alpha
-        ones = (1, 1) if layer in CONVOLUTIONS else a.down.shape[2:]
-        tensors[f"prior.{layer}.lora_A.weight"] = a.down.view(*a.down.shape[:2], *ones)
-        tensors[f"prior.{layer}.lora_B.weight"] = a.up.view(*a.up.shape[:2], *(1 for _ in ones))
-        if a.magnitude is not None:      # (out,), for convolutions (1, out, 1, 1): peft's shapes
-            magnitude = a.magnitude.view((1, -1, 1, 1) if ones else -1)
-            tensors[f"prior.{layer}.lora_magnitude_vector"] = magnitude
+    ranks = {layer: len(a.down) for layer, a in weights.items()}
+    alphas = {layer: a.alpha for layer, a in weights.items()}
     rank, alpha = (Counter(x.values()).most_common(1)[0][0] for x in (ranks, alphas))
     config = dict(r=rank, lora_alpha=alpha, target_modules=[*weights],
                   rank_pattern={f"^{layer}": r for layer, r in ranks.items() if r != rank},
                   alpha_pattern={f"^{layer}": a for layer, a in alphas.items() if a != alpha},
                   use_dora=any(a.magnitude is not None for a in weights.values()))
     config = json.dumps({f"prior.{key}": value for key, value in config.items()})
-    # Copies, because safetensors refuses tensors that share memory.
-    tensors = {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-               for key, tensor in tensors.items()}
-    return tensors, dict(format="pt", lora_adapter_metadata=config)
+    tensors = to_tensors(weights, "prior.", naming=1)
+    return ({key: tensor for key, tensor in tensors.items() if not key.endswith(".alpha")},
+            dict(format="pt", lora_adapter_metadata=config))
 
 
 def save_lora(model: nn.Module, path: str | Path, name: str = "default") -> None:
@@ -441,8 +445,8 @@ def alpha_from(config: dict, layer: str, rank: int) -> float:
     return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
 
 
-def to_adapter(values: dict, shape: tuple) -> Adapter:
-    """{"down": tensor, "up": tensor, "alpha": 8.0} of a file -> for a weight of this shape."""
+def to_adapter(layer: str, shape: tuple, values: dict) -> Adapter:
+    """A layer, its weight's shape, {"down": tensor, "up": tensor, "alpha": 8.0} -> its adapter."""
     rank = len(values.get("down", ()))
     shapes = dict(down=(rank, *shape[1:]), up=(shape[0], rank, *(1 for _ in shape[2:])),
                   magnitude=shape[:1])
@@ -454,23 +458,22 @@ def to_adapter(values: dict, shape: tuple) -> Adapter:
     except (KeyError, IndexError, RuntimeError):
         pass
     found = ", ".join(f"{role} {tuple(tensor.shape)}" for role, tensor in tensors.items())
-    raise ValueError(f"is {tuple(shape)}, the file has {found}")
+    raise ValueError(f"{layer} is {tuple(shape)}, the file has {found}")
 
 
 def load_lora(model: nn.Module, source: str | Path | dict[str, Tensor], name: str = "default",
               scale: float = 1.0) -> list[str]:
-    """Adds the LoRA in a file or folder of diffusers, or in a dict of tensors. Returns its layers.
+    """Adds the LoRA in a .safetensors file of diffusers, or in lora_state_dict's tensors.
 
     If the model has a LoRA of this name, its parameters get the new values, to continue training.
-    Freezes everything except LoRAs. Raises ValueError before it changes anything.
+    Freezes everything except LoRAs. Returns the names of the LoRA's layers. Raises ValueError if
+    any tensor does not fit, and then the model is as before: half a LoRA is not what was trained.
     """
     check_name(model, name)
     tensors, config = source, {}
     if not isinstance(source, dict):
         from safetensors import safe_open
-        path = Path(source)
-        path = path / "pytorch_lora_weights.safetensors" if path.is_dir() else path
-        with safe_open(path, "pt") as file:
+        with safe_open(source, "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
             config = json.loads((file.metadata() or {}).get("lora_adapter_metadata") or "{}")
     layers, new, left = find_layers(model)[0], {}, dict(tensors)
@@ -480,7 +483,7 @@ def load_lora(model: nn.Module, source: str | Path | dict[str, Tensor], name: st
                   if alias + ending in left}
         if values:
             values.setdefault("alpha", alpha_from(config, theirs, len(values.get("down", ()))))
-            new[path] = to_adapter(values, layers[path].weight.shape)
+            new[path] = to_adapter(path, layers[path].weight.shape, values)
     if left or not tensors:
         raise ValueError(f"{len(left)} of {len(tensors)} tensors belong to no layer of this model "
                          f"by diffusers' names ({', '.join([*left][:4])}): for files of other "

@@ -122,9 +122,12 @@ from training.order import BatchSampler, batches, sample_rng
 from training.losses import LOSS_WEIGHTS
 from loading.files import read_config, to_half, write_atomically, write_files, STEM
 from extras.images import grid, psnr
-from training.report import draw_curves, dry_run, push, settings_table
+from training.report import draw_curves, dry_run
+from training.results import push, settings_table
 from stage_b import EfficientNetEncoder, StageB, TinyImageEncoder, preprocess
-from v1.stage_b import StageBV1, add_noise as replace_tokens, training_errors
+from v1.losses import training_errors
+from v1.sampling import add_noise as replace_tokens
+from v1.stage_b import StageBV1
 from loading.errors import RESUME_HINT, UserError, as_user_error, exit_on_user_error
 from training.checkpoints import Checkpoints, Log
 from training.optim import EMA, learning_rate
@@ -621,7 +624,7 @@ def main(args):
     if args.dry_run:
         h, w = plan.sizes[plan.step(0)[2]]
         x_0 = f"tokens ({plan.batch}, {h // 4}, {w // 4})" if args.v1 else f"x_0 and eps ({plan.batch}, {decoder.config['c_in']}, {h // 4}, {w // 4})"
-        return dry_run(args, model, pictures, plan.sizes, plan, f"{x_0}, semantic latents ({plan.batch}, 16, {h * 3 // 128}, {w * 3 // 128})") \
+        return dry_run(args, model, pictures, plan.sizes, plan, processes, f"{x_0}, semantic latents ({plan.batch}, 16, {h * 3 // 128}, {w * 3 // 128})") \
             if first else None
     encoders = dict(x_0=encode_vqgan) | (dict(stored=encode_semantic) if args.freeze_encoder else {})
     replaced = {}

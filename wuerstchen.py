@@ -296,7 +296,7 @@ class Noise:
 
     def __call__(self, *shape: int) -> Tensor:
         noise = torch.stack([torch.randn(*shape, generator=g) for g in self.generators])
-        if self.device.type == "cuda":         # pinned, it travels while the host goes on
+        if self.device.type == "cuda":         # pinned, it travels while the host continues
             noise = noise.pin_memory()
         return noise.to(self.device, non_blocking=True)
 

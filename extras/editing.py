@@ -1,7 +1,7 @@
 """Everything that can be done with a loaded model besides a prompt: images, masks, embeddings, latents as input.
 
   generate(model, "a moon", edit=InitImage("apple.png", strength=0.9))            # image to image
-  generate(model, "a rose", edit=InitImage("apple.png", mask="mask.png"))         # inpainting: white is generated anew
+  generate(model, "a rose", edit=InitImage("apple.png", mask="mask.png"))         # inpainting: white is new content
   generate(model, edit=InitImage("apple.png"))                                    # variations: no prompt
   generate(model, given={"prompt_c": a, "prompt_b": b})                           # embeddings instead of text
   reconstruct(model, "photo.png");  interpolate(model, "a dog", "a cat", frames=12)
@@ -27,7 +27,8 @@ from wuerstchen import Noise, Sampling, Wuerstchen, add_noise, crop, latent_size
 
 EMBEDDINGS = ("prompt_c", "negative_c", "prompt_b", "negative_b")
 LATENTS = ("semantic", "latents_c", "latents_b")
-OUTPUTS = ("pil", "np", "pt", "semantic", "latents_b")
+FORMATS = {"pil": to_pil, "np": lambda images: images.permute(0, 2, 3, 1).cpu().numpy(), "pt": lambda images: images}
+OUTPUTS = (*FORMATS, "semantic", "latents_b")
 
 
 class Stopped(Exception):
@@ -73,10 +74,10 @@ def generate(model: Wuerstchen, prompt: str | list[str] | None = None, negative_
     callback       may also return False to stop: then the result is []
     Raises ValueError for arguments that do not fit together, nearly always before the first step.
     """
-    c, b = model.settings(sampling)
-    check_arguments(model, given or {}, edit, output)
-    embeddings = {name: tensor for name, tensor in (given or {}).items() if name in EMBEDDINGS}
-    semantic, latents_c, latents_b = ((given or {}).get(name) for name in LATENTS)
+    (c, b), given = model.settings(sampling), given or {}
+    check_arguments(model, given, edit, output)
+    embeddings = {name: tensor for name, tensor in given.items() if name in EMBEDDINGS}
+    semantic, latents_c, latents_b = (given.get(name) for name in LATENTS)
     stages = ("c" if semantic is None else "") + ("b" if output != "semantic" else "")
     optional = edit is not None or semantic is not None
     texts = PromptBatch(model, prompt, negative_prompt, embeddings, num_images, stages, optional)
@@ -115,8 +116,7 @@ def generate(model: Wuerstchen, prompt: str | list[str] | None = None, negative_
     if output == "latents_b":
         return latents
     images = crop(model.decode(latents), height, width)                                    # (n, 3, height, width)
-    images = images if known is None else known.paste(images)
-    return {"pil": to_pil, "pt": lambda x: x, "np": lambda x: x.permute(0, 2, 3, 1).cpu().numpy()}[output](images)
+    return FORMATS[output](images if known is None else known.paste(images))
 
 
 def reconstruct(model: Wuerstchen, image, prompt: str = "", **options):
@@ -244,7 +244,7 @@ class PromptBatch:
                  optional: bool):
         self.model, self.num_images, self.embeddings = model, num_images, dict(embeddings)
         networks = model.networks
-        if networks.get("text_encoder_c") is networks.get("text_encoder_b"):    # what is given for Stage C serves Stage B as well
+        if networks.get("text_encoder_c") is networks.get("text_encoder_b"):    # one embedding serves both stages
             for name in ("prompt", "negative"):
                 if f"{name}_c" in embeddings:
                     self.embeddings.setdefault(f"{name}_b", embeddings[f"{name}_c"])
@@ -363,7 +363,7 @@ class KnownImage:
                              f"{image.shape[1]}: they must be the same.")
         self.mask = cover(mask[None], height, width, nearest=True)[0].to(model.device)     # (height, width)
         canvas = extend(self.mask[None, None], 4 * h_b, 4 * w_b)
-        # A latent that has any part in the mask is generated anew.
+        # A latent that has any part in the mask becomes new content.
         self.mask_c, self.mask_b = (F.adaptive_max_pool2d(canvas, size).bool() for size in ((h, w), (h_b, w_b)))
         self.latents = encode_latents(model, extend(self.image[None], 4 * h_b, 4 * w_b))   # (1, 4, h_b, w_b)
 

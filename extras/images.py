@@ -287,16 +287,9 @@ def save_gif(images: list, path: str | Path, seconds_per_frame: float = 0.15, ov
     Raises FileExistsError unless `overwrite`, and ValueError without images or if their sizes differ.
     """
     _common_size(images)
-    write_new(path, overwrite, lambda temporary: images[0].save(
+    write_atomically(path, lambda temporary: images[0].save(
         temporary, format="GIF", save_all=True, append_images=images[1:], duration=round(1000 * seconds_per_frame),
-        loop=0))
-
-
-def write_new(path: str | Path, overwrite: bool, write) -> None:
-    """write_atomically(path, write).  Raises FileExistsError if the file exists, unless `overwrite`."""
-    if Path(path).exists() and not overwrite:
-        raise FileExistsError(f"{path} exists already and will not be overwritten: choose another name, or remove it")
-    write_atomically(path, write)
+        loop=0), overwrite)
 
 
 def _common_size(images: list) -> tuple[int, int]:

@@ -5,7 +5,7 @@
 
 Surprise: PNG has two kinds of text. Every reader understands tEXt, which is Latin-1; all other letters need iTXt.
 The "parameters" text follows AUTOMATIC1111's web UI, modules/infotext_utils.py and processing.py.
-Needs: pillow, images.py.
+Needs: pillow; reading also images.py.
 """
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from extras.images import decoding, write_new
+from loading.files import write_atomically
 
 CHUNK = "wuerstchen"             # name of the PNG text that read_settings reads
 
@@ -31,7 +31,7 @@ def save_png(image: Image.Image, path: str | Path, settings: dict | None, overwr
                             (CHUNK, json.dumps(settings, ensure_ascii=False, sort_keys=True))):
             latin = all(ord(letter) < 256 for letter in value)
             text.add_text(name, value) if latin else text.add_itxt(name, value)
-    write_new(path, overwrite, lambda temporary: image.save(temporary, format="PNG", pnginfo=text))
+    write_atomically(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=text), overwrite)
 
 
 def parameters_text(settings: dict) -> str:
@@ -72,6 +72,7 @@ def _quoted(value: str) -> str:
 
 def read_settings(path: str | Path) -> dict:
     """The settings that save_png wrote into a PNG file.  Raises ValueError, in one line, if there are none to read."""
+    from extras.images import decoding
     try:
         with decoding(), Image.open(path) as image:
             # Text may come after the pixels, so .text decodes the whole image, which also finds files that are cut off.

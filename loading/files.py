@@ -155,9 +155,14 @@ def return_freed_memory():
 
 # ----- writing -------------------------------------------------------------------------------------------------------
 
-def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Calls write(temporary_path), then renames: a file is complete or missing, even after a power cut."""
+def write_atomically(path: str | Path, write: Callable[[Path], object], overwrite: bool = True) -> None:
+    """Calls write(temporary_path), then renames: a file is complete or missing, even after a power cut.
+
+    Raises FileExistsError if the file exists, unless `overwrite`.
+    """
     path = Path(path)
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists already and will not be overwritten: choose another name, or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")    # machines may share the folder
     try:

@@ -35,15 +35,15 @@ class LoRAWeights(NamedTuple):
     magnitude: Tensor | None = None    # (out,), only in a DoRA
 
 
-# Written names: what stands in front of the layer's name, and the names of the two matrices.
+# To write: what precedes the layer's name, and which of lora.ROLES' endings follows it.
 FORMATS = {
-    "diffusers": ("prior.", "lora_A", "lora_B"),              # alpha in the metadata; in the others, {layer}.alpha
-    "kohya":     ("lora_unet_", "lora_down", "lora_up"),      # with _ instead of . in the layer's name
-    "comfy":     ("diffusion_model.", "lora_A", "lora_B"),
-    "original":  ("", "lora_down", "lora_up"),                # query, key and value are one layer, in_proj
-    "ours":      ("", "lora_down", "lora_up"),                # our names, for checkpoints
+    "diffusers": ("prior.", 1),              # alpha in the metadata; in the others, {layer}.alpha
+    "kohya":     ("lora_unet_", 0),          # with _ instead of . in the layer's name
+    "comfy":     ("diffusion_model.", 1),
+    "original":  ("", 0),                    # query, key and value are one layer, in_proj
+    "ours":      ("", 0),                    # our names, for checkpoints
 }
-# Read names: one of these, the layer's name, one of those.
+# To read: a tensor's name is one of these, the layer's name, one of those.
 PREFIXES = ("prior.", "diffusion_model.", "lora_unet_", "lora_prior_unet_", "lora_prior_unet.", "unet.",
             "base_model.model.", "")
 ENDINGS = {
@@ -52,13 +52,13 @@ ENDINGS = {
     "alpha":     (".alpha",),
     "magnitude": (".lora_magnitude_vector.weight", ".lora_magnitude_vector"),
 }
-# What a file is that is not read: the first of these patterns that is found in the unknown names.
+# What a file is if it is not read: the first of these patterns that occurs in the unknown names.
 FOREIGN = {
     r"\A(?!.*(lora|lycoris|hada_|lokr_|bundle_emb))": "a whole model, not a LoRA",
     r"hada_|lokr_|oft_|glora": "another method than LoRA (LoHa, LoKr, OFT, ...)",
     r"dora_scale": "a DoRA in LyCORIS' form, which does not say whether its scale is per input or per output",
     r"^(lora_te|lora_prior_te|text_encoder)": "a LoRA that also changes a text encoder",
-    r"^(bundle_emb|embeddings\.)": "a LoRA with learned words, for which no model here has a place",
+    r"^(bundle_emb|embeddings\.)": "a LoRA with learned words, which no model here can take",
     r"^weights\.\d": "a LoRA of Stable Cascade's trainer, which numbers the layers instead of naming them",
     r"double_blocks|single_transformer_blocks|joint_blocks": "a LoRA for Flux or Stable Diffusion 3",
     r"transformer_blocks|attentions_\d|attn1|input_blocks": "a LoRA for Stable Diffusion",
@@ -89,7 +89,7 @@ def open_lora(source: str | Path | dict[str, Tensor]) -> tuple[dict[str, Tensor]
         reason = str(error).split("\n")[0][:200]
         raise ValueError(f"it cannot be read, presumably it is cut off or not a file of weights: {reason}") from error
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise ValueError("it does not hold a table of tensors, which a LoRA is")
+        raise ValueError("it does not contain a table of tensors, so it is not a LoRA")
     return tensors, {}
 
 
@@ -190,13 +190,14 @@ def check_fit(layers: dict[str, dict], shapes: dict[str, tuple] | None) -> None:
     for name, values in layers.items():
         try:
             if not all(tensor.isfinite().all() for tensor in values.values()):
-                raise ValueError("has NaN or infinity")
-            shape = shapes[name] if shapes else values["up"].shape[:1] + values["down"].shape[1:]
-            lora.to_adapter(values, shape)
+                raise ValueError(f"{name} has NaN or infinity")
+            if min(values["down"].ndim, values["up"].ndim) < 2:
+                raise ValueError(f"{name} has a vector instead of a matrix")
+            lora.to_adapter(name, shapes[name] if shapes else (len(values["up"]), *values["down"].shape[1:]), values)
         except KeyError as error:
             misfits.append(f"{name} has no {error.args[0]}")
         except ValueError as error:
-            misfits.append(f"{name} {error}")
+            misfits.append(str(error))
     if misfits:
         raise ValueError(f"{len(misfits)} of {len(layers)} layers do not fit: {'; '.join(misfits[:3])}"
                          + "; ..." * (len(misfits) > 3))
@@ -276,18 +277,13 @@ def to_tensors(weights: dict[str, LoRAWeights], names: dict[str, str], to: str) 
     if to != "ours":
         weights = {names[name]: one for name, one in weights.items()}
     weights = fuse(weights) if to == "original" else weights
-    tensors, metadata = lora.to_diffusers(weights)
     if to == "diffusers":
-        return tensors, metadata
-    result, (prefix, down, up) = {}, FORMATS[to]
-    for layer, one in weights.items():
-        name = prefix + (layer.replace(".", "_") if to == "kohya" else layer)
-        result[f"{name}.{down}.weight"] = tensors[f"prior.{layer}.lora_A.weight"]
-        result[f"{name}.{up}.weight"] = tensors[f"prior.{layer}.lora_B.weight"]
-        result[f"{name}.alpha"] = torch.tensor(one.alpha, dtype=torch.float64)           # as exact as Python's
-        if one.magnitude is not None:
-            result[f"{name}.lora_magnitude_vector"] = tensors[f"prior.{layer}.lora_magnitude_vector"]
-    return result, dict(format="pt")
+        return lora.to_diffusers(weights)
+    tensors = lora.to_tensors(weights, *FORMATS[to])
+    if to == "kohya":
+        tensors = {re.sub(r"\.(?!(lora_down\.|lora_up\.)?weight$|alpha$)", "_", name): tensor
+                   for name, tensor in tensors.items()}
+    return tensors, dict(format="pt")
 
 
 def describe(weights: dict[str, LoRAWeights]) -> dict[str, str]:
@@ -314,8 +310,9 @@ def save_lora(model: nn.Module, path: str | Path, name: str = "default", to: str
               metadata: dict | None = None) -> None:
     """Writes one LoRA as a .safetensors file in one of FORMATS. The user's `scale` is not part of it.
 
-    metadata: what the file should say besides rank, alpha, targets and format_version, which it always has. For example
-    dict(base_hash=base_hash(model), steps=1000, images=24, trigger_words=["a zorp"]). Raises ValueError.
+    metadata: entries in addition to rank, alpha, targets and format_version. For example
+    dict(base_hash=base_hash(model), steps=1000, images=24, trigger_words=["a zorp"]). Raises ValueError if the format
+    cannot hold this LoRA.
     """
     names = lora.diffusers_names(lora.find_layers(model)[0])
     write_lora(path, dict(lora.adapters(model, name)), names, to, metadata or {})
@@ -324,7 +321,7 @@ def save_lora(model: nn.Module, path: str | Path, name: str = "default", to: str
 # ----- which weights a LoRA was trained on -----------------------------------------------------------
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """model.state_dict() without LoRAs, under the names it has without them. What is merged is in the weights."""
+    """model.state_dict() without LoRAs, under the names it has without them. Merged LoRAs are in the weights."""
     tensors = model.state_dict()
     for path, _ in lora.lora_layers(model):
         tensors = {f"{path}.{name.removeprefix(f'{path}.base.')}" if name.startswith(f"{path}.base.") else name: tensor

@@ -18,7 +18,6 @@ from loading.layouts import locate
 from speed.fast import accelerate
 from speed.int8 import check as check_int8, to_int8
 from speed.memory import free_memory, module_of, offload as offload_networks, one_at_a_time, tile
-from v1.pipeline import WuerstchenV1
 from wuerstchen import Sampling, TextEncoder, Wuerstchen
 
 
@@ -75,7 +74,7 @@ def load(weights: str | Path | None = None, device: str | None = None, dtype: to
     if offload:
         offload_networks(model)
     if fast or compile:
-        accelerate(model, compile=compile, keep_shares=not low_memory)
+        accelerate(model, compile=compile, keep_shares=not low_memory, offload=offload)
     tile(model, None)
     return model
 
@@ -156,6 +155,7 @@ def pipeline_for(paths: dict, empty: dict, loaders: dict, device, dtype) -> Wuer
         # A small Stage B hesitates between objects; guidance makes it follow the semantic latents more decidedly.
         return Wuerstchen(loaders, 128 if tiny else 1024, device, dtype,
                           b=Sampling(12, guidance=4.0) if tiny else Sampling(12))
+    from v1.pipeline import WuerstchenV1
     # Only the released v1 has texts of CLIP-H's width in both stages; another may stand on v2's scaled latents.
     raw = (prior.config["c_cond"] if prior else decoder.config["c_text"]) == 1024
     more = {} if raw else dict(c=Sampling(29, guidance=4.0, early=True))

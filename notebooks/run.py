@@ -1,12 +1,12 @@
-"""Executes notebooks in place: a fresh kernel, its outputs stored beside a checksum of the code that gave them.
+"""Executes notebooks in place, in a fresh kernel, and stores a checksum of the code next to its outputs.
 
   python notebooks/run.py                        # all of them, 6 minutes
   python notebooks/run.py 03_diffusion.ipynb     # one
 
-The notebooks are committed with their pictures, so that they can be read without running them. After a change of a code
-cell its outputs are old: tests/test_notebooks.py compares the checksum, and asks for this script. Text may change freely.
-Cells tagged "download" are not run here; what they once gave stays.
-Needs: notebooks/requirements.txt; `checksum` and `problems` need nothing, so that they can be tested everywhere.
+The notebooks are committed with their images, so that they can be read without running them. A changed code cell makes
+its outputs stale: tests/test_notebooks.py compares the checksum and asks for this script. Text may change freely.
+Cells tagged "download" are not run; they keep their old outputs.
+Needs: notebooks/requirements.txt; `checksum` and `problems` need nothing, so they can be tested everywhere.
 """
 import base64
 import hashlib
@@ -18,13 +18,13 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SECONDS, BYTES = 180, 2_000_000            # the most that a notebook may take, to run and on disk
-# a cell from which a picture must come
+SECONDS, BYTES = 180, 2_000_000            # limits for a notebook: to run, and on disk
+# a cell whose output must contain an image
 DRAWS = re.compile(r"\bpictures\(|\bplt\.(subplots|figure|plot|scatter|bar|imshow|hist)\(")
 
 
 def source(cell: dict) -> str:
-    """A cell's text; on disk it is a list of lines, in nbformat's hands one string."""
+    """A cell's text: a list of lines on disk, one string in nbformat."""
     return cell["source"] if isinstance(cell["source"], str) else "".join(cell["source"])
 
 
@@ -37,12 +37,12 @@ def code_cells(notebook: dict) -> list[dict]:
 
 
 def checksum(notebook: dict) -> str:
-    """Of the code cells and of nothing else: text may be improved without running anything again."""
+    """Checksum of the code cells only: text may be improved without running anything again."""
     return hashlib.sha256(json.dumps([source(cell) for cell in code_cells(notebook)]).encode()).hexdigest()[:16]
 
 
 def images_of(cell: dict) -> list[bytes]:
-    """The pictures, as PNG files, that a code cell gave."""
+    """The images that a code cell output, as PNG files."""
     found = [output["data"]["image/png"] for output in cell["outputs"] if "image/png" in output.get("data", {})]
     return [base64.b64decode("".join(data)) for data in found]
 
@@ -54,7 +54,7 @@ def is_blank(png: bytes) -> bool:
 
 
 def problems(notebook: dict) -> list[str]:
-    """What is wrong with a notebook's outputs, one line each; none if all is well."""
+    """The problems of a notebook's outputs, one line each; empty if all is well."""
     found = []
     for i, cell in enumerate(code_cells(notebook), start=1):
         if "download" in tags(cell):
@@ -66,14 +66,14 @@ def problems(notebook: dict) -> list[str]:
                 found.append(f"code cell {i} wrote to stderr: {''.join(output['text']).strip()[:200]}")
         images = images_of(cell)
         if DRAWS.search(source(cell)) and not images:
-            found.append(f"code cell {i} draws, but gave no picture")
+            found.append(f"code cell {i} draws, but its output has no image")
         if any(is_blank(png) for png in images):
-            found.append(f"code cell {i} gave an empty picture")
+            found.append(f"code cell {i} drew an empty image")
     return found
 
 
 def execute(path: Path):
-    """-> (the notebook as nbformat has it, with the outputs of a fresh kernel; seconds). Raises nbclient's errors."""
+    """-> (nbformat's notebook with the outputs of a fresh kernel, seconds). Raises nbclient's errors."""
     import nbformat
     from nbclient import NotebookClient
     notebook = nbformat.read(path, as_version=4)
@@ -85,9 +85,9 @@ def execute(path: Path):
 
 
 def smaller(png: bytes) -> bytes:
-    """Large pictures, which are those of noise, with a palette of 256 colours: a third of the size, and no difference to be seen.
+    """Large images, which show noise, get a palette of 256 colours: a third of the size, and no visible difference.
 
-    In others smooth colours would become bands.
+    In other images smooth colours would become bands.
     """
     from PIL import Image
     if len(png) < 250_000:
@@ -98,7 +98,7 @@ def smaller(png: bytes) -> bytes:
 
 
 def tidy(notebook: dict) -> None:
-    """Makes pictures smaller, and removes what differs from run to run or from machine to machine, so that git shows real changes only."""
+    """Makes images smaller, and removes what differs between runs or machines, so that git shows only real changes."""
     notebook["metadata"] = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
                             "language_info": {"name": "python"}, "checksum": checksum(notebook)}
     for cell in notebook["cells"]:
@@ -116,14 +116,15 @@ def main(names: list[str]) -> None:
         try:
             notebook, seconds = execute(path)
         except CellExecutionError as error:
-            sys.exit(f"{path.name} is left as it was:\n{error}")
-        wrong = problems(notebook)
+            sys.exit(f"{path.name} is unchanged:\n{error}")
+        found = problems(notebook)
         tidy(notebook)
         text = nbformat.writes(notebook) + "\n"
         if len(text) > BYTES:
-            wrong.append(f"it would have {len(text) / 1e6:.1f} MB, {BYTES / 1e6:g} are the most: draw fewer or smaller pictures")
-        if wrong:
-            sys.exit(f"{path.name} is left as it was:\n  " + "\n  ".join(wrong))
+            found.append(f"it would have {len(text) / 1e6:.1f} MB, the limit is {BYTES / 1e6:g}: draw fewer or smaller "
+                         "images")
+        if found:
+            sys.exit(f"{path.name} is unchanged:\n  " + "\n  ".join(found))
         path.write_text(text)
         print(f"{path.name}: {seconds:.0f} s, {len(text) / 1e6:.2f} MB")
 

@@ -1,6 +1,6 @@
-"""How the notebooks draw: one look for all figures, and rows of pictures with labels.
+"""How the notebooks draw: one look for all figures, and rows of images with labels.
 
-White behind everything, so that figures are readable in a dark theme, too; 9 inches at 100 dpi fit a laptop's window.
+The background is white, so figures are readable in a dark theme; 9 inches at 100 dpi fit a laptop's window.
 Needs: matplotlib.
 """
 import warnings
@@ -8,26 +8,24 @@ import warnings
 import matplotlib.pyplot as plt
 import numpy as np
 
-# tqdm asks for ipywidgets wherever there is a notebook; no bar is drawn here. It warns when it is imported: import this
-# file first.
+# tqdm asks for ipywidgets in every notebook, but no bar is drawn here. It warns when it is imported: import this file
+# first.
 warnings.filterwarnings("ignore", message="IProgress not found")
 
 WIDTH = 9      # inches
 plt.rcParams.update({"figure.dpi": 100, "figure.facecolor": "white", "savefig.facecolor": "white",
-                     "axes.facecolor": "white",
-                     "figure.figsize": (WIDTH, 3.6), "figure.constrained_layout.use": True, "font.size": 11,
-                     "axes.grid": True,
-                     "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False, "figure.titlesize": 13,
-                     "axes.titlesize": 12})
+                     "axes.facecolor": "white", "figure.figsize": (WIDTH, 3.6), "figure.constrained_layout.use": True,
+                     "font.size": 11, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False,
+                     "axes.spines.right": False, "figure.titlesize": 13, "axes.titlesize": 12})
 
 
 def pictures(rows, title, columns=None, labels=None, size=None, cmap="RdBu_r", numbers=False):
-    """Draws rows of pictures under one title.
+    """Draws rows of images under one title.
 
-    rows     a list of pictures, or of such lists. A picture is a PIL image, a tensor (3,H,W) in [0, 1], or a tensor (H,W), which is
-             drawn in colours from blue (negative) over white (0) to red (positive), the same for all, with a bar that says how much.
-    columns  what is written above the first row, or above every picture if there are as many texts; labels: left of each row.
-    size     height of a picture in inches; default: what fits. numbers: write the values into pictures (H,W).
+    rows     a list of images, or of such lists. An image is a PIL image, a tensor (3,H,W) in [0, 1], or a tensor (H,W),
+             which is drawn in colours from blue (negative) over white (0) to red (positive), with one scale for all.
+    columns  texts above the first row, or above every image if there are as many; labels: texts left of each row.
+    size     height of an image in inches; default: what fits. numbers: write the values into images (H,W).
     """
     rows = rows if isinstance(rows[0], (list, tuple)) else [rows]
     width = max(len(row) for row in rows)
@@ -49,8 +47,8 @@ def pictures(rows, title, columns=None, labels=None, size=None, cmap="RdBu_r", n
             if getattr(image, "ndim", 3) == 2:
                 drawn = ax.imshow(np.asarray(image), cmap=cmap, vmin=low, vmax=limit)
                 for (y, x), value in np.ndenumerate(np.asarray(image)) if numbers else ():
-                    ax.text(x, y, f"{value:.1f}", ha="center", va="center", fontsize=8, color="white"
-                            if abs(value) > 0.6 * limit else "black")
+                    ax.text(x, y, f"{value:.1f}", ha="center", va="center", fontsize=8,
+                            color="white" if abs(value) > 0.6 * limit else "black")
             else:
                 ax.imshow(image if not hasattr(image, "ndim") else np.clip(np.asarray(image).transpose(1, 2, 0), 0, 1))
             if columns is not None and (every or i == 0):

@@ -3,44 +3,49 @@
   model.requires_grad_(False)
   to_int8(model)                           # in place; or before loading, on the meta device: see quantised
 
-A layer's y = W x + b becomes  y = s_x s_w (W8 x8) + b.  W8 are whole numbers and s_w one scale per output, made once; x8 and s_x,
-one scale per row (a row is a position of the picture), are made at every call, since activations change: "dynamic". Where a layer
-does not widen, x8 counts not from 0 but from the row's least number: behind GELU, where nearly all is above 0, that is twice as fine.
-Layers that a network names in `int8_fine` take their input in 16 bits, as two planes of 8: twice the work, and only the weight's error is left.
+A layer's y = W x + b becomes y = s_x s_w (W8 x8) + b. W8 are whole numbers and s_w one scale per output, computed once.
+x8 and s_x, one scale per row (a row is a position of the image), are computed at every call, because activations
+change: "dynamic". If a layer has at least as many inputs as outputs, x8 counts not from 0 but from the row's minimum:
+after GELU, where almost all numbers are above 0, that is twice as fine. Layers in FINE take their input in 16 bits, as
+two planes of 8: twice the work, and only the weight's error remains.
 
 In   any module tree of nn.Linear, float32
-Out  the same with Int8Linear in place of those that have at least `least` inputs and outputs. Small ones stay: they cost
-     nothing, and the first and last of a network are small, where rounding hurts most
-Surprise: on some processors weights go from -64 to 64 and not to 127. Those with AVX2 but without VNNI add products of 8 bits in pairs,
-     in 16 bits that stop at 32767: 255 * 127 * 2 does not fit, and the sum is wrong without a word; 255 * 64 * 2 does. `finest` tries it.
-Only to paint with: nothing can be learned in int8. LoRAs belong into the float weights before, see lora.merge_and_unload.
+Out  the same with an Int8Linear for every nn.Linear with at least `least` inputs and outputs. Small ones stay: they
+     cost nothing, and the first and last layers of a network are small, where rounding hurts most
+Surprise: on some processors weights range from -64 to 64, not 127. Processors with AVX2 but without VNNI add products
+     of 8 bits in pairs, in 16 bits that saturate at 32767: 255 * 127 * 2 does not fit, and the sum is silently wrong;
+     255 * 64 * 2 does. `finest` tries it.
+Only for sampling: int8 weights cannot be trained. Merge LoRAs into the float weights first: lora.merge_and_unload.
 Source of the idea of a scale per row and per output: LLM.int8(), arXiv:2208.07339.
 Needs: torch only, with oneDNN (on x86 it has that). This file works when copied alone.
 """
-from typing import Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
+# Of which networks, by class, which layers take their input in 16 bits. Over Stage C's 32 blocks rounding adds up to
+# 1.2 % with all layers in 8 bits, to 0.9 % with these in 16. Stage B stays at 0.2 % without any.
+FINE = {"StageC": ("expand",)}
+
 
 def product_now(x8: Tensor, weight8: Tensor, scale: Tensor) -> Tensor:
-    """x8 (M,K) uint8, of which 128 means 0, weight8 (N,K) int8, scale (N,) -> scale * (x8 - 128) @ weight8.T, (M,N) float32.
+    """x8 (M,K) uint8, 128 means 0, weight8 (N,K) int8, scale (N,) -> scale * (x8 - 128) @ weight8.T, (M,N) float32.
 
-    torch has several int8 products. Measured with AVX2, 1 thread, (256,1536) x (1536,1536), beside float32: this one is 2.3 times as
-    fast; torch._int_mm 28 times slower; _weight_int8pack_mm 1.3 times slower; quantized.linear_dynamic 2.5 times as fast, but it takes
-    one scale for all rows, so that a picture would depend on those beside it. Packing anew at each call takes 4 % of its time, and lets the
-    weight be an ordinary tensor, of which a slice of columns is as good as the whole.
+    torch has several int8 products. With AVX2, 1 thread, (256,1536) x (1536,1536), compared to float32: this one is 2.3
+    times as fast; torch._int_mm 28 times slower; _weight_int8pack_mm 1.3 times slower; quantized.linear_dynamic 2.5
+    times as fast, but it has one scale for all rows, so an image would depend on its batch. Packing at each call takes
+    4 % of its time. It lets the weight be an ordinary tensor, so a slice of its columns works like the whole.
     """
-    packed = torch.ops.onednn.qlinear_prepack(weight8.contiguous(), None)                # strides it does not look at
+    packed = torch.ops.onednn.qlinear_prepack(weight8.contiguous(), None)                # it ignores strides
     zero = torch.zeros(len(scale), dtype=torch.int32)
     return torch.ops.onednn.qlinear_pointwise(x8, 1.0, 128, packed, scale, zero, None, 1.0, 0, torch.float32, "none",
                                               [], "")
 
 
-# torch.compile knows the operations inside with weights packed beforehand only: so it is told of one that it does not
-# look into. (The
-# decorator torch.library.custom_op says the same in one line, but takes seconds at its first call.)
+# torch.compile knows the operations inside only with weights that are packed before, so it gets one operation that it
+# does not look into. (The decorator torch.library.custom_op would be one line, but its first call takes seconds.)
 library = torch.library.Library("wuerstchen", "FRAGMENT")
 library.define("int8_product(Tensor x8, Tensor weight8, Tensor scale) -> Tensor")
 library.impl("int8_product", product_now, "CPU")
@@ -49,20 +54,21 @@ product = torch.ops.wuerstchen.int8_product
 
 
 def is_exact(n: int) -> bool:
-    """Does this processor add up products with weights from -n to n? Tried with the largest sums that there can be."""
+    """Whether this processor's sums of products are exact for weights from -n to n. Tries the largest possible sums."""
     x8 = torch.tensor([[255] * 64, [0] * 64], dtype=torch.uint8)
     return product(x8, torch.full((64, 64), n, dtype=torch.int8),
                    torch.ones(64))[:, 0].tolist() == [127 * n * 64, -128 * n * 64]
 
 
 def finest() -> int:
-    """How far weights go on this processor, 127 or 64. Raises ValueError where int8 would not be exact, or cannot be used at all."""
+    """The largest weight on this processor, 127 or 64. Raises ValueError if int8 is not exact or not available."""
     try:
         fits = [n for n in (127, 64) if is_exact(n)]
     except (AttributeError, RuntimeError) as error:
-        raise ValueError(f"int8 cannot be used here, torch {torch.__version__} has no int8 product for this processor: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"int8 cannot be used here, torch {torch.__version__} has no int8 product for this processor: "
+                         f"{str(error).splitlines()[0]}") from None
     if not fits:
-        raise ValueError("int8 cannot be used here: this processor's int8 product is not exact")
+        raise ValueError("int8 cannot be used here: this processor's int8 product is not exact, remove int8")
     return fits[0]
 
 
@@ -77,7 +83,7 @@ class Int8Linear(nn.Module):
     """A Linear with weight (out,in) int8, scale (out,) and bias (out,) float32. Starts empty: see state_of.
 
     fine: x is taken in 16 bits, in two products.
-    total (out,), only where in >= out: the sum of each output's weights, which takes back that x8 does not count from 0.
+    total (out,), only if in >= out: the sum of each output's weights, to correct that x8 does not count from 0.
     """
     def __init__(self, in_features: int, out_features: int, bias: bool = True, fine: bool = False, device=None):
         super().__init__()
@@ -87,28 +93,30 @@ class Int8Linear(nn.Module):
         self.register_buffer("total", torch.empty(out_features, device=device) if in_features >= out_features else None)
         self.register_buffer("bias", torch.empty(out_features, device=device) if bias else None)
 
-    def forward(self, x: Tensor, start: int = 0) -> Tensor:
-        """x (...,in) float32 -> (...,out); or a part of the input, and the column of the weight at which it starts: see LinearInParts in stage_b.py."""
+    def forward(self, x: Tensor) -> Tensor:
+        """x (...,in) float32 -> (...,out)."""
+        return self.part(x, 0)
+
+    def part(self, x: Tensor, start: int) -> Tensor:
+        """The share of x (...,C'), columns start to start + C' of the input, in the output. The first has the bias."""
         rows, weight = x.flatten(0, -2), self.weight[:, start:start + x.shape[-1]]       # (M, C'), (out, C')
         from_least = self.total is not None and x.shape[-1] == self.in_features
-        # (M, 1); twice as fast as abs().amax()
-        least, most = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
-        # A conversion to whole numbers cuts off, so half of one is added.
+        least, most = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)             # (M, 1); faster than abs()
+        # A conversion to whole numbers cuts off, so 0.5 is added.
         if from_least:
-            # never so small that least / step is not exact
+            # A step is never so small that least / step is inexact.
             step = torch.maximum((most - least) / 255, 1e-6 * least.abs()).clamp_min(1e-30)
             x8 = torch.addcmul(0.5 - least / step, rows, 1 / step)                       # (M, C') in 0..255
         else:
             step = torch.maximum(most, -least).clamp_min(1e-30) / 127                    # (M, 1)
-            # (M, C') in 1..255, 128 stands for 0
-            x8 = torch.addcmul(rows.new_tensor(128.5), rows, 1 / step)
+            x8 = torch.addcmul(rows.new_tensor(128.5), rows, 1 / step)                   # (M, C') in 1..255; 128 is 0
         whole = x8.to(torch.uint8)
         y = product(whole, weight, self.scale)                                           # (M, out)
         if self.fine:
-            # what was cut off, less half of one, in steps of 1 / 256
+            # The rest that was cut off, minus 0.5, in steps of 1 / 256.
             fine = x8.sub_(whole).mul_(256).to(torch.uint8)
             y = y.add_(product(fine, weight, self.scale), alpha=1 / 256)
-        # NaN and infinity in x, of which 8 bits know nothing, come back here with the step.
+        # NaN and infinity in x do not exist in 8 bits; they come back here with the step.
         y = y * step if start or self.bias is None else torch.addcmul(self.bias, y, step)
         if from_least:
             y = y.addcmul_(least + 128 * step, self.total)
@@ -116,41 +124,44 @@ class Int8Linear(nn.Module):
 
 
 def state_of(name: str, weight: Tensor, n: int) -> dict[str, Tensor]:
-    """The weight (out,in) of the linear layer of that name -> what an Int8Linear has in its place, by full names."""
+    """The weight (out,in) of the linear layer of that name -> an Int8Linear's tensors for it, by full names."""
     weight8, scale = quantise_weight(weight, n)
     total = {f"{name}.total": scale * weight8.sum(1)} if weight.shape[1] >= weight.shape[0] else {}
     return {f"{name}.weight": weight8, f"{name}.scale": scale, **total}
 
 
 def large(model: nn.Module, least: int = 128) -> list[str]:
-    """Names of the linear layers with at least so many inputs and outputs."""
+    """Names of the linear layers with at least that many inputs and outputs."""
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)
             and min(module.in_features, module.out_features) >= least]
 
 
 @torch.no_grad()
 def to_int8(model: nn.Module, least: int = 128) -> list[str]:
-    """Replaces the large linear layers, one after another, so that only one is there twice at a time -> their names.
+    """Replaces the large linear layers one after another, so only one exists twice at a time -> their names.
 
-    A model on the meta device gets the layers alone; their numbers then come from `quantised`. Raises ValueError.
-    model.int8_fine, where there is such a thing: the layers to be taken in 16 bits, by the last parts of their names.
+    A model on the meta device gets empty layers; `quantised` provides their numbers. Raises ValueError.
     """
-    names, fine = large(model, least), getattr(model, "int8_fine", ())
+    names, fine = large(model, least), FINE.get(type(model).__name__, ())
     check(model.get_submodule(name).weight.device for name in names)
     for name in names:
         parent, _, child = name.rpartition(".")
         layer = model.get_submodule(name)
         new = Int8Linear(layer.in_features, layer.out_features, layer.bias is not None, child in fine, "meta")
         if not layer.weight.is_meta:
-            state = state_of(child, layer.weight, finest()) | ({} if layer.bias is None
-                                                               else {f"{child}.bias": layer.bias.detach().float()})
+            state = state_of(child, layer.weight, finest())
+            if layer.bias is not None:
+                state[f"{child}.bias"] = layer.bias.detach().float()
             nn.ModuleDict({child: new}).load_state_dict(state, assign=True)
         setattr(model.get_submodule(parent), child, new.train(layer.training))
     return names
 
 
 def quantised(tensors: Iterable[tuple[str, Tensor]], names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) pairs for a float model -> for the same with these layers in int8. One by one: the float model is never there."""
+    """(name, tensor) pairs for a float model -> for the same with these layers in int8.
+
+    One by one, so the whole float model is never in memory.
+    """
     weights, n = {f"{name}.weight": name for name in names}, finest()
     for name, tensor in tensors:
         if name in weights:
@@ -160,7 +171,7 @@ def quantised(tensors: Iterable[tuple[str, Tensor]], names: Iterable[str]) -> It
 
 
 def check(devices: Iterable[torch.device]) -> None:
-    """Raises ValueError where int8 would not compute, or not exactly."""
+    """Raises ValueError if int8 would not compute, or not exactly."""
     for device in devices:
         if device.type not in ("cpu", "meta"):
             raise ValueError(f"int8 is for CPUs, not for {device.type}: use float16 or bfloat16 there")

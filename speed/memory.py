@@ -9,6 +9,7 @@ low_memory=True, offload=True). Needs: torch.
 """
 import gc
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -73,27 +74,29 @@ def tile(model, size: int | None) -> None:
     def decode_one(latents: Tensor) -> Tensor:
         stage_a = model.part("stage_a")
         dtype = next(stage_a.parameters()).dtype
-        # Measured on a CPU, official size: 22 to 30 numbers per channel and latent at the peak, fewer for larger images.
+        # Measured on a CPU, official size: 22 to 30 numbers per channel and latent at the peak, fewer if larger.
         needed = 24 * stage_a.config["c_hidden"] * latents[0, 0].numel() * dtype.itemsize
         tiled = size or (64 if needed > 0.8 * free_memory(model.device) else None)
-        return plain(latents) if tiled is None else decode_tiled(stage_a, latents.to(dtype), tiled)
+        return plain(latents) if tiled is None else decode_tiled(stage_a, latents.to(dtype), tiled, plain)
     model.decode_one = decode_one
 
 
-def decode_tiled(stage_a, latents: Tensor, tile: int = 64) -> Tensor:
+def decode_tiled(stage_a, latents: Tensor, tile: int = 64, decode: Callable | None = None) -> Tensor:
     """The same images as stage_a.decode, in tiles of `tile` x `tile` latents: memory as for one tile.
+
+    decode: another function that decodes a tile, default stage_a.decode.
 
     Nothing in the decoder looks at the whole image, so a tile is right if it is decoded with as many neighbours around
     it as the decoder looks far: one for each block and one for each upsampling. The tiles then fit together without
     blending, equal to `decode` except for the rounding of larger products.
     """
-    h, w = latents.shape[-2:]
+    decode, (h, w) = decode or stage_a.decode, latents.shape[-2:]
     reach, up = len(stage_a.decoder) + 1, stage_a.downscale
     images = latents.new_empty(len(latents), 3, h * up, w * up)
     for y in range(0, h, tile):
         for x in range(0, w, tile):
             top, left = max(y - reach, 0), max(x - reach, 0)
-            part = stage_a.decode(latents[..., top:y + tile + reach, left:x + tile + reach])
+            part = decode(latents[..., top:y + tile + reach, left:x + tile + reach])
             part = part[..., (y - top) * up:(y - top + tile) * up, (x - left) * up:(x - left + tile) * up]
             images[..., y * up:(y + tile) * up, x * up:(x + tile) * up] = part
     return images                                                                          # (B, 3, H, W)

@@ -1,6 +1,7 @@
 """Lets `pytest` in the repository's root find our modules, and makes every test start from the same seed.
 
-WUERSTCHEN_SLOW=1 pytest   also runs the tests marked slow: models of official size, up to 13 GB and a minute or two each.
+WUERSTCHEN_SLOW=1 pytest   also runs the tests marked slow: models of official size, up to 13 GB and a minute or two
+each.
 """
 import os
 import signal
@@ -23,7 +24,8 @@ def pytest_collection_modifyitems(items):
     if not os.environ.get("WUERSTCHEN_SLOW"):
         for item in items:
             if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs up to 13 GB and a minute or two: set WUERSTCHEN_SLOW=1 to run it"))
+                item.add_marker(pytest.mark.skip(reason="needs up to 13 GB and a minute or two: "
+                                                        "set WUERSTCHEN_SLOW=1 to run it"))
 
 
 @pytest.fixture(autouse=True)

@@ -91,7 +91,8 @@ SMALL_V1 = {StageA: dict(levels=2, bottleneck_blocks=1, c_hidden=8, c_latent=4, 
 
 
 def small_v1(folder: Path) -> Path:
-    """Writes the authors' three files, in their names and tables, and a text encoder of width 1024 with its tokenizer."""
+    """Writes the authors' three files, in their names and tables, and a text encoder of width 1024 with its
+    tokenizer."""
     from transformers import CLIPTextConfig, CLIPTextModel
     torch.manual_seed(0)
     for name, section, stage in (("vqgan_f4_v1_500k.pt", "state_dict", StageA),
@@ -138,8 +139,8 @@ def same(a, b, tolerance: float = 0.0) -> None:
 
 
 class HostReads(TorchDispatchMode):
-    """Counts the numbers that are read from the meta device into Python, where a GPU's host would have to wait. There are none there:
-    every answer is True."""
+    """Counts the numbers that are read from the meta device into Python, where a GPU's host would have to wait. There
+    are none there: every answer is True."""
     def __init__(self):
         super().__init__()
         self.count = 0

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tools.bench import __main__ as bench, epoch, int8
+from tools.bench import __main__ as bench, int8, official, training
 from tools.bench.measure import Call, Measured, compare, in_turns, products_of, ratio
+from tools.bench.models import random_pair
 from tools.bench.official import whole_images
 from tools.bench.report import GOALS, SECTIONS, Row, replace_section, table, verdict
 from tools.bench.training import Run, training_steps
@@ -23,7 +24,7 @@ def test_help_needs_no_torch_and_a_wrong_start_says_how():
            "except SystemExit: sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True, capture_output=True)
     run = subprocess.run([sys.executable, root / "tools" / "bench" / "__main__.py"], capture_output=True, text=True)
-    assert run.returncode and run.stderr.endswith("as: python -m tools.bench\n") and run.stderr.count("\n") == 1
+    assert run.returncode and run.stderr == "error: run this as: python -m tools.bench\n"
 
 
 def test_a_ratio_is_of_neighbours():
@@ -138,7 +139,7 @@ def test_a_training_step_reports_the_time_of_its_products():
 
 
 def test_an_image_is_29_steps_of_c_12_of_b_and_a_decoding():
-    """Its time is added up from the parts, ours fast and compiled, diffusers' as they are; and the share of the peak."""
+    """Its time is added up from the parts, ours fast and compiled, diffusers' as they are; so is the share."""
     found = {"Stage C step": Measured(1, 2, 0), "Stage C step, plain": Measured(9, 2, 0),
              "Stage C step, compiled": Measured(0.5, 1, 10 ** 9),
              "Stage B step": Measured(2, 4, 0), "Stage B step, plain": Measured(9, 4, 0),
@@ -156,6 +157,19 @@ def test_an_image_is_29_steps_of_c_12_of_b_and_a_decoding():
         <= rows.keys()
 
 
+def test_the_networks_of_the_tiny_weights_are_measured(tmp_path):
+    bench.main(["--skip-start", "--plain", "--device", "cpu", "--repeats", "1", "--calls", "1", "--out",
+                str(tmp_path / "b.md")])
+    text = (tmp_path / "b.md").read_text()
+    assert all(f"| {what} |" in text for what in (
+        "Stage C step", "Stage C step, plain", "Stage C step, unguided", "Stage B step", "Stage B step, plain",
+        "Stage A decode", "Stage A decode, plain", "16 images in a batch, per second"))
+    assert "not measured" not in text
+    fast, plain = (float(re.search(rf"\| {what} \|.* ([\d.]+) GFLOP,", text)[1])
+                   for what in ("Stage B step", "Stage B step, plain"))
+    assert fast < 0.9 * plain                            # without what is the same at every step
+
+
 @pytest.mark.parametrize("options", ["--no-compile", "--dtype bf16 --pictures 1 2 --plain"])
 def test_the_official_measurement_runs_at_any_size(options, tmp_path, monkeypatch):
     """With one block of each, 128 px and random weights: what needs a GPU and half an hour is tried here in seconds.
@@ -165,11 +179,10 @@ def test_the_official_measurement_runs_at_any_size(options, tmp_path, monkeypatc
     pytest.importorskip("diffusers", reason="diffusers is what is compared with")
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda network, **options: compile(network, backend="eager"))
-    for stage, small in (("stage_a", dict(c_hidden=16)),
-                         ("stage_b", dict(c_cond=64, c_hidden=(32, 64, 64, 64), heads=(-1, 2, 2, 2))),
-                         ("stage_c", dict(c=64, heads=2))):
-        module = __import__(stage)
-        monkeypatch.setattr(module, "OFFICIAL", module.OFFICIAL | small)
+    small = dict(vqgan=dict(c_hidden=16), prior=dict(c=64, heads=2),
+                 decoder=dict(c_cond=64, c_hidden=(32, 64, 64, 64), heads=(-1, 2, 2, 2)))
+    monkeypatch.setattr(official, "random_pair", lambda stage, part, config, *args:
+                        random_pair(stage, part, config | small[part], *args))
     bench.main(["--official", "--device", "cpu", "--depth", "1", "--side", "128", "--repeats", "1", "--out",
                 str(tmp_path / "b.md"), *options.split()])
     text = (tmp_path / "b.md").read_text()
@@ -191,9 +204,9 @@ def test_the_official_measurement_runs_at_any_size(options, tmp_path, monkeypatc
 def test_an_epoch_is_added_up_from_its_parts(monkeypatch):
     """200 images are 50 steps of 4. A cache saves the encoding; reading is compared with the step that waits for it."""
     seconds = {"fresh_steps": dict(seconds=2.0), "encoding": 0.5, "reading": 0.25}
-    monkeypatch.setattr(epoch, "in_own_process", lambda function, *args: seconds[function.__name__])
+    monkeypatch.setattr(training, "in_own_process", lambda function, *args: seconds[function.__name__])
     args = bench.parse_args(["--epoch", "--device", "cpu", "--repeats", "1"])
-    _, rows, note = epoch.measure(args)
+    _, rows, note = training.measure_epoch(args)
     assert [(row.what, row.ours, row.ratio) for row in rows] == [("200 images, LoRA, `--cache`", "100 s", 1.25),
                                                                  ("reading a batch, 2 workers", "0.250 s", 0.1)]
     assert rows[0].other == "125 s, without" and "768 px, batch 4, image files of 1024 px" in note
@@ -206,20 +219,21 @@ def test_reading_is_that_of_the_training_loop(monkeypatch):
     taken, batches = [], order.batches
 
     def watched(samples, plan, processes, args):
-        taken.append((type(samples).__name__, args.workers, samples.pictures.sizes.tolist()))
+        taken.append((type(samples).__name__, args.workers, samples.dataset.sizes.tolist()))
         for batch in batches(samples, plan, processes, args):
-            taken.append((batch["x"].shape, batch["x"].dtype, batch["x"].float().std() > 20))
+            pixels = batch["pixels"]
+            taken.append((pixels.shape, pixels.dtype, pixels.float().std() > 20))
             yield batch
     monkeypatch.setattr(order, "batches", watched)
-    assert epoch.reading(96, 2, files=3) > 0
-    assert taken == [("Samples", 2, [[128, 128]] * 3)] + [((2, 96, 96, 3), torch.uint8, True)] * (8 + 16)
+    assert training.reading(96, 2, files=3) > 0
+    assert taken == [("StageCSamples", 2, [[128, 128]] * 3)] + [((2, 96, 96, 3), torch.uint8, True)] * (8 + 16)
 
 
 def test_int8_is_judged_by_the_same_prompts_and_noise(monkeypatch):
     """Four true scenes for float32, of which int8 loses the objects of one: 25 points, for each seed."""
     from tiny import evaluate
     facts, noises = evaluate.fixed_prompts()[:4], []
-    scenes = [evaluate.real_picture(fact, np.random.default_rng(0)) for fact in facts]
+    scenes = [evaluate.real_image(fact, np.random.default_rng(0)) for fact in facts]
     monkeypatch.setattr(evaluate, "fixed_prompts", lambda: facts)
 
     def sample(args, prompts):

@@ -29,7 +29,7 @@ def theirs(file: str, name: str):
 
 @torch.no_grad()
 def randomise(model):
-    """Every tensor drawn anew: their initial zeros would hide most of the network."""
+    """Every tensor drawn at random: their initial zeros would hide most of the network."""
     for name, tensor in model.state_dict().items():
         if not tensor.is_floating_point():
             continue

@@ -52,7 +52,8 @@ MEAN, STD = torch.tensor([[-1.0, 0.5, 2.0, 0.0]]), torch.tensor([[0.5, 1.5, 0.3,
 
 
 def best_eps(x: Tensor, t: Tensor, both: bool = False) -> Tensor:
-    """The mean of eps given x_t for that data: the covariance of eps and x_t over the variance of x_t, times x_t less its mean."""
+    """The mean of eps given x_t for that data: the covariance of eps and x_t over the variance of x_t, times x_t less
+    its mean."""
     ab = per_row(alphas_cumprod(t), x)
     return (1 - ab).sqrt() * (x - ab.sqrt() * MEAN) / (ab * STD ** 2 + 1 - ab)
 
@@ -80,8 +81,9 @@ def test_alphas_cumprod_is_the_released_one(schedule):
 
 
 def test_there_is_always_some_signal_and_some_noise():
-    """The steps divide by the square roots of both. One implementation lost a factor 1/2 where the cosine is scaled to 1 at
-    t = 0, and has a third too little noise on the nearly clean levels: here 1 - alphas_cumprod(1/60) must be right."""
+    """The steps divide by the square roots of both. One implementation lost a factor 1/2 where the cosine is scaled to
+    1 at t = 0, and has a third too little noise on the nearly clean levels: here 1 - alphas_cumprod(1/60) must be
+    right."""
     ab = alphas_cumprod(torch.linspace(0, 1, 1001))
     assert (ab.diff() <= 0).all() and ab[0] == torch.tensor(0.9999) and ab[-1] == torch.tensor(0.0001)
     quarter_turn = [math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2 for t in (0, 1 / 60)]
@@ -117,7 +119,8 @@ def test_p2_weight_is_the_share_of_noise(schedule):
 
 
 def test_v_weight_turns_the_error_of_eps_into_that_of_v():
-    """v = sqrt(ab) eps - sqrt(1 - ab) x_0. One and the same wrong guess at x_t, said in either way, must cost the same."""
+    """v = sqrt(ab) eps - sqrt(1 - ab) x_0. One and the same wrong guess at x_t, said in either way, must cost the
+    same."""
     t = torch.tensor([0.0, 0.3, 0.6, 0.9])
     ab = alphas_cumprod(t)[:, None]
     x_0, eps, eps_hat = torch.randn(3, 4, 8, dtype=torch.float64)
@@ -215,7 +218,7 @@ def test_eta_says_how_much_of_the_noise_is_fresh_and_never_how_much_there_is():
 
 @each_sampler
 def test_the_last_step_adds_no_noise(step):
-    """Whatever is drawn there would stay in the picture. Row by row: the second row has steps to go."""
+    """Whatever is drawn there would stay in the image. Row by row: the second row has steps to go."""
     x, eps, t, t_prev = torch.randn(2, 3), torch.randn(2, 3), torch.tensor([0.1, 0.5]), torch.tensor([0.0, 0.4])
     one, other = (step(x, eps, t, t_prev, torch.randn(2, 3)) for _ in range(2))
     assert torch.equal(one[0], other[0])
@@ -252,8 +255,8 @@ def test_15_steps_of_dpm_solver_beat_many_more_of_ddim(t_start, t_end, more):
 
 
 def test_dpm_solver_starts_and_ends_with_ddim():
-    """At the start there is no memory. At the end log(signal / noise) takes its longest step, too long to be extrapolated over;
-    row by row, as the second row of the second call shows, which steps to 0.4."""
+    """At the start there is no memory. At the end log(signal / noise) takes its longest step, too long to be
+    extrapolated over; row by row, as the second row of the second call shows, which steps to 0.4."""
     x, eps, x_0_last = torch.randn(3, 2, 4)
     t, t_prev, t_last = torch.tensor([0.1, 0.5]), torch.tensor([0.0, 0.4]), torch.tensor([0.2, 0.6])
     ddim = ddim_step(x, eps, t, t_prev)
@@ -264,8 +267,8 @@ def test_dpm_solver_starts_and_ends_with_ddim():
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")      # theirs, about numpy
 def test_dpm_solver_equals_that_of_diffusers_in_every_step():
-    """Its solver counts in integers over schedules of its own, but all that it computes with is sigma, noise over signal:
-    given ours, it must walk our way. It too makes the last step DDIM's."""
+    """Its solver counts in integers over schedules of its own, but all that it computes with is sigma, noise over
+    signal: given ours, it must walk our way. It too makes the last step DDIM's."""
     diffusers = pytest.importorskip("diffusers",
                                     reason="compares with diffusers, which is not installed: pip install diffusers")
     levels, states, preds = even(12), [], torch.randn(12, 2, 3, 4)
@@ -286,8 +289,9 @@ def test_dpm_solver_equals_that_of_diffusers_in_every_step():
 
 @pytest.mark.parametrize("first", [[0.6, 0.5999999], [0.6, 0.5999], [1.0, 0.9935]])
 def test_a_tiny_step_does_not_blow_up_the_next_one_of_dpm_solver(first):
-    """What changed in the last step is carried on over this one. After a step of next to nothing, what changed is the network's
-    error alone, and the factor has no bound: without a limit, 1% of error in eps gave results that are off by 100 and more."""
+    """What changed in the last step is carried on over this one. After a step of next to nothing, what changed is the
+    network's error alone, and the factor has no bound: without a limit, 1% of error in eps gave results that are off by
+    100 and more."""
     levels = torch.cat([torch.tensor(first), torch.linspace(first[1], 0, 20)[1:]])
     generator = torch.Generator().manual_seed(0)
 
@@ -333,8 +337,8 @@ def test_outside_the_guidance_interval_nothing_is_predicted_without_text():
 
 @pytest.mark.parametrize("steps", [3, 10, 30])
 def test_an_end_of_the_interval_that_is_a_level_belongs_to_it(steps):
-    """But for rounding: 0.8 as a float32 lies above the 0.8 that was asked for, and among 30 even levels 0.6 lies below it. That
-    must not shut a level out, or the ends would belong to some intervals and not to others."""
+    """But for rounding: 0.8 as a float32 lies above the 0.8 that was asked for, and among 30 even levels 0.6 lies below
+    it. That must not shut a level out, or the ends would belong to some intervals and not to others."""
     for k, level in enumerate(Sampling(steps).levels.tolist()):
         end = 1 - k / steps
         assert Sampling(guidance=4, interval=(0, end)).scale(level) == 4, end
@@ -374,7 +378,7 @@ def test_rescale_takes_back_what_guidance_adds_to_the_contrast():
 
 
 def test_rescale_does_not_look_at_the_neighbours_in_the_batch():
-    """A standard deviation over the whole batch would make a picture depend on what else was asked for."""
+    """A standard deviation over the whole batch would make an image depend on what else was asked for."""
     conditional, unconditional = torch.randn(2, 3, 4, 8, 8) * torch.tensor([0.1, 1.0, 10.0]).view(3, 1, 1, 1)
     together = guide(conditional, unconditional, 4.0, 0.7)
     for i in range(3):
@@ -432,7 +436,8 @@ def test_default_timesteps_c_are_the_published_list(schedule):
 
 
 def test_30_steps_are_the_authors_own_schedule(schedule):
-    """Theirs has 20 + 10 steps, and diffusers, with 19 + 10, one less: whoever wants the authors' asks for 30, or writes theirs out."""
+    """Theirs has 20 + 10 steps, and diffusers, with 19 + 10, one less: whoever wants the authors' asks for 30, or
+    writes theirs out."""
     for levels in (Sampling(30, early=True).levels, Sampling({2 / 3: 20, 0.0: 10}).levels):
         torch.testing.assert_close(levels, schedule["out/timesteps/original_two_segments_20_10"], rtol=0, atol=1e-6)
 
@@ -448,7 +453,8 @@ def test_any_number_of_steps_falls_strictly_from_start_to_end(early, t_start, t_
 
 @pytest.mark.parametrize("steps", [10, 20, 60])
 def test_default_timesteps_c_keep_their_corner_and_their_proportion_in_a_part_of_the_schedule(steps):
-    """Started at 0.8, two fifths of the noisiest third are left, and the steps must not crowd there as if it were whole."""
+    """Started at 0.8, two fifths of the noisiest third are left, and the steps must not crowd there as if it were
+    whole."""
     levels = Sampling(steps, t_start=0.8, early=True).levels
     corner = (levels == torch.tensor(2 / 3)).nonzero()
     assert levels[0] == torch.tensor(0.8) and levels[-1] == 0 and (levels.diff() < 0).all() and len(corner) == 1
@@ -519,8 +525,8 @@ def test_strength_cuts_off_what_lies_above_it_and_starts_exactly_there(strength,
 
 @pytest.mark.parametrize("steps", [10, 30, 50, 60])
 def test_a_strength_that_is_a_level_but_for_rounding_adds_no_step(steps):
-    """The 0.6 among 30 even steps is not the float32 nearest to 0.6: between the two would lie a step of 6e-8, a prediction
-    for nothing."""
+    """The 0.6 among 30 even steps is not the float32 nearest to 0.6: between the two would lie a step of 6e-8, a
+    prediction for nothing."""
     for k in range(1, steps):
         levels = cut_levels(Sampling(steps).levels, 1 - k / steps)
         assert len(levels) == steps - k + 1 and (levels.diff() < -1e-3).all(), 1 - k / steps
@@ -529,14 +535,15 @@ def test_a_strength_that_is_a_level_but_for_rounding_adds_no_step(steps):
 @pytest.mark.parametrize("strength", [-0.1, 1.5, math.nan])
 def test_impossible_strengths_are_refused(strength):
     with pytest.raises(ValueError,
-                       match=f"strength is {strength:g}, expected a number from 0, nothing changes, to 1, nothing is kept"):
+                       match=f"strength is {strength:g}, expected a number from 0, nothing changes, to 1, nothing "
+                                         "is kept"):
         cut_levels(Sampling(5).levels, strength)
 
 
 # --- inpainting --------------------------------------------------------------------------------------
 
 def left_half(x_0: Tensor) -> Tensor:
-    """A mask of (1, 1, W): new content in the left half of every picture and channel."""
+    """A mask of (1, 1, W): new content in the left half of every image and channel."""
     return (torch.arange(x_0.shape[-1]) < x_0.shape[-1] // 2).view(1, 1, -1)
 
 
@@ -566,7 +573,8 @@ def test_the_network_sees_the_known_part_at_the_noise_level_of_every_step(step):
 
 
 def test_what_is_known_has_the_last_levels_noise_where_that_is_not_0():
-    """A part of the schedule hands its result on to the next part: clean pixels in a noisy picture would be noise of their own."""
+    """A part of the schedule hands its result on to the next part: clean pixels in a noisy image would be noise of
+    their own."""
     known, x, eps = torch.randn(3, 2, 3, 8)
     found = denoise(half, x, lambda: None, Sampling(3, ddim_step, t_start=1.0, t_end=0.4),
                     keep=InpaintMask(known, left_half(known), eps))
@@ -590,8 +598,8 @@ def test_what_is_new_fits_what_is_known():
 # --- the loop ----------------------------------------------------------------------------------------
 
 def test_sampling_stays_in_float32_whatever_the_network_computes_in():
-    """Noise levels too: rounded to half precision before they are embedded, as in diffusers, they are off by whole radians
-    in a third of the embedding's columns."""
+    """Noise levels too: rounded to half precision before they are embedded, as in diffusers, they are off by whole
+    radians in a third of the embedding's columns."""
     for step in ALL_SAMPLERS:
         seen = []
 
@@ -604,7 +612,8 @@ def test_sampling_stays_in_float32_whatever_the_network_computes_in():
 
 
 def test_guidance_is_computed_in_float32():
-    """Four times the difference of two float16 predictions can lie beyond what float16 holds, and is rounded where it does not."""
+    """Four times the difference of two float16 predictions can lie beyond what float16 holds, and is rounded where it
+    does not."""
     eps = torch.tensor([[-2e4, 0.1, 1.0], [2e4, 0.2, 3.0]], dtype=torch.float16)          # with text, without
     x = denoise(lambda x, t, both: eps, torch.zeros(1, 3), lambda: None,
                 Sampling(torch.tensor([0.5, 0.4]), ddim_step, guidance=4.0))
@@ -617,8 +626,8 @@ def test_guidance_is_computed_in_float32():
 @pytest.mark.parametrize("guidance", [(), (4.0,), (4.0, (0.3, 0.6))],
                          ids=["plain", "guided", "interval"])
 def test_noise_is_drawn_once_in_every_step_whatever_the_sampler(step, guidance):
-    """So a seed's numbers stay where they are when the sampler changes: Stage B's follow Stage C's from one generator. And the
-    published pipelines draw in the last step too, where the noise is multiplied by zero."""
+    """So a seed's numbers stay where they are when the sampler changes: Stage B's follow Stage C's from one generator.
+    And the published pipelines draw in the last step too, where the noise is multiplied by zero."""
     drawn, watched = [], []
 
     def draw():
@@ -630,7 +639,7 @@ def test_noise_is_drawn_once_in_every_step_whatever_the_sampler(step, guidance):
 
 @each_sampler
 def test_denoise_leaves_alone_what_it_was_given(step):
-    """The caller's noise and picture may be needed again, for the next sampler to be compared with."""
+    """The caller's noise and image may be needed again, for the next sampler to be compared with."""
     given = x, known, eps, levels = [torch.randn(2, 3, 8), torch.randn(2, 3, 8), torch.randn(2, 3, 8),
                                      even(5)]
     copies = [tensor.clone() for tensor in given]
@@ -640,7 +649,7 @@ def test_denoise_leaves_alone_what_it_was_given(step):
 
 
 @each_sampler
-def test_watch_sees_every_step_with_its_guess_of_the_picture(step):
+def test_watch_sees_every_step_with_its_guess_of_the_image(step):
     """i, the level reached, x there, and x_0 as guessed: a preview costs nothing more."""
     x_0, eps = torch.randn(2, 2, 3)
     calls, levels = [], even(4)
@@ -705,7 +714,7 @@ def test_progress_goes_around_the_steps():
 @each_sampler
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_network_that_overflows_is_named_in_that_very_step(step, value):
-    """One pixel of one picture is enough. Elsewhere the steps go on, and what comes out is black."""
+    """One pixel of one image is enough. Elsewhere the steps go on, and what comes out is black."""
     watched = []
 
     def predict(x, t, both):
@@ -723,8 +732,9 @@ def test_a_network_that_overflows_is_named_in_that_very_step(step, value):
 
 @each_sampler
 def test_no_step_waits_for_the_numbers_of_another_device(step):
-    """A GPU is fast while the host is ahead of it. Reading one number makes the host wait for all that was asked for before; then
-    the GPU waits for the host. Read is once, in the end: is all of it finite? (On the meta device other reads would fail, too.)"""
+    """A GPU is fast while the host is ahead of it. Reading one number makes the host wait for all that was asked for
+    before; then the GPU waits for the host. Read is once, in the end: is all of it finite? (On the meta device other
+    reads would fail as well.)"""
     x = torch.empty(2, 4, 8, 8, device="meta")
     keep = InpaintMask(torch.empty_like(x), torch.empty_like(x[:1, :1], dtype=torch.bool), torch.empty_like(x))
     with HostReads() as reads:
@@ -744,6 +754,7 @@ def test_on_a_gpu_a_network_that_overflows_is_named_in_the_end():
 def test_integer_timesteps_are_refused_on_a_gpu_by_their_type():
     """Their values are not looked at there."""
     with pytest.raises(ValueError,
-                       match=re.escape("noise levels must lie in [0, 1], got torch.int64: divide integer timesteps by their number first")):
+                       match=re.escape("noise levels must lie in [0, 1], got torch.int64: divide integer "
+                                         "timesteps by their number first")):
         alphas_cumprod(torch.empty(3, dtype=torch.int64, device="meta"))
     assert alphas_cumprod(torch.empty(3, device="meta")).dtype == torch.float32

@@ -1,14 +1,17 @@
-"""The judge must be right about pictures whose content is known, and must not be kind."""
+"""The judge must be right about images whose content is known, and must not be kind."""
 import json
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tiny import evaluate
-from tiny.evaluate import degrade, fixed_prompts, real_picture, score, verdict
+from tiny import evaluate, judge as judging
+from tiny.evaluate import degrade, fixed_prompts, real_image, score
+from tiny.judge import verdict
 from training.scenes import CAPTIONED, COLOURS, RELATIONS, Scene, held_out, render
 
 FACTS = fixed_prompts()
@@ -16,7 +19,7 @@ FACTS = fixed_prompts()
 
 @pytest.fixture(scope="module")
 def judge():
-    return evaluate.Judge()
+    return judging.Judge()
 
 
 def fact(objects, relation=None, colour="red", size=None):
@@ -27,7 +30,7 @@ def fact(objects, relation=None, colour="red", size=None):
 CAT_LEFT_OF_KEY = render(Scene(("cat", "key"), (44, 48), ((32, 60), (96, 66)), "red", "left of"))
 
 
-# ---- the prompts -----------------------------------------------------------------------------
+# ----- the prompts -----------------------------------------------------------------------------------
 
 def test_half_of_the_prompts_are_held_out_pairs():
     """The question of the evaluation: does the model compose what it never saw together?"""
@@ -55,49 +58,49 @@ def test_the_first_prompts_are_a_fair_sample():
     assert [kinds.count(k) for k in ("pair_held_out", "pair_seen", "single")] == [16, 8, 8]
 
 
-# ---- the judge is right ----------------------------------------------------------------------
+# ----- the judge is right ----------------------------------------------------------------------------
 
 def test_the_judge_accepts_real_scenes_clean_or_degraded(judge):
-    """Its own errors must not count against a model: by hand, 512 of 512 clean and 511 of 512 degraded ones were right."""
+    """Its own errors must not count against a model: of 512 each, 512 clean ones and 511 degraded ones were right."""
     rng = np.random.default_rng(0)
-    pictures = [real_picture(f, rng) for f in FACTS[:32]]
-    pictures = pictures[:20] + [degrade(picture, rng) for picture in pictures[20:]]
-    figures = score(pictures, FACTS[:32], judge)
+    images = [real_image(f, rng) for f in FACTS[:32]]
+    images = images[:20] + [degrade(image, rng) for image in images[20:]]
+    figures = score(images, FACTS[:32], judge)
     assert set(figures) == {"background", "single_object", "single_size", "pair_seen",
                             "pair_seen_objects", "pair_held_out", "pair_held_out_objects"}
     assert figures["background"]["n"] == 32 and figures["pair_held_out"]["n"] == 16
     assert all(figure["right"] == 1.0 for figure in figures.values()), figures
 
 
-def test_size_and_place_are_found_within_a_few_pixels(judge):
+def test_size_and_position_are_found_within_a_few_pixels(judge):
     """Relations and size words are judged by them; sizes come in steps of 11 %."""
     found, colour = judge.find(CAT_LEFT_OF_KEY)
     assert colour == "red" and {name for name, *_ in found} == {"cat", "key"}
     truth = {"cat": (44, (32, 60)), "key": (48, (96, 66))}
     for name, size, center, explained in found:
-        assert abs(size - truth[name][0]) <= 6 and explained > evaluate.MIN_EXPLAINED
+        assert abs(size - truth[name][0]) <= 6 and explained > judging.MIN_EXPLAINED
         assert np.abs(np.subtract(center, truth[name][1])).max() <= 4
 
 
 def test_the_gain_is_the_drop_in_squared_error(judge):
-    """The closed form by FFT against placing the sprite and subtracting, at one odd place."""
+    """The closed form by FFT against placing the sprite and subtracting, at one odd position."""
     s, y, x = 3, 21, 30
-    k = evaluate.SIZES[s]
+    k = judging.SIZES[s]
     halved = Image.fromarray(CAT_LEFT_OF_KEY).resize((64, 64), Image.BOX)
     pixels = np.asarray(halved, np.float32) / 255
     background = pixels[0, 0]
-    sprite = evaluate.half_size_sprite("key", k)
+    sprite = judging.half_size_sprite("key", k)
     D = (pixels - background).transpose(2, 0, 1)
     R = np.zeros_like(D)
     R[:, y:y + k, x:x + k] = sprite[:3] - sprite[3:] * background[:, None, None]
     expected = (D ** 2).sum() - ((D - R) ** 2).sum()
-    alone = evaluate.Judge(objects=["key"])          # the search keeps only the best of its objects
+    alone = judging.Judge(objects=["key"])          # the search keeps only the best of its objects
     gain, _, explained = alone._search(pixels, background)
     assert gain[s, y, x] == pytest.approx(expected, abs=1e-2)
     assert explained[s, y, x] == pytest.approx(expected / (R ** 2).sum(), abs=1e-3)
 
 
-# ---- and not kind ----------------------------------------------------------------------------
+# ----- and not kind ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("wanted, wrong", [
     (fact(("cat", "key"), "left of"), []),
@@ -108,10 +111,10 @@ def test_the_gain_is_the_drop_in_squared_error(judge):
     (fact(("cat", "crown"), "left of"), ["objects", "relation"]),
     (fact(("cat",)), ["objects"]),
     (fact(("cat", "key"), "left of", colour="orange"), ["background"]),
-], ids=["true", "true, said the other way", "other side", "swapped", "other axis", "other object",
+], ids=["true", "true, the other way round", "other side", "swapped", "other axis", "other object",
         "one object too many", "other colour"])
-def test_a_picture_that_differs_from_its_prompt_is_wrong(judge, wanted, wrong):
-    """Each prompt against one picture: a cat left of a key on red."""
+def test_an_image_that_differs_from_its_prompt_is_wrong(judge, wanted, wrong):
+    """Each prompt against one image: a cat left of a key on red."""
     seen = verdict(*judge.find(CAT_LEFT_OF_KEY), wanted)
     assert [key for key, value in seen.items() if value is False] == wrong
 
@@ -132,18 +135,18 @@ def test_small_is_not_large(judge):
     assert verdict(*seen, fact(("cat",)))["size"] is None
 
 
-def test_an_empty_picture_shows_nothing_and_gray_is_no_colour(judge):
-    """Nothing may be found where nothing is, noise included."""
+def test_an_empty_image_shows_nothing_and_gray_is_not_a_colour(judge):
+    """In an empty image nothing may be found, noise included."""
     empty = np.full((128, 128, 3), COLOURS["blue"], np.uint8)
     noisy = np.clip(empty + np.random.default_rng(0).normal(0, 10, empty.shape), 0, 255)
     assert judge.find(empty) == ([], "blue") and judge.find(noisy.astype(np.uint8)) == ([], "blue")
     assert judge.find(np.full((128, 128, 3), 128, np.uint8)) == ([], None)
 
 
-# ---- the script ------------------------------------------------------------------------------
+# ----- the script ------------------------------------------------------------------------------------
 
 def test_the_script_judges_real_scenes_and_writes_figures_and_grid(tmp_path, capsys):
-    """--real needs no weights; what it writes must be complete enough to look into failures."""
+    """--real needs no weights; its report must be complete enough to look into failures."""
     out, grid = tmp_path / "eval.json", tmp_path / "eval.png"
     evaluate.main(evaluate.parse_args(["--real", "--prompts", "4", "--out", str(out),
                                        "--grid", str(grid)]))
@@ -155,13 +158,19 @@ def test_the_script_judges_real_scenes_and_writes_figures_and_grid(tmp_path, cap
 
 
 def test_sampling_does_not_depend_on_the_batch_size(monkeypatch):
-    """Picture n gets seed + n; and options not given stay with the model."""
+    """Image n gets seed + n; and options not given stay with the model."""
     calls = []
 
     class Wuerstchen:
+        c = b = types.SimpleNamespace(guidance=1.0)
+
         @classmethod
         def load(cls, weights, int8):
-            return lambda prompts, **options: calls.append((len(prompts), options)) or list(prompts)
+            return cls()
+
+        def __call__(self, prompts, **options):
+            calls.append((len(prompts), options))
+            return list(prompts)
 
     monkeypatch.setitem(sys.modules, "wuerstchen", types.SimpleNamespace(Wuerstchen=Wuerstchen))
     args = evaluate.parse_args(["--batch", "2", "--seed", "7", "--guidance-c", "3"])
@@ -169,13 +178,23 @@ def test_sampling_does_not_depend_on_the_batch_size(monkeypatch):
     assert calls == [(2, {"seed": 7, "guidance_c": 3.0}), (1, {"seed": 9, "guidance_c": 3.0})]
 
 
+def test_help_needs_no_torch_and_a_wrong_start_says_how():
+    root = Path(evaluate.__file__).parents[1]
+    code = "import sys; from tiny.evaluate import parse_args\ntry: parse_args(['--help'])\n" \
+           "except SystemExit: sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True, capture_output=True)
+    run = subprocess.run([sys.executable, root / "tiny" / "evaluate.py"], capture_output=True, text=True)
+    assert run.returncode and run.stderr == "error: run this as: python -m tiny.evaluate\n"
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["--weights", "no-such-weights"],
      "error: there are no weights called 'no-such-weights', and there is no such folder: expected tiny, "),
-    (["--temperature-b", "1"], "error: temperature_b is for v1, whose Stage B makes tokens: leave it away."),
-    (["--sampler-b", "quant"], "error: there is no sampler 'quant': expected one of ddpm, ddim, dpm++."),
+    (["--temperature-b", "1"],
+     "error: --temperature-b is only for v1, because Stage B of v1 generates tokens: remove it"),
+    (["--sampler-b", "quant"], "error: Stage B: sampler is 'quant', expected one of ddpm, ddim, dpm++."),
 ])
-def test_a_mistake_in_the_settings_ends_in_one_line(arguments, message, capsys):
+def test_an_error_in_the_settings_ends_in_one_line(arguments, message, capsys):
     with pytest.raises(SystemExit) as end:
         evaluate.main(evaluate.parse_args(["--prompts", "1", *arguments]))
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -183,7 +202,7 @@ def test_a_mistake_in_the_settings_ends_in_one_line(arguments, message, capsys):
 
 
 def test_wrong_input_is_refused_in_one_line(judge):
-    """A float picture in 0..1 would look black; a missing picture would shift all verdicts."""
+    """A float image in 0..1 would look black; a missing image would shift all verdicts."""
     with pytest.raises(ValueError, match=r"float32 of shape \(128, 128, 3\), expected .* uint8"):
         judge.find(np.zeros((128, 128, 3), np.float32))
     with pytest.raises(ValueError, match="Got 1 images for 2 prompts"):

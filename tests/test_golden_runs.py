@@ -232,13 +232,13 @@ def test_two_processes_have_the_losses_of_one(name, tmp_path, cache):
                                   rel=1e-5)
 
 
-def assert_same_pixels(found: np.ndarray, expected: np.ndarray, exact: bool = SAME_MACHINE) -> None:
-    """Equal; or, if not exact, at most 1 of 255 off, on at most 0.1 % of the values."""
+def assert_same_pixels(found: np.ndarray, expected: np.ndarray, share: float = 0.0 if SAME_MACHINE else 0.001) -> None:
+    """Values differ on at most this share, by at most 1 of 255."""
     assert found.shape == expected.shape
     off = np.abs(found.astype(int) - expected)
     message = (f"{(off > 0).mean():.4%} of the values differ, by up to {off.max()} of 255. The same operations in "
                "another order change at most 0.02 % of them, by 1.")
-    assert not off.any() if exact else off.max() <= 1 and (off > 0).mean() <= 0.001, message
+    assert off.max() <= 1 and (off > 0).mean() <= share, message
 
 
 def skip_v1_elsewhere(name: str) -> None:
@@ -252,6 +252,18 @@ def test_images_have_the_same_pixels(name, tmp_path):
     skip_v1_elsewhere(name)
     options = IMAGES[name] if name in IMAGES else LIKE[name]
     assert_same_pixels(generate(tmp_path / "image.png", *options), np.asarray(Image.open(FOLDER / f"{name}.png")))
+
+
+@pytest.mark.parametrize("name", ["tiny_1", "tiny_2", "tiny_3", "tiny-v1_2", "tiny-v1_3"])
+def test_plain_networks_give_the_same_images(name):
+    """As the stage files have them, without speed/fast.py: another rounding. In tiny-v1_1 it changes a token, and
+    thereby all that follow."""
+    from wuerstchen import Wuerstchen
+    skip_v1_elsewhere(name)
+    weights, seed = name.split("_")
+    image, = Wuerstchen.load(weights, "cpu", fast=False)(PROMPTS[int(seed)], seed=int(seed))
+    expected = np.asarray(Image.open(FOLDER / f"{name}.png"))
+    assert_same_pixels(np.asarray(image), expected, 0.0002 if SAME_MACHINE else 0.001)
 
 
 @pytest.mark.parametrize("name", LIKE)

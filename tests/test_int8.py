@@ -1,4 +1,4 @@
-"""int8.py: the same numbers as a product written out, small errors, a quarter of the memory, and one line where it cannot be."""
+"""int8.py: the numbers of a product written out, small errors, a quarter of the memory, and one line if impossible."""
 import copy
 
 import pytest
@@ -9,12 +9,13 @@ from torch import Tensor
 import lora
 import sample
 from loading import weights
-from diffusion import add_noise, ddpm_step
+from extras.editing import generate
 from helpers import TINY
+from speed.fast import bind_b, bind_c
 from speed.int8 import Int8Linear, check, finest, large, product, quantise_weight, quantised, to_int8
 from stage_b import StageB
 from stage_c import StageC
-from wuerstchen import Wuerstchen
+from wuerstchen import Wuerstchen, add_noise, ddpm_step
 
 
 def nbytes(model: nn.Module) -> int:
@@ -34,7 +35,7 @@ def random_layer(inputs: int, outputs: int) -> tuple[nn.Linear, Int8Linear]:
 
 @pytest.mark.parametrize("rows, inputs, outputs", [(1, 16, 8), (7, 130, 33), (300, 192, 768)])
 def test_the_product_is_exact_in_whole_numbers(rows, inputs, outputs):
-    """Up to the largest numbers that there can be: in 16 bits, where AVX2 adds pairs, 255 * 64 * 2 fits and 255 * 127 * 2 does not."""
+    """Up to the largest possible numbers: in 16 bits, as AVX2 adds pairs, 255 * 64 * 2 fits, 255 * 127 * 2 does not."""
     n = finest()
     for draw8, draw_weight in ((lambda: torch.randint(0, 256, (rows, inputs)),
                                 lambda: torch.randint(-n, n + 1, (outputs, inputs))),
@@ -47,7 +48,8 @@ def test_the_product_is_exact_in_whole_numbers(rows, inputs, outputs):
 
 @pytest.mark.parametrize("n", [64, 127])
 def test_a_layer_is_what_its_docstring_says(n, monkeypatch):
-    """y = s_x s_w (W8 x8) + b, with a scale per row and per output; written out in float64. Weights as fine as the processor allows."""
+    """y = s_x s_w (W8 x8) + b, with a scale per row and per output; written out in float64. Weights as fine as the
+    processor allows."""
     if n > finest():
         pytest.skip("this processor's int8 product is exact up to weights of 64: no VNNI")
     monkeypatch.setattr("speed.int8.finest", lambda: n)
@@ -74,7 +76,8 @@ def test_weights_go_only_as_far_as_sums_are_exact(monkeypatch):
 
 
 def test_where_a_layer_does_not_widen_numbers_count_from_the_least():
-    """What comes from GELU is hardly ever below 0: x = least + s_x x8 with x8 from 0 to 255. Written out in float64; and the gain."""
+    """GELU's output is hardly ever below 0: x = least + s_x x8 with x8 from 0 to 255. Written out in float64; and the
+    gain."""
     layer, layer8 = random_layer(160, 40)
     x = nn.functional.gelu(torch.randn(50, 160)) * torch.logspace(-4, 4, 50)[:, None]
     least, s_w = x.amin(-1, keepdim=True), layer.weight.abs().amax(1) / finest()
@@ -91,12 +94,12 @@ def test_where_a_layer_does_not_widen_numbers_count_from_the_least():
 
 @pytest.mark.parametrize("inputs, outputs", [(40, 160), (160, 40)])
 def test_a_fine_layer_takes_its_input_in_16_bits(inputs, outputs):
-    """The error of x is gone, and that of the weight is left: y is what the rounded weight gives with x itself. In parts too."""
+    """The error of x is gone, only the weight's is left: y is the rounded weight's product with x. In parts too."""
     layer, layer8 = random_layer(inputs, outputs)
     coarse, layer8.fine = layer8(x := torch.randn(50, inputs) * torch.logspace(-4, 4, 50)[:, None]), True
     s_w = layer.weight.abs().amax(1) / finest()
     weights_alone = x.double() @ ((layer.weight / s_w[:, None]).double().round() * s_w[:, None]).T
-    parts = layer8(x[:, :24]) + layer8(x[:, 24:], 24)
+    parts = layer8.part(x[:, :24], 0) + layer8.part(x[:, 24:], 24)
     for row, row8, of_parts, expected in zip(layer8(x) - layer.bias, coarse - layer.bias, parts - layer.bias,
                                              weights_alone):
         if expected.norm() > layer.bias.norm():
@@ -122,20 +125,21 @@ def test_rows_of_one_number_and_far_from_zero_stay_exact():
 
 
 def test_a_row_does_not_depend_on_the_rows_beside_it():
-    """A picture must not depend on the batch it is painted in: so no scale for all rows together."""
+    """An image must not depend on the batch it is painted in: so no scale for all rows together."""
     _, layer8 = random_layer(64, 64)
     x = torch.randn(5, 64)
     assert torch.equal(layer8(x)[:2], layer8(torch.cat([x[:2], 100 * x[2:]]))[:2])
 
 
 def test_parts_of_an_input_add_up():
-    """ResBlocks multiply parts apart: columns 0..24 with the bias, columns 24..64 without. A slice is not contiguous, and counts all the same."""
+    """The fast ResBlocks multiply parts separately: columns 0..24 with the bias, columns 24..64 without. Slices are not
+    contiguous, which must not matter."""
     x = torch.randn(9, 64)
     for outputs in (48, 80):
         layer, layer8 = random_layer(64, outputs)
-        parts = layer8(x[:, :24]) + layer8(x[:, 24:], 24)
+        parts = layer8.part(x[:, :24], 0) + layer8.part(x[:, 24:], 24)
         assert l2(parts, layer(x)) < 0.02 and l2(parts, layer8(x)) < 0.02
-    torch.testing.assert_close(layer8(x[:, 24:], 24) + layer8.bias,
+    torch.testing.assert_close(layer8.part(x[:, 24:], 24) + layer8.bias,
                                layer8(torch.cat([torch.zeros(9, 24), x[:, 24:]], 1)))
 
 
@@ -170,54 +174,58 @@ def test_small_layers_stay_as_they_are():
 
 @pytest.fixture(scope="module")
 def tiny():
-    """-> the tiny pipeline, its parts in int8, and what a step takes: for Stages C and B a clean latent, noise, and the text."""
+    """-> the tiny pipeline, the same in int8; for Stages C and B: both networks, a clean latent, noise, conditions."""
     model, model8 = Wuerstchen.load("tiny", "cpu"), Wuerstchen.load("tiny", "cpu", int8=True)
     prompt, generator = "a rocket left of a moon on a blue background", torch.Generator().manual_seed(0)
     with torch.no_grad():
-        semantic, latents = (model(prompt, seed=1, output=output, steps_c=8, steps_b=4)
+        semantic, latents = (generate(model, prompt, seed=1, output=output, steps_c=8, steps_b=4)
                              for output in ("semantic", "latents_b"))
-        text_c, text_b = (torch.cat(model.encode_text(encoder, [prompt], [""], 1))
-                          for encoder in (model.text_encoder_c, model.text_encoder_b))
-    c = (model.stage_c, model8.stage_c, model.to_stored(semantic), torch.randn(semantic.shape, generator=generator),
-         (text_c[:1],))
-    b = (model.stage_b, model8.stage_b, latents, torch.randn(latents.shape, generator=generator),
-         (semantic, text_b[:1]))
+        text_c, text_b = (model.encode_text(stage, [prompt], [""])[0] for stage in "cb")
+    c = (model.part("stage_c"), model8.part("stage_c"), model.scale(semantic),
+         torch.randn(semantic.shape, generator=generator), (text_c,))
+    b = (model.part("stage_b"), model8.part("stage_b"), latents, torch.randn(latents.shape, generator=generator),
+         (semantic, text_b))
     return model, model8, dict(c=c, b=b)
 
 
 @pytest.mark.parametrize("stage", ["c", "b"])
 @torch.no_grad()
 def test_one_step_differs_by_about_one_percent(tiny, stage):
-    """From noise level t to t - 1/12, at t from 1 to 0.2: the latents after the step, relative L2. And at t = 0.5 the predicted noise itself.
+    """From noise level t to t - 1/12, at t from 1 to 0.2: the latents after the step, relative L2. And at t = 0.5 the
+    predicted noise itself. The plain form, and the one that samples by default.
 
-    Measured: 0.1 to 1.2 %, and 1.1 % (C), 1.0 % (B). At lower noise the predicted noise differs by more, 2.7 % at t = 0.05, where it counts less.
+    Measured: 0.1 to 1.2 %, and 1.1 % (C), 1.0 % (B). At lower noise the predicted noise differs by more, 2.7 % at
+    t = 0.05, where it counts less.
     """
-    float_net, net8, clean, eps, told = tiny[2][stage]
+    float_net, plain8, clean, eps, condition = tiny[2][stage]
+    bind = bind_c if stage == "c" else bind_b
+    predict, fast8 = (bind(network, *condition) for network in (float_net, plain8))
     fresh = torch.randn_like(eps)
     for t in (1.0, 0.8, 0.5, 0.2):
         level, following = torch.tensor([t]), torch.tensor([t - 1 / 12])
         x_t = add_noise(clean, eps, level)
-        found, expected = (ddpm_step(x_t, net(x_t, level, *told), level, following, fresh) for net in (net8, float_net))
-        assert 0 < l2(found, expected) < 0.015
+        predictions = (predict(x_t, level), plain8(x_t, level, *condition), fast8(x_t, level))
+        expected, *found = (ddpm_step(x_t, prediction, level, following, fresh) for prediction in predictions)
+        assert all(0 < l2(x, expected) < 0.015 for x in found)
     x_t, level = add_noise(clean, eps, torch.tensor([0.5])), torch.tensor([0.5])
-    assert 0 < l2(net8(x_t, level, *told), float_net(x_t, level, *told)) < 0.02
+    for prediction in (plain8(x_t, level, *condition), fast8(x_t, level)):
+        assert 0 < l2(prediction, predict(x_t, level)) < 0.02
 
 
 @torch.no_grad()
-def test_prepared_conditions_change_nothing(tiny):
-    """The shares of what does not change are products with slices of int8 weights, too."""
-    _, net8, latents, eps, (semantic, text) = tiny[2]["b"]
-    t = torch.tensor([0.5])
-    for shares in (True, False):
-        assert torch.equal(net8(eps, t, net8.prepare(eps.shape[2:], semantic, text, shares)),
-                           net8(eps, t, semantic, text))
+def test_prepared_products_change_nothing(tiny):
+    """The products of the semantic latent are products with slices of int8 weights: once or in every step, the same."""
+    _, net8, _, eps, condition = tiny[2]["b"]
+    once, every = (bind_b(net8, *condition, keep_shares=keep)(eps, torch.tensor([0.5])) for keep in (True, False))
+    assert torch.equal(once, every)
 
 
 def test_weights_take_a_quarter(tiny):
-    """By bytes of state. The tiny Stage B has a third of its numbers in small layers and convolutions; official sizes, by shape: 0.256 and 0.272."""
+    """By bytes of state. The tiny Stage B has a third of its numbers in small layers and convolutions; the official
+    sizes, by shape, take 0.256 and 0.272."""
     model, model8, _ = tiny
-    assert nbytes(model8.stage_c) < 0.29 * nbytes(model.stage_c)
-    assert nbytes(model8.stage_b) < 0.36 * nbytes(model.stage_b)
+    for name, share in (("stage_c", 0.29), ("stage_b", 0.36)):
+        assert nbytes(model8.part(name)) < share * nbytes(model.part(name))
     for stage, share in ((StageC, 0.26), (StageB, 0.28)):
         with torch.device("meta"):
             official = stage()
@@ -229,11 +237,9 @@ def test_weights_take_a_quarter(tiny):
 def test_loading_gives_the_bits_of_converting(tiny):
     """Loaded, layers are converted one by one while the file is read, so that the float network is never there."""
     model, model8, _ = tiny
-    converted = copy.deepcopy(model.stage_c)
-    names = to_int8(converted)
-    assert names and converted.state_dict().keys() == model8.stage_c.state_dict().keys()
-    assert all(torch.equal(tensor, model8.stage_c.state_dict()[name])
-               for name, tensor in converted.state_dict().items())
+    converted, loaded = copy.deepcopy(model.part("stage_c")), model8.part("stage_c").state_dict()
+    assert to_int8(converted) and converted.state_dict().keys() == loaded.keys()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in converted.state_dict().items())
 
 
 def test_while_loading_one_float_layer_is_there_at_a_time():
@@ -263,19 +269,20 @@ def test_a_lora_is_merged_before_rounding(tmp_path):
     lora.load_lora(expected, tmp_path / "a.safetensors", scale=0.5)
     lora.merge(expected)
     merged = expected.get_submodule("attention_blocks.0.query").base.weight
-    layer8 = model8.stage_c.attention_blocks[0].query
+    layer8 = model8.part("stage_c").attention_blocks[0].query
     assert isinstance(layer8, Int8Linear) and torch.equal(layer8.weight, quantise_weight(merged, finest())[0])
 
 
 def test_it_goes_with_low_memory():
     """Parts that are let go and read again are converted again."""
     plain, frugal = (Wuerstchen.load("tiny", "cpu", int8=True, low_memory=low) for low in (False, True))
-    a, b = (model("a moon on a red background", seed=3, steps_c=2, steps_b=2, output="pt") for model in (plain, frugal))
+    a, b = (generate(model, "a moon on a red background", seed=3, steps_c=2, steps_b=2, output="pt")
+            for model in (plain, frugal))
     assert torch.allclose(a, b, atol=1e-4)
 
 
 def test_it_goes_with_compile():
-    """torch.compile knows the product of oneDNN only with packed constants: here it is one operation that it does not look into."""
+    """torch.compile knows oneDNN's product only with packed constants: here it is one operation that stays closed."""
     model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
     to_int8(model, 32)
     x = torch.randn(4, 32)
@@ -287,7 +294,7 @@ def test_it_goes_with_compile():
 def test_what_does_not_go_is_said_in_one_line(monkeypatch, capsys):
     with pytest.raises(ValueError, match="int8 is for CPUs, not for cuda: use float16 or bfloat16 there"):
         check([torch.device("cuda")])
-    with pytest.raises(ValueError, match="does not go with bfloat16, leave out one of them"):
+    with pytest.raises(ValueError, match="between its products, not in torch.bfloat16: remove one of them"):
         Wuerstchen.load("tiny", "cpu", torch.bfloat16, int8=True)
     with pytest.raises(SystemExit) as end:
         sample.main(["--prompt", "cat", "--int8", "--dtype", "bf16", "--device", "cpu", "--out", "never"])
@@ -305,8 +312,8 @@ def test_what_does_not_go_is_said_in_one_line(monkeypatch, capsys):
         to_int8(nn.Sequential(nn.Linear(128, 128)))
 
 
-def test_a_picture_says_that_it_was_made_in_int8(tmp_path):
-    """8 bits change the picture: so it is among the settings that are saved with it, and taken over by --like."""
+def test_an_image_says_that_it_was_made_in_int8(tmp_path):
+    """8 bits change the image: so it is among the settings that are saved with it, and taken over by --like."""
     from extras.metadata import read_settings
     few = ["--steps-c", "2", "--steps-b", "2", "--device", "cpu"]
     sample.main(["--prompt", "a moon on a red background", "--seed", "1", "--int8", *few, "--out",

@@ -1,6 +1,6 @@
-"""Notebooks are read more often than run, so what is committed must be whole, and must be what the code gives today.
+"""Notebooks are read more often than run, so the stored outputs must be complete and come from the current code.
 
-The last test runs each in a fresh kernel, and needs notebooks/requirements.txt; all others read the files alone.
+The last test runs each in a fresh kernel and needs notebooks/requirements.txt. All others only read the files.
 """
 import ast
 import copy
@@ -17,7 +17,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "notebooks").glob("*.ipynb"))
-OURS = {path.stem for path in ROOT.glob("*.py")}
+ROOMS = {package.parent.name for package in ROOT.glob("*/__init__.py")}
+# {"wuerstchen": its path, "training.scenes": its path, ...}
+OURS = {".".join(path.relative_to(ROOT).with_suffix("").parts): path
+        for path in [*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))]}
 LINK = re.compile(r"\[([^\]]+)\]\(([^)\s]+)\)")
 each_notebook = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 
@@ -49,17 +52,18 @@ def defined_in(path: Path) -> set[str]:
 
 
 def broken_links(text: str) -> list[str]:
-    """Local links to files that are not there, and labels such as `diffusion.py: ddpm_step` that name what the file does not define."""
+    """Local links to files that are not there, and labels such as `extras/editing.py: generate` that name what the
+    file does not define. A label has the file's whole path."""
     broken = []
     for label, target in LINK.findall(text):
         if re.match(r"https?://|#", target):
             continue
-        file = ROOT / "notebooks" / target.split("#")[0]
-        name = re.fullmatch(r"`(\w+\.py): ([\w.]+)`", label)
+        file = (ROOT / "notebooks" / target.split("#")[0]).resolve()
+        name = re.fullmatch(r"`([\w/]+\.py): ([\w.]+)`", label)
         if not file.exists():
             broken.append(f"there is no {target}")
-        elif name and (file.name != name[1] or name[2] not in defined_in(file)):
-            broken.append(f"{target} does not define {name[2]}")
+        elif name and (file != ROOT / name[1] or name[2] not in defined_in(file)):
+            broken.append(f"{target} is not {name[1]}, or does not define {name[2]}")
     return broken
 
 
@@ -84,9 +88,8 @@ def badly_labelled(cell: dict) -> bool:
 
 
 # ----- what cells call, though nobody runs them ------------------------------------------------------
-# Cells tagged "download" need the official weights. That they would run cannot be shown without these; that they use
-# nothing
-# which does not exist can. The same is asked of all other cells, where it must be true, as they run.
+# Cells tagged "download" need the official weights. Without these one cannot show that they would run, but one can show
+# that every name in them exists. All other cells are checked as well: it must be true of them, because they run.
 
 class Missing(Exception):
     """A name that our files do not have."""
@@ -99,64 +102,84 @@ def imported(tree: ast.AST) -> dict:
         if isinstance(node, ast.Import):
             names |= {alias.asname or alias.name: importlib.import_module(alias.name) for alias in node.names
                       if alias.name in OURS}
+        elif isinstance(node, ast.ImportFrom) and node.module in ROOMS:          # from loading import hub
+            for alias in node.names:
+                if f"{node.module}.{alias.name}" not in OURS:
+                    raise Missing(f"{node.module}/ has no {alias.name}.py")
+                names[alias.asname or alias.name] = importlib.import_module(f"{node.module}.{alias.name}")
         elif isinstance(node, ast.ImportFrom) and node.module in OURS:
             module = importlib.import_module(node.module)
             for alias in node.names:
                 if not hasattr(module, alias.name):
-                    raise Missing(f"{node.module}.py has no {alias.name}")
+                    raise Missing(f"{node.module} has no {alias.name}")
                 names[alias.asname or alias.name] = getattr(module, alias.name)
+        elif isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in ROOMS:
+            raise Missing(f"there is no {node.module}")
     return names
 
 
 def resolve(node: ast.AST, names: dict):
-    """What an expression such as `hub.fetch` or `model.reconstruct` means, None if it is none of ours. Raises Missing."""
+    """The meaning of an expression such as `hub.fetch` or `model.decode`; None if it is not ours. Raises Missing."""
     if isinstance(node, ast.Name):
         return names.get(node.id)
     owner = resolve(node.value, names) if isinstance(node, ast.Attribute) else None
     if owner is None:
         return None
     kind = owner if isinstance(owner, (type, types.ModuleType)) else type(owner)
-    if node.attr in importlib.import_module("wuerstchen").PARTS:
-        return None                                                      # a network, of some class or other
     if hasattr(owner, node.attr):
         return getattr(owner, node.attr)
     if isinstance(kind, type) and re.search(rf"\bself\.{node.attr}\b", inspect.getsource(kind)):
-        return None                                                      # set in __init__ or load
+        return None                                                      # set in __init__
+    loading = OURS["loading.pipeline"].read_text()
+    if kind.__name__ == "Wuerstchen" and re.search(rf"\bmodel\.{node.attr}\b.* = ", loading):
+        return None                                                      # set by Wuerstchen.load
     raise Missing(f"{kind.__name__} has no {node.attr}")
 
 
 def blank_objects(tree: ast.AST, names: dict) -> dict:
-    """Variable -> an object of our class that it is given, for `x = Class(...)` and `x = Wuerstchen.load(...)`; never initialised."""
+    """Variable -> an object of our class that it is given, by `x = Class(...)` or `x = Wuerstchen.load(...)`, without
+    __init__."""
     found = {}
     for node in (node for node in ast.walk(tree) if isinstance(node, ast.Assign)):
         target, value = node.targets[0], node.value
-        pairs = zip(target.elts,
-                    value.elts) if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) else [(target, value)]
-        for name, value in pairs:
-            made = resolve(value.func, names) if isinstance(value, ast.Call) else None
-            made = made.__self__ if getattr(made, "__name__",
-                                            "") == "load" and isinstance(getattr(made, "__self__", None),
-                                                                         type) else made
+        several = isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple)
+        for name, given in zip(target.elts, value.elts) if several else [(target, value)]:
+            made = resolve(given.func, names) if isinstance(given, ast.Call) else None
+            if getattr(made, "__name__", "") == "load" and isinstance(getattr(made, "__self__", None), type):
+                made = made.__self__
             if isinstance(name, ast.Name) and isinstance(made, type):
                 found[name.id] = object.__new__(made)
     return found
 
 
+def keywords_of(function) -> set[str] | None:
+    """The keywords that a function with **options takes because it passes them to another; None if it is not known."""
+    from extras.editing import generate, interpolate, reconstruct
+    from loading.layouts import ONE_FOLDER
+    from loading.pipeline import load
+    from wuerstchen import Sampling, Wuerstchen
+
+    def own(f) -> set[str]:
+        return {name for name, p in inspect.signature(f).parameters.items() if p.kind is not p.VAR_KEYWORD}
+    sampling = {f"{name}_{stage}" for name in own(Sampling) for stage in "cb"}
+    all_of = {Wuerstchen.__call__: sampling, Wuerstchen.load.__func__: own(load) | {*ONE_FOLDER}, generate: sampling,
+              reconstruct: own(generate) | sampling, interpolate: own(generate) | sampling}
+    passed_on = all_of.get(getattr(function, "__func__", function))
+    return None if passed_on is None else own(function) | passed_on
+
+
 def check_arguments(call: ast.Call, function) -> None:
-    """Raises Missing or TypeError for a keyword that the function, or what it hands its keywords on to, does not know."""
-    from training.report import FILES
-    from wuerstchen import Wuerstchen
-    signature, name = inspect.signature(function), getattr(function, "__name__", "")
+    """Raises Missing or TypeError for a keyword that neither the function nor the one it passes them to takes."""
+    signature = inspect.signature(function)
+    if not isinstance(function, type) and not hasattr(function, "__name__"):             # an object, like a Wuerstchen
+        function = type(function).__call__
     keywords = {keyword.arg: None for keyword in call.keywords if keyword.arg}
-    open_ended = any(isinstance(arg, ast.Starred)
-                     for arg in call.args) or any(keyword.arg is None for keyword in call.keywords)
-    (signature.bind_partial if open_ended
-     else signature.bind)(*[None] * sum(not isinstance(arg, ast.Starred) for arg in call.args), **keywords)
-    further = dict(load=FILES, reconstruct=inspect.signature(Wuerstchen.__call__).parameters,
-                   interpolate=inspect.signature(Wuerstchen.__call__).parameters)
-    for keyword in keywords.keys() - signature.parameters.keys() if name in further else ():
-        if keyword not in further[name]:
-            raise Missing(f"{name}() has no argument {keyword}")
+    open_ended = any(isinstance(arg, ast.Starred) for arg in call.args) or any(k.arg is None for k in call.keywords)
+    bind = signature.bind_partial if open_ended else signature.bind
+    bind(*[None] * sum(not isinstance(arg, ast.Starred) for arg in call.args), **keywords)
+    known = keywords_of(function)
+    for keyword in sorted(keywords.keys() - known) if known is not None else ():
+        raise Missing(f"{function.__name__}() has no argument {keyword}")
 
 
 def check_options(parse_args, argv: list[str]) -> None:
@@ -169,7 +192,7 @@ def check_options(parse_args, argv: list[str]) -> None:
 
 
 def wrong_calls(code: str) -> list[str]:
-    """What of our files the code uses, but they do not have; options of scripts included, where these are given as text."""
+    """What the code uses of our files although they do not have it. Options of scripts as well, if given as text."""
     tree, wrong = ast.parse(code), []
     try:
         names = imported(tree)
@@ -184,30 +207,43 @@ def wrong_calls(code: str) -> list[str]:
             if function is None or (getattr(function, "__module__", None) or type(function).__module__) not in OURS:
                 continue
             check_arguments(node, function)
-            if getattr(function, "__name__",
-                       "") == "parse_args" and (text := re.match(r"'(.*?)'\.split\(\)", ast.unparse(node.args[0]))):
+            text = re.match(r"'(.*?)'\.split\(\)", ast.unparse(node.args[0])) if node.args else None
+            if getattr(function, "__name__", "") == "parse_args" and text:
                 check_options(function, text[1].replace("\\n", " ").split())
         except (Missing, TypeError) as error:
             wrong.append(f"line {node.lineno}: {ast.unparse(node)[:80]}: {error}")
     return wrong
 
 
+def script_of(target: str) -> str | None:
+    """The module behind `python {target}` or `python -m {target}`, None for notebooks/run.py. Raises Missing."""
+    name = target.removesuffix(".py")
+    if name != target and name.split("/")[0] in ROOMS:
+        raise Missing(f"it is run as python -m {name.replace('/', '.')}")
+    if name != target and "/" in name:                                   # notebooks/run.py
+        if not (ROOT / target).exists():
+            raise Missing("there is no such script")
+        return None
+    for module in (name, f"{name}.__main__"):
+        if module in OURS:
+            return module
+    raise Missing("there is no such script")
+
+
 def wrong_commands(text: str) -> list[str]:
-    """Commands in the text, `python NAME.py ...` in a block or within a line, that would not be understood."""
+    """Commands in the text, in a block or within a line, that would not be understood: `python NAME.py ...`,
+    `python -m ROOM.NAME ...`, `torchrun NAME.py ...`."""
     wrong = []
     lines = [line for block in re.findall(r"```\n(.*?)```", text, re.DOTALL)
              for line in block.replace("\\\n", " ").splitlines()]
+    program = r"(?:python(?: -m)?|torchrun(?: --nproc-per-node \d+)?)"
     for line in lines + re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text):
-        command = re.match(r"(?:python|torchrun(?: --nproc-per-node \d+)?) ([\w/]+\.py)(.*)", line.strip())
-        if not command:
-            continue
-        script = ROOT / command[1]
-        module = importlib.import_module(script.stem) if script.parent == ROOT and script.exists() else None
+        command = re.match(rf"{program} ([\w/]+\.py|[\w.]+)(.*)", line.strip())
         try:
-            if not script.exists():
-                raise Missing("there is no such script")
-            if hasattr(module, "parse_args"):
-                check_options(module.parse_args, shlex.split(command[2], comments=True))
+            module = script_of(command[1]) if command else None
+            script = importlib.import_module(module) if module else None
+            if hasattr(script, "parse_args"):
+                check_options(script.parse_args, shlex.split(command[2], comments=True))
         except Missing as error:
             wrong.append(f"{line.strip()[:80]}: {error}")
     return wrong
@@ -258,9 +294,9 @@ def test_notebooks_use_our_code_and_never_redefine_it(path):
     """What is shown must be what runs in training and sampling, not a copy that may have drifted."""
     tree = ast.parse("\n".join(run.source(cell) for cell in run.code_cells(read(path))))
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert imported & OURS, "nothing is imported from our files"
+    assert imported & OURS.keys(), "nothing is imported from our files"
     own = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
-    taken = set().union(*(defined_in(ROOT / f"{module}.py") for module in OURS))
+    taken = set().union(*map(defined_in, OURS.values()))
     assert not own & taken, f"defined anew: {own & taken}"
     assert not any(isinstance(node, ast.ClassDef)
                    for node in ast.walk(tree)), "networks and other classes belong into our files"
@@ -272,8 +308,8 @@ def test_every_section_ends_with_a_question_and_a_folded_answer(path):
     parts = sections(read(path))
     assert parts
     for cells in parts:
-        text = cells[-1]
-        assert "**Question" in text and "<details>" in text and "<summary>" in text and "</details>" in text, cells[0].splitlines()[0]
+        text, heading = cells[-1], cells[0].splitlines()[0]
+        assert all(part in text for part in ("**Question", "<details>", "<summary>", "</details>")), heading
         assert text.index("**Question") < text.index("<details>")
 
 
@@ -297,7 +333,7 @@ def test_commands_in_the_text_are_understood(path):
 
 @each_notebook
 def test_cells_that_need_the_official_weights_say_so_and_are_not_alone(path):
-    """Who has no weights must see at once which cells to leave out, and must have another that runs, in every section."""
+    """A reader without weights must see at once which cells to skip, and each section must have another that runs."""
     notebook, section = read(path), []
     for cell in [*notebook["cells"], {"cell_type": "markdown", "source": "## end", "metadata": {}}]:
         if cell["cell_type"] == "markdown" and run.source(cell).startswith("## "):
@@ -338,8 +374,8 @@ def test_the_checksum_is_of_the_code_and_of_nothing_else():
     ("1 / 0", dict(output_type="error", ename="ZeroDivisionError", evalue="division by zero"),
      "failed: ZeroDivisionError"),
     ("f()", dict(output_type="stream", name="stderr", text=["UserWarning: old"]), "wrote to stderr: UserWarning"),
-    ("pictures(x, 'title')", dict(output_type="stream", name="stdout", text=["done"]), "gave no picture"),
-    ("plt.plot(x)", dict(output_type="display_data", data={"image/png": "WHITE"}), "empty picture")])
+    ("pictures(x, 'title')", dict(output_type="stream", name="stdout", text=["done"]), "its output has no image"),
+    ("plt.plot(x)", dict(output_type="display_data", data={"image/png": "WHITE"}), "drew an empty image")])
 def test_broken_outputs_are_found(code, output, message):
     """Each in one line that names the cell."""
     if "data" in output:
@@ -373,17 +409,24 @@ def test_cells_that_download_are_not_run(tmp_path):
     assert [len(cell["outputs"]) for cell in notebook["cells"]] == [0, 1]
 
 
-LOAD = "from wuerstchen import Wuerstchen\nmodel, n = Wuerstchen.load('v2'), 1\n"
+LOAD = """from extras.editing import InitImage, generate, reconstruct
+from wuerstchen import Wuerstchen
+model, n = Wuerstchen.load('v2'), 1
+"""
 
 
 @pytest.mark.parametrize("code, message", [
-    ("from wuerstchen import Wurst", "wuerstchen.py has no Wurst"), ("import hub\nhub.fetsch('v2')", "has no fetsch"),
-    ("import hub\nprint(hub.REKONSTRUCTION)", "has no REKONSTRUCTION"),
+    ("from wuerstchen import Wurst", "wuerstchen has no Wurst"), ("from loading import hug", "loading/ has no hug.py"),
+    ("from training.scene import render", "there is no training.scene"),
+    ("from loading import hub\nhub.fetsch('v2')", "has no fetsch"),
+    ("from loading import hub\nprint(hub.REKONSTRUCTION)", "has no REKONSTRUCTION"),
     ("from wuerstchen import Wuerstchen\nWuerstchen.lod('v2')", "has no lod"),
     ("from wuerstchen import Wuerstchen\nWuerstchen.load('v2', low_mem=True)", "no argument low_mem"),
-    (LOAD + "model('a fox', guidance=4.0)", "unexpected keyword argument 'guidance'"),
-    (LOAD + "model.reconstruct('photo.jpg', prompts='a')", "no argument prompts"),
-    (LOAD + "model.reconstruct()", "missing a required argument"), (LOAD + "model.loras_of", "has no loras_of"),
+    (LOAD + "model('a fox', guidance=4.0)", "no argument guidance"), (LOAD + "model.loras_of", "has no loras_of"),
+    (LOAD + "model(init='photo.jpg', prompt='a')", "no argument init"),
+    (LOAD + "reconstruct(model, 'photo.jpg', prompts='a')", "no argument prompts"),
+    (LOAD + "reconstruct(model)", "missing a required argument"),
+    (LOAD + "generate(model, 'a', steps=3)", "no argument steps"),
     (LOAD + "model(*['a'], sead=1)", "sead"),
     ("import train_c\ntrain_c.parse_args('--data a --out b --rang 8'.split())", "does not take"),
     ("from stage_c import StageC\nStageC(depht=3)", "depht")])
@@ -393,22 +436,27 @@ def test_calls_of_what_does_not_exist_are_found(code, message, capsys):
     assert len(found) >= 1 and message in found[0]
 
 
-@pytest.mark.parametrize("code", [LOAD + "model.encode_image(model.stage_a.decode(model.places))",
-                                  LOAD + "model(init='a.jpg', strength=0.5, **options)",
-                                  LOAD + "model.reconstruct('a.jpg', seed=1)",
-                                  "from wuerstchen import Wuerstchen\nWuerstchen.load('v2', prior='x', lora={'y': 1.0})",
-                                  "import train_c\ntrain_c.main(train_c.parse_args('--data a --out b --lora'.split()))",
-                                  "import numpy\nnumpy.nothing(a=1)"])
+@pytest.mark.parametrize("code", [
+    LOAD + "model.part('stage_a').decode(model.paths)",
+    LOAD + "model('a', steps_c=3, guidance_b=1.0, seed=1, **options)",
+    LOAD + "generate(model, edit=InitImage('a.jpg', strength=0.5), steps_c=3)",
+    LOAD + "reconstruct(model, 'a.jpg', seed=1)",
+    "from wuerstchen import Wuerstchen\nWuerstchen.load('v2', prior='x', lora={'y': 1.0})",
+    "import train_c\ntrain_c.main(train_c.parse_args('--data a --out b --lora'.split()))",
+    "import numpy\nnumpy.nothing(a=1)"])
 def test_calls_of_what_exists_are_not_complained_about(code):
     """A check that cries wolf is soon switched off."""
     assert wrong_calls(code) == []
 
 
-@pytest.mark.parametrize("text, wrong", [("```\npython train_a.py --out a \\\n    --steps 5\n```", 0),
-                                         ("```\npython train_a.py --out a \\\n    --stebs 5\n```", 1),
-                                         ("`python nothing.py`", 1), ("`python sample.py --help`", 0),
-                                         ("`python -m tools.lora merge`", 0), ("`--steps 3`", 0),
-                                         ("```\ntorchrun --nproc-per-node 8 train_c.py --data 'a/{0..3}.tar' --out c   # comment\n```", 0)])
+@pytest.mark.parametrize("text, wrong", [
+    ("```\npython train_a.py --out a \\\n    --steps 5\n```", 0),
+    ("```\npython train_a.py --out a \\\n    --stebs 5\n```", 1),
+    ("`python nothing.py`", 1), ("`python sample.py --help`", 0), ("`python notebooks/run.py`", 0), ("`--steps 3`", 0),
+    ("`python -m tools.lora merge`", 0), ("`python -m tools.nothing`", 1), ("`python -m tools.bench`", 0),
+    ("`python -m tiny.evaluate --prompts 3`", 0), ("`python -m tiny.evaluate --promts 3`", 1),
+    ("`python tiny/evaluate.py`", 1), ("`python notebooks/walk.py`", 1),
+    ("```\ntorchrun --nproc-per-node 8 train_c.py --data 'a/{0..3}.tar' --out c   # comment\n```", 0)])
 def test_wrong_commands_are_found(text, wrong, capsys):
     """In blocks, over several lines, and within a line."""
     assert len(wrong_commands(text)) == wrong
@@ -424,12 +472,11 @@ def test_figures_without_labels_are_found(code, bad):
     assert badly_labelled(a_notebook(code)["cells"][0]) == bad
 
 
-@pytest.mark.parametrize("link, broken", [("[`diffusion.py: ddpm_step`](../diffusion.py)", 0),
-                                          ("[`diffusion.py: Noise.states`](../diffusion.py)", 0),
-                                          ("[`diffusion.py: ddpm_leap`](../diffusion.py)", 1),
-                                          ("[`diffusion.py: guide`](../stage_c.py)", 1),
-                                          ("[here](../nowhere.py)", 1), ("[paper](https://arxiv.org/abs/2306.00637)",
-                                                                         0)])
+@pytest.mark.parametrize("link, broken", [
+    ("[`wuerstchen.py: ddpm_step`](../wuerstchen.py)", 0), ("[`wuerstchen.py: Wuerstchen.load`](../wuerstchen.py)", 0),
+    ("[`extras/editing.py: generate`](../extras/editing.py)", 0), ("[`editing.py: generate`](../extras/editing.py)", 1),
+    ("[`wuerstchen.py: ddpm_leap`](../wuerstchen.py)", 1), ("[`wuerstchen.py: guide`](../stage_c.py)", 1),
+    ("[here](../nowhere.py)", 1), ("[paper](https://arxiv.org/abs/2306.00637)", 0)])
 def test_broken_links_are_found(link, broken):
     assert len(broken_links(f"see {link}.")) == broken
 

@@ -1,8 +1,11 @@
-"""The command line: what it writes, what it refuses, and that it says so in one line.
+"""The command line: the files it writes, and the errors it reports, each in one line.
 
-Most tests call sample.main in this process, since every new one imports torch and transformers for seconds. The smallest
-weights, PUBLISHED, paint noise, which is enough where pictures are compared with each other; the shipped ones encode pictures.
+Most tests call sample.main in this process, because each new one imports torch and transformers for seconds. The
+smallest weights, PUBLISHED, generate noise. That is enough if images are compared with each other. The weights that
+ship also encode images.
 """
+import copy
+import dataclasses
 import functools
 import hashlib
 import inspect
@@ -20,12 +23,16 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
 import sample
-from helpers import PUBLISHED, SMALL_V1, small_v1
+from extras import cli, editing
 from extras.metadata import read_settings, save_png
-from wuerstchen import Wuerstchen, latent_sizes
+from helpers import PUBLISHED, SMALL_V1, small_v1
+from loading import pipeline
+from speed import memory
+from v1.pipeline import TokenSampling
+from wuerstchen import Sampling, Wuerstchen, latent_sizes
 
 QUICK = ["--weights", str(PUBLISHED), "--width", "128", "--height", "128", "--steps-c", "3", "--steps-b", "2"]
-SIZE = "warning: 128 x 128 px is not what these weights were trained on"         # theirs is said to be 1024 px
+SIZE = "warning: 128 x 128 px is not what these weights were trained on"         # 1024 px is assumed for theirs
 LONG = "the old red house by the lake at night, the old red house by the lake at night, and much MORE of it"
 TINY = Path(sample.__file__).parent / "models" / "tiny"
 
@@ -40,7 +47,7 @@ LOADED = {}
 
 @pytest.fixture(autouse=True)
 def weights_are_loaded_once(monkeypatch):
-    """Loading takes longer than painting with weights this small. Those that a test may damage are loaded every time."""
+    """Loading takes longer than sampling with weights this small. Those that a test may damage are loaded each time."""
     load = Wuerstchen.load
 
     @functools.wraps(load)
@@ -50,7 +57,7 @@ def weights_are_loaded_once(monkeypatch):
         key = str((weights, args, sorted(options.items())))
         if key not in LOADED:
             LOADED[key] = load(weights, *args, **options)
-        return LOADED[key]
+        return copy.copy(LOADED[key])        # --tile and previews are set on the pipeline itself
     monkeypatch.setattr(Wuerstchen, "load", once)
 
 
@@ -61,6 +68,10 @@ def run(*argv: str) -> None:
 def tiny(*argv: str) -> None:
     """With the weights that ship, in few steps: enough to be different from each other."""
     sample.main(["--steps-c", "3", "--steps-b", "2", *argv])
+
+
+def parse_args(*argv: str) -> list:
+    return cli.parse_args(sample.parser(), list(argv))
 
 
 def files() -> list[str]:
@@ -90,7 +101,7 @@ RED, BLUE = (230, 60, 30), (74, 119, 206)
 
 
 def photo(name: str = "photo.png", size: tuple = (128, 128), colour: tuple = RED) -> str:
-    """Nearly an apple on blue, which the shipped weights know."""
+    """Almost an apple on blue, which the shipped weights know."""
     image = Image.new("RGB", size, BLUE)
     ImageDraw.Draw(image).ellipse([size[0] // 4, size[1] // 4, 3 * size[0] // 4, 3 * size[1] // 4], colour)
     image.save(name)
@@ -106,7 +117,7 @@ def mask(name: str = "mask.png", size: tuple = (128, 128)) -> str:
 
 
 def error_of(capsys, *argv: str, by=run) -> str:
-    """The one line on stderr with which the program ends, without "error: "; nothing but warnings and progress before it."""
+    """The line on stderr with which the program ends, without "error: ". Before it only warnings and progress."""
     with pytest.raises(SystemExit) as end:
         by(*argv)
     out, err = capsys.readouterr()
@@ -123,25 +134,22 @@ def without_torch(monkeypatch):
 
 
 def passed_on(monkeypatch) -> list[dict]:
-    """From now on nothing is loaded or painted: a list of what would have been passed to load, then to each call."""
+    """From now on nothing is loaded or generated: a list of the arguments of load, then of each call."""
     calls = []
 
     class Model:
-        places, loras, dtype, device = {}, {}, torch.float32, torch.device("cpu")
-        steps_c = sampler_c = guidance_c = steps_b = sampler_b = guidance_b = temperature_b = 1.0
+        paths, loras, dtype, device, c, b = {}, {}, torch.float32, torch.device("cpu"), Sampling(), Sampling()
 
-        def __call__(self, *args, **options):
-            calls.append(options)
-            return [Image.new("RGB", (128, 128))] * len(options.get("noise", [1]))
-
-        def interpolate(self, a, b, frames, **options):
-            calls.append(dict(a=a, b=b, frames=frames) | options)
-            return [Image.new("RGB", (128, 128))] * frames
+        def __call__(self, prompt, negative_prompt, **options):
+            calls.append(dict(prompt=prompt, negative_prompt=negative_prompt) | options)
+            return [Image.new("RGB", (128, 128))]
 
     def load(weights, device, dtype, **options):
         calls.append(dict(weights=weights, device=device, dtype=dtype) | options)
         return Model()
     monkeypatch.setattr(Wuerstchen, "load", load)
+    monkeypatch.setattr(editing, "generate", lambda model, *args, **options: Model.__call__(model, *args, **options))
+    monkeypatch.setattr(memory, "tile", lambda model, size: calls.append(size))
     return calls
 
 
@@ -150,9 +158,10 @@ def passed_on(monkeypatch) -> list[dict]:
 @pytest.mark.parametrize("argv, expected", [([], "example: python sample.py --prompt"),
                                             (["--help"], "--negative-prompt")])
 def test_help_and_usage_import_neither_torch_nor_transformers(argv, expected):
-    """They take seconds to import, and help is asked for more often than pictures. Exit code 0, on stdout."""
-    code = "import sys, runpy; sys.modules.update(torch=None, transformers=None, numpy=None); " \
-           f"sys.argv = {['sample.py', *argv]}; runpy.run_path({sample.__file__!r}, run_name='__main__')"
+    """They take seconds to import, and help should appear at once. Exit code 0, on stdout."""
+    code = ("import sys, runpy; sys.modules.update(torch=None, transformers=None, numpy=None); "
+            f"sys.argv = {['sample.py', *argv]}; sys.path.insert(0, {str(TINY.parents[1])!r}); "
+            f"runpy.run_path({sample.__file__!r}, run_name='__main__')")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "") and expected in done.stdout and done.stdout.startswith("usage:")
 
@@ -162,12 +171,12 @@ def test_every_option_is_explained():
         assert action.help and not action.help.endswith("."), action.option_strings
 
 
-EMPTY = "the prompt is empty: say what to paint, for example --prompt \"a red apple on a blue background\""
-MISTAKES = [
+EMPTY = 'the prompt is empty: describe the image, for example --prompt "a red apple on a blue background"'
+ERRORS = [
     (["--seed", "1"], EMPTY),
     (["--prompt", ""], EMPTY),
     (["--prompt", " \t"], EMPTY),
-    (["--prompt", "cat\udcff"], "--prompt holds bytes that are no UTF-8 text"),
+    (["--prompt", "cat\udcff"], "--prompt contains bytes that are not UTF-8 text"),
     (["--prompt", "cat", "--num-images", "0"], "argument --num-images: expected a whole number of at least 1, got '0'"),
     (["--prompt", "cat", "--steps-c", "0"],
      "argument --steps-c: expected something like 29 (steps), 2/3:20,0:10 (segments), 1,0.5,0 (noise levels)"),
@@ -176,16 +185,16 @@ MISTAKES = [
     (["--prompt", "cat", "--steps-b", "0.5:3:2"], "got '0.5:3:2'"),
     (["--prompt", "cat", "--steps-b", "1,0.5,"], "got '1,0.5,'"),
     (["--prompt", "cat", "--steps-c", "1,0.5,0.6"],
-     "Stage C is to visit the noise levels 1,0.5,0.6: expected each to be lower"),
+     "the noise levels of Stage C are 1,0.5,0.6, expected each to be lower"),
     (["--prompt", "cat", "--steps-b", "0:3,0.5:2"],
-     "Stage B is to visit the noise levels 1,0,0.5: expected each to be lower"),
+     "the noise levels of Stage B are 1,0,0.5, expected each to be lower"),
     (["--prompt", "cat", "--steps-c", "1.5,0"], "got '1.5,0'"),
     (["--prompt", "cat", "--t-start-c", "2"],
      "argument --t-start-c: expected a number such as 0.5 or 2/3, from 0 to 1, got '2'"),
     (["--prompt", "cat", "--t-start-b", "0.2", "--t-end-b", "1/2"],
-     "Stage B is to visit the noise levels 0.2,0.5: expected each to be lower"),
+     "the noise levels of Stage B are 0.2,0.5, expected each to be lower"),
     (["--prompt", "cat", "--steps-c", "1,0", "--t-end-c", "0.1"],
-     "--t-start-c and --t-end-c are for a number of steps: 1,0 says itself"),
+     "--t-start-c and --t-end-c are for a number of steps: 1,0 contains its own"),
     (["--prompt", "cat", "--seed", "-1"], "argument --seed: expected a whole number of at least 0, got '-1'"),
     (["--prompt", "cat", "--seed", "one"], "argument --seed: expected a whole number of at least 0, got 'one'"),
     (["--prompt", "cat", "--seed", "4294967295", "--num-images", "2"],
@@ -208,46 +217,48 @@ MISTAKES = [
     (["--prompt", "cat", "--width", "40"], "argument --width: expected a whole number of at least 64, got '40'"),
     (["--prompt", "cat", "--dtype", "fp8"], "argument --dtype: invalid choice: 'fp8'"),
     (["--prompt", "cat", "--colour", "red"], "unrecognized arguments: --colour red"),
-    (["--prompt", "cat", "--out", "picture.jpg"], "pictures are saved as PNG"),
-    (["--prompt", "cat", "--out", "picture.gif"], "pictures are saved as PNG"),
-    (["--prompt", "cat", "--mask", "m.png"], "--mask needs --init beside it"),
-    (["--prompt", "cat", "--strength", "0"], "--strength needs --init beside it"),
-    (["--prompt", "cat", "--outpaint", "1,1,1,1"], "--outpaint needs --init beside it"),
+    (["--prompt", "cat", "--out", "image.jpg"], "images are saved as PNG"),
+    (["--prompt", "cat", "--out", "image.gif"], "images are saved as PNG"),
+    (["--prompt", "cat", "--mask", "m.png"], "--mask requires --init"),
+    (["--prompt", "cat", "--strength", "0"], "--strength requires --init"),
+    (["--prompt", "cat", "--outpaint", "1,1,1,1"], "--outpaint requires --init"),
     (["--init", "a.png", "--outpaint", "1,1,1"],
      "argument --outpaint: expected 4 numbers with commas between, got '1,1,1'"),
     (["--init", "a.png", "--mask", "m.png", "--outpaint", "1,1,1,1"],
-     "--mask and --outpaint do not go together: choose one"),
+     "--mask and --outpaint cannot be used together: choose one"),
     (["--init", "a.png", "--strength", "1.1"],
      "argument --strength: expected a number such as 0.5 or 2/3, from 0 to 1, got '1.1'"),
-    (["--init", "a.png", "--reconstruct", "b.png"], "--reconstruct and --init do not go together: choose one"),
+    (["--init", "a.png", "--reconstruct", "b.png"], "--reconstruct and --init cannot be used together: choose one"),
     (["--prompt", "cat", "--interpolate-to", "dog", "--grid", "1,2"],
-     "--grid and --interpolate-to do not go together: choose one"),
+     "--grid and --interpolate-to cannot be used together: choose one"),
     (["--init", "a.png", "--interpolate-to", "dog"], EMPTY),
     (["--prompt", "cat", "--interpolate-to", "dog", "--frames", "1"],
      "argument --frames: expected a whole number of at least 2, got '1'"),
-    (["--prompt", "cat", "--to-seed", "0"], "--to-seed needs --interpolate-to or --to-latent beside it"),
-    (["--prompt", "cat", "--to-latent", "b"], "--to-latent needs --from-latent beside it"),
+    (["--prompt", "cat", "--to-seed", "0"], "--to-seed requires --interpolate-to or --to-latent"),
+    (["--prompt", "cat", "--to-latent", "b"], "--to-latent requires --from-latent"),
     (["--prompt", "cat", "--grid", "1,2", "--from-latent", "a"],
-     "--grid and --from-latent do not go together: choose one"),
-    (["--prompt", "cat", "--grid", "1,2", "--save-latent"], "--save-latent and --grid do not go together: choose one"),
+     "--grid and --from-latent cannot be used together: choose one"),
+    (["--prompt", "cat", "--grid", "1,2", "--save-latent"],
+     "--save-latent and --grid cannot be used together: choose one"),
     (["--reconstruct", "a.png", "--preview-every", "1"],
-     "--preview-every and --reconstruct do not go together: choose one"),
+     "--preview-every and --reconstruct cannot be used together: choose one"),
     (["--from-latent", "a", "--num-images", "2"],
-     "--from-latent without --seed is one picture: for --num-images, give a --seed"),
-    (["--prompt", "cat", "--low-memory", "--offload"], "--low-memory and --offload do not go together: choose one"),
+     "--from-latent without --seed is one image: for --num-images, give a --seed"),
+    (["--prompt", "cat", "--low-memory", "--offload"],
+     "--low-memory and --offload cannot be used together: choose one"),
     (["--prompt", "cat", "--prompt-file", "a.txt"], "--prompt and --prompt-file are both given: choose one"),
 ]
 
 
-@pytest.mark.parametrize("argv, message", MISTAKES, ids=[f"{i} {argv[-2]}" for i, (argv, _) in enumerate(MISTAKES)])
-def test_mistakes_in_arguments_are_one_line_at_once(argv, message, capsys, monkeypatch):
+@pytest.mark.parametrize("argv, message", ERRORS, ids=[f"{i} {argv[-2]}" for i, (argv, _) in enumerate(ERRORS)])
+def test_errors_in_arguments_are_one_line_at_once(argv, message, capsys, monkeypatch):
     """Found without torch, so within a blink, and before weights are loaded for a minute."""
     without_torch(monkeypatch)
     assert message in error_of(capsys, *argv)
     assert files() == []
 
 
-def test_the_command_line_refuses_the_sizes_that_the_library_refuses(capsys):
+def test_the_command_line_rejects_the_sizes_that_the_library_rejects(capsys):
     """The rule stands in both, since the library's cannot be imported without torch."""
     for side in (-1, 0, 1, 42, 63, 64, 65, 100, 127, 128, 1000, 1025):
         for name, size in (("height", (side, 128)), ("width", (128, side))):
@@ -257,57 +268,62 @@ def test_the_command_line_refuses_the_sizes_that_the_library_refuses(capsys):
             except ValueError:
                 assert error_of(capsys, *argv).startswith(f"argument --{name}: expected a whole number of at least 64")
             else:
-                assert getattr(sample.parse_args(argv)[0], name) == side
+                assert getattr(parse_args(*argv)[0], name) == side
 
 
-# What the library takes under another name, and what cannot be said on a command line.
-ELSEWHERE = dict(embeddings="tensors", latents_c="tensors", latents_b="tensors", semantic="from_latent",
-                 preview="preview_every")
-IN_PYTHON_ONLY = {"self", "noise", "output", "callback", "progress", "parts", "files", "options", "a", "b"}
+# Arguments of the library under another name, and those that do not exist on the command line.
+ELSEWHERE = dict(given="tensors", edit="init", image="init", callback="preview_every")
+IN_PYTHON_ONLY = {"model", "output", "progress", "parts", "fast", "files", "sampling", "options", "a", "b"}
 
 
 def test_the_command_line_has_the_options_and_defaults_of_the_library():
-    """One to one, so that who knows one knows the other; but for the seed, which is drawn here."""
-    ours = vars(sample.parse_args(["--prompt", ""] + ["--init", "a.png"])[0]) | dict(init=None, prompt=None)
-    for function in (Wuerstchen.load, Wuerstchen.__call__, Wuerstchen.interpolate):
+    """One to one, so who knows one knows the other; except for the seed, which is random here."""
+    ours = vars(parse_args("--prompt", "", "--init", "a.png")[0]) | dict(init=None, prompt=None)
+    for function in (pipeline.load, editing.generate, editing.interpolate, editing.InitImage, memory.tile):
         for name, parameter in inspect.signature(function).parameters.items():
+            name = "tile" if (function, name) == (memory.tile, "size") else name
             if name in ELSEWHERE or name in IN_PYTHON_ONLY:
                 assert name not in ELSEWHERE or ours[ELSEWHERE[name]] is None
-            elif name != "seed" and (function, name) != (Wuerstchen.interpolate, "batch"):
-                assert ours[name] == (parameter.default or ours[name]), name
-                assert type(ours[name]) is type(parameter.default) or not ours[name], name
-    assert set(sample.FILES) < set(ours)
+            elif name != "seed" and (function, name) != (editing.interpolate, "batch"):
+                default = None if parameter.default is parameter.empty else parameter.default
+                assert ours[name] == (default or ours[name]), name
+                assert type(ours[name]) is type(default) or not ours[name], name
+    for kind, stages in ((Sampling, "cb"), (TokenSampling, "b")):
+        for name in {field.name: field for field in dataclasses.fields(kind)}.keys() - {"early"}:
+            for stage in stages:
+                assert ours[f"{name}_{stage}"] in (None, getattr(kind(), name)), name
+    assert set(cli.FILES) < set(ours)
 
 
 @pytest.mark.parametrize("text, value", [
     ("29", 29), ("1,0.5,0", (1.0, 0.5, 0.0)), ("2/3:20,0:10", {2 / 3: 20, 0.0: 10}),
     ("2/3:20, 0:10", {2 / 3: 20, 0.0: 10}),
     ("1,2/3,0", (1.0, 2 / 3, 0.0)), ("DEFAULT_STAGE_C_TIMESTEPS", "DEFAULT_STAGE_C_TIMESTEPS")])
-def test_steps_can_be_said_in_all_ways_of_the_library(text, value):
-    """And written back, to the last bit: this is how pictures tell it."""
-    assert sample.steps(text) == value and type(sample.steps(text)) is type(value)
-    assert sample.steps(sample.as_text(value)) == value
+def test_steps_can_be_given_in_all_forms_of_the_library(text, value):
+    """And written back, to the last bit, as in the settings of an image."""
+    assert cli.steps(text) == value and type(cli.steps(text)) is type(value)
+    assert cli.steps(cli.as_text(value)) == value
 
 
 @pytest.mark.parametrize("text, value", [("a.safetensors", {"a.safetensors": 1.0}),
                                          ("a:0.8,b.pt", {"a": 0.8, "b.pt": 1.0}),
                                          ("C:folder:-1", {"C:folder": -1.0}), ("C:folder", {"C:folder": 1.0})])
-def test_loras_are_said_with_their_scales(text, value):
-    assert sample.loras(text) == value and sample.loras(sample.as_text(value)) == value
+def test_loras_are_given_with_their_scales(text, value):
+    assert cli.loras(text) == value and cli.loras(cli.as_text(value)) == value
 
 
 @pytest.mark.parametrize("value, text", [(4, "4"), (4.0, "4"), (2 / 3, "0.6666666666666666"), ((8.0, 2.5), "8,2.5"),
                                          ({0.5: 3, 0.0: 2}, "0.5:3,0:2"),
                                          (["1", 0.5], "1,0.5"), ({"2/3": 3}, "2/3:3"), ("a, b", "a, b")])
 def test_values_are_written_as_one_would_type_them(value, text):
-    """Short, but exact; lists and objects of a prompt file, too."""
-    assert sample.as_text(value) == text
+    """Short, but exact; also lists and objects of a prompt file."""
+    assert cli.as_text(value) == text
 
 
 @pytest.mark.parametrize("out", ["file/cat.png", "file", "file/folder/deeper", "cat" * 100 + ".png",
                                  "cat" * 100 + "/cat.png"])
 def test_where_nothing_can_be_written_nothing_is_computed(out, capsys, monkeypatch):
-    """After a minute of sampling, a picture that has no place to go would be lost."""
+    """After a minute of sampling, an image that cannot be saved would be lost."""
     without_torch(monkeypatch)
     Path("file").write_text("not a folder")
     assert error_of(capsys, "--prompt", "cat", "--out", out).startswith(f"cannot write to {out}: ")
@@ -316,24 +332,27 @@ def test_where_nothing_can_be_written_nothing_is_computed(out, capsys, monkeypat
 
 # --- what arrives in the library ---------------------------------------------------------------------
 
-def test_options_of_sampling_arrive_as_they_were_said(monkeypatch):
+def test_options_of_sampling_arrive_as_they_were_given(monkeypatch):
     calls = passed_on(monkeypatch)
-    sample.main("--prompt cat --negative-prompt dog --seed 7 --width 100 --tile 16 --sampler-c dpm++ --steps-c 2/3:2,0:1 --guidance-c 8,2 "
-                "--interval-c 0.2,2/3 --rescale-c 0.7 --sampler-b ddim --eta-b 0.5 --steps-b 1,0.5,0.1 --guidance-b 1.5".split())
+    sample.main("--prompt cat --negative-prompt dog --seed 7 --width 100 --tile 16 --sampler-c dpm++ "
+                "--steps-c 2/3:2,0:1 --guidance-c 8,2 --interval-c 0.2,2/3 --rescale-c 0.7 --sampler-b ddim "
+                "--eta-b 0.5 --steps-b 1,0.5,0.1 --guidance-b 1.5".split())
     sample.main("--prompt cat --t-start-c 0.9 --t-end-b 0.1".split())
-    first, second = calls[1], calls[3]
-    assert {name: first[name] for name in ("prompt", "negative_prompt", "width", "height", "tile")} == dict(
-        prompt=["cat"], negative_prompt=["dog"], width=100, height=None, tile=16)
-    assert [first[f"{name}_c"] for name in sample.SAMPLING] == [{2 / 3: 2, 0.0: 1}, "dpm++", (8.0, 2.0), (0.2, 2 / 3),
-                                                                0.7, 0.0, 1.0, 0.0]
-    assert [first[f"{name}_b"] for name in sample.SAMPLING] == [(1.0, 0.5, 0.1), "ddim", 1.5, (0.0, 1.0), 0.0, 0.5, 1.0,
-                                                                0.0]
-    assert (second["t_start_c"], second["t_end_c"], second["t_start_b"], second["t_end_b"]) == (0.9, 0.0, 1.0, 0.1)
+    sample.main("--prompt cat --steps-b DEFAULT_STAGE_C_TIMESTEPS".split())
+    assert calls[1] == 16                        # tile
+    assert calls[2] == dict(
+        prompt=["cat"], negative_prompt=["dog"], seed=[7], width=100, height=None, edit=None, progress=True,
+        steps_c={2 / 3: 2, 0.0: 1}, sampler_c="dpm++", guidance_c=(8.0, 2.0), interval_c=(0.2, 2 / 3), rescale_c=0.7,
+        steps_b=(1.0, 0.5, 0.1), sampler_b="ddim", guidance_b=1.5, eta_b=0.5)
+    assert {name: value for name, value in calls[4].items() if name[-2:] in ("_c", "_b")} == dict(t_start_c=0.9,
+                                                                                                 t_end_b=0.1)
+    assert torch.equal(calls[6]["steps_b"], Sampling(29, early=True).levels)
 
 
-def test_options_of_the_machine_arrive_as_they_were_said(monkeypatch):
+def test_options_of_the_machine_arrive_as_they_were_given(monkeypatch):
     calls = passed_on(monkeypatch)
-    sample.main("--prompt cat --weights v2 --prior mine --device cpu --dtype bf16 --offload --compile --offline --revision main --lora a.safetensors:0.8,b.safetensors".split())
+    sample.main("--prompt cat --weights v2 --prior mine --device cpu --dtype bf16 --offload --compile --offline "
+                "--revision main --lora a.safetensors:0.8,b.safetensors".split())
     sample.main("--prompt cat --low-memory".split())
     parts = calls[0].pop("parts")
     assert calls[0] == dict(weights="v2", device="cpu", dtype=torch.bfloat16, prior="mine", offline=True,
@@ -359,11 +378,11 @@ def test_only_the_parts_that_a_run_needs_are_loaded(argv, needed, not_needed, mo
     try:
         sample.main([*argv, "--seed", "1"])
     except AttributeError:
-        assert argv[0] == "--reconstruct"            # the stand-in gives pictures, not tensors
+        assert argv[0] == "--reconstruct"            # the stand-in returns PIL images, not tensors
     assert needed <= set(calls[0]["parts"]) and not not_needed & set(calls[0]["parts"])
 
 
-# --- pictures ----------------------------------------------------------------------------------------
+# --- images ------------------------------------------------------------------------------------------
 
 def test_one_png_is_written_and_nothing_else(capsys):
     """Named after prompt and seed; both stages show their progress."""
@@ -377,23 +396,23 @@ def test_one_png_is_written_and_nothing_else(capsys):
         assert (image.format, image.mode, image.size) == ("PNG", "RGB", (128, 128))
 
 
-def test_a_seed_decides_the_picture_to_the_last_byte():
+def test_a_seed_determines_the_image_to_the_last_byte():
     for name, seed in (("a", "7"), ("b", "7"), ("c", "8")):
         run("--prompt", "cat", "--seed", seed, "--out", f"{name}.png")
     assert same_files("a.png", "b.png") and not same_files("a.png", "c.png")
 
 
-def test_without_a_seed_one_is_drawn_and_told(capsys):
+def test_without_a_seed_a_random_one_is_used_and_printed(capsys):
     run("--prompt", "cat")
     path, = files()
     seed = path.removeprefix("out/cat_").removesuffix(".png")
     assert capsys.readouterr().out == f"seed {seed}: {path}\n"
     assert str(read_settings(path)["seed"]) == seed
-    assert sample.parse_args(["--prompt", "cat"])[0].seed != sample.parse_args(["--prompt", "cat"])[0].seed
+    assert parse_args("--prompt", "cat")[0].seed != parse_args("--prompt", "cat")[0].seed
 
 
-def test_several_pictures_go_to_a_file_each_and_have_a_seed_each(capsys):
-    """So that the one that came out well can be made again alone."""
+def test_each_of_several_images_has_its_own_file_and_seed(capsys):
+    """So the best one can be generated again on its own."""
     run("--prompt", "cat", "--seed", "7", "--num-images", "3", "--out", "cats.png")
     assert files() == ["cats_7.png", "cats_8.png", "cats_9.png"]
     assert capsys.readouterr().out.splitlines() == [f"seed {seed}: cats_{seed}.png" for seed in (7, 8, 9)]
@@ -401,8 +420,8 @@ def test_several_pictures_go_to_a_file_each_and_have_a_seed_each(capsys):
     assert same_files("cats_9.png", "alone.png")
 
 
-def test_a_batch_paints_the_same_pictures_up_to_rounding():
-    """Another batch size may round another way, at most 2 of 255. 5 pictures, 2 at a time: the last one is alone."""
+def test_a_batch_gives_the_same_images_up_to_rounding():
+    """Batch sizes may round differently, by at most 2 of 255. 5 images, 2 at a time: the last batch has one."""
     for size, name in (("1", "a"), ("2", "b")):
         run("--prompt", "cat", "--seed", "7", "--num-images", "5", "--batch", size, "--out", f"{name}.png")
     for seed in range(7, 12):
@@ -424,14 +443,15 @@ def test_folders_are_made_and_names_stay_short():
     path, = files()
     assert path.startswith("new/er/cat-cat-") and len(path) < 80
     run("--prompt", "???", "--seed", "7", "--out", "new/er")
-    assert "new/er/picture_7.png" in files()
+    assert "new/er/image_7.png" in files()
 
 
 # --- prompt files ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 def test_each_line_of_a_text_is_a_prompt(mark, capsys):
-    """Empty lines are none; each picture has the next seed, and is the one that is painted alone. Some editors begin a file with a mark."""
+    """Empty lines are skipped. Each image has the next seed, and is the same as one generated on its own. Some editors
+    begin a file with a mark."""
     Path("p.txt").write_text(f"{mark}cat\n\n  ein Käse \r\n", encoding="utf-8")
     run("--prompt-file", "p.txt", "--seed", "7", "--num-images", "2")
     assert files() == ["out/cat_7.png", "out/cat_8.png", "out/ein-käse_10.png", "out/ein-käse_9.png", "p.txt"]
@@ -440,7 +460,7 @@ def test_each_line_of_a_text_is_a_prompt(mark, capsys):
 
 
 def test_a_line_of_jsonl_has_settings_of_its_own(capsys):
-    """Whole files are equal to those painted alone. A line that sets its seed leaves those of the others as they are."""
+    """Files equal those generated one by one, byte for byte. A line with a seed does not change the others' seeds."""
     lines = [dict(prompt="cat"), dict(prompt="dog", seed=3, guidance_c=[6, 1], steps_c={"2/3": 2, "0": 1}),
              dict(prompt="cat", num_images=2),
              dict(prompt="cow", negative_prompt="cat", steps_b=[1, 0.5, 0], sampler_c="ddim", eta_c=0.5, width=100)]
@@ -456,16 +476,17 @@ def test_a_line_of_jsonl_has_settings_of_its_own(capsys):
         assert same_files(f"out/{path}.png", f"{path}.png"), path
 
 
-def test_lines_are_batched_where_they_can_be():
-    """Prompts of the same settings are painted together, each as it comes out alone."""
-    Path("p.jsonl").write_text('{"prompt": "cat"}\n{"prompt": "dog", "negative_prompt": "cat"}\n{"prompt": "cow", "steps_c": 1}\n')
+def test_lines_are_batched_if_possible():
+    """Prompts with the same settings are one batch, and give the same images as one by one."""
+    Path("p.jsonl").write_text('{"prompt": "cat"}\n{"prompt": "dog", "negative_prompt": "cat"}\n'
+                               '{"prompt": "cow", "steps_c": 1}\n')
     for size, name in (("1", "a"), ("8", "b")):
         run("--prompt-file", "p.jsonl", "--seed", "7", "--batch", size, "--out", name)
     for name in ("cat_7", "dog_8", "cow_9"):
         assert difference(f"a/{name}.png", f"b/{name}.png") <= 2
 
 
-def test_the_same_prompt_twice_is_two_pictures(capsys):
+def test_the_same_prompt_twice_is_two_images(capsys):
     """Even with --overwrite, which is about older files."""
     Path("p.txt").write_text("cat\ncat")
     run("--prompt-file", "p.txt", "--seed", "7", "--overwrite")
@@ -477,8 +498,8 @@ def test_the_same_prompt_twice_is_two_pictures(capsys):
 @pytest.mark.parametrize("name, content, message", [
     ("missing.txt", None, "missing.txt cannot be read as a text file: No such file"),
     ("latin.txt", "Käse".encode("latin-1"), "latin.txt cannot be read as a text file: 'utf-8' codec can't decode"),
-    ("empty.txt", b" \n\n", "empty.txt holds no prompts: expected one per line"),
-    ("a.jsonl", b'{"prompt": "cat"}\n\n{"prompt": "dog",}', "a.jsonl, line 3: this is no JSON ("),
+    ("empty.txt", b" \n\n", "empty.txt contains no prompts: expected one per line"),
+    ("a.jsonl", b'{"prompt": "cat"}\n\n{"prompt": "dog",}', "a.jsonl, line 3: this is not JSON ("),
     ("a.jsonl", b'"cat"',
      'a.jsonl, line 1: expected an object with one prompt, such as {"prompt": "a cat", "seed": 3}'),
     ("a.jsonl", b'{"prompt": ["cat", "dog"]}', "a.jsonl, line 1: expected an object with one prompt"),
@@ -486,13 +507,13 @@ def test_the_same_prompt_twice_is_two_pictures(capsys):
      "a.jsonl, line 1: colour, out cannot be set for one line; possible: prompt,"),
     ("a.jsonl", b'{"prompt": "cat"}\n{"prompt": ""}', f"a.jsonl, line 2: {EMPTY}"),
     ("a.jsonl", b'{"seed": 3}', f"a.jsonl, line 1: {EMPTY}"),
-    ("a.jsonl", b'{"prompt": "cat\\ud800"}', "a.jsonl, line 1: --prompt holds bytes that are no UTF-8 text"),
+    ("a.jsonl", b'{"prompt": "cat\\ud800"}', "a.jsonl, line 1: --prompt contains bytes that are not UTF-8 text"),
     ("a.jsonl", b'{"prompt": "cat", "seed": "x"}',
      "a.jsonl, line 1: argument --seed: expected a whole number of at least 0, got 'x'"),
     ("a.jsonl", b'{"prompt": "cat", "steps_c": true}', "a.jsonl, line 1: argument --steps-c: expected"),
-    ("a.jsonl", b'{"prompt": "cat", "mask": "m.png"}', "a.jsonl, line 1: --mask needs --init beside it")])
-def test_mistakes_in_prompt_files_say_where(name, content, message, capsys, monkeypatch):
-    """Before the first picture: the mistake may be in the last of a thousand lines."""
+    ("a.jsonl", b'{"prompt": "cat", "mask": "m.png"}', "a.jsonl, line 1: --mask requires --init")])
+def test_errors_in_prompt_files_name_the_line(name, content, message, capsys, monkeypatch):
+    """Before the first image: the error may be in the last of a thousand lines."""
     without_torch(monkeypatch)
     if content is not None:
         Path(name).write_bytes(content)
@@ -500,22 +521,22 @@ def test_mistakes_in_prompt_files_say_where(name, content, message, capsys, monk
     assert files() == [name] * (content is not None)
 
 
-# --- how a picture was made --------------------------------------------------------------------------
+# --- how an image was made ---------------------------------------------------------------------------
 
-# Options that leave the picture as it is, but for rounding; the last three are written down all the same.
-NOT_OF_THE_PICTURE = {"help", "prompt_file", "like", "save_latent", "offline", "low_memory", "offload", "out",
+# Options that do not change the image, except for rounding. The last three are saved with it anyway.
+NOT_SAVED = {"help", "prompt_file", "like", "save_latent", "offline", "low_memory", "offload", "out",
                       "overwrite", "no_metadata",
                       "preview_every", "batch", "compile", "device"}
 
 
-def test_every_option_that_changes_the_picture_is_written_down():
-    """A new option must be put into OF_A_PICTURE or OF_A_RUN, or else --like would paint another picture."""
+def test_every_option_that_changes_the_image_is_saved_with_it():
+    """A new option must be put into PER_IMAGE or PER_RUN, or else --like would give another image."""
     options = {action.dest for action in sample.parser()._actions}
-    assert options == {*sample.OF_A_PICTURE, *sample.OF_A_RUN} | NOT_OF_THE_PICTURE
+    assert options == {*cli.PER_IMAGE, *cli.PER_RUN} | NOT_SAVED
 
 
-def test_a_picture_tells_how_it_was_made():
-    """As JSON, complete, in any script; in the words of other programs; with sha256 of all that took part."""
+def test_an_image_contains_how_it_was_made():
+    """As JSON, complete, in any script; in the words of other programs; with the sha256 of all files involved."""
     prompt, negative = "naïve café 日本語 😀", "blurry — dull"
     tiny("--prompt", prompt, "--negative-prompt", negative, "--seed", "7", "--guidance-c", "2.5", "--interval-c",
          "0.2,1", "--init", photo(),
@@ -540,12 +561,12 @@ def test_a_picture_tells_how_it_was_made():
                                                                      for name, path in expected.items()}
     lines = text_of("a.png")["parameters"].splitlines()
     assert lines[:2] == [prompt, f"Negative prompt: {negative}"]
-    assert lines[2].startswith("Steps: 3, Sampler: DDPM, CFG scale: 2.5, Seed: 7, Size: 128x128, Model: tiny, Model hash: "
-                               f"{settings['hashes']['prior'][:10]}, Version: wuerstchen, ")
+    assert lines[2].startswith("Steps: 3, Sampler: DDPM, CFG scale: 2.5, Seed: 7, Size: 128x128, Model: tiny, "
+                               f"Model hash: {settings['hashes']['prior'][:10]}, Version: wuerstchen, ")
 
 
-def test_a_picture_can_be_made_without_telling():
-    """Not even that of the picture it began with."""
+def test_an_image_can_be_saved_without_settings():
+    """The pixels stay the same."""
     run("--prompt", "cat", "--seed", "7", "--no-metadata", "--out", "a.png")
     run("--prompt", "cat", "--seed", "7", "--out", "b.png")
     assert text_of("a.png") == {} and difference("a.png", "b.png") == 0
@@ -571,19 +592,19 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_picture_can_be_made_again_to_the_last_byte(kind):
-    """Whatever it was made from; with a seed that was drawn, too."""
+def test_an_image_can_be_made_again_to_the_last_byte(kind):
+    """Whatever it was made from, and also if its seed was random."""
     photo(), mask()
     if "latent" in kind:
         run("--prompt", "cat", "--seed", "7", "--save-latent", "--out", "latent.png")
-    paint = tiny if "photo.png" in KINDS[kind] else run
-    paint(*KINDS[kind], "--out", "a.png")
+    generate = tiny if "photo.png" in KINDS[kind] else run
+    generate(*KINDS[kind], "--out", "a.png")
     sample.main(["--like", "a.png", "--out", "b.png"])
     assert same_files("a.png", "b.png")
 
 
-def test_any_setting_can_be_changed_when_a_picture_is_made_again():
-    """The same as if it had been typed; an empty one undoes what was there."""
+def test_any_setting_can_be_changed_when_an_image_is_made_again():
+    """The result is the same as with all options typed. An empty option removes a setting."""
     photo(), mask()
     tiny(*INPAINT, "--seed", "7", "--out", "a.png")
     sample.main(["--like", "a.png", "--seed", "8", "--steps-c", "2", "--guidance-b", "1", "--out", "b.png"])
@@ -597,14 +618,14 @@ def test_any_setting_can_be_changed_when_a_picture_is_made_again():
     assert same_files("f_7.png", "a.png") and read_settings("f_8.png")["prompt"] == "a cat"
 
 
-def test_what_has_changed_since_is_told(capsys):
-    """Another picture under the same name, or other weights: then the result is another, and one wonders why."""
+def test_files_that_changed_are_reported(capsys):
+    """Another file under the same name, or other weights, give another image, and nobody would know why."""
     tiny("--init", photo(), "--seed", "7", "--out", "a.png")
     photo(colour=(0, 128, 0))
     sample.main(["--like", "a.png", "--out", "b.png"])
-    assert "warning: init changed since a.png was made: so this is another picture" in capsys.readouterr().err
+    assert "warning: init changed since a.png was made: this is another image" in capsys.readouterr().err
     photo("other.png", colour=(0, 128, 0))
-    # meant to be another
+    # on purpose
     sample.main(["--like", "a.png", "--init", "other.png", "--weights", str(TINY), "--out", "c.png"])
     assert "changed" not in capsys.readouterr().err
     settings = read_settings("a.png")
@@ -617,13 +638,13 @@ def test_what_has_changed_since_is_told(capsys):
 
 @pytest.mark.parametrize("name, content, message", [
     ("foreign.png", None, "foreign.png contains no settings of this program: expected a PNG file just as it was saved"),
-    ("text.png", b"no picture", "text.png cannot be read: it is not an image in a known format"),
+    ("text.png", b"not an image", "text.png cannot be read: it is not an image in a known format"),
     ("missing.png", None, "missing.png cannot be read: there is no such file"),
     ("forged.png", {"steps_c": "many"}, "argument --steps-c: expected something like 29"),
     ("forged.png", {"prompt": "cat", "hashes": 3, "seed": -5}, "argument --seed: expected a whole number"),
     ("forged.png", {"out": "/elsewhere"}, EMPTY)])
-def test_pictures_that_cannot_be_made_again(name, content, message, capsys):
-    """One line; what a picture says is checked like what a user types, and where to write is never its business."""
+def test_images_that_cannot_be_made_again(name, content, message, capsys):
+    """One line. Settings in a file are checked like options that a user types, and never decide where to write."""
     if isinstance(content, bytes):
         Path(name).write_bytes(content)
     elif content is not None:
@@ -639,15 +660,16 @@ def test_pictures_that_cannot_be_made_again(name, content, message, capsys):
                                             ("a.safetensors", ["--save-latent"]),
                                             ("a_preview.png", ["--preview-every", "1"])])
 def test_a_file_that_was_named_is_never_overwritten(existing, more, capsys, monkeypatch):
-    """Nor one beside it that would be written, too."""
+    """Neither is a latent or preview next to it."""
     without_torch(monkeypatch)
     Path(existing).write_text("dear to someone")
     message = error_of(capsys, "--prompt", "cat", "--seed", "7", "--out", "a.png", *more)
-    assert message == f"{existing} exists already and will not be overwritten: choose another --out, remove it, or add --overwrite"
+    assert message == (f"{existing} exists already and will not be overwritten: choose another --out, remove the file, "
+                       "or add --overwrite")
     assert Path(existing).read_text() == "dear to someone" and files() == [existing]
 
 
-def test_files_are_overwritten_where_that_was_asked_for():
+def test_overwrite_replaces_files():
     for name in ("a.png", "a.safetensors", "a_preview.png"):
         Path(name).write_text("old")
     tiny("--prompt", "cat", "--seed", "7", "--save-latent", "--preview-every", "1", "--overwrite", "--out", "a.png")
@@ -656,7 +678,7 @@ def test_files_are_overwritten_where_that_was_asked_for():
 
 
 def test_a_name_of_our_own_gets_a_number(capsys):
-    """The files beside it, too."""
+    """So do its latent and preview."""
     for _ in range(3):
         run("--prompt", "cat", "--seed", "7")
     assert files() == ["out/cat_7.png", "out/cat_7_2.png", "out/cat_7_3.png"]
@@ -667,8 +689,8 @@ def test_a_name_of_our_own_gets_a_number(capsys):
                                                            "dog/dog_7_2.safetensors"]
 
 
-def test_a_file_that_comes_into_being_while_we_paint_is_not_overwritten(monkeypatch):
-    """Two programs, one name: the picture of a minute gets a number."""
+def test_a_file_that_appears_in_the_meantime_is_not_overwritten(monkeypatch):
+    """Two programs, one name: the later image gets a number."""
     decode = Wuerstchen.decode
 
     def meanwhile(self, *args):
@@ -679,16 +701,17 @@ def test_a_file_that_comes_into_being_while_we_paint_is_not_overwritten(monkeypa
     assert files() == ["a.png", "a_2.png"] and Path("a.png").read_text() == "dear to someone"
 
 
-# --- from pictures -----------------------------------------------------------------------------------
+# --- from images -------------------------------------------------------------------------------------
 
-def test_a_reconstruction_stands_beside_its_original(capsys):
+def test_a_reconstruction_stands_next_to_its_original(capsys):
     """Any mode and size; PSNR and the compression are printed. It is image to image of strength 0."""
     photo("wide.jpg", (300, 150))
     tiny("--reconstruct", "wide.jpg", "--seed", "7", "--out", "a.png")
     first, second = capsys.readouterr().out.splitlines()
     assert second == "seed 7: a.png"
     assert first.startswith("PSNR ")
-    assert first.endswith(" dB; 256 x 128 px became 6 x 3 positions of 16 numbers: 42.7 : 1 per side, 341 : 1 in numbers")
+    assert first.endswith(" dB; 256 x 128 px became 6 x 3 positions of 16 numbers: 42.7 : 1 per side, 341 : 1 in "
+                          "numbers")
     tiny("--init", "wide.jpg", "--strength", "0", "--seed", "7", "--out", "b.png")
     both, alone = pixels("a.png"), pixels("b.png")
     assert both.shape[1] == 2 * 256 + 4 and alone.shape == (128, 256, 3)
@@ -701,25 +724,27 @@ def test_a_reconstruction_stands_beside_its_original(capsys):
 
 
 def test_image_to_image_keeps_what_its_strength_leaves():
-    """0: the apple stays, whatever the prompt; 1: as if there had been none."""
+    """0: the apple stays, whatever the prompt is. 1: the same as without an image."""
     photo()
     argv = ["--steps-b", "6", "--prompt", "a moon on a black background", "--seed", "7"]
     for strength in ("0", "1"):
         tiny(*argv, "--init", "photo.png", "--strength", strength, "--out", f"{strength}.png")
     tiny(*argv, "--out", "without.png")
-    assert np.abs(pixels("0.png") - pixels("photo.png")).mean() < 25 < np.abs(pixels("1.png") - pixels("photo.png")).mean()
+    kept, lost = (np.abs(pixels(f"{strength}.png") - pixels("photo.png")).mean() for strength in "01")
+    assert kept < 25 < lost
     assert difference("1.png", "without.png") == 0
 
 
-def test_inpainting_leaves_what_is_black_in_the_mask():
+def test_inpainting_keeps_what_is_black_in_the_mask():
     photo(), mask()
     tiny(*INPAINT, "--seed", "7", "--out", "a.png")
     change = np.abs(pixels("a.png") - pixels("photo.png"))
     assert change[:, 64:].max() <= 2 and change[:, :60].max() > 50
 
 
-def test_outpainting_leaves_the_picture_within_its_border():
-    """64 px left and right of 128: still 128 high. With pixels above and below it is shrunk to the size of the weights, or to --height."""
+def test_outpainting_keeps_the_image_inside_its_border():
+    """64 px left and right of 128: still 128 high. With pixels above and below it shrinks to the size of the weights,
+    or to --height."""
     photo()
     tiny("--init", "photo.png", "--outpaint", "64,0,64,0", "--prompt", "a rose", "--seed", "7", "--out", "a.png")
     assert pixels("a.png").shape == (128, 256, 3)
@@ -740,42 +765,42 @@ def test_outpainting_leaves_the_picture_within_its_border():
      "missing.safetensors cannot be read as a .safetensors file: No such file"),
     (["--from-latent", "photo.png"], "photo.png cannot be read as a .safetensors file"),
     (["--from-latent", "rows.safetensors"],
-     "rows.safetensors holds latents_c, expected semantic, states, size: is it a file written by --save-latent?"),
-    (["--tensors", "rows.safetensors"], "rows.safetensors holds tensors for several pictures, expected 1 row of each"),
+     "rows.safetensors contains latents_c, expected semantic, states, size: was it written by --save-latent?"),
+    (["--tensors", "rows.safetensors"], "rows.safetensors contains tensors for several images, expected 1 row of each"),
     (["--prompt-file", "p.jsonl"], "missing.png cannot be read")])
 def test_files_that_cannot_be_used_are_found_before_weights_are_loaded(argv, message, capsys, monkeypatch):
     """The weights may be 12 GB that must be fetched first. Of a prompt file, also those of the last line."""
     monkeypatch.setattr(Wuerstchen, "load", None)
     photo()
     Image.new("L", (128, 128)).save("black.png")
-    Path("text.png").write_text("no picture")
+    Path("text.png").write_text("not an image")
     Path("p.jsonl").write_text('{"prompt": "cat"}\n{"prompt": "cat", "init": "missing.png"}')
     save_file(dict(latents_c=torch.zeros(2, 16, 3, 3)), "rows.safetensors")
     assert error_of(capsys, *argv, by=tiny).startswith(message)
 
 
-def test_a_mask_must_have_the_size_of_its_picture(capsys):
+def test_a_mask_must_have_the_size_of_its_image(capsys):
     photo(), mask(size=(64, 64))
     assert error_of(capsys, *INPAINT,
-                    by=tiny).startswith("the mask has 64 x 64 px, its picture 128 x 128: they must be the same")
+                    by=tiny).startswith("the mask has 64 x 64 px, its image 128 x 128: they must be the same")
 
 
 # --- latents and embeddings --------------------------------------------------------------------------
 
 @pytest.mark.parametrize("argv", [[], ["--width", "100", "--height", "70"], INPAINT],
                          ids=["plain", "size", "inpainting"])
-def test_a_saved_latent_gives_the_same_picture_without_stage_c(argv, monkeypatch):
-    """To the bit, as the state of the noise is saved, too; with a seed, Stage B paints it another way."""
+def test_a_saved_latent_gives_the_same_image_without_stage_c(argv, monkeypatch):
+    """To the bit, because the state of the noise is saved as well. With a seed, Stage B generates other details."""
     photo(), mask()
-    paint, argv = tiny if argv is INPAINT else run, [*argv, "--prompt", "a rose"]
-    paint(*argv, "--seed", "7", "--out", "plain.png")
-    paint(*argv, "--seed", "7", "--save-latent", "--out", "a.png")
+    generate, argv = tiny if argv is INPAINT else run, [*argv, "--prompt", "a rose"]
+    generate(*argv, "--seed", "7", "--out", "plain.png")
+    generate(*argv, "--seed", "7", "--save-latent", "--out", "a.png")
     assert same_files("a.png", "plain.png")
     monkeypatch.setattr(Wuerstchen, "sample_c", None)
     # without size, which is in the file
-    weights = QUICK[:2] if paint is run else []
+    weights = QUICK[:2] if generate is run else []
     sample.main([*weights, "--steps-b", "2", *argv, "--from-latent", "a.safetensors", "--out", "b.png"])
-    paint(*argv, "--from-latent", "a.safetensors", "--seed", "7", "--num-images", "2", "--out", "c.png")
+    generate(*argv, "--from-latent", "a.safetensors", "--seed", "7", "--num-images", "2", "--out", "c.png")
     assert difference("a.png", "b.png") == 0
     assert difference("a.png", "c_7.png") > 2 and difference("c_7.png", "c_8.png") > 2
     sample.main(["--like", "a.png", "--from-latent", "a.safetensors", "--out", "d.png"])
@@ -791,13 +816,12 @@ def test_latents_of_a_batch_are_saved_one_each():
 
 
 def test_embeddings_and_latents_can_come_from_a_file():
-    """The embeddings of a prompt give that prompt's picture, each with its own seed, in batches or not."""
+    """The embeddings of a prompt give that prompt's image, each with its own seed, in batches or not."""
     model = Wuerstchen.load(str(PUBLISHED))
     embeddings = {}
-    for stage, encoder in (("c", model.text_encoder_c), ("b", model.text_encoder_b)):
-        embeddings[f"prompt_{stage}"], embeddings[f"negative_{stage}"] = map(torch.clone,
-                                                                             model.encode_text(encoder, ["cat"],
-                                                                                               ["dog"], 1))
+    for stage in "cb":
+        pair = model.encode_text(stage, ["cat"], ["dog"])
+        embeddings[f"prompt_{stage}"], embeddings[f"negative_{stage}"] = map(torch.clone, pair)
     save_file(embeddings, "e.safetensors")
     for name, argv in {"text": ["--prompt", "cat", "--negative-prompt", "dog"],
                        "tensors": ["--tensors", "e.safetensors"],
@@ -810,23 +834,23 @@ def test_embeddings_and_latents_can_come_from_a_file():
     for seed in ("7", "8"):
         run("--prompt", "cat", "--tensors", "l.safetensors", "--sampler-c", "ddim", "--sampler-b", "ddim", "--seed",
             seed, "--out", f"l{seed}.png")
-    assert difference("l7.png", "l8.png") == 0                                                  # nothing left to chance
+    assert difference("l7.png", "l8.png") == 0                                                  # nothing is random
 
 
 @pytest.mark.parametrize("tensors, message", [
     (dict(prompt_x=torch.zeros(1, 2, 3)),
-     "there are no embeddings called prompt_x: expected some of prompt_c, negative_c, prompt_b, negative_b"),
+     "prompt_x cannot be given: expected some of prompt_c, negative_c, prompt_b, negative_b"),
     (dict(latents_c=torch.zeros(1, 16, 5, 5)), "latents_c has shape (1, 16, 5, 5), expected (1 or 1, 16, 3, 3)"),
     (dict(prompt_c=torch.zeros(1)), "embeddings prompt_c have shape (1,), expected (1 or 1, tokens")])
-def test_tensors_that_do_not_fit_are_refused(tensors, message, capsys):
+def test_tensors_that_do_not_fit_are_rejected(tensors, message, capsys):
     save_file(tensors, "t.safetensors")
     assert error_of(capsys, "--prompt", "cat", "--tensors", "t.safetensors").startswith(message)
 
 
-# --- several pictures in one -------------------------------------------------------------------------
+# --- several images in one ---------------------------------------------------------------------------
 
 def test_a_grid_has_a_row_for_each_seed_and_a_column_for_each_scale(capsys):
-    """Its cells are the pictures that are painted alone; labels stand above and beside."""
+    """Its cells are the same images as one by one. Labels stand above and to the left."""
     run("--prompt", "a dog", "--grid", "1,6", "--num-images", "2", "--seed", "7", "--out", "grid.png")
     assert files() == ["grid.png"] and capsys.readouterr().out == "seed 7: grid.png\n"
     whole = pixels("grid.png")
@@ -860,8 +884,8 @@ def test_an_interpolation_begins_and_ends_with_the_prompts():
         assert (movie.format, movie.n_frames, movie.size) == ("GIF", 3, (128, 128))
 
 
-def test_latents_can_be_interpolated_too(capsys):
-    """Their ends are the pictures of the latents, with the seed given here."""
+def test_latents_can_be_interpolated(capsys):
+    """Both ends are the images of the latents, with the seed given here."""
     for seed, size in (("7", "128"), ("8", "128"), ("9", "200")):
         run("--prompt", "a dog", "--seed", seed, "--width", size, "--save-latent", "--out", f"{seed}.png")
     argv = ["--prompt", "a dog", "--seed", "5"]
@@ -873,10 +897,10 @@ def test_latents_can_be_interpolated_too(capsys):
     assert np.abs(strip[:, -128:] - pixels("end8.png")).max() <= 2
     capsys.readouterr()
     message = error_of(capsys, *argv, "--from-latent", "7.safetensors", "--to-latent", "9.safetensors", by=run)
-    assert message == "7.safetensors and 9.safetensors are of pictures of different sizes, expected the same"
+    assert message == "7.safetensors and 9.safetensors belong to images of different sizes, expected the same"
 
 
-def test_each_prompt_and_each_seed_has_a_picture_of_its_own():
+def test_each_prompt_and_each_seed_has_its_own_image():
     """Grids of a prompt file, strips of several seeds."""
     Path("p.txt").write_text("cat\ndog")
     run("--prompt-file", "p.txt", "--grid", "1,2", "--num-images", "2", "--seed", "7", "--out", "grids")
@@ -888,19 +912,19 @@ def test_each_prompt_and_each_seed_has_a_picture_of_its_own():
 # --- on the way --------------------------------------------------------------------------------------
 
 def test_a_preview_shows_roughly_what_it_will_become():
-    """As large as the picture, from Stage C on; its file is replaced as the picture gets clearer, and stays."""
+    """As large as the image, from Stage C on. Its file is replaced as the image gets clearer, and stays."""
     tiny("--prompt", "a red apple on a blue background", "--seed", "7", "--steps-c", "9", "--steps-b", "6",
          "--preview-every", "3", "--out", "a.png")
     assert files() == ["a.png", "a_preview.png"] and text_of("a_preview.png") == {}
-    preview, picture = pixels("a_preview.png"), pixels("a.png")
-    assert preview.shape == picture.shape and np.abs(preview - picture).mean() < 20
+    preview, image = pixels("a_preview.png"), pixels("a.png")
+    assert preview.shape == image.shape and np.abs(preview - image).mean() < 20
     # 2 steps of Stage B: the last is of Stage C
     tiny("--prompt", "cat", "--seed", "7", "--preview-every", "3", "--out", "b.png")
     assert pixels("b_preview.png").shape == (128, 128, 3)
 
 
 def test_ctrl_c_keeps_what_is_finished(capsys, monkeypatch):
-    """One line, no traceback, no half file; exit code 130, as of all programs that are stopped like this."""
+    """One line, no traceback, no half file; exit code 130, like all programs that are stopped by it."""
     sample_b, calls = Wuerstchen.sample_b, []
 
     def interrupted(*args, **options):
@@ -913,15 +937,15 @@ def test_ctrl_c_keeps_what_is_finished(capsys, monkeypatch):
         run("--prompt", "cat", "--seed", "7", "--num-images", "3", "--out", "a.png")
     assert end.value.code == 130 and files() == ["a_7.png"]
     err = capsys.readouterr().err
-    assert err.splitlines()[-1] == "stopped: 1 of 3 pictures are finished, each in its file" and "Traceback" not in err
+    assert err.splitlines()[-1] == "stopped: 1 of 3 images are finished, each in its file" and "Traceback" not in err
 
 
 # --- what can go wrong later -------------------------------------------------------------------------
 
-def test_a_picture_is_written_whole_or_not_at_all(capsys, monkeypatch):
-    """Half a file would look like a result to whoever waits for it."""
+def test_an_image_is_written_completely_or_not_at_all(capsys, monkeypatch):
+    """Half a file would look like a result to a program that waits for it."""
     def fill_the_disk(image, path, **_):
-        Path(path).write_bytes(b"half a picture")
+        Path(path).write_bytes(b"half an image")
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(Image.Image, "save", fill_the_disk)
     assert error_of(capsys, "--prompt", "cat", "--out", "a.png") == "a.png cannot be written: no space left on device"
@@ -943,7 +967,7 @@ def damaged(part: str, change) -> list[str]:
     return ["--prompt", "cat", "--out", "a.png", "--weights", "weights"]
 
 
-def no_picture():
+def no_image():
     assert not Path("a.png").exists()
 
 
@@ -952,13 +976,14 @@ def no_picture():
                                               ("tiny.png", "there is no such folder")])
 def test_folders_that_hold_no_weights(weights, message, capsys):
     assert message in error_of(capsys, "--prompt", "cat", "--out", "a.png", "--weights", weights)
-    no_picture()
+    no_image()
 
 
-def test_weights_that_cannot_encode_pictures(capsys):
+def test_weights_that_cannot_encode_images(capsys):
     """The released ones come without their image encoder."""
-    assert "hold no image encoder" in error_of(capsys, "--init", photo(), "--out", "a.png")
-    no_picture()
+    message = error_of(capsys, "--init", photo(), "--out", "a.png")
+    assert "image_encoder is needed for this, but was not loaded" in message
+    no_image()
 
 
 @pytest.mark.parametrize("part", ["wuerstchen-prior/prior", "wuerstchen/decoder", "wuerstchen/vqgan"])
@@ -967,27 +992,27 @@ def test_files_that_are_cut_off(part, capsys):
         path = folder / "diffusion_pytorch_model.safetensors"
         path.write_bytes(path.read_bytes()[:-1000])
     assert "cannot be read" in error_of(capsys, *damaged(part, cut))
-    no_picture()
+    no_image()
 
 
 @pytest.mark.parametrize("part, name", [("wuerstchen-prior/prior", "diffusion_pytorch_model"),
                                         ("wuerstchen/text_encoder", "model")])
 def test_weights_with_nan(part, name, capsys):
-    """They load without complaint elsewhere, and paint black."""
+    """Elsewhere they load without an error, and give black images."""
     def spoil(folder):
         path = folder / f"{name}.safetensors"
         tensors = load_file(path)
         next(iter(tensors.values())).view(-1)[0] = float("nan")
         save_file(tensors, path, metadata={"format": "pt"})
     assert "contains NaN or infinity" in error_of(capsys, *damaged(part, spoil))
-    no_picture()
+    no_image()
 
 
 @pytest.mark.parametrize("device", ["gpu"] + ([] if torch.cuda.is_available() else ["cuda"]))
 def test_devices_that_are_not_there(device, capsys):
     assert error_of(capsys, "--prompt", "cat", "--out", "a.png", "--device",
                     device).startswith(f"device '{device}' cannot be used here")
-    no_picture()
+    no_image()
 
 
 def broken(monkeypatch, error: Exception) -> None:
@@ -1001,29 +1026,29 @@ def broken(monkeypatch, error: Exception) -> None:
 def test_memory_that_runs_out(error, capsys, monkeypatch):
     broken(monkeypatch, error)
     assert error_of(capsys, "--prompt", "cat", "--out",
-                    "a.png").startswith("memory ran out: paint fewer or smaller pictures")
-    no_picture()
+                    "a.png").startswith("memory ran out: generate fewer or smaller images")
+    no_image()
 
 
 def test_our_own_bugs_keep_their_traceback(monkeypatch):
-    """One line is for what a user can mend."""
+    """One line is for what a user can repair."""
     broken(monkeypatch, RuntimeError("shapes do not match"))
     with pytest.raises(RuntimeError, match="shapes do not match"):
         run("--prompt", "cat", "--out", "a.png")
-    no_picture()
+    no_image()
 
 
-def test_numbers_that_explode_make_no_grey_picture(capsys):
-    """The line says where it happened, and what to try."""
+def test_numbers_that_explode_give_no_grey_image(capsys):
+    """The line names the step, and what to try."""
     assert error_of(capsys, "--prompt", "cat", "--guidance-c", "1e30", "--out",
                     "a.png").startswith("Stage C came to NaN or infinity in step ")
-    no_picture()
+    no_image()
 
 
 # --- as a program ------------------------------------------------------------------------------------
 
-def test_as_a_program_it_says_nothing_but_its_own_lines():
-    """The libraries' own chatter, progress bars of loading for one, would hide the warnings."""
+def test_as_a_program_it_prints_only_its_own_lines():
+    """Messages of the libraries, such as progress bars of loading, would hide the warnings."""
     done = subprocess.run([sys.executable, sample.__file__, *QUICK, "--prompt", LONG, "--seed", "7", "--dtype", "bf16"],
                           capture_output=True, text=True)
     lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if line and not line.startswith("Stage ")]
@@ -1039,7 +1064,7 @@ def test_as_a_program_it_says_nothing_but_its_own_lines():
 
 @pytest.fixture
 def v1(tmp_path, monkeypatch, capsys):
-    """Paints with a small v1 in the authors' files, in few steps."""
+    """Generates with a small v1 in the authors' files, in few steps."""
     from loading import weights
     monkeypatch.setattr(weights, "official_sizes", lambda stage, shapes: SMALL_V1[stage])
     (tmp_path / "v1").mkdir()
@@ -1051,14 +1076,15 @@ def v1(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def v1_is_a_folder(monkeypatch):
-    """Its name, here, too, so that nothing is fetched."""
-    from loading import hub
-    monkeypatch.setattr(hub, "NAMES", {name: parts for name, parts in hub.NAMES.items() if name != "v1"})
+    """The name "v1" is a folder here, so nothing is fetched."""
+    from loading import hub, layouts
+    for module in (hub, layouts):
+        monkeypatch.setattr(module, "NAMES", {name: parts for name, parts in hub.NAMES.items() if name != "v1"})
 
 
 @pytest.mark.usefixtures("v1_is_a_folder")
-def test_v1_paints_and_its_settings_paint_the_same_again(v1):
-    """What its weights have for defaults is written down: mode, guidance and temperature of the tokens."""
+def test_v1_generates_and_its_settings_give_the_same_again(v1):
+    """The defaults of its weights are saved: mode, guidance and temperature of the tokens."""
     v1("--prompt", "cat", "--seed", "7", "--out", "a.png")
     settings = read_settings("a.png")
     assert {name: settings[name] for name in ("steps_b", "sampler_b", "guidance_b", "temperature_b", "sampler_c",
@@ -1074,8 +1100,8 @@ def test_v1_paints_and_its_settings_paint_the_same_again(v1):
 
 
 @pytest.mark.usefixtures("v1_is_a_folder")
-def test_a_latent_of_v1_gives_the_same_picture_without_stage_c(v1):
-    """Also the random tokens go on from where they stood."""
+def test_a_latent_of_v1_gives_the_same_image_without_stage_c(v1):
+    """The random tokens also continue from their saved state."""
     v1("--prompt", "cat", "--seed", "7", "--save-latent", "--out", "a.png")
     v1("--prompt", "cat", "--from-latent", "a.safetensors", "--out", "b.png")
     assert difference("a.png", "b.png") == 0
@@ -1083,20 +1109,22 @@ def test_a_latent_of_v1_gives_the_same_picture_without_stage_c(v1):
 
 @pytest.mark.usefixtures("v1_is_a_folder")
 @pytest.mark.parametrize("argv, message", [
-    (["--sampler-b", "ddim"], "there is no sampler 'ddim': expected one of multinomial, argmax, quant."),
-    (["--temperature-b", "0"], "the temperature is 0, expected more than 0; mode argmax is what 0 would mean."),
+    (["--sampler-b", "ddim"],
+     "Stage B: sampler is 'ddim', expected one of multinomial, argmax, quant for Stage B of v1."),
+    (["--temperature-b", "0"],
+     "Stage B: the temperature is 0, expected more than 0; mode argmax is what 0 would mean."),
     (["--temperature-b", "1,0.8,0.6"],
      "argument --temperature-b: expected 1 or 2 numbers with commas between, got '1,0.8,0.6'"),
     (["--rescale-b", "0.5"],
-     "Stage B of v1 makes tokens, for which mask, latents_b and rescale_b do not exist: leave them away."),
+     "--rescale-b is only for v2, because Stage B of v1 generates tokens: remove it"),
     (["--prior", str(PUBLISHED / "wuerstchen-prior" / "prior")],
      "Stage C takes texts of width 24, the text encoder v1/text_encoder gives 1024: CLIP bigG (1280) belongs to v2")])
-def test_what_v1_has_not(v1, argv, message, capsys):
+def test_what_v1_does_not_have(v1, argv, message, capsys):
     assert error_of(capsys, "--prompt", "cat", *argv, by=v1).startswith(message)
 
 
 def test_temperature_is_for_v1(capsys):
     assert error_of(capsys, "--prompt", "cat", "--temperature-b",
-                    "0.5") == "temperature_b is for v1, whose Stage B makes tokens: leave it away."
+                    "0.5") == "--temperature-b is only for v1, because Stage B of v1 generates tokens: remove it"
     assert error_of(capsys, "--prompt", "cat", "--sampler-b",
-                    "argmax") == "there is no sampler 'argmax': expected one of ddpm, ddim, dpm++."
+                    "argmax") == "Stage B: sampler is 'argmax', expected one of ddpm, ddim, dpm++."

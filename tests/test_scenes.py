@@ -212,7 +212,8 @@ def test_scenes_with_uncaptioned_objects_have_no_caption_in_the_mixed_set():
     (lambda: Scene(("rocket", "moon"), (40, 40), ((30, 64), (90, 64)), "red", "left"),
      "unknown relation 'left', expected .*left of"),
     (lambda: EmojiScenes("captions"), "unknown set of objects 'captions', expected .*captioned"),
-    (lambda: render(Scene(("rocket",), (60,), ((10, 64),), "red")), "'rocket' of 60 px .* extends beyond the 128 px canvas"),
+    (lambda: render(Scene(("rocket",), (60,), ((10, 64),), "red")),
+     "'rocket' of 60 px .* extends beyond the 128 px canvas"),
     (lambda: random_scene(np.random.default_rng(0), ["cat"], held_out_pairs=True),
      "no held-out pair among these 1 objects: give more objects"),
 ])

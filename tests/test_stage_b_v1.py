@@ -1,4 +1,4 @@
-"""Stage B of Würstchen v1: the network and the sampler compute what the released code computes, and the pipeline paints with them.
+"""Stage B of Würstchen v1: network and sampler compute what the released code computes; the pipeline generates images.
 
 The recorded cases in golden/paella_v1 come from the authors' code, with all its random draws.
 """
@@ -8,20 +8,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from v1 import stage_b as stage_b_v1
+from extras.editing import InitImage, encode_image, generate, image_size, interpolate, reconstruct
+from extras.previews import Previews
 from loading.errors import WeightsError
 from loading import weights
-import wuerstchen
-from diffusion import Guidance, Noise
 from helpers import HostReads, SMALL_V1, TINY, build, capture, golden, manifest, rel, small_v1, under
 from stage_a import StageA
-from stage_b import TinyImageEncoder
-from v1.stage_b import (ResBlock, SkipResBlock, StageBV1, TimestepBlock, AttentionBlock, add_noise, choose, loss_weight,
-                        per_step, sample,
-                        training_levels, training_loss)
+from speed.fast import accelerate, bind_b_v1
+from stage_b import AttentionBlock, ResBlock, TimestepBlock, TinyImageEncoder, timestep_embedding
 from stage_c import StageC
-from text import TextEncoder
-from wuerstchen import Wuerstchen
+from v1 import sampling
+from v1.losses import loss_weight, training_levels, training_loss
+from v1.pipeline import TokenSampling, WuerstchenV1
+from v1.sampling import MODES, add_noise, choose, per_step, sample
+from v1.stage_b import SkipResBlock, StageBV1
+from wuerstchen import Noise, Sampling, TextEncoder, Wuerstchen, scale_semantic, unscale_semantic
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*not what these weights were trained on")
 
@@ -53,14 +54,14 @@ def test_network_equals_the_original(recorded, i):
     """Non-square grids, semantic latents of 2 x 2 and 3 x 4, texts of 1 and 5 tokens or none, noise levels up to 1."""
     model, data, _ = recorded
     x, t, semantic, text = (data[f"in/set{i}/{name}"] for name in ("x", "r", "effnet", "byt5"))
-    for told in ((semantic, text), (model.prepare(semantic, text),)):
-        assert rel(model(x.long(), t, *told), data[f"out/set{i}/logits"]) < 1e-5
+    for logits in (model(x.long(), t, semantic, text), bind_b_v1(model, semantic, text)(x.long(), t)):
+        assert rel(logits, data[f"out/set{i}/logits"]) < 1e-5
     assert rel(model(x.long(), t, semantic), data[f"out/set{i}/logits_without_text"]) < 1e-5
 
 
 @torch.no_grad()
 def test_a_new_model_knows_which_tokens_look_alike():
-    """The nearer two codes, the more alike their embeddings, of length 1 in the mean; scores start from the same numbers."""
+    """The nearer two codes, the more similar their embeddings, of mean length 1; scores start from the same numbers."""
     codes = torch.randn(64, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 5.0, 0.2, 1.0]) + 3
     model = small(codebook_size=64, c_token=64)
     model.init_tokens(codes)
@@ -84,9 +85,8 @@ def test_official_size():
     """The defaults are the released sizes; their names and shapes are compared in test_weights.py."""
     with torch.device("meta"):
         model = StageBV1()
-    assert model.config == stage_b_v1.OFFICIAL and model.multiple == 8
-    assert sum(p.numel() for p in model.parameters()) == 730_814_336 == sum(math.prod(shape)
-                                                                            for shape, _ in manifest("stage_b_v1").values())
+    assert model.multiple == 8 and sum(p.numel() for p in model.parameters()) == 730_814_336
+    assert sum(math.prod(shape) for shape, _ in manifest("stage_b_v1").values()) == 730_814_336
 
 
 def test_untrained_network_holds_all_tokens_for_alike():
@@ -105,7 +105,7 @@ def test_untrained_network_holds_all_tokens_for_alike():
 
 @torch.no_grad()
 def test_activations_stay_channels_last():
-    """What runs from block to block is a contiguous (B,H,W,C): a stray copy or transposition costs time at every block."""
+    """What runs from block to block is a contiguous (B,H,W,C): a copy or transposition costs time at every block."""
     model = small()
     blocks = {name: module for name, module in model.named_modules()
               if isinstance(module, (ResBlock, TimestepBlock, AttentionBlock))}
@@ -118,7 +118,7 @@ def test_activations_stay_channels_last():
 
 @torch.no_grad()
 def test_rows_of_a_batch_do_not_see_each_other():
-    """A picture must not depend on the pictures beside it."""
+    """An image must not depend on the others in its batch."""
     model = small()
     args = torch.randint(32, (3, 8, 12)), torch.rand(3), torch.randn(3, 3, 2, 3), torch.randn(3, 4, 5)
     alone = torch.cat([model(*(arg[i:i + 1] for arg in args)) for i in range(3)])
@@ -127,11 +127,11 @@ def test_rows_of_a_batch_do_not_see_each_other():
 
 @torch.no_grad()
 def test_noise_levels_survive_half_precision():
-    """In bfloat16 t * 10000 is rounded to steps of 64, and the network would not know its noise level: t stays float32."""
+    """In bfloat16 t * 10000 is rounded to steps of 64: the network could not see its noise level. t stays float32."""
     model, tokens, t = small().bfloat16(), torch.randint(32, (1, 8, 8)), torch.tensor([0.501])
     condition = torch.zeros(1, 3, 2, 2).bfloat16()
     assert model(tokens, t, condition).dtype == torch.bfloat16
-    embeddings = [stage_b_v1.timestep_embedding(level, 8) for level in (t, t.bfloat16().float())]
+    embeddings = [timestep_embedding(level, 8) for level in (t, t.bfloat16().float())]
     assert (embeddings[0] - embeddings[1]).abs().max() > 0.1            # so it would matter
     outputs = capture({"mapper": model.down_blocks[0][1].mapper})
     model(tokens, t, condition)
@@ -141,8 +141,8 @@ def test_noise_levels_survive_half_precision():
 @pytest.mark.parametrize("shape", [(1, 8, 6), (1, 6, 8), (1, 1, 8, 8)])
 def test_wrong_shapes_are_explained(shape):
     """What came, what was expected, what to do, instead of an error from deep inside."""
-    with pytest.raises(ValueError,
-                       match=r"Stage B of v1 got tokens of shape .*multiples of 4: pictures need sides that are multiples of 16"):
+    with pytest.raises(ValueError, match=r"Stage B of v1 got tokens of shape .*multiples of 4: images need sides that "
+                                         r"are multiples of 16"):
         small()(torch.zeros(shape, dtype=torch.int64), torch.rand(1), torch.randn(1, 3, 2, 2))
     with pytest.raises(ValueError, match="'CTF' has an unknown letter 'F': use C, T and A"):
         small(levels=("CT", "CTF"))
@@ -152,7 +152,7 @@ def test_wrong_shapes_are_explained(shape):
 
 @pytest.mark.parametrize("i", [0, 1])
 def test_noise_weight_and_loss_equal_the_original(recorded, i):
-    """Replacement by given masks and by recorded uniform numbers; the loss is the weighted mean of each picture, then of all."""
+    """Replacement by given masks and by recorded uniform numbers; the loss: weighted mean of each image, then all."""
     model, data, _ = recorded
     given, out = under(f"in/set{i}/", data), under(f"out/set{i}/", data)
     tokens, t, mask = given["x"].long(), given["r"], given["mask"].bool()
@@ -169,7 +169,8 @@ def test_noise_weight_and_loss_equal_the_original(recorded, i):
 def test_the_share_of_replaced_tokens_is_the_noise_level():
     """At t = 1 all are random, at 0 none; a random token may be the true one, so that slightly fewer than t change."""
     t = torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0])
-    tokens, random, u = torch.randint(8, (5, 256, 256)), torch.randint(8, (5, 256, 256)), torch.rand(5, 256, 256).clamp(min=1e-9)
+    tokens, random = torch.randint(8, (5, 256, 256)), torch.randint(8, (5, 256, 256))
+    u = torch.rand(5, 256, 256).clamp(min=1e-9)
     noised, mask = add_noise(tokens, t, random, u)
     assert (mask.float().mean(dim=(1, 2)) - t).abs().max() < 0.01       # a standard deviation is 0.002
     assert ((noised != tokens).float().mean(dim=(1, 2)) - t * 7 / 8).abs().max() < 0.01
@@ -184,8 +185,8 @@ def test_loss_weight_in_closed_form():
     torch.testing.assert_close(weight[:, 0], torch.tensor([[1, 0.3], [1, 0.65], [1, 1]]))
 
 
-def test_pictures_count_alike_in_the_loss():
-    """A picture at t = 0.05 has little weight in each of its tokens, but not in all: its mean is taken first."""
+def test_images_count_alike_in_the_loss():
+    """An image at t = 0.05 has little weight in each of its tokens, but not in all: its mean is taken first."""
     logits, tokens = torch.randn(2, 5, 4, 4), torch.randint(5, (2, 4, 4))
     t, mask = torch.tensor([0.05, 0.95]), torch.rand(2, 4, 4) < 0.5
     loss = 0.0
@@ -251,13 +252,13 @@ def test_quant_takes_the_code_nearest_to_the_mean():
 
 @pytest.mark.parametrize("run", ["argmax", "multinomial", "quant", "mixed"])
 def test_sampler_equals_the_original(recorded, run, monkeypatch):
-    """Four recorded runs: every token after every step and every renoising, with the original's draws in place of ours."""
+    """Four recorded runs: every token after every step and every renoising, with the original's random draws."""
     model, data, config = recorded
     settings = dict(steps=12, temperature=[0.7, 0.3], cfg=[8.0, 8.0], mode="multinomial", t_start=1.0,
                     t_end=0.0) | config["sample_runs"][run]
     steps, given, out = settings["steps"], under(f"in/sample/{run}/", data), under(f"out/sample/{run}/", data)
     semantic, text, without = (data[f"in/sample/{name}"] for name in ("effnet", "byt5", "byt5_uncond"))
-    both = torch.cat([semantic, torch.zeros_like(semantic)]), torch.cat([text, without])
+    network = bind_b_v1(model, torch.cat([semantic, torch.zeros_like(semantic)]), torch.cat([text, without]))
     draws = iter([u for k in range(steps) for u in (torch.full((2, 8, 16), 0.5),
                                                     *given["uniform"][k:k + 1])] + [None] * steps)
     drawn, states, scores = iter(given.get("drawn", [])), [], []
@@ -266,13 +267,13 @@ def test_sampler_equals_the_original(recorded, run, monkeypatch):
         assert guided
         if scores:
             states.append(tokens)                # what the last step left, noised again
-        return model(torch.cat([tokens, tokens]), torch.cat([t, t]), *both)
+        return network(torch.cat([tokens, tokens]), torch.cat([t, t]))
 
     def recorded_choice(logits, mode, temperature, u, codes):
         scores.append((logits / temperature).softmax(1))
         states.append(next(drawn).long() if mode == "multinomial" else choose(logits, mode, temperature, u, codes))
         return states[-1]
-    monkeypatch.setattr(stage_b_v1, "choose", recorded_choice)
+    monkeypatch.setattr(sampling, "choose", recorded_choice)
     quant_from = settings.get("sampling_quant_steps", steps)
     tokens = sample(predict, given["init_noise"].long(), lambda: next(draws),
                     torch.linspace(settings["t_start"], settings["t_end"], steps + 1),
@@ -288,7 +289,8 @@ def test_sampler_equals_the_original(recorded, run, monkeypatch):
 
 
 def test_sampler_with_a_given_random_stream_equals_the_algorithm_written_out():
-    """Position by position in plain Python: guided logits, softmax, the cumulated probability that u passes, replacement below t."""
+    """Position by position in plain Python: guided logits, softmax, the cumulated probability that u passes,
+    replacement below t."""
     model, k = small(), 32
     semantic, text = torch.randn(1, 3, 2, 2), torch.randn(1, 4, 5)
     stream = torch.rand(6, 1, 4, 4)
@@ -329,9 +331,10 @@ def run_flat(steps=4, predict=flat, **options):
 
 
 def test_temperature_and_guidance_in_closed_form(monkeypatch):
-    """From the first number in the first step to the second in the last, evenly; one number is for all; a list is taken as it is."""
+    """From the first number in the first step to the second in the last, evenly; one number is for all steps; a list
+    has one for each."""
     temperatures, scales = [], []
-    monkeypatch.setattr(stage_b_v1, "choose",
+    monkeypatch.setattr(sampling, "choose",
                         lambda logits, mode, temperature, u, codes: temperatures.append(temperature)
                         or logits.argmax(1))
     lerp = torch.lerp
@@ -404,7 +407,7 @@ def test_settings_that_make_no_sense_are_explained(options, message):
 
 
 def test_numbers_that_are_none_are_found_at_once():
-    """argmax of NaN is a token like any other: the picture would be of one colour, and nothing would tell why."""
+    """argmax of NaN is a token like any other: the image would be of one colour, and nothing would tell why."""
     with pytest.raises(FloatingPointError, match=r"step 1 of 4 \(t = 1.000\)"):
         run_flat(predict=lambda *args: flat(*args) * float("nan"))
 
@@ -423,14 +426,19 @@ def test_no_step_waits_for_the_numbers_of_another_device(mode):
 # --- the pipeline ------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
-def v1() -> Wuerstchen:
-    """Small, random, of v1 in every way; the text encoder is that of the tiny weights."""
+def v1() -> WuerstchenV1:
+    """Small, random, of v1 in every way, and fast; the text encoder is that of the tiny weights."""
     torch.manual_seed(0)
     text = TextEncoder(*weights.load_text_encoder(TINY / "text_encoder", TINY / "tokenizer"))
     stage_c = StageC(c_in=16, c=16, c_cond=128, c_timestep=8, depth=1, heads=2)
     torch.nn.init.normal_(stage_c.head.weight, std=0.1)
-    return Wuerstchen(StageA(2, 1, 8, 4, 32).eval(), small(c_semantic=16, c_text=128), stage_c.eval(), text, text,
-                      TinyImageEncoder(c_hidden=(4, 4, 4, 4)).eval(), size=128, v1_c=True, v1_b=True)
+    model = WuerstchenV1(dict(
+        stage_a=StageA(2, 1, 8, 4, 32).eval(), stage_b=small(c_semantic=16, c_text=128), stage_c=stage_c.eval(),
+        text_encoder_c=text, text_encoder_b=text, image_encoder=TinyImageEncoder(c_hidden=(4, 4, 4, 4)).eval()),
+        size=128)
+    accelerate(model)
+    model.preview_file = None
+    return model
 
 
 QUICK = dict(steps_c=2, steps_b=3)
@@ -438,136 +446,137 @@ QUICK = dict(steps_c=2, steps_b=3)
 
 def test_v1_has_its_notebook_s_defaults(v1, monkeypatch):
     """60 even steps at guidance 6, then 8 at guidance 2, temperature 1 to 0.6: for these only. v2 keeps its own."""
-    assert [getattr(v1, name) for name in wuerstchen.OWN] == [60, "ddpm", 6.0, 8, "multinomial", 2.0, (1.0, 0.6)]
-    v2 = Wuerstchen(*v1.sources.values())
-    assert [getattr(v2, name) for name in wuerstchen.OWN] == [29, "ddpm", 4.0, 12, "ddpm", 1.0, None]
-    assert v2.size == 1024
-    told = {}
-    monkeypatch.setattr(v1, "sample_c", lambda *args, **how: told.update(c=how) or torch.zeros(1, 16, 3, 3))
-    monkeypatch.setattr(v1, "sample_b_v1", lambda *args, **how: told.update(b=how) or torch.zeros(1, 4, 32, 32))
+    assert (v1.c, v1.b) == (Sampling(60, guidance=6.0), TokenSampling(8, "multinomial", 2.0, temperature=(1.0, 0.6)))
+    v2 = Wuerstchen(v1.networks)
+    assert (v2.c, v2.b, v2.size) == (Sampling(29, guidance=4.0, early=True), Sampling(12), 1024)
+    used = {}
+    monkeypatch.setattr(v1, "sample_c", lambda *args, **options: used.update(c=args[3]) or torch.zeros(1, 16, 3, 3))
+    monkeypatch.setattr(v1, "sample_b", lambda *args, **options: used.update(b=args[4]) or torch.zeros(1, 4, 32, 32))
     v1("a cat")
-    assert torch.equal(told["c"]["levels"], torch.linspace(1, 0, 61)) and told["c"]["guidance"] == Guidance(6.0)
-    assert torch.equal(told["b"]["levels"], torch.linspace(1, 0, 9)) and told["b"]["guidance"] == Guidance(2.0)
-    assert told["b"]["step"] == "multinomial"
-    assert told["b"]["temperature"] == pytest.approx(torch.linspace(1, 0.6, 8).tolist())
+    assert used == dict(c=v1.c, b=v1.b)
+    assert torch.equal(v1.c.levels, torch.linspace(1, 0, 61))
+    assert torch.equal(v1.b.continuous.levels, torch.linspace(1, 0, 9))
 
 
 def test_v1_s_latents_are_not_scaled(v1):
-    """v2's (x + 1) / 42 came with v2. Scaled latents make v1's Stage B paint nothing one would recognise, and nothing would tell why."""
+    """(x + 1) / 42 came with v2. With scaled latents v1's Stage B generates nothing recognisable, without an error."""
     raw = torch.randn(1, 16, 3, 3)
-    assert v1.to_stored(raw) is raw and v1.to_raw(raw) is raw
-    seen = []
-    v1("a cat", latents_c=raw, callback=lambda stage, i, t, x: seen.append(x.clone()) if stage == "C" else None,
-       output="semantic", **QUICK)
-    assert torch.equal(seen[-1], v1("a cat", latents_c=raw, output="semantic", **QUICK))
-    v2 = Wuerstchen(*v1.sources.values(), size=128, v1_b=True)          # v1's Stage B can learn on v2's latents
-    torch.testing.assert_close(v2.to_raw(raw), raw * 42 - 1)
+    assert v1.scale(raw) is raw and v1.unscale(raw) is raw
+    seen, given = [], dict(latents_c=raw)
+    generate(v1, "a cat", given=given, output="semantic", **QUICK,
+             callback=lambda stage, i, t, x, x_0: seen.append(x.clone()) if stage == "C" else None)
+    assert torch.equal(seen[-1], generate(v1, "a cat", given=given, output="semantic", **QUICK))
+    v2 = WuerstchenV1(v1.networks, size=128, raw=False)                 # v1's Stage B can learn on v2's latents
+    assert v2.scale is scale_semantic and v2.unscale is unscale_semantic
 
 
-def test_a_picture_is_made_of_codes(v1):
-    """What Stage A decodes are vectors of its codebook, divided by its scale: so they come back as tokens, and as the same picture."""
-    latents = v1("a cat", seed=3, output="latents_b", **QUICK)
-    z = latents.permute(0, 2, 3, 1) * v1.stage_a.scale_factor                            # (1, 32, 32, 4)
-    tokens = v1.stage_a.codebook.nearest(z)
-    torch.testing.assert_close(F.embedding(tokens, v1.stage_a.codebook.codes), z)
+def test_an_image_is_made_of_codes(v1):
+    """Stage A decodes vectors of its codebook, divided by its scale: they come back as tokens and as the same image."""
+    latents, stage_a = generate(v1, "a cat", seed=3, output="latents_b", **QUICK), v1.part("stage_a")
+    z = latents.permute(0, 2, 3, 1) * stage_a.scale_factor                               # (1, 32, 32, 4)
+    tokens = stage_a.codebook.nearest(z)
+    torch.testing.assert_close(F.embedding(tokens, stage_a.codebook.codes), z)
     assert len(tokens.unique()) > 3
     with torch.no_grad():
-        picture = v1.stage_a.decode_indices(tokens).clamp(0, 1)
-    torch.testing.assert_close(v1("a cat", seed=3, output="pt", **QUICK), picture, rtol=0, atol=1e-5)
+        image = stage_a.decode_indices(tokens).clamp(0, 1)
+    torch.testing.assert_close(generate(v1, "a cat", seed=3, output="pt", **QUICK), image, rtol=0, atol=1e-5)
 
 
-def test_a_picture_does_not_depend_on_its_neighbours(v1):
-    """Each has a generator of its own, from which also its tokens are drawn: a seed means a picture, in any batch."""
-    together = v1(["a cat", "a dog", "a cat"], seed=[5, 6, 7], output="latents_b", **QUICK)
+def test_an_image_does_not_depend_on_its_neighbours(v1):
+    """Each has a generator of its own, from which its tokens are drawn as well: a seed means an image, in any batch."""
+    together = generate(v1, ["a cat", "a dog", "a cat"], seed=[5, 6, 7], output="latents_b", **QUICK)
     for i, (prompt, seed) in enumerate((("a cat", 5), ("a dog", 6), ("a cat", 7))):
-        assert torch.equal(v1(prompt, seed=seed, output="latents_b", **QUICK)[0], together[i])
+        assert torch.equal(generate(v1, prompt, seed=seed, output="latents_b", **QUICK)[0], together[i])
     assert not torch.equal(together[0], together[2])
 
 
-def test_stage_b_of_v1_is_asked_without_condition_as_in_training(v1, monkeypatch):
-    """The negative prompt's text and zeros for the semantic latent; first rows with, then rows without."""
-    told, asked, prepare, forward = [], [], v1.stage_b.prepare, v1.stage_b.forward
-    monkeypatch.setattr(v1.stage_b, "prepare", lambda *args: told.append(args) or prepare(*args))
-    monkeypatch.setattr(v1.stage_b, "forward", lambda *args: asked.append(args) or forward(*args))
+def test_stage_b_of_v1_is_called_without_condition_as_in_training(v1, monkeypatch):
+    """The negative prompt's text, and zeros for the semantic latent; first rows with the condition, then without."""
+    conditions, steps, bind_b = [], [], v1.bind_b
+
+    def recorded(*args):
+        predict = bind_b(*args)
+        conditions.append(args)
+        return lambda tokens, t: steps.append((tokens, t)) or predict(tokens, t)
+    monkeypatch.setattr(v1, "bind_b", recorded)
     semantic = torch.randn(1, 16, 3, 3)
-    v1("a cat", "a dog", semantic=semantic, **QUICK)
-    (conditions, texts), (tokens, t, _) = told[0], asked[1]
-    text = v1.encode_text(v1.text_encoder_b, ["a cat"], ["a dog"], 1)
-    assert torch.equal(conditions, torch.cat([semantic, semantic * 0])) and torch.equal(texts, torch.cat(text))
+    generate(v1, "a cat", "a dog", given=dict(semantic=semantic), **QUICK)
+    (semantics, texts), (tokens, t) = conditions[0], steps[1]
+    text = v1.encode_text("b", ["a cat"], ["a dog"])
+    assert torch.equal(semantics, torch.cat([semantic, semantic * 0])) and torch.equal(texts, torch.cat(text))
     assert torch.equal(tokens[0], tokens[1]) and t.tolist() == pytest.approx([2 / 3] * 2)
-    assert len(asked) == 3 and len(told) == 1            # three steps, and what is the same for all of them only once
-    v1("a cat", semantic=semantic, interval_b=(0.5, 1), **QUICK)
-    assert [len(tokens) for tokens, *_ in asked[3:]] == [2, 2, 1]
+    assert len(steps) == 3 and len(conditions) == 1      # three steps, with one condition for all of them
+    generate(v1, "a cat", given=dict(semantic=semantic), interval_b=(0.5, 1), **QUICK)
+    assert [len(tokens) for tokens, _ in steps[3:]] == [2, 2, 1]
 
 
-@pytest.mark.parametrize("mode", stage_b_v1.MODES)
-def test_every_mode_paints(v1, mode):
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_generates(v1, mode):
     """With a preview, a list of levels and guidance for part of the way."""
     previews = []
     image, = v1("a cat", steps_c=2, steps_b=[1, 0.6, 0.2], sampler_b=mode, guidance_b=(3, 1), temperature_b=0.8,
-                preview=lambda stage, i, images: previews.append((stage, i, tuple(images.shape))))
+                callback=Previews(v1, lambda stage, i, images: previews.append((stage, i, tuple(images.shape)))))
     assert image.size == (128, 128)
     assert previews == [("C", 0, (1, 3, 3, 3)), ("C", 1, (1, 3, 3, 3)), ("B", 0, (1, 3, 32, 32)),
                         ("B", 1, (1, 3, 32, 32))]
 
 
-def test_pictures_go_in_as_well(v1):
-    """Image to image, variations and reconstruction concern Stage C alone, and interpolation noise and text: all come with v1, too."""
-    picture = torch.rand(3, 128, 128)
-    assert v1(init=picture, **QUICK)[0].size == v1("a cat", init=picture, strength=0.5, **QUICK)[0].size == (128, 128)
-    raw = v1.encode_image(picture[None])
-    assert torch.equal(v1(init=picture, strength=0.0, output="semantic"), raw)
-    assert v1.reconstruct(picture, steps_b=2)[0].size == (128, 128)
-    assert len(v1.interpolate("a cat", "a dog", 3, to_seed=4, **QUICK)) == 3
+def test_images_can_be_the_input(v1):
+    """Image to image, variations, reconstruction only concern Stage C, interpolation noise and text: v1 has them."""
+    image = torch.rand(3, 128, 128)
+    assert generate(v1, edit=InitImage(image), **QUICK)[0].size == (128, 128)
+    assert generate(v1, "a cat", edit=InitImage(image, 0.5), **QUICK)[0].size == (128, 128)
+    assert torch.equal(generate(v1, edit=InitImage(image, 0.0), output="semantic"), encode_image(v1, image[None]))
+    assert reconstruct(v1, image, steps_b=2)[0].size == (128, 128)
+    assert len(interpolate(v1, "a cat", "a dog", 3, to_seed=4, **QUICK)) == 3
 
 
-def test_a_callback_may_give_other_tokens(v1):
-    """What it is given are tokens (images,h,w), and what it gives must be."""
+def test_a_callback_may_return_other_tokens(v1):
+    """It gets tokens (images,h,w), and must return such."""
     def callback(value):
-        return lambda stage, i, t, x: torch.full_like(x, value) if stage == "B" else None
-    latents = v1("a cat", callback=callback(2), output="latents_b", **QUICK)
-    torch.testing.assert_close(latents, (v1.stage_a.codebook.codes[2] / v1.stage_a.scale_factor).detach()[None, :, None,
-                                                                                                          None].expand_as(latents))
+        return lambda stage, i, t, x, x_0: torch.full_like(x, value) if stage == "B" else None
+    latents, stage_a = generate(v1, "a cat", callback=callback(2), output="latents_b", **QUICK), v1.part("stage_a")
+    code = (stage_a.codebook.codes[2] / stage_a.scale_factor).detach()                   # (4,)
+    torch.testing.assert_close(latents, code[None, :, None, None].expand_as(latents))
     with pytest.raises(ValueError, match="a callback may return tokens for v1's Stage B, whole numbers from 0 to 31"):
         v1("a cat", callback=callback(32), **QUICK)
-    assert v1("a cat", callback=lambda stage, *_: False if stage == "B" else None, **QUICK) == []
+    assert generate(v1, "a cat", callback=lambda stage, *_: False if stage == "B" else None, **QUICK) == []
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(sampler_b="ddpm"), "there is no sampler 'ddpm': expected one of multinomial, argmax, quant"),
-    (dict(latents_b=torch.zeros(1, 4, 32, 32)),
-     "Stage B of v1 makes tokens, for which mask, latents_b and rescale_b do not exist"),
-    (dict(init=torch.zeros(3, 128, 128), mask=torch.zeros(128, 128)), "Stage B of v1 makes tokens, for which mask"),
-    (dict(rescale_b=0.5), "Stage B of v1 makes tokens"),
+    (dict(sampler_b="ddpm"), "sampler is 'ddpm', expected one of multinomial, argmax, quant"),
+    (dict(given=dict(latents_b=torch.zeros(1, 1, 32, 32))), "Stage B of v1 generates tokens, for which masks and"),
+    (dict(edit=InitImage(torch.zeros(3, 128, 128), mask=torch.zeros(128, 128))), "Stage B of v1 generates tokens"),
+    (dict(rescale_b=0.5), "unexpected keyword argument 'rescale'"),
     (dict(temperature_b=0), "the temperature is 0, expected more than 0"),
     (dict(temperature_b=(1, 0.8, 0.6)), "temperature has 3 values for 8 steps"),
-    (dict(guidance_b=(1, 2, 3)), "guidance_b: the guidance scale is")])
-def test_what_v1_has_not_is_said_before_anything_is_computed(v1, options, message, monkeypatch):
+    (dict(guidance_b=(1, 2, 3)), r"guidance is \(1, 2, 3\), expected")])
+def test_what_v1_does_not_have_is_reported_before_anything_is_computed(v1, options, message, monkeypatch):
     monkeypatch.setattr(v1, "sample_c", None)
-    with pytest.raises(ValueError, match=message):
-        v1("a cat", **options)
+    with pytest.raises((ValueError, TypeError), match=message):
+        generate(v1, "a cat", **options)
 
 
-def test_temperature_is_for_v1_alone(v1):
-    with pytest.raises(ValueError, match="temperature_b is for v1, whose Stage B makes tokens"):
-        Wuerstchen(*v1.sources.values(), size=128)("a cat", temperature_b=0.8)
+def test_temperature_is_only_for_v1(v1):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'temperature'"):
+        Wuerstchen(v1.networks, size=128)("a cat", temperature_b=0.8)
 
 
-def test_sizes_that_v1_was_not_trained_on_are_said(v1):
-    """512 px only: at other sizes it paints, any sides from 64 px, but worse."""
-    model = Wuerstchen(*v1.sources.values(), size=512, v1_c=True, v1_b=True)
-    assert model.picture_size(None, None, None, None) == (512, 512)
-    with pytest.warns(UserWarning,
-                      match=r"1024 x 512 px is not what these weights were trained on \(512 px only\): expect repeated objects"):
-        model.picture_size(512, 1024, None, None)
-    with pytest.raises(ValueError, match="height 63 is not possible, pictures have sides of 64 px or more"):
-        model.picture_size(63, 512, None, None)
+def test_sizes_that_v1_was_not_trained_on_are_reported(v1):
+    """512 px only: other sizes work, with any sides from 64 px, but are worse."""
+    model = WuerstchenV1(v1.networks)
+    assert image_size(model, None, None, None, None) == (512, 512)
+    with pytest.warns(UserWarning, match=r"1024 x 512 px is not what these weights were trained on \(512 px only\): "
+                                         r"expect repeated objects"):
+        image_size(model, 512, 1024, None, None)
+    with pytest.raises(ValueError, match="height is 63, expected a whole number of px from 64 on"):
+        image_size(model, 63, 512, None, None)
     assert v1("a cat", height=100, width=70, **QUICK)[0].size == (70, 100)
 
 
 def test_numbers_that_are_none_end_in_one_line(v1, monkeypatch):
-    forward = v1.stage_b.forward
-    monkeypatch.setattr(v1.stage_b, "forward", lambda *args: forward(*args) * float("inf"))
+    bind_b = v1.bind_b
+    monkeypatch.setattr(v1, "bind_b", lambda *args: lambda tokens, t: bind_b(*args)(tokens, t) * float("inf"))
     with pytest.raises(ValueError, match=r"Stage B came to NaN or infinity in step 1 of 3 \(t = 1.000\)"):
         v1("a cat", **QUICK)
 
@@ -576,41 +585,43 @@ def test_numbers_that_are_none_end_in_one_line(v1, monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The authors' files, as they published them but small: without config.json, which means the official sizes, small ones here."""
+    """The authors' files, as they published them but small: without config.json, which means the official sizes."""
     monkeypatch.setattr(weights, "official_sizes", lambda stage, shapes: SMALL_V1[stage])
     return small_v1(tmp_path)
 
 
 @pytest.mark.parametrize("low_memory", [False, True])
-def test_the_authors_files_are_loaded_and_paint(folder, low_memory):
-    """One text encoder for both stages, a Stage C for CLIP-H and so of v1, a Stage B of tokens; one part in memory at a time, too."""
+def test_the_authors_files_are_loaded_and_generate(folder, low_memory):
+    """One text encoder for both stages, a Stage C for CLIP-H and so of v1, a Stage B of tokens; also one at a time."""
     model = Wuerstchen.load(folder, "cpu", low_memory=low_memory)
-    assert model.v1_b and model.v1_c and model.size == 512 and model.places["prior"].name == "model_stage_c_ema.pt"
-    assert model.places["text_encoder"] == model.places["prior_text_encoder"] == folder / "text_encoder"
+    assert type(model) is WuerstchenV1 and model.scale(1) == 1 and model.size == 512
+    assert model.paths["prior"].name == "model_stage_c_ema.pt"
+    assert model.paths["text_encoder"] == model.paths["prior_text_encoder"] == folder / "text_encoder"
     assert model.preview_file == folder / "preview_v1.json"
-    assert type(model.stage_b) is StageBV1 and type(model.stage_c) is StageC
-    image, = model("a cat", width=64, height=64, noise=Noise([0]), **QUICK)
+    assert type(model.part("stage_b")) is StageBV1 and type(model.part("stage_c")) is StageC
+    image, = generate(model, "a cat", width=64, height=64, seed=Noise([0]), **QUICK)
     assert image.size == (64, 64)
 
 
 def test_another_codebook_is_refused(folder):
-    """Tokens would be read in it as others, or lie beyond its end."""
-    with pytest.raises(WeightsError,
-                       match="Stage B of v1 makes 32 tokens, the VQGAN .*vqgan has 1024: they belong to different weights"):
+    """Tokens would mean other codes in it, or lie beyond its end."""
+    with pytest.raises(WeightsError, match="Stage B of v1 generates 32 tokens, the VQGAN .*vqgan has 1024: "
+                                           "they belong to different weights"):
         Wuerstchen.load(folder, "cpu", vqgan=TINY / "vqgan")
 
 
-def test_a_small_v1_of_one_s_own(v1, tmp_path):
+def test_a_small_v1_of_one_s_own(tmp_path):
     """decoder/ with v1's Stage B among v2's other parts: it is v1's Stage B that is used, with v2's scaled latents."""
     for part in ("prior", "text_encoder", "tokenizer", "image_encoder", "vqgan"):
         (tmp_path / part).symlink_to(TINY / part)
     torch.manual_seed(1)
-    decoder = StageBV1(**SMALL_V1[StageBV1] | dict(codebook_size=weights.load_stage_a(TINY / "vqgan").config["codebook_size"], c_text=128))
+    codes = weights.load_stage_a(TINY / "vqgan").config["codebook_size"]
+    decoder = StageBV1(**SMALL_V1[StageBV1] | dict(codebook_size=codes, c_text=128))
     weights.save_model(decoder, tmp_path / "decoder")
     model = Wuerstchen.load(tmp_path, "cpu")
-    assert (model.v1_b, model.v1_c, model.size, model.steps_c, model.steps_b,
-            model.guidance_b) == (True, False, 128, 29, 8, 2.0)
-    assert model.stage_b.config == decoder.config and model("a cat", **QUICK)[0].size == (128, 128)
-    for name, tensor in decoder.state_dict().items():
-        # float16 on disk
-        assert rel(model.stage_b.state_dict()[name], tensor) < 1e-3 or tensor.abs().max() == 0
+    assert type(model) is WuerstchenV1 and model.scale is scale_semantic and model.size == 128
+    assert (model.c.steps, model.b.steps, model.b.guidance) == (29, 8, 2.0)
+    stage_b = model.part("stage_b")
+    assert stage_b.config == decoder.config and model("a cat", **QUICK)[0].size == (128, 128)
+    for name, tensor in decoder.state_dict().items():            # float16 on disk
+        assert rel(stage_b.state_dict()[name], tensor) < 1e-3 or tensor.abs().max() == 0

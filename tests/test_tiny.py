@@ -1,4 +1,4 @@
-"""The small model that ships: it paints what it is told, and its folder is one that diffusers reads, too."""
+"""The small model that ships: its images show what the prompt asks for, and diffusers also reads its folder."""
 import json
 from pathlib import Path
 
@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from tiny.evaluate import Judge, fixed_prompts, verdict
-from training.scenes import Scene, render
+from extras.editing import encode_image, generate
+from tiny.evaluate import fixed_prompts
+from tiny.judge import Judge, verdict
 from training.samples import to_tensor
+from training.scenes import Scene, render
 from wuerstchen import Wuerstchen
 
 TINY = Path(__file__).parent.parent / "models" / "tiny"
@@ -31,62 +33,62 @@ def judge() -> Judge:
 
 
 def test_the_weights_are_small_enough_to_ship():
-    """Nobody should need a download to paint the first picture: < 16 MiB a file, < 40 MiB in all."""
+    """Nobody should need a download for the first image: < 16 MiB a file, < 40 MiB in all."""
     sizes = [path.stat().st_size for folder in (TINY, TINY_V1) for path in folder.rglob("*") if path.is_file()]
     assert max(sizes) < 16 * 2 ** 20 and sum(sizes) < 40 * 2 ** 20
 
 
-def test_twelve_fixed_prompts_are_painted_right(tiny, judge):
-    """Objects, their relation and the background, as the judge of evaluate.py sees them; at least 10 of 12."""
+def test_images_of_twelve_fixed_prompts_are_right(tiny, judge):
+    """Objects, their relation and the background, as the judge sees them; at least 10 of 12."""
     facts = fixed_prompts()[:12]
-    pictures = tiny([fact["prompt"] for fact in facts], seed=0)
-    verdicts = [verdict(*judge.find(picture), fact).values() for picture, fact in zip(pictures, facts)]
-    right = [all(value is not False for value in values) for values in verdicts]         # None: the prompt does not say
+    images = tiny([fact["prompt"] for fact in facts], seed=0)
+    verdicts = [verdict(*judge.find(image), fact).values() for image, fact in zip(images, facts)]
+    right = [all(value is not False for value in values) for values in verdicts]         # None: not in the prompt
     assert sum(right) >= 10, [fact["prompt"] for fact, ok in zip(facts, right) if not ok]
 
 
 def test_the_background_is_always_right(tiny, judge):
-    """What a caption says of the colour arrives in the picture: 12 of 12."""
+    """The colour in the caption is the colour of the image: 12 of 12."""
     facts = fixed_prompts()[:12]
-    pictures = tiny([fact["prompt"] for fact in facts], seed=0)
-    assert [judge.find(picture, most=0)[1] for picture in pictures] == [fact["colour"] for fact in facts]
+    images = tiny([fact["prompt"] for fact in facts], seed=0)
+    assert [judge.find(image, most=0)[1] for image in images] == [fact["colour"] for fact in facts]
 
 
-def test_a_picture_survives_its_semantic_latent(tiny, judge):
+def test_an_image_survives_its_semantic_latent(tiny, judge):
     """128 x 128 x 3 numbers through 3 x 3 x 16 and back: the same objects on the same background."""
     scene = Scene(("rocket", "moon"), (54, 52), ((32, 64), (96, 60)), "blue", "left of")
-    semantic = tiny.encode_image(to_tensor(render(scene)[None]))                         # (1, 16, 3, 3)
+    semantic = encode_image(tiny, to_tensor(render(scene)[None]))                        # (1, 16, 3, 3)
     assert semantic.shape == (1, 16, 3, 3)
-    picture, = tiny("", semantic=semantic, seed=0)
-    found, colour = judge.find(picture)
+    image, = generate(tiny, given={"semantic": semantic}, seed=0)
+    found, colour = judge.find(image)
     assert colour == "blue" and {name for name, *_ in found} == {"rocket", "moon"}
 
 
-def test_v1_paints_with_tokens_what_it_is_told(tiny_v1, judge):
-    """9 of the 12 are right; of all 256, three quarters. And the background always is."""
+def test_v1_generates_tokens_that_show_what_the_prompt_asks_for(tiny_v1, judge):
+    """9 of the 12 are right; of all 256, three quarters. The background is always right."""
     facts = fixed_prompts()[:12]
-    pictures = tiny_v1([fact["prompt"] for fact in facts], seed=0)
-    verdicts = [verdict(*judge.find(picture), fact) for picture, fact in zip(pictures, facts)]
+    images = tiny_v1([fact["prompt"] for fact in facts], seed=0)
+    verdicts = [verdict(*judge.find(image), fact) for image, fact in zip(images, facts)]
     assert all(seen["background"] for seen in verdicts)
     right = [all(value is not False for value in seen.values()) for seen in verdicts]
     assert sum(right) >= 7, [fact["prompt"] for fact, ok in zip(facts, right) if not ok]
 
 
-def test_v1_and_v2_paint_from_one_and_the_same_semantic_latent(tiny, tiny_v1, judge):
-    """Stage C is one for both: what differs is how Stage B makes Stage A's latents of it."""
+def test_v1_and_v2_generate_from_the_same_semantic_latent(tiny, tiny_v1, judge):
+    """Both share Stage C; they differ in how Stage B turns its latent into Stage A's."""
     prompt = "a penguin above a turtle on a purple background"
-    semantic = tiny(prompt, seed=10, output="semantic")                                  # (1, 16, 3, 3)
-    assert torch.equal(tiny_v1(prompt, seed=10, output="semantic"), semantic)
+    semantic = generate(tiny, prompt, seed=10, output="semantic")                        # (1, 16, 3, 3)
+    assert torch.equal(generate(tiny_v1, prompt, seed=10, output="semantic"), semantic)
     for model in (tiny, tiny_v1):
-        found, colour = judge.find(model(prompt, semantic=semantic, seed=10)[0])
+        found, colour = judge.find(generate(model, prompt, given={"semantic": semantic}, seed=10)[0])
         assert colour == "purple"
-        assert {name: place[1] > 64 for name, _, place, _ in found} == {"penguin": False, "turtle": True}
+        assert {name: y > 64 for name, _, (_, y), _ in found} == {"penguin": False, "turtle": True}
 
 
 @pytest.mark.parametrize("folder, least", [(TINY, dict(background=0.98, single_object=0.95, pair_held_out=0.80)),
                                            (TINY_V1, dict(background=0.98, pair_held_out=0.70))])
 def test_the_recorded_evaluation_reaches_the_goals(folder, least):
-    """All 256 prompts, as `python -m tiny.evaluate --weights NAME --out ...` wrote it with these weights and default settings."""
+    """All 256 prompts, as `python -m tiny.evaluate --weights NAME --out ...` wrote it with default settings."""
     report = json.loads((folder / "evaluation.json").read_text())
     settings, run = report["settings"], report["runs"][0]
     assert settings["weights"] == folder.name and settings["prompts"] == len(run["pictures"]) == 256
@@ -94,7 +96,7 @@ def test_the_recorded_evaluation_reaches_the_goals(folder, least):
     assert all(run["figures"][name]["right"] >= fraction for name, fraction in least.items())
 
 
-def test_diffusers_paints_the_same_picture_from_the_same_folder(tiny):
+def test_diffusers_generates_the_same_image_from_the_same_folder(tiny):
     """Component by component, as its combined loader looks for a module that has moved; same seed, same draws."""
     pytest.importorskip("diffusers", reason="diffusers is not installed: it is the oracle of this test")
     from diffusers.pipelines.deprecated.wuerstchen.modeling_paella_vq_model import PaellaVQModel
@@ -121,7 +123,7 @@ def test_diffusers_paints_the_same_picture_from_the_same_folder(tiny):
     prompt, generator = "a red apple on a blue background", torch.Generator().manual_seed(3)
     embedding = prior(prompt, height=128, width=128, timesteps=DEFAULT_STAGE_C_TIMESTEPS, guidance_scale=4.0,
                       generator=generator).image_embeddings
-    theirs = decoder(embedding, prompt, num_inference_steps=12, guidance_scale=tiny.guidance_b, generator=generator,
+    theirs = decoder(embedding, prompt, num_inference_steps=12, guidance_scale=tiny.b.guidance, generator=generator,
                      output_type="np").images[0]
     ours = np.asarray(tiny(prompt, seed=3)[0]) / 255
     assert np.abs(ours - theirs).max() < 2 / 255

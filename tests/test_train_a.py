@@ -1,7 +1,7 @@
-"""The trainer of Stage A: every term of its loss against a closed form or torch, the same work on any number of processes, a
-resume without a trace, and a decoder that can be tuned without moving a latent.
+"""train_a.py: each term of the loss against a closed form or torch, the same work on any number of processes, a resumed
+run equal to an unbroken one, and a decoder that is fine-tuned without changing a latent.
 
-All with a model of a few thousand weights on pictures of 32 px.
+All with a model of a few thousand parameters on images of 32 px.
 """
 import json
 import os
@@ -17,15 +17,18 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from training import scenes
 import train_a
+from training import scenes
 from loading.errors import UserError
 from training import optim
 from training.processes import Processes, SynchronisedBatchNorm
 from helpers import lines, newest, same
-from stage_a import (Codebook, CodebookAverages, PatchDiscriminator, StageA, adaptive_weight, count, discriminator_loss,
-                     generator_loss,
-                     perceptual_loss, perplexity)
+from stage_a import Codebook, StageA
+from training.codebook import CodebookAverages, count, perplexity
+from training.data import open_dataset
+from training.order import BatchSampler
+from training.vqgan_losses import (PatchDiscriminator, VGGFeatures, adaptive_weight, discriminator_loss,
+                                   generator_loss, perceptual_loss)
 from loading.weights import load_stage_a, save_model
 
 ROOT = Path(train_a.__file__).parent
@@ -34,19 +37,24 @@ TINY = ROOT / "models" / "tiny" / "vqgan"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Twelve pictures of 64 px, without captions."""
-    out = tmp_path_factory.mktemp("pictures")
+    """Twelve images of 64 px, without captions."""
+    out = tmp_path_factory.mktemp("images")
     for i, image in enumerate(scenes.EmojiScenes("all", size=64, seed=5).batch(0, 12)[0]):
         Image.fromarray(image).save(out / f"{i:02d}.png")
     return out
 
 
 SMALL = ["--width", "8", "--bottleneck-blocks", "1", "--codebook-size", "32", "--resolution", "32", "--workers", "0",
-         "--val-every", "0", "--val-count", "4",
-         "--sample-every", "0", "--log-every", "1", "--device", "cpu", "--warmup", "2", "--lr", "1e-2", "--batch", "4",
-         "--revive-every", "2"]
+         "--val-every", "0", "--val-count", "4", "--sample-every", "0", "--log-every", "1", "--device", "cpu",
+         "--warmup", "2", "--lr", "1e-2", "--batch", "4", "--revive-every", "2"]
 GAN = ["--gan-start", "2"]
 LEARNED = ("model", "averaged", "optimizer", "scaler", "usage", "step", "updates")
+
+
+def samples_of(folder, args) -> train_a.StageASamples:
+    dataset = open_dataset(folder, captions_required=False)
+    dataset.bucket = np.zeros(len(dataset), int)
+    return train_a.StageASamples(dataset, [(args.resolution, args.resolution)], args)
 
 
 def train(folder, out, *options, steps: int = 4) -> Path:
@@ -55,10 +63,10 @@ def train(folder, out, *options, steps: int = 4) -> Path:
     return out
 
 
-# --- it learns, and what it leaves -------------------------------------------------------------------
+# --- a run and its result ------------------------------------------------------------------------------
 
 def test_thirty_steps_on_one_batch_cut_the_loss_to_a_third(folder, tmp_path):
-    """Always the same four pictures: what does not learn them learns nothing."""
+    """Always the same four images, which any working trainer learns."""
     four = tmp_path / "four"
     four.mkdir()
     for path in sorted(folder.iterdir())[:4]:
@@ -68,7 +76,7 @@ def test_thirty_steps_on_one_batch_cut_the_loss_to_a_third(folder, tmp_path):
 
 
 def test_a_run_leaves_a_vqgan_curves_samples_and_a_log(folder, tmp_path, capsys):
-    """vqgan/ opens, its latents have unit variance, and both ways through it are measured."""
+    """vqgan/ can be loaded, its latents have unit variance, and PSNR is measured with and without quantisation."""
     out = train(folder, tmp_path / "run", "--val-every", "2", "--sample-every", "4", "--val-data", str(folder), steps=4)
     assert {path.name for path in out.iterdir()} >= {"vqgan", "README.md", "log.jsonl", "curves.png", "samples",
                                                      "checkpoints"}
@@ -81,11 +89,12 @@ def test_a_run_leaves_a_vqgan_curves_samples_and_a_log(folder, tmp_path, capsys)
     assert step.keys() >= {"loss", "l1", "l2", "codebook", "commitment", "grad_norm", "lr", "images_per_second",
                            "codes_used", "perplexity", "bad_steps"}
     assert validation.keys() >= {"val_psnr", "val_psnr_quantised", "val_codes_used", "val_perplexity"}
-    assert f"not quantised {validation['val_psnr']:.2f} dB, quantised {validation['val_psnr_quantised']:.2f} dB" in capsys.readouterr().out
+    psnr = f"not quantised {validation['val_psnr']:.2f} dB, quantised {validation['val_psnr_quantised']:.2f} dB"
+    assert psnr in capsys.readouterr().out and psnr in (out / "README.md").read_text()
 
 
 def test_the_shipped_model_reconstructs_unseen_scenes():
-    """Measured on these 64: 30.0 dB, 28.7 dB by way of the codebook, of the mean squared error of all."""
+    """Measured on these 64 images: 30.0 dB, through the codebook 28.7 dB."""
     images = torch.from_numpy(scenes.EmojiScenes("all", seed=987654321).batch(0, 64)[0]).permute(0, 3, 1, 2)
     values = train_a.validate(load_stage_a(TINY), images, train_a.parse_args(["--out", "unused"]),
                               Processes("cpu"))
@@ -97,7 +106,7 @@ def test_the_shipped_file_is_small():
 
 
 def test_psnr_is_that_of_the_mean_squared_error(folder):
-    """-10 log10 of the mean over all pictures, clamped to what a screen shows, with a decoder that paints grey."""
+    """-10 log10 of the mean over all images, clamped to [0, 1], with a decoder that returns grey."""
     model = StageA(bottleneck_blocks=1, c_hidden=8, codebook_size=4).eval()
     model.decode_raw = lambda z: torch.full((len(z), 3, 32, 32), 0.5)
     images = torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8)
@@ -110,30 +119,29 @@ def test_psnr_is_that_of_the_mean_squared_error(folder):
 # --- the terms of the loss ---------------------------------------------------------------------------
 
 def first_line(folder, out, *options) -> tuple[dict, StageA, torch.Tensor, torch.Tensor]:
-    """The first step of a run; the model before it; its pictures, and which of them are quantised."""
+    """The first line of a log; the model before that step; its images, and which of them are quantised."""
     line = lines(train(folder, out, *options, steps=1))[0]
     args = train_a.parse_args([*SMALL, "--data", str(folder), "--out", "unused", *options])
     args.crop = "random"
     torch.manual_seed(0)
     model = train_a.build_model(args).train()
-    pictures = train_a.open_dataset(folder, captions_required=False)
-    samples = train_a.Samples(pictures, args)
-    positions, indices, _ = train_a.BatchSampler(np.zeros(len(pictures), int), args.batch, args.seed).step(0)
+    samples = samples_of(folder, args)
+    positions, indices, _ = BatchSampler(np.zeros(12, int), args.batch, args.seed).step(0)
     items = [samples[int(position), int(index), 0] for position, index in zip(positions, indices)]
-    return line, model, torch.stack([item["x"]
-                                     for item in items]).permute(0, 3, 1, 2).float() / 255, torch.tensor([item["quantise"] for item in items])
+    images = torch.stack([item["pixels"] for item in items]).permute(0, 3, 1, 2).float() / 255
+    return line, model, images, torch.tensor([item["quantise"] for item in items])
 
 
 def test_the_loss_is_the_weighted_sum_of_its_terms(folder, tmp_path):
-    """L1, L2, commitment and codebook loss as torch computes them from the model's own parts."""
+    """L1, L2, commitment and codebook loss, as torch computes them from parts of the model."""
     line, model, images, quantise = first_line(folder, tmp_path / "run", "--l1", "0.5", "--l2", "3", "--commitment",
                                                "0.7")
     with torch.no_grad():
         z = model.encode_raw(images)                                                         # (4, 8, 8, 4)
         distances = torch.cdist(z.flatten(0, 2), model.codebook.codes)                       # (256, 32)
         q = model.codebook.codes[distances.argmin(1)].view_as(z)
-        painted = model.decode_raw(torch.where(quantise.view(-1, 1, 1, 1), q, z))
-    expected = dict(l1=F.l1_loss(painted, images), l2=F.mse_loss(painted, images), codebook=F.mse_loss(q, z),
+        fake = model.decode_raw(torch.where(quantise.view(-1, 1, 1, 1), q, z))
+    expected = dict(l1=F.l1_loss(fake, images), l2=F.mse_loss(fake, images), codebook=F.mse_loss(q, z),
                     commitment=F.mse_loss(q, z))
     assert quantise.any() and not quantise.all()
     for name, value in expected.items():
@@ -143,7 +151,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(folder, tmp_path):
 
 
 def test_the_codebook_loss_pulls_codes_and_the_commitment_loss_latents():
-    """d/dx of the mean of (x - y)^2 is 2 (x - y) / N, for the code with y held still, and for the latent."""
+    """d/dx of the mean of (x - y)^2 is 2 (x - y) / N: for the code with y constant, and for the latent."""
     book, z = Codebook(5, 4), torch.randn(1, 2, 2, 4, requires_grad=True)
     _, indices, codebook, commitment = book(z)
     codebook.backward()
@@ -158,10 +166,10 @@ def test_the_codebook_loss_pulls_codes_and_the_commitment_loss_latents():
 
 
 def test_codes_become_running_means_of_their_latents():
-    """arXiv:1711.00937, eq. 6 to 8: N and m are running means, the code their quotient; after many equal steps, the latents' mean."""
+    """arXiv:1711.00937, eq. 6 to 8: N and m are running means and the code is m / N. After many equal steps it is the
+    mean of its latents."""
     codes, z = torch.randn(3, 4), torch.randn(50, 4)
-    # the third code is never used
-    indices = torch.randint(2, (50,))
+    indices = torch.randint(2, (50,))                                # the third code is never used
     averages = CodebookAverages(codes, decay=0.9)
     n, m, moved = torch.ones(3), codes.clone(), codes.clone()
     for _ in range(3):
@@ -170,8 +178,7 @@ def test_codes_become_running_means_of_their_latents():
         for k in range(3):
             n[k] = 0.9 * n[k] + 0.1 * (indices == k).sum()
             m[k] = 0.9 * m[k] + 0.1 * z[indices == k].sum(0)
-    # smoothing moves them by 1e-5
-    torch.testing.assert_close(moved, m / n[:, None], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(moved, m / n[:, None], rtol=1e-4, atol=1e-5)      # smoothing moves them by 1e-5
     for _ in range(300):
         averages.update(moved, counts[:, 0], sums)
     torch.testing.assert_close(moved[:2], torch.stack([z[indices == k].mean(0) for k in range(2)]), rtol=1e-3,
@@ -180,20 +187,21 @@ def test_codes_become_running_means_of_their_latents():
 
 
 def test_smoothing_is_laplaces():
-    """N'_i = (N_i + e) / (n + K e) n with e = 1e-5: sizes add up to what they were, and none is 0."""
+    """N'_i = (N_i + e) / (n + K e) n with e = 1e-5: the sum of the sizes is the same, and none is 0."""
     averages, codes = CodebookAverages(torch.ones(2, 1), decay=0.0), torch.ones(2, 1)
     averages.update(codes, torch.tensor([4.0, 0.0]), torch.tensor([[8.0], [0.0]]))
     torch.testing.assert_close(codes, torch.tensor([[8 / ((4 + 1e-5) / (4 + 2e-5) * 4)], [0.0]]), rtol=1e-6, atol=0)
 
 
 def test_perplexity_counts_codes():
-    """All K equally often: K. One only: 1."""
+    """K codes used equally often: K. Only one: 1."""
     assert perplexity(torch.full((32,), 7.0)).item() == pytest.approx(32, rel=1e-5)
     assert perplexity(F.one_hot(torch.tensor(3), 32).float()).item() == pytest.approx(1)
 
 
 def test_hinge_losses():
-    """A sure and right discriminator has no loss; at 0 it has 1; the generator's is minus the mean opinion."""
+    """A discriminator that is right and beyond the margin has loss 0; at logits of 0 it is 1. The generator's loss is
+    minus the mean logit."""
     real, fake = torch.tensor([1.5, 2.0]), torch.tensor([-1.0, -3.0])
     assert discriminator_loss(real, fake) == 0 and discriminator_loss(torch.zeros(2), torch.zeros(2)) == 1
     assert discriminator_loss(fake, real).item() == pytest.approx(0.5 * ((2 + 4) / 2 + (2.5 + 3) / 2))
@@ -201,12 +209,13 @@ def test_hinge_losses():
 
 
 def test_the_adaptive_weight_is_the_ratio_of_gradients():
-    """With it both losses pull equally strongly at the last layer; a flat opinion cannot make it infinite."""
+    """With it, both losses have gradients of equal norm at the last layer. A vanishing gradient does not make it
+    infinite."""
     w = torch.nn.Parameter(torch.randn(3, 4))
     x = torch.randn(5, 4)
-    reconstruction, opinion = (x @ w.T).square().mean(), 0.01 * (x @ w.T).sum()
-    weight = adaptive_weight(reconstruction, opinion, w)
-    a, b = (torch.autograd.grad(loss, w)[0] for loss in (reconstruction, opinion))
+    reconstruction, g_loss = (x @ w.T).square().mean(), 0.01 * (x @ w.T).sum()
+    weight = adaptive_weight(reconstruction, g_loss, w)
+    a, b = (torch.autograd.grad(loss, w)[0] for loss in (reconstruction, g_loss))
     assert weight.item() == pytest.approx((a.norm() / (b.norm() + 1e-6)).item(), rel=1e-5) and not weight.requires_grad
     assert adaptive_weight((x @ w.T).square().mean(), (x @ w.T).sum() * 1e-12, w) == 1e4
 
@@ -225,9 +234,9 @@ def vgg_file(path: Path) -> Path:
 
 @torch.no_grad()
 def test_the_perceptual_loss_is_lpips_without_its_weights(tmp_path):
-    """Features as torchvision's VGG16 has them, each position brought to length 1, squared differences; 0 for the same picture."""
+    """Features of torchvision's VGG16, normalised at each position, squared differences; 0 for the same image."""
     torchvision = pytest.importorskip("torchvision", reason="VGG16 is torchvision's")
-    vgg = train_a.VGGFeatures(str(vgg_file(tmp_path / "vgg.safetensors")))
+    vgg = VGGFeatures(str(vgg_file(tmp_path / "vgg.safetensors")))
     theirs = torchvision.models.vgg16().features.eval()
     theirs.load_state_dict({name.removeprefix("features."): tensor
                             for name, tensor in load_file(tmp_path / "vgg.safetensors").items()})
@@ -249,34 +258,34 @@ def test_the_perceptual_loss_is_lpips_without_its_weights(tmp_path):
 
 
 def test_the_perceptual_loss_is_part_of_a_run(folder, tmp_path):
-    """Its gradient reaches the decoder, also where it is all there is; it is no part of what is saved."""
+    """Its gradient reaches the decoder even if it is the only loss. VGG16 is not saved."""
     pytest.importorskip("torchvision", reason="VGG16 is torchvision's")
     file = vgg_file(tmp_path / "vgg.safetensors")
-    out = train(folder, tmp_path / "run", "--perceptual", str(file), "--perceptual-weight", "0.5", "--l1", "0", "--l2",
-                "0", "--commitment", "0", "--codebook", "ema",
-                "--batch", "2", steps=2)
+    out = train(folder, tmp_path / "run", "--perceptual", str(file), "--perceptual-weight", "0.5", "--l1", "0",
+                "--l2", "0", "--commitment", "0", "--codebook", "ema", "--batch", "2", steps=2)
     line = lines(out)[0]
     assert line["loss"] == pytest.approx(0.5 * line["perceptual"], rel=1e-5) and line["grad_norm"] > 0
-    assert not any("vgg" in name
-                   for name in newest(out)) and len(newest(out)["model"]) == len(newest(train(folder, tmp_path / "plain", steps=1))["model"])
+    state, plain = newest(out), newest(train(folder, tmp_path / "plain", steps=1))
+    assert not any("vgg" in name for name in state) and len(state["model"]) == len(plain["model"])
 
 
-def test_batchnorm_rests_after_norm_steps(folder, tmp_path):
-    """Until then its statistics follow the batches; from then on they stay, to the bit, and encoder and affine weights learn on."""
+def test_batchnorm_keeps_its_statistics_after_norm_steps(folder, tmp_path):
+    """Until then its statistics follow the batches. After that they stay the same to the bit, while the encoder and its
+    affine weights continue to learn."""
     two, four, six = (newest(train(folder, tmp_path / f"{steps}", "--norm-steps", "4", "--schedule", "constant",
                                    steps=steps))["model"] for steps in (2, 4, 6))
     assert not torch.equal(two["norm_latent.running_mean"], four["norm_latent.running_mean"])
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         assert torch.equal(four[f"norm_latent.{name}"], six[f"norm_latent.{name}"]), name
-    assert not torch.equal(four["norm_latent.weight"],
-                           six["norm_latent.weight"]) and not torch.equal(four["embed.weight"], six["embed.weight"])
+    for name in ("norm_latent.weight", "embed.weight"):
+        assert not torch.equal(four[name], six[name]), name
 
 
-def test_quantisation_is_skipped_picture_by_picture(folder):
-    """Each by itself, a function of (seed, position): not a coin for the whole batch."""
+def test_quantisation_is_skipped_for_each_image_separately(folder):
+    """Drawn for each image as a function of (seed, position), not once for the whole batch."""
     args = train_a.parse_args([*SMALL, "--data", str(folder), "--out", "unused", "--quantise", "0.25", "--crop",
                                "center"])
-    samples = train_a.Samples(train_a.open_dataset(folder, captions_required=False), args)
+    samples = samples_of(folder, args)
     drawn = np.array([samples[position, 0, 0]["quantise"] for position in range(400)])
     assert 0.18 < drawn.mean() < 0.32 and len(set(drawn.reshape(-1, 4).mean(1).tolist())) >= 4
     assert np.array_equal(drawn[:50], [samples[position, 0, 0]["quantise"] for position in range(50)])
@@ -285,8 +294,9 @@ def test_quantisation_is_skipped_picture_by_picture(folder):
 # --- the codebook ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", ["gradient", "ema"])
-def test_dead_codes_are_put_where_latents_are(folder, tmp_path, kind):
-    """Codes far from everything win nothing and get no gradient; after a revival they are latents, in the averages, too."""
+def test_unused_codes_are_moved_to_latents(folder, tmp_path, kind):
+    """Codes far from all latents have no gradient. After --revive-every steps they are latents, also in the
+    averages."""
     far = StageA(bottleneck_blocks=1, c_hidden=8, codebook_size=32, scale_factor=1.0)
     far.codebook.codes.data[4:] += 1000
     save_model(far, tmp_path / "far")
@@ -306,7 +316,7 @@ def test_dead_codes_are_put_where_latents_are(folder, tmp_path, kind):
 
 
 def test_an_ema_codebook_learns_without_an_optimizer(folder, tmp_path):
-    """No gradient, no moments of AdamW, and no weight decay, but the codes move."""
+    """No gradient, no moments of AdamW, no weight decay; but the codes move."""
     first, third = (newest(train(folder, tmp_path / f"{steps}", "--codebook", "ema", "--revive-every", "100",
                                  steps=steps)) for steps in (1, 3))
     assert "codebook.codes" not in first["averaged"]
@@ -318,7 +328,8 @@ def test_an_ema_codebook_learns_without_an_optimizer(folder, tmp_path):
 # --- only the decoder --------------------------------------------------------------------------------
 
 def test_a_frozen_encoder_leaves_every_latent_as_it_was(folder, tmp_path):
-    """Stages B and C were trained on these latents: encoder, BatchNorm's statistics, codebook and scale stay to the bit; the decoder learns."""
+    """Stages B and C were trained on these latents: encoder, BatchNorm's statistics, codebook and scale stay the same
+    to the bit, while the decoder learns."""
     out = train(folder, tmp_path / "run", "--init", str(TINY), "--freeze-encoder", *GAN, "--codebook", "ema",
                 "--resolution", "64", steps=4)
     before, after = load_stage_a(TINY), load_stage_a(out / "vqgan")
@@ -332,7 +343,7 @@ def test_a_frozen_encoder_leaves_every_latent_as_it_was(folder, tmp_path):
 
 
 def test_frozen_weights_of_full_precision_are_not_rounded(folder, tmp_path):
-    """The result is float16 as a rule; not where that would move latents."""
+    """The result is usually float16, but not if that would change latents."""
     from loading.files import STEM, write_files
     from loading.names import config_to_diffusers, to_diffusers
     model = StageA(bottleneck_blocks=1, c_hidden=8, codebook_size=32)
@@ -345,7 +356,7 @@ def test_frozen_weights_of_full_precision_are_not_rounded(folder, tmp_path):
     assert torch.equal(model.eval().encode(images), after.encode(images))
 
 
-# --- the same run, however it is computed ------------------------------------------------------------
+# --- the same run, however it is computed --------------------------------------------------------------
 
 TORCHRUN = """
 import sys
@@ -368,34 +379,35 @@ def torchrun(processes: int, code: str, *arguments, cwd: Path) -> str:
 
 def train_on_two(folder, out, *options, steps: int) -> Path:
     torchrun(2, "import train_a; train_a.main(train_a.parse_args(sys.argv[1:]))", *SMALL, "--data", str(folder),
-             "--out", str(out), "--steps", str(steps), *options,
-             cwd=Path(out).parent)
+             "--out", str(out), "--steps", str(steps), *options, cwd=Path(out).parent)
     return out
 
 
-# A bias just before BatchNorm has a gradient of 0, but for rounding, and AdamW makes a whole step of any gradient:
-# hence small steps.
+# The gradient of a bias just before BatchNorm is 0 except for rounding, and AdamW turns any gradient into a whole step.
+# So the steps are small.
 TRAINED = ["--init", str(TINY), "--lr", "1e-4"]
 
 
 @pytest.mark.parametrize("options", [[], [*GAN, "--gan-start", "0", "--codebook", "ema"]],
                          ids=["plain", "gan and ema codebook"])
 def test_one_process_and_two_do_the_same_work(folder, tmp_path, options):
-    """8 pictures, or 2 x 4, through BatchNorm, revival and discriminator: the same weights, statistics and codes, but for rounding."""
+    """8 images, or 2 x 4, with BatchNorm, moved codes and discriminator: the same weights, statistics and codes up to
+    rounding."""
     one = train(folder, tmp_path / "one", *options, *TRAINED, "--batch", "8", steps=3)
     two = train_on_two(folder, tmp_path / "two", *options, *TRAINED, "--batch", "4", steps=3)
     names = ["model", "averaged", "usage", *(["discriminator", "codebook"] if options else [])]
     same({name: newest(one)[name] for name in names}, {name: newest(two)[name] for name in names}, 1e-5)
     for k, (a, b) in enumerate(zip(lines(one), lines(two))):
         for name in ("loss", "codes_used", "perplexity", "grad_norm"):
-            # Two steps agree to 3e-7. Then the biases of which TRAINED speaks are apart by 5e-6, and with AVX-512
-            # grad_norm by 2e-4.
+            # Two steps agree to 3e-7. Then the biases mentioned at TRAINED differ by 5e-6, and with AVX-512 grad_norm
+            # by 2e-4.
             assert a[name] == pytest.approx(b[name], rel=1e-5 if k < 2 else 5e-4), (k, name)
 
 
 @pytest.mark.parametrize("rest", [["--freeze-encoder"], ["--norm-steps", "0"]], ids=["frozen", "after --norm-steps"])
-def test_accumulation_is_exact_where_batchnorm_rests(folder, tmp_path, rest):
-    """4 twice is not 8 at once while BatchNorm takes its statistics from one pass; once it rests it is, on two processes, too."""
+def test_accumulation_is_exact_if_batchnorm_keeps_its_statistics(folder, tmp_path, rest):
+    """Twice 4 is not the same as 8 while BatchNorm takes its statistics from one pass. Afterwards it is, also on two
+    processes."""
     options = [*TRAINED, *rest]
     one = train(folder, tmp_path / "one", *options, "--batch", "8", steps=2)
     twice = train(folder, tmp_path / "twice", *options, "--batch", "4", "--grad-accum", "2", steps=2)
@@ -407,9 +419,11 @@ def test_accumulation_is_exact_where_batchnorm_rests(folder, tmp_path, rest):
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(),
                     reason="threads that are not Python's are counted in Linux's /proc")
 def test_no_thread_of_a_finished_run_is_left_behind(tmp_path):
-    """One of gloo's that lets go of a tensor while the interpreter ends would abort a run that has done all its work."""
+    """A thread of gloo that releases a tensor while the interpreter ends would abort a run that has done all its
+    work."""
     torchrun(2, """
-import pathlib, training
+import pathlib
+from training.processes import Processes
 def threads():
     return sum("gloo" in path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm"))
 def work():
@@ -424,8 +438,8 @@ assert threads() == 0
 
 
 def test_synchronised_batchnorm_is_batchnorm_of_all(tmp_path):
-    """Outputs, gradients, running statistics of two processes with unequal halves of a batch, against torch's own on the whole; means
-    far from 0, as the variance must not be a difference of squares."""
+    """Outputs, gradients and running statistics of two processes with unequal halves of a batch, against torch's own on
+    the whole batch. Means are far from 0, since the variance must not be a difference of squares."""
     torch.manual_seed(1)
     x = torch.randn(6, 4, 3, 5) * 0.1 + torch.tensor([0.0, 10.0, -3.0, 100.0]).view(4, 1, 1)
     weight = torch.randn(6, 4, 3, 5)
@@ -444,7 +458,8 @@ SynchronisedBatchNorm.convert(norm)
 x = given["x"][part].requires_grad_()
 y = norm(x)
 (y * given["weight"][part]).sum().backward()
-torch.save(dict(y=y.detach(), x=x.grad, weight=norm[0].weight.grad, bias=norm[0].bias.grad, state=norm[0].state_dict()), f"found{processes.rank}.pt")
+found = dict(y=y.detach(), x=x.grad, weight=norm[0].weight.grad, bias=norm[0].bias.grad, state=norm[0].state_dict())
+torch.save(found, f"found{processes.rank}.pt")
 processes.close()
 """, cwd=tmp_path)
     x.requires_grad_()
@@ -454,14 +469,13 @@ processes.close()
     for found, expected in ((torch.cat([a["y"], b["y"]]), y.detach()), (torch.cat([a["x"], b["x"]]), x.grad),
                             (a["weight"] + b["weight"], reference.weight.grad),
                             (a["bias"] + b["bias"], reference.bias.grad)):
-        # numbers near 100 have 1e-5 of their own
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-4)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-4)        # float32 near 100 has steps of 1e-5
     same(dict(a["state"]), dict(reference.state_dict()), 1e-5)
     same(dict(b["state"]), dict(a["state"]))
 
 
-def test_synchronised_batchnorm_alone_is_batchnorm():
-    """Same class of weights, same numbers, in train and eval mode; convert() changes nothing else."""
+def test_synchronised_batchnorm_of_one_process_is_batchnorm():
+    """The same parameters and outputs in train and eval mode; convert() changes nothing else."""
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
     x = torch.randn(2, 3, 5, 5)
     expected = model(x), model.eval()(x)
@@ -480,7 +494,8 @@ def test_synchronised_batchnorm_alone_is_batchnorm():
                                      ["--init", str(TINY), "--freeze-encoder"]],
                          ids=["plain", "ema codebook", "gan", "a worker", "bf16", "fp16", "frozen"])
 def test_a_resumed_run_is_the_unbroken_run_to_the_bit(folder, tmp_path, options):
-    """Stopped after steps 3 and 5 of 6, between revivals, in the middle of an epoch: all that learns or counts goes on exactly."""
+    """Stopped after steps 3 and 5 of 6, in the middle of an epoch: everything that learns or counts continues
+    exactly."""
     options = [*options, "--schedule", "constant"]           # the trapezoid's end depends on --steps
     unbroken = newest(train(folder, tmp_path / "unbroken", *options, steps=6))
     out = tmp_path / "broken"
@@ -491,7 +506,7 @@ def test_a_resumed_run_is_the_unbroken_run_to_the_bit(folder, tmp_path, options)
          {name: value for name, value in newest(out).items() if name != "settings"})
 
 
-def test_a_run_goes_on_with_another_number_of_processes(folder, tmp_path):
+def test_a_run_continues_with_another_number_of_processes(folder, tmp_path):
     unbroken = train(folder, tmp_path / "unbroken", *TRAINED, "--batch", "4", "--schedule", "constant", steps=4)
     out = train(folder, tmp_path / "run", *TRAINED, "--batch", "4", "--schedule", "constant", steps=2)
     train_on_two(folder, out, *TRAINED, "--batch", "2", "--schedule", "constant", "--resume", "auto", steps=4)
@@ -499,7 +514,7 @@ def test_a_run_goes_on_with_another_number_of_processes(folder, tmp_path):
 
 
 def test_a_discriminator_may_join_on_resume(folder, tmp_path, capsys):
-    """Whether one is wanted shows when reconstruction has settled. A codebook cannot change its kind half-way."""
+    """Users decide on one when the reconstruction no longer improves. But a codebook cannot change its kind."""
     out = train(folder, tmp_path / "run", steps=2)
     train(folder, out, "--resume", "auto", *GAN, steps=4)
     assert "resuming with --gan-start 2, the checkpoint has None" in capsys.readouterr().err
@@ -508,29 +523,28 @@ def test_a_discriminator_may_join_on_resume(folder, tmp_path, capsys):
         train(folder, out, "--resume", "auto", "--codebook", "ema", steps=6)
 
 
-def test_the_discriminator_does_not_learn_from_being_deceived(folder, tmp_path):
-    """Its first step follows its own hinge loss alone: what the generator's loss would leave in its gradients pulls the other way."""
+def test_the_discriminator_does_not_learn_from_the_generators_loss(folder, tmp_path):
+    """Its first step follows only its hinge loss. The gradients of the generator's loss would have the opposite
+    sign."""
     options = ["--gan-start", "0", "--clip", "1e9"]
     _, model, images, quantise = first_line(folder, tmp_path / "run", *options)
     torch.manual_seed(0)
     StageA(bottleneck_blocks=1, c_hidden=8, codebook_size=32, scale_factor=1.0)
     discriminator = PatchDiscriminator()
-    painted = model(images, quantise)["images"].detach()
-    discriminator_loss(discriminator(images), discriminator(painted)).backward()
+    fake = model(images, quantise)["images"].detach()
+    discriminator_loss(discriminator(images), discriminator(fake)).backward()
     found = newest(tmp_path / "run")["d_optimizer"]["state"]
     for i, p in enumerate(discriminator.parameters()):
-        # (1 - beta1) g, beta1 = 0.5
-        torch.testing.assert_close(found[i]["exp_avg"], 0.5 * p.grad, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(found[i]["exp_avg"], 0.5 * p.grad, rtol=1e-3, atol=1e-6)      # (1 - beta1) g
 
 
 def test_the_discriminator_learns_once_per_step_from_the_start_on(folder, tmp_path):
-    """Its optimizer steps once for all micro-steps; before --gan-start it neither learns nor speaks."""
+    """Its optimizer steps once for all micro-steps. Before --gan-start it neither learns nor adds to the loss."""
     state = newest(out := train(folder, tmp_path / "run", *GAN, "--grad-accum", "3", steps=5))
     assert {int(entry["step"]) for entry in state["d_optimizer"]["state"].values()} == {3}
     assert ["generator" in line for line in lines(out)] == [False, False, True, True, True]
     torch.manual_seed(0)
-    # made before it, from the same stream
-    StageA(bottleneck_blocks=1, c_hidden=8, codebook_size=32, scale_factor=1.0)
+    StageA(bottleneck_blocks=1, c_hidden=8, codebook_size=32, scale_factor=1.0)      # comes first in the stream
     same(dict(PatchDiscriminator().state_dict()),
          dict(newest(train(folder, tmp_path / "early", *GAN, steps=2))["discriminator"]))
 
@@ -546,17 +560,18 @@ def test_a_signal_finishes_the_step_and_saves(folder, tmp_path, monkeypatch, cap
     with monkeypatch.context() as patch:
         patch.setattr(optim.EMA, "update", update_and_warn)
         out = train(folder, tmp_path / "run", steps=4)
-    assert newest(out)["step"] == 2 and "stopped after step 2" in capsys.readouterr().err and not (out / "vqgan").exists()
+    assert newest(out)["step"] == 2 and "stopped after step 2" in capsys.readouterr().err
+    assert not (out / "vqgan").exists()
     train(folder, out, "--resume", "auto", steps=4)
     same(newest(unbroken)["model"], newest(out)["model"])
 
 
-# --- what is not finite ------------------------------------------------------------------------------
+# --- NaN and infinity ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("options", [[], ["--codebook", "ema", *GAN], ["--dtype", "fp16"]],
                          ids=["plain", "ema codebook and gan", "fp16"])
-def test_a_bad_step_leaves_no_trace(folder, tmp_path, monkeypatch, options):
-    """One NaN would be the end of all weights, and of BatchNorm's running statistics, which the forward moves before anyone has looked."""
+def test_a_nan_step_leaves_no_trace(folder, tmp_path, monkeypatch, options):
+    """One NaN would spoil all weights, and BatchNorm's running statistics, which already change in the forward pass."""
     calls, encode = [], StageA.encode_raw
 
     def sometimes(self, images):
@@ -573,17 +588,17 @@ def test_a_bad_step_leaves_no_trace(folder, tmp_path, monkeypatch, options):
     assert state["model"]["norm_latent.num_batches_tracked"] == 4
 
 
-def test_too_many_bad_steps_in_a_row_stop_the_run_with_its_last_good_state(folder, tmp_path, monkeypatch):
+def test_too_many_nan_steps_in_a_row_stop_the_run_with_its_last_good_state(folder, tmp_path, monkeypatch):
     decode = StageA.decode_raw
     monkeypatch.setattr(StageA, "decode_raw", lambda self, z: decode(self, z) * float("nan"))
-    with pytest.raises(UserError,
-                       match="3 steps in a row came to NaN or infinity, up to step 3; the last good state is in .*lower --lr"):
+    message = "3 steps in a row came to NaN or infinity, up to step 3; the last good state is in .*lower --lr"
+    with pytest.raises(UserError, match=message):
         train(folder, tmp_path / "run", "--max-bad-steps", "3", steps=9)
     assert all(tensor.isfinite().all() for tensor in newest(tmp_path / "run")["model"].values())
 
 
-def test_one_bad_process_is_enough(folder, tmp_path):
-    """Rank 1 alone sees a NaN: both skip the step, or rank 0 would wait for ever."""
+def test_one_process_with_nan_is_enough(folder, tmp_path):
+    """Only rank 1 sees a NaN: both skip the step, otherwise rank 0 would wait forever."""
     torchrun(2, """
 import os
 import train_a
@@ -597,17 +612,17 @@ train_a.main(train_a.parse_args(sys.argv[1:]))
     assert (newest(tmp_path / "run")["bad_in_all"], newest(tmp_path / "run")["updates"]) == (1, 2)
 
 
-# --- data, sizes and mistakes ------------------------------------------------------------------------
+# --- data, sizes and errors ----------------------------------------------------------------------------
 
 def test_random_crops_differ_from_visit_to_visit(tmp_path):
-    """A function of (seed, position): the same picture at another place in the stream is cut elsewhere, and again the same at the same."""
+    """A function of (seed, position): at another position of the stream, the same image is cropped elsewhere."""
     wide = np.zeros((64, 256, 3), np.uint8)
     wide[..., 0] = np.arange(256)
     Image.fromarray(wide).save(tmp_path / "wide.png")
     args = train_a.parse_args([*SMALL, "--data", str(tmp_path), "--out", "unused", "--crop", "random"])
-    samples = train_a.Samples(train_a.open_dataset(tmp_path, captions_required=False), args)
-    means = [samples[position, 0, 0]["x"].float().mean().item() for position in range(8)]
-    assert len(set(means)) > 5 and means[3] == samples[3, 0, 0]["x"].float().mean().item()
+    samples = samples_of(tmp_path, args)
+    means = [samples[position, 0, 0]["pixels"].float().mean().item() for position in range(8)]
+    assert len(set(means)) > 5 and means[3] == samples[3, 0, 0]["pixels"].float().mean().item()
 
 
 def test_the_official_size_is_a_word_away(tmp_path):
@@ -620,10 +635,11 @@ def test_the_official_size_is_a_word_away(tmp_path):
                                                                            c_latent=4, codebook_size=16, scale_factor=0)
 
 
-def test_a_dry_run_says_what_would_happen_and_does_nothing(folder, tmp_path, capsys):
+def test_a_dry_run_prints_what_would_be_trained_and_stops(folder, tmp_path, capsys):
     train(folder, tmp_path / "run", "--dry-run")
-    said = capsys.readouterr().out
-    assert "parameters learn" in said and "GiB" in said and "32x32 px 12" in said and "checkpointing" not in said
+    output = capsys.readouterr().out
+    assert "parameters learn" in output and "GiB" in output and "32x32 px 12" in output
+    assert "checkpointing" not in output
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -639,26 +655,28 @@ def test_a_run_is_not_overwritten_and_foreign_checkpoints_are_refused(folder, tm
         train(folder, out, "--resume", "auto", "--width", "16", steps=2)
 
 
-MISTAKES = [
+ERRORS = [
     (["--steps", "0"], "--steps is 0, expected at least 1"),
     (["--quantise", "1.5"], "--quantise is 1.5, expected a share from 0 to 1"),
     (["--codebook-decay", "1"], "--codebook-decay is 1.0, expected a number from 0 to below 1"),
     (["--resolution", "30"], "--resolution is 30, expected a multiple of 4"),
-    (["--freeze-encoder"], "--freeze-encoder keeps an encoder that has learned: add --init FOLDER"),
-    (["--init", "x", "--config", "official"], "--init brings its own sizes: leave --config away"),
+    (["--freeze-encoder"], "--freeze-encoder needs a trained encoder: add --init FOLDER"),
+    (["--init", "x", "--config", "official"], "--init brings its own sizes: remove --config"),
     (["--init", "nowhere"], "nowhere"),
     (["--config", "nowhere.json"], "nowhere.json"),
     (["--width", "1"], "--width is 1, expected at least 2"),
-    (["--l1", "0", "--l2", "0"], "nothing says what pictures should look like"),
+    (["--l1", "0", "--l2", "0"],
+     "--l1 and --l2 are both 0, so no loss compares images: set one of them, or --perceptual"),
     (["--data", "nowhere"], "nowhere"),
     (["--perceptual", "nowhere.pth"],
      "--perceptual nowhere.pth: .*expected vgg16, or a file of torchvision's VGG16 weights"),
-    (["--perceptual", "x", "--resolution", "8"], "--perceptual halves pictures four times, so it needs at least 16"),
+    (["--perceptual", "x", "--resolution", "8"],
+     "--resolution is 8, but --perceptual halves images four times, so it needs at least 16"),
 ]
 
 
-@pytest.mark.parametrize("options, message", MISTAKES, ids=[" ".join(options) for options, _ in MISTAKES])
-def test_mistakes_are_one_line(folder, tmp_path, options, message):
+@pytest.mark.parametrize("options, message", ERRORS, ids=[" ".join(options) for options, _ in ERRORS])
+def test_user_errors_are_one_line(folder, tmp_path, options, message):
     with pytest.raises((UserError, ValueError, OSError), match=message) as error:
         train(folder, tmp_path / "run", *options)
     assert "\n" not in str(error.value)

@@ -29,7 +29,8 @@ from loading.errors import UserError, WeightsError
 from helpers import TINY, lines, newest, same
 from stage_a import StageA
 from stage_b import EfficientNetEncoder, TinyImageEncoder
-from v1.stage_b import StageBV1, training_errors, training_levels
+from v1.losses import training_errors, training_levels
+from v1.stage_b import StageBV1
 # noqa: F401 (folder is a fixture)
 from test_train_b import FROZEN, LEARNED, SMALL, folder, losses, torchrun, train
 from wuerstchen import Wuerstchen, to_raw, to_stored

@@ -26,9 +26,11 @@ from training import scenes
 import train_c
 from loading.errors import UserError
 from training import optim
+from training.preserve import Teacher, TeacherLatents
 from training.losses import LOSS_WEIGHTS
 from helpers import newest, same
 from stage_b import TinyImageEncoder
+from stage_c import StageC
 
 ROOT = Path(train_c.__file__).parent
 
@@ -122,7 +124,7 @@ def samples(folder, *options, n: int = 400, **more) -> list[dict]:
     args = train_c.parse_args([*SMALL, "--data", str(folder), "--out", "unused", *options])
     pictures = data.open_dataset(folder)
     pictures.bucket = np.zeros(len(pictures), int)
-    every = train_c.Samples(pictures, [(128, 128)], args, **more)
+    every = train_c.StageCSamples(pictures, [(128, 128)], args, {}, {}, **more)
     return [every[position, position % len(pictures), 0] for position in range(n)]
 
 
@@ -247,10 +249,13 @@ def test_one_process_two_processes_and_accumulation_do_the_same_work(folder, tmp
 
 
 def test_weights_split_over_processes_learn_the_same(folder, tmp_path):
-    """--fsdp, for what does not fit one GPU; with gradients clipped over the norm of all parts. Resumed by one process that holds it all."""
+    """--fsdp, for what does not fit on one GPU, with gradients clipped over the norm of all parts, a validation and a
+    sample sheet. Resumed by one process that holds all of it."""
     one = train(folder, tmp_path / "one", "--batch", "8", "--clip", "0.1", steps=3)
+    (tmp_path / "prompts.txt").write_text("a cat on a red background\n")
     split = torchrun(2, folder, tmp_path / "split", "--fsdp", "--batch", "2", "--grad-accum", "2", "--clip", "0.1",
-                     "--val-every", "2", steps=2)
+                     "--val-every", "2", "--sample-every", "2", "--sample-prompts", f"{tmp_path}/prompts.txt", steps=2)
+    assert len([*(split / "samples").iterdir()]) == 2
     train(folder, split, "--batch", "8", "--clip", "0.1", "--resume", "auto", steps=3)
     same(newest(one)["model"], newest(split)["model"], 1e-5)
     same(newest(one)["averaged"], newest(split)["averaged"], 1e-5)
@@ -345,7 +350,7 @@ def test_a_signal_to_all_processes_of_a_run_saves_too(folder, tmp_path, name):
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(run.pid, signal.SIGKILL)
-    assert run.returncode == 0 and "all of it saved" in errors and "Traceback" not in errors, errors[-2000:]
+    assert run.returncode == 0 and "and saved: --resume auto continues" in errors and "Traceback" not in errors, errors[-2000:]
     assert newest(out)["step"] >= 1
 
 
@@ -405,24 +410,27 @@ def test_what_is_to_be_preserved_is_compared_with_the_model_as_it_was(folder, tm
         out = train(folder, tmp_path / name, *options, steps=1)
         losses[name] = json.loads((out / "log.jsonl").read_text().splitlines()[0])["loss"]
     assert losses["lora"] < 1e-9 and losses["full"] < 1e-9 < losses["none"]
-    assert "painting what is preserved" in capsys.readouterr().err
+    assert "generating latents to preserve" in capsys.readouterr().err
     train(folder, tmp_path / "lora", *LORA, *preserve, "0.999", "--resume", "auto", steps=2)
-    assert "painting what is preserved" not in capsys.readouterr().err
+    assert "generating latents to preserve" not in capsys.readouterr().err
 
 
 def test_what_is_preserved_are_other_prompts_and_the_empty_one(folder, tmp_path):
     """A share of the samples, each with the latent painted for its prompt; without a caption, as what guidance steers away from, every one."""
-    painted = {train_c.painted_key("a cat", (128, 128)): np.full((16, 3, 3), 1.0),
-               train_c.painted_key("a tree", (128, 128)): np.full((16, 3, 3), 2.0)}
-    kept = samples(folder, *LORA, "--preserve-prompts", "x", "--preserve", "0.5", "--caption-dropout", "0.2", n=200,
-                   painted=painted, prompts=["a cat", "a tree"])
+    (tmp_path / "prompts.txt").write_text("a cat\na tree\n")
+    options = [*LORA, "--preserve-prompts", f"{tmp_path}/prompts.txt", "--preserve", "0.5", "--cache", str(tmp_path)]
+    args = train_c.parse_args(["--data", "x", "--out", "y", *options])
+    preserved = TeacherLatents(args, Teacher(torch.nn.Linear(1, 1), False, torch.float32, contextlib.nullcontext()))
+    for number, prompt in enumerate(preserved.prompts):
+        preserved.cache.put(preserved.key(prompt, (128, 128)), np.full((16, 3, 3), number + 1.0))
+    kept = samples(folder, *options, "--caption-dropout", "0.2", n=200, preserved=preserved)
     with_caption = [item for item in kept if item["caption"]]
     assert 0.4 < sum(item["preserve"] for item in with_caption) / len(with_caption) < 0.6
-    assert {(item["caption"], item["painted"].mean().item()) for item in with_caption
+    assert {(item["caption"], item["teacher_latents"].mean().item()) for item in with_caption
             if item["preserve"]} == {("a cat", 1.0), ("a tree", 2.0)}
-    assert not any(item["painted"].any() for item in kept if not item["preserve"])
+    assert not any(item["teacher_latents"].any() for item in kept if not item["preserve"])
     without = [item for item in kept if not item["caption"]]
-    assert all(item["preserve"] and item["painted"].mean() in (1, 2) for item in without) and 20 < len(without) < 60
+    assert all(item["preserve"] and item["teacher_latents"].mean() in (1, 2) for item in without) and 20 < len(without) < 60
 
 
 # --- what is not finite ------------------------------------------------------------------------------
@@ -430,12 +438,12 @@ def test_what_is_preserved_are_other_prompts_and_the_empty_one(folder, tmp_path)
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_a_bad_step_is_skipped_and_its_batch_named(folder, tmp_path, monkeypatch, dtype):
     """One NaN would be the end of all weights; others replace it by 0, or stop on one process only. fp16's scaler must hear of it, too."""
-    calls, forward = [], train_c.Learner.forward
+    calls, forward = [], StageC.forward
 
     def sometimes(self, x_t, t, text):
         calls.append(1)
         return forward(self, x_t, t, text) * (float("nan") if len(calls) == 2 else 1.0)
-    monkeypatch.setattr(train_c.Learner, "forward", sometimes)
+    monkeypatch.setattr(StageC, "forward", sometimes)
     out = train(folder, tmp_path / "run", *LORA, "--dtype", dtype, steps=4)
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     bad, = (line for line in lines if line.get("bad_step"))
@@ -446,8 +454,8 @@ def test_a_bad_step_is_skipped_and_its_batch_named(folder, tmp_path, monkeypatch
 
 
 def test_too_many_bad_steps_in_a_row_stop_the_run_with_its_last_good_state(folder, tmp_path, monkeypatch):
-    forward = train_c.Learner.forward
-    monkeypatch.setattr(train_c.Learner, "forward", lambda self, *args: forward(self, *args) * float("nan"))
+    forward = StageC.forward
+    monkeypatch.setattr(StageC, "forward", lambda self, *args: forward(self, *args) * float("nan"))
     with pytest.raises(UserError,
                        match="3 steps in a row came to NaN or infinity, up to step 3; the last good state is in .*lower --lr"):
         train(folder, tmp_path / "run", *LORA, "--max-bad-steps", "3", steps=9)
@@ -464,7 +472,7 @@ def test_only_the_newest_checkpoints_are_kept(folder, tmp_path):
 def test_v1_is_not_trained():
     """Its Stage C works on unscaled latents: trained on scaled ones it would be spoilt, and nothing would tell why."""
     args = train_c.parse_args(["--data", "x", "--out", "y", "--weights", "v1"])
-    with pytest.raises(UserError, match="--weights v1 can be painted with, not fine-tuned: .* choose v2-base"):
+    with pytest.raises(UserError, match="--weights v1 can generate images but not be fine-tuned: .* choose v2-base"):
         train_c.check(args)
 
 

@@ -1,4 +1,5 @@
-"""The image encoder's warm-up on emoji scenes: what it is told is true, it learns, a resume leaves no trace, train_b.py takes the result."""
+"""tiny/train_encoder.py: its labels are true, it learns, a resumed run is the unbroken one, train_b.py reads the
+result."""
 import json
 import os
 import signal
@@ -7,15 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from loading.layouts import locate
 import train_b
-from tiny import train_encoder
-from training import optim
-from loading.errors import UserError, WeightsError
 from helpers import TINY, lines, newest, same
-from training.scenes import COLOURS, OBJECTS, EmojiScenes
-from stage_b import TinyImageEncoder
+from loading.errors import UserError, WeightsError
+from loading.layouts import locate
 from loading.weights import load_image_encoder
+from stage_b import TinyImageEncoder
+from tiny import train_encoder
+from training.scenes import COLOURS, OBJECTS, EmojiScenes
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +29,8 @@ def config(tmp_path_factory):
 
 def train(out, config, *options, steps: int = 4):
     train_encoder.main(train_encoder.parse_args(["--out", str(out), "--config", str(config), "--batch", "8",
-                                                 "--log-every", "1", "--device", "cpu",
-                                                 "--steps", str(steps), *options]))
+                                                 "--log-every", "1", "--device", "cpu", "--steps", str(steps),
+                                                 *options]))
     return out
 
 
@@ -38,10 +38,10 @@ def weights_file(out) -> bytes:
     return (out / "image_encoder" / "diffusion_pytorch_model.safetensors").read_bytes()
 
 
-def test_what_the_head_must_tell_is_where_the_objects_are():
-    """Cells row by row, 42.67 px wide; the place within the cell and the size of 64 px as numbers about 0 to 1; the rest is nothing."""
+def test_labels_say_where_the_objects_are():
+    """Cells row by row, 42.67 px wide; the place within the cell; sizes in units of 64 px; the rest is nothing."""
     scenes = EmojiScenes("all", seed=3).scenes(0, 40)
-    objects, places, colours = train_encoder.facts(scenes)
+    objects, places, colours = train_encoder.labels_of(scenes)
     for scene, found, where, colour in zip(scenes, objects, places, colours):
         assert list(COLOURS)[colour] == scene.colour and (found != len(OBJECTS)).sum() == len(scene.objects)
         for name, size, (x, y) in zip(scene.objects, scene.sizes, scene.centers):
@@ -51,10 +51,10 @@ def test_what_the_head_must_tell_is_where_the_objects_are():
 
 
 def test_it_learns(config, tmp_path):
-    """Of 60 steps, the last ten have a loss a fifth below that of the first ten; and what is logged is what the README names."""
-    told = lines(train(tmp_path / "run", config, "--lr", "1e-2", "--warmup", "5", "--schedule", "constant", steps=60))
-    assert np.mean([line["loss"] for line in told[-10:]]) < 0.8 * np.mean([line["loss"] for line in told[:10]])
-    assert set(told[0]) == {"step", "loss", "lr", "objects_right", "place_error", "colour_right"}
+    """In 60 steps the loss falls by a fifth; and the log has the values that the README names."""
+    log = lines(train(tmp_path / "run", config, "--lr", "1e-2", "--warmup", "5", "--schedule", "constant", steps=60))
+    assert np.mean([line["loss"] for line in log[-10:]]) < 0.8 * np.mean([line["loss"] for line in log[:10]])
+    assert set(log[0]) == {"step", "loss", "lr", "objects_right", "place_error", "colour_right"}
 
 
 def test_a_resumed_run_is_the_unbroken_run_to_the_bit(config, tmp_path):
@@ -62,7 +62,7 @@ def test_a_resumed_run_is_the_unbroken_run_to_the_bit(config, tmp_path):
     options = ["--save-every", "1", "--keep", "9"]
     unbroken = train(tmp_path / "unbroken", config, *options, steps=5)
     out = train(tmp_path / "run", config, *options, steps=5)
-    # the schedule depends on --steps: it loses its checkpoints, it does not end early
+    # The schedule depends on --steps, so the run is not ended early but loses its last checkpoints.
     for path in sorted((out / "checkpoints").iterdir())[2:]:
         path.unlink()
     (out / "image_encoder" / "diffusion_pytorch_model.safetensors").unlink()
@@ -74,24 +74,26 @@ def test_a_resumed_run_is_the_unbroken_run_to_the_bit(config, tmp_path):
 
 
 def test_a_signal_finishes_the_step_and_saves(config, tmp_path, monkeypatch, capsys):
-    unbroken, rate = train(tmp_path / "unbroken", config), optim.learning_rate
+    unbroken, rate = train(tmp_path / "unbroken", config), train_encoder.learning_rate
 
     def rate_and_warn(step, args):
         if step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return rate(step, args)
     with monkeypatch.context() as patch:
-        patch.setattr(optim, "learning_rate", rate_and_warn)
+        patch.setattr(train_encoder, "learning_rate", rate_and_warn)
         out = train(tmp_path / "run", config)
-    assert newest(out)["step"] == 2 and "stopped after step 2" in capsys.readouterr().err and not (out / "image_encoder").exists()
+    assert newest(out)["step"] == 2 and "stopped after step 2" in capsys.readouterr().err
+    assert not (out / "image_encoder").exists()
     assert weights_file(train(out, config, "--resume", "auto")) == weights_file(unbroken)
 
 
 def test_the_result_is_an_image_encoder_in_the_right_units(config, tmp_path):
-    """What locate finds and train_b.py goes on with: 42 and -1 in its last BatchNorm, whose running statistics have moved and come back in float32."""
+    """locate finds it and train_b.py continues with it. Its last BatchNorm has 42 and -1, and running statistics in
+    float32."""
     out = train(tmp_path / "run", config)
-    place = locate("tiny", dict(image_encoder=out / "image_encoder"), ("image_encoder",))["image_encoder"]
-    encoder, learned = load_image_encoder(place), newest(out)["model"]
+    path = locate("tiny", dict(image_encoder=out / "image_encoder"), ("image_encoder",))["image_encoder"]
+    encoder, learned = load_image_encoder(path), newest(out)["model"]
     assert type(encoder) is TinyImageEncoder and (encoder.norm.weight == 42).all() and (encoder.norm.bias == -1).all()
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         assert torch.equal(getattr(encoder.norm, name), learned[f"norm.{name}"])
@@ -115,7 +117,7 @@ def test_defaults_are_what_models_tiny_was_trained_with():
     (["--config", str(TINY / "decoder")],
      "cannot be used: it describes a WuerstchenDiffNeXt, expected a TinyImageEncoder"),
     (["--resume", "nowhere.pt"], "--resume nowhere.pt: there is no such file")])
-def test_mistakes_are_one_line(config, tmp_path, options, message):
+def test_user_errors_are_one_line(config, tmp_path, options, message):
     with pytest.raises((UserError, WeightsError), match=message) as error:
         train(tmp_path / "run", config, *options)
     assert "\n" not in str(error.value)

@@ -93,12 +93,12 @@ def test_a_resumed_text_encoder_is_the_unbroken_one(runs, tmp_path, capsys):
     assert train(tmp_path / "broken", 4, "--resume", "auto") == unbroken != half
 
 
-@pytest.mark.parametrize("script, options", [("train_b.py", ["--vqgan"]), ("tiny/train_text.py", ["--image-encoder"]),
-                                             ("train_c.py", ["--data=scenes", "--weights"])])
+@pytest.mark.parametrize("script, options", [("train_b", ["--vqgan"]), ("tiny.train_text", ["--image-encoder"]),
+                                             ("train_c", ["--data=scenes", "--weights"])])
 def test_an_unknown_folder_ends_a_script_in_one_line(script, options, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", [script, *options, str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as stop:
-        runpy.run_path(Path(__file__).parent.parent / script, run_name="__main__")
+        runpy.run_module(script, run_name="__main__")
     assert stop.value.code == 2
     assert "nowhere" in capsys.readouterr().err and not (tmp_path / "out").exists()
 

@@ -1,4 +1,4 @@
-"""Schedule, steps, guidance and the whole way from prompt to picture.
+"""Schedule, steps, guidance and the whole way from prompt to image.
 
 References are in golden/, made by the authors' code and by diffusers (see golden/README.md). A number of
 tests pin down what other implementations get wrong; their docstrings say what happens there.
@@ -47,7 +47,7 @@ def pipes() -> dict[str, Wuerstchen]:
 
 @pytest.fixture(scope="module")
 def pipe(pipes) -> Wuerstchen:
-    """Random weights: its pictures show nothing, but every part of it is at work."""
+    """Random weights: its images show nothing, but every part of it is at work."""
     return pipes["combined"]
 
 
@@ -132,15 +132,16 @@ def test_sizes_that_are_none_are_refused(pipe, side):
 
 
 @pytest.mark.parametrize("width, height", [(64, 64), (100, 77), (129, 255), (200, 64), (720, 128)])
-def test_pictures_have_exactly_the_size_that_was_asked_for(pipe, width, height):
+def test_images_have_exactly_the_size_that_was_asked_for(pipe, width, height):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         image, = pipe(CAT, **QUICK | dict(width=width, height=height))
     assert image.size == (width, height)
 
 
-def test_what_is_rendered_beyond_the_picture_is_cropped_on_both_sides(pipe):
-    """100 x 77 px are the middle of the 128 x 128 that Stage B renders. Stage C's grid, 3 x 2, differs from that of 128 x 128."""
+def test_what_is_rendered_beyond_the_image_is_cropped_on_both_sides(pipe):
+    """100 x 77 px are the middle of the 128 x 128 that Stage B renders. Stage C's grid, 3 x 2, differs from that of 128
+    x 128."""
     semantic, latents = torch.randn(1, 16, 2, 3), torch.randn(1, 4, 32, 32)
     options = dict(given=dict(semantic=semantic, latents_b=latents), steps_b=2, width=100, height=77)
     with warnings.catch_warnings():
@@ -167,8 +168,8 @@ def test_sizes_the_weights_were_not_made_for_are_a_warning(pipe):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("side", ["prior", "decoder"])
 def test_text_embeddings_equal_the_published_pipelines(pipes, layout, side):
-    """Six prompts, empty, odd, and too long. Ids and the mask of padding, too: without the mask, which one of the other
-    trainers forgets, embeddings differ by half their size at the padding, where the stages do look."""
+    """Six prompts, empty, odd, and too long. Ids and the mask of padding as well: without the mask, which one of the
+    other trainers forgets, embeddings differ by half their size at the padding, where the stages do look."""
     data, _ = golden("pipeline_text")
     with safe_open(GOLDEN / "pipeline_text.safetensors", "pt") as file:
         texts = json.loads(file.metadata()["texts"])
@@ -204,7 +205,8 @@ def test_prompts_that_fit_bring_no_warning(pipe):
 # --- whole pipelines against the published ones ------------------------------------------------------
 
 def reference_run(name: str):
-    """Recorded numbers and our arguments: prompts, negatives, images per prompt, timesteps and guidance of both stages."""
+    """Recorded numbers and our arguments: prompts, negatives, images per prompt, timesteps and guidance of both
+    stages."""
     data, run = golden(name)
     prompts = [run["prompt"]] if isinstance(run["prompt"], str) else run["prompt"]
     negatives = run.get("negative_prompt", "")
@@ -237,9 +239,10 @@ def assert_as_published(data: dict, semantic: Tensor, latents: Tensor, images: T
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", RUNS)
-def test_pictures_equal_those_of_the_published_pipelines(pipes, layout, name):
-    """Two prompts at once, guidance in both stages, a wide picture, two images of a prompt: from text to pixels, with the
-    noise that was recorded there. Two prompts at once are an error in diffusers' Stage B: the reference made them one by one."""
+def test_images_equal_those_of_the_published_pipelines(pipes, layout, name):
+    """Two prompts at once, guidance in both stages, a wide image, two images of a prompt: from text to pixels, with
+    the noise that was recorded there. Two prompts at once are an error in diffusers' Stage B: the reference made them
+    one by one."""
     data, _, text, stage_c, stage_b = reference_run(name)
     pipe = pipes[layout]
     with Recorder(pipe.part("stage_c")) as calls:
@@ -253,7 +256,8 @@ def test_pictures_equal_those_of_the_published_pipelines(pipes, layout, name):
 
 @pytest.mark.parametrize("name", ["pipeline_wide_decoder_cfg", "pipeline_two_images_no_cfg"])
 def test_a_seed_draws_the_noise_that_it_draws_in_the_published_pipelines(pipe, name):
-    """One generator for everything: start and steps of Stage C, then those of Stage B, the unused last noise included."""
+    """One generator for everything: start and steps of Stage C, then those of Stage B, the unused last noise
+    included."""
     data, seed, text, stage_c, stage_b = reference_run(name)
     generator = torch.Generator().manual_seed(seed)
     results = run_through(pipe, text, stage_c, stage_b,
@@ -262,7 +266,7 @@ def test_a_seed_draws_the_noise_that_it_draws_in_the_published_pipelines(pipe, n
     assert_as_published(data, *results)
 
 
-def test_one_call_gives_the_picture_that_the_published_pipelines_give_for_its_seed(pipe):
+def test_one_call_gives_the_image_that_the_published_pipelines_give_for_its_seed(pipe):
     """For a single image our generators and theirs are the same. That run has evenly spaced steps in Stage C."""
     data, seed, (prompts, negatives), stage_c, stage_b = reference_run(RUNS[1])
     image, = pipe(prompts[0], negatives[0], seed=seed, steps_c=stage_c.levels, steps_b=stage_b.steps,
@@ -273,7 +277,7 @@ def test_one_call_gives_the_picture_that_the_published_pipelines_give_for_its_se
 
 # --- one call: prompts, seeds, batches ---------------------------------------------------------------
 
-def test_the_same_seed_gives_the_same_picture_and_another_seed_another(pipe):
+def test_the_same_seed_gives_the_same_image_and_another_seed_another(pipe):
     torch.manual_seed(1)
     first, = pipe(CAT, seed=5, **QUICK)
     torch.manual_seed(2)          # the global generator has no say
@@ -281,7 +285,7 @@ def test_the_same_seed_gives_the_same_picture_and_another_seed_another(pipe):
     assert same(first, second) and not alike(first, other)
 
 
-def test_num_images_are_different_pictures_with_consecutive_seeds(pipe, monkeypatch):
+def test_num_images_are_different_images_with_consecutive_seeds(pipe, monkeypatch):
     """Elsewhere all images of a prompt share one result of Stage C, and differ in detail only."""
     conditions = bound(monkeypatch, pipe, "bind_b")
     images = pipe(CAT, seed=5, num_images=3, **QUICK)
@@ -291,9 +295,9 @@ def test_num_images_are_different_pictures_with_consecutive_seeds(pipe, monkeypa
         assert alike(image, pipe(CAT, seed=5 + i, **QUICK)[0])
 
 
-def test_a_picture_does_not_depend_on_its_neighbours(pipe):
-    """To the bit where the batch is of the same size, whoever is in it; at guidance 4, with conditional and unconditional rows
-    in one batch. One of the other samplers rescales by a standard deviation over the whole batch."""
+def test_an_image_does_not_depend_on_its_neighbours(pipe):
+    """To the bit where the batch is of the same size, whoever is in it; at guidance 4, with conditional and
+    unconditional rows in one batch. One of the other samplers rescales by a standard deviation over the whole batch."""
     a = generate(pipe, [CAT, HOUSE], ["blurry", ""], seed=[5, 6], **QUICK)
     b = generate(pipe, [CAT, "An astronaut"], ["blurry", "the moon"], seed=[5, 77], **QUICK)
     assert same(a[0], b[0]) and not alike(a[1], b[1])
@@ -301,7 +305,8 @@ def test_a_picture_does_not_depend_on_its_neighbours(pipe):
 
 
 def test_several_images_of_several_prompts(pipe):
-    """In order, each as if painted alone. diffusers' Stage B pairs such embeddings wrongly and ends in a shape error."""
+    """In order, each as if generated alone. diffusers' Stage B pairs such embeddings wrongly and ends in a shape
+    error."""
     images = generate(pipe, [CAT, HOUSE], num_images=2, seed=[5, 6, 7, 8], guidance_b=1.5, **QUICK)
     assert len(images) == 4
     for image, prompt, seed in zip(images, [CAT, CAT, HOUSE, HOUSE], [5, 6, 7, 8]):
@@ -310,7 +315,8 @@ def test_several_images_of_several_prompts(pipe):
 
 def test_one_negative_prompt_serves_all_prompts(pipe):
     """In diffusers a string does not go with a list of prompts."""
-    one, each = (generate(pipe, [CAT, HOUSE], negative, seed=5, **QUICK) for negative in ("blurry", ["blurry", "blurry"]))
+    one, each = (generate(pipe, [CAT, HOUSE], negative, seed=5, **QUICK)
+                 for negative in ("blurry", ["blurry", "blurry"]))
     assert all(map(same, one, each))
     assert not same(one[0], pipe([CAT, HOUSE], seed=5, **QUICK)[0])
 
@@ -318,8 +324,8 @@ def test_one_negative_prompt_serves_all_prompts(pipe):
 # --- guidance ----------------------------------------------------------------------------------------
 
 def test_unconditional_is_the_encoding_of_the_empty_prompt(pipe, monkeypatch):
-    """Not zeros, which the authors' sampler takes if told nothing: the networks never saw them. For Stage B, whose semantic
-    latent was dropped in training, zeros in its place are right."""
+    """Not zeros, which the authors' sampler takes if told nothing: the networks never saw them. For Stage B, whose
+    semantic latent was dropped in training, zeros in its place are right."""
     bound_c, bound_b = bound(monkeypatch, pipe, "bind_c"), bound(monkeypatch, pipe, "bind_b")
     with Recorder(pipe.part("stage_c")) as calls_c, Recorder(pipe.part("stage_b")) as calls_b, torch.no_grad():
         pipe(CAT, seed=5, guidance_c=4, guidance_b=1.5, **QUICK)
@@ -350,8 +356,8 @@ def test_guidance_below_1_is_used(pipe):
 # --- half precision ----------------------------------------------------------------------------------
 
 def test_in_half_precision_the_networks_get_exact_noise_levels():
-    """bfloat16 has no number between 0.98 and 0.984: rounded like that, t = 2/3 would be another step's level. And the picture
-    must have a value everywhere."""
+    """bfloat16 has no number between 0.98 and 0.984: rounded like that, t = 2/3 would be another step's level. And the
+    image must have a value everywhere."""
     pipe = Wuerstchen.load(COMBINED, "cpu", torch.bfloat16, fast=False)
     with Recorder(pipe.part("stage_c")) as calls:
         image, = pipe(CAT, seed=5, **QUICK)
@@ -360,7 +366,7 @@ def test_in_half_precision_the_networks_get_exact_noise_levels():
     assert torch.equal(levels, Sampling(4, early=True).levels[:-1])
 
 
-def test_overflow_is_an_error_and_not_a_black_picture(pipe):
+def test_overflow_is_an_error_and_not_a_black_image(pipe):
     """NaN in 8 bits is 0."""
     for value in (math.nan, math.inf):
         with pytest.raises(ValueError, match="NaN or infinity in torch.float32.*use bfloat16 or float32"):
@@ -392,7 +398,7 @@ def test_8_bits_are_rounded():
 # --- parts from elsewhere ----------------------------------------------------------------------------
 
 def test_single_parts_in_any_naming_are_mixed_freely(tmp_path):
-    """Stage C as the authors' .pt, Stage B in our own names, the rest from the folder: the same picture."""
+    """Stage C as the authors' .pt, Stage B in our own names, the rest from the folder: the same image."""
     tiny = Path(wuerstchen.__file__).parent / "models" / "tiny"
     for part, name, naming in (("prior", "prior.pt", "original"), ("decoder", "decoder.safetensors", "ours")):
         convert(tiny / part, tmp_path / part / name, naming)
@@ -405,7 +411,7 @@ def test_single_parts_in_any_naming_are_mixed_freely(tmp_path):
 # --- memory ------------------------------------------------------------------------------------------
 
 def test_low_memory_holds_one_part_at_a_time(pipe, monkeypatch):
-    """Each part is gone before the next is loaded, and the picture is the same."""
+    """Each part is gone before the next is loaded, and the image is the same."""
     alive, found = weakref.WeakSet(), []
 
     def counting(load):
@@ -494,7 +500,7 @@ def test_loading_shares_what_the_weights_share_and_keeps_float32_on_a_cpu(pipe):
     assert not any(pipe.part(name).training for name in ("stage_a", "stage_b", "stage_c"))
 
 
-def test_encoding_a_picture_needs_an_image_encoder_and_a_possible_size(pipe):
+def test_encoding_an_image_needs_an_image_encoder_and_a_possible_size(pipe):
     with pytest.raises(ValueError, match="image_encoder is needed for this, but was not loaded"):
         encode_image(pipe, torch.rand(1, 3, 128, 128))
     with_encoder = Wuerstchen(pipe.networks | dict(image_encoder=TinyImageEncoder(c_hidden=(4, 4, 4, 4)).eval()))

@@ -1,136 +1,150 @@
-"""Trains the small image encoder on emoji scenes, before Stage B: the place of EfficientNet's ImageNet weights.
+"""Trains the small image encoder on emoji scenes, before Stage B: it plays the role of EfficientNet's ImageNet weights.
 
   python -m tiny.train_encoder --out runs/encoder          # nine minutes on 2 cores
 
-  scene (B,3,96,96) -encoder-> (B,16,3,3) -noise, head-> in each of the 9 cells: which object, where exactly, how large, on which colour
+  scene (B,3,96,96) -encoder-> (B,16,3,3) -noise, head-> for each of the 9 cells: object, position, size, background
 
-From Stage B's loss alone an encoder learns little, as at nearly all noise levels Stage B can see the objects in x_t
-itself. So it first learns to name them: a throw-away head, the same for each of the 3 x 3 positions of the semantic
-latent, must tell from its 16 numbers which object has its center in that cell (the idea of arXiv:1506.02640).
-Then `train_b.py --init random --image-encoder OUT/image_encoder` goes on with it, jointly with Stage B.
+The loss of Stage B alone teaches an encoder little, because at almost all noise levels Stage B can see the objects in
+x_t. So the encoder first learns to name them. A head, which is thrown away afterwards, gets the 16 numbers of a cell of
+the semantic latent and predicts which object has its center there (the idea of arXiv:1506.02640).
+`train_b.py --init random --image-encoder OUT/image_encoder` then trains it further, jointly with Stage B.
 Written to --out: image_encoder/, checkpoints/, log.jsonl.
 Needs: torch, numpy, pillow, tqdm.
 """
-import argparse
 import sys
+
+if __name__ == "__main__" and not __package__:
+    sys.exit("error: run this as: python -m tiny.train_encoder")
+
+import argparse
 from pathlib import Path
+
+from loading.errors import RESUME_HINT, UserError, exit_on_user_error
+from training.options import add_checkpoint_options, add_schedule_options, check_at_least
+
+CONFIG = Path(__file__).parents[1] / "models" / "tiny" / "image_encoder"
+FIRST_SCENE = 5 * 10 ** 8        # scenes that Stage B is not trained on
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(prog="python -m tiny.train_encoder", description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", required=True, help="folder for the result")
-    p.add_argument("--config", default=str(Path(__file__).parents[1] / "models" / "tiny" / "image_encoder"),
-                   help="sizes: a folder with the config.json of a TinyImageEncoder (default: models/tiny/image_encoder)")
-    p.add_argument("--steps", type=int, default=1200, help="optimizer steps")
+    p.add_argument("--config", default=str(CONFIG), help="sizes: a folder with the config.json of a TinyImageEncoder "
+                                                         "(default: models/tiny/image_encoder)")
     p.add_argument("--batch", type=int, default=64, help="scenes per step")
-    p.add_argument("--lr", type=float, default=1.5e-3, help="peak learning rate")
-    p.add_argument("--schedule", choices=["constant", "cosine", "linear", "trapezoid"], default="trapezoid",
-                   help="of the learning rate, after the warm-up; trapezoid: down in the last fifth")
-    p.add_argument("--warmup", type=int, default=100, help="optimizer steps in which the learning rate rises")
-    p.add_argument("--device", default=None, help="cuda, cpu, ... (default: cuda where there is one)")
+    add_schedule_options(p, steps=1200, lr=1.5e-3, schedule="trapezoid", warmup=100)
+    p.add_argument("--device", help="cuda, cpu, ... (default: cuda if available)")
     p.add_argument("--seed", type=int, default=0, help="seed of weights, data and noise")
     p.add_argument("--log-every", type=int, default=20, help="optimizer steps between lines of log.jsonl")
-    p.add_argument("--resume", help="auto: from the newest checkpoint in --out, if there is one; or a file")
-    p.add_argument("--save-every", type=int, default=250,
-                   help="steps between checkpoints; SIGTERM and Ctrl-C save, too")
-    p.add_argument("--keep", type=int, default=1, help="checkpoints kept")
+    add_checkpoint_options(p, save_every=250, keep=1)
     return p.parse_args(argv)
 
 
-def facts(scenes: list):
-    """What is true of scenes, as scenes.EmojiScenes describes them -> numpy arrays of what the head must tell.
+if __name__ == "__main__":
+    ARGS = parse_args()      # before the imports below, which take seconds: --help and errors answer at once
 
-    objects (B,9): the number of the object whose center is in each cell, row by row, or that of "nothing", the last;
-    places (B,9,3): its x and y within the cell and its size, all about 0 to 1; colours (B,): the background's number.
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from loading.errors import WeightsError
+from loading.files import read_config
+from loading.names import config_to_ours
+from loading.weights import save_model
+from stage_b import TinyImageEncoder, preprocess
+from training.checkpoints import Checkpoints, Log, load_state, settings_of, state_of
+from training.optim import learning_rate
+from training.processes import GracefulExit
+from training.report import due
+from training.samples import to_tensor
+from training.scenes import CANVAS, COLOURS, OBJECTS, EmojiScenes
+from wuerstchen import add_noise, scale_semantic
+
+NOTHING = len(OBJECTS)           # the number of "no object"
+
+
+def labels_of(scenes: list) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What the head must predict for scenes of EmojiScenes.
+
+    objects (B,9): number of the object whose center is in each cell, row by row, or NOTHING; places (B,9,3): its x and
+    y within the cell and its size, all about 0 to 1; colours (B,): number of the background's colour.
     """
-    import numpy as np
-    from training.scenes import COLOURS, OBJECTS
-    number, cell = {name: i for i, name in enumerate(OBJECTS)}, 128 / 3                          # cell: px
-    objects, places = np.full((len(scenes), 9), len(OBJECTS)), np.zeros((len(scenes), 9, 3), np.float32)
+    cell = CANVAS / 3                                                                        # px
+    objects, places = np.full((len(scenes), 9), NOTHING), np.zeros((len(scenes), 9, 3), np.float32)
     for i, scene in enumerate(scenes):
         for name, size, (x, y) in zip(scene.objects, scene.sizes, scene.centers):
             k = int(y // cell) * 3 + int(x // cell)
-            objects[i, k], places[i, k] = number[name], (x / cell % 1, y / cell % 1, size / 64)
+            objects[i, k], places[i, k] = OBJECTS.index(name), (x / cell % 1, y / cell % 1, size / 64)
     return objects, places, np.array([list(COLOURS).index(scene.colour) for scene in scenes])
 
 
-def main(args):
-    # Imported here, so that --help answers at once.
-    import torch
-    import torch.nn.functional as F
-    from tqdm import tqdm
-    from wuerstchen import add_noise
-    from loading.errors import UserError, WeightsError
-    from loading.files import read_config
-    from training.scenes import COLOURS, OBJECTS, EmojiScenes
-    from stage_b import TinyImageEncoder, preprocess
-    from training.checkpoints import Checkpoints, Log
-    from training.optim import learning_rate
-    from training.processes import GracefulExit
-    from training.samples import to_tensor
-    from loading.names import config_to_ours
-    from loading.weights import save_model
-    from wuerstchen import scale_semantic
+def build_encoder(config: str) -> TinyImageEncoder:
+    try:
+        return TinyImageEncoder(**config_to_ours(read_config(config), TinyImageEncoder))
+    except (WeightsError, TypeError, RuntimeError) as error:
+        raise UserError(f"--config {config} cannot be used: {error}") from error
 
-    for name in ("steps", "batch", "log_every", "save_every", "keep"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
+
+def build_head() -> nn.Module:
+    """A cell's 16 numbers -> logits of its object (NOTHING last), its place (3,), logits of the background."""
+    return nn.Sequential(nn.Linear(16, 256), nn.GELU(), nn.Linear(256, NOTHING + 1 + 3 + len(COLOURS)))
+
+
+def head_loss(output: Tensor, objects: Tensor, places: Tensor, colours: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """output (B,9,140) of the head and labels -> loss (), and values for the log."""
+    names, where, background = output.split([NOTHING + 1, 3, len(COLOURS)], dim=-1)
+    there = objects != NOTHING                                                               # (B, 9)
+    importance = torch.ones(NOTHING + 1, device=output.device)
+    importance[NOTHING] = 0.2                                                                # most cells are empty
+    place_error = (where - places)[there].abs().mean()
+    loss = F.cross_entropy(names.flatten(0, 1), objects.flatten(), importance) + 4 * place_error \
+        + 0.3 * F.cross_entropy(background.flatten(0, 1), colours.repeat_interleave(9))
+    return loss, dict(loss=loss, place_error=place_error,
+                      objects_right=(names.argmax(-1) == objects)[there].float().mean(),
+                      colour_right=(background.argmax(-1) == colours[:, None]).float().mean())
+
+
+def main(args):
+    check_at_least(args, steps=1, batch=1, log_every=1, save_every=1, keep=1)
     checkpoints = Checkpoints(f"{args.out}/checkpoints", args.keep)
-    resumed, stop = checkpoints.find(args.resume), GracefulExit()
-    settings = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "device")}
+    resumed, stop, settings = checkpoints.find(args.resume), GracefulExit(), settings_of(args)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.manual_seed(args.seed)
-    # scene i is a function of (seed, i)
-    scenes, nothing = EmojiScenes("all", seed=args.seed + 1), len(OBJECTS)
-    try:
-        encoder = TinyImageEncoder(**config_to_ours(read_config(args.config), TinyImageEncoder)).to(device).train()
-    except (WeightsError, TypeError, RuntimeError) as error:
-        raise UserError(f"--config {args.config} cannot be used: {error}") from error
-    head = torch.nn.Sequential(torch.nn.Linear(16, 256), torch.nn.GELU(),
-                               torch.nn.Linear(256, nothing + 1 + 3 + len(COLOURS))).to(device)
-    importance = torch.ones(nothing + 1, device=device)
-    importance[nothing] = 0.2                                                            # most cells hold nothing
-    # without its last norm's 42 and -1
-    parameters = [p for p in encoder.parameters() if p.requires_grad]
+    scenes = EmojiScenes("all", seed=args.seed + 1)                      # scene i is a function of (seed, i)
+    encoder, head = build_encoder(args.config).to(device).train(), build_head().to(device)
+    parameters = [p for p in encoder.parameters() if p.requires_grad]    # without its last norm's 42 and -1
     optimizer = torch.optim.AdamW([*parameters, *head.parameters()], lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-3)
     parts, start = dict(model=encoder, head=head, optimizer=optimizer), 0
     if resumed is not None:
         state = checkpoints.load(resumed, "train_encoder.py", settings)
         start = state["step"]
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
+        load_state(resumed, state, parts)
     log = Log(args.out, start)
     for step in tqdm(range(start, args.steps), initial=start, total=args.steps, desc="Image encoder"):
         optimizer.param_groups[0]["lr"] = learning_rate(step, args)
-        first = 5 * 10 ** 8 + step * args.batch                                          # not the scenes Stage B sees
-        objects, places, colours = (torch.from_numpy(a).to(device) for a in facts(scenes.scenes(first, args.batch)))
-        # (B, 16, 3, 3)
-        stored = scale_semantic(encoder(preprocess(to_tensor(scenes.batch(first, args.batch)[0], device), 96)))
-        # Noise on the latent makes neighbouring codes mean similar things; Stage C will not hit them exactly.
-        # of its own in each step: it survives a resume
+        first = FIRST_SCENE + step * args.batch
+        objects, places, colours = (torch.from_numpy(a).to(device) for a in labels_of(scenes.scenes(first, args.batch)))
+        images = to_tensor(scenes.batch(first, args.batch)[0], device)                       # (B, 3, 128, 128)
+        latents = scale_semantic(encoder(preprocess(images, 96)))                            # (B, 16, 3, 3)
+        # Noise on the latents makes neighbouring codes mean similar things; Stage C will not hit them exactly. The seed
+        # of each step's noise makes a resumed run equal to an unbroken one.
         torch.manual_seed(hash((args.seed, step)) % 2 ** 63)
-        noisy = add_noise(stored, torch.randn_like(stored), torch.rand(args.batch, device=device) * 0.3)
-        out = head(noisy.flatten(2).transpose(1, 2))                                     # (B, 9, 140)
-        there, names, where, on = objects != nothing, out[..., :nothing
-                                                          + 1], out[..., nothing + 1:nothing
-                                                                    + 4], out[..., nothing + 4:]
-        place_error = (where - places)[there].abs().mean()
-        loss = F.cross_entropy(names.flatten(0, 1), objects.flatten(), importance) + 4 * place_error \
-            + 0.3 * F.cross_entropy(on.flatten(0, 1), colours.repeat_interleave(9))
+        noisy = add_noise(latents, torch.randn_like(latents), torch.rand(args.batch, device=device) * 0.3)
+        loss, values = head_loss(head(noisy.flatten(2).transpose(1, 2)), objects, places, colours)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         done = step + 1
-        if done % args.log_every == 0 or done == args.steps:
-            log.write(done, loss=loss.item(), lr=learning_rate(step, args), place_error=place_error.item(),
-                      objects_right=(names.argmax(-1) == objects)[there].float().mean().item(),
-                      colour_right=(on.argmax(-1) == colours[:, None]).float().mean().item())
-        if done % args.save_every == 0 or done == args.steps or stop.received:
-            checkpoints.save(done, dict(script="train_encoder.py", settings=settings, step=done,
-                                        **{name: part.state_dict() for name, part in parts.items()}))
+        if due(args.log_every, done, args.steps):
+            log.write(done, lr=learning_rate(step, args), **{name: value.item() for name, value in values.items()})
+        if due(args.save_every, done, args.steps) or stop.received:
+            checkpoints.save(done, state_of(parts) | dict(script="train_encoder.py", settings=settings, step=done))
         if stop.received and done < args.steps:
-            print(f"stopped after step {done}, all of it saved: --resume auto goes on", file=sys.stderr)
+            print(f"stopped after step {done} and saved: {RESUME_HINT}", file=sys.stderr)
             break
     else:
         save_model(encoder.eval(), f"{args.out}/image_encoder")
@@ -138,7 +152,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    args = parse_args()                                      # first, so that --help answers at once
-    from loading.errors import RESUME_HINT, exit_on_user_error
     with exit_on_user_error(RESUME_HINT):
-        main(args)
+        main(ARGS)

@@ -1,17 +1,19 @@
-"""Draws examples/unicorn: 24 captioned pictures of an object whose name Stage C of the tiny weights has never seen.
+"""Draws examples/unicorn: 24 captioned images of an object whose name Stage C of the tiny weights has never seen.
 
-  python tools/make_example.py
+  python -m tools.make_example
 
-Unicorns are one of the 64 objects that Stages A and B were trained on without their names: the tiny model can paint
-one, but does not know what to call it. Alone and beside other objects, on five of the eight backgrounds. Each has every plain
-caption that is true of it, a line each: a word is learned apart from its place in the sentence where it stands in several.
-Needs: scenes.py.
+Unicorns are one of the 64 objects that Stages A and B were trained on without their names: the tiny model can generate
+one, but does not know what it is called. The images show it by itself and next to other objects, on five of the eight
+backgrounds. Each has every plain caption that is true of it, one per line: a word is learned apart from its position in
+the sentence if it stands in several.
+Needs: numpy, pillow, training/scenes.py.
 """
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+if __name__ == "__main__" and not __package__:
+    sys.exit("error: run this as: python -m tools.make_example")
+
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -19,8 +21,8 @@ from PIL import Image
 from training.scenes import OPPOSITE, RELATIONS, place_pair, place_single, plain_caption, render
 
 BACKGROUNDS = ("white", "red", "yellow", "green", "blue")
-BESIDE = ("cat", "banana", "house", "star", "tree", "robot", "crab", "key", "gift", "umbrella", "penguin", "moon",
-          "frog", "car", "mushroom", "balloon")
+COMPANIONS = ("cat", "banana", "house", "star", "tree", "robot", "crab", "key", "gift", "umbrella", "penguin", "moon",
+              "frog", "car", "mushroom", "balloon")
 
 
 def main(folder: Path) -> None:
@@ -32,7 +34,7 @@ def main(folder: Path) -> None:
             lines = [plain_caption(scene.objects, scene.colour, size_word=word) for word in (None, scene.size_class)
                      if word != "medium"]
         else:
-            scene = place_pair(rng, "unicorn", BESIDE[i - 8], RELATIONS[i % 4], BACKGROUNDS[i % 5])
+            scene = place_pair(rng, "unicorn", COMPANIONS[i - 8], RELATIONS[i % 4], BACKGROUNDS[i % 5])
             lines = [plain_caption(scene.objects, scene.colour, scene.relation),
                      plain_caption(scene.objects[::-1], scene.colour, OPPOSITE[scene.relation])]
         Image.fromarray(render(scene)).save(folder / f"{i:02d}.png", optimize=True)
@@ -40,4 +42,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(ROOT / "examples" / "unicorn")
+    main(Path(__file__).parents[1] / "examples" / "unicorn")

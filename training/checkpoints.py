@@ -3,7 +3,7 @@
   checkpoints.find(args.resume) -> path;  checkpoints.load(path, ...) -> state -load_full_state-> model, optimizer, ...
   model, optimizer, ... -full_state-> state -checkpoints.save-> out/checkpoints/step_00000100.pt
 
-A checkpoint holds no random state, because all randomness is a function of (seed, step, sample); see data.py.
+A checkpoint holds no random state, because all randomness is a function of (seed, step, sample); see order.py.
 Needs: torch; files.py, errors.py.
 """
 import contextlib
@@ -84,7 +84,8 @@ class Checkpoints:
 
 
 def full_state(model, optimizer, scaler, ema) -> dict:
-    """What a run has learned, for a checkpoint. All processes must call this, since each may hold a part of the weights.
+    """What a run has learned, for a checkpoint. All processes must call this, since each may hold a part of the
+    weights.
 
     Frozen parameters are left out. Buffers, such as BatchNorm's statistics, are averages already and have no EMA.
     """
@@ -110,6 +111,30 @@ def load_full_state(state: dict, model, optimizer, scaler, ema) -> None:
 def full_weights(model) -> dict:
     """All tensors of a model, frozen ones included, gathered from all processes, which must all call this."""
     return get_model_state_dict(model, options=StateDictOptions(**FULL))
+
+
+def state_of(parts: dict, ema=None) -> dict:
+    """The state of parts that every process holds in full: name -> module, optimizer, scaler ..."""
+    averages = {} if ema is None else dict(averaged=ema.mean, updates=ema.updates)
+    return {name: part.state_dict() for name, part in parts.items()} | averages
+
+
+def load_state(path: Path, state: dict, parts: dict, ema=None) -> None:
+    """The opposite of state_of. Parts that the checkpoint does not have stay as they are, so a part may join a run.
+
+    Raises UserError if a part does not fit.
+    """
+    try:
+        for name, part in parts.items():
+            if name in state:
+                part.load_state_dict(state[name])
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{path} does not fit: {str(error).splitlines()[0]}: resume with the sizes it was made with "
+                        f"and the same frozen parameters") from error
+    if ema is not None:
+        ema.updates = state["updates"]
+        for name, mean in ema.mean.items():
+            mean.copy_(state["averaged"].get(name, ema.live[name]))
 
 
 class Log:
@@ -142,9 +167,9 @@ class Log:
             self.report = lambda values, step: wandb.log(values, step=step)
 
     def lines(self) -> list[dict]:
-        """The lines so far. A last line that was cut off is skipped."""
+        """The lines so far; none if not enabled. A last line that was cut off is skipped."""
         result = []
-        for line in self.path.read_text().splitlines() if self.path.exists() else []:
+        for line in self.path.read_text().splitlines() if self.enabled and self.path.exists() else []:
             with contextlib.suppress(ValueError):
                 result.append(json.loads(line))
         return result

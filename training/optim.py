@@ -33,10 +33,24 @@ def learning_rate(step: int, args) -> float:
     return args.lr * min((step + 1) / max(args.warmup, 1), 1.0) * shape
 
 
+def set_precision(args, device: torch.device) -> tuple[torch.dtype, torch.autocast]:
+    """Fills in args.dtype -> that dtype, and the context of forward passes. For float32 the context does nothing."""
+    args.dtype = args.dtype or ("fp32" if device.type == "cpu" else "bf16")
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
+    return dtype, torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
 def clip_gradients(model: nn.Module, limit: float) -> Tensor:
     """Scales the gradients down if their norm is above limit. Returns the norm before that, () float, over all processes."""
     norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], limit)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm      # FSDP: each process has a part of it
+
+
+def too_many_nan_steps(count: int, step: int, args) -> str:
+    """The error after `count` steps in a row, up to `step`, whose loss or gradient was not finite."""
+    return (f"{count} steps in a row came to NaN or infinity, up to step {step + 1}; the last good state is in "
+            f"{args.out}/checkpoints: lower --lr, or use --dtype bf16 or fp32; what was in these batches is in "
+            f"{args.out}/log.jsonl")
 
 
 class EMA:

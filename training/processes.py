@@ -7,7 +7,8 @@ import contextlib
 import datetime
 import os
 import signal
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -54,6 +55,17 @@ class Processes:
     def wait(self) -> None:
         if self.many:
             dist.barrier()
+
+    def on_main(self, do: Callable, *args) -> None:
+        """Calls do(*args) on the main process while the others wait."""
+        if self.is_main:
+            do(*args)
+        self.wait()
+
+    def print(self, message: str) -> None:
+        """To stderr, once."""
+        if self.is_main:
+            print(message, file=sys.stderr)
 
     @contextlib.contextmanager
     def main_first(self):

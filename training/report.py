@@ -1,11 +1,10 @@
-"""What a run shows: what it would do, pictures of its curves, the folder that sample.py and diffusers open, its card, the upload.
+"""What a run shows: its progress, curves of its log, and with --dry-run what it would do.
 
-Needs: torch, pillow; loading/; huggingface_hub for the upload.
+Needs: torch, pillow, tqdm; samples.py, files.py.
 """
-import json
 import math
-import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,14 +12,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from training.order import sample_rng
-from loading.errors import WeightsError
 from loading.files import write_atomically
-from loading.hub import NAMES
-from loading.layouts import SHIPPED
-
-# parts that may come from elsewhere
-FILES = ("prior", "prior_text_encoder", "image_encoder", "decoder", "vqgan", "text_encoder")
+from training.order import sample_rng
+from training.samples import draw_caption
 
 
 def due(every: int, step: int, steps: int) -> bool:
@@ -70,40 +64,46 @@ class Progress:
         """Puts a line of the log at the end of the bar; more: words between."""
         words = [f"loss {line['smooth_loss']:.4f}", f"|grad| {line['grad_norm']:.2f}", *more, f"lr {line['lr']:.1e}",
                  f"{line['images_per_second']:.1f} images/s"]
-        self.bar.set_postfix_str(", ".join(words + [f"{line['memory_gib']:.1f} GiB"] * bool(line["memory_gib"])))
+        if line["memory_gib"]:
+            words.append(f"{line['memory_gib']:.1f} GiB")
+        self.bar.set_postfix_str(", ".join(words))
 
 
-def outline(args, model, pictures, buckets, plan) -> None:
-    """What would be trained on what: parameters, memory, pictures, epochs."""
+def outline(args, model, dataset, sizes, order) -> None:
+    """Prints what would be trained on what: parameters, memory, images, epochs."""
     learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
-    # Weights, gradients, two moments of AdamW, averages: five float32 numbers for each weight that learns.
+    # Weights, gradients, two moments of AdamW, EMA: five float32 numbers for each parameter that learns.
     memory = learned * 4 * (5 if args.ema else 4) + frozen
     names = [name for name, p in model.named_parameters() if p.requires_grad]
-    print(f"{learned:,} of {sum(p.numel() for p in model.parameters()):,} parameters learn, in {len(names)} tensors: {', '.join(names[:3])}, ...")
-    print(f"{memory / 2 ** 30:.2f} GiB for weights, gradients, optimizer and averages; activations come on top"
+    print(f"{learned:,} of {sum(p.numel() for p in model.parameters()):,} parameters learn, in {len(names)} tensors: "
+          f"{', '.join(names[:3])}, ...")
+    print(f"{memory / 2 ** 30:.2f} GiB for weights, gradients, optimizer and EMA, without activations"
           + (": see --checkpointing" if hasattr(args, "checkpointing") else ""))
-    counts = torch.bincount(torch.from_numpy(pictures.bucket), minlength=len(buckets)).tolist()
-    print(f"{plan.batch} pictures per step, {args.steps} steps are {args.steps * plan.batch / len(pictures):.1f} epochs; buckets: "
-          + ", ".join(f"{w}x{h} px {n}" for (h, w), n in zip(buckets, counts) if n))
+    counts = torch.bincount(torch.from_numpy(dataset.bucket), minlength=len(sizes)).tolist()
+    print(f"{order.batch} images per step, {args.steps} steps are {args.steps * order.batch / len(dataset):.1f} epochs; "
+          "buckets: " + ", ".join(f"{w}x{h} px {n}" for (h, w), n in zip(sizes, counts) if n))
 
 
-def dry_run(args, model, pictures, buckets, plan, latents: str | None = None) -> None:
-    """The outline, shapes, and the first captions. latents: what a step works on, in words (default: Stage C's)."""
-    outline(args, model, pictures, buckets, plan)
-    positions, indices, bucket = plan.step(0)
-    h, w = buckets[bucket]
-    latents = latents or f"x_0 and eps ({plan.batch}, 16, {h * 3 // 128}, {w * 3 // 128})"
+def dry_run(args, model, dataset, sizes, order, processes, latents: str | None = None) -> None:
+    """Prints the outline, shapes and the first captions. latents: what a step works on (default: Stage C's)."""
+    if not processes.is_main:
+        return
+    outline(args, model, dataset, sizes, order)
+    positions, indices, number = order.step(0)
+    h, w = sizes[number]
+    latents = latents or f"x_0 and eps ({order.batch}, 16, {h * 3 // 128}, {w * 3 // 128})"
     share = getattr(args, "preserve", 0)
-    print(f"step 0: {latents}; its first captions, after dropout{f', of which {share:.0%} give way to --preserve-prompts' if share else ''}:")
+    print(f"step 0: {latents}; its first captions, after dropout"
+          f"{f', of which {share:.0%} are replaced by --preserve-prompts' if share else ''}:")
     for position, index in list(zip(positions.tolist(), indices.tolist()))[:8]:
-        captions = pictures.captions(index)
-        dropped = sample_rng(args.seed, position, "caption dropout").random() < args.caption_dropout
-        print(f"  {pictures.name(index)}: {'' if dropped else captions[sample_rng(args.seed, position, 'caption').integers(len(captions))]!r}")
+        rng = partial(sample_rng, args.seed, position)
+        caption, dropped = draw_caption(dataset, index, rng, args.caption_dropout)
+        print(f"  {dataset.name(index)}: {'' if dropped else caption!r}")
 
 
 def draw_curves(lines: list[dict], names: list[str], path: str | Path, width: int = 560, height: int = 300) -> None:
-    """One plot for each name that occurs in the lines of a log, over the step, below each other in one PNG. Loss axes are logarithmic."""
+    """A PNG with a plot over the steps for each name that occurs in the lines of a log. Axes of losses are logarithmic."""
     font, plots = ImageFont.load_default(size=12), []
     for name in names:
         points = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), (int, float))
@@ -135,73 +135,3 @@ def draw_curves(lines: list[dict], names: list[str], path: str | Path, width: in
         for i, plot in enumerate(plots):
             sheet.paste(plot, (0, i * height))
         write_atomically(path, sheet.save)
-
-
-def settings_table(args) -> str:
-    """The settings of a run as rows of a Markdown table, without those that are nobody else's business."""
-    return "\n".join(f"| `--{name.replace('_', '-')}` | {value} |" for name, value in vars(args).items()
-                     if value not in (None, False, []) and name not in ("out", "resume", "device", "cache", "workers",
-                                                                        "push_to_hub"))
-
-
-def write_result(args, prior, learned: dict, tokenizer, text_model, pictures: int) -> None:
-    """prior/, or lora.safetensors; base.json, which tells sample.py --weights where the other parts are; README.md."""
-    from loading import lora_formats
-    from loading.files import STEM, write_files
-    from loading.names import config_to_diffusers, to_diffusers
-    from loading.weights import save_scheduler, save_text_encoder
-
-    def place(path: str) -> str:
-        return path if path in (*SHIPPED, *NAMES) else str(Path(path).resolve())    # a name stays a name
-    out = Path(args.out)
-    base = dict(weights=place(args.weights), files={part: place(getattr(args, part)) for part in FILES
-                                                    if getattr(args, part)})
-    if args.lora:
-        lora_formats.save_lora(prior, out / "lora.safetensors", metadata=dict(
-            base=args.weights, base_hash=lora_formats.base_hash(prior), steps=args.steps, images=pictures,
-            trigger_words=args.trigger))
-        base["lora"] = "lora.safetensors"
-    else:
-        tensors = {name.removeprefix("prior."): tensor for name, tensor in learned.items() if name.startswith("prior.")}
-        write_files(config_to_diffusers(prior), {n: t.contiguous() for n, t in to_diffusers(tensors, prior).items()},
-                    out / "prior", STEM)
-        save_scheduler(out / "scheduler")
-    if args.train_text:
-        save_text_encoder(tokenizer, text_model, out / "text_encoder", out / "tokenizer")
-    write_atomically(out / "base.json", lambda path: path.write_text(json.dumps(base, indent=2) + "\n"))
-    grids = sorted((out / "samples").glob("*.png"))
-    card = f"""---
-license: mit
-base_model: {'warp-ai/wuerstchen-prior' if args.weights.startswith('v2') else args.weights}
-tags: [text-to-image, wuerstchen{', lora' if args.lora else ''}]
----
-# {out.name}
-
-{'A LoRA for' if args.lora else 'A fine-tune of'} Würstchen's Stage C, from `{args.weights}`, {args.steps} steps on {pictures} pictures.
-{f'Words that call it: **{args.trigger}**.' if args.trigger else ''}
-
-{f"    hf download {args.push_to_hub} --local-dir {out.name}" if args.push_to_hub else ""}
-    python sample.py --weights {out.name} --prompt "..."
-{f'''
-    python sample.py --weights {args.weights} --lora {out.name}/lora.safetensors --prompt "..."
-''' if args.lora else ''}
-{f'![samples](samples/{grids[-1].name})' if grids else ''}
-
-| setting | value |
-|---|---|
-{settings_table(args)}
-"""
-    write_atomically(out / "README.md", lambda path: path.write_text(card, encoding="utf-8"))
-
-
-def push(args) -> None:
-    """Uploads the result, not the checkpoints, to the hub. A failure here must not look like a failed training."""
-    from huggingface_hub import HfApi
-    from loading.hub import hub_errors
-    try:
-        with hub_errors(args.push_to_hub, "main"):
-            HfApi().create_repo(args.push_to_hub, exist_ok=True)
-            HfApi().upload_folder(repo_id=args.push_to_hub, folder_path=args.out,
-                                  ignore_patterns=["checkpoints/*", "index/*", ".*"])
-    except WeightsError as error:
-        print(f"the upload failed, the result is in {args.out}: {error}", file=sys.stderr)

@@ -1,11 +1,99 @@
-"""How an image becomes part of a sample: its pixels or cached latents, its caption.
+"""How an image becomes part of a sample: which images make up a step, pixels or cached latents, the caption.
 
-Needs: torch, numpy; data.py.
+What else a sample draws (noise, noise level) stands in the script. `rng` here is a function of a purpose, see
+order.sample_rng: everything random is a function of (seed, position in the stream of samples, purpose).
+Needs: torch, numpy; data.py, order.py, cache.py.
 """
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
 import torch
 from torch import Tensor
+
+from loading.errors import UserError, as_user_error
+from training.cache import Cache, hash_of, latent_key
+from training.data import bucket_sizes, fit, nearest_bucket, open_dataset, read_filters
+from training.order import BatchSampler, sample_rng
 
 
 def to_tensor(pixels, device="cpu") -> Tensor:
     """(B,H,W,3) uint8, an array or a tensor -> (B,3,H,W) float32 in [0, 1], in channels-last memory like the pixels."""
     return torch.as_tensor(pixels).to(device).permute(0, 3, 1, 2).float() / 255
+
+
+def open_data(args, processes, captions_required: bool = True, unseen: str | None = None) -> tuple:
+    """--data and --val-data. Without --val-data: `unseen`, or --data itself.
+
+    The main process is first, so that the others find its index and what it downloaded.
+    """
+    index, val_data = Path(getattr(args, "cache", None) or args.out) / "index", args.val_data or unseen
+    options = dict(captions_required=captions_required, index_folder=index)
+    with processes.main_first(), as_user_error():
+        dataset = open_dataset(args.data, **options, **read_filters(args.filter))
+        validation = open_dataset(val_data, **options) if val_data else dataset
+    processes.print(dataset.describe())
+    return dataset, validation
+
+
+def open_cache(args, kind: str, encoder: torch.nn.Module, **settings) -> Cache:
+    """A cache in --cache of what `encoder` gives. settings: whatever else the entries depend on."""
+    dtype = dict(fp16="float16", fp32="float32")[args.cache_dtype]
+    return Cache(args.cache, hash_of(encoder), dict(kind=kind, dtype=dtype) | settings)
+
+
+def draw_caption(dataset, index: int, rng: Callable, dropout: float) -> tuple[str, bool]:
+    """One of the captions of image `index`, and whether it is dropped, to be replaced by the empty one."""
+    captions = dataset.captions(index)
+    return captions[rng("caption").integers(len(captions))], bool(rng("caption dropout").random() < dropout)
+
+
+class ImageReader:
+    """(index, size number, rng) -> (index, dict): image `index` cut to sizes[number], or what the caches hold of it.
+
+    pixels: whether pixels (h,w,3) uint8 are needed. caches: name -> Cache of latents, each an entry of the dict.
+    replaced: see cache.fill_cache. The returned index differs if that image cannot be read and another takes its place.
+    """
+    def __init__(self, dataset, sizes: list[tuple[int, int]], args, pixels: bool, caches: dict, replaced: dict[int, int]):
+        self.dataset, self.sizes, self.args, self.pixels = dataset, sizes, args, pixels
+        self.caches, self.replaced = caches, replaced
+        self.same_bucket = [np.flatnonzero(dataset.bucket == bucket) for bucket in range(dataset.bucket.max() + 1)]
+
+    def __call__(self, index: int, number: int, rng: Callable) -> tuple[int, dict[str, Tensor]]:
+        size, args, item = self.sizes[number], self.args, {}
+        flip = bool(args.random_flip and rng("flip").random() < 0.5)
+        index = self.replaced.get(index, index)
+        if self.pixels:
+            others = self.same_bucket[self.dataset.bucket[index]]
+            pixels, index = self.dataset.read_or_next(index, others)                     # (H, W, 3)
+            item["pixels"] = torch.from_numpy(np.array(fit(pixels, size, args.crop, flip, rng("crop"))))
+        for name, cache in self.caches.items():
+            latents = cache.get(latent_key(self.dataset, index, size, flip))
+            if latents is None:
+                raise UserError(f"an entry of --cache {args.cache} was damaged during the run and has been removed: "
+                                f"start again with --resume auto")
+            tokens = latents.dtype.kind == "i"
+            item[name] = torch.from_numpy(latents).long() if tokens else torch.from_numpy(latents).float()
+        return index, item
+
+
+class MultiSizeSampler(BatchSampler):
+    """A BatchSampler whose steps have several resolutions. step() returns a number into `sizes` instead of a bucket.
+
+    The resolution of step k is a function of (seed, k). Buckets are those of the largest resolution, which has the
+    most shapes; in the others, each of them goes to the nearest. Size number = resolution * len(shapes) + bucket.
+    """
+    def __init__(self, image_sizes: np.ndarray, resolutions: list[int], max_ratio: float, batch: int, seed: int):
+        self.resolutions = sorted(set(resolutions), reverse=True)
+        self.shapes = bucket_sizes(self.resolutions[0], max_ratio=max_ratio)
+        self.sizes = [*self.shapes]
+        for resolution in self.resolutions[1:]:
+            smaller = bucket_sizes(resolution, max_ratio=max_ratio)
+            self.sizes += [smaller[i] for i in nearest_bucket(self.shapes, smaller)]
+        self.bucket = nearest_bucket(image_sizes, self.shapes)                           # (N,)
+        super().__init__(self.bucket, batch, seed)
+
+    def step(self, k: int) -> tuple[np.ndarray, np.ndarray, int]:
+        positions, indices, bucket = super().step(k)
+        drawn = sample_rng(self.seed, k, "resolution").integers(len(self.resolutions))
+        return positions, indices, int(drawn) * len(self.shapes) + bucket

@@ -76,7 +76,7 @@ def content_of(place: Place, limit: int = -1) -> bytes:
 # ----- images and the files next to them -----------------------------------------------------------------------------
 
 def _folder_places(folder: str) -> dict[str, Place]:
-    """Names, relative to the folder, of all files below it, sorted -> their places.  Dot files and folders are skipped."""
+    """Names, relative to the folder, of all files below it, sorted -> their places.  Dot files and folders: skipped."""
     def stop(error):                             # os.walk on its own skips a folder that it may not read
         raise error
     places, seen = {}, set()

@@ -6,7 +6,7 @@ Two things differ from v2. Stage B is discrete diffusion over the VQGAN's tokens
 settings of its own, TokenSampling. And the released Stage C works on the raw semantic latents, without (raw + 1) / 42.
 Random numbers are normally distributed, as in the main pipeline, and become uniform by the normal distribution's
 integral: so the source of noise is the same for both.
-Needs: torch; wuerstchen.py, v1/stage_b.py.
+Needs: torch; wuerstchen.py, v1/stage_b.py, v1/sampling.py.
 """
 import functools
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from v1.stage_b import MODES, sample, temperatures
+from v1.sampling import MODES, sample, temperatures
 from wuerstchen import NAN_ADVICE, Sampling, Wuerstchen
 
 DEFAULT_C = Sampling(60, guidance=6.0)                       # the settings of v1's notebook
@@ -56,8 +56,8 @@ class WuerstchenV1(Wuerstchen):
     channels_b = 1                                           # one random number per token
 
     def __init__(self, networks: dict, size: int = 512, device="cpu", dtype=torch.float32, c: Sampling = DEFAULT_C,
-                 b: TokenSampling = TokenSampling(), raw: bool = True):
-        super().__init__(networks, size, device, dtype, c, b)
+                 b: TokenSampling | None = None, raw: bool = True):
+        super().__init__(networks, size, device, dtype, c, b or TokenSampling())
         if raw:
             self.scale = self.unscale = lambda x: x
 

@@ -2,9 +2,9 @@
 
   picture -VQGAN-> tokens x_0 (B,h,w) -some replaced at random-> x_t (B,h,w) -[B]-> logits (B,K,h,w) -> cross-entropy with x_0
 
-One step stands in train_b.py's loop, model and loss in stage_b_v1.py. Here is what surrounds them, under the names that
+One step stands in train_b.py's loop, the model in stage_b.py, its loss in losses.py. Here is what surrounds them, under the names that
 the same things for v2 have in train_b.py: what a sample draws, the validation, pictures through the whole chain.
-Needs: torch, numpy; stage_b_v1.py, training/order.py, diffusion.py.
+Needs: torch, numpy; stage_b.py, v1/, training/order.py, wuerstchen.py.
 """
 import math
 
@@ -14,7 +14,9 @@ from torch import Tensor
 
 from training.order import sample_rng
 from wuerstchen import Noise
-from v1.stage_b import AttentionBlock, add_noise, layer_norm, sample, training_errors
+from stage_b import AttentionBlock, layer_norm
+from v1.losses import training_errors
+from v1.sampling import add_noise, sample
 
 
 def draw(rng: np.random.Generator, codes: int, h: int, w: int) -> dict:
@@ -64,7 +66,7 @@ class AttentionGuide:
         rows, columns = (share_over(n, m, x.device) for n, m in zip((h, w), x.shape[1:3]))
         share = torch.einsum("Hh,Ww->HWhw", rows, columns).flatten(2).flatten(0, 1)     # (H*W, h'*w')
         tokens = layer_norm(x).flatten(1, 2)                                             # (B, H*W, C)
-        k = torch.cat([block.read(told)[0], block.key(tokens)], dim=1)                   # (B, h'*w' + N + H*W, C)
+        k = torch.cat([block.text_kv(told)[0], block.key(tokens)], dim=1)                   # (B, h'*w' + N + H*W, C)
         # (B, heads / 2, ..., C / heads)
         q, k = (y.unflatten(-1, (block.heads, -1))[:, :, :heads].transpose(1, 2) for y in (block.query(tokens), k))
         said = (q @ k.mT / math.sqrt(q.shape[-1])).float().log_softmax(-1)[..., :h * w]  # (B, heads / 2, H*W, h'*w')

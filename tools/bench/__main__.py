@@ -12,6 +12,11 @@
   python -m tools.bench --epoch --repeats 1              # 13 GB, 4 minutes
   python -m tools.bench --int8                           # 10 minutes
 
+start      from `python sample.py` to the image on disk, next to a Python that only imports torch and transformers'
+           CLIP, the lower bound for any program that uses both; and `--help`
+networks   one step of Stage C (guided: two rows), one of Stage B (one row), one decoding by Stage A, next to diffusers
+           with the same weights and inputs, if it is installed; and 16 images in one batch
+
 Our networks run as `Wuerstchen.load` sets them up by default, in their fast form (speed/fast.py).
 Whatever is compared runs in turns, A B A B ..., so that a slow phase of the machine slows both. Times are medians; a
 ratio is the median of the ratios of neighbouring runs. Each command replaces only its own sections of the file.
@@ -19,37 +24,34 @@ Operations are those that torch counts in products and convolutions. The peak is
 in the same dtype, measured in turns with the rest. Nothing is asserted: a figure belongs to its machine.
 Needs: what wuerstchen.py needs; diffusers and peft for the comparisons.
 """
+import sys
+
 if __name__ == "__main__" and not __package__:
-    raise SystemExit("error: run the benchmark from the repository's folder as: python -m tools.bench")
+    sys.exit("error: run this as: python -m tools.bench")
 
 import argparse
-import sys
 from pathlib import Path
 
 from tools.bench.report import DTYPES, FILE, write
 
 QUESTIONS = {
-    "memory": "measure peak memory instead, at official size (Linux): of loading Stage C, and of a whole image with "
-              "low_memory=True, two steps each; next to the size of what is loaded. On a CPU with pages of files",
-    "training": "measure training steps instead (forward, backward, clip, AdamW) of a LoRA and of all of Stage C at "
-                "official size and 512 px, next to diffusers and peft with the same weights and inputs (Linux)",
-    "epoch": "measure an epoch instead: 200 images of 768 px with and without --cache, added up from a LoRA's step at "
-             "official size and the encoders; and whether two workers read fast enough",
-    "int8": "measure int8 instead: the weights at official size, and what tiny/evaluate.py finds right in 4 x 256 "
-            "images, next to float32 with the same noise",
-    "official": "measure networks of official size instead, with random weights at 1024 px; also compiled and in int8; "
-                "and how much of the time matrix products and attention take by themselves",
+    "memory": "peak memory at official size (Linux): of loading Stage C, and of a whole image with low_memory=True, "
+              "two steps each; next to the size of what is loaded. On a CPU this includes pages of files",
+    "training": "training steps (forward, backward, clip, AdamW) of a LoRA and of all of Stage C at official size and "
+                "512 px, next to diffusers and peft with the same weights and inputs (Linux)",
+    "epoch": "an epoch, 200 images of 768 px, with and without --cache, added up from a LoRA's step at official size "
+             "and the encoders; and whether two workers read fast enough",
+    "int8": "the weights at official size in int8, and how many of 4 x 256 images tiny/evaluate.py finds right, next "
+            "to float32 with the same noise",
+    "official": "networks of official size with random weights at 1024 px; also compiled and in int8; and how much of "
+                "the time matrix products and attention take by themselves",
 }
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    g = p.add_argument_group(
-        "what is measured", "By default: from `python sample.py` to the image on disk, next to a Python that only "
-        "imports torch and transformers' CLIP, the lower bound for any program that uses both; and `--help`. Then one "
-        "step of Stage C (guided: two rows), one of Stage B (one row) and one decoding by Stage A, next to diffusers "
-        "with the same weights and inputs, if it is installed; and 16 images in one batch.")
+    g = p.add_argument_group("what is measured instead of start and networks")
     for name, text in QUESTIONS.items():
         g.add_argument(f"--{name}", action="store_true", help=text)
     g.add_argument("--skip-start", action="store_true", help="do not measure program starts, which take longest")
@@ -76,11 +78,13 @@ def main(argv=None):
     args = parse_args(argv)
     args.typed = sys.argv[1:] if argv is None else list(argv)
     import torch                                         # only now, so that --help answers at once
-    from tools.bench import epoch, int8, memory, networks, official, start, training
+    from tools.bench import int8, memory, networks, official, start, training
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = dict(memory=memory, training=training, epoch=epoch, int8=int8, official=official)
-    for module in [chosen[name] for name in QUESTIONS if getattr(args, name)] or [start, networks][args.skip_start:]:
-        write(args, *module.measure(args))
+    answers = dict(memory=memory.measure, training=training.measure, epoch=training.measure_epoch, int8=int8.measure,
+                   official=official.measure)
+    chosen = [answers[name] for name in QUESTIONS if getattr(args, name)]
+    for measure in chosen or [start.measure, networks.measure][args.skip_start:]:
+        write(args, *measure(args))
 
 
 if __name__ == "__main__":

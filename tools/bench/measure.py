@@ -3,6 +3,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Hashable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -15,15 +16,23 @@ from torch.utils.flop_counter import FlopCounterMode
 from tools.bench.report import Row
 
 
+def seconds_of(action: Callable, device: str = "cpu") -> float:
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None     # a GPU is done later
+    wait()
+    start = time.perf_counter()
+    action()
+    wait()
+    return time.perf_counter() - start
+
+
 def in_turns(actions: dict[Hashable, Callable], repeats: int) -> dict[Hashable, list[float]]:
     """Runs all actions once to warm up, then `repeats` times in turns -> the seconds of each."""
     seconds = {name: [] for name in actions}
     for repeat in range(repeats + 1):
         for name, action in actions.items():
-            start = time.perf_counter()
-            action()
+            taken = seconds_of(action)
             if repeat > 0:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(taken)
     return seconds
 
 
@@ -49,25 +58,16 @@ def peak_memory(device: str, before: int) -> int:
     return torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else memory("VmHWM") - before
 
 
-def seconds_of(action: Callable, device: str = "cpu") -> float:
-    start = time.perf_counter()
-    action()
-    if device.startswith("cuda"):                        # calls return before a GPU is done
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
 # ----- networks --------------------------------------------------------------------------------------
 
 class Call(NamedTuple):
-    """What is measured: our call, diffusers' or None, how often per run, and whether our products are also timed alone.
+    """What is measured: our call, diffusers' or None, and whether our products are also timed alone.
 
     eager: for a compiled call, the call that does the same eagerly. It is compared with, and its operations are
     counted, because those of a compiled call cannot be.
     """
     ours: Callable
     theirs: Callable | None
-    repeat: int = 1
     alone: bool = False
     eager: Callable | None = None
 
@@ -116,38 +116,38 @@ def products_of(call: Callable) -> Callable:
 
 
 @torch.no_grad()
-def compare(calls: dict[str, Call], repeats: int, device: str,
-            dtype=torch.float32) -> tuple[list[Row], dict[str, Measured], float]:
+def compare(calls: dict[str, Call], repeats: int, device: str, dtype=torch.float32,
+            times: int = 1) -> tuple[list[Row], dict[str, Measured], float]:
     """-> rows; what was measured of each call; and GFLOP/s of a large product in this dtype, all taken in turns.
 
-    Calls that share diffusers' side (the same function) have it measured once, and their ratios are with that one.
+    times: calls per run. Calls that share diffusers' side (the same function) have it measured once, and their ratios
+    are with that one.
     """
-    def repeated(call: Callable, times: int) -> Callable:
-        return lambda: seconds_of(lambda: [call() for _ in range(times)], device)
     # Small for half precision on a CPU: one without it takes minutes.
     n = 8192 if device.startswith("cuda") else 2048 if dtype == torch.float32 else 256
     a = torch.randn(n, n, device=device, dtype=dtype)
-    actions, alone, flops, results = {"peak": repeated(lambda: a @ a, 1)}, {}, {}, {}
+    functions, alone, flops, results = [product := lambda: a @ a], {}, {}, {}
     for what, call in calls.items():
+        # First of all, because a fast form computes in its first call what is the same in all. Cloned because a CUDA
+        # graph overwrites its output.
+        results[what] = call.ours().float().clone()
         if call.alone:
             alone[what] = products_of(call.ours)
-        for function in (call.ours, call.theirs, alone.get(what)):
-            if function is not None:                     # keyed by the function, so that a shared one runs once
-                actions[function] = repeated(function, call.repeat)
+        functions += [call.ours, call.theirs, alone.get(what)]
         with FlopCounterMode(display=False) as counter:
             (call.eager or call.ours)()
-        # Cloned because a CUDA graph overwrites its output.
-        flops[what], results[what] = counter.get_total_flops(), call.ours().float().clone()
-    seconds = in_turns(actions, repeats)
-    peak, rows, found = 2 * n ** 3 / median(seconds["peak"]) / 1e9, [], {}
+        flops[what] = counter.get_total_flops()
+    runs = in_turns({function: partial(seconds_of, lambda f=function: [f() for _ in range(times)], device)
+                     for function in functions if function is not None}, repeats)
+    seconds = {function: [run / times for run in of] for function, of in runs.items()}            # of one call
+    peak, rows, found = 2 * n ** 3 / median(seconds[product]) / 1e9, [], {}
     for what, call in calls.items():
-        ours, theirs, errors = seconds[call.ours], seconds.get(call.theirs), ()
+        theirs, errors = seconds.get(call.theirs), ()
         if theirs:
             reference = call.theirs().float()
             error = results[what] - reference
             errors = (error.abs().max() / reference.abs().max()).item(), (error.norm() / reference.norm()).item()
-        found[what] = Measured(median(ours) / call.repeat, theirs and median(theirs) / call.repeat, flops[what],
-                               *errors)
+        found[what] = Measured(median(seconds[call.ours]), theirs and median(theirs), flops[what], *errors)
         rows += rows_of(what, call, found[what], seconds, seconds.get(alone.get(what)), peak)
     return rows, found, peak
 
@@ -156,7 +156,7 @@ def rows_of(what: str, call: Call, found: Measured, seconds: dict[Hashable, list
             peak: float) -> list[Row]:
     """The rows of one call. alone: the seconds of only its products; peak: GFLOP/s."""
     def ms(values: list[float]) -> str:
-        return f"{1000 * median(values) / call.repeat:.2f} ms"
+        return f"{1000 * median(values):.2f} ms"
     ours, theirs, speed, more = seconds[call.ours], seconds.get(call.theirs), found.flops / found.ours / 1e9, []
     if "int8" not in what:                               # torch does not count its products
         more.append(f"{found.flops / 1e9:.4g} GFLOP, {speed:.0f} GFLOP/s, {speed / peak:.0%} of the peak")

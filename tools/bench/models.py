@@ -1,5 +1,4 @@
 """The networks that the benchmark compares: ours and diffusers', with the same weights, loaded or random."""
-import importlib
 from collections.abc import Callable
 
 import torch
@@ -11,20 +10,20 @@ from speed.int8 import quantised, to_int8
 
 def diffusers_classes() -> dict[str, type]:
     """{"prior", "decoder", "vqgan": diffusers' class}; empty if diffusers is not installed."""
-    for package in ("pipelines.deprecated.wuerstchen", "pipelines.wuerstchen"):          # later versions moved it
-        try:
-            theirs = importlib.import_module(f"diffusers.{package}")
-        except ImportError:
-            continue
-        return dict(prior=theirs.modeling_wuerstchen_prior.WuerstchenPrior,
-                    decoder=theirs.modeling_wuerstchen_diffnext.WuerstchenDiffNeXt,
-                    vqgan=theirs.modeling_paella_vq_model.PaellaVQModel)
-    return {}
+    try:
+        from diffusers.pipelines.deprecated import wuerstchen as theirs
+    except ImportError:
+        return {}
+    return dict(prior=theirs.modeling_wuerstchen_prior.WuerstchenPrior,
+                decoder=theirs.modeling_wuerstchen_diffnext.WuerstchenDiffNeXt,
+                vqgan=theirs.modeling_paella_vq_model.PaellaVQModel)
 
 
 @torch.no_grad()
-def randomize(model: nn.Module, device: str, dtype=torch.float32) -> nn.Module:
-    """A model from the meta device gets random weights, always the same."""
+def random_network(kind: Callable, config: dict, device: str, dtype=torch.float32) -> nn.Module:
+    """kind(**config) with random weights, always the same."""
+    with torch.device("meta"):
+        model = kind(**config)
     model.to_empty(device=device).requires_grad_(False)
     torch.manual_seed(0)
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -38,14 +37,24 @@ def randomize(model: nn.Module, device: str, dtype=torch.float32) -> nn.Module:
 
 def random_pair(stage: type, part: str, config: dict, device: str, dtype=torch.float32) -> tuple[nn.Module, nn.Module]:
     """Ours with random weights, and diffusers' with the very same tensors, which are in memory only once."""
+    ours = random_network(stage, config, device, dtype)
     with torch.device("meta"):
-        ours = stage(**config)
         theirs = diffusers_classes()[part](**{key: value for key, value in config_to_diffusers(ours).items()
                                               if key[0] != "_"})
-    randomize(ours, device, dtype)
     theirs.load_state_dict({name: tensor.contiguous()
                             for name, tensor in to_diffusers(ours.state_dict(), ours).items()}, assign=True)
     return ours, theirs.requires_grad_(False).eval()
+
+
+def random_text_model(width: int, layers: int, heads: int, device: str, dtype=torch.float32) -> nn.Module:
+    """A CLIP text model: bigG's size is 1280, 32, 20; H's 1024, 24, 16."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+    config = CLIPTextConfig(vocab_size=49408, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
+                            intermediate_size=4 * width, hidden_act="gelu")
+    model = random_network(CLIPTextModel, dict(config=config), device, dtype)
+    for buffer in model.buffers():                       # there is only one: positions 0, 1, 2, ...
+        buffer.copy_(torch.arange(buffer.numel()).view(buffer.shape))
+    return model
 
 
 def int8_copy(network: nn.Module) -> nn.Module:
@@ -59,19 +68,3 @@ def int8_copy(network: nn.Module) -> nn.Module:
 def noise(device: str, dtype=torch.float32) -> Callable:
     """-> noise(*shape), the same on all devices and at each call."""
     return lambda *shape: torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-
-
-# until speed/fast.py has them
-def bind_c(network: nn.Module, text: torch.Tensor) -> Callable:
-    prepared = network.prepare(text)
-    return lambda x_t, t: network(x_t, t, prepared)
-
-
-def bind_b(network: nn.Module, semantic: torch.Tensor, text: torch.Tensor) -> Callable:
-    prepared = []
-
-    def step(x_t, t):
-        if not prepared:
-            prepared.append(network.prepare(x_t.shape[2:], semantic, text))
-        return network(x_t, t, prepared[0])
-    return step

@@ -4,7 +4,7 @@ from functools import partial
 from statistics import median
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from loading.layouts import find_parts
 from tools.bench.measure import Call, compare, in_turns
@@ -20,9 +20,9 @@ def measure(args) -> tuple[str, list[Row], str]:
     # low_cpu_mem_usage would need another library, and warn about it at length.
     theirs = {part: kind.from_pretrained(paths[part], torch_dtype=model.dtype, low_cpu_mem_usage=False).to(args.device)
               for part, kind in diffusers_classes().items()}
-    rows, _, peak = compare(calls_of(model, theirs, args), args.repeats, args.device)
-    seconds = median(in_turns({"batch": lambda: model([PROMPT] * 16, seed=list(range(16)), width=args.side,
-                                                      height=args.side)}, args.repeats)["batch"])
+    rows, _, peak = compare(calls_of(model, theirs, args), args.repeats, args.device, times=args.calls)
+    seconds = median(in_turns({"batch": lambda: model(PROMPT, num_images=16, width=args.side, height=args.side)},
+                              args.repeats)["batch"])
     rows.append(Row("16 images in a batch, per second", f"{seconds:.2f} s", "", 16 / seconds))
     return "Networks", rows, (f"Ratios: how many times as fast. Weights: {args.weights}. Peak {peak:.0f} GFLOP/s."
                               + " diffusers is not installed, so there is no comparison with it." * (not theirs))
@@ -34,20 +34,32 @@ def calls_of(model: Wuerstchen, theirs: dict, args) -> dict[str, Call]:
     text_b, _ = model.encode_text("b", [PROMPT], [""])                                   # (1, N, D)
     x_c, x_b = random(2, model.channels_c, *size_c), random(1, model.channels_b, *size_b)
     semantic = model.unscale(random(1, model.channels_c, *size_c))
-    calls, vqgan = {}, theirs.get("vqgan")
+    networks_c, networks_b, networks_a = ((model.part(ours), theirs.get(part)) for ours, part in (
+        ("stage_c", "prior"), ("stage_b", "decoder"), ("stage_a", "vqgan")))
+    return {**step_calls("Stage C step", "", args, networks_c, model.bind_c(text_c), x_c, text_c),
+            # Outside the guidance interval nothing unconditional is computed.
+            **step_calls("Stage C step, unguided", "", args, networks_c, model.bind_c(text_c[:1]), x_c[:1], text_c[:1]),
+            **step_calls("Stage B step", "", args, networks_b, model.bind_b(semantic, text_b), x_b, semantic, text_b),
+            **decode_calls("", args, networks_a, model.decode_one, x_b)}
 
-    def add(title: str, part: str, step: Callable, network: nn.Module, x: torch.Tensor, *conditions) -> None:
-        t = torch.full((len(x),), 0.5, device=args.device)
-        other = partial(theirs[part], x, t.to(x.dtype), *conditions) if theirs else None
-        calls[title] = Call(partial(step, x, t), other, args.calls)
-        if args.plain:
-            calls[f"{title}, plain"] = Call(partial(network, x, t, *conditions), other, args.calls)
-    add("Stage C step", "prior", model.bind_c(text_c), model.part("stage_c"), x_c, text_c)
-    # Outside the guidance interval nothing unconditional is computed.
-    add("Stage C step, unguided", "prior", model.bind_c(text_c[:1]), model.part("stage_c"), x_c[:1], text_c[:1])
-    add("Stage B step", "decoder", model.bind_b(semantic, text_b), model.part("stage_b"), x_b, semantic, text_b)
-    other = (lambda: vqgan.decode(x_b * vqgan.config.scale_factor).sample) if theirs else None
-    calls["Stage A decode"] = Call(lambda: model.decode_one(x_b), other, args.calls)
+
+def step_calls(title: str, suffix: str, args, networks: tuple[nn.Module, nn.Module | None], fast: Callable, x: Tensor,
+               *conditions: Tensor) -> dict[str, Call]:
+    """A step at t = 0.5 in the fast form and, with --plain, in the plain one. networks: ours, diffusers' or None."""
+    (ours, theirs), t = networks, torch.full((len(x),), 0.5, device=args.device)
+    other = theirs and partial(theirs, x, t.to(x.dtype), *conditions)
+    calls = {title + suffix: Call(partial(fast, x, t), other, args.official)}
     if args.plain:
-        calls["Stage A decode, plain"] = Call(lambda: model.part("stage_a").decode(x_b), other, args.calls)
+        calls[f"{title}, plain{suffix}"] = Call(partial(ours, x, t, *conditions), other)
+    return calls
+
+
+def decode_calls(suffix: str, args, networks: tuple[nn.Module, nn.Module | None], fast: Callable,
+                 x: Tensor) -> dict[str, Call]:
+    """The same for a decoding by Stage A."""
+    ours, theirs = networks
+    other = theirs and (lambda: theirs.decode(x * ours.scale_factor).sample)
+    calls = {f"Stage A decode{suffix}": Call(partial(fast, x), other, args.official)}
+    if args.plain:
+        calls[f"Stage A decode, plain{suffix}"] = Call(partial(ours.decode, x), other)
     return calls

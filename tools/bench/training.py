@@ -1,20 +1,25 @@
-"""How long training steps of Stage C take, and how much memory, next to diffusers and peft: random weights (Linux).
+"""How long training of Stage C takes, and how much memory: steps next to diffusers and peft, and an epoch (Linux).
 
-Each setting runs in a process of its own, in turns.
+Each setting runs in a process of its own, in turns, with random weights.
 """
 import sys
+import tempfile
 import time
+from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 import lora
+from stage_b import EfficientNetEncoder, preprocess
 from stage_c import StageC
 from tools.bench.measure import in_own_process, memory, peak_memory, products_of, ratio, seconds_of
-from tools.bench.models import random_pair
-from tools.bench.report import Row
+from tools.bench.models import random_pair, random_text_model
+from tools.bench.report import PROMPT, Row
 
 
 class Run(NamedTuple):
@@ -30,49 +35,63 @@ RUNS = [Run(who, full, how) for full in (False, True)
 
 
 def measure(args) -> tuple[str, list[Row], str]:
-    side, results = args.side or 512, {run: [] for run in RUNS}
+    side, results, rows = args.side or 512, {run: [] for run in RUNS}, []
     # On a CPU, all of Stage C with gradients and moments does not fit next to the rest: fewer blocks, for the ratio.
     depths = {False: args.depth, True: max(1, args.depth // 4) if args.device == "cpu" else args.depth}
     for _ in range(args.repeats):
         for run in RUNS:
             results[run].append(in_own_process(fresh_steps, run, depths[run.full], side, args.batch, args.device))
             print(run, results[run][-1], file=sys.stderr, flush=True)
-    rows, sizes, shares = [], [], []
     for run in RUNS:
-        # Our "products" takes as long as a plain step and has no counterpart, so diffusers' plain step is next to it.
-        other = results["diffusers", run.full, "blocks" if run.checkpointing == "blocks" else None]
         if run.who == "ours":
-            rows += rows_of(run, results[run], other)
-        else:                                            # of all of Stage C: weights, gradients and two moments
-            sizes.append(other[0]["size"])
-            shares.append((4 if run.full else 1) * sizes[-1] / median(result["peak"] for result in other))
-    note = (f"One step of a LoRA of rank 8 on attention, Stage C of depth {depths[False]} (weights {sizes[0]:.2f} GB), "
-            f"and one of all of Stage C, of depth {depths[True]} ({sizes[2]:.2f} GB): {side} px, batch {args.batch}. "
-            f"Ratios: of time and of memory. Without activations the weights would remain, {shares[0]:.2f} of "
-            f"diffusers' memory ({shares[1]:.2f} with checkpointing); for all of Stage C with gradients and two "
-            f"moments {shares[2]:.2f} ({shares[3]:.2f}).")
+            # Our "products" takes as long as a plain step and has no counterpart: diffusers' plain step is next to it.
+            how = "blocks" if run.checkpointing == "blocks" else None
+            rows += rows_of(run, results[run], results["diffusers", run.full, how])
+    note = (f"One step of a LoRA of rank 8 on attention, Stage C of depth {depths[False]}, and one of all of Stage C, "
+            f"of depth {depths[True]}: {side} px, batch {args.batch}. Ratios: of time and of memory.")
     return "Training at 1024 px" if side == 1024 else "Training", rows, note
 
 
 def rows_of(run: Run, ours: list[dict], theirs: list[dict]) -> list[Row]:
-    """What was measured of a run of ours, and of its counterpart."""
+    """The rows of a run of ours and its counterpart."""
+    def both(key: str) -> tuple[list[float], list[float]]:
+        return tuple([result[key] for result in results] for results in (ours, theirs))
     title = ("full" if run.full else "LoRA") + f", `--checkpointing {run.checkpointing}`" * bool(run.checkpointing)
     other = "diffusers" + " + peft" * (not run.full) + ", checkpointed" * (run.checkpointing == "blocks")
-    losses, rows = f"losses {ours[0]['loss']:.6f} and {theirs[0]['loss']:.6f}", []
-    for name, key, text in (("time", "seconds", "{:.2f} s"), ("memory", "peak", "{:.2f} GB")):
-        our_values, their_values = ([result[key] for result in results] for results in (ours, theirs))
-        rows.append(Row(f"{title}, {name}", text.format(median(our_values)),
-                        f"{text.format(median(their_values))}, {other}", ratio(our_values, their_values), losses))
+    (seconds, their_seconds), (peak, their_peak) = both("seconds"), both("peak")
+    size = ours[0]["size"]
+    least = f"weights, gradients and moments {4 * size:.2f}" if run.full else f"weights {size:.2f}"
+    rows = [Row(f"{title}, time", f"{median(seconds):.2f} s", f"{median(their_seconds):.2f} s, {other}",
+                ratio(seconds, their_seconds), f"losses {ours[0]['loss']:.6f} and {theirs[0]['loss']:.6f}"),
+            Row(f"{title}, memory", f"{median(peak):.2f} GB", f"{median(their_peak):.2f} GB, {other}",
+                ratio(peak, their_peak), f"of this {least} GB")]
     if not run.checkpointing:
-        seconds, products = ([result[key] for result in ours] for key in ("seconds", "products"))
-        share = ratio(products, [result["seconds"] for result in theirs])
+        products = [result["products"] for result in ours]
         rows.append(Row(f"{title}, only its products", rows[0].ours, f"{median(products):.2f} s",
                         ratio(products, seconds), "share of the time that matrix products and attention take by "
-                        f"themselves; without the rest {share:.2f} of diffusers' time"))
+                        f"themselves; without the rest {ratio(products, their_seconds):.2f} of diffusers' time"))
     return rows
 
 
-# ----- runs in a process of its own ------------------------------------------------------------------
+def measure_epoch(args) -> tuple[str, list[Row], str]:
+    """An epoch of 200 images with and without a cache, added up from its parts: a whole one takes hours on a CPU."""
+    side, steps, found = args.side or 768, 200 / args.batch, []
+    for _ in range(args.repeats):
+        step = in_own_process(fresh_steps, Run("ours", False, None), args.depth, side, args.batch, args.device)
+        found.append((step["seconds"], in_own_process(encoding, side, args.batch, args.device),
+                      in_own_process(reading, side, args.batch)))
+    step, more, read = (median(values) for values in zip(*found))
+    rows = [Row("200 images, LoRA, `--cache`", f"{steps * step:.0f} s", f"{steps * (step + more):.0f} s, without",
+                (step + more) / step, f"the image encoder and CLIP take {more:.2f} s of a step of {step + more:.2f} s, "
+                "which is all that a cache can save"),
+            Row("reading a batch, 2 workers", f"{read:.3f} s", f"{step + more:.2f} s, a step without a cache",
+                read / (step + more))]
+    return "Epoch", rows, (f"LoRA of rank 8 on attention, Stage C of depth {args.depth}, {side} px, "
+                           f"batch {args.batch}, image files of {side * 4 // 3} px.")
+
+
+# ----- in processes of their own ---------------------------------------------------------------------
+
 
 def fresh_steps(run: Run, *sizes) -> dict:
     """training_steps after a step of a small model: what torch and peft load at first use is not memory of a step."""
@@ -132,3 +151,35 @@ def build(run: Run, depth: int, device: str, width: int) -> nn.Module:
         from peft import LoraConfig
         model.add_adapter(LoraConfig(r=8, lora_alpha=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     return model
+
+
+@torch.no_grad()
+def encoding(side: int, batch: int, device: str) -> float:
+    """Seconds of what --cache saves in a step: the image encoder and CLIP-bigG, of official size, random weights."""
+    encoder, text_model = EfficientNetEncoder().eval().to(device), random_text_model(1280, 32, 20, device)
+    images, ids = torch.rand(batch, 3, side, side, device=device), torch.arange(77, device=device).expand(batch, -1)
+    seconds = [seconds_of(lambda: (encoder(preprocess(images, side * 3 // 4)), text_model(input_ids=ids)), device)
+               for _ in range(3)]
+    return median(seconds[1:])
+
+
+def reading(side: int, batch: int, files: int = 64) -> float:
+    """Seconds in which two workers read a batch as train_c.py's loop gets it, from JPEGs a third larger than `side`."""
+    import train_c
+    from training.data import open_dataset
+    from training.order import BatchSampler, batches
+    from training.processes import Processes
+    with tempfile.TemporaryDirectory() as folder:
+        rng = np.random.default_rng(0)
+        for i in range(files):
+            rough = Image.fromarray(rng.integers(0, 256, (side // 16, side // 16, 3), np.uint8))
+            rough.resize((side * 4 // 3, side * 4 // 3), Image.Resampling.BICUBIC).save(f"{folder}/{i}.jpg", quality=95)
+            Path(folder, f"{i}.txt").write_text(PROMPT, encoding="utf-8")
+        args = train_c.parse_args(["--data", folder, "--out", folder, "--batch", f"{batch}", "--workers", "2"])
+        dataset = open_dataset(folder)
+        dataset.bucket = np.zeros(len(dataset), int)
+        samples = train_c.StageCSamples(dataset, [(side, side)], args, {}, {})
+        loader = batches(samples, BatchSampler(dataset.bucket, batch, 0), Processes("cpu"), args)
+        for _ in range(8):                               # until the workers run and have used up what they read ahead
+            next(loader)
+        return seconds_of(lambda: [next(loader) for _ in range(16)]) / 16

@@ -1,0 +1,530 @@
+"""The command line of sample.py, except for its everyday options: before torch is imported, and after an image is done.
+
+  argv -parse_jobs-> jobs, one for each image: all options, its seed, its path -batches-> lists that go into one call
+  image, job -save-> a PNG file with the settings that made it
+
+A job is an argparse.Namespace. Most options are arguments of the same name in Python. Those that change what sample.py
+does (grids, interpolation, reconstruction, latents, previews) are carried out in modes.py.
+Surprise: an option is read from three places, and checked in the same way: the command line, the PNG file of --like,
+and a line of --prompt-file. The last two are turned into options as one would type them, see as_argv.
+Needs: the standard library, so that `--help` and error messages appear at once.
+"""
+import argparse
+import contextlib
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+import random
+import re
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+
+from loading.errors import UserError
+
+SAMPLERS = dict(c=("ddpm", "ddim", "dpm++"), b=("ddpm", "ddim", "dpm++", "multinomial", "argmax", "quant"))
+DTYPES = dict(fp32="float32", bf16="bfloat16", fp16="float16")
+# Fields of a stage's sampling settings, with the defaults of their options. None: the weights have their own default.
+SAMPLING = dict(steps=None, sampler=None, guidance=None, interval=(0.0, 1.0), rescale=0.0, eta=0.0, t_start=1.0,
+                t_end=0.0, temperature=None)
+PUBLISHED_STEPS = "DEFAULT_STAGE_C_TIMESTEPS"    # diffusers' name for the levels of Sampling(29, early=True)
+# Parts that can be replaced by a folder or file.
+FILES = dict(prior="Stage C", decoder="Stage B", vqgan="Stage A", image_encoder="the image encoder",
+             prior_text_encoder="Stage C's text encoder", text_encoder="Stage B's text encoder")
+INPUTS = ("init", "mask", "reconstruct", "from_latent", "to_latent", "tensors")      # files an image is made from
+
+# The settings that are saved with an image and read by --like. PER_IMAGE: may differ between lines of --prompt-file.
+OF_STAGES = tuple(f"{name}_{stage}" for stage in "cb" for name in SAMPLING if (name, stage) != ("temperature", "c"))
+PER_IMAGE = ("prompt", "negative_prompt", "seed", "num_images", "width", "height", "init", "strength", "mask",
+             "outpaint", "from_latent", "tensors", *OF_STAGES)
+PER_RUN = ("reconstruct", "interpolate_to", "to_seed", "frames", "grid", "to_latent", "weights", *FILES, "lora",
+           "revision", "dtype", "int8", "tile")
+
+COMBINED = ("reconstruct", "grid", "interpolate_to", "to_latent")            # these make one image out of several
+SPECIAL = {*COMBINED, "outpaint", "from_latent", "tensors", "save_latent", "preview_every"}      # see modes.py
+CONFLICTS = (("mask", "outpaint"), ("low_memory", "offload"), ("prompt_file", "reconstruct"), ("reconstruct", "init"),
+             ("reconstruct", "from_latent"), ("grid", "from_latent"), ("interpolate_to", "from_latent"),
+             ("save_latent", "from_latent"), ("tensors", "interpolate_to"), *itertools.combinations(COMBINED, 2),
+             *itertools.product(("save_latent", "preview_every"), COMBINED))
+REQUIRES = (("mask", "init"), ("outpaint", "init"), ("strength", "init"), ("to_latent", "from_latent"),
+            ("to_seed", "interpolate_to", "to_latent"))                      # the first needs one of the others
+
+
+def error(message: str) -> None:
+    raise UserError(message)
+
+
+# ----- values: each function reads what stands after an option -------------------------------------------------------
+
+def integer(least: int):
+    """-> a reader of whole numbers from `least` on."""
+    def read(text: str) -> int:
+        if not re.fullmatch("[0-9]{1,12}", text) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
+        return int(text)
+    return read
+
+
+positive_int = integer(1)
+
+
+def number(text: str, low: float = -math.inf, high: float = math.inf) -> float:
+    """0.5 or 2/3."""
+    try:
+        value = float(Fraction(text))
+    except (ValueError, ArithmeticError):        # 1/0, 1e999
+        value = math.nan
+    if not low <= value <= high:
+        limits = f", from {low} to {high}" if high == 1 else ""
+        raise argparse.ArgumentTypeError(f"expected a number such as 0.5 or 2/3{limits}, got {text!r}")
+    return value
+
+
+unit_float = functools.partial(number, low=0, high=1)
+
+
+def comma_list(read_one, *counts: int):
+    """-> a reader of values with commas between. counts: how many are possible; if 1 is, one is not made a list."""
+    def read(text: str):
+        values = tuple(map(read_one, text.split(",")))
+        if counts and len(values) not in counts:
+            raise argparse.ArgumentTypeError(f"expected {' or '.join(map(str, counts))} numbers with commas between, "
+                                             f"got {text!r}")
+        return values[0] if counts and len(values) == 1 else values
+    return read
+
+
+def steps(text: str) -> int | str | dict | tuple:
+    """29; 2/3:20,0:10 (segments); 1,0.6,0.3,0 (the levels themselves); or PUBLISHED_STEPS."""
+    try:
+        if text == PUBLISHED_STEPS:
+            return text
+        if ":" in text:
+            segments = (part.split(":") for part in text.split(","))
+            return {unit_float(end): positive_int(count) for end, count in segments}
+        return comma_list(unit_float)(text) if "," in text else positive_int(text)
+    except (ValueError, argparse.ArgumentTypeError):
+        forms = f"29 (steps), 2/3:20,0:10 (segments), 1,0.5,0 (noise levels) or {PUBLISHED_STEPS}"
+        raise argparse.ArgumentTypeError(f"expected something like {forms}, got {text!r}") from None
+
+
+def loras(text: str) -> dict[str, float]:
+    """a.safetensors:0.8,b.safetensors -> {"a.safetensors": 0.8, "b.safetensors": 1.0}."""
+    result = {}
+    for part in text.split(","):
+        file, colon, scale = part.rpartition(":")
+        try:
+            result.update({file: number(scale)} if colon and file else {part: 1.0})
+        except argparse.ArgumentTypeError:           # a colon inside the name
+            result[part] = 1.0
+    return result
+
+
+def as_text(value) -> str:
+    """The inverse: a value as one would type it."""
+    if isinstance(value, dict):
+        return ",".join(f"{as_text(end)}:{count}" for end, count in value.items())
+    if isinstance(value, (tuple, list)):
+        return ",".join(map(as_text, value))
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+
+
+def as_option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def as_argv(settings: dict, allowed: tuple[str, ...]) -> list[str]:
+    """{"seed": 3, "int8": True, ...} -> ["--seed=3", "--int8", ...] without those that are None or not allowed."""
+    return [as_option(name) + ("" if value is True else f"={as_text(value)}") for name, value in settings.items()
+            if name in allowed and value is not None]
+
+
+# ----- options -------------------------------------------------------------------------------------------------------
+
+def add_input_options(p: argparse.ArgumentParser) -> None:
+    """Advanced options: what an image is made from."""
+    add = p.add_argument_group("several images, and images as input").add_argument
+    add("--prompt-file", metavar="FILE", help="many prompts: a text file with one per line; or .jsonl, with an object "
+        'per line of settings for this line, named like options: {"prompt": "a cat", "seed": 3, "guidance_c": 6}')
+    add("--like", metavar="PNG", help="all settings of this image, made by this program; options on the command line "
+        'override them, and "" removes one: --mask ""')
+    add("--outpaint", metavar="L,T,R,B", type=comma_list(integer(0), 4), help="px to add to --init and to generate: "
+        "left, top, right, bottom; instead of --mask")
+    add("--reconstruct", metavar="IMAGE", help="encode and decode this image: image encoder, Stages B and A. Saves "
+        "both side by side and prints how similar they are (PSNR)")
+    add("--interpolate-to", metavar="TEXT", help="another prompt: --frames images on the way to it, as a strip, or as "
+        "an animation if --out names a .gif")
+    add("--to-seed", metavar="N", type=integer(0), help="also interpolate the noise, from --seed to this seed")
+    add("--frames", metavar="N", type=integer(2), default=8, help="images of an interpolation, including both ends "
+        "(default: 8)")
+    add("--grid", metavar="X,X,...", type=comma_list(number), help="one image: a column for each of these "
+        "--guidance-c, a row for each of --num-images seeds")
+    add = p.add_argument_group("latents and embeddings").add_argument
+    add("--save-latent", action="store_true", help="also save the semantic latents, the output of Stage C, as "
+        ".safetensors next to the image")
+    add("--from-latent", metavar="FILE", help="start from such a file, without Stage C; the same --prompt without "
+        "--seed gives the same image")
+    add("--to-latent", metavar="FILE", help="another such file: interpolate between the two")
+    add("--tensors", metavar="FILE", help=".safetensors with any of prompt_c, negative_c, prompt_b, negative_b "
+        "(embeddings instead of text, 1 x tokens x width), latents_c, latents_b (instead of the first noise, 1 x "
+        "channels x height x width)")
+
+
+def add_output_options(p: argparse.ArgumentParser) -> None:
+    """Advanced options: how an image is made and saved."""
+    add = p.add_argument_group("more about sampling, for Stage C and for Stage B").add_argument
+    for name, read, text in (
+            ("interval", comma_list(unit_float, 2), "noise levels LOW,HIGH between which guidance acts; outside of "
+             "them it costs nothing"),
+            ("rescale", unit_float, "0 to 1: how far to undo the contrast that guidance adds"),
+            ("eta", unit_float, "0 to 1: randomness of ddim; 1 is as random as ddpm"),
+            ("t_start", unit_float, "noise level to start at"), ("t_end", unit_float, "noise level to stop at")):
+        for stage in "cb":
+            add(as_option(f"{name}_{stage}"), metavar=name.upper().replace("_", "-"), type=read, default=SAMPLING[name],
+                help=f"{text if stage == 'c' else 'as for Stage C'} (default: {as_text(SAMPLING[name])})")
+    add("--temperature-b", metavar="T", type=comma_list(number, 1, 2), help="for v1: below 1 likelier tokens are "
+        "drawn: cleaner and less varied; two numbers, 1,0.6: in the first and the last step (default: 1,0.6)")
+
+    add = p.add_argument_group("more about weights, memory and speed").add_argument
+    for part, what in FILES.items():
+        add(as_option(part), metavar="PATH", help=f"{what} from this folder" + " or file" * ("text" not in part))
+    add("--revision", metavar="NAME", help="branch, tag or commit on the hub instead of the tested ones; REPO=NAME for "
+        "one repository")
+    add("--offline", action="store_true", help="never use the network: what is not in the cache is an error")
+    add("--low-memory", action="store_true", default=None, help="keep one network in memory at a time (default: if "
+        "they do not all fit)")
+    add("--offload", action="store_true", help="keep one network on the GPU at a time, the others in main memory")
+    add("--compile", action="store_true", help="torch.compile for Stages B and C: a minute or more at the start, then "
+        "faster on a GPU; hardly faster on a CPU")
+    add("--int8", action="store_true", default=None, help="on a CPU: Stages B and C in 8 bits, 1.6 to 2 times as fast "
+        "and a quarter of their memory; images differ a little from those in float32")
+    add("--tile", metavar="N", type=positive_int, help="decode in tiles of N x N latents, 4 px each (default: all at "
+        "once if memory allows)")
+
+    add = p.add_argument_group("more about output").add_argument
+    add("--overwrite", action="store_true", help="replace existing files; without it nothing is ever overwritten")
+    add("--no-metadata", action="store_true", help="save only the image, without the settings that made it")
+    add("--preview-every", metavar="N", type=positive_int, help="every N steps, write NAME_preview.png, roughly what "
+        "the image will become")
+
+
+# ----- from the command line to jobs ---------------------------------------------------------------------------------
+
+def parse_jobs(p: argparse.ArgumentParser, argv: list[str]) -> list[argparse.Namespace]:
+    """The command line -> a job for each image. Raises ValueError for options, files and paths that cannot be used."""
+    prompts = parse_args(p, argv)
+    jobs = [argparse.Namespace(**vars(args) | dict(seed=None if args.seed is None else args.seed + i))
+            for args in prompts for i in range(1 if args.grid else args.num_images)]
+    for job, path in zip(jobs, output_paths(jobs)):
+        job.path = path
+    for args in prompts:
+        if not args.given.isdisjoint(INPUTS):    # before the weights are loaded, which may take minutes
+            from extras.modes import read_inputs
+            read_inputs(args)
+    return jobs
+
+
+def parse_args(p: argparse.ArgumentParser, argv: list[str]) -> list[argparse.Namespace]:
+    """-> the options, once for each prompt: usually a list of one. Raises ValueError for options that make no sense."""
+    args, hashes = p.parse_args(argv), {}
+    if args.like is not None:
+        settings, hashes = read_like(args)
+        argv = settings + argv                   # of two options, the last counts
+        args = p.parse_args(argv)
+    if args.prompt is not None and args.prompt_file is not None:
+        error("--prompt and --prompt-file are both given: choose one of them")
+    if args.prompt_file is not None:
+        prompts = read_prompt_file(p, argv, args)
+    else:
+        args.seed = random_seed() if args.seed is None and needs_seed(args) else args.seed
+        check(args)
+        prompts = [args]
+    for args in prompts:
+        args.like_hashes = hashes
+    return prompts
+
+
+def random_seed() -> int:
+    return random.randrange(10 ** 6)
+
+
+def needs_seed(args: argparse.Namespace) -> bool:
+    """A saved latent carries the state of its noise, so it can do without a seed."""
+    return not args.from_latent or bool(args.to_latent)
+
+
+def read_like(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
+    """--like -> the settings of that PNG file as options, and the hashes of the files it was made from."""
+    from extras.metadata import read_settings
+    settings = read_settings(args.like)
+    hashes = settings.get("hashes") if isinstance(settings.get("hashes"), dict) else {}
+    if args.prompt_file:                         # has prompts of its own
+        settings["prompt"] = None
+    elif args.from_latent:                       # the noise continues from its state in the file
+        settings["seed"] = None
+    # Files that the command line names are meant to be others.
+    return as_argv(settings, PER_IMAGE + PER_RUN), {
+        name: value for name, value in hashes.items()
+        if getattr(args, name, None) is None and not (args.weights and name in FILES)}
+
+
+def read_prompt_file(p: argparse.ArgumentParser, argv: list[str], args: argparse.Namespace) -> list[argparse.Namespace]:
+    """-> the options of each line. Raises ValueError that names the line."""
+    prompts, seed = [], random_seed() if args.seed is None else args.seed
+    for where, settings in prompt_lines(Path(args.prompt_file)):
+        try:
+            if unknown := [name for name in settings if name not in PER_IMAGE]:
+                error(f"{', '.join(unknown)} cannot be set for one line; possible: {', '.join(PER_IMAGE)}")
+            line = p.parse_args(argv + as_argv(settings, PER_IMAGE))
+            if "seed" not in settings and (args.seed is not None or needs_seed(line)):
+                line.seed, seed = seed, seed + line.num_images
+            check(line)
+        except ValueError as problem:
+            raise UserError(where + str(problem)) from None
+        prompts.append(line)
+    return prompts
+
+
+def prompt_lines(path: Path) -> list[tuple[str, dict]]:
+    """-> for each line that is not empty: its place, for error messages, and its settings."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")      # some editors begin a file with a mark
+    except (OSError, UnicodeDecodeError) as problem:
+        error(f"{path} cannot be read as a text file: {getattr(problem, 'strerror', None) or problem}")
+    result = []
+    for i, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        settings = {"prompt": line.strip()}
+        if path.suffix == ".jsonl":
+            try:
+                settings = json.loads(line)
+            except ValueError as problem:
+                error(f"{path}, line {i}: this is not JSON ({problem})")
+        if not isinstance(settings, dict) or not isinstance(settings.get("prompt", ""), str):
+            error(f'{path}, line {i}: expected an object with one prompt, such as {{"prompt": "a cat", "seed": 3}}')
+        result.append((f"{path}, line {i}: ", settings))
+    return result or error(f"{path} contains no prompts: expected one per line")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises ValueError for options that cannot be used together, or make no sense. Adds the set args.given."""
+    for name in PER_IMAGE + PER_RUN:
+        if re.search("[\ud800-\udfff]", str(getattr(args, name))):
+            error(f"{as_option(name)} contains bytes that are not UTF-8 text: check the terminal's encoding")
+    # 0 was given; "", which removes an option of --like, was not.
+    args.given = {name for name, value in vars(args).items() if value not in (None, "") and value is not False}
+    for names in CONFLICTS:
+        if args.given.issuperset(names):
+            error(f"{' and '.join(map(as_option, names))} cannot be used together: choose one of them")
+    for name, *others in REQUIRES:
+        if name in args.given and args.given.isdisjoint(others):
+            error(f"{as_option(name)} requires {' or '.join(map(as_option, others))}")
+    args.prompt = args.prompt if (args.prompt or "").strip() else ""
+    if not args.prompt and ("interpolate_to" in args.given
+                            or args.given.isdisjoint(("init", "reconstruct", "from_latent", "tensors"))):
+        error('the prompt is empty: describe the image, for example --prompt "a red apple on a blue background"')
+    last = 2 ** 32 - args.num_images
+    for name in args.given & {"seed", "to_seed"}:
+        if getattr(args, name) > last:
+            error(f"{as_option(name)} is {getattr(args, name)}, expected a number from 0 to {last}")
+    if args.seed is None and args.num_images > 1:
+        error("--from-latent without --seed is one image: for --num-images, give a --seed")
+    for stage in "cb":
+        check_sampling(args, stage)
+
+
+def check_sampling(args: argparse.Namespace, stage: str) -> None:
+    """check, for the sampling options of one stage."""
+    levels, sampler, interval, eta, start, end = (
+        getattr(args, f"{name}_{stage}") for name in ("steps", "sampler", "interval", "eta", "t_start", "t_end"))
+    if eta and sampler != "ddim":
+        error(f"--eta-{stage} is for --sampler-{stage} ddim, not for {sampler or SAMPLERS[stage][0]}")
+    segments = isinstance(levels, dict)
+    if levels is not None and not isinstance(levels, int) and (end != 0 or start != 1 and not segments):
+        error(f"--t-start-{stage} and --t-end-{stage} are for a number of steps: {as_text(levels)} contains its own "
+              f"start and end")
+    path = levels if isinstance(levels, tuple) else (start, *levels) if segments else (start, end)
+    if any(a <= b for a, b in itertools.pairwise(path)):
+        error(f"the noise levels of Stage {stage.upper()} are {as_text(path)}, expected each to be lower than the one "
+              f"before")
+    if interval[0] > interval[1]:
+        error(f"--interval-{stage} is {as_text(interval)}, expected the lower noise level first")
+
+
+# ----- paths ---------------------------------------------------------------------------------------------------------
+
+def output_paths(jobs: list[argparse.Namespace]) -> list[Path]:
+    """The path of each image. Raises ValueError if it cannot be written, before anything is computed."""
+    args, out, taken = jobs[0], Path(jobs[0].out), {}
+    suffixes = (".png", ".gif") if args.interpolate_to or args.to_latent else (".png",)
+    try:
+        if any(len(os.fsencode(part)) > 230 for part in out.parts):      # file systems take 255, and we add some
+            raise OSError("the name is too long")
+        is_file = out.suffix.lower() in suffixes and not out.is_dir()
+        others = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+        if not is_file and not out.is_dir() and out.suffix.lower() in others:
+            error(f"--out {out} is not possible: images are saved as PNG, name a .png file or a folder")
+        for job in jobs:
+            path = out if is_file else out / f"{slug(job)}.png"
+            if job.seed is not None and (len(jobs) > 1 or not is_file):
+                path = path.with_stem(f"{path.stem}_{job.seed}")
+            existing = [file for file in files_of(job, path) if file.exists()]
+            if is_file and existing and not job.overwrite:
+                error(f"{existing[0]} exists already and will not be overwritten: choose another --out, remove the "
+                      f"file, or add --overwrite")
+            taken[unused_path(path, job, taken)] = job
+        # A file that vanishes when it is closed, so this test leaves nothing behind. Folders are made at the end.
+        with tempfile.TemporaryFile(dir=next(folder for folder in path.parents if folder.exists())):
+            pass
+    except OSError as problem:
+        error(f"cannot write to {out}: {(problem.strerror or str(problem)).lower()}")
+    return [*taken]
+
+
+def slug(job: argparse.Namespace) -> str:
+    """How a file name begins: with the prompt, or the name of the file the image is made from."""
+    source = job.prompt or Path(job.init or job.reconstruct or job.from_latent or "image").stem
+    return re.sub(r"\W+", "-", source.lower()).strip("-")[:50].strip("-") or "image"
+
+
+def files_of(job: argparse.Namespace, path: Path) -> list[Path]:
+    """The files that are written for an image: the image, its latent, its preview."""
+    latent, preview = path.with_suffix(".safetensors"), path.with_name(f"{path.stem}_preview.png")
+    return [path] + [latent] * job.save_latent + [preview] * bool(job.preview_every)
+
+
+def unused_path(path: Path, job: argparse.Namespace, taken=()) -> Path:
+    """The path itself, or the first of name_2.png, name_3.png, ... that neither exists nor is taken."""
+    numbered = itertools.chain([path], (path.with_stem(f"{path.stem}_{n}") for n in itertools.count(2)))
+    return next(p for p in numbered if p not in taken
+                and (job.overwrite or not any(file.exists() for file in files_of(job, p))))
+
+
+# ----- what sample.main calls ----------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def exit_on_error(jobs: list, saved: list):
+    """Runs the script: exit code 2 and one line for what a user can repair, 130 after Ctrl-C. Bugs keep a traceback.
+
+    jobs, saved: all images, and those that are finished. Warnings are one line each.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")         # its advice is meant for programmers
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print("warning:", *str(message).split(), file=sys.stderr)
+            yield
+    except KeyboardInterrupt:
+        print(f"\nstopped: {len(saved)} of {len(jobs)} images are finished, each in its file", file=sys.stderr)
+        raise SystemExit(130) from None
+    except (ValueError, OSError, RuntimeError, MemoryError) as problem:      # OSError: files that may not be read
+        message = " ".join(str(problem).split())
+        if isinstance(problem, MemoryError) or "out of memory" in message or "allocate memory" in message:
+            message = ("memory ran out: generate fewer or smaller images at a time, or try --dtype bf16 or "
+                       "--low-memory")
+        elif isinstance(problem, RuntimeError):
+            raise
+        print("error:", message, file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def load_options(jobs: list[argparse.Namespace]) -> dict:
+    """Arguments of Wuerstchen.load besides those in sample.py, with no more parts than these jobs need."""
+    from loading import hub
+    args = jobs[0]
+    parts = hub.RECONSTRUCTION if args.reconstruct else hub.TEXT_TO_IMAGE
+    if all(job.from_latent for job in jobs):
+        parts = tuple(part for part in parts if not part.startswith("prior"))
+    if any(job.init for job in jobs):
+        parts = (*parts, "image_encoder")
+    return dict(parts=parts, offline=args.offline, revision=args.revision, low_memory=args.low_memory,
+                offload=args.offload, compile=args.compile, int8=bool(args.int8),
+                **{part: getattr(args, part) for part in FILES if getattr(args, part)})
+
+
+def batches(jobs: list[argparse.Namespace]) -> Iterator[list[argparse.Namespace]]:
+    """Consecutive jobs that differ only in prompt and seed, at most --batch at a time."""
+    def settings(job: argparse.Namespace) -> dict:
+        varied = dict.fromkeys(("prompt", "negative_prompt", "num_images", "path", "given"))
+        return vars(job) | varied | dict(seed=job.seed is None)
+    for _, group in itertools.groupby(jobs, settings):
+        group = list(group)
+        size = group[0].batch if group[0].given.isdisjoint(COMBINED) else 1
+        for i in range(0, len(group), size):
+            yield group[i:i + size]
+
+
+def sampling_options(args: argparse.Namespace, model) -> dict:
+    """The sampling options that differ from their defaults, as arguments of the model. Raises ValueError."""
+    options = {}
+    for name in OF_STAGES:
+        field, value = name[:-2], getattr(args, name)
+        if value in (None, SAMPLING[field]):
+            continue
+        if not hasattr(model.c if name.endswith("c") else model.b, field):
+            error(f"{as_option(name)} is only for {'v1' if field == 'temperature' else 'v2'}, because Stage B of v1 "
+                  f"generates tokens: remove it")
+        if value == PUBLISHED_STEPS:
+            from wuerstchen import Sampling
+            value = Sampling(29, early=True).levels
+        options[name] = value
+    return options
+
+
+def save(image, job: argparse.Namespace, model) -> Path:
+    """Writes an image, or the frames of a GIF, and its latent. Returns its path. Raises ValueError if it cannot."""
+    from extras.metadata import save_png
+    path = unused_path(job.path, job) if job.path.exists() else job.path     # it may be new since the paths were chosen
+    settings = None if job.no_metadata else settings_of(job, model, image)
+    try:
+        if path.suffix.lower() == ".gif":
+            from extras.images import save_gif
+            save_gif(image, path, overwrite=job.overwrite)
+        else:
+            save_png(image, path, settings, job.overwrite)
+        if job.save_latent:
+            from extras.modes import save_latent
+            save_latent(job, files_of(job, path)[1])
+    except OSError as problem:
+        error(f"{path} cannot be written: {(problem.strerror or str(problem)).lower()}")
+    return path
+
+
+def settings_of(job: argparse.Namespace, model, image) -> dict:
+    """All that is needed to make the image again, and which files and versions made it.
+
+    Warns if the files are no longer those that made the image of --like.
+    """
+    import torch
+    import transformers
+    from loading.hub import hashes
+    files = {name: getattr(job, name) for name in INPUTS if getattr(job, name)}
+    files |= {f"lora {Path(file).name}": file for file in model.loras}
+    made_from = hashes(model.paths) | {name: hashlib.sha256(Path(file).read_bytes()).hexdigest()
+                                       for name, file in files.items()}
+    changed = [name for name, value in made_from.items() if job.like_hashes.get(name, value) != value]
+    if changed:
+        warnings.warn(f"{', '.join(changed)} changed since {job.like} was made: this is another image")
+    values = {name: getattr(job, name) for name in PER_IMAGE + PER_RUN}
+    for name in OF_STAGES:                       # the weights' own defaults
+        if values[name] is None:
+            values[name] = getattr(model.c if name.endswith("c") else model.b, name[:-2], None)
+    values["weights"] = job.weights or ("v2" if any(values[part] for part in FILES) else "tiny")
+    values["dtype"] = next(name for name, dtype in DTYPES.items() if getattr(torch, dtype) == model.dtype)
+    if not any(values[name] for name in COMBINED):
+        values |= dict(width=image.width, height=image.height)
+    if not job.grid:                             # other images have a file and a seed each
+        values["num_images"] = None
+    if not job.interpolate_to and not job.to_latent:
+        values["frames"] = None
+    values = {name: as_text(value) if isinstance(value, (tuple, dict)) else value for name, value in values.items()
+              if value not in (None, "")}
+    return values | dict(device=model.device.type, batch=job.batch, compile=job.compile, hashes=made_from,
+                         versions=dict(torch=torch.__version__, transformers=transformers.__version__),
+                         software="wuerstchen, sample.py")

@@ -1,0 +1,172 @@
+"""What sample.py makes besides images from a prompt: files as input, previews, latents, grids, strips, reconstructions.
+
+  jobs that differ only in prompt and seed, options of sampling -make_images-> an image for each job
+
+A job is what cli.parse_jobs makes of the command line: all options, the seed and the path of one image.
+Needs: torch, safetensors; editing.py, images.py, previews.py.
+"""
+import argparse
+import functools
+import math
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from extras import editing
+from extras.cli import error, files_of
+from extras.editing import InitImage
+from extras.images import cover, enlarge, grid, psnr, read_image, read_mask, strip
+from extras.previews import Previews
+from loading.files import write_atomically
+from wuerstchen import Noise, latent_sizes, to_pil
+
+# What --save-latent writes: (1,16,h,w); the state of the random numbers after Stage C (1,bytes); height and width.
+LATENT = ("semantic", "states", "size")
+
+
+def make_images(model, jobs: list[argparse.Namespace], options: dict) -> list:
+    """-> a PIL image for each job or, for a .gif, its frames. options: sampling and progress, for editing.generate."""
+    job = jobs[0]
+    options |= dict(width=job.width, height=job.height)
+    if job.reconstruct:
+        return [reconstruction(model, job, options)]
+    if job.grid:
+        return [guidance_grid(model, job, options)]
+    if job.interpolate_to or job.to_latent:
+        return [interpolation(model, job, options)]
+    if job.preview_every:
+        previews = previews_of(model)
+        previews.show = functools.partial(write_previews, jobs)
+        options["callback"] = previews
+    noise = Noise([job.seed or 0 for job in jobs], model.device)
+    if job.seed is None:                         # continues where the noise of the saved latent stopped
+        state = read_tensors(job.from_latent, *LATENT)["states"][0]
+        for generator in noise.generators:
+            generator.set_state(state.clone())
+    if not job.save_latent:
+        return generate(model, jobs, noise, options)
+    semantic = generate(model, jobs, noise, options | dict(output="semantic"))             # (n, 16, h, w)
+    states = [generator.get_state() for generator in noise.generators]
+    images = generate(model, jobs, noise, options, semantic)
+    for job, latent, state, image in zip(jobs, semantic.split(1), states, images):
+        job.latent = dict(zip(LATENT, (latent.cpu().clone(), state[None], torch.tensor([image.height, image.width]))))
+    return images
+
+
+def save_latent(job: argparse.Namespace, path: Path) -> None:
+    write_atomically(path, lambda temporary: save_file(job.latent, temporary))
+
+
+# ----- files as input ------------------------------------------------------------------------------------------------
+
+def generate(model, jobs: list[argparse.Namespace], seed, options: dict, semantic: Tensor | None = None):
+    """editing.generate with the files that the jobs name. seed: a list, or a source of noise.
+
+    semantic: the output of Stage C, if it has run already.
+    """
+    inputs, n = read_inputs(jobs[0]), len(jobs)
+    given = inputs["given"]
+    embeddings = {name: tensor.expand(n, *tensor.shape[1:]) for name, tensor in given.items()
+                  if name not in editing.LATENTS}
+    prompts = [job.prompt for job in jobs]
+    if not jobs[0].prompt and (embeddings or "edit" not in inputs and "semantic" not in given):
+        prompts = None                           # the embeddings are enough; otherwise generate reports what is missing
+    if semantic is not None:
+        given = {name: tensor for name, tensor in given.items() if name != "latents_c"} | dict(semantic=semantic)
+    return editing.generate(model, prompts, [job.negative_prompt for job in jobs], seed=seed,
+                            **options | inputs | dict(given=given | embeddings))
+
+
+def read_inputs(job: argparse.Namespace) -> dict:
+    """Arguments of editing.generate from all files that the job names. Raises ValueError if one cannot be read."""
+    inputs, given = {}, {}
+    if job.init or job.reconstruct:
+        image = read_image(job.init or job.reconstruct)                                    # (3, H, W)
+        mask = read_mask(job.mask) if job.mask else None                                   # (H, W)
+        if job.outpaint:
+            image, mask = enlarge(image, *job.outpaint)
+        inputs["edit"] = InitImage(image, 0.0 if job.reconstruct else job.strength, mask)
+    if job.from_latent:
+        latent = read_tensors(job.from_latent, *LATENT)
+        given["semantic"] = latent["semantic"]                                             # (1, 16, h, w)
+        height, width = latent["size"].tolist()
+        inputs |= dict(height=job.height or height, width=job.width or width)
+    if job.tensors:
+        tensors = read_tensors(job.tensors)
+        if any(tensor.shape[:1] != (1,) for tensor in tensors.values()):
+            error(f"{job.tensors} contains tensors for several images, expected 1 row of each: use a file for each "
+                  f"image")
+        given |= tensors
+    return inputs | dict(given=given)
+
+
+def read_tensors(path: str, *needed: str) -> dict[str, Tensor]:
+    """A .safetensors file as a dict of tensors. Raises ValueError if it cannot be read, or lacks what is needed."""
+    try:
+        tensors = load_file(path)
+    except Exception as problem:     # FileNotFoundError, SafetensorError, ...
+        error(f"{path} cannot be read as a .safetensors file: {str(problem).splitlines()[0]}")
+    if not set(needed) <= tensors.keys():
+        error(f"{path} contains {', '.join(tensors) or 'nothing'}, expected {', '.join(needed)}: was it written by "
+              f"--save-latent?")
+    return tensors
+
+
+# ----- previews ------------------------------------------------------------------------------------------------------
+
+@functools.lru_cache(1)
+def previews_of(model) -> Previews:
+    """One for all batches: without a file to keep them in, its colours take a while to be fitted."""
+    return Previews(model, None)
+
+
+def write_previews(jobs: list[argparse.Namespace], stage: str, step: int, images: Tensor) -> None:
+    """Every --preview-every steps, writes NAME_preview.png for each job, about as large as the image will be."""
+    if (step + 1) % jobs[0].preview_every:
+        return
+    scale = {"C": 128 / 3, "B": 4}[stage]        # px per latent
+    for job, image in zip(jobs, to_pil(images)):
+        size = round(image.width * scale), round(image.height * scale)
+        write_atomically(files_of(job, job.path)[-1], image.resize(size).save)
+
+
+# ----- one image out of several --------------------------------------------------------------------------------------
+
+def reconstruction(model, job: argparse.Namespace, options: dict):
+    """The original and what the semantic latents kept of it, side by side. Prints how similar they are."""
+    result = generate(model, [job], [job.seed], options | dict(output="pt")).cpu()         # (1, 3, height, width)
+    height, width = result.shape[-2:]
+    original = cover(read_image(job.reconstruct), height, width)[None]                     # (1, 3, height, width)
+    h, w = latent_sizes(height, width)[0]
+    print(f"PSNR {psnr(result, original):.2f} dB; {width} x {height} px became {w} x {h} positions of 16 numbers: "
+          f"{math.sqrt(height * width / (h * w)):.1f} : 1 per side, {3 * height * width / (16 * h * w):.0f} : 1 in "
+          f"numbers")
+    return strip([*to_pil(original), *to_pil(result)], ["original", "reconstruction"])
+
+
+def guidance_grid(model, job: argparse.Namespace, options: dict):
+    """One image: a column for each guidance scale of --grid, a row for each seed."""
+    seeds, columns = range(job.seed, job.seed + job.num_images), []
+    for scale in job.grid:
+        columns.append([])
+        for i in range(0, len(seeds), job.batch):
+            batch = [*seeds[i:i + job.batch]]
+            columns[-1] += generate(model, [job] * len(batch), batch, options | dict(guidance_c=scale))
+    images = [image for row in zip(*columns) for image in row]
+    return grid(images, len(columns), [f"guidance {scale:g}" for scale in job.grid], [f"seed {seed}" for seed in seeds])
+
+
+def interpolation(model, job: argparse.Namespace, options: dict):
+    """A strip of --frames images; for a .gif, the list of them."""
+    options |= read_inputs(job) | dict(negative_prompt=job.negative_prompt)
+    ends = job.prompt, job.interpolate_to
+    if job.to_latent:
+        ends = options["given"].pop("semantic"), read_tensors(job.to_latent, *LATENT)["semantic"]
+        if ends[0].shape != ends[1].shape:
+            error(f"{job.from_latent} and {job.to_latent} belong to images of different sizes, expected the same")
+        options["prompt"] = job.prompt
+    images = editing.interpolate(model, *ends, job.frames, seed=job.seed, to_seed=job.to_seed, batch=job.batch,
+                                 **options)
+    return images if job.path.suffix.lower() == ".gif" else strip(images)

@@ -1,0 +1,112 @@
+"""What Stage A's codebook needs in training besides a loss: running means, usage counts, new places for unused codes.
+
+A code moves towards the latents that are nearest to it, by a gradient or as their running mean. A code that no latent
+is near has neither and would stay where it is forever; so once in a while such codes are put where latents are.
+Needs: torch; order.py.
+"""
+import torch
+from torch import Tensor, nn
+
+from training.order import sample_rng
+
+
+class CodebookAverages(nn.Module):
+    """The other way to train a codebook: each code is the running mean of the latents nearest to it, without gradients.
+
+    Per code a running number of latents N and their running sum m; the code is m / N. A code then follows its latents
+    at its own speed, whatever the learning rate. arXiv:1711.00937, appendix A.1, eq. 6 to 8.
+    """
+    def __init__(self, codes: Tensor, decay: float = 0.99):
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("sizes", torch.ones(len(codes)))                            # (K,)    N
+        self.register_buffer("sums", codes.detach().clone())                             # (K, C)  m
+
+    @torch.no_grad()
+    def update(self, codes: Tensor, counts: Tensor, sums: Tensor) -> None:
+        """codes (K,C), changed in place; counts (K,) and sums (K,C) of the latents of a step, see `count`."""
+        self.sizes.lerp_(counts, 1 - self.decay)
+        self.sums.lerp_(sums, 1 - self.decay)
+        # Laplace smoothing, as if each code had 1e-5 latents more: otherwise a code without latents divides by 0.
+        total = self.sizes.sum()
+        sizes = (self.sizes + 1e-5) * total / (total + len(codes) * 1e-5)                # (K,)
+        codes.copy_(self.sums / sizes[:, None])
+
+    @torch.no_grad()
+    def restart(self, dead: Tensor, latents: Tensor) -> None:
+        """Codes that were moved, dead (K,) bool, restart with the one latent they were moved to, latents (dead,C)."""
+        self.sizes[dead], self.sums[dead] = 1.0, latents
+
+
+@torch.no_grad()
+def count(z: Tensor, indices: Tensor, size: int) -> Tensor:
+    """Latents z (..., C) and their nearest codes (...) -> (K, 1 + C): for each code, their number and their sum."""
+    z = torch.cat([torch.ones_like(z[..., :1]), z], dim=-1).float().flatten(0, -2)       # (N, 1 + C)
+    return z.new_zeros(size, z.shape[1]).index_add_(0, indices.flatten(), z)
+
+
+def perplexity(counts: Tensor) -> Tensor:
+    """How often each code was used, (K,) -> the number of codes, used equally often, that this amounts to: 1 to K.
+
+    It is exp of the entropy.
+    """
+    p = counts / counts.sum()
+    return torch.special.entr(p).sum().exp()
+
+
+class CodebookUpdates:
+    """What happens to the codebook of a StageA after each optimizer step: usage is counted, with --codebook ema the
+    codes become running means, and every --revive-every steps unused codes are moved.
+
+    averages: a CodebookAverages or None. ema: of the weights. usage (2,K): how often each code was used since unused
+    ones were moved, and since a line was logged. With --freeze-encoder usage is counted and nothing moves.
+    """
+    def __init__(self, model, ema, args, processes):
+        self.model, self.ema, self.args, self.processes, self.averages = model, ema, args, processes, None
+        codes = model.codebook.codes
+        if args.codebook == "ema" and not args.freeze_encoder:
+            self.averages = CodebookAverages(codes, args.codebook_decay).to(codes.device)
+        self.usage, self.latents = torch.zeros(2, len(codes), device=codes.device), []
+        self.counts = 0
+
+    def add(self, latents: Tensor, indices: Tensor) -> None:
+        """Latents (B,h,w,C) of a micro-step and the codes nearest to them, (B,h,w)."""
+        self.latents.append(latents.detach())
+        self.counts = self.counts + count(self.latents[-1], indices, self.usage.shape[1])
+
+    def update(self, step: int, skip: bool) -> None:
+        """All processes must call this once per step. skip: the step was not taken."""
+        counts, codes = self.processes.sum(self.counts), self.model.codebook.codes           # (K, 1 + C)
+        if not skip:
+            self.usage += counts[:, 0]
+            if self.averages is not None:
+                self.averages.update(codes, counts[:, 0], counts[:, 1:])
+            if (step + 1) % self.args.revive_every == 0:
+                if not self.args.freeze_encoder:
+                    self.revive(step, self.usage[0] == 0)
+                self.usage[0] = 0
+        self.latents, self.counts = [], 0
+
+    @torch.no_grad()
+    def revive(self, step: int, dead: Tensor) -> None:
+        """Codes without latents, dead (K,) bool, are moved to latents of this step, drawn from those of all processes.
+
+        The draw does not depend on how processes and micro-steps share the step: each process adds those it has.
+        """
+        world, n = self.processes.world, self.latents[0].shape[:3].numel()
+        z = torch.cat([part.float().flatten(0, 2) for part in self.latents])                 # (micro-steps * n, C)
+        chosen = sample_rng(self.args.seed, step, "revive").integers(len(z) * world, size=int(dead.sum()))
+        chosen = torch.from_numpy(chosen).to(z.device)
+        micro, rank, place = chosen // (n * world), chosen // n % world, chosen % n          # as in order.split
+        latents = self.processes.sum(z[micro * n + place] * (rank == self.processes.rank)[:, None])      # (dead, C)
+        self.model.codebook.codes[dead] = latents
+        if self.averages is not None:
+            self.averages.restart(dead, latents)
+        if "codebook.codes" in self.ema.mean:        # halfway from the old place to the new one there are no latents
+            self.ema.mean["codebook.codes"][dead] = latents
+
+    def used(self) -> dict[str, float]:
+        """Entries of the log since the last call."""
+        counts = self.usage[1].clone()
+        self.usage[1] = 0
+        return dict(codes_used=int((counts > 0).sum()), perplexity=perplexity(counts).item())

@@ -1,0 +1,118 @@
+"""Stage A's losses besides those of its own forward: how different images look, and a discriminator, against blur.
+
+  images, output -VGGFeatures-> 5 feature maps each -perceptual_loss-> scalar
+  output -PatchDiscriminator-> logits -generator_loss x adaptive_weight-> scalar, added to the reconstruction loss
+See train_a.py for how they are combined.
+Papers: VQGAN: arXiv:2012.09841; LPIPS: arXiv:1801.03924.  Needs: torch; torchvision for VGGFeatures.
+"""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from loading.errors import UserError
+
+
+class VGGFeatures(nn.Module):
+    """The activations of VGG16 (arXiv:1409.1556) before each halving of the image: five feature maps."""
+    LAYERS = (3, 8, 15, 22, 29)      # relu1_2, 2_2, 3_3, 4_3, 5_3, as in LPIPS
+
+    def __init__(self, weights: str):
+        """weights: a file of torchvision's VGG16 weights, or "vgg16", which downloads it. Raises UserError."""
+        super().__init__()
+        try:
+            from torchvision.models import vgg16
+        except ImportError:
+            raise UserError("--perceptual needs a package: pip install torchvision") from None
+        try:
+            tensors = read_vgg16(weights)
+            with torch.device("meta"):               # the classifier, 90 % of its weights, is never allocated
+                self.layers = vgg16().features[:self.LAYERS[-1] + 1]
+            names = self.layers.state_dict().keys()
+            self.layers.load_state_dict({name: tensors[f"features.{name}"].float() for name in names}, assign=True)
+        except Exception as error:                   # each library raises its own kinds
+            reason = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
+            raise UserError(f"--perceptual {weights}: {reason}; expected vgg16, or a file of torchvision's VGG16 "
+                            f"weights (vgg16-397923af.pth); remove the option to train without it") from error
+        self.requires_grad_(False)
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))      # ImageNet's
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """images (B,3,H,W) in [0, 1] -> [(B,64,H,W), (B,128,H/2,W/2), ... (B,512,H/16,W/16)]."""
+        x, features = (images - self.mean) / self.std, []
+        for i, layer in enumerate(self.layers):
+            x = layer(x)
+            if i in self.LAYERS:
+                features.append(x)
+        return features
+
+
+def read_vgg16(weights: str) -> dict[str, Tensor]:
+    """torchvision's tensors of VGG16, see VGGFeatures."""
+    if weights == "vgg16":
+        from torchvision.models import VGG16_Weights
+        return VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True)
+    if weights.endswith(".safetensors"):
+        from safetensors.torch import load_file
+        return load_file(weights)
+    return torch.load(weights, map_location="cpu", weights_only=True)
+
+
+def perceptual_loss(features: list[Tensor], targets: list[Tensor]) -> Tensor:
+    """Distance of two batches of images as a classifier sees them: its activations per layer, each (B,C,h,w) -> scalar.
+
+    Every position's vector is scaled to length 1, so that loud layers and positions do not drown the others; squared
+    distances are summed over channels, averaged over positions, summed over layers. That is LPIPS (arXiv:1801.03924,
+    eq. 1) with all weights 1; its learned weights are not used.
+    """
+    def unit(x: Tensor) -> Tensor:
+        return x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
+    return sum((unit(a.float()) - unit(b.float())).square().sum(1).mean()
+               for a, b in zip(features, targets, strict=True))
+
+
+class PatchDiscriminator(nn.Module):
+    """Judges for every patch of 18 x 18 pixels how real it looks. Used in training only.
+
+    A mean error is smallest for a blurred average of all plausible details; a discriminator rejects blur, because no
+    real patch looks like it (arXiv:1611.07004, sec. 3.2).
+    """
+    def __init__(self, c: int = 32):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, c, 4, stride=2, padding=1), nn.LeakyReLU(0.2),                  # (B, c, H/2, W/2)
+            nn.Conv2d(c, 2 * c, 4, stride=2, padding=1), nn.LeakyReLU(0.2),              # (B, 2c, H/4, W/4)
+            nn.Conv2d(2 * c, 4 * c, 3, padding=1), nn.LeakyReLU(0.2),                    # (B, 4c, H/4, W/4)
+            nn.Conv2d(4 * c, 1, 1))                                                      # (B, 1, H/4, W/4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images (B,3,H,W) in [0, 1] -> logits (B,1,H/4,W/4), positive = real."""
+        return self.layers(images * 2 - 1)
+
+
+def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """Hinge loss: real patches above +1, generated ones below -1. Logits of any shape -> scalar.
+
+    arXiv:2012.09841, sec. 3.1.
+    """
+    return 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
+
+
+def generator_loss(fake_logits: Tensor) -> Tensor:
+    """Generated patches should look real. Logits of any shape -> scalar."""
+    return -fake_logits.mean()
+
+
+def adaptive_weight(reconstruction: Tensor, generator: Tensor, last_layer: Tensor,
+                    mean=lambda gradient: gradient) -> Tensor:
+    """The factor with which the generator's loss pulls at the last layer as strongly as the reconstruction does.
+
+    Both losses are scalars with a graph, last_layer is the weight that makes the pixels -> scalar without one. Neither
+    a fixed weight nor a discriminator that becomes certain can then push reconstruction aside. arXiv:2012.09841, eq. 7,
+    clamped. mean: averages a gradient over processes, so that all use the same weight.
+    """
+    lengths = [mean(torch.autograd.grad(loss, last_layer, retain_graph=True)[0]).norm()
+               for loss in (reconstruction, generator)]
+    # Under float16 a gradient may be infinite until the loss scale has come down; the step is then skipped anyway.
+    return (lengths[0] / (lengths[1] + 1e-6)).nan_to_num(0.0).clamp(0, 1e4).detach()

@@ -1,0 +1,119 @@
+"""The sampler of v1's Stage B, which generates tokens, not latents.
+
+  random tokens (B,h,w) -[predict, choose, replace some at random] x 8-> tokens (B,h,w)
+
+What differs from v2, and why: see the header of v1/stage_b.py.
+Paper: arXiv:2211.07292 (Paella).  Needs: torch; stage_b.py.
+"""
+from typing import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from stage_b import channels_last
+
+MODES = ("multinomial", "argmax", "quant")
+
+
+def add_noise(tokens: Tensor, t: Tensor, random_tokens: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Replaces each token with probability t: tokens and random_tokens (B,h,w), t (B,), uniform u (B,h,w) in [0, 1]
+    -> noised tokens (B,h,w), mask (B,h,w).
+
+    The mask, True where a token was replaced, is for the loss; the network never sees it.
+    """
+    mask = u <= t[:, None, None]
+    return torch.where(mask, random_tokens, tokens), mask
+
+
+def choose(logits: Tensor, mode: str, temperature: float, u: Tensor, codes: Tensor | None = None) -> Tensor:
+    """logits (B,K,h,w) -> tokens (B,h,w).
+
+    multinomial  draws each by its probability, softmax(logits / temperature): low temperatures keep to likely tokens.
+    argmax       takes the likeliest.
+    quant        takes the code nearest to the expected one, the mean of all codes (K,c) by probability: smooth, a
+                 little blurred.
+    u (B,h,w) uniform in [0, 1], for multinomial.
+    """
+    logits = channels_last(logits)                                                       # (B, h, w, K)
+    if mode == "argmax":
+        return logits.argmax(-1)
+    scores = (logits.float() / temperature).softmax(-1)                                  # (B, h, w, K)
+    if mode == "quant":
+        mean, codes = scores @ codes.float(), codes.float()                              # (B, h, w, c)
+        return (codes.square().sum(1) - 2 * mean @ codes.T).argmin(-1)                   # see Codebook.nearest
+    # One uniform number per position picks the token where the cumulated probability passes it: unlike
+    # torch.multinomial, this asks no generator, so each image of a batch can have its own.
+    heights = scores.cumsum(-1)                                                          # (B, h, w, K)
+    return torch.searchsorted(heights, u[..., None] * heights[..., -1:])[..., 0]         # (B, h, w)
+
+
+def per_step(name: str, value, steps: int) -> list:
+    """One value for all, a pair for the first and the last step with a straight line between, or a list
+    -> a list, one value for each step."""
+    if isinstance(value, (str, float, int)):
+        return [value] * steps
+    if len(value) == 2 and not isinstance(value[0], str):
+        return torch.linspace(*value, steps).tolist()
+    if len(value) != steps:
+        raise ValueError(f"{name} has {len(value)} values for {steps} steps: give one, one for each step, or the first "
+                         f"and the last.")
+    return list(value)
+
+
+def temperatures(value, steps: int) -> list[float]:
+    """The temperature of `sample` -> one for each step. Raises ValueError if one is not above 0."""
+    values = per_step("temperature", value, steps)
+    if not all(value > 0 for value in values):
+        raise ValueError(f"the temperature is {min(values):g}, expected more than 0; mode argmax is what 0 would mean.")
+    return values
+
+
+@torch.no_grad()
+def sample(predict: Callable[[Tensor, Tensor, bool], Tensor], noise: Tensor, uniform: Callable[[], Tensor],
+           levels: Tensor, temperature: float | Sequence[float] = (1.0, 0.6),
+           guidance: float | Sequence[float] = 2.0, mode: str | Sequence[str] = "multinomial",
+           renoise_steps: int | None = None, codes: Tensor | None = None, start: Tensor | None = None,
+           watch: Callable | None = None, progress: Callable[[Iterable], Iterable] = iter) -> Tensor:
+    """Random tokens (B,h,w) -> tokens (B,h,w) of images.
+
+    predict(tokens, t, guided) -> logits (B,K,h,w) with condition; if guided, followed by those without: (2B,K,h,w).
+    uniform() -> random numbers (B,h,w) in [0, 1]; called twice in every step, whether they are used or not.
+    levels            (n + 1,) falling noise levels, the first at most 1: linspace(1, 0, 9) are the original's 8 steps.
+    temperature, guidance, mode   see choose; each may change from step to step, see per_step. Guidance acts on logits;
+                      a scale of 1 is none, in half the time.
+    renoise_steps     after so many steps tokens are no longer replaced at random; default all except the last.
+    codes             Stage A's codebook (K,c), for mode quant.
+    start             tokens to start from, instead of the noise, when levels[0] < 1.
+    watch(i, t, tokens) -> None or other tokens: called after step i with the chosen tokens and the level that they
+                      are noised to next.
+    Raises ValueError for impossible settings, FloatingPointError as soon as logits are not finite, on a GPU at the end.
+    """
+    steps = len(levels) - 1
+    if steps < 1 or not (levels[1:] < levels[:-1]).all() or levels[0] > 1 or levels[-1] < 0:
+        raise ValueError(f"levels must be at least two strictly falling numbers in [0, 1], got {levels.tolist()}.")
+    temperature, guidance, mode = (temperatures(temperature, steps), per_step("guidance", guidance, steps),
+                                   per_step("mode", mode, steps))
+    if not set(mode) <= set(MODES):
+        raise ValueError(f"the mode is {(set(mode) - set(MODES)).pop()!r}, expected one of {', '.join(MODES)}.")
+    if "quant" in mode and codes is None:
+        raise ValueError("mode quant needs Stage A's codebook: give its vectors as codes.")
+    renoise_steps = steps - 1 if renoise_steps is None else renoise_steps
+    tokens, on_device, finite = noise if start is None else start, levels.to(noise.device), []
+    for i in progress(range(steps)):
+        t, t_next = (on_device[k].expand(len(tokens)) for k in (i, i + 1))               # (B,), (B,)
+        logits = predict(tokens, t, guidance[i] != 1)                                    # (B, K, h, w) or (2B, K, h, w)
+        if guidance[i] != 1:
+            conditional, unconditional = logits.chunk(2)
+            logits = torch.lerp(unconditional, conditional, guidance[i])                 # (B, K, h, w)
+        finite.append(logits.isfinite().all())
+        # Reading from a GPU in every step would leave it idle until the next step arrives: it is read at the end.
+        if (tokens.device.type == "cpu" or i == steps - 1) and not (all_finite := torch.stack(finite)).all():
+            k = all_finite.tolist().index(False)
+            raise FloatingPointError(f"step {k + 1} of {steps} (t = {levels[k]:.3f})")
+        tokens = choose(logits, mode[i], temperature[i], uniform(), codes)               # (B, h, w)
+        changed = watch(i, levels[i + 1].item(), tokens) if watch is not None else None
+        tokens, u = tokens if changed is None else changed.to(tokens), uniform()
+        if i < renoise_steps:
+            # The same random tokens every time, as in the original.
+            tokens, _ = add_noise(tokens, t_next, noise, u)
+    return tokens
