@@ -105,7 +105,6 @@ from loading.hub import TEXT_TO_IMAGE
 from loading.layouts import locate
 from loading.names import config_to_ours
 from loading.weights import is_tiny, load_image_encoder, load_stage_c, load_text_encoder
-from stage_b import preprocess
 from stage_c import StageC
 from training.cache import CachedTexts, fill_cache
 from training.checkpoints import Checkpoints, Log, full_state, load_full_state, settings_of
@@ -118,10 +117,10 @@ from training.preserve import Teacher, TeacherLatents
 from training.processes import GracefulExit, Processes, no_sync
 from training.report import Progress, draw_curves, dry_run, due
 from training.results import FILES_C, files_given, write_stage_c
-from training.samples import ImageReader, draw_caption, open_cache, open_data, to_tensor
+from training.samples import ImageReader, draw_caption, open_cache, open_data, semantic_latents
 from training.sampling import SampleSheets
 from training.validation import T_GRID, by_level, fixed_images, fixed_noise, mean_over
-from wuerstchen import TextEncoder, add_noise, scale_semantic
+from wuerstchen import TextEncoder, add_noise
 
 CURVES = ["loss", "val_loss", "grad_norm", *(f"val_loss_t_{t:.2f}" for t in T_GRID[::3])]
 
@@ -270,18 +269,15 @@ def main(args):
     prior, teacher, image_encoder, text_encoder = load_models(args, paths, dtype, autocast, device)
     model = TextAndPrior(prior.train(), text_encoder.model if args.train_text else None)
     resolution = args.resolution or (128 if is_tiny(paths["image_encoder"]) else 1024)
-    buckets = bucket_sizes(resolution, max_ratio=args.max_ratio)
+    with as_user_error():
+        buckets = bucket_sizes(resolution, max_ratio=args.max_ratio)
     dataset, val_data = open_data(args, processes)
     dataset.bucket = nearest_bucket(dataset.sizes, buckets)
     order = BatchSampler(dataset.bucket, args.batch * args.grad_accum * processes.world, args.seed)
     if args.dry_run:
         return dry_run(args, model, dataset, buckets, order, processes)
 
-    @torch.no_grad()
-    def encode(pixels):
-        """(B,h,w,3) uint8 -> x_0 (B,16,h',w') float32, of about unit variance."""
-        size = tuple(side * 3 // 4 for side in pixels.shape[1:3])      # what the encoder sees
-        return scale_semantic(image_encoder(preprocess(to_tensor(pixels, device), size)))
+    encode = partial(semantic_latents, image_encoder, device=device)               # pixels -> x_0
 
     def embed(captions: list[str]):
         """-> (B,N,D); for a text encoder that is trained, token ids and mask."""
@@ -293,8 +289,8 @@ def main(args):
     caches, replaced, preserved = {}, {}, None
     texts = CachedTexts(text_encoder)
     if args.cache:
-        caches = {"x_0": open_cache(args, "latents", image_encoder, crop="center")}
-        texts.cache = open_cache(args, "texts", text_encoder.model)
+        caches = {"x_0": open_cache(args, image_encoder, kind="latents", crop="center")}
+        texts.cache = open_cache(args, text_encoder.model, kind="texts")
         with as_user_error():
             replaced = fill_cache(dataset, lambda i: [buckets[dataset.bucket[i]]], args.random_flip,
                                   caches, {"x_0": encode}, texts, processes)
@@ -309,7 +305,7 @@ def main(args):
     if args.cache:               # all that training needs is there: free the memory of the encoders
         for caption in [caption for _, caption in fixed] + (preserved.prompts if preserved else []):
             texts.one(caption)
-        image_encoder = text_encoder = texts.encoder = None
+        encode = image_encoder = text_encoder = texts.encoder = None
 
     # --- optimizer, averaged weights, and where the run stands ------------------------------------
     if args.fsdp:

@@ -8,7 +8,9 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,13 +22,13 @@ import sample
 from training import scenes
 import train_b
 from training import optim
-from diffusion import add_noise, alphas_cumprod
 from training.losses import p2_weight, v_weight
 from loading.errors import UserError, WeightsError
 from helpers import lines, newest, same
 from stage_a import StageA
 from stage_b import EfficientNetEncoder, StageB, TinyImageEncoder
-from wuerstchen import to_raw, to_stored
+from training import models, samples as training_samples
+from wuerstchen import add_noise, alphas_cumprod, scale_semantic, unscale_semantic
 
 ROOT = Path(train_b.__file__).parent
 TINY = ROOT / "models" / "tiny"
@@ -80,6 +82,7 @@ def weights_file(folder, part: str) -> bytes:
     return (Path(folder) / part / "diffusion_pytorch_model.safetensors").read_bytes()
 
 
+EPS, HEAD = SimpleNamespace(loss="eps"), SimpleNamespace(loss="head")
 LEARNED = ("model", "averaged", "optimizer", "step", "updates", "scaler")
 
 
@@ -116,7 +119,7 @@ def test_where_the_encoder_learned_nothing_claims_that_stage_c_fits(folder, new,
     out = train(folder, tmp_path / "run", *new, "--sample-every", "1", steps=1)
     card, psnr = (out / "README.md").read_text(), next(line["psnr_a"] for line in reversed(lines(out))
                                                        if "psnr_a" in line)
-    assert "must be trained anew" in card and f"| Stage A alone | {psnr:.2f} |" in card
+    assert "train it again" in card and f"| Stage A only | {psnr:.2f} |" in card
     assert "samples/step_000001.png" in card
     assert f"--decoder {out.name}/decoder --image-encoder {out.name}/image_encoder --reconstruct" in card
     assert (out / "decoder").is_dir() and (out / "image_encoder").is_dir() and not (out / "base.json").exists()
@@ -137,7 +140,7 @@ def test_a_frozen_encoder_is_left_alone_to_the_bit(folder, new, tmp_path, monkey
 def test_an_encoder_that_learns_keeps_its_units(folder, new, tmp_path):
     """Weight 42 and bias -1 of its last BatchNorm: what to_stored, Stage C and Stage B count on. Its statistics do move."""
     out = train(folder, tmp_path / "run", *new, steps=3)
-    state = train_b.load_image_encoder(out / "image_encoder").norm.state_dict()
+    state = models.load_image_encoder(out / "image_encoder").norm.state_dict()
     assert (state["weight"] == 42).all() and (state["bias"] == -1).all()
     assert state["num_batches_tracked"] == 3 and not torch.equal(state["running_mean"], torch.zeros(16))
 
@@ -148,14 +151,14 @@ def test_a_new_efficientnet_starts_from_imagenets_weights_and_in_the_right_units
     torch.manual_seed(1)
     theirs = torchvision.models.efficientnet_v2_s(weights=None).state_dict()
     torch.save(theirs, tmp_path / "imagenet.pth")
-    encoder = train_b.new_encoder(EfficientNetEncoder, str(tmp_path / "imagenet.pth"))
+    encoder = models.new_encoder(EfficientNetEncoder, str(tmp_path / "imagenet.pth"))
     assert torch.equal(encoder.backbone[0][0].weight, theirs["features.0.0.weight"])
     with torch.no_grad():
-        stored = to_stored(encoder.train()(torch.randn(4, 3, 96, 96)))
+        stored = scale_semantic(encoder.train()(torch.randn(4, 3, 96, 96)))
     assert abs(stored.mean()) < 1e-3 and stored.std() == pytest.approx(1, abs=0.02)
     torch.save(dict(x=torch.ones(1)), tmp_path / "other.pth")
     with pytest.raises(UserError, match="expected torchvision's efficientnet_v2_s"):
-        train_b.new_encoder(EfficientNetEncoder, str(tmp_path / "other.pth"))
+        models.new_encoder(EfficientNetEncoder, str(tmp_path / "other.pth"))
 
 
 # --- losses and weights in closed form ----------------------------------------------------------------
@@ -167,26 +170,27 @@ def test_errors_of_noise_and_of_the_head():
     for i in range(3):
         ab = alphas_cumprod(t[i]).item()
         expected = (((x_t[i] - a[i]) / b[i] - eps[i]) ** 2).mean()
-        assert train_b.errors(a, b, x_0, x_t, eps, t, "eps")[i].item() == pytest.approx(expected.item(), rel=1e-5)
+        assert train_b.raw_losses((a, b), x_0, x_t, eps, t, EPS)[i].item() == pytest.approx(expected.item(), rel=1e-5)
         expected = (((a[i] - ab ** 0.5 * x_0[i]) ** 2 + (b[i] - (1 - ab) ** 0.5) ** 2) / max(1 - ab, 0.2)).mean()
-        assert train_b.errors(a, b, x_0, x_t, eps, t, "head")[i].item() == pytest.approx(expected.item(), rel=1e-5)
+        assert train_b.raw_losses((a, b), x_0, x_t, eps, t, HEAD)[i].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("loss", ["eps", "head"])
-def test_both_losses_teach_the_same_noise(loss):
+@pytest.mark.parametrize("args", [EPS, HEAD], ids=["eps", "head"])
+def test_both_losses_teach_the_same_noise(args):
     """A head that is right has a loss of 0, whether measured in eps or in the head's two outputs; also where x_t is empty."""
     x_0, eps, t = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([0.4, 0.9])
     ab = alphas_cumprod(t).view(-1, 1, 1, 1)
     for x_t in (add_noise(x_0, eps, t), torch.ones_like(x_0)):
         noise = (x_t - ab.sqrt() * x_0) / (1 - ab).sqrt()
-        assert train_b.errors(ab.sqrt() * x_0, (1 - ab).sqrt().expand_as(x_0), x_0, x_t, noise, t, loss).max() < 1e-9
+        output = ab.sqrt() * x_0, (1 - ab).sqrt().expand_as(x_0)
+        assert train_b.raw_losses(output, x_0, x_t, noise, t, args).max() < 1e-9
 
 
 def test_blind_steps_show_nothing_and_ask_for_the_picture(folder, new, tmp_path, monkeypatch):
     """x_t is all ones, the noise levels are middling, and eps is what it would have to be: a perfect head has no loss."""
     seen = []
-    monkeypatch.setattr(train_b, "errors", lambda a, b, x_0, x_t, eps, t, loss: seen.append((x_0, x_t, eps, t))
-                        or (a + b).square().mean(dim=(1, 2, 3)))
+    monkeypatch.setattr(train_b, "raw_losses", lambda output, x_0, x_t, eps, t, args: seen.append((x_0, x_t, eps, t))
+                        or sum(output).square().mean(dim=(1, 2, 3)))
     train(folder, tmp_path / "run", *new, "--blind", "1", steps=2)
     (x_0, x_t, eps, t), ordinary = seen
     assert (x_t == 1).all() and 0.4 <= t.min() and t.max() <= 0.9 and not (ordinary[1] == 1).all()
@@ -198,8 +202,8 @@ def test_blind_steps_show_nothing_and_ask_for_the_picture(folder, new, tmp_path,
 def test_the_loss_is_the_mean_of_raw_times_weight(folder, new, tmp_path, monkeypatch, name, weight):
     """With all errors 1, the logged loss is the mean weight of the noise levels that its four samples drew."""
     levels = []
-    monkeypatch.setattr(train_b, "errors", lambda a, b, x_0, x_t, eps, t, loss: levels.append(t)
-                        or 1 + 0 * (a + b).mean(dim=(1, 2, 3)))
+    monkeypatch.setattr(train_b, "raw_losses", lambda output, x_0, x_t, eps, t, args: levels.append(t)
+                        or 1 + 0 * sum(output).mean(dim=(1, 2, 3)))
     out = train(folder, tmp_path / "run", *new, "--loss-weight", name, steps=1)
     assert lines(out)[0]["loss"] == pytest.approx(weight(levels[0]).mean().item(), rel=1e-5) and len(levels[0]) == 4
 
@@ -217,8 +221,8 @@ def test_pictures_of_little_contrast_count_more(folder, new, tmp_path, monkeypat
     assert weight[0] / weight[1] == pytest.approx(0.45 / 0.18, rel=0.05)
     assert weight[1] / weight[2] == pytest.approx(1.65 / 0.45, rel=0.05)
     used = []
-    monkeypatch.setattr(train_b, "errors", lambda a, b, x_0, x_t, eps, t, loss: used.append(x_0)
-                        or 1 + 0 * (a + b).mean(dim=(1, 2, 3)))
+    monkeypatch.setattr(train_b, "raw_losses", lambda output, x_0, x_t, eps, t, args: used.append(x_0)
+                        or 1 + 0 * sum(output).mean(dim=(1, 2, 3)))
     # 12 samples: all the data once
     out = train(folder, tmp_path / "run", *new, "--loss-weight", "none", "--even-contrast", steps=3)
     assert np.mean([line["loss"] for line in lines(out)]) == pytest.approx(1, rel=1e-3)
@@ -232,7 +236,7 @@ def samples(folder, *options, n: int = 600, resolution: tuple = (128, 128)) -> l
     args = train_b.parse_args([*SMALL, "--weights", "tiny", "--data", str(folder), "--out", "unused", *options])
     pictures = data.open_dataset(folder, captions_required=False)
     pictures.bucket = np.zeros(len(pictures), int)
-    every = train_b.Samples(pictures, [resolution], 1, args, 4)
+    every = train_b.StageBSamples(pictures, [resolution], args, {}, {}, partial(train_b.draw_noise, config=dict(c_in=4)))
     return [every[position, position % len(pictures), 0] for position in range(n)]
 
 
@@ -268,7 +272,7 @@ def test_noise_levels_reach_one_and_lean_towards_it(drawn, exponent):
     chance = torch.from_numpy(np.array([order.sample_rng(0, position, "timestep").random() for position in range(6000)],
                                        np.float32))
     assert np.array_equal(chance[:600].numpy(), [item["chance"] for item in drawn])
-    t = train_b.noise_levels(chance, 0, args)
+    t = train_b.noise_levels(chance, False, args)
     assert t.dtype == torch.float32 and 0.065 < (t == 1).float().mean() < 0.085 and t.min() >= 0.001
     assert len(t.unique()) > 5000
     # the distribution, against its closed form
@@ -298,8 +302,8 @@ def test_what_was_drawn_is_what_the_decoder_sees():
             return x_t, x_t
     raw, eps, level = torch.randn(4, 16, 3, 3) * 42 - 1, torch.randn(4, 16, 3, 3), torch.tensor([0.0, 0.5, 0.3, 0.0])
     x = torch.randn(4, 4, 32, 32)
-    train_b.Learner(Decoder())(raw, x, torch.rand(4), None, level, eps, torch.tensor([False, False, True, True]))
-    expected = to_raw(add_noise(to_stored(raw), eps, level))
+    train_b.EncoderAndDecoder(Decoder(), None, train_b)(raw, x, torch.rand(4), None, level, eps, torch.tensor([False, False, True, True]))
+    expected = unscale_semantic(add_noise(scale_semantic(raw), eps, level))
     assert torch.equal(seen[0][0], raw[0]) and (seen[0][2:] == 0).all()
     torch.testing.assert_close(seen[0][1], expected[1])
     assert (expected[1] - raw[1]).abs().mean() > 5
@@ -310,12 +314,12 @@ def test_what_was_drawn_is_what_the_decoder_sees():
 def test_each_step_draws_one_of_several_resolutions():
     """A function of (seed, step); all pictures of a step have one size, of their own shape; every resolution comes up alike."""
     shapes = np.array([[100, 100], [100, 200], [200, 100]] * 40)
-    plan = train_b.SizedPlan(shapes, [256, 512, 768], 2.0, 8, 3)
+    plan = training_samples.MultiSizeSampler(shapes, [256, 512, 768], 2.0, 8, 3)
     steps = [plan.step(k) for k in range(300)]
     areas = np.array([plan.sizes[number][0] * plan.sizes[number][1] for _, _, number in steps])
     nearest = np.array([256, 512, 768])[np.abs(np.log(areas)[:, None] / 2 - np.log([256, 512, 768])).argmin(1)]
     assert np.abs(np.bincount(nearest)[[256, 512, 768]] / 300 - 1 / 3).max() < 0.1
-    again = train_b.SizedPlan(shapes, [768, 256, 512], 2.0, 8, 3).step(123)
+    again = training_samples.MultiSizeSampler(shapes, [768, 256, 512], 2.0, 8, 3).step(123)
     assert again[2] == steps[123][2] and np.array_equal(again[1], steps[123][1])
     for _, indices, number in steps:
         h, w = plan.sizes[number]
@@ -589,7 +593,7 @@ def test_validation_and_psnr_are_the_same_work_every_time(folder, tmp_path):
 
 def test_emoji_scenes_are_validated_on_ones_that_are_never_trained_on(new, tmp_path, monkeypatch):
     opened, open_dataset = [], data.open_dataset
-    monkeypatch.setattr(train_b, "open_dataset", lambda source, **more: opened.append(source)
+    monkeypatch.setattr(training_samples, "open_dataset", lambda source, **more: opened.append(source)
                         or open_dataset(source, **more))
     train("scenes:all:16:5", tmp_path / "run", *new, "--val-every", "1", "--val-count", "2", steps=1)
     assert opened == ["scenes:all:16:5", "scenes:all:64:1000000000"]
@@ -599,7 +603,7 @@ def test_a_dry_run_says_what_would_happen_and_does_nothing(folder, new, tmp_path
     train(folder, tmp_path / "run", *new, "--dry-run")
     said = capsys.readouterr().out
     assert "parameters learn" in said and "GiB" in said and "128x128 px 12" in said and "background" in said
-    assert "x_0 and eps (4, 4, 32, 32), semantic latents (4, 16, 3, 3)" in said
+    assert "step 0: semantic (4, 16, 3, 3), eps (4, 4, 32, 32)" in said
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -641,7 +645,7 @@ MISTAKES = [
     (["--high-noise", "0"], "expected an exponent above 0"),
     (["--config", "x.json"], "add --init random"),
     (["--backbone", "x.pth"], "--backbone is where a new image encoder starts"),
-    ([*NEW, "--decoder", "x"], "leave one of them away"),
+    ([*NEW, "--decoder", "x"], "remove one of them"),
     ([*NEW, "--freeze-encoder"], "an image encoder that has learned nothing: add --image-encoder"),
     (["--cache", "x", "--crop", "random"], "does not go with --crop random"),
     (["--filter", "min_aesthetic"], "expected something like min_aesthetic=5"),
@@ -669,7 +673,7 @@ def test_defaults_suit_the_model():
     """Emoji scenes from nothing: what models/tiny/README.md found. The released weights: small steps, and the original's loss."""
     def defaults(small: bool, *options) -> tuple:
         args = train_b.parse_args(["--out", "x", *options])
-        train_b.set_defaults(args, small, torch.device("cpu"))
+        train_b.set_defaults(args, small)
         return tuple(getattr(args, name) for name in ("resolution", "batch", "lr", "blind", "high_noise", "loss_weight",
                                                       "ema"))
     assert defaults(True, *NEW) == ([128], 32, 1.5e-3, 2000, 1.5, "v", 0.998)

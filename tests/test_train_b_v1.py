@@ -6,6 +6,7 @@ On a token model of a few thousand weights, with the tiny VQGAN's 1024 codes. Wh
 import contextlib
 import json
 import math
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,12 +20,12 @@ from training import data, order
 from loading import hub
 from v1 import stage_b as stage_b_v1
 from v1 import training as tokens
+from v1.pipeline import TokenSampling, WuerstchenV1
 import train_b
 from loading import weights
 from loading.files import read_config
 from loading.layouts import locate
 from loading.names import config_to_ours
-from diffusion import add_noise
 from loading.errors import UserError, WeightsError
 from helpers import TINY, lines, newest, same
 from stage_a import StageA
@@ -33,11 +34,15 @@ from v1.losses import training_errors, training_levels
 from v1.stage_b import StageBV1
 # noqa: F401 (folder is a fixture)
 from test_train_b import FROZEN, LEARNED, SMALL, folder, losses, torchrun, train
-from wuerstchen import Wuerstchen, to_raw, to_stored
+from training import models, samples as training_samples, validation
+from training.processes import Processes
+from training.sampling import Reconstructions
+from wuerstchen import Wuerstchen, add_noise, scale_semantic, unscale_semantic
 
 DECODER = dict(_class_name="Paella", num_labels=1024, c_in=8, c_r=8, patch_size=2, c_cond=16, c_hidden=[8, 16],
                nhead=[-1, 2], blocks=[1, 1],
                level_config=["CT", "CTA"], effnet_embd=16, byt5_embd=128, kernel_size=3, dropout=0.1)
+CODES = dict(codebook_size=1024)
 ENCODER = dict(_class_name="TinyImageEncoder", c_semantic=16, c_hidden=[4, 8, 8, 8], blocks=[1, 1, 1, 1])
 
 
@@ -84,16 +89,17 @@ def test_the_result_is_a_folder_that_paints_with_the_tiny_models_other_parts(fol
     out = train(folder, tmp_path / "run", *new, *FROZEN, steps=2)
     assert json.loads((out / "base.json").read_text())["weights"] == "tiny"
     model = Wuerstchen.load(out, "cpu")
-    assert (model.v1_b, model.v1_c, model.size, model.steps_b, model.guidance_b) == (True, False, 128, 8, 2.0)
-    assert model.places["prior"] == TINY / "prior" and model.places["decoder"] == out / "decoder"
+    assert type(model) is WuerstchenV1 and (model.size, model.b.steps, model.b.guidance) == (128, 8, 2.0)
+    assert model.scale is Wuerstchen.scale           # v2's scaled latents
+    assert model.paths["prior"] == TINY / "prior" and model.paths["decoder"] == out / "decoder"
     assert model.preview_file == TINY / "preview.json"
     learned = newest(out)["averaged"]
-    for name, tensor in model.stage_b.state_dict().items():
+    for name, tensor in model.part("stage_b").state_dict().items():
         torch.testing.assert_close(tensor, learned[f"decoder.{name}"], rtol=1e-3, atol=1e-6)         # float16 on disk
     assert model("a cat", seed=1, steps_c=2, steps_b=2)[0].size == (128, 128)
     # and can be fine-tuned
     again = train(folder, tmp_path / "again", "--v1", "--weights", str(out), "--freeze-encoder", steps=1)
-    assert Wuerstchen.load(again, "cpu").stage_b.config == model.stage_b.config
+    assert Wuerstchen.load(again, "cpu").part("stage_b").config == model.part("stage_b").config
 
 
 def test_base_json_is_written_only_where_stage_c_fits(folder, new, tmp_path):
@@ -128,7 +134,7 @@ def test_the_tiny_v1_is_a_name_and_shares_all_but_stage_b(monkeypatch):
     assert model.codebook_size == read_config(TINY / "vqgan")["num_vq_embeddings"] and model.multiple == 8
     args = train_b.parse_args(["--v1", "--weights", "tiny", "--init", "random", "--config",
                                str(TINY.parent / "tiny-v1"), "--out", "x"])
-    decoder, encoder = train_b.build(args, train_b.find_places(args))
+    decoder, encoder = models.load_models(args, tokens, torch.float32, Processes("cpu"))[:2]
     # whose sizes stand in models/tiny, as base.json says
     assert decoder.config == model.config and type(encoder) is TinyImageEncoder
 
@@ -139,14 +145,14 @@ def test_one_step_in_closed_form(folder, new, tmp_path, monkeypatch):
     """t = 1.08 (1 - u) + 0.001, clamped; tokens give way with probability t; -sum of 0.9 [k = x_0] + 0.1 / K times log p, for replaced
     tokens with weight 1, for others 0.3 + 0.7 t; mean of each picture, then of all."""
     seen, asked = [], []
-    monkeypatch.setattr(train_b, "training_errors", lambda *given: seen.append(given) or training_errors(*given))
+    monkeypatch.setattr(tokens, "training_errors", lambda *given: seen.append(given) or training_errors(*given))
     forward = StageBV1.forward
     monkeypatch.setattr(StageBV1, "forward", lambda self, *given: asked.append(given) or forward(self, *given))
     # the second, as the first knows nothing
     out = train(folder, tmp_path / "run", *new, "--lr", "1e-2", "--guide-attention", "0", steps=2)
     (logits, x_0, t, mask), (x_t, told, _, _) = seen[1], asked[1]
-    (positions, indices, _), = [train_b.SizedPlan(np.full((12, 2), 128), [128], 2.0, 4, 0).step(1)]
-    drawn = [tokens.draw(order.sample_rng(0, p, "noise"), 1024, 32, 32) for p in positions.tolist()]
+    (positions, indices, _), = [training_samples.MultiSizeSampler(np.full((12, 2), 128), [128], 2.0, 4, 0).step(1)]
+    drawn = [tokens.draw_noise(order.sample_rng(0, p, "noise"), 32, 32, CODES) for p in positions.tolist()]
     chance = torch.tensor([np.float32(order.sample_rng(0, p, "timestep").random()) for p in positions.tolist()])
     torch.testing.assert_close(t, training_levels(chance), rtol=0, atol=1e-6)
     vqgan, pictures = weights.load_stage_a(TINY / "vqgan"), data.open_dataset(folder)
@@ -226,8 +232,12 @@ def test_the_guides_loss_is_added_with_its_weight(folder, new, tmp_path, monkeyp
     given, asked, errors, loss = [], [], [], tokens.AttentionGuide.loss
     monkeypatch.setattr(tokens.AttentionGuide, "loss", lambda self: asked.append(len(self.errors))
                         or given.append(loss(self)) or given[-1])
-    monkeypatch.setattr(train_b, "training_errors", lambda *inputs: errors.append(training_errors(*inputs))
-                        or errors[-1])
+
+    def noted(*inputs):
+        error = training_errors(*inputs)
+        errors.extend([error] if error.requires_grad else [])
+        return error
+    monkeypatch.setattr(tokens, "training_errors", noted)
     out = train(folder, tmp_path / "run", *new, "--guide-attention", "0.7", "--val-every", "1", "--val-count", "2",
                 steps=3)
     assert asked == [2, 2, 2]                                            # its two attention blocks
@@ -240,7 +250,7 @@ def test_what_a_sample_draws_is_its_own():
     args = train_b.parse_args([*SMALL, "--v1", "--weights", "tiny", "--data", "scenes:all:16:1", "--out", "unused"])
     pictures = data.open_dataset("scenes:all:16:1", captions_required=False)
     pictures.bucket = np.zeros(16, int)
-    samples = train_b.Samples(pictures, [(128, 128)], 1, args, 1024)
+    samples = train_b.StageBSamples(pictures, [(128, 128)], args, {}, {}, partial(tokens.draw_noise, config=CODES))
     items = [samples[position, position % 16, 0] for position in range(48)]
     random = torch.stack([item["random_tokens"] for item in items])
     assert random.dtype == torch.int64 and random.min() == 0 and random.max() == 1023
@@ -255,8 +265,8 @@ def test_what_a_sample_draws_is_its_own():
 def test_blind_steps_show_random_tokens_alone():
     args = train_b.parse_args(["--v1", "--out", "x", "--blind", "3", "--high-noise", "1"])
     chance = torch.rand(100)
-    assert (train_b.noise_levels(chance, 2, args) == 1).all()
-    torch.testing.assert_close(train_b.noise_levels(chance, 3, args), training_levels(chance), rtol=0, atol=1e-6)
+    assert (tokens.noise_levels(chance, True, args) == 1).all()
+    torch.testing.assert_close(tokens.noise_levels(chance, False, args), training_levels(chance), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("c_text", [128, 1024])
@@ -265,13 +275,13 @@ def test_noise_on_the_semantic_latent_is_in_the_units_of_stage_c(c_text):
     seen = []
     decoder = StageBV1(**config_to_ours(DECODER | dict(byt5_embd=c_text), StageBV1))
     decoder.forward = lambda x_t, t, semantic, text: seen.append(semantic)
-    encoder = train_b.new_encoder(TinyImageEncoder, units=train_b.in_units(decoder),
-                                  **{k: v for k, v in ENCODER.items() if k[0] != "_"})
+    encoder = models.new_encoder(TinyImageEncoder, None, tokens.semantic_scale(decoder)[1],
+                                 **{k: v for k, v in ENCODER.items() if k[0] != "_"})
     assert (encoder.norm.weight[0].item(), encoder.norm.bias[0].item()) == ((42, -1) if c_text == 128 else (1, 0))
     raw, eps, level = torch.randn(2, 16, 3, 3), torch.randn(2, 16, 3, 3), torch.tensor([0.0, 0.4])
-    train_b.Learner(decoder)(raw, torch.zeros(2, 32, 32, dtype=torch.int64), torch.rand(2), None, level, eps,
+    train_b.EncoderAndDecoder(decoder, None, tokens)(raw, torch.zeros(2, 32, 32, dtype=torch.int64), torch.rand(2), None, level, eps,
                              torch.tensor([False, False]))
-    expected = to_raw(add_noise(to_stored(raw), eps, level)) if c_text == 128 else add_noise(raw, eps, level)
+    expected = unscale_semantic(add_noise(scale_semantic(raw), eps, level)) if c_text == 128 else add_noise(raw, eps, level)
     assert torch.equal(seen[0][0], raw[0])
     torch.testing.assert_close(seen[0][1], expected[1])
 
@@ -298,12 +308,12 @@ def test_a_cache_of_whole_numbers_gives_back_what_it_got(tmp_path):
     """And says so where it cannot, in place of wrapping round."""
     for codes, dtype in ((1024, "int16"), (8192, "int16"), (2 ** 15, "int16"), (2 ** 15 + 1, "int32"),
                          (2 ** 18, "int32")):
-        assert tokens.cache_dtype(codes) == dtype
+        assert tokens.cache_settings(SimpleNamespace(config=dict(codebook_size=codes)))["dtype"] == dtype
         kept = cache.Cache(tmp_path, "vqgan", dict(kind=f"tokens{codes}", dtype=dtype))
         array = np.linspace(0, codes - 1, 4097).astype(np.int64)
         kept.put("a", array)
         assert np.array_equal(kept.get("a"), array) and kept.get("a").dtype == dtype
-    with pytest.raises(ValueError, match="it holds numbers that do not fit int16"):
+    with pytest.raises(ValueError, match="it contains numbers that do not fit int16"):
         cache.Cache(tmp_path, "vqgan", dict(dtype="int16")).put("a", np.array([2 ** 15]))
 
 
@@ -384,9 +394,9 @@ def test_a_bad_step_is_skipped(folder, new, tmp_path, monkeypatch):
 # --- looking -----------------------------------------------------------------------------------------
 
 class Oracle:
-    """A token model that is quite sure of what it is told: of `answer(x_t)`."""
+    """A token model that is quite sure of one answer: of `answer(x_t)`."""
     def __init__(self, answer):
-        self.decoder, self.answer = SimpleNamespace(codebook_size=1024), answer
+        self.decoder, self.answer = SimpleNamespace(config=CODES), answer
 
     def __call__(self, source, x_t=None, t=None, text=None):
         return source if x_t is None else torch.nn.functional.one_hot(self.answer(x_t).expand_as(x_t),
@@ -410,18 +420,16 @@ def embed(captions):
 
 def test_validation_counts_replaced_tokens_alone(fixed):
     """Who repeats what he sees finds none of the replaced ones, but for one in 1024; who knows the picture finds all."""
-    processes = SimpleNamespace(device="cpu", rank=0, world=1, sum=lambda x: x)
-    told = [tokens.validate(Oracle(answer), fixed, embed, train_b.T_GRID, contextlib.nullcontext(), run_args(),
-                            processes)
-            for answer in (lambda x_t: fixed.x_0[0], lambda x_t: x_t)]
-    right, wrong = told
+    right, wrong = (validation.validate(Oracle(answer), fixed, embed, torch.ones_like, tokens, contextlib.nullcontext(),
+                                        run_args(), Processes("cpu"))
+                    for answer in (lambda x_t: fixed.x_0[0], lambda x_t: x_t))
     assert all(right[f"val_accuracy_t_{t:.2f}"] == 1 and wrong[f"val_accuracy_t_{t:.2f}"] < 0.02
-               for t in train_b.T_GRID)
+               for t in validation.T_GRID)
     # label smoothing makes sureness cost something
     sure = math.log1p(1023 * math.exp(-30)) + 0.1 * 30 * 1023 / 1024
     assert right["val_loss"] == pytest.approx(sure, rel=1e-5)
     assert wrong["val_loss_t_0.95"] > wrong["val_loss_t_0.05"] > sure
-    assert right["val_loss"] == pytest.approx(np.mean([right[f"val_loss_t_{t:.2f}"] for t in train_b.T_GRID]))
+    assert right["val_loss"] == pytest.approx(np.mean([right[f"val_loss_t_{t:.2f}"] for t in validation.T_GRID]))
 
 
 def test_pictures_come_back_where_the_model_knows_them(fixed):
@@ -429,14 +437,15 @@ def test_pictures_come_back_where_the_model_knows_them(fixed):
     vqgan = weights.load_stage_a(TINY / "vqgan")
     with torch.no_grad():
         expected = vqgan.decode_indices(fixed.x_0).clamp(0, 1)
+    def reconstruct(answer, scale: float, steps: int):
+        sheets = Reconstructions(run_args(), Oracle(answer), tokens, vqgan, True, fixed, embed,
+                                 contextlib.nullcontext(), Processes("cpu"))
+        return sheets.reconstruct(TokenSampling(steps, guidance=scale))
     for scale, steps in ((1.0, 4), (2.0, 2)):
-        images = tokens.reconstruct(Oracle(lambda x_t: fixed.x_0[0]), vqgan, fixed, embed, scale, steps,
-                                    contextlib.nullcontext(), run_args())
-        torch.testing.assert_close(images, expected)
+        torch.testing.assert_close(reconstruct(lambda x_t: fixed.x_0[0], scale, steps), expected)
     seen = []
     for _ in range(2):
-        tokens.reconstruct(Oracle(lambda x_t: seen.append(x_t) or x_t), vqgan, fixed, embed, 1.0, 2,
-                           contextlib.nullcontext(), run_args())
+        reconstruct(lambda x_t: seen.append(x_t) or x_t, 1.0, 2)
     # two parts of the batch, two steps, twice
     assert len(seen) == 8 and torch.equal(seen[0], seen[4])
     assert not torch.equal(seen[0][0], seen[0][1]) and seen[0].float().mean().item() == pytest.approx(511.5, abs=30)
@@ -455,7 +464,7 @@ def test_validation_and_grids_are_the_same_work_every_time(folder, new, tmp_path
     assert val == pytest.approx(other_val, rel=1e-5) and shown == pytest.approx(other_shown, rel=1e-4)
     assert values[0][2] != values[1][2]
     assert set(shown) == {"psnr_a", *(f"psnr_guidance_{g}_steps_{s}" for g in (1, 2) for s in (4, 8))}
-    assert set(val) == {"val_loss", *(f"val_{what}_t_{t:.2f}" for what in ("loss", "accuracy") for t in train_b.T_GRID)}
+    assert set(val) == {"val_loss", *(f"val_{what}_t_{t:.2f}" for what in ("loss", "accuracy") for t in validation.T_GRID)}
     with Image.open(tmp_path / "a" / "samples" / "step_000001.png") as grid:
         assert grid.size[0] >= 6 * 128
     assert (tmp_path / "a" / "curves.png").exists()
@@ -463,22 +472,22 @@ def test_validation_and_grids_are_the_same_work_every_time(folder, new, tmp_path
 
 def test_a_dry_run_names_the_tokens(folder, new, tmp_path, capsys):
     train(folder, tmp_path / "run", *new, "--dry-run")
-    assert "tokens (4, 32, 32), semantic latents (4, 16, 3, 3)" in capsys.readouterr().out
+    assert "step 0: semantic (4, 16, 3, 3), random_tokens (4, 32, 32), u (4, 32, 32)" in capsys.readouterr().out
 
 
 # --- mistakes ------------------------------------------------------------------------------------------
 
 MISTAKES = [
-    (["--v1", "--loss", "head"], "--loss is for v2, whose Stage B makes latents; --v1 has a loss of its own"),
+    (["--v1", "--loss", "head"], "--loss is for v2, whose Stage B generates latents; --v1 has its own loss"),
     (["--v1", "--loss", "eps"], "--loss is for v2"),
     (["--v1", "--loss-weight", "v"], "--loss-weight is for v2"),
     (["--v1", "--even-contrast"], "--even-contrast is for v2"),
-    (["--guide-attention", "5"], "--guide-attention is for --v1: in v2 the semantic latent is laid over the picture"),
+    (["--guide-attention", "5"], "--guide-attention is for --v1: in v2 the semantic latents lie over the image"),
     (["--v1", "--guide-attention", "-1"], "--guide-attention is -1.0, expected at least 0"),
     (["--v1"],
-     "models/tiny/decoder is a Stage B of v2, --v1 trains that of v1: leave it away, or --init random for a new one"),
+     "models/tiny/decoder is a Stage B of v2, --v1 trains that of v1: remove it, or use --init random for a new one"),
     (["--weights", str(TINY.parent / "tiny-v1")],
-     "models/tiny-v1/decoder is a Stage B of v1: add --v1, or --init random"),
+     "models/tiny-v1/decoder is a Stage B of v1: add --v1, or use --init random"),
     (["--v1", "--init", "random", "--config", str(TINY)],
      "cannot be used: it describes a WuerstchenDiffNeXt, expected a Paella"),
     (["--v1", "--init", "random", "--image-encoder", str(TINY / "image_encoder"), "--config", "EIGHT"],
@@ -498,10 +507,10 @@ def test_mistakes_are_one_line(folder, tmp_path, options, message):
 def test_v1_and_v2_do_not_take_each_others_checkpoints(folder, new, tmp_path):
     """Their tensors have other names: loaded leniently, they would be passed over in silence."""
     v1 = train(folder, tmp_path / "v1", *new, steps=1)
-    with pytest.raises(UserError, match="is of v1: add --v1, or choose another --resume"):
+    with pytest.raises(UserError, match="was made with --v1: add it, or choose another --resume"):
         train(folder, v1, "--weights", "tiny", "--resume", "auto", steps=2)
     v2 = train(folder, tmp_path / "v2", "--weights", "tiny", steps=1)
-    with pytest.raises(UserError, match="is of v2: leave --v1 away, or choose another --resume"):
+    with pytest.raises(UserError, match="was made without --v1: remove it, or choose another --resume"):
         train(folder, v2, *new, "--resume", "auto", steps=2)
 
 
@@ -509,11 +518,11 @@ def test_defaults_are_v1s():
     """Its loss, its noise levels, 512 px, its released weights; with the small encoder the sizes of step that suit emoji scenes."""
     def defaults(small: bool, *options) -> tuple:
         args = train_b.parse_args(["--v1", "--out", "x", *options])
-        train_b.set_defaults(args, small, torch.device("cpu"))
+        train_b.set_defaults(args, small)
         return tuple(getattr(args, name) for name in ("weights", "resolution", "batch", "lr", "blind",
                                                       "guide_attention", "high_noise", "loss", "loss_weight"))
     assert defaults(False) == ("v1", [512], 4, 1e-5, 0, 0, 1.0, "ce", "none")
     assert defaults(True, "--weights", "tiny") == ("tiny", [128], 32, 1.5e-3, 0, 0.3, 1.0, "ce", "none")
     assert defaults(True, "--weights", "tiny", "--init", "random") == ("tiny", [128], 32, 1.5e-3, 0, 0.3, 1.0, "ce",
                                                                        "none")
-    assert train_b.new_encoder(EfficientNetEncoder, units=False).norm.weight[0] == 1
+    assert models.new_encoder(EfficientNetEncoder, unscale=lambda x: x).norm.weight[0] == 1

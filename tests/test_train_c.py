@@ -507,6 +507,7 @@ MISTAKES = [
     (["--config", "x.json"], "add --init random"),
     (["--cache", "x", "--crop", "random"], "does not go with --crop random"),
     (["--preserve", "0.5"], "--preserve and --preserve-prompts go together"),
+    (["--resolution", "100"], "expected a multiple of 128"),
     (["--filter", "min_aesthetic"], "expected something like min_aesthetic=5"),
     (["--lora", "--targets", "nothing_like_it"], "nothing_like_it"),
     (["--init", "random", "--config", "nowhere.json"], "nowhere.json"),

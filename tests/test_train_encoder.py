@@ -15,6 +15,8 @@ from loading.layouts import locate
 from loading.weights import load_image_encoder
 from stage_b import TinyImageEncoder
 from tiny import train_encoder
+from training import models
+from training.processes import Processes
 from training.scenes import COLOURS, OBJECTS, EmojiScenes
 
 
@@ -100,7 +102,7 @@ def test_the_result_is_an_image_encoder_in_the_right_units(config, tmp_path):
     assert encoder.norm.num_batches_tracked == 4
     args = train_b.parse_args(["--weights", "tiny", "--init", "random", "--config", str(TINY), "--image-encoder",
                                str(out / "image_encoder"), "--out", "unused"])
-    _, taken = train_b.build(args, train_b.find_places(args))
+    _, taken, _, _ = models.load_models(args, train_b, torch.float32, Processes("cpu"))
     same(dict(taken.state_dict()), dict(encoder.state_dict()))
 
 

@@ -61,10 +61,10 @@ class Checkpoints:
         return path
 
     @staticmethod
-    def load(path: Path, script: str, settings: dict) -> dict:
+    def load(path: Path, script: str, settings: dict, flags: tuple[str, ...] = ()) -> dict:
         """The content of a checkpoint. Settings that differ from those of now are named on stderr.
 
-        Raises UserError for a torn file and for a checkpoint of another script.
+        Raises UserError for a torn file, for a checkpoint of another script, and if one of `flags` was set differently.
         """
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -76,6 +76,10 @@ class Checkpoints:
             raise UserError(f"{path} is not a checkpoint of {script}{f' but of {found}' if found else ''}: "
                             f"choose another --resume")
         then = content["settings"]
+        for flag in flags:
+            if then.get(flag, False) != settings[flag]:
+                what = f"without --{flag}: remove it" if settings[flag] else f"with --{flag}: add it"
+                raise UserError(f"{path} was made {what}, or choose another --resume")
         for name in sorted(settings.keys() & then.keys()):
             if settings[name] != then[name]:
                 print(f"resuming with --{name.replace('_', '-')} {settings[name]}, the checkpoint has {then[name]}",
@@ -84,8 +88,7 @@ class Checkpoints:
 
 
 def full_state(model, optimizer, scaler, ema) -> dict:
-    """What a run has learned, for a checkpoint. All processes must call this, since each may hold a part of the
-    weights.
+    """What a run has learned, for a checkpoint. All processes must call this: each may hold a part of the weights.
 
     Frozen parameters are left out. Buffers, such as BatchNorm's statistics, are averages already and have no EMA.
     """

@@ -13,7 +13,7 @@ from wuerstchen import alphas_cumprod
 
 
 def p2_weight(t: Tensor, k: float = 1.0, gamma: float = 1.0) -> Tensor:
-    """(k + SNR)^-gamma. With k = gamma = 1 it is 1 - alphas_cumprod.  Source: Choi et al. 2022, arXiv:2204.00227, eq. 8."""
+    """(k + SNR)^-gamma; 1 - alphas_cumprod for k = gamma = 1.  Source: Choi et al. 2022, arXiv:2204.00227, eq. 8."""
     ab = alphas_cumprod(t)
     return (k + ab / (1 - ab)) ** -gamma
 

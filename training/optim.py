@@ -4,21 +4,24 @@ Needs: torch.
 """
 import contextlib
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 
-def build_optimizer(model: nn.Module, args, betas: tuple[float, float] = (0.9, 0.999)) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, args, betas: tuple[float, float] = (0.9, 0.999),
+                    share: Callable[[str], float] | None = None) -> torch.optim.AdamW:
     """AdamW. Weight decay pulls weights to zero, so it is only for matrices: not for norms and biases, nor for a LoRA,
-    which starts at zero."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    lora = getattr(args, "lora", False)
-    decayed = [p for name, p in named if p.ndim >= 2 and not lora]
-    rest = [p for name, p in named if p.ndim < 2 or lora]
-    groups = [dict(params=params, weight_decay=decay) for params, decay in ((decayed, args.weight_decay), (rest, 0.0))
-              if params]
-    return torch.optim.AdamW(groups, lr=args.lr, betas=betas, fused=True)
+    which starts at zero. share: the name of a parameter -> its share of the learning rate, group["share"]."""
+    groups, lora = {}, getattr(args, "lora", False)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            settings = dict(weight_decay=args.weight_decay if p.ndim >= 2 and not lora else 0.0)
+            settings |= dict(share=share(name)) if share else {}
+            groups.setdefault(tuple(settings.items()), []).append(p)
+    return torch.optim.AdamW([dict(settings, params=params) for settings, params in groups.items()],
+                             lr=args.lr, betas=betas, fused=True)
 
 
 def learning_rate(step: int, args) -> float:
@@ -41,7 +44,7 @@ def set_precision(args, device: torch.device) -> tuple[torch.dtype, torch.autoca
 
 
 def clip_gradients(model: nn.Module, limit: float) -> Tensor:
-    """Scales the gradients down if their norm is above limit. Returns the norm before that, () float, over all processes."""
+    """Scales the gradients down if their norm is above limit. Returns the norm before that, (), over all processes."""
     norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], limit)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm      # FSDP: each process has a part of it
 

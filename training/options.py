@@ -1,26 +1,29 @@
-"""Command-line options that the training scripts share, each declared once. A script adds its own to the groups it gets back.
+"""Command-line options that the training scripts share, each declared once. What differs is an argument.
 
-Defaults and words that differ between scripts are arguments. Needs: argparse only, so that --help answers at once.
+A script adds its own options to the groups that it gets back.
+Needs: the standard library only, so that --help answers at once.
 """
 from loading.errors import UserError
 
 
 def add_data_options(p, default: str | None = None, what: str = "", crop: str | None = "center", captions: bool = True,
                      cache: str | None = None):
-    """--data and how an image becomes a sample. default: of --data, which is required without one; what: added to its help.
+    """--data and how an image becomes a sample. Returns the group, to which the script adds --resolution.
 
-    captions: the script uses captions and sorts images into buckets by shape. cache: what --cache keeps; None: no such
-    option. The script adds --resolution. Returns the group.
+    default: of --data, which is required without one; what: added to its help. captions: the script uses captions and
+    sorts images into buckets by shape. cache: what --cache keeps; None: there is no such option.
     """
     g = p.add_argument_group("data")
     g.add_argument("--data", default=default, required=default is None,
-                   help="a folder of images with captions in NAME.txt or metadata.jsonl/.csv; tar shards, 'a/{000..031}.tar'; "
-                        f"FILE.parquet; hub:NAME; scenes:OBJECTS:NUMBER:SEED; see training/data.py{what}")
+                   help="a folder of images with captions in NAME.txt or metadata.jsonl/.csv; tar shards, "
+                        "'a/{000..031}.tar'; FILE.parquet; hub:NAME; scenes:OBJECTS:NUMBER:SEED; see training/data.py"
+                        + what)
     if captions:
         g.add_argument("--max-ratio", type=float, default=2.0,
                        help="widest shape of the buckets that images are sorted into; 1: all are cropped to squares")
     g.add_argument("--crop", choices=["center", "random"], default=crop,
-                   help=f"the part of an image that is kept if its shape is not that of its bucket (default: {crop or 'random'})")
+                   help="the part of an image that is kept if its shape is not that of its bucket (default: "
+                        f"{crop or 'random'})")
     g.add_argument("--random-flip", action="store_true",
                    help="mirror half of the images; not for data where left and right matter")
     if captions:
@@ -55,7 +58,8 @@ def add_optimization_options(p, *, steps: int, batch: int | None, lr: float | No
     g = p.add_argument_group(title)
     add_schedule_options(g, steps, lr, schedule, warmup, lr_note)
     g.add_argument("--batch", type=int, default=batch,
-                   help=f"images per process and forward pass; if memory runs out, halve it and double --grad-accum{batch_note}")
+                   help="images per process and forward pass; if memory runs out, halve it and double --grad-accum"
+                        + batch_note)
     g.add_argument("--grad-accum", type=int, default=1,
                    help="forward passes per optimizer step; the effective batch is batch x grad-accum x processes")
     g.add_argument("--weight-decay", type=float, default=weight_decay, help=f"of AdamW; {decay_note}")
@@ -63,7 +67,8 @@ def add_optimization_options(p, *, steps: int, batch: int | None, lr: float | No
                    help="norm of the gradient, over all processes, above which it is scaled down")
     g.add_argument("--ema", type=float, default=ema,
                    help=f"decay of the averaged weights, which are the ones kept; 0: no averaging{ema_note}")
-    g.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="dtype of autocast (default: bf16 on a GPU, else fp32)")
+    g.add_argument("--dtype", choices=["fp32", "bf16", "fp16"],
+                   help="dtype of autocast (default: bf16 on a GPU, else fp32)")
     if large:
         g.add_argument("--compile", action="store_true", help="torch.compile: minutes at the start, then faster")
         g.add_argument("--fsdp", action="store_true",
@@ -85,17 +90,22 @@ def add_checkpoint_options(g, save_every: int, keep: int = 2) -> None:
 
 def add_output_options(p, *, result: str, save_every: int, log_every: int, val_every: int, val_count: int,
                        sample_every: int, samples: str, val_note: str = "", val_data: str = ""):
-    """--out, checkpoints, log, validation, samples. result: what is in --out in the end; samples: what --sample-every makes;
-    val_note, val_data: added to the help of --val-count and --val-data. Returns the group."""
+    """--out, checkpoints, log, validation, samples. Returns the group.
+
+    result: what is in --out in the end; samples: what --sample-every makes; val_note, val_data: added to the help of
+    --val-count and --val-data.
+    """
     g = p.add_argument_group("output")
-    g.add_argument("--out", required=True, help=f"folder for checkpoints/, samples/, log.jsonl, curves.png and, in the end, {result}")
+    g.add_argument("--out", required=True,
+                   help=f"folder for checkpoints/, samples/, log.jsonl, curves.png and, in the end, {result}")
     add_checkpoint_options(g, save_every)
     g.add_argument("--log-every", type=int, default=log_every, help="steps between lines of log.jsonl")
     g.add_argument("--val-every", type=int, default=val_every, help="steps between validations; 0: none")
-    g.add_argument("--val-data", help="images to validate on, as for --data (default: some of --data, which then show how well "
-                                      f"it is fitted{val_data})")
+    g.add_argument("--val-data", help="images to validate on, as for --data (default: some of --data, which then show "
+                                      f"how well it is fitted{val_data})")
     g.add_argument("--val-count", type=int, default=val_count, help=f"images in a validation{val_note}")
-    g.add_argument("--sample-every", type=int, default=sample_every, help=f"steps between {samples}, step 0 included; 0: none")
+    g.add_argument("--sample-every", type=int, default=sample_every,
+                   help=f"steps between {samples}, step 0 included; 0: none")
     g.add_argument("--report-to", choices=["tensorboard", "wandb"], help="also log to this service, if it is installed")
     g.add_argument("--dry-run", action="store_true",
                    help="print what would be trained on what, with memory and the first captions, and stop")

@@ -1,4 +1,4 @@
-"""One process or many: what torchrun started, sums over all processes, BatchNorm over all batches, FSDP, a graceful exit.
+"""One process or many: what torchrun started, sums over processes, BatchNorm over all batches, FSDP, a graceful exit.
 
 One process takes the same path as many, so a training loop needs no second version. Nothing here knows a model.
 Needs: torch.
@@ -21,7 +21,7 @@ class Processes:
     rank 0 .. world - 1; is_main: rank 0, which writes files; device: this process's own; many: torchrun started it.
     """
     def __init__(self, device: str | None = None, minutes: float = 30):
-        """minutes: how long any process waits for another before it gives up, for example while rank 0 samples images."""
+        """minutes: how long a process waits for another before it gives up, for example while rank 0 samples images."""
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.is_main, self.many = self.rank == 0, "RANK" in os.environ
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -47,8 +47,8 @@ class Processes:
         return values
 
     def any(self, flag: bool | Tensor) -> bool:
-        """True if the flag is true in any process. All processes get the same answer and take the same branch; a process
-        that took another one would leave the rest waiting forever."""
+        """True if the flag is true in any process. All processes get the same answer and take the same branch. If one
+        took another, the rest would wait forever."""
         value = torch.as_tensor(flag, dtype=torch.float32, device=self.device)
         return bool(self.sum(value) > 0)
 
@@ -87,7 +87,7 @@ class Processes:
         return nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
 
     def split_weights(self, model: nn.Module, blocks: Iterable[nn.Module]) -> None:
-        """FSDP: each process holds a part of every tensor. blocks are gathered one at a time, then the rest of model."""
+        """FSDP: each process holds a part of every tensor. blocks are gathered one at a time, the rest with model."""
         if self.many:
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard
@@ -113,8 +113,8 @@ def no_sync(model: nn.Module):
 
 
 class SumOverProcesses(torch.autograd.Function):
-    """The sum over all processes, with a gradient. Each x adds to the result of every process, so its gradient is the sum
-    of all gradients."""
+    """The sum over all processes, with a gradient. Each x adds to the result of every process, so its gradient is the
+    sum of all gradients."""
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         x = x.clone()

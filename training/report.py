@@ -4,9 +4,11 @@ Needs: torch, pillow, tqdm; samples.py, files.py.
 """
 import math
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -30,7 +32,7 @@ class Progress:
     def __init__(self, title: str, start: int, args, processes, batch: int):
         self.processes, self.batch, self.smooth = processes, batch, None
         self.since, self.clock = start, time.time()
-        self.sums = torch.zeros(2, 10, device=processes.device)          # raw loss and number of samples, by noise level
+        self.sums = torch.zeros(2, 10, device=processes.device)          # by noise level: raw loss, number of samples
         self.bar = tqdm(range(start, args.steps), title, args.steps, initial=start, disable=not processes.is_main)
 
     def __iter__(self):
@@ -81,18 +83,23 @@ def outline(args, model, dataset, sizes, order) -> None:
     print(f"{memory / 2 ** 30:.2f} GiB for weights, gradients, optimizer and EMA, without activations"
           + (": see --checkpointing" if hasattr(args, "checkpointing") else ""))
     counts = torch.bincount(torch.from_numpy(dataset.bucket), minlength=len(sizes)).tolist()
-    print(f"{order.batch} images per step, {args.steps} steps are {args.steps * order.batch / len(dataset):.1f} epochs; "
-          "buckets: " + ", ".join(f"{w}x{h} px {n}" for (h, w), n in zip(sizes, counts) if n))
+    epochs = args.steps * order.batch / len(dataset)
+    print(f"{order.batch} images per step, {args.steps} steps are {epochs:.1f} epochs; buckets: "
+          + ", ".join(f"{w}x{h} px {n}" for (h, w), n in zip(sizes, counts) if n))
 
 
-def dry_run(args, model, dataset, sizes, order, processes, latents: str | None = None) -> None:
-    """Prints the outline, shapes and the first captions. latents: what a step works on (default: Stage C's)."""
+def dry_run(args, model, dataset, sizes, order, processes, draw_noise: Callable | None = None) -> None:
+    """Prints the outline, shapes and the first captions. draw_noise: of Stage B, see train_b.py."""
     if not processes.is_main:
         return
     outline(args, model, dataset, sizes, order)
     positions, indices, number = order.step(0)
     h, w = sizes[number]
-    latents = latents or f"x_0 and eps ({order.batch}, 16, {h * 3 // 128}, {w * 3 // 128})"
+    shapes = dict(semantic=(16, h * 3 // 128, w * 3 // 128))
+    if draw_noise:
+        noise = draw_noise(np.random.default_rng(), h // 4, w // 4)
+        shapes |= {name: tuple(tensor.shape) for name, tensor in noise.items()}
+    latents = ", ".join(f"{name} {(order.batch, *shape)}" for name, shape in shapes.items())
     share = getattr(args, "preserve", 0)
     print(f"step 0: {latents}; its first captions, after dropout"
           f"{f', of which {share:.0%} are replaced by --preserve-prompts' if share else ''}:")
@@ -103,7 +110,7 @@ def dry_run(args, model, dataset, sizes, order, processes, latents: str | None =
 
 
 def draw_curves(lines: list[dict], names: list[str], path: str | Path, width: int = 560, height: int = 300) -> None:
-    """A PNG with a plot over the steps for each name that occurs in the lines of a log. Axes of losses are logarithmic."""
+    """A PNG with a plot over the steps for each name that occurs in the lines of a log. Loss axes are logarithmic."""
     font, plots = ImageFont.load_default(size=12), []
     for name in names:
         points = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), (int, float))

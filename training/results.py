@@ -30,7 +30,8 @@ def write_base(args, parts: tuple[str, ...], **more) -> None:
     def path(name: str) -> str:
         return name if name in (*SHIPPED, *NAMES) else str(Path(name).resolve())         # a name stays a name
     base = dict(weights=path(args.weights), files={part: path(file) for part, file in files_given(args, parts).items()})
-    write_atomically(Path(args.out) / "base.json", lambda file: file.write_text(json.dumps(base | more, indent=2) + "\n"))
+    text = json.dumps(base | more, indent=2) + "\n"
+    write_atomically(Path(args.out) / "base.json", lambda file: file.write_text(text))
 
 
 def settings_table(args) -> str:
@@ -48,13 +49,6 @@ def write_card(args, tags: str, *paragraphs: str) -> None:
              f"| setting | value |\n|---|---|\n{settings_table(args)}"]
     text = "\n\n".join(part for part in parts if part) + "\n"
     write_atomically(out / "README.md", lambda path: path.write_text(text, encoding="utf-8"))
-
-
-def filled(model: torch.nn.Module, weights: dict, prefix: str) -> torch.nn.Module:
-    """model with the tensors of weights whose names start with prefix."""
-    tensors = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
-    model.load_state_dict(tensors, assign=True)
-    return model
 
 
 def diffusers_tensors(model: torch.nn.Module, tensors: dict | None = None) -> dict[str, torch.Tensor]:
@@ -125,22 +119,47 @@ def save_encoder(encoder: torch.nn.Module, folder: Path, frozen: bool) -> None:
     write_files(config_to_diffusers(encoder), half if exact or not frozen else tensors, folder, STEM)
 
 
-def write_stage_b(args, images: int, log_lines: list[dict]) -> None:
-    """base.json if Stage C still fits, and README.md with the last PSNR in the log. The networks are written already."""
-    name, fits = Path(args.out).name, stage_c_fits(args)
+def write_stage_b(args, model, encoder, images: int, log_lines: list[dict], processes) -> None:
+    """decoder/, image_encoder/, README.md, base.json if Stage C still fits, --push-to-hub.
+
+    model: has Stage B as model.decoder; encoder: the image encoder; log_lines: have the PSNR. All processes must call
+    this.
+    """
+    weights = full_weights(model)
+    processes.on_main(write_files_b, args, model.decoder, encoder, weights, images, log_lines)
+
+
+def write_files_b(args, decoder, encoder, weights: dict, images: int, log_lines: list[dict]) -> None:
+    out = Path(args.out)
+
+    def filled(network: torch.nn.Module, prefix: str) -> torch.nn.Module:
+        """A new one, because under FSDP the network itself holds a part of each tensor."""
+        with torch.device("meta"):
+            new = type(network)(**network.config)
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+        new.load_state_dict(tensors, assign=True)
+        return new
+    save_model(filled(decoder, "decoder."), out / "decoder")
+    save_encoder(encoder if args.freeze_encoder else filled(encoder, "encoder."), out / "image_encoder",
+                 args.freeze_encoder)
+    fits = stage_c_fits(args)
     if fits:
         write_base(args, FILES_B)
     last = next((line for line in reversed(log_lines) if "psnr_a" in line), {})
-    psnr = [f"| {'Stage A alone' if key == 'psnr_a' else key[5:].replace('_', ' ')} | {value:.2f} |"
+    psnr = [f"| {'Stage A only' if key == 'psnr_a' else key[5:].replace('_', ' ')} | {value:.2f} |"
             for key, value in last.items() if key.startswith("psnr")]
-    use = f'--weights {name} --prompt "..."' if fits else (
-        f"--weights {args.weights} --decoder {name}/decoder --image-encoder {name}/image_encoder --reconstruct photo.png")
+    use = f'--weights {out.name} --prompt "..."' if fits else (
+        f"--weights {args.weights} --decoder {out.name}/decoder --image-encoder {out.name}/image_encoder "
+        f"--reconstruct photo.png")
     write_card(args, "tags: [wuerstchen, diffusion-autoencoder]",
-               f"Würstchen's Stage B{' of v1' * args.v1}{'' if args.freeze_encoder else ' and its image encoder'}, from "
-               f"{'random weights' if args.init == 'random' else f'`{args.weights}`'}, {args.steps} steps on {images} images.",
-               "" if args.freeze_encoder else "Stage C only works with the encoder it was trained on, and must be trained again.",
+               f"Würstchen's Stage B{' of v1' * args.v1}{' and its image encoder' * (not args.freeze_encoder)}, "
+               f"from {'random weights' if args.init == 'random' else f'`{args.weights}`'}, "
+               f"{args.steps} steps on {images} images.",
+               "" if args.freeze_encoder else "Stage C only works with the encoder it was trained on: train it again.",
                f"    python sample.py {use}",
                "\n".join([f"| PSNR of {args.val_count} images | dB |", "|---|---:|", *psnr]) if psnr else "")
+    if args.push_to_hub:
+        push(args)
 
 
 # ----- Stage A -----------------------------------------------------------------------------------------

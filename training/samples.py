@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from loading.errors import UserError, as_user_error
+from stage_b import preprocess
 from training.cache import Cache, hash_of, latent_key
 from training.data import bucket_sizes, fit, nearest_bucket, open_dataset, read_filters
 from training.order import BatchSampler, sample_rng
+from wuerstchen import scale_semantic
 
 
 def to_tensor(pixels, device="cpu") -> Tensor:
@@ -22,12 +24,30 @@ def to_tensor(pixels, device="cpu") -> Tensor:
     return torch.as_tensor(pixels).to(device).permute(0, 3, 1, 2).float() / 255
 
 
-def open_data(args, processes, captions_required: bool = True, unseen: str | None = None) -> tuple:
-    """--data and --val-data. Without --val-data: `unseen`, or --data itself.
+def encoder_input(images: Tensor) -> Tensor:
+    """(B,3,H,W) in [0, 1] -> what the image encoder takes, (B,3,3H/4,3W/4)."""
+    return preprocess(images, tuple(side * 3 // 4 for side in images.shape[2:]))
+
+
+@torch.no_grad()
+def semantic_latents(encoder: torch.nn.Module, pixels: Tensor, device) -> Tensor:
+    """(B,H,W,3) uint8 -> the image encoder's latents (B,16,h,w) float32, of about unit variance, as for Stage C."""
+    return scale_semantic(encoder(encoder_input(to_tensor(pixels, device))))
+
+
+def no_text(config: dict, captions: list[str]) -> Tensor:
+    """(B,1,c_text): instead of text embeddings, one zero token each."""
+    return torch.zeros(len(captions), 1, config["c_text"])
+
+
+def open_data(args, processes, captions_required: bool = True, unseen_scenes: str | None = None) -> tuple:
+    """--data and --val-data, whose default is --data itself or, for emoji scenes, unseen_scenes: of another seed.
 
     The main process is first, so that the others find its index and what it downloaded.
     """
-    index, val_data = Path(getattr(args, "cache", None) or args.out) / "index", args.val_data or unseen
+    index, val_data = Path(getattr(args, "cache", None) or args.out) / "index", args.val_data
+    if args.data.split(":")[0] == "scenes":
+        val_data = val_data or unseen_scenes
     options = dict(captions_required=captions_required, index_folder=index)
     with processes.main_first(), as_user_error():
         dataset = open_dataset(args.data, **options, **read_filters(args.filter))
@@ -36,10 +56,10 @@ def open_data(args, processes, captions_required: bool = True, unseen: str | Non
     return dataset, validation
 
 
-def open_cache(args, kind: str, encoder: torch.nn.Module, **settings) -> Cache:
-    """A cache in --cache of what `encoder` gives. settings: whatever else the entries depend on."""
+def open_cache(args, encoder: torch.nn.Module, **settings) -> Cache:
+    """A cache in --cache of what `encoder` computes. settings: kind, its name, and what else the entries depend on."""
     dtype = dict(fp16="float16", fp32="float32")[args.cache_dtype]
-    return Cache(args.cache, hash_of(encoder), dict(kind=kind, dtype=dtype) | settings)
+    return Cache(args.cache, hash_of(encoder), dict(dtype=dtype) | settings)
 
 
 def draw_caption(dataset, index: int, rng: Callable, dropout: float) -> tuple[str, bool]:
@@ -54,7 +74,7 @@ class ImageReader:
     pixels: whether pixels (h,w,3) uint8 are needed. caches: name -> Cache of latents, each an entry of the dict.
     replaced: see cache.fill_cache. The returned index differs if that image cannot be read and another takes its place.
     """
-    def __init__(self, dataset, sizes: list[tuple[int, int]], args, pixels: bool, caches: dict, replaced: dict[int, int]):
+    def __init__(self, dataset, sizes: list[tuple[int, int]], args, pixels: bool, caches: dict, replaced: dict):
         self.dataset, self.sizes, self.args, self.pixels = dataset, sizes, args, pixels
         self.caches, self.replaced = caches, replaced
         self.same_bucket = [np.flatnonzero(dataset.bucket == bucket) for bucket in range(dataset.bucket.max() + 1)]
@@ -92,6 +112,10 @@ class MultiSizeSampler(BatchSampler):
             self.sizes += [smaller[i] for i in nearest_bucket(self.shapes, smaller)]
         self.bucket = nearest_bucket(image_sizes, self.shapes)                           # (N,)
         super().__init__(self.bucket, batch, seed)
+
+    def sizes_of(self, index: int) -> list[tuple[int, int]]:
+        """All sizes in which image `index` may be seen."""
+        return self.sizes[self.bucket[index]::len(self.shapes)]
 
     def step(self, k: int) -> tuple[np.ndarray, np.ndarray, int]:
         positions, indices, bucket = super().step(k)

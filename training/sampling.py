@@ -1,24 +1,31 @@
-"""Sample sheets of a Stage C in training: images from the whole pipeline, with the network that is being trained in it.
+"""Sample sheets: images from the plain pipeline, with the network in it that is being trained.
 
-Needs: torch, pillow; lora.py, wuerstchen.py, loading/, images.py.
+Needs: torch, pillow; lora.py, wuerstchen.py, loading/, images.py, samples.py.
 """
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
 from PIL import Image
+from torch import Tensor
 
 import lora
-from extras.images import grid
+from extras.images import grid, psnr
 from loading.errors import as_user_error
 from loading.files import write_atomically
 from loading.pipeline import pipeline_for
 from loading.weights import load_stage_a, load_stage_b, load_text_encoder
 from training.data import read_prompts
-from wuerstchen import TextEncoder, Wuerstchen
+from training.samples import to_tensor
+from wuerstchen import Noise, TextEncoder, Wuerstchen, to_pil
 
 
 class SampleSheets:
-    """out/samples/step_000500.png, ...: a row for each prompt, always from the same noise.
+    """train_c.py's out/samples/step_000500.png, ...: a row for each prompt, always from the same noise.
 
-    stage_c: in training; under FSDP the module at its root. Under a LoRA, sheets after step 0 have a column without it and one with it. Stages A and
-    B are loaded for each sheet and freed again, because training needs the memory. Under FSDP all processes take part.
+    stage_c: the module in training; FSDP gathers weights only in the forward of its root. Under a LoRA, sheets after
+    step 0 have a column without it and one with it. Stages A and B are loaded for each sheet and freed again, because
+    training needs the memory. Under FSDP all processes take part.
     """
     def __init__(self, args, stage_c, text_encoder: TextEncoder, paths: dict, dataset, autocast, dtype, processes):
         self.args, self.stage_c, self.text_encoder, self.paths = args, stage_c, text_encoder, paths
@@ -53,5 +60,54 @@ class SampleSheets:
                         stage_b=lambda: load_stage_b(paths["decoder"], dtype).to(device),
                         text_encoder_c=self.text_encoder, text_encoder_b=self.text_encoder)
         if paths["text_encoder"] != paths["prior_text_encoder"]:
-            networks["text_encoder_b"] = TextEncoder(*load_text_encoder(paths["text_encoder"], paths["tokenizer"], dtype))
+            files = paths["text_encoder"], paths["tokenizer"]
+            networks["text_encoder_b"] = lambda: TextEncoder(*load_text_encoder(*files, dtype))
         return pipeline_for(paths, {}, networks, device, dtype)
+
+
+class Reconstructions:
+    """train_b.py's out/samples/step_000500.png, ...: the validation's images through encoder, B and A, always from the
+    same noise: how guidance and steps change them, and their PSNR. stage: see train_b.py."""
+    def __init__(self, args, model, stage, vqgan, small: bool, fixed, embed: Callable, autocast, processes):
+        self.args, self.model, self.stage, self.vqgan = args, model, stage, vqgan
+        self.fixed, self.embed, self.autocast, self.processes = fixed, embed, autocast, processes
+        self.pipeline = stage.pipeline(vqgan, small, processes.device)
+        self.pipeline.bind_b = self.bind
+
+    def bind(self, semantic: Tensor, text: Tensor) -> Callable:
+        return lambda x, t: self.stage.prediction(self.model(semantic, x, t, text), x)
+
+    @torch.no_grad()
+    def write(self, step: int) -> dict[str, float]:
+        """-> PSNR of each way through the chain, for the log. Under FSDP all processes take part."""
+        if not (self.processes.is_main or self.args.fsdp):
+            return {}
+        own, rows = self.pipeline.b, self.fixed.x_0.split(self.args.batch)
+        real = to_tensor(self.fixed.pixels, self.processes.device)                       # (N, 3, r, r)
+        decoded = torch.cat([self.stage.decode(self.vqgan, x_0).clamp(0, 1) for x_0 in rows])
+        columns, values = {"image": real, "Stage A only": decoded}, dict(psnr_a=psnr(decoded, real))
+        for scale in dict.fromkeys((1.0, own.guidance)):
+            for steps in (4, own.steps):
+                images = self.reconstruct(replace(own, steps=steps, guidance=scale))
+                columns[f"guidance {scale:g}, {steps} steps"] = images
+                values[f"psnr_guidance_{scale:g}_steps_{steps}"] = psnr(images, real)
+        shown = [to_pil(images[:8]) for images in columns.values()]
+        sheet = grid([image for row in zip(*shown) for image in row], len(columns), [*columns])
+        if self.processes.is_main:
+            write_atomically(f"{self.args.out}/samples/step_{step:06d}.png", sheet.save)
+        return values
+
+    @torch.no_grad()
+    def reconstruct(self, sampling) -> Tensor:
+        """The images as Stages B and A make them from their semantic latents: (N,3,r,r) in [0, 1]."""
+        fixed, result = self.fixed, []
+        for rows in torch.arange(len(fixed.captions)).split(self.args.batch):
+            captions, size = [fixed.captions[i] for i in rows], fixed.x_0.shape[-2:]
+            noise = Noise([self.args.seed + i for i in rows.tolist()], self.processes.device)
+            with self.autocast:
+                semantic = self.model(fixed.source[rows])                                # (n, 16, h, w)
+                latents = self.pipeline.sample_b(
+                    semantic, self.embed(captions), self.embed([""] * len(rows)),
+                    lambda: noise(self.pipeline.channels_b, *size), sampling)            # (n, 4, h', w')
+            result.append(self.pipeline.decode(latents))
+        return torch.cat(result)

@@ -1,9 +1,10 @@
 """The validation: the same images, noise levels and noise every time, so that its numbers can be compared.
 
 The training loss says little: at t = 0.05 the raw error is a hundred times that at t = 0.95, so the levels that were
-drawn decide it. Needs: torch, numpy; data.py.
+drawn decide it. Needs: torch, numpy; data.py, order.py, samples.py, wuerstchen.py.
 """
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -11,18 +12,24 @@ from torch import Tensor
 
 from training.data import fit, nearest_bucket
 from training.order import sample_rng
+from training.samples import encoder_input, to_tensor
+from wuerstchen import unscale_semantic
 
 T_GRID = [0.05 + 0.1 * i for i in range(10)]             # noise levels
 
 
+def random_images(dataset, sizes: list[tuple[int, int]], rng: np.random.Generator,
+                  count: int) -> Iterator[tuple[Tensor, str]]:
+    """Pixels (1,h,w,3) uint8, in the nearest of `sizes`, and caption of `count` images that rng draws."""
+    nearest = nearest_bucket(dataset.sizes, sizes)                                       # (N,)
+    for i in rng.permutation(len(dataset))[:count].tolist():
+        pixels, j = dataset.read_or_next(i, np.flatnonzero(nearest == nearest[i]))
+        yield torch.from_numpy(np.array(fit(pixels, sizes[nearest[i]])))[None], dataset.captions(j)[0]
+
+
 def fixed_images(dataset, sizes: list[tuple[int, int]], args) -> list[tuple[Tensor, str]]:
-    """The images of the validation, always the same ones: pixels (1,h,w,3) uint8 in the nearest of `sizes`, and caption."""
-    chosen, result = np.random.default_rng([args.seed, 1]).permutation(len(dataset))[:args.val_count], []
-    for i in chosen.tolist():
-        size = sizes[nearest_bucket(dataset.sizes[i:i + 1], sizes)[0]]
-        pixels, i = dataset.read_or_next(i, np.arange(len(dataset)))
-        result.append((torch.from_numpy(np.array(fit(pixels, size)))[None], dataset.captions(i)[0]))
-    return result
+    """The images of the validation, always the same ones."""
+    return list(random_images(dataset, sizes, np.random.default_rng([args.seed, 1]), args.val_count))
 
 
 def fixed_noise(i: int, shape: tuple[int, ...], args) -> Tensor:
@@ -48,3 +55,45 @@ def mean_over(count: int, measure: Callable[[int], Tensor], args, processes, sha
 def by_level(values: Tensor, name: str) -> dict[str, float]:
     """Values (10,) at the levels of T_GRID -> entries of the log."""
     return {f"{name}_t_{level:.2f}": value for level, value in zip(T_GRID, values.tolist())}
+
+
+# ----- Stage B ------------------------------------------------------------------------------------------
+
+def fixed_set(dataset, side: int, encoders: dict, args, device) -> SimpleNamespace:
+    """The images of train_b.py's validation, as squares: pixels (N,r,r,3) uint8, captions, x_0 (N,...).
+
+    source: raw semantic latents (N,16,h',w') or, for an encoder that is trained, its input (N,3,H,W).
+    """
+    pixels, captions = zip(*fixed_images(dataset, [(side, side)], args))
+    x_0 = torch.cat([encoders["x_0"](row) for row in pixels])
+    if "stored" in encoders:
+        source = unscale_semantic(torch.cat([encoders["stored"](row) for row in pixels]))
+    else:
+        source = encoder_input(to_tensor(torch.cat(pixels), device))
+    return SimpleNamespace(pixels=torch.cat(pixels), captions=list(captions), x_0=x_0, source=source)
+
+
+def validate(model, fixed, embed: Callable, weight: Callable, stage, autocast, args, processes) -> dict[str, float]:
+    """Raw loss at each level of T_GRID, its weighted mean, and for v1 the share of tokens that are found. stage: see
+    train_b.py. Nothing is dropped here, and the semantic latents get no noise."""
+    levels, config = torch.tensor(T_GRID, device=processes.device), model.decoder.config         # (10,)
+
+    def measure(i: int) -> Tensor:
+        x_0, source, values = fixed.x_0[i:i + 1], fixed.source[i:i + 1], []
+        rng = sample_rng(args.seed, i, "validation")
+        with autocast:
+            semantic, text = model(source), embed([fixed.captions[i]])
+        for t in levels.split(stage.LEVELS_AT_ONCE):
+            x_0_t, semantic_t, text_t = (part.expand(len(t), *part.shape[1:]) for part in (x_0, semantic, text))
+            drawn = [stage.draw_noise(rng, *x_0.shape[-2:], config) for _ in t]
+            noise = {name: torch.stack([item[name] for item in drawn]).to(x_0.device) for name in drawn[0]}
+            x_t, target = stage.corrupt(noise, x_0_t, t, blind=False)
+            with autocast:
+                output = model(semantic_t, x_t, t, text_t)
+            loss = stage.raw_losses(output, x_0_t, x_t, target, t, args)
+            found = stage.accuracy(output, x_0_t, target) if args.v1 else torch.zeros_like(t)
+            values.append(torch.stack([loss, found]))                                    # (2, levels at once)
+        return torch.cat(values, dim=1)                                                  # (2, 10)
+    raw, found = mean_over(len(fixed.captions), measure, args, processes, (2, len(T_GRID)))
+    values = dict(val_loss=(raw * weight(levels)).mean().item()) | by_level(raw, "val_loss")
+    return values | (by_level(found, "val_accuracy") if args.v1 else {})

@@ -1,0 +1,136 @@
+"""The networks that train_b.py starts from: Stage B and its image encoder, loaded or with random weights.
+
+The second part is how v2's Stage B is used; v1/training.py has the same for v1, under the same names.
+Needs: torch; stage_b.py, loading/, wuerstchen.py; torchvision for EfficientNet.
+"""
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from loading.errors import UserError, as_user_error
+from loading.files import read_config
+from loading.layouts import locate
+from loading.names import config_to_ours
+from loading.weights import check_widths, load, load_image_encoder, load_stage_a, load_text_encoder, stage_b_of
+from stage_b import EfficientNetEncoder, StageB, TinyImageEncoder
+from training.processes import SynchronisedBatchNorm
+from training.results import FILES_B, files_given
+from wuerstchen import Sampling, TextEncoder, Wuerstchen, scale_semantic, unscale_semantic
+
+
+def load_models(args, stage, dtype: torch.dtype, processes) -> tuple:
+    """-> Stage B, image encoder, VQGAN, text encoder or None. stage: see train_b.py.
+
+    What is frozen stays in eval mode, or BatchNorm's statistics would change. The VQGAN and the image encoder are in
+    float32: the targets are exact.
+    """
+    device, parts = processes.device, ["vqgan"] + ["decoder", "image_encoder"] * (args.init == "weights")
+    parts += ["text_encoder", "tokenizer"] * (args.text_encoder != "none")               # nothing else is fetched
+    paths = locate(args.weights, files_given(args, FILES_B), tuple(parts))
+    if args.init == "weights" and paths["image_encoder"] is None:
+        raise UserError(f"{args.weights} has no image encoder: add --image-encoder FOLDER")
+    decoder, encoder = build_stage_b(args, paths, stage)
+    vqgan = load_stage_a(paths["vqgan"]).to(device).requires_grad_(False)
+    with as_user_error():
+        stage.match_vqgan(decoder, vqgan, new=args.init == "random")
+    text_encoder = None
+    if args.text_encoder != "none":
+        check_widths(decoder.config["c_text"], paths["text_encoder"], "Stage B")
+        text_encoder = TextEncoder(*load_text_encoder(paths["text_encoder"], paths["tokenizer"], dtype))
+        text_encoder.model.to(device).requires_grad_(False)
+    encoder.to(device).train(not args.freeze_encoder).requires_grad_(not args.freeze_encoder)
+    encoder.norm.requires_grad_(False)               # its 42 and -1 fix the scale of the latents
+    if processes.many and not args.freeze_encoder:
+        SynchronisedBatchNorm.convert(encoder)
+    decoder.checkpointing = args.checkpointing
+    return decoder.to(device).train(), encoder, vqgan, text_encoder
+
+
+def build_stage_b(args, paths: dict, stage) -> tuple[nn.Module, nn.Module]:
+    """-> Stage B and the image encoder, in float32, because an optimizer's steps are too small for less.
+
+    stage.NETWORK is the class of Stage B, stage.semantic_scale(network) scales its latents for Stage C.
+    """
+    if args.init == "weights":
+        if stage_b_of(paths["decoder"]) is not stage.NETWORK:
+            found = "v2, --v1 trains that of v1: remove it" if args.v1 else "v1: add --v1"
+            raise UserError(f"{paths['decoder']} is a Stage B of {found}, or use --init random for a new one")
+        return load(stage.NETWORK, paths["decoder"]), load_image_encoder(paths["image_encoder"])
+    sizes, kind, encoder_sizes = {}, EfficientNetEncoder, {}
+    try:
+        if args.config not in (None, "official"):
+            path = Path(args.config)
+            config = read_config(path / "decoder") if path.is_dir() else json.loads(path.read_text())
+            sizes = config_to_ours(config, stage.NETWORK)
+            encoder_path = locate(path, parts=("image_encoder",))["image_encoder"] if path.is_dir() else None
+            if encoder_path is not None:
+                config = read_config(encoder_path)
+                kind = TinyImageEncoder if config.get("_class_name") == "TinyImageEncoder" else EfficientNetEncoder
+                encoder_sizes = config_to_ours(config, kind)
+        decoder = stage.NETWORK(**sizes)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"--config {args.config} cannot be used: {error}") from error
+    if args.image_encoder:
+        return decoder, load_image_encoder(paths["image_encoder"])
+    return decoder, new_encoder(kind, args.backbone, stage.semantic_scale(decoder)[1], **encoder_sizes)
+
+
+def new_encoder(kind: type = EfficientNetEncoder, backbone: str | None = None, unscale=unscale_semantic, **sizes):
+    """An image encoder with random weights. backbone: a file of torchvision's efficientnet_v2_s to start from.
+
+    Its last norm is fixed so that Stage C's latents, before `unscale`, have mean 0 and variance 1, as diffusion needs.
+    """
+    encoder = kind(**sizes)
+    nn.init.constant_(encoder.norm.weight, unscale(1.0) - unscale(0.0))                  # 42
+    nn.init.constant_(encoder.norm.bias, unscale(0.0))                                   # -1
+    if backbone:
+        if kind is not EfficientNetEncoder:
+            raise UserError(f"--backbone is for EfficientNetV2-S, --config asks for a {kind.__name__}")
+        try:
+            tensors = torch.load(backbone, map_location="cpu", weights_only=True)
+            encoder.backbone.load_state_dict({name.removeprefix("features."): tensor for name, tensor in tensors.items()
+                                              if name.startswith("features.")})
+        except Exception as error:           # torch raises many kinds for a file that cannot be used
+            raise UserError(f"--backbone {backbone} cannot be used, expected torchvision's efficientnet_v2_s: "
+                            f"{str(error).splitlines()[0][:150]}") from error
+    return encoder
+
+
+# ----- Stage B of v2: it generates latents ------------------------------------------------------------
+
+NETWORK = StageB
+LEVELS_AT_ONCE = 10          # noise levels of a validation per forward pass
+
+
+def match_vqgan(decoder: StageB, vqgan, new: bool) -> None:
+    """Nothing to do: all VQGANs have latents of 4 channels."""
+
+
+def semantic_scale(decoder: StageB) -> tuple:
+    """-> scale and unscale of the semantic latents for Stage C."""
+    return scale_semantic, unscale_semantic
+
+
+def pipeline(vqgan, small: bool, device) -> Wuerstchen:
+    """For samples. Stage B is added by its bind_b. A small one hesitates between objects; guidance makes it follow the
+    semantic latents more decidedly."""
+    return Wuerstchen(dict(stage_a=vqgan), device=device, b=Sampling(12, guidance=4.0 if small else 1.0))
+
+
+def cache_settings(vqgan) -> dict:
+    return dict(kind="vqgan")
+
+
+def encode(vqgan, images):
+    """(B,3,H,W) in [0, 1] -> latents x_0 (B,4,H/4,W/4) float32, never quantised."""
+    return vqgan.encode(images)
+
+
+def decode(vqgan, x_0):
+    return vqgan.decode(x_0)
+
+
+def compile_decoder(decoder: StageB) -> None:
+    decoder.signal_and_scale = torch.compile(decoder.signal_and_scale)
