@@ -37,8 +37,7 @@ class VQResBlock(nn.Module):
     """Two residual halves: a depthwise 3x3 mixes positions, an MLP mixes channels.
 
     `gammas` are six learned numbers: scale and shift of each half's norm, and how much of each half
-    is added. They start at zero, so an untrained block returns its input.
-    """
+    is added. They start at zero, so an untrained block returns its input."""
     def __init__(self, c: int):
         super().__init__()
         # Replicate padding: zeros would give images a dark rim, since this stage makes the pixels.
@@ -79,8 +78,7 @@ class Codebook(nn.Module):
 
         |z - c|^2 = |z|^2 - 2 z.c + |c|^2, and |z|^2 is the same for every c, so it is omitted.
         Always in float32: two of 8192 codes in 4 dimensions are often closer than half precision
-        can tell.
-        """
+        can tell."""
         z, codes = z.float(), self.codes.float()
         return (codes.square().sum(1) - 2 * z @ codes.T).argmin(-1)                      # (B, H, W)
 
@@ -89,8 +87,7 @@ class Codebook(nn.Module):
 
         The codebook loss pulls codes to the latents, the commitment loss latents to their codes
         (arXiv:1711.00937, eq. 3). argmin has no gradient, so z + (q - z).detach() passes the
-        decoder's gradient straight through to z.
-        """
+        decoder's gradient straight through to z."""
         indices = self.nearest(z)                                                        # (B, H, W)
         q = F.embedding(indices, self.codes)                                          # (B, H, W, C)
         codebook_loss, commitment_loss = F.mse_loss(q, z.detach()), F.mse_loss(z, q.detach())
@@ -150,8 +147,7 @@ class StageA(nn.Module):
     def encode(self, images: Tensor, quantise: bool = False) -> Tensor:
         """images (B,3,H,W) in [0, 1] -> latents (B,4,H/4,W/4) as Stage B wants them.
 
-        quantise=True snaps them to the codebook first. Raises ValueError for impossible shapes.
-        """
+        quantise=True snaps them to the codebook first. Raises ValueError for impossible shapes."""
         z = self.encode_raw(images)                                                   # (B, h, w, 4)
         if quantise:
             z = F.embedding(self.codebook.nearest(z), self.codebook.codes)
@@ -182,8 +178,7 @@ class StageA(nn.Module):
         quantise: True, False, or one bool for each row (B,). v2 decodes latents that were never
         quantised, so a decoder trained half of the time without quantisation is good at both.
         Returned losses are unweighted: reconstruction (mean |error|), codebook, commitment.
-        latents (B,h,w,4) are not quantised.
-        """
+        latents (B,h,w,4) are not quantised."""
         z = self.encode_raw(images)                                                   # (B, h, w, 4)
         q, indices, codebook_loss, commitment_loss = self.codebook(z)
         rows = torch.as_tensor(quantise, device=z.device).reshape(-1, 1, 1, 1)   # (1 or B, 1, 1, 1)

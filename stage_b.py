@@ -48,8 +48,7 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
     Always float32 and always in this order of operations: the angle reaches 10^4, where float32 has
     steps of 1e-3, so any other rounding moves the networks' outputs by 1e-4, and half precision
     would turn the first columns into noise. The caller casts the result. Source: arXiv:1706.03762,
-    sec. 3.5.
-    """
+    sec. 3.5."""
     half = width // 2
     k = torch.arange(half, device=t.device).float()
     frequencies = (k * -(math.log(10000) / (half - 1))).exp()                        # (width // 2,)
@@ -63,8 +62,7 @@ class GlobalResponseNorm(nn.Module):
 
     y = gamma * (x * n) + beta + x with n = |x| / mean_channels |x|, |.| the L2 norm over H and W.
     |.| grows with the number of positions, so an image must be neither padded nor cut into tiles.
-    Starts as the identity. Source: ConvNeXt V2, arXiv:2301.00808, sec. 3.1.
-    """
+    Starts as the identity. Source: ConvNeXt V2, arXiv:2301.00808, sec. 3.1."""
     def __init__(self, c: int):
         super().__init__()
         self.gamma = nn.Parameter(torch.zeros(c))
@@ -81,8 +79,7 @@ class GlobalResponseNorm(nn.Module):
 class ResBlock(nn.Module):
     """x + MLP(norm(depthwise(x))): a convolution mixes positions, then a wide MLP mixes channels.
 
-    The MLP may see more than x. In Stage B these extras are a U-Net skip and the semantic latent.
-    """
+    The MLP may see more than x: in Stage B a U-Net skip and the semantic latent, as extras."""
     def __init__(self, c: int, c_skip: int = 0, kernel_size: int = 3, dropout: float = 0.0):
         super().__init__()
         self.depthwise = nn.Conv2d(c, c, kernel_size, padding=kernel_size // 2, groups=c)
@@ -115,8 +112,7 @@ class AttentionBlock(nn.Module):
     """Every position attends to all positions and to the text, in one attention.
 
     Keys and values are those of the normalised image tokens, then those of the text tokens. Padding
-    tokens of the text are not masked: the released weights were trained with them in view.
-    """
+    tokens of the text are not masked: the released weights were trained with them in view."""
     def __init__(self, c: int, c_text: int, heads: int, dropout: float = 0.0):
         super().__init__()
         self.heads, self.dropout = heads, dropout
@@ -150,8 +146,7 @@ def resize_semantic(semantic: Tensor, size: tuple[int, int]) -> Tensor:
     Interpolation is linear in rows and in columns: two matrix products. Not F.interpolate itself,
     because torch.compile cannot differentiate it when sizes vary. The matrices are what it makes of
     unit vectors. No textbook formula gives them: in torch, bicubic with antialias and align_corners
-    follows none of the usual conventions (end points do not map to end points).
-    """
+    follows none of the usual conventions (end points do not map to end points)."""
     (h, w), (H, W), device = semantic.shape[2:], size, semantic.device
 
     def weights(n: int, m: int, width: int) -> Tensor:          # (m, n): the share of n rows in m
@@ -172,8 +167,7 @@ class StageB(nn.Module):
     levels  a pattern of blocks, C = ResBlock, T = TimestepBlock, A = AttentionBlock, which is
             repeated blocks[i] times
     inject  whether a level's ResBlocks get the semantic latent (the finest does not: it would cost
-            the most there and adds only what the level below already knows)
-    """
+            the most there and adds only what the level below already knows)"""
     def __init__(self, c_in: int = 4, c_out: int = 4, c_timestep: int = 64, patch_size: int = 2,
                  c_cond: int = 1024, c_hidden=(320, 640, 1280, 1280), heads=(-1, 10, 20, 20),
                  blocks=(4, 4, 14, 4), levels=("CT", "CTA", "CTA", "CTA"),
@@ -300,12 +294,11 @@ class StageB(nn.Module):
 # ----- the semantic compressor: an image -> the latent that Stage C learns to produce -------------
 
 class EfficientNetEncoder(nn.Module):
-    """EfficientNetV2-S features and a 1x1 mapper to 16 channels (20.2 M parameters).
+    """EfficientNetV2-S features and a 1x1 mapper to 16 channels, 20.2 M parameters; torchvision's.
 
     v1 has the large one, efficientnet_v2_l (117 M), for images half as wide. Built without ImageNet
     weights: the released encoder was trained on, and the constructor must not download. Encode in
-    eval() mode: BatchNorm and stochastic depth behave differently in training. Needs torchvision.
-    """
+    eval() mode: BatchNorm and stochastic depth compute something else in training."""
     def __init__(self, c_semantic: int = 16, network: str = "efficientnet_v2_s"):
         super().__init__()
         import torchvision                     # only here, so that StageB needs only torch
@@ -327,8 +320,7 @@ class TinyImageEncoder(nn.Module):
     """The same for 128 px images with 7 % of the work: four levels of ResBlocks, no EfficientNet.
 
     BatchNorm has a fixed weight of 42 and bias of -1, so that Stage C, which gets (raw + 1) / 42
-    like the released one, sees numbers of mean 0 and variance 1: what diffusion is made for.
-    """
+    like the released one, sees numbers of mean 0 and variance 1: what diffusion is made for."""
     def __init__(self, c_semantic: int = 16, c_hidden=(32, 64, 128, 256), blocks=(1, 2, 2, 2)):
         super().__init__()
         self.config = dict(c_semantic=c_semantic, c_hidden=tuple(c_hidden), blocks=tuple(blocks))
@@ -358,8 +350,7 @@ def preprocess(images: Tensor, size: int | tuple[int, int] = 768) -> Tensor:
 
     size in px: of the shorter side, 0.75 of the image's, a multiple of 32 (official 1024 -> 768,
     tiny 128 -> 96); the longer side keeps the image's shape and is cropped in its middle to a
-    multiple of 32. Or (height, width).
-    """
+    multiple of 32. Or (height, width)."""
     h, w = images.shape[-2:]
     if isinstance(size, int):                             # rounded down, as in torchvision's Resize
         size = (size * h // min(h, w), size * w // min(h, w))

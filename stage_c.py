@@ -47,8 +47,7 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
     Always float32 and always in this order of operations: the angle reaches 10^4, where float32 has
     steps of 1e-3, so any other rounding moves the networks' outputs by 1e-4, and half precision
     would turn the first columns into noise. The caller casts the result. Source: arXiv:1706.03762,
-    sec. 3.5.
-    """
+    sec. 3.5."""
     half = width // 2
     k = torch.arange(half, device=t.device).float()
     frequencies = (k * -(math.log(10000) / (half - 1))).exp()                        # (width // 2,)
@@ -62,8 +61,7 @@ class GlobalResponseNorm(nn.Module):
 
     y = gamma * (x * n) + beta + x with n = |x| / mean_channels |x|, |.| the L2 norm over H and W.
     |.| grows with the number of positions, so an image must be neither padded nor cut into tiles.
-    Starts as the identity. Source: ConvNeXt V2, arXiv:2301.00808, sec. 3.1.
-    """
+    Starts as the identity. Source: ConvNeXt V2, arXiv:2301.00808, sec. 3.1."""
     def __init__(self, c: int):
         super().__init__()
         self.gamma = nn.Parameter(torch.zeros(c))
@@ -80,8 +78,7 @@ class GlobalResponseNorm(nn.Module):
 class ResBlock(nn.Module):
     """x + MLP(norm(depthwise(x))): a convolution mixes positions, then a wide MLP mixes channels.
 
-    The MLP may see more than x. In Stage B these extras are a U-Net skip and the semantic latent.
-    """
+    The MLP may see more than x: in Stage B a U-Net skip and the semantic latent, as extras."""
     def __init__(self, c: int, c_skip: int = 0, kernel_size: int = 3, dropout: float = 0.0):
         super().__init__()
         self.depthwise = nn.Conv2d(c, c, kernel_size, padding=kernel_size // 2, groups=c)
@@ -114,8 +111,7 @@ class AttentionBlock(nn.Module):
     """Every position attends to all positions and to the text, in one attention.
 
     Keys and values are those of the normalised image tokens, then those of the text tokens. Padding
-    tokens of the text are not masked: the released weights were trained with them in view.
-    """
+    tokens of the text are not masked: the released weights were trained with them in view."""
     def __init__(self, c: int, c_text: int, heads: int, dropout: float = 0.0):
         super().__init__()
         self.heads, self.dropout = heads, dropout
@@ -161,8 +157,7 @@ class StageC(nn.Module):
     """The prior: `depth` times (ResBlock, TimestepBlock, AttentionBlock).
 
     Defaults are the official v2 sizes (994 M parameters). v1 differs in c_cond only: 1024, the
-    width of CLIP-H.
-    """
+    width of CLIP-H."""
     def __init__(self, c_in: int = 16, c: int = 1536, c_cond: int = 1280, c_timestep: int = 64,
                  depth: int = 32, heads: int = 24, dropout: float = 0.1):
         super().__init__()
@@ -200,8 +195,7 @@ class StageC(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
         """x_t (B,16,h,w), t (B,) in [0, 1], text (B,N,c_cond) -> eps (B,16,h,w).
 
-        Raises ValueError for a wrong number of channels.
-        """
+        Raises ValueError for a wrong number of channels."""
         if x_t.shape[1] != self.config["c_in"]:
             raise ValueError(
                 f"Stage C got latents of shape {tuple(x_t.shape)}, expected {self.config['c_in']} "

@@ -222,7 +222,7 @@ def parse_jobs(p: argparse.ArgumentParser, argv: list[str]) -> list[argparse.Nam
     jobs = [argparse.Namespace(**vars(args) | dict(seed=None if args.seed is None else args.seed + i))
             for args in prompts for i in range(1 if args.grid else args.num_images)]
     for job, path in zip(jobs, output_paths(jobs)):
-        job.path = path
+        job.path, job.preview_path = path, files_of(job, path)[-1]
     for args in prompts:
         if not args.given.isdisjoint(INPUTS):    # before the weights are loaded, which may take minutes
             from extras.modes import read_inputs

@@ -2,7 +2,7 @@
 
   jobs that differ only in prompt and seed, options of sampling -make_images-> an image for each job
 
-A job is what cli.parse_jobs makes of the command line: all options, the seed and the path of one image.
+A job is what cli.parse_jobs makes of the command line: all options, the seed and the paths of one image.
 Needs: torch, safetensors; editing.py, images.py, previews.py.
 """
 import argparse
@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from extras import editing
-from extras.cli import error, files_of
 from extras.editing import InitImage
 from extras.images import cover, enlarge, grid, psnr, read_image, read_mask, strip
 from extras.previews import Previews
+from loading.errors import UserError
 from loading.files import write_atomically
 from wuerstchen import Noise, latent_sizes, to_pil
 
@@ -96,8 +96,8 @@ def read_inputs(job: argparse.Namespace) -> dict:
     if job.tensors:
         tensors = read_tensors(job.tensors)
         if any(tensor.shape[:1] != (1,) for tensor in tensors.values()):
-            error(f"{job.tensors} contains tensors for several images, expected 1 row of each: use a file for each "
-                  f"image")
+            raise UserError(f"{job.tensors} contains tensors for several images, expected 1 row of each: "
+                            f"use a file for each image")
         given |= tensors
     return inputs | dict(given=given)
 
@@ -107,10 +107,10 @@ def read_tensors(path: str, *needed: str) -> dict[str, Tensor]:
     try:
         tensors = load_file(path)
     except Exception as problem:     # FileNotFoundError, SafetensorError, ...
-        error(f"{path} cannot be read as a .safetensors file: {str(problem).splitlines()[0]}")
+        raise UserError(f"{path} cannot be read as a .safetensors file: {str(problem).splitlines()[0]}")
     if not set(needed) <= tensors.keys():
-        error(f"{path} contains {', '.join(tensors) or 'nothing'}, expected {', '.join(needed)}: was it written by "
-              f"--save-latent?")
+        raise UserError(f"{path} contains {', '.join(tensors) or 'nothing'}, expected {', '.join(needed)}: "
+                        f"was it written by --save-latent?")
     return tensors
 
 
@@ -129,7 +129,7 @@ def write_previews(jobs: list[argparse.Namespace], stage: str, step: int, images
     scale = {"C": 128 / 3, "B": 4}[stage]        # px per latent
     for job, image in zip(jobs, to_pil(images)):
         size = round(image.width * scale), round(image.height * scale)
-        write_atomically(files_of(job, job.path)[-1], image.resize(size).save)
+        write_atomically(job.preview_path, image.resize(size).save)
 
 
 # ----- one image out of several --------------------------------------------------------------------------------------
@@ -165,7 +165,8 @@ def interpolation(model, job: argparse.Namespace, options: dict):
     if job.to_latent:
         ends = options["given"].pop("semantic"), read_tensors(job.to_latent, *LATENT)["semantic"]
         if ends[0].shape != ends[1].shape:
-            error(f"{job.from_latent} and {job.to_latent} belong to images of different sizes, expected the same")
+            raise UserError(f"{job.from_latent} and {job.to_latent} belong to images of different sizes, "
+                            f"expected the same")
         options["prompt"] = job.prompt
     images = editing.interpolate(model, *ends, job.frames, seed=job.seed, to_seed=job.to_seed, batch=job.batch,
                                  **options)

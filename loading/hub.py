@@ -158,7 +158,7 @@ def choose(repo: str, revision: str, files: list[list[str]], offline: bool) -> d
 
 
 def download(repo: str, revision: str, files: dict[str, int]) -> Path:
-    """Fetches what is not in the cache -> the folder there that holds it. A broken download resumes where it stopped."""
+    """Fetches what is not in the cache -> the folder in it. A broken download resumes where it stopped."""
     from huggingface_hub import hf_hub_download
     with hub_errors(repo, revision):
         for name, new in files.items():

@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import gzip
 import importlib
-import importlib.util
 import json
 import os
 import runpy
@@ -94,11 +93,9 @@ def generate(out: Path, *options: str) -> np.ndarray:
 
 # ----- options ----------------------------------------------------------------------------------------
 
-# script: the modules it may be in; the first that exists counts. Options shared out to several modules: "a+b".
-SCRIPTS = dict(sample=["sample"], train_a=["train_a"], train_b=["train_b"], train_c=["train_c"],
-               lora=["tools.lora", "lora"], weights=["tools.weights", "loading.weights", "weights"],
-               hub=["loading.hub", "hub"], bench=["tools.bench", "bench"], evaluate=["tiny.evaluate", "evaluate"],
-               train_encoder=["tiny.train_encoder", "train_encoder"], train_text=["tiny.train_text", "train_text"])
+SCRIPTS = dict(sample="sample", train_a="train_a", train_b="train_b", train_c="train_c", lora="tools.lora",
+               weights="tools.weights", hub="loading.hub", bench="tools.bench", evaluate="tiny.evaluate",
+               train_encoder="tiny.train_encoder", train_text="tiny.train_text")     # name then: module now
 
 
 class Captured(BaseException):
@@ -141,14 +138,6 @@ def plain(value):
     if isinstance(value, (str, Path)):
         return str(value).replace(f"{ROOT}{os.sep}", "")
     return [plain(one) for one in value] if isinstance(value, (list, tuple)) else value
-
-
-def options_today(script: str) -> dict[str, dict]:
-    def exists(module: str) -> bool:
-        paths = [ROOT / part.replace(".", "/") for part in module.split("+")]
-        return all(path.with_suffix(".py").exists() or (path / "__main__.py").exists() for path in paths)
-    found = next(module for module in SCRIPTS[script] if exists(module))
-    return {name: entry for part in found.split("+") for name, entry in options_of(parser_of(part)).items()}
 
 
 # ----- the tests --------------------------------------------------------------------------------------
@@ -286,7 +275,7 @@ def test_the_settings_in_a_png_are_written_as_they_were(name, tmp_path):
 def test_every_option_is_still_there(script):
     """Names, values and defaults. Help texts may change, and options may be added."""
     expected = json.loads((FOLDER / "options.json").read_text())[script]
-    today = json.loads(json.dumps(options_today(script)))
+    today = options_of(parser_of(SCRIPTS[script]))
     assert {name: today.get(name) for name in expected} == expected
 
 
@@ -320,7 +309,7 @@ def make() -> None:
     (FOLDER / "losses.json").write_text("\n".join(rows).removesuffix(",") + "\n}\n")
     for name, options in (IMAGES | LIKE).items():
         generate(FOLDER / f"{name}.png", *options, *(["--no-metadata"] if name in IMAGES else []), "--overwrite")
-    options = {script: options_today(script) for script in SCRIPTS}
+    options = {script: options_of(parser_of(module)) for script, module in SCRIPTS.items()}
     rows = [f'"{script}": {{\n' + ",\n".join(f'"{name}": {json.dumps(entry)}' for name, entry in entries.items()) + "}"
             for script, entries in options.items()]
     (FOLDER / "options.json").write_text("{\n" + ",\n".join(rows) + "\n}\n")

@@ -13,6 +13,7 @@ import sys
 if __name__ == "__main__" and not __package__:
     sys.exit("error: run this as: python -m tools.make_example")
 
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -42,4 +43,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m tools.make_example", description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     main(Path(__file__).parents[1] / "examples" / "unicorn")
