@@ -12,10 +12,9 @@
   python sample.py --prompt-file prompts.txt --batch 8
   python sample.py --like out/image.png --seed 8                       # its settings, another seed
 
-`main` is all there is: options become jobs, one for each image; load; generate in batches; save.
-Most options are arguments of the same name in Python. The advanced ones, checks, paths and the
-settings that a PNG file carries are in extras/cli.py, grids, interpolation and latents in
-extras/modes.py.
+`main` shows the whole way: options become jobs, one for each image; load; generate; save. The
+advanced options, checks, paths and the settings that a PNG file carries are in extras/cli.py,
+grids, interpolation and latents in extras/modes.py. From Python: wuerstchen.py, extras/editing.py.
 Surprise: torch takes seconds to import, so this happens only after the options were checked.
 Needs: what wuerstchen.py needs.
 """

@@ -249,8 +249,8 @@ class StageB(nn.Module):
         if channels != self.config["c_in"] or h % self.multiple or w % self.multiple:
             raise ValueError(
                 f"Stage B got latents of shape {tuple(x_t.shape)}, expected (B, "
-                f"{self.config['c_in']}, h, w) with h and w multiples of {self.multiple}: images "
-                f"need sides that are multiples of 128.")
+                f"{self.config['c_in']}, h, w) with h and w multiples of {self.multiple}: a "
+                f"latent is 4 px wide.")
         t_embedding = timestep_embedding(t, self.c_timestep).to(x_t.dtype)        # (B, c_timestep)
         text = layer_norm(self.embed_text(text))                                   # (B, N, c_cond)
         x = channels_last(F.pixel_unshuffle(x_t, self.patch_size))              # (B, h/2, w/2, 16)

@@ -15,10 +15,11 @@
 The first command is a smoke run on a CPU; the second adapts Stage B to your images.
 Stage B is a diffusion autoencoder. Its encoder reduces an image to 1/42 of its width and height,
 with 16 channels. To lower the loss it can only put into them what Stage B needs to denoise x_t.
-One pass of the loop at the bottom is one optimizer step. All randomness is a function of (seed,
-position in the stream of samples). So any number of processes sees the same samples, and a resumed
-run equals an unbroken one. Surprise: with --grad-accum this is exact only with --freeze-encoder,
-because the encoder's BatchNorm sees one forward pass (of all processes) at a time.
+One pass of the loop at the bottom is one optimizer step. What is drawn for a sample is a function
+of (seed, position in the stream of samples), and dropout in the networks one of (seed, step,
+process). So any number of processes sees the same samples, and a resumed run equals an unbroken
+one. Surprise: with --grad-accum this is exact only with --freeze-encoder, because the encoder's
+BatchNorm sees one forward pass (of all processes) at a time.
 Stage C only works with the encoder it was trained on; if that learns, train Stage C again.
 With --v1, the functions of v1/training.py replace those of the same names here: see `stage`.
 Paper: arXiv:2306.00637 (Stage B).
@@ -123,13 +124,14 @@ from training.report import Progress, draw_curves, dry_run, due
 from training.results import write_stage_b
 from training.samples import (ImageReader, MultiSizeSampler, draw_caption, encoder_input, no_text,
                               open_cache, open_data, semantic_latents, to_tensor)
-from training.sampling import Reconstructions
+from training.sheets import Reconstructions
 from training.validation import T_GRID, fixed_set, random_images, validate
 from wuerstchen import add_noise, alphas_cumprod, per_row, unscale_semantic
 
 CURVES = ["loss", "val_loss",
           *(f"psnr_guidance_{scale}_steps_{steps}" for scale in (1, 2, 4) for steps in (8, 12)),
-          "grad_norm", *(f"val_{name}_t_{t:.2f}" for name in ("loss", "accuracy") for t in T_GRID[::3])]
+          "grad_norm", *(f"val_{name}_t_{t:.2f}" for name in ("loss", "accuracy")
+                         for t in T_GRID[::3])]
 
 
 def check(args) -> None:
@@ -139,7 +141,7 @@ def check(args) -> None:
     check_shares(args, "caption_dropout", "semantic_dropout", "ema")
     new, only_v2 = args.init == "random", ("loss", "loss_weight", "even_contrast")
     only_v2 = [f"--{name.replace('_', '-')}" for name in only_v2 if args.v1 and getattr(args, name)]
-    for wrong, message in (
+    for conflict, message in (
             (not 0 <= args.semantic_noise <= 1,
              f"--semantic-noise is {args.semantic_noise}, expected a share from 0 to 1"),
             (args.high_noise is not None and args.high_noise <= 0, f"--high-noise is "
@@ -158,7 +160,7 @@ def check(args) -> None:
              "an image encoder that has learned nothing: add --image-encoder FOLDER"),
             (args.cache and args.crop == "random",
              "--cache keeps what does not change: it does not go with --crop random")):
-        if wrong:
+        if conflict:
             raise UserError(message)
 
 
@@ -261,6 +263,8 @@ def contrast_weight(x_0):
 
 def mean_contrast_weight(dataset, sizes, encode_vqgan, args) -> float:
     """Its mean over 256 images. With the mean of a batch, a weight would depend on other images."""
+    if not args.even_contrast:
+        return 1.0
     images = random_images(dataset, sizes, sample_rng(args.seed, 0, "contrast"), 256)
     return float(np.mean([contrast_weight(encode_vqgan(pixels)).item() for pixels, _ in images]))
 
@@ -317,13 +321,13 @@ def main(args):
     settings = settings_of(args)
     model = EncoderAndDecoder(decoder, None if args.freeze_encoder else encoder, stage)
     dataset, val_data = open_data(args, processes, captions_required=False,
-                                  unseen_scenes=f"scenes:all:{max(args.val_count, 64)}:1000000000")
+                                  unseen=f"scenes:all:{max(args.val_count, 64)}:1000000000")
     with as_user_error():
         order = MultiSizeSampler(dataset.sizes, args.resolution, args.max_ratio,
                                  args.batch * args.grad_accum * processes.world, args.seed)
     dataset.bucket, draw = order.bucket, partial(stage.draw_noise, config=decoder.config)
     if args.dry_run:
-        return dry_run(args, model, dataset, order.sizes, order, processes, draw)
+        return processes.on_main(dry_run, args, model, dataset, order.sizes, order, draw)
 
     @torch.no_grad()
     def encode_vqgan(pixels):
@@ -352,8 +356,7 @@ def main(args):
         fixed = fixed_set(val_data, order.resolutions[0], encoders, args, device)
         sheets = Reconstructions(args, model, stage, vqgan, small, fixed, embed, autocast,
                                  processes)
-    if args.even_contrast:
-        mean_contrast = mean_contrast_weight(dataset, order.shapes, encode_vqgan, args)
+    mean_contrast = mean_contrast_weight(dataset, order.shapes, encode_vqgan, args)
     if args.cache and args.freeze_encoder:
         encoder.to("cpu")                # no longer needed on the device
 

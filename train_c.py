@@ -14,8 +14,9 @@ One pass of the loop at the bottom is one optimizer step, written out in full. T
 whether a fine-tune is good, and are on by default. 5 % of the captions, each drawn separately, are
 replaced by "", which guidance needs. Noise levels reach t = 1, where sampling starts. Targets come
 from the image encoder in float32.
-All randomness is a function of (seed, position in the stream of samples). So any number of
-processes sees the same samples, and a resumed run equals an unbroken one.
+What is drawn for a sample is a function of (seed, position in the stream of samples), and dropout
+in the network one of (seed, step, process). So any number of processes sees the same samples, and
+a resumed run equals an unbroken one.
 Paper: arXiv:2306.00637 (Stage C).
 Needs: torch, torchvision, transformers, numpy, pillow, tqdm; training/, loading/, wuerstchen.py.
 """
@@ -118,7 +119,7 @@ from training.processes import GracefulExit, Processes, no_sync
 from training.report import Progress, draw_curves, dry_run, due
 from training.results import FILES_C, files_given, write_stage_c
 from training.samples import ImageReader, draw_caption, open_cache, open_data, semantic_latents
-from training.sampling import SampleSheets
+from training.sheets import SampleSheets
 from training.validation import T_GRID, by_level, fixed_images, fixed_noise, mean_over
 from wuerstchen import TextEncoder, add_noise
 
@@ -131,7 +132,7 @@ def check(args) -> None:
                    val_count=1)
     check_shares(args, "caption_dropout", "lora_dropout", "ema", "preserve")
     new = args.train_text or args.init == "random"       # then the weights are not what they were
-    for wrong, message in (
+    for conflict, message in (
             (args.lora and new, "--lora leaves all weights unchanged: it does not go with "
              "--train-text or --init random"),
             (bool(args.preserve) != bool(args.preserve_prompts) or args.preserve and new,
@@ -145,7 +146,7 @@ def check(args) -> None:
              "not change: it does not go with --crop random or --train-text"),
             (args.fsdp and (args.lora or args.train_text), "--fsdp is for all of Stage C: a LoRA "
              "fits on one GPU, and --train-text is for the tiny model")):
-        if wrong:
+        if conflict:
             raise UserError(message)
 
 
@@ -275,7 +276,7 @@ def main(args):
     dataset.bucket = nearest_bucket(dataset.sizes, buckets)
     order = BatchSampler(dataset.bucket, args.batch * args.grad_accum * processes.world, args.seed)
     if args.dry_run:
-        return dry_run(args, model, dataset, buckets, order, processes)
+        return processes.on_main(dry_run, args, model, dataset, buckets, order)
 
     encode = partial(semantic_latents, image_encoder, device=device)               # pixels -> x_0
 

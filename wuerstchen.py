@@ -11,7 +11,8 @@ Gaussian noise and steps down a list of noise levels; at each, a network predict
 Surprise: noise levels t are real numbers in [0, 1], 0 = clean, 1 = noise, not integers 0..999, and
 the signal's share is a function of t, so any falling list of levels is a schedule. Stage C works on
 (raw + 1) / 42 of the semantic latents that the image encoder produces and Stage B takes.
-Editing, given embeddings and latents, previews: extras/. Speed and memory: speed/. v1: v1/.
+Wuerstchen.load puts in the networks' fast forms, speed/fast.py; fast=False keeps the plain ones.
+Editing, given embeddings and latents, previews: extras/. Less memory: speed/memory.py. v1: v1/.
 Paper: arXiv:2306.00637.  Needs: torch, numpy, pillow, tqdm; the text encoders are transformers'.
 """
 import functools
@@ -51,7 +52,7 @@ def alphas_cumprod(t: Tensor, s: float = 0.008) -> Tensor:
     Source: Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 17.
     """
     on_cpu = t.device.type == "cpu"
-    if (not ((t >= 0) & (t <= 1)).all()) if on_cpu else (not t.is_floating_point()):
+    if not (((t >= 0) & (t <= 1)).all() if on_cpu else t.is_floating_point()):
         found = f"{t.min():g} to {t.max():g}" if on_cpu else t.dtype
         raise ValueError(f"noise levels must lie in [0, 1], got {found}: "
                          f"divide integer timesteps by their number first.")
@@ -80,7 +81,8 @@ def predict_x_0(x_t: Tensor, eps: Tensor, t: Tensor) -> Tensor:
 
 # ----- samplers: one step from noise level t down to t_prev < t -----------------------------------
 # All take x_t, eps, fresh noise (B,...); t and t_prev (B,); `last` = (t, x_0) of the step before,
-# None in the first; and return float32 (B,...). A new sampler is one more function in SAMPLERS.
+# None in the first; and return float32 (B,...). A new one is a function here and in SAMPLERS; for
+# the command line also a name in extras/cli.py.
 
 def ddpm_step(x_t: Tensor, eps: Tensor, t: Tensor, t_prev: Tensor, noise: Tensor, last=None):
     """The original model's sampler: remove predicted noise, add a little fresh noise.
@@ -133,7 +135,62 @@ def dpm_solver_step(x_t: Tensor, eps: Tensor, t: Tensor, t_prev: Tensor, noise=N
 SAMPLERS = {"ddpm": ddpm_step, "ddim": ddim_step, "dpm++": dpm_solver_step}
 
 
-# ----- which noise levels, and how strongly to guide ----------------------------------------------
+# ----- guidance and the loop ----------------------------------------------------------------------
+
+def guide(conditional: Tensor, unconditional: Tensor, scale: float, rescale: float = 0.0) -> Tensor:
+    """Classifier-free guidance: away from what is likely anyway, towards what the text asks for.
+
+    scale 0: ignores the text; 1: plain prediction; above: exaggerates.  arXiv:2207.12598, eq. 6,
+    where their w is our scale - 1. torch.lerp, because the released samplers round like that.
+    rescale: how far the standard deviation, which guidance raises, goes back to that of the
+    conditional prediction, for each image by itself (arXiv:2305.08891, sec. 3.4).
+    """
+    guided = torch.lerp(unconditional, conditional, scale)
+    if rescale == 0:
+        return guided
+    std, std_guided = (per_row(y.flatten(1).std(dim=1), y) for y in (conditional, guided))
+    return guided * (rescale * std / std_guided + 1 - rescale)
+
+
+def denoise(predict: Callable[[Tensor, Tensor, bool], Tensor], x: Tensor,
+            draw: Callable[[], Tensor], sampling: "Sampling", keep: Callable | None = None,
+            callback: Callable | None = None, progress: Callable[[Iterable], Iterable] = iter):
+    """x (B,...) at the first noise level -> x at the last, in float32 whatever the network uses.
+
+    predict(x_t, t, guided) -> eps (B,...); if guided, below it eps without the text: (2B,...)
+    draw() -> fresh Gaussian noise (B,...), called in every step whether it is used or not, so that
+              a seed gives the same numbers as in the published pipelines with any sampler
+    keep(x_t, t) -> x_t: for inpainting, see extras/editing.py
+    callback(i, t, x, x_0) -> None or another x: after step i, with the new x and its noise level
+    Raises FloatingPointError once x is not finite; on a GPU, which would have to wait, at the end.
+    """
+    x, last, finite, levels, step = x.float(), None, [], sampling.levels, sampling.step_function
+    on_device = levels.to(x.device)            # one copy: the host waits for a GPU at each
+    for i in progress(range(len(levels) - 1)):
+        t, t_prev = (on_device[k].expand(len(x)) for k in (i, i + 1))              # (B,), (B,)
+        x = x if keep is None else keep(x, t)
+        scale = sampling.guidance_at(levels[i].item())
+        eps = predict(x, t, scale != 1).float()                                    # (B or 2B, ...)
+        if scale != 1:
+            eps = guide(*eps.chunk(2), scale, sampling.rescale)                    # (B, ...)
+        x_0 = predict_x_0(x, eps, t)
+        x, last = step(x, eps, t, t_prev, draw(), last), (t, x_0)                  # (B, ...)
+        finite.append(x.isfinite().all())
+        if x.device.type == "cpu" or i == len(levels) - 2:
+            check_finite(torch.stack(finite), levels)
+        changed = None if callback is None else callback(i, levels[i + 1].item(), x, x_0)
+        x = x if changed is None else changed.to(x)
+    return x if keep is None else keep(x, on_device[-1].expand(len(x)))
+
+
+def check_finite(finite: Tensor, levels: Tensor) -> None:
+    """finite (steps so far,) bool. Raises FloatingPointError naming the first step that was not."""
+    if not finite.all():
+        i = finite.tolist().index(False)
+        raise FloatingPointError(f"step {i + 1} of {len(levels) - 1} (t = {levels[i]:.3f})")
+
+
+# ----- settings: which noise levels, how strongly to guide ----------------------------------------
 
 @dataclass(frozen=True)
 class Sampling:
@@ -199,71 +256,16 @@ class Sampling:
         return torch.cat(levels).float()
 
     @property
-    def step(self) -> Callable:
+    def step_function(self) -> Callable:
         """The sampler as a function."""
         step = SAMPLERS.get(self.sampler, self.sampler)
         return functools.partial(step, eta=self.eta) if step is ddim_step else step
 
-    def scale(self, t: float) -> float:
+    def guidance_at(self, t: float) -> float:
         """The guidance scale at noise level t; 1 outside the interval."""
         (low, high), scales = self.interval, np.ravel(self.guidance).tolist()
         start, end = scales[0], scales[-1]
         return end + (start - end) * t if low - 1e-6 <= t <= high + 1e-6 else 1.0
-
-
-def guide(conditional: Tensor, unconditional: Tensor, scale: float, rescale: float = 0.0) -> Tensor:
-    """Classifier-free guidance: away from what is likely anyway, towards what the text asks for.
-
-    scale 0: ignores the text; 1: plain prediction; above: exaggerates.  arXiv:2207.12598, eq. 6,
-    where their w is our scale - 1. torch.lerp, because the released samplers round like that.
-    rescale: how far the standard deviation, which guidance raises, goes back to that of the
-    conditional prediction, for each image by itself (arXiv:2305.08891, sec. 3.4).
-    """
-    guided = torch.lerp(unconditional, conditional, scale)
-    if rescale == 0:
-        return guided
-    std, std_guided = (per_row(y.flatten(1).std(dim=1), y) for y in (conditional, guided))
-    return guided * (rescale * std / std_guided + 1 - rescale)
-
-
-# ----- the loop -----------------------------------------------------------------------------------
-
-def denoise(predict: Callable[[Tensor, Tensor, bool], Tensor], x: Tensor,
-            draw: Callable[[], Tensor], sampling: Sampling, keep: Callable | None = None,
-            callback: Callable | None = None, progress: Callable[[Iterable], Iterable] = iter):
-    """x (B,...) at the first noise level -> x at the last, in float32 whatever the network uses.
-
-    predict(x_t, t, guided) -> eps (B,...); if guided, below it eps without the text: (2B,...)
-    draw() -> fresh Gaussian noise (B,...), called in every step whether it is used or not, so that
-              a seed gives the same numbers as in the published pipelines with any sampler
-    keep(x_t, t) -> x_t: for inpainting, see extras/editing.py
-    callback(i, t, x, x_0) -> None or another x: after step i, with the new x and its noise level
-    Raises FloatingPointError once x is not finite; on a GPU, which would have to wait, at the end.
-    """
-    x, last, finite, levels = x.float(), None, [], sampling.levels
-    on_device = levels.to(x.device)            # one copy: the host waits for a GPU at each
-    for i in progress(range(len(levels) - 1)):
-        t, t_prev = (on_device[k].expand(len(x)) for k in (i, i + 1))              # (B,), (B,)
-        x = x if keep is None else keep(x, t)
-        scale = sampling.scale(levels[i].item())
-        eps = predict(x, t, scale != 1).float()                                    # (B or 2B, ...)
-        if scale != 1:
-            eps = guide(*eps.chunk(2), scale, sampling.rescale)                    # (B, ...)
-        x_0 = predict_x_0(x, eps, t)
-        x, last = sampling.step(x, eps, t, t_prev, draw(), last), (t, x_0)         # (B, ...)
-        finite.append(x.isfinite().all())
-        if x.device.type == "cpu" or i == len(levels) - 2:
-            check_finite(torch.stack(finite), levels)
-        changed = None if callback is None else callback(i, levels[i + 1].item(), x, x_0)
-        x = x if changed is None else changed.to(x)
-    return x if keep is None else keep(x, on_device[-1].expand(len(x)))
-
-
-def check_finite(finite: Tensor, levels: Tensor) -> None:
-    """finite (steps so far,) bool. Raises FloatingPointError naming the first step that was not."""
-    if not finite.all():
-        i = finite.tolist().index(False)
-        raise FloatingPointError(f"step {i + 1} of {len(levels) - 1} (t = {levels[i]:.3f})")
 
 
 # ----- sizes, random numbers, text ----------------------------------------------------------------
@@ -398,14 +400,14 @@ class Wuerstchen:
         """
         conditions = [(text, unconditional)]
         x = self.sample("C", self.bind_c, conditions, draw, sampling or self.c, **options)
-        return self.unscale(x)
+        return self.unscale_semantic(x)
 
     @torch.no_grad()
     def sample_b(self, semantic: Tensor, text: Tensor, unconditional: Tensor,
                  draw: Callable[[], Tensor], sampling: Sampling | None = None, **options) -> Tensor:
         """Raw semantic latents (n,16,h,w) and text embeddings -> the VQGAN's latents (n,4,h',w').
 
-        Without condition means: the negative prompt, and zeros for the semantic latents.
+        Unconditional rows get the negative prompt, and zeros for the semantic latents.
         """
         semantic = semantic.to(self.dtype)
         conditions = [(semantic, torch.zeros_like(semantic)), (text, unconditional)]
@@ -415,13 +417,13 @@ class Wuerstchen:
                sampling: Sampling, x: Tensor | None = None, keep: Callable | None = None,
                callback: Callable | None = None, progress: bool = False) -> Tensor:
         """denoise for one stage. conditions: (with, without) each; x: the start, default noise."""
-        @functools.cache
-        def network(guided: bool):             # rows with the text and, if guided, rows without
-            return bind(*(torch.cat(pair) if guided else pair[0] for pair in conditions))
+        networks = {}                          # the network with its conditions, by `guided`
 
         def predict(x: Tensor, t: Tensor, guided: bool) -> Tensor:
+            if guided not in networks:         # rows with the text and, if guided, rows without
+                networks[guided] = bind(*(torch.cat(c) if guided else c[0] for c in conditions))
             x, t = (torch.cat([x, x]), torch.cat([t, t])) if guided else (x, t)
-            return network(guided)(x.to(self.dtype), t)
+            return networks[guided](x.to(self.dtype), t)
         bar = functools.partial(tqdm, desc=f"Stage {stage}", unit="step") if progress else iter
         callback = functools.partial(callback, stage) if callback else None
         try:
@@ -466,7 +468,8 @@ class Wuerstchen:
         stage_a = self.part("stage_a")
         return stage_a.decode(latents.to(next(stage_a.parameters()).dtype))
 
-    scale, unscale = staticmethod(scale_semantic), staticmethod(unscale_semantic)
+    scale_semantic = staticmethod(scale_semantic)
+    unscale_semantic = staticmethod(unscale_semantic)
 
     def settings(self, given: dict) -> tuple[Sampling, Sampling]:
         """{"steps_c": 15, ...} -> these weights' settings of Stages C and B, with those changed."""

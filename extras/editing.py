@@ -94,7 +94,7 @@ def generate(model: Wuerstchen, prompt: str | list[str] | None = None, negative_
         if len(levels) > 1:
             c = replace(c, steps=levels)
         elif semantic is None:                                                             # strength 0: no step at all
-            semantic = model.unscale(known.semantic)
+            semantic = model.unscale_semantic(known.semantic)
     # Stage C takes a minute: what is wrong with something for Stage B is reported before.
     semantic = None if semantic is None else fit("semantic", semantic, (16, *size_c))
     latents_b = None if latents_b is None else fit("latents_b", latents_b, shape_b)
@@ -353,7 +353,7 @@ class KnownImage:
         """image (3,H,W) is resized and cropped to cover height x width; mask: see read_mask, resized like it."""
         self.image = cover(image, height, width).to(model.device)                          # (3, height, width)
         (h, w), (h_b, w_b) = latent_sizes(height, width)
-        self.semantic = model.scale(encode_image(model, self.image[None]))                 # (1, 16, h, w)
+        self.semantic = model.scale_semantic(encode_image(model, self.image[None]))                 # (1, 16, h, w)
         self.mask = None
         if mask is None:
             return

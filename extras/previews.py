@@ -76,7 +76,7 @@ def fit_preview(model, images: Tensor) -> dict[str, Tensor]:
     from loading.files import write_atomically
     maps = {"B": fit_linear(torch.cat([encode_latents(model, image[None]).cpu() for image in images]), images)}
     if model.networks.get("image_encoder") is not None:
-        semantic = [model.scale(encode_image(model, image[None])).cpu() for image in images]
+        semantic = [model.scale_semantic(encode_image(model, image[None])).cpu() for image in images]
         maps["C"] = fit_linear(torch.cat(semantic), images)
     if model.preview_file is not None:
         rounded = {stage: [[round(v, 5) for v in row] for row in matrix.tolist()] for stage, matrix in maps.items()}

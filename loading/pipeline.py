@@ -62,7 +62,7 @@ def load(weights: str | Path | None = None, device: str | None = None, dtype: to
     model.paths, model.loras = paths, loras
     folder = hub.own_cache() if weights in hub.NAMES else paths["vqgan"].parent if paths["vqgan"] else None
     own = not (files.get("vqgan") or files.get("image_encoder")) and folder is not None
-    model.preview_file = folder / f"preview{'_v1' * (model.scale is not Wuerstchen.scale)}.json" if own else None
+    model.preview_file = folder / f"preview{'_v1' * (model.scale_semantic is not Wuerstchen.scale_semantic)}.json" if own else None
     if low_memory is None and not offload:
         low_memory = 1.25 * bytes_needed(paths, empty, dtype, int8) > free_memory(device)    # a quarter for activations
     model.low_memory = bool(low_memory)

@@ -309,16 +309,16 @@ def test_guidance_rounds_like_the_released_samplers(schedule, scale):
 
 
 def test_guidance_is_one_number_or_falls_on_a_straight_line():
-    assert [Sampling().scale(t) for t in (1.0, 0.5, 0.0)] == [1, 1, 1]
-    assert [Sampling(guidance=4).scale(t) for t in (1.0, 0.5, 0.0)] == [4, 4, 4]
+    assert [Sampling().guidance_at(t) for t in (1.0, 0.5, 0.0)] == [1, 1, 1]
+    assert [Sampling(guidance=4).guidance_at(t) for t in (1.0, 0.5, 0.0)] == [4, 4, 4]
     for pair in ((8, 2), [8, 2]):
-        assert [Sampling(guidance=pair).scale(t) for t in (1.0, 0.5, 0.0)] == [8, 5, 2]
+        assert [Sampling(guidance=pair).guidance_at(t) for t in (1.0, 0.5, 0.0)] == [8, 5, 2]
 
 
 @pytest.mark.parametrize("alone", [(4.0,), [4.0]])
 def test_a_list_of_one_scale_is_that_scale(alone):
     """A command line's `--guidance 4` arrives like that where two numbers are possible."""
-    assert Sampling(guidance=alone).scale(0.5) == 4
+    assert Sampling(guidance=alone).guidance_at(0.5) == 4
 
 
 def test_outside_the_guidance_interval_nothing_is_predicted_without_text():
@@ -341,8 +341,8 @@ def test_an_end_of_the_interval_that_is_a_level_belongs_to_it(steps):
     it. That must not shut a level out, or the ends would belong to some intervals and not to others."""
     for k, level in enumerate(Sampling(steps).levels.tolist()):
         end = 1 - k / steps
-        assert Sampling(guidance=4, interval=(0, end)).scale(level) == 4, end
-        assert Sampling(guidance=4, interval=(end, 1)).scale(level) == 4, end
+        assert Sampling(guidance=4, interval=(0, end)).guidance_at(level) == 4, end
+        assert Sampling(guidance=4, interval=(end, 1)).guidance_at(level) == 4, end
 
 
 def test_guidance_acts_within_its_interval_only():

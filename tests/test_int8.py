@@ -181,7 +181,7 @@ def tiny():
         semantic, latents = (generate(model, prompt, seed=1, output=output, steps_c=8, steps_b=4)
                              for output in ("semantic", "latents_b"))
         text_c, text_b = (model.encode_text(stage, [prompt], [""])[0] for stage in "cb")
-    c = (model.part("stage_c"), model8.part("stage_c"), model.scale(semantic),
+    c = (model.part("stage_c"), model8.part("stage_c"), model.scale_semantic(semantic),
          torch.randn(semantic.shape, generator=generator), (text_c,))
     b = (model.part("stage_b"), model8.part("stage_b"), latents, torch.randn(latents.shape, generator=generator),
          (semantic, text_b))

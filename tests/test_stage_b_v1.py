@@ -461,13 +461,13 @@ def test_v1_has_its_notebook_s_defaults(v1, monkeypatch):
 def test_v1_s_latents_are_not_scaled(v1):
     """(x + 1) / 42 came with v2. With scaled latents v1's Stage B generates nothing recognisable, without an error."""
     raw = torch.randn(1, 16, 3, 3)
-    assert v1.scale(raw) is raw and v1.unscale(raw) is raw
+    assert v1.scale_semantic(raw) is raw and v1.unscale_semantic(raw) is raw
     seen, given = [], dict(latents_c=raw)
     generate(v1, "a cat", given=given, output="semantic", **QUICK,
              callback=lambda stage, i, t, x, x_0: seen.append(x.clone()) if stage == "C" else None)
     assert torch.equal(seen[-1], generate(v1, "a cat", given=given, output="semantic", **QUICK))
     v2 = WuerstchenV1(v1.networks, size=128, raw=False)                 # v1's Stage B can learn on v2's latents
-    assert v2.scale is scale_semantic and v2.unscale is unscale_semantic
+    assert v2.scale_semantic is scale_semantic and v2.unscale_semantic is unscale_semantic
 
 
 def test_an_image_is_made_of_codes(v1):
@@ -594,7 +594,7 @@ def folder(tmp_path, monkeypatch):
 def test_the_authors_files_are_loaded_and_generate(folder, low_memory):
     """One text encoder for both stages, a Stage C for CLIP-H and so of v1, a Stage B of tokens; also one at a time."""
     model = Wuerstchen.load(folder, "cpu", low_memory=low_memory)
-    assert type(model) is WuerstchenV1 and model.scale(1) == 1 and model.size == 512
+    assert type(model) is WuerstchenV1 and model.scale_semantic(1) == 1 and model.size == 512
     assert model.paths["prior"].name == "model_stage_c_ema.pt"
     assert model.paths["text_encoder"] == model.paths["prior_text_encoder"] == folder / "text_encoder"
     assert model.preview_file == folder / "preview_v1.json"
@@ -619,7 +619,7 @@ def test_a_small_v1_of_one_s_own(tmp_path):
     decoder = StageBV1(**SMALL_V1[StageBV1] | dict(codebook_size=codes, c_text=128))
     weights.save_model(decoder, tmp_path / "decoder")
     model = Wuerstchen.load(tmp_path, "cpu")
-    assert type(model) is WuerstchenV1 and model.scale is scale_semantic and model.size == 128
+    assert type(model) is WuerstchenV1 and model.scale_semantic is scale_semantic and model.size == 128
     assert (model.c.steps, model.b.steps, model.b.guidance) == (29, 8, 2.0)
     stage_b = model.part("stage_b")
     assert stage_b.config == decoder.config and model("a cat", **QUICK)[0].size == (128, 128)

@@ -36,7 +36,7 @@ from v1.stage_b import StageBV1
 from test_train_b import FROZEN, LEARNED, SMALL, folder, losses, torchrun, train
 from training import models, samples as training_samples, validation
 from training.processes import Processes
-from training.sampling import Reconstructions
+from training.sheets import Reconstructions
 from wuerstchen import Wuerstchen, add_noise, scale_semantic, unscale_semantic
 
 DECODER = dict(_class_name="Paella", num_labels=1024, c_in=8, c_r=8, patch_size=2, c_cond=16, c_hidden=[8, 16],

@@ -88,10 +88,8 @@ def outline(args, model, dataset, sizes, order) -> None:
           + ", ".join(f"{w}x{h} px {n}" for (h, w), n in zip(sizes, counts) if n))
 
 
-def dry_run(args, model, dataset, sizes, order, processes, draw_noise: Callable | None = None) -> None:
+def dry_run(args, model, dataset, sizes, order, draw_noise: Callable | None = None) -> None:
     """Prints the outline, shapes and the first captions. draw_noise: of Stage B, see train_b.py."""
-    if not processes.is_main:
-        return
     outline(args, model, dataset, sizes, order)
     positions, indices, number = order.step(0)
     h, w = sizes[number]

@@ -40,14 +40,14 @@ def no_text(config: dict, captions: list[str]) -> Tensor:
     return torch.zeros(len(captions), 1, config["c_text"])
 
 
-def open_data(args, processes, captions_required: bool = True, unseen_scenes: str | None = None) -> tuple:
-    """--data and --val-data, whose default is --data itself or, for emoji scenes, unseen_scenes: of another seed.
+def open_data(args, processes, captions_required: bool = True, unseen: str | None = None) -> tuple:
+    """--data and --val-data. The default of the latter is --data itself or, for emoji scenes, `unseen` ones.
 
     The main process is first, so that the others find its index and what it downloaded.
     """
     index, val_data = Path(getattr(args, "cache", None) or args.out) / "index", args.val_data
     if args.data.split(":")[0] == "scenes":
-        val_data = val_data or unseen_scenes
+        val_data = val_data or unseen
     options = dict(captions_required=captions_required, index_folder=index)
     with processes.main_first(), as_user_error():
         dataset = open_dataset(args.data, **options, **read_filters(args.filter))

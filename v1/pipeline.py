@@ -59,7 +59,7 @@ class WuerstchenV1(Wuerstchen):
                  b: TokenSampling | None = None, raw: bool = True):
         super().__init__(networks, size, device, dtype, c, b or TokenSampling())
         if raw:
-            self.scale = self.unscale = lambda x: x
+            self.scale_semantic = self.unscale_semantic = lambda x: x
 
     @torch.no_grad()
     def sample_b(self, semantic: Tensor, text: Tensor, unconditional: Tensor, draw: Callable[[], Tensor],
@@ -93,7 +93,7 @@ class WuerstchenV1(Wuerstchen):
             return changed
         levels = sampling.continuous.levels
         noise = (uniform(x) * len(codes)).long().clamp(max=len(codes) - 1)                 # (n, h', w')
-        scales = [sampling.continuous.scale(t) for t in levels[:-1].tolist()]
+        scales = [sampling.continuous.guidance_at(t) for t in levels[:-1].tolist()]
         bar = functools.partial(tqdm, desc="Stage B", unit="step") if progress else iter
         try:
             return to_latents(sample(predict, noise, uniform, levels, temperatures(sampling.temperature, len(scales)),

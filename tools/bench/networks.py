@@ -33,7 +33,7 @@ def calls_of(model: Wuerstchen, theirs: dict, args) -> dict[str, Call]:
     text_c = torch.cat(model.encode_text("c", [PROMPT], [""]))                           # (2, N, D)
     text_b, _ = model.encode_text("b", [PROMPT], [""])                                   # (1, N, D)
     x_c, x_b = random(2, model.channels_c, *size_c), random(1, model.channels_b, *size_b)
-    semantic = model.unscale(random(1, model.channels_c, *size_c))
+    semantic = model.unscale_semantic(random(1, model.channels_c, *size_c))
     networks_c, networks_b, networks_a = ((model.part(ours), theirs.get(part)) for ours, part in (
         ("stage_c", "prior"), ("stage_b", "decoder"), ("stage_a", "vqgan")))
     return {**step_calls("Stage C step", "", args, networks_c, model.bind_c(text_c), x_c, text_c),
