@@ -1,6 +1,6 @@
 """What a call can do beyond text to image: each thing it offers, on the small model that ships.
 
-Where it matters what is in an image, the judge of evaluate.py looks, and half of the usual steps do: HALF. Where it
+Where it matters what is in an image, the judge of tiny/judge.py looks, and half of the usual steps do: HALF. Where it
 does not, a few do: QUICK.
 """
 import itertools
