@@ -238,10 +238,10 @@ class Sampling:
     @property
     def levels(self) -> Tensor:
         """The noise levels to visit, (n + 1,) float32 on the CPU."""
-        if not isinstance(self.steps, (int, dict)):
+        if not isinstance(self.steps, (Integral, dict)):
             return torch.as_tensor(self.steps, dtype=torch.float32)
         segments = self.steps
-        if isinstance(self.steps, int):
+        if isinstance(self.steps, Integral):
             # Early: two thirds of the steps in the noisiest third, which decides what is shown.
             # 29 are diffusers' DEFAULT_STAGE_C_TIMESTEPS, 30 the authors' {2/3: 20, 0: 10}.
             noisy = max(self.t_start - 2 / 3, 0) * 3 * 19
@@ -277,7 +277,7 @@ def latent_sizes(height: int, width: int) -> tuple[tuple[int, int], tuple[int, i
     B's U-Net halves its input up to 4 times, so its sides are multiples of 16, that is 64 px.
     """
     for name, side in (("height", height), ("width", width)):
-        if not isinstance(side, int) or side < 64:
+        if not isinstance(side, Integral) or side < 64:
             raise ValueError(f"{name} is {side}, expected a whole number of px from 64 on.")
     return tuple(-(-side * 3 // 128) for side in (height, width)), \
         tuple(-(-side // 64) * 16 for side in (height, width))
@@ -361,18 +361,26 @@ class Wuerstchen:
         negative_prompt  what guidance steers away from
         seed             0 to 2^32 - 1; image i uses seed + i
         width, height    px, any from 64; default: what the weights were trained on
-        callback         callback("C" or "B", step, t, latents, x_0) after every step
+        callback         callback("C" or "B", step, t, latents, x_0) after every step -> None or
+                         other latents; to stop, raise an exception
         sampling         any field of Sampling for one stage: steps_c=15, guidance_b=2.0, ...
         Raises ValueError for impossible settings, before the first step, and for NaN. Image to
         image, inpainting, lists of seeds, given embeddings, other outputs: extras/editing.py.
         """
         c, b = self.settings(sampling)
-        prompts = [prompt] if isinstance(prompt, str) else prompt
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
+        texts = all(isinstance(p, str) and p.strip() for p in prompts)
+        if not prompts or not texts or num_images < 1:
+            raise ValueError(f"got prompts {prompts!r:.100} and {num_images} images of each, "
+                             f"expected \"a red apple on a blue background\" and at least 1.")
+        if not (isinstance(negative_prompt, str | None) and isinstance(seed, Integral)):
+            raise TypeError("expected one negative prompt and one whole number as seed: "
+                            "extras/editing.py takes lists of them")
         prompts = [text for text in prompts for _ in range(num_images)]
         noise = Noise([seed + i for i in range(len(prompts))], self.device)
         height, width = (self.size if side is None else side for side in (height, width))
         size_c, size_b = latent_sizes(height, width)
-        text_c, text_b = (self.encode_text(stage, prompts, [negative_prompt] * len(prompts))
+        text_c, text_b = (self.encode_text(stage, prompts, [negative_prompt or ""] * len(prompts))
                           for stage in "cb")                                       # 2 x (n, 77, D)
         semantic = self.sample_c(*text_c, lambda: noise(self.channels_c, *size_c), c,
                                  callback=callback, progress=progress)             # (n, 16, h, w)
@@ -473,12 +481,15 @@ class Wuerstchen:
 
     def settings(self, given: dict) -> tuple[Sampling, Sampling]:
         """{"steps_c": 15, ...} -> these weights' settings of Stages C and B, with those changed."""
-        if unknown := [name for name in given if name[-2:] not in ("_c", "_b")]:
-            raise TypeError(f"there is no option {unknown[0]}: expected a field of Sampling for "
-                            f"one stage, such as steps_c; for others see extras/editing.py")
+        unknown = [name for name in given if not (
+            name[-2:] in ("_c", "_b") and hasattr(getattr(self, name[-1]), name[:-2]))]
+        if unknown:
+            raise TypeError(f"there is no option {unknown[0]} for these weights: expected one of "
+                            f"Sampling and its stage, such as steps_c; see extras/editing.py")
         result = []
         for stage in "cb":
-            own = {name[:-2]: value for name, value in given.items() if name[-1] == stage}
+            own = {name[:-2]: value for name, value in given.items()
+                   if name[-1] == stage and value is not None}
             try:
                 result.append(replace(getattr(self, stage), **own))
             except ValueError as error:

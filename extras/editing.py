@@ -146,8 +146,9 @@ def interpolate(model: Wuerstchen, a: str | Tensor, b: str | Tensor, frames: int
         k, first = len(part), Noise([seed] * len(part))
         last = None if to_seed is None else Noise([to_seed] * k)
         moved = {name: slerp(*(end.expand(k, *end.shape[1:]) for end in pair), part) for name, pair in ends.items()}
+        count = dict(num_images=k) if "semantic" in moved else {}
         done = generate(model, seed=first if last is None else lambda *shape: slerp(first(*shape), last(*shape), part),
-                        num_images=k if "semantic" in moved else 1, given=given | moved, **options)
+                        given=given | moved, **count, **options)
         images += done
         if len(done) < k:                                                                  # a callback has stopped it
             break

@@ -20,6 +20,8 @@ from speed.int8 import check as check_int8, to_int8
 from speed.memory import free_memory, module_of, offload as offload_networks, one_at_a_time, tile
 from wuerstchen import Sampling, TextEncoder, Wuerstchen
 
+FILES = ("prior", "decoder", "vqgan", "image_encoder", "prior_text_encoder", "text_encoder")     # `files` of load
+
 
 def load(weights: str | Path | None = None, device: str | None = None, dtype: torch.dtype | None = None, *,
          parts: tuple[str, ...] | None = None, offline: bool = False, revision: str | None = None,
@@ -41,6 +43,8 @@ def load(weights: str | Path | None = None, device: str | None = None, dtype: to
     lora        LoRA files for Stage C and their scales, 1 as trained
     Raises WeightsError (a ValueError) for files that cannot be used, ValueError for a device that is not there.
     """
+    if unknown := sorted(files.keys() - FILES):
+        raise TypeError(f"there is no option {unknown[0]}: expected an option of load, or one of {', '.join(FILES)}")
     device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     if int8:

@@ -935,12 +935,37 @@ def test_mistakes_are_found_before_the_first_step(tiny, arguments, message):
     assert not calls_c and not calls_b and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name, message", [("step_c", "unexpected keyword argument 'step'"),
-                                           ("init", "there is no option init: .*see extras/editing.py")])
-def test_an_option_that_does_not_exist_is_refused(tiny, name, message):
+@pytest.mark.parametrize("name", ["step_c", "init", "temperature_b", "foo"])
+def test_an_option_that_does_not_exist_is_refused(tiny, name):
     """Elsewhere a misspelled option is passed on until somebody ignores it."""
-    with pytest.raises(TypeError, match=message):
+    with pytest.raises(TypeError, match=f"there is no option {name} for these weights: expected one of Sampling and"):
         tiny(CAT, **{name: 5})
+
+
+def test_an_option_of_load_that_does_not_exist_is_refused():
+    """As a part from elsewhere it would be ignored, in silence."""
+    with pytest.raises(TypeError, match="there is no option priors: expected an option of load, or one of prior, "):
+        Wuerstchen.load("tiny", "cpu", priors=TINY / "prior")
+
+
+def test_none_is_the_default_of_the_weights(tiny):
+    assert same(tiny(CAT, seed=5, guidance_c=None, **QUICK)[0], tiny(CAT, None, seed=5, **QUICK)[0])
+
+
+@pytest.mark.parametrize("arguments, error, message", [
+    (("",), ValueError, "got prompts [''] and 1 images of each, expected"),
+    (([],), ValueError, "got prompts [] and 1 images"), ((None,), ValueError, "got prompts [] and 1 images"),
+    (([CAT, 3],), ValueError, "and 1 images of each, expected"),
+    ((CAT, ["a"]), TypeError,
+     "expected one negative prompt and one whole number as seed: extras/editing.py takes lists")])
+def test_prompts_that_are_none_are_refused(tiny, arguments, error, message):
+    with Recorder(tiny.part("stage_c")) as calls, pytest.raises(error, match=re.escape(message)):
+        tiny(*arguments, **QUICK)
+    assert not calls
+
+
+def test_every_frame_may_be_of_several_images(tiny):
+    assert len(interpolate(tiny, CAT, DOG, 2, num_images=2, **QUICK)) == 4
 
 
 @pytest.mark.parametrize("tile", [0, -8])

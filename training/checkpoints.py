@@ -4,7 +4,7 @@
   model, optimizer, ... -full_state-> state -checkpoints.save-> out/checkpoints/step_00000100.pt
 
 A checkpoint holds no random state, because all randomness is a function of (seed, step, sample); see order.py.
-Needs: torch; files.py, errors.py.
+Needs: torch; loading/.
 """
 import contextlib
 import json

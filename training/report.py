@@ -1,6 +1,6 @@
 """What a run shows: its progress, curves of its log, and with --dry-run what it would do.
 
-Needs: torch, pillow, tqdm; samples.py, files.py.
+Needs: torch, pillow, tqdm; samples.py, loading/.
 """
 import math
 import time

@@ -1,6 +1,6 @@
 """Sample sheets: images from the plain pipeline, with the network in it that is being trained.
 
-Needs: torch, pillow; lora.py, wuerstchen.py, loading/, images.py, samples.py.
+Needs: torch, pillow; lora.py, wuerstchen.py, loading/, extras/, samples.py.
 """
 from collections.abc import Callable
 from dataclasses import replace
