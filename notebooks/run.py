@@ -8,6 +8,7 @@ its outputs stale: tests/test_notebooks.py compares the checksum and asks for th
 Cells tagged "download" are not run; they keep their old outputs.
 Needs: notebooks/requirements.txt; `checksum` and `problems` need nothing, so they can be tested everywhere.
 """
+import argparse
 import base64
 import hashlib
 import io
@@ -110,8 +111,14 @@ def tidy(notebook: dict) -> None:
 
 
 def main(names: list[str]) -> None:
-    import nbformat
-    from nbclient.exceptions import CellExecutionError
+    for name in names:
+        if not (HERE / name).is_file():
+            sys.exit(f"{name} is not a notebook in {HERE.name}/; give names of files there, or none for all of them")
+    try:
+        import nbformat
+        from nbclient.exceptions import CellExecutionError
+    except ImportError as error:
+        sys.exit(f"{error.name} is not installed; run `pip install -r notebooks/requirements.txt`")
     for path in [HERE / name for name in names] or sorted(HERE.glob("*.ipynb")):
         try:
             notebook, seconds = execute(path)
@@ -130,4 +137,6 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NOTEBOOK", help="files in notebooks/ (default: all of them)")
+    main(parser.parse_args().names)
