@@ -297,7 +297,7 @@ def test_notebooks_use_our_code_and_never_redefine_it(path):
     assert imported & OURS.keys(), "nothing is imported from our files"
     own = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     taken = set().union(*map(defined_in, OURS.values()))
-    assert not own & taken, f"defined anew: {own & taken}"
+    assert not own & taken, f"defined again: {own & taken}"
     assert not any(isinstance(node, ast.ClassDef)
                    for node in ast.walk(tree)), "networks and other classes belong into our files"
 

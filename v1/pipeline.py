@@ -65,7 +65,7 @@ class WuerstchenV1(Wuerstchen):
     def sample_b(self, semantic: Tensor, text: Tensor, unconditional: Tensor, draw: Callable[[], Tensor],
                  sampling: TokenSampling | None = None, x: Tensor | None = None, keep: None = None,
                  callback: Callable | None = None, progress: bool = False) -> Tensor:
-        """As in Wuerstchen, by way of tokens. draw() -> normally distributed numbers (n,1,h',w').
+        """As in Wuerstchen, through tokens. draw() -> normally distributed numbers (n,1,h',w').
 
         callback may return other tokens (n,h',w'); x_0 is what it gets as the step's latents.
         """
