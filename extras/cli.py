@@ -27,6 +27,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from loading.errors import UserError
+from loading.files import numbered
 
 SAMPLERS = dict(c=("ddpm", "ddim", "dpm++"), b=("ddpm", "ddim", "dpm++", "multinomial", "argmax", "quant"))
 DTYPES = dict(fp32="float32", bf16="bfloat16", fp16="float16")
@@ -211,7 +212,7 @@ def add_output_options(p: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="replace existing files; without it nothing is ever overwritten")
     add("--no-metadata", action="store_true", help="save only the image, without the settings that made it")
     add("--preview-every", metavar="N", type=positive_int, help="every N steps, write NAME_preview.png, roughly what "
-        "the image will become")
+        "the image will become; it is removed when the image is there")
 
 
 # ----- from the command line to jobs ---------------------------------------------------------------------------------
@@ -222,7 +223,7 @@ def parse_jobs(p: argparse.ArgumentParser, argv: list[str]) -> list[argparse.Nam
     jobs = [argparse.Namespace(**vars(args) | dict(seed=None if args.seed is None else args.seed + i))
             for args in prompts for i in range(1 if args.grid else args.num_images)]
     for job, path in zip(jobs, output_paths(jobs)):
-        job.path, job.preview_path = path, files_of(job, path)[-1]
+        job.path, job.preview_path, job.preview = path, files_of(job, path)[-1], None    # preview: the file if written
     for args in prompts:
         if not args.given.isdisjoint(INPUTS):    # before the weights are loaded, which may take minutes
             from extras.modes import read_inputs
@@ -402,8 +403,7 @@ def files_of(job: argparse.Namespace, path: Path) -> list[Path]:
 
 def unused_path(path: Path, job: argparse.Namespace, taken=()) -> Path:
     """The path itself, or the first of name_2.png, name_3.png, ... that neither exists nor is taken."""
-    numbered = itertools.chain([path], (path.with_stem(f"{path.stem}_{n}") for n in itertools.count(2)))
-    return next(p for p in numbered if p not in taken
+    return next(p for p in numbered(path) if p not in taken
                 and (job.overwrite or not any(file.exists() for file in files_of(job, p))))
 
 
@@ -412,6 +412,7 @@ def unused_path(path: Path, job: argparse.Namespace, taken=()) -> Path:
 @contextlib.contextmanager
 def exit_on_error(jobs: list, saved: list):
     """Runs the script: exit code 2 and one line for what a user can repair, 130 after Ctrl-C. Bugs keep a traceback.
+    No preview stays.
 
     jobs, saved: all images, and those that are finished. Warnings are one line each.
     """
@@ -432,6 +433,9 @@ def exit_on_error(jobs: list, saved: list):
             raise
         print("error:", message, file=sys.stderr)
         raise SystemExit(2) from None
+    finally:
+        for job in jobs:
+            remove_preview(job)
 
 
 def load_options(jobs: list[argparse.Namespace]) -> dict:
@@ -451,7 +455,7 @@ def load_options(jobs: list[argparse.Namespace]) -> dict:
 def batches(jobs: list[argparse.Namespace]) -> Iterator[list[argparse.Namespace]]:
     """Consecutive jobs that differ only in prompt and seed, at most --batch at a time."""
     def settings(job: argparse.Namespace) -> dict:
-        varied = dict.fromkeys(("prompt", "negative_prompt", "num_images", "path", "given"))
+        varied = dict.fromkeys(("prompt", "negative_prompt", "num_images", "path", "preview_path", "preview", "given"))
         return vars(job) | varied | dict(seed=job.seed is None)
     for _, group in itertools.groupby(jobs, settings):
         group = list(group)
@@ -479,21 +483,40 @@ def sampling_options(args: argparse.Namespace, model) -> dict:
 
 def save(image, job: argparse.Namespace, model) -> Path:
     """Writes an image, or the frames of a GIF, and its latent. Returns its path. Raises ValueError if it cannot."""
+    settings, path = None if job.no_metadata else settings_of(job, model, image), job.path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for path in numbered(job.path):
+            with contextlib.suppress(FileExistsError):   # written by another program since the paths were chosen
+                write_image(image, job, path, settings)
+                remove_preview(job)
+                return path
+    except OSError as problem:
+        error(f"{path} cannot be written: {(problem.strerror or str(problem)).lower()}")
+
+
+def write_image(image, job: argparse.Namespace, path: Path, settings: dict | None) -> None:
+    """All files of an image, or none. Raises OSError; FileExistsError if one of them exists, unless --overwrite."""
+    from extras.images import save_gif
     from extras.metadata import save_png
-    path = unused_path(job.path, job) if job.path.exists() else job.path     # it may be new since the paths were chosen
-    settings = None if job.no_metadata else settings_of(job, model, image)
+    latent = None
+    if job.save_latent:
+        from extras.modes import save_latent
+        latent = save_latent(job, files_of(job, path)[1])
     try:
         if path.suffix.lower() == ".gif":
-            from extras.images import save_gif
             save_gif(image, path, overwrite=job.overwrite)
         else:
             save_png(image, path, settings, job.overwrite)
-        if job.save_latent:
-            from extras.modes import save_latent
-            save_latent(job, files_of(job, path)[1])
-    except OSError as problem:
-        error(f"{path} cannot be written: {(problem.strerror or str(problem)).lower()}")
-    return path
+    except BaseException:
+        if latent:
+            latent.unlink()
+        raise
+
+
+def remove_preview(job: argparse.Namespace) -> None:
+    if job.preview is not None:
+        job.preview.unlink(missing_ok=True)
 
 
 def settings_of(job: argparse.Namespace, model, image) -> dict:

@@ -19,7 +19,7 @@ from extras.editing import InitImage
 from extras.images import cover, enlarge, grid, psnr, read_image, read_mask, strip
 from extras.previews import Previews
 from loading.errors import UserError
-from loading.files import write_atomically
+from loading.files import write_atomically, write_unused
 from wuerstchen import Noise, latent_sizes, to_pil
 
 # What --save-latent writes: (1,16,h,w); the state of the random numbers after Stage C (1,bytes); height and width.
@@ -55,8 +55,10 @@ def make_images(model, jobs: list[argparse.Namespace], options: dict) -> list:
     return images
 
 
-def save_latent(job: argparse.Namespace, path: Path) -> None:
-    write_atomically(path, lambda temporary: save_file(job.latent, temporary))
+def save_latent(job: argparse.Namespace, path: Path) -> Path:
+    """-> the path. Raises FileExistsError if it exists, unless --overwrite."""
+    write_atomically(path, lambda temporary: save_file(job.latent, temporary), job.overwrite)
+    return path
 
 
 # ----- files as input ------------------------------------------------------------------------------------------------
@@ -128,8 +130,11 @@ def write_previews(jobs: list[argparse.Namespace], stage: str, step: int, images
         return
     scale = {"C": 128 / 3, "B": 4}[stage]        # px per latent
     for job, image in zip(jobs, to_pil(images)):
-        size = round(image.width * scale), round(image.height * scale)
-        write_atomically(job.preview_path, image.resize(size).save)
+        write = image.resize((round(image.width * scale), round(image.height * scale))).save
+        if job.preview is not None:
+            write_atomically(job.preview, write)
+        else:
+            job.preview = write_unused(job.preview_path, write, job.overwrite)
 
 
 # ----- one image out of several --------------------------------------------------------------------------------------

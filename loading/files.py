@@ -1,7 +1,7 @@
 """Files of weights and configurations: read piece by piece, written completely or not at all. Knows no model.
 
   TensorFile(path): names and shapes at once, values one tensor at a time, from .safetensors, .bin or .pt
-  write_atomically(path, write): nobody ever finds half a file
+  write_atomically(path, write): nobody ever finds half a file, and no file is lost to another of its name
 
 Reading a model takes hardly more memory than the model itself: a file is mapped, not loaded, and freed memory goes
 back to the operating system at once (return_freed_memory). A file that cannot be used is a WeightsError of one line.
@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import json
 import os
 import sys
 import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable
+from typing import TYPE_CHECKING
 
 from loading.errors import WeightsError
 
@@ -158,20 +160,53 @@ def return_freed_memory():
 def write_atomically(path: str | Path, write: Callable[[Path], object], overwrite: bool = True) -> None:
     """Calls write(temporary_path), then renames: a file is complete or missing, even after a power cut.
 
-    Raises FileExistsError if the file exists, unless `overwrite`.
+    Raises FileExistsError if the file exists, unless `overwrite`; also if it appeared only while `write` was running.
     """
-    path = Path(path)
+    path, taken = Path(path), f"{path} exists already and will not be overwritten: choose another name, or remove it"
     if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists already and will not be overwritten: choose another name, or remove it")
+        raise FileExistsError(taken)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")    # machines may share the folder
     try:
         write(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())                      # the name must not reach the disk before the content
-        os.replace(temporary, path)
+        if overwrite:
+            os.replace(temporary, path)
+        elif not rename_if_unused(temporary, path):
+            raise FileExistsError(taken)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def rename_if_unused(temporary: Path, path: Path) -> bool:
+    """Gives a file its name unless another has it -> whether it did. Of two programs that try, one succeeds."""
+    try:
+        try:
+            os.link(temporary, path)                     # unlike os.replace, this fails if the name is taken
+        except FileExistsError:
+            raise
+        except OSError:                                  # no hard links: FAT, some network drives
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))     # an empty file keeps the name for us
+            os.replace(temporary, path)
+    except FileExistsError:
+        return False
+    return True
+
+
+def write_unused(path: Path, write: Callable[[Path], object], overwrite: bool = False) -> Path:
+    """write_atomically, with the first of the `numbered` names that does not exist -> that name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for name in numbered(path):
+        with contextlib.suppress(FileExistsError):       # perhaps written by another program in this moment
+            write_atomically(name, write, overwrite)
+            return name
+
+
+def numbered(path: Path) -> Iterator[Path]:
+    """name.png, name_2.png, name_3.png, ... without end: to find a name that is not used yet."""
+    yield path
+    yield from (path.with_stem(f"{path.stem}_{n}") for n in itertools.count(2))
 
 
 def to_half(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

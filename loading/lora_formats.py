@@ -296,13 +296,13 @@ def describe(weights: dict[str, LoRAWeights]) -> dict[str, str]:
 
 
 def write_lora(path: str | Path, weights: dict[str, LoRAWeights], names: dict[str, str], to: str,
-               metadata: dict) -> int:
+               metadata: dict, overwrite: bool = True) -> int:
     """Writes a .safetensors file in one of FORMATS -> the number of its tensors. See save_lora."""
     from safetensors.torch import save_file
     tensors, its_own = to_tensors(weights, names, to)
     metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
     metadata |= dict(format_version="1") | describe(weights) | its_own
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata), overwrite)
     return len(tensors)
 
 

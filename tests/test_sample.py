@@ -22,8 +22,9 @@ import transformers
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
+import loading.files
 import sample
-from extras import cli, editing
+from extras import cli, editing, modes
 from extras.metadata import read_settings, save_png
 from helpers import PUBLISHED, SMALL_V1, small_v1
 from loading import pipeline
@@ -420,10 +421,13 @@ def test_each_of_several_images_has_its_own_file_and_seed(capsys):
     assert same_files("cats_9.png", "alone.png")
 
 
-def test_a_batch_gives_the_same_images_up_to_rounding():
+def test_a_batch_gives_the_same_images_up_to_rounding(monkeypatch):
     """Batch sizes may round differently, by at most 2 of 255. 5 images, 2 at a time: the last batch has one."""
+    sizes, decode = [], Wuerstchen.decode
+    monkeypatch.setattr(Wuerstchen, "decode", lambda self, x: sizes.append(len(x)) or decode(self, x))
     for size, name in (("1", "a"), ("2", "b")):
         run("--prompt", "cat", "--seed", "7", "--num-images", "5", "--batch", size, "--out", f"{name}.png")
+    assert sizes == [1] * 5 + [2, 2, 1]
     for seed in range(7, 12):
         assert difference(f"a_{seed}.png", f"b_{seed}.png") <= 2 and read_settings(f"b_{seed}.png")["batch"] == 2
     assert difference("a_7.png", "a_8.png") > 20
@@ -673,8 +677,8 @@ def test_overwrite_replaces_files():
     for name in ("a.png", "a.safetensors", "a_preview.png"):
         Path(name).write_text("old")
     tiny("--prompt", "cat", "--seed", "7", "--save-latent", "--preview-every", "1", "--overwrite", "--out", "a.png")
-    assert files() == ["a.png", "a.safetensors", "a_preview.png"] and pixels("a.png").shape == (128, 128, 3)
-    assert "semantic" in load_file("a.safetensors") and pixels("a_preview.png").shape == (128, 128, 3)
+    assert files() == ["a.png", "a.safetensors"] and pixels("a.png").shape == (128, 128, 3)
+    assert "semantic" in load_file("a.safetensors")
 
 
 def test_a_name_of_our_own_gets_a_number(capsys):
@@ -689,16 +693,40 @@ def test_a_name_of_our_own_gets_a_number(capsys):
                                                            "dog/dog_7_2.safetensors"]
 
 
-def test_a_file_that_appears_in_the_meantime_is_not_overwritten(monkeypatch):
-    """Two programs, one name: the later image gets a number."""
-    decode = Wuerstchen.decode
+OTHERS = {                                       # options, the file of another program, the files of this one
+    "image": (["--out", "a.png"], "a.png", ["a_2.png"]),
+    "folder": (["--out", "."], "cat_7.png", ["cat_7_2.png"]),
+    "latent": (["--out", "a.png", "--save-latent"], "a.safetensors", ["a_2.png", "a_2.safetensors"]),
+    "image of a latent": (["--out", "a.png", "--save-latent"], "a.png", ["a_2.png", "a_2.safetensors"]),
+    "animation": (["--out", "a.gif", "--interpolate-to", "dog", "--frames", "2"], "a.gif", ["a_2.gif"])}
+
+
+@pytest.mark.parametrize("moment", ["while the image is computed", "between check and rename"])
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_file_that_appears_in_the_meantime_is_not_overwritten(kind, moment, monkeypatch):
+    """Two programs, one name: the later image gets a number, and so does its latent. Nothing is lost."""
+    argv, other, ours = OTHERS[kind]
+
+    def appear(*_):
+        if not Path(other).exists():
+            Path(other).write_text("dear to someone")
+    target, name = (Wuerstchen, "decode") if moment.startswith("while") else (loading.files.os, "fsync")
+    usual = getattr(target, name)
+    monkeypatch.setattr(target, name, lambda *args: (appear(), usual(*args))[1])
+    run("--prompt", "cat", "--seed", "7", *argv)
+    assert files() == sorted([other, *ours]) and Path(other).read_text() == "dear to someone"
+
+
+def test_a_preview_of_another_program_is_neither_overwritten_nor_removed(monkeypatch):
+    """It appears after the paths were checked."""
+    encode = Wuerstchen.encode_text
 
     def meanwhile(self, *args):
-        Path("a.png").write_text("dear to someone")
-        return decode(self, *args)
-    monkeypatch.setattr(Wuerstchen, "decode", meanwhile)
-    run("--prompt", "cat", "--seed", "7", "--out", "a.png")
-    assert files() == ["a.png", "a_2.png"] and Path("a.png").read_text() == "dear to someone"
+        Path("a_preview.png").write_text("dear to someone")
+        return encode(self, *args)
+    monkeypatch.setattr(Wuerstchen, "encode_text", meanwhile)
+    tiny("--prompt", "cat", "--seed", "7", "--preview-every", "1", "--out", "a.png")
+    assert files() == ["a.png", "a_preview.png"] and Path("a_preview.png").read_text() == "dear to someone"
 
 
 # --- from images -------------------------------------------------------------------------------------
@@ -911,16 +939,35 @@ def test_each_prompt_and_each_seed_has_its_own_image():
 
 # --- on the way --------------------------------------------------------------------------------------
 
-def test_a_preview_shows_roughly_what_it_will_become():
-    """As large as the image, from Stage C on. Its file is replaced as the image gets clearer, and stays."""
+def test_a_preview_shows_roughly_what_it_will_become(monkeypatch):
+    """As large as the image, from Stage C on. Its file is replaced as the image gets clearer, and removed when the image
+    is there, since only the image is of interest then."""
+    last, write = {}, modes.write_atomically
+
+    def keep(path, write_one, *args):
+        write(path, write_one, *args)
+        last[str(path)] = pixels(path), text_of(path)
+    monkeypatch.setattr(modes, "write_atomically", keep)
     tiny("--prompt", "a red apple on a blue background", "--seed", "7", "--steps-c", "9", "--steps-b", "6",
          "--preview-every", "3", "--out", "a.png")
-    assert files() == ["a.png", "a_preview.png"] and text_of("a_preview.png") == {}
-    preview, image = pixels("a_preview.png"), pixels("a.png")
-    assert preview.shape == image.shape and np.abs(preview - image).mean() < 20
+    assert files() == ["a.png"] and [*last] == ["a_preview.png"]
+    (preview, text), image = last["a_preview.png"], pixels("a.png")
+    assert text == {} and preview.shape == image.shape and np.abs(preview - image).mean() < 20
     # 2 steps of Stage B: the last is of Stage C
+    monkeypatch.setattr(modes, "write_unused", lambda path, *args: keep(path, *args) or path)
     tiny("--prompt", "cat", "--seed", "7", "--preview-every", "3", "--out", "b.png")
-    assert pixels("b_preview.png").shape == (128, 128, 3)
+    assert last["b_preview.png"][0].shape == (128, 128, 3)
+
+
+@pytest.mark.parametrize("problem, code", [(KeyboardInterrupt, 130), (MemoryError, 2)])
+def test_no_preview_stays_without_its_image(problem, code, monkeypatch):
+    def fail(*_):
+        assert files() == ["a_preview.png"]
+        raise problem
+    monkeypatch.setattr(Wuerstchen, "decode", fail)
+    with pytest.raises(SystemExit) as end:
+        tiny("--prompt", "cat", "--seed", "7", "--preview-every", "1", "--out", "a.png")
+    assert end.value.code == code and files() == []
 
 
 def test_ctrl_c_keeps_what_is_finished(capsys, monkeypatch):

@@ -351,6 +351,26 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("hard_links", [True, False], ids=["hard links", "no hard links, as on FAT"])
+def test_of_two_writers_of_one_new_file_one_succeeds(hard_links, tmp_path, monkeypatch):
+    """The name is free when both begin. What the first has written stays, and the other is told."""
+    def no_links(*_):
+        raise PermissionError(1, "Operation not permitted")
+    if not hard_links:
+        monkeypatch.setattr(files.os, "link", no_links)
+    path = tmp_path / "file.txt"
+
+    def slowly(temporary):
+        files.write_atomically(path, lambda other: other.write_text("first"), overwrite=False)
+        temporary.write_text("second")
+    with pytest.raises(FileExistsError, match="file.txt exists already and will not be overwritten: choose another"):
+        files.write_atomically(path, slowly, overwrite=False)
+    assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
+    assert files.write_unused(path, lambda temporary: temporary.write_text("third")) == tmp_path / "file_2.txt"
+    files.write_atomically(path, lambda temporary: temporary.write_text("new"))
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"file.txt": "new", "file_2.txt": "third"}
+
+
 # --- errors ------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("error", [UserError("a folder is missing"), WeightsError("a folder is missing"),

@@ -43,7 +43,8 @@ def convert(source: str, target: Path, to: str) -> str:
     check_output(target, ".safetensors")
     weights, metadata = read_lora(source)
     metadata.pop("lora_adapter_metadata", None)          # belongs to diffusers' format, and is written again for it
-    count = write_lora(target, weights, {name: diffusers_name(name) for name in weights}, to, metadata)
+    count = write_lora(target, weights, {name: diffusers_name(name) for name in weights}, to, metadata,
+                       overwrite=False)
     return f"{count} tensors for {len(weights)} layers written to {target}"
 
 
@@ -82,7 +83,7 @@ def merge(prior: str, lora: str, out: Path, scale: float) -> str:
         raise UserError(f"{too_large[0]} cannot hold the sum: use a smaller --scale, or a prior in float32")
     tensors = {name: tensor.contiguous() for name, tensor in to_diffusers(merged, model).items()}
     if out.suffix == ".safetensors":
-        write_atomically(out, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+        write_atomically(out, lambda path: save_file(tensors, path, metadata={"format": "pt"}), overwrite=False)
     else:
         write_files(config_to_diffusers(model), tensors, out, STEM)
     note = "\nnote: the LoRA was trained on other weights than these" if other else ""
@@ -140,7 +141,7 @@ def extract(base: str, tuned: str, out: Path, rank: int, targets: str) -> str:
         raise UserError(f"the two priors have different sizes: {base.config} and {tuned.config}")
     weights, text = nearest_lora(base, tuned, rank, targets)
     write_lora(out, weights, {name: diffusers_name(name) for name in weights}, "diffusers",
-               dict(base_hash=base_hash(base), made_by="extract"))
+               dict(base_hash=base_hash(base), made_by="extract"), overwrite=False)
     return f"{text}\nwritten to {out}"
 
 

@@ -43,9 +43,9 @@ def convert(source: str | Path, target: str | Path, to: str) -> int:
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     if target.suffix in (".pt", ".bin"):
         table = {FORMATS[stage].sections[0]: tensors} if target.suffix == ".pt" else tensors
-        write_atomically(target, lambda path: torch.save(table, path))
+        write_atomically(target, lambda path: torch.save(table, path), overwrite=False)
     elif target.suffix == ".safetensors":
-        write_atomically(target, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+        write_atomically(target, lambda path: save_file(tensors, path, metadata={"format": "pt"}), overwrite=False)
     else:
         write_files(config_to_diffusers(model), tensors, target, STEM)
     return len(tensors)
