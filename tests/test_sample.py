@@ -940,8 +940,8 @@ def test_each_prompt_and_each_seed_has_its_own_image():
 # --- on the way --------------------------------------------------------------------------------------
 
 def test_a_preview_shows_roughly_what_it_will_become(monkeypatch):
-    """As large as the image, from Stage C on. Its file is replaced as the image gets clearer, and removed when the image
-    is there, since only the image is of interest then."""
+    """As large as the image, from Stage C on. Its file is replaced as the image gets clearer, and removed when
+    the image is there."""
     last, write = {}, modes.write_atomically
 
     def keep(path, write_one, *args):
