@@ -15,6 +15,7 @@ from loading import weights as w
 from loading.errors import WeightsError
 from loading.files import TensorFile, find_file
 from loading.layouts import locate
+from loading.words import warn_of_unknown_words
 from speed.fast import accelerate
 from speed.int8 import check as check_int8, to_int8
 from speed.memory import free_memory, module_of, offload as offload_networks, one_at_a_time, tile
@@ -61,7 +62,7 @@ def load(weights: str | Path | None = None, device: str | None = None, dtype: to
         name = "v1" if isinstance(empty.get("decoder"), w.StageBV1) else "v2"
         loaders["image_encoder"] = lambda: w.load_image_encoder(hub.fetch(
             name, ("image_encoder",), offline=offline, revision=revision)["image_encoder"]).to(device)
-    model = pipeline_for(paths, empty, loaders, device, dtype)
+    model = warn_of_unknown_words(pipeline_for(paths, empty, loaders, device, dtype), paths["prior"], loras)
     # For extras: where the parts came from, the LoRAs, and where preview colours are kept; None if they do not fit.
     model.paths, model.loras = paths, loras
     folder = hub.own_cache() if weights in hub.NAMES else paths["vqgan"].parent if paths["vqgan"] else None

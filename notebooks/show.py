@@ -11,6 +11,8 @@ import numpy as np
 # tqdm asks for ipywidgets in every notebook, but no bar is drawn here. It warns when it is imported: import this file
 # first.
 warnings.filterwarnings("ignore", message="IProgress not found")
+# Notebooks 5 and 6 ask for a unicorn before the model knows the word.
+warnings.filterwarnings("ignore", message="the model does not know")
 
 WIDTH = 9      # inches
 plt.rcParams.update({"figure.dpi": 100, "figure.facecolor": "white", "savefig.facecolor": "white",

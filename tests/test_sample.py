@@ -387,9 +387,9 @@ def test_only_the_parts_that_a_run_needs_are_loaded(argv, needed, not_needed, mo
 
 def test_one_png_is_written_and_nothing_else(capsys):
     """Named after prompt and seed; both stages show their progress."""
-    tiny("--prompt", "A red cat, by the MOON!", "--seed", "7")
+    tiny("--prompt", "A red cat, under the MOON!", "--seed", "7")
     out, err = capsys.readouterr()
-    path = Path("out/a-red-cat-by-the-moon_7.png")
+    path = Path("out/a-red-cat-under-the-moon_7.png")
     assert files() == [str(path)] and out == f"seed 7: {path}\n"
     assert "Stage C: 100%" in err and "Stage B: 100%" in err and "error" not in err and "warning" not in err
     with Image.open(path) as image:

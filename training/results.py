@@ -15,7 +15,9 @@ from loading.hub import NAMES, hub_errors
 from loading.layouts import SHIPPED, locate
 from loading.names import config_to_diffusers, to_diffusers
 from loading.weights import save_model, save_scheduler, save_text_encoder
+from loading.words import FILE, read_words
 from training.checkpoints import full_weights
+from training.scenes import CAPTIONED, UNCAPTIONED, vocabulary
 
 PRIVATE = ("out", "resume", "device", "cache", "workers", "push_to_hub")         # options that a card does not mention
 
@@ -82,6 +84,7 @@ def write_files_c(args, prior, weights: dict, text_encoder, images: int) -> None
         learned = {name.removeprefix("prior."): tensor for name, tensor in weights.items() if name.startswith("prior.")}
         write_files(config_to_diffusers(prior), diffusers_tensors(prior, learned), out / "prior", STEM)
         save_scheduler(out / "scheduler")
+        write_words(args)
     if args.train_text:
         save_text_encoder(text_encoder.tokenizer, text_encoder.model, out / "text_encoder", out / "tokenizer")
     write_base(args, FILES_C, **more)
@@ -96,6 +99,20 @@ def write_files_c(args, prior, weights: dict, text_encoder, images: int) -> None
                "\n".join(commands), alone if args.lora else "")
     if args.push_to_hub:
         push(args)
+
+
+def write_words(args) -> None:
+    """prior/words.json, if all captions were those of emoji scenes: the base's words, if there is one, and theirs."""
+    kind, _, rest = args.data.partition(":")
+    known, folder = {}, Path(args.out) / "prior"
+    if args.init == "weights" and kind == "scenes":
+        known = read_words(locate(args.weights, files_given(args, FILES_C), parts=("prior",))["prior"])
+    if kind == "scenes" and (known or args.init == "random"):
+        learned = vocabulary(UNCAPTIONED if rest.startswith("uncaptioned") else CAPTIONED)
+        words = {name: list(dict.fromkeys([*known.get(name, []), *phrases])) for name, phrases in learned.items()}
+        write_atomically(folder / FILE, lambda path: path.write_text(json.dumps(words, indent=1) + "\n"))
+    else:
+        (folder / FILE).unlink(missing_ok=True)
 
 
 # ----- Stage B -----------------------------------------------------------------------------------------

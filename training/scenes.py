@@ -222,6 +222,14 @@ def plain_caption(objects: Sequence[str], colour: str, relation: str | None = No
     return layout.format(things=things, colour=colour, a_colour=article(colour))
 
 
+def vocabulary(objects: Sequence[str] = CAPTIONED) -> dict[str, list[str]]:
+    """All words of the captions of these objects, by kind: what a Stage C trained on them knows."""
+    relations = [words for plain in RELATIONS for words in (plain, *VARIANTS[plain])]
+    other = " ".join(["a an", LAYOUT, *VARIANTS[LAYOUT]]).split()
+    return dict(objects=list(objects), colours=list(COLOURS), sizes=["small", "large"], relations=relations,
+                other=[word for word in dict.fromkeys(other) if word[0] != "{"])
+
+
 def caption(scene: Scene, rng: np.random.Generator) -> str:
     """A random caption that fits the scene: either object first, with or without size word, variants."""
     objects, relation, size_word, layout = scene.objects, scene.relation, None, LAYOUT
