@@ -14,6 +14,7 @@ Surprise: `encode` divides latents by `scale_factor` (0.3764, fixed by the relea
 Inside, activations are channels-last, (B,H,W,C): a Linear or a norm then reads C contiguously, and
 a convolution gets its (B,C,H,W) as a view with channels-last strides, which costs nothing.
 Its training: train_a.py, training/vqgan_losses.py, training/codebook.py.
+Weights: python -m tools.weights convert IN OUT --to ours; StageA(**config).load_state_dict(...)
 Paper: arXiv:2306.00637 (Stage A); VQGAN: arXiv:2012.09841; codebook: arXiv:1711.00937.
 Needs: torch only. This file works when copied alone.
 """

@@ -13,6 +13,7 @@ Out  eps (B,16,h,w), the noise in x_t. Surprise: the last layer does not output 
 
 Inside, activations are channels-last, (B,H,W,C): a Linear or a norm then reads C contiguously, and
 a convolution gets its (B,C,H,W) as a view with channels-last strides, which costs nothing.
+Weights: python -m tools.weights convert IN OUT --to ours; StageC(**config).load_state_dict(...)
 Paper: arXiv:2306.00637 (Stage C).  Needs: torch only. This file works when copied alone.
 """
 import functools

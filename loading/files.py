@@ -14,9 +14,10 @@ import ctypes
 import itertools
 import json
 import os
+import re
 import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 STEM = "diffusion_pytorch_model"      # diffusers' name for weight files, and so ours; transformers' are called "model"
+OWN_CONFIG = "wuerstchen_config"      # where a lone .safetensors or .pt file holds what is otherwise in config.json
 CHUNK = 128 * 2 ** 20                 # bytes read before a file is mapped again, see TensorFile
 
 
@@ -59,74 +61,153 @@ def listing(folder: Path) -> str:
     return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "") or "nothing in the folder"
 
 
+def pick_weights(names: Iterable[str], stems: tuple[str, ...], half: bool = False) -> str | None:
+    """Of the names of files in one folder, the weight file to read, or the index of its shards; None if none is one.
+
+    .safetensors before .bin; then by variant, half: fp16 first, otherwise the one without a name; then one file before
+    shards. A variant of another name is taken if there is nothing else.
+    """
+    variants = ("fp16", "bf16", "", "fp32") if half else ("", "fp32", "fp16", "bf16")
+    pattern = re.compile(rf"({'|'.join(stems)})(?:\.(\w+))?\.(safetensors|bin)(\.index(?:\.(\w+))?\.json)?")
+
+    def rank(match: re.Match) -> tuple:
+        stem, variant, kind, index, of_index = match.groups(default="")
+        variant = variant or of_index                    # diffusers writes X.safetensors.index.fp16.json
+        place = variants.index(variant) if variant in variants else len(variants)
+        return kind == "bin", place, variant, index, stems.index(stem)
+    best = min(filter(None, map(pattern.fullmatch, names)), key=rank, default=None)
+    return best and best[0]
+
+
 def find_file(path: str | Path, stems: tuple[str, ...]) -> Path:
-    """A file itself; in a folder, the first of {stem}.safetensors, {stem}.fp16.safetensors, {stem}.bin, ..."""
+    """A file itself; in a folder, the one that pick_weights takes."""
     path = Path(path)
     if path.is_file():
         return path
-    paths = [path / f"{stem}{half}{suffix}" for suffix in (".safetensors", ".bin") for half in ("", ".fp16")
-             for stem in stems]
-    found = next((path for path in paths if path.is_file()), None)
-    if found is None:
-        raise WeightsError(f"{paths[0]} is missing: found {listing(path)}" if path.is_dir()
-                           else f"{path}: there is no such file or folder")
-    return found
+    if not path.is_dir():
+        raise WeightsError(f"{path}: there is no such file or folder")
+    name = pick_weights((file.name for file in path.iterdir() if file.is_file()), stems)
+    if name is None:
+        raise WeightsError(f"{path / stems[0]}.safetensors is missing: found {listing(path)}")
+    return path / name
+
+
+def shards(index: Path) -> list[str]:
+    """The files, in the same folder, that an index such as model.safetensors.index.json names. Raises WeightsError."""
+    table = read_json(index).get("weight_map")
+    if not isinstance(table, dict) or not table or not all(isinstance(name, str) for name in table.values()):
+        raise WeightsError(f"{index} is not an index of weight files: expected a weight_map from tensors to files")
+    names = sorted(set(table.values()))
+    for name in names:                                   # it may come from a stranger
+        if not re.fullmatch(r"[^/\\]+\.(safetensors|bin)", name):
+            raise WeightsError(f"{index} names {name!r}: expected only .safetensors or .bin files in the same folder")
+    return names
 
 
 class TensorFile:
-    """A .safetensors, .bin or .pt file: names and shapes at once, values one tensor at a time.
+    """A .safetensors, .bin or .pt file, or the index of several: names and shapes at once, values one tensor at a time.
 
     The file is mapped into memory, so only what is read takes space. But what was read stays in memory until the
     mapping ends. So the file is mapped again after every CHUNK bytes, and readers must copy what they keep.
     sections: names of tables, if the file may hold several; the first one found is read.
+    Names are without what torch.compile and DDP put before them: module., _orig_mod.
     Nothing in a file is executed. Raises WeightsError unless it is a complete file of tensors.
     """
     def __init__(self, path: Path, sections: tuple[str, ...] = ()):
-        self.path, self.sections = path, sections
-        with open(path, "rb") as file:
-            start = file.read(512)
-        if start.startswith(b"version https://git-lfs"):
-            raise WeightsError(f"{path} is a Git LFS pointer, not the weights: "
-                               f"fetch the file itself with `git lfs pull`")
-        if start.lstrip()[:1] == b"<":
-            raise WeightsError(f"{path} is a web page, not weights: the download failed, try it again")
-        self.shapes = {name: tuple(shape) for name, shape in self._open()}
+        self.path, self.sections, self.shards, self.shapes, self.in_file = path, sections, [], {}, {}
+        if path.suffix == ".json":
+            names = shards(path)
+            if missing := [name for name in names if not (path.parent / name).is_file()]:
+                raise WeightsError(f"{path} names files that are missing: {', '.join(missing)}")
+            self.shards = [TensorFile(path.parent / name, sections) for name in names]
+            pairs = [(name, name, shape) for shard in self.shards for name, shape in shard.shapes.items()]
+        else:
+            self.safe = is_safetensors(path)
+            pairs = [(re.sub(r"^(module\.|_orig_mod\.)+|\b_orig_mod\.", "", name), name, shape)
+                     for name, shape in self._open()]
+        for name, in_file, shape in pairs:
+            if name in self.shapes:
+                raise WeightsError(f"{path} holds {name} twice")
+            self.shapes[name], self.in_file[name] = shape, in_file
 
     def _open(self) -> list[tuple[str, tuple]]:
-        """Maps the file, again if it was mapped before -> (name, shape) of each tensor."""
+        """Maps the file, again if it was mapped before -> (name in the file, shape) of each tensor."""
         import torch
         try:
-            if self.path.suffix == ".safetensors":
+            if self.safe:
                 from safetensors import safe_open
                 self._tensors = safe_open(self.path, "pt")
-                return [(name, self._tensors.get_slice(name).get_shape()) for name in self._tensors.keys()]
+                return [(name, tuple(self._tensors.get_slice(name).get_shape())) for name in self._tensors.keys()]
             try:
                 content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
             except RuntimeError:               # files older than 2020 are not zip archives and cannot be mapped
                 content = torch.load(self.path, map_location="cpu", weights_only=True)
         except Exception as error:             # each library raises its own kinds, and RuntimeError, EOFError, ...
-            reason = str(error).split("\n")[0][:200]
             raise WeightsError(f"{self.path} cannot be read, presumably it is cut off or not a file of weights: "
-                               f"{reason}") from error
+                               f"{reason_of(error)}") from error
         if isinstance(content, dict):
             content = next((content[key] for key in self.sections if isinstance(content.get(key), dict)), content)
-        if not isinstance(content, dict) or not all(isinstance(t, torch.Tensor) for t in content.values()):
+        if not isinstance(content, dict) or not all(isinstance(name, str) and isinstance(tensor, torch.Tensor)
+                                                    for name, tensor in content.items()):
             raise WeightsError(f"{self.path} does not hold a table of tensors" + (
                 f", nor one called {' or '.join(self.sections)}" if self.sections else ""))
         self._tensors = content
-        return [(name, tensor.shape) for name, tensor in content.items()]
+        return [(name, tuple(tensor.shape)) for name, tensor in content.items()]
 
     def __iter__(self):
         """(name, tensor) of each tensor. A tensor is valid until the next one is read."""
+        for shard in self.shards:
+            yield from shard
+        if self.shards:
+            return
         read = 0
-        for name in self.shapes:
+        for name, in_file in self.in_file.items():
             if read > CHUNK:
                 self._tensors, read = None, 0
                 self._open()
-            tensor = self._tensors.get_tensor(name) if self.path.suffix == ".safetensors" else self._tensors[name]
+            tensor = self._tensors.get_tensor(in_file) if self.safe else self._tensors[in_file]
             read += tensor.nbytes
             yield name, tensor
         self._tensors = None
+
+
+def own_config(path: Path) -> dict | None:
+    """The configuration that a file of weights holds under OWN_CONFIG; None if it has none or cannot be read."""
+    import torch
+    from safetensors import safe_open
+    try:
+        if is_safetensors(path):
+            with safe_open(path, "pt") as file:
+                config = json.loads((file.metadata() or {}).get(OWN_CONFIG, "null"))
+        else:
+            config = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get(OWN_CONFIG)
+    except Exception:                          # each library raises its own kinds; the reason is told with the tensors
+        return None
+    return config if isinstance(config, dict) else None
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file is .safetensors rather than a pickle of torch, by its first bytes. WeightsError if neither."""
+    with open(path, "rb") as file:
+        start = file.read(512)
+    if start[8:9] == b"{":                               # the header's length, then the header, which is JSON
+        return True
+    if start.startswith(b"version https://git-lfs"):
+        raise WeightsError(f"{path} is a Git LFS pointer, not the weights: fetch the file itself with `git lfs pull`")
+    if start.lstrip()[:1] == b"<":
+        raise WeightsError(f"{path} is a web page, not weights: the download failed, try it again")
+    if start and not start.startswith((b"PK", b"\x80")):         # a zip archive or, before 2020, a pickle
+        image = start.startswith((b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF"))
+        raise WeightsError(f"{path} is not a file of weights{' but an image' * image}: expected a .safetensors, .bin "
+                           "or .pt file")
+    return path.suffix == ".safetensors"
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of a library's message. torch's advice to execute the code in a file is left out."""
+    if "weights only" in str(error).lower().replace("_", " "):
+        return "it holds more than tensors and plain values, and nothing in a file is executed"
+    return str(error).split("\n")[0][:200]
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -317,10 +317,16 @@ def to_original(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Te
 # ----- config.json: our constructor arguments and diffusers' ---------------------------------------------------------
 
 def config_to_ours(config: dict, stage: type) -> dict:
-    """The content of a config.json -> arguments for `stage`. Raises WeightsError for another class or bad values."""
+    """The content of a config.json -> arguments for `stage`. Raises WeightsError for another class or bad values.
+
+    A file of ours, which `tools.weights convert --to ours` writes, has the arguments themselves and no _class_name.
+    """
     class_name, arguments, fixed = FORMATS[stage].class_name, FORMATS[stage].arguments, FORMATS[stage].fixed
-    if config.get("_class_name", class_name).removeprefix("Wuerstchen") != class_name.removeprefix("Wuerstchen"):
-        raise WeightsError(f"it describes a {config['_class_name']}, expected a {class_name}")
+    if in_our_words(config, stage):
+        arguments, fixed = {name: (name, default) for name, (_, default) in arguments.items()}, {}
+    found = config.get("_class_name", class_name)
+    if str(found).removeprefix("Wuerstchen") != class_name.removeprefix("Wuerstchen"):
+        raise WeightsError(f"it describes a {found}, expected a {class_name}")
     for key, value in fixed.items():
         if config.get(key, value) != value:
             raise WeightsError(f"{key} is {config[key]!r}, only {value!r} is supported")
@@ -332,10 +338,22 @@ def config_to_ours(config: dict, stage: type) -> dict:
     result = {}
     for argument, (key, default) in arguments.items():
         value = config.get(key, default)
-        if type(value) is not type(default) and not (type(value) is int and type(default) is float):
+        if key == "dropout" and stage is StageB and isinstance(value, list):
+            levels = len(config.get("blocks", arguments["blocks"][1]))
+            if len(value) != levels or not all(type(one) in (int, float) for one in value):
+                raise WeightsError(f"dropout is {value!r}, expected something like {default!r}, or {levels} of them, "
+                                   f"one for each level")
+        elif type(value) is not type(default) and not (type(value) is int and type(default) is float):
             raise WeightsError(f"{key} is {value!r}, expected something like {default!r}")
         result[argument] = tuple(value) if isinstance(value, list) else value
     return result
+
+
+def in_our_words(config: dict, stage: type) -> bool:
+    """Whether a config.json has our names of the arguments of `stage`. Names that others have as well do not tell."""
+    ours, theirs = FORMATS[stage].arguments.keys(), {key for key, _ in FORMATS[stage].arguments.values()}
+    return "_class_name" not in config and 0 < len(config) and config.keys() <= ours \
+        and (ours == theirs or not config.keys() <= theirs)
 
 
 def config_to_diffusers(model: nn.Module) -> dict:

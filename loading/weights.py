@@ -19,10 +19,10 @@ import torch.nn as nn
 from torch import Tensor
 
 from loading.errors import WeightsError
-from loading.files import (STEM, TensorFile, find_file, is_finite, read_config, return_freed_memory, to_half,
-                           write_atomically, write_files)
-from loading.names import (FORMATS, check_fit, check_names, config_to_diffusers, config_to_ours, describe, recognise,
-                           signature_shape, to_diffusers, translate)
+from loading.files import (STEM, TensorFile, find_file, is_finite, own_config, read_config, return_freed_memory,
+                           to_half, write_atomically, write_files)
+from loading.names import (FORMATS, check_fit, check_names, config_to_diffusers, config_to_ours, describe,
+                           in_our_words, recognise, signature_shape, to_diffusers, translate)
 from speed.int8 import quantised, to_int8
 from stage_a import StageA
 from stage_b import EfficientNetEncoder, StageB, TinyImageEncoder
@@ -33,11 +33,13 @@ from v1.stage_b import StageBV1
 # ----- loading -------------------------------------------------------------------------------------------------------
 
 def config_of(path: str | Path) -> dict | None:
-    """The config.json in a folder, or next to a file; None if there is none next to the file. Raises WeightsError."""
+    """The config.json in a folder; of a file, what it holds itself, or the config.json next to it, or None. Raises
+    WeightsError."""
     path = Path(path)
     if path.is_dir():
         return read_config(path)
-    return read_config(path.parent) if (path.parent / "config.json").is_file() else None
+    own = own_config(path) if path.is_file() else None
+    return own or (read_config(path.parent) if (path.parent / "config.json").is_file() else None)
 
 
 def official_sizes(stage: type, shapes: dict[str, tuple]) -> dict:
@@ -53,8 +55,8 @@ def official_sizes(stage: type, shapes: dict[str, tuple]) -> dict:
 def build_empty(stage: type, path: str | Path) -> tuple[nn.Module, TensorFile]:
     """A model on the meta device, and the file that fits it in names and shapes. No value has been read yet.
 
-    path: the model's folder, or a single file. A config.json next to the file gives the sizes. Without one, as next
-    to the original .pt files, they are the official ones, of v1 or v2. Raises WeightsError.
+    path: the model's folder, or a single file. The file itself or a config.json next to it gives the sizes. Without
+    them, as for the original .pt files, they are the official ones, of v1 or v2. Raises WeightsError.
     """
     def open_file() -> TensorFile:
         return TensorFile(find_file(path, (STEM, "model")), FORMATS[stage].sections)
@@ -71,7 +73,8 @@ def build_empty(stage: type, path: str | Path) -> tuple[nn.Module, TensorFile]:
         check_fit(file.shapes, model)
     except WeightsError as error:
         looks = describe(file.shapes)
-        raise WeightsError(f"{file.path}: {error}" + (f". This looks like {looks}" if looks else "")) from error
+        raise WeightsError(f"{file.path}: {error}" + (f". This looks like {looks}" if looks else "") + (
+            "; without a config.json next to it, the official sizes are expected" if config is None else "")) from error
     return model, file
 
 
@@ -120,7 +123,10 @@ def load_image_encoder(path: str | Path, dtype: torch.dtype = torch.float32) -> 
     """The image encoder, from an `image_encoder` folder or a file such as model_v2_stage_b.pt."""
     encoders = {stage.__name__: stage for stage in (EfficientNetEncoder, TinyImageEncoder)}
     config = config_of(path)
-    name = "EfficientNetEncoder" if config is None else str(config.get("_class_name"))
+    if config is None or in_our_words(config, EfficientNetEncoder):
+        name = "EfficientNetEncoder"
+    else:
+        name = "TinyImageEncoder" if in_our_words(config, TinyImageEncoder) else str(config.get("_class_name"))
     name = name.removeprefix("Wuerstchen")                   # OneTrainer's name for it
     if name not in encoders:
         raise WeightsError(f"{path}: its config.json describes a {name}, expected one of {', '.join(encoders)}")
@@ -179,18 +185,19 @@ def check_widths(width: int, folder: str | Path, stage: str) -> None:
 
 
 def stage_b_of(path: str | Path) -> type:
-    """StageB or, for a decoder of v1, StageBV1: by config.json or, without one, by the names of the tensors."""
+    """StageB or, for a decoder of v1, StageBV1: by its configuration or, without one, by the names of the tensors."""
     config = config_of(path)
     if config is not None:
-        return StageBV1 if config.get("_class_name") == FORMATS[StageBV1].class_name else StageB
-    shapes = TensorFile(find_file(path, (STEM, "model")), FORMATS[StageB].sections).shapes
-    return StageBV1 if recognise(shapes) is StageBV1 else StageB
+        v1 = config.get("_class_name") == FORMATS[StageBV1].class_name or in_our_words(config, StageBV1)
+    else:
+        v1 = recognise(TensorFile(find_file(path, (STEM, "model")), FORMATS[StageB].sections).shapes) is StageBV1
+    return StageBV1 if v1 else StageB
 
 
 def is_tiny(path: str | Path) -> bool:
     """Whether this image encoder is the small one of models/tiny, for images of 128 px."""
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    return (folder / "config.json").is_file() and read_config(folder).get("_class_name") == "TinyImageEncoder"
+    config = config_of(path) or {}
+    return config.get("_class_name") == "TinyImageEncoder" or in_our_words(config, TinyImageEncoder)
 
 
 # ----- saving ---------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import stage_a
 import stage_b
@@ -68,6 +69,34 @@ def test_file_works_when_copied_alone(stage, tmp_path):
     script = f"STAGE, FOLDER, ALSO = {stage!r}, {str(tmp_path)!r}, {ALSO.get(stage, set())!r}\n{GUARD}{FORWARD[stage]}"
     run = subprocess.run([sys.executable, "-I", "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("stage, name, part", [("stage_a", "StageA", "vqgan"), ("stage_b", "StageB", "decoder"),
+                                               ("stage_c", "StageC", "prior")])
+def test_a_copied_stage_is_filled_as_its_header_says(stage, name, part, tmp_path):
+    """Converted once to our names, the released weights need only torch and safetensors: config.json has the
+    constructor's arguments. The outputs are those of the weights loaded by this repository."""
+    from loading.weights import load
+    from tools.weights import convert
+    header = next(line for line in inspect.getdoc(sys.modules[stage]).splitlines() if "tools.weights" in line)
+    assert header.startswith("Weights: ") and "--to ours" in header
+    convert(ROOT / "models" / "tiny" / part, tmp_path / "new", "ours")
+    shutil.copy(ROOT / f"{stage}.py", tmp_path)
+    script = f"""import json, sys
+sys.path.insert(0, {str(tmp_path)!r})
+import torch
+from safetensors.torch import load_file
+from {stage} import {name}
+model = {name}(**json.load(open("new/config.json")))
+model.load_state_dict(load_file("new/diffusion_pytorch_model.safetensors"))
+assert not {{"loading", "numpy.testing", "transformers"}} & sys.modules.keys()
+torch.save(model.state_dict(), "filled.pt")
+"""
+    run = subprocess.run([sys.executable, "-I", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    wanted = load(getattr(sys.modules[stage], name), ROOT / "models" / "tiny" / part).state_dict()
+    filled = torch.load(tmp_path / "filled.pt")
+    assert filled.keys() == wanted.keys() and all(torch.equal(filled[key], wanted[key]) for key in wanted)
 
 
 def test_stage_b_needs_torchvision_only_for_efficientnet(tmp_path):

@@ -104,7 +104,9 @@ def test_missing_keys_mean_diffusers_defaults():
 @pytest.mark.parametrize("stage, change, message", [
     (StageC, {"_class_name": "WuerstchenDiffNeXt"}, "describes a WuerstchenDiffNeXt, expected a WuerstchenPrior"),
     (StageC, {"depth": "two"}, "depth is 'two', expected something like 16"),
-    (StageB, {"dropout": [0.1, 0.1, 0.1, 0.1]}, "dropout is .*expected something like 0.1"),
+    (StageB, {"dropout": [0.1, 0.1]}, "dropout is .*expected something like 0.1, or 4 of them, one for each level"),
+    (StageB, {"dropout": [0.1, 0.1, 0.1, "x"]}, "dropout is .*expected something like 0.1, or 4 of them"),
+    (StageC, {"dropout": [0.1, 0.1]}, "dropout is .*expected something like 0.1$"),
     (StageB, {"level_config": ["CT", "CTF", "CTA", "CTA"]}, "'CTF' has an unknown letter 'F'"),
     (StageB, {"blocks": [1]}, "cannot be used"),
     (StageA, {"in_channels": 4}, "in_channels is 4, only 3 is supported"),
@@ -118,6 +120,15 @@ def test_impossible_configs_are_explained(stage, change, message, tmp_path):
     with pytest.raises(WeightsError, match=message) as error:
         load(tmp_path / "x")
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_dropout_may_be_one_number_for_each_level():
+    """As diffusers' own constructor allows; written back unchanged."""
+    config = {"dropout": [0.1, 0, 0.2, 0.3]}
+    assert config_to_ours(config, StageB)["dropout"] == (0.1, 0, 0.2, 0.3)
+    with torch.device("meta"):
+        written = config_to_diffusers(StageB(**config_to_ours(config, StageB)))
+    assert written["dropout"] == config["dropout"]
 
 
 def test_unknown_options_are_a_warning():
@@ -163,6 +174,137 @@ def test_bin_files_are_a_fallback(tmp_path):
     with pytest.raises(WeightsError, match="cannot be read"):
         weights.load_stage_a(tmp_path)
     assert not (tmp_path / "was_here").exists()
+
+
+def shard(folder, index, name, change=lambda weight_map: None):
+    """Splits a Stage C into two files and an index, as save_pretrained(max_shard_size=...) does."""
+    tensors = load_file(folder / FILE)
+    (folder / FILE).unlink()
+    names, weight_map = sorted(tensors), {}
+    for i, part in enumerate((names[::2], names[1::2]), 1):
+        file = name.format(i)
+        some = {key: tensors[key] for key in part}
+        save_file(some, folder / file) if file.endswith("safetensors") else torch.save(some, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    change(weight_map)
+    (folder / index).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("index, name", [
+    ("diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model-0000{}-of-00002.safetensors"),
+    ("diffusion_pytorch_model.safetensors.index.fp16.json", "diffusion_pytorch_model.fp16-0000{}-of-00002.safetensors"),
+    ("diffusion_pytorch_model.bin.index.json", "diffusion_pytorch_model-0000{}-of-00002.bin")])
+def test_sharded_weights_are_one_model(index, name, tmp_path):
+    """Large models are saved in several files. The same tensors, for loading, for converting and for their names."""
+    folder = tmp_path / "prior"
+    shutil.copytree(COMBINED / "prior_prior", folder)
+    wanted = weights.load_stage_c(folder).state_dict()
+    shard(folder, index, name)
+    loaded = weights.load_stage_c(folder).state_dict()
+    assert all(torch.equal(tensor, loaded[key]) for key, tensor in wanted.items())
+    assert convert(folder, tmp_path / "one", "diffusers") == len(wanted)
+    loaded = weights.load_stage_c(tmp_path / "one").state_dict()
+    assert all(torch.equal(tensor, loaded[key]) for key, tensor in wanted.items())
+
+
+def set_all(value):
+    return lambda weight_map: weight_map.update(dict.fromkeys(weight_map, value))
+
+
+@pytest.mark.parametrize("change, message", [
+    (set_all("../secret.safetensors"), r"names '../secret.safetensors': expected only .* in the same folder"),
+    (set_all("/etc/secret.safetensors"), "names '/etc/secret.safetensors'"),
+    (set_all(".."), r"names '..'"),
+    (set_all("x.safetensors.index.json"), "expected only .safetensors or .bin files"),
+    (set_all(3), "expected a weight_map from tensors to files"),
+    (lambda weight_map: weight_map.clear(), "expected a weight_map from tensors to files"),
+    (lambda weight_map: weight_map.update(a="lost-1.safetensors", b="lost-2.safetensors"),
+     r"names files that are missing: lost-1.safetensors, lost-2.safetensors$"),
+    (set_all("model-1.safetensors"), r"missing tensors: \d+ \(")])
+def test_an_index_that_cannot_be_used_is_explained_in_one_line(change, message, tmp_path):
+    """Names that leave the folder are refused even if the file is there: an index may come from a stranger."""
+    folder = tmp_path / "prior"
+    shutil.copytree(COMBINED / "prior_prior", folder)
+    shutil.copy(folder / FILE, tmp_path / "secret.safetensors")
+    shard(folder, "diffusion_pytorch_model.safetensors.index.json", "model-{}.safetensors", change)
+    with pytest.raises(WeightsError, match=message) as error:
+        weights.load_stage_c(folder)
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_tensor_in_two_shards_is_an_error(tmp_path):
+    """Either of the two could be the right one."""
+    folder = tmp_path / "prior"
+    shutil.copytree(COMBINED / "prior_prior", folder)
+    shard(folder, "diffusion_pytorch_model.safetensors.index.json", "model-{}.safetensors")
+    shutil.copy(folder / "model-1.safetensors", folder / "model-2.safetensors")
+    with pytest.raises(WeightsError, match="index.json holds .* twice"):
+        weights.load_stage_c(folder)
+
+
+@pytest.mark.parametrize("half, offered, taken", [
+    (False, ["m.safetensors", "m.fp16.safetensors", "m.bin"], "m.safetensors"),
+    (True, ["m.safetensors", "m.fp16.safetensors"], "m.fp16.safetensors"),
+    (False, ["m.bf16.safetensors", "m.bin"], "m.bf16.safetensors"),
+    (False, ["m.non_ema.safetensors", "m.ema.safetensors", "notes.txt"], "m.ema.safetensors"),
+    (False, ["m.fp16.bin"], "m.fp16.bin"),
+    (False, ["m-00001-of-00002.safetensors", "m.safetensors.index.json"], "m.safetensors.index.json"),
+    (True, ["m.safetensors.index.json", "m.safetensors.index.fp16.json"], "m.safetensors.index.fp16.json"),
+    (True, ["m.fp16.safetensors.index.json", "m.bin"], "m.fp16.safetensors.index.json"),
+    (False, ["m.safetensors", "m.safetensors.index.json"], "m.safetensors"),
+    (False, ["m-00001-of-00002.safetensors", "m.fp16-00001-of-00002.safetensors", "other.safetensors"], None)])
+def test_one_weight_file_of_a_folder_is_taken(half, offered, taken):
+    """.safetensors before .bin, then the variant, then one file before shards. A lone shard is not a model."""
+    assert files.pick_weights(offered, ("m", "pytorch_m"), half) == taken
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("ending", [".safetensors", ".bin"])
+def test_prefixes_of_compiled_and_distributed_models_are_removed(prefix, ending, tmp_path):
+    """torch.compile and DistributedDataParallel put them before every name of a state dict."""
+    shutil.copy(COMBINED / "vqgan/config.json", tmp_path)
+    tensors = {prefix + name: tensor for name, tensor in load_file(COMBINED / "vqgan" / FILE).items()}
+    path = tmp_path / f"diffusion_pytorch_model{ending}"
+    save_file(tensors, path) if ending == ".safetensors" else torch.save({"state_dict": tensors}, path)
+    a, b = weights.load_stage_a(tmp_path).state_dict(), weights.load_stage_a(COMBINED / "vqgan").state_dict()
+    assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())
+    first = next(iter(tensors))
+    torch.save(tensors | {first.removeprefix(prefix): tensors[first]}, tmp_path / "twice.pt")
+    with pytest.raises(WeightsError, match=f"twice.pt holds {first.removeprefix(prefix)} twice"):
+        weights.load_stage_a(tmp_path / "twice.pt")
+
+
+def test_a_header_that_begins_like_a_web_page_is_one_of_safetensors(tmp_path):
+    """The first bytes are the header's length: 15392 is " <" and some zeros."""
+    path = tmp_path / "a.safetensors"
+    header = json.dumps({"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).ljust(15392)
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + b"\0" * 4)
+    assert files.TensorFile(path).shapes == {"x": (1,)}
+
+
+def test_a_safetensors_file_is_known_by_its_content(tmp_path):
+    """People rename downloads."""
+    for name in ("config.json", FILE):
+        shutil.copy(COMBINED / "vqgan" / name, tmp_path / name.replace(FILE, "a.pt"))
+    codes = weights.load_stage_a(COMBINED / "vqgan").codebook.codes
+    assert torch.equal(weights.load_stage_a(tmp_path / "a.pt").codebook.codes, codes)
+
+
+def test_an_image_as_weights_is_one_plain_line(tmp_path):
+    """torch's advice would be to load the file with weights_only=False, which executes what is in it."""
+    from PIL import Image
+    for name, ends in (("a.png", "not a file of weights but an image: expected a .safetensors, .bin or .pt file"),
+                       ("a.jpg", "not a file of weights but an image: expected a .safetensors, .bin or .pt file")):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+        with pytest.raises(WeightsError) as error:
+            weights.load_stage_a(tmp_path / name)
+        assert str(error.value) == f"{tmp_path / name} is {ends}"
+    (tmp_path / "notes.bin").write_text("what I did on my holidays")
+    with pytest.raises(WeightsError, match="notes.bin is not a file of weights: expected a .safetensors, .bin or .pt"):
+        weights.load_stage_a(tmp_path / "notes.bin")
+    torch.save({"args": shutil.copy}, tmp_path / "more.pt")
+    with pytest.raises(WeightsError, match="it holds more than tensors and plain values, and nothing in a"):
+        weights.load_stage_a(tmp_path / "more.pt")
 
 
 def damage(folder, how):
@@ -551,6 +693,53 @@ def test_conversion_there_and_back_changes_no_bit(naming, ending, stage, tmp_pat
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     loaded = PARTS[stage][1](there).state_dict()
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("ending", [".pt", ".safetensors", ".bin"])
+@pytest.mark.parametrize("naming", ["ours", "diffusers", "original"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_lone_file_carries_its_sizes_or_says_what_is_missing(stage, naming, ending, tmp_path):
+    """Without config.json next to it, and even next to that of another part. A .bin file holds only tensors."""
+    model, folder = tiny_official(stage)
+    path = tmp_path / f"there{ending}"
+    convert(folder, path, naming)
+    if ending == ".bin":
+        with pytest.raises(WeightsError, match="without a config.json next to it, the official sizes are expected$"):
+            PARTS[stage][1](path)
+        return
+    (tmp_path / "config.json").write_text('{"_class_name": "CLIPTextModel"}')
+    loaded = PARTS[stage][1](path)
+    assert loaded.config == model.config
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_folder_in_our_names_has_our_arguments(stage, tmp_path):
+    """So that Stage(**config) is the model; see test_standalone for the file alone. We load it as well."""
+    model, folder = tiny_official(stage)
+    convert(folder, tmp_path / "ours", "ours")
+    config = json.loads((tmp_path / "ours/config.json").read_text())
+    assert stage(**config).config == model.config
+    assert load_file(tmp_path / "ours" / FILE).keys() == model.state_dict().keys()
+    loaded = PARTS[stage][1](tmp_path / "ours")
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
+    (tmp_path / "ours/config.json").write_text(json.dumps(config | {next(iter(config)): "x"}))
+    with pytest.raises(WeightsError, match=f"{next(iter(config))} is 'x', expected something like "):
+        PARTS[stage][1](tmp_path / "ours")
+
+
+def test_the_kind_of_a_model_in_our_names_is_found(tmp_path):
+    """There is no class name in our config.json: v1's Stage B and image encoders are known by their arguments."""
+    v1 = StageBV1(**SMALL_V1[StageBV1])
+    weights.save_model(v1, tmp_path / "v1")
+    convert(tmp_path / "v1", tmp_path / "v1_ours", "ours")
+    assert weights.stage_b_of(tmp_path / "v1_ours") is StageBV1
+    convert(COMBINED / "decoder", tmp_path / "b", "ours")
+    assert weights.stage_b_of(tmp_path / "b") is StageB
+    encoder = small_tiny_encoder()
+    weights.save_model(encoder, tmp_path / "e")
+    (tmp_path / "e/config.json").write_text(json.dumps(encoder.config))
+    assert weights.is_tiny(tmp_path / "e") and weights.load_image_encoder(tmp_path / "e").config == encoder.config
 
 
 def test_conversion_overwrites_nothing(tmp_path):

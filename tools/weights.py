@@ -2,7 +2,8 @@
 
   python -m tools.weights convert models/tiny/prior prior.pt --to original
 
-Values are copied bit by bit; only names and shapes change, see loading/names.py.
+Values are copied bit by bit; only names and shapes change, see loading/names.py. With --to ours a copied stage file
+needs nothing else of this repository: StageC(**config).load_state_dict(load_file(...)).
 Needs: torch, safetensors.
 """
 import sys
@@ -11,6 +12,7 @@ if __name__ == "__main__" and not __package__:
     sys.exit("error: run this as: python -m tools.weights")
 
 import argparse
+import json
 from pathlib import Path
 
 from loading.errors import WeightsError, exit_on_user_error
@@ -19,12 +21,12 @@ from loading.errors import WeightsError, exit_on_user_error
 def convert(source: str | Path, target: str | Path, to: str) -> int:
     """Writes one model in another naming: "ours", "diffusers" or "original". Returns the number of tensors.
 
-    source, target: a folder with config.json, or a file. A .pt target holds one table, like the authors' files; a
-    .safetensors or .bin target only the tensors. Raises WeightsError.
+    source, target: a folder with config.json, or a file. A .pt target holds one table, like the authors' files; a .bin
+    target only the tensors. A .pt or .safetensors file also carries what would be in config.json. Raises WeightsError.
     """
     import torch
     from safetensors.torch import save_file
-    from loading.files import STEM, TensorFile, find_file, write_atomically, write_files
+    from loading.files import OWN_CONFIG, STEM, TensorFile, find_file, write_atomically, write_files
     from loading.names import (FORMATS, config_to_diffusers, describe, recognise, to_diffusers, to_original, translate)
     from loading.weights import build_empty
     target = Path(target)
@@ -41,13 +43,17 @@ def convert(source: str | Path, target: str | Path, to: str) -> int:
     if to != "ours":
         tensors = {"diffusers": to_diffusers, "original": to_original}[to](tensors, model)
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    if target.suffix in (".pt", ".bin"):
-        table = {FORMATS[stage].sections[0]: tensors} if target.suffix == ".pt" else tensors
+    config = json.loads(json.dumps(model.config if to == "ours" else config_to_diffusers(model)))    # lists, no tuples
+    if target.suffix == ".pt":
+        table = {FORMATS[stage].sections[0]: tensors, OWN_CONFIG: config}
         write_atomically(target, lambda path: torch.save(table, path), overwrite=False)
+    elif target.suffix == ".bin":
+        write_atomically(target, lambda path: torch.save(tensors, path), overwrite=False)
     elif target.suffix == ".safetensors":
-        write_atomically(target, lambda path: save_file(tensors, path, metadata={"format": "pt"}), overwrite=False)
+        metadata = {"format": "pt", OWN_CONFIG: json.dumps(config)}
+        write_atomically(target, lambda path: save_file(tensors, path, metadata=metadata), overwrite=False)
     else:
-        write_files(config_to_diffusers(model), tensors, target, STEM)
+        write_files(config, tensors, target, STEM)
     return len(tensors)
 
 
@@ -60,7 +66,8 @@ def main() -> None:
     command.add_argument("target", help="folder, .safetensors, .bin or .pt; must not exist yet")
     command.add_argument("--to", required=True, choices=["ours", "diffusers", "original"], help="the naming to write")
     args = p.parse_args()
-    print(f"{convert(args.source, args.target, args.to)} tensors written to {args.target}")
+    print(f"{convert(args.source, args.target, args.to)} tensors written to {args.target}" + (
+        ", which cannot hold the sizes: copy config.json next to it" if args.target.endswith(".bin") else ""))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from loading.errors import UserError, as_user_error
 from loading.files import read_config
 from loading.layouts import locate
 from loading.names import config_to_ours
-from loading.weights import check_widths, load, load_image_encoder, load_stage_a, load_text_encoder, stage_b_of
+from loading.weights import check_widths, is_tiny, load, load_image_encoder, load_stage_a, load_text_encoder, stage_b_of
 from stage_b import EfficientNetEncoder, StageB, TinyImageEncoder
 from training.processes import SynchronisedBatchNorm
 from training.results import FILES_B, files_given
@@ -66,9 +66,8 @@ def build_stage_b(args, paths: dict, stage) -> tuple[nn.Module, nn.Module]:
             sizes = config_to_ours(config, stage.NETWORK)
             encoder_path = locate(path, parts=("image_encoder",))["image_encoder"] if path.is_dir() else None
             if encoder_path is not None:
-                config = read_config(encoder_path)
-                kind = TinyImageEncoder if config.get("_class_name") == "TinyImageEncoder" else EfficientNetEncoder
-                encoder_sizes = config_to_ours(config, kind)
+                kind = TinyImageEncoder if is_tiny(encoder_path) else EfficientNetEncoder
+                encoder_sizes = config_to_ours(read_config(encoder_path), kind)
         decoder = stage.NETWORK(**sizes)
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"--config {args.config} cannot be used: {error}") from error
