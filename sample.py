@@ -19,10 +19,12 @@ Surprise: torch takes seconds to import, so this happens only after the options 
 Needs: what wuerstchen.py needs.
 """
 import argparse
+import functools
 import sys
 
 from extras import cli
 from extras.cli import comma_list, integer, number, positive_int, steps, unit_float
+from extras.jobs import exit_on_error
 
 USAGE = """usage:   python sample.py --prompt "..." [options]
 example: python sample.py --prompt "a red apple on a blue background" --seed 1
@@ -104,13 +106,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Exit code 0; 2 for what a user can repair, in one line; 130 after Ctrl-C."""
+    """Exit code 0; 2 for what a user can repair, in one line; 1 if only lines of a prompt file
+    failed; 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv:
         return print(USAGE)
-    jobs, saved = [], []
-    with cli.exit_on_error(jobs, saved):
-        jobs += cli.parse_jobs(parser(), argv)         # one for each image, with its seed and path
+    with exit_on_error() as run:
+        jobs = cli.parse_jobs(parser(), argv, run)     # one for each image, with its seed and path
         import torch
         from wuerstchen import Wuerstchen
         args = jobs[0]                                 # what is loaded is the same for all jobs
@@ -120,11 +122,9 @@ def main(argv: list[str] | None = None) -> None:
         if args.tile:
             from speed.memory import tile
             tile(model, args.tile)
-        for batch in cli.batches(jobs):
-            for job, image in zip(batch, make_images(model, batch)):
-                path = cli.save(image, job, model)     # a PNG file with its settings
-                saved.append(path)
-                print(path if job.seed is None else f"seed {job.seed}: {path}", flush=True)
+        for batch in run.progress(cli.batches(jobs)):
+            for job, image in run.attempt(functools.partial(make_images, model), batch):
+                run.finished(job, cli.save(image, job, model))   # a PNG file with its settings
 
 
 def make_images(model, jobs: list[argparse.Namespace]) -> list:

@@ -432,10 +432,12 @@ class Wuerstchen:
                 networks[guided] = bind(*(torch.cat(c) if guided else c[0] for c in conditions))
             x, t = (torch.cat([x, x]), torch.cat([t, t])) if guided else (x, t)
             return networks[guided](x.to(self.dtype), t)
-        bar = functools.partial(tqdm, desc=f"Stage {stage}", unit="step") if progress else iter
+        # leave=None: the bar does not stay if it stands below another one, as in a batch of sample.py
+        bar = functools.partial(tqdm, desc=f"Stage {stage}", unit="step", leave=None)
         callback = functools.partial(callback, stage) if callback else None
         try:
-            return denoise(predict, draw() if x is None else x, draw, sampling, keep, callback, bar)
+            return denoise(predict, draw() if x is None else x, draw, sampling, keep, callback,
+                           bar if progress else iter)
         except FloatingPointError as error:
             raise ValueError(f"Stage {stage} came to NaN or infinity in {error}, computing in "
                              f"{self.dtype}: {NAN_ADVICE}.") from None

@@ -11,21 +11,21 @@ Needs: the standard library, so that `--help` and error messages appear at once.
 """
 import argparse
 import contextlib
+import difflib
 import functools
 import hashlib
 import itertools
-import json
 import math
 import os
 import random
 import re
-import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
+from extras.jobs import Run, place_of, prompt_lines, remove_preview, without_mark
 from loading.errors import UserError
 from loading.files import numbered
 
@@ -59,6 +59,20 @@ REQUIRES = (("mask", "init"), ("outpaint", "init"), ("strength", "init"), ("to_l
 
 def error(message: str) -> None:
     raise UserError(message)
+
+
+def read_options(p: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """p.parse_args with a hint for what is not an option. Raises ValueError."""
+    args, unknown = p.parse_known_args(argv)
+    if unknown:
+        options = [option for action in p._actions for option in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], options, 1)
+        hint = f"did you mean {near[0]}?" if near else "--help lists all options"
+        if not unknown[0].startswith("-"):
+            prompt = " ".join([args.prompt or "", *unknown]).strip()
+            hint = f'did you mean --prompt "{prompt}"? A text of several words needs quotes'
+        error(f"unrecognized arguments: {' '.join(unknown)}; {hint}")
+    return args
 
 
 # ----- values: each function reads what stands after an option -------------------------------------------------------
@@ -107,12 +121,16 @@ def steps(text: str) -> int | str | dict | tuple:
         if text == PUBLISHED_STEPS:
             return text
         if ":" in text:
-            segments = (part.split(":") for part in text.split(","))
-            return {unit_float(end): positive_int(count) for end, count in segments}
-        return comma_list(unit_float)(text) if "," in text else positive_int(text)
+            segments = [part.split(":") for part in text.split(",")]
+            levels = {unit_float(end): positive_int(count) for end, count in segments}
+        else:
+            return comma_list(unit_float)(text) if "," in text else positive_int(text)
     except (ValueError, argparse.ArgumentTypeError):
         forms = f"29 (steps), 2/3:20,0:10 (segments), 1,0.5,0 (noise levels) or {PUBLISHED_STEPS}"
         raise argparse.ArgumentTypeError(f"expected something like {forms}, got {text!r}") from None
+    if len(levels) < len(segments):                  # a dict would only keep the last of two equal ones
+        raise argparse.ArgumentTypeError(f"expected segments that each end at another noise level, got {text!r}")
+    return levels
 
 
 def loras(text: str) -> dict[str, float]:
@@ -121,9 +139,12 @@ def loras(text: str) -> dict[str, float]:
     for part in text.split(","):
         file, colon, scale = part.rpartition(":")
         try:
-            result.update({file: number(scale)} if colon and file else {part: 1.0})
+            file, scale = (file, number(scale)) if colon and file else (part, 1.0)
         except argparse.ArgumentTypeError:           # a colon inside the name
-            result[part] = 1.0
+            file, scale = part, 1.0
+        if file in result:
+            raise argparse.ArgumentTypeError(f"{file} is given twice, expected once: add up its scales")
+        result[file] = scale
     return result
 
 
@@ -151,8 +172,9 @@ def as_argv(settings: dict, allowed: tuple[str, ...]) -> list[str]:
 def add_input_options(p: argparse.ArgumentParser) -> None:
     """Advanced options: what an image is made from."""
     add = p.add_argument_group("several images, and images as input").add_argument
-    add("--prompt-file", metavar="FILE", help="many prompts: a text file with one per line; or .jsonl, with an object "
-        'per line of settings for this line, named like options: {"prompt": "a cat", "seed": 3, "guidance_c": 6}')
+    add("--prompt-file", metavar="FILE", help="many prompts: a text file with one per line, # begins a comment; or "
+        '.jsonl, with an object of settings per line, named like options: {"prompt": "a cat", "seed": 3, '
+        '"guidance_c": 6}; lines that cannot be used are reported and skipped')
     add("--like", metavar="PNG", help="all settings of this image, made by this program; options on the command line "
         'override them, and "" removes one: --mask ""')
     add("--outpaint", metavar="L,T,R,B", type=comma_list(integer(0), 4), help="px to add to --init and to generate: "
@@ -217,32 +239,54 @@ def add_output_options(p: argparse.ArgumentParser) -> None:
 
 # ----- from the command line to jobs ---------------------------------------------------------------------------------
 
-def parse_jobs(p: argparse.ArgumentParser, argv: list[str]) -> list[argparse.Namespace]:
-    """The command line -> a job for each image. Raises ValueError for options, files and paths that cannot be used."""
-    prompts = parse_args(p, argv)
+def parse_jobs(p: argparse.ArgumentParser, argv: list[str], run: Run) -> list[argparse.Namespace]:
+    """The command line -> a job for each image. Raises ValueError for options, files and paths that cannot be used.
+
+    In a prompt file, lines that cannot be used are reported and skipped, unless there are no others.
+    """
+    bad = {}                                     # number of a line: what is wrong with it
+    prompts = parse_args(p, argv, bad)
     jobs = [argparse.Namespace(**vars(args) | dict(seed=None if args.seed is None else args.seed + i))
             for args in prompts for i in range(1 if args.grid else args.num_images)]
-    for job, path in zip(jobs, output_paths(jobs)):
+    for job, path in zip(jobs, output_paths(jobs) if jobs else ()):
         job.path, job.preview_path, job.preview = path, files_of(job, path)[-1], None    # preview: the file if written
     for args in prompts:
         if not args.given.isdisjoint(INPUTS):    # before the weights are loaded, which may take minutes
             from extras.modes import read_inputs
-            read_inputs(args)
-    return jobs
+            try:
+                read_inputs(args)
+            except ValueError as problem:
+                skip_line(args, problem, bad)
+    run.jobs = [job for job in jobs if job.line not in bad]
+    messages = [bad[line] for line in sorted(bad)]
+    for message in messages if run.jobs else messages[:-1]:
+        run.report(message)
+    return run.jobs or error(messages[-1])
 
 
-def parse_args(p: argparse.ArgumentParser, argv: list[str]) -> list[argparse.Namespace]:
-    """-> the options, once for each prompt: usually a list of one. Raises ValueError for options that make no sense."""
-    args, hashes = p.parse_args(argv), {}
+def skip_line(args: argparse.Namespace, problem: ValueError, bad: dict[int, str] | None) -> None:
+    """Notes what is wrong with a line of a prompt file. Raises it if it is not about a line, or cannot be noted."""
+    if not args.line or bad is None:
+        raise UserError(place_of(args) + str(problem)) from None
+    bad[args.line] = place_of(args) + str(problem)
+
+
+def parse_args(p: argparse.ArgumentParser, argv: list[str], bad: dict[int, str] | None = None) -> list:
+    """-> the options, once for each prompt: usually a list of one. Raises ValueError for options that make no sense.
+
+    bad: collects what is wrong with lines of a prompt file; without it, that is raised as well.
+    """
+    args, hashes = read_options(p, argv), {}
     if args.like is not None:
         settings, hashes = read_like(args)
         argv = settings + argv                   # of two options, the last counts
-        args = p.parse_args(argv)
+        args = read_options(p, argv)
     if args.prompt is not None and args.prompt_file is not None:
         error("--prompt and --prompt-file are both given: choose one of them")
     if args.prompt_file is not None:
-        prompts = read_prompt_file(p, argv, args)
+        prompts = read_prompt_file(p, argv, args, bad)
     else:
+        args.line = None
         args.seed = random_seed() if args.seed is None and needs_seed(args) else args.seed
         check(args)
         prompts = [args]
@@ -275,43 +319,25 @@ def read_like(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
         if getattr(args, name, None) is None and not (args.weights and name in FILES)}
 
 
-def read_prompt_file(p: argparse.ArgumentParser, argv: list[str], args: argparse.Namespace) -> list[argparse.Namespace]:
-    """-> the options of each line. Raises ValueError that names the line."""
+def read_prompt_file(p: argparse.ArgumentParser, argv: list[str], args: argparse.Namespace,
+                     bad: dict[int, str] | None) -> list[argparse.Namespace]:
+    """-> the options of each line. Lines that cannot be used are in `bad` instead. Raises ValueError."""
     prompts, seed = [], random_seed() if args.seed is None else args.seed
-    for where, settings in prompt_lines(Path(args.prompt_file)):
+    for number, settings in prompt_lines(Path(args.prompt_file)):
+        args.line, first = number, seed
         try:
             if unknown := [name for name in settings if name not in PER_IMAGE]:
                 error(f"{', '.join(unknown)} cannot be set for one line; possible: {', '.join(PER_IMAGE)}")
-            line = p.parse_args(argv + as_argv(settings, PER_IMAGE))
+            line = read_options(p, argv + as_argv(settings, PER_IMAGE))
+            line.line = number
             if "seed" not in settings and (args.seed is not None or needs_seed(line)):
                 line.seed, seed = seed, seed + line.num_images
             check(line)
-        except ValueError as problem:
-            raise UserError(where + str(problem)) from None
-        prompts.append(line)
+            prompts.append(line)
+        except ValueError as problem:            # the lines below keep their seeds when it is repaired
+            seed += seed == first and "seed" not in settings
+            skip_line(args, problem, bad)
     return prompts
-
-
-def prompt_lines(path: Path) -> list[tuple[str, dict]]:
-    """-> for each line that is not empty: its place, for error messages, and its settings."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")      # some editors begin a file with a mark
-    except (OSError, UnicodeDecodeError) as problem:
-        error(f"{path} cannot be read as a text file: {getattr(problem, 'strerror', None) or problem}")
-    result = []
-    for i, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        settings = {"prompt": line.strip()}
-        if path.suffix == ".jsonl":
-            try:
-                settings = json.loads(line)
-            except ValueError as problem:
-                error(f"{path}, line {i}: this is not JSON ({problem})")
-        if not isinstance(settings, dict) or not isinstance(settings.get("prompt", ""), str):
-            error(f'{path}, line {i}: expected an object with one prompt, such as {{"prompt": "a cat", "seed": 3}}')
-        result.append((f"{path}, line {i}: ", settings))
-    return result or error(f"{path} contains no prompts: expected one per line")
 
 
 def check(args: argparse.Namespace) -> None:
@@ -327,6 +353,9 @@ def check(args: argparse.Namespace) -> None:
     for name, *others in REQUIRES:
         if name in args.given and args.given.isdisjoint(others):
             error(f"{as_option(name)} requires {' or '.join(map(as_option, others))}")
+    for name in ("prompt", "negative_prompt", "interpolate_to"):
+        if getattr(args, name) is not None:
+            setattr(args, name, without_mark(getattr(args, name)))
     args.prompt = args.prompt if (args.prompt or "").strip() else ""
     if not args.prompt and ("interpolate_to" in args.given
                             or args.given.isdisjoint(("init", "reconstruct", "from_latent", "tensors"))):
@@ -409,35 +438,6 @@ def unused_path(path: Path, job: argparse.Namespace, taken=()) -> Path:
 
 # ----- what sample.main calls ----------------------------------------------------------------------------------------
 
-@contextlib.contextmanager
-def exit_on_error(jobs: list, saved: list):
-    """Runs the script: exit code 2 and one line for what a user can repair, 130 after Ctrl-C. Bugs keep a traceback.
-    No preview stays.
-
-    jobs, saved: all images, and those that are finished. Warnings are one line each.
-    """
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")         # its advice is meant for programmers
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_: print("warning:", *str(message).split(), file=sys.stderr)
-            yield
-    except KeyboardInterrupt:
-        print(f"\nstopped: {len(saved)} of {len(jobs)} images are finished, each in its file", file=sys.stderr)
-        raise SystemExit(130) from None
-    except (ValueError, OSError, RuntimeError, MemoryError) as problem:      # OSError: files that may not be read
-        message = " ".join(str(problem).split())
-        if isinstance(problem, MemoryError) or "out of memory" in message or "allocate memory" in message:
-            message = ("memory ran out: generate fewer or smaller images at a time, or try --dtype bf16 or "
-                       "--low-memory")
-        elif isinstance(problem, RuntimeError):
-            raise
-        print("error:", message, file=sys.stderr)
-        raise SystemExit(2) from None
-    finally:
-        for job in jobs:
-            remove_preview(job)
-
-
 def load_options(jobs: list[argparse.Namespace]) -> dict:
     """Arguments of Wuerstchen.load besides those in sample.py, with no more parts than these jobs need."""
     from loading import hub
@@ -455,7 +455,8 @@ def load_options(jobs: list[argparse.Namespace]) -> dict:
 def batches(jobs: list[argparse.Namespace]) -> Iterator[list[argparse.Namespace]]:
     """Consecutive jobs that differ only in prompt and seed, at most --batch at a time."""
     def settings(job: argparse.Namespace) -> dict:
-        varied = dict.fromkeys(("prompt", "negative_prompt", "num_images", "path", "preview_path", "preview", "given"))
+        varied = dict.fromkeys(("prompt", "negative_prompt", "num_images", "line", "path", "preview_path", "preview",
+                                "given"))
         return vars(job) | varied | dict(seed=job.seed is None)
     for _, group in itertools.groupby(jobs, settings):
         group = list(group)
@@ -492,7 +493,7 @@ def save(image, job: argparse.Namespace, model) -> Path:
                 remove_preview(job)
                 return path
     except OSError as problem:
-        error(f"{path} cannot be written: {(problem.strerror or str(problem)).lower()}")
+        error(f"{place_of(job)}{path} cannot be written: {(problem.strerror or str(problem)).lower()}")
 
 
 def write_image(image, job: argparse.Namespace, path: Path, settings: dict | None) -> None:
@@ -512,11 +513,6 @@ def write_image(image, job: argparse.Namespace, path: Path, settings: dict | Non
         if latent:
             latent.unlink()
         raise
-
-
-def remove_preview(job: argparse.Namespace) -> None:
-    if job.preview is not None:
-        job.preview.unlink(missing_ok=True)
 
 
 def settings_of(job: argparse.Namespace, model, image) -> dict:

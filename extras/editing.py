@@ -348,6 +348,15 @@ def cut_levels(levels: Tensor, strength: float) -> Tensor:
     return torch.cat([levels.new_tensor([start]), levels[levels < start - 1e-6]])
 
 
+def read_mask_for(image: Tensor, mask) -> Tensor:
+    """images.read_mask for an image (3,H,W) -> (H,W). Raises ValueError, also for another size."""
+    mask = read_mask(mask)
+    if mask.shape != image.shape[-2:]:
+        raise ValueError(f"the mask has {mask.shape[1]} x {mask.shape[0]} px, its image {image.shape[2]} x "
+                         f"{image.shape[1]}: they must be the same.")
+    return mask
+
+
 class KnownImage:
     """An image encoded as a start and, with a mask, as what stays while the rest is generated around it."""
     def __init__(self, model: Wuerstchen, image: Tensor, mask, height: int, width: int):
@@ -358,10 +367,7 @@ class KnownImage:
         self.mask = None
         if mask is None:
             return
-        mask = read_mask(mask)                                                             # (H0, W0)
-        if mask.shape != image.shape[-2:]:
-            raise ValueError(f"the mask has {mask.shape[1]} x {mask.shape[0]} px, its image {image.shape[2]} x "
-                             f"{image.shape[1]}: they must be the same.")
+        mask = read_mask_for(image, mask)                                                  # (H0, W0)
         self.mask = cover(mask[None], height, width, nearest=True)[0].to(model.device)     # (height, width)
         canvas = extend(self.mask[None, None], 4 * h_b, 4 * w_b)
         # A latent that has any part in the mask becomes new content.

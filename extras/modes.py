@@ -16,7 +16,7 @@ from torch import Tensor
 
 from extras import editing
 from extras.editing import InitImage
-from extras.images import cover, enlarge, grid, psnr, read_image, read_mask, strip
+from extras.images import cover, enlarge, grid, psnr, read_image, strip
 from extras.previews import Previews
 from loading.errors import UserError
 from loading.files import write_atomically, write_unused
@@ -86,7 +86,7 @@ def read_inputs(job: argparse.Namespace) -> dict:
     inputs, given = {}, {}
     if job.init or job.reconstruct:
         image = read_image(job.init or job.reconstruct)                                    # (3, H, W)
-        mask = read_mask(job.mask) if job.mask else None                                   # (H, W)
+        mask = editing.read_mask_for(image, job.mask) if job.mask else None                # (H, W)
         if job.outpaint:
             image, mask = enlarge(image, *job.outpaint)
         inputs["edit"] = InitImage(image, 0.0 if job.reconstruct else job.strength, mask)

@@ -217,7 +217,15 @@ ERRORS = [
     (["--prompt", "cat", "--sampler-c", "euler"], "argument --sampler-c: invalid choice: 'euler'"),
     (["--prompt", "cat", "--width", "40"], "argument --width: expected a whole number of at least 64, got '40'"),
     (["--prompt", "cat", "--dtype", "fp8"], "argument --dtype: invalid choice: 'fp8'"),
-    (["--prompt", "cat", "--colour", "red"], "unrecognized arguments: --colour red"),
+    (["--prompt", "cat", "--colour", "red"], "unrecognized arguments: --colour red; --help lists all options"),
+    (["--promt", "a cat"], "unrecognized arguments: --promt a cat; did you mean --prompt?"),
+    (["--prompt", "cat", "--guidance=4"], "unrecognized arguments: --guidance=4; did you mean --guidance-"),
+    (["a cat"], 'unrecognized arguments: a cat; did you mean --prompt "a cat"? A text of several words needs quotes'),
+    (["--prompt", "a", "cat"], 'unrecognized arguments: cat; did you mean --prompt "a cat"?'),
+    (["--prompt", "cat", "--steps-c", "2/3:20,2/3:10,0:5"],
+     "argument --steps-c: expected segments that each end at another noise level, got '2/3:20,2/3:10,0:5'"),
+    (["--prompt", "cat", "--steps-b", "1/2:3,0.5:2"], "got '1/2:3,0.5:2'"),
+    (["--prompt", "cat", "--lora", "a.pt:0.5,a.pt"], "argument --lora: a.pt is given twice"),
     (["--prompt", "cat", "--out", "image.jpg"], "images are saved as PNG"),
     (["--prompt", "cat", "--out", "image.gif"], "images are saved as PNG"),
     (["--prompt", "cat", "--mask", "m.png"], "--mask requires --init"),
@@ -454,13 +462,15 @@ def test_folders_are_made_and_names_stay_short():
 
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 def test_each_line_of_a_text_is_a_prompt(mark, capsys):
-    """Empty lines are skipped. Each image has the next seed, and is the same as one generated on its own. Some editors
-    begin a file with a mark."""
-    Path("p.txt").write_text(f"{mark}cat\n\n  ein Käse \r\n", encoding="utf-8")
+    """Empty lines and comments are skipped. Each image has the next seed, and is the same as one generated on its own.
+    Some editors begin a file with a mark, and joined files have it in the middle."""
+    Path("p.txt").write_text(f"{mark}# two\ncat\n\n{mark}  ein Käse \r\n{mark} # end", encoding="utf-8")
     run("--prompt-file", "p.txt", "--seed", "7", "--num-images", "2")
     assert files() == ["out/cat_7.png", "out/cat_8.png", "out/ein-käse_10.png", "out/ein-käse_9.png", "p.txt"]
     run("--prompt", "ein Käse", "--seed", "9", "--out", "alone.png")
     assert same_files("out/ein-käse_9.png", "alone.png")
+    run("--prompt", f"{mark}ein Käse", "--seed", "9", "--out", "marked.png")
+    assert same_files("out/ein-käse_9.png", "marked.png")
 
 
 def test_a_line_of_jsonl_has_settings_of_its_own(capsys):
@@ -506,10 +516,15 @@ def test_the_same_prompt_twice_is_two_images(capsys):
     ("a.jsonl", b'{"prompt": "cat"}\n\n{"prompt": "dog",}', "a.jsonl, line 3: this is not JSON ("),
     ("a.jsonl", b'"cat"',
      'a.jsonl, line 1: expected an object with one prompt, such as {"prompt": "a cat", "seed": 3}'),
+    ("A.JSONL", b'"cat"', "A.JSONL, line 1: expected an object with one prompt"),
+    ("a.jsonl", b'{"prompt": "cat", "seed": 1, "seed": 2}', "a.jsonl, line 1: this is not JSON (seed is in it twice)"),
+    ("a.jsonl", b"[" * 100_000, "a.jsonl, line 1: this is not JSON ("),
+    ("wide.txt", "cat".encode("utf-16"), "wide.txt cannot be read as a text file: 'utf-8' codec can't decode byte 0xff "
+     "in position 0: invalid start byte: save it as UTF-8"),
+    ("empty.txt", b"# cat\n  # dog", "empty.txt contains no prompts: expected one per line"),
     ("a.jsonl", b'{"prompt": ["cat", "dog"]}', "a.jsonl, line 1: expected an object with one prompt"),
     ("a.jsonl", b'{"prompt": "cat", "colour": 3, "out": "b.png"}',
      "a.jsonl, line 1: colour, out cannot be set for one line; possible: prompt,"),
-    ("a.jsonl", b'{"prompt": "cat"}\n{"prompt": ""}', f"a.jsonl, line 2: {EMPTY}"),
     ("a.jsonl", b'{"seed": 3}', f"a.jsonl, line 1: {EMPTY}"),
     ("a.jsonl", b'{"prompt": "cat\\ud800"}', "a.jsonl, line 1: --prompt contains bytes that are not UTF-8 text"),
     ("a.jsonl", b'{"prompt": "cat", "seed": "x"}',
@@ -517,7 +532,8 @@ def test_the_same_prompt_twice_is_two_images(capsys):
     ("a.jsonl", b'{"prompt": "cat", "steps_c": true}', "a.jsonl, line 1: argument --steps-c: expected"),
     ("a.jsonl", b'{"prompt": "cat", "mask": "m.png"}', "a.jsonl, line 1: --mask requires --init")])
 def test_errors_in_prompt_files_name_the_line(name, content, message, capsys, monkeypatch):
-    """Before the first image: the error may be in the last of a thousand lines."""
+    """A file that cannot be parsed, and one without a line that can be used, is refused whole, without an image. If
+    only some lines cannot be used: test_prompt_files.py."""
     without_torch(monkeypatch)
     if content is not None:
         Path(name).write_bytes(content)
@@ -795,14 +811,14 @@ def test_outpainting_keeps_the_image_inside_its_border():
     (["--from-latent", "rows.safetensors"],
      "rows.safetensors contains latents_c, expected semantic, states, size: was it written by --save-latent?"),
     (["--tensors", "rows.safetensors"], "rows.safetensors contains tensors for several images, expected 1 row of each"),
-    (["--prompt-file", "p.jsonl"], "missing.png cannot be read")])
+    (["--prompt-file", "p.jsonl"], "p.jsonl, line 1: missing.png cannot be read")])
 def test_files_that_cannot_be_used_are_found_before_weights_are_loaded(argv, message, capsys, monkeypatch):
-    """The weights may be 12 GB that must be fetched first. Of a prompt file, also those of the last line."""
+    """The weights may be 12 GB that must be fetched first."""
     monkeypatch.setattr(Wuerstchen, "load", None)
     photo()
     Image.new("L", (128, 128)).save("black.png")
     Path("text.png").write_text("not an image")
-    Path("p.jsonl").write_text('{"prompt": "cat"}\n{"prompt": "cat", "init": "missing.png"}')
+    Path("p.jsonl").write_text('{"prompt": "cat", "init": "missing.png"}')
     save_file(dict(latents_c=torch.zeros(2, 16, 3, 3)), "rows.safetensors")
     assert error_of(capsys, *argv, by=tiny).startswith(message)
 

@@ -1,0 +1,160 @@
+"""A run of sample.py with one job or many: prompt files, progress, and what happens if something goes wrong.
+
+  .txt or .jsonl -prompt_lines-> the settings of each line;  with exit_on_error() as run: the whole script
+
+A line of a prompt file that fails is named, and the others continue: exit code 1. All else that a user can repair ends
+the run in one line, exit code 2.
+Surprise: a batch that fails is computed again one by one, because any of its images may be the reason.
+Needs: the standard library; tqdm once images are computed.
+"""
+import argparse
+import contextlib
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from loading.errors import UserError, WeightsError
+
+KNOWN = (ValueError, OSError, RuntimeError, MemoryError)             # OSError: files that may not be read
+
+
+# ----- prompt files --------------------------------------------------------------------------------------------------
+
+def prompt_lines(path: Path) -> list[tuple[int, dict]]:
+    """-> for each line that is neither empty nor a # comment: its number and its settings. Raises ValueError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        reason = getattr(problem, "strerror", None) or f"{problem}: save it as UTF-8"
+        raise UserError(f"{path} cannot be read as a text file: {reason}") from None
+    result, is_json = [], path.suffix.lower() == ".jsonl"
+    for i, line in enumerate(without_mark(text).split("\n"), 1):
+        if not line.strip() or not is_json and line.lstrip().startswith("#"):
+            continue
+        settings = {"prompt": line.strip()}
+        if is_json:
+            try:
+                settings = json.loads(line, object_pairs_hook=no_name_twice)
+            except (ValueError, RecursionError) as problem:
+                raise UserError(f"{path}, line {i}: this is not JSON ({problem})") from None
+        if not isinstance(settings, dict) or not isinstance(settings.get("prompt", ""), str):
+            raise UserError(f'{path}, line {i}: expected an object with one prompt, such as {{"prompt": "a cat", '
+                            f'"seed": 3}}')
+        result.append((i, settings))
+    if not result:
+        raise UserError(f"{path} contains no prompts: expected one per line")
+    return result
+
+
+def without_mark(text: str) -> str:
+    """Some editors begin a text with a byte-order mark; joined files have it anywhere. It would become a token."""
+    return text.replace("\ufeff", "")
+
+
+def no_name_twice(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object as a dict, which alone would keep only the last of two equal names. Raises ValueError."""
+    names = [name for name, _ in pairs]
+    if len({*names}) < len(names):
+        raise UserError(f"{max(names, key=names.count)} is in it twice")
+    return dict(pairs)
+
+
+# ----- the run -------------------------------------------------------------------------------------------------------
+
+class Run:
+    """jobs: all images; saved: the paths of those that are finished; failed: how often `report` was called."""
+    def __init__(self):
+        self.jobs, self.saved, self.failed, self.bar = [], [], 0, None
+
+    def print(self, *words: str, file=None) -> None:
+        """One line, above the progress bars."""
+        with self.bar.external_write_mode() if self.bar else contextlib.nullcontext():
+            print(*words, file=file, flush=True)
+
+    def report(self, message: str) -> None:
+        """Something went wrong, and the run continues."""
+        self.failed += 1
+        self.print("error:", message, file=sys.stderr)
+
+    def finished(self, job: argparse.Namespace, path: Path) -> None:
+        self.saved.append(path)
+        self.print(str(path) if job.seed is None else f"seed {job.seed}: {path}")
+
+    def progress(self, batches: Iterable[list]) -> Iterator[list]:
+        """The same batches; if there are several images, with a bar: which prompt, how many images, how long still."""
+        if len(self.jobs) == 1:
+            yield from batches
+            return
+        from tqdm import tqdm
+        with tqdm(total=len(self.jobs), unit="image") as self.bar:
+            for batch in batches:
+                job = batch[0]
+                what = job.prompt or Path(job.init or job.from_latent or job.tensors or "").name
+                place = f"line {job.line}" if job.line else f"seed {job.seed}"
+                self.bar.set_description(f"{place}: {what[:30]}{'...' * (len(what) > 30)}")
+                yield batch
+                self.bar.update(len(batch))
+        self.bar = None
+
+    def attempt(self, make: Callable[[list], list], batch: list) -> list[tuple]:
+        """-> pairs of a job and its image. Raises what `make` raises, but in a prompt file reports it."""
+        try:
+            return [*zip(batch, make(batch))]
+        except KNOWN as problem:
+            message = one_line(problem)
+            if not batch[0].line or isinstance(problem, WeightsError):       # the other lines need the same weights
+                raise
+        if len(batch) > 1:
+            return [pair for job in batch for pair in self.attempt(make, [job])]
+        job, = batch
+        self.report(place_of(job) + f"seed {job.seed}: " * (job.num_images > 1) + message)
+        return []
+
+
+def place_of(job: argparse.Namespace) -> str:
+    """How an error message begins if the job is a line of a prompt file."""
+    return f"{job.prompt_file}, line {job.line}: " if job.line else ""
+
+
+@contextlib.contextmanager
+def exit_on_error() -> Iterator[Run]:
+    """Runs the script: exit code 2 and one line for what a user can repair, 130 after Ctrl-C. Bugs keep a traceback.
+
+    Exit code 1 if something was reported and the rest is finished. Warnings are one line each. No preview stays.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")         # its advice is meant for programmers
+    run = Run()
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: run.print("warning:", *str(message).split(), file=sys.stderr)
+            yield run
+    except KeyboardInterrupt:
+        print(f"\nstopped: {len(run.saved)} of {len(run.jobs)} images are finished, each in its file", file=sys.stderr)
+        raise SystemExit(130) from None
+    except KNOWN as problem:
+        print("error:", one_line(problem), file=sys.stderr)
+        raise SystemExit(2) from None
+    finally:
+        for job in run.jobs:
+            remove_preview(job)
+    if run.failed:
+        print(f"{len(run.saved)} images are finished, each in its file; see the errors above", file=sys.stderr)
+        raise SystemExit(1)
+
+
+def one_line(problem: Exception) -> str:
+    """What an exception tells a user. Raises it again if it is a bug of ours."""
+    message = " ".join(str(problem).split())
+    if isinstance(problem, MemoryError) or "out of memory" in message or "allocate memory" in message:
+        return "memory ran out: generate fewer or smaller images at a time, or try --dtype bf16 or --low-memory"
+    if isinstance(problem, RuntimeError):
+        raise problem
+    return message
+
+
+def remove_preview(job: argparse.Namespace) -> None:
+    if job.preview is not None:
+        job.preview.unlink(missing_ok=True)
