@@ -66,7 +66,7 @@ def read_options(p: argparse.ArgumentParser, argv: list[str]) -> argparse.Namesp
     args, unknown = p.parse_known_args(argv)
     if unknown:
         options = [option for action in p._actions for option in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], options, 1)
+        near = difflib.get_close_matches(unknown[0].split("=")[0], options, 1, cutoff=0.75)
         hint = f"did you mean {near[0]}?" if near else "--help lists all options"
         if not unknown[0].startswith("-"):
             prompt = " ".join([args.prompt or "", *unknown]).strip()

@@ -1,4 +1,4 @@
-"""A run with many images: lines of a prompt file that fail, the progress bar, and what is known before anything is loaded.
+"""A run with many images: lines of a prompt file that fail, and the bar for all of them.
 
 As in test_sample.py, most tests call sample.main in this process, with the smallest weights.
 """
@@ -67,7 +67,8 @@ def test_bad_lines_are_named_before_the_first_image_and_skipped(capsys, monkeypa
                         or load(*args, **options))
     assert errors(capsys, [*argv, "--seed", "7"], 1, TINY) == [] and files() == ["out/a-cat_7.png", "out/a-fox_15.png"]
     expected = ["2: colour cannot be set for one line; possible: ", "3: argument --steps-c: expected something like",
-                "4: the mask has 64 x 64 px, its image 128 x 128: they must be the same", "5: missing.png cannot be read: there is no such file",
+                "4: the mask has 64 x 64 px, its image 128 x 128: they must be the same",
+                "5: missing.png cannot be read: there is no such file",
                 "6: latent.safetensors contains semantic, expected semantic, states, size", "7: the prompt is empty"]
     lines = said[0].splitlines()
     assert len(lines) == len(expected)
