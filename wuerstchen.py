@@ -432,7 +432,7 @@ class Wuerstchen:
                 networks[guided] = bind(*(torch.cat(c) if guided else c[0] for c in conditions))
             x, t = (torch.cat([x, x]), torch.cat([t, t])) if guided else (x, t)
             return networks[guided](x.to(self.dtype), t)
-        # leave=None: the bar does not stay if it stands below another one, as in a batch of sample.py
+        # leave=None: the bar does not stay if it stands below another one, as in sample.py
         bar = functools.partial(tqdm, desc=f"Stage {stage}", unit="step", leave=None)
         callback = functools.partial(callback, stage) if callback else None
         try:
