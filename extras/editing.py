@@ -65,6 +65,8 @@ def generate(model: Wuerstchen, prompt: str | list[str] | None = None, negative_
 
     prompt         may be left out if `edit` or `given` specify the image
     seed           also a source of noise: seed(C, h, w) -> (images or 1,C,h,w)
+                   With `semantic`, seeds skip the noise that Stage C would have drawn, so two calls with the same seed
+                   and settings give the image of one. A source of noise continues where it is
     width, height  px; default: the shape of the edited image, its shorter side at the weights' own size; else that size
     edit           an InitImage
     given          any of: prompt_c, negative_c, prompt_b, negative_b, embeddings (prompts or 1,N,D) instead of text;
@@ -86,21 +88,19 @@ def generate(model: Wuerstchen, prompt: str | list[str] | None = None, negative_
     height, width = image_size(model, height, width, image, semantic)
     size_c, size_b = latent_sizes(height, width)
     shape_c, shape_b = (model.channels_c, *size_c), (model.channels_b, *size_b)
-    noise = seed if callable(seed) else Noise(seed_list(seed, n), model.device)
-    fit = functools.partial(fitting, n, model.device)
     known = None if edit is None else KnownImage(model, image, edit.mask, height, width)
-    if known is not None:
-        levels = cut_levels(c.levels, edit.strength_for(texts.silent))
-        if len(levels) > 1:
-            c = replace(c, steps=levels)
-        elif semantic is None:                                                             # strength 0: no step at all
-            semantic = model.unscale_semantic(known.semantic)
+    levels = c.levels if known is None else cut_levels(c.levels, edit.strength_for(texts.silent))
+    if len(levels) > 1:
+        c = replace(c, steps=levels)
+    elif semantic is None:                                                                 # strength 0: no step at all
+        semantic = model.unscale_semantic(known.semantic)
+    skipped = [shape_c] * len(levels) * ("semantic" in given and len(levels) > 1)          # the start and each step
+    draw_c, draw_b = draws_from(seed, n, model.device, skipped, shape_c, shape_b)
     # Stage C takes a minute: what is wrong with something for Stage B is reported before.
+    fit = functools.partial(fitting, n, model.device)
     semantic = None if semantic is None else fit("semantic", semantic, (16, *size_c))
     latents_b = None if latents_b is None else fit("latents_b", latents_b, shape_b)
     text_b = None if output == "semantic" else texts("b")
-    draw_c, draw_b = (lambda shape=shape: fit("what the source of noise returned", noise(*shape), shape)
-                      for shape in (shape_c, shape_b))
     options = dict(callback=callback and checked(callback), progress=progress)
     try:
         if semantic is None:
@@ -143,12 +143,10 @@ def interpolate(model: Wuerstchen, a: str | Tensor, b: str | Tensor, frames: int
         f"prompt_{stage}": model.encode_text(stage, [a], [b]) for stage in "cb"}
     images, given = [], options.pop("given", {})
     for part in torch.linspace(0, 1, frames).split(batch):
-        k, first = len(part), Noise([seed] * len(part))
-        last = None if to_seed is None else Noise([to_seed] * k)
+        k = len(part)
         moved = {name: slerp(*(end.expand(k, *end.shape[1:]) for end in pair), part) for name, pair in ends.items()}
         count = dict(num_images=k) if "semantic" in moved else {}
-        done = generate(model, seed=first if last is None else lambda *shape: slerp(first(*shape), last(*shape), part),
-                        given=given | moved, **count, **options)
+        done = generate(model, seed=FrameNoise(seed, to_seed, part), given=given | moved, **count, **options)
         images += done
         if len(done) < k:                                                                  # a callback has stopped it
             break
@@ -195,6 +193,16 @@ def seed_list(seed: int | Sequence[int], n: int) -> list[int]:
     if len(seeds) != n:
         raise ValueError(f"got {len(seeds)} seeds for {n} images: give one for all, or one for each.")
     return seeds
+
+
+def draws_from(seed, n: int, device: torch.device, skipped: list[tuple], *shapes: tuple) -> list[Callable]:
+    """A seed, a list of them, or a source of noise -> for each shape, draw() -> checked noise (n, *shape). With seeds,
+    so also at the start of an interpolation's frames, noise of the shapes `skipped` has been drawn already."""
+    noise = seed if callable(seed) else Noise(seed_list(seed, n), device)
+    for shape in skipped if noise is not seed or isinstance(seed, FrameNoise) else ():
+        noise(*shape)
+    return [lambda shape=shape: fitting(n, device, "what the source of noise returned", noise(*shape), shape)
+            for shape in shapes]
 
 
 def fitting(n: int, device: torch.device, name: str, tensor: Tensor, shape: tuple) -> Tensor:
@@ -403,6 +411,16 @@ class InpaintMask:
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
         known = torch.where(per_row(t == 0, x_t), self.known, add_noise(self.known, self.eps, t))
         return torch.where(self.mask, x_t, known)
+
+
+class FrameNoise:
+    """Source of noise for frames f (n,) of an interpolation: that of `seed`, moving to that of `to_seed` if given."""
+    def __init__(self, seed: int, to_seed: int | None, f: Tensor):
+        self.f, self.ends = f, [Noise([end] * len(f)) for end in (seed, to_seed) if end is not None]
+
+    def __call__(self, *shape: int) -> Tensor:
+        ends = [noise(*shape) for noise in self.ends]                                      # (n, *shape) each
+        return slerp(*ends, self.f) if len(ends) == 2 else ends[0]
 
 
 def slerp(a: Tensor, b: Tensor, f: float | Tensor) -> Tensor:

@@ -40,6 +40,8 @@ def make_images(model, jobs: list[argparse.Namespace], options: dict) -> list:
         previews = previews_of(model)
         previews.show = functools.partial(write_previews, jobs)
         options["callback"] = previews
+    if not job.save_latent and job.seed is not None:
+        return generate(model, jobs, [job.seed for job in jobs], options)
     noise = Noise([job.seed or 0 for job in jobs], model.device)
     if job.seed is None:                         # continues where the noise of the saved latent stopped
         state = read_tensors(job.from_latent, *LATENT)["states"][0]

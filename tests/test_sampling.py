@@ -304,6 +304,28 @@ def test_the_semantic_latent_is_a_place_to_stop_and_to_go_on(tiny):
     assert not calls and all(map(same, images, tiny([CAT, DOG], seed=5, **QUICK)))
 
 
+@pytest.mark.parametrize("how", [dict(steps_c=3), dict(steps_c={0.5: 2, 0: 1}, sampler_c="dpm++"),
+                                 dict(steps_c=3, width=170), dict(steps_c=3, negative_prompt=DOG)])
+def test_two_calls_with_the_same_seed_give_the_image_of_one(tiny, how):
+    """Stage C's noise is skipped, so Stage B draws what it would have drawn; of several images, each its own."""
+    how = dict(seed=5, num_images=2, steps_b=2) | how
+    semantic = generate(tiny, CAT, output="semantic", **how)
+    for images in (generate(tiny, CAT, given={"semantic": semantic}, **how),
+                   generate(tiny, [CAT] * 2, given={"semantic": semantic}, **how | dict(seed=[5, 6], num_images=1))):
+        assert all(map(same, images, generate(tiny, CAT, **how)))
+    other = generate(tiny, CAT, given={"semantic": semantic}, **how | dict(seed=6))
+    assert not alike(other[0], images[0])
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.7])
+def test_two_calls_give_the_image_of_one_also_with_an_image_to_start_from(tiny, strength):
+    """Fewer steps of Stage C draw less noise, none draws none: a reconstruction skips nothing."""
+    how = dict(seed=5, edit=InitImage(torch.rand(3, 128, 128, generator=torch.Generator().manual_seed(0)), strength),
+               **QUICK)
+    semantic = generate(tiny, CAT, output="semantic", **how)
+    assert same(generate(tiny, CAT, given={"semantic": semantic}, **how)[0], generate(tiny, CAT, **how)[0])
+
+
 def test_a_semantic_latent_says_the_size_of_its_image(tiny):
     semantic = generate(tiny, CAT, width=170, height=128, output="semantic", **QUICK)                # (1, 16, 3, 4)
     assert generate(tiny, CAT, given={"semantic": semantic}, **QUICK)[0].size == (170, 128)
@@ -593,6 +615,8 @@ def test_between_two_semantic_latents(tiny, seen):
     assert seen(frames[0]) == (["cat"], "blue") and seen(frames[-1]) == (["dog"], "yellow") and len(frames) == 3
     assert same(frames[0], generate(tiny, given={"semantic": cat}, seed=5, steps_b=6)[0])
     assert same(frames[-1], generate(tiny, given={"semantic": dog}, seed=5, steps_b=6)[0])
+    moved = interpolate(tiny, cat, dog, 2, seed=5, to_seed=7, steps_b=6)
+    assert same(moved[0], frames[0]) and same(moved[-1], generate(tiny, given={"semantic": dog}, seed=7, steps_b=6)[0])
     assert same(interpolate(tiny, cat, dog, 2, seed=5, prompt=STAR, **QUICK)[0],
                 generate(tiny, STAR, given={"semantic": cat}, seed=5, **QUICK)[0])
 
