@@ -2,6 +2,7 @@
 import json
 import runpy
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tiny import train_encoder
 from tiny import train_text
 from loading.errors import RESUME_HINT, UserError, exit_on_user_error
 from training import optim
+from training.checkpoints import Log
 from training.samples import to_tensor
 
 SMALL = ["--batch", "2", "--log-every", "1", "--save-every", "2", "--sample-every", "100", "--device", "cpu"]
@@ -102,6 +104,22 @@ def test_an_unknown_folder_ends_a_script_in_one_line(script, options, tmp_path, 
         runpy.run_module(script, run_name="__main__")
     assert stop.value.code == 2
     assert "nowhere" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", ["--steps", "--batch", "--depth", "--log-every", "--save-every", "--keep"])
+def test_zero_is_refused_by_the_text_encoders_training(option, tmp_path):
+    """Before anything is loaded or written."""
+    with pytest.raises(UserError, match=f"{option} is 0, expected at least 1"):
+        train_text.main(train_text.parse_args(["--image-encoder", "nowhere", "--out", str(tmp_path / "out"), option,
+                                               "0"]))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("service, module", [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
+def test_a_service_that_is_not_installed_is_named(service, module, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=f"--report-to {service} needs a package: pip install {service}"):
+        Log(tmp_path, 0, service)
 
 
 def test_ctrl_c_says_how_to_continue(capsys):

@@ -20,7 +20,7 @@ import argparse
 from collections import Counter
 
 from loading.errors import RESUME_HINT, exit_on_user_error
-from training.options import add_checkpoint_options, add_schedule_options
+from training.options import add_checkpoint_options, add_schedule_options, check_at_least
 
 
 def parse_args(argv=None):
@@ -96,6 +96,7 @@ def new_text_encoder(width: int, depth: int, length: int = 20) -> tuple[CLIPToke
 
 
 def main(args):
+    check_at_least(args, width=32, depth=1, steps=1, batch=1, log_every=1, save_every=1, keep=1)
     checkpoints = Checkpoints(f"{args.out}/checkpoints", args.keep)
     resumed, stop, settings = checkpoints.find(args.resume), GracefulExit(), settings_of(args)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -153,21 +153,18 @@ class Log:
             return
         kept = [line for line in self.lines() if step and line["step"] <= step]
         write_atomically(self.path, lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in kept)))
-        if report_to == "tensorboard":
-            try:
+        try:
+            if report_to == "tensorboard":
                 from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise UserError("--report-to tensorboard needs a package: pip install tensorboard") from None
-            writer = SummaryWriter(str(out))
-            self.report = lambda values, step: [writer.add_scalar(name, value, step) for name, value in values.items()
-                                                if isinstance(value, float)]
-        elif report_to == "wandb":
-            try:
+                writer = SummaryWriter(str(out))
+                self.report = lambda values, step: [writer.add_scalar(name, value, step)
+                                                    for name, value in values.items() if isinstance(value, float)]
+            elif report_to == "wandb":
                 import wandb
-            except ImportError:
-                raise UserError("--report-to wandb needs a package: pip install wandb") from None
-            wandb.init(project="wuerstchen", config=settings, dir=str(out))
-            self.report = lambda values, step: wandb.log(values, step=step)
+                wandb.init(project="wuerstchen", config=settings, dir=str(out))
+                self.report = lambda values, step: wandb.log(values, step=step)
+        except ImportError:
+            raise UserError(f"--report-to {report_to} needs a package: pip install {report_to}") from None
 
     def lines(self) -> list[dict]:
         """The lines so far; none if not enabled. A last line that was cut off is skipped."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stage_b import AttentionBlock, layer_norm
 from v1.pipeline import WuerstchenV1
-from v1.losses import training_errors
+from v1.losses import training_errors, training_levels
 from v1.sampling import add_noise
 from v1.stage_b import StageBV1
 from wuerstchen import scale_semantic, unscale_semantic
@@ -73,7 +73,7 @@ def draw_noise(rng: np.random.Generator, h: int, w: int, config: dict) -> dict[s
 
 def noise_levels(chance: Tensor, blind: bool, args) -> Tensor:
     """chance (B,) in [0, 1) -> t (B,). 7 % train at t = 1, where sampling starts; in blind steps all: random tokens."""
-    t = ((1 - chance) * 1.08 + 0.001).clamp(0.001, 1)
+    t = training_levels(chance)
     return torch.ones_like(t) if blind else 1 - (1 - t) ** args.high_noise
 
 
