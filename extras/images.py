@@ -4,19 +4,28 @@
   PIL images (wuerstchen.to_pil) -strip, grid-> one image to look at             metadata.py saves it with its settings
 
 Inside, an image is a tensor (3,H,W), float32, 0 black to 1 white. A mask is (H,W), 1 where new content goes.
-Surprise: a plain convert("RGB") gets four kinds of files wrong. Photos lie on their side, because their EXIF data says
-how to turn them. Transparent pixels turn black, or whatever colour is stored under them. 16 bits are clipped at 255
-instead of scaled. 32-bit floats from 0 to 1 come out black. See pixels_of.
-Needs: torch, numpy, pillow (10.1 or newer), loading/files.py.
+Surprise: a plain convert("RGB") gets five kinds of files wrong. Photos lie on their side, because their EXIF data says
+how to turn them. Their colours are off, because their numbers mean Display P3 or Adobe RGB instead of sRGB. Transparent
+pixels turn black, or whatever colour is stored under them. 16 bits are clipped at 255 instead of scaled. 32-bit floats
+from 0 to 1 come out black. See pixels_of.
+Needs: torch, numpy, pillow (11.3 or newer), loading/files.py.
 """
+import bisect
 import contextlib
+import functools
+import io
 import math
+import os
+import struct
+import warnings
+import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageDraw, ImageFont, UnidentifiedImageError
 from torch import Tensor
 
 from loading.files import write_atomically
@@ -24,12 +33,16 @@ from loading.files import write_atomically
 TOLERANCE = 1e-3                 # by which floats may leave [0, 1]: the first float16 above 1 is 1.00098
 EXPLAINED = {FileNotFoundError: "there is no such file", IsADirectoryError: "it is a folder, expected a file",
              UnidentifiedImageError: "it is not an image in a known format"}
+TURNS = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
+         6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}       # what an orientation in EXIF data asks for
+PNG, IEND = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"              # how a PNG file begins and ends
+PNG_TEXTS = (b"XML:com.adobe.xmp", b"Raw profile type exif", b"wuerstchen")  # with orientation, and with our settings
 
 
 # ----- reading -------------------------------------------------------------------------------------------------------
 
 def read_image(source) -> Tensor:
-    """An image from any source -> (3,H,W) float32 in [0, 1]: upright, and over white where it is transparent.
+    """An image from any source -> (3,H,W) float32 in [0, 1]: upright, in sRGB, over white where it is transparent.
 
     source  a path; a PIL image; a numpy array (H,W), (H,W,3) or (H,W,4), uint8, bool or float in [0, 1];
             or a tensor (3,H,W), (1,3,H,W) or (H,W), float in [0, 1] or bool
@@ -46,12 +59,14 @@ def read_mask(source) -> Tensor:
     Raises ValueError for everything read_image rejects, and if nothing is marked.
     """
     colours, opacity = _channels(source)
-    # Many editors export a mask as a sheet of one colour, whichever, with holes where new content goes. Over white, the
-    # holes of a white sheet would be lost, so there opacity decides. Only opaque pixels count as the sheet: the colour
-    # that a file stores under full transparency is arbitrary.
+    # Many editors export a mask as a sheet of one colour, whichever, or as the photo itself, with holes where new
+    # content goes. So if there are holes, opacity decides. The colour stored under full transparency is arbitrary.
     hole = opacity < 0.5                                                # (H, W)
-    sheet = colours[:, ~hole]                                           # (3, n)
-    if hole.any() and (sheet == sheet[:, :1]).all():
+    if hole.any():
+        sheet = colours[:, ~hole]                                       # (3, n)
+        if not (sheet == sheet[:, :1]).all():
+            warnings.warn(f"{_name(source, 'the mask')} has transparent holes and more than one colour: the holes "
+                          "are the mask, the colours do not count", stacklevel=2)
         return hole.float()
     red, green, blue = colours * opacity + (1 - opacity)                # 3 x (H, W)
     # luminance as in Pillow and JPEG: ITU-R BT.601
@@ -66,7 +81,7 @@ def _channels(source) -> tuple[Tensor, Tensor]:
     """-> colours (3,H,W) and opacity (H,W), float32 in [0, 1]."""
     try:
         if isinstance(source, (str, Path)):
-            with decoding(), Image.open(source) as image:
+            with decoding(), open_image(source) as image:
                 array = pixels_of(image)
         elif isinstance(source, Image.Image):
             with decoding():
@@ -107,14 +122,142 @@ def reason(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def open_image(source: str | Path | bytes) -> Image.Image:
+    """A file, or its content -> a PIL image with its pixels. Raises whatever Pillow does."""
+    if isinstance(source, bytes) or os.path.isfile(source):
+        content = source if isinstance(source, bytes) else Path(source).read_bytes()
+        image = open_header(io.BytesIO(content), 0, len(content), pixels=True)
+    else:
+        image = Image.open(source)
+    image.load()
+    return image
+
+
+def open_header(file: BinaryIO, start: int, end: int, pixels: bool = False) -> Image.Image:
+    """Bytes start to end of a file -> a PIL image with its size, profile and orientation; loadable only with `pixels`.
+
+    Raises whatever Pillow does.
+    """
+    file.seek(start)
+    if file.read(len(PNG)) == PNG:
+        return open_png(file, start, end, pixels)
+    file.seek(start)
+    content = file.read(end - start)
+    try:
+        return Image.open(io.BytesIO(content))
+    except Exception:
+        if content[4:11] != b"ftypavi":
+            raise
+        # AVIF is decoded as a whole, EXIF data included. An item of an unknown type is ignored, however damaged.
+        return Image.open(io.BytesIO(content.replace(b"Exif", b"none", 1)))
+
+
+def open_png(file: BinaryIO, start: int, end: int, pixels: bool) -> Image.Image:
+    """open_header for PNG files.
+
+    EXIF data may follow the pixels: here it comes first, and to find it only a few hundred bytes are read.
+    Pillow rejects a whole file for texts and profiles that are damaged, or larger than 1 MiB when decompressed. Here
+    damaged ones and all texts except PNG_TEXTS are omitted.
+    """
+    def chunk_at(at: int) -> tuple[int, bytes]:          # length of the content, kind
+        file.seek(at)
+        return struct.unpack(">I4s", file.read(8).ljust(8, b"\0"))
+
+    header, data, profile, kind, at = b"", [], None, b"", start + len(PNG)
+    while kind != b"IEND" and at < end:
+        length, kind = chunk_at(at)
+        size = length + 12                               # with length, kind and checksum
+        if kind == b"IDAT" and not pixels:
+            # Encoders cut the pixels into chunks of one length, so the end of their row is found without visiting each.
+            following = range(at + size, end, size)
+            at += size * bisect.bisect_left(following, True, key=lambda place: chunk_at(place) != (length, kind))
+        elif kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"iCCP", b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+            file.seek(at)
+            chunk = file.read(min(size, end - at))
+            content = chunk[8:-4]
+            if kind == b"IDAT":
+                data.append(chunk)
+            elif kind == b"iCCP":
+                with contextlib.suppress(zlib.error):    # name, 0, method, data; 64 MiB: far beyond any real profile
+                    profile = zlib.decompressobj().decompress(content.partition(b"\0")[2][1:], 2 ** 26)
+            elif kind in (b"IHDR", b"PLTE") or (_is_usable(header + chunk) if kind in (b"tRNS", b"eXIf")
+                                                or content.partition(b"\0")[0] in PNG_TEXTS else False):
+                header += chunk
+        at += size
+    end_mark = IEND * (not pixels or kind == b"IEND")    # a file that is cut off stays so
+    image = Image.open(io.BytesIO(b"".join((PNG, header, *data, end_mark))))
+    if profile:
+        image.info["icc_profile"] = profile
+    return image
+
+
+def _is_usable(chunks: bytes) -> bool:
+    """Does Pillow accept this beginning of a PNG file?"""
+    with contextlib.suppress(Exception), Image.open(io.BytesIO(PNG + chunks + IEND)):
+        return True
+    return False
+
+
+def orientation(image: Image.Image) -> int:
+    """1 to 8, see TURNS, from the EXIF or XMP data of an image; 1 if there is none that can be read."""
+    with contextlib.suppress(Exception):                 # each kind of damage raises its own
+        return Image.Image.getexif(image).get(0x0112, 1)           # that of PNG images decodes the pixels, to find more
+    return 1
+
+
+def to_srgb(image: Image.Image) -> ImageCms.ImageCmsTransform | None:
+    """The transform from an image's colour profile to sRGB; None without one, or if the pixels are right as they are.
+
+    A profile that is damaged, or for other colours than the image's, cannot be used: then they are taken as sRGB.
+    """
+    profile, mode = image.info.get("icc_profile"), image.mode
+    if not isinstance(profile, bytes) or not profile:
+        return None
+    grey = mode in ("1", "L", "LA", "La", "F") or mode.startswith("I")
+    return _transform(profile, mode if mode in ("CMYK", "LAB") else "L" if grey else "RGB")
+
+
+@functools.lru_cache(64)                                 # most photos of a data set share a few profiles
+def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    with contextlib.suppress(ImageCms.PyCMSError, OSError, ValueError):
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        space = source.profile.xcolor_space.strip()
+        if mode == "L" and space == "RGB":               # a grey image with the profile of three equal channels
+            mode = "RGB"
+        if space != {"L": "GRAY"}.get(mode, mode):
+            return None
+        # As in photo editors: white stays white, black stays black, other colours as they are measured.
+        transform = ImageCms.buildTransform(
+            source, ImageCms.createProfile("sRGB"), mode, "RGB", ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            ImageCms.Flags.BLACKPOINTCOMPENSATION)
+        if mode == "CMYK":
+            return transform
+        # sRGB has many profiles, which differ by rounding: those images keep their pixels, bit for bit.
+        colours = np.indices((16,) * 3).reshape(3, 1, -1).T * 17 if mode == "RGB" else np.arange(256)[None]
+        probe = Image.fromarray(colours.astype(np.uint8))
+        change = np.asarray(ImageCms.applyTransform(probe, transform), int) - np.asarray(probe.convert("RGB"), int)
+        return transform if np.abs(change).max() > 2 else None
+    return None
+
+
 def pixels_of(image: Image.Image) -> np.ndarray:
-    """A PIL image of any mode -> (H,W,3) uint8, or (H,W,4) if it stores transparency."""
+    """A PIL image of any mode -> (H,W,3) uint8, or (H,W,4) if it stores transparency: upright, in sRGB."""
     if 0 in image.size:
         raise ValueError(f"it has {image.width} x {image.height} px, expected at least 1 x 1")
-    image = ImageOps.exif_transpose(image)               # a copy: the caller's image stays as it is
+    image.load()                                         # first: EXIF data may follow the pixels
+    transform, turn = to_srgb(image), TURNS.get(orientation(image))
+    if turn is not None:
+        image = image.transpose(turn)                    # a copy: the caller's image stays as it is
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_8_bits(image)
-    return np.array(image.convert("RGBA" if image.has_transparency_data else "RGB"))
+    pixels = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    if transform is not None:
+        opacity = pixels.getchannel("A") if pixels.mode == "RGBA" else None
+        pixels = image if image.mode == "CMYK" else pixels.convert(transform.input_mode)
+        pixels = ImageCms.applyTransform(pixels, transform)
+        if opacity is not None:
+            pixels.putalpha(opacity)
+    return np.array(pixels)
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:

@@ -1,14 +1,20 @@
-"""Images that say how they were made: PNG files with their settings as text, for us and for other programs.
+"""Images that say how they were made: PNG, JPEG and WebP files with their settings, for us and for other programs.
 
-  settings {"prompt": ..., "seed": ...} -save_png-> PNG with "parameters" (for other programs) and "wuerstchen" (JSON)
-  PNG -read_settings-> the same settings
+  settings {"prompt": ..., "seed": ...} -save_image-> "parameters" (for other programs) and "wuerstchen" (JSON)
+  file -read_settings-> the same settings
+
+  PNG         two texts with these names
+  JPEG, WebP  EXIF tag UserComment for "parameters", where other programs expect it; our JSON in XMP
 
 Surprise: PNG has two kinds of text. Every reader understands tEXt, which is Latin-1; all other letters need iTXt.
 The "parameters" text follows AUTOMATIC1111's web UI, modules/infotext_utils.py and processing.py.
 Needs: pillow; reading also images.py.
 """
 import json
+import warnings
 from pathlib import Path
+from xml.etree import ElementTree
+from xml.sax.saxutils import escape
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -16,6 +22,38 @@ from PIL.PngImagePlugin import PngInfo
 from loading.files import write_atomically
 
 CHUNK = "wuerstchen"             # name of the PNG text that read_settings reads
+SPACE = "https://arxiv.org/abs/2306.00637"       # of the XMP property that it reads: XMP names have an address
+XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/">\
+<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about="" xmlns:{name}="{space}">\
+<{name}:settings>{json}</{name}:settings></rdf:Description></rdf:RDF></x:xmpmeta><?xpacket end="w"?>"""
+EXIF_IFD, USER_COMMENT = 0x8769, 0x9286
+# How lossy formats are saved: hardly worse than PNG. JPEG with colours in full resolution; WebP has them in half of it.
+FORMATS = {".jpg": dict(format="JPEG", quality=95, subsampling="4:4:4"),
+           ".jpeg": dict(format="JPEG", quality=95, subsampling="4:4:4"), ".webp": dict(format="WEBP", quality=95)}
+LARGEST = {"JPEG": 65500, "WEBP": 16383}         # px per side
+SUFFIXES = (".png", *FORMATS)
+
+
+def save_image(image: Image.Image, path: str | Path, settings: dict | None, overwrite: bool = False) -> None:
+    """A PIL image -> a file with the settings it was made with, written whole or not at all.
+
+    The name decides: .jpg, .jpeg and .webp are those, all others PNG files, see save_png for the rest.
+    Settings that are too long for a JPEG file, beyond about 60 kB, are left out with a warning.
+    """
+    options = FORMATS.get(Path(path).suffix.lower())
+    if options is None:
+        return save_png(image, path, settings, overwrite)
+    info = {}
+    if settings is not None:
+        exif = Image.Exif()
+        exif.get_ifd(EXIF_IFD)[USER_COMMENT] = b"UNICODE\0" + parameters_text(settings).encode("utf-16-be")
+        xmp = XMP.format(name=CHUNK, space=SPACE, json=escape(json.dumps(settings, sort_keys=True)))
+        info = dict(exif=exif.tobytes(), xmp=xmp.encode())
+        for name in [name for name, data in info.items() if options["format"] == "JPEG" and len(data) > 65_000]:
+            warnings.warn(f"{path}: the settings do not fit the {name.upper()} data of a JPEG file: save a PNG file to "
+                          "keep them", stacklevel=2)
+            del info[name]
+    write_atomically(path, lambda temporary: image.save(temporary, **options, **info), overwrite)
 
 
 def save_png(image: Image.Image, path: str | Path, settings: dict | None, overwrite: bool = False) -> None:
@@ -71,17 +109,17 @@ def _quoted(value: str) -> str:
 
 
 def read_settings(path: str | Path) -> dict:
-    """The settings that save_png wrote into a PNG file.  Raises ValueError, in one line, if there are none to read."""
-    from extras.images import decoding
+    """The settings that save_image wrote into a file.  Raises ValueError, in one line, if there are none to read."""
+    from extras.images import decoding, open_image
     try:
-        with decoding(), Image.open(path) as image:
-            # Text may come after the pixels, so .text decodes the whole image, which also finds files that are cut off.
-            text = image.text.get(CHUNK) if image.format == "PNG" else None
+        with decoding(), open_image(path) as image:      # decoding the pixels also finds files that are cut off
+            text = image.text.get(CHUNK) if image.format == "PNG" else _from_xmp(image.info.get("xmp"))
     except ValueError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     missing = f"{path} contains no settings of this program"
     if text is None:
-        raise ValueError(f"{missing}: expected a PNG file just as it was saved; editors and web sites drop such text")
+        raise ValueError(f"{missing}: expected a PNG, JPEG or WebP file just as it was saved; editors and web sites "
+                         "drop such text")
     try:
         settings = json.loads(text)
     except (ValueError, RecursionError) as error:        # RecursionError: thousands of brackets, not by accident
@@ -89,3 +127,11 @@ def read_settings(path: str | Path) -> dict:
     if not isinstance(settings, dict):
         raise ValueError(f"{missing}: its text {CHUNK!r} is not a JSON object")
     return settings
+
+
+def _from_xmp(xmp: bytes | None) -> str | None:
+    """Our JSON in XMP data, or None."""
+    try:
+        return next((element.text for element in ElementTree.fromstring(xmp or b"").iter(f"{{{SPACE}}}settings")), None)
+    except (ElementTree.ParseError, ValueError, LookupError):
+        return None

@@ -10,17 +10,19 @@ import os
 import pickle
 import random
 import re
+import struct
 import subprocess
 import sys
 import tarfile
 import types
 import warnings
+import zlib
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 from extras.images import read_image
 from training import data, order, sources
@@ -39,6 +41,21 @@ def encoded(image: Image.Image, suffix: str = ".png", **options) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, {".jpg": "JPEG", ".tif": "TIFF"}.get(suffix, suffix[1:].upper()), **options)
     return buffer.getvalue()
+
+
+def exif_of(orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif.tobytes()[6:]
+
+
+def swapped_srgb() -> bytes:
+    """The profile of sRGB with the names of its red and its blue light exchanged."""
+    icc = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    return icc.replace(b"rXYZ", b"????").replace(b"bXYZ", b"rXYZ").replace(b"????", b"bXYZ")
+
+
+SWAPPED = swapped_srgb()
 
 
 def write(folder, files: dict[str, bytes | str]):
@@ -142,6 +159,75 @@ def test_sizes_are_of_the_upright_image(tmp_path, suffix):
     dataset = open_dataset(tmp_path, captions_required=False)
     for i in range(8):
         assert tuple(dataset.sizes[i]) == dataset.read(i).shape[:2] == ((64, 80) if i < 4 else (80, 64))
+
+
+@pytest.mark.parametrize("kind, content", [
+    (b"eXIf", exif_of(6)), (b"iTXt", b'XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation="6"/>'),
+    (b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(b"\nexif\n  26\n" + exif_of(6).hex().encode()))],
+    ids=("eXIf", "XMP", "raw"))
+@pytest.mark.parametrize("damage", [0, 1], ids=("whole", "damaged"))
+@pytest.mark.parametrize("place", [33, -12], ids=("before", "behind"))
+def test_index_and_reader_agree_on_the_orientation_of_a_png(kind, content, damage, place, tmp_path):
+    """It may be stored before the pixels or behind them; with a wrong checksum it does not count, for either."""
+    chunk = (struct.pack(">I", len(content)) + kind + content
+             + struct.pack(">I", zlib.crc32(kind + content) ^ damage))
+    png = encoded(noise_image())
+    write(tmp_path, {"a.png": png[:place] + chunk + png[place:]})
+    tar(tmp_path / "a.tar", {"a.png": png[:place] + chunk + png[place:], "b.png": png})
+    for source in (tmp_path / "a.png").parent, tmp_path / "a.tar":
+        dataset = open_dataset(source, captions_required=False)
+        assert tuple(dataset.sizes[0]) == dataset.read(0).shape[:2] == ((64, 80) if damage else (80, 64))
+
+
+def test_metadata_that_is_broken_or_too_large_costs_no_image(tmp_path):
+    """Neither when the index is made nor in a training step."""
+    content = b"note\0\0" + zlib.compress(bytes(2 ** 21))
+    text = struct.pack(">I", len(content)) + b"zTXt" + content + struct.pack(">I", zlib.crc32(b"zTXt" + content))
+    png = encoded(noise_image())
+    write(tmp_path, {"a.png": png[:33] + text + png[33:], "b.png": png[:-12] + text + png[-12:],
+                     "c.png": encoded(noise_image(), exif=b"Exif\0\0garbage"),
+                     "d.webp": encoded(noise_image(), ".webp", exif=b"garbage", lossless=True)})
+    dataset = open_dataset(tmp_path, captions_required=False)
+    assert names_of(dataset) == ["a.png", "b.png", "c.png", "d.webp"]
+    for i in range(4):
+        np.testing.assert_array_equal(dataset.read(i), np.asarray(noise_image()))
+        assert dataset.key(i) == hashlib.sha256((tmp_path / dataset.name(i)).read_bytes()).hexdigest()
+
+
+def test_files_with_an_image_like_suffix_are_read_or_named(tmp_path):
+    """JFIF is JPEG, as some browsers save it. A folder of a phone's HEIC files must not look empty."""
+    write(tmp_path, {"a.JFIF": encoded(noise_image(), ".jpg", quality=100, subsampling="4:4:4"),
+                     "b.avif": encoded(noise_image(), ".avif", quality=100, subsampling="4:4:4"),
+                     "c.heic": "?", "d.CR2": "?", "e.xyz": "?", "f.avif": "not an image"})
+    dataset = open_dataset(tmp_path, captions_required=False)
+    assert names_of(dataset) == ["a.JFIF", "b.avif"]
+    assert dict(dataset.skipped) == {"c.heic": ".heic files cannot be read: save it as .png or .jpg",
+                                     "d.CR2": ".cr2 files cannot be read: save it as .png or .jpg",
+                                     "f.avif": "it is not an image in a known format"}
+    for i in range(2):
+        assert np.abs(dataset.read(i).astype(int) - np.asarray(noise_image())).mean() < 3
+
+
+def test_colour_profiles_count_and_so_does_the_key(tmp_path):
+    """Latents that were cached from other colours must not be found; those of images without a profile must be."""
+    bare, swapped = encoded(noise_image()), encoded(noise_image(), icc_profile=SWAPPED)
+    srgb = encoded(noise_image(), icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    write(tmp_path / "set", {"a.png": bare, "b.png": swapped, "c.png": srgb,
+                             "d.png": encoded(noise_image(), icc_profile=b"garbage")})
+    dataset = open_dataset(tmp_path / "set", captions_required=False, index_folder=tmp_path / "index")
+    # A line of keys.txt as it was written when profiles did not count.
+    stat = (tmp_path / "set" / "b.png").stat()
+    version = f"{tmp_path / 'set' / 'b.png'} 0 -1 {stat.st_size} {stat.st_mtime_ns}"
+    write(tmp_path, {"index/keys.txt": f"{hashlib.sha256(version.encode()).hexdigest()[:24]} {'0' * 64}\n"})
+    keys = [dataset.key(i) for i in range(4)]
+    files = [hashlib.sha256(content).hexdigest() for content in (bare, swapped, srgb)]
+    assert keys[:3] == [files[0], hashlib.sha256(swapped + b" in sRGB").hexdigest(), files[2]] and len({*keys}) == 4
+    images = [dataset.read(i).astype(int) for i in range(4)]
+    for i in (0, 2, 3):
+        np.testing.assert_array_equal(images[i], np.asarray(noise_image()))
+    reference = (read_image(tmp_path / "set" / "b.png") * 255).round().byte().permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(images[1], reference)
+    assert np.abs(images[1] - images[0][..., ::-1]).max() <= 3                   # red and blue have changed places
 
 
 @pytest.mark.parametrize("suffix, image", [
@@ -265,7 +351,8 @@ def test_the_key_is_the_content_and_is_computed_once_per_file(tmp_path, monkeypa
 
 @pytest.mark.parametrize("files, options, message", [
     ({}, {}, "no image to train on. Looked for .jpg .* with a caption in NAME.txt.*; found no file; 0 skipped"),
-    ({"a.md": "", "b.md": "", "c.heic": "", "LICENSE": ""}, {}, "found 2 .md, 1 without suffix, 1 .heic; 0 skipped"),
+    ({"a.md": "", "b.md": "", "c.heic": "", "LICENSE": ""}, {}, "found 2 .md, 1 without suffix, 1 .heic; "
+     r"1 skipped: c.heic \(.heic files cannot be read: save it as .png or .jpg\)"),
     ({"a.png": encoded(noise_image())}, {}, r"found 1 .png; 1 skipped: a.png \(no caption\)"),
     ({"a.png": encoded(noise_image(0, 16, 16))}, dict(captions_required=False),
      r"Looked for [^,]*\.tiff; .*a.png \(16 x 16 px, fewer than 64\)"),

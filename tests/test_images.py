@@ -1,12 +1,15 @@
 """Any kind of image file is read the way its user sees it; saved files are complete and say how they were made."""
+import io
 import json
 import math
+import struct
 import warnings
+import zlib
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
 from extras import images
@@ -151,6 +154,206 @@ def test_images_in_memory_are_left_as_they_are():
     assert (array == UPRIGHT).all()
 
 
+# ----- reading: colour profiles ----------------------------------------------------------------------
+
+def chunk(kind: bytes, content: bytes, damage: int = 0) -> bytes:
+    """Of a PNG file."""
+    return (struct.pack(">I", len(content)) + kind + content
+            + struct.pack(">I", zlib.crc32(kind + content) ^ damage))
+
+
+def profile(space: bytes, **tags: bytes) -> bytes:
+    """A minimal ICC profile, version 2: a header, a table of tags, their contents."""
+    tags = {name.encode(): tag for name, tag in tags.items()} | {b"wtpt": b"XYZ " + bytes(4) + fixed(0.9642, 1, 0.8249)}
+    table, body = struct.pack(">I", len(tags)), b""
+    for name, tag in tags.items():
+        table += struct.pack(">4sII", name, 132 + 12 * len(tags) + len(body), len(tag))
+        body += tag + bytes(-len(tag) % 4)
+    pcs = b"Lab " if b"A2B0" in tags else b"XYZ "
+    header = (struct.pack(">I4sI", 132 + len(table) - 4 + len(body), b"none", 0x02100000) + b"mntr" + space + pcs
+              + bytes(12) + b"acsp" + bytes(28) + fixed(0.9642, 1, 0.8249))
+    return header.ljust(128, b"\0") + table + body
+
+
+def fixed(*numbers: float) -> bytes:
+    return struct.pack(f">{len(numbers)}i", *(round(number * 65536) for number in numbers))
+
+
+def matrix_profile(primaries, gamma: float = 2.2) -> bytes:
+    """RGB by the colours (XYZ under D50) of its three lights, and one exponent."""
+    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, round(gamma * 256))
+    lights = {f"{light}XYZ": b"XYZ " + bytes(4) + fixed(*xyz) for light, xyz in zip("rgb", primaries)}
+    return profile(b"RGB ", rTRC=curve, gTRC=curve, bTRC=curve, **lights)
+
+
+# Published for D50: the lights of sRGB, Display P3 and Adobe RGB.
+SRGB = ((0.4361, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7141))
+P3 = ((0.5151, 0.2412, -0.0011), (0.2920, 0.6922, 0.0419), (0.1571, 0.0666, 0.7841))
+ADOBE = ((0.6097, 0.3111, 0.0195), (0.2053, 0.6257, 0.0609), (0.1492, 0.0632, 0.7446))
+COLOURS = np.array([[(200, 60, 40), (120, 180, 60), (220, 180, 150), (30, 60, 90), (255, 255, 255), (128, 128, 128)]])
+
+
+def stored_as(lights, gamma: float = 2.2) -> Image.Image:
+    """COLOURS, which are sRGB, in the numbers of another space: by formula, without Pillow."""
+    linear = np.where(COLOURS <= 0.04045 * 255, COLOURS / 255 / 12.92, ((COLOURS / 255 + 0.055) / 1.055) ** 2.4)
+    other = np.clip(linear @ np.array(SRGB) @ np.linalg.inv(np.array(lights)), 0, 1) ** (1 / gamma)
+    return Image.fromarray((other * 255).round().astype(np.uint8)).resize((96, 64), Image.NEAREST)
+
+
+def worst(image: torch.Tensor, colours=COLOURS) -> int:
+    """How far an image of six columns is from these colours, of 255."""
+    middles = np.array(pixels(image))[32, 8::16]
+    return int(np.abs(middles - colours[0]).max())
+
+
+@pytest.mark.parametrize("lights", [P3, ADOBE])
+@pytest.mark.parametrize("suffix", ["png", "webp", "tiff", "jpg", "avif"])
+def test_colours_of_a_profile_become_srgb(lights, suffix, tmp_path):
+    """Photos of a phone are Display P3, those of a camera may be Adobe RGB. Lossy formats keep these large areas."""
+    lossy = dict(quality=100, subsampling="4:4:4") if suffix in ("jpg", "avif") else dict(lossless=True)
+    image, icc = stored_as(lights), matrix_profile(lights)
+    image.save(tmp_path / f"tagged.{suffix}", icc_profile=icc, **lossy if suffix not in ("png", "tiff") else {})
+    image.save(tmp_path / "bare.png")
+    assert worst(read_image(tmp_path / f"tagged.{suffix}")) <= 3
+    assert worst(read_image(tmp_path / "bare.png")) > 15                          # the same numbers, taken as sRGB
+    with Image.open(tmp_path / f"tagged.{suffix}") as opened:                     # opened by the caller
+        assert worst(read_image(opened)) <= 3
+
+
+def test_profiles_reach_every_mode(tmp_path):
+    """Palettes, opacity, grey: the profile is of the colours, and opacity stays as it is."""
+    image, icc = stored_as(ADOBE), matrix_profile(ADOBE)
+    image.quantize(6).save(tmp_path / "palette.png", icc_profile=icc)
+    assert worst(read_image(tmp_path / "palette.png")) <= 3
+    image.putalpha(Image.linear_gradient("L").resize(image.size).point(lambda value: 255 if value > 99 else 51))
+    image.save(tmp_path / "alpha.png", icc_profile=icc)
+    read = read_image(tmp_path / "alpha.png")
+    assert worst(read) <= 3 and np.abs(np.array(pixels(read))[2, 8::16] - (COLOURS[0] * 0.2 + 204)).max() <= 3
+
+
+@pytest.mark.parametrize("dtype, white", [(np.uint8, 255), (np.uint16, 65535)])
+def test_grey_of_another_gamma_becomes_srgb(dtype, white, tmp_path):
+    """Gamma 1: half of the light is 0.5 there, and 188 of 255 in sRGB; in 8 and in 16 bits."""
+    icc = profile(b"GRAY", kTRC=b"curv" + bytes(4) + struct.pack(">IH", 1, 256))
+    Image.fromarray(np.array([[0, white // 2, white]], dtype)).save(tmp_path / "grey.png", icc_profile=icc)
+    assert np.abs(np.array(pixels(read_image(tmp_path / "grey.png"))[0]) - [[0] * 3, [188] * 3, [255] * 3]).max() <= 1
+    # a grey image with the profile of an RGB camera: three equal channels of it
+    Image.fromarray(np.array([[0, 128, 255]], np.uint8)).save(tmp_path / "rgb.png", icc_profile=matrix_profile(P3, 1.0))
+    assert np.abs(np.array(pixels(read_image(tmp_path / "rgb.png"))[0]) - [[0] * 3, [188] * 3, [255] * 3]).max() <= 1
+
+
+def test_cmyk_is_read_by_its_profile(tmp_path):
+    """Ink is never as pure as Pillow's formula: here cyan, yellow, magenta and black give a grey of L = 50."""
+    table = bytes([128, 128, 128]) * 15 + bytes([0, 128, 128])                    # all ink together: black
+    table = bytes([255, 128, 128]) + table[3:]                                    # none: white
+    steps = bytes(range(256))
+    icc = profile(b"CMYK", A2B0=b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + fixed(1, 0, 0, 0, 1, 0, 0, 0, 1)
+                  + steps * 4 + table + steps * 3)
+    Image.new("CMYK", (16, 16), (255, 0, 0, 0)).save(tmp_path / "ink.jpg", icc_profile=icc, quality=100)
+    assert np.abs(np.array(pixels(read_image(tmp_path / "ink.jpg"))) - 119).max() <= 2       # L 50 is 119 in sRGB
+    Image.new("CMYK", (16, 16)).save(tmp_path / "paper.jpg", icc_profile=icc, quality=100)
+    assert np.array(pixels(read_image(tmp_path / "paper.jpg"))).min() >= 253
+
+
+@pytest.mark.parametrize("icc", [
+    b"", b"garbage" * 30, matrix_profile(P3)[:300], matrix_profile(P3)[:128],
+    profile(b"CMYK"), profile(b"GRAY", kTRC=b"curv" + bytes(4) + struct.pack(">IH", 1, 256)),
+    ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes(),
+    ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_profiles_that_do_not_fit_leave_the_pixels_alone(icc, mode, tmp_path):
+    """Damaged, or for other colours; and sRGB, of which each program ships its own, stays bit for bit."""
+    image = Image.fromarray(UPRIGHT).convert("P", palette=Image.ADAPTIVE).convert(mode)
+    image.save(tmp_path / "image.png", icc_profile=icc)
+    assert pixels(read_image(tmp_path / "image.png")) == UPRIGHT.tolist()
+
+
+# ----- reading: metadata that is damaged or too large -------------------------------------------------
+
+def png_with(*chunks: bytes, behind: bool = False) -> bytes:
+    """UPRIGHT as a PNG file with more chunks, before or behind its pixels."""
+    buffer = io.BytesIO()
+    Image.fromarray(UPRIGHT).save(buffer, "PNG")
+    data, place = buffer.getvalue(), -12 if behind else 33
+    return data[:place] + b"".join(chunks) + data[place:]
+
+
+TURN = Image.Exif()
+TURN[0x0112] = 6
+
+
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("broken", [
+    chunk(b"zTXt", b"note\0\0" + zlib.compress(bytes(2 ** 21))), chunk(b"iTXt", b"note\0\1\0\0\0garbage"),
+    chunk(b"tEXt", b"note\0words", damage=1), chunk(b"eXIf", TURN.tobytes()[6:], damage=1), chunk(b"eXIf", b"garbage"),
+    chunk(b"iCCP", b"name\0\0" + zlib.compress(bytes(2 ** 21))), chunk(b"iCCP", b"name\0\0garbage"),
+    chunk(b"iCCP", b"name"), chunk(b"gAMA", b"x"), chunk(b"pHYs", b"x"), chunk(b"acTL", b"x"), chunk(b"tRNS", b"x"),
+    chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(b"\n\n\n\nno hex"))], ids=range(13))
+def test_png_metadata_is_not_worth_an_image(broken, behind, tmp_path):
+    """Too large, unreadable, of a wrong checksum: the pixels are complete."""
+    (tmp_path / "a.png").write_bytes(png_with(broken, behind=behind))
+    assert pixels(read_image(tmp_path / "a.png")) == UPRIGHT.tolist()
+    with pytest.raises(ValueError, match="contains no settings of this program"):
+        read_settings(tmp_path / "a.png")
+
+
+def test_a_large_text_hides_neither_orientation_nor_profile_nor_settings(tmp_path):
+    """What is needed is read also from a file that Pillow rejects, here with a profile of 2 MB."""
+    large = chunk(b"zTXt", b"note\0\0" + zlib.compress(bytes(2 ** 21)))
+    icc = matrix_profile(ADOBE) + bytes(2 ** 21)
+    (tmp_path / "a.png").write_bytes(png_with(
+        chunk(b"iCCP", b"name\0\0" + zlib.compress(icc)), large, chunk(b"eXIf", TURN.tobytes()[6:]),
+        chunk(b"tEXt", b'wuerstchen\0{"seed": 7}')))
+    turned = Image.fromarray(UPRIGHT).rotate(-90, expand=True)
+    turned.info["icc_profile"] = matrix_profile(ADOBE)
+    expected = pixels(read_image(turned))
+    assert pixels(read_image(tmp_path / "a.png")) == expected and [255, 128, 0] not in sum(expected, [])
+    assert read_settings(tmp_path / "a.png") == dict(seed=7)
+
+
+EXIF_DAMAGES = (b"garbage", TURN.tobytes()[6:-8], b"II*\0\xff\xff\xff\x7f", b"x")
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("damage", EXIF_DAMAGES)
+@pytest.mark.parametrize("suffix", ["png", "webp", "jpg"])
+def test_unreadable_exif_data_is_not_worth_an_image(damage, suffix, tmp_path):
+    """Cut off by another program, or never EXIF data at all."""
+    plain(RED, (16, 16)).save(tmp_path / f"a.{suffix}", exif=b"Exif\0\0" + damage)
+    red, green, blue = read_image(tmp_path / f"a.{suffix}").mean((1, 2)).tolist()
+    assert red > 0.98 and green < 0.02 and blue < 0.02
+
+
+def test_the_header_of_a_large_png_is_read_without_its_pixels():
+    """EXIF data behind a megabyte of pixels, in 8 kB pieces as most encoders write them, is found in a few reads."""
+    class Counting(io.BytesIO):
+        count = 0
+
+        def read(self, size=-1):
+            content = super().read(size)
+            self.count += len(content)
+            return content
+
+    data = png_with(*(chunk(b"IDAT", bytes(8192)) for _ in range(150)), chunk(b"IDAT", bytes(99)),
+                    chunk(b"eXIf", TURN.tobytes()[6:]), behind=True)
+    file = Counting(b"before" + data + data)                                      # as in the middle of a tar file
+    with images.open_header(file, 6, 6 + len(data)) as image:
+        assert image.size == (3, 2) and images.orientation(image) == 6
+    assert len(data) > 1_200_000 and file.count < 1000
+
+
+def test_unreadable_exif_data_of_an_avif_is_not_worth_it_either(tmp_path):
+    """Its decoder reads all items first, and rejects the file."""
+    exif = Image.Exif()
+    exif[0x010F] = "maker"
+    plain(RED, (16, 16)).save(tmp_path / "a.avif", exif=exif.tobytes())
+    content = (tmp_path / "a.avif").read_bytes()
+    assert exif.tobytes()[6:10] in content
+    (tmp_path / "a.avif").write_bytes(content.replace(exif.tobytes()[6:10], b"XXXX"))
+    red, green, blue = read_image(tmp_path / "a.avif").mean((1, 2)).tolist()
+    assert red > 0.98 and green < 0.02 and blue < 0.02
+
+
 # ----- reading: arrays, tensors, errors --------------------------------------------------------------
 
 @pytest.mark.parametrize("source", [
@@ -282,12 +485,14 @@ def test_a_sheet_of_one_colour_marks_with_its_holes(sheet, beneath):
     assert read_mask(image).tolist() == [[0, 1, 0]]
 
 
-def test_black_and_white_with_holes_is_read_over_white():
-    """More than one colour: then the colours are meant, and a hole is white, as in read_image."""
-    image = Image.new("RGBA", (3, 1), (*BLACK, 255))
+def test_holes_in_a_photo_are_the_mask_and_its_colours_do_not_count():
+    """Erased with a rubber: its bright parts stay, and so does what is white. A line says so."""
+    image = Image.new("RGBA", (4, 1), (*BLACK, 255))
     image.putpixel((1, 0), (*WHITE, 255))
-    image.putpixel((2, 0), (*BLACK, 0))
-    assert read_mask(image).tolist() == [[0, 1, 1]]
+    image.putpixel((2, 0), (250, 240, 200, 255))
+    image.putpixel((3, 0), (*BLACK, 0))
+    with pytest.warns(UserWarning, match="^the mask has transparent holes and more than one colour: the holes are"):
+        assert read_mask(image).tolist() == [[0, 0, 0, 1]]
 
 
 def test_an_opaque_alpha_channel_is_not_a_hole():
@@ -600,8 +805,8 @@ def test_missing_settings_are_explained(tmp_path):
     (tmp_path / "text.png").write_text("not an image")
     none, unreadable = "contains no settings of this program: ", "cannot be read: "
     for name, problem in {
-            "bare.png": f"{none}expected a PNG file just as it was saved",
-            "photo.jpg": f"{none}expected a PNG file just as it was saved",
+            "bare.png": f"{none}expected a PNG, JPEG or WebP file just as it was saved",
+            "photo.jpg": f"{none}expected a PNG, JPEG or WebP file just as it was saved",
             "broken.png": f"{none}its text 'wuerstchen' is not JSON \\(Expecting value",
             "list.png": f"{none}its text 'wuerstchen' is not a JSON object",
             "deep.png": f"{none}its text 'wuerstchen' is not JSON",

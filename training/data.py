@@ -10,6 +10,7 @@ later are replaced by the next readable one, which depends only on the files, so
 way.
 Needs: numpy, pillow; sources.py, extras/images.py; scenes.py for `scenes`.
 """
+import contextlib
 import hashlib
 import io
 import itertools
@@ -25,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from extras.images import decoding, pixels_of, read_image
+from extras.images import decoding, open_header, open_image, pixels_of, read_image, to_srgb
 from training.sources import SUFFIXES, Place, content_of, samples_of
 
 
@@ -40,9 +41,9 @@ def open_dataset(source: str | Path, *, min_side: int = 64, captions_required: b
                  ) -> "ImageDataset":
     """Finds all images of a source and their captions, from headers and text only.
 
-    source  FOLDER, with everything below it: NAME.jpg (or .jpeg .png .webp .bmp .gif .tif) next to NAME.txt (a caption
-            per line), NAME.caption (one) or NAME.json; or metadata.jsonl / metadata.csv with file_name and text, which
-            take precedence
+    source  FOLDER, with everything below it: NAME.jpg (or another of SUFFIXES) next to NAME.txt (a caption per line),
+            NAME.caption (one) or NAME.json; or metadata.jsonl / metadata.csv with file_name and text, which take
+            precedence
             data/*.tar, data/{000..031}.tar: uncompressed tar files of the same; also a folder that contains only these
             pipe:COMMAND: COMMAND's output is such a tar file; kept in index_folder.  Braces as above
             FILE.parquet (needs pyarrow), hub:NAME[:SPLIT] (needs datasets): rewritten once into index_folder
@@ -168,16 +169,24 @@ class ImageDataset:
         return self._record(i)[2] or [""]
 
     def key(self, i: int) -> str:
-        """sha256 of the image's bytes, in hex.  With an index_folder, unchanged files are read for it only once."""
+        """sha256, in hex, of the image's bytes and of what is done to its colours: the name of its pixels in a cache.
+
+        With an index_folder, unchanged files are read for it only once.
+        """
         file, offset, length = self._record(i)[1]
         stat = os.stat(file)         # as make does: same name, size and modification time, same content
-        version = f"{os.path.abspath(file)} {offset} {length} {stat.st_size} {stat.st_mtime_ns}"
+        version = f"{os.path.abspath(file)} {offset} {length} {stat.st_size} {stat.st_mtime_ns} in sRGB"
         known_as = hashlib.sha256(version.encode()).hexdigest()[:24]
         if self._keys is None:
             lines = self._key_file.read_text().split("\n") if self._key_file and self._key_file.exists() else []
             self._keys = dict(line.split() for line in lines if re.fullmatch("[0-9a-f]{24} [0-9a-f]{64}", line))
         if known_as not in self._keys:
-            self._keys[known_as] = hashlib.sha256(content_of((file, offset, length))).hexdigest()
+            content = content_of((file, offset, length))
+            digest = hashlib.sha256(content)
+            with contextlib.suppress(Exception), open_header(io.BytesIO(content), 0, len(content)) as image:
+                if to_srgb(image):   # latents cached by versions that ignored colour profiles must not be found
+                    digest.update(b" in sRGB")
+            self._keys[known_as] = digest.hexdigest()
             if self._key_file:       # one short write at the end of the file: lines of several processes do not mix
                 self._key_file.parent.mkdir(parents=True, exist_ok=True)
                 with open(self._key_file, "ab", buffering=0) as out:
@@ -185,10 +194,10 @@ class ImageDataset:
         return self._keys[known_as]
 
     def read(self, i: int) -> np.ndarray:
-        """(H,W,3) uint8, RGB: upright, and over white where it is transparent.  Raises BrokenImage."""
+        """(H,W,3) uint8, sRGB: upright, and over white where it is transparent.  Raises BrokenImage."""
         name, place, _ = self._record(i)
         try:
-            with decoding(), Image.open(io.BytesIO(content_of(place))) as image:
+            with decoding(), open_image(content_of(place)) as image:
                 pixels = pixels_of(image)                                      # (H, W, 3 or 4)
         except ValueError as error:
             raise BrokenImage(f"{name} cannot be read: {error}") from error

@@ -10,7 +10,7 @@ without such places (a pipe, a parquet file, a dataset of the Hub) are first rew
 Surprise: a tar file has no table of contents, and Python's tarfile takes a damaged header for its end. So half a
 download would pass for a smaller shard; see _tar_places.
 Layouts: https://huggingface.co/docs/datasets/image_dataset (folders), https://github.com/webdataset/webdataset (tar).
-Needs: pillow, loading/files.py, extras/images.py; pyarrow for parquet files, datasets for the Hub.
+Needs: loading/files.py, extras/images.py; pyarrow for parquet files, datasets for the Hub.
 """
 import contextlib
 import csv
@@ -28,16 +28,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from PIL import Image
-
-from extras.images import decoding, reason
+from extras.images import decoding, open_header, orientation, reason
 from loading.files import write_atomically
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
+UNREADABLE = (".heic", ".heif", ".hif", ".jxl", ".jp2", ".jpe", ".apng", ".psd", ".svg", ".tga", ".exr", ".ppm", ".ico",
+              ".dng", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2")      # named, not silently ignored
 CAPTION_KEYS = ("text", "caption", "captions")
 HEAD = 2 ** 15                   # bytes of an image that are read to learn its size
-INDEX_VERSION = 1                # of the index that _tar_samples writes; a new number rebuilds all indexes
-ORIENTATION = 0x0112             # EXIF tag; 5 to 8 mean a quarter turn, which swaps height and width
+INDEX_VERSION = 2                # of the index that _tar_samples writes; a new number rebuilds all indexes
 
 Place = tuple[str, int, int]     # file, offset, bytes (-1: up to the end): where something can be read
 
@@ -109,11 +108,13 @@ def _samples(places: dict[str, Place]) -> Iterator[dict]:
     by_stem = {_split(name): place for name, place in places.items()}
     for name, place in places.items():
         stem, suffix = _split(name)
+        if suffix in UNREADABLE:
+            yield dict(name=name, problem=f"{suffix} files cannot be read: save it as .png or .jpg")
         if suffix not in SUFFIXES:
             continue
         try:
             with decoding():
-                size = _size_of(place, suffix)
+                size = _size_of(place)
         except ValueError as error:
             yield dict(name=name, problem=str(error))
             continue
@@ -125,22 +126,24 @@ def _samples(places: dict[str, Place]) -> Iterator[dict]:
         yield dict(name=name, problem=None, place=place, size=size, captions=captions, numbers=numbers)
 
 
-def _size_of(place: Place, suffix: str) -> tuple[int, int]:
-    """Height and width as shown, from the first bytes of an image.  Raises whatever Pillow does."""
-    # JPEG and PNG store it first, unless a preview or a colour profile precedes it; other formats may at the end.
-    for limit in (HEAD, -1) if suffix in (".jpg", ".jpeg", ".png") else (-1,):
-        try:
-            with Image.open(io.BytesIO(content_of(place, limit))) as image:
-                # A PNG file may have EXIF data after its pixels, and getexif() decodes all of them to look for it.
-                known = image.format != "PNG" or image.info.keys() & {"exif", "xmp", "XML:com.adobe.xmp",
-                                                                      "Raw profile type exif"}
-                turned = known and image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
-                # For a TIFF file, newer versions of Pillow return the upright size, so it is taken from the tags.
-                width, height = (image.tag_v2[256], image.tag_v2[257]) if image.format == "TIFF" else image.size
-                return (width, height) if turned else (height, width)
-        except Exception:                        # of many kinds: what the first bytes lack, the whole file may have
-            if limit < 0:
-                raise
+def _size_of(place: Place) -> tuple[int, int]:
+    """Height and width as shown, with as little reading as possible.  Raises whatever Pillow does."""
+    file, start, length = place
+    with open(file, "rb") as handle:
+        end = start + length if length >= 0 else os.fstat(handle.fileno()).st_size
+        handle.seek(start)
+        # JPEG stores it first, unless a preview or a colour profile precedes it; other formats may at the end.
+        short = [min(start + HEAD, end)] * (handle.read(2) == b"\xff\xd8")
+        for stop in (*short, end):
+            try:
+                with open_header(handle, start, stop) as image:
+                    turned = orientation(image) in (5, 6, 7, 8)
+                    # For a TIFF file, newer versions of Pillow return the upright size, so it is taken from the tags.
+                    width, height = (image.tag_v2[256], image.tag_v2[257]) if image.format == "TIFF" else image.size
+                    return (width, height) if turned else (height, width)
+            except Exception:                    # of many kinds: what the first bytes lack, the whole file may have
+                if stop == end:
+                    raise
 
 
 def _texts(stem: str, by_stem: dict[tuple[str, str], Place], row: dict) -> tuple[list[str], dict[str, float]]:
