@@ -1,4 +1,4 @@
-"""Generates images on the command line and saves them as PNG files.
+"""Generates images on the command line and saves them as PNG, JPEG or WebP files.
 
   python sample.py --prompt "a red apple on a blue background"
   python sample.py --prompt "a cat left of a moon" --num-images 4 --seed 7 --out cats
@@ -13,7 +13,7 @@
   python sample.py --like out/image.png --seed 8                       # its settings, another seed
 
 `main` shows the whole way: options become jobs, one for each image; load; generate; save. The
-advanced options, checks, paths and the settings that a PNG file carries are in extras/cli.py,
+advanced options, checks, paths and the settings that each file carries are in extras/cli.py,
 grids, interpolation and latents in extras/modes.py. From Python: wuerstchen.py, extras/editing.py.
 Surprise: torch takes seconds to import, so this happens only after the options were checked.
 Needs: what wuerstchen.py needs.
@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     add("--width", metavar="PX", type=integer(64),
         help="any from 64; far from the size the weights were trained on, images get worse "
              "(default: 128 for the tiny weights, 512 for v1, 1024 for others; with --init: its "
-             "shape, the shorter side that long)")
+             "shape, at most 4 : 1, the shorter side that long)")
     add("--height", metavar="PX", type=integer(64), help="as --width")
     add("--init", metavar="IMAGE",
         help="start from this image instead of noise; without --prompt: variations of it")
@@ -98,8 +98,9 @@ def parser() -> argparse.ArgumentParser:
         help="images computed at a time: more is faster on a GPU, and rounds differently "
              "(default: 1)")
     add("--out", metavar="PATH", default="out",
-        help="a .png file (.gif for an interpolation), or a folder in which files are named after "
-             "prompt and seed; of several images, FILE.png becomes FILE_SEED.png (default: out)")
+        help="a .png, .jpg or .webp file (.gif for an interpolation), or a folder in which PNG "
+             "files are named after prompt and seed; of several images, FILE.png becomes "
+             "FILE_SEED.png (default: out)")
     cli.add_input_options(p)                   # the advanced ones
     cli.add_output_options(p)
     return p
@@ -124,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
             tile(model, args.tile)
         for batch in run.progress(cli.batches(jobs)):
             for job, image in run.attempt(functools.partial(make_images, model), batch):
-                run.finished(job, cli.save(image, job, model))   # a PNG file with its settings
+                run.finished(job, cli.save(image, job, model))   # a file with its settings
 
 
 def make_images(model, jobs: list[argparse.Namespace]) -> list:

@@ -1,11 +1,11 @@
 """The command line of sample.py, except for its everyday options: before torch is imported, and after an image is done.
 
   argv -parse_jobs-> jobs, one for each image: all options, its seed, its path -batches-> lists that go into one call
-  image, job -save-> a PNG file with the settings that made it
+  image, job -save-> a PNG, JPEG or WebP file with the settings that made it
 
 A job is an argparse.Namespace. Most options are arguments of the same name in Python. Those that change what sample.py
 does (grids, interpolation, reconstruction, latents, previews) are carried out in modes.py.
-Surprise: an option is read from three places, and checked in the same way: the command line, the PNG file of --like,
+Surprise: an option is read from three places, and checked in the same way: the command line, the file of --like,
 and a line of --prompt-file. The last two are turned into options as one would type them, see as_argv.
 Needs: the standard library, so that `--help` and error messages appear at once.
 """
@@ -38,6 +38,7 @@ PUBLISHED_STEPS = "DEFAULT_STAGE_C_TIMESTEPS"    # diffusers' name for the level
 # Parts that can be replaced by a folder or file.
 FILES = dict(prior="Stage C", decoder="Stage B", vqgan="Stage A", image_encoder="the image encoder",
              prior_text_encoder="Stage C's text encoder", text_encoder="Stage B's text encoder")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")    # of the images that are saved, see metadata.py
 INPUTS = ("init", "mask", "reconstruct", "from_latent", "to_latent", "tensors")      # files an image is made from
 
 # The settings that are saved with an image and read by --like. PER_IMAGE: may differ between lines of --prompt-file.
@@ -175,7 +176,7 @@ def add_input_options(p: argparse.ArgumentParser) -> None:
     add("--prompt-file", metavar="FILE", help="many prompts: a text file with one per line, # begins a comment; or "
         '.jsonl, with an object of settings per line, named like options: {"prompt": "a cat", "seed": 3, '
         '"guidance_c": 6}; lines that cannot be used are reported and skipped')
-    add("--like", metavar="PNG", help="all settings of this image, made by this program; options on the command line "
+    add("--like", metavar="IMAGE", help="all settings of this image, made by this program; options on the command line "
         'override them, and "" removes one: --mask ""')
     add("--outpaint", metavar="L,T,R,B", type=comma_list(integer(0), 4), help="px to add to --init and to generate: "
         "left, top, right, bottom; instead of --mask")
@@ -305,7 +306,7 @@ def needs_seed(args: argparse.Namespace) -> bool:
 
 
 def read_like(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
-    """--like -> the settings of that PNG file as options, and the hashes of the files it was made from."""
+    """--like -> the settings of that image as options, and the hashes of the files it was made from."""
     from extras.metadata import read_settings
     settings = read_settings(args.like)
     hashes = settings.get("hashes") if isinstance(settings.get("hashes"), dict) else {}
@@ -393,14 +394,15 @@ def check_sampling(args: argparse.Namespace, stage: str) -> None:
 def output_paths(jobs: list[argparse.Namespace]) -> list[Path]:
     """The path of each image. Raises ValueError if it cannot be written, before anything is computed."""
     args, out, taken = jobs[0], Path(jobs[0].out), {}
-    suffixes = (".png", ".gif") if args.interpolate_to or args.to_latent else (".png",)
+    suffixes = (*SUFFIXES, ".gif") if args.interpolate_to or args.to_latent else SUFFIXES
     try:
         if any(len(os.fsencode(part)) > 230 for part in out.parts):      # file systems take 255, and we add some
             raise OSError("the name is too long")
         is_file = out.suffix.lower() in suffixes and not out.is_dir()
-        others = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+        others = (".gif", ".bmp", ".tif", ".tiff", ".jfif", ".avif", ".heic", ".jxl")
         if not is_file and not out.is_dir() and out.suffix.lower() in others:
-            error(f"--out {out} is not possible: images are saved as PNG, name a .png file or a folder")
+            error(f"--out {out} is not possible: images are saved as PNG, JPEG or WebP, name a .png, .jpg or .webp "
+                  "file, or a folder")
         for job in jobs:
             path = out if is_file else out / f"{slug(job)}.png"
             if job.seed is not None and (len(jobs) > 1 or not is_file):
@@ -484,10 +486,12 @@ def sampling_options(args: argparse.Namespace, model) -> dict:
 
 def save(image, job: argparse.Namespace, model) -> Path:
     """Writes an image, or the frames of a GIF, and its latent. Returns its path. Raises ValueError if it cannot."""
-    settings, path = None if job.no_metadata else settings_of(job, model, image), job.path
+    from extras.metadata import path_for
+    settings = None if job.no_metadata else settings_of(job, model, image)
+    path = wanted = job.path if job.path.suffix.lower() == ".gif" else path_for(image, job.path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for path in numbered(job.path):
+        for path in numbered(wanted):
             with contextlib.suppress(FileExistsError):   # written by another program since the paths were chosen
                 write_image(image, job, path, settings)
                 remove_preview(job)
@@ -499,7 +503,7 @@ def save(image, job: argparse.Namespace, model) -> Path:
 def write_image(image, job: argparse.Namespace, path: Path, settings: dict | None) -> None:
     """All files of an image, or none. Raises OSError; FileExistsError if one of them exists, unless --overwrite."""
     from extras.images import save_gif
-    from extras.metadata import save_png
+    from extras.metadata import save_image
     latent = None
     if job.save_latent:
         from extras.modes import save_latent
@@ -508,7 +512,7 @@ def write_image(image, job: argparse.Namespace, path: Path, settings: dict | Non
         if path.suffix.lower() == ".gif":
             save_gif(image, path, overwrite=job.overwrite)
         else:
-            save_png(image, path, settings, job.overwrite)
+            save_image(image, path, settings, job.overwrite)
     except BaseException:
         if latent:
             latent.unlink()

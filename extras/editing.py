@@ -29,6 +29,7 @@ EMBEDDINGS = ("prompt_c", "negative_c", "prompt_b", "negative_b")
 LATENTS = ("semantic", "latents_c", "latents_b")
 FORMATS = {"pil": to_pil, "np": lambda images: images.permute(0, 2, 3, 1).cpu().numpy(), "pt": lambda images: images}
 OUTPUTS = (*FORMATS, "semantic", "latents_b")
+LONGEST = 4                      # longer : shorter side of an edited image, and its pixels by the weights' own, at most
 
 
 class Stopped(Exception):
@@ -67,7 +68,8 @@ def generate(model: Wuerstchen, prompt: str | list[str] | None = None, negative_
     seed           also a source of noise: seed(C, h, w) -> (images or 1,C,h,w)
                    With `semantic`, seeds skip the noise that Stage C would have drawn, so two calls with the same seed
                    and settings give the image of one. A source of noise continues where it is
-    width, height  px; default: the shape of the edited image, its shorter side at the weights' own size; else that size
+    width, height  px; default: the shape of the edited image, at most 4 : 1, its shorter side at the weights' own size,
+                   so that it has at most 4 times as many pixels; else that size
     edit           an InitImage
     given          any of: prompt_c, negative_c, prompt_b, negative_b, embeddings (prompts or 1,N,D) instead of text;
                    semantic, raw latents (images or 1,16,h,w) as output="semantic" returns them, instead of Stage C;
@@ -217,6 +219,10 @@ def image_size(model: Wuerstchen, height: int | None, width: int | None, image: 
     """Fills in the sides that were left open, see generate, and warns of sizes the weights were not trained on."""
     if image is not None:
         h, w = image.shape[-2:]
+        if (height is None or width is None) and max(h, w) > LONGEST * min(h, w):
+            warnings.warn(f"the image has {w} x {h} px, a shape beyond {LONGEST} : 1: only its middle is used, "
+                          f"cut to {LONGEST} : 1; width and height together override this", stacklevel=2)
+            h, w = min(h, LONGEST * w), min(w, LONGEST * h)
         if height is None and width is None:
             height, width = fitting_size(h, w, model.size)
         elif height is None:

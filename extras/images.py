@@ -321,13 +321,22 @@ def cover(image: Tensor, height: int, width: int, nearest: bool = False) -> Tens
                          "expected (C,H,W) and sizes of at least 1")
     scale = max(height / image.shape[1], width / image.shape[2])
     size = max(height, round(image.shape[1] * scale)), max(width, round(image.shape[2] * scale))
+    # Of an image that is far too long, only the middle is resized: as a whole it would fill the memory.
+    middle = tuple(min(side, 2 * math.ceil(needed / scale) + 2 + side % 2)
+                   for side, needed in zip(image.shape[1:], (height, width)))
+    if size[0] * size[1] > 16 * height * width and middle != image.shape[1:]:
+        return cover(middle_of(image, *middle), height, width, nearest)
     if size != tuple(image.shape[1:]):
         # nearest-exact takes the pixel at the centre of the new one, like bilinear. torch's "nearest" takes the one at
         # its corner, which would shift a mask against its image by up to half a pixel.
         mode = dict(mode="nearest-exact") if nearest else dict(mode="bilinear", antialias=True, align_corners=False)
         image = F.interpolate(image[None], size, **mode)[0]             # (C, *size)
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    return image[:, top:top + height, left:left + width]                # (C, height, width)
+    return middle_of(image, height, width)                              # (C, height, width)
+
+
+def middle_of(image: Tensor, height: int, width: int) -> Tensor:
+    top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
+    return image[:, top:top + height, left:left + width]
 
 
 def enlarge(image: Tensor, left: int, top: int, right: int, bottom: int) -> tuple[Tensor, Tensor]:

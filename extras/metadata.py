@@ -11,6 +11,7 @@ The "parameters" text follows AUTOMATIC1111's web UI, modules/infotext_utils.py 
 Needs: pillow; reading also images.py.
 """
 import json
+import math
 import warnings
 from pathlib import Path
 from xml.etree import ElementTree
@@ -28,10 +29,10 @@ XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmln
 <{name}:settings>{json}</{name}:settings></rdf:Description></rdf:RDF></x:xmpmeta><?xpacket end="w"?>"""
 EXIF_IFD, USER_COMMENT = 0x8769, 0x9286
 # How lossy formats are saved: hardly worse than PNG. JPEG with colours in full resolution; WebP has them in half of it.
-FORMATS = {".jpg": dict(format="JPEG", quality=95, subsampling="4:4:4"),
-           ".jpeg": dict(format="JPEG", quality=95, subsampling="4:4:4"), ".webp": dict(format="WEBP", quality=95)}
+FORMATS = {".jpg": dict(format="JPEG", quality=95, subsampling="4:4:4", comment=b""),
+           ".webp": dict(format="WEBP", quality=95)}
+FORMATS[".jpeg"] = FORMATS[".jpg"]
 LARGEST = {"JPEG": 65500, "WEBP": 16383}         # px per side
-SUFFIXES = (".png", *FORMATS)
 
 
 def save_image(image: Image.Image, path: str | Path, settings: dict | None, overwrite: bool = False) -> None:
@@ -70,6 +71,16 @@ def save_png(image: Image.Image, path: str | Path, settings: dict | None, overwr
             latin = all(ord(letter) < 256 for letter in value)
             text.add_text(name, value) if latin else text.add_itxt(name, value)
     write_atomically(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=text), overwrite)
+
+
+def path_for(image: Image.Image, path: Path) -> Path:
+    """The path, or, if its format cannot hold so large an image, that of a PNG file, with a warning."""
+    kind = FORMATS.get(path.suffix.lower(), {}).get("format")
+    if max(image.size) <= LARGEST.get(kind, math.inf):
+        return path
+    warnings.warn(f"{path} becomes a PNG file: the image has {image.width} x {image.height} px, and {kind} can hold at "
+                  f"most {LARGEST[kind]} per side", stacklevel=2)
+    return path.with_suffix(".png")
 
 
 def parameters_text(settings: dict) -> str:

@@ -14,7 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from extras import images
 from extras.images import cover, enlarge, feather, fitting_size, grid, psnr, read_image, read_mask, save_gif, strip
-from extras.metadata import parameters_text, read_settings, save_png
+from extras.metadata import parameters_text, path_for, read_settings, save_image, save_png
 from extras.previews import apply_linear, fit_linear
 from wuerstchen import to_pil
 
@@ -526,6 +526,19 @@ def test_cover_gives_exactly_the_size_asked_for(height, width):
     assert cover(torch.rand(3, 41, 67), height, width).shape == (3, height, width)
 
 
+@pytest.mark.parametrize("nearest", [False, True])
+def test_of_an_endless_image_only_the_middle_is_resized(nearest, monkeypatch):
+    """1 px wide and 100001 long: resized as a whole it would have 1.6 billion px. The middle stays the middle."""
+    shapes, interpolate = [], images.F.interpolate
+    monkeypatch.setattr(images.F, "interpolate", lambda x, size, **options:
+                        shapes.append(size) or interpolate(x, size, **options))
+    ramp = torch.linspace(0, 1, 100_001).expand(1, 1, 100_001)
+    small = cover(ramp, 128, 512, nearest)
+    assert small.shape == (1, 128, 512) and shapes[0][0] * shapes[0][1] < 16 * 128 * 512
+    assert (small + small.flip(2) - 1).abs().max() < 1e-5 and 2e-5 < small.max() - small.min() < 5e-5
+    assert cover(torch.rand(3, 400, 1), 64, 4096, nearest).shape == (3, 64, 4096)
+
+
 def test_cover_keeps_the_shape_and_the_middle():
     """A ramp from left to right, twice as wide as asked for: its outer quarters are cut off, and it stays as steep."""
     ramp = torch.linspace(0, 1, 200).expand(3, 100, 200)
@@ -752,6 +765,71 @@ def test_text_is_latin_1_where_it_can_be(tmp_path):
         data = (tmp_path / name).read_bytes()
         assert data.count(kind + b"parameters\0") == data.count(kind + b"wuerstchen\0") == 1
     assert "猫".encode() in data and r"\u" not in data.decode("latin-1")
+
+
+def photo() -> Image.Image:
+    """Smooth, with an edge of two colours, which half a resolution of colours would blur."""
+    image = Image.merge("RGB", [Image.linear_gradient("L").rotate(turn) for turn in (0, 90, 180)]).resize((96, 64))
+    image.paste(RED, (30, 20, 61, 45))
+    return image
+
+
+@pytest.mark.parametrize("name, kind, most", [("a.jpg", "JPEG", 1.5), ("a.JPEG", "JPEG", 1.5), ("a.webp", "WEBP", 4)])
+@pytest.mark.parametrize("prompt", ["a cat", "猫 on a 🚲, <b>\"quoted\"</b> & more\nsecond line: \\n ]]>"])
+def test_jpeg_and_webp_files_carry_settings_and_hardly_lose_anything(name, kind, most, prompt, tmp_path):
+    """By the name. UserComment is what other programs read: "UNICODE" and UTF-16, as piexif writes it."""
+    settings = SETTINGS | dict(prompt=prompt)
+    save_image(photo(), tmp_path / name, settings)
+    assert read_settings(tmp_path / name) == settings
+    with Image.open(tmp_path / name) as image:
+        comment = image.getexif().get_ifd(0x8769)[0x9286]
+        assert comment[:8] == b"UNICODE\0" and comment[8:].decode("utf-16-be") == parameters_text(settings)
+        assert image.format == kind
+        difference = np.abs(np.asarray(image).astype(int) - np.asarray(photo()))
+    assert 0 < difference.mean() < most
+
+
+def test_an_xmp_of_another_program_is_not_ours(tmp_path):
+    """Or one that is damaged."""
+    for name, xmp in (("a.webp", b"<x/>"), ("b.webp", b"<x"), ("c.jpg", b"\xff")):
+        plain(RED).save(tmp_path / name, xmp=xmp)
+        with pytest.raises(ValueError, match="contains no settings of this program"):
+            read_settings(tmp_path / name)
+
+
+def test_settings_that_do_not_fit_a_jpeg_are_left_out_and_the_image_is_saved(tmp_path):
+    """64 kB each at most; PNG and WebP have no such limit."""
+    settings = dict(prompt="long " * 10_000)                                      # 50 kB, 100 kB in UTF-16
+    with pytest.warns(UserWarning, match="a.jpg: the settings do not fit the EXIF data of a JPEG file: save a PNG"):
+        save_image(plain(RED), tmp_path / "a.jpg", settings)
+    assert read_settings(tmp_path / "a.jpg") == settings
+    settings = dict(prompt="long " * 20_000)
+    with pytest.warns(UserWarning, match="do not fit"):
+        save_image(plain(RED), tmp_path / "b.jpg", settings)
+    assert np.abs(np.array(pixels(read_image(tmp_path / "b.jpg"))) - RED).max() < 3
+    save_image(plain(RED), tmp_path / "a.webp", settings)
+    assert read_settings(tmp_path / "a.webp") == settings
+
+
+def test_an_image_too_large_for_its_format_becomes_a_png(tmp_path):
+    """After minutes of computing it must not be lost."""
+    assert path_for(plain(RED, (16383, 1)), tmp_path / "a.webp") == tmp_path / "a.webp"
+    with pytest.warns(UserWarning, match="a.webp becomes a PNG file: the image has 16384 x 1 px, and WEBP can hold at"):
+        assert path_for(plain(RED, (16384, 1)), tmp_path / "a.webp") == tmp_path / "a.png"
+    assert path_for(plain(RED, (16384, 1)), tmp_path / "a.jpg").suffix == ".jpg"
+    save_image(plain(RED, (16383, 1)), tmp_path / "a.webp", None)
+    save_image(plain(RED, (65500, 1)), tmp_path / "a.jpg", None)
+
+
+@pytest.mark.parametrize("name", ["bare.jpg", "bare.webp"])
+def test_without_settings_no_file_carries_any(name, tmp_path):
+    """Nor the metadata of the file that the image came from."""
+    image = plain(RED)
+    image.info.update(comment=b"private", exif=TURN.tobytes(), xmp=b"private", icc_profile=None)
+    save_image(image, tmp_path / name, None)
+    assert b"private" not in (tmp_path / name).read_bytes()
+    with Image.open(tmp_path / name) as image:
+        assert not image.getexif() and image.info.keys().isdisjoint(("exif", "xmp", "comment"))
 
 
 def test_without_settings_a_png_carries_no_text(tmp_path):

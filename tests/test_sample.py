@@ -228,8 +228,8 @@ ERRORS = [
      "argument --steps-c: expected segments that each end at another noise level, got '2/3:20,2/3:10,0:5'"),
     (["--prompt", "cat", "--steps-b", "1/2:3,0.5:2"], "got '1/2:3,0.5:2'"),
     (["--prompt", "cat", "--lora", "a.pt:0.5,a.pt"], "argument --lora: a.pt is given twice"),
-    (["--prompt", "cat", "--out", "image.jpg"], "images are saved as PNG"),
-    (["--prompt", "cat", "--out", "image.gif"], "images are saved as PNG"),
+    (["--prompt", "cat", "--out", "image.avif"], "images are saved as PNG, JPEG or WebP, name a .png, .jpg or .webp"),
+    (["--prompt", "cat", "--out", "image.gif"], "images are saved as PNG, JPEG or WebP"),
     (["--prompt", "cat", "--mask", "m.png"], "--mask requires --init"),
     (["--prompt", "cat", "--strength", "0"], "--strength requires --init"),
     (["--prompt", "cat", "--outpaint", "1,1,1,1"], "--outpaint requires --init"),
@@ -659,7 +659,7 @@ def test_files_that_changed_are_reported(capsys):
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("foreign.png", None, "foreign.png contains no settings of this program: expected a PNG file just as it was saved"),
+    ("foreign.png", None, "foreign.png contains no settings of this program: expected a PNG, JPEG or WebP file"),
     ("text.png", b"not an image", "text.png cannot be read: it is not an image in a known format"),
     ("missing.png", None, "missing.png cannot be read: there is no such file"),
     ("forged.png", {"steps_c": "many"}, "argument --steps-c: expected something like 29"),
@@ -674,6 +674,23 @@ def test_images_that_cannot_be_made_again(name, content, message, capsys):
     elif name == "foreign.png":
         photo(name)
     assert error_of(capsys, "--like", name, by=lambda *argv: sample.main(list(argv))).startswith(message)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "webp"])
+def test_jpeg_and_webp_by_the_name_and_like_reads_them_back(suffix):
+    """The same image as the PNG file up to compression, and all its settings."""
+    tiny("--prompt", "cat", "--seed", "7", "--out", "a.png")
+    tiny("--prompt", "cat", "--seed", "7", "--num-images", "2", "--save-latent", "--out", f"a.{suffix}")
+    assert files() == sorted(["a.png", f"a_7.{suffix}", f"a_8.{suffix}", "a_7.safetensors", "a_8.safetensors"])
+    assert np.abs(pixels(f"a_7.{suffix}") - pixels("a.png")).mean() < 3
+    assert read_settings(f"a_7.{suffix}") == read_settings("a.png")
+    sample.main(["--like", f"a_7.{suffix}", "--out", "again.png"])
+    assert same_files("again.png", "a.png")
+    tiny("--prompt", "cat", "--seed", "7", "--no-metadata", "--out", f"bare.{suffix}")
+    with Image.open(f"bare.{suffix}") as image:
+        assert not image.getexif() and "xmp" not in image.info
+    tiny("--prompt", "a dog", "--interpolate-to", "a cat", "--frames", "2", "--seed", "7", "--out", f"strip.{suffix}")
+    assert pixels(f"strip.{suffix}").shape == (128, 260, 3)
 
 
 # --- nothing is overwritten --------------------------------------------------------------------------
@@ -767,6 +784,30 @@ def test_a_reconstruction_stands_next_to_its_original(capsys):
     assert abs(original[64, 128] - RED).max() < 10 and abs(original[5, 5] - BLUE).max() < 10
     assert float(first.split()[1]) == pytest.approx(-10 * np.log10(((original - result) ** 2).mean() / 255 ** 2),
                                                     abs=0.05)
+
+
+@pytest.mark.parametrize("size, given, result", [
+    ((1, 500), [], (128, 512)), ((500, 1), [], (512, 128)), ((30, 900), ["--width", "64"], (64, 256)),
+    ((30, 150), ["--width", "64", "--height", "320"], (64, 320))])
+def test_an_endless_image_is_cut_to_4_to_1(size, given, result, capsys):
+    """In its own shape, 1 x 500 px would be 128 x 64000. --width and --height together allow other shapes."""
+    photo("long.png", size)
+    tiny("--init", "long.png", "--prompt", "cat", "--seed", "7", *given, "--out", "a.png")
+    err = capsys.readouterr().err
+    assert pixels("a.png").shape == (*result[::-1], 3)
+    assert (f"warning: the image has {size[0]} x {size[1]} px, a shape beyond 4 : 1: only its middle is used, cut to "
+            f"4 : 1; width and height together override this" in err) == (len(given) < 4)
+
+
+def test_a_photo_with_a_hole_as_mask(capsys):
+    """The hole becomes new content and nothing bright does; a line says that the colours do not count."""
+    image = Image.open(photo("photo.png", colour=(255, 250, 240))).convert("RGBA")
+    image.paste((0, 0, 0, 0), (0, 0, 24, 24))
+    image.save("hole.png")
+    tiny("--init", "photo.png", "--mask", "hole.png", "--prompt", "cat", "--seed", "7", "--out", "a.png")
+    assert capsys.readouterr().err.count("warning: hole.png has transparent holes and more than one colour") == 1
+    change = np.abs(pixels("a.png") - pixels("photo.png")).max(2)
+    assert change[:24, :24].max() > 50 and change[24:].max() == change[:, 24:].max() == 0
 
 
 def test_image_to_image_keeps_what_its_strength_leaves():
