@@ -68,8 +68,7 @@ def generate(model: Wuerstchen, prompt: str | list[str] | None = None, negative_
     seed           also a source of noise: seed(C, h, w) -> (images or 1,C,h,w)
                    With `semantic`, seeds skip the noise that Stage C would have drawn, so two calls with the same seed
                    and settings give the image of one. A source of noise continues where it is
-    width, height  px; default: the shape of the edited image, at most 4 : 1, its shorter side at the weights' own size,
-                   so that it has at most 4 times as many pixels; else that size
+    width, height  px; default: the edited image's shape, up to 4 : 1, the shorter side of the weights' own size
     edit           an InitImage
     given          any of: prompt_c, negative_c, prompt_b, negative_b, embeddings (prompts or 1,N,D) instead of text;
                    semantic, raw latents (images or 1,16,h,w) as output="semantic" returns them, instead of Stage C;

@@ -9,6 +9,7 @@ Needs: the standard library; tqdm once images are computed.
 """
 import argparse
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -129,7 +130,9 @@ def exit_on_error() -> Iterator[Run]:
     run = Run()
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_: run.print("warning:", *str(message).split(), file=sys.stderr)
+            # Each once, though files are read before the weights are loaded, and again for each batch.
+            warn = functools.cache(lambda text: run.print("warning:", *text.split(), file=sys.stderr))
+            warnings.showwarning = lambda message, *_: warn(str(message))
             yield run
     except KeyboardInterrupt:
         print(f"\nstopped: {len(run.saved)} of {len(run.jobs)} images are finished, each in its file", file=sys.stderr)

@@ -807,7 +807,7 @@ def test_a_photo_with_a_hole_as_mask(capsys):
     tiny("--init", "photo.png", "--mask", "hole.png", "--prompt", "cat", "--seed", "7", "--out", "a.png")
     assert capsys.readouterr().err.count("warning: hole.png has transparent holes and more than one colour") == 1
     change = np.abs(pixels("a.png") - pixels("photo.png")).max(2)
-    assert change[:24, :24].max() > 50 and change[24:].max() == change[:, 24:].max() == 0
+    assert change[:24, :24].max() > 10 and change[24:].max() == change[:, 24:].max() == 0
 
 
 def test_image_to_image_keeps_what_its_strength_leaves():
