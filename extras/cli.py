@@ -48,6 +48,9 @@ PER_IMAGE = ("prompt", "negative_prompt", "seed", "num_images", "width", "height
 PER_RUN = ("reconstruct", "interpolate_to", "to_seed", "frames", "grid", "to_latent", "weights", *FILES, "lora",
            "revision", "dtype", "int8", "tile")
 
+# Names of weights whose version is known before they are loaded: whether it is v1.
+NAMED = {None: False, "tiny": False, "tiny-v1": True, "v1": True, "v2": False, "v2-base": False, "v2-aesthetic": False}
+
 COMBINED = ("reconstruct", "grid", "interpolate_to", "to_latent")            # these make one image out of several
 SPECIAL = {*COMBINED, "outpaint", "from_latent", "tensors", "save_latent", "preview_every"}      # see modes.py
 CONFLICTS = (("mask", "outpaint"), ("low_memory", "offload"), ("prompt_file", "reconstruct"), ("reconstruct", "init"),
@@ -253,9 +256,9 @@ def parse_jobs(p: argparse.ArgumentParser, argv: list[str], run: Run) -> list[ar
         job.path, job.preview_path, job.preview = path, files_of(job, path)[-1], None    # preview: the file if written
     for args in prompts:
         if not args.given.isdisjoint(INPUTS):    # before the weights are loaded, which may take minutes
-            from extras.modes import read_inputs
+            from extras.modes import check_inputs
             try:
-                read_inputs(args)
+                check_inputs(args)
             except ValueError as problem:
                 skip_line(args, problem, bad)
     run.jobs = [job for job in jobs if job.line not in bad]
@@ -369,6 +372,20 @@ def check(args: argparse.Namespace) -> None:
         error("--from-latent without --seed is one image: for --num-images, give a --seed")
     for stage in "cb":
         check_sampling(args, stage)
+    if args.weights in NAMED and not args.decoder:
+        v1 = NAMED[args.weights]
+        for name in ("rescale", "eta") if v1 else ("temperature",):
+            if getattr(args, f"{name}_b") not in (None, SAMPLING[name]):
+                only_for(f"{name}_b")
+        if args.sampler_b and (args.sampler_b in SAMPLERS["c"]) == v1:
+            error(f"Stage B: sampler is {args.sampler_b!r}, expected one of "
+                  + (f"{', '.join(SAMPLERS['b'][3:])} for Stage B of v1." if v1 else f"{', '.join(SAMPLERS['c'])}."))
+
+
+def only_for(name: str) -> None:
+    """Raises ValueError for an option that only the other version has."""
+    error(f"{as_option(name)} is only for {'v1' if name == 'temperature_b' else 'v2'}, because Stage B of v1 generates "
+          f"tokens: remove it")
 
 
 def check_sampling(args: argparse.Namespace, stage: str) -> None:
@@ -396,7 +413,7 @@ def output_paths(jobs: list[argparse.Namespace]) -> list[Path]:
     args, out, taken = jobs[0], Path(jobs[0].out), {}
     suffixes = (*SUFFIXES, ".gif") if args.interpolate_to or args.to_latent else SUFFIXES
     try:
-        if any(len(os.fsencode(part)) > 230 for part in out.parts):      # file systems take 255, and we add some
+        if any(len(os.fsencode(part)) > 200 for part in out.parts):      # file systems take 255, and we add some
             raise OSError("the name is too long")
         is_file = out.suffix.lower() in suffixes and not out.is_dir()
         others = (".gif", ".bmp", ".tif", ".tiff", ".jfif", ".avif", ".heic", ".jxl")
@@ -475,8 +492,7 @@ def sampling_options(args: argparse.Namespace, model) -> dict:
         if value in (None, SAMPLING[field]):
             continue
         if not hasattr(model.c if name.endswith("c") else model.b, field):
-            error(f"{as_option(name)} is only for {'v1' if field == 'temperature' else 'v2'}, because Stage B of v1 "
-                  f"generates tokens: remove it")
+            only_for(name)
         if value == PUBLISHED_STEPS:
             from wuerstchen import Sampling
             value = Sampling(29, early=True).levels

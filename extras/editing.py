@@ -158,16 +158,21 @@ def interpolate(model: Wuerstchen, a: str | Tensor, b: str | Tensor, frames: int
 
 def check_arguments(model: Wuerstchen, given: dict, edit: InitImage | None, output: str) -> None:
     """Raises ValueError for arguments of generate that are unknown or do not go together."""
-    if unknown := sorted(given.keys() - {*EMBEDDINGS, *LATENTS}):
-        raise ValueError(f"{unknown[0]} cannot be given: expected some of {', '.join(EMBEDDINGS + LATENTS)}.")
+    check_given(given, edit)
     if output not in OUTPUTS:
         raise ValueError(f"output is {output!r}, expected one of {', '.join(OUTPUTS)}.")
+    if not isinstance(model.b, Sampling) and ("latents_b" in given or edit is not None and edit.mask is not None):
+        raise ValueError("Stage B of v1 generates tokens, for which masks and latents_b do not exist: remove them.")
+
+
+def check_given(given: dict, edit: InitImage | None) -> None:
+    """The part of check_arguments that is known without a model."""
+    if unknown := sorted(given.keys() - {*EMBEDDINGS, *LATENTS}):
+        raise ValueError(f"{unknown[0]} cannot be given: expected some of {', '.join(EMBEDDINGS + LATENTS)}.")
     if "semantic" in given and given["semantic"].ndim != 4:
         raise ValueError(f"semantic has shape {tuple(given['semantic'].shape)}, expected (images or 1, 16, h, w).")
     if "latents_c" in given and (edit is not None or "semantic" in given):
         raise ValueError("latents_c specify where Stage C starts, and so do an image and semantic: give one of them.")
-    if not isinstance(model.b, Sampling) and ("latents_b" in given or edit is not None and edit.mask is not None):
-        raise ValueError("Stage B of v1 generates tokens, for which masks and latents_b do not exist: remove them.")
 
 
 def prompt_lists(prompt, negative, num_images: int, optional: bool = False) -> tuple[list, list]:
@@ -224,10 +229,7 @@ def image_size(model: Wuerstchen, height: int | None, width: int | None, image: 
             h, w = min(h, LONGEST * w), min(w, LONGEST * h)
         if height is None and width is None:
             height, width = fitting_size(h, w, model.size)
-        elif height is None:
-            height = round(width * h / w)
-        elif width is None:
-            width = round(height * w / h)
+        height, width = both_sides(height, width, image)
     elif semantic is not None:
         height, width = (side * 128 // 3 if given is None else given
                          for given, side in zip((height, width), semantic.shape[-2:]))
@@ -235,6 +237,13 @@ def image_size(model: Wuerstchen, height: int | None, width: int | None, image: 
     latent_sizes(height, width)                                                            # for its error messages
     warn_of_size(height, width, model.size)
     return height, width
+
+
+def both_sides(height: int | None, width: int | None, image: Tensor) -> tuple[int, int]:
+    """Fills in the side that was left open, if one was, in the shape of the image (3,H,W), at most LONGEST : 1."""
+    h, w = image.shape[-2:]
+    h, w = min(h, LONGEST * w), min(w, LONGEST * h)
+    return round(width * h / w) if height is None else height, round(height * w / h) if width is None else width
 
 
 def warn_of_size(height: int, width: int, trained: int) -> None:

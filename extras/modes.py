@@ -95,6 +95,10 @@ def read_inputs(job: argparse.Namespace) -> dict:
     if job.from_latent:
         latent = read_tensors(job.from_latent, *LATENT)
         given["semantic"] = latent["semantic"]                                             # (1, 16, h, w)
+        if latent["size"].shape != (2,) or latent["states"].ndim != 2:
+            raise UserError(f"{job.from_latent} cannot be used: its size and states have shapes "
+                            f"{tuple(latent['size'].shape)} and {tuple(latent['states'].shape)}, expected (2) and "
+                            f"(1, bytes): was it written by --save-latent?")
         height, width = latent["size"].tolist()
         inputs |= dict(height=job.height or height, width=job.width or width)
     if job.tensors:
@@ -104,6 +108,28 @@ def read_inputs(job: argparse.Namespace) -> dict:
                             f"use a file for each image")
         given |= tensors
     return inputs | dict(given=given)
+
+
+def check_inputs(job: argparse.Namespace) -> None:
+    """Raises ValueError for files that cannot be used, as far as this is known without weights, which take minutes."""
+    inputs = read_inputs(job)
+    given, edit = inputs["given"], inputs.get("edit")
+    editing.check_given(given, edit)
+    height, width = (inputs.get(side, getattr(job, side)) for side in ("height", "width"))
+    if edit is not None and (height or width):
+        height, width = editing.both_sides(height, width, edit.image)
+    shapes = {name: tuple(tensor.shape) for name, tensor in given.items()}
+    for name, shape in shapes.items():
+        if name in editing.EMBEDDINGS and len(shape) != 3:
+            raise UserError(f"embeddings {name} have shape {shape}, expected (1 or 1, tokens, width).")
+    if height and width:
+        size_c, size_b = latent_sizes(height, width)
+        for name, channels, size in (("semantic", 16, size_c), ("latents_c", 16, size_c), ("latents_b", 4, size_b)):
+            if name in given:
+                editing.fitting(1, given[name].device, name, given[name], (channels, *size))
+    if job.to_latent and read_tensors(job.to_latent, *LATENT)["semantic"].shape != shapes["semantic"]:
+        raise UserError(f"{job.from_latent} and {job.to_latent} belong to images of different sizes, "
+                        f"expected the same")
 
 
 def read_tensors(path: str, *needed: str) -> dict[str, Tensor]:
@@ -171,9 +197,6 @@ def interpolation(model, job: argparse.Namespace, options: dict):
     ends = job.prompt, job.interpolate_to
     if job.to_latent:
         ends = options["given"].pop("semantic"), read_tensors(job.to_latent, *LATENT)["semantic"]
-        if ends[0].shape != ends[1].shape:
-            raise UserError(f"{job.from_latent} and {job.to_latent} belong to images of different sizes, "
-                            f"expected the same")
         options["prompt"] = job.prompt
     images = editing.interpolate(model, *ends, job.frames, seed=job.seed, to_seed=job.to_seed, batch=job.batch,
                                  **options)

@@ -15,6 +15,7 @@ from loading import weights as w
 from loading.errors import WeightsError
 from loading.files import TensorFile, find_file
 from loading.layouts import locate
+from loading.lora_formats import load_lora, read_lora
 from loading.words import warn_of_unknown_words
 from speed.fast import accelerate
 from speed.int8 import check as check_int8, to_int8
@@ -52,6 +53,8 @@ def load(weights: str | Path | None = None, device: str | None = None, dtype: to
         if dtype != torch.float32:
             raise ValueError(f"int8 computes in float32 between its products, not in {dtype}: remove one of them.")
         check_int8([device])
+    for file in lora or {}:
+        read_lora(file)                          # before 12 GB are fetched; whether it fits is only known later
     weights = weights or ("v2" if files else "tiny")
     paths = locate(weights, files, parts or hub.TEXT_TO_IMAGE, half=dtype != torch.float32, offline=offline,
                        revision=revision)
@@ -118,7 +121,6 @@ def loaders_of(paths: dict, empty: dict, device: torch.device, dtype: torch.dtyp
         return w.load(type(empty[part]), paths[part], torch.float32 if half else dtype, int8)
 
     def stage_c() -> torch.nn.Module:
-        from loading.lora_formats import load_lora
         from lora import merge_and_unload
         model = stage("prior", int8 and not loras)
         for i, (file, scale) in enumerate(loras.items()):

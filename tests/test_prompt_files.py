@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 import sample
 from helpers import PUBLISHED
+from loading import hub, layouts
 from wuerstchen import Wuerstchen
 
 QUICK = ["--weights", str(PUBLISHED), "--width", "128", "--height", "128", "--steps-c", "3", "--steps-b", "2"]
@@ -116,3 +117,54 @@ def test_a_bar_shows_which_prompt_it_is_at(capsys):
     assert "seed 8: a cat:  50%|" in capsys.readouterr().err
     sample.main([*QUICK, "--prompt", "a cat"])
     assert "image/s" not in capsys.readouterr().err
+
+
+# --- before anything is loaded -----------------------------------------------------------------------
+
+LATENT = dict(semantic=torch.zeros(1, 16, 3, 3), states=torch.zeros(1, 5056, dtype=torch.uint8),
+              size=torch.tensor([128, 128]))
+INIT = ["--init", "red.png", "--prompt", "cat"]
+LATE = [
+    (["--lora", "missing.safetensors"], "missing.safetensors: there is no such file"),
+    (["--lora", "text.safetensors"], "text.safetensors: it cannot be read, presumably it is cut off"),
+    (["--lora", "latent.safetensors"], "latent.safetensors: 3 of 3 tensors belong to no layer of this model"),
+    (["--device", "gpu"], "device 'gpu' cannot be used here"),
+    (["--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
+    (["--device", "cpu", "--int8", "--dtype", "bf16"], "int8 computes in float32 between its products"),
+    (["--prior", "nowhere"], "prior: nowhere: there is no such file or folder"),
+    (["--temperature-b", "0.5"], "--temperature-b is only for v1, because Stage B of v1 generates tokens: remove it"),
+    (["--sampler-b", "quant"], "Stage B: sampler is 'quant', expected one of ddpm, ddim, dpm++."),
+    (["--weights", "v1", "--rescale-b", "0.5"], "--rescale-b is only for v2"),
+    (["--weights", "v1", "--sampler-b", "ddim"], "Stage B: sampler is 'ddim', expected one of multinomial, argmax"),
+    ([*INIT, "--mask", "mask.png"], "the mask has 64 x 64 px, its image 128 x 256: they must be the same"),
+    ([*INIT, "--height", "100"], "width is 50, expected a whole number of px from 64 on"),
+    (["--from-latent", "latent.safetensors", "--to-latent", "wide.safetensors", "--seed", "1"],
+     "latent.safetensors and wide.safetensors belong to images of different sizes, expected the same"),
+    (["--from-latent", "latent.safetensors", "--width", "256"],
+     "semantic has shape (1, 16, 3, 3), expected (1 or 1, 16, 3, 6)"),
+    (["--from-latent", "odd.safetensors"], "odd.safetensors cannot be used: its size and states have shapes (3,) and"),
+    (["--tensors", "x.safetensors"], "prompt_x cannot be given: expected some of prompt_c"),
+    (["--tensors", "flat.safetensors"], "embeddings prompt_b have shape (1, 1280), expected (1 or 1, tokens, width)"),
+    (["--tensors", "start.safetensors", *INIT], "latents_c specify where Stage C starts, and so do an image and"),
+    (["--tensors", "start.safetensors", "--width", "128", "--height", "300"],
+     "latents_c has shape (1, 16, 3, 3), expected (1 or 1, 16, 8, 3)")]
+
+
+@pytest.mark.parametrize("argv, message", LATE, ids=[f"{i} {' '.join(argv[:2])}" for i, (argv, _) in enumerate(LATE)])
+def test_what_is_known_from_options_and_small_files_is_checked_before_weights_are_fetched(argv, message, capsys,
+                                                                                         monkeypatch):
+    """They may be 12 GB."""
+    def fetch(*_, **__):
+        raise AssertionError("weights are fetched")
+    for module in (hub, layouts):
+        monkeypatch.setattr(module, "fetch", fetch)
+    Image.new("RGB", (128, 256), "red").save("red.png")
+    Image.new("L", (64, 64), 255).save("mask.png")
+    Path("text.safetensors").write_text("not a file of weights")
+    for name, tensors in dict(
+            latent=LATENT, wide=LATENT | dict(semantic=torch.zeros(1, 16, 3, 6)), x=dict(prompt_x=torch.zeros(1, 2, 3)),
+            odd=LATENT | dict(size=torch.zeros(3)), flat=dict(prompt_b=torch.zeros(1, 1280)),
+            start=dict(latents_c=torch.zeros(1, 16, 3, 3))).items():
+        save_file(tensors, f"{name}.safetensors")
+    weights = [] if "v1" in argv else ["--weights", "v2"]
+    assert errors(capsys, ["--prompt", "cat", *argv], 2, weights)[0].startswith(message) and files("*") == []

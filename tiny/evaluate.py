@@ -154,6 +154,8 @@ def parse_args(argv=None):
     for path in filter(None, (args.out, args.grid)):
         if Path(path).exists():
             p.error(f"{path} exists already and will not be overwritten: choose another name, or remove it.")
+    if args.grid and Path(args.grid).suffix.lower() != ".png":
+        p.error(f"--grid {args.grid} is not possible: it is saved as PNG, name a .png file.")
     return args
 
 
@@ -190,10 +192,10 @@ def main(args):
                   for fact, (found, colour), v in zip(facts, seen, verdicts)]
         report["runs"].append({"title": title, "figures": figures, "pictures": judged})
     if args.out:
-        write_atomically(args.out, lambda path: path.write_text(json.dumps(report, indent=1) + "\n"))
+        write_atomically(args.out, lambda path: path.write_text(json.dumps(report, indent=1) + "\n"), overwrite=False)
     if args.grid:                                        # of the last run
         grid = draw_grid(images[:64], facts, verdicts)
-        write_atomically(args.grid, grid.save)
+        write_atomically(args.grid, grid.save, overwrite=False)
 
 
 if __name__ == "__main__":
