@@ -56,8 +56,7 @@ def load(weights: str | Path | None = None, device: str | None = None, dtype: to
     for file in lora or {}:
         read_lora(file)                          # before 12 GB are fetched; whether it fits is only known later
     weights = weights or ("v2" if files else "tiny")
-    paths = locate(weights, files, parts or hub.TEXT_TO_IMAGE, half=dtype != torch.float32, offline=offline,
-                       revision=revision)
+    paths = locate(weights, files, parts or hub.TEXT_TO_IMAGE, dtype != torch.float32, offline, revision)
     empty = build_all(paths)
     loras = ({paths["lora"]: 1.0} if paths.get("lora") else {}) | (lora or {})
     loaders = loaders_of(paths, empty, torch.device("cpu") if offload else device, dtype, int8, loras)
