@@ -12,9 +12,10 @@
   python sample.py --prompt-file prompts.txt --batch 8
   python sample.py --like out/image.png --seed 8                       # its settings, another seed
 
-`main` shows the whole way: options become jobs, one for each image; load; generate; save. The
-advanced options, checks, paths and the settings that each file carries are in extras/cli.py,
-grids, interpolation and latents in extras/modes.py. From Python: wuerstchen.py, extras/editing.py.
+For readers: `main` shows the whole way: options become jobs, one for each image; load; generate;
+save. Options, checks, paths and the settings that each file carries are in extras/cli.py, prompt
+files and what happens after an error in extras/jobs.py, grids, interpolation and latents in
+extras/modes.py. From Python: wuerstchen.py, extras/editing.py.
 Surprise: torch takes seconds to import, so this happens only after the options were checked.
 Needs: what wuerstchen.py needs.
 """
@@ -32,13 +33,13 @@ All options: python sample.py --help"""
 
 
 def parser() -> argparse.ArgumentParser:
-    """The everyday options. Defaults that depend on the weights are filled in by the model."""
+    """Options that people use first, then the others. The weights have defaults of their own."""
     p = argparse.ArgumentParser(usage='python sample.py --prompt "..." [options]',
-                                description=__doc__,
+                                description=__doc__.partition("\nFor readers")[0],
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = cli.error                        # argparse would print its usage as well
 
-    add = p.add_argument_group("image").add_argument
+    add = p.add_argument_group("used most").add_argument
     add("--prompt", metavar="TEXT", help="a description of the image")
     add("--negative-prompt", metavar="TEXT", default="",
         help="what to steer away from; has no effect if guidance is 1 (default: nothing)")
@@ -47,49 +48,50 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", metavar="N", type=integer(0),
         help="the same seed and settings always give the same image; of several images, each next "
              "one has the next seed (default: random, and printed)")
+    add("--out", metavar="PATH", default="out",
+        help="a .png, .jpg or .webp file (.gif for an interpolation), or a folder in which PNG "
+             "files are named after prompt and seed; of several images, FILE.png becomes "
+             "FILE_SEED.png (default: out)")
     add("--width", metavar="PX", type=integer(64),
         help="any from 64; far from the size the weights were trained on, images get worse "
              "(default: 128 for the tiny weights, 512 for v1, 1024 for others; with --init: its "
              "shape, at most 4 : 1, the shorter side that long)")
-    add("--height", metavar="PX", type=integer(64), help="as --width")
+    add("--height", metavar="PX", type=integer(64), help="any from 64 (default: see --width)")
     add("--init", metavar="IMAGE",
         help="start from this image instead of noise; without --prompt: variations of it")
     add("--strength", metavar="X", type=unit_float,
         help="how much of --init is replaced by noise: 0 nothing, 1 all of it (default: 0.6, with "
              "a mask 1, without a prompt 0.3)")
-    add("--mask", metavar="IMAGE",
-        help="as large as --init, white where new content is generated, black where it stays")
-
-    add = p.add_argument_group("sampling: Stage C decides what is in the image, Stage B adds "
-                               "detail").add_argument
-    add("--steps-c", metavar="STEPS", type=steps,
-        help="a number, more are slower and finer; or segments, 2/3:20,0:10 for 20 steps from "
-             "noise level 1 down to 2/3 and 10 to 0; or the levels themselves, 1,0.6,0.3,0; or "
-             f"{cli.PUBLISHED_STEPS}, 29 steps (default: 29; for v1 60)")
-    add("--steps-b", metavar="STEPS", type=steps, help="as --steps-c (default: 12; for v1 8)")
-    add("--sampler-c", choices=cli.SAMPLERS["c"],
-        help="ddpm, the original's; ddim, deterministic; or dpm++, of second order, which needs "
-             "half as many steps (default: ddpm)")
-    add("--sampler-b", choices=cli.SAMPLERS["b"],
-        help="as --sampler-c; or for v1, whose Stage B generates tokens: multinomial draws them, "
-             "argmax takes the likeliest, quant the nearest to their mean (default: ddpm; for v1 "
-             "multinomial)")
-    add("--guidance-c", metavar="SCALE", type=comma_list(number, 1, 2),
-        help="how strongly the prompt is followed: 1 is no guidance, in half the time; raise it if "
-             "the prompt is ignored, lower it if colours glare; two numbers, 8,2: at noise level 1 "
-             "and at 0 (default: 4; for v1 6)")
-    add("--guidance-b", metavar="SCALE", type=comma_list(number, 1, 2),
-        help="as --guidance-c (default: 1; for v1 2, for the tiny weights 4)")
-
-    add = p.add_argument_group("weights, device, output").add_argument
     add("--weights", metavar="NAME",
         help='"tiny" and "tiny-v1", which ship with the code; "v2", "v2-base" or "v2-aesthetic", '
              '12 GB fetched once, half of it if float16 is wanted and offered; "v1", for 512 px; '
              "or a folder, in diffusers' layout or with the original .pt files (default: tiny; v2 "
              "if a part is given below)")
-    add("--lora", metavar="FILE:SCALE", type=cli.loras,
-        help="LoRA for Stage C, in any of the usual formats; several with commas between; SCALE "
-             "is how strongly it counts (default: 1)")
+    add("--steps-c", metavar="STEPS", type=steps,
+        help="steps of Stage C, which decides what is in the image: more are slower and finer "
+             "(default: 29; for v1 60); other forms: see --steps-b")
+    add("--guidance-c", metavar="SCALE", type=comma_list(number, 1, 2),
+        help="how strongly Stage C follows the prompt: 1 is no guidance, in half the time; raise "
+             "it if the prompt is ignored, lower it if colours glare; two numbers, 8,2: at noise "
+             "level 1 and at 0 (default: 4; for v1 6)")
+    cli.add_input_options(p)
+    add = p.add_argument_group("sampling", "Stage C (-c) decides what is in the image, Stage B "
+                               "(-b) adds detail. Both take the same values.").add_argument
+    add("--steps-b", metavar="STEPS", type=steps,
+        help="a number; or segments, 2/3:20,0:10 for 20 steps from noise level 1 down to 2/3 and "
+             "10 to 0; or the levels themselves, 1,0.6,0.3,0; or "
+             f"{cli.PUBLISHED_STEPS}, 29 steps (default: 12; for v1 8)")
+    add("--guidance-b", metavar="SCALE", type=comma_list(number, 1, 2),
+        help="default: 1; for v1 2, for the tiny weights 4")
+    add("--sampler-c", choices=cli.SAMPLERS["c"],
+        help="ddpm, the original's; ddim, deterministic; or dpm++, of second order, which needs "
+             "half as many steps (default: ddpm)")
+    add("--sampler-b", choices=cli.SAMPLERS["b"],
+        help="for v1, whose Stage B generates tokens: multinomial draws them, argmax takes the "
+             "likeliest, quant the nearest to their mean (default: ddpm; for v1 multinomial)")
+    cli.add_sampling_options(p)
+
+    add = p.add_argument_group("device and speed").add_argument
     add("--device", help="cuda, cuda:1, cpu, mps (default: cuda if there is one, else cpu)")
     add("--dtype", choices=cli.DTYPES,
         help="precision: fp32 is exact, the others need half the memory (default: bf16 on a GPU, "
@@ -97,11 +99,6 @@ def parser() -> argparse.ArgumentParser:
     add("--batch", metavar="N", type=positive_int, default=1,
         help="images computed at a time: more is faster on a GPU, and rounds differently "
              "(default: 1)")
-    add("--out", metavar="PATH", default="out",
-        help="a .png, .jpg or .webp file (.gif for an interpolation), or a folder in which PNG "
-             "files are named after prompt and seed; of several images, FILE.png becomes "
-             "FILE_SEED.png (default: out)")
-    cli.add_input_options(p)                   # the advanced ones
     cli.add_output_options(p)
     return p
 

@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
-from extras.jobs import Run, place_of, prompt_lines, remove_preview, without_mark
+from extras.jobs import Run, place_of, prompt_lines, remove_preview, skip_line, without_mark
 from loading.errors import UserError
 from loading.files import numbered
 
@@ -181,6 +181,8 @@ def add_input_options(p: argparse.ArgumentParser) -> None:
         '"guidance_c": 6}; lines that cannot be used are reported and skipped')
     add("--like", metavar="IMAGE", help="all settings of this image, made by this program; options on the command line "
         'override them, and "" removes one: --mask ""')
+    add("--mask", metavar="IMAGE", help="as large as --init, white where new content is generated, black where it "
+        "stays")
     add("--outpaint", metavar="L,T,R,B", type=comma_list(integer(0), 4), help="px to add to --init and to generate: "
         "left, top, right, bottom; instead of --mask")
     add("--reconstruct", metavar="IMAGE", help="encode and decode this image: image encoder, Stages B and A. Saves "
@@ -203,9 +205,9 @@ def add_input_options(p: argparse.ArgumentParser) -> None:
         "channels x height x width)")
 
 
-def add_output_options(p: argparse.ArgumentParser) -> None:
-    """Advanced options: how an image is made and saved."""
-    add = p.add_argument_group("more about sampling, for Stage C and for Stage B").add_argument
+def add_sampling_options(p: argparse.ArgumentParser) -> None:
+    """Advanced options of both stages."""
+    add = p.add_argument_group("more about sampling", "-c for Stage C, -b the same for Stage B").add_argument
     for name, read, text in (
             ("interval", comma_list(unit_float, 2), "noise levels LOW,HIGH between which guidance acts; outside of "
              "them it costs nothing"),
@@ -214,11 +216,17 @@ def add_output_options(p: argparse.ArgumentParser) -> None:
             ("t_start", unit_float, "noise level to start at"), ("t_end", unit_float, "noise level to stop at")):
         for stage in "cb":
             add(as_option(f"{name}_{stage}"), metavar=name.upper().replace("_", "-"), type=read, default=SAMPLING[name],
-                help=f"{text if stage == 'c' else 'as for Stage C'} (default: {as_text(SAMPLING[name])})")
+                help=f"{text} (default: {as_text(SAMPLING[name])})" if stage == "c" else
+                f"default: {as_text(SAMPLING[name])}")
     add("--temperature-b", metavar="T", type=comma_list(number, 1, 2), help="for v1: below 1 likelier tokens are "
         "drawn: cleaner and less varied; two numbers, 1,0.6: in the first and the last step (default: 1,0.6)")
 
+
+def add_output_options(p: argparse.ArgumentParser) -> None:
+    """Advanced options: which weights, how an image is computed and saved."""
     add = p.add_argument_group("more about weights, memory and speed").add_argument
+    add("--lora", metavar="FILE:SCALE", type=loras, help="LoRA for Stage C, in any of the usual formats; several with "
+        "commas between; SCALE is how strongly it counts (default: 1)")
     for part, what in FILES.items():
         add(as_option(part), metavar="PATH", help=f"{what} from this folder" + " or file" * ("text" not in part))
     add("--revision", metavar="NAME", help="branch, tag or commit on the hub instead of the tested ones; REPO=NAME for "
@@ -266,13 +274,6 @@ def parse_jobs(p: argparse.ArgumentParser, argv: list[str], run: Run) -> list[ar
     for message in messages if run.jobs else messages[:-1]:
         run.report(message)
     return run.jobs or error(messages[-1])
-
-
-def skip_line(args: argparse.Namespace, problem: ValueError, bad: dict[int, str] | None) -> None:
-    """Notes what is wrong with a line of a prompt file. Raises it if it is not about a line, or cannot be noted."""
-    if not args.line or bad is None:
-        raise UserError(place_of(args) + str(problem)) from None
-    bad[args.line] = place_of(args) + str(problem)
 
 
 def parse_args(p: argparse.ArgumentParser, argv: list[str], bad: dict[int, str] | None = None) -> list:

@@ -120,6 +120,13 @@ def place_of(job: argparse.Namespace) -> str:
     return f"{job.prompt_file}, line {job.line}: " if job.line else ""
 
 
+def skip_line(args: argparse.Namespace, problem: ValueError, bad: dict[int, str] | None) -> None:
+    """Notes what is wrong with a line of a prompt file. Raises it if it is not about a line, or cannot be noted."""
+    if not args.line or bad is None:
+        raise UserError(place_of(args) + str(problem)) from None
+    bad[args.line] = place_of(args) + str(problem)
+
+
 @contextlib.contextmanager
 def exit_on_error() -> Iterator[Run]:
     """Runs the script: exit code 2 and one line for what a user can repair, 130 after Ctrl-C. Bugs keep a traceback.

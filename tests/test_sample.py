@@ -172,6 +172,18 @@ def test_every_option_is_explained():
         assert action.help and not action.help.endswith("."), action.option_strings
 
 
+def test_help_begins_with_examples_and_the_options_that_are_used_most():
+    """The text is for users: it names no file of the code. What holds for all options of Stage B is said once."""
+    text = " ".join(sample.parser().format_help().split())
+    first = text[:text.index("several images, and images as input:")]
+    for option in ("prompt", "negative-prompt", "num-images", "seed", "out", "width", "height", "init", "strength",
+                   "weights", "steps-c", "guidance-c"):
+        assert f" --{option} " in first, option
+    assert first.count(" --") < 50 and "python sample.py --like out/image.png --seed 8" in first
+    assert "extras/" not in text and "torch takes" not in text and "as for Stage C" not in text
+    assert not any(action.help.startswith("as --") for action in sample.parser()._actions)
+
+
 EMPTY = 'the prompt is empty: describe the image, for example --prompt "a red apple on a blue background"'
 ERRORS = [
     (["--seed", "1"], EMPTY),
