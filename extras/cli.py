@@ -182,7 +182,7 @@ def add_input_options(p: argparse.ArgumentParser) -> None:
     add("--like", metavar="IMAGE", help="all settings of this image, made by this program; options on the command line "
         'override them, and "" removes one: --mask ""')
     add("--mask", metavar="IMAGE", help="as large as --init, white where new content is generated, black where it "
-        "stays")
+        "stays; or the image itself, with transparent holes for new content")
     add("--outpaint", metavar="L,T,R,B", type=comma_list(integer(0), 4), help="px to add to --init and to generate: "
         "left, top, right, bottom; instead of --mask")
     add("--reconstruct", metavar="IMAGE", help="encode and decode this image: image encoder, Stages B and A. Saves "

@@ -42,7 +42,7 @@ class InitImage:
 
     strength   the noise level at which Stage C starts from the image's semantic latents: 0 is a reconstruction, 1 keeps
                nothing. Default 0.6; with a mask 1; without a prompt 0.3, because beyond that nothing holds the object
-    mask       white where new content is generated; outside of it the image stays as it is
+    mask       white, or transparent, where new content is generated; outside of it the image stays as it is
     """
     image: Any
     strength: float | None = None
@@ -68,7 +68,7 @@ def generate(model: Wuerstchen, prompt: str | list[str] | None = None, negative_
     seed           also a source of noise: seed(C, h, w) -> (images or 1,C,h,w)
                    With `semantic`, seeds skip the noise that Stage C would have drawn, so two calls with the same seed
                    and settings give the image of one. A source of noise continues where it is
-    width, height  px; default: the edited image's shape, up to 4 : 1, the shorter side of the weights' own size
+    width, height  px; default: the weights' own size; for an edited image its shorter side, in its shape up to 4 : 1
     edit           an InitImage
     given          any of: prompt_c, negative_c, prompt_b, negative_b, embeddings (prompts or 1,N,D) instead of text;
                    semantic, raw latents (images or 1,16,h,w) as output="semantic" returns them, instead of Stage C;
