@@ -766,12 +766,12 @@ def test_a_file_that_appears_in_the_meantime_is_not_overwritten(kind, moment, mo
 
 def test_a_preview_of_another_program_is_neither_overwritten_nor_removed(monkeypatch):
     """It appears after the paths were checked."""
-    encode = Wuerstchen.encode_text
+    sample_c = Wuerstchen.sample_c
 
-    def meanwhile(self, *args):
+    def meanwhile(self, *args, **options):
         Path("a_preview.png").write_text("dear to someone")
-        return encode(self, *args)
-    monkeypatch.setattr(Wuerstchen, "encode_text", meanwhile)
+        return sample_c(self, *args, **options)
+    monkeypatch.setattr(Wuerstchen, "sample_c", meanwhile)
     tiny("--prompt", "cat", "--seed", "7", "--preview-every", "1", "--out", "a.png")
     assert files() == ["a.png", "a_preview.png"] and Path("a_preview.png").read_text() == "dear to someone"
 
