@@ -102,8 +102,9 @@ from training.optim import (EMA, build_optimizer, clip_gradients, learning_rate,
 from training.order import BatchSampler, batches, sample_rng
 from training.processes import GracefulExit, Processes, SynchronisedBatchNorm, no_sync
 from training.report import Progress, draw_curves, due, outline
-from training.results import write_stage_a
+from training.results import finished, write_stage_a
 from training.samples import ImageReader, open_data, to_tensor
+from training.sheets import failure_is_a_warning
 from training.validation import fixed_images
 from training.vqgan_losses import (PatchDiscriminator, VGGFeatures, adaptive_weight,
                                    discriminator_loss, generator_loss, perceptual_loss)
@@ -113,9 +114,8 @@ CURVES = ["loss", "val_psnr", "val_psnr_quantised", "perplexity", "grad_norm", "
 
 def check(args) -> None:
     """Raises UserError for options that make no sense, before anything is loaded."""
-    check_at_least(args, width=2, bottleneck_blocks=1, codebook_size=1, steps=1, batch=1, keep=1,
-                   grad_accum=1, revive_every=1, save_every=1, log_every=1, val_count=1,
-                   norm_steps=0, gan_start=0, l1=0, l2=0, commitment=0)
+    check_at_least(args, width=2, bottleneck_blocks=1, codebook_size=1, revive_every=1, l1=0, l2=0,
+                   commitment=0, perceptual_weight=0, norm_steps=0, gan_start=0, gan_weight=0)
     check_shares(args, "ema", "codebook_decay")
     if not 0 <= args.quantise <= 1:
         raise UserError(f"--quantise is {args.quantise}, expected a share from 0 to 1")
@@ -247,9 +247,10 @@ def sample_sheet(model, fixed, device) -> Image.Image:
 
 def main(args):
     check(args)
-    checkpoints = Checkpoints(f"{args.out}/checkpoints", args.keep)
-    resumed = checkpoints.find(args.resume)
-    stop, processes = GracefulExit(), Processes(args.device)
+    checkpoints = Checkpoints(args, results=("vqgan",))
+    resumed, processes = checkpoints.find(args.resume), Processes(args.device)
+    if checkpoints.finished(resumed, args.steps):
+        return processes.on_main(finished, args)
     device, scenes = processes.device, args.data.split(":")[0] == "scenes"
     args.resolution = args.resolution or (128 if scenes else 256)
     args.crop = args.crop or "random"
@@ -266,7 +267,8 @@ def main(args):
     sizes, dataset.bucket = [(args.resolution,) * 2], np.zeros(len(dataset), np.int64)
     order = BatchSampler(dataset.bucket, args.batch * args.grad_accum * processes.world, args.seed)
     if args.dry_run:
-        return processes.on_main(outline, args, model, dataset, sizes, order)
+        return processes.on_main(outline, args, model, dataset, sizes, order,
+                                 discriminator)
     fixed = torch.cat([pixels for pixels, _ in fixed_images(val_data, sizes, args)])
     fixed = fixed.permute(0, 3, 1, 2)                                    # (N, 3, h, w) uint8
 
@@ -285,11 +287,8 @@ def main(args):
         parts |= dict(codebook=codebook.averages)
     start = nan_steps = nan_steps_in_all = 0
     if resumed is not None:
-        state = checkpoints.load(resumed, "train_a.py", settings)
+        state = checkpoints.load(resumed, "train_a.py", settings, ("codebook", "freeze_encoder"))
         start, nan_steps, nan_steps_in_all = (state[key] for key in ("step", "bad", "bad_in_all"))
-        if codebook.averages is not None and "codebook" not in state:
-            raise UserError(f"{resumed} was made with --codebook gradient: continue with that, or "
-                            f"start again with --init {args.out}/vqgan")
         load_state(resumed, state, parts, ema)
         codebook.usage.copy_(state["usage"])
     SynchronisedBatchNorm.convert(model)
@@ -301,7 +300,7 @@ def main(args):
         state = state_of(parts, ema) | dict(
             script="train_a.py", settings=settings, step=step, bad=nan_steps,
             bad_in_all=nan_steps_in_all, usage=codebook.usage)
-        processes.on_main(checkpoints.save, step, state)
+        processes.on_main(checkpoints.save, step, state, nan_steps == 0)
 
     def evaluate(step: int) -> None:
         """Validation and sample sheet, with the averaged weights."""
@@ -310,15 +309,16 @@ def main(args):
             if due(args.val_every, step, args.steps):
                 log.write(step, **validate(model, fixed, args, processes))
             if due(args.sample_every, step, args.steps) and processes.is_main:
-                write_atomically(f"{args.out}/samples/step_{step:06d}.png",
-                                 sample_sheet(model, fixed, device).save)
+                with failure_is_a_warning(step):
+                    write_atomically(f"{args.out}/samples/step_{step:06d}.png",
+                                     sample_sheet(model, fixed, device).save)
         processes.wait()
 
     # --- one pass of this loop is one optimizer step ---------------------------------------------
+    stop = GracefulExit()
     samples = batches(StageASamples(dataset, sizes, args), order, processes, args, start)
     progress = Progress("Stage A", start, args, processes, order.batch)
-    if start == 0:
-        evaluate(0)
+    evaluate(start)
     for step in progress:
         train_mode(model, step, args)
         lr = learning_rate(step, args)
@@ -397,20 +397,20 @@ def main(args):
                          epoch=order.epoch_of(done * order.batch))
             log.write(done, **line)
             progress.show(line, f"{line['codes_used']} codes")
-        if due(args.val_every, done, args.steps) or due(args.sample_every, done, args.steps):
-            evaluate(done)
-            draw_curves(log.lines(), CURVES, f"{args.out}/curves.png")
-        stopping = processes.any(stop.received)
+        stopping = processes.largest(stop.received)
         if due(args.save_every, done, args.steps) or stopping:
             save(done)
         if stopping and done < args.steps:
-            processes.print(f"stopped after step {done} and saved: {RESUME_HINT}")
-            break
-    else:
-        model.eval()
-        with ema.applied():
-            values = validate(model, fixed, args, processes)
-            processes.on_main(write_stage_a, args, model, fixed, values, len(dataset))
+            stop.leave(stopping, done, processes)
+        if due(args.val_every, done, args.steps) or due(args.sample_every, done, args.steps):
+            evaluate(done)
+            draw_curves(log.lines(), CURVES, f"{args.out}/curves.png")
+    if nan_steps:
+        raise UserError(too_many_nan_steps(nan_steps, args.steps - 1, args))
+    model.eval()
+    with ema.applied():
+        values = validate(model, fixed, args, processes)
+        processes.on_main(write_stage_a, args, model, fixed, values, len(dataset))
     stop.restore()
     processes.close()
 

@@ -121,10 +121,10 @@ from training.optim import (EMA, build_optimizer, clip_gradients, learning_rate,
 from training.order import batches, sample_rng
 from training.processes import GracefulExit, Processes, no_sync
 from training.report import Progress, draw_curves, dry_run, due
-from training.results import write_stage_b
+from training.results import finished, write_stage_b
 from training.samples import (ImageReader, MultiSizeSampler, draw_caption, encoder_input, no_text,
                               open_cache, open_data, semantic_latents, to_tensor)
-from training.sheets import Reconstructions
+from training.sheets import Reconstructions, failure_is_a_warning
 from training.validation import T_GRID, fixed_set, random_images, validate
 from wuerstchen import add_noise, alphas_cumprod, per_row, unscale_semantic
 
@@ -135,15 +135,14 @@ CURVES = ["loss", "val_loss",
 
 def check(args) -> None:
     """Raises UserError for options that make no sense together, before anything is loaded."""
-    check_at_least(args, steps=1, batch=1, grad_accum=1, save_every=1, keep=1, log_every=1,
-                   val_count=1, blind=0, guide_attention=0)
+    check_at_least(args, blind=0, guide_attention=0)
     check_shares(args, "caption_dropout", "semantic_dropout", "ema")
     new, only_v2 = args.init == "random", ("loss", "loss_weight", "even_contrast")
     only_v2 = [f"--{name.replace('_', '-')}" for name in only_v2 if args.v1 and getattr(args, name)]
     for conflict, message in (
             (not 0 <= args.semantic_noise <= 1,
              f"--semantic-noise is {args.semantic_noise}, expected a share from 0 to 1"),
-            (args.high_noise is not None and args.high_noise <= 0, f"--high-noise is "
+            (args.high_noise is not None and not args.high_noise > 0, f"--high-noise is "
              f"{args.high_noise}, expected an exponent above 0: 1 draws noise levels evenly, 1.5 "
              f"more of the high ones"),
             (only_v2, f"{', '.join(only_v2)} is for v2, whose Stage B generates latents; --v1 has "
@@ -305,9 +304,10 @@ def share_of_learning_rate(name: str) -> float:
 
 def main(args):
     check(args)
-    checkpoints = Checkpoints(f"{args.out}/checkpoints", args.keep)
-    resumed = checkpoints.find(args.resume)
-    stop, processes = GracefulExit(), Processes(args.device)
+    checkpoints = Checkpoints(args, results=("decoder", "image_encoder"))
+    resumed, processes = checkpoints.find(args.resume), Processes(args.device)
+    if checkpoints.finished(resumed, args.steps):
+        return processes.on_main(finished, args)
     device = processes.device
     dtype, autocast = set_precision(args, device)
     torch.manual_seed(args.seed)
@@ -369,9 +369,9 @@ def main(args):
     weight, raw_losses = LOSS_WEIGHTS[args.loss_weight], stage.raw_losses
     start = nan_steps = nan_steps_in_all = 0
     if resumed is not None:
-        state = checkpoints.load(resumed, "train_b.py", settings, flags=["v1"])
+        state = checkpoints.load(resumed, "train_b.py", settings, ("v1", "freeze_encoder"))
         start, nan_steps, nan_steps_in_all = (state[key] for key in ("step", "bad", "bad_in_all"))
-        load_full_state(state, model, optimizer, scaler, ema)
+        load_full_state(resumed, state, model, optimizer, scaler, ema)
     guide = v1.training.AttentionGuide(decoder) if args.guide_attention else None
     if args.compile:
         stage.compile_decoder(decoder)
@@ -385,7 +385,7 @@ def main(args):
         state = full_state(model, optimizer, scaler, ema)        # all processes take part
         state |= dict(script="train_b.py", settings=settings, step=step, bad=nan_steps,
                       bad_in_all=nan_steps_in_all)
-        processes.on_main(checkpoints.save, step, state)
+        processes.on_main(checkpoints.save, step, state, nan_steps == 0)
 
     def evaluate(step: int) -> None:
         """Validation and reconstructed images, with the averaged weights."""
@@ -395,16 +395,17 @@ def main(args):
                 log.write(step, **validate(model, fixed, embed, weight, stage, autocast, args,
                                            processes))
             if due(args.sample_every, step, args.steps):
-                log.write(step, **sheets.write(step))
+                with failure_is_a_warning(step):
+                    log.write(step, **sheets.write(step))
         model.train()
         processes.wait()
 
     # --- one pass of this loop is one optimizer step ----------------------------------------------
+    stop = GracefulExit()
     samples = batches(StageBSamples(dataset, order.sizes, args, caches, replaced, draw), order,
                       processes, args, start)
     progress = Progress("Stage B", start, args, processes, order.batch)
-    if start == 0:
-        evaluate(0)      # the untrained model: shows that validation and sampling are set up right
+    evaluate(start)      # the untrained model: shows that validation and sampling are set up right
     for step in progress:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args) * group["share"]
@@ -461,7 +462,7 @@ def main(args):
         scaler.update()                  # after a skipped step as well: it has seen the gradients
         optimizer.zero_grad(set_to_none=True)
 
-        # --- log, validate, sample, save ----------------------------------------------------------
+        # --- log, save, validate, sample ----------------------------------------------------------
         done = step + 1
         if due(args.log_every, done, args.steps):
             line = progress.values(done, loss_sum) | dict(
@@ -469,17 +470,17 @@ def main(args):
                 bad_steps=nan_steps_in_all, epoch=order.epoch_of(done * order.batch))
             log.write(done, **line)
             progress.show(line)
-        if due(args.val_every, done, args.steps) or due(args.sample_every, done, args.steps):
-            evaluate(done)
-            draw_curves(log.lines(), CURVES, f"{args.out}/curves.png")
-        stopping = processes.any(stop.received)
+        stopping = processes.largest(stop.received)
         if due(args.save_every, done, args.steps) or stopping:
             save(done)
         if stopping and done < args.steps:
-            processes.print(f"stopped after step {done} and saved: --resume auto continues")
-            break
-    else:
-        with ema.applied():
-            write_stage_b(args, model, encoder, len(dataset), log.lines(), processes)
+            stop.leave(stopping, done, processes)
+        if due(args.val_every, done, args.steps) or due(args.sample_every, done, args.steps):
+            evaluate(done)
+            draw_curves(log.lines(), CURVES, f"{args.out}/curves.png")
+    if nan_steps:
+        raise UserError(too_many_nan_steps(nan_steps, args.steps - 1, args))
+    with ema.applied():
+        write_stage_b(args, model, encoder, len(dataset), log.lines(), processes)
     stop.restore()
     processes.close()

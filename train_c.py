@@ -117,9 +117,10 @@ from training.order import BatchSampler, batches, sample_rng
 from training.preserve import Teacher, TeacherLatents
 from training.processes import GracefulExit, Processes, no_sync
 from training.report import Progress, draw_curves, dry_run, due
-from training.results import FILES_C, files_given, write_stage_c
-from training.samples import ImageReader, draw_caption, open_cache, open_data, semantic_latents
-from training.sheets import SampleSheets
+from training.results import FILES_C, files_given, finished, write_stage_c
+from training.samples import (ImageReader, draw_caption, embed_once, open_cache, open_data,
+                              semantic_latents)
+from training.sheets import SampleSheets, failure_is_a_warning
 from training.validation import T_GRID, by_level, fixed_images, fixed_noise, mean_over
 from wuerstchen import TextEncoder, add_noise
 
@@ -128,8 +129,7 @@ CURVES = ["loss", "val_loss", "grad_norm", *(f"val_loss_t_{t:.2f}" for t in T_GR
 
 def check(args) -> None:
     """Raises UserError for options that make no sense together, before anything is loaded."""
-    check_at_least(args, rank=1, steps=1, batch=1, grad_accum=1, save_every=1, keep=1, log_every=1,
-                   val_count=1)
+    check_at_least(args, rank=1, resolution=1, offset_noise=0)
     check_shares(args, "caption_dropout", "lora_dropout", "ema", "preserve")
     new = args.train_text or args.init == "random"       # then the weights are not what they were
     for conflict, message in (
@@ -254,12 +254,14 @@ def validate(model, fixed, embed, weight, autocast, args, processes) -> dict[str
 
 def main(args):
     check(args)
-    checkpoints = Checkpoints(f"{args.out}/checkpoints", args.keep)
-    resumed = checkpoints.find(args.resume)
-    stop, processes = GracefulExit(), Processes(args.device)
+    checkpoints = Checkpoints(args, ("lora.safetensors" if args.lora else "prior", "base.json"))
+    resumed, processes = checkpoints.find(args.resume), Processes(args.device)
+    if checkpoints.finished(resumed, args.steps):
+        return processes.on_main(finished, args)
     device = processes.device
-    args.lr = args.lr or (1e-5 if not args.lora and args.init == "weights" else 1e-4)
-    args.alpha = args.alpha or float(args.rank)
+    if args.lr is None:
+        args.lr = 1e-5 if not args.lora and args.init == "weights" else 1e-4
+    args.alpha = float(args.rank) if args.alpha is None else args.alpha
     dtype, autocast = set_precision(args, device)
     settings = settings_of(args)
     torch.manual_seed(args.seed)
@@ -300,13 +302,13 @@ def main(args):
         preserved = TeacherLatents(args, teacher).generate(teacher, embed, sizes, processes)
     images = fixed_images(val_data, buckets, args) if args.val_every else []
     fixed = [(encode(pixels), caption) for pixels, caption in images]
-    sheets = None
-    if args.sample_every:
-        sheets = SampleSheets(args, model, text_encoder, paths, dataset, autocast, dtype, processes)
+    sheets = SampleSheets(args, model, text_encoder, paths, dataset, autocast, dtype,
+                          processes) if args.sample_every else None
     if args.cache:               # all that training needs is there: free the memory of the encoders
         for caption in [caption for _, caption in fixed] + (preserved.prompts if preserved else []):
             texts.one(caption)
-        encode = image_encoder = text_encoder = texts.encoder = None
+        encode = image_encoder = text_encoder = None
+        texts.encoder = partial(embed_once, paths, dtype)    # if an entry is damaged
 
     # --- optimizer, averaged weights, and where the run stands ------------------------------------
     if args.fsdp:
@@ -316,9 +318,10 @@ def main(args):
     weight = LOSS_WEIGHTS[args.loss_weight]
     start = nan_steps = nan_steps_in_all = 0
     if resumed is not None:
-        state = checkpoints.load(resumed, "train_c.py", settings)
+        state = checkpoints.load(resumed, "train_c.py", settings,
+                                 ("lora", "rank", "targets", "dora", "train_text"))
         start, nan_steps, nan_steps_in_all = (state[key] for key in ("step", "bad", "bad_in_all"))
-        load_full_state(state, model, optimizer, scaler, ema)
+        load_full_state(resumed, state, model, optimizer, scaler, ema)
     if args.compile:
         prior.compile()
     parallel = model if args.fsdp else processes.data_parallel(model)
@@ -328,7 +331,7 @@ def main(args):
         state = full_state(model, optimizer, scaler, ema)        # all processes take part
         state |= dict(script="train_c.py", settings=settings, step=step, bad=nan_steps,
                       bad_in_all=nan_steps_in_all)
-        processes.on_main(checkpoints.save, step, state)
+        processes.on_main(checkpoints.save, step, state, nan_steps == 0)
 
     def evaluate(step: int) -> None:
         """Validation and sample sheet, with the averaged weights."""
@@ -337,16 +340,17 @@ def main(args):
             if due(args.val_every, step, args.steps):
                 log.write(step, **validate(model, fixed, embed, weight, autocast, args, processes))
             if due(args.sample_every, step, args.steps):
-                sheets.write(step)
+                with failure_is_a_warning(step):
+                    sheets.write(step)
         model.train()
         processes.wait()
 
     # --- one pass of this loop is one optimizer step ----------------------------------------------
+    stop = GracefulExit()
     samples = batches(StageCSamples(dataset, buckets, args, caches, replaced, preserved), order,
                       processes, args, start)
     progress = Progress("Stage C", start, args, processes, order.batch)
-    if start == 0:
-        evaluate(0)      # the untrained model: shows that validation and sampling are set up right
+    evaluate(start)      # the untrained model: shows that validation and sampling are set up right
     for step in progress:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
@@ -392,7 +396,7 @@ def main(args):
         scaler.update()                  # after a skipped step as well: it has seen the gradients
         optimizer.zero_grad(set_to_none=True)
 
-        # --- log, validate, sample, save ----------------------------------------------------------
+        # --- log, save, validate, sample ----------------------------------------------------------
         done = step + 1
         if due(args.log_every, done, args.steps):
             line = progress.values(done, loss_sum) | dict(
@@ -400,17 +404,17 @@ def main(args):
                 bad_steps=nan_steps_in_all, epoch=order.epoch_of(done * order.batch))
             log.write(done, **line)
             progress.show(line)
-        if due(args.val_every, done, args.steps) or due(args.sample_every, done, args.steps):
-            evaluate(done)
-            draw_curves(log.lines(), CURVES, f"{args.out}/curves.png")
-        stopping = processes.any(stop.received)
+        stopping = processes.largest(stop.received)
         if due(args.save_every, done, args.steps) or stopping:
             save(done)
         if stopping and done < args.steps:
-            processes.print(f"stopped after step {done} and saved: --resume auto continues")
-            break
-    else:
-        with ema.applied():
-            write_stage_c(args, model, text_encoder, len(dataset), processes)
+            stop.leave(stopping, done, processes)
+        if due(args.val_every, done, args.steps) or due(args.sample_every, done, args.steps):
+            evaluate(done)
+            draw_curves(log.lines(), CURVES, f"{args.out}/curves.png")
+    if nan_steps:
+        raise UserError(too_many_nan_steps(nan_steps, args.steps - 1, args))
+    with ema.applied():
+        write_stage_c(args, model, text_encoder, len(dataset), processes)
     stop.restore()
     processes.close()

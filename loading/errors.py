@@ -5,6 +5,7 @@ a bug of ours and keeps its traceback. A WeightsError is a UserError about a fil
 Needs: the standard library only, so that `--help` stays fast.
 """
 import contextlib
+import signal
 import sys
 
 RESUME_HINT = "--resume auto continues from the last checkpoint"
@@ -31,10 +32,17 @@ def as_user_error():
 
 @contextlib.contextmanager
 def exit_on_user_error(hint: str | None = None):
-    """Runs a whole script: a UserError or OSError ends it with one line and exit code 2, Ctrl-C with code 130.
+    """Runs a whole script: a UserError or OSError ends it with one line and exit code 2, Ctrl-C with code 130, SIGTERM
+    with 143.
 
     hint: what to do after Ctrl-C, for example RESUME_HINT.
     """
+    def terminated(number, frame):
+        print("stopped by SIGTERM" + (f": {hint}" if hint else ""), file=sys.stderr)
+        sys.exit(143)
+    before = None
+    with contextlib.suppress(ValueError):            # not the main thread
+        before = signal.signal(signal.SIGTERM, terminated)
     try:
         yield
     except (UserError, OSError) as error:
@@ -43,3 +51,6 @@ def exit_on_user_error(hint: str | None = None):
     except KeyboardInterrupt:
         print("stopped" + (f": {hint}" if hint else ""), file=sys.stderr)
         sys.exit(130)
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)

@@ -559,7 +559,10 @@ def test_a_signal_finishes_the_step_and_saves(folder, tmp_path, monkeypatch, cap
             os.kill(os.getpid(), signal.SIGTERM)
     with monkeypatch.context() as patch:
         patch.setattr(optim.EMA, "update", update_and_warn)
-        out = train(folder, tmp_path / "run", steps=4)
+        out = tmp_path / "run"
+        with pytest.raises(SystemExit) as end:
+            train(folder, tmp_path / "run", steps=4)
+    assert end.value.code == 143
     assert newest(out)["step"] == 2 and "stopped after step 2" in capsys.readouterr().err
     assert not (out / "vqgan").exists()
     train(folder, out, "--resume", "auto", steps=4)

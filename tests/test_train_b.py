@@ -501,7 +501,10 @@ def test_a_signal_finishes_the_step_and_saves(folder, new, tmp_path, monkeypatch
             os.kill(os.getpid(), signal.SIGTERM)
     with monkeypatch.context() as patch:
         patch.setattr(optim.EMA, "update", update_and_warn)
-        out = train(folder, tmp_path / "run", *new, steps=4)
+        out = tmp_path / "run"
+        with pytest.raises(SystemExit) as end:
+            train(folder, tmp_path / "run", *new, steps=4)
+    assert end.value.code == 143
     assert newest(out)["step"] == 2 and "stopped after step 2" in capsys.readouterr().err
     assert not (out / "decoder").exists()
     train(folder, out, *new, "--resume", "auto", steps=4)

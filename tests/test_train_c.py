@@ -324,7 +324,10 @@ def test_a_signal_finishes_the_step_and_saves(folder, tmp_path, monkeypatch, cap
             os.kill(os.getpid(), signal.SIGTERM)
     with monkeypatch.context() as patch:
         patch.setattr(optim.EMA, "update", update_and_warn)
-        out = train(folder, tmp_path / "run", *LORA, steps=4)
+        out = tmp_path / "run"
+        with pytest.raises(SystemExit) as end:
+            train(folder, tmp_path / "run", *LORA, steps=4)
+    assert end.value.code == 143
     assert newest(out)["step"] == 2 and "stopped after step 2" in capsys.readouterr().err
     assert not (out / "lora.safetensors").exists()
     train(folder, out, *LORA, "--resume", "auto", steps=4)
@@ -351,7 +354,7 @@ def test_a_signal_to_all_processes_of_a_run_saves_too(folder, tmp_path, name):
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(run.pid, signal.SIGKILL)
-    assert run.returncode == 0 and "Traceback" not in errors, errors[-2000:]
+    assert run.returncode == dict(SIGTERM=143, SIGINT=130)[name] and "Traceback" not in errors, errors[-2000:]
     assert "and saved: --resume auto continues" in errors
     assert newest(out)["step"] >= 1
 

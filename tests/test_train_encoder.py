@@ -84,7 +84,10 @@ def test_a_signal_finishes_the_step_and_saves(config, tmp_path, monkeypatch, cap
         return rate(step, args)
     with monkeypatch.context() as patch:
         patch.setattr(train_encoder, "learning_rate", rate_and_warn)
-        out = train(tmp_path / "run", config)
+        out = tmp_path / "run"
+        with pytest.raises(SystemExit) as end:
+            train(tmp_path / "run", config)
+    assert end.value.code == 143
     assert newest(out)["step"] == 2 and "stopped after step 2" in capsys.readouterr().err
     assert not (out / "image_encoder").exists()
     assert weights_file(train(out, config, "--resume", "auto")) == weights_file(unbroken)

@@ -55,7 +55,7 @@ from loading.files import read_config
 from loading.names import config_to_ours
 from loading.weights import save_model
 from stage_b import TinyImageEncoder, preprocess
-from training.checkpoints import Checkpoints, Log, load_state, settings_of, state_of
+from training.checkpoints import Checkpoints, Log, check_finite, load_state, settings_of, state_of
 from training.optim import learning_rate
 from training.processes import GracefulExit
 from training.report import due
@@ -108,9 +108,9 @@ def head_loss(output: Tensor, objects: Tensor, places: Tensor, colours: Tensor) 
 
 
 def main(args):
-    check_at_least(args, steps=1, batch=1, log_every=1, save_every=1, keep=1)
-    checkpoints = Checkpoints(f"{args.out}/checkpoints", args.keep)
-    resumed, stop, settings = checkpoints.find(args.resume), GracefulExit(), settings_of(args)
+    check_at_least(args)
+    checkpoints = Checkpoints(args, results=("image_encoder",))
+    resumed, settings = checkpoints.find(args.resume), settings_of(args)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.manual_seed(args.seed)
     scenes = EmojiScenes("all", seed=args.seed + 1)                      # scene i is a function of (seed, i)
@@ -122,7 +122,7 @@ def main(args):
         state = checkpoints.load(resumed, "train_encoder.py", settings)
         start = state["step"]
         load_state(resumed, state, parts)
-    log = Log(args.out, start)
+    log, stop = Log(args.out, start), GracefulExit()
     for step in tqdm(range(start, args.steps), initial=start, total=args.steps, desc="Image encoder"):
         optimizer.param_groups[0]["lr"] = learning_rate(step, args)
         first = FIRST_SCENE + step * args.batch
@@ -141,13 +141,13 @@ def main(args):
         done = step + 1
         if due(args.log_every, done, args.steps):
             log.write(done, lr=learning_rate(step, args), **{name: value.item() for name, value in values.items()})
-        if due(args.save_every, done, args.steps) or stop.received:
+        stopping = stop.received             # once: a signal may arrive at any time
+        if due(args.save_every, done, args.steps) or stopping:
             checkpoints.save(done, state_of(parts) | dict(script="train_encoder.py", settings=settings, step=done))
-        if stop.received and done < args.steps:
-            print(f"stopped after step {done} and saved: {RESUME_HINT}", file=sys.stderr)
-            break
-    else:
-        save_model(encoder.eval(), f"{args.out}/image_encoder")
+        if stopping and done < args.steps:
+            stop.leave(stopping, done)
+    check_finite(encoder.state_dict(), "the result")
+    save_model(encoder.eval(), f"{args.out}/image_encoder")
     stop.restore()
 
 

@@ -50,7 +50,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from loading.weights import load_image_encoder, save_text_encoder
 from stage_b import preprocess
-from training.checkpoints import Checkpoints, Log, load_state, settings_of, state_of
+from training.checkpoints import Checkpoints, Log, check_finite, load_state, settings_of, state_of
 from training.optim import learning_rate
 from training.processes import GracefulExit
 from training.report import due
@@ -96,9 +96,9 @@ def new_text_encoder(width: int, depth: int, length: int = 20) -> tuple[CLIPToke
 
 
 def main(args):
-    check_at_least(args, width=32, depth=1, steps=1, batch=1, log_every=1, save_every=1, keep=1)
-    checkpoints = Checkpoints(f"{args.out}/checkpoints", args.keep)
-    resumed, stop, settings = checkpoints.find(args.resume), GracefulExit(), settings_of(args)
+    check_at_least(args, width=32, depth=1)
+    checkpoints = Checkpoints(args, results=("text_encoder", "tokenizer"))
+    resumed, settings = checkpoints.find(args.resume), settings_of(args)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.manual_seed(args.seed)
     scenes = EmojiScenes("captioned", seed=args.seed + 3)                # scene i is a function of (seed, i)
@@ -112,7 +112,7 @@ def main(args):
         state = checkpoints.load(resumed, "train_text.py", settings)
         start = state["step"]
         load_state(resumed, state, parts)
-    log = Log(args.out, start)
+    log, stop = Log(args.out, start), GracefulExit()
     for step in tqdm(range(start, args.steps), initial=start, total=args.steps, desc="Text encoder"):
         optimizer.param_groups[0]["lr"] = learning_rate(step, args)
         pixels, captions = scenes.batch(step * args.batch, args.batch)
@@ -128,13 +128,13 @@ def main(args):
         done = step + 1
         if due(args.log_every, done, args.steps):
             log.write(done, loss=loss.item(), lr=learning_rate(step, args))
-        if due(args.save_every, done, args.steps) or stop.received:
+        stopping = stop.received             # once: a signal may arrive at any time
+        if due(args.save_every, done, args.steps) or stopping:
             checkpoints.save(done, state_of(parts) | dict(script="train_text.py", settings=settings, step=done))
-        if stop.received and done < args.steps:
-            print(f"stopped after step {done} and saved: {RESUME_HINT}", file=sys.stderr)
-            break
-    else:
-        save_text_encoder(tokenizer, text_model.eval(), f"{args.out}/text_encoder", f"{args.out}/tokenizer")
+        if stopping and done < args.steps:
+            stop.leave(stopping, done)
+    check_finite(text_model.state_dict(), "the result")
+    save_text_encoder(tokenizer, text_model.eval(), f"{args.out}/text_encoder", f"{args.out}/tokenizer")
     stop.restore()
 
 

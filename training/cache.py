@@ -71,6 +71,9 @@ class Cache:
             content = path.read_bytes()
         except FileNotFoundError:
             return None
+        except OSError as error:                           # a bad disk; whoever needs the entry computes it again
+            warnings.warn(f"{path} cannot be read and is computed again: {error}", stacklevel=2)
+            return None
         problem, array = "its checksum does not match", None
         if content[-CHECKSUM:] == _checksum(path, content[:-CHECKSUM]):
             array = np.load(io.BytesIO(content[:-CHECKSUM]), allow_pickle=False)

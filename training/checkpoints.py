@@ -1,6 +1,6 @@
 """Checkpoints and the log of a run, so that a run can be stopped after any step and resumed without a trace.
 
-  checkpoints.find(args.resume) -> path;  checkpoints.load(path, ...) -> state -load_full_state-> model, optimizer, ...
+  checkpoints.find(args) -> path;  checkpoints.load(path, ...) -> state -load_full_state-> model, optimizer, ...
   model, optimizer, ... -full_state-> state -checkpoints.save-> out/checkpoints/step_00000100.pt
 
 A checkpoint holds no random state, because all randomness is a function of (seed, step, sample); see order.py.
@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
                                                      set_model_state_dict, set_optimizer_state_dict)
 
 from loading.errors import UserError
-from loading.files import write_atomically
+from loading.files import is_finite, write_atomically
 
 FULL = dict(full_state_dict=True, cpu_offload=True)      # gathered from all processes if they are split
 
@@ -27,10 +27,26 @@ def settings_of(args) -> dict:
             if name not in ("out", "resume", "workers", "device", "push_to_hub")}
 
 
+def check_finite(tensors: dict, what: str) -> None:
+    """Raises UserError if one of the tensors {name: tensor} has NaN or infinity; `what` has them."""
+    for name, tensor in tensors.items():
+        if isinstance(tensor, torch.Tensor) and not is_finite(tensor):
+            raise UserError(f"{what} has NaN or infinity in {name} and is not written: resume from an earlier "
+                            f"checkpoint with a lower --lr, or with --dtype bf16 or fp32")
+
+
+class TornCheckpoint(UserError):
+    """The file is not a whole checkpoint."""
+
+
 class Checkpoints:
-    """folder/step_00000100.pt, ...: the newest `keep` of a run. Each file is complete or not there at all."""
-    def __init__(self, folder: str | Path, keep: int = 2):
-        self.folder, self.keep = Path(folder), keep
+    """out/checkpoints/step_00000100.pt, ...: the newest `keep` of a run. Each file is complete or not there at all.
+
+    results: names in --out of what the script leaves in the end, which no other run may overwrite.
+    """
+    def __init__(self, args, results: tuple[str, ...]):
+        self.out, self.folder, self.keep = Path(args.out), Path(args.out) / "checkpoints", args.keep
+        self.results, self.auto = results, args.resume == "auto"
 
     def all(self) -> list[Path]:
         return sorted(self.folder.glob("step_*.pt"))
@@ -38,52 +54,88 @@ class Checkpoints:
     def find(self, resume: str | None) -> Path | None:
         """The file that --resume means: None, "auto" (the newest, or None if there is none yet), or a file.
 
-        Raises UserError for a file that does not exist, and for a run that would be overwritten.
+        Raises UserError for a file that does not exist, and if a run or its result would be overwritten.
         """
-        found = self.all()
-        if resume is None:
-            if found:
-                raise UserError(f"{found[-1]} exists already: "
-                                f"add --resume auto to continue from it, or choose another --out")
-            return None
-        if resume == "auto":
-            return found[-1] if found else None
-        if not Path(resume).is_file():
+        found, results = self.all(), [self.out / name for name in self.results if (self.out / name).exists()]
+        if resume is None and found:
+            raise UserError(f"{found[-1]} exists already: "
+                            f"add --resume auto to continue from it, or choose another --out")
+        if resume not in (None, "auto") and not Path(resume).is_file():
             names = ", ".join(path.name for path in found) or "none"
             raise UserError(f"--resume {resume}: there is no such file; the checkpoints here are {names}")
-        return Path(resume)
+        foreign = not found if resume in (None, "auto") else Path(resume).resolve().parent != self.folder.resolve()
+        if foreign and (results or found):
+            raise UserError(f"{[*results, *found][0]} is of another run and would be overwritten: choose another --out")
+        return (found[-1] if found else None) if resume in (None, "auto") else Path(resume)
 
-    def save(self, step: int, content: dict) -> Path:
+    def save(self, step: int, content: dict, rotate: bool = True) -> None:
+        """rotate: False keeps all older checkpoints, because steps come to NaN and this one may be the reason.
+
+        Raises UserError for weights that are not finite. Checkpoints of later steps are set aside: they are torn, or of
+        a run that was resumed from before them, and would be taken for the newest.
+        """
         path = self.folder / f"step_{step:08d}.pt"
+        for part, tensors in content.items():
+            if part != "optimizer" and isinstance(tensors, dict):
+                check_finite(tensors, f"the state after step {step} ({part})")
+        for later in [other for other in self.all() if other.name > path.name]:
+            later.rename(later.with_suffix(".pt.old"))
+            print(f"{later} is not what this run continues: renamed to {later.name}.old", file=sys.stderr)
         write_atomically(path, lambda temporary: torch.save(content, temporary))
-        for old in self.all()[:-self.keep]:
+        for old in self.all()[:-self.keep] if rotate else ():
             old.unlink()
-        return path
 
-    @staticmethod
-    def load(path: Path, script: str, settings: dict, flags: tuple[str, ...] = ()) -> dict:
+    def finished(self, resumed: Path | None, steps: int) -> bool:
+        """Whether the run has ended and its result is there: the card, which is written last, names its steps."""
+        card = self.out / "README.md"
+        return resumed is not None and resumed.name == f"step_{steps:08d}.pt" and card.exists() and \
+            f"| `--steps` | {steps} |" in card.read_text() and all((self.out / name).exists() for name in self.results)
+
+    def load(self, path: Path, script: str, settings: dict, fixed: tuple[str, ...] = ()) -> dict:
         """The content of a checkpoint. Settings that differ from those of now are named on stderr.
 
-        Raises UserError for a torn file, for a checkpoint of another script, and if one of `flags` was set differently.
+        If the newest one is torn, --resume auto takes the one before. Raises UserError for a torn file, for a
+        checkpoint of another script or of more steps, and if one of the options `fixed` was another.
         """
+        older = [other for other in self.all() if other.name < path.name] if self.auto else []
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:       # torch raises many kinds: EOFError, RuntimeError, UnpicklingError ...
-            raise UserError(f"{path} cannot be read, it is probably cut off or not a checkpoint: "
-                            f"{str(error).splitlines()[0][:150]}") from error
-        found = content.get("script") if isinstance(content, dict) else None
-        if found != script:
-            raise UserError(f"{path} is not a checkpoint of {script}{f' but of {found}' if found else ''}: "
-                            f"choose another --resume")
+            content = self.read(path, script)
+        except TornCheckpoint as error:
+            if not older:
+                raise
+            print(f"{error}; resuming from {older[-1].name}, the one before", file=sys.stderr)
+            return self.load(older[-1], script, settings, fixed)
         then = content["settings"]
-        for flag in flags:
-            if then.get(flag, False) != settings[flag]:
-                what = f"without --{flag}: remove it" if settings[flag] else f"with --{flag}: add it"
+        for name in fixed:
+            option, before, now = f"--{name.replace('_', '-')}", then.get(name, False), settings[name]
+            if before != now:
+                what = f"with {option} {before}, not {now}: resume with that" if not isinstance(now, bool) else (
+                    f"without {option}: remove it" if now else f"with {option}: add it")
                 raise UserError(f"{path} was made {what}, or choose another --resume")
+        if content["step"] > settings["steps"]:
+            raise UserError(f"{path} has {content['step']} steps, more than --steps {settings['steps']}: raise --steps")
         for name in sorted(settings.keys() & then.keys()):
             if settings[name] != then[name]:
                 print(f"resuming with --{name.replace('_', '-')} {settings[name]}, the checkpoint has {then[name]}",
                       file=sys.stderr)
+        return content
+
+    @staticmethod
+    def read(path: Path, script: str) -> dict:
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:       # torch raises many kinds: EOFError, RuntimeError, UnpicklingError ...
+            reason = (str(error) or type(error).__name__).splitlines()[0][:150]
+            raise TornCheckpoint(f"{path} cannot be read, it is probably cut off or not a checkpoint: {reason}"
+                                 ) from error
+        found = content.get("script") if isinstance(content, dict) else None
+        if found != script:
+            raise UserError(f"{path} is not a checkpoint of {script}{f' but of {found}' if found else ''}: "
+                            f"choose another --resume")
+        for part in ("model", "optimizer"):
+            tensors = content.get(part) or {}
+            if not (tensors.get("state") or not content.get("updates", 1) if part == "optimizer" else tensors):
+                raise TornCheckpoint(f"{path} has no state of the {part}: it is not a whole checkpoint")
         return content
 
 
@@ -100,11 +152,39 @@ def full_state(model, optimizer, scaler, ema) -> dict:
                 scaler=scaler.state_dict())
 
 
-def load_full_state(state: dict, model, optimizer, scaler, ema) -> None:
-    """The opposite of full_state. On all processes, whether as many as before or not."""
+def does_not_fit(path: Path, reason: str) -> UserError:
+    return UserError(f"{path} does not fit: {reason}: resume with the sizes it was made with and the same frozen "
+                     f"parameters, or choose another --resume")
+
+
+@contextlib.contextmanager
+def own_options(optimizer: torch.optim.Optimizer):
+    """Inside, a state is loaded, which brings the options it was made with. Afterwards those of this run hold again."""
+    own = [{name: group[name] for name in ("weight_decay", "share") if name in group}
+           for group in optimizer.param_groups]
+    yield
+    for group, options in zip(optimizer.param_groups, own):
+        group.update(options)
+
+
+def load_full_state(path: Path, state: dict, model, optimizer, scaler, ema) -> None:
+    """The opposite of full_state. On all processes, whether as many as before or not.
+
+    Raises UserError if other parameters learned than now.
+    """
     partial = StateDictOptions(**FULL, strict=False)     # frozen parameters are not in it
-    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=StateDictOptions(**FULL))
-    scaler.load_state_dict(state["scaler"])
+    now = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
+    shapes, found = ({name: tuple(tensor.shape) for name, tensor in part.items()} for part in (now, state["model"]))
+    if shapes != found:
+        name = min(name for name in shapes | found if shapes.get(name) != found.get(name))
+        raise does_not_fit(path, f"{name} is {found.get(name, 'missing')}, now {shapes.get(name, 'it is frozen')}")
+    try:
+        with own_options(optimizer):
+            set_optimizer_state_dict(model, optimizer, state["optimizer"], options=StateDictOptions(**FULL))
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise does_not_fit(path, f"the optimizer, {str(error).splitlines()[0]}") from error
+    if state["scaler"]:                  # empty if only this run is in fp16
+        scaler.load_state_dict(state["scaler"])
     ema.updates = state["updates"]
     set_model_state_dict(model, state["averaged"], options=partial)
     ema.swap()
@@ -129,11 +209,11 @@ def load_state(path: Path, state: dict, parts: dict, ema=None) -> None:
     """
     try:
         for name, part in parts.items():
-            if name in state:
-                part.load_state_dict(state[name])
+            if state.get(name):          # a scaler's is empty if only this run is in fp16
+                with own_options(part) if isinstance(part, torch.optim.Optimizer) else contextlib.nullcontext():
+                    part.load_state_dict(state[name])
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"{path} does not fit: {str(error).splitlines()[0]}: resume with the sizes it was made with "
-                        f"and the same frozen parameters") from error
+        raise does_not_fit(path, str(error).splitlines()[0]) from error
     if ema is not None:
         ema.updates = state["updates"]
         for name, mean in ema.mean.items():
@@ -143,15 +223,15 @@ def load_state(path: Path, state: dict, parts: dict, ema=None) -> None:
 class Log:
     """out/log.jsonl, a line per call, and the service that --report-to names.
 
-    step: where the run starts. Later lines, left by a run that was killed, are dropped. enabled: False for all
-    processes except the main one; then nothing is written.
+    step: where the run starts. Later lines, left by a run that was killed, are dropped, and the evaluation after that
+    step, which is repeated. enabled: False for all processes except the main one; then nothing is written.
     """
     def __init__(self, out: str | Path, step: int, report_to: str | None = None, settings: dict | None = None,
                  enabled: bool = True):
         self.path, self.enabled, self.report = Path(out) / "log.jsonl", enabled, lambda values, step: None
         if not enabled:
             return
-        kept = [line for line in self.lines() if step and line["step"] <= step]
+        kept = [line for line in self.lines() if line["step"] < step or line["step"] == step and "lr" in line]
         write_atomically(self.path, lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in kept)))
         try:
             if report_to == "tensorboard":

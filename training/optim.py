@@ -17,11 +17,11 @@ def build_optimizer(model: nn.Module, args, betas: tuple[float, float] = (0.9, 0
     groups, lora = {}, getattr(args, "lora", False)
     for name, p in model.named_parameters():
         if p.requires_grad:
-            settings = dict(weight_decay=args.weight_decay if p.ndim >= 2 and not lora else 0.0)
-            settings |= dict(share=share(name)) if share else {}
-            groups.setdefault(tuple(settings.items()), []).append(p)
-    return torch.optim.AdamW([dict(settings, params=params) for settings, params in groups.items()],
-                             lr=args.lr, betas=betas, fused=True)
+            decays = p.ndim >= 2 and not lora        # the groups do not depend on --weight-decay, so it may change
+            settings = dict(share=share(name)) if share else {}
+            groups.setdefault((decays, *settings.items()), []).append(p)
+    return torch.optim.AdamW([dict(settings, params=params, weight_decay=args.weight_decay if decays else 0.0)
+                              for (decays, *settings), params in groups.items()], lr=args.lr, betas=betas, fused=True)
 
 
 def learning_rate(step: int, args) -> float:
@@ -44,8 +44,9 @@ def set_precision(args, device: torch.device) -> tuple[torch.dtype, torch.autoca
 
 
 def clip_gradients(model: nn.Module, limit: float) -> Tensor:
-    """Scales the gradients down if their norm is above limit. Returns the norm before that, (), over all processes."""
-    norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], limit)
+    """Scales the gradients down if their norm is above limit (0: never). Returns the norm before that, (), over all
+    processes."""
+    norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], limit or math.inf)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm      # FSDP: each process has a part of it
 
 
@@ -85,5 +86,7 @@ class EMA:
     def applied(self):
         """Inside, the model has its averaged weights."""
         self.swap()
-        yield
-        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()

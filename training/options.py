@@ -3,7 +3,12 @@
 A script adds its own options to the groups that it gets back.
 Needs: the standard library only, so that --help answers at once.
 """
+import math
+
 from loading.errors import UserError
+
+LEAST = dict(steps=1, batch=1, grad_accum=1, lr=0, warmup=0, weight_decay=0, clip=0, max_bad_steps=1, workers=0,
+             save_every=1, keep=1, log_every=1, val_every=0, val_count=1, sample_every=0, seed=0)
 
 
 def add_data_options(p, default: str | None = None, what: str = "", crop: str | None = "center", captions: bool = True,
@@ -64,7 +69,7 @@ def add_optimization_options(p, *, steps: int, batch: int | None, lr: float | No
                    help="forward passes per optimizer step; the effective batch is batch x grad-accum x processes")
     g.add_argument("--weight-decay", type=float, default=weight_decay, help=f"of AdamW; {decay_note}")
     g.add_argument("--clip", type=float, default=1.0,
-                   help="norm of the gradient, over all processes, above which it is scaled down")
+                   help="norm of the gradient, over all processes, above which it is scaled down; 0: never")
     g.add_argument("--ema", type=float, default=ema,
                    help=f"decay of the averaged weights, which are the ones kept; 0: no averaging{ema_note}")
     g.add_argument("--dtype", choices=["fp32", "bf16", "fp16"],
@@ -116,10 +121,13 @@ def add_output_options(p, *, result: str, save_every: int, log_every: int, val_e
 # ----- checks -----------------------------------------------------------------------------------------
 
 def check_at_least(args, **least: float) -> None:
-    """Raises UserError for options below their least value. Options that are None are not checked."""
-    for name, low in least.items():
-        if getattr(args, name) is not None and getattr(args, name) < low:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {low}")
+    """Raises UserError for options below their least value: those of LEAST that args has, and those given here. NaN and
+    infinity are refused as well. Options that are None are not checked."""
+    for name, low in (LEAST | least).items():
+        value = getattr(args, name, None)
+        if value is not None and not low <= value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} is {value}, expected at least {low}"
+                            f"{' and a finite number' if not math.isfinite(value) else ''}")
 
 
 def check_shares(args, *names: str) -> None:

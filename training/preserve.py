@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import lora
-from loading.errors import as_user_error
+from loading.errors import UserError, as_user_error
 from training.cache import Cache, hash_of
 from training.data import read_prompts
 from training.order import sample_rng
@@ -95,7 +95,12 @@ class TeacherLatents:
 
         dropped: it has no caption; then it is always replaced.
         """
-        prompt = self.prompts[rng("prompt").integers(len(self.prompts))]
+        first = rng("prompt").integers(len(self.prompts))
         if not dropped and rng("preserve").random() >= self.args.preserve:
             return None, torch.zeros(16, size[0] * 3 // 128, size[1] * 3 // 128)
-        return prompt, torch.from_numpy(self.cache.get(self.key(prompt, size))).float()
+        for prompt in (*self.prompts[first:], *self.prompts[:first]):    # the next one, if an entry is damaged
+            latents = self.cache.get(self.key(prompt, size))
+            if latents is not None:
+                return prompt, torch.from_numpy(latents).float()
+        raise UserError(f"{self.cache.folder}: the latents of all --preserve-prompts were damaged or removed during "
+                        f"the run: start again with --resume auto")

@@ -1,7 +1,7 @@
 """One process or many: what torchrun started, sums over processes, BatchNorm over all batches, FSDP, a graceful exit.
 
 One process takes the same path as many, so a training loop needs no second version. Nothing here knows a model.
-Needs: torch.
+Needs: torch; loading/errors.py.
 """
 import contextlib
 import datetime
@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from loading.errors import RESUME_HINT
 
 
 class Processes:
@@ -52,15 +54,27 @@ class Processes:
         value = torch.as_tensor(flag, dtype=torch.float32, device=self.device)
         return bool(self.sum(value) > 0)
 
+    def largest(self, number: int) -> int:
+        """The largest number of all processes."""
+        value = torch.tensor(number, device=self.device)
+        if self.many:
+            dist.all_reduce(value, dist.ReduceOp.MAX)
+        return int(value)
+
     def wait(self) -> None:
         if self.many:
             dist.barrier()
 
     def on_main(self, do: Callable, *args) -> None:
-        """Calls do(*args) on the main process while the others wait."""
-        if self.is_main:
-            do(*args)
-        self.wait()
+        """Calls do(*args) on the main process while the others wait. If it fails there, the others end with code 2."""
+        try:
+            if self.is_main:
+                do(*args)
+        except Exception:
+            self.any(True)
+            raise
+        if self.any(False):
+            sys.exit(2)                          # the main process says what happened
 
     def print(self, message: str) -> None:
         """To stderr, once."""
@@ -161,12 +175,13 @@ class SynchronisedBatchNorm(nn.BatchNorm2d):
 
 
 class GracefulExit:
-    """SIGTERM (a scheduler's last warning) and Ctrl-C set `received`, so that a loop can finish its step and save.
+    """SIGTERM (a scheduler's last warning) and Ctrl-C set `received` to the signal's number, so that a loop can finish
+    its step, save, and leave. Before the loop there is nothing to save.
 
     A second Ctrl-C ends the program at once. restore() brings back the old handlers.
     """
     def __init__(self):
-        self.received, self.before = False, {}
+        self.received, self.before = 0, {}
         for name in (signal.SIGTERM, signal.SIGINT):
             with contextlib.suppress(ValueError):            # not the main thread, as perhaps in a notebook
                 self.before[name] = signal.signal(name, self)
@@ -175,7 +190,17 @@ class GracefulExit:
         for name, handler in self.before.items():
             signal.signal(name, handler)
 
+    def leave(self, number: int, step: int, processes: Processes | None = None) -> None:
+        """Ends the program after `step` steps, unfinished, by the code that a shell gives a signal: 143 for SIGTERM,
+        130 for Ctrl-C. So whatever follows the run, by && or in a scheduler, does not take it for finished."""
+        self.restore()
+        if processes is None or processes.is_main:
+            print(f"stopped after step {step} and saved: {RESUME_HINT}", file=sys.stderr)
+        if processes is not None:
+            processes.close()
+        sys.exit(128 + number)
+
     def __call__(self, number, frame):
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = True
+        self.received = int(number)

@@ -3,6 +3,7 @@
 Needs: torch, pillow, tqdm; samples.py, loading/.
 """
 import math
+import shutil
 import time
 from collections.abc import Callable
 from functools import partial
@@ -71,8 +72,29 @@ class Progress:
         self.bar.set_postfix_str(", ".join(words))
 
 
-def outline(args, model, dataset, sizes, order) -> None:
-    """Prints what would be trained on what: parameters, memory, images, epochs."""
+def bytes_text(number: float) -> str:
+    return f"{number / 2 ** 30:.2f} GiB" if number >= 2 ** 30 else f"{number / 2 ** 20:.2f} MiB"
+
+
+def checkpoint_bytes(args, model, discriminator=None) -> int:
+    """The size of a checkpoint: weights, averaged weights and AdamW's two averages, with about 300 bytes per tensor for
+    its name and place in the file. train_a.py's has frozen weights as well, and no averages with --ema 0."""
+    learned = [p.nbytes + 300 for p in model.parameters() if p.requires_grad]
+    other = [p.nbytes + 300 for p in (*model.parameters(), *model.buffers()) if not p.requires_grad]
+    if hasattr(args, "fsdp"):
+        return 4 * sum(learned) + 2 * sum(buffer.nbytes for buffer in model.buffers())
+    more = [3 * (p.nbytes + 300) for p in discriminator.parameters()] if discriminator is not None else []
+    return (4 if args.ema else 3) * sum(learned) + sum(other) + sum(more)
+
+
+def free_bytes(folder: Path) -> int:
+    """On the disk of a folder, which may not exist yet."""
+    folder = folder.resolve()
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+
+
+def outline(args, model, dataset, sizes, order, discriminator=None) -> None:
+    """Prints what would be trained on what: parameters, memory, disk, images, epochs. discriminator: of train_a.py."""
     learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
     # Weights, gradients, two moments of AdamW, EMA: five float32 numbers for each parameter that learns.
@@ -82,6 +104,9 @@ def outline(args, model, dataset, sizes, order) -> None:
           f"{', '.join(names[:3])}, ...")
     print(f"{memory / 2 ** 30:.2f} GiB for weights, gradients, optimizer and EMA, without activations"
           + (": see --checkpointing" if hasattr(args, "checkpointing") else ""))
+    size = checkpoint_bytes(args, model, discriminator)
+    print(f"{bytes_text(size)} for a checkpoint, {bytes_text(size * args.keep)} for the {args.keep} of --keep, and one "
+          f"more while it is written; {args.out} has {bytes_text(free_bytes(Path(args.out)))} free")
     counts = torch.bincount(torch.from_numpy(dataset.bucket), minlength=len(sizes)).tolist()
     epochs = args.steps * order.batch / len(dataset)
     print(f"{order.batch} images per step, {args.steps} steps are {epochs:.1f} epochs; buckets: "

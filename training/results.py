@@ -16,7 +16,7 @@ from loading.layouts import SHIPPED, locate
 from loading.names import config_to_diffusers, to_diffusers
 from loading.weights import save_model, save_scheduler, save_text_encoder
 from loading.words import FILE, read_words
-from training.checkpoints import full_weights
+from training.checkpoints import check_finite, full_weights
 from training.scenes import CAPTIONED, UNCAPTIONED, vocabulary
 
 PRIVATE = ("out", "resume", "device", "cache", "workers", "push_to_hub")         # options that a card does not mention
@@ -34,6 +34,13 @@ def write_base(args, parts: tuple[str, ...], **more) -> None:
     base = dict(weights=path(args.weights), files={part: path(file) for part, file in files_given(args, parts).items()})
     text = json.dumps(base | more, indent=2) + "\n"
     write_atomically(Path(args.out) / "base.json", lambda file: file.write_text(text))
+
+
+def finished(args) -> None:
+    """For a run that is resumed after its end: says so and leaves the result as it is. --push-to-hub uploads it."""
+    print(f"{args.steps} steps are done and the result is in {args.out}: raise --steps to continue", file=sys.stderr)
+    if args.push_to_hub:
+        push(args)
 
 
 def settings_table(args) -> str:
@@ -74,7 +81,9 @@ def write_stage_c(args, model, text_encoder, images: int, processes) -> None:
 
 
 def write_files_c(args, prior, weights: dict, text_encoder, images: int) -> None:
+    check_finite(weights, "the result")
     out, more = Path(args.out), {}
+    (out / "README.md").unlink(missing_ok=True)      # written last: where it is, the result is complete
     if args.lora:
         metadata = dict(base=args.weights, base_hash=lora_formats.base_hash(prior), steps=args.steps, images=images,
                         trigger_words=args.trigger)
@@ -147,7 +156,9 @@ def write_stage_b(args, model, encoder, images: int, log_lines: list[dict], proc
 
 
 def write_files_b(args, decoder, encoder, weights: dict, images: int, log_lines: list[dict]) -> None:
+    check_finite(weights, "the result")
     out = Path(args.out)
+    (out / "README.md").unlink(missing_ok=True)      # written last: where it is, the result is complete
 
     def filled(network: torch.nn.Module, prefix: str) -> torch.nn.Module:
         """A new one, because under FSDP the network itself holds a part of each tensor."""
@@ -184,6 +195,8 @@ def write_files_b(args, decoder, encoder, weights: dict, images: int, log_lines:
 @torch.no_grad()
 def write_stage_a(args, model, fixed: torch.Tensor, values: dict, images: int) -> None:
     """vqgan/, README.md, and --push-to-hub. fixed: images of the validation, (N,3,H,W) uint8; values: what it found."""
+    check_finite(model.state_dict(), "the result")
+    (Path(args.out) / "README.md").unlink(missing_ok=True)       # written last: where it is, the result is complete
     if not args.freeze_encoder:          # the scale of the latents, so that Stage B sees unit variance
         device = model.codebook.codes.device
         z = [model.encode_raw(part.to(device).float() / 255) for part in fixed.split(args.batch)]

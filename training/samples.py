@@ -4,7 +4,7 @@ What else a sample draws (noise, noise level) stands in the script. `rng` here i
 order.sample_rng: everything random is a function of (seed, position in the stream of samples, purpose).
 Needs: torch, numpy; data.py, order.py, cache.py.
 """
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from loading.errors import UserError, as_user_error
+from loading.weights import load_text_encoder
 from stage_b import preprocess
 from training.cache import Cache, hash_of, latent_key
 from training.data import bucket_sizes, fit, nearest_bucket, open_dataset, read_filters
 from training.order import BatchSampler, sample_rng
-from wuerstchen import scale_semantic
+from wuerstchen import TextEncoder, scale_semantic
 
 
 def to_tensor(pixels, device="cpu") -> Tensor:
@@ -68,11 +69,25 @@ def draw_caption(dataset, index: int, rng: Callable, dropout: float) -> tuple[st
     return captions[rng("caption").integers(len(captions))], bool(rng("caption dropout").random() < dropout)
 
 
+def embed_once(paths: dict, dtype: torch.dtype, captions: list[str]) -> Tensor:
+    """(B,N,D) by Stage C's text encoder, loaded for this call: for training without it, if a cache lost an entry."""
+    files = paths["prior_text_encoder"], paths["prior_tokenizer"]
+    return TextEncoder(*load_text_encoder(*files, dtype))(captions)
+
+
+def candidates(index: int, others: np.ndarray) -> Iterator[int]:
+    """index, then the others (N,) behind it and those before it: each only when it is asked for."""
+    yield index
+    yield from others[others > index].tolist()
+    yield from others[others < index].tolist()
+
+
 class ImageReader:
     """(index, size number, rng) -> (index, dict): image `index` cut to sizes[number], or what the caches hold of it.
 
     pixels: whether pixels (h,w,3) uint8 are needed. caches: name -> Cache of latents, each an entry of the dict.
-    replaced: see cache.fill_cache. The returned index differs if that image cannot be read and another takes its place.
+    replaced: see cache.fill_cache. The returned index differs if that image, or what a cache holds of it, cannot be
+    read: the next one of its bucket takes its place, because that must not end a run. The next run computes the entry.
     """
     def __init__(self, dataset, sizes: list[tuple[int, int]], args, pixels: bool, caches: dict, replaced: dict):
         self.dataset, self.sizes, self.args, self.pixels = dataset, sizes, args, pixels
@@ -80,20 +95,25 @@ class ImageReader:
         self.same_bucket = [np.flatnonzero(dataset.bucket == bucket) for bucket in range(dataset.bucket.max() + 1)]
 
     def __call__(self, index: int, number: int, rng: Callable) -> tuple[int, dict[str, Tensor]]:
-        size, args, item = self.sizes[number], self.args, {}
+        size, args = self.sizes[number], self.args
         flip = bool(args.random_flip and rng("flip").random() < 0.5)
         index = self.replaced.get(index, index)
-        if self.pixels:
-            others = self.same_bucket[self.dataset.bucket[index]]
-            pixels, index = self.dataset.read_or_next(index, others)                     # (H, W, 3)
-            item["pixels"] = torch.from_numpy(np.array(fit(pixels, size, args.crop, flip, rng("crop"))))
-        for name, cache in self.caches.items():
-            latents = cache.get(latent_key(self.dataset, index, size, flip))
-            if latents is None:
-                raise UserError(f"an entry of --cache {args.cache} was damaged during the run and has been removed: "
-                                f"start again with --resume auto")
+        others = self.same_bucket[self.dataset.bucket[index]]
+        for index in candidates(index, others):
+            if self.pixels:
+                pixels, index = self.dataset.read_or_next(index, others)                 # (H, W, 3)
+            key = latent_key(self.dataset, index, size, flip)
+            item = {name: cache.get(key) for name, cache in self.caches.items()}
+            if all(latents is not None for latents in item.values()):
+                break
+        else:
+            raise UserError(f"--cache {args.cache}: the entries of all {len(others)} images of one shape were damaged "
+                            f"or removed during the run: start again with --resume auto")
+        for name, latents in item.items():
             tokens = latents.dtype.kind == "i"
             item[name] = torch.from_numpy(latents).long() if tokens else torch.from_numpy(latents).float()
+        if self.pixels:
+            item["pixels"] = torch.from_numpy(np.array(fit(pixels, size, args.crop, flip, rng("crop"))))
         return index, item
 
 

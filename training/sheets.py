@@ -2,6 +2,8 @@
 
 Needs: torch, pillow; lora.py, wuerstchen.py, loading/, extras/, samples.py.
 """
+import contextlib
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -18,6 +20,17 @@ from loading.weights import load_stage_a, load_stage_b, load_text_encoder
 from training.data import read_prompts
 from training.samples import to_tensor
 from wuerstchen import Noise, TextEncoder, Wuerstchen, to_pil
+
+
+@contextlib.contextmanager
+def failure_is_a_warning(step: int):
+    """A sheet that fails (NaN in fp16, no memory left) ends here: it shows a run, and must not stop it."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0][:300]
+        print(f"no samples after step {step}, the training continues: {reason}", file=sys.stderr)
+    torch.cuda.empty_cache()             # what a failed sheet held; does nothing without a GPU
 
 
 class SampleSheets:
@@ -45,11 +58,15 @@ class SampleSheets:
 
     def draw(self, compare: bool) -> Image.Image:
         pipeline, columns = self.pipeline(), {}
-        with self.autocast:
-            for title, on in (("without LoRA", False), ("with LoRA", True)) if compare else (("", True),):
-                if self.args.lora:
-                    lora.enable(self.stage_c, on=on)
-                columns[title] = [pipeline(prompt, seed=self.args.seed)[0] for prompt in self.prompts]
+        try:
+            with self.autocast:
+                for title, on in (("without LoRA", False), ("with LoRA", True)) if compare else (("", True),):
+                    if self.args.lora:
+                        lora.enable(self.stage_c, on=on)
+                    columns[title] = [pipeline(prompt, seed=self.args.seed)[0] for prompt in self.prompts]
+        finally:
+            if self.args.lora:
+                lora.enable(self.stage_c)
         rows = [image for row in zip(*columns.values()) for image in row]
         return grid(rows, len(columns), [*columns] if compare else None, self.prompts)
 

@@ -1,0 +1,499 @@
+"""What a run survives, in all three scripts: signals, failed sheets, torn checkpoints, NaN, a damaged cache, resuming
+with other options. And what it refuses: to overwrite a result, or to write weights that are not finite.
+
+All with networks of a few thousand parameters or a LoRA, so only the promises matter, not what is learned.
+"""
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train_a
+import train_b
+import train_c
+from helpers import lines, newest, same
+from loading.errors import RESUME_HINT, UserError, exit_on_user_error
+from tiny import train_encoder, train_text
+from training import optim, scenes
+from training.checkpoints import Checkpoints
+from training.samples import ImageReader
+
+ROOT = Path(train_a.__file__).parent
+TINY = ROOT / "models" / "tiny"
+DECODER = dict(c_in=4, c_out=4, c_r=8, patch_size=2, c_cond=8, c_hidden=[8, 16], nhead=[-1, 2], blocks=[1, 1],
+               level_config=["CT", "CTA"], inject_effnet=[False, True], effnet_embd=16, clip_embd=128, kernel_size=3,
+               dropout=0.1)
+ENCODER = dict(_class_name="TinyImageEncoder", c_semantic=16, c_hidden=[4, 8, 8, 8], blocks=[1, 1, 1, 1])
+SMALL = ["--workers", "0", "--val-every", "0", "--sample-every", "0", "--log-every", "1", "--device", "cpu", "--warmup",
+         "2", "--batch", "2", "--val-count", "2"]
+MODULES = dict(a=train_a, b=train_b, c=train_c)
+RESULTS = dict(a="vqgan", b="decoder", c="lora.safetensors")
+LEARNED = ("model", "averaged", "optimizer", "step", "updates", "scaler")
+each_script = pytest.mark.parametrize("script", ["a", "b", "c"])
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory) -> dict[str, list[str]]:
+    """For each script the options of a run that takes seconds."""
+    data, config = tmp_path_factory.mktemp("images"), tmp_path_factory.mktemp("config")
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        scene = scenes.place_single(rng, scenes.OBJECTS[i], "large", "red")
+        Image.fromarray(scenes.render(scene)).save(data / f"{i}.png")
+        (data / f"{i}.txt").write_text(scenes.plain_caption(scene.objects, scene.colour) + "\n")
+    for part, content in (("decoder", DECODER), ("image_encoder", ENCODER)):
+        (config / part).mkdir()
+        (config / part / "config.json").write_text(json.dumps(content))
+    own = dict(a=["--width", "8", "--bottleneck-blocks", "1", "--codebook-size", "32", "--resolution", "32"],
+               b=["--weights", "tiny", "--init", "random", "--config", str(config), "--blind", "0"],
+               c=["--weights", "tiny", "--lora", "--rank", "2"])
+    return {script: [*SMALL, "--lr", "1e-3", "--data", str(data), *more] for script, more in own.items()}
+
+
+def train(script, options, out, *more, steps: int = 3) -> Path:
+    module = MODULES[script]
+    module.main(module.parse_args([*options[script], "--out", str(out), "--steps", str(steps), *more]))
+    return out
+
+
+def checkpoints(out) -> list[str]:
+    return sorted(path.name for path in (out / "checkpoints").iterdir())
+
+
+# --- 0 is not "nothing given" ------------------------------------------------------------------------
+
+@each_script
+def test_clip_0_does_not_clip(options, tmp_path, script):
+    """It once scaled all gradients to 0, and trained nothing to the end."""
+    never, high, low = (train(script, options, tmp_path / clip, "--clip", clip) for clip in ("0", "1e9", "1e-4"))
+    same(newest(never)["model"], newest(high)["model"])
+    moments = [max(state["exp_avg"].abs().max() for state in newest(out)["optimizer"]["state"].values())
+               for out in (never, low)]
+    assert moments[0] > 2 * moments[1] > 0
+
+
+@each_script
+def test_lr_0_changes_no_weight(options, tmp_path, script):
+    out = train(script, options, tmp_path / "run", "--lr", "0", "--save-every", "1", "--ema", "0")
+    first, last = (torch.load(out / "checkpoints" / name, weights_only=True) for name in checkpoints(out))
+    assert first["step"] < last["step"] and last["settings"]["lr"] == 0
+    learned = [name for name, _ in first["model"].items() if "running" not in name and "num_batches" not in name]
+    same({name: first["model"][name] for name in learned}, {name: last["model"][name] for name in learned})
+
+
+@pytest.mark.parametrize("script, more, message", [
+    *((script, more, message) for script in "abc" for more, message in (
+        (["--lr", "nan"], "--lr is nan, expected at least 0 and a finite number"),
+        (["--lr", "inf"], "--lr is inf, expected at least 0 and a finite number"),
+        (["--lr", "-1"], "--lr is -1.0, expected at least 0"),
+        (["--weight-decay", "nan"], "--weight-decay is nan, expected at least 0 and a finite number"),
+        (["--clip", "-1"], "--clip is -1.0, expected at least 0"),
+        (["--ema", "nan"], "--ema is nan, expected a number from 0 to below 1"),
+        (["--val-every", "-1"], "--val-every is -1, expected at least 0"),
+        (["--seed", "-1"], "--seed is -1, expected at least 0"),
+        (["--max-bad-steps", "0"], "--max-bad-steps is 0, expected at least 1"))),
+    ("b", ["--high-noise", "nan"], "--high-noise is nan, expected an exponent above 0"),
+    ("c", ["--alpha", "0"], "alpha 0.0, .* expected .* alpha > 0"),
+    ("c", ["--resolution", "0"], "--resolution is 0, expected at least 1"),
+    ("c", ["--offset-noise", "nan"], "--offset-noise is nan"),
+], ids=str)
+def test_numbers_that_make_no_sense_are_refused(options, tmp_path, script, more, message):
+    with pytest.raises(UserError, match=message) as error:
+        train(script, options, tmp_path / "run", *more)
+    assert "\n" not in str(error.value)
+
+
+def test_the_small_scripts_refuse_them_too(tmp_path):
+    for module, more in ((train_encoder, []), (train_text, ["--image-encoder", "x"])):
+        with pytest.raises(UserError, match="--lr is nan, expected at least 0"):
+            module.main(module.parse_args(["--out", str(tmp_path / "run"), "--lr", "nan", *more]))
+
+
+# --- sample sheets -----------------------------------------------------------------------------------
+
+@each_script
+def test_a_failed_sheet_is_a_warning_and_the_checkpoint_stands(options, tmp_path, monkeypatch, capsys, script):
+    """A sheet is drawn after the checkpoint of its step is saved. Its failure (memory, NaN in fp16) changes nothing."""
+    out, seen = tmp_path / "run", []
+
+    def fail(*args, **more):
+        seen.append(checkpoints(out)[-1] if (out / "checkpoints").exists() else None)
+        raise torch.OutOfMemoryError("CUDA out of memory.\nMore.")
+    for target in dict(a=["train_a.sample_sheet"], b=["training.sheets.Reconstructions.reconstruct"],
+                       c=["wuerstchen.Wuerstchen.__call__"])[script]:
+        monkeypatch.setattr(target, fail)
+    train(script, options, out, "--sample-every", "1", "--save-every", "1", "--keep", "9")
+    assert seen == [None, "step_00000001.pt", "step_00000002.pt", "step_00000003.pt"]
+    errors = capsys.readouterr().err
+    for step in range(4):
+        assert f"no samples after step {step}, the training continues: CUDA out of memory." in errors
+    assert (out / RESULTS[script]).exists()
+    without = train(script, options, tmp_path / "without", "--save-every", "1")
+    same(newest(out)["model"], newest(without)["model"])
+
+
+# --- stopped runs ------------------------------------------------------------------------------------
+
+@each_script
+@pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_stopped_run_does_not_end_like_a_finished_one(options, tmp_path, monkeypatch, capsys, script, name, code):
+    """`&&` and schedulers look at the exit code. A signal in the last step finds the work done: exit code 0."""
+    update = optim.EMA.update
+
+    def at(step):
+        def update_and_warn(self):
+            update(self)
+            if self.updates == step:
+                os.kill(os.getpid(), getattr(signal, name))
+        return update_and_warn
+    monkeypatch.setattr(optim.EMA, "update", at(2))
+    with pytest.raises(SystemExit) as end:
+        train(script, options, tmp_path / "run")
+    assert end.value.code == code and "stopped after step 2 and saved: --resume auto" in capsys.readouterr().err
+    monkeypatch.setattr(optim.EMA, "update", at(3))
+    train(script, options, tmp_path / "run", "--resume", "auto")
+    assert (tmp_path / "run" / RESULTS[script]).exists() and "stopped" not in capsys.readouterr().err
+
+
+def test_sigterm_before_the_first_step_is_said_as_well(capsys):
+    """While models load and caches fill there is nothing to save, so the program ends at once."""
+    with pytest.raises(SystemExit) as end, exit_on_user_error(RESUME_HINT):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    assert end.value.code == 143 and capsys.readouterr().err == f"stopped by SIGTERM: {RESUME_HINT}\n"
+
+
+def program(script: str) -> list[str]:
+    """A script in another process, with one thread: the command."""
+    code = f"import sys, torch; sys.path.insert(0, {str(ROOT)!r}); torch.set_num_threads(1)\n" \
+           f"import train_{script} as t\nfrom loading.errors import exit_on_user_error\n" \
+           "with exit_on_user_error('resume'): t.main(t.parse_args(sys.argv[1:]))"
+    return [sys.executable, "-c", code]
+
+
+def test_all_processes_of_a_stopped_run_end_alike(options, tmp_path):
+    """Only rank 1 gets the signal. Both save after the same step and end with 143."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    out = tmp_path / "run"
+    runs = [subprocess.Popen(
+        [*program("c"), *options["c"], "--out", str(out), "--steps", "100000"], stderr=subprocess.PIPE, text=True,
+        env=os.environ | dict(OMP_NUM_THREADS="1", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+                              MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))) for rank in range(2)]
+    try:
+        wait_for_lines(runs[0], out, 2)
+        runs[1].send_signal(signal.SIGTERM)
+        errors = [run.communicate(timeout=120)[1] for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
+    assert [run.returncode for run in runs] == [143, 143], errors
+    assert [error.count("and saved") for error in errors] == [1, 0] and newest(out)["step"] >= 2
+
+
+def wait_for_lines(run, out, count: int, seconds: float = 180) -> None:
+    end = time.time() + seconds
+    while run.poll() is None and time.time() < end and not (
+            (out / "log.jsonl").exists() and (out / "log.jsonl").read_text().count('"grad_norm"') >= count):
+        time.sleep(0.01)
+
+
+def stopped(command: list[str], out: Path, name: str, rng: random.Random) -> int | None:
+    """Starts a run, stops it at a random moment, a third of the time before its first step -> exit code, None if it had
+    finished before."""
+    log = out / "log.jsonl"
+    before = log.read_text().count('"grad_norm"') if log.exists() else 0
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    try:
+        if rng.random() < 1 / 3:
+            time.sleep(rng.uniform(2, 8))
+        else:
+            wait_for_lines(run, out, before + rng.randint(1, 4))
+            time.sleep(rng.uniform(0, 0.3))
+        run.send_signal(getattr(signal, name))
+        _, errors = run.communicate(timeout=120)
+    finally:
+        run.kill()
+    assert "Traceback" not in errors or "KeyboardInterrupt" in errors, errors[-2000:]
+    return None if run.returncode == 0 else run.returncode
+
+
+@pytest.mark.slow
+@each_script
+@pytest.mark.parametrize("name, codes", [("SIGTERM", {143, -15}), ("SIGINT", {130, -2}), ("SIGKILL", {-9})])
+def test_runs_stopped_at_random_moments_resume_to_the_bit(options, tmp_path, script, name, codes):
+    """Six stops in each of nine runs, 54 in all, at moments that a seed draws: the weights of the end are those of an
+    unbroken run, and so is the result. Minus 15 and minus 2: the signal came while Python still imported torch."""
+    steps, rng, out = 80, random.Random(f"{script} {name}"), tmp_path / "run"
+    more = ["--steps", str(steps), "--save-every", "3", "--resume", "auto"]
+    unbroken = train(script, options, tmp_path / "unbroken", *more[2:], steps=steps)
+    command = [*program(script), *options[script], "--out", str(out), *more]
+    found = [stopped(command, out, name, rng) for _ in range(6)]
+    assert None not in found and set(found) <= codes
+    subprocess.run(command, check=True, capture_output=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    same({key: newest(unbroken)[key] for key in LEARNED}, {key: newest(out)[key] for key in LEARNED})
+    result = RESULTS[script] + "/diffusion_pytorch_model.safetensors" * (script != "c")
+    assert (unbroken / result).read_bytes() == (out / result).read_bytes()
+    logs = [[(line["step"], line["loss"]) for line in lines(run)] for run in (unbroken, out)]
+    assert logs[0] == logs[1] and len(logs[0]) == steps
+
+
+# --- checkpoints -------------------------------------------------------------------------------------
+
+@each_script
+def test_a_torn_newest_checkpoint_gives_way_to_the_one_before(options, tmp_path, capsys, script):
+    """It is set aside, so that no later one is rotated out in its favour. The run ends as the unbroken one."""
+    unbroken = train(script, options, tmp_path / "unbroken", "--save-every", "1")
+    out = train(script, options, tmp_path / "run", "--save-every", "1", "--keep", "3")
+    (out / RESULTS[script]).rename(out / "elsewhere")
+    for number in (2, 3):
+        path = out / "checkpoints" / f"step_0000000{number}.pt"
+        path.write_bytes(path.read_bytes()[:-2000 if number == 3 else 0])         # 2: empty
+    train(script, options, out, "--save-every", "1", "--keep", "1", "--resume", "auto")
+    errors = capsys.readouterr().err
+    assert re.search("step_00000003.pt cannot be read, .*; resuming from step_00000002.pt, the one before", errors)
+    assert re.search("step_00000002.pt cannot be read, .*; resuming from step_00000001.pt, the one before", errors)
+    assert "step_00000003.pt is not what this run continues: renamed to step_00000003.pt.old" in errors
+    assert checkpoints(out) == ["step_00000003.pt", "step_00000003.pt.old"]
+    same({key: newest(unbroken)[key] for key in LEARNED}, {key: newest(out)[key] for key in LEARNED})
+
+
+def test_a_torn_only_checkpoint_is_an_error_and_stays(options, tmp_path):
+    out = train("c", options, tmp_path / "run")
+    path = out / "checkpoints" / "step_00000003.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match="cannot be read, it is probably cut off") as error:
+        train("c", options, out, "--resume", "auto", steps=4)
+    assert "\n" not in str(error.value) and path.stat().st_size == 1000
+
+
+@each_script
+@pytest.mark.parametrize("part", ["model", "optimizer"])
+def test_a_checkpoint_without_weights_or_optimizer_is_refused(options, tmp_path, script, part):
+    out = train(script, options, tmp_path / "run", steps=2)
+    path = out / "checkpoints" / "step_00000002.pt"
+    state = torch.load(path, weights_only=True)
+    for empty in ({}, dict(state[part], state={})) if part == "optimizer" else ({},):
+        torch.save(state | {part: empty}, path)
+        with pytest.raises(UserError, match=f"step_00000002.pt has no state of the {part}: it is not a whole"):
+            train(script, options, out, "--resume", "auto")
+
+
+OTHER = [("c", ["--rank", "4"], "with --rank 2, not 4: resume with that"),
+         ("c", ["--targets", "attention[+]mlp"], "with --targets attention, not attention[+]mlp: resume with that"),
+         ("c", ["--dora"], "without --dora: remove it"),
+         ("b", ["--config", str(TINY)], "does not fit: "),
+         ("a", ["--width", "16"], "does not fit: "),
+         ("a", ["--codebook", "ema"], "with --codebook gradient, not ema: resume with that")]
+
+
+@pytest.mark.parametrize("script, more, message", OTHER, ids=str)
+def test_resuming_with_other_parameters_is_refused_in_one_line(options, tmp_path, script, more, message):
+    out = train(script, options, tmp_path / "run", steps=1)
+    more = [word.replace("[+]", "+") for word in more]
+    with pytest.raises(UserError, match=re.escape(message).replace(r"\[\+\]", r"\+")) as error:
+        train(script, options, out, "--resume", "auto", *more)
+    assert "\n" not in str(error.value) and newest(out)["step"] == 1
+
+
+def test_a_lora_run_is_not_resumed_without_lora_nor_the_reverse(options, tmp_path):
+    without = dict(c=[word for word in options["c"] if word != "--lora"])
+    lora, full = train("c", options, tmp_path / "lora", steps=1), train("c", without, tmp_path / "full", steps=1)
+    with pytest.raises(UserError, match="was made with --lora: add it, or choose another --resume"):
+        train("c", without, lora, "--resume", "auto")
+    with pytest.raises(UserError, match="was made without --lora: remove it, or choose another --resume"):
+        train("c", options, full, "--resume", "auto")
+
+
+@each_script
+def test_fp16_may_follow_fp32_and_the_reverse(options, tmp_path, script, capsys):
+    """The checkpoint of a run in fp32 has no state of a loss scaler: it starts as in a new run."""
+    out = train(script, options, tmp_path / "run", steps=1)
+    train(script, options, out, "--resume", "auto", "--dtype", "fp16", steps=2)
+    assert newest(out)["scaler"]["_growth_tracker"] + newest(out)["bad_in_all"] >= 0
+    train(script, options, out, "--resume", "auto", steps=3)
+    assert newest(out)["step"] == 3 and newest(out)["scaler"] == {}
+    assert "resuming with --dtype fp16, the checkpoint has fp32" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", ["a", "b"])
+def test_another_weight_decay_holds_after_resuming(options, tmp_path, script):
+    """The optimizer's state brings the one it was made with."""
+    out = train(script, options, tmp_path / "run", "--weight-decay", "0", steps=1)
+    train(script, options, out, "--resume", "auto", "--weight-decay", "0.5", steps=2)
+    assert {group["weight_decay"] for group in newest(out)["optimizer"]["param_groups"]} == {0.0, 0.5}
+
+
+def test_more_steps_than_wanted_are_refused(options, tmp_path):
+    """The result would carry the name of fewer steps than it had."""
+    out = train("c", options, tmp_path / "run", steps=2)
+    with pytest.raises(UserError, match="step_00000002.pt has 2 steps, more than --steps 1: raise --steps"):
+        train("c", options, out, "--resume", "auto", steps=1)
+
+
+@pytest.mark.parametrize("script, more", [("a", []), ("a", ["--gan-start", "1"]), ("a", ["--ema", "0"]), ("b", []),
+                                          ("c", []), ("c", ["--ema", "0"])], ids=str)
+def test_a_dry_run_knows_the_size_of_a_checkpoint(options, tmp_path, capsys, script, more):
+    train(script, options, tmp_path / "run", "--dry-run", "--keep", "3", *more)
+    number, unit, kept = re.search(r"([\d.]+) ([GM])iB for a checkpoint, ([\d.]+) [GM]iB for the 3 of --keep",
+                                   capsys.readouterr().out).groups()
+    out = train(script, options, tmp_path / "run", *more, steps=2)
+    size = (out / "checkpoints" / "step_00000002.pt").stat().st_size / 2 ** dict(M=20, G=30)[unit]
+    assert float(number) == pytest.approx(size, rel=0.15, abs=0.02) and float(kept) == pytest.approx(3 * float(number),
+                                                                                                 abs=0.02)
+
+
+# --- a finished result -------------------------------------------------------------------------------
+
+@each_script
+def test_a_finished_result_is_not_overwritten(options, tmp_path, capsys, script):
+    """Not by another run in the same folder, nor by the same run again; a longer one continues it."""
+    out = train(script, options, tmp_path / "run", steps=2)
+    readme = (out / "README.md").read_text() + "\nMy own words.\n"
+    (out / "README.md").write_text(readme)
+    train(script, options, out, "--resume", "auto", steps=2)
+    assert (out / "README.md").read_text() == readme
+    assert f"2 steps are done and the result is in {out}: raise --steps to continue" in capsys.readouterr().err
+    other = train(script, options, tmp_path / "other", steps=1)
+    with pytest.raises(UserError, match=f"{out}/{RESULTS[script]} is of another run and would be overwritten: choose"):
+        train(script, options, out, "--resume", str(other / "checkpoints" / "step_00000001.pt"))
+    train(script, options, out, "--resume", "auto", steps=3)
+    assert "| `--steps` | 3 |" in (out / "README.md").read_text() and newest(out)["step"] == 3
+    for path in (out / "checkpoints").iterdir():
+        path.unlink()
+    for more in ([], ["--resume", "auto"]):
+        with pytest.raises(UserError, match=f"{RESULTS[script]} is of another run and would be overwritten"):
+            train(script, options, out, *more)
+
+
+def test_a_run_that_died_while_it_wrote_its_result_writes_it(options, tmp_path):
+    """The card is written last."""
+    out = train("c", options, tmp_path / "run", steps=2)
+    (out / "README.md").unlink()
+    (out / "lora.safetensors").write_bytes(b"half")
+    train("c", options, out, "--resume", "auto", steps=2)
+    assert (out / "README.md").exists() and (out / "lora.safetensors").stat().st_size > 1000
+
+
+@each_script
+def test_an_evaluation_that_a_stop_prevented_is_made_up_for(options, tmp_path, script):
+    """A run is stopped between a checkpoint and the evaluation after it. Evaluations are in the log once each."""
+    more = ["--val-every", "2", "--save-every", "2", "--keep", "9"]
+    unbroken = train(script, options, tmp_path / "unbroken", *more, steps=4)
+    out = train(script, options, tmp_path / "run", *more, steps=4)
+    (out / "checkpoints" / "step_00000004.pt").unlink()
+    kept = [line for line in (out / "log.jsonl").read_text().splitlines() if '"grad_norm"' in line]
+    (out / "log.jsonl").write_text("\n".join(kept) + "\n")
+    train(script, options, out, *more, "--resume", "auto", steps=4)
+    values = [[(line["step"], *(value for key, value in line.items() if key.startswith("val_")))
+               for line in lines(run) if "grad_norm" not in line] for run in (unbroken, out)]
+    assert [line[0] for line in values[0]] == [0, 2, 4] and values[0][1:] == values[1]
+
+
+# --- NaN ---------------------------------------------------------------------------------------------
+
+@each_script
+def test_weights_that_are_not_finite_are_never_written(options, tmp_path, script):
+    """Such a run once ended with exit code 0 and NaN weights. The checkpoint of before stays."""
+    out = train(script, options, tmp_path / "run", "--save-every", "1", steps=2)
+    (out / RESULTS[script]).rename(out / "elsewhere")
+    with pytest.raises(UserError, match="NaN or infinity") as error:
+        train(script, options, out, "--lr", "1e38", "--save-every", "1", "--keep", "1", "--resume", "auto", steps=6)
+    assert "\n" not in str(error.value) and "lower --lr" in str(error.value)
+    assert not (out / RESULTS[script]).exists()
+    assert "step_00000002.pt" in checkpoints(out)
+    for path in (out / "checkpoints").iterdir():
+        state = torch.load(path, weights_only=True)
+        assert all(tensor.isfinite().all() for tensor in (*state["model"].values(), *state["averaged"].values()))
+
+
+@each_script
+def test_good_checkpoints_stay_while_steps_are_bad(options, tmp_path, monkeypatch, script):
+    """With --keep 1 the checkpoint of step 2, the last before all losses are NaN, is there in the end; and a run whose
+    last steps were bad has no result."""
+    clip, calls = optim.clip_gradients, []
+
+    def from_step_3(model, limit):
+        calls.append(1)
+        return clip(model, limit) * (float("nan") if len(calls) > 2 else 1)
+    monkeypatch.setattr(MODULES[script], "clip_gradients", from_step_3)
+    out = tmp_path / "run"
+    with pytest.raises(UserError, match="3 steps in a row came to NaN or infinity, up to step 5; the last good state"):
+        train(script, options, out, "--save-every", "1", "--keep", "1", steps=5)
+    assert "step_00000002.pt" in checkpoints(out) and not (out / RESULTS[script]).exists()
+
+
+def test_a_result_that_is_not_finite_is_refused(options, tmp_path, monkeypatch):
+    """Checked again when it is written: checkpoints hold only what learns."""
+    check = Checkpoints.save
+
+    def spoil(self, step, content, rotate=True):
+        check(self, step, content, rotate)
+        for tensor in spoiled:
+            tensor.fill_(float("nan"))
+    spoiled, build = [], train_a.build_model
+
+    def build_and_keep(args):
+        model = build(args)
+        spoiled.append(model.norm_latent.running_mean)
+        return model
+    monkeypatch.setattr(train_a, "build_model", build_and_keep)
+    monkeypatch.setattr(Checkpoints, "save", spoil)
+    with pytest.raises(UserError, match="the result has NaN or infinity in norm_latent.running_mean and is not"):
+        train("a", options, tmp_path / "run", steps=1)
+    assert not (tmp_path / "run" / "vqgan").exists()
+
+
+# --- the cache ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("script", ["b", "c"])
+def test_a_cache_entry_damaged_during_a_run_does_not_end_it(options, tmp_path, monkeypatch, script, recwarn):
+    """Bits flip, or another program tidies up. The next image of its shape takes the place, and the next run computes
+    the entry again. A text is computed at once."""
+    cache, batches = tmp_path / "cache", MODULES[script].batches
+
+    def damage_and_begin(*args):
+        for kind, count in (("latents", 3), ("vqgan", 3), ("texts", 99)):
+            for path in sorted(cache.glob(f"{kind}-*/??/*.npy"))[:count]:
+                path.write_bytes(path.read_bytes()[:-40])
+        return batches(*args)
+    monkeypatch.setattr(MODULES[script], "batches", damage_and_begin)
+    seen, read = [], ImageReader.__call__
+
+    def note(self, index, number, rng):
+        found, item = read(self, index, number, rng)
+        seen.append((index, found))
+        return found, item
+    monkeypatch.setattr(ImageReader, "__call__", note)
+    out = train(script, options, tmp_path / "run", "--cache", str(cache), steps=6)
+    assert newest(out)["step"] == 6 and newest(out)["updates"] == 6
+    assert len({index for index, found in seen if index != found}) == 3 and len({found for _, found in seen}) == 3
+    assert any("is removed and computed again" in str(warning.message) for warning in recwarn)
+
+
+def test_a_damaged_entry_of_preserved_prompts_gives_way_to_the_next(options, tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("a tree\na cat\na moon\n")
+    cache, batches, drawn = tmp_path / "cache", train_c.batches, []
+
+    def damage_and_begin(samples, *args):
+        for path in sorted(cache.glob("painted-*/??/*.npy"))[:2]:
+            path.unlink()
+        draw = samples.preserved.draw
+        samples.preserved.draw = lambda *given: drawn.append(draw(*given)[0]) or draw(*given)
+        return batches(samples, *args)
+    monkeypatch.setattr(train_c, "batches", damage_and_begin)
+    train("c", options, tmp_path / "run", "--cache", str(cache), "--preserve", "0.9", "--preserve-prompts",
+          str(tmp_path / "prompts.txt"), steps=4)
+    assert len({prompt for prompt in drawn if prompt}) == 1
