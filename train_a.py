@@ -97,8 +97,8 @@ from loading.weights import load_stage_a
 from stage_a import StageA
 from training.checkpoints import Checkpoints, Log, load_state, settings_of, state_of
 from training.codebook import CodebookUpdates, perplexity
-from training.optim import (EMA, build_optimizer, clip_gradients, learning_rate, set_precision,
-                            too_many_nan_steps)
+from training.optim import (EMA, build_optimizer, check_last_steps, clip_gradients, learning_rate,
+                            set_precision, too_many_nan_steps)
 from training.order import BatchSampler, batches, sample_rng
 from training.processes import GracefulExit, Processes, SynchronisedBatchNorm, no_sync
 from training.report import Progress, draw_curves, due, outline
@@ -315,9 +315,8 @@ def main(args):
         processes.wait()
 
     # --- one pass of this loop is one optimizer step ---------------------------------------------
-    stop = GracefulExit()
+    stop, progress = GracefulExit(), Progress("Stage A", start, args, processes, order.batch)
     samples = batches(StageASamples(dataset, sizes, args), order, processes, args, start)
-    progress = Progress("Stage A", start, args, processes, order.batch)
     evaluate(start)
     for step in progress:
         train_mode(model, step, args)
@@ -405,8 +404,7 @@ def main(args):
         if due(args.val_every, done, args.steps) or due(args.sample_every, done, args.steps):
             evaluate(done)
             draw_curves(log.lines(), CURVES, f"{args.out}/curves.png")
-    if nan_steps:
-        raise UserError(too_many_nan_steps(nan_steps, args.steps - 1, args))
+    check_last_steps(nan_steps, args)
     model.eval()
     with ema.applied():
         values = validate(model, fixed, args, processes)

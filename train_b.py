@@ -116,8 +116,8 @@ from training.losses import LOSS_WEIGHTS
 from training.models import (LEVELS_AT_ONCE, NETWORK, cache_settings,         # noqa: F401, `stage`
                              compile_decoder, decode, encode, load_models, match_vqgan, pipeline,
                              semantic_scale)
-from training.optim import (EMA, build_optimizer, clip_gradients, learning_rate, set_precision,
-                            too_many_nan_steps)
+from training.optim import (EMA, build_optimizer, check_last_steps, clip_gradients, learning_rate,
+                            set_precision, too_many_nan_steps)
 from training.order import batches, sample_rng
 from training.processes import GracefulExit, Processes, no_sync
 from training.report import Progress, draw_curves, dry_run, due
@@ -401,10 +401,9 @@ def main(args):
         processes.wait()
 
     # --- one pass of this loop is one optimizer step ----------------------------------------------
-    stop = GracefulExit()
+    stop, progress = GracefulExit(), Progress("Stage B", start, args, processes, order.batch)
     samples = batches(StageBSamples(dataset, order.sizes, args, caches, replaced, draw), order,
                       processes, args, start)
-    progress = Progress("Stage B", start, args, processes, order.batch)
     evaluate(start)      # the untrained model: shows that validation and sampling are set up right
     for step in progress:
         for group in optimizer.param_groups:
@@ -478,8 +477,7 @@ def main(args):
         if due(args.val_every, done, args.steps) or due(args.sample_every, done, args.steps):
             evaluate(done)
             draw_curves(log.lines(), CURVES, f"{args.out}/curves.png")
-    if nan_steps:
-        raise UserError(too_many_nan_steps(nan_steps, args.steps - 1, args))
+    check_last_steps(nan_steps, args)
     with ema.applied():
         write_stage_b(args, model, encoder, len(dataset), log.lines(), processes)
     stop.restore()

@@ -111,8 +111,8 @@ from training.cache import CachedTexts, fill_cache
 from training.checkpoints import Checkpoints, Log, full_state, load_full_state, settings_of
 from training.data import bucket_sizes, nearest_bucket
 from training.losses import LOSS_WEIGHTS
-from training.optim import (EMA, build_optimizer, clip_gradients, learning_rate, set_precision,
-                            too_many_nan_steps)
+from training.optim import (EMA, build_optimizer, check_last_steps, clip_gradients, learning_rate,
+                            set_precision, too_many_nan_steps)
 from training.order import BatchSampler, batches, sample_rng
 from training.preserve import Teacher, TeacherLatents
 from training.processes import GracefulExit, Processes, no_sync
@@ -346,10 +346,9 @@ def main(args):
         processes.wait()
 
     # --- one pass of this loop is one optimizer step ----------------------------------------------
-    stop = GracefulExit()
+    stop, progress = GracefulExit(), Progress("Stage C", start, args, processes, order.batch)
     samples = batches(StageCSamples(dataset, buckets, args, caches, replaced, preserved), order,
                       processes, args, start)
-    progress = Progress("Stage C", start, args, processes, order.batch)
     evaluate(start)      # the untrained model: shows that validation and sampling are set up right
     for step in progress:
         for group in optimizer.param_groups:
@@ -412,8 +411,7 @@ def main(args):
         if due(args.val_every, done, args.steps) or due(args.sample_every, done, args.steps):
             evaluate(done)
             draw_curves(log.lines(), CURVES, f"{args.out}/curves.png")
-    if nan_steps:
-        raise UserError(too_many_nan_steps(nan_steps, args.steps - 1, args))
+    check_last_steps(nan_steps, args)
     with ema.applied():
         write_stage_c(args, model, text_encoder, len(dataset), processes)
     stop.restore()

@@ -1,6 +1,6 @@
 """Optimizer, learning rate, gradient clipping and averaged weights: the parts that every training loop has.
 
-Needs: torch.
+Needs: torch; loading/errors.py.
 """
 import contextlib
 import math
@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+from loading.errors import UserError
 
 
 def build_optimizer(model: nn.Module, args, betas: tuple[float, float] = (0.9, 0.999),
@@ -55,6 +57,12 @@ def too_many_nan_steps(count: int, step: int, args) -> str:
     return (f"{count} steps in a row came to NaN or infinity, up to step {step + 1}; the last good state is in "
             f"{args.out}/checkpoints: lower --lr, or use --dtype bf16 or fp32; what was in these batches is in "
             f"{args.out}/log.jsonl")
+
+
+def check_last_steps(nan_steps: int, args) -> None:
+    """Raises UserError if the run ends with bad steps: its weights may be the reason, so they are not a result."""
+    if nan_steps:
+        raise UserError(too_many_nan_steps(nan_steps, args.steps - 1, args))
 
 
 class EMA:
