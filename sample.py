@@ -13,9 +13,9 @@
   python sample.py --like out/image.png --seed 8                       # its settings, another seed
 
 For readers: `main` shows the whole way: options become jobs, one for each image; load; generate;
-save. Options, checks, paths and the settings that each file carries are in extras/cli.py, prompt
-files and what happens after an error in extras/jobs.py, grids, interpolation and latents in
-extras/modes.py. From Python: wuerstchen.py, extras/editing.py.
+save. Options, checks and paths are in extras/cli.py, the settings that each file carries in
+extras/like.py, prompt files and what happens after an error in extras/jobs.py, grids,
+interpolation and latents in extras/modes.py. From Python: wuerstchen.py, extras/editing.py.
 Surprise: torch takes seconds to import, so this happens only after the options were checked.
 Needs: what wuerstchen.py needs.
 """

@@ -6,14 +6,13 @@
 A job is an argparse.Namespace. Most options are arguments of the same name in Python. Those that change what sample.py
 does (grids, interpolation, reconstruction, latents, previews) are carried out in modes.py.
 Surprise: an option is read from three places, and checked in the same way: the command line, the file of --like,
-and a line of --prompt-file. The last two are turned into options as one would type them, see as_argv.
+and a line of --prompt-file. The last two are turned into options as one would type them, see like.py.
 Needs: the standard library, so that `--help` and error messages appear at once.
 """
 import argparse
 import contextlib
 import difflib
 import functools
-import hashlib
 import itertools
 import math
 import os
@@ -21,44 +20,27 @@ import random
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
 from extras.jobs import Run, place_of, prompt_lines, remove_preview, skip_line, without_mark
+from extras.like import (COMBINED, DTYPES, FILES, INPUTS, OF_STAGES, PER_IMAGE, PER_RUN, REQUIRES, SAMPLING, Options,
+                         as_option, as_text, flat, merge, options_like, settings_of, split, typed)
 from loading.errors import UserError
 from loading.files import numbered
 
 SAMPLERS = dict(c=("ddpm", "ddim", "dpm++"), b=("ddpm", "ddim", "dpm++", "multinomial", "argmax", "quant"))
-DTYPES = dict(fp32="float32", bf16="bfloat16", fp16="float16")
-# Fields of a stage's sampling settings, with the defaults of their options. None: the weights have their own default.
-SAMPLING = dict(steps=None, sampler=None, guidance=None, interval=(0.0, 1.0), rescale=0.0, eta=0.0, t_start=1.0,
-                t_end=0.0, temperature=None)
 PUBLISHED_STEPS = "DEFAULT_STAGE_C_TIMESTEPS"    # diffusers' name for the levels of Sampling(29, early=True)
-# Parts that can be replaced by a folder or file.
-FILES = dict(prior="Stage C", decoder="Stage B", vqgan="Stage A", image_encoder="the image encoder",
-             prior_text_encoder="Stage C's text encoder", text_encoder="Stage B's text encoder")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")    # of the images that are saved, see metadata.py
-INPUTS = ("init", "mask", "reconstruct", "from_latent", "to_latent", "tensors")      # files an image is made from
-
-# The settings that are saved with an image and read by --like. PER_IMAGE: may differ between lines of --prompt-file.
-OF_STAGES = tuple(f"{name}_{stage}" for stage in "cb" for name in SAMPLING if (name, stage) != ("temperature", "c"))
-PER_IMAGE = ("prompt", "negative_prompt", "seed", "num_images", "width", "height", "init", "strength", "mask",
-             "outpaint", "from_latent", "tensors", *OF_STAGES)
-PER_RUN = ("reconstruct", "interpolate_to", "to_seed", "frames", "grid", "to_latent", "weights", *FILES, "lora",
-           "revision", "dtype", "int8", "tile")
-
 # Names of weights whose version is known before they are loaded: whether it is v1.
 NAMED = {None: False, "tiny": False, "tiny-v1": True, "v1": True, "v2": False, "v2-base": False, "v2-aesthetic": False}
 
-COMBINED = ("reconstruct", "grid", "interpolate_to", "to_latent")            # these make one image out of several
 SPECIAL = {*COMBINED, "outpaint", "from_latent", "tensors", "save_latent", "preview_every"}      # see modes.py
 CONFLICTS = (("mask", "outpaint"), ("low_memory", "offload"), ("prompt_file", "reconstruct"), ("reconstruct", "init"),
              ("reconstruct", "from_latent"), ("grid", "from_latent"), ("interpolate_to", "from_latent"),
              ("save_latent", "from_latent"), ("tensors", "interpolate_to"), *itertools.combinations(COMBINED, 2),
              *itertools.product(("save_latent", "preview_every"), COMBINED))
-REQUIRES = (("mask", "init"), ("outpaint", "init"), ("strength", "init"), ("to_latent", "from_latent"),
-            ("to_seed", "interpolate_to", "to_latent"))                      # the first needs one of the others
 
 
 def error(message: str) -> None:
@@ -152,25 +134,6 @@ def loras(text: str) -> dict[str, float]:
     return result
 
 
-def as_text(value) -> str:
-    """The inverse: a value as one would type it."""
-    if isinstance(value, dict):
-        return ",".join(f"{as_text(end)}:{count}" for end, count in value.items())
-    if isinstance(value, (tuple, list)):
-        return ",".join(map(as_text, value))
-    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
-
-
-def as_option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def as_argv(settings: dict, allowed: tuple[str, ...]) -> list[str]:
-    """{"seed": 3, "int8": True, ...} -> ["--seed=3", "--int8", ...] without those that are None or not allowed."""
-    return [as_option(name) + ("" if value is True else f"={as_text(value)}") for name, value in settings.items()
-            if name in allowed and value is not None]
-
-
 # ----- options -------------------------------------------------------------------------------------------------------
 
 def add_input_options(p: argparse.ArgumentParser) -> None:
@@ -179,8 +142,10 @@ def add_input_options(p: argparse.ArgumentParser) -> None:
     add("--prompt-file", metavar="FILE", help="many prompts: a text file with one per line, # begins a comment; or "
         '.jsonl, with an object of settings per line, named like options: {"prompt": "a cat", "seed": 3, '
         '"guidance_c": 6}; lines that cannot be used are reported and skipped')
-    add("--like", metavar="IMAGE", help="all settings of this image, made by this program; options on the command line "
-        'override them, and "" removes one: --mask ""')
+    add("--like", metavar="IMAGE", help="all settings of this image, made by this program, and options on the command "
+        'line override them. "" undoes any option and what depends on it: --mask "", or --seed "" for a new one. With '
+        "other --weights, the old ones' own defaults are not taken over. Files are looked for from the image's folder "
+        "and those above it, then from here")
     add("--mask", metavar="IMAGE", help="as large as --init, white where new content is generated, black where it "
         "stays; or the image itself, with transparent holes for new content")
     add("--outpaint", metavar="L,T,R,B", type=comma_list(integer(0), 4), help="px to add to --init and to generate: "
@@ -281,15 +246,15 @@ def parse_args(p: argparse.ArgumentParser, argv: list[str], bad: dict[int, str] 
 
     bad: collects what is wrong with lines of a prompt file; without it, that is raised as well.
     """
-    args, hashes = read_options(p, argv), {}
+    read, options, hashes = functools.partial(read_options, p), split(p, argv), {}
+    args = read(flat(options))
     if args.like is not None:
-        settings, hashes = read_like(args)
-        argv = settings + argv                   # of two options, the last counts
-        args = read_options(p, argv)
+        options, hashes = options_like(read, args, options)
+        args = read(flat(options))
     if args.prompt is not None and args.prompt_file is not None:
         error("--prompt and --prompt-file are both given: choose one of them")
     if args.prompt_file is not None:
-        prompts = read_prompt_file(p, argv, args, bad)
+        prompts = read_prompt_file(read, options, args, bad)
     else:
         args.line = None
         args.seed = random_seed() if args.seed is None and needs_seed(args) else args.seed
@@ -309,22 +274,7 @@ def needs_seed(args: argparse.Namespace) -> bool:
     return not args.from_latent or bool(args.to_latent)
 
 
-def read_like(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
-    """--like -> the settings of that image as options, and the hashes of the files it was made from."""
-    from extras.metadata import read_settings
-    settings = read_settings(args.like)
-    hashes = settings.get("hashes") if isinstance(settings.get("hashes"), dict) else {}
-    if args.prompt_file:                         # has prompts of its own
-        settings["prompt"] = None
-    elif args.from_latent:                       # the noise continues from its state in the file
-        settings["seed"] = None
-    # Files that the command line names are meant to be others.
-    return as_argv(settings, PER_IMAGE + PER_RUN), {
-        name: value for name, value in hashes.items()
-        if getattr(args, name, None) is None and not (args.weights and name in FILES)}
-
-
-def read_prompt_file(p: argparse.ArgumentParser, argv: list[str], args: argparse.Namespace,
+def read_prompt_file(read: Callable, options: Options, args: argparse.Namespace,
                      bad: dict[int, str] | None) -> list[argparse.Namespace]:
     """-> the options of each line. Lines that cannot be used are in `bad` instead. Raises ValueError."""
     prompts, seed = [], random_seed() if args.seed is None else args.seed
@@ -333,14 +283,14 @@ def read_prompt_file(p: argparse.ArgumentParser, argv: list[str], args: argparse
         try:
             if unknown := [name for name in settings if name not in PER_IMAGE]:
                 error(f"{', '.join(unknown)} cannot be set for one line; possible: {', '.join(PER_IMAGE)}")
-            line = read_options(p, argv + as_argv(settings, PER_IMAGE))
+            line = read(flat(merge(read, options, typed(settings))))
             line.line = number
-            if "seed" not in settings and (args.seed is not None or needs_seed(line)):
+            if settings.get("seed") in (None, "") and (args.seed is not None or needs_seed(line)):
                 line.seed, seed = seed, seed + line.num_images
             check(line)
             prompts.append(line)
         except ValueError as problem:            # the lines below keep their seeds when it is repaired
-            seed += seed == first and "seed" not in settings
+            seed += seed == first and settings.get("seed") in (None, "")
             skip_line(args, problem, bad)
     return prompts
 
@@ -350,7 +300,7 @@ def check(args: argparse.Namespace) -> None:
     for name in PER_IMAGE + PER_RUN:
         if re.search("[\ud800-\udfff]", str(getattr(args, name))):
             error(f"{as_option(name)} contains bytes that are not UTF-8 text: check the terminal's encoding")
-    # 0 was given; "", which removes an option of --like, was not.
+    # 0 was given; "" was not.
     args.given = {name for name, value in vars(args).items() if value not in (None, "") and value is not False}
     for names in CONFLICTS:
         if args.given.issuperset(names):
@@ -534,37 +484,3 @@ def write_image(image, job: argparse.Namespace, path: Path, settings: dict | Non
         if latent:
             latent.unlink()
         raise
-
-
-def settings_of(job: argparse.Namespace, model, image) -> dict:
-    """All that is needed to make the image again, and which files and versions made it.
-
-    Warns if the files are no longer those that made the image of --like.
-    """
-    import torch
-    import transformers
-    from loading.hub import hashes
-    files = {name: getattr(job, name) for name in INPUTS if getattr(job, name)}
-    files |= {f"lora {Path(file).name}": file for file in model.loras}
-    made_from = hashes(model.paths) | {name: hashlib.sha256(Path(file).read_bytes()).hexdigest()
-                                       for name, file in files.items()}
-    changed = [name for name, value in made_from.items() if job.like_hashes.get(name, value) != value]
-    if changed:
-        warnings.warn(f"{', '.join(changed)} changed since {job.like} was made: this is another image")
-    values = {name: getattr(job, name) for name in PER_IMAGE + PER_RUN}
-    for name in OF_STAGES:                       # the weights' own defaults
-        if values[name] is None:
-            values[name] = getattr(model.c if name.endswith("c") else model.b, name[:-2], None)
-    values["weights"] = job.weights or ("v2" if any(values[part] for part in FILES) else "tiny")
-    values["dtype"] = next(name for name, dtype in DTYPES.items() if getattr(torch, dtype) == model.dtype)
-    if not any(values[name] for name in COMBINED):
-        values |= dict(width=image.width, height=image.height)
-    if not job.grid:                             # other images have a file and a seed each
-        values["num_images"] = None
-    if not job.interpolate_to and not job.to_latent:
-        values["frames"] = None
-    values = {name: as_text(value) if isinstance(value, (tuple, dict)) else value for name, value in values.items()
-              if value not in (None, "")}
-    return values | dict(device=model.device.type, batch=job.batch, compile=job.compile, hashes=made_from,
-                         versions=dict(torch=torch.__version__, transformers=transformers.__version__),
-                         software="wuerstchen, sample.py")

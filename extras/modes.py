@@ -7,10 +7,13 @@ Needs: torch, safetensors; editing.py, images.py, previews.py.
 """
 import argparse
 import functools
+import json
 import math
+import warnings
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -20,16 +23,21 @@ from extras.images import cover, enlarge, grid, psnr, read_image, strip
 from extras.previews import Previews
 from loading.errors import UserError
 from loading.files import write_atomically, write_unused
-from wuerstchen import Noise, latent_sizes, to_pil
+from loading.hub import hashes
+from loading.pipeline import FILES
+from wuerstchen import Noise, Wuerstchen, latent_sizes, to_pil
 
 # What --save-latent writes: (1,16,h,w); the state of the random numbers after Stage C (1,bytes); height and width.
 LATENT = ("semantic", "states", "size")
+ORIGIN = "wuerstchen"            # name of its metadata: of which weights it is, see origin_of
 
 
 def make_images(model, jobs: list[argparse.Namespace], options: dict) -> list:
     """-> a PIL image for each job or, for a .gif, its frames. options: sampling and progress, for editing.generate."""
     job = jobs[0]
     options |= dict(width=job.width, height=job.height)
+    for latent in filter(None, (job.from_latent, job.to_latent)):
+        check_origin(latent, model, job)
     if job.reconstruct:
         return [reconstruction(model, job, options)]
     if job.grid:
@@ -54,13 +62,41 @@ def make_images(model, jobs: list[argparse.Namespace], options: dict) -> list:
     images = generate(model, jobs, noise, options, semantic)
     for job, latent, state, image in zip(jobs, semantic.split(1), states, images):
         job.latent = dict(zip(LATENT, (latent.cpu().clone(), state[None], torch.tensor([image.height, image.width]))))
+        job.origin = origin_of(model, job)
     return images
 
 
 def save_latent(job: argparse.Namespace, path: Path) -> Path:
     """-> the path. Raises FileExistsError if it exists, unless --overwrite."""
-    write_atomically(path, lambda temporary: save_file(job.latent, temporary), job.overwrite)
+    metadata = {ORIGIN: json.dumps(job.origin)}
+    write_atomically(path, lambda temporary: save_file(job.latent, temporary, metadata), job.overwrite)
     return path
+
+
+def origin_of(model, job: argparse.Namespace) -> dict:
+    """Of which weights a semantic latent is: their name, the kind of its numbers, the hashes of what Stage B needs."""
+    raw = model.scale_semantic is not Wuerstchen.scale_semantic
+    kind = "tiny" if model.size == 128 else "v1" if raw else "v2"        # each has an image encoder of its own
+    known = {part: value for part, value in hashes(model.paths).items() if part in ("decoder", "vqgan", "text_encoder")}
+    weights = job.weights or ("v2" if any(getattr(job, part) for part in FILES) else "tiny")
+    return dict(weights=Path(weights).name, kind=kind, hashes=known)
+
+
+def check_origin(path: str, model, job: argparse.Namespace) -> None:
+    """Warns if a saved latent is of other weights. Raises ValueError if these cannot know what its numbers mean."""
+    try:
+        with safe_open(path, "pt") as file:
+            then = json.loads((file.metadata() or {})[ORIGIN])
+        weights, kind, parts = then["weights"], then["kind"], dict(then["hashes"])
+    except (KeyError, ValueError, TypeError, SafetensorError, OSError):
+        return                                   # an older file, or one that read_tensors reports
+    now = origin_of(model, job)
+    if kind != now["kind"]:
+        raise UserError(f"{path} is a latent of the weights {weights} (kind {kind}), in which {now['weights']} (kind "
+                        f"{now['kind']}) would see something else: choose weights or a latent of the other's kind")
+    if other := [part for part, value in parts.items() if now["hashes"].get(part, value) != value]:
+        warnings.warn(f"{path} is a latent of the weights {weights}, from which {now['weights']} differs "
+                      f"({', '.join(other)}): this is another image")
 
 
 # ----- files as input ------------------------------------------------------------------------------------------------

@@ -1,0 +1,261 @@
+"""The settings of an image: written into its file, and read by --like as options one could have typed.
+
+  job, model, image -settings_of-> settings -metadata.save_image-> PNG, JPEG or WebP file
+  file -options_like-> {"seed": ["--seed=3"], ...}, with those of the command line over them -flat-> argv
+
+Options are a dict from a name to what is typed for it; nothing is typed for an option that "" undoes.
+Surprise: all settings are stored, also those that are only the weights' own defaults, so that the image stays the same
+when defaults change. With other weights, such defaults are left out: nobody asked for them. Paths are stored
+as seen from the working folder, and looked for from all folders above the image: so a folder with its images can move.
+Needs: the standard library; torch and transformers to write settings, and for some images to read them.
+"""
+import argparse
+import hashlib
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from loading.errors import UserError, WeightsError
+from loading.files import STEM, find_file
+from loading.hub import NAMES
+from loading.layouts import SHIPPED, locate
+
+DTYPES = dict(fp32="float32", bf16="bfloat16", fp16="float16")
+# Fields of a stage's sampling settings, with the defaults of their options. None: the weights have their own default.
+SAMPLING = dict(steps=None, sampler=None, guidance=None, interval=(0.0, 1.0), rescale=0.0, eta=0.0, t_start=1.0,
+                t_end=0.0, temperature=None)
+# Parts that can be replaced by a folder or file.
+FILES = dict(prior="Stage C", decoder="Stage B", vqgan="Stage A", image_encoder="the image encoder",
+             prior_text_encoder="Stage C's text encoder", text_encoder="Stage B's text encoder")
+INPUTS = ("init", "mask", "reconstruct", "from_latent", "to_latent", "tensors")      # files an image is made from
+
+# The settings that are saved with an image and read by --like. PER_IMAGE: may differ between lines of --prompt-file.
+OF_STAGES = tuple(f"{name}_{stage}" for stage in "cb" for name in SAMPLING if (name, stage) != ("temperature", "c"))
+PER_IMAGE = ("prompt", "negative_prompt", "seed", "num_images", "width", "height", "init", "strength", "mask",
+             "outpaint", "from_latent", "tensors", *OF_STAGES)
+PER_RUN = ("reconstruct", "interpolate_to", "to_seed", "frames", "grid", "to_latent", "weights", *FILES, "lora",
+           "revision", "dtype", "int8", "tile")
+
+COMBINED = ("reconstruct", "grid", "interpolate_to", "to_latent")            # these make one image out of several
+REQUIRES = (("mask", "init"), ("outpaint", "init"), ("strength", "init"), ("to_latent", "from_latent"),
+            ("to_seed", "interpolate_to", "to_latent"))                      # the first needs one of the others
+Options = dict[str, list[str]]
+
+
+# ----- options -------------------------------------------------------------------------------------------------------
+
+def as_text(value) -> str:
+    """A value as one would type it."""
+    if isinstance(value, dict):
+        return ",".join(f"{as_text(end)}:{count}" for end, count in value.items())
+    if isinstance(value, (tuple, list)):
+        return ",".join(map(as_text, value))
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+
+
+def as_option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def typed(settings: dict) -> Options:
+    """{"seed": 3, "int8": True, "mask": ""} -> {"seed": ["--seed=3"], "int8": ["--int8"], "mask": []}, without None."""
+    return {name: [] if value == "" else [as_option(name) + ("" if value is True else f"={as_text(value)}")]
+            for name, value in settings.items() if value is not None}
+
+
+def split(p: argparse.ArgumentParser, argv: list[str]) -> Options:
+    """argv by the options' names; of two equal ones the last counts. What is no option belongs to the one before."""
+    strings = {string: action.dest for action in p._actions for string in action.option_strings}
+    options, name = {}, ""
+    for word in argv:
+        option, equals, value = word.partition("=")
+        names = {strings[string] for string in strings if string.startswith(option)} if option[:2] == "--" else ()
+        if option in strings or len(names) == 1:                             # argparse takes abbreviations
+            name = strings.get(option) or names.pop()
+            options[name] = [word]
+        else:
+            options.setdefault(name, []).append(word)
+        if equals and not value or options[name][1:] == [""]:
+            options[name] = []
+    return options
+
+
+def flat(options: Options) -> list[str]:
+    return [word for words in options.values() for word in words]
+
+
+def is_possible(name: str, args: argparse.Namespace) -> bool:
+    """Whether everything is there that this option depends on."""
+    if needed := next((others for first, *others in REQUIRES if first == name), None):
+        return any(getattr(args, other) for other in needed)
+    stage = name[-1]
+    if name in ("eta_c", "eta_b"):
+        return getattr(args, f"sampler_{stage}") == "ddim"
+    if name in ("t_start_c", "t_start_b", "t_end_c", "t_end_b"):
+        steps = getattr(args, f"steps_{stage}")              # segments have an end of their own, levels both
+        return steps is None or isinstance(steps, (int, dict) if "start" in name else int)
+    return True
+
+
+def merge(read: Callable[[list[str]], argparse.Namespace], base: Options, more: Options) -> Options:
+    """base with `more` over it. What depended on something that `more` changed goes with it: --init "" takes the
+    strength and mask of base along. read: from words to an argparse.Namespace."""
+    merged = base | more
+    before, after = read(flat(base)), read(flat(merged))
+    while gone := [name for name in merged.keys() - more.keys()
+                   if is_possible(name, before) and not is_possible(name, after)]:
+        merged = {name: words for name, words in merged.items() if name not in gone}
+        after = read(flat(merged))
+    return merged
+
+
+# ----- --like --------------------------------------------------------------------------------------------------------
+
+def options_like(read: Callable, args: argparse.Namespace, more: Options) -> tuple[Options, dict[str, str]]:
+    """The options of a command line with --like, with the settings in that image below them; and the hashes of the
+    files it was made from, except for those that the command line replaces. Raises ValueError."""
+    from extras.metadata import read_settings
+    stored = read_settings(args.like)
+    hashes = stored["hashes"] = stored["hashes"] if isinstance(stored.get("hashes"), dict) else {}
+    settings = {name: value for name, value in stored.items() if name in PER_IMAGE + PER_RUN}
+    if args.prompt_file:                         # has prompts of its own
+        settings["prompt"] = None
+    elif args.from_latent:                       # the noise continues from its state in the file
+        settings["seed"] = None
+    other_weights = more.keys() & FILES or "weights" in more and args.weights != stored.get("weights")
+    if other_weights or more.keys() & {"init", "outpaint", "from_latent"}:
+        own = own_defaults(args.like, stored)
+        same = {name for name, value in own.items() if as_text(value) == as_text(stored.get(name))}
+        if not same >= {"width", "height"}:      # one setting: a square is no wish, but 256 x 128 is
+            same = same - {"width", "height"}
+        settings |= dict.fromkeys(same if other_weights else same & {"width", "height"})
+    options = merge(read, typed(settings), more)
+    args = read(flat(options))
+    for name in {*INPUTS, *FILES, "weights", "lora"} & options.keys() - more.keys():
+        value = getattr(args, name)
+        place = {find(args.like, name, file, hashes): scale for file, scale in value.items()} if name == "lora" else \
+            find(args.like, name, value, hashes)
+        options |= typed({name: place})
+    replaced = {*more, *(FILES if "weights" in more else ())}
+    return options, {name: value for name, value in hashes.items() if name.split()[0] not in replaced}
+
+
+def own_defaults(image: str, stored: dict) -> dict:
+    """What an image with these settings has if the user asks for nothing: its weights' own size, steps, and so on."""
+    weights = str(stored.get("weights") or "tiny")
+    v1, tiny = "temperature_b" in stored, is_tiny(weights) or is_tiny(Path(image).parent / weights)
+    height, width = own_size(image, stored, 128 if tiny else 512 if v1 else 1024)
+    own = dict(zip(("steps_c", "sampler_c", "guidance_c"), (60, "ddpm", 6.0) if v1 and not tiny else (29, "ddpm", 4.0)))
+    own |= dict(steps_b=8, sampler_b="multinomial", guidance_b=2.0, temperature_b=(1.0, 0.6)) if v1 else \
+        dict(steps_b=12, sampler_b="ddpm", guidance_b=4.0 if tiny else 1.0)
+    return own | dict(height=height, width=width, dtype={"cpu": "fp32", None: None}.get(stored.get("device"), "bf16"))
+
+
+def is_tiny(weights: str | Path) -> bool:
+    """Whether these weights are for 128 px; False if they are gone."""
+    if weights in NAMES:
+        return False
+    try:
+        from loading.weights import is_tiny
+        encoder = locate(weights, offline=True)["image_encoder"]
+        return encoder is not None and is_tiny(encoder)
+    except (WeightsError, OSError):
+        return False
+
+
+def own_size(image: str, stored: dict, size: int) -> tuple[int, int]:
+    """(height, width) by default: the size of the weights, a saved latent's, or the shape of --init."""
+    from extras import editing, images, modes
+    hashes = stored["hashes"]
+    try:
+        if latent := stored.get("from_latent"):
+            path = find(image, "from_latent", str(latent), hashes)
+            return tuple(modes.read_tensors(path, *modes.LATENT)["size"].tolist())
+        if not (init := stored.get("init")):
+            return size, size
+        height, width = images.read_image(find(image, "init", str(init), hashes)).shape[-2:]
+        left, top, right, bottom = map(int, str(stored.get("outpaint") or "0,0,0,0").split(","))
+        h, w = height + top + bottom, width + left + right
+        return images.fitting_size(min(h, editing.LONGEST * w), min(w, editing.LONGEST * h), size)
+    except ValueError:                           # it is gone: presumably what fits the weights was not asked for
+        now = stored.get("height"), stored.get("width")
+        return now if size in now else (size, size)
+
+
+# ----- paths ---------------------------------------------------------------------------------------------------------
+
+def relative(file: str | Path, folder: Path) -> str:
+    """The path of a file for the settings of an image in `folder`: as seen from the working folder if that is above it,
+    else from the folder. Never absolute. A name of weights stays as it is."""
+    if file in NAMES or file in SHIPPED:
+        return file
+    folder = Path(os.path.abspath(folder))
+    try:
+        return Path(os.path.relpath(file, Path.cwd() if folder.is_relative_to(Path.cwd()) else folder)).as_posix()
+    except ValueError:                           # on another drive of Windows
+        return Path(file).name
+
+
+def find(image: str | Path, name: str, stored: str, hashes: dict[str, str]) -> str:
+    """A path in the settings of an image, as seen from its folder, those above it, or the working folder. If it exists
+    more than once, the hash decides. Raises ValueError if it does not exist."""
+    if stored in NAMES or stored in SHIPPED:
+        return stored
+    folders = [*Path(os.path.abspath(image)).parents, Path.cwd()]
+    found = [place for place in dict.fromkeys(os.path.normpath(folder / stored) for folder in folders)
+             if os.path.exists(place)]
+    if not found:
+        option = as_option(name)
+        raise UserError(f"{image} was made from {stored}, which is gone: looked for it from its folder and "
+                        f"from the working folder; name it with {option}, or remove it with {option} \"\"")
+    expected = hashes.get(f"lora {Path(stored).name}" if name == "lora" else name)
+    place = Path(next((place for place in found if len(found) > 1 and digest(place) == expected), found[0]))
+    return str(place.relative_to(Path.cwd()) if place.is_relative_to(Path.cwd()) else place)
+
+
+def digest(path: str | Path) -> str | None:
+    """The sha256 of a file, or of the weight file in a folder."""
+    try:
+        with open(find_file(path, (STEM, "model", "pytorch_model")), "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except WeightsError:
+        return None
+
+
+# ----- writing -------------------------------------------------------------------------------------------------------
+
+def settings_of(job: argparse.Namespace, model, image) -> dict:
+    """All that is needed to make the image again, and which files and versions made it.
+
+    Warns if the files are no longer those that made the image of --like.
+    """
+    import torch
+    import transformers
+    from loading.hub import hashes
+    files = {name: getattr(job, name) for name in INPUTS if getattr(job, name)}
+    files |= {f"lora {Path(file).name}": file for file in model.loras}
+    made_from = hashes(model.paths) | {name: digest(file) for name, file in files.items()}
+    if changed := [name for name, value in made_from.items() if job.like_hashes.get(name, value) != value]:
+        paths = ", ".join(str((model.paths | files)[name]) for name in changed)
+        warnings.warn(f"{', '.join(changed)} changed since {job.like} was made: this is another image ({paths})")
+    values = {name: getattr(job, name) for name in PER_IMAGE + PER_RUN}
+    for name in OF_STAGES:                       # the weights' own defaults
+        if values[name] is None:
+            values[name] = getattr(model.c if name.endswith("c") else model.b, name[:-2], None)
+    values["weights"] = job.weights or ("v2" if any(values[part] for part in FILES) else "tiny")
+    for name in (*INPUTS, *FILES, "weights"):
+        values[name] = values[name] and relative(values[name], job.path.parent)
+    values["lora"] = job.lora and {relative(file, job.path.parent): scale for file, scale in job.lora.items()}
+    values["dtype"] = next(name for name, dtype in DTYPES.items() if getattr(torch, dtype) == model.dtype)
+    if not any(values[name] for name in COMBINED):
+        values |= dict(width=image.width, height=image.height)
+    if not job.grid:                             # other images have a file and a seed each
+        values["num_images"] = None
+    if not job.interpolate_to and not job.to_latent:
+        values["frames"] = None
+    values = {name: as_text(value) if isinstance(value, (tuple, dict)) else value for name, value in values.items()
+              if value not in (None, "")}
+    return values | dict(device=model.device.type, batch=job.batch, compile=job.compile, hashes=made_from,
+                         versions=dict(torch=torch.__version__, transformers=transformers.__version__),
+                         software="wuerstchen, sample.py")
