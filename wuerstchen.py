@@ -334,9 +334,11 @@ class Wuerstchen:
     networks: stage_a, stage_b, stage_c, text_encoder_c, text_encoder_b, image_encoder, by name: a
     module each, or a function that loads it when it is first needed. size (px), c and b are the
     defaults of these weights. What speed/ makes faster or smaller replaces `part`, `bind_c`,
-    `bind_b` or `decode_one` of a loaded model.
+    `bind_b` or `decode_one` of a loaded model; loading/arguments.py puts checks in front of
+    `accept` and `settings`. The parts are attributes as well: model.stage_c.
     """
     channels_c, channels_b = 16, 4             # of the noise that Stages C and B start from
+    weights, loras, elsewhere = None, {}, {}   # set by load; hints at other names
 
     def __init__(self, networks: dict, size: int = 1024, device="cpu", dtype=torch.float32,
                  c: Sampling = Sampling(29, guidance=4.0, early=True), b: Sampling = Sampling(12)):
@@ -352,14 +354,14 @@ class Wuerstchen:
         return load(weights, device, dtype, **options)
 
     @torch.no_grad()
-    def __call__(self, prompt: str | list[str], negative_prompt: str = "", *, seed: int = 0,
+    def __call__(self, prompt: str | list[str], negative_prompt: str = "", *, seed: int | None = 0,
                  num_images: int = 1, width: int | None = None, height: int | None = None,
                  callback: Callable | None = None, progress: bool = False,
                  **sampling) -> list[Image.Image]:
         """Prompts -> PIL images, num_images for each prompt, in order.
 
         negative_prompt  what guidance steers away from
-        seed             0 to 2^32 - 1; image i uses seed + i
+        seed             0 to 2^32 - 1; image i uses seed + i; None: a random one
         width, height    px, any from 64; default: what the weights were trained on
         callback         callback("C" or "B", step, t, latents, x_0) after every step -> None or
                          other latents; to stop, raise an exception
@@ -368,17 +370,9 @@ class Wuerstchen:
         image, inpainting, lists of seeds, given embeddings, other outputs: extras/editing.py.
         """
         c, b = self.settings(sampling)
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
-        texts = all(isinstance(p, str) and p.strip() for p in prompts)
-        if not prompts or not texts or num_images < 1:
-            raise ValueError(f"got prompts {prompts!r:.100} and {num_images} images of each, "
-                             f"expected \"a red apple on a blue background\" and at least 1.")
-        if not (isinstance(negative_prompt, str | None) and isinstance(seed, Integral)):
-            raise TypeError("expected one negative prompt and one whole number as seed: "
-                            "extras/editing.py takes lists of them")
-        prompts = [text for text in prompts for _ in range(num_images)]
+        prompts, seed, height, width, callback = self.accept(
+            prompt, negative_prompt, seed, num_images, height, width, callback)
         noise = Noise([seed + i for i in range(len(prompts))], self.device)
-        height, width = (self.size if side is None else side for side in (height, width))
         size_c, size_b = latent_sizes(height, width)
         text_c, text_b = (self.encode_text(stage, prompts, [negative_prompt or ""] * len(prompts))
                           for stage in "cb")                                       # 2 x (n, 77, D)
@@ -451,7 +445,7 @@ class Wuerstchen:
             raise ValueError(f"Stage A came to NaN or infinity in {self.dtype}: {NAN_ADVICE}.")
         return images.clamp(0, 1)
 
-    # ----- the networks and their input: what speed/ and v1/ replace ------------------------------
+    # ----- the networks and their input: what speed/, v1/ and loading/ replace --------------------
 
     def part(self, name: str):
         """A network by its name. Raises ValueError if these weights were loaded without it."""
@@ -478,25 +472,37 @@ class Wuerstchen:
         stage_a = self.part("stage_a")
         return stage_a.decode(latents.to(next(stage_a.parameters()).dtype))
 
+    def __getattr__(self, name: str):          # only called for what is not an attribute
+        if name in self.__dict__.get("networks", ()):
+            return self.part(name)
+        raise AttributeError(f"Wuerstchen has no {name}: {self.elsewhere.get(name, 'see dir()')}")
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *self.networks]
+
+    def __repr__(self) -> str:
+        loras = "".join(f", LoRA {file}: {scale:g}" for file, scale in self.loras.items())
+        return f"Wuerstchen({self.weights}, {self.size} px, {self.device}, {self.dtype}{loras})"
+
     scale_semantic = staticmethod(scale_semantic)
     unscale_semantic = staticmethod(unscale_semantic)
 
+    def accept(self, prompt, negative_prompt, seed, num_images, height, width, callback) -> tuple:
+        """A call's arguments -> a prompt for each image, seed, height, width, callback."""
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        height, width = (self.size if side is None else side for side in (height, width))
+        return [p for p in prompts for _ in range(num_images)], seed, height, width, callback
+
     def settings(self, given: dict) -> tuple[Sampling, Sampling]:
         """{"steps_c": 15, ...} -> these weights' settings of Stages C and B, with those changed."""
-        unknown = [name for name in given if not (
-            name[-2:] in ("_c", "_b") and hasattr(getattr(self, name[-1]), name[:-2]))]
-        if unknown:
-            raise TypeError(f"there is no option {unknown[0]} for these weights: expected one of "
-                            f"Sampling and its stage, such as steps_c; see extras/editing.py")
-        result = []
-        for stage in "cb":
-            own = {name[:-2]: value for name, value in given.items()
-                   if name[-1] == stage and value is not None}
-            try:
-                result.append(replace(getattr(self, stage), **own))
-            except ValueError as error:
-                raise ValueError(f"Stage {stage.upper()}: {error}") from None
-        return tuple(result)
+        changes = {"c": {}, "b": {}}
+        for name, value in given.items():
+            if name[-2:] not in ("_c", "_b") or not hasattr(getattr(self, name[-1]), name[:-2]):
+                raise TypeError(f"there is no option {name} for these weights: expected one of "
+                                f"Sampling and its stage, such as steps_c; see extras/editing.py")
+            if value is not None:
+                changes[name[-1]][name[:-2]] = value
+        return replace(self.c, **changes["c"]), replace(self.b, **changes["b"])
 
 
 NAN_ADVICE = "use bfloat16 or float32, or a lower guidance scale"

@@ -12,9 +12,9 @@ Needs: torch; wuerstchen.py, stage_b.py (preprocess), images.py.
 """
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from extras.images import cover, feather, fitting_size, read_image, read_mask
+from loading.arguments import checked, plain, random_seed, tensor_of, texts_of, warn_of_size, whole
 from stage_b import preprocess
 from wuerstchen import Noise, Sampling, Wuerstchen, add_noise, crop, latent_sizes, per_row, to_pil
 
@@ -65,7 +66,7 @@ def generate(model: Wuerstchen, prompt: str | list[str] | None = None, negative_
     """Wuerstchen.__call__ with these arguments more or wider:
 
     prompt         may be left out if `edit` or `given` specify the image
-    seed           also a source of noise: seed(C, h, w) -> (images or 1,C,h,w)
+    seed           also one for each image; or a source of noise: seed(C, h, w) -> (images or 1,C,h,w)
                    With `semantic`, seeds skip the noise that Stage C would have drawn, so two calls with the same seed
                    and settings give the image of one. A source of noise continues where it is
     width, height  px; default: the weights' own size; for an edited image its shorter side, in its shape up to 4 : 1
@@ -77,8 +78,8 @@ def generate(model: Wuerstchen, prompt: str | list[str] | None = None, negative_
     callback       may also return False to stop: then the result is []
     Raises ValueError for arguments that do not fit together, nearly always before the first step.
     """
-    (c, b), given = model.settings(sampling), given or {}
-    check_arguments(model, given, edit, output)
+    c, b = model.settings(sampling)
+    given, num_images = check_arguments(model, given, edit, output), whole("num_images", num_images)    # -> tensors
     embeddings = {name: tensor for name, tensor in given.items() if name in EMBEDDINGS}
     semantic, latents_c, latents_b = (given.get(name) for name in LATENTS)
     stages = ("c" if semantic is None else "") + ("b" if output != "semantic" else "")
@@ -102,7 +103,7 @@ def generate(model: Wuerstchen, prompt: str | list[str] | None = None, negative_
     semantic = None if semantic is None else fit("semantic", semantic, (16, *size_c))
     latents_b = None if latents_b is None else fit("latents_b", latents_b, shape_b)
     text_b = None if output == "semantic" else texts("b")
-    options = dict(callback=callback and checked(callback), progress=progress)
+    options = dict(callback=checked(callback, "None, False,", Stopped()), progress=progress)
     try:
         if semantic is None:
             text_c, x = texts("c"), draw_c() if latents_c is None else fit("latents_c", latents_c, shape_c)
@@ -156,36 +157,43 @@ def interpolate(model: Wuerstchen, a: str | Tensor, b: str | Tensor, frames: int
 
 # ----- arguments -----------------------------------------------------------------------------------------------------
 
-def check_arguments(model: Wuerstchen, given: dict, edit: InitImage | None, output: str) -> None:
-    """Raises ValueError for arguments of generate that are unknown or do not go together."""
-    check_given(given, edit)
+def check_arguments(model: Wuerstchen, given: dict | None, edit: InitImage | None, output: str) -> dict[str, Tensor]:
+    """-> given, as tensors. Raises ValueError for arguments of generate that are unknown or do not go together."""
+    given = check_given(given, edit)
     if output not in OUTPUTS:
         raise ValueError(f"output is {output!r}, expected one of {', '.join(OUTPUTS)}.")
     if not isinstance(model.b, Sampling) and ("latents_b" in given or edit is not None and edit.mask is not None):
         raise ValueError("Stage B of v1 generates tokens, for which masks and latents_b do not exist: remove them.")
+    return given
 
 
-def check_given(given: dict, edit: InitImage | None) -> None:
+def check_given(given: dict | None, edit: InitImage | None) -> dict[str, Tensor]:
     """The part of check_arguments that is known without a model."""
-    if unknown := sorted(given.keys() - {*EMBEDDINGS, *LATENTS}):
+    if not isinstance(given, dict | None) or not isinstance(edit, InitImage | None):
+        raise TypeError(f"got given {given!r:.80} and edit {edit!r:.80}, expected {{\"semantic\": tensor}} with any of "
+                        f"{', '.join(EMBEDDINGS + LATENTS)}, and InitImage(image, strength, mask).")
+    if unknown := [name for name in given or {} if name not in EMBEDDINGS + LATENTS]:
         raise ValueError(f"{unknown[0]} cannot be given: expected some of {', '.join(EMBEDDINGS + LATENTS)}.")
+    given = {name: tensor_of(name, value) for name, value in (given or {}).items() if value is not None}
     if "semantic" in given and given["semantic"].ndim != 4:
         raise ValueError(f"semantic has shape {tuple(given['semantic'].shape)}, expected (images or 1, 16, h, w).")
     if "latents_c" in given and (edit is not None or "semantic" in given):
         raise ValueError("latents_c specify where Stage C starts, and so do an image and semantic: give one of them.")
+    return given
 
 
 def prompt_lists(prompt, negative, num_images: int, optional: bool = False) -> tuple[list, list]:
     """Prompts and negative prompts as given -> one of each per image. Raises ValueError, also for
     empty prompts unless they are `optional`."""
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
-    negatives = [negative or ""] if isinstance(negative, str | None) else list(negative)
+    prompts, negatives = texts_of("prompt", prompt), texts_of("negative_prompt", negative) or [""]
     negatives = negatives * len(prompts) if len(negatives) == 1 else negatives
     if not prompts or not all(isinstance(p, str) and (optional or p.strip()) for p in prompts):
         raise ValueError("the prompt is empty: describe the image, "
                          "for example \"a red apple on a blue background\".")
     if num_images < 1:
         raise ValueError(f"the number of images must be at least 1, got {num_images}.")
+    if not all(isinstance(negative, str) for negative in negatives):
+        raise ValueError(f"got negative prompts {negatives!r:.80}, expected texts.")
     if len(negatives) != len(prompts):
         raise ValueError(f"got {len(negatives)} negative prompts for {len(prompts)} prompts: "
                          f"give one for all, or one for each.")
@@ -193,9 +201,12 @@ def prompt_lists(prompt, negative, num_images: int, optional: bool = False) -> t
             [text for text in negatives for _ in range(num_images)])
 
 
-def seed_list(seed: int | Sequence[int], n: int) -> list[int]:
-    """A seed, or one for each of n images -> n seeds. Raises ValueError."""
-    seeds = [seed + i for i in range(n)] if isinstance(seed, Integral) else list(seed)
+def seed_list(seed: int | Sequence[int] | None, n: int) -> list[int]:
+    """A seed, or one for each of n images, or None for a random one -> n seeds. Raises ValueError."""
+    seed = random_seed() if seed is None else plain(seed)
+    if not isinstance(seed, Integral | Iterable):
+        raise TypeError(f"seed is {seed!r:.80}, expected a whole number, one for each image, a function or None.")
+    seeds = [seed + i for i in range(n)] if isinstance(seed, Integral) else [plain(one) for one in seed]
     if len(seeds) != n:
         raise ValueError(f"got {len(seeds)} seeds for {n} images: give one for all, or one for each.")
     return seeds
@@ -213,6 +224,7 @@ def draws_from(seed, n: int, device: torch.device, skipped: list[tuple], *shapes
 
 def fitting(n: int, device: torch.device, name: str, tensor: Tensor, shape: tuple) -> Tensor:
     """A tensor (n or 1, *shape) -> (n, *shape) float32 on the device. Raises ValueError for another shape."""
+    tensor = tensor_of(name, tensor)
     if tuple(tensor.shape[1:]) != shape or len(tensor) not in (1, n):
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected ({n} or 1, {', '.join(map(str, shape))}).")
     return tensor.float().to(device).expand(n, *shape)
@@ -221,6 +233,8 @@ def fitting(n: int, device: torch.device, name: str, tensor: Tensor, shape: tupl
 def image_size(model: Wuerstchen, height: int | None, width: int | None, image: Tensor | None,
                semantic: Tensor | None) -> tuple[int, int]:
     """Fills in the sides that were left open, see generate, and warns of sizes the weights were not trained on."""
+    height, width = (None if side is None else whole(name, side)
+                     for name, side in (("height", height), ("width", width)))
     if image is not None:
         h, w = image.shape[-2:]
         if (height is None or width is None) and max(h, w) > LONGEST * min(h, w):
@@ -244,17 +258,6 @@ def both_sides(height: int | None, width: int | None, image: Tensor) -> tuple[in
     h, w = image.shape[-2:]
     h, w = min(h, LONGEST * w), min(w, LONGEST * h)
     return round(width * h / w) if height is None else height, round(height * w / h) if width is None else width
-
-
-def warn_of_size(height: int, width: int, trained: int) -> None:
-    """Warns of image sizes (px) far from the one that the weights were trained on."""
-    only = trained in (128, 512)               # v2 was trained on many shapes
-    if (height, width) != (trained,) * 2 if only else not (
-            1024 <= min(height, width) <= 1536 and max(height, width) <= 2048):
-        effect = "blurred or crowded" if min(height, width) < trained else "repeated"
-        sizes = f"{trained} px only" if only else "1024 to 1536 px, one side up to 2048"
-        warnings.warn(f"{width} x {height} px is not what these weights were trained on ({sizes}): "
-                      f"expect {effect} objects")
 
 
 class PromptBatch:
@@ -316,20 +319,6 @@ class PromptBatch:
                      .repeat_interleave(self.num_images, 0) for e in pair)
 
 
-def checked(callback: Callable) -> Callable:
-    """A callback whose answers are checked: None, False to stop, or finite latents of the same shape."""
-    def ask(stage: str, step: int, t: float, x: Tensor, x_0: Tensor) -> Tensor | None:
-        answer = callback(stage, step, t, x, x_0)
-        if answer is False:
-            raise Stopped
-        if answer is not None and not (isinstance(answer, Tensor) and answer.shape == x.shape
-                                       and answer.isfinite().all()):
-            raise ValueError(f"a callback may return None, False, or finite latents of shape {tuple(x.shape)}, "
-                             f"not {answer!r:.80}.")
-        return answer
-    return ask
-
-
 # ----- images as input -----------------------------------------------------------------------------------------------
 
 @torch.no_grad()
@@ -364,8 +353,10 @@ def cut_levels(levels: Tensor, strength: float) -> Tensor:
 
     Returns (m + 1,), m <= n; for strength 0 or the schedule's end a single level, no step at all.
     """
-    if not 0 <= strength <= 1:
-        raise ValueError(f"strength is {strength:g}, expected a number from 0, nothing changes, to 1, nothing is kept.")
+    strength = plain(strength)
+    if not isinstance(strength, Real) or not 0 <= strength <= 1:
+        shown = f"{strength:g}" if isinstance(strength, Real) else f"{strength!r:.80}"
+        raise ValueError(f"strength is {shown}, expected a number from 0, nothing changes, to 1, nothing is kept.")
     start = max(min(strength, levels[0].item()), levels[-1].item())
     return torch.cat([levels.new_tensor([start]), levels[levels < start - 1e-6]])
 

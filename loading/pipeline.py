@@ -12,6 +12,7 @@ import torch
 
 from loading import hub
 from loading import weights as w
+from loading.arguments import adapter_name, check_options, dtype_of, install, lora_scales
 from loading.errors import WeightsError
 from loading.files import TensorFile, find_file
 from loading.layouts import locate
@@ -25,30 +26,29 @@ from wuerstchen import Sampling, TextEncoder, Wuerstchen
 FILES = ("prior", "decoder", "vqgan", "image_encoder", "prior_text_encoder", "text_encoder")     # `files` of load
 
 
-def load(weights: str | Path | None = None, device: str | None = None, dtype: torch.dtype | None = None, *,
+def load(weights: str | Path | None = None, device: str | None = None, dtype: torch.dtype | str | None = None, *,
          parts: tuple[str, ...] | None = None, offline: bool = False, revision: str | None = None,
          fast: bool = True, low_memory: bool | None = None, offload: bool = False, compile: bool = False,
-         int8: bool = False, lora: dict[str | Path, float] | None = None, **files) -> Wuerstchen:
+         int8: bool = False, lora: str | Path | list | dict[str | Path, float] | None = None, **files) -> Wuerstchen:
     """-> the pipeline, ready to be called.
 
     weights     "tiny" and "tiny-v1", which ship with the code; "v1", "v2", "v2-base", "v2-aesthetic", fetched if need
                 be; or a folder in any of diffusers' layouts, or of the original .pt files (see layouts.find_parts)
     files       single parts from elsewhere, each a folder or a file: prior, decoder, vqgan, image_encoder,
                 prior_text_encoder, text_encoder; the rest then comes from `weights`, by default "v2"
-    device      default cuda if there is one, else cpu. dtype: default float32 on a CPU, bfloat16 on a GPU
+    device      default cuda if there is one, else cpu. dtype: torch's or "bf16"; default fp32 on a CPU, else bf16
     parts       what will be needed, hub.TEXT_TO_IMAGE (the default) or hub.RECONSTRUCTION; nothing else is fetched
     offline, revision   see hub.fetch
     fast        the fast forms of speed/fast.py instead of the plain networks; compile: torch.compile on top
     int8        the large layers of Stages B and C in 8 bits, on a CPU: a quarter of their memory, see speed/int8.py
     low_memory  one network in memory at a time, read again when needed; default: if they do not all fit
     offload     one network on the device at a time, the others wait in main memory
-    lora        LoRA files for Stage C and their scales, 1 as trained
+    lora        LoRAs for Stage C: a file, a list, or {file: scale}, 1 as trained; later: arguments.set_loras
     Raises WeightsError (a ValueError) for files that cannot be used, ValueError for a device that is not there.
     """
-    if unknown := sorted(files.keys() - FILES):
-        raise TypeError(f"there is no option {unknown[0]}: expected an option of load, or one of {', '.join(FILES)}")
+    check_options(files.keys() - FILES, FILES)
     device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    dtype, lora = dtype_of(dtype or ("fp32" if device.type == "cpu" else "bf16")), lora_scales(lora)
     if int8:
         if dtype != torch.float32:
             raise ValueError(f"int8 computes in float32 between its products, not in {dtype}: remove one of them.")
@@ -58,15 +58,16 @@ def load(weights: str | Path | None = None, device: str | None = None, dtype: to
     weights = weights or ("v2" if files else "tiny")
     paths = locate(weights, files, parts or hub.TEXT_TO_IMAGE, dtype != torch.float32, offline, revision)
     empty = build_all(paths)
-    loras = ({paths["lora"]: 1.0} if paths.get("lora") else {}) | (lora or {})
-    loaders = loaders_of(paths, empty, torch.device("cpu") if offload else device, dtype, int8, loras)
+    loaders = loaders_of(paths, empty, torch.device("cpu") if offload else device, dtype, int8, lora)
     if weights in hub.NAMES and not paths["image_encoder"]:
         name = "v1" if isinstance(empty.get("decoder"), w.StageBV1) else "v2"
         loaders["image_encoder"] = lambda: w.load_image_encoder(hub.fetch(
             name, ("image_encoder",), offline=offline, revision=revision)["image_encoder"]).to(device)
-    model = warn_of_unknown_words(pipeline_for(paths, empty, loaders, device, dtype), paths["prior"], loras)
+    model = warn_of_unknown_words(pipeline_for(paths, empty, loaders, device, dtype), paths["prior"],
+                                  lora or paths.get("lora"))
     # For extras: where the parts came from, the LoRAs, and where preview colours are kept; None if they do not fit.
-    model.paths, model.loras = paths, loras
+    model.paths, model.int8, model.load_stage_c = paths, int8, loaders.get("stage_c")
+    install(model, weights, files, lora)
     folder = hub.own_cache() if weights in hub.NAMES else paths["vqgan"].parent if paths["vqgan"] else None
     own = not (files.get("vqgan") or files.get("image_encoder")) and folder is not None
     raw = model.scale_semantic is not Wuerstchen.scale_semantic
@@ -92,7 +93,7 @@ def usable_device(name: str | torch.device) -> torch.device:
     try:
         torch.ones(1, device=name).tolist()                # "meta" is a device as well, but has no numbers
         return torch.device(name)
-    except (RuntimeError, AssertionError) as error:        # torch has several for what is not there
+    except (RuntimeError, AssertionError, TypeError) as error:        # torch has several for what is not there
         reason = str(error).split("\n")[0].split(". ")[0].rstrip(".")
     raise ValueError(f"device {name!r} cannot be used here: {reason}. \"cpu\" always works.")
 
@@ -121,10 +122,11 @@ def loaders_of(paths: dict, empty: dict, device: torch.device, dtype: torch.dtyp
 
     def stage_c() -> torch.nn.Module:
         from lora import merge_and_unload
-        model = stage("prior", int8 and not loras)
-        for i, (file, scale) in enumerate(loras.items()):
-            load_lora(model, file, f"lora_{i}", scale)
-        if int8 and loras:                       # a LoRA works on float weights: merged first, rounded then
+        both = ({str(paths["lora"]): 1.0} if paths.get("lora") else {}) | loras      # set_loras changes `loras`
+        model = stage("prior", int8 and not both)
+        for file, scale in both.items():
+            load_lora(model, file, adapter_name(file), scale)
+        if int8 and both:                       # a LoRA works on float weights: merged first, rounded then
             merge_and_unload(model)
             to_int8(model)
         return model.eval()

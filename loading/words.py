@@ -50,7 +50,7 @@ def warn_of_unknown_words(model: Wuerstchen, prior: Path | None, loras: dict) ->
 
     def encode_and_check(stage: str, prompts: list[str], negatives: list[str]) -> tuple:
         network = model.networks.get("stage_c")
-        if not (isinstance(network, torch.nn.Module) and lora_layers(network)):      # added since: it knows more words
+        if not (model.loras or isinstance(network, torch.nn.Module) and lora_layers(network)):     # it knows more words
             for text in [*prompts, *negatives]:
                 unknown = [word for word in unknown_words(text, known) if word.lower() not in seen]
                 seen.update(map(str.lower, unknown))

@@ -943,7 +943,7 @@ MISTAKES = [
      "latents_c specify where Stage C starts, and so do an image and semantic"),
     (dict(edit=InitImage(RIGHT, strength=1.5)),
      "strength is 1.5, expected a number from 0, nothing changes, to 1, nothing is kept"),
-    (dict(edit=InitImage(np.zeros((10, 400))), width=300), "height is 8, expected a whole number of px from 64 on"),
+    (dict(edit=InitImage(np.zeros((10, 400))), width=200), "height is 50, expected a whole number of px from 64 on"),
     (dict(edit=InitImage("no such file.png")), "no such file.png cannot be read: there is no such file"),
     (dict(prompt=[CAT, 3]), "the prompt is empty: describe the image"),
 ]

@@ -1,0 +1,290 @@
+"""What people pass to `load` and to a loaded model: brought into one form, checked, and explained if it is not ours.
+
+  lora="a.safetensors", dtype="bf16", seed=np.int64(3), steps_c=torch.tensor(15)  ->  what the code takes
+  model(prompt, num_inference_steps=15)  ->  TypeError: ... steps_c for Stage C, steps_b for Stage B
+
+`install` puts the checks in front of the methods `accept` and `settings` of a pipeline; wuerstchen.py has them plain.
+Every mistake ends in one sentence, before the first step. DIFFUSERS names what the arguments and methods of diffusers'
+Würstchen pipelines are here; docs/SAMPLING.md has them as a table with an example each.
+Needs: torch, numpy; lora.py, lora_formats.py, wuerstchen.py.
+"""
+import functools
+import math
+import warnings
+import zlib
+from collections.abc import Callable, Iterable
+from numbers import Integral, Real
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import lora
+from loading.errors import WeightsError
+from loading.lora_formats import load_lora
+from wuerstchen import latent_sizes
+
+DTYPES = dict(fp32="float32", bf16="bfloat16", fp16="float16", float="float32", half="float16")
+STEPS = "steps_c for Stage C (also a list of noise levels), steps_b for Stage B"
+CALLBACK = "callback(stage, step, t, latents, x_0), called after each step of both stages"
+GENERATE = "extras.editing.generate(model, prompt, ...) has it"
+# Names of diffusers (and of generate) -> what to write here.
+CALL = dict(
+    num_inference_steps=STEPS, timesteps=STEPS, prior_num_inference_steps="steps_c", num_images_per_prompt="num_images",
+    prior_timesteps="steps_c, which takes noise levels as well", decoder_timesteps="steps_b, which takes noise levels",
+    guidance_scale="guidance_c and guidance_b, where 1 is no guidance", prior_guidance_scale="guidance_c",
+    decoder_guidance_scale="guidance_b, where 1 is no guidance and their 0.0 would ignore the text",
+    generator="seed, a whole number; or in generate seed=lambda *shape: torch.randn(1, *shape, generator=generator)",
+    latents='given={"latents_c": ...} in extras.editing.generate; "latents_b" for Stage B',
+    prompt_embeds='given={"prompt_c": ..., "prompt_b": ...} in extras.editing.generate',
+    negative_prompt_embeds='given={"negative_c": ..., "negative_b": ...} in extras.editing.generate',
+    image_embeddings='given={"semantic": ...} in extras.editing.generate',
+    output_type='output="pil", "np", "pt" or "latents_b" in extras.editing.generate',
+    return_dict="not needed: the result is the list of images itself", steps=STEPS, sampler="sampler_c and sampler_b",
+    guidance="guidance_c and guidance_b", **dict.fromkeys(("edit", "given", "output"), GENERATE),
+    **{prior + name: CALLBACK for prior in ("", "prior_") for name in (
+        "callback_on_step_end", "callback_on_step_end_tensor_inputs", "callback_steps")}, prior_callback=CALLBACK)
+LOAD = dict(
+    torch_dtype='dtype="bf16", "fp16" or "fp32"', variant='dtype="fp16", which fetches the smaller files by itself',
+    use_safetensors="not needed: .safetensors are preferred, .bin are read as well", cache_dir="set HF_HOME instead",
+    local_files_only="offline=True", force_download="not needed: a broken download continues",
+    pretrained_model_name_or_path="weights, the first argument", prior_prior="prior=FOLDER_OR_FILE",
+    device_map="device, and offload=True or low_memory=True", low_cpu_mem_usage="low_memory=True",
+    scheduler='sampler_b="ddpm", "ddim" or "dpm++" of each call', prior_scheduler="sampler_c of each call",
+    tokenizer="text_encoder=FOLDER, with the tokenizer in it or next to it",
+    prior_tokenizer="prior_text_encoder=FOLDER, with the tokenizer in it or next to it",
+    **dict.fromkeys(("token", "use_auth_token"), "`hf auth login`, once"),
+    **dict.fromkeys(("latent_dim_scale", "latent_mean", "latent_std", "resolution_multiple"), "fixed by the weights"))
+PIPELINE = "one model for both stages: model(prompt), or model.sample_c and model.sample_b"
+METHODS = dict(
+    to='Wuerstchen.load(..., device="cuda", dtype="bf16")', cuda='Wuerstchen.load(..., device="cuda")',
+    cpu='Wuerstchen.load(..., device="cpu")', half='Wuerstchen.load(..., dtype="fp16")',
+    from_pretrained='Wuerstchen.load("v2")', images="the result of a call is the list of images itself",
+    enable_model_cpu_offload="Wuerstchen.load(..., offload=True)",
+    enable_sequential_cpu_offload="Wuerstchen.load(..., low_memory=True) keeps one network in memory at a time",
+    enable_xformers_memory_efficient_attention="not needed: torch's own attention needs as little memory",
+    enable_attention_slicing="not needed: torch's own attention needs as little memory",
+    enable_vae_tiling="speed.memory.tile(model, 64)", enable_vae_slicing="not needed: images are decoded one by one",
+    set_progress_bar_config="progress=True in each call", progress_bar="progress=True in each call",
+    load_lora_weights='loading.arguments.set_loras(model, {"FILE": 1.0})',
+    set_adapters="loading.arguments.set_loras(model, {FILE: scale})",
+    unload_lora_weights="loading.arguments.set_loras(model, None)",
+    fuse_lora="lora.merge(model.stage_c)", unfuse_lora="lora.unmerge(model.stage_c)",
+    save_pretrained="python -m tools.weights convert", encode_prompt='model.encode_text("c", prompts, negatives)',
+    prior_pipe=PIPELINE, decoder_pipe=PIPELINE, prior="model.stage_c", prior_prior="model.stage_c",
+    decoder="model.stage_b", vqgan="model.stage_a", text_encoder="model.text_encoder_b",
+    prior_text_encoder="model.text_encoder_c", tokenizer="model.text_encoder_b.tokenizer",
+    prior_tokenizer="model.text_encoder_c.tokenizer", scheduler="sampler_c and sampler_b of each call",
+    components="model.networks")
+FIELDS = dict(steps="a number such as 29, a list of noise levels, or {level: number}", guidance="a number, or two",
+              sampler="a name", interval="two noise levels", temperature="a number, or two")
+
+
+# ----- values --------------------------------------------------------------------------------------------------------
+
+def plain(value):
+    """A single number of numpy or torch -> Python's; anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
+def whole(name: str, value) -> int:
+    """Raises TypeError unless the value is a whole number."""
+    value = plain(value)
+    if not isinstance(value, Integral):
+        raise TypeError(f"{name} is {value!r:.80}, expected a whole number.")
+    return int(value)
+
+
+def texts_of(name: str, value) -> list:
+    """A text, several, or None -> a list, whose texts are yet to be checked. Raises TypeError."""
+    if isinstance(value, (dict, bytes)) or not isinstance(value, Iterable | None):
+        raise TypeError(f"{name} is {value!r:.80}, expected a text or a list of texts.")
+    return [] if value is None else [value] if isinstance(value, str) else list(value)
+
+
+def random_seed() -> int:
+    """From torch's generator, so that torch.manual_seed makes it repeatable."""
+    return int(torch.randint(2 ** 31, ()))
+
+
+def tensor_of(name: str, value) -> Tensor:
+    """A tensor, an array, or lists of numbers or tensors -> a tensor. Raises TypeError, in one sentence."""
+    try:
+        if isinstance(value, (list, tuple)) and value and all(isinstance(row, Tensor) for row in value):
+            return torch.cat([*value])               # as diffusers takes them: a list of rows
+        return torch.as_tensor(value) if isinstance(value, Tensor) else torch.from_numpy(np.array(value, np.float32))
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} is {value!r:.80}, expected a tensor, an array or lists of numbers.") from None
+
+
+def dtype_of(value) -> torch.dtype:
+    """torch.bfloat16, "bf16", "bfloat16", "torch.bfloat16" -> torch.bfloat16. Raises ValueError."""
+    name = str(value).lower().removeprefix("torch.")
+    dtype = getattr(torch, DTYPES.get(name, name), None)
+    if not isinstance(value, (str, torch.dtype)) or dtype not in (torch.float16, torch.bfloat16, torch.float32,
+                                                                  torch.float64):
+        hint = "; int8=True is an option of its own" * (name == "int8")
+        raise ValueError(f"dtype is {value!r}, expected one of {', '.join(DTYPES)}, or torch.bfloat16 and so on{hint}.")
+    return dtype
+
+
+def lora_scales(value) -> dict[str, float]:
+    """None, a file, several files, or {file: scale} -> {file: scale}. Raises TypeError or ValueError."""
+    if value is None or isinstance(value, (str, Path)):
+        value = [value] if value else []
+    if not isinstance(value, dict):
+        value = dict.fromkeys(value, 1.0) if isinstance(value, (list, tuple, set)) else {value: 1.0}
+    for file, scale in value.items():
+        if not isinstance(file, (str, Path)) or not isinstance(plain(scale), Real) or not math.isfinite(scale):
+            raise TypeError(f"lora is {value!r:.100}, expected a file, a list of files, or {{\"FILE\": scale}}.")
+    return {str(file): float(scale) for file, scale in value.items()}
+
+
+def check_options(unknown: Iterable[str], allowed: Iterable[str]) -> None:
+    """Raises TypeError for an option that `load` does not have."""
+    for name in sorted(unknown):
+        if name in LOAD:
+            raise TypeError(f"load has no option {name}: {LOAD[name]}.")
+        raise TypeError(f"there is no option {name}: expected an option of load, or one of {', '.join(allowed)}")
+
+
+# ----- a call --------------------------------------------------------------------------------------------------------
+
+def install(model, weights, files: dict, loras: dict[str, float]) -> None:
+    """Puts `accept` and `settings` below in front of the pipeline's own, and tells it what was loaded."""
+    model.weights = ", ".join([str(weights), *(f"{part} {path}" for part, path in files.items() if path is not None)])
+    model.loras, model.elsewhere = loras, METHODS
+    model.accept = functools.partial(accept, model, model.accept)
+    model.settings = functools.partial(settings, model, model.settings)
+
+
+def accept(model, then: Callable, prompt, negative_prompt, seed, num_images, height, width, callback) -> tuple:
+    """Wuerstchen.accept for any form of these values. Raises TypeError or ValueError; warns of sizes."""
+    prompts, num_images = texts_of("prompt", prompt), whole("num_images", num_images)
+    seed = random_seed() if seed is None else plain(seed)
+    if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts) or num_images < 1:
+        raise ValueError(f"got prompts {prompts!r:.100} and {num_images} images of each, "
+                         f"expected \"a red apple on a blue background\" and at least 1.")
+    if not (isinstance(negative_prompt, str | None) and isinstance(seed, Integral)):
+        raise TypeError(f"got negative_prompt {negative_prompt!r:.80} and seed {seed!r:.80}, expected one negative "
+                        f"prompt and one whole number as seed: extras/editing.py takes lists of them")
+    prompts, seed, height, width, callback = then([str(p) for p in prompts], negative_prompt, int(seed),
+                                                  num_images, plain(height), plain(width), callback)
+    latent_sizes(height, width)                      # for its error messages
+    warn_of_size(height, width, model.size)
+    return prompts, seed, height, width, checked(callback)
+
+
+def checked(callback: Callable | None, kinds: str = "None", stop: Exception | None = None) -> Callable | None:
+    """A callback whose answers are checked: None, or finite latents of the same shape. stop: raised if it is False."""
+    if callback is None:
+        return None
+    if not callable(callback):
+        raise TypeError(f"callback is {callback!r:.80}, expected a function: {CALLBACK}.")
+
+    def ask(stage: str, step: int, t: float, x: Tensor, x_0: Tensor) -> Tensor | None:
+        answer = callback(stage, step, t, x, x_0)
+        if answer is False and stop is not None:
+            raise stop
+        if answer is not None and not (isinstance(answer, Tensor) and answer.shape == x.shape
+                                       and answer.isfinite().all()):
+            hint = ". To stop, raise an exception, or use extras.editing.generate" * (answer is False)
+            raise ValueError(f"a callback may return {kinds} or finite latents of shape {tuple(x.shape)}, "
+                             f"not {answer!r:.80}{hint}.")
+        return answer
+    return ask
+
+
+def settings(model, then: Callable, given: dict) -> tuple:
+    """Wuerstchen.settings for any form of these values, with an error that names ours for names from elsewhere."""
+    given = {name: plain(value) for name, value in given.items()}
+    for name, value in given.items():
+        if name in CALL:
+            raise TypeError(f"there is no argument {name} here: {CALL[name]}.")
+        try:
+            then({name: value})
+        except ValueError:                           # perhaps only without the others: see below
+            pass
+        except (TypeError, RuntimeError, AttributeError) as error:
+            if f"no option {name}" in str(error):
+                raise
+            expected = FIELDS.get(name[:-2], "a number from 0 to 1")
+            raise TypeError(f"{name} is {value!r:.80}, expected {expected}.") from None
+    for stage in "cb":
+        try:
+            sampling = then({name: value for name, value in given.items() if name[-1] == stage})["cb".index(stage)]
+        except ValueError as error:
+            raise ValueError(f"Stage {stage.upper()}: {error}") from None
+        if given.get(f"guidance_{stage}") is not None and ((0 <= np.ravel(sampling.guidance))
+                                                           & (np.ravel(sampling.guidance) < 1)).any():
+            ignored = "the text" if stage == "c" else "the text and the semantic latents"
+            warnings.warn(f"guidance_{stage} is below 1: here 1 is no guidance, and 0 ignores {ignored}; in diffusers "
+                          f"0.0 to 1.0 is no guidance. If that is what you want, set guidance_{stage} to 1")
+    return then(given)
+
+
+def warn_of_size(height: int, width: int, trained: int) -> None:
+    """Warns of image sizes (px) far from the one that the weights were trained on."""
+    only = trained in (128, 512)               # v2 was trained on many shapes
+    if (height, width) != (trained,) * 2 if only else not (
+            1024 <= min(height, width) <= 1536 and max(height, width) <= 2048):
+        small = min(height, width)
+        effect = "a mosaic instead of" if small <= trained / 3 else "blurred or crowded" if small < trained \
+            else "repeated"
+        sizes = f"{trained} px only" if only else "1024 to 1536 px, one side up to 2048"
+        warnings.warn(f"{width} x {height} px is not what these weights were trained on ({sizes}): "
+                      f"expect {effect} objects")
+
+
+# ----- LoRAs of a loaded model ---------------------------------------------------------------------------------------
+
+def adapter_name(file: str) -> str:
+    """What lora.py calls the LoRA of a file."""
+    return f"lora_{zlib.crc32(file.encode()):08x}"
+
+
+def set_loras(model, loras) -> None:
+    """Gives a loaded model these LoRAs, and no others: None, a file, several files, or {file: scale}.
+
+    New ones are put on Stage C, others get their new scale or are taken off. With int8 or low_memory Stage C is read
+    again with them. LoRAs that belong to the weights themselves, a folder of train_c.py, stay.
+    Raises WeightsError for a file that cannot be used; the model is then as before.
+    """
+    wanted, before, network = lora_scales(loras), dict(model.loras), model.networks.get("stage_c")
+    if network is None:
+        raise ValueError("a LoRA changes Stage C, which was not loaded: load the model with its prior.")
+    in_place, added = isinstance(network, torch.nn.Module) and not model.int8, []
+    try:
+        if in_place:
+            for file in wanted.keys() - before.keys():
+                load_lora(network, file, adapter_name(file))
+                added.append(file)
+        else:
+            read_again(model, wanted)
+    except ValueError:
+        for file in added:
+            lora.remove(network, adapter_name(file))
+        if not in_place:
+            read_again(model, before)
+        raise
+    if in_place:
+        for file, scale in wanted.items():
+            lora.set_scale(network, scale, adapter_name(file))
+        for file in before.keys() - wanted.keys():
+            lora.remove(network, adapter_name(file))
+        replace_loras(model, wanted)
+
+
+def replace_loras(model, loras: dict[str, float]) -> None:
+    """In the same dict, which Stage C's loader reads."""
+    model.loras.clear()
+    model.loras.update(loras)
+
+
+def read_again(model, loras: dict[str, float]) -> None:
+    """Reads Stage C with these LoRAs. A new function, because speed.memory knows what it holds by its loader."""
+    replace_loras(model, loras)
+    model.networks["stage_c"] = functools.partial(model.load_stage_c)
+    model.networks["stage_c"].config = model.load_stage_c.config         # known before the weights are read
+    model.part("stage_c")

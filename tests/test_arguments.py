@@ -1,0 +1,277 @@
+"""Arguments of `load` and of a call: every form in which people have their values, one sentence for every mistake."""
+import functools
+import re
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import lora
+import sample
+from extras.editing import InitImage, generate
+from loading.arguments import dtype_of, lora_scales, set_loras, warn_of_size
+from loading.lora_formats import save_lora
+from wuerstchen import Wuerstchen
+
+CAT, QUICK = "a cat on a blue background", dict(steps_c=3, steps_b=2)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Wuerstchen:
+    return Wuerstchen.load("tiny", "cpu")
+
+
+@pytest.fixture(scope="module")
+def v1() -> Wuerstchen:
+    return Wuerstchen.load("tiny-v1", "cpu")
+
+
+@pytest.fixture(scope="module")
+def loras(tmp_path_factory) -> list[str]:
+    """Two LoRAs for the small Stage C, strong enough to be seen."""
+    folder, files = tmp_path_factory.mktemp("loras"), []
+    for seed in (1, 2):
+        stage_c = Wuerstchen.load("tiny", "cpu").stage_c
+        torch.manual_seed(seed)
+        lora.add_lora(stage_c, rank=2)
+        for parameter in lora.lora_parameters(stage_c):
+            torch.nn.init.normal_(parameter, std=0.2)
+        files.append(str(folder / f"lora{seed}.safetensors"))
+        save_lora(stage_c, files[-1])
+    return files
+
+
+def pixels(image) -> np.ndarray:
+    return np.asarray(image).astype(int)
+
+
+def same(a, b) -> bool:
+    return np.array_equal(pixels(a[0]), pixels(b[0]))
+
+
+def difference(a, b) -> float:
+    return np.abs(pixels(a[0]) - pixels(b[0])).mean()
+
+
+def said(call) -> list[str]:
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("default")
+        call()
+    return [str(warning.message) for warning in record]
+
+
+# --- values as people have them ----------------------------------------------------------------------
+
+@pytest.mark.parametrize("value, dtype", [
+    ("bf16", torch.bfloat16), ("bfloat16", torch.bfloat16), ("torch.bfloat16", torch.bfloat16), ("fp16", torch.float16),
+    ("float16", torch.float16), ("half", torch.float16), ("fp32", torch.float32), ("float", torch.float32),
+    (torch.float16, torch.float16)])
+def test_a_dtype_may_be_a_name(value, dtype):
+    assert dtype_of(value) == dtype
+
+
+@pytest.mark.parametrize("value", ["int8", "fp8", 16, "add", torch.int8, np.float32])
+def test_what_is_not_a_dtype_is_one_line(value):
+    with pytest.raises(ValueError, match=r"^dtype is .*, expected one of fp32, bf16, fp16, .*\.$"):
+        Wuerstchen.load("tiny", "cpu", value)
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(tiny):
+    plain = tiny(CAT, seed=7, num_images=1, width=128, height=128, guidance_c=3.0, rescale_c=0.5, **QUICK)
+    for whole, real in ((np.int64, np.float32), (np.uint8, np.float64), (torch.tensor, torch.tensor)):
+        options = dict(seed=whole(7), num_images=whole(1), width=whole(128), height=whole(128), steps_c=whole(3),
+                       steps_b=whole(2), guidance_c=real(3.0), rescale_c=real(0.5))
+        assert same(plain, tiny(CAT, **options)) and same(plain, generate(tiny, CAT, **options))
+
+
+def test_seeds_and_levels_may_be_arrays(tiny):
+    two = generate(tiny, CAT, seed=[3, 9], num_images=2, steps_c=[1, 0.5, 0], steps_b=2)
+    for array in (np.array, torch.tensor):
+        again = generate(tiny, CAT, seed=array([3, 9]), num_images=2, steps_c=array([1, 0.5, 0]), steps_b=2)
+        assert all(same([a], [b]) for a, b in zip(two, again))
+
+
+@pytest.mark.parametrize("form", [lambda x: x.numpy(), lambda x: x.tolist(), lambda x: [*x.split(1)]])
+def test_given_tensors_may_be_arrays_or_lists(tiny, form):
+    semantic = generate(tiny, CAT, output="semantic", **QUICK)
+    text, _ = tiny.encode_text("c", [CAT], [""])
+    assert same(generate(tiny, CAT, given=dict(semantic=semantic), **QUICK),
+                generate(tiny, CAT, given=dict(semantic=form(semantic)), **QUICK))
+    assert same(generate(tiny, CAT, **QUICK), generate(tiny, given=dict(prompt_c=form(text)), **QUICK))
+
+
+def test_no_seed_is_a_random_one(tiny):
+    """As diffusers without a generator: another image each time, and the same again after torch.manual_seed."""
+    for call in (tiny, lambda *args, **options: generate(tiny, *args, **options)):
+        torch.manual_seed(1)
+        first, second = call(CAT, seed=None, **QUICK), call(CAT, seed=None, **QUICK)
+        torch.manual_seed(1)
+        assert not same(first, second) and same(first, call(CAT, seed=None, **QUICK))
+
+
+# --- the model tells what it is ----------------------------------------------------------------------
+
+def test_a_model_says_what_was_loaded(tiny, loras):
+    assert repr(tiny) == "Wuerstchen(tiny, 128 px, cpu, torch.float32)"
+    model = Wuerstchen.load("tiny", "cpu", "bf16", lora={loras[0]: 0.5})
+    assert repr(model) == f"Wuerstchen(tiny, 128 px, cpu, torch.bfloat16, LoRA {loras[0]}: 0.5)"
+
+
+def test_the_parts_are_attributes_and_listed(tiny):
+    assert {"stage_a", "stage_b", "stage_c", "text_encoder_c", "text_encoder_b", "image_encoder"} <= set(dir(tiny))
+    assert tiny.stage_c is tiny.part("stage_c") and tiny.stage_a is tiny.part("stage_a")
+    with pytest.raises(AttributeError, match="Wuerstchen has no unet"):
+        tiny.unet
+
+
+# --- LoRAs of a loaded model -------------------------------------------------------------------------
+
+@pytest.mark.parametrize("form", [str, Path, lambda file: [file], lambda file: {file: 1},
+                                  lambda file: {file: np.float32(1)}])
+def test_a_lora_is_a_file_or_a_list_or_a_dict(loras, form):
+    assert lora_scales(form(loras[0])) == {loras[0]: 1.0}
+
+
+@pytest.mark.parametrize("value", [5, {"a": "x"}, {"a": float("nan")}, [3], {"a": None}])
+def test_what_is_not_a_lora_is_one_line(value):
+    with pytest.raises(TypeError, match='expected a file, a list of files, or {"FILE": scale}'):
+        lora_scales(value)
+
+
+@functools.cache
+def loaded_with(int8: bool, *loras: tuple[str, float]) -> list:
+    """The image of a model that was loaded with these LoRAs."""
+    return Wuerstchen.load("tiny", "cpu", lora=dict(loras), int8=int8)(CAT, seed=5, **QUICK)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(fast=False), dict(low_memory=True), dict(offload=True),
+                                     dict(int8=True)], ids=lambda options: str(*options))
+def test_loras_of_a_loaded_model_are_those_of_a_new_one(loras, options):
+    """Put on, changed in scale, replaced, taken off: each time the image is that of a model loaded so. On int8 as well,
+    where a LoRA has to be merged before the weights are rounded."""
+    one, other = loras
+    model, images = Wuerstchen.load("tiny", "cpu", **options), []
+    for wanted in (one, {one: 0.5, other: 1}, other, None):
+        model.stage_c                                       # low memory holds it: it must not be taken for the new one
+        set_loras(model, wanted)
+        images.append(model(CAT, seed=5, **QUICK))
+        assert model.loras == lora_scales(wanted)
+        assert difference(images[-1], loaded_with("int8" in options, *model.loras.items())) < 0.1, wanted
+    assert all(difference(images[-1], image) > 1 for image in images[:-1])
+
+
+def test_loras_under_compile(loras, monkeypatch):
+    """torch notices the change and traces once more. Here it only traces, which takes seconds."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda step, mode: compile(step, backend="eager"))
+    torch._dynamo.reset()
+    model = Wuerstchen.load("tiny", "cpu", compile=True)
+    for wanted in ({}, {loras[0]: 1.0}, {loras[0]: 0.5}, {}):
+        set_loras(model, wanted)
+        assert difference(model(CAT, seed=5, **QUICK), loaded_with(False, *wanted.items())) < 0.1
+
+
+@pytest.mark.parametrize("options", [dict(), dict(low_memory=True)], ids=["in place", "low_memory"])
+def test_a_lora_that_cannot_be_used_changes_nothing(loras, options, tmp_path):
+    (tmp_path / "bad.safetensors").write_text("not a LoRA")
+    model = Wuerstchen.load("tiny", "cpu", lora=loras[0], **options)
+    before = model(CAT, seed=5, **QUICK)
+    with pytest.raises(ValueError, match="bad.safetensors: it cannot be read"):
+        set_loras(model, [loras[1], tmp_path / "bad.safetensors"])
+    assert model.loras == {loras[0]: 1.0} and same(before, model(CAT, seed=5, **QUICK))
+
+
+def test_without_stage_c_there_is_nothing_to_change(loras):
+    from loading import hub
+    with pytest.raises(ValueError, match="a LoRA changes Stage C, which was not loaded"):
+        set_loras(Wuerstchen.load("tiny", "cpu", parts=hub.RECONSTRUCTION), loras[0])
+
+
+# --- warnings ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("scale", [0, 0.0, 0.99, (4, 0.5), np.float32(0)])
+@pytest.mark.parametrize("stage", "cb")
+@pytest.mark.parametrize("weights", ["tiny", "v1"])
+def test_a_guidance_below_1_is_one_warning_that_names_both_conventions(request, weights, stage, scale):
+    """0.0, which documents of diffusers pass for "no guidance", ignores the text here: two brown lumps."""
+    model = request.getfixturevalue(weights)
+    messages = said(lambda: model.settings({f"guidance_{stage}": scale}))
+    assert len(messages) == 1 and messages[0].startswith(f"guidance_{stage} is below 1: here 1 is no guidance, and 0 "
+                                                          "ignores the text")
+    assert "in diffusers 0.0 to 1.0 is no guidance" in messages[0]
+
+
+@pytest.mark.parametrize("scale", [1, 1.0, 4, (4, 1), None, -1])
+def test_other_guidance_is_no_warning(tiny, scale):
+    assert said(lambda: tiny.settings(dict(guidance_c=scale, guidance_b=scale))) == []
+
+
+def test_the_warnings_come_once_in_python_and_on_the_command_line(tiny, tmp_path, capsys):
+    options = dict(QUICK, guidance_b=0.0, width=64, height=64)
+    for call in (lambda: [tiny(CAT, **options) for _ in range(2)], lambda: generate(tiny, CAT, **options)):
+        messages = said(call)
+        assert [message[:10] for message in messages] == ["guidance_b", "64 x 64 px"]
+    for number, argv in enumerate((["--guidance-b", "0"], ["--guidance-c", "0.5"])):
+        sample.main(["--prompt", CAT, "--num-images", "2", "--steps-c", "2", "--steps-b", "1", "--width", "64",
+                     "--out", str(tmp_path / str(number)), *argv])
+        lines = [line for line in capsys.readouterr().err.splitlines() if "warning: " in line]
+        assert len(lines) == 2 and f"{argv[0][2:].replace('-', '_')} is below 1" in lines[0]
+        assert "64 x 128 px is not what these weights were trained on" in lines[1]
+
+
+@pytest.mark.parametrize("size, trained, effect", [
+    ((256, 256), 1024, "a mosaic instead of"), ((1024, 256), 1024, "a mosaic"), ((128, 128), 512, "a mosaic"),
+    ((512, 512), 1024, "blurred or crowded"), ((2048, 2048), 1024, "repeated")])
+def test_a_size_far_below_training_is_said_to_give_mosaics(size, trained, effect):
+    message, = said(lambda: warn_of_size(*size, trained))
+    assert f"expect {effect}" in message
+
+
+# --- one sentence for every mistake ------------------------------------------------------------------
+
+ODD = ["abc", 5.5, [], {}, object(), {"a": 1}, [None], [1, "a"], b"cat", torch.Generator()]
+PLAIN = ("prompt", "negative_prompt", "seed", "num_images", "width", "height", "callback")
+FIELDS = [f"{name}_{stage}" for stage in "cb" for name in (
+    "steps", "sampler", "guidance", "interval", "rescale", "eta", "t_start", "t_end")]
+V1 = ["steps_b", "sampler_b", "guidance_b", "temperature_b", "interval_b"]
+EXPECTED = "expected|got|describe|give"
+PYTHONS_OWN = "object is not|not supported between|has no attribute|unhashable|must be real"
+
+
+def mistakes(call, names, fine=()) -> None:
+    for name in names:
+        for value in ODD:
+            if (name, value) in fine or isinstance(value, str) and "prompt" in name or \
+                    value == 5.5 and name[:-2] in ("guidance", "temperature"):
+                continue
+            with pytest.raises((TypeError, ValueError)) as error:
+                call(**dict(prompt=CAT) | {name: value})
+            message = str(error.value)
+            assert "\n" not in message and len(message) < 400, message
+            assert re.search(EXPECTED, message) and not re.search(PYTHONS_OWN, message), (name, value)
+
+
+def test_wrong_types_of_a_call_are_one_sentence(tiny, v1):
+    mistakes(tiny, PLAIN + tuple(FIELDS))
+    mistakes(v1, V1)
+
+
+def test_wrong_types_of_generate_are_one_sentence(tiny):
+    def call(**options):
+        return generate(tiny, **options)
+    mistakes(call, PLAIN + ("edit", "given", "output"), fine=[("negative_prompt", []), ("given", {})])
+    black = np.zeros((128, 128, 3), np.uint8)
+    mistakes(lambda prompt, strength: generate(tiny, prompt, edit=InitImage(black, strength)), ["strength"])
+    mistakes(lambda prompt, tensor: generate(tiny, prompt, given=dict(semantic=tensor)), ["tensor"])
+
+
+@pytest.mark.parametrize("weights, stage, shape", [("tiny", "C", "(1, 16, 3, 3)"), ("tiny", "B", "(1, 4, 32, 32)"),
+                                                   ("v1", "B", "(1, 32, 32)")])
+@pytest.mark.parametrize("answer", [False, True, "stop", 0, [1]])
+def test_a_callback_that_returns_something_else_is_one_line(request, weights, stage, shape, answer):
+    with pytest.raises(ValueError, match=re.escape(f"a callback may return None or finite latents of shape {shape}, "
+                                                   f"not {answer!r}")) as error:
+        request.getfixturevalue(weights)(CAT, callback=lambda s, *_: answer if s == stage else None, **QUICK)
+    assert ("To stop, raise an exception" in str(error.value)) == (answer is False)
