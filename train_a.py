@@ -19,15 +19,12 @@ processes sees the same work, and a resumed run equals an unbroken one.
 Paper: arXiv:2306.00637 (Stage A); VQGAN: arXiv:2012.09841.
 Needs: torch, numpy, pillow, tqdm; torchvision for --perceptual.
 """
-import argparse
-
-from training.options import (add_data_options, add_optimization_options, add_output_options,
-                              check_at_least, check_shares)
+from training.options import (Parser, add_data_options, add_optimization_options,
+                              add_output_options, check_at_least, check_services, check_shares)
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     add = p.add_argument_group("model").add_argument
     add("--width", type=int, default=48, help="channels at the coarsest level (official: 384)")
     add("--bottleneck-blocks", type=int, default=4,
@@ -116,6 +113,7 @@ def check(args) -> None:
     """Raises UserError for options that make no sense, before anything is loaded."""
     check_at_least(args, width=2, bottleneck_blocks=1, codebook_size=1, revive_every=1, l1=0, l2=0,
                    commitment=0, perceptual_weight=0, norm_steps=0, gan_start=0, gan_weight=0)
+    check_services(args)
     check_shares(args, "ema", "codebook_decay")
     if not 0 <= args.quantise <= 1:
         raise UserError(f"--quantise is {args.quantise}, expected a share from 0 to 1")
@@ -249,21 +247,21 @@ def main(args):
     check(args)
     checkpoints = Checkpoints(args, results=("vqgan",))
     resumed, processes = checkpoints.find(args.resume), Processes(args.device)
-    if checkpoints.finished(resumed, args.steps):
-        return processes.on_main(finished, args)
     device, scenes = processes.device, args.data.split(":")[0] == "scenes"
     args.resolution = args.resolution or (128 if scenes else 256)
     args.crop = args.crop or "random"
     _, autocast = set_precision(args, device)
-    settings = settings_of(args)
     torch.manual_seed(args.seed)
 
-    # --- model and data --------------------------------------------------------------------------
+    # --- data and model --------------------------------------------------------------------------
+    unseen = f"scenes:all:{args.val_count}:987654321" if scenes else None        # another seed
+    dataset, val_data = open_data(args, processes, captions_required=False, unseen=unseen)
+    if checkpoints.finished(resumed, args.steps):
+        return processes.on_main(finished, args)
+    settings = settings_of(args)
     model = build_model(args).to(device)
     discriminator = PatchDiscriminator().to(device) if args.gan_start is not None else None
     vgg = VGGFeatures(args.perceptual).to(device) if args.perceptual else None
-    unseen = f"scenes:all:{args.val_count}:987654321" if scenes else None        # another seed
-    dataset, val_data = open_data(args, processes, captions_required=False, unseen=unseen)
     sizes, dataset.bucket = [(args.resolution,) * 2], np.zeros(len(dataset), np.int64)
     order = BatchSampler(dataset.bucket, args.batch * args.grad_accum * processes.world, args.seed)
     if args.dry_run:
@@ -273,8 +271,7 @@ def main(args):
     fixed = fixed.permute(0, 3, 1, 2)                                    # (N, 3, h, w) uint8
 
     # --- optimizers, averages, and the state of the run ------------------------------------------
-    # beta2 = 0.99, because gradients shrink fast at the start, and runs are short.
-    optimizer, d_optimizer = build_optimizer(model, args, betas=(0.9, 0.99)), None
+    optimizer, d_optimizer = build_optimizer(model, args), None
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
     ema = EMA(model, args.ema)
     codebook = CodebookUpdates(model, ema, args, processes)
@@ -312,6 +309,7 @@ def main(args):
                 with failure_is_a_warning(step):
                     write_atomically(f"{args.out}/samples/step_{step:06d}.png",
                                      sample_sheet(model, fixed, device).save)
+                    log.images(step)
         processes.wait()
 
     # --- one pass of this loop is one optimizer step ---------------------------------------------

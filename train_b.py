@@ -25,16 +25,14 @@ With --v1, the functions of v1/training.py replace those of the same names here:
 Paper: arXiv:2306.00637 (Stage B).
 Needs: torch, torchvision, numpy, pillow, tqdm; transformers for text; training/, loading/, v1/.
 """
-import argparse
 import sys
 
-from training.options import (add_data_options, add_optimization_options, add_output_options,
-                              check_at_least, check_shares)
+from training.options import (Parser, add_data_options, add_optimization_options,
+                              add_output_options, check_at_least, check_services, check_shares)
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     g = p.add_argument_group("model")
     g.add_argument("--v1", action="store_true", help="train the Stage B of Würstchen v1, by "
                    "cross-entropy over the VQGAN's tokens")
@@ -136,6 +134,7 @@ CURVES = ["loss", "val_loss",
 def check(args) -> None:
     """Raises UserError for options that make no sense together, before anything is loaded."""
     check_at_least(args, blind=0, guide_attention=0)
+    check_services(args)
     check_shares(args, "caption_dropout", "semantic_dropout", "ema")
     new, only_v2 = args.init == "random", ("loss", "loss_weight", "even_contrast")
     only_v2 = [f"--{name.replace('_', '-')}" for name in only_v2 if args.v1 and getattr(args, name)]
@@ -306,8 +305,6 @@ def main(args):
     check(args)
     checkpoints = Checkpoints(args, results=("decoder", "image_encoder"))
     resumed, processes = checkpoints.find(args.resume), Processes(args.device)
-    if checkpoints.finished(resumed, args.steps):
-        return processes.on_main(finished, args)
     device = processes.device
     dtype, autocast = set_precision(args, device)
     torch.manual_seed(args.seed)
@@ -317,10 +314,12 @@ def main(args):
     decoder, encoder, vqgan, text_encoder = load_models(args, stage, dtype, processes)
     small = isinstance(encoder, TinyImageEncoder)
     set_defaults(args, small)
-    settings = settings_of(args)
     model = EncoderAndDecoder(decoder, None if args.freeze_encoder else encoder, stage)
     dataset, val_data = open_data(args, processes, captions_required=False,
                                   unseen=f"scenes:all:{max(args.val_count, 64)}:1000000000")
+    if checkpoints.finished(resumed, args.steps):
+        return processes.on_main(finished, args)
+    settings = settings_of(args)
     with as_user_error():
         order = MultiSizeSampler(dataset.sizes, args.resolution, args.max_ratio,
                                  args.batch * args.grad_accum * processes.world, args.seed)
@@ -363,7 +362,7 @@ def main(args):
     if args.fsdp:
         blocks = [block for level in (*decoder.down_blocks, *decoder.up_blocks) for block in level]
         processes.split_weights(model, blocks if args.freeze_encoder else (*blocks, encoder))
-    optimizer = build_optimizer(model, args, betas=(0.9, 0.99), share=share_of_learning_rate)
+    optimizer = build_optimizer(model, args, share=share_of_learning_rate)
     ema = EMA(model, args.ema)
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
     weight, raw_losses = LOSS_WEIGHTS[args.loss_weight], stage.raw_losses
@@ -397,6 +396,7 @@ def main(args):
             if due(args.sample_every, step, args.steps):
                 with failure_is_a_warning(step):
                     log.write(step, **sheets.write(step))
+                    log.images(step)
         model.train()
         processes.wait()
 

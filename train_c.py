@@ -4,8 +4,8 @@
   torchrun train_c.py --lora --data FOLDER --cache CACHE --out runs/lora          # official weights
   torchrun --nproc-per-node 8 train_c.py --data 'shards/{000..511}.tar' --batch 16 --fsdp \\
       --out runs/full                                                             # all of Stage C
-  python train_c.py --weights runs/b --init random --config tiny.json --data scenes:captioned \\
-      --out runs/c                                                          # from random weights
+  python train_c.py --weights tiny --init random --config models/tiny/prior/config.json \\
+      --data scenes:captioned --out runs/c                                  # from random weights
 
   image -image encoder-> raw -(x + 1) / 42-> x_0 (B,16,h,w) -noise-> x_t -[C], text-> eps_hat
 
@@ -20,16 +20,14 @@ a resumed run equals an unbroken one.
 Paper: arXiv:2306.00637 (Stage C).
 Needs: torch, torchvision, transformers, numpy, pillow, tqdm; training/, loading/, wuerstchen.py.
 """
-import argparse
 import sys
 
-from training.options import (add_data_options, add_optimization_options, add_output_options,
-                              check_at_least, check_shares)
+from training.options import (Parser, add_data_options, add_optimization_options,
+                              add_output_options, check_at_least, check_services, check_shares)
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     g = p.add_argument_group("model")
     g.add_argument("--weights", default="v2-base", help="where to start, and where encoders and "
                    "decoder come from: a name or folder as for sample.py (default: %(default)s)")
@@ -62,7 +60,7 @@ def parse_args(argv=None):
                    "the same area (default: 128 for the tiny weights, 1024 for others)")
     g = add_optimization_options(
         p, steps=1000, batch=4, lr=None, schedule="constant", warmup=50, weight_decay=0.01,
-        ema=0.999, lr_note=" (default: 1e-4; for full fine-tuning 1e-5)",
+        ema=0.999, beta2=0.999, lr_note=" (default: 1e-4; for full fine-tuning 1e-5)",
         decay_note="not for norms, biases and LoRA")
     g.add_argument("--loss-weight", choices=["p2", "none", "min-snr", "v"], default="p2",
                    help="weight of errors by noise level: training/losses.py; p2 is the original's")
@@ -79,9 +77,8 @@ def parse_args(argv=None):
                    "slower")
     add_output_options(p, result="a folder for sample.py --weights", save_every=500, log_every=10,
                        val_every=250, val_count=16, val_note=", each at 10 noise levels",
-                       sample_every=0, samples="sample sheets, which need all stages in memory")
-    g.add_argument("--sample-prompts", help="prompts of the sample sheets, a text file with one "
-                   "per line (default: four captions of the data)")
+                       sample_every=0, samples="sample sheets, which need all stages in memory",
+                       prompts=True)
     return p.parse_args(argv)
 
 
@@ -117,7 +114,7 @@ from training.order import BatchSampler, batches, sample_rng
 from training.preserve import Teacher, TeacherLatents
 from training.processes import GracefulExit, Processes, no_sync
 from training.report import Progress, draw_curves, dry_run, due
-from training.results import FILES_C, files_given, finished, write_stage_c
+from training.results import FILES_C, files_given, finished, write_lora, write_stage_c
 from training.samples import (ImageReader, draw_caption, embed_once, open_cache, open_data,
                               semantic_latents)
 from training.sheets import SampleSheets, failure_is_a_warning
@@ -130,6 +127,7 @@ CURVES = ["loss", "val_loss", "grad_norm", *(f"val_loss_t_{t:.2f}" for t in T_GR
 def check(args) -> None:
     """Raises UserError for options that make no sense together, before anything is loaded."""
     check_at_least(args, rank=1, resolution=1, offset_noise=0)
+    check_services(args)
     check_shares(args, "caption_dropout", "lora_dropout", "ema", "preserve")
     new = args.train_text or args.init == "random"       # then the weights are not what they were
     for conflict, message in (
@@ -256,17 +254,18 @@ def main(args):
     check(args)
     checkpoints = Checkpoints(args, ("lora.safetensors" if args.lora else "prior", "base.json"))
     resumed, processes = checkpoints.find(args.resume), Processes(args.device)
-    if checkpoints.finished(resumed, args.steps):
-        return processes.on_main(finished, args)
     device = processes.device
     if args.lr is None:
         args.lr = 1e-5 if not args.lora and args.init == "weights" else 1e-4
     args.alpha = float(args.rank) if args.alpha is None else args.alpha
     dtype, autocast = set_precision(args, device)
-    settings = settings_of(args)
     torch.manual_seed(args.seed)
 
-    # --- models and data --------------------------------------------------------------------------
+    # --- data and models --------------------------------------------------------------------------
+    dataset, val_data = open_data(args, processes)
+    if checkpoints.finished(resumed, args.steps):
+        return processes.on_main(finished, args)
+    settings = settings_of(args)
     parts = (*TEXT_TO_IMAGE, "image_encoder") if args.sample_every else TRAINING_PARTS
     paths = locate(args.weights, files_given(args, FILES_C), parts)
     prior, teacher, image_encoder, text_encoder = load_models(args, paths, dtype, autocast, device)
@@ -274,7 +273,6 @@ def main(args):
     resolution = args.resolution or (128 if is_tiny(paths["image_encoder"]) else 1024)
     with as_user_error():
         buckets = bucket_sizes(resolution, max_ratio=args.max_ratio)
-    dataset, val_data = open_data(args, processes)
     dataset.bucket = nearest_bucket(dataset.sizes, buckets)
     order = BatchSampler(dataset.bucket, args.batch * args.grad_accum * processes.world, args.seed)
     if args.dry_run:
@@ -332,6 +330,9 @@ def main(args):
         state |= dict(script="train_c.py", settings=settings, step=step, bad=nan_steps,
                       bad_in_all=nan_steps_in_all)
         processes.on_main(checkpoints.save, step, state, nan_steps == 0)
+        if args.lora:
+            with ema.applied():          # for sample.py --lora
+                processes.on_main(write_lora, args, prior, step, len(dataset))
 
     def evaluate(step: int) -> None:
         """Validation and sample sheet, with the averaged weights."""
@@ -342,6 +343,7 @@ def main(args):
             if due(args.sample_every, step, args.steps):
                 with failure_is_a_warning(step):
                     sheets.write(step)
+                    log.images(step)
         model.train()
         processes.wait()
 

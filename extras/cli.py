@@ -11,7 +11,6 @@ Needs: the standard library, so that `--help` and error messages appear at once.
 """
 import argparse
 import contextlib
-import difflib
 import functools
 import itertools
 import math
@@ -27,7 +26,7 @@ from pathlib import Path
 from extras.jobs import Run, place_of, prompt_lines, remove_preview, skip_line, without_mark
 from extras.like import (COMBINED, DTYPES, FILES, INPUTS, OF_STAGES, PER_IMAGE, PER_RUN, REQUIRES, SAMPLING, Options,
                          as_option, as_text, flat, merge, options_like, settings_of, split, typed)
-from loading.errors import UserError
+from loading.errors import UserError, nearest_option
 from loading.files import numbered
 
 SAMPLERS = dict(c=("ddpm", "ddim", "dpm++"), b=("ddpm", "ddim", "dpm++", "multinomial", "argmax", "quant"))
@@ -51,9 +50,7 @@ def read_options(p: argparse.ArgumentParser, argv: list[str]) -> argparse.Namesp
     """p.parse_args with a hint for what is not an option. Raises ValueError."""
     args, unknown = p.parse_known_args(argv)
     if unknown:
-        options = [option for action in p._actions for option in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], options, 1, cutoff=0.75)
-        hint = f"did you mean {near[0]}?" if near else "--help lists all options"
+        hint = nearest_option(p, unknown[0])
         if not unknown[0].startswith("-"):
             prompt = " ".join([args.prompt or "", *unknown]).strip()
             hint = f'did you mean --prompt "{prompt}"? A text of several words needs quotes'

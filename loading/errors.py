@@ -5,6 +5,7 @@ a bug of ours and keeps its traceback. A WeightsError is a UserError about a fil
 Needs: the standard library only, so that `--help` stays fast.
 """
 import contextlib
+import difflib
 import signal
 import sys
 
@@ -54,3 +55,10 @@ def exit_on_user_error(hint: str | None = None):
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)
+
+
+def nearest_option(parser, unknown: str) -> str:
+    """A hint for an option that `parser` (of argparse) does not have: the one that was probably meant."""
+    options = [option for action in parser._actions for option in action.option_strings]
+    near = difflib.get_close_matches(unknown.partition("=")[0].replace("_", "-"), options, 1, cutoff=0.75)
+    return f"did you mean {near[0]}?" if near else "--help lists all options"

@@ -16,19 +16,17 @@ import sys
 if __name__ == "__main__" and not __package__:
     sys.exit("error: run this as: python -m tiny.train_encoder")
 
-import argparse
 from pathlib import Path
 
 from loading.errors import RESUME_HINT, UserError, exit_on_user_error
-from training.options import add_checkpoint_options, add_schedule_options, check_at_least
+from training.options import Parser, add_checkpoint_options, add_schedule_options, check_at_least
 
 CONFIG = Path(__file__).parents[1] / "models" / "tiny" / "image_encoder"
 FIRST_SCENE = 5 * 10 ** 8        # scenes that Stage B is not trained on
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(prog="python -m tiny.train_encoder", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__, prog="python -m tiny.train_encoder")
     p.add_argument("--out", required=True, help="folder for the result")
     p.add_argument("--config", default=str(CONFIG), help="sizes: a folder with the config.json of a TinyImageEncoder "
                                                          "(default: models/tiny/image_encoder)")

@@ -16,16 +16,14 @@ import sys
 if __name__ == "__main__" and not __package__:
     sys.exit("error: run this as: python -m tiny.train_text")
 
-import argparse
 from collections import Counter
 
 from loading.errors import RESUME_HINT, exit_on_user_error
-from training.options import add_checkpoint_options, add_schedule_options, check_at_least
+from training.options import Parser, add_checkpoint_options, add_schedule_options, check_at_least
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(prog="python -m tiny.train_text", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__, prog="python -m tiny.train_text")
     p.add_argument("--image-encoder", required=True, help="folder of the trained image encoder")
     p.add_argument("--out", required=True, help="folder for the result")
     p.add_argument("--width", type=int, default=128, help="channels (official: 1280)")

@@ -4,14 +4,16 @@
   model, optimizer, ... -full_state-> state -checkpoints.save-> out/checkpoints/step_00000100.pt
 
 A checkpoint holds no random state, because all randomness is a function of (seed, step, sample); see order.py.
-Needs: torch; loading/.
+Needs: torch, numpy, pillow; loading/.
 """
 import contextlib
 import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
                                                      set_model_state_dict, set_optimizer_state_dict)
 
@@ -20,11 +22,14 @@ from loading.files import is_finite, write_atomically
 
 FULL = dict(full_state_dict=True, cpu_offload=True)      # gathered from all processes if they are split
 
+# Options that concern only this machine, or are secret: not in checkpoints, cards or services.
+PRIVATE = ("out", "resume", "workers", "device", "push_to_hub", "hub_token")
+
 
 def settings_of(args) -> dict:
     """The options that decide what is learned: without paths and what concerns only this machine."""
     return {name: value for name, value in vars(args).items()
-            if name not in ("out", "resume", "workers", "device", "push_to_hub")}
+            if name not in PRIVATE}
 
 
 def check_finite(tensors: dict, what: str) -> None:
@@ -84,6 +89,7 @@ class Checkpoints:
         write_atomically(path, lambda temporary: torch.save(content, temporary))
         for old in self.all()[:-self.keep] if rotate else ():
             old.unlink()
+            old.with_suffix(".safetensors").unlink(missing_ok=True)          # its LoRA, see results.write_lora
 
     def finished(self, resumed: Path | None, steps: int) -> bool:
         """Whether the run has ended and its result is there: the card, which is written last, names its steps."""
@@ -160,7 +166,7 @@ def does_not_fit(path: Path, reason: str) -> UserError:
 @contextlib.contextmanager
 def own_options(optimizer: torch.optim.Optimizer):
     """Inside, a state is loaded, which brings the options it was made with. Afterwards those of this run hold again."""
-    own = [{name: group[name] for name in ("weight_decay", "share") if name in group}
+    own = [{name: group[name] for name in ("weight_decay", "share", "betas", "eps") if name in group}
            for group in optimizer.param_groups]
     yield
     for group, options in zip(optimizer.param_groups, own):
@@ -229,6 +235,7 @@ class Log:
     def __init__(self, out: str | Path, step: int, report_to: str | None = None, settings: dict | None = None,
                  enabled: bool = True):
         self.path, self.enabled, self.report = Path(out) / "log.jsonl", enabled, lambda values, step: None
+        self.report_image = lambda image, step: None
         if not enabled:
             return
         kept = [line for line in self.lines() if line["step"] < step or line["step"] == step and "lr" in line]
@@ -239,10 +246,13 @@ class Log:
                 writer = SummaryWriter(str(out))
                 self.report = lambda values, step: [writer.add_scalar(name, value, step)
                                                     for name, value in values.items() if isinstance(value, float)]
+                self.report_image = lambda image, step: [
+                    writer.add_image("samples", np.asarray(image), step, dataformats="HWC"), writer.flush()]
             elif report_to == "wandb":
                 import wandb
-                wandb.init(project="wuerstchen", config=settings, dir=str(out))
+                wandb.init(project=settings["project"], config=settings, dir=str(out))
                 self.report = lambda values, step: wandb.log(values, step=step)
+                self.report_image = lambda image, step: wandb.log(dict(samples=wandb.Image(image)), step=step)
         except ImportError:
             raise UserError(f"--report-to {report_to} needs a package: pip install {report_to}") from None
 
@@ -259,3 +269,10 @@ class Log:
             with open(self.path, "a") as file:
                 file.write(json.dumps(dict(step=step, **values)) + "\n")
             self.report(values, step)
+
+    def images(self, step: int) -> None:
+        """The sheet of samples after `step` steps, if there is one, to the service."""
+        path = self.path.parent / "samples" / f"step_{step:06d}.png"
+        if self.enabled and path.exists():
+            with Image.open(path) as image:
+                self.report_image(image.convert("RGB"), step)

@@ -8,7 +8,7 @@ A resolution always means pixels of the image. The image encoder sees 0.75 times
 Surprise: nothing is dropped silently. Files that cannot be used are counted and named. Files that turn out to be broken
 later are replaced by the next readable one, which depends only on the files, so a resumed run replaces them in the same
 way.
-Needs: numpy, pillow; sources.py, extras/images.py; scenes.py for `scenes`.
+Needs: numpy, pillow; sources.py, extras/; scenes.py for `scenes`.
 """
 import contextlib
 import hashlib
@@ -27,6 +27,7 @@ import numpy as np
 from PIL import Image
 
 from extras.images import decoding, open_header, open_image, pixels_of, read_image, to_srgb
+from extras.jobs import prompt_lines
 from training.sources import SUFFIXES, Place, content_of, samples_of
 
 
@@ -92,9 +93,12 @@ def read_filters(texts: list[str]) -> dict[str, float]:
 
 
 def read_prompts(file: str | Path) -> list[str]:
-    """The lines of a text file that are not empty.  Raises ValueError if there are none."""
-    prompts = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not prompts:
+    """A prompt per line of a text file, without empty lines and # comments, as in those of sample.py.
+
+    Raises ValueError if there are none, or the file cannot be read.
+    """
+    prompts = [settings["prompt"].strip() for _, settings in prompt_lines(Path(file)) if settings.get("prompt")]
+    if not any(prompts):
         raise ValueError(f"{file} contains no prompts: expected one per line")
     return prompts
 
@@ -167,6 +171,12 @@ class ImageDataset:
     def captions(self, i: int) -> list[str]:
         """At least one; [""] for an image without."""
         return self._record(i)[2] or [""]
+
+    def select(self, numbers: np.ndarray) -> None:
+        """From now on, the images with these numbers are all there are."""
+        records = [self._records[self._ends[i]:self._ends[i + 1]] for i in numbers]
+        self._records, self._ends = b"".join(records), np.cumsum([0, *map(len, records)])
+        self.sizes = self.sizes[numbers]
 
     def key(self, i: int) -> str:
         """sha256, in hex, of the image's bytes and of what is done to its colours: the name of its pixels in a cache.
@@ -245,6 +255,9 @@ class SceneDataset(ImageDataset):
         if not 0 <= i < len(self):
             raise IndexError(f"image {i} of {len(self)}")
         return f"scene {i}", None, [self._scenes.caption(i)]
+
+    def select(self, numbers: np.ndarray) -> None:
+        self.sizes = self.sizes[numbers]         # so many scenes; the first are as good as any others
 
     def key(self, i: int) -> str:
         return hashlib.sha256(f"scene {self._seed} {self._objects} {i}".encode()).hexdigest()

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from loading.errors import UserError
 
 
-def build_optimizer(model: nn.Module, args, betas: tuple[float, float] = (0.9, 0.999),
-                    share: Callable[[str], float] | None = None) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, args, share: Callable[[str], float] | None = None) -> torch.optim.Optimizer:
     """AdamW. Weight decay pulls weights to zero, so it is only for matrices: not for norms and biases, nor for a LoRA,
     which starts at zero. share: the name of a parameter -> its share of the learning rate, group["share"]."""
     groups, lora = {}, getattr(args, "lora", False)
@@ -22,18 +21,26 @@ def build_optimizer(model: nn.Module, args, betas: tuple[float, float] = (0.9, 0
             decays = p.ndim >= 2 and not lora        # the groups do not depend on --weight-decay, so it may change
             settings = dict(share=share(name)) if share else {}
             groups.setdefault((decays, *settings.items()), []).append(p)
-    return torch.optim.AdamW([dict(settings, params=params, weight_decay=args.weight_decay if decays else 0.0)
-                              for (decays, *settings), params in groups.items()], lr=args.lr, betas=betas, fused=True)
+    groups = [dict(settings, params=params, weight_decay=args.weight_decay if decays else 0.0)
+              for (decays, *settings), params in groups.items()]
+    options = dict(lr=args.lr, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_eps)
+    if args.adam_8bit:
+        from bitsandbytes.optim import AdamW8bit
+        return AdamW8bit(groups, **options)
+    return torch.optim.AdamW(groups, **options, fused=True)
 
 
 def learning_rate(step: int, args) -> float:
-    """Learning rate of a step: linear warm-up, then constant, or down to 0 by a cosine, a line, or a line in the last
-    fifth (trapezoid).
+    """Learning rate of a step: linear warm-up, then constant, or down to 0 by one or more cosines, a line, a power of
+    it, or a line in the last fifth (trapezoid). The polynomial ends at 1e-7, as in transformers.
 
     Until that fifth a trapezoid does not depend on args.steps, so a run can be lengthened from any earlier checkpoint.
     """
     done = max(step - args.warmup, 0) / max(args.steps - args.warmup, 1)
-    shape = dict(constant=1.0, linear=1 - done, cosine=(1 + math.cos(math.pi * done)) / 2,
+    left, end = max(1 - done, 0.0), min(1e-7 / args.lr, 1.0) if args.lr else 0.0
+    shape = dict(constant=1.0, constant_with_warmup=1.0, linear=1 - done, cosine=(1 + math.cos(math.pi * done)) / 2,
+                 cosine_with_restarts=(1 + math.cos(math.pi * (args.lr_cycles * done % 1))) / 2,
+                 polynomial=end + (1 - end) * left ** args.lr_power,
                  trapezoid=min((args.steps - step) / max(args.steps // 5, 1), 1.0))[args.schedule]
     return args.lr * min((step + 1) / max(args.warmup, 1), 1.0) * shape
 

@@ -1,14 +1,63 @@
 """Command-line options that the training scripts share, each declared once. What differs is an argument.
 
-A script adds its own options to the groups that it gets back.
+A script makes a Parser and adds its own options to the groups that it gets back.
 Needs: the standard library only, so that --help answers at once.
 """
+import argparse
+import importlib
 import math
+import re
+import sys
 
-from loading.errors import UserError
+from loading.errors import UserError, nearest_option
 
-LEAST = dict(steps=1, batch=1, grad_accum=1, lr=0, warmup=0, weight_decay=0, clip=0, max_bad_steps=1, workers=0,
-             save_every=1, keep=1, log_every=1, val_every=0, val_count=1, sample_every=0, seed=0)
+LEAST = dict(steps=1, epochs=1, max_samples=1, batch=1, grad_accum=1, lr=0, warmup=0, lr_cycles=1, lr_power=0,
+             weight_decay=0, adam_eps=0, clip=0, max_bad_steps=1, workers=0, save_every=1, keep=1, log_every=1,
+             val_every=0, val_count=1, sample_every=0, seed=0)
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "trapezoid")
+# Options of diffusers' train_text_to_image_prior.py and train_text_to_image_lora_prior.py -> ours. docs/FINETUNE.md
+# explains each, and those that have no counterpart.
+FROM_DIFFUSERS = dict(
+    pretrained_prior_model_name_or_path="weights", pretrained_decoder_model_name_or_path="weights",
+    dataset_name="data", train_data_dir="data", max_train_samples="max-samples", validation_prompts="sample-prompt",
+    validation_prompt="sample-prompt", num_validation_images="sample-prompt", validation_epochs="sample-every",
+    output_dir="out", train_batch_size="batch", num_train_epochs="epochs", max_train_steps="steps",
+    gradient_accumulation_steps="grad-accum", gradient_checkpointing="checkpointing", learning_rate="lr",
+    lr_scheduler="schedule", lr_warmup_steps="warmup", snr_gamma="loss-weight", use_8bit_adam="adam-8bit",
+    use_ema="ema", dataloader_num_workers="workers", adam_weight_decay="weight-decay", adam_epsilon="adam-eps",
+    max_grad_norm="clip", hub_model_id="push-to-hub", mixed_precision="dtype", checkpointing_steps="save-every",
+    checkpoints_total_limit="keep", resume_from_checkpoint="resume", noise_offset="offset-noise",
+    tracker_project_name="project")
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Ends the help of each option that takes a value with its default, unless the text has it already."""
+    def _get_help_string(self, action):
+        if "default" in action.help or action.required or action.nargs == 0:
+            return action.help
+        return f"{action.help} (default: {'none' if action.default in (None, '', []) else '%(default)s'})"
+
+
+class Parser(argparse.ArgumentParser):
+    """Shows the docstring of a script and all defaults in --help. A mistake ends in one line, with the nearest option.
+    """
+    def __init__(self, docstring: str, **more):
+        super().__init__(description=docstring, formatter_class=HelpFormatter, **more)
+
+    def parse_known_args(self, args=None, namespace=None):
+        options = [option for action in self._actions for option in action.option_strings]
+        for word in sys.argv[1:] if args is None else args:      # before argparse finds that another one is missing
+            name = word.partition("=")[0]
+            if re.fullmatch(r"--\w[\w-]*", name) and not any(option.startswith(name) for option in options):
+                theirs = FROM_DIFFUSERS.get(name[2:].replace("-", "_"))
+                hint = nearest_option(self, name) if f"--{theirs}" not in options else (
+                    f"--{theirs} is what diffusers' option is called here, see docs/FINETUNE.md")
+                self.error(f"unrecognized arguments: {word}; {hint}")
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> None:       # argparse would print its usage as well
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
 
 
 def add_data_options(p, default: str | None = None, what: str = "", crop: str | None = "center", captions: bool = True,
@@ -26,6 +75,8 @@ def add_data_options(p, default: str | None = None, what: str = "", crop: str | 
     if captions:
         g.add_argument("--max-ratio", type=float, default=2.0,
                        help="widest shape of the buckets that images are sorted into; 1: all are cropped to squares")
+    g.add_argument("--max-samples", type=int, help="use only so many images, drawn by --seed, to try something out "
+                   "(default: all)")
     g.add_argument("--crop", choices=["center", "random"], default=crop,
                    help="the part of an image that is kept if its shape is not that of its bucket (default: "
                         f"{crop or 'random'})")
@@ -43,35 +94,50 @@ def add_data_options(p, default: str | None = None, what: str = "", crop: str | 
     return g
 
 
-def add_schedule_options(g, steps: int, lr: float | None, schedule: str, warmup: int, lr_note: str = "") -> None:
-    """--steps, --lr, --schedule and --warmup. lr_note: added to the help of --lr."""
-    g.add_argument("--steps", type=int, default=steps, help="optimizer steps in total, resumed ones included")
+def add_schedule_options(g, steps: int, lr: float | None, schedule: str, warmup: int, lr_note: str = "",
+                         epochs: bool = False) -> None:
+    """--steps or, if there are epochs, --epochs; --lr, --schedule, --warmup. lr_note: added to the help of --lr."""
+    length = g.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, default=steps, help="optimizer steps in total, resumed ones included")
+    if epochs:
+        length.add_argument("--epochs", type=int, help="instead of --steps: how often each image is seen")
     g.add_argument("--lr", type=float, default=lr, help=f"peak learning rate{lr_note}")
-    g.add_argument("--schedule", choices=["constant", "cosine", "linear", "trapezoid"], default=schedule,
-                   help="course of the learning rate after the warm-up; trapezoid: it falls in the last fifth")
+    g.add_argument("--schedule", choices=SCHEDULES, default=schedule,
+                   help="course of the learning rate after the warm-up; constant and constant_with_warmup are the "
+                        "same; trapezoid: it falls in the last fifth")
     g.add_argument("--warmup", type=int, default=warmup, help="optimizer steps in which the learning rate rises")
+    g.add_argument("--lr-cycles", type=int, default=1, help="cosines of cosine_with_restarts")
+    g.add_argument("--lr-power", type=float, default=1.0, help="exponent of polynomial; 1: linear")
 
 
 def add_optimization_options(p, *, steps: int, batch: int | None, lr: float | None, schedule: str, warmup: int,
-                             weight_decay: float, ema: float | None, batch_note: str = "", lr_note: str = "",
-                             decay_note: str = "not for norms and biases", ema_note: str = "", large: bool = True,
-                             title: str = "optimization"):
-    """Optimizer steps, batch, precision, processes. *_note: added to the help of an option whose default is None.
+                             weight_decay: float, ema: float | None, beta2: float = 0.99, lr_note: str = "",
+                             large: bool = True, title: str = "optimization", **notes: str):
+    """Optimizer steps, batch, precision, processes. batch_note, ema_note, decay_note: added to the help.
+
+    beta2: 0.99 suits runs from random weights, because gradients shrink fast at the start, and runs are short.
 
     large: the script also has --compile and --fsdp. Returns the group.
     """
     g = p.add_argument_group(title)
-    add_schedule_options(g, steps, lr, schedule, warmup, lr_note)
+    add_schedule_options(g, steps, lr, schedule, warmup, lr_note, epochs=True)
     g.add_argument("--batch", type=int, default=batch,
                    help="images per process and forward pass; if memory runs out, halve it and double --grad-accum"
-                        + batch_note)
+                        + notes.get("batch_note", ""))
     g.add_argument("--grad-accum", type=int, default=1,
                    help="forward passes per optimizer step; the effective batch is batch x grad-accum x processes")
-    g.add_argument("--weight-decay", type=float, default=weight_decay, help=f"of AdamW; {decay_note}")
+    g.add_argument("--weight-decay", type=float, default=weight_decay, help="of AdamW; "
+                   + notes.get("decay_note", "not for norms and biases"))
+    g.add_argument("--adam-beta1", type=float, default=0.9, help="AdamW's decay of the mean gradient")
+    g.add_argument("--adam-beta2", type=float, default=beta2, help="and of the mean squared gradient")
+    g.add_argument("--adam-eps", type=float, default=1e-8, help="AdamW's term against division by zero")
+    g.add_argument("--adam-8bit", action="store_true", help="AdamW of the package bitsandbytes, whose state takes a "
+                   "quarter of the memory; not tried on a GPU yet")
     g.add_argument("--clip", type=float, default=1.0,
                    help="norm of the gradient, over all processes, above which it is scaled down; 0: never")
     g.add_argument("--ema", type=float, default=ema,
-                   help=f"decay of the averaged weights, which are the ones kept; 0: no averaging{ema_note}")
+                   help="decay of the averaged weights, which are the ones kept; 0: no averaging"
+                   + notes.get("ema_note", ""))
     g.add_argument("--dtype", choices=["fp32", "bf16", "fp16"],
                    help="dtype of autocast (default: bf16 on a GPU, else fp32)")
     if large:
@@ -94,11 +160,11 @@ def add_checkpoint_options(g, save_every: int, keep: int = 2) -> None:
 
 
 def add_output_options(p, *, result: str, save_every: int, log_every: int, val_every: int, val_count: int,
-                       sample_every: int, samples: str, val_note: str = "", val_data: str = ""):
+                       sample_every: int, samples: str, val_note: str = "", val_data: str = "", prompts: bool = False):
     """--out, checkpoints, log, validation, samples. Returns the group.
 
     result: what is in --out in the end; samples: what --sample-every makes; val_note, val_data: added to the help of
-    --val-count and --val-data.
+    --val-count and --val-data; prompts: the samples have some.
     """
     g = p.add_argument_group("output")
     g.add_argument("--out", required=True,
@@ -111,10 +177,19 @@ def add_output_options(p, *, result: str, save_every: int, log_every: int, val_e
     g.add_argument("--val-count", type=int, default=val_count, help=f"images in a validation{val_note}")
     g.add_argument("--sample-every", type=int, default=sample_every,
                    help=f"steps between {samples}, step 0 included; 0: none")
-    g.add_argument("--report-to", choices=["tensorboard", "wandb"], help="also log to this service, if it is installed")
+    if prompts:
+        g.add_argument("--sample-prompt", action="append", default=[],
+                       help="a prompt of the sample sheets; may be repeated (default: four captions of the data)")
+        g.add_argument("--sample-prompts", help="more of them: a text file with one per line; # begins a comment")
+    g.add_argument("--report-to", choices=["tensorboard", "wandb"], help="also log to this service, with samples; a "
+                   "package to install")
+    g.add_argument("--project", default="wuerstchen", help="name of the project in wandb")
     g.add_argument("--dry-run", action="store_true",
                    help="print what would be trained on what, with memory and the first captions, and stop")
-    g.add_argument("--push-to-hub", metavar="REPO", help="upload the result to this repository of the Hugging Face hub")
+    g.add_argument("--push-to-hub", metavar="USER/NAME",
+                   help="upload the result to this repository of the Hugging Face hub")
+    g.add_argument("--hub-token", help="token for that; other users of the machine may see it, so `hf auth login` "
+                                       "is better (default: that login, or HF_TOKEN)")
     return g
 
 
@@ -135,3 +210,42 @@ def check_shares(args, *names: str) -> None:
     for name in names:
         if getattr(args, name) is not None and not 0 <= getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a number from 0 to below 1")
+
+
+def check_services(args) -> None:
+    """Raises UserError for what a run would miss after minutes or at its end: a package, a token, a repository; and for
+    options of the three scripts that do not go together."""
+    check_shares(args, "adam_beta1", "adam_beta2")
+    if args.adam_8bit and getattr(args, "fsdp", False):
+        raise UserError("--adam-8bit cannot split its state over processes: remove it or --fsdp")
+    for option, module, package in (("--report-to tensorboard", "torch.utils.tensorboard", "tensorboard"),
+                                    ("--report-to wandb", "wandb", "wandb"),
+                                    ("--adam-8bit", "bitsandbytes", "bitsandbytes"),
+                                    ("--push-to-hub", "huggingface_hub", "huggingface_hub")):
+        name, _, value = option.partition(" ")
+        given = getattr(args, name[2:].replace("-", "_"))
+        if given == value if value else given:
+            try:
+                importlib.import_module(module)
+            except ImportError:
+                raise UserError(f"{option} needs a package: pip install {package}") from None
+    if args.push_to_hub:
+        check_repository(args)
+    if (getattr(args, "sample_prompt", []) or getattr(args, "sample_prompts", None)) and not args.sample_every:
+        raise UserError("prompts of sample sheets need the number of steps between them: add --sample-every 500")
+
+
+def check_repository(args) -> None:
+    from huggingface_hub import constants, get_token
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    try:
+        validate_repo_id(args.push_to_hub)
+        if args.push_to_hub.count("/") != 1:
+            raise HFValidationError("the name of the user is missing")
+    except HFValidationError as error:
+        raise UserError(f"--push-to-hub {args.push_to_hub} is not the name of a repository, expected USER/NAME: "
+                        f"{' '.join(str(error).split())}") from None
+    if constants.HF_HUB_OFFLINE:
+        raise UserError("--push-to-hub needs the network, and HF_HUB_OFFLINE is set: remove one of them")
+    if not (args.hub_token or get_token()):
+        raise UserError("--push-to-hub needs a token: run `hf auth login`, set HF_TOKEN, or add --hub-token")

@@ -16,10 +16,8 @@ from loading.layouts import SHIPPED, locate
 from loading.names import config_to_diffusers, to_diffusers
 from loading.weights import save_model, save_scheduler, save_text_encoder
 from loading.words import FILE, read_words
-from training.checkpoints import check_finite, full_weights
+from training.checkpoints import PRIVATE, check_finite, full_weights
 from training.scenes import CAPTIONED, UNCAPTIONED, vocabulary
-
-PRIVATE = ("out", "resume", "device", "cache", "workers", "push_to_hub")         # options that a card does not mention
 
 
 def files_given(args, parts: tuple[str, ...]) -> dict[str, str]:
@@ -46,7 +44,7 @@ def finished(args) -> None:
 def settings_table(args) -> str:
     """The settings of a run as rows of a Markdown table, without those that concern only this machine."""
     return "\n".join(f"| `--{name.replace('_', '-')}` | {value} |" for name, value in vars(args).items()
-                     if value not in (None, False, []) and name not in PRIVATE)
+                     if value not in (None, False, []) and name not in (*PRIVATE, "cache"))
 
 
 def write_card(args, tags: str, *paragraphs: str) -> None:
@@ -85,9 +83,7 @@ def write_files_c(args, prior, weights: dict, text_encoder, images: int) -> None
     out, more = Path(args.out), {}
     (out / "README.md").unlink(missing_ok=True)      # written last: where it is, the result is complete
     if args.lora:
-        metadata = dict(base=args.weights, base_hash=lora_formats.base_hash(prior), steps=args.steps, images=images,
-                        trigger_words=args.trigger)
-        lora_formats.save_lora(prior, out / "lora.safetensors", metadata=metadata)
+        write_lora(args, prior, args.steps, images, out / "lora.safetensors")
         more["lora"] = "lora.safetensors"
     else:
         learned = {name.removeprefix("prior."): tensor for name, tensor in weights.items() if name.startswith("prior.")}
@@ -108,6 +104,14 @@ def write_files_c(args, prior, weights: dict, text_encoder, images: int) -> None
                "\n".join(commands), alone if args.lora else "")
     if args.push_to_hub:
         push(args)
+
+
+def write_lora(args, prior, steps: int, images: int, path: Path | None = None) -> None:
+    """The LoRA of Stage C as it is now, after `steps` steps. Without a path, next to the checkpoint of that step."""
+    metadata = dict(base=args.weights, base_hash=lora_formats.base_hash(prior), steps=steps, images=images,
+                    trigger_words=args.trigger)
+    path = path or Path(args.out) / "checkpoints" / f"step_{steps:08d}.safetensors"
+    lora_formats.save_lora(prior, path, metadata=metadata)
 
 
 def write_words(args) -> None:
@@ -225,8 +229,9 @@ def push(args) -> None:
     from huggingface_hub import HfApi
     try:
         with hub_errors(args.push_to_hub, "main"):
-            HfApi().create_repo(args.push_to_hub, exist_ok=True)
-            HfApi().upload_folder(repo_id=args.push_to_hub, folder_path=args.out,
+            api = HfApi(token=args.hub_token)
+            api.create_repo(args.push_to_hub, exist_ok=True)
+            api.upload_folder(repo_id=args.push_to_hub, folder_path=args.out,
                                   ignore_patterns=["checkpoints/*", "index/*", ".*"])
     except WeightsError as error:
         print(f"the upload failed, the result is in {args.out}: {error}", file=sys.stderr)

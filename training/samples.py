@@ -4,6 +4,7 @@ What else a sample draws (noise, noise level) stands in the script. `rng` here i
 order.sample_rng: everything random is a function of (seed, position in the stream of samples, purpose).
 Needs: torch, numpy; data.py, order.py, cache.py.
 """
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def no_text(config: dict, captions: list[str]) -> Tensor:
 def open_data(args, processes, captions_required: bool = True, unseen: str | None = None) -> tuple:
     """--data and --val-data. The default of the latter is --data itself or, for emoji scenes, `unseen` ones.
 
+    From here on args.steps is what --epochs are in steps.
     The main process is first, so that the others find its index and what it downloaded.
     """
     index, val_data = Path(getattr(args, "cache", None) or args.out) / "index", args.val_data
@@ -53,7 +55,14 @@ def open_data(args, processes, captions_required: bool = True, unseen: str | Non
     with processes.main_first(), as_user_error():
         dataset = open_dataset(args.data, **options, **read_filters(args.filter))
         validation = open_dataset(val_data, **options) if val_data else dataset
+    if args.max_samples and args.max_samples < len(dataset):
+        numbers = np.random.Generator(np.random.PCG64(args.seed)).random(len(dataset)).argsort()[:args.max_samples]
+        dataset.select(np.sort(numbers))
     processes.print(dataset.describe())
+    if args.epochs:
+        batch = args.batch * args.grad_accum * processes.world
+        args.steps = math.ceil(args.epochs * len(dataset) / batch)
+        processes.print(f"--epochs {args.epochs}: {args.steps} steps of {batch} images")
     return dataset, validation
 
 

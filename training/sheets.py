@@ -43,10 +43,11 @@ class SampleSheets:
     def __init__(self, args, stage_c, text_encoder: TextEncoder, paths: dict, dataset, autocast, dtype, processes):
         self.args, self.stage_c, self.text_encoder, self.paths = args, stage_c, text_encoder, paths
         self.autocast, self.dtype, self.processes = autocast, dtype, processes
+        self.prompts = [*args.sample_prompt]
         if args.sample_prompts:
             with as_user_error():
-                self.prompts = read_prompts(args.sample_prompts)
-        else:
+                self.prompts += read_prompts(args.sample_prompts)
+        if not self.prompts:
             captions = (dataset.captions(i)[0] for i in range(min(len(dataset), 100)))
             self.prompts = list(dict.fromkeys(captions))[:4]
 
