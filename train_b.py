@@ -51,7 +51,7 @@ def parse_args(argv=None):
                    "ImageNet, from which a new image encoder starts, as in the paper")
     g.add_argument("--freeze-encoder", action="store_true",
                    help="do not change the image encoder: Stage C stays valid")
-    g = add_data_options(p, default="scenes:all:32000:1", what=" (default: emoji scenes)",
+    g = add_data_options(p, default="scenes:all:32000:1",
                          cache="latents of the VQGAN and of a frozen image encoder, and text "
                          "embeddings")
     g.add_argument("--resolution", type=int, nargs="+", help="px: the side of a square image, or "
@@ -312,8 +312,7 @@ def main(args):
     # --- models and data --------------------------------------------------------------------------
     stage = v1.training if args.v1 else sys.modules[__name__]          # the same names in both
     decoder, encoder, vqgan, text_encoder = load_models(args, stage, dtype, processes)
-    small = isinstance(encoder, TinyImageEncoder)
-    set_defaults(args, small)
+    set_defaults(args, small := isinstance(encoder, TinyImageEncoder))
     model = EncoderAndDecoder(decoder, None if args.freeze_encoder else encoder, stage)
     dataset, val_data = open_data(args, processes, captions_required=False,
                                   unseen=f"scenes:all:{max(args.val_count, 64)}:1000000000")

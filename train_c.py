@@ -1,6 +1,7 @@
 """Trains Stage C, the prior: a LoRA, a full fine-tune, or from random weights. One process or many.
 
-  python train_c.py --weights tiny --data examples/unicorn --lora --out runs/smoke --steps 20
+  python train_c.py --weights tiny --data examples/unicorn --lora --lr 3e-3 --batch 8 --steps 100 \\
+      --sample-prompt "a unicorn on a green background" --sample-every 100 --out runs/smoke
   torchrun train_c.py --lora --data FOLDER --cache CACHE --out runs/lora          # official weights
   torchrun --nproc-per-node 8 train_c.py --data 'shards/{000..511}.tar' --batch 16 --fsdp \\
       --out runs/full                                                             # all of Stage C
@@ -9,7 +10,7 @@
 
   image -image encoder-> raw -(x + 1) / 42-> x_0 (B,16,h,w) -noise-> x_t -[C], text-> eps_hat
 
-The first command is a smoke run that takes seconds on a CPU.
+The first takes a minute on a CPU; runs/smoke/samples has the prompt without and with the LoRA.
 One pass of the loop at the bottom is one optimizer step, written out in full. Three things decide
 whether a fine-tune is good, and are on by default. 5 % of the captions, each drawn separately, are
 replaced by "", which guidance needs. Noise levels reach t = 1, where sampling starts. Targets come
@@ -330,9 +331,8 @@ def main(args):
         state |= dict(script="train_c.py", settings=settings, step=step, bad=nan_steps,
                       bad_in_all=nan_steps_in_all)
         processes.on_main(checkpoints.save, step, state, nan_steps == 0)
-        if args.lora:
-            with ema.applied():          # for sample.py --lora
-                processes.on_main(write_lora, args, prior, step, len(dataset))
+        with ema.applied() if args.lora else nullcontext():
+            processes.on_main(write_lora, args, prior, step, len(dataset))
 
     def evaluate(step: int) -> None:
         """Validation and sample sheet, with the averaged weights."""

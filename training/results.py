@@ -107,7 +107,9 @@ def write_files_c(args, prior, weights: dict, text_encoder, images: int) -> None
 
 
 def write_lora(args, prior, steps: int, images: int, path: Path | None = None) -> None:
-    """The LoRA of Stage C as it is now, after `steps` steps. Without a path, next to the checkpoint of that step."""
+    """The LoRA of Stage C, if there is one, as it is after `steps` steps. Without a path, next to that checkpoint."""
+    if not args.lora:
+        return
     metadata = dict(base=args.weights, base_hash=lora_formats.base_hash(prior), steps=steps, images=images,
                     trigger_words=args.trigger)
     path = path or Path(args.out) / "checkpoints" / f"step_{steps:08d}.safetensors"
