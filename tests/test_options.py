@@ -1,6 +1,7 @@
 """The options of the training scripts: what a user of diffusers' guides looks for, and what a typing error comes to."""
 import argparse
 import json
+import re
 import shlex
 import sys
 import types
@@ -103,6 +104,63 @@ def test_grad_accum_with_underscores_suggests_the_option(capsys):
 def test_options_may_still_be_shortened_and_values_have_dashes():
     args = parse("train_c", "--grad", "2", "--trigger=--x", "--filter", "min_a=-1")
     assert (args.grad_accum, args.trigger, args.filter) == (2, "--x", ["min_a=-1"])
+
+
+# ----- docs/FINETUNE.md ------------------------------------------------------------------------------
+
+# The options of diffusers' two scripts, and three of their siblings for other models.
+DIFFUSERS = """adam_beta1 adam_beta2 adam_epsilon adam_weight_decay allow_tf32 cache_dir caption_column
+    checkpointing_steps checkpoints_total_limit dataloader_num_workers dataset_config_name dataset_name
+    gradient_accumulation_steps hub_model_id hub_token image_column learning_rate local_rank logging_dir lr_scheduler
+    lr_warmup_steps max_grad_norm max_train_samples max_train_steps mixed_precision num_train_epochs output_dir
+    pretrained_decoder_model_name_or_path pretrained_prior_model_name_or_path push_to_hub rank report_to resolution
+    resume_from_checkpoint seed snr_gamma tracker_project_name train_batch_size train_data_dir use_8bit_adam use_ema
+    validation_epochs validation_prompts
+    gradient_checkpointing noise_offset enable_xformers_memory_efficient_attention""".split()
+AWAITED = {"--dataset-config", "--image-column", "--caption-column"}         # not in all states of the data sources
+
+
+def rows() -> dict[str, tuple[str, str]]:
+    """diffusers' option -> ours or none, and what differs."""
+    text = (ROOT / "docs" / "FINETUNE.md").read_text(encoding="utf-8")
+    cells = [line.strip("|").split(" | ") for line in text.splitlines() if line.startswith("| `--")]
+    cells = [row for row in cells if len(row) == 3]
+    return {theirs.strip(" `-"): (ours.strip(" `"), more.strip(" |")) for theirs, ours, more in cells}
+
+
+def test_every_option_of_diffusers_scripts_has_a_row():
+    """With our name, which exists, or a reason why there is none."""
+    table, parsed = rows(), vars(parse("train_c"))
+    assert sorted(table) == sorted(DIFFUSERS)
+    for theirs, (ours, more) in table.items():
+        if ours == "none":
+            assert len(more) > 20, theirs
+        else:
+            assert ours in AWAITED or ours[2:].replace("-", "_") in parsed, ours
+        for word in re.findall(r"`(--[a-z0-9-]+)", more):
+            assert word[2:].replace("-", "_") in parsed, word
+
+
+def test_hints_and_table_agree():
+    table = rows()
+    assert all(table[theirs][0] == f"--{ours}" for theirs, ours in options.FROM_DIFFUSERS.items())
+    renamed = {theirs for theirs, (ours, _) in table.items() if ours not in ("none", f"--{theirs.replace('_', '-')}")}
+    assert renamed - {"dataset_config_name"} == options.FROM_DIFFUSERS.keys()
+
+
+def test_the_guides_command_can_be_typed():
+    text = (ROOT / "docs" / "FINETUNE.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    line = next(line for line in text.splitlines() if line.startswith("torchrun train_c.py"))
+    args = train_c.parse_args(shlex.split(line)[2:])
+    assert (args.steps, args.lr, args.sample_prompt, args.checkpointing) == (15000, 1e-5, ["A robot"], "blocks")
+
+
+def test_the_links_of_the_page_lead_somewhere():
+    text = (ROOT / "docs" / "FINETUNE.md").read_text(encoding="utf-8")
+    titles = {re.sub(r"[^a-z -]", "", line.lstrip("# ").lower()).replace(" ", "-")
+              for line in text.splitlines() if line.startswith("#")}
+    links = re.findall(r"\]\(#([^)]+)\)", text)
+    assert len(links) >= 7 and set(links) <= titles
 
 
 # ----- epochs and part of the data -------------------------------------------------------------------

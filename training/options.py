@@ -15,13 +15,12 @@ LEAST = dict(steps=1, epochs=1, max_samples=1, batch=1, grad_accum=1, lr=0, warm
              weight_decay=0, adam_eps=0, clip=0, max_bad_steps=1, workers=0, save_every=1, keep=1, log_every=1,
              val_every=0, val_count=1, sample_every=0, seed=0)
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "trapezoid")
-# Options of diffusers' train_text_to_image_prior.py and train_text_to_image_lora_prior.py -> ours. docs/FINETUNE.md
-# explains each, and those that have no counterpart.
+# Options of diffusers' training scripts for Würstchen -> ours. docs/FINETUNE.md explains each.
 FROM_DIFFUSERS = dict(
     pretrained_prior_model_name_or_path="weights", pretrained_decoder_model_name_or_path="weights",
     dataset_name="data", train_data_dir="data", max_train_samples="max-samples", validation_prompts="sample-prompt",
-    validation_prompt="sample-prompt", num_validation_images="sample-prompt", validation_epochs="sample-every",
-    output_dir="out", train_batch_size="batch", num_train_epochs="epochs", max_train_steps="steps",
+    validation_epochs="sample-every", output_dir="out", train_batch_size="batch", num_train_epochs="epochs",
+    max_train_steps="steps",
     gradient_accumulation_steps="grad-accum", gradient_checkpointing="checkpointing", learning_rate="lr",
     lr_scheduler="schedule", lr_warmup_steps="warmup", snr_gamma="loss-weight", use_8bit_adam="adam-8bit",
     use_ema="ema", dataloader_num_workers="workers", adam_weight_decay="weight-decay", adam_epsilon="adam-eps",
