@@ -35,6 +35,7 @@ import functools
 import json
 import math
 import re
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -428,20 +429,35 @@ def to_diffusers(weights: dict[str, Adapter]) -> tuple[dict[str, Tensor], dict[s
             dict(format="pt", lora_adapter_metadata=config))
 
 
+def write_file(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str]) -> None:
+    """safetensors' save_file with sorted metadata. Theirs is in random order, so no two files are
+    the same to the byte. A file: the header's length in 8 bytes, the header in JSON, the values."""
+    from safetensors.torch import save
+    data = save(tensors)
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = dict(__metadata__=dict(sorted(metadata.items()))) | json.loads(data[8:end])
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)                                  # the values start at 8 n bytes
+    Path(path).write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+
+
 def save_lora(model: nn.Module, path: str | Path, name: str = "default") -> None:
     """Writes one LoRA as a .safetensors file of diffusers. The user's `scale` is not part of it."""
-    from safetensors.torch import save_file
     names = diffusers_names(find_layers(model)[0])
     tensors, metadata = to_diffusers({names[layer]: a for layer, a in adapters(model, name)})
-    save_file(tensors, path, metadata)
+    write_file(tensors, path, metadata)
 
 
 def alpha_from(config: dict, layer: str, rank: int) -> float:
     """alpha by the configuration that diffusers and peft store; the rank if there is none."""
-    config = {key.removeprefix("prior."): value for key, value in config.items()}
-    patterns = (config.get("alpha_pattern") or {}).items()               # matched as peft does
-    alphas = [alpha for pattern, alpha in patterns if re.match(rf"(.*\.)?({pattern})$", layer)]
-    alpha = float([*alphas, config.get("lora_alpha", rank)][0])
+    try:
+        config = {key.removeprefix("prior."): value for key, value in config.items()}
+        patterns = (config.get("alpha_pattern") or {}).items()           # matched as peft does
+        alphas = [alpha for pattern, alpha in patterns if re.match(rf"(.*\.)?({pattern})$", layer)]
+        alpha = float([*alphas, config.get("lora_alpha", rank)][0])
+    except (ValueError, TypeError, AttributeError, OverflowError, re.error) as error:
+        raise ValueError("its configuration cannot be used, expected a number lora_alpha and an "
+                         f"alpha_pattern {{layer: number}}: {error}") from error
     return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
 
 
@@ -451,13 +467,16 @@ def to_adapter(layer: str, shape: tuple, values: dict) -> Adapter:
     shapes = dict(down=(rank, *shape[1:]), up=(shape[0], rank, *(1 for _ in shape[2:])),
                   magnitude=shape[:1])
     tensors = {role: values[role] for role in shapes if role in values}
+    alpha = torch.as_tensor(values["alpha"], dtype=torch.float64)
+    valid = alpha.numel() == 1 and bool(alpha.isfinite())
     try:     # reshape: a 1x1 convolution in the file may be a Linear here, or the reverse
-        if tensors["up"].shape[1] == rank > 0:
-            return Adapter(alpha=float(values["alpha"]) or rank,             # 0 means the rank
+        if tensors["up"].shape[1] == rank > 0 and valid:
+            return Adapter(alpha=alpha.item() or rank,                       # 0 means the rank
                            **{role: x.reshape(shapes[role]) for role, x in tensors.items()})
     except (KeyError, IndexError, RuntimeError):
         pass
     found = ", ".join(f"{role} {tuple(tensor.shape)}" for role, tensor in tensors.items())
+    found += f", alpha {str(alpha.tolist())[:20]}" * (not valid)
     raise ValueError(f"{layer} is {tuple(shape)}, the file has {found}")
 
 
@@ -482,6 +501,8 @@ def load_lora(model: nn.Module, source: str | Path | dict[str, Tensor], name: st
                   for ending in endings for alias in (path, theirs, f"prior.{theirs}")
                   if alias + ending in left}
         if values:
+            if "alpha" not in values and not config:
+                warnings.warn("the LoRA does not store alpha: assumed the rank")
             values.setdefault("alpha", alpha_from(config, theirs, len(values.get("down", ()))))
             new[path] = to_adapter(path, layers[path].weight.shape, values)
     if left or not tensors:

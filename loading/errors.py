@@ -20,6 +20,11 @@ class WeightsError(UserError):
     """A file or folder of weights that cannot be used. The message says what was expected."""
 
 
+def printable(text: str) -> str:
+    """text without what a terminal would obey: control characters from a stranger's file as \\x1b, \\n, ..."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
 @contextlib.contextmanager
 def as_user_error():
     """Turns each ValueError raised inside into a UserError. For calls that check the user's own values."""

@@ -8,13 +8,17 @@ it, also have one matrix `in_proj` for the rows of query, key and value. One LoR
   weights, metadata = read_lora(source)           # without a model: {layer's name: LoRAWeights}
 
 A file is read as a whole or not at all. The error has counts and the first names, because loaders that skip what they
-do not know end up loading nothing.
+do not know end up loading nothing. With partial=True the layers that are known are read, and a warning lists the rest.
+alpha comes from a layer's own tensor, else from the configuration in the header or next to the file, else it is the
+rank: then a warning says so, because without the right alpha a LoRA has the wrong strength.
 Needs: torch, safetensors, numpy; lora.py, loading/errors.py, loading/files.py.
 """
 import contextlib
 import hashlib
+import itertools
 import json
 import re
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,8 +27,8 @@ import torch.nn as nn
 from torch import Tensor
 
 import lora
-from loading.errors import WeightsError
-from loading.files import write_atomically
+from loading.errors import WeightsError, printable
+from loading.files import listing, read_json, write_atomically
 
 
 class LoRAWeights(NamedTuple):
@@ -52,6 +56,16 @@ ENDINGS = {
     "alpha":     (".alpha",),
     "magnitude": (".lora_magnitude_vector.weight", ".lora_magnitude_vector"),
 }
+# What compiling, wrapping for several GPUs and peft's names of adapters (lora_A.default.weight) add to names.
+WRAPPERS = re.compile(r"(?<![^.])module\.|_orig_mod[._]|(?<=\.lora_[AB])\.(?!weight$)\w+(?=\.weight$)"
+                      r"|(?<=\.lora_magnitude_vector)\.(?!weight$)\w+(?=(\.weight)?$)")
+# In a folder: our own runs' file, peft's, diffusers'; .safetensors rather than .bin.
+FILES = ("lora.safetensors", *(f"{stem}{suffix}" for stem in ("adapter_model", "pytorch_lora_weights")
+                               for suffix in (".safetensors", ".bin")))
+CONFIG = "lora_adapter_metadata"       # diffusers' key in the header: peft's configuration, in JSON
+ALPHAS = ("ss_network_alpha", "network_alpha", "lora_alpha", "alpha")     # other programs' keys in the header
+# With these starts peft changes the base weights before training, so the LoRA does not fit the usual ones.
+OTHER_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # What a file is if it is not read: the first of these patterns that occurs in the unknown names.
 FOREIGN = {
     r"\A(?!.*(lora|lycoris|hada_|lokr_|bundle_emb))": "a whole model, not a LoRA",
@@ -70,27 +84,63 @@ FOREIGN = {
 
 # ----- reading ---------------------------------------------------------------------------------------
 
+def find_lora(path: str | Path) -> Path:
+    """A file itself; in a folder the first of FILES. Raises ValueError if there is none."""
+    path = Path(path)
+    found = [path / name for name in FILES if (path / name).is_file()] if path.is_dir() else [path]
+    if not found:
+        raise ValueError(f"the folder holds no LoRA: expected {', '.join(FILES)}; found {listing(path)}")
+    if not found[0].is_file():
+        raise ValueError("there is no such file")
+    return found[0]
+
+
 def open_lora(source: str | Path | dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A file, a folder as diffusers saves it, or tensors -> (tensors, metadata). Raises ValueError."""
+    """A file, a folder with one of FILES, or tensors -> (tensors, metadata). Raises ValueError.
+
+    peft's configuration, in a file of its own, becomes part of the metadata.
+    """
     if isinstance(source, dict):
         return source, {}
-    path = Path(source)
-    if path.is_dir():
-        path = max(path.glob("pytorch_lora_weights.*"), default=path)        # .safetensors rather than .bin
-    if not path.is_file():
-        raise ValueError("there is no such file")
+    path, metadata = find_lora(source), {}
     try:
         if path.suffix == ".safetensors":
             from safetensors import safe_open
             with safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+                tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:         # each library raises its own kinds
         reason = str(error).split("\n")[0][:200]
         raise ValueError(f"it cannot be read, presumably it is cut off or not a file of weights: {reason}") from error
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+    if not isinstance(tensors, dict) or not all(isinstance(name, str) and isinstance(tensor, Tensor)
+                                                for name, tensor in tensors.items()):
         raise ValueError("it does not contain a table of tensors, so it is not a LoRA")
-    return tensors, {}
+    config = path.parent / "adapter_config.json"
+    of_peft = path.stem == "adapter_model" or any(name.startswith("base_model.model.") for name in tensors)
+    if CONFIG not in metadata and of_peft and config.is_file():
+        metadata[CONFIG] = json.dumps(read_json(config))
+    return tensors, metadata
+
+
+def read_config(metadata: dict[str, str]) -> dict:
+    """What a file's metadata say about alpha, in peft's keys; empty if nothing. Raises ValueError."""
+    config = json.loads(metadata.get(CONFIG) or "{}")
+    if not isinstance(config, dict):
+        raise ValueError(f"its {CONFIG} is not a JSON object")
+    config = {re.sub(r"^(prior|unet)\.", "", key): value for key, value in config.items()}
+    start, kind = config.get("init_lora_weights"), config.get("peft_type")
+    if isinstance(start, str) and start.startswith(OTHER_BASES):
+        raise ValueError(f"it starts from {start}, which changes the base weights: save it as a plain LoRA, with "
+                         "peft's path_initial_model_for_weight_conversion")
+    if kind not in (None, "LORA"):
+        raise ValueError(f"its configuration is for {kind}, expected LORA")
+    if not isinstance(config.get("use_rslora"), bool | None):
+        raise ValueError(f"use_rslora is {config['use_rslora']!r}, expected true or false")
+    for key in ALPHAS:
+        if not config and re.fullmatch(r"[-+.\deE]+|nan|inf", metadata.get(key, "")):   # not "1 to 8", not "None"
+            config = dict(lora_alpha=float(metadata[key]))
+    return config
 
 
 def aliases(names: dict[str, str]) -> dict[str, tuple[str, ...]]:
@@ -117,17 +167,22 @@ def aliases(names: dict[str, str]) -> dict[str, tuple[str, ...]]:
 
 def parse_name(name: str, lookup: dict[str, tuple[str, ...]]) -> tuple[tuple[str, ...] | None, str]:
     """A tensor's name -> (our layers, "down", "up", "alpha" or "magnitude"), or (None, "") if it is not known."""
-    for role, endings in ENDINGS.items():
-        for ending in (ending for ending in endings if name.endswith(ending)):
-            for prefix in (prefix for prefix in PREFIXES if name.startswith(prefix)):
-                if (layer := name.removesuffix(ending).removeprefix(prefix)) in lookup:
-                    return lookup[layer], role
+    for name in dict.fromkeys((name, WRAPPERS.sub("", name))):       # as it is first: a model may have such names
+        for role, endings in ENDINGS.items():
+            for ending in (ending for ending in endings if name.endswith(ending)):
+                for prefix in (prefix for prefix in PREFIXES if name.startswith(prefix)):
+                    if (layer := name.removesuffix(ending).removeprefix(prefix)) in lookup:
+                        return lookup[layer], role
     return None, ""
 
 
-def by_layer(tensors: dict[str, Tensor], lookup: dict) -> dict[tuple[str, ...], dict[str, Tensor]]:
-    """Tensors of a file -> {our layers: {"down": tensor, "up": tensor, ...}}. ValueError if one is not known."""
-    unknown, layers = [], {}
+def by_layer(tensors: dict[str, Tensor], lookup: dict,
+             partial: bool) -> tuple[dict[tuple[str, ...], dict[str, Tensor]], list[str]]:
+    """Tensors of a file -> ({our layers: {"down": tensor, "up": tensor, ...}}, names of the tensors left out).
+
+    Raises ValueError if one is not known, with `partial` only if none is.
+    """
+    unknown, layers, used = [], {}, {}                   # used: {our layers: names of their tensors}
     for name, tensor in tensors.items():
         names, role = parse_name(name, lookup)
         if names is None:
@@ -136,14 +191,25 @@ def by_layer(tensors: dict[str, Tensor], lookup: dict) -> dict[tuple[str, ...], 
             raise ValueError(f"{names[0]} is in the file twice, the second time as {name}")
         else:
             layers[names][role] = tensor
+            used.setdefault(names, []).append(name)
+    # A layer with something unknown, such as a dora_scale or a bias, would be another without it.
+    stems = {re.sub(r"[._]lora[._].*|\.alpha$", "", name) for name in unknown}
+    stems |= {name.rpartition(".")[0] for name in unknown}
+    incomplete = [names for names, of_file in used.items()
+                  if stems & {re.sub(r"[._]lora[._].*|\.alpha$", "", name) for name in of_file}]
     if not tensors:
         raise ValueError("it is empty")
-    if unknown:
+    rest = len(layers) - len(incomplete)
+    if unknown and not (partial and rest):
         text = "\n".join(unknown)
         kind = next(kind for pattern, kind in FOREIGN.items() if re.search(pattern, text, re.DOTALL | re.MULTILINE))
+        hint = f"; --lora-partial (lora_partial=True) loads the other {rest} layers without them" * bool(rest)
         raise ValueError(f"{len(unknown)} of {len(tensors)} tensors belong to no layer of this model "
-                         f"({', '.join(unknown[:4])}{', ...' * (len(unknown) > 4)}): it looks like {kind}")
-    return layers
+                         f"({', '.join(unknown[:4])}{', ...' * (len(unknown) > 4)}): it looks like {kind}{hint}")
+    for names in incomplete:
+        unknown += used.pop(names)
+        del layers[names]
+    return layers, unknown
 
 
 def split(values: dict[str, Tensor], n: int) -> list[dict[str, Tensor]]:
@@ -152,7 +218,7 @@ def split(values: dict[str, Tensor], n: int) -> list[dict[str, Tensor]]:
     Rows of down that only the others use are dropped, so what `fuse` wrote comes back as it was.
     """
     down, up, magnitude = (values.get(role) for role in ("down", "up", "magnitude"))
-    if n == 1 or down is None or up is None or up.ndim < 2 or up.shape[1] != len(down) or len(up) % n:
+    if n == 1 or down is None or up is None or up.ndim < 2 or not up.shape[1] == len(down) > 0 or len(up) % n:
         return [values] * n                              # what is wrong is found when it has to fit a layer
     result, magnitudes = [], [None] * n if magnitude is None else magnitude.flatten().chunk(n)
     for up, magnitude in zip(up.chunk(n), magnitudes):                                   # up (out, rank)
@@ -163,25 +229,44 @@ def split(values: dict[str, Tensor], n: int) -> list[dict[str, Tensor]]:
     return result
 
 
-def read_layers(source, names) -> tuple[dict[str, dict], dict[str, str]]:
+def read_layers(source, shapes: dict[str, tuple] | None, partial: bool) -> tuple[dict[str, dict], dict[str, str]]:
     """A LoRA in any format -> ({our layer: {"down": tensor, "up": tensor, "alpha": tensor, ...}}, metadata).
 
-    names: of a model's layers; None: of a Stage C of any depth. alpha is the layer's own if the file has one, otherwise
-    that of diffusers' metadata, otherwise the rank.
+    shapes: {our layer: its weight's}; None: a Stage C of any size, whose layers are Linear here. The result has the
+    model's order, so that a LoRA that is converted there and back is the same file. Raises ValueError if the file does
+    not fit. Warns if alpha is assumed, and of what `partial` leaves out.
     """
     tensors, metadata = open_lora(source)
-    config = json.loads(metadata.get("lora_adapter_metadata") or "{}")
-    if names is None:      # as many blocks as the largest number in the file, mostly too many
+    tensors = {name: tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor     # float8
+               for name, tensor in tensors.items()}
+    config, label = read_config(metadata), printable("the LoRA" if isinstance(source, dict) else source)
+    names = shapes
+    if shapes is None:     # as many blocks as the largest number in the file, mostly too many
         depth = max(map(int, re.findall(r"\d{1,3}", " ".join(tensors))), default=0) + 1
-        names = [name.format(i=i) for i in range(depth) for name in lora.DIFFUSERS_NAMES]
-    theirs, result = lora.diffusers_names(names), {}
-    for layers, values in by_layer(tensors, aliases(theirs)).items():
-        if result.keys() & set(layers):
-            raise ValueError(f"{layers[0]} is in the file twice, alone and fused")
-        alpha = lora.alpha_from(config, theirs[layers[0]], len(values.get("down", ())))
-        values.setdefault("alpha", torch.tensor(alpha, dtype=torch.float64))
-        result |= zip(layers, split(values, len(layers)))
-    return result, metadata
+        groups = itertools.groupby(lora.DIFFUSERS_NAMES, lambda name: name.partition(".{i}")[0])
+        names = [name.format(i=i) for _, group in groups for block in [[*group]] for i in range(depth)
+                 for name in block]
+    theirs, result, assumed = lora.diffusers_names(names), {}, set()
+    layers, left_out = by_layer(tensors, aliases(theirs), partial)
+    for trio, values in layers.items():
+        if result.keys() & set(trio):
+            raise ValueError(f"{trio[0]} is in the file twice, alone and fused")
+        rank = len(values.get("down", ()))
+        if "alpha" not in values:
+            assumed |= {rank} if config.get("lora_alpha") is None and not config.get("alpha_pattern") else set()
+            values["alpha"] = torch.tensor(lora.alpha_from(config, theirs[trio[0]], rank), dtype=torch.float64)
+        if shapes is None:
+            values = {role: x.flatten(1) if x.shape[2:] == (1, 1) else x for role, x in values.items()}
+        result |= zip(trio, split(values, len(trio)))
+    check_fit(result, shapes)
+    if left_out:
+        warnings.warn(f"{label}: left out {len(left_out)} of {len(tensors)} tensors: "
+                      f"{printable(lora.summary(left_out))}")
+    if assumed:
+        ranks = ", ".join(map(str, sorted(assumed)))
+        warnings.warn(f"{label} does not store alpha: assumed alpha = rank = {ranks}; if it was trained with another "
+                      "alpha, multiply its scale by alpha / rank")
+    return {name: result[name] for name in dict.fromkeys(names) if name in result}, metadata
 
 
 def check_fit(layers: dict[str, dict], shapes: dict[str, tuple] | None) -> None:
@@ -193,6 +278,8 @@ def check_fit(layers: dict[str, dict], shapes: dict[str, tuple] | None) -> None:
                 raise ValueError(f"{name} has NaN or infinity")
             if min(values["down"].ndim, values["up"].ndim) < 2:
                 raise ValueError(f"{name} has a vector instead of a matrix")
+            if not (values["down"].is_floating_point() and values["up"].is_floating_point()):
+                raise ValueError(f"{name} has numbers of {values['down'].dtype}, expected floating point")
             lora.to_adapter(name, shapes[name] if shapes else (len(values["up"]), *values["down"].shape[1:]), values)
         except KeyError as error:
             misfits.append(f"{name} has no {error.args[0]}")
@@ -208,29 +295,31 @@ def naming_source(source):
     """Errors inside become a WeightsError that names the file."""
     try:
         yield
-    except (ValueError, TypeError, AttributeError, re.error) as error:       # the last three: impossible metadata
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:      # the last three: impossible metadata
         name = "the LoRA" if isinstance(source, dict) else source
-        raise WeightsError(f"{name}: {error}; nothing was loaded") from error
+        raise WeightsError(printable(f"{name}: {error}; nothing was loaded")) from error
 
 
 def load_lora(model: nn.Module, source: str | Path | dict[str, Tensor], name: str = "default",
-              scale: float = 1.0) -> list[str]:
-    """lora.load_lora for a file in any format. Raises WeightsError, and then the model is as before."""
+              scale: float = 1.0, lora_partial: bool = False) -> list[str]:
+    """lora.load_lora for a file in any format. Raises WeightsError, and then the model is as before.
+
+    lora_partial: load the layers that the model has, and warn of the others, instead of refusing the file.
+    """
     lora.check_name(model, name)
     with naming_source(source):
         known = lora.find_layers(model)[0]
-        layers, _ = read_layers(source, known)
-        check_fit(layers, {name: layer.weight.shape for name, layer in known.items()})
+        layers, _ = read_layers(source, {name: layer.weight.shape for name, layer in known.items()}, lora_partial)
         tensors = {name + lora.ROLES[role][0]: tensor for name, values in layers.items()
                    for role, tensor in values.items()}
         return lora.load_lora(model, tensors, name, scale)
 
 
-def read_lora(source: str | Path | dict[str, Tensor]) -> tuple[dict[str, LoRAWeights], dict[str, str]]:
+def read_lora(source: str | Path | dict[str, Tensor],
+              lora_partial: bool = False) -> tuple[dict[str, LoRAWeights], dict[str, str]]:
     """A LoRA of a Stage C of any size, in any format -> ({our layer's name: LoRAWeights}, metadata)."""
     with naming_source(source):
-        layers, metadata = read_layers(source, None)
-        check_fit(layers, None)
+        layers, metadata = read_layers(source, None, lora_partial)
     return {name: LoRAWeights(**values | dict(alpha=float(values["alpha"]) or float(len(values["down"]))))
             for name, values in layers.items()}, metadata
 
@@ -298,11 +387,10 @@ def describe(weights: dict[str, LoRAWeights]) -> dict[str, str]:
 def write_lora(path: str | Path, weights: dict[str, LoRAWeights], names: dict[str, str], to: str,
                metadata: dict, overwrite: bool = True) -> int:
     """Writes a .safetensors file in one of FORMATS -> the number of its tensors. See save_lora."""
-    from safetensors.torch import save_file
     tensors, its_own = to_tensors(weights, names, to)
     metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
     metadata |= dict(format_version="1") | describe(weights) | its_own
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata), overwrite)
+    write_atomically(path, lambda temporary: lora.write_file(tensors, temporary, metadata), overwrite)
     return len(tensors)
 
 

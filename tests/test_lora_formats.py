@@ -102,6 +102,12 @@ VARIANTS = {     # formats found elsewhere: the nearest that we write, and how n
                                     ("to_out.0", "attn.out_proj")]),
     "in_proj_weight": ("original", [("in_proj", "in_proj_weight")]),
     "with prefix": ("original", [("blocks.", "diffusion_model.blocks.")]),
+    "of a compiled model": ("diffusers", [("prior.blocks.", "prior._orig_mod.blocks."), (".to_q", "._orig_mod.to_q")]),
+    "of a compiled model, flat": ("kohya", [("lora_unet_", "lora_unet__orig_mod_")]),
+    "of several GPUs": ("comfy", [("diffusion_model.", "module.diffusion_model.")]),
+    "of several GPUs, compiled": ("comfy", [("diffusion_model.", "module._orig_mod.")]),
+    "peft's adapter": ("diffusers", [("prior.", "base_model.model."), (".weight", ".default.weight")]),
+    "peft's adapter of another name": ("diffusers", [("prior.", ""), (".weight", ".my_style.weight")]),
 }
 
 
@@ -169,6 +175,109 @@ def test_rslora_in_metadata_is_read_as_its_alpha(tmp_path):
     save_file(load_file(tmp_path / "l.safetensors"), tmp_path / "rs.safetensors",
               {"lora_adapter_metadata": json.dumps(config)})
     assert torch.equal(loaded(tmp_path / "rs.safetensors")(*inputs()), model(*inputs()))     # 3 / sqrt(4) = 6 / 4
+
+
+@torch.no_grad()
+def peft_folder(folder, **config) -> StageC:
+    """Writes a LoRA of peft's Trainer, as a folder -> a model with our names and layers that has the same one."""
+    model, options = with_lora(**{"alpha": 12.0, **config}), dict(r=4, lora_alpha=12, use_rslora=False)
+    options |= {"use_rslora": config.get("rslora", False), "use_dora": config.get("dora", False)}
+    save_lora(model, folder / "own.safetensors")
+    tensors = rename(load_file(folder / "own.safetensors"), ("prior.", "base_model.model."))
+    (folder / "own.safetensors").unlink()
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(dict(peft_type="LORA", init_lora_weights=True, **options)))
+    return model
+
+
+@pytest.mark.parametrize("options", [{}, dict(rslora=True), dict(dora=True)], ids=str)
+@pytest.mark.parametrize("name", ["", "adapter_model.safetensors", "style.safetensors"])
+def test_the_folder_of_peft_has_its_alpha_next_to_the_file(name, options, tmp_path):
+    """The file alone has none: with alpha = rank this one would have a third of its strength."""
+    model = peft_folder(tmp_path, **options)
+    if name.startswith("style"):
+        (tmp_path / "adapter_model.safetensors").rename(tmp_path / name)
+    assert rel(loaded(tmp_path / name)(*inputs()), model(*inputs())) < 1e-6
+    assert alphas(loaded(tmp_path / name)) == pytest.approx(alphas(model))
+
+
+@torch.no_grad()
+def test_peft_itself_is_the_oracle_of_its_folder(tmp_path):
+    """Ranks and alphas that differ by layer, divided by the root of the rank, saved by peft's own save_pretrained."""
+    peft, theirs = pytest.importorskip("peft"), oracle(prior())
+    model = peft.get_peft_model(theirs, peft.LoraConfig(
+        r=4, lora_alpha=16, target_modules=["to_q", "to_v", "to_out.0"], use_rslora=True, rank_pattern={"to_q": 2},
+        alpha_pattern={"^blocks.2.attention.to_v": 3, "to_q": 5}))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter += 0.2 * torch.randn_like(parameter)
+    model.save_pretrained(str(tmp_path / "run"))
+    expected = theirs(*inputs())
+    assert rel(loaded(tmp_path / "run")(*inputs()), expected) < 1e-5 < rel(prior()(*inputs()), expected)
+    assert len(alphas(loaded(tmp_path / "run"))) == 3
+
+
+@pytest.mark.parametrize("key", ["ss_network_alpha", "network_alpha", "lora_alpha", "alpha"])
+def test_alpha_in_the_header_of_other_programs(key, tmp_path, recwarn):
+    save_file({n: t for n, t in lora_state_dict(with_lora()).items() if ".alpha" not in n}, tmp_path / "l.safetensors",
+              {key: "6.0"})
+    assert torch.equal(loaded(tmp_path / "l.safetensors")(*inputs()), with_lora()(*inputs())) and not len(recwarn)
+
+
+def test_an_assumed_alpha_is_said_once_with_the_files_name(tmp_path, capsys):
+    """Not for files that store it, in whichever way."""
+    tensors = {n: t for n, t in lora_state_dict(with_lora()).items() if ".alpha" not in n}
+    save_file(tensors, tmp_path / "l.safetensors", {"alpha": "None"})
+    with pytest.warns(UserWarning, match="l.safetensors does not store alpha: assumed alpha = rank = 4;"):
+        loaded(tmp_path / "l.safetensors")
+    with pytest.warns(UserWarning, match="does not store alpha: assumed the rank"):
+        loaded_by(tensors)
+    tool.main(["convert", str(tmp_path / "l.safetensors"), str(tmp_path / "m.safetensors"), "--to", "diffusers"])
+    assert capsys.readouterr().err.count("assumed alpha = rank = 4") == 1
+    tool.main(["info", str(tmp_path / "m.safetensors")])
+    assert capsys.readouterr().err == ""
+
+
+def test_a_run_of_ours_is_a_folder_too(tmp_path):
+    """The first of the known names counts; an unknown one is not guessed, but listed."""
+    model = with_lora()
+    save_lora(model, tmp_path / "run" / "lora.safetensors")
+    assert torch.equal(loaded(tmp_path / "run")(*inputs()), model(*inputs()))
+    (tmp_path / "run" / "lora.safetensors").rename(tmp_path / "run" / "other.safetensors")
+    refused(tmp_path / "run", "the folder holds no LoRA: expected lora.safetensors, .*; found other.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_float8_files_are_read(dtype, tmp_path, capsys):
+    """As exact as they are: the values of the file in float32. Integers, which need a scale, are refused."""
+    tensors = {name: t if name.endswith(".alpha") else t.to(dtype) for name, t in lora_state_dict(with_lora()).items()}
+    save_file(tensors, tmp_path / "l.safetensors")
+    expected = loaded({name: t.float() for name, t in tensors.items()})
+    assert torch.equal(loaded(tmp_path / "l.safetensors")(*inputs()), expected(*inputs()))
+    assert str(dtype) in run(capsys, "info", tmp_path / "l.safetensors")
+    run(capsys, "convert", tmp_path / "l.safetensors", tmp_path / "k.safetensors", "--to", "kohya")
+    assert torch.equal(loaded(tmp_path / "k.safetensors")(*inputs()), expected(*inputs()))
+    refused({name: t if name.endswith(".alpha") else t.char() for name, t in lora_state_dict(with_lora()).items()},
+            "8 of 8 layers do not fit: attention_blocks.0.query has numbers of torch.int8")
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_the_same_lora_is_the_same_file_to_the_byte(to, tmp_path):
+    """safetensors alone writes metadata in random order. Converting, also there and back, is as reproducible."""
+    model = with_lora(targets="all")
+    for name in "ab":
+        save_lora(model, tmp_path / f"{name}.safetensors", to=to, metadata=dict(steps=7, images=3, trigger="x"))
+        tool.convert(tmp_path / "a.safetensors", tmp_path / f"{name}.kohya.safetensors", "kohya")
+    tool.convert(tmp_path / "a.kohya.safetensors", tmp_path / "c.safetensors", to)
+    a, b, kohya, again, back = ((tmp_path / f"{name}.safetensors").read_bytes()
+                                for name in ("a", "b", "a.kohya", "b.kohya", "c"))
+    assert a == b and kohya == again and (back == a or to == "original")      # whose fused alpha is another
+    lora.save_lora(model, tmp_path / "core.safetensors")
+    first = (tmp_path / "core.safetensors").read_bytes()
+    lora.save_lora(model, tmp_path / "core.safetensors")
+    assert (tmp_path / "core.safetensors").read_bytes() == first
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert [*file.metadata()] and (int.from_bytes(a[:8], "little")) % 8 == 0
 
 
 def test_fused_in_proj_is_exact_in_both_directions(tmp_path):
@@ -318,6 +427,108 @@ def test_a_refused_file_says_what_it_looks_like(name, looks):
     """Even if all other tensors fit: half a LoRA is not what was trained."""
     refused({name: torch.zeros(4, 16)}, f"1 of 1 tensors.*{looks}")
     refused({**lora_state_dict(with_lora()), name: torch.zeros(4, 16)}, f"1 of 25 tensors.*{looks}")
+
+
+PARTS = [("lora_unet_blocks_0_depthwise.lora_down.weight", "grouped convolutions"),
+         ("lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight", "a text encoder"),
+         ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight", "a text encoder"),
+         ("bundle_emb.word.clip_g", "learned words")]
+
+
+@pytest.mark.parametrize("name, looks", PARTS)
+def test_lora_partial_loads_the_rest_and_lists_what_is_left_out(name, looks, tmp_path):
+    """Without it, the error says how many layers it would load. Files of OneTrainer are like this by default."""
+    tensors = {**lora_state_dict(with_lora()), name: torch.zeros(4, 16)}
+    refused(tensors, f"1 of 25 tensors.*{looks}.*; --lora-partial .* loads the other 8 layers without them")
+    model = prior()
+    with pytest.warns(UserWarning, match="left out 1 of 25 tensors: " + name.replace("0", "N")):
+        assert len(load_lora(model, tensors, lora_partial=True)) == 8
+    assert torch.equal(model(*inputs()), with_lora()(*inputs()))
+
+
+@pytest.mark.parametrize("ending", ["dora_scale", "lora_mid.weight", "lora_B.bias", "lora_E", "diff_b"])
+def test_a_layer_with_something_unknown_is_left_out_as_a_whole(ending):
+    """Without its dora_scale, a layer would be another one than was trained."""
+    tensors = {**lora_state_dict(with_lora()), f"attention_blocks.0.query.{ending}": torch.zeros(4, 16)}
+    refused(tensors, "loads the other 7 layers")
+    model = prior()
+    with pytest.warns(UserWarning, match="left out 4 of 25 tensors: attention_blocks.N.query"):
+        assert "attention_blocks.0.query" not in load_lora(model, tensors, lora_partial=True)
+
+
+def test_lora_partial_needs_something_to_load_and_forgives_nothing_else():
+    """A LoRA for another model stays refused, and so do shapes that do not fit, and NaN."""
+    model = prior()
+    for tensors, match in (
+            ({"lora_unet_down_blocks_0_attentions_0_to_q.lora_down.weight": torch.zeros(4, 16)}, "1 of 1 tensors"),
+            ({**lora_state_dict(with_lora(targets="head")), "head.dora_scale": torch.zeros(8)}, "1 of 4 tensors"),
+            ({**lora_state_dict(with_lora()), "x": torch.zeros(1), "attention_blocks.0.query.lora_up.weight":
+              torch.zeros(16, 3)}, "1 of 8 layers do not fit")):
+        with pytest.raises(ValueError, match=match) as error:
+            load_lora(model, tensors, lora_partial=True)
+        assert "--lora-partial" not in str(error.value)
+    assert same(bits(model), bits(prior()))
+
+
+@pytest.mark.parametrize("config, match", [
+    (dict(lora_alpha=math.nan), "NaN or inf"), (dict(lora_alpha=math.inf), "NaN or inf"),
+    (dict(lora_alpha=None), "cannot be used"), (dict(lora_alpha="x"), "cannot be used"),
+    (dict(lora_alpha=[1]), "cannot be used"), (dict(lora_alpha=10 ** 400), "cannot be used"),
+    (dict(alpha_pattern=[1]), "cannot be used"), (dict(alpha_pattern={"(": 1}), "cannot be used"),
+    (dict(alpha_pattern={".*": "x"}), "cannot be used"), ([], "not a JSON object"), ("x", "not a JSON object"),
+    (dict(use_rslora="no"), "use_rslora is 'no', expected true or false"),
+    (dict(init_lora_weights="pissa"), "starts from pissa, which changes the base weights"),
+    (dict(peft_type="LOHA"), "is for LOHA, expected LORA")], ids=str)
+def test_a_nonsense_configuration_is_one_line(config, match, tmp_path):
+    """In the header of a file of diffusers, and next to a file of peft."""
+    peft_folder(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "l.safetensors", {"lora_adapter_metadata": json.dumps(config)})
+    refused(tmp_path / "l.safetensors", f"l.safetensors: .*{match}")
+    refused(tmp_path, match.removeprefix("not a "))
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, "\udcff"], ids=["cut", "deep", "no text"])
+def test_a_configuration_that_cannot_be_read_is_one_line(text, tmp_path):
+    peft_folder(tmp_path)
+    (tmp_path / "adapter_config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    refused(tmp_path, "cannot be read|maximum recursion")
+
+
+def test_rank_0_and_impossible_alphas_are_one_line():
+    """Also in the fused matrix, whose rows are divided by rank."""
+    for layer, rows in (("blocks.2.attention.to_q", 16), ("blocks.2.attention.attn.in_proj", 48)):
+        refused({f"{layer}.lora_down.weight": torch.zeros(0, 16), f"{layer}.lora_up.weight": torch.zeros(rows, 0)},
+                "1 of 1 layers|3 of 3 layers")
+    tensors = lora_state_dict(with_lora())
+    for alpha in (torch.tensor(math.nan), torch.tensor([1.0, 2.0]), torch.zeros(0)):
+        refused({**tensors, "attention_blocks.0.query.alpha": alpha},
+                "1 of 8 layers do not fit: attention_blocks.0.query (has NaN|.*, alpha [[])")
+        with pytest.raises(ValueError, match="attention_blocks.0.query"):
+            lora.load_lora(prior(), {**tensors, "attention_blocks.0.query.alpha": alpha})
+
+
+def test_text_of_a_strangers_file_does_not_reach_the_terminal(tmp_path, capsys):
+    """ESC and BEL could rename the window or hide a line: in metadata, names, values of a configuration."""
+    evil = "\x1b]0;owned\x07\x9b2J\u202e\nx"
+    tensors = lora_state_dict(with_lora())
+    save_file(tensors, tmp_path / "l.safetensors", {"note" + evil: evil})
+    save_file({**tensors, evil + "x": torch.zeros(1)}, tmp_path / "m.safetensors")
+    save_file({**tensors, "attention_blocks.0.query.lora_up.weight" + evil: torch.zeros(1)}, tmp_path / "n.safetensors",
+              {"lora_adapter_metadata": json.dumps({"peft_type": evil})})
+    text = run(capsys, "info", tmp_path / "l.safetensors")
+    assert "\\x1b]0;owned\\x07\\x9b2J\\u202e\\nx" in text
+    for name in "lmn":
+        for args in (["info"], ["convert", "--to", "kohya", tmp_path / f"{name}.out.safetensors"],
+                     ["convert", "--lora-partial", "--to", "kohya", tmp_path / f"{name}.part.safetensors"]):
+            try:
+                tool.main([str(arg) for arg in (args[0], tmp_path / f"{name}.safetensors", *args[1:][::-1])])
+            except SystemExit:
+                pass
+            out = "".join(capsys.readouterr())
+            assert not set(evil) & set(out) - set("]0;owned2Jx\n"), out
+            assert len(out.splitlines()) < 14
 
 
 def test_whole_models_are_recognised():

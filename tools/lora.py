@@ -13,9 +13,11 @@ if __name__ == "__main__" and not __package__:
     sys.exit("error: run this as: python -m tools.lora")
 
 import argparse
+import functools
+import warnings
 from pathlib import Path
 
-from loading.errors import UserError, as_user_error, exit_on_user_error
+from loading.errors import UserError, as_user_error, exit_on_user_error, printable
 
 
 def check_output(path: Path, suffix: str = "") -> None:
@@ -29,19 +31,20 @@ def check_output(path: Path, suffix: str = "") -> None:
 def info(file: str) -> str:
     """What a LoRA file holds, as text."""
     from loading.lora_formats import describe, open_lora, read_lora
-    weights, metadata = read_lora(file)
+    weights, metadata = read_lora(file, lora_partial=True)       # a warning lists what --lora-partial would leave out
     tensors, (one, *_) = open_lora(file)[0], weights.values()
-    metadata |= describe(weights) | dict(tensors=f"{len(tensors)}, {one.down.dtype}, for example {max(tensors)}",
+    dtype = tensors[max(tensors)].dtype
+    metadata |= describe(weights) | dict(tensors=f"{len(tensors)}, {dtype}, for example {max(tensors)}",
                                          layers=len(weights), dora=one.magnitude is not None)
-    return "\n".join(f"{key}: {value}" for key, value in sorted(metadata.items()))
+    return "\n".join(printable(f"{key}: {value}") for key, value in sorted(metadata.items()))
 
 
-def convert(source: str, target: Path, to: str) -> str:
+def convert(source: str, target: Path, to: str, lora_partial: bool = False) -> str:
     """Writes a LoRA of Stage C in another format. The values of its matrices do not change."""
     from loading.lora_formats import read_lora, write_lora
     from lora import diffusers_name
     check_output(target, ".safetensors")
-    weights, metadata = read_lora(source)
+    weights, metadata = read_lora(source, lora_partial)
     metadata.pop("lora_adapter_metadata", None)          # belongs to diffusers' format, and is written again for it
     count = write_lora(target, weights, {name: diffusers_name(name) for name in weights}, to, metadata,
                        overwrite=False)
@@ -64,7 +67,7 @@ def load_prior(path: str):
     return fill(model, noting_dtypes(), torch.float32), dtypes
 
 
-def merge(prior: str, lora: str, out: Path, scale: float) -> str:
+def merge(prior: str, lora: str, out: Path, scale: float, lora_partial: bool = False) -> str:
     """Writes a prior with the LoRA merged: summed in float32, rounded once, to the dtype that the prior had."""
     from safetensors.torch import save_file
     from loading.files import STEM, write_atomically, write_files
@@ -73,9 +76,9 @@ def merge(prior: str, lora: str, out: Path, scale: float) -> str:
     from lora import merge_and_unload
     check_output(out)
     model, dtypes = load_prior(prior)
-    trained_on = read_lora(lora)[1].get("base_hash")
+    trained_on = read_lora(lora, lora_partial)[1].get("base_hash")
     other = trained_on not in (None, base_hash(model))
-    names = load_lora(model, lora, scale=scale)
+    names = load_lora(model, lora, scale=scale, lora_partial=lora_partial)
     merge_and_unload(model)
     merged = {name: tensor.to(dtypes[name], copy=True) for name, tensor in model.state_dict().items()}
     too_large = [f"{name} in {tensor.dtype}" for name, tensor in merged.items() if not tensor.isfinite().all()]
@@ -145,24 +148,31 @@ def extract(base: str, tuned: str, out: Path, rank: int, targets: str) -> str:
     return f"{text}\nwritten to {out}"
 
 
+def add_partial(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--lora-partial", action="store_true", help="leave out what belongs to no layer of Stage C, "
+                         "such as the part of a text encoder, and list it, instead of refusing the file")
+
+
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m tools.lora", description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = p.add_subparsers(dest="command", required=True)
     c = commands.add_parser("info", help="what is inside a LoRA file")
-    c.add_argument("file", help=".safetensors, .bin or .pt file, or a folder with pytorch_lora_weights.safetensors")
+    c.add_argument("file", help=".safetensors, .bin or .pt file; or a folder of diffusers, peft or train_c.py")
     c = commands.add_parser("convert", help="write a LoRA for another program, values unchanged")
     c.add_argument("source", help="the LoRA, in any format")
     c.add_argument("target", type=Path, help=".safetensors file to write; must not exist yet")
     c.add_argument("--to", required=True, choices=["diffusers", "kohya", "comfy", "original", "ours"],
                    help="diffusers: also peft; kohya: also OneTrainer; comfy: ComfyUI; original: the authors' code; "
                         "ours: this repository's names")
+    add_partial(c)
     c = commands.add_parser("merge", help="add a LoRA to a prior for good")
     c.add_argument("prior", help="folder with config.json, or a file, as for python -m tools.weights")
     c.add_argument("lora", help="the LoRA, in any format")
     c.add_argument("out", type=Path, help="folder or .safetensors file to write, in diffusers' names; must not exist "
                                           "yet")
     c.add_argument("--scale", type=float, default=1.0, help="strength of the LoRA (default 1: as trained)")
+    add_partial(c)
     c = commands.add_parser("extract", help="the LoRA nearest to the difference of two priors, and how near it is")
     c.add_argument("base", help="the prior before fine-tuning, folder or file")
     c.add_argument("tuned", help="the prior after it")
@@ -177,7 +187,10 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = vars(parser().parse_args(argv))
     run = dict(info=info, convert=convert, merge=merge, extract=extract)[args.pop("command")]
-    with exit_on_user_error(), as_user_error():
+    with exit_on_user_error(), as_user_error(), warnings.catch_warnings():
+        warnings.simplefilter("always")
+        said = functools.cache(lambda text: print(f"warning: {text}", file=sys.stderr))           # once
+        warnings.showwarning = lambda message, *_: said(str(message))
         print(run(**args))
 
 
