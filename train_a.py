@@ -100,7 +100,7 @@ from training.order import BatchSampler, batches, sample_rng
 from training.processes import GracefulExit, Processes, SynchronisedBatchNorm, no_sync
 from training.report import Progress, draw_curves, due, outline
 from training.results import finished, write_stage_a
-from training.samples import ImageReader, open_data, to_tensor
+from training.samples import ImageReader, open_data, steps_of, to_tensor
 from training.sheets import failure_is_a_warning
 from training.validation import fixed_images
 from training.vqgan_losses import (PatchDiscriminator, VGGFeatures, adaptive_weight,
@@ -256,6 +256,7 @@ def main(args):
     # --- data and model --------------------------------------------------------------------------
     unseen = f"scenes:all:{args.val_count}:987654321" if scenes else None        # another seed
     dataset, val_data = open_data(args, processes, captions_required=False, unseen=unseen)
+    args.steps = steps_of(args, dataset, processes)
     if checkpoints.finished(resumed, args.steps):
         return processes.on_main(finished, args)
     settings = settings_of(args)

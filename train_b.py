@@ -121,7 +121,8 @@ from training.processes import GracefulExit, Processes, no_sync
 from training.report import Progress, draw_curves, dry_run, due
 from training.results import finished, write_stage_b
 from training.samples import (ImageReader, MultiSizeSampler, draw_caption, encoder_input, no_text,
-                              open_cache, open_data, semantic_latents, to_tensor)
+                              open_cache, open_data, semantic_latents, steps_of,
+                              to_tensor)
 from training.sheets import Reconstructions, failure_is_a_warning
 from training.validation import T_GRID, fixed_set, random_images, validate
 from wuerstchen import add_noise, alphas_cumprod, per_row, unscale_semantic
@@ -309,13 +310,14 @@ def main(args):
     dtype, autocast = set_precision(args, device)
     torch.manual_seed(args.seed)
 
-    # --- models and data --------------------------------------------------------------------------
+    # --- data, before any model is fetched, and models --------------------------------------------
+    dataset, val_data = open_data(args, processes, captions_required=False,
+                                  unseen=f"scenes:all:{max(args.val_count, 64)}:1000000000")
     stage = v1.training if args.v1 else sys.modules[__name__]          # the same names in both
     decoder, encoder, vqgan, text_encoder = load_models(args, stage, dtype, processes)
     set_defaults(args, small := isinstance(encoder, TinyImageEncoder))
     model = EncoderAndDecoder(decoder, None if args.freeze_encoder else encoder, stage)
-    dataset, val_data = open_data(args, processes, captions_required=False,
-                                  unseen=f"scenes:all:{max(args.val_count, 64)}:1000000000")
+    args.steps = steps_of(args, dataset, processes)
     if checkpoints.finished(resumed, args.steps):
         return processes.on_main(finished, args)
     settings = settings_of(args)

@@ -117,7 +117,7 @@ from training.processes import GracefulExit, Processes, no_sync
 from training.report import Progress, draw_curves, dry_run, due
 from training.results import FILES_C, files_given, finished, write_lora, write_stage_c
 from training.samples import (ImageReader, draw_caption, embed_once, open_cache, open_data,
-                              semantic_latents)
+                              semantic_latents, steps_of)
 from training.sheets import SampleSheets, failure_is_a_warning
 from training.validation import T_GRID, by_level, fixed_images, fixed_noise, mean_over
 from wuerstchen import TextEncoder, add_noise
@@ -262,8 +262,9 @@ def main(args):
     dtype, autocast = set_precision(args, device)
     torch.manual_seed(args.seed)
 
-    # --- data and models --------------------------------------------------------------------------
+    # --- data, before any model is fetched, and models --------------------------------------------
     dataset, val_data = open_data(args, processes)
+    args.steps = steps_of(args, dataset, processes)
     if checkpoints.finished(resumed, args.steps):
         return processes.on_main(finished, args)
     settings = settings_of(args)

@@ -25,7 +25,7 @@ import torch
 from PIL import Image, ImageCms
 
 from extras.images import read_image
-from training import data, order, sources
+from training import data, order, sources, tables
 from training.data import BrokenImage, bucket_sizes, fit, nearest_bucket, open_dataset
 from training.order import BatchSampler, sample_rng, split
 from training.scenes import EmojiScenes
@@ -610,7 +610,8 @@ def test_parquet_files_become_tar_files_once(tmp_path):
 
 def test_a_table_without_images_is_rejected(tmp_path):
     with pytest.raises(ValueError, match="row 0 has no image: expected a column of bytes, found url, text"):
-        sources._write_tar([{"url": "http://", "text": "x"}], tmp_path / "a.tar")
+        tables.write_tar(tables.Table("a", {"url": False, "text": False}, [{"url": "http://", "text": "x"}]),
+                         tmp_path / "a.tar")
 
 
 # ----- filters ---------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -403,6 +404,52 @@ def test_a_broken_image_is_replaced_and_named(folder, tmp_path, capsys):
     train(broken, tmp_path / "run", *LORA, "--cache", str(tmp_path / "cache"), steps=4)
     assert "1 images cannot be read: " in capsys.readouterr().err
     train(broken, tmp_path / "other", *LORA, steps=4)
+    assert re.search("^03.png cannot be read and is replaced: .*truncated", capsys.readouterr().err, re.M)
+
+
+def test_broken_copies_and_broken_images_of_the_validation_are_replaced(folder, tmp_path, capsys):
+    """Copies share their key in the cache: only one of them was replaced, and training ended at the other for ever.
+    One of them is the only image of its shape, and the only one of the validation."""
+    broken, only = tmp_path / "data", tmp_path / "only"
+    for target in (broken, only):
+        target.mkdir()
+    for path in sorted(folder.iterdir())[:6]:
+        (broken / path.name).write_bytes(path.read_bytes())
+    content = (folder / "03.png").read_bytes()[:400]
+    for name in ("x1", "x2"):
+        (broken / f"{name}.png").write_bytes(content)
+        (broken / f"{name}.txt").write_text("x")
+    Image.new("RGB", (256, 100)).save(broken / "wide.png")
+    (broken / "wide.png").write_bytes((broken / "wide.png").read_bytes()[:60])
+    (broken / "wide.txt").write_text("wide")
+    options = [*LORA, "--resolution", "256", "--max-ratio", "2", "--batch", "1", "--val-every", "9", "--val-count", "9"]
+    train(broken, tmp_path / "run", *options, "--cache", str(tmp_path / "cache"), steps=12)
+    assert "3 images cannot be read: wide.png, x1.png, x2.png\n" in capsys.readouterr().err
+    train(broken, tmp_path / "other", *options, steps=12)
+    err = capsys.readouterr().err
+    assert all(f"\n{name}.png cannot be read and is replaced: " in err for name in ("x1", "x2", "wide"))
+    (only / "a.png").write_bytes(content)
+    (only / "a.txt").write_text("a")
+    for options in (["--val-data", str(only)], ["--workers", "1"], ["--cache", str(tmp_path / "cache")]):
+        with pytest.raises(UserError, match="none of (its )?1 images (of this size )?can be read") as error:
+            train(only if "--val-data" not in options else folder, tmp_path / options[0], *LORA, "--val-every",
+                  "1" if "--val-data" in options else "0", *options)
+        assert len(str(error.value).splitlines()) == 1
+
+
+def test_data_is_checked_before_models_are_fetched(tmp_path, monkeypatch, capsys):
+    """Gigabytes came first, then the error. --dry-run writes all that was skipped, even if nothing is left."""
+    monkeypatch.setattr(train_c, "locate", None)
+    with pytest.raises(UserError, match="ownr/name: there is no such folder or file; .* as hub:ownr/name"):
+        train("ownr/name", tmp_path / "run")
+    (tmp_path / "data").mkdir()
+    for i in range(7):
+        (tmp_path / "data" / f"{i}.png").write_text("?")
+    with pytest.raises(UserError, match="no image to train on"):
+        train(tmp_path / "data", tmp_path / "run", "--dry-run")
+    lines = (tmp_path / "run" / "skipped.tsv").read_text().splitlines()
+    assert lines == [f"{i}.png\tit is not an image in a known format" for i in range(7)]
+    assert "skipped.tsv names all 7" in capsys.readouterr().err
 
 
 def test_preserved_samples_are_compared_with_the_original_model(folder, tmp_path, capsys):

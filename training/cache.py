@@ -23,7 +23,7 @@ import sys
 import time
 import uuid
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -189,34 +189,58 @@ def fill_cache(dataset: ImageDataset, sizes: Callable[[int], list[tuple[int, int
     sizes     i -> all (height, width) to which image i is cut, centered; flips: also mirrored
     caches    name -> Cache;  encoders: the same name -> function of pixels (1,h,w,3) uint8 to a latent (1,C,h',w')
     texts     a CachedTexts, or None
-    -> for each image that cannot be read, the next one of its bucket (dataset.bucket), to be used instead.
+    -> for each image that cannot be read, the next one of its bucket (dataset.bucket) or else of all, to be used instead.
     Raises ValueError if there is none.
     """
-    keys = {latent_key(dataset, i, size, flip): (i, size, flip) for i in range(len(dataset)) for size in sizes(i)
-            for flip in (False, True)[:1 + flips]}
-    missing = list(dict.fromkeys(key for cache in caches.values() for key in cache.missing([*keys])))
-    missing = missing[processes.rank::processes.world]
-    processes.wait()                             # all processes have looked before the first entry is written
-    for key in tqdm(missing, desc="caching latents", unit="image", disable=processes.rank > 0 or not missing):
-        i, size, flip = keys[key]
-        with contextlib.suppress(BrokenImage):   # counted below
-            pixels = torch.from_numpy(np.array(fit(dataset.read(i), size, "center", flip)))[None]        # (1, h, w, 3)
-            for name, cache in caches.items():
-                cache.put(key, encoders[name](pixels)[0].cpu().numpy())
+    def keys_of(i: int, sizes: Callable) -> dict[str, tuple]:
+        return {latent_key(dataset, i, size, flip): (i, size, flip) for size in sizes(i)
+                for flip in (False, True)[:1 + flips]}
+
+    def fill(images: Iterable[int], sizes: Callable) -> set[str]:
+        """Computes what is missing.  -> the keys that still have no entry, because their image cannot be read."""
+        keys = {key: what for i in images for key, what in keys_of(i, sizes).items()}
+        missing = list(dict.fromkeys(key for cache in caches.values() for key in cache.missing([*keys])))
+        missing = missing[processes.rank::processes.world]
+        processes.wait()                         # all processes have looked before the first entry is written
+        for key in tqdm(missing, desc="caching latents", unit="image", disable=processes.rank > 0 or not missing):
+            i, size, flip = keys[key]
+            with contextlib.suppress(BrokenImage):         # counted below
+                pixels = torch.from_numpy(np.array(fit(dataset.read(i), size, "center", flip)))[None]    # (1, h, w, 3)
+                for name, cache in caches.items():
+                    cache.put(key, encoders[name](pixels)[0].cpu().numpy())
+        processes.wait()
+        return {key for cache in caches.values() for key in cache.missing([*keys])}
+
+    missing = fill(range(len(dataset)), sizes)
     if texts is not None:
         captions = sorted({""} | {caption for i in range(len(dataset)) for caption in dataset.captions(i)})
         for caption in tqdm(captions[processes.rank::processes.world], desc="caching captions",
                             disable=processes.rank > 0):
             texts.one(caption)
     processes.wait()
-    broken = {keys[key][0] for cache in caches.values() for key in cache.missing([*keys])}
+    # Counted by image, not by key: copies of a file share their keys.
+    broken = [i for i in range(len(dataset)) if missing and not missing.isdisjoint(keys_of(i, sizes))]
+    return _replacements(dataset, broken, sizes, fill, processes)
+
+
+def _replacements(dataset: ImageDataset, broken: list[int], sizes: Callable, fill: Callable, processes
+                  ) -> dict[int, int]:
+    """Broken image -> what fill_cache returns for it.  Names the broken ones on stderr."""
+    def first_after(i: int, usable: np.ndarray) -> int:
+        return int(usable[np.searchsorted(usable, i) % len(usable)])
+
+    usable = np.setdiff1d(np.arange(len(dataset)), broken)
+    if not len(usable):
+        raise ValueError(f"{dataset.source}: none of its {len(broken)} images can be read, such as "
+                         f"{dataset.name(broken[0])}")
     if broken and processes.rank == 0:
-        print(f"{len(broken)} images cannot be read: {', '.join(dataset.name(i) for i in sorted(broken)[:5])}",
-              file=sys.stderr)
-    replaced = {}
+        print(f"{len(broken)} images cannot be read: {', '.join(dataset.name(i) for i in broken[:5])}"
+              f"{', ...' if len(broken) > 5 else ''}", file=sys.stderr)
+    replaced, others = {}, {}
     for i in broken:
-        others = [int(j) for j in np.flatnonzero(dataset.bucket == dataset.bucket[i]) if int(j) not in broken]
-        if not others:
-            raise ValueError(f"{dataset.name(i)} and all other images of its shape cannot be read: remove them")
-        replaced[i] = next((j for j in others if j > i), others[0])
+        alike = usable[dataset.bucket[usable] == dataset.bucket[i]]
+        replaced[i] = first_after(i, alike if len(alike) else usable)
+        if not len(alike):                       # an image of another shape, which is not yet there in this one
+            others.setdefault(replaced[i], []).extend(sizes(i))
+    fill([*others], others.get)
     return replaced

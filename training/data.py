@@ -1,13 +1,13 @@
 """Captioned images from any source, each cut to one of a few shapes.
 
-  folder | tar shards | pipe:... | parquet | hub:... | scenes -open_dataset-> ImageDataset: read(i), captions(i), key(i)
+  folder | tar shards | pipe:... | tables | hub:... | scenes -open_dataset-> ImageDataset: read(i), captions(i), key(i)
   sizes (N,2) -nearest_bucket-> buckets (N,): to which of bucket_sizes each image is cut
   read(i) (H,W,3) uint8 -fit-> (h,w,3) uint8;  order.py decides which images make up a training step
 
 A resolution always means pixels of the image. The image encoder sees 0.75 times as many per side.
 Surprise: nothing is dropped silently. Files that cannot be used are counted and named. Files that turn out to be broken
-later are replaced by the next readable one, which depends only on the files, so a resumed run replaces them in the same
-way.
+later are named on stderr and replaced by the next readable one, which depends only on the files, so a resumed run
+replaces them in the same way.
 Needs: numpy, pillow; sources.py, extras/; scenes.py for `scenes`.
 """
 import contextlib
@@ -18,8 +18,8 @@ import json
 import math
 import os
 import re
+import sys
 from array import array
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -28,59 +28,73 @@ from PIL import Image
 
 from extras.images import decoding, open_header, open_image, pixels_of, read_image, to_srgb
 from extras.jobs import prompt_lines
-from training.sources import SUFFIXES, Place, content_of, samples_of
+from loading.errors import UserError
+from training.sources import SUFFIXES, Chosen, Found, Place, content_of, samples_of
 
 
-class BrokenImage(ValueError):
+class BrokenImage(UserError):
     """A file that turned out not to be a complete image when it was read; the message names it."""
 
 
 # ----- opening -------------------------------------------------------------------------------------------------------
 
 def open_dataset(source: str | Path, *, min_side: int = 64, captions_required: bool = True,
-                 index_folder: str | Path | None = None, require_keys: bool = False, **filters: float
-                 ) -> "ImageDataset":
+                 index_folder: str | Path | None = None, require_keys: bool = False, image_column: str | None = None,
+                 caption_column: str | None = None, dataset_config: str | None = None,
+                 skipped: list[tuple[str, str]] | None = None, **filters: float) -> "ImageDataset":
     """Finds all images of a source and their captions, from headers and text only.
 
     source  FOLDER, with everything below it: NAME.jpg (or another of SUFFIXES) next to NAME.txt (a caption per line),
-            NAME.caption (one) or NAME.json; or metadata.jsonl / metadata.csv with file_name and text, which take
-            precedence
+            NAME.caption (one) or NAME.json; or metadata.jsonl, .csv or .parquet with file_name and text, which take
+            precedence.  {a,b} and data/*: several folders
             data/*.tar, data/{000..031}.tar: uncompressed tar files of the same; also a folder that contains only these
             pipe:COMMAND: COMMAND's output is such a tar file; kept in index_folder.  Braces as above
-            FILE.parquet (needs pyarrow), hub:NAME[:SPLIT] (needs datasets): rewritten once into index_folder
+            FILE.parquet, FILE.arrow or a folder of datasets' save_to_disk (need pyarrow), hub:NAME[:SPLIT] (needs
+            datasets): rewritten once into index_folder
             scenes[:captioned|uncaptioned|all][:N][:SEED]: N (24000) emoji scenes.  ./scenes is a folder of that name
     min_side           px: images with a shorter side are skipped
     captions_required  skip images without a caption; False: they get the caption ""
     index_folder       where indexes and copies of remote shards go (default: an index stands next to its shard)
+    image_column       column of a table with the images (default: the first of tables.IMAGE_COLUMNS, or the only one), or
+                       the key of metadata with the file names (default: file_name)
+    caption_column     column or key with the captions, also in .json (default: the first of sources.CAPTION_KEYS that
+                       has one)
+    dataset_config     configuration of a dataset of the Hub
+    skipped            a list to which (name, reason) of all unusable files is added, also if an error is raised
     filters            min_KEY, max_KEY: inclusive bounds on numbers in .json or metadata, such as max_punsafe=0.99.
                        An image without such a number, or with null, stays unless require_keys.
     Raises ValueError, in one line, for a source that cannot be read, and, with what was found, if no image is left.
     """
     text, folder = str(source), Path(index_folder) if index_folder else None
-    limits, found, known, skipped = _limits(filters), Counter(), set(), []
+    limits, found, known, skipped = _limits(filters), Found(), set(), [] if skipped is None else skipped
+    chosen = Chosen(image_column, caption_column, dataset_config)
     if text.split(":")[0] == "scenes":
         if limits:
             raise ValueError(f"{text} has no keys to filter by: remove {', '.join(filters)}")
         return SceneDataset(text)
 
     def kept() -> Iterator[dict]:                # a million samples pass through here one at a time
-        for sample in samples_of(text, folder, found):
+        for sample in samples_of(text, folder, found, chosen):
             known.update(sample.get("numbers", ()))
             problem = sample["problem"] or _problem(sample, min_side, captions_required, limits, require_keys)
             if problem:
-                skipped.append((sample["name"], problem))
+                skipped.append((_printable(sample["name"]), _printable(problem)))
             else:
                 yield sample
 
     dataset = ImageDataset(text, kept(), skipped, folder / "keys.txt" if folder else None)
+    dataset.notes = found.notes()
     if not len(dataset):
         captions = " with a caption in NAME.txt, NAME.caption, NAME.json or metadata.jsonl/.csv" * captions_required
-        files = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in found.most_common(8))
+        files = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in found.files.most_common(8))
         raise ValueError(f"{text}: no image to train on. Looked for {' '.join(SUFFIXES)}{captions}; "
                          f"found {files or 'no file'}; {_listed(skipped)}")
     if unknown := sorted(limits.keys() - known):           # otherwise a typo would let everything through
         raise ValueError(f"{text}: no image has a number {unknown[0]!r} to filter by, "
                          f"found: {', '.join(sorted(known)) or 'none'}")
+    if found.keys and caption_column and not found.captions[caption_column]:
+        raise ValueError(f"{text}: --caption-column {caption_column} has no caption, "
+                         f"found: {', '.join(sorted(found.keys))}")
     return dataset
 
 
@@ -122,7 +136,8 @@ def _problem(sample: dict, min_side: int, captions_required: bool, limits: dict,
     if min(height, width) < min_side:
         return f"{width} x {height} px, fewer than {min_side}"
     if captions_required and not sample["captions"]:
-        return "no caption"
+        keys = ", ".join(sample.get("keys", ()))
+        return "no caption" + f" among its keys {keys}: --caption-column chooses one" * bool(keys)
     for key, (low, high) in limits.items():
         value = sample["numbers"].get(key)       # None only if there is none: 0.0 is a number, often the best one
         if value is None and require_keys:
@@ -130,6 +145,11 @@ def _problem(sample: dict, min_side: int, captions_required: bool, limits: dict,
         if value is not None and not low <= value <= high:
             return f"{key} {value:g}"
     return None
+
+
+def _printable(text: str) -> str:
+    """Names of files may hold bytes that are not UTF-8, and JSON half a character, which no terminal accepts."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _listed(skipped: list[tuple[str, str]]) -> str:
@@ -145,12 +165,12 @@ class ImageDataset:
     sizes (N,2) int32: height and width as shown, after EXIF orientation.  skipped: (name, reason) of unusable files.
     """
     def __init__(self, source: str, samples: Iterable[dict], skipped: list[tuple[str, str]], key_file: Path | None):
-        self.source, self.skipped = source, skipped
+        self.source, self.skipped, self.notes = source, skipped, []
         # All texts in one block of memory, not in a million objects. Looking at a Python object writes its reference
         # count, so every worker process would sooner or later hold its own copy of them all.
         records, ends, sizes = bytearray(), array("q", [0]), array("i")
         for sample in samples:
-            records += json.dumps([sample["name"], sample["place"], sample["captions"]]).encode()
+            records += json.dumps([_printable(sample["name"]), sample["place"], sample["captions"]]).encode()
             ends.append(len(records))
             sizes.extend(sample["size"])
         self._records, self._ends = bytes(records), np.array(ends)
@@ -186,7 +206,7 @@ class ImageDataset:
         file, offset, length = self._record(i)[1]
         stat = os.stat(file)         # as make does: same name, size and modification time, same content
         version = f"{os.path.abspath(file)} {offset} {length} {stat.st_size} {stat.st_mtime_ns} in sRGB"
-        known_as = hashlib.sha256(version.encode()).hexdigest()[:24]
+        known_as = hashlib.sha256(os.fsencode(version)).hexdigest()[:24]
         if self._keys is None:
             lines = self._key_file.read_text().split("\n") if self._key_file and self._key_file.exists() else []
             self._keys = dict(line.split() for line in lines if re.fullmatch("[0-9a-f]{24} [0-9a-f]{64}", line))
@@ -233,9 +253,24 @@ class ImageDataset:
         raise BrokenImage(f"{self.source}: none of {len(allowed)} images of this size can be read; "
                           f"{_listed(self.skipped)}")
 
+    def read_or_replace(self, i: int, allowed: np.ndarray) -> tuple[np.ndarray, int]:
+        """read_or_next, then among all images. Broken ones are named on stderr, once by each process that meets them.
+
+        Raises BrokenImage if no image at all can be read.
+        """
+        known = len(self.skipped)
+        try:
+            image, j = self.read_or_next(i, allowed)
+        except BrokenImage:
+            image, j = self.read_or_next(i, np.arange(len(self)))
+        for name, why in self.skipped[known:]:
+            print(f"\n{name} cannot be read and is replaced: {why}", file=sys.stderr)     # \n: after a progress bar
+        return image, j
+
     def describe(self) -> str:
-        """One line: how many, from where, what was skipped."""
-        return f"{len(self)} images in {self.source}" + (f"; {_listed(self.skipped)}" if self.skipped else "")
+        """One line: how many, from where, what was taken and what was skipped."""
+        return "; ".join([f"{len(self)} images in {self.source}", *self.notes]
+                         + [_listed(self.skipped)] * bool(self.skipped))
 
 
 class SceneDataset(ImageDataset):
@@ -248,7 +283,8 @@ class SceneDataset(ImageDataset):
             raise ValueError(f"cannot read {source!r}: expected scenes[:captioned|uncaptioned|all][:N][:SEED], "
                              "such as scenes:all:500:1")
         count, self._seed = (int(word) for word in (words + ["24000", "0"][len(words):]))
-        self.source, self.skipped, self._scenes = source, [], EmojiScenes(self._objects, seed=self._seed)
+        self.source, self.skipped, self.notes = source, [], []
+        self._scenes = EmojiScenes(self._objects, seed=self._seed)
         self.sizes = np.full((count, 2), CANVAS, np.int32)
 
     def _record(self, i: int):

@@ -69,7 +69,8 @@ def add_data_options(p, default: str | None = None, what: str = "", crop: str | 
     g = p.add_argument_group("data")
     g.add_argument("--data", default=default, required=default is None,
                    help="a folder of images with captions in NAME.txt or metadata.jsonl/.csv; tar shards, "
-                        "'a/{000..031}.tar'; FILE.parquet; hub:NAME; scenes:OBJECTS:NUMBER:SEED; see training/data.py"
+                        "'a/{000..031}.tar'; FILE.parquet; a folder of datasets' save_to_disk; hub:NAME[:SPLIT]; "
+                        "scenes:OBJECTS:NUMBER:SEED; see training/data.py"
                         + what)
     if captions:
         g.add_argument("--max-ratio", type=float, default=2.0,
@@ -84,6 +85,13 @@ def add_data_options(p, default: str | None = None, what: str = "", crop: str | 
     if captions:
         g.add_argument("--caption-dropout", type=float, default=0.05,
                        help="share of captions that are replaced by the empty one, each drawn separately")
+        g.add_argument("--caption-column", metavar="NAME",
+                       help="column of a table, or key of metadata and .json, with the captions (default: the first "
+                            "of text, caption, captions, prompt, prompts, description, txt)")
+    g.add_argument("--image-column", metavar="NAME",
+                   help="column of a table with the images (default: image or another usual name, or the only one); "
+                        "for a folder with metadata, the key of the file names (default: file_name)")
+    g.add_argument("--dataset-config", metavar="NAME", help="configuration of a dataset of the Hub")
     g.add_argument("--filter", action="append", default=[], metavar="min_KEY=NUMBER",
                    help="keep only samples whose .json has KEY of at least (min_) or at most (max_) a number")
     if cache:

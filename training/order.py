@@ -7,7 +7,7 @@
 Position is a sample's number in the stream of all epochs, index its number in the dataset.
 Surprise: step k is a function of (seed, k), and the randomness of a sample one of (seed, position, purpose). A resumed
 run therefore opens no image to find its place, and two GPUs together see the same step as one, whatever ran before.
-Needs: torch, numpy.
+Needs: torch, numpy, loading/errors.py.
 """
 import bisect
 import itertools
@@ -17,6 +17,8 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+
+from loading.errors import UserError
 
 
 def sample_rng(seed: int, position: int, purpose: str) -> np.random.Generator:
@@ -133,13 +135,34 @@ def batches(samples: torch.utils.data.Dataset, sampler: BatchSampler, processes,
                     part = split(positions, micro, processes.rank, processes.world, args.batch)
                     yield [(int(p), int(i), bucket) for p, i in zip(positions[part], indices[part])]
 
-    return iter(torch.utils.data.DataLoader(samples, batch_sampler=MicroBatches(), collate_fn=_stack,
-                                            num_workers=args.workers, pin_memory=processes.device.type == "cuda",
-                                            worker_init_fn=_outlive_signals))
+    return map(_raised, iter(torch.utils.data.DataLoader(
+        ErrorsAsItems(samples), batch_sampler=MicroBatches(), collate_fn=_stack, num_workers=args.workers,
+        pin_memory=processes.device.type == "cuda", worker_init_fn=_outlive_signals)))
 
 
-def _stack(items: list[dict]) -> dict:
+class ErrorsAsItems(torch.utils.data.Dataset):
+    """samples, but a UserError is returned: if a worker process raises it, torch adds a traceback to its message."""
+    def __init__(self, samples: torch.utils.data.Dataset):
+        self.samples = samples
+
+    def __getitem__(self, where: tuple) -> dict | UserError:
+        try:
+            return self.samples[where]
+        except UserError as error:
+            return error
+
+
+def _raised(batch: dict | UserError) -> dict:
+    if isinstance(batch, UserError):
+        raise batch
+    return batch
+
+
+def _stack(items: list[dict | UserError]) -> dict | UserError:
     """Outside batches(), because worker processes that are not forked must find it by its name."""
+    for item in items:
+        if isinstance(item, UserError):
+            return item
     columns = {name: [item[name] for item in items] for name in items[0]}
     return {name: values if isinstance(values[0], str) else torch.stack([torch.as_tensor(value) for value in values])
             for name, values in columns.items()}

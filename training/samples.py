@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from loading.errors import UserError, as_user_error
+from loading.files import write_atomically
 from loading.weights import load_text_encoder
 from stage_b import preprocess
 from training.cache import Cache, hash_of, latent_key
@@ -45,25 +46,45 @@ def no_text(config: dict, captions: list[str]) -> Tensor:
 def open_data(args, processes, captions_required: bool = True, unseen: str | None = None) -> tuple:
     """--data and --val-data. The default of the latter is --data itself or, for emoji scenes, `unseen` ones.
 
-    From here on args.steps is what --epochs are in steps.
-    The main process is first, so that the others find its index and what it downloaded.
+    The main process is first, so that the others find its index and what it downloaded. With --dry-run, it writes the
+    names and reasons of everything that was skipped.
     """
     index, val_data = Path(getattr(args, "cache", None) or args.out) / "index", args.val_data
     if args.data.split(":")[0] == "scenes":
         val_data = val_data or unseen
-    options = dict(captions_required=captions_required, index_folder=index)
-    with processes.main_first(), as_user_error():
-        dataset = open_dataset(args.data, **options, **read_filters(args.filter))
-        validation = open_dataset(val_data, **options) if val_data else dataset
+    options = dict(captions_required=captions_required, index_folder=index, image_column=args.image_column,
+                   caption_column=getattr(args, "caption_column", None))
+    skipped, of_validation = [], []
+    try:
+        with processes.main_first(), as_user_error():
+            dataset = open_dataset(args.data, dataset_config=args.dataset_config, skipped=skipped, **options,
+                                   **read_filters(args.filter))
+            config = args.dataset_config if str(val_data).startswith("hub:") else None
+            validation = (open_dataset(val_data, dataset_config=config, skipped=of_validation, **options)
+                          if val_data else dataset)
+    finally:
+        skipped = skipped + of_validation
+        if args.dry_run and processes.is_main and skipped:
+            lines = "".join(f"{name}\t{why}\n" for name, why in skipped)
+            write_atomically(Path(args.out, "skipped.tsv"), lambda path: path.write_text(lines, encoding="utf-8"))
+            processes.print(f"{args.out}/skipped.tsv names all {len(skipped)} that were skipped, with the reasons")
     if args.max_samples and args.max_samples < len(dataset):
         numbers = np.random.Generator(np.random.PCG64(args.seed)).random(len(dataset)).argsort()[:args.max_samples]
         dataset.select(np.sort(numbers))
     processes.print(dataset.describe())
-    if args.epochs:
-        batch = args.batch * args.grad_accum * processes.world
-        args.steps = math.ceil(args.epochs * len(dataset) / batch)
-        processes.print(f"--epochs {args.epochs}: {args.steps} steps of {batch} images")
+    if validation is not dataset:
+        processes.print(f"validation: {validation.describe()}")
     return dataset, validation
+
+
+def steps_of(args, dataset, processes) -> int:
+    """--steps, or how many steps --epochs are."""
+    if not args.epochs:
+        return args.steps
+    batch = args.batch * args.grad_accum * processes.world
+    steps = math.ceil(args.epochs * len(dataset) / batch)
+    processes.print(f"--epochs {args.epochs}: {steps} steps of {batch} images")
+    return steps
 
 
 def open_cache(args, encoder: torch.nn.Module, **settings) -> Cache:
@@ -110,7 +131,7 @@ class ImageReader:
         others = self.same_bucket[self.dataset.bucket[index]]
         for index in candidates(index, others):
             if self.pixels:
-                pixels, index = self.dataset.read_or_next(index, others)                 # (H, W, 3)
+                pixels, index = self.dataset.read_or_replace(index, others)              # (H, W, 3)
             key = latent_key(self.dataset, index, size, flip)
             item = {name: cache.get(key) for name, cache in self.caches.items()}
             if all(latents is not None for latents in item.values()):

@@ -3,14 +3,16 @@
   source -samples_of-> one dict per image: name, place (file, offset, bytes), size (height, width), captions, numbers;
                        for a file that cannot be used: name and problem
   place -content_of-> its bytes, in any order
+  Chosen: the columns and keys that the user named; Found: what was there, and which of them were taken
 
 Only headers of images are read here. To everything that follows, a folder and a tar file are the same: names, and the
 places of their content. A tar file's headers are read once, and the result is kept in an index next to it. Sources
-without such places (a pipe, a parquet file, a dataset of the Hub) are first rewritten as a tar file, once.
+without such places (a pipe, a table such as a parquet file, a dataset of the Hub) are first rewritten as a tar file,
+once.
 Surprise: a tar file has no table of contents, and Python's tarfile takes a damaged header for its end. So half a
 download would pass for a smaller shard; see _tar_places.
 Layouts: https://huggingface.co/docs/datasets/image_dataset (folders), https://github.com/webdataset/webdataset (tar).
-Needs: loading/files.py, extras/images.py; pyarrow for parquet files, datasets for the Hub.
+Needs: loading/files.py, extras/images.py, tables.py.
 """
 import contextlib
 import csv
@@ -24,44 +26,68 @@ import posixpath
 import re
 import subprocess
 import tarfile
+import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from extras.images import decoding, open_header, orientation, reason
 from loading.files import write_atomically
+from training.tables import NOT_USABLE, TABLES, Table, hub_table, open_table, write_tar
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
 UNREADABLE = (".heic", ".heif", ".hif", ".jxl", ".jp2", ".jpe", ".apng", ".psd", ".svg", ".tga", ".exr", ".ppm", ".ico",
               ".dng", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2")      # named, not silently ignored
-CAPTION_KEYS = ("text", "caption", "captions")
+# The keys of metadata, .json and tables in which a caption is looked for, in this order, in upper or lower case.
+CAPTION_KEYS = ("text", "caption", "captions", "prompt", "prompts", "description", "txt")
 HEAD = 2 ** 15                   # bytes of an image that are read to learn its size
-INDEX_VERSION = 2                # of the index that _tar_samples writes; a new number rebuilds all indexes
+INDEX_VERSION = 3                # of the index that _tar_samples writes; a new number rebuilds all indexes
 
 Place = tuple[str, int, int]     # file, offset, bytes (-1: up to the end): where something can be read
 
 
-def samples_of(source: str, index_folder: Path | None, found: Counter) -> Iterator[dict]:
-    """The samples of a folder, of shards (name, glob, {000..031}), of pipe:COMMAND or hub:NAME[:SPLIT], in fixed order.
+@dataclass(frozen=True)
+class Chosen:
+    """What the user chose; None: looked for under the usual names."""
+    image: str | None = None     # the column of a table with the images, or the key of metadata with the file names
+    caption: str | None = None   # the column, or the key of metadata and .json, with the captions
+    config: str | None = None    # the configuration of a dataset of the Hub
 
-    found: counts the files, by suffix.  Raises ValueError, in one line, for a source that cannot be read.
+
+@dataclass
+class Found:
+    """What a source contains: files, by suffix; images and captions, by the column or key they were taken from."""
+    files: Counter = field(default_factory=Counter)
+    images: Counter = field(default_factory=Counter)
+    captions: Counter = field(default_factory=Counter)
+    keys: set = field(default_factory=set)       # of samples whose caption was not where it was looked for
+    numbered: set = field(default_factory=set)   # folders such as 10_cat
+
+    def notes(self) -> list[str]:
+        """What was taken, in words; nothing for images in folders and captions in .txt files."""
+        def listed(counts):
+            return ", ".join(f"{name} ({n})" if len(counts) > 1 else name for name, n in counts.most_common())
+        notes = [f"images from column {listed(self.images)}"] * bool(self.images)
+        notes += [f"captions from {listed(self.captions)}"] * bool(self.captions)
+        if self.numbered:
+            notes.append(f"the number in {', '.join(sorted(self.numbered))} is not used: no image is repeated")
+        return notes
+
+
+def samples_of(source: str, index_folder: Path | None, found: Found, chosen: Chosen = Chosen()) -> Iterator[dict]:
+    """The samples of folders and shards (name, glob, {000..031}), of pipe:COMMAND or hub:NAME[:SPLIT], in fixed order.
+
+    Raises ValueError, in one line, for a source that cannot be read.
     """
-    shards = None
-    if os.path.isdir(source):
-        places = _folder_places(source)
-        kinds = Counter(_split(name)[1] for name in places)
-        inside = [name for name in places if _split(name)[1] in (".tar", ".parquet")]
-        if not inside or kinds.keys() & set(SUFFIXES):
-            found.update(kinds)
-            yield from (dict(name=name, problem="a shard next to images: give it as a source of its own")
-                        for name in inside)
-            yield from _samples(places)
-            return
-        shards = [Path(source, name) for name in inside]
-    for shard in _shards(source, index_folder) if shards is None else shards:
-        if shard.suffix.lower() == ".parquet":
-            shard = _parquet_as_tar(shard, index_folder)
-        yield from _tar_samples(shard, index_folder, found)
+    parts = _parts(source, index_folder, chosen)
+    for path, label in parts:
+        if os.path.isdir(path):
+            prefix = f"{label}/" if len(parts) > 1 else ""
+            for sample in _folder_samples(str(path), index_folder, found, chosen):
+                yield dict(sample, name=f"{prefix}{sample['name']}")
+        else:
+            yield from _shard_samples(path, label, index_folder, found, chosen)
 
 
 def content_of(place: Place, limit: int = -1) -> bytes:
@@ -73,6 +99,40 @@ def content_of(place: Place, limit: int = -1) -> bytes:
 
 
 # ----- images and the files next to them -----------------------------------------------------------------------------
+
+def _folder_samples(folder: str, index_folder: Path | None, found: Found, chosen: Chosen) -> Iterator[dict]:
+    """The images below a folder or, if there are none, those in its shards."""
+    places = _folder_places(folder)
+    if "dataset_dict.json" in places:            # as datasets' save_to_disk writes several splits
+        splits = sorted({name.split("/")[0] for name in places if name.endswith("/state.json")})
+        if "train" not in splits and len(splits) != 1:
+            raise ValueError(f"{folder} has the splits {', '.join(splits) or 'none'} and no split train: "
+                             f"give the folder of one of them")
+        folder = os.path.join(folder, "train" if "train" in splits else splits[0])
+        places = _folder_places(folder)
+    kinds = Counter(_split(name)[1] for name in places)
+    inside = [name for name in places
+              if _split(name)[1] in (".tar", *TABLES) and posixpath.basename(name) != "metadata.parquet"]
+    if inside and not kinds.keys() & set(SUFFIXES):
+        for name in inside:
+            if not re.fullmatch(r"(cache|indices)-.*\.arrow", posixpath.basename(name)):    # results of datasets' map()
+                path = Path(folder, name)
+                yield from _shard_samples(path, str(path), index_folder, found, chosen)
+        return
+    found.files.update(kinds)
+    yield from (dict(name=name, problem="a shard next to images: give it as a source of its own") for name in inside)
+    for sample in _samples(places, chosen):
+        parent = posixpath.basename(posixpath.dirname(sample["name"])) or os.path.basename(os.path.abspath(folder))
+        if re.match(r"\d{1,3}_", parent):        # another trainer reads it as: show each image so many times per epoch
+            found.numbered.add(parent)
+        _count(sample, found)
+        yield sample
+
+
+def _count(sample: dict, found: Found) -> None:
+    found.captions.update([sample["key"]] if "key" in sample else [])
+    found.keys.update(sample.get("keys", ()))
+
 
 def _folder_places(folder: str) -> dict[str, Place]:
     """Names, relative to the folder, of all files below it, sorted -> their places.  Dot files and folders: skipped."""
@@ -96,16 +156,23 @@ def _split(name: str) -> tuple[str, str]:
     return stem, suffix.lower()
 
 
-def _samples(places: dict[str, Place]) -> Iterator[dict]:
+def _samples(places: dict[str, Place], chosen: Chosen) -> Iterator[dict]:
     """The images among files, name -> place, each with the files of the same name.
 
     Every sample has a name and a problem, None or why it cannot be used. Without a problem it also has place, size
-    (height, width), captions and numbers. All of it can be written as JSON.
+    (height, width), captions and numbers; key, from which its captions were taken if not from a text file; keys, if
+    they were not where they were looked for. All of it can be written as JSON.
     """
-    rows = _metadata_rows(places)
-    for name in sorted(rows.keys() - places.keys()):
-        yield dict(name=name, problem=f"named in {rows[name]['']}, but not there")
+    rows, doubled = _metadata_rows(places, chosen.image)
+    for name in sorted(rows):
+        if name not in places:
+            yield dict(name=name, problem=f"named in {rows[name]['']}, but not there")
+        elif _split(name)[1] not in (*SUFFIXES, *UNREADABLE):
+            yield dict(name=name, problem=f"named in {rows[name]['']}, but not an image")
+    yield from (dict(name=name, problem=f"twice in {table}, the last row counts") for name, table in doubled)
     by_stem = {_split(name): place for name, place in places.items()}
+    for name, place in places.items():
+        by_stem.setdefault(_split(_composed(name)), place)
     for name, place in places.items():
         stem, suffix = _split(name)
         if suffix in UNREADABLE:
@@ -119,11 +186,16 @@ def _samples(places: dict[str, Place]) -> Iterator[dict]:
             yield dict(name=name, problem=str(error))
             continue
         try:
-            captions, numbers = _texts(stem, by_stem, rows.get(name, {}))
-        except ValueError as error:              # not UTF-8, not JSON
+            texts = _texts(stem, by_stem, rows.get(name, {}), chosen.caption)
+        except (ValueError, OSError) as error:   # not UTF-8, not JSON, a link to nowhere
             yield dict(name=name, problem=f"its text cannot be read: {reason(error)}")
             continue
-        yield dict(name=name, problem=None, place=place, size=size, captions=captions, numbers=numbers)
+        yield dict(name=name, problem=None, place=place, size=size, **texts)
+
+
+def _composed(name: str) -> str:
+    """One form for all spellings: macOS writes the e and the accent of "é" as two characters, others as one."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def _size_of(place: Place) -> tuple[int, int]:
@@ -146,29 +218,62 @@ def _size_of(place: Place) -> tuple[int, int]:
                     raise
 
 
-def _texts(stem: str, by_stem: dict[tuple[str, str], Place], row: dict) -> tuple[list[str], dict[str, float]]:
-    """Captions and numbers of an image: from its row of metadata, else .txt, else .caption, else .json."""
-    facts = json.loads(_text(by_stem[stem, ".json"])) if (stem, ".json") in by_stem else {}
+def _texts(stem: str, by_stem: dict[tuple[str, str], Place], row: dict, column: str | None) -> dict:
+    """Captions and numbers of an image: from its row of metadata, else .txt, else .caption, else .json.
+
+    column: the key with the captions, which then precedes text files, also in .json.
+    """
+    def beside(suffix: str) -> str | None:
+        place = by_stem.get((stem, suffix)) or by_stem.get((_composed(stem), suffix))
+        return place and _text(place)
+    text = beside(".json")
+    facts = {} if text is None else parsed(text)
     if not isinstance(facts, dict):
         raise ValueError("its .json is not an object")
-    captions = _captions_in(row)
-    if not captions and (stem, ".txt") in by_stem:
-        captions = _cleaned(_text(by_stem[stem, ".txt"]).split("\n"))
-    if not captions and (stem, ".caption") in by_stem:
-        captions = _cleaned([_text(by_stem[stem, ".caption"])])
-    return captions or _captions_in(facts), {**_numbers_in(facts), **_numbers_in(row)}
+    key, captions = _captions_in(row, column)
+    if not captions and column:
+        key, captions = _captions_in(facts, column)
+    if not captions and (text := beside(".txt")) is not None:
+        captions = _cleaned(text.split("\n"))
+    if not captions and (text := beside(".caption")) is not None:
+        captions = _cleaned([text])
+    if not captions:
+        key, captions = _captions_in(facts, column)
+    for caption in captions:
+        if half := re.search("[\ud800-\udfff]", caption):          # JSON can hold it, UTF-8 and tokenizers cannot
+            raise ValueError(f"half a character, \\u{ord(half[0]):04x}, such as half an emoji, in its caption")
+    found = dict(captions=captions, numbers={**_numbers_in(facts), **_numbers_in(row)})
+    if key is not None:
+        found["key"] = key
+    if not captions or column and key is None:
+        keys = sorted(key for key in {*row, *facts} - {"", None, "file_name"})
+        found |= dict(keys=keys) if keys else {}
+    return found
 
 
 def _text(place: Place) -> str:
     return content_of(place).decode("utf-8-sig")           # -sig: some editors begin a file with a mark
 
 
-def _captions_in(row: dict) -> list[str]:
-    value = next((row[key] for key in CAPTION_KEYS if row.get(key)), [])
-    if isinstance(value, str) and value.startswith("["):
-        with contextlib.suppress(ValueError):    # a list in a column of a CSV file; or a caption that begins with "["
-            value = json.loads(value)
-    return _cleaned(value if isinstance(value, list) else [value])
+def parsed(text: str):
+    """JSON -> Python.  Raises ValueError, also for a text that is nested so deeply that Python gives up."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("its JSON is nested too deeply") from None
+
+
+def _captions_in(row: dict, column: str | None) -> tuple[str | None, list[str]]:
+    """The first key, of column or else CAPTION_KEYS, that has captions, and them; None and [] if there is none."""
+    lower = {} if column else {key.lower(): key for key in row if key}
+    for key in [column] if column else [lower.get(key) for key in CAPTION_KEYS]:
+        value = row.get(key)
+        if isinstance(value, str) and value.startswith("["):
+            with contextlib.suppress(ValueError):          # a list in a column of a CSV file; or a caption with a "["
+                value = parsed(value)
+        if captions := _cleaned(value if isinstance(value, list) else [value]):
+            return key, captions
+    return None, []
 
 
 def _cleaned(captions: list) -> list[str]:
@@ -186,47 +291,76 @@ def _numbers_in(row: dict) -> dict[str, float]:
     return numbers
 
 
-def _metadata_rows(places: dict[str, Place]) -> dict[str, dict]:
-    """Name of an image -> its row of the nearest metadata.jsonl or .csv above it; under "", the name of that file."""
-    rows = {}
-    tables = [name for name in places if posixpath.basename(name) in ("metadata.jsonl", "metadata.csv")]
+def _metadata_rows(places: dict[str, Place], column: str | None) -> tuple[dict[str, dict], list[tuple[str, str]]]:
+    """Name of an image -> its row of the nearest metadata.jsonl, .csv or .parquet above it; under "", the name of that
+    file.  And (name, file) of images with several rows.  column: the key of the file names."""
+    rows, doubled, key = {}, [], column or "file_name"
+    tables = [name for name in places
+              if posixpath.basename(name) in ("metadata.jsonl", "metadata.csv", "metadata.parquet")]
+    composed = {_composed(name): name for name in places if not name.isascii()} if tables else {}
     for table in sorted(tables, key=lambda name: name.count("/")):             # deeper ones later, so that they win
         folder, number = posixpath.dirname(table), 0
         try:
-            text = _text(places[table])
-            # Not splitlines(): a JSON text may contain U+2028, which splitlines() takes for the end of a line.
-            lines = (csv.DictReader(io.StringIO(text, newline="")) if table.endswith(".csv")
-                     else filter(str.strip, text.split("\n")))
-            for number, line in enumerate(lines, 1):
-                row = json.loads(line) if isinstance(line, str) else line
-                rows[posixpath.normpath(posixpath.join(folder, row["file_name"]))] = {**row, "": table}
-        except (ValueError, KeyError, TypeError, csv.Error) as error:
+            for number, row in enumerate(_rows(table, places[table]), 1):
+                row = parsed(row) if isinstance(row, str) else row
+                if not isinstance(row, dict):
+                    raise ValueError("it is not an object")
+                row = {name: value for name, value in row.items() if name is not None}     # more cells than columns
+                if key not in row:
+                    raise ValueError(f"{key!r} is not among its keys {', '.join(row) or '(none)'}, "
+                                     "and --image-column names no other")
+                name = posixpath.normpath(posixpath.join(folder, row[key]))
+                name = name if name in places else composed.get(_composed(name), name)
+                doubled += [(name, table)] * (rows.get(name, {}).get("") == table)
+                rows[name] = {**row, "": table}
+        except (ValueError, TypeError, csv.Error) as error:
             raise ValueError(f"{places[table][0]}, row {number}: {reason(error)}; "
-                             "expected file_name and text in each row") from error
-    return rows
+                             f"expected {key} and text in each row") from error
+    return rows, doubled
+
+
+def _rows(table: str, place: Place) -> Iterator[dict | str]:
+    """The rows of a file of metadata, those of a .jsonl as text."""
+    if table.endswith(".parquet"):
+        yield from open_table(io.BytesIO(content_of(place)), table).rows
+        return
+    text = _text(place)
+    if table.endswith(".csv"):
+        yield from csv.DictReader(io.StringIO(text, newline=""))
+        return
+    # Not splitlines(): a JSON text may contain U+2028, which splitlines() takes for the end of a line.
+    yield from filter(str.strip, text.split("\n"))
 
 
 # ----- shards --------------------------------------------------------------------------------------------------------
 
-def _shards(source: str, index_folder: Path | None) -> list[Path]:
-    """Tar or parquet files of a source that is not a folder, in order.  Remote ones are fetched first."""
+def _parts(source: str, index_folder: Path | None, chosen: Chosen) -> list[tuple[Path, str]]:
+    """The folders and shards of a source, in order, and how to name them.  Remote ones are fetched first."""
+    if chosen.config and not source.startswith("hub:"):
+        raise ValueError(f"{source} has no configurations: remove --dataset-config, or give hub:NAME")
     if source.startswith("pipe:"):
-        return [_spooled(f"pipe:{command}", command.split("/")[-1], index_folder,
-                         lambda tar, command=command: _run(command, tar))
-                for command in _expand(source[5:])]
+        return [(tar, str(tar)) for tar in
+                (_spooled(f"pipe:{command}", command.split("/")[-1], index_folder,
+                          lambda tar, command=command: _run(command, tar)) for command in _expand(source[5:]))]
     if source.startswith("hub:"):
-        return [_spooled(source, source[4:], index_folder, lambda tar: _write_tar(_hub_rows(source[4:]), tar))]
+        return [(_table_as_tar(source, source[4:], lambda: hub_table(source[4:], chosen.config), index_folder, chosen),
+                 source)]
     if re.match(r"\w+://", source):              # never guessed: which program would fetch it, with which credentials?
         raise ValueError(f"{source} is not on this disk: "
-                         f"give the command that fetches it, such as 'pipe:curl -sfL {source}'")
+                         f"give the command that fetches it, such as 'pipe:curl -sfL {source}'{_hub_hint(source)}")
     files, missing = [], []
     for pattern in [source] if os.path.exists(source) else _expand(source):
         matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         files, missing = files + matches, missing + [pattern] * (not matches)
     if missing:
         more = f", and {len(missing) - 1} more of {source} are missing" if len(missing) > 1 else ""
-        raise ValueError(f"{missing[0]}: there is no such folder or file{more}")
-    return [Path(file) for file in files]
+        raise ValueError(f"{missing[0]}: there is no such folder or file{more}{_hub_hint(source)}")
+    return [(Path(file), file) for file in files]
+
+
+def _hub_hint(source: str) -> str:
+    name = re.fullmatch(r"(?:https://huggingface\.co/datasets/)?(\w[\w.-]*/\w[\w.-]*)", source)
+    return f"; a dataset of the Hub is given as hub:{name[1]}" if name else ""
 
 
 def _expand(pattern: str) -> list[str]:
@@ -243,63 +377,100 @@ def _expand(pattern: str) -> list[str]:
             for text in _expand(pattern[:match.start()] + word + pattern[match.end():])]
 
 
-def _tar_samples(path: Path, index_folder: Path | None, found: Counter) -> Iterator[dict]:
+def _shard_samples(path: Path, label: str, index_folder: Path | None, found: Found, chosen: Chosen) -> Iterator[dict]:
+    """The samples of a tar file or table. A table's tar has names like 000000012.COLUMN.jpg."""
+    if path.suffix.lower() in TABLES:
+        stat = path.stat()
+        known_as = f"{path.absolute()} ({stat.st_size} bytes of {stat.st_mtime_ns})"
+        path = _table_as_tar(known_as, path.stem, lambda path=path: open_table(path, str(path)), index_folder, chosen)
+    for sample in _tar_samples(path, label, index_folder, found, chosen):
+        _count(sample, found)
+        yield sample
+
+
+def _tar_samples(path: Path, label: str, index_folder: Path | None, found: Found, chosen: Chosen) -> Iterator[dict]:
     """The samples of a tar file, from its index if size and modification time of the file are still the same."""
-    stat = path.stat()
+    stat, of_table = path.stat(), path.name.endswith(".table.tar")
     stamp = [INDEX_VERSION, stat.st_size, stat.st_mtime_ns]
-    known_as = hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:12]
+    if chosen.caption or chosen.image:           # which decide about captions, see _texts and _metadata_rows
+        stamp += [chosen.caption, chosen.image]
+    known_as = hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest()[:12]
     index = (index_folder / f"{path.stem}-{known_as}.index.json" if index_folder
              else path.with_name(f"{path.name}.index.json"))
     content = {}
     with contextlib.suppress(OSError, ValueError):         # no index yet, or an incomplete one
-        content = json.loads(index.read_text(encoding="utf-8"))
+        content = parsed(index.read_text(encoding="utf-8"))
     if not isinstance(content, dict) or content.get("stamp") != stamp:
-        places, doubled, whole = _tar_places(path)
+        places, unusable, whole = _tar_places(path)
         samples = [dict(sample, place=sample["place"][1:]) if "place" in sample else sample
-                   for sample in _samples(places)]
-        samples += [dict(name=name, problem="twice in the shard, the last one counts") for name in doubled]
+                   for sample in _samples(places, chosen)]
+        samples += unusable
         samples += [dict(name="...", problem=f"cut off or damaged after {len(places)} files")] * (not whole)
+        if of_table:
+            samples += [dict(name=_split(name)[0], problem=_text(place)) for name, place in places.items()
+                        if name.endswith(NOT_USABLE)]
         content = dict(stamp=stamp, found=Counter(_split(name)[1] for name in places), samples=samples)
         with contextlib.suppress(OSError):       # if nothing may be written there, it is read again next time
             write_atomically(index, lambda temporary: temporary.write_text(json.dumps(content), encoding="utf-8"))
-    found.update(content["found"])
+    found.files.update(content["found"])
     for sample in content["samples"]:
         if "place" in sample:
             sample["place"] = (str(path), *sample["place"])
-        yield dict(sample, name=f"{path}/{sample['name']}")
+            if of_table:
+                found.images.update([_split(_split(sample["name"])[0])[1][1:]])
+        yield dict(sample, name=f"{label}/{sample['name']}")
 
 
-def _tar_places(path: Path) -> tuple[dict[str, Place], list[str], bool]:
-    """Names in an uncompressed tar file -> places of their content; names that occur twice; is the file whole?"""
+def _tar_places(path: Path) -> tuple[dict[str, Place], list[dict], bool]:
+    """Names in an uncompressed tar file -> places of their content; samples that are only a name and a problem, for
+    what cannot be used; is the file whole?"""
     with open(path, "rb") as file:
         if file.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):   # gzip, bzip2, xz, zstd
             raise ValueError(f"{path} is compressed, so it could only be read from its beginning: unpack it to a plain "
                              ".tar, which is hardly larger, because images are compressed already")
-        places, doubled, end, size = {}, [], 0, os.fstat(file.fileno()).st_size
+        places, links, unusable, end, size = {}, {}, [], 0, os.fstat(file.fileno()).st_size
         with contextlib.suppress(tarfile.TarError), tarfile.open(path, "r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()              # tarfile remembers all members it has seen
                 name, complete = posixpath.normpath(member.name), member.offset_data + member.size <= size
-                if member.isfile() and complete and not posixpath.basename(name).startswith("."):
-                    doubled += [name] * (name in places)
-                    places[name] = (str(path), member.offset_data, member.size)
+                if member.isdir() or not complete or posixpath.basename(name).startswith("."):
+                    continue
+                if name in places:
+                    unusable.append(dict(name=name, problem="twice in the shard, the last one counts"))
+                    links.pop(name, None)
+                places[name] = (str(path), member.offset_data, member.size)
+                if member.islnk() or member.issym():       # a hard link names another member, a symbolic one a path
+                    folder = posixpath.dirname(name) * member.issym()
+                    links[name] = posixpath.normpath(posixpath.join(folder, member.linkname))
+                elif not member.isreg() or member.issparse():
+                    unusable.append(dict(name=name, problem="neither a file nor a link, or with holes in it"))
+                    del places[name]
             end = tar.offset
         file.seek(end)
         whole = file.read(512) == bytes(512)     # the end is a block of zeros; tarfile also stops at a damaged header
+    for name in links:
+        target = links[name]
+        for _ in range(40):                      # links to links; more than 40 are a circle, as for Linux
+            target = links.get(target, target)
+        places[name] = places[target] if target in places and target not in links else None
+        if places[name] is None:
+            unusable.append(dict(name=name, problem=f"a link to {target}, which is not in the shard"))
+    places = {name: place for name, place in places.items() if place}
     if not places and not whole:
         raise ValueError(f"{path} cannot be read as a tar file: "
                          "expected a folder of images, a complete .tar or a .parquet file")
-    return places, doubled, whole
+    return places, unusable, whole
 
 
 # ----- sources that are rewritten as tar files first -----------------------------------------------------------------
 
-def _spooled(known_as: str, label: str, folder: Path | None, write: Callable[[Path], None]) -> Path:
+def _spooled(known_as: str, label: str, folder: Path | None, write: Callable[[Path], None],
+             suffix: str = ".tar") -> Path:
     """A tar file in `folder`; write(path) makes it unless it exists."""
     if folder is None:
         raise ValueError(f"{known_as} needs an index_folder, where its content is kept")
     label = re.sub(r"[^\w.-]+", "-", label.removesuffix(".tar"))[-40:].lstrip("-.")
-    path = folder / f"{label}-{hashlib.sha256(known_as.encode()).hexdigest()[:12]}.tar"
+    path = folder / f"{label}-{hashlib.sha256(os.fsencode(known_as)).hexdigest()[:12]}{suffix}"
     if not path.exists():
         write_atomically(path, write)
     return path
@@ -320,47 +491,9 @@ def _run(command: str, path: Path) -> None:
         raise ValueError(f"pipe:{command}: its output of {path.stat().st_size} bytes is cut off ({message})")
 
 
-def _parquet_as_tar(path: Path, index_folder: Path | None) -> Path:
-    def rows():
-        try:
-            from pyarrow.parquet import ParquetFile
-        except ImportError:
-            raise ValueError(f"{path} needs the package pyarrow: pip install pyarrow") from None
-        for batch in ParquetFile(path).iter_batches(batch_size=16):
-            yield from batch.to_pylist()
-    stat = path.stat()
-    known_as = f"{path.absolute()} ({stat.st_size} bytes of {stat.st_mtime_ns})"
-    return _spooled(known_as, path.stem, index_folder, lambda tar: _write_tar(rows(), tar))
-
-
-def _hub_rows(name_and_split: str) -> Iterator[dict]:
-    name, _, split = name_and_split.partition(":")
-    try:
-        import datasets
-    except ImportError:
-        raise ValueError(f"hub:{name} needs the package datasets: pip install datasets") from None
-    try:
-        rows = datasets.load_dataset(name, split=split or "train")
-    except Exception as error:                   # of a dozen kinds: not found, no network, another split, ...
-        raise ValueError(f"hub:{name} cannot be loaded: {reason(error)}") from error
-    for column, kind in rows.features.items():
-        if isinstance(kind, datasets.Image):     # its bytes unchanged, rather than decoded
-            rows = rows.cast_column(column, datasets.Image(decode=False))
-    yield from rows
-
-
-def _write_tar(rows: Iterable[dict], path: Path) -> None:
-    """Rows of a table -> a tar file.  The image is the first column of bytes, or of dict(bytes, path) as on the Hub."""
-    with tarfile.open(path, "w") as tar:
-        for number, row in enumerate(rows):
-            image = next((value for value in row.values()
-                          if isinstance(value, bytes) or isinstance(value, dict) and "bytes" in value), None)
-            if image is None:
-                raise ValueError(f"row {number} has no image: expected a column of bytes, found {', '.join(row)}")
-            content = image if isinstance(image, bytes) else image["bytes"] or Path(image["path"]).read_bytes()
-            facts = {key: value for key, value in row.items() if isinstance(value, (str, int, float, list))}
-            # Pillow recognizes images by their content, not by their name, so .jpg will do for all.
-            for suffix, data in ((".jpg", content), (".json", json.dumps(facts, default=str).encode())):
-                member = tarfile.TarInfo(f"{number:09d}{suffix}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+def _table_as_tar(known_as: str, label: str, table: Callable[[], Table], index_folder: Path | None, chosen: Chosen
+                  ) -> Path:
+    """A tar file of a table's rows, made once for each choice of column and configuration."""
+    known_as = " ".join([known_as, *(f"{name} {value}" for name, value in (("image", chosen.image),
+                                                                           ("config", chosen.config)) if value)])
+    return _spooled(known_as, label, index_folder, lambda tar: write_tar(table(), tar, chosen.image), ".table.tar")

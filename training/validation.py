@@ -23,7 +23,7 @@ def random_images(dataset, sizes: list[tuple[int, int]], rng: np.random.Generato
     """Pixels (1,h,w,3) uint8, in the nearest of `sizes`, and caption of `count` images that rng draws."""
     nearest = nearest_bucket(dataset.sizes, sizes)                                       # (N,)
     for i in rng.permutation(len(dataset))[:count].tolist():
-        pixels, j = dataset.read_or_next(i, np.flatnonzero(nearest == nearest[i]))
+        pixels, j = dataset.read_or_replace(i, np.flatnonzero(nearest == nearest[i]))
         yield torch.from_numpy(np.array(fit(pixels, sizes[nearest[i]])))[None], dataset.captions(j)[0]
 
 

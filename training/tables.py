@@ -1,0 +1,146 @@
+"""Tables of images: parquet and arrow files, datasets of the Hub.  Rows are rewritten as a tar file, see write_tar.
+
+  path -open_table-> Table;  "NAME:SPLIT" -hub_table-> Table;  Table -write_tar-> a tar file, a row per image
+
+Surprise: a row may hold only the name of a file. Such a file is not read, because whoever made the table would then
+decide what is read from this disk. It is counted as skipped. The exception are files in the cache of datasets, where it
+puts the images of a dataset that is itself a folder.
+Needs: pyarrow for parquet and arrow files, datasets for the Hub.
+"""
+import io
+import json
+import re
+import tarfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from extras.images import reason
+
+TABLES = (".parquet", ".arrow")
+NOT_USABLE = ".skipped"          # suffix of the member of a tar that says why a row has no image
+# Names of the column with the images, in this order; other names are taken if there is only one column of images.
+IMAGE_COLUMNS = ("image", "images", "img", "jpg", "jpeg", "png", "webp", "photo", "picture")
+
+
+@dataclass
+class Table:
+    """Rows, and for each column whether it may hold images. folders: from which files named in rows may be read."""
+    name: str
+    columns: dict[str, bool]
+    rows: Iterable[dict]
+    folders: list[Path] = field(default_factory=list)
+
+
+def open_table(file, name: str) -> Table:
+    """A parquet file, or an arrow file as datasets writes it. Raises ValueError."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(f"{name} needs the package pyarrow: pip install pyarrow") from None
+
+    def checked(read: Iterator) -> Iterator:
+        try:
+            yield from read
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ValueError(f"{name} cannot be read as a table: {reason(error)}") from error
+
+    def opened() -> Iterator:                    # the schema, then the rows
+        if name.lower().endswith(".parquet"):
+            table = pyarrow.parquet.ParquetFile(file)
+            yield table.schema_arrow
+            batches = table.iter_batches(batch_size=16)
+        else:
+            stream = pyarrow.ipc.open_stream(pyarrow.memory_map(str(file)))
+            yield stream.schema
+            batches = (batch.slice(start, 16) for batch in stream for start in range(0, len(batch), 16))
+        for batch in batches:
+            yield from batch.to_pylist()
+
+    def may_hold_images(kind) -> bool:           # bytes, or dict(bytes, path) as on the Hub
+        if pyarrow.types.is_struct(kind):
+            return kind.get_field_index("bytes") >= 0
+        return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
+    rows = checked(opened())
+    return Table(name, {column.name: may_hold_images(column.type) for column in next(rows)}, rows)
+
+
+def hub_table(name_and_split: str, config: str | None = None) -> Table:
+    """NAME[:SPLIT] of the Hub. Raises ValueError."""
+    name, _, split = name_and_split.partition(":")
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(f"hub:{name} needs the package datasets: pip install datasets") from None
+    try:
+        rows = datasets.load_dataset(name, *[config] * bool(config), split=split or "train")
+    except Exception as error:                   # of a dozen kinds: not found, no network, another split, ...
+        configs = re.search(r"available configs: (\[.*?\])", str(error))
+        more = f" It has the configurations {configs[1]}: choose one with --dataset-config" if configs else ""
+        raise ValueError(f"hub:{name} cannot be loaded: {reason(error)}{more}") from error
+    columns = {}
+    for column, kind in rows.features.items():
+        columns[column] = (isinstance(kind, datasets.Image) or isinstance(kind, dict) and "bytes" in kind
+                           or getattr(kind, "dtype", None) in ("binary", "large_binary"))
+        if isinstance(kind, datasets.Image):     # its bytes unchanged, rather than decoded
+            rows = rows.cast_column(column, datasets.Image(decode=False))
+    names = ("HF_CACHE_HOME", "HF_DATASETS_CACHE", "DOWNLOADED_DATASETS_PATH", "EXTRACTED_DATASETS_PATH")
+    caches = [getattr(getattr(datasets, "config", None), cache, None) for cache in names]
+    return Table(f"hub:{name}", columns, rows, [Path(cache).resolve() for cache in caches if cache])
+
+
+def write_tar(table: Table, path: Path, asked: str | None = None) -> None:
+    """A table -> a tar file with NUMBER.COLUMN.jpg and .json for each row, or NUMBER.skipped, which says why not.
+
+    asked: the column with the images. Raises ValueError if there is none, or no telling which.
+    """
+    column = image_column(table, asked)
+    label = re.sub(r"[^\w-]+", "-", column)
+    with tarfile.open(path, "w") as tar:
+        for number, row in enumerate(table.rows):
+            facts = {key: value for key, value in row.items()
+                     if key != column and (value is None or isinstance(value, (str, int, float, list)))}
+            # Pillow recognizes images by their content, not by their name, so .jpg will do for all.
+            try:
+                members = {f".{label}.jpg": content_of_cell(row[column], table.folders),
+                           f".{label}.json": json.dumps(facts, default=str).encode()}
+            except (ValueError, OSError) as error:
+                members = {NOT_USABLE: f"column {column}: {reason(error)}".encode(errors="backslashreplace")}
+            for suffix, data in members.items():
+                member = tarfile.TarInfo(f"{number:09d}{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+def image_column(table: Table, asked: str | None) -> str:
+    """The column asked for; else the first of IMAGE_COLUMNS; else the only one that may hold images."""
+    names = ", ".join(table.columns)
+    candidates = [name for name, usable in table.columns.items() if usable]
+    if asked is not None:
+        if asked not in candidates:
+            problem = "holds no images" if asked in table.columns else "is not there"
+            raise ValueError(f"{table.name}: --image-column {asked} {problem}: expected a column of bytes, found {names}")
+        return asked
+    if not candidates:
+        raise ValueError(f"{table.name}: row 0 has no image: expected a column of bytes, found {names}")
+    lower = {name.lower(): name for name in reversed(candidates)}
+    usual = [lower[name] for name in IMAGE_COLUMNS if name in lower]
+    if not usual and len(candidates) > 1:
+        raise ValueError(f"{table.name} has several columns of images, {', '.join(candidates)}: "
+                         f"choose one with --image-column")
+    return (usual or candidates)[0]
+
+
+def content_of_cell(cell, folders: list[Path]) -> bytes:
+    """The bytes of an image. Raises ValueError if there are none."""
+    path = cell if isinstance(cell, str) else None
+    if isinstance(cell, dict):
+        cell, path = cell.get("bytes"), cell.get("path")
+    if isinstance(cell, bytes):
+        return cell
+    if not path:
+        raise ValueError("it is null")
+    if not any(Path(path).resolve().is_relative_to(folder) for folder in folders):
+        raise ValueError(f"it only names the file {path}, and files that a table names are not read")
+    return Path(path).read_bytes()
