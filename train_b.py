@@ -306,8 +306,7 @@ def main(args):
     check(args)
     checkpoints = Checkpoints(args, results=("decoder", "image_encoder"))
     resumed, processes = checkpoints.find(args.resume), Processes(args.device)
-    device = processes.device
-    dtype, autocast = set_precision(args, device)
+    dtype, autocast = set_precision(args, device := processes.device)
     torch.manual_seed(args.seed)
 
     # --- data, before any model is fetched, and models --------------------------------------------

@@ -255,11 +255,10 @@ def main(args):
     check(args)
     checkpoints = Checkpoints(args, ("lora.safetensors" if args.lora else "prior", "base.json"))
     resumed, processes = checkpoints.find(args.resume), Processes(args.device)
-    device = processes.device
     if args.lr is None:
         args.lr = 1e-5 if not args.lora and args.init == "weights" else 1e-4
     args.alpha = float(args.rank) if args.alpha is None else args.alpha
-    dtype, autocast = set_precision(args, device)
+    dtype, autocast = set_precision(args, device := processes.device)
     torch.manual_seed(args.seed)
 
     # --- data, before any model is fetched, and models --------------------------------------------

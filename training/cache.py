@@ -189,8 +189,8 @@ def fill_cache(dataset: ImageDataset, sizes: Callable[[int], list[tuple[int, int
     sizes     i -> all (height, width) to which image i is cut, centered; flips: also mirrored
     caches    name -> Cache;  encoders: the same name -> function of pixels (1,h,w,3) uint8 to a latent (1,C,h',w')
     texts     a CachedTexts, or None
-    -> for each image that cannot be read, the next one of its bucket (dataset.bucket) or else of all, to be used instead.
-    Raises ValueError if there is none.
+    -> for each image that cannot be read, the next one of its bucket (dataset.bucket) or else of all, to be used
+    instead.  Raises ValueError if there is none.
     """
     def keys_of(i: int, sizes: Callable) -> dict[str, tuple]:
         return {latent_key(dataset, i, size, flip): (i, size, flip) for size in sizes(i)

@@ -55,8 +55,8 @@ def open_dataset(source: str | Path, *, min_side: int = 64, captions_required: b
     min_side           px: images with a shorter side are skipped
     captions_required  skip images without a caption; False: they get the caption ""
     index_folder       where indexes and copies of remote shards go (default: an index stands next to its shard)
-    image_column       column of a table with the images (default: the first of tables.IMAGE_COLUMNS, or the only one), or
-                       the key of metadata with the file names (default: file_name)
+    image_column       column of a table with the images (default: the first of tables.IMAGE_COLUMNS, or the only one),
+                       or the key of metadata with the file names (default: file_name)
     caption_column     column or key with the captions, also in .json (default: the first of sources.CAPTION_KEYS that
                        has one)
     dataset_config     configuration of a dataset of the Hub

@@ -120,7 +120,8 @@ def image_column(table: Table, asked: str | None) -> str:
     if asked is not None:
         if asked not in candidates:
             problem = "holds no images" if asked in table.columns else "is not there"
-            raise ValueError(f"{table.name}: --image-column {asked} {problem}: expected a column of bytes, found {names}")
+            raise ValueError(f"{table.name}: --image-column {asked} {problem}: expected a column of bytes, "
+                             f"found {names}")
         return asked
     if not candidates:
         raise ValueError(f"{table.name}: row 0 has no image: expected a column of bytes, found {names}")
