@@ -38,9 +38,20 @@ def channels_last(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1)
 
 
-def layer_norm(x: Tensor) -> Tensor:
-    """(...,C) -> (...,C) with mean 0 and variance 1 over C. It has no parameters."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+def layer_norm(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """(...,C) -> (...,C), mean 0 and variance 1 over C. dtype: of the next weights, see widen."""
+    x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
+    return x.half() if dtype == torch.float16 else x
+
+
+def widen(x: Tensor) -> Tensor:
+    """float16 -> float32: blocks add up to more than 65504, where float16 ends. Others as is."""
+    return x.float() if x.dtype == torch.float16 else x
+
+
+def narrow(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """x in float16 for weights of that dtype, at most 65504. For other weights as it is."""
+    return x.clamp(-65504, 65504).half() if dtype == torch.float16 != x.dtype else x
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
@@ -71,10 +82,18 @@ class GlobalResponseNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B,H,W,C) -> (B,H,W,C)."""
-        energy = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)               # (B, 1, 1, C)
-        n = energy / (energy.mean(-1, keepdim=True) + 1e-6)                          # (B, 1, 1, C)
+        dtype = torch.float32 if x.dtype == torch.float16 else None      # a sum over many positions
+        energy = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=dtype)  # (B, 1, 1, C)
+        n = (energy / (energy.mean(-1, keepdim=True) + 1e-6)).to(x.dtype)            # (B, 1, 1, C)
         # gamma * (x * n) + x = x * (1 + gamma * n): the small factor first, so x is read only once.
         return torch.addcmul(self.beta, x, 1 + self.gamma * n)                       # (B, H, W, C)
+
+
+class Depthwise(nn.Conv2d):
+    """A convolution in x's type, also with float16 weights: it reads what widen made float32."""
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B,C,H,W) -> (B,C',H,W)."""
+        return self._conv_forward(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 
 class ResBlock(nn.Module):
@@ -83,7 +102,7 @@ class ResBlock(nn.Module):
     The MLP may see more than x: in Stage B a U-Net skip and the semantic latent, as extras."""
     def __init__(self, c: int, c_skip: int = 0, kernel_size: int = 3, dropout: float = 0.0):
         super().__init__()
-        self.depthwise = nn.Conv2d(c, c, kernel_size, padding=kernel_size // 2, groups=c)
+        self.depthwise = Depthwise(c, c, kernel_size, padding=kernel_size // 2, groups=c)
         self.expand = nn.Linear(c + c_skip, 4 * c)
         self.grn = GlobalResponseNorm(4 * c)
         self.dropout = dropout
@@ -91,8 +110,9 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, *extras: Tensor) -> Tensor:
         """x (B,H,W,C), extras (B,H,W,C_i) with sum C_i = c_skip -> (B,H,W,C)."""
-        h = layer_norm(channels_last(self.depthwise(channels_first(x))))             # (B, H, W, C)
-        h = torch.cat([h, *extras], dim=-1) if extras else h                 # (B, H, W, C + c_skip)
+        h = channels_last(self.depthwise(channels_first(x)))                         # (B, H, W, C)
+        h = layer_norm(h, self.grn.gamma.dtype)
+        h = torch.cat([h, *(narrow(e, h.dtype) for e in extras)], dim=-1) if extras else h
         h = self.grn(F.gelu(self.expand(h)))                                        # (B, H, W, 4C)
         return x + self.contract(F.dropout(h, self.dropout, self.training))          # (B, H, W, C)
 
@@ -127,7 +147,7 @@ class AttentionBlock(nn.Module):
 
     def attend(self, x: Tensor, kv: tuple[Tensor, Tensor]) -> Tensor:
         """x (B,H,W,C), kv 2 x (B,N,C) from text_kv -> (B,H,W,C)."""
-        tokens = layer_norm(x).flatten(1, 2)                                          # (B, H*W, C)
+        tokens = layer_norm(x, kv[0].dtype).flatten(1, 2)                             # (B, H*W, C)
         # Image and text are projected separately, so a frozen text needs no gradient.
         k = torch.cat([self.key(tokens), kv[0]], dim=1)                           # (B, H*W + N, C)
         v = torch.cat([self.value(tokens), kv[1]], dim=1)                         # (B, H*W + N, C)
@@ -168,29 +188,32 @@ class StageB(nn.Module):
     levels  a pattern of blocks, C = ResBlock, T = TimestepBlock, A = AttentionBlock, which is
             repeated blocks[i] times
     inject  whether a level's ResBlocks get the semantic latent (the finest does not: it would cost
-            the most there and adds only what the level below already knows)"""
+            the most there and adds only what the level below already knows)
+    dropout one rate, or one for each level
+    A skip joins the first block of a level on the way up. If that is no ResBlock it is unused."""
     def __init__(self, c_in: int = 4, c_out: int = 4, c_timestep: int = 64, patch_size: int = 2,
                  c_cond: int = 1024, c_hidden=(320, 640, 1280, 1280), heads=(-1, 10, 20, 20),
                  blocks=(4, 4, 14, 4), levels=("CT", "CTA", "CTA", "CTA"),
                  inject=(False, True, True, True), c_semantic: int = 16, c_text: int = 1024,
-                 kernel_size: int = 3, dropout: float = 0.1):
+                 kernel_size: int = 3, dropout: float | list[float] = 0.1):
         super().__init__()
         self.config = dict(
             c_in=c_in, c_out=c_out, c_timestep=c_timestep, patch_size=patch_size, c_cond=c_cond,
             c_hidden=tuple(c_hidden), heads=tuple(heads), blocks=tuple(blocks),
             levels=tuple(levels), inject=tuple(inject), c_semantic=c_semantic, c_text=c_text,
             kernel_size=kernel_size, dropout=dropout)
+        rates = dropout if isinstance(dropout, list | tuple) else [dropout] * len(c_hidden)
         self.patch_size, self.c_timestep, depth = patch_size, c_timestep, len(c_hidden)
         self.multiple = patch_size * 2 ** (depth - 1)      # x_t's sides must be multiples of this
         self.checkpointing = False             # in training: the backward pass recomputes blocks
 
         def block(letter: str, level: int, c_skip: int) -> nn.Module:
             if letter == "C":
-                return ResBlock(c_hidden[level], c_skip, kernel_size, dropout)
+                return ResBlock(c_hidden[level], c_skip, kernel_size, rates[level])
             if letter == "T":
                 return TimestepBlock(c_hidden[level], c_timestep)
             if letter == "A":
-                return AttentionBlock(c_hidden[level], c_cond, heads[level], dropout)
+                return AttentionBlock(c_hidden[level], c_cond, heads[level], rates[level])
             raise ValueError(f"Stage B level pattern {levels[level]!r} has an unknown letter "
                              f"{letter!r}: use C, T and A.")
 
@@ -236,7 +259,9 @@ class StageB(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, semantic: Tensor, text: Tensor) -> Tensor:
         """x_t (B,4,h,w), t (B,) in [0, 1], semantic (B,16,h',w') of any size, text (B,N,c_text)
-        -> eps (B,4,h,w). Raises ValueError if h and w are not multiples of `multiple`."""
+        -> eps (B,4,h,w) in x_t's dtype: float32 also for half-precision weights, because the last
+        line would magnify its rounding. Raises ValueError if h, w are not multiples of `multiple`.
+        """
         # With ab = alphas_cumprod, x_t = sqrt(ab) x_0 + sqrt(1 - ab) eps, and therefore
         # eps = (x_t - sqrt(ab) x_0) / sqrt(1 - ab). The head has that form: a is the signal,
         # b in (0.001, 0.999) the noise's scale.
@@ -252,15 +277,17 @@ class StageB(nn.Module):
                 f"Stage B got latents of shape {tuple(x_t.shape)}, expected (B, "
                 f"{self.config['c_in']}, h, w) with h and w multiples of {self.multiple}: a "
                 f"latent is 4 px wide.")
-        t_embedding = timestep_embedding(t, self.c_timestep).to(x_t.dtype)        # (B, c_timestep)
+        dtype = next(self.parameters()).dtype
+        t_embedding = timestep_embedding(t, self.c_timestep).to(dtype)            # (B, c_timestep)
         text = layer_norm(self.embed_text(text))                                   # (B, N, c_cond)
-        x = channels_last(F.pixel_unshuffle(x_t, self.patch_size))              # (B, h/2, w/2, 16)
-        x = layer_norm(self.embed(x))                                           # (B, h/2, w/2, C0)
+        x = channels_last(F.pixel_unshuffle(x_t.to(dtype), self.patch_size))    # (B, h/2, w/2, 16)
+        x = widen(layer_norm(self.embed(x)))                                    # (B, h/2, w/2, C0)
 
         skips, depth = [], len(self.down_blocks)
         for i in range(depth):                                  # down to the coarsest level ...
             if i > 0:
-                x = channels_last(self.downsample[i](channels_first(layer_norm(x))))
+                x = self.downsample[i](channels_first(layer_norm(x, dtype)))
+                x = widen(channels_last(x))
             x = self.run_level(self.down_blocks[i], self.semantic_down[i], x, t_embedding, semantic,
                                text)                                               # (B, H, W, C_i)
             skips.append(x)
@@ -269,9 +296,10 @@ class StageB(nn.Module):
             x = self.run_level(self.up_blocks[i], self.semantic_up[i], x, t_embedding, semantic,
                                text, skips[i])                                     # (B, H, W, C_i)
             if i > 0:
-                x = channels_last(self.upsample[i](channels_first(layer_norm(x))))
+                x = self.upsample[i](channels_first(layer_norm(x, dtype)))
+                x = widen(channels_last(x))
 
-        x = channels_first(self.head(layer_norm(x)))                            # (B, 32, h/2, w/2)
+        x = channels_first(self.head(layer_norm(x, dtype))).to(x_t.dtype)       # (B, 32, h/2, w/2)
         a, b = F.pixel_shuffle(x, self.patch_size).chunk(2, dim=1)                # 2 x (B, 4, h, w)
         return a, b.sigmoid() * (1 - 2e-3) + 1e-3
 

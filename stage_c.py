@@ -37,9 +37,20 @@ def channels_last(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1)
 
 
-def layer_norm(x: Tensor) -> Tensor:
-    """(...,C) -> (...,C) with mean 0 and variance 1 over C. It has no parameters."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+def layer_norm(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """(...,C) -> (...,C), mean 0 and variance 1 over C. dtype: of the next weights, see widen."""
+    x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
+    return x.half() if dtype == torch.float16 else x
+
+
+def widen(x: Tensor) -> Tensor:
+    """float16 -> float32: blocks add up to more than 65504, where float16 ends. Others as is."""
+    return x.float() if x.dtype == torch.float16 else x
+
+
+def narrow(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """x in float16 for weights of that dtype, at most 65504. For other weights as it is."""
+    return x.clamp(-65504, 65504).half() if dtype == torch.float16 != x.dtype else x
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
@@ -70,10 +81,18 @@ class GlobalResponseNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B,H,W,C) -> (B,H,W,C)."""
-        energy = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)               # (B, 1, 1, C)
-        n = energy / (energy.mean(-1, keepdim=True) + 1e-6)                          # (B, 1, 1, C)
+        dtype = torch.float32 if x.dtype == torch.float16 else None      # a sum over many positions
+        energy = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=dtype)  # (B, 1, 1, C)
+        n = (energy / (energy.mean(-1, keepdim=True) + 1e-6)).to(x.dtype)            # (B, 1, 1, C)
         # gamma * (x * n) + x = x * (1 + gamma * n): the small factor first, so x is read only once.
         return torch.addcmul(self.beta, x, 1 + self.gamma * n)                       # (B, H, W, C)
+
+
+class Depthwise(nn.Conv2d):
+    """A convolution in x's type, also with float16 weights: it reads what widen made float32."""
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B,C,H,W) -> (B,C',H,W)."""
+        return self._conv_forward(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 
 class ResBlock(nn.Module):
@@ -82,7 +101,7 @@ class ResBlock(nn.Module):
     The MLP may see more than x: in Stage B a U-Net skip and the semantic latent, as extras."""
     def __init__(self, c: int, c_skip: int = 0, kernel_size: int = 3, dropout: float = 0.0):
         super().__init__()
-        self.depthwise = nn.Conv2d(c, c, kernel_size, padding=kernel_size // 2, groups=c)
+        self.depthwise = Depthwise(c, c, kernel_size, padding=kernel_size // 2, groups=c)
         self.expand = nn.Linear(c + c_skip, 4 * c)
         self.grn = GlobalResponseNorm(4 * c)
         self.dropout = dropout
@@ -90,8 +109,9 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, *extras: Tensor) -> Tensor:
         """x (B,H,W,C), extras (B,H,W,C_i) with sum C_i = c_skip -> (B,H,W,C)."""
-        h = layer_norm(channels_last(self.depthwise(channels_first(x))))             # (B, H, W, C)
-        h = torch.cat([h, *extras], dim=-1) if extras else h                 # (B, H, W, C + c_skip)
+        h = channels_last(self.depthwise(channels_first(x)))                         # (B, H, W, C)
+        h = layer_norm(h, self.grn.gamma.dtype)
+        h = torch.cat([h, *(narrow(e, h.dtype) for e in extras)], dim=-1) if extras else h
         h = self.grn(F.gelu(self.expand(h)))                                        # (B, H, W, 4C)
         return x + self.contract(F.dropout(h, self.dropout, self.training))          # (B, H, W, C)
 
@@ -126,7 +146,7 @@ class AttentionBlock(nn.Module):
 
     def attend(self, x: Tensor, kv: tuple[Tensor, Tensor]) -> Tensor:
         """x (B,H,W,C), kv 2 x (B,N,C) from text_kv -> (B,H,W,C)."""
-        tokens = layer_norm(x).flatten(1, 2)                                          # (B, H*W, C)
+        tokens = layer_norm(x, kv[0].dtype).flatten(1, 2)                             # (B, H*W, C)
         # Image and text are projected separately, so a frozen text needs no gradient.
         k = torch.cat([self.key(tokens), kv[0]], dim=1)                           # (B, H*W + N, C)
         v = torch.cat([self.value(tokens), kv[1]], dim=1)                         # (B, H*W + N, C)
@@ -194,23 +214,26 @@ class StageC(nn.Module):
         return self.attention_blocks[i](x, text)                                     # (B, h, w, C)
 
     def forward(self, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        """x_t (B,16,h,w), t (B,) in [0, 1], text (B,N,c_cond) -> eps (B,16,h,w).
+        """x_t (B,16,h,w), t (B,) in [0, 1], text (B,N,c_cond) -> eps (B,16,h,w) in x_t's dtype:
+        float32 also for half-precision weights, because the last line would magnify its rounding.
 
         Raises ValueError for a wrong number of channels."""
         if x_t.shape[1] != self.config["c_in"]:
             raise ValueError(
                 f"Stage C got latents of shape {tuple(x_t.shape)}, expected {self.config['c_in']} "
                 f"channels: 4 channels are Stage A latents, use the image encoder instead.")
-        t_embedding = timestep_embedding(t, self.c_timestep).to(x_t.dtype)        # (B, c_timestep)
+        dtype = next(self.parameters()).dtype
+        t_embedding = timestep_embedding(t, self.c_timestep).to(dtype)            # (B, c_timestep)
         text = self.embed_text(text)                                                    # (B, N, C)
-        x = self.embed(channels_last(x_t))                                           # (B, h, w, C)
+        x = widen(self.embed(channels_last(x_t).to(dtype)))                          # (B, h, w, C)
         for i in range(len(self.res_blocks)):
             if self.checkpointing and self.training:
                 x = checkpoint(self.block, i, x, t_embedding, text, use_reentrant=False,
                                **CHECKPOINTING[self.checkpointing])                  # (B, h, w, C)
             else:
                 x = self.block(i, x, t_embedding, text)                              # (B, h, w, C)
-        a, b = channels_first(self.head(layer_norm(x))).chunk(2, dim=1)          # 2 x (B, 16, h, w)
+        x = channels_first(self.head(layer_norm(x, dtype)))                          # (B, 32, h, w)
+        a, b = x.to(x_t.dtype).chunk(2, dim=1)                                   # 2 x (B, 16, h, w)
         # With ab = alphas_cumprod, x_t = sqrt(ab) x_0 + sqrt(1 - ab) eps, and therefore
         # eps = (x_t - sqrt(ab) x_0) / sqrt(1 - ab). The head has that form: a is the signal,
         # |1 - b| the noise's scale. It starts at a = b = 0 and returns x_t, which at high noise is

@@ -333,9 +333,9 @@ class Wuerstchen:
 
     networks: stage_a, stage_b, stage_c, text_encoder_c, text_encoder_b, image_encoder, by name: a
     module each, or a function that loads it when it is first needed. size (px), c and b are the
-    defaults of these weights. What speed/ makes faster or smaller replaces `part`, `bind_c`,
-    `bind_b` or `decode_one` of a loaded model; loading/arguments.py puts checks in front of
-    `accept` and `settings`. The parts are attributes as well: model.stage_c.
+    defaults of these weights. What speed/ makes faster or smaller replaces `part`, `predictor`,
+    `bind_c`, `bind_b` or `decode_one` of a loaded model; loading/arguments.py puts checks in front
+    of `accept` and `settings`. The parts are attributes as well: model.stage_c.
     """
     channels_c, channels_b = 16, 4             # of the noise that Stages C and B start from
     weights, loras, elsewhere = None, {}, {}   # set by load; hints at other names
@@ -419,13 +419,7 @@ class Wuerstchen:
                sampling: Sampling, x: Tensor | None = None, keep: Callable | None = None,
                callback: Callable | None = None, progress: bool = False) -> Tensor:
         """denoise for one stage. conditions: (with, without) each; x: the start, default noise."""
-        networks = {}                          # the network with its conditions, by `guided`
-
-        def predict(x: Tensor, t: Tensor, guided: bool) -> Tensor:
-            if guided not in networks:         # rows with the text and, if guided, rows without
-                networks[guided] = bind(*(torch.cat(c) if guided else c[0] for c in conditions))
-            x, t = (torch.cat([x, x]), torch.cat([t, t])) if guided else (x, t)
-            return networks[guided](x.to(self.dtype), t)
+        predict = self.predictor(bind, conditions)
         # leave=None: the bar does not stay if it stands below another one, as in sample.py
         bar = functools.partial(tqdm, desc=f"Stage {stage}", unit="step", leave=None)
         callback = functools.partial(callback, stage) if callback else None
@@ -434,7 +428,7 @@ class Wuerstchen:
                            bar if progress else iter)
         except FloatingPointError as error:
             raise ValueError(f"Stage {stage} came to NaN or infinity in {error}, computing in "
-                             f"{self.dtype}: {NAN_ADVICE}.") from None
+                             f"{self.dtype}: {nan_advice(self.dtype, sampling)}") from None
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -442,7 +436,8 @@ class Wuerstchen:
         as memory peaks here. Raises ValueError for NaN, which would become a black image."""
         images = torch.cat([self.decode_one(row).float() for row in latents.split(1)])
         if not images.isfinite().all():
-            raise ValueError(f"Stage A came to NaN or infinity in {self.dtype}: {NAN_ADVICE}.")
+            dtype = next(self.part("stage_a").parameters()).dtype
+            raise ValueError(f"Stage A came to NaN or infinity in {dtype}: {nan_advice(dtype)}")
         return images.clamp(0, 1)
 
     # ----- the networks and their input: what speed/, v1/ and loading/ replace --------------------
@@ -456,6 +451,17 @@ class Wuerstchen:
             names = [other for other, loader in self.networks.items() if loader is network]
             self.networks.update(dict.fromkeys(names, network := network()))
         return network
+
+    def predictor(self, bind: Callable, conditions: list[tuple[Tensor, Tensor]]) -> Callable:
+        """-> predict(x_t, t, guided) for denoise. conditions: (with, without) each."""
+        networks = {}                          # the network with its conditions, by `guided`
+
+        def predict(x: Tensor, t: Tensor, guided: bool) -> Tensor:
+            if guided not in networks:         # rows with the text and, if guided, rows without
+                networks[guided] = bind(*(torch.cat(c) if guided else c[0] for c in conditions))
+            x, t = (torch.cat([x, x]), torch.cat([t, t])) if guided else (x, t)
+            return networks[guided](x, t)
+        return predict
 
     def bind_c(self, text: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         """Stage C with its condition: (x_t, t) -> eps."""
@@ -505,7 +511,12 @@ class Wuerstchen:
         return replace(self.c, **changes["c"]), replace(self.b, **changes["b"])
 
 
-NAN_ADVICE = "use bfloat16 or float32, or a lower guidance scale"
+def nan_advice(dtype: torch.dtype, sampling=None) -> str:
+    """What to do about NaN; nothing that is so already."""
+    larger = {torch.float16: ["use bfloat16 or float32"], torch.bfloat16: ["use float32"]}
+    guided = sampling is not None and np.max(sampling.guidance) > 1
+    advice = larger.get(dtype, []) + ["use a lower guidance scale"] * bool(guided)
+    return ", or ".join(advice or ["check weights, LoRAs and given latents for NaN"]) + "."
 
 
 def crop(images: Tensor, height: int, width: int) -> Tensor:

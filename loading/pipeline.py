@@ -19,7 +19,7 @@ from loading.layouts import locate
 from loading.lora_formats import load_lora, read_lora
 from loading.words import warn_of_unknown_words
 from speed.fast import accelerate
-from speed.int8 import check as check_int8, to_int8
+from speed.int8 import check as check_int8, one_image_at_a_time, to_int8
 from speed.memory import free_memory, module_of, offload as offload_networks, one_at_a_time, tile
 from wuerstchen import Sampling, TextEncoder, Wuerstchen
 
@@ -50,9 +50,7 @@ def load(weights: str | Path | None = None, device: str | None = None, dtype: to
     device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype, lora = dtype_of(dtype or ("fp32" if device.type == "cpu" else "bf16")), lora_scales(lora)
     if int8:
-        if dtype != torch.float32:
-            raise ValueError(f"int8 computes in float32 between its products, not in {dtype}: remove one of them.")
-        check_int8([device])
+        check_int8([device], dtype)
     for file in lora or {}:
         read_lora(file)                          # before 12 GB are fetched; whether it fits is only known later
     weights = weights or ("v2" if files else "tiny")
@@ -84,6 +82,8 @@ def load(weights: str | Path | None = None, device: str | None = None, dtype: to
         offload_networks(model)
     if fast or compile:
         accelerate(model, compile=compile, keep_shares=not low_memory, offload=offload)
+    if int8:
+        one_image_at_a_time(model)
     tile(model, None)
     return model
 

@@ -25,7 +25,7 @@ from lora import LoRALayer
 from speed.int8 import Int8Linear
 from stage_a import StageA, VQResBlock, run
 from stage_b import (AttentionBlock, ResBlock, StageB, TimestepBlock, channels_first, channels_last, layer_norm,
-                     resize_semantic, timestep_embedding)
+                     narrow, resize_semantic, timestep_embedding, widen)
 from stage_c import StageC
 
 
@@ -67,7 +67,9 @@ def res_block(block: ResBlock, x: Tensor, skip: Tensor | None = None, condition:
     mixed = x
     if block.depthwise.in_channels > x.shape[-1]:          # v1's SkipResBlock: its convolution reads the skip
         mixed, extras = torch.cat([x, skip], dim=-1), []                                 # (B, H, W, 2C)
-    h = layer_norm(channels_last(block.depthwise(channels_first(mixed))))                # (B, H, W, C)
+    h = channels_last(block.depthwise(channels_first(mixed)))                            # (B, H, W, C)
+    h = layer_norm(h, block.grn.gamma.dtype)
+    extras = [narrow(extra, h.dtype) for extra in extras]
     if share is None and not (extras and can_split(block.expand)):
         h = block.expand(torch.cat([h, *extras], dim=-1) if extras else h)               # (B, H, W, 4C)
     else:
@@ -118,12 +120,13 @@ def bind_c(network: StageC, text: Tensor, step: Callable | None = None) -> Calla
 
 def step_c(network: StageC, x_t: Tensor, t: Tensor, text_kv: list[tuple[Tensor, Tensor]]) -> Tensor:
     """StageC.forward with the keys and values of the text for each attention block."""
-    t_embedding = timestep_embedding(t, network.c_timestep).to(x_t.dtype)                # (B, c_timestep)
-    x = network.embed(channels_last(x_t))                                                # (B, h, w, C)
+    dtype = next(network.parameters()).dtype
+    t_embedding = timestep_embedding(t, network.c_timestep).to(dtype)                    # (B, c_timestep)
+    x = widen(network.embed(channels_last(x_t).to(dtype)))                               # (B, h, w, C)
     for res, timestep, attention, kv in zip(network.res_blocks, network.timestep_blocks, network.attention_blocks,
                                             text_kv):
         x = attention.attend(timestep(res_block(res, x), t_embedding), kv)               # (B, h, w, C)
-    a, b = channels_first(network.head(layer_norm(x))).chunk(2, dim=1)                   # 2 x (B, 16, h, w)
+    a, b = channels_first(network.head(layer_norm(x, dtype))).to(x_t.dtype).chunk(2, dim=1)        # 2 x (B, 16, h, w)
     return (x_t - a) / ((1 - b).abs() + 1e-5)                                            # (B, 16, h, w)
 
 
@@ -157,9 +160,11 @@ def bind_b(network: StageB, semantic: Tensor, text: Tensor, step: Callable | Non
 
 def step_b(network: StageB, x_t: Tensor, t: Tensor, prepared: list[tuple]) -> Tensor:
     """StageB.forward; prepared: for each attention block and ResBlock in order, see bind_b."""
-    x = network.embed(channels_last(F.pixel_unshuffle(x_t, network.patch_size)))         # (B, h/2, w/2, C0)
-    x = u_net(network, layer_norm(x), t, prepared)
-    a, b = F.pixel_shuffle(channels_first(network.head(layer_norm(x))), network.patch_size).chunk(2, dim=1)
+    dtype = next(network.parameters()).dtype
+    x = network.embed(channels_last(F.pixel_unshuffle(x_t.to(dtype), network.patch_size)))         # (B, h/2, w/2, C0)
+    x = u_net(network, layer_norm(x), t, prepared)                                       # (B, h/2, w/2, C0)
+    x = channels_first(network.head(x)).to(x_t.dtype)                                    # (B, 32, h/2, w/2)
+    a, b = F.pixel_shuffle(x, network.patch_size).chunk(2, dim=1)
     return (x_t - a) / (b.sigmoid() * (1 - 2e-3) + 1e-3)                                 # (B, 4, h, w)
 
 
@@ -179,14 +184,15 @@ def step_b_v1(network: nn.Module, tokens: Tensor, t: Tensor, prepared: list[tupl
     x = channels_first(layer_norm(network.embed_token(tokens)))                          # (B, c_token, h, w)
     x = layer_norm(network.embed(channels_last(F.pixel_unshuffle(x, network.patch_size))))
     x = u_net(network, x, t, prepared)                                                   # (B, h/2, w/2, C0)
-    x = F.pixel_shuffle(channels_first(network.head(layer_norm(x))), network.patch_size)
+    x = F.pixel_shuffle(channels_first(network.head(x)), network.patch_size)             # (B, c_token, h, w)
     return channels_first(network.classify(layer_norm(channels_last(x))))                # (B, 8192, h, w)
 
 
 def u_net(network: nn.Module, x: Tensor, t: Tensor, prepared: list[tuple]) -> Tensor:
-    """Down to the coarsest level and up again, as in signal_and_scale in stage_b.py: x (B,h/2,w/2,C0) -> the same."""
-    t_embedding = timestep_embedding(t, network.c_timestep).to(x.dtype)                  # (B, c_timestep)
-    inputs = iter(prepared)
+    """Down to the coarsest level and up again, as in signal_and_scale in stage_b.py, and the norm before the head:
+    x (B,h/2,w/2,C0) -> the same."""
+    t_embedding = timestep_embedding(t, network.c_timestep).to(dtype := x.dtype)         # (B, c_timestep)
+    inputs, x = iter(prepared), widen(x)
 
     def run_level(blocks: nn.ModuleList, x: Tensor, skip: Tensor | None = None) -> Tensor:
         for k, block in enumerate(blocks):
@@ -201,15 +207,15 @@ def u_net(network: nn.Module, x: Tensor, t: Tensor, prepared: list[tuple]) -> Te
     skips, depth = [], len(network.down_blocks)
     for i in range(depth):
         if i > 0:
-            x = channels_last(network.downsample[i](channels_first(layer_norm(x))))
+            x = widen(channels_last(network.downsample[i](channels_first(layer_norm(x, dtype)))))
         x = run_level(network.down_blocks[i], x)
         skips.append(x)
     skips[-1] = None
     for i in reversed(range(depth)):
         x = run_level(network.up_blocks[i], x, skips[i])
         if i > 0:
-            x = channels_last(network.upsample[i](channels_first(layer_norm(x))))
-    return x
+            x = widen(channels_last(network.upsample[i](channels_first(layer_norm(x, dtype)))))
+    return layer_norm(x, dtype)
 
 
 # ----- Stage A ---------------------------------------------------------------------------------------

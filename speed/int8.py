@@ -19,7 +19,7 @@ Only for sampling: int8 weights cannot be trained. Merge LoRAs into the float we
 Source of the idea of a scale per row and per output: LLM.int8(), arXiv:2208.07339.
 Needs: torch only, with oneDNN (on x86 it has that). This file works when copied alone.
 """
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn as nn
@@ -170,8 +170,32 @@ def quantised(tensors: Iterable[tuple[str, Tensor]], names: Iterable[str]) -> It
             yield name, tensor
 
 
-def check(devices: Iterable[torch.device]) -> None:
-    """Raises ValueError if int8 would not compute, or not exactly."""
+def one_image_at_a_time(model) -> None:
+    """A Wuerstchen's images go through Stages B and C one by one: each is then the same to the bit alone and in any
+    batch. Replaces its predictor.
+
+    Layers in 8 bits do not depend on the rows next to them, but the float32 products between them do: MKL and oneDNN
+    sum in another order for another number of rows. A last bit that differs may round to another of 255 steps.
+    """
+    plain = model.predictor
+
+    def predictor(bind: Callable, conditions: list[tuple[Tensor, Tensor]]) -> Callable:
+        rows = zip(*(tensor.split(1) for pair in conditions for tensor in pair))
+        # Copies, because the order of a sum also depends on where in memory a row begins.
+        images = [[tensor.clone() for tensor in row] for row in rows]
+        each = [plain(bind, [*zip(image[::2], image[1::2])]) for image in images]
+
+        def predict(x: Tensor, t: Tensor, guided: bool) -> Tensor:
+            eps = [predict_one(x[i:i + 1].clone(), t[i:i + 1], guided) for i, predict_one in enumerate(each)]
+            return torch.stack(eps, dim=1).flatten(0, 1)                 # first those with text, then those without
+        return predict
+    model.predictor = predictor
+
+
+def check(devices: Iterable[torch.device], dtype: torch.dtype = torch.float32) -> None:
+    """Raises ValueError if int8 would not compute, or not exactly. dtype: of everything else."""
+    if dtype != torch.float32:
+        raise ValueError(f"int8 computes in float32 between its products, not in {dtype}: remove one of them.")
     for device in devices:
         if device.type not in ("cpu", "meta"):
             raise ValueError(f"int8 is for CPUs, not for {device.type}: use float16 or bfloat16 there")

@@ -11,6 +11,7 @@ import torch
 
 from loading import weights
 from helpers import build, rel
+from speed.fast import bind_b
 from stage_a import StageA
 from stage_b import StageB, timestep_embedding
 from stage_c import StageC
@@ -111,6 +112,22 @@ def test_stage_b_equals_diffusers(seed):
     for b in (1, 2, 3):
         x, t, semantic, text = decoder_inputs(config, draw, b)
         assert rel(model(x, t, semantic, text), reference(x, t, semantic, text)) < 1e-5, config
+
+
+@pytest.mark.parametrize("levels", [("AC", "CTA"), ("ACT", "CT"), ("TCA", "A"), ("A", "AT")])
+@pytest.mark.parametrize("inject", [[False, True], [True, False]])
+@torch.no_grad()
+def test_levels_that_begin_without_a_res_block_equal_diffusers(levels, inject):
+    """The skip of a level joins its first block. If that is an AttentionBlock or a TimestepBlock, diffusers leaves the
+    skip out, also of the first ResBlock, whose weights have no columns for it. Plain and fast."""
+    draw = random.Random(0)
+    config = dict(c_r=8, c_cond=8, c_hidden=[8, 12], nhead=[2, 3], blocks=[2, 1], level_config=[*levels],
+                  inject_effnet=inject, effnet_embd=3, clip_embd=5, c_in=4, c_out=4, patch_size=2)
+    reference = randomise(theirs("modeling_wuerstchen_diffnext", "WuerstchenDiffNeXt")(**config))
+    model = build(StageB, config, reference.state_dict())
+    x, t, semantic, text = decoder_inputs(config, draw, 2)
+    expected = reference(x, t, semantic, text)
+    assert rel(model(x, t, semantic, text), expected) < 1e-5 > rel(bind_b(model, semantic, text)(x, t), expected)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -29,7 +29,8 @@ from helpers import COMBINED, rel
 from extras.images import psnr
 from training.scenes import Scene, place_pair, place_single, plain_caption, render
 from stage_a import StageA
-from wuerstchen import SAMPLERS, Noise, Sampling, Wuerstchen, add_noise, scale_semantic, unscale_semantic
+from wuerstchen import (SAMPLERS, Noise, Sampling, Wuerstchen, add_noise, nan_advice, scale_semantic,
+                        unscale_semantic)
 
 # 128 px are all that the small model was trained on; and the text encoders of random weights take 20 short tokens.
 pytestmark = [pytest.mark.filterwarnings("ignore:.*not what these weights were trained on"),
@@ -409,8 +410,20 @@ def test_a_latent_that_is_no_number_stops_the_run_in_that_step(tiny, stage, wher
     finally:
         hook.remove()
     assert len(calls) == 2
-    assert str(error.value) == (f"{where}, computing in torch.float32: use bfloat16 or float32, "
-                                "or a lower guidance scale.")
+    advice = {"stage_c": "use a lower guidance scale.", "stage_b": nan_advice(torch.float32, tiny.b)}[stage]
+    assert str(error.value) == f"{where}, computing in torch.float32: {advice}"
+
+
+def test_nan_advice_never_proposes_what_is_already_set():
+    """For each dtype with guidance and without; a guidance that only begins above 1 counts."""
+    guided, plain, falling = Sampling(2, guidance=4), Sampling(2), Sampling(2, guidance=(3, 1))
+    lower, other = "use a lower guidance scale", "check weights, LoRAs and given latents for NaN."
+    assert nan_advice(torch.float16, guided) == f"use bfloat16 or float32, or {lower}."
+    assert nan_advice(torch.float16, plain) == nan_advice(torch.float16) == "use bfloat16 or float32."
+    assert nan_advice(torch.bfloat16, falling) == f"use float32, or {lower}."
+    assert nan_advice(torch.bfloat16, plain) == "use float32."
+    assert nan_advice(torch.float32, guided) == f"{lower}."
+    assert nan_advice(torch.float32, plain) == nan_advice(torch.float32) == other
 
 
 def test_a_single_broken_weight_is_noticed_at_once(tiny):

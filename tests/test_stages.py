@@ -11,11 +11,14 @@ import torch.nn.functional as F
 
 from loading.names import config_to_ours, name_table, to_original
 from helpers import build, capture, draw, golden, manifest, rel, under, weights_from_names
-from speed.fast import bind_b, bind_c
+from extras.editing import generate
+from speed.fast import bind_b, bind_b_v1, bind_c
 from stage_a import StageA, VQResBlock
-from stage_b import (AttentionBlock, EfficientNetEncoder, ResBlock, StageB, TimestepBlock, TinyImageEncoder,
-                     channels_first, layer_norm, preprocess, resize_semantic, timestep_embedding)
+from stage_b import (AttentionBlock, EfficientNetEncoder, GlobalResponseNorm, ResBlock, StageB, TimestepBlock,
+                     TinyImageEncoder, channels_first, layer_norm, preprocess, resize_semantic, timestep_embedding)
 from stage_c import StageC
+from v1.stage_b import StageBV1
+from wuerstchen import Wuerstchen
 
 NAMINGS = ["original", "diffusers"]
 
@@ -355,6 +358,95 @@ def test_text_padding_is_seen():
     x, semantic = torch.randn(1, 4, 8, 8), torch.randn(1, 3, 2, 2)
     assert not torch.allclose(b(x, t, semantic, text), b(x, t, semantic, changed))
 
+
+# --- half precision ----------------------------------------------------------------------------------
+
+def network_and_inputs(stage):
+    """-> a small network, x_t or tokens, t and its conditions, and its fast form, bound like a function."""
+    torch.manual_seed(0)
+    t, text, semantic = torch.tensor([0.5, 0.9]), torch.randn(2, 4, 5), torch.randn(2, 3, 3, 3)
+    if stage == "c":
+        return small_c(), torch.randn(2, 3, 6, 6), t, (text,), bind_c
+    if stage == "b":
+        return small_b(), torch.randn(2, 4, 8, 8), t, (semantic, text), bind_b
+    model = StageBV1(codebook_size=16, c_token=8, c_timestep=8, c_cond=8, c_hidden=(8, 12), heads=(2, 3), blocks=(1, 2),
+                     levels=("CT", "CTA"), c_semantic=3, c_text=5)
+    return randomise(model).eval(), torch.randint(0, 16, (2, 8, 8)), t, (semantic, text), bind_b_v1
+
+
+@pytest.mark.parametrize("stage", ["c", "b", "b_v1"])
+@torch.no_grad()
+def test_float16_survives_activations_beyond_its_end(stage):
+    """Blocks may add up to more than 65504. In the small weights that ship x (1 + scale) reaches 178,971 in Stage B.
+    Here each level's last TimestepBlock multiplies by up to 2e5, before float16 begins: plain and fast, next to
+    float32."""
+    model, x, t, conditions, bind = network_and_inputs(stage)
+    largest = []
+    for block in [m for m in model.modules() if type(m).__name__ == "TimestepBlock"][-1:]:
+        block.mapper.bias += 60000
+        block.register_forward_hook(lambda module, inputs, output: largest.append(output.abs().max().item()))
+    exact = model(x, t, *conditions)
+    assert largest[0] > 70000
+    model.half()
+    halves = [condition.half() for condition in conditions]
+    plain, fast = model(x, t, *halves), bind(model, *halves)(x, t)
+    assert max(largest) > 70000
+    for found in (plain, fast):
+        assert found.isfinite().all() and (found - exact).norm() < 0.01 * exact.norm()
+
+
+@torch.no_grad()
+def test_float16_convolves_and_sums_beyond_its_end():
+    """What a ResBlock reads may be that large, and a norm over many positions is, of numbers that are not."""
+    torch.manual_seed(0)
+    block, x = randomise(ResBlock(8)), 1e5 * torch.randn(1, 6, 6, 8)
+    exact, norm = block(x), randomise(GlobalResponseNorm(8))
+    torch.testing.assert_close(block.half()(x), exact, rtol=1e-3, atol=0.02)
+    x = 2000 + torch.randn(1, 64, 64, 8)                        # the norm of one channel is 128,000
+    torch.testing.assert_close(norm.half()(x.half()).float(), norm.float()(x), rtol=3e-3, atol=0)
+
+
+def test_tiny_weights_run_in_float16():
+    """Stage B came to NaN in its first step. Now an image as in float32, to one step of 255 on average."""
+    found, expected = (generate(Wuerstchen.load("tiny", "cpu", dtype), "a red apple on a blue background", seed=1,
+                                steps_c=8, steps_b=3, output="pt") for dtype in (torch.float16, torch.float32))
+    assert (found - expected).abs().mean() < 1 / 255
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stage", ["c", "b"])
+@torch.no_grad()
+def test_noisy_latents_stay_in_float32_for_the_last_formula(stage, dtype):
+    """eps = (x_t - a) / b: rounding x_t, or the quotient, is most of the error. Against float32 with the same weights:
+    half of it at least is gone; plain and fast."""
+    model, x, t, conditions, bind = network_and_inputs(stage)
+    model.head.weight.mul_(0.1)                                    # a is small, as at high noise in a trained network
+    model.to(dtype)
+    halves = [condition.to(dtype) for condition in conditions]
+    before = model(x.to(dtype), t, *halves)
+    plain, fast = model(x, t, *halves), bind(model, *halves)(x, t)
+    exact = model.float()(x, t, *(half.float() for half in halves))
+    assert plain.dtype == fast.dtype == torch.float32
+    assert max((y - exact).norm() for y in (plain, fast)) < 0.5 * (before.float() - exact).norm()
+
+
+def test_dropout_may_differ_from_level_to_level():
+    """Legal in diffusers. In eval mode it changes nothing; in training only levels with a rate above 0 drop."""
+    sizes = dict(c_timestep=8, c_cond=8, c_hidden=(8, 12), heads=(2, 3), blocks=(1, 2), levels=("CTA", "CTA"),
+                 c_text=5, c_semantic=3)
+    for model in (StageB(dropout=[0.0, 0.5], inject=(False, True), **sizes),
+                  StageBV1(codebook_size=16, c_token=8, dropout=[0.0, 0.5], **sizes)):
+        for blocks in (model.down_blocks, model.up_blocks):
+            rates = [{block.dropout for block in level if hasattr(block, "dropout")} for level in blocks]
+            assert rates == [{0.0}, {0.5}]
+        x = torch.randn(1, 4, 8, 8) if isinstance(model, StageB) else torch.randint(0, 16, (1, 8, 8))
+        inputs = x, torch.rand(1), torch.randn(1, 3, 2, 2), torch.randn(1, 4, 5)
+        randomise(model)
+        assert torch.equal(model.eval()(*inputs), model(*inputs))
+        assert not torch.equal(model.train()(*inputs), model(*inputs))
+
+
+# --- shapes and noise levels -------------------------------------------------------------------------
 
 @pytest.mark.parametrize("width", [8, 9, 64])
 def test_timestep_embedding_is_float32_whatever_goes_in(width):

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from v1.sampling import MODES, sample, temperatures
-from wuerstchen import NAN_ADVICE, Sampling, Wuerstchen
+from wuerstchen import Sampling, Wuerstchen, nan_advice
 
 DEFAULT_C = Sampling(60, guidance=6.0)                       # the settings of v1's notebook
 
@@ -72,11 +72,10 @@ class WuerstchenV1(Wuerstchen):
         sampling, stage_a, semantic = sampling or self.b, self.part("stage_a"), semantic.to(self.dtype)
         codes, scale_factor = stage_a.codebook.codes.detach().clone(), stage_a.scale_factor
         conditions = [(semantic, torch.zeros_like(semantic)), (text, unconditional)]
-        bound = functools.cache(lambda guided: self.bind_b(*(torch.cat(p) if guided else p[0] for p in conditions)))
+        logits = self.predictor(self.bind_b, conditions)
 
         def predict(tokens: Tensor, t: Tensor, guided: bool) -> Tensor:
-            tokens, t = (torch.cat([tokens, tokens]), torch.cat([t, t])) if guided else (tokens, t)
-            return bound(guided)(tokens, t).float()
+            return logits(tokens, t, guided).float()
 
         def uniform(x: Tensor | None = None) -> Tensor:
             return torch.special.ndtr(draw() if x is None else x)[:, 0]                    # (n, h', w')
@@ -101,4 +100,4 @@ class WuerstchenV1(Wuerstchen):
                                      watch=watch if callback else None, progress=bar))
         except FloatingPointError as error:
             raise ValueError(f"Stage B came to NaN or infinity in {error}, computing in {self.dtype}: "
-                             f"{NAN_ADVICE}.") from None
+                             f"{nan_advice(self.dtype, sampling)}") from None

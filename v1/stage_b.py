@@ -32,8 +32,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from stage_b import (AttentionBlock, ResBlock, TimestepBlock, channels_first, channels_last, layer_norm,
-                     timestep_embedding)
+from stage_b import (AttentionBlock, Depthwise, ResBlock, TimestepBlock, channels_first, channels_last, layer_norm,
+                     timestep_embedding, widen)
 
 
 class SkipResBlock(ResBlock):
@@ -43,12 +43,12 @@ class SkipResBlock(ResBlock):
     """
     def __init__(self, c: int, kernel_size: int = 3, dropout: float = 0.0):
         super().__init__(c, 0, kernel_size, dropout)
-        self.depthwise = nn.Conv2d(2 * c, c, kernel_size, padding=kernel_size // 2, groups=c)
+        self.depthwise = Depthwise(2 * c, c, kernel_size, padding=kernel_size // 2, groups=c)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         """x, skip (B,H,W,C) -> (B,H,W,C)."""
         h = channels_first(torch.cat([x, skip], dim=-1))                                 # (B, 2C, H, W)
-        h = layer_norm(channels_last(self.depthwise(h)))                                 # (B, H, W, C)
+        h = layer_norm(channels_last(self.depthwise(h)), self.grn.gamma.dtype)           # (B, H, W, C)
         h = self.grn(F.gelu(self.expand(h)))                                             # (B, H, W, 4C)
         return x + self.contract(F.dropout(h, self.dropout, self.training))              # (B, H, W, C)
 
@@ -58,11 +58,12 @@ class StageBV1(nn.Module):
 
     levels  one pattern per resolution, finest first, repeated blocks[i] times: C = ResBlock, T = TimestepBlock,
             A = AttentionBlock.
+    dropout one rate, or one for each level.
     """
     def __init__(self, codebook_size: int = 8192, c_token: int = 256, c_timestep: int = 64, patch_size: int = 2,
                  c_cond: int = 1024, c_hidden=(640, 1280, 1280), heads=(-1, 16, 16), blocks=(4, 12, 4),
                  levels=("CT", "CTA", "CTA"), c_semantic: int = 16, c_text: int = 1024, kernel_size: int = 3,
-                 dropout: float = 0.1):
+                 dropout: float | list[float] = 0.1):
         super().__init__()
         self.config = dict(codebook_size=codebook_size, c_token=c_token, c_timestep=c_timestep, patch_size=patch_size,
                            c_cond=c_cond, c_hidden=tuple(c_hidden), heads=tuple(heads), blocks=tuple(blocks),
@@ -70,18 +71,19 @@ class StageBV1(nn.Module):
                            dropout=dropout)
         self.checkpointing = False             # in training: the backward pass recomputes blocks
         depth = len(c_hidden)
+        rates = dropout if isinstance(dropout, list | tuple) else [dropout] * depth
         self.patch_size, self.c_timestep, self.codebook_size = patch_size, c_timestep, codebook_size
         self.multiple = patch_size * 2 ** (depth - 1)      # the sides of the token grid must be multiples of this
 
         def block(letter: str, level: int, skip: bool) -> nn.Module:
             if letter == "C" and skip:
-                return SkipResBlock(c_hidden[level], kernel_size, dropout)
+                return SkipResBlock(c_hidden[level], kernel_size, rates[level])
             if letter == "C":
-                return ResBlock(c_hidden[level], 0, kernel_size, dropout)
+                return ResBlock(c_hidden[level], 0, kernel_size, rates[level])
             if letter == "T":
                 return TimestepBlock(c_hidden[level], c_timestep)
             if letter == "A":
-                return AttentionBlock(c_hidden[level], c_cond, heads[level], dropout)
+                return AttentionBlock(c_hidden[level], c_cond, heads[level], rates[level])
             raise ValueError(f"Stage B level pattern {levels[level]!r} has an unknown letter {letter!r}: "
                              f"use C, T and A.")
 
@@ -166,21 +168,24 @@ class StageBV1(nn.Module):
                              f"{4 * self.multiple}.")
         sequence = self.condition(semantic, text)                                        # (B, h'*w' + N, c_cond)
         x = channels_first(layer_norm(self.embed_token(tokens)))                         # (B, c_token, h, w)
-        t_embedding = timestep_embedding(t, self.c_timestep).to(x.dtype)                 # (B, c_timestep)
+        t_embedding = timestep_embedding(t, self.c_timestep).to(dtype := x.dtype)        # (B, c_timestep)
         x = channels_last(F.pixel_unshuffle(x, self.patch_size))                         # (B, h/2, w/2, 4 * c_token)
-        x = layer_norm(self.embed(x))                                                    # (B, h/2, w/2, C0)
+        x = widen(layer_norm(self.embed(x)))                                             # (B, h/2, w/2, C0)
 
         skips = []
         for i, blocks in enumerate(self.down_blocks):                                    # to the coarsest level ...
             if i > 0:
-                x = channels_last(self.downsample[i](channels_first(layer_norm(x))))     # (B, H/2, W/2, C_i)
+                x = self.downsample[i](channels_first(layer_norm(x, dtype)))
+                x = widen(channels_last(x))                                              # (B, H/2, W/2, C_i)
             x = self.run_level(blocks, x, t_embedding, sequence)
             skips.append(x)
         for i in reversed(range(len(self.up_blocks))):                                   # ... and up again
             x = self.run_level(self.up_blocks[i], x, t_embedding, sequence, skips[i])
             if i > 0:
-                x = channels_last(self.upsample[i](channels_first(layer_norm(x))))       # (B, 2H, 2W, C_(i-1))
-        x = F.pixel_shuffle(channels_first(self.head(layer_norm(x))), self.patch_size)   # (B, c_token, h, w)
+                x = self.upsample[i](channels_first(layer_norm(x, dtype)))
+                x = widen(channels_last(x))                                              # (B, 2H, 2W, C_(i-1))
+        x = channels_first(self.head(layer_norm(x, dtype)))                              # (B, 4 * c_token, h/2, w/2)
+        x = F.pixel_shuffle(x, self.patch_size)                                          # (B, c_token, h, w)
         return channels_first(self.classify(layer_norm(channels_last(x))))               # (B, 8192, h, w)
 
     def run_level(self, blocks: nn.ModuleList, x: Tensor, t_embedding: Tensor, sequence: Tensor,
