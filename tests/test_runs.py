@@ -68,7 +68,8 @@ def train(script, options, out, *more, steps: int = 3) -> Path:
 
 
 def checkpoints(out) -> list[str]:
-    return sorted(path.name for path in (out / "checkpoints").iterdir())
+    """Names of the checkpoints, without the LoRAs next to them."""
+    return sorted(path.name for path in (out / "checkpoints").iterdir() if ".safetensors" not in path.name)
 
 
 # --- 0 is not "nothing given" ------------------------------------------------------------------------
@@ -218,7 +219,7 @@ def stopped(command: list[str], out: Path, name: str, rng: random.Random) -> int
     run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
     try:
         if rng.random() < 1 / 3:
-            time.sleep(rng.uniform(2, 8))
+            time.sleep(rng.uniform(0.5, 5))
         else:
             wait_for_lines(run, out, before + rng.randint(1, 4))
             time.sleep(rng.uniform(0, 0.3))
@@ -236,12 +237,12 @@ def stopped(command: list[str], out: Path, name: str, rng: random.Random) -> int
 def test_runs_stopped_at_random_moments_resume_to_the_bit(options, tmp_path, script, name, codes):
     """Six stops in each of nine runs, 54 in all, at moments that a seed draws: the weights of the end are those of an
     unbroken run, and so is the result. Minus 15 and minus 2: the signal came while Python still imported torch."""
-    steps, rng, out = 80, random.Random(f"{script} {name}"), tmp_path / "run"
+    steps, rng, out = 300, random.Random(f"{script} {name}"), tmp_path / "run"
     more = ["--steps", str(steps), "--save-every", "3", "--resume", "auto"]
     unbroken = train(script, options, tmp_path / "unbroken", *more[2:], steps=steps)
     command = [*program(script), *options[script], "--out", str(out), *more]
     found = [stopped(command, out, name, rng) for _ in range(6)]
-    assert None not in found and set(found) <= codes
+    assert set(found) <= codes, f"exit codes {found}, expected {codes}; None: finished before the signal"
     subprocess.run(command, check=True, capture_output=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
     same({key: newest(unbroken)[key] for key in LEARNED}, {key: newest(out)[key] for key in LEARNED})
     result = RESULTS[script] + "/diffusion_pytorch_model.safetensors" * (script != "c")
@@ -268,6 +269,14 @@ def test_a_torn_newest_checkpoint_gives_way_to_the_one_before(options, tmp_path,
     assert "step_00000003.pt is not what this run continues: renamed to step_00000003.pt.old" in errors
     assert checkpoints(out) == ["step_00000003.pt", "step_00000003.pt.old"]
     same({key: newest(unbroken)[key] for key in LEARNED}, {key: newest(out)[key] for key in LEARNED})
+
+
+def test_what_a_killed_run_left_half_written_is_removed(options, tmp_path):
+    """At the official size it is 12 GB, each time."""
+    out = train("c", options, tmp_path / "run", steps=1)
+    (out / "checkpoints" / ".step_00000002.0123abcd.pt").write_bytes(b"half")
+    train("c", options, out, "--resume", "auto", steps=2)
+    assert checkpoints(out) == ["step_00000001.pt", "step_00000002.pt"]
 
 
 def test_a_torn_only_checkpoint_is_an_error_and_stays(options, tmp_path):
@@ -414,7 +423,7 @@ def test_weights_that_are_not_finite_are_never_written(options, tmp_path, script
     assert "\n" not in str(error.value) and "lower --lr" in str(error.value)
     assert not (out / RESULTS[script]).exists()
     assert "step_00000002.pt" in checkpoints(out)
-    for path in (out / "checkpoints").iterdir():
+    for path in (out / "checkpoints").glob("*.pt"):
         state = torch.load(path, weights_only=True)
         assert all(tensor.isfinite().all() for tensor in (*state["model"].values(), *state["averaged"].values()))
 

@@ -84,8 +84,11 @@ class Checkpoints:
             if part != "optimizer" and isinstance(tensors, dict):
                 check_finite(tensors, f"the state after step {step} ({part})")
         for later in [other for other in self.all() if other.name > path.name]:
-            later.rename(later.with_suffix(".pt.old"))
+            for path_or_lora in filter(Path.exists, (later, later.with_suffix(".safetensors"))):
+                path_or_lora.rename(f"{path_or_lora}.old")
             print(f"{later} is not what this run continues: renamed to {later.name}.old", file=sys.stderr)
+        for half in self.folder.glob(".step_*.pt"):                              # a killed run was writing it
+            half.unlink(missing_ok=True)
         write_atomically(path, lambda temporary: torch.save(content, temporary))
         for old in self.all()[:-self.keep] if rotate else ():
             old.unlink()
