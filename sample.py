@@ -65,8 +65,9 @@ def parser() -> argparse.ArgumentParser:
     add("--weights", metavar="NAME",
         help='"tiny" and "tiny-v1", which ship with the code; "v2", "v2-base" or "v2-aesthetic", '
              '12 GB fetched once, half of it if float16 is wanted and offered; "v1", for 512 px; '
-             "or a folder, in diffusers' layout or with the original .pt files (default: tiny; v2 "
-             "if a part is given below)")
+             "a folder, in diffusers' layout or with the original .pt files; or someone's "
+             "repository, hub:OWNER/NAME, hub:OWNER/NAME@REVISION, hub:OWNER/NAME/FOLDER (default: "
+             "tiny; v2 if a part is given below)")
     add("--steps-c", metavar="STEPS", type=steps,
         help="steps of Stage C, which decides what is in the image: more are slower and finer "
              "(default: 29; for v1 60); other forms: see --steps-b")

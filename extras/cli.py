@@ -122,7 +122,7 @@ def loras(text: str) -> dict[str, float]:
     for part in text.split(","):
         file, colon, scale = part.rpartition(":")
         try:
-            file, scale = (file, number(scale)) if colon and file else (part, 1.0)
+            file, scale = (file, number(scale)) if colon and file not in ("", "hub") else (part, 1.0)
         except argparse.ArgumentTypeError:           # a colon inside the name
             file, scale = part, 1.0
         if file in result:
@@ -187,10 +187,11 @@ def add_sampling_options(p: argparse.ArgumentParser) -> None:
 def add_output_options(p: argparse.ArgumentParser) -> None:
     """Advanced options: which weights, how an image is computed and saved."""
     add = p.add_argument_group("more about weights, memory and speed").add_argument
-    add("--lora", metavar="FILE:SCALE", type=loras, help="LoRA for Stage C, in any of the usual formats; several with "
-        "commas between; SCALE is how strongly it counts (default: 1)")
+    add("--lora", metavar="FILE:SCALE", type=loras, help="LoRA for Stage C, in any of the usual formats, a file or "
+        "hub:OWNER/NAME; several with commas between; SCALE is how strongly it counts (default: 1)")
     for part, what in FILES.items():
-        add(as_option(part), metavar="PATH", help=f"{what} from this folder" + " or file" * ("text" not in part))
+        add(as_option(part), metavar="PATH",
+            help=f"{what} from this folder{', file' * ('text' not in part)} or hub:OWNER/NAME")
     add("--revision", metavar="NAME", help="branch, tag or commit on the hub instead of the tested ones; REPO=NAME for "
         "one repository")
     add("--offline", action="store_true", help="never use the network: what is not in the cache is an error")

@@ -7,6 +7,7 @@ only the configuration and one weight file are fetched: .safetensors before .bin
 offered. Files in the cache are not fetched again, and offline=True (or HF_HUB_OFFLINE=1) fetches nothing.
 Files are taken by name: the published model_index.json files name a module that diffusers has moved since, so
 diffusers itself currently cannot open these folders.
+Anyone's repository is hub:OWNER/NAME, a revision and a place in it hub:OWNER/NAME@REVISION/FOLDER, see Repository.
 Needs: huggingface_hub, which comes with transformers.
 
   python -m loading.hub v2                      # fetches v2 for text-to-image and prints where it is
@@ -24,10 +25,11 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from loading.errors import WeightsError, exit_on_user_error
-from loading.files import STEM, find_file, write_atomically
+from loading.files import STEM, find_file, pick_weights, shards, write_atomically
 
 # The revision of each repository: a commit's hash if one is known, "main" where none could be looked up, for
 # repositories whose files have not changed since 2023. --revision overrides.
@@ -65,10 +67,20 @@ NAMES = {
     "v2-aesthetic": V2 | {"prior": ("warp-ai/wuerstchen-prior-model-finetuned", "", STEM)},  # 1024 px only
 }
 NAMES["v2-interpolated"] = NAMES["v2"]
+# Repositories that hold one of these.
+OFFICIAL = {"warp-ai/wuerstchen": "v2", "warp-ai/wuerstchen-prior": "v2",
+            "warp-ai/wuerstchen-prior-model-base": "v2-base",
+            "warp-ai/wuerstchen-prior-model-finetuned": "v2-aesthetic"}
 # The image encoder has a repository of its own, 80 MB. It is also part of the authors' decoder file of 6 GB.
 IMAGE_ENCODER = ("warp-ai/EfficientNetEncoder", "", STEM)
 IMAGE_ENCODER_INSIDE = ("dome272/wuerstchen", "model_v2_stage_b.pt")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+# What else is read in a folder with weights.
+SMALL_FILES = ("config.json", "scheduler_config.json", "words.json", *TOKENIZER_FILES)
+# LoRAs in a folder: our own runs' file, peft's, diffusers'; .safetensors rather than .bin.
+LORA_FILES = ("lora.safetensors", *(f"{stem}{suffix}" for stem in ("adapter_model", "pytorch_lora_weights")
+                                    for suffix in (".safetensors", ".bin")))
+REFERENCE = re.compile(r"hub:([\w-][\w.-]*/[\w-][\w.-]*)(?:@(refs/\w+/\w+|[^/@]+))?(?:/(.*?))?/?")
 # The parts that a task needs.
 TEXT_TO_IMAGE = tuple(V2)
 RECONSTRUCTION = ("image_encoder", "decoder", "text_encoder", "tokenizer", "vqgan")     # encodes and decodes an image
@@ -77,7 +89,7 @@ RECONSTRUCTION = ("image_encoder", "decoder", "text_encoder", "tokenizer", "vqga
 def revision_of(repo: str, override: str | None, weights: str = "v2") -> str:
     """Its revision in REVISIONS, unless the override, "NAME" for all repositories or "REPO=NAME" for one, applies."""
     which, _, name = (override or "").rpartition("=")
-    return name if name and which in ("", repo) else REVISIONS.get(f"{repo} ({weights})", REVISIONS[repo])
+    return name if name and which in ("", repo) else REVISIONS.get(f"{repo} ({weights})", REVISIONS.get(repo, "main"))
 
 
 def choices(folder: str, stem: str | None, half: bool) -> list[list[str]]:
@@ -102,7 +114,6 @@ def fetch(name: str, parts: tuple[str, ...] = TEXT_TO_IMAGE, half: bool = False,
     parts: names of V2, or "image_encoder". half: prefer weight files in float16. revision: overrides REVISIONS, see
     revision_of. Raises WeightsError, in one line, for everything that goes wrong.
     """
-    offline = offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     sources = {part: NAMES[name][part] for part in parts if part in NAMES[name]}
     wanted = {}                                                     # repository -> the lists of choices()
     for repo, folder, stem in sources.values():
@@ -118,10 +129,7 @@ def fetch(name: str, parts: tuple[str, ...] = TEXT_TO_IMAGE, half: bool = False,
         except WeightsError:                 # not on the hub, or not in the cache: then out of the big file
             extract, (repo, file) = True, IMAGE_ENCODER_INSIDE
             chosen[repo] = choose(repo, revision_of(repo, revision), [[file]], offline)
-    new = [size for files in chosen.values() for size in files.values()]
-    if any(new):
-        print(f"Fetching {sum(size > 0 for size in new)} files, {sum(new) / 1e9:.2f} GB, into {cache_folder()}",
-              file=sys.stderr)
+    announce([size for files in chosen.values() for size in files.values()])
     snapshots = {repo: download(repo, revision_of(repo, revision, name), files) for repo, files in chosen.items()}
     if extract:
         from loading.weights import extract_image_encoder
@@ -133,18 +141,35 @@ def fetch(name: str, parts: tuple[str, ...] = TEXT_TO_IMAGE, half: bool = False,
     return {"image_encoder": extracted} | found if "image_encoder" in parts else found
 
 
+def announce(sizes: list[int]) -> None:
+    if any(sizes):
+        print(f"Fetching {sum(size > 0 for size in sizes)} files, {sum(sizes) / 1e9:.2f} GB, into {cache_folder()}",
+              file=sys.stderr)
+
+
+def is_offline(offline: bool) -> bool:
+    return offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def file_sizes(repo: str, revision: str, offline: bool) -> dict[str, int]:
+    """-> {file: bytes still to be fetched, 0 if it is in the cache}. offline: of the files in the cache."""
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    if is_offline(offline):
+        cache = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+        ref = cache / "refs" / revision
+        folder = cache / "snapshots" / (ref.read_text().strip() if ref.is_file() else revision)
+        return {path.relative_to(folder).as_posix(): 0 for path in folder.rglob("*") if path.is_file()}
+    with hub_errors(repo, revision):
+        info = HfApi().model_info(repo, revision=revision, files_metadata=True)
+    names = [file.rfilename for file in info.siblings if not {"", ".", ".."} & set(re.split(r"[/\\]", file.rfilename))]
+    cached = {name for name in names if isinstance(try_to_load_from_cache(repo, name, revision=info.sha), str)}
+    return {file.rfilename: 0 if file.rfilename in cached else file.size or 1
+            for file in info.siblings if file.rfilename in names}
+
+
 def choose(repo: str, revision: str, files: list[list[str]], offline: bool) -> dict[str, int]:
     """-> {file: bytes still to be fetched, 0 if it is in the cache}: of each inner list, the first that exists."""
-    from huggingface_hub import HfApi, try_to_load_from_cache
-
-    def cached(name: str, commit: str) -> bool:
-        return isinstance(try_to_load_from_cache(repo, name, revision=commit), str)
-    if offline:
-        there = {name: 0 for options in files for name in options if cached(name, revision)}
-    else:
-        with hub_errors(repo, revision):
-            info = HfApi().model_info(repo, revision=revision, files_metadata=True)
-        there = {file.rfilename: 0 if cached(file.rfilename, info.sha) else file.size or 1 for file in info.siblings}
+    there = file_sizes(repo, revision, offline)
     chosen = {}
     for options in files:
         name = next((name for name in options if name in there), None)
@@ -152,7 +177,7 @@ def choose(repo: str, revision: str, files: list[list[str]], offline: bool) -> d
             chosen[name] = there[name]
         elif Path(options[0]).name not in TOKENIZER_FILES:          # of a tokenizer's files, some are enough
             raise WeightsError(f"{repo}: {options[0]} is not in the cache {cache_folder()}, and --offline fetches "
-                               f"nothing: run once without it" if offline
+                               f"nothing: run once without it" if is_offline(offline)
                                else f"{repo} at revision {revision} holds no {options[0]}")
     return chosen
 
@@ -165,6 +190,117 @@ def download(repo: str, revision: str, files: dict[str, int]) -> Path:
             path = hf_hub_download(repo, name, revision=revision, local_files_only=new == 0)
     return Path(path).parents[name.count("/")]
 
+
+# ----- anyone's repositories -----------------------------------------------------------------------------------------
+
+def is_reference(name) -> bool:
+    """Whether weights, a part or a LoRA are named as hub:OWNER/NAME."""
+    return str(name).startswith("hub:")
+
+
+def hint(name) -> str:
+    """What to add to "there is no such file" if it looks like a repository."""
+    return f"; a repository of the Hugging Face hub is written hub:{name}" if re.fullmatch(
+        r"[\w-][\w.-]*/[\w.-]+", str(name)) and Path(name).suffix not in (".safetensors", ".bin", ".pt") else ""
+
+
+class Repository:
+    """hub:OWNER/NAME, a repository, or hub:OWNER/NAME@REVISION/PATH, a folder or file in it. Its files are listed at
+    once, and fetched by name: only those that are asked for, into the hub's cache.
+
+    names: its files, from that folder on; of a file, itself. Raises WeightsError, in one line, like everything here.
+    """
+    def __init__(self, reference: str | Path, offline: bool = False, revision: str | None = None):
+        match = REFERENCE.fullmatch(str(reference))
+        if match is None or {".", "..", ""} & set((match[3] or "x").split("/")):
+            raise WeightsError(f"{reference} does not name a repository of the hub: expected hub:OWNER/NAME, "
+                               "hub:OWNER/NAME@REVISION, or one of them with /FOLDER or /FILE")
+        self.reference, self.repo, self.path = str(reference), match[1], match[3] or ""
+        self.revision = match[2] or revision_of(self.repo, revision)
+        self.sizes = file_sizes(self.repo, self.revision, offline)
+        self.is_file = self.path in self.sizes
+        self.folder = self.path.rpartition("/")[0] if self.is_file else self.path        # its names start there
+        start = f"{self.folder}/" if self.folder else ""
+        self.names = [name.removeprefix(start) for name in self.sizes if name.startswith(start)]
+        if not self.sizes and is_offline(offline):
+            raise WeightsError(f"{reference} is not in the cache {cache_folder()}, and --offline fetches nothing: run "
+                               "once without it")
+        if not self.names:
+            raise WeightsError(f"{self.repo} at revision {self.revision} holds no {self.path or 'files'}: "
+                               f"found {some(self.sizes)}")
+
+    def folders(self) -> set[str]:
+        return {str(parent) for name in self.names for parent in Path(name).parents} - {"."}
+
+    def files_of(self, place: str, half: bool = False) -> list[str]:
+        """The files to fetch of a part that is in this folder, or is this file."""
+        folder, _, file = place.rpartition("/") if place in self.names else (place, "", "")
+        start = f"{folder}/" if folder else ""
+        inside = [name.removeprefix(start) for name in self.names
+                  if name.startswith(start) and "/" not in name.removeprefix(start)]
+        best = file or pick_weights(inside, (STEM, "model", "pytorch_model"), half)
+        small = ("config.json", "adapter_config.json") if file else SMALL_FILES
+        return [start + name for name in inside if name == best or name in small]
+
+    def fetch(self, names: list[str]) -> Path:
+        """Fetches these files -> the folder in the cache that they are in. Of an index, also the files it names."""
+        start = f"{self.folder}/" if self.folder else ""
+        files = [start + name for name in dict.fromkeys(names)]
+        if not files:
+            raise WeightsError(f"{self.reference} holds nothing that is needed: found {some(self.names)}")
+        if indexes := [file for file in files if ".index." in file]:
+            snapshot = download(self.repo, self.revision, {file: self.sizes[file] for file in indexes})
+            for index in indexes:
+                others = [f"{index.rpartition('/')[0]}/{name}".lstrip("/") for name in shards(snapshot / index)]
+                if missing := [name for name in others if name not in self.sizes]:
+                    raise WeightsError(f"{self.reference}: {index} names files that are missing: {', '.join(missing)}")
+                files += others
+        announce([self.sizes[file] for file in files if file not in indexes])
+        return download(self.repo, self.revision, {file: self.sizes[file] for file in files}) / self.folder
+
+
+def fetch_part(reference: str | Path, folders: Iterable[str], more: Iterable[str] = (), half: bool = False,
+               offline: bool = False, revision: str | None = None) -> Path:
+    """One part of someone's repository -> its folder or file in the cache.
+
+    folders: where it may be, the first with a config.json counts. more: folders of files that belong to it.
+    """
+    repo = Repository(reference, offline, revision)
+    if repo.is_file:
+        file = repo.path.rpartition("/")[2]
+        return repo.fetch(repo.files_of(file)) / file
+    for folder in folders:
+        files = repo.files_of(folder, half)
+        if f"{folder}/config.json".lstrip("/") in files:
+            return repo.fetch(files + [file for other in more for file in repo.files_of(other)]) / folder
+    raise WeightsError(f"{reference} holds no part of this kind: expected config.json and weights in "
+                       f"{', '.join(folder + '/' if folder else 'the folder itself' for folder in folders)}; "
+                       f"found {some(repo.names)}; write hub:OWNER/NAME/PATH for another place")
+
+
+def fetch_lora(source: str | Path, offline: bool = False, revision: str | None = None) -> Path:
+    """The LoRA file of someone's repository, in the cache. A source that is no reference stays what it is."""
+    if not is_reference(source):
+        if not Path(source).exists() and hint(source):
+            raise WeightsError(f"{source}: there is no such file or folder{hint(source)}")
+        return Path(source)
+    repo = Repository(source, offline, revision)
+    found = [name for name in LORA_FILES if name in repo.names][:1] \
+        or [name for name in repo.names if "/" not in name and name.endswith(".safetensors")]
+    if repo.is_file:
+        found = [repo.path.rpartition("/")[2]]
+    if len(found) != 1:
+        raise WeightsError(f"{source} holds {'several files' if found else 'no file'} that may be a LoRA: expected "
+                           f"{', '.join(LORA_FILES)}, or name the file, {source}/FILE; found {some(repo.names)}")
+    return repo.fetch(repo.files_of(found[0])) / found[0]
+
+
+def some(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names[:12]) + ", ..." * (len(names) > 12) or "nothing"
+
+
+# ----- errors, hashes, the cache --------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def hub_errors(repo: str, revision: str):
@@ -205,20 +341,30 @@ def hashes(paths: dict[str, Path | None]) -> dict[str, str]:
     for part in ("prior", "decoder", "vqgan", "image_encoder", "prior_text_encoder", "text_encoder"):
         if paths.get(part) is None:
             continue
-        path = find_file(paths[part], (STEM, "model", "pytorch_model")).resolve()    # the cache links to hashed names
-        if re.fullmatch("[0-9a-f]{64}", path.name):
-            result[part] = path.name
-            continue
-        state = path.stat()
-        key = f"{path} {state.st_size} {state.st_mtime_ns}"
-        if key not in memory:
-            with open(path, "rb") as file:
-                memory[key] = hashlib.file_digest(file, "sha256").hexdigest()
-            if state.st_size > 100e6:                                # a second or more
-                with contextlib.suppress(OSError):
-                    write_atomically(memory_file, lambda temporary: temporary.write_text(json.dumps(memory)))
-        result[part] = memory[key]
+        with contextlib.suppress(WeightsError):          # an image encoder that was not needed yet
+            file = find_file(paths[part], (STEM, "model", "pytorch_model"))
+            if file.suffix == ".json":                   # of several files
+                several = [hash_of(file.parent / name, memory, memory_file) for name in shards(file)]
+                result[part] = hashlib.sha256("".join(several).encode()).hexdigest()
+            else:
+                result[part] = hash_of(file, memory, memory_file)
     return result
+
+
+def hash_of(path: Path, memory: dict[str, str], memory_file: Path) -> str:
+    """The sha256 of a file, for `hashes`."""
+    path = path.resolve()                                # the cache links to hashed names
+    if re.fullmatch("[0-9a-f]{64}", path.name):
+        return path.name
+    state = path.stat()
+    key = f"{path} {state.st_size} {state.st_mtime_ns}"
+    if key not in memory:
+        with open(path, "rb") as file:
+            memory[key] = hashlib.file_digest(file, "sha256").hexdigest()
+        if state.st_size > 100e6:                        # a second or more
+            with contextlib.suppress(OSError):
+                write_atomically(memory_file, lambda temporary: temporary.write_text(json.dumps(memory)))
+    return memory[key]
 
 
 def cache_folder() -> str:

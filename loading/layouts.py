@@ -1,17 +1,18 @@
 """Layouts: finds the parts of a pipeline, in a folder of any known layout or under a name such as "v2".
 
-  "tiny", "v2" or a folder, and the parts wanted  -locate->  {part: its folder or file, or None}
+  "tiny", "v2", "hub:owner/name" or a folder, and the parts wanted  -locate->  {part: its folder or file, or None}
 
-A name of the hub, and text encoders that a folder of the original files lacks, are fetched by hub.py.
+Names of the hub, and text encoders that a folder of the original files lacks, are fetched by hub.py.
 Needs: the standard library; huggingface_hub when something is fetched.
 """
+import fnmatch
 import warnings
 from pathlib import Path
 from typing import Iterable
 
 from loading.errors import WeightsError
 from loading.files import listing, read_json
-from loading.hub import NAMES, TEXT_TO_IMAGE, V1, fetch
+from loading.hub import (NAMES, OFFICIAL, TEXT_TO_IMAGE, V1, Repository, fetch, fetch_part, hint, is_reference, some)
 
 # ----- folders: where each part is -----------------------------------------------------------------------------------
 # The first layout counts whose three models are all present.
@@ -40,6 +41,10 @@ SHIPPED = {name: Path(__file__).parents[1] / "models" / name for name in ("tiny"
 MODELS = ("prior", "decoder", "vqgan")
 OPTIONAL = ("image_encoder", "scheduler", "prior_scheduler")
 TEXT = ("prior_text_encoder", "prior_tokenizer", "text_encoder", "tokenizer")
+# Parts that a folder with base.json may have; and those of half a pipeline, as diffusers saves it: the rest is v2's.
+TRAINED = ("prior", "prior_text_encoder", "prior_tokenizer", "decoder", "image_encoder")
+HALVES = dict(WuerstchenPriorPipeline=("prior", "prior_text_encoder", "prior_tokenizer"),
+              WuerstchenDecoderPipeline=("decoder", "text_encoder", "tokenizer", "vqgan"))
 
 
 def find_parts(folder: str | Path, given: Iterable[str] = ()) -> dict[str, Path | None]:
@@ -51,24 +56,29 @@ def find_parts(folder: str | Path, given: Iterable[str] = ()) -> dict[str, Path 
     folder = Path(folder)
     if not folder.is_dir():
         raise WeightsError(f"{folder} is not a folder of weights: there is no such folder")
+    paths = [*folder.glob("*"), *folder.glob("wuerstchen*/*")]
+    names = {path.relative_to(folder).as_posix() for path in paths if path.is_dir() or path.suffix == ".pt"}
+    return {part: name and folder / name for part, name in match_layout(names, given, folder, listing(folder)).items()}
 
-    def find(pattern: str) -> Path | None:
-        found = sorted(folder.glob(pattern))
-        if len(found) > 1:                               # of several versions, the last is the newest
-            warnings.warn(f"{folder} holds several files {pattern}: taking {found[-1].name}")
-        return found[-1] if found and (found[-1].is_dir() or found[-1].suffix == ".pt") else None
+
+def match_layout(names: set[str], given: Iterable[str], source, found: str) -> dict[str, str | None]:
+    """find_parts for the names of folders and .pt files, which may also be those of a repository."""
+    def find(pattern: str) -> str | None:
+        matches = sorted(fnmatch.filter(names, pattern))
+        if len(matches) > 1:                             # of several versions, the last is the newest
+            warnings.warn(f"{source} holds several files {pattern}: taking {matches[-1]}")
+        return matches[-1] if matches else None
     for name, layout in LAYOUTS.items():
         parts = {part: find(pattern) for part, pattern in layout.items()}
         if any(parts.values()) and all(parts[part] or part in given for part in MODELS):
             needed = layout.keys() - set(OPTIONAL) - set(TEXT if name.startswith("original") else ()) - set(given)
             missing = {layout[part]: None for part in layout if part in needed and parts[part] is None}
             if missing:
-                raise WeightsError(f"{folder} looks like the layout {name!r} but lacks {', '.join(missing)}")
+                raise WeightsError(f"{source} looks like the layout {name!r} but lacks {', '.join(missing)}")
             return parts
     wanted = "; or ".join(", ".join(layout[part] + "/" * (not name.startswith("original")) for part in MODELS)
                           for name, layout in LAYOUTS.items())
-    raise WeightsError(f"{folder} does not hold weights in a known layout: looked for {wanted}; "
-                       f"found {listing(folder)}")
+    raise WeightsError(f"{source} does not hold weights in a known layout: looked for {wanted}; found {found}")
 
 
 def check_scheduler(folder: str | Path | None) -> None:
@@ -87,20 +97,35 @@ def check_scheduler(folder: str | Path | None) -> None:
 
 # ----- all sources: names, folders, single parts ---------------------------------------------------------------------
 
+def official_name(weights: str | Path) -> str | Path:
+    """The name in NAMES for a repository that holds these weights, "warp-ai/wuerstchen"; anything else as it is."""
+    repo = str(weights).removeprefix("hub:")
+    if repo == "dome272/wuerstchen" and not Path(weights).exists():
+        raise WeightsError(f"{weights} holds both v1 and v2: write v1 or v2 instead")
+    return weights if Path(weights).exists() else OFFICIAL.get(repo, weights)
+
+
 def locate(weights: str | Path, files: dict[str, str | Path] | None = None, parts: tuple[str, ...] = TEXT_TO_IMAGE,
-           half: bool = False, offline: bool = False, revision: str | None = None) -> dict[str, Path | None]:
+           half: bool = False, offline: bool = False, revision: str | None = None,
+           named_by: tuple = ()) -> dict[str, Path | None]:
     """Where the parts of a pipeline are -> part, by its name in LAYOUTS: folder or file; None if missing.
 
-    weights: a name in SHIPPED or NAMES, or a folder. parts: those that are wanted; only these are fetched, or
-    required of a folder. files: single parts from elsewhere, which are then not looked for. A text encoder's
-    tokenizer is in the same folder, or next to it in `tokenizer`. half, offline, revision: see hub.fetch.
-    Raises WeightsError.
+    weights: a name in SHIPPED or NAMES, a folder, or a repository, hub:OWNER/NAME. parts: those that are wanted; only
+    these are fetched, or required of a folder. files: single parts from elsewhere, as paths or hub:OWNER/NAME, which
+    are then not looked for. A text encoder's tokenizer is in the same folder, or next to it in `tokenizer`.
+    half, offline, revision: see hub.fetch. named_by: whose base.json names these weights. Raises WeightsError.
     """
+    weights = official_name(weights)
     name, weights = weights, SHIPPED.get(weights, weights)
     options = dict(half=half, offline=offline, revision=revision)
-    if weights not in NAMES and (Path(weights) / "base.json").is_file():
-        return locate_trained(Path(weights), files or {}, parts, options)
-    own = single_parts(files or {})                          # checked before anything is fetched
+    if unknown := [part for part in parts if part not in (*TEXT_TO_IMAGE, "image_encoder")]:
+        raise WeightsError(f"there is no part called {unknown[0]!r}: expected some of "
+                           f"{', '.join((*TEXT_TO_IMAGE, 'image_encoder'))}")
+    own = single_parts(files or {}, options)                 # checked before anything else is fetched
+    if is_reference(weights):
+        weights = fetch_repository(str(weights), set(parts) - own.keys(), options)
+    if weights not in NAMES and base_of(Path(weights)):
+        return locate_trained(Path(weights), own, parts, options, (*named_by, str(name)))
     if weights in NAMES:
         found = fetch(weights, tuple(part for part in parts if part not in own), **options)
     elif Path(weights).is_dir():
@@ -111,33 +136,75 @@ def locate(weights: str | Path, files: dict[str, str | Path] | None = None, part
         found |= fetch("v1" if v1 else "v2", missing, **options) if missing else {}
     else:
         raise WeightsError(f"there are no weights called {str(name)!r}, and there is no such folder: expected "
-                           f"{', '.join((*SHIPPED, *NAMES))}, or a folder")
+                           f"{', '.join((*SHIPPED, *NAMES))}, or a folder{hint(name)}")
     for part in ("scheduler", "prior_scheduler"):
         check_scheduler(found.get(part))
     unwanted = dict.fromkeys(set(TEXT_TO_IMAGE) - set(parts))
     return dict.fromkeys(ONE_FOLDER) | found | unwanted | own
 
 
-def locate_trained(folder: Path, files: dict, parts: tuple[str, ...], options: dict) -> dict[str, Path | None]:
-    """The parts that a training wrote into `folder`, and the other parts from the weights named in its base.json."""
-    try:
+def base_of(folder: Path) -> tuple[dict, tuple[str, ...]] | None:
+    """Of a folder that holds only some parts: base.json, which names the weights of the others, and which parts it may
+    have. None if it is not such a folder. Raises WeightsError."""
+    if (folder / "base.json").is_file():
         base = read_json(folder / "base.json")
-        start, start_files = base["weights"], base.get("files", {})
-    except (WeightsError, KeyError) as error:
-        raise WeightsError(f"{folder / 'base.json'} cannot be used: {error}; "
-                           f"expected a file that train_b.py or train_c.py wrote") from error
-    trained = {part: folder / ONE_FOLDER[part] for part in ("prior", "prior_text_encoder", "decoder", "image_encoder")
-               if (folder / ONE_FOLDER[part]).is_dir()}
-    found = locate(start, start_files | trained | files, parts, **options)
+        files = base.get("files", {})
+        names = [base.get("weights"), base.get("lora") or "", *(files.values() if isinstance(files, dict) else [files])]
+        if not all(isinstance(name, str) for name in names) or Path(names[1]).name != names[1]:
+            raise WeightsError(f"{folder / 'base.json'} cannot be used: expected a file that train_b.py or train_c.py "
+                               f"wrote, with the names of weights, files and lora")
+        return base, TRAINED
+    index = folder / "model_index.json"
+    half = HALVES.get(read_json(index).get("_class_name")) if index.is_file() else None
+    return (dict(weights="v2"), half) if half else None
+
+
+def locate_trained(folder: Path, own: dict, parts: tuple[str, ...], options: dict, named_by: tuple) -> dict:
+    """The parts that a training wrote into `folder`, and the other parts from the weights named in its base.json."""
+    base, names = base_of(folder)
+    start, start_files = base["weights"], base.get("files", {})
+    if start in named_by:
+        raise WeightsError(f"{folder / 'base.json'} names {start}, which names it again: it needs weights")
+    if is_reference(named_by[-1]):                           # a stranger's file, and a path of another machine
+        for name in (start, *(file for part, file in start_files.items() if part not in own)):
+            if name not in (*SHIPPED, *NAMES, *OFFICIAL) and not is_reference(name):
+                raise WeightsError(f"{named_by[-1]}: its base.json names {name}, on the machine where it was trained: "
+                                   f"name its parts instead, --prior {named_by[-1]} with --weights")
+    trained = {part: folder / ONE_FOLDER[part] for part in names if (folder / ONE_FOLDER[part]).is_dir()}
+    found = locate(start, start_files | trained | own, parts, **options, named_by=named_by)
     return found | (dict(lora=folder / base["lora"]) if base.get("lora") else {})
 
 
-def single_parts(files: dict[str, str | Path | None]) -> dict[str, Path]:
-    """Parts given one by one, as paths, and the tokenizers that belong to their text encoders."""
+def fetch_repository(reference: str, wanted: set[str], options: dict) -> Path:
+    """Fetches what is needed of a repository, in any layout -> its folder in the cache. Of an image encoder that is not
+    wanted, only the configuration, which gives the size of images."""
+    repo = Repository(reference, options["offline"], options["revision"])
+    names = [name for name in ("base.json", "model_index.json") if name in repo.names]
+    base, own = (base_of(repo.fetch(names)) if names else None) or ({}, ())
+    if own:
+        where = {part: ONE_FOLDER[part] for part in own if ONE_FOLDER[part] in repo.folders()}
+    else:
+        entries = repo.folders() | {name for name in repo.names if name.endswith(".pt")}
+        where = match_layout(entries, set(TEXT_TO_IMAGE) - wanted, reference, some(repo.names))
+    for part, place in where.items():
+        if place and (part in wanted or part in ("scheduler", "prior_scheduler")):
+            names += repo.files_of(place, options["half"])
+        elif place and part == "image_encoder" and f"{place}/config.json" in repo.names:
+            names.append(f"{place}/config.json")
+    if base.get("lora"):
+        names += repo.files_of(base["lora"])
+    return repo.fetch(names)
+
+
+def single_parts(files: dict[str, str | Path | None], options: dict) -> dict[str, Path]:
+    """Parts given one by one, as paths or repositories, and the tokenizers that belong to their text encoders."""
     own = {part: Path(path) for part, path in files.items() if path is not None}
     for part, path in own.items():
-        if not path.exists():
-            raise WeightsError(f"{part}: {path}: there is no such file or folder")
+        if is_reference(path):
+            own[part] = fetch_part(path, (COMBINED[part], *{ONE_FOLDER[part]} - {COMBINED[part]}, ""),
+                                   ("tokenizer",) * part.endswith("text_encoder"), **options)
+        elif not path.exists():
+            raise WeightsError(f"{part}: {path}: there is no such file or folder{hint(path)}")
     for encoder, tokenizer in (("prior_text_encoder", "prior_tokenizer"), ("text_encoder", "tokenizer")):
         if encoder in own:
             own.setdefault(tokenizer, own[encoder] if (own[encoder] / "tokenizer_config.json").is_file()

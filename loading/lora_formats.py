@@ -28,7 +28,8 @@ from torch import Tensor
 
 import lora
 from loading.errors import WeightsError, printable
-from loading.files import listing, read_json, write_atomically
+from loading.files import listing, read_json, reason_of, write_atomically
+from loading.hub import LORA_FILES, fetch_lora, is_reference
 
 
 class LoRAWeights(NamedTuple):
@@ -59,9 +60,6 @@ ENDINGS = {
 # What compiling, wrapping for several GPUs and peft's names of adapters (lora_A.default.weight) add to names.
 WRAPPERS = re.compile(r"(?<![^.])module\.|_orig_mod[._]|(?<=\.lora_[AB])\.(?!weight$)\w+(?=\.weight$)"
                       r"|(?<=\.lora_magnitude_vector)\.(?!weight$)\w+(?=(\.weight)?$)")
-# In a folder: our own runs' file, peft's, diffusers'; .safetensors rather than .bin.
-FILES = ("lora.safetensors", *(f"{stem}{suffix}" for stem in ("adapter_model", "pytorch_lora_weights")
-                               for suffix in (".safetensors", ".bin")))
 CONFIG = "lora_adapter_metadata"       # diffusers' key in the header: peft's configuration, in JSON
 ALPHAS = ("ss_network_alpha", "network_alpha", "lora_alpha", "alpha")     # other programs' keys in the header
 # With these starts peft changes the base weights before training, so the LoRA does not fit the usual ones.
@@ -85,24 +83,24 @@ FOREIGN = {
 # ----- reading ---------------------------------------------------------------------------------------
 
 def find_lora(path: str | Path) -> Path:
-    """A file itself; in a folder the first of FILES. Raises ValueError if there is none."""
+    """A file itself; in a folder the first of LORA_FILES. Raises ValueError if there is none."""
     path = Path(path)
-    found = [path / name for name in FILES if (path / name).is_file()] if path.is_dir() else [path]
+    found = [path / name for name in LORA_FILES if (path / name).is_file()] if path.is_dir() else [path]
     if not found:
-        raise ValueError(f"the folder holds no LoRA: expected {', '.join(FILES)}; found {listing(path)}")
+        raise ValueError(f"the folder holds no LoRA: expected {', '.join(LORA_FILES)}; found {listing(path)}")
     if not found[0].is_file():
         raise ValueError("there is no such file")
     return found[0]
 
 
 def open_lora(source: str | Path | dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A file, a folder with one of FILES, or tensors -> (tensors, metadata). Raises ValueError.
+    """A file, a folder with one of LORA_FILES, or tensors -> (tensors, metadata). Raises ValueError.
 
     peft's configuration, in a file of its own, becomes part of the metadata.
     """
     if isinstance(source, dict):
         return source, {}
-    path, metadata = find_lora(source), {}
+    path, metadata = find_lora(fetch_lora(source) if is_reference(source) else source), {}
     try:
         if path.suffix == ".safetensors":
             from safetensors import safe_open
@@ -111,8 +109,8 @@ def open_lora(source: str | Path | dict[str, Tensor]) -> tuple[dict[str, Tensor]
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:         # each library raises its own kinds
-        reason = str(error).split("\n")[0][:200]
-        raise ValueError(f"it cannot be read, presumably it is cut off or not a file of weights: {reason}") from error
+        raise ValueError("it cannot be read, presumably it is cut off or not a file of weights: "
+                         f"{reason_of(error)}") from error
     if not isinstance(tensors, dict) or not all(isinstance(name, str) and isinstance(tensor, Tensor)
                                                 for name, tensor in tensors.items()):
         raise ValueError("it does not contain a table of tensors, so it is not a LoRA")
@@ -296,6 +294,8 @@ def naming_source(source):
     try:
         yield
     except (ValueError, TypeError, AttributeError, RecursionError) as error:      # the last three: impossible metadata
+        if is_reference(source) and isinstance(error, WeightsError):              # of hub.py, which names it
+            raise
         name = "the LoRA" if isinstance(source, dict) else source
         raise WeightsError(printable(f"{name}: {error}; nothing was loaded")) from error
 

@@ -1,6 +1,6 @@
 """Loads a whole pipeline: finds the parts, checks that they fit each other, fills the networks, makes them fast.
 
-  "tiny", "v2", a folder -locate-> paths of the parts -weights-> networks -> Wuerstchen or, of v1, WuerstchenV1
+  a name or a folder -locate-> paths of the parts -weights-> networks -> Wuerstchen or, of v1, WuerstchenV1
 
 Before the first number is read, names, shapes and widths are compared: files that do not fit end in one line.
 Needs: torch, safetensors; transformers for the text encoders.
@@ -15,7 +15,7 @@ from loading import weights as w
 from loading.arguments import adapter_name, check_options, dtype_of, install, lora_scales
 from loading.errors import WeightsError
 from loading.files import TensorFile, find_file
-from loading.layouts import locate
+from loading.layouts import locate, official_name
 from loading.lora_formats import load_lora, read_lora
 from loading.words import warn_of_unknown_words
 from speed.fast import accelerate
@@ -33,17 +33,19 @@ def load(weights: str | Path | None = None, device: str | None = None, dtype: to
     """-> the pipeline, ready to be called.
 
     weights     "tiny" and "tiny-v1", which ship with the code; "v1", "v2", "v2-base", "v2-aesthetic", fetched if need
-                be; or a folder in any of diffusers' layouts, or of the original .pt files (see layouts.find_parts)
-    files       single parts from elsewhere, each a folder or a file: prior, decoder, vqgan, image_encoder,
-                prior_text_encoder, text_encoder; the rest then comes from `weights`, by default "v2"
+                be; a folder in any of diffusers' layouts, or of the original .pt files (see layouts.find_parts); or
+                someone's repository, "hub:owner/name" (see hub.Repository)
+    files       single parts from elsewhere, each a folder, a file or "hub:owner/name": prior, decoder, vqgan,
+                image_encoder, prior_text_encoder, text_encoder; the rest comes from `weights`, by default "v2"
     device      default cuda if there is one, else cpu. dtype: torch's or "bf16"; default fp32 on a CPU, else bf16
-    parts       what will be needed, hub.TEXT_TO_IMAGE (the default) or hub.RECONSTRUCTION; nothing else is fetched
+    parts       what will be needed, and only that is fetched: hub.TEXT_TO_IMAGE (default), hub.RECONSTRUCTION, or some
     offline, revision   see hub.fetch
     fast        the fast forms of speed/fast.py instead of the plain networks; compile: torch.compile on top
     int8        the large layers of Stages B and C in 8 bits, on a CPU: a quarter of their memory, see speed/int8.py
     low_memory  one network in memory at a time, read again when needed; default: if they do not all fit
     offload     one network on the device at a time, the others wait in main memory
-    lora        LoRAs for Stage C: a file, a list, or {file: scale}, 1 as trained; later: arguments.set_loras
+    lora        LoRAs for Stage C: a file or "hub:owner/name", a list, or {file: scale}, 1 as trained; later:
+                arguments.set_loras
     Raises WeightsError (a ValueError) for files that cannot be used, ValueError for a device that is not there.
     """
     check_options(files.keys() - FILES, FILES)
@@ -51,23 +53,21 @@ def load(weights: str | Path | None = None, device: str | None = None, dtype: to
     dtype, lora = dtype_of(dtype or ("fp32" if device.type == "cpu" else "bf16")), lora_scales(lora)
     if int8:
         check_int8([device], dtype)
-    for file in lora or {}:
-        read_lora(file)                          # before 12 GB are fetched; whether it fits is only known later
-    weights = weights or ("v2" if files else "tiny")
+    lora = fetch_loras(lora, offline, revision)
+    weights = official_name(weights or ("v2" if files else "tiny"))
     paths = locate(weights, files, parts or hub.TEXT_TO_IMAGE, dtype != torch.float32, offline, revision)
     empty = build_all(paths)
     loaders = loaders_of(paths, empty, torch.device("cpu") if offload else device, dtype, int8, lora)
-    if weights in hub.NAMES and not paths["image_encoder"]:
-        name = "v1" if isinstance(empty.get("decoder"), w.StageBV1) else "v2"
-        loaders["image_encoder"] = lambda: w.load_image_encoder(hub.fetch(
-            name, ("image_encoder",), offline=offline, revision=revision)["image_encoder"]).to(device)
+    own_encoder = files.get("image_encoder") or "image_encoder" in (parts or ())
+    if hub.is_reference(weights) and not own_encoder if paths["image_encoder"] else weights in hub.NAMES:
+        loaders["image_encoder"] = fetch_encoder_later(weights, empty, device, files, offline, revision)
     model = warn_of_unknown_words(pipeline_for(paths, empty, loaders, device, dtype), paths["prior"],
                                   lora or paths.get("lora"))
     # For extras: where the parts came from, the LoRAs, and where preview colours are kept; None if they do not fit.
     model.paths, model.int8, model.load_stage_c = paths, int8, loaders.get("stage_c")
     install(model, weights, files, lora)
     folder = hub.own_cache() if weights in hub.NAMES else paths["vqgan"].parent if paths["vqgan"] else None
-    own = not (files.get("vqgan") or files.get("image_encoder")) and folder is not None
+    own = not (files.get("vqgan") or files.get("image_encoder") or hub.is_reference(weights)) and folder is not None
     raw = model.scale_semantic is not Wuerstchen.scale_semantic
     model.preview_file = folder / f"preview{'_v1' * raw}.json" if own else None
     if low_memory is None and not offload:
@@ -86,6 +86,23 @@ def load(weights: str | Path | None = None, device: str | None = None, dtype: to
         one_image_at_a_time(model)
     tile(model, None)
     return model
+
+
+def fetch_loras(lora: dict[str, float], offline: bool, revision: str | None) -> dict[str, float]:
+    """{LoRA: scale} -> {its file: scale}. Raises WeightsError for one that cannot be read."""
+    found = {str(hub.fetch_lora(source, offline, revision)): scale for source, scale in lora.items()}
+    for file in found:
+        read_lora(file)                          # before 12 GB are fetched; whether it fits is only known later
+    return found
+
+
+def fetch_encoder_later(weights: str | Path, empty: dict, device: torch.device, files: dict, offline: bool,
+                        revision: str | None):
+    """-> a loader for the image encoder, which is fetched when it is needed."""
+    if weights in hub.NAMES:
+        weights = "v1" if isinstance(empty.get("decoder"), w.StageBV1) else "v2"
+    return lambda: w.load_image_encoder(locate(weights, files, ("image_encoder",), offline=offline, revision=revision)
+                                        ["image_encoder"]).to(device)
 
 
 def usable_device(name: str | torch.device) -> torch.device:

@@ -370,3 +370,264 @@ def test_a_revision_is_for_all_repositories_or_for_one():
     assert hub.revision_of(authors, None) == hub.REVISIONS[authors] != hub.REVISIONS[f"{authors} (v1)"]
     assert hub.revision_of(authors, None, "v1") == hub.REVISIONS[f"{authors} (v1)"]
     assert hub.revision_of(authors, "main", "v1") == "main" and hub.revision_of(repo, None, "v1") == hub.REVISIONS[repo]
+
+
+# --- anyone's repositories ---------------------------------------------------------------------------
+
+def tiny_files(*parts: str) -> dict[str, bytes]:
+    return {f"{part}/{path.name}": path.read_bytes() for part in parts for path in (TINY / part).iterdir()}
+
+
+def served_folder(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# Prints sums over Stage C's and Stage B's outputs on fixed inputs. In float64: equal weights give equal numbers.
+PROBE = """
+import sys, torch
+from wuerstchen import Wuerstchen
+from loading.errors import exit_on_user_error
+def probe(*arguments, **options):
+    model = Wuerstchen.load(*arguments, device="cpu", fast=False, low_memory=False, **options)
+    g = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(shape, generator=g)
+    with torch.no_grad():
+        c = model.part("stage_c")(draw(1, 16, 3, 3), torch.tensor([0.5]), draw(1, 7, 128)).double().abs().sum().item()
+        b = model.part("stage_b")(draw(1, 4, 32, 32), torch.tensor([0.5]), draw(1, 16, 3, 3), draw(1, 7, 128))
+    print(model.size, c, b.double().abs().sum().item())
+    return model
+with exit_on_user_error():
+"""
+
+
+def probe(served, home: Path, *calls: str, **environment) -> list[str]:
+    result = run(served, home, "-c", PROBE + "".join(f"    {call}\n" for call in calls), **environment)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
+def pushed(folder: Path, monkeypatch, lora: bool) -> dict[str, bytes]:
+    """What `train_c.py --weights tiny --push-to-hub me/unicorn` uploads, with or without --lora."""
+    from argparse import Namespace
+    from loading.weights import load_stage_c
+    from lora import add_lora
+    from training import results
+    torch.manual_seed(0)
+    prior = load_stage_c(TINY / "prior")
+    if lora:
+        for name in add_lora(prior, rank=2):
+            torch.nn.init.normal_(prior.get_submodule(name).adapters["default"].up)
+    else:
+        with torch.no_grad():
+            prior.head.bias += 0.5
+    monkeypatch.setattr(results, "push", lambda args: None)
+    args = Namespace(weights="tiny", out=str(folder), data="photos", init=None, lora=lora, steps=3, trigger="a zorp",
+                     train_text=False, push_to_hub="me/unicorn", **dict.fromkeys(results.FILES_C))
+    weights = {f"prior.{name}": tensor for name, tensor in prior.state_dict().items()}
+    results.write_files_c(args, prior, weights, None, 2)
+    (folder / "samples").mkdir()
+    (folder / "samples" / "0.png").write_bytes(b"a sheet")
+    return served_folder(folder)
+
+
+def test_a_lora_that_was_pushed_loads_back(served, tmp_path, monkeypatch):
+    """As weights, through base.json, and as a LoRA: both the same model as the local file. Offline as well."""
+    served.files["me/unicorn"] = pushed(tmp_path / "out", monkeypatch, lora=True)
+    local, plain, as_weights, as_lora, named = probe(
+        served, tmp_path, f"probe('tiny', lora={{{str(tmp_path / 'out/lora.safetensors')!r}: 1.0}})", "probe('tiny')",
+        "probe('hub:me/unicorn')", "probe('tiny', lora='hub:me/unicorn')",
+        "probe('tiny', lora={'hub:me/unicorn@main/lora.safetensors': 1.0})")
+    assert local == as_weights == as_lora == named != plain
+    assert {name for name, _ in served.asked} == {f"me/unicorn/{name}" for name in ("base.json", "lora.safetensors")}
+    served.close()
+    assert probe(served, tmp_path, "probe('hub:me/unicorn', offline=True)", HF_HUB_OFFLINE="") == [local]
+    assert probe(served, tmp_path, "probe('tiny', lora='hub:me/unicorn')", HF_HUB_OFFLINE="1") == [local]
+
+
+def test_a_fine_tune_that_was_pushed_loads_back(served, tmp_path, monkeypatch):
+    """prior/ and base.json: as weights, or only its Stage C. A branch or commit of it is named after @."""
+    served.files["me/unicorn"] = pushed(tmp_path / "out", monkeypatch, lora=False)
+    local, plain, *others = probe(
+        served, tmp_path, f"probe({str(tmp_path / 'out')!r})", "probe('tiny')", "probe('hub:me/unicorn')",
+        "probe('tiny', prior='hub:me/unicorn')", f"probe('tiny', prior='hub:me/unicorn@{COMMIT}')",
+        "probe('tiny', prior='hub:me/unicorn/prior')",
+        "probe('tiny', prior='hub:me/unicorn/prior/diffusion_pytorch_model.safetensors')")
+    assert local != plain and others == [local] * 5
+    asked = [name.removeprefix("me/unicorn/") for name, _ in served.asked]
+    assert {*asked} == {"base.json", "prior/config.json", "prior/diffusion_pytorch_model.safetensors"}
+
+
+def test_of_a_whole_pipeline_only_what_is_needed_is_fetched(served, tmp_path):
+    """The image encoder's weights only to encode an image; its configuration always, since it tells the size. Of the
+    parts that are given otherwise, or not wanted, nothing."""
+    everything = ("prior", "decoder", "vqgan", "text_encoder", "tokenizer", "image_encoder")
+    served.files["me/whole"] = tiny_files(*everything) | {"notes.pdf": b"", "prior/old.bin": b"", "README.md": b""}
+    local, repo = probe(served, tmp_path, "probe('tiny')", "probe('hub:me/whole')")
+    assert local == repo and local.startswith("128 ")
+    asked = {name.removeprefix("me/whole/") for name, _ in served.asked}
+    weights = "diffusion_pytorch_model.safetensors"
+    assert asked >= {f"{part}/{name}" for part in ("prior", "decoder", "vqgan") for name in ("config.json", weights)}
+    assert "image_encoder/config.json" in asked and f"image_encoder/{weights}" not in asked
+    assert not asked & {"notes.pdf", "prior/old.bin", "README.md"}
+    served.asked.clear()
+    out = run(served, tmp_path, "-c", "from wuerstchen import Wuerstchen; "
+              "m = Wuerstchen.load('hub:me/whole', 'cpu'); print(m.part('image_encoder').config)")
+    assert "'c_semantic'" in out.stdout, out.stderr
+    assert [name for name, _ in served.asked] == [f"me/whole/image_encoder/{weights}"]
+    served.asked.clear()
+    other = tmp_path / "other"
+    other.mkdir()
+    out = run(served, other, "-c", "from wuerstchen import Wuerstchen; m = Wuerstchen.load('hub:me/whole', 'cpu', "
+              f"parts=('prior', 'prior_text_encoder', 'prior_tokenizer'), prior={str(TINY / 'prior')!r}); "
+              "print(sorted(m.networks))")
+    assert "stage_c" in out.stdout and "stage_b'" not in out.stdout, out.stderr
+    assert {name.split("/")[2] for name, _ in served.asked} == {"text_encoder", "tokenizer", "image_encoder"}
+
+
+def test_sample_py_takes_repositories_for_weights_parts_and_loras(served, tmp_path, monkeypatch):
+    """On the command line, with a scale after the LoRA. The PNG keeps the names, so --like makes it again."""
+    from PIL import Image
+    import numpy as np
+    from extras.metadata import read_settings
+    served.files["me/unicorn"] = pushed(tmp_path / "out", monkeypatch, lora=True)
+    served.files["me/b"] = tiny_files("decoder", "text_encoder", "tokenizer")
+    few = ("--steps-c", "2", "--steps-b", "1", "--seed", "3", "--prompt", "a cat", "--device", "cpu")
+    result = run(served, tmp_path, "sample.py", "--weights", "tiny", "--decoder", "hub:me/b", "--text-encoder",
+                 "hub:me/b", "--lora", "hub:me/unicorn:0.5", *few, "--out", "a.png")
+    assert result.returncode == 0, result.stderr
+    settings = read_settings(tmp_path / "a.png")
+    assert settings["decoder"] == "hub:me/b" and settings["lora"] == "hub:me/unicorn:0.5"
+    served.close()
+    for name, options in (("b.png", ("--like", "a.png", "--offline")), ("c.png", (
+            "--lora", f"{tmp_path / 'out/lora.safetensors'}:0.5", *few)), ("d.png", few)):
+        result = run(served, tmp_path, "sample.py", "--device", "cpu", *options, "--out", name)
+        assert result.returncode == 0 and "warning" not in result.stderr, result.stderr
+    a, b, c, d = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in "abcd")
+    assert np.array_equal(a, b) and np.array_equal(a, c) and not np.array_equal(a, d)
+
+
+def test_a_repository_of_diffusers_prior_pipeline_is_completed_by_v2(served, tmp_path):
+    """So most fine-tunes are published: prior/, text_encoder/, tokenizer/ and model_index.json."""
+    served.files["me/prior"] = tiny_files("prior", "text_encoder", "tokenizer") | {
+        "model_index.json": b'{"_class_name": "WuerstchenPriorPipeline"}'}
+    result = run(served, tmp_path, "-c", "from loading.layouts import locate\n"
+                 "for part, path in locate('hub:me/prior').items(): print(part, path)")
+    assert result.returncode == 0, result.stderr
+    paths = dict(line.split() for line in result.stdout.splitlines())
+    assert {part: re.search("models--(.*?)/", path)[1] for part, path in paths.items() if path != "None"} == {
+        **dict.fromkeys(("prior", "prior_text_encoder", "prior_tokenizer"), "me--prior"),
+        **dict.fromkeys(("decoder", "vqgan", "text_encoder", "tokenizer"), "warp-ai--wuerstchen")}
+    assert not any(name.startswith("warp-ai/wuerstchen-prior") for name, _ in served.asked)
+
+
+def test_shards_of_a_repository_are_fetched_with_their_index(served, tmp_path):
+    """And a hostile index is refused before any of its names is asked for."""
+    from safetensors.torch import load, save
+    stem = "diffusion_pytorch_model"
+    files = tiny_files("prior")
+    tensors = load(files.pop(f"prior/{stem}.safetensors"))
+    names = sorted(tensors)
+    shards = {f"{stem}-0000{i + 1}-of-00002.safetensors": names[i::2] for i in range(2)}
+    index = {name: file for file, some in shards.items() for name in some}
+    served.files["me/large"] = files | {f"prior/{file}": save({name: tensors[name] for name in some})
+                                        for file, some in shards.items()} | {
+        f"prior/{stem}.safetensors.index.json": json.dumps({"weight_map": index}).encode(), "prior/x.fp16.bin": b""}
+    local, repo = probe(served, tmp_path, "probe('tiny')", "probe('tiny', prior='hub:me/large')")
+    assert local == repo and {name for name, _ in served.asked} == {f"me/large/prior/{name}" for name in (
+        *shards, f"{stem}.safetensors.index.json", "config.json", *(f for f in ("words.json",) if (
+            TINY / "prior" / f).is_file()))}
+    for i, (name, message) in enumerate((("../../../secret.safetensors", "only .safetensors or .bin files in the same"),
+                                         ("lost.safetensors", "names files that are missing: prior/lost.safetensors"))):
+        index[names[0]] = name
+        served.files[f"me/large{i}"] = served.files["me/large"] | {
+            f"prior/{stem}.safetensors.index.json": json.dumps({"weight_map": index}).encode()}
+        served.asked.clear()
+        assert message in error_of(run(served, tmp_path, "sample.py", "--prompt", "a cat", "--weights", "tiny",
+                                       "--prior", f"hub:me/large{i}"))
+        assert [name for name, _ in served.asked] == [f"me/large{i}/prior/{stem}.safetensors.index.json"]
+
+
+REPOSITORIES = {"me/base": {"base.json": b'{"weights": "/home/me/weights"}', "prior/config.json": b"{}"},
+                "me/escape": {"base.json": b'{"weights": "tiny", "lora": "../../x.safetensors"}'},
+                "me/files": {"base.json": b'{"weights": "tiny", "files": {"vqgan": "/etc/passwd"}}'},
+                "me/circle": {"base.json": b'{"weights": "hub:me/circle"}'},
+                "me/broken": {"base.json": b'{"weights": 3}'},
+                "me/photos": {"cat.jpg": b"", "dog.jpg": b""},
+                "me/two": {"a.safetensors": b"", "b.safetensors": b""}}
+
+
+@pytest.mark.parametrize("weights, message", [
+    ("hub:me/base", "hub:me/base: its base.json names /home/me/weights, on the machine where it was trained: name its"),
+    ("hub:me/escape", "expected a file that train_b.py or train_c.py wrote"),
+    ("hub:me/files", "its base.json names /etc/passwd, on the machine where it was trained"),
+    ("hub:me/circle", "names hub:me/circle, which names it again"),
+    ("hub:me/broken", "expected a file that train_b.py or train_c.py wrote"),
+    ("hub:me/photos", "hub:me/photos does not hold weights in a known layout: looked for prior/, decoder/, vqgan/"),
+    ("hub:me/nothing", "has no me/nothing, or shows it only to its members"),
+    ("hub:me/photos/nowhere", "me/photos at revision main holds no nowhere: found cat.jpg, dog.jpg")])
+def test_repositories_without_usable_weights_are_explained(weights, message, served, tmp_path, monkeypatch):
+    """A base.json of a stranger can name no files of this machine, and nothing is written outside the cache."""
+    served.files |= REPOSITORIES
+    assert message in error_of(run(served, tmp_path, "sample.py", "--prompt", "a cat", "--weights", weights))
+
+
+def test_parts_and_loras_that_a_repository_lacks_are_explained(served, tmp_path):
+    served.files |= REPOSITORIES
+    script = """
+from loading import hub
+from loading.errors import WeightsError
+from loading.layouts import locate
+for call in (lambda: locate("tiny", {"prior": "hub:me/photos"}), lambda: hub.fetch_lora("hub:me/two"),
+             lambda: hub.fetch_lora("hub:me/photos"), lambda: hub.fetch_lora("hub:me/two", offline=True),
+             lambda: hub.fetch_lora("hub:me/two@0123", offline=True), lambda: hub.fetch_lora("hub:me"),
+             lambda: hub.fetch_lora("hub:me/../two"), lambda: hub.fetch_lora("hub:me/two/../../x")):
+    try:
+        call()
+    except WeightsError as error:
+        print(error)
+"""
+    result = run(served, tmp_path, "-c", script)
+    lines = result.stdout.splitlines()
+    parts = "expected config.json and weights in prior_prior/, prior/, the folder itself; found cat.jpg, dog.jpg"
+    assert parts in lines[0] and "hub:me/two holds several files that may be a LoRA" in lines[1]
+    assert "hub:me/photos holds no file that may be a LoRA" in lines[2]
+    assert all("is not in the cache" in line and "--offline fetches nothing" in line for line in lines[3:5])
+    assert all("expected hub:OWNER/NAME, hub:OWNER/NAME@REVISION" in line for line in lines[5:]) and len(lines) == 8
+
+
+@pytest.mark.parametrize("weights, message", [
+    ("dome272/wuerstchen", "dome272/wuerstchen holds both v1 and v2: write v1 or v2 instead"),
+    ("hub:dome272/wuerstchen", "holds both v1 and v2"),
+    ("someone/pictures", "no such folder: .*; a repository of the Hugging Face hub is written hub:someone/pictures"),
+    ("nowhere", "or a folder$"), ("a/b/c", "or a folder$")])
+def test_names_that_are_no_weights_get_a_hint(weights, message, tmp_path, monkeypatch):
+    from loading.errors import WeightsError
+    from loading.layouts import locate
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(WeightsError, match=message) as error:
+        locate(weights)
+    assert "\n" not in str(error.value)
+    if message.startswith("no such folder"):
+        for call in (lambda: locate("tiny", {"decoder": weights}), lambda: hub.fetch_lora(weights)):
+            with pytest.raises(WeightsError, match=f"there is no such file or folder; a .* is written hub:{weights}"):
+                call()
+        Path(weights).mkdir(parents=True)
+        with pytest.raises(WeightsError, match="does not hold weights in a known layout"):
+            locate(weights)
+
+
+@pytest.mark.parametrize("repo, name", hub.OFFICIAL.items())
+def test_the_official_repositories_stand_for_their_weights(repo, name):
+    from loading.layouts import official_name
+    assert official_name(repo) == official_name(f"hub:{repo}") == name and official_name("me/x") == "me/x"
+    assert any(repo == source for source, _, _ in hub.NAMES[name].values())
+
+
+def test_unknown_parts_are_refused_and_some_parts_are_enough():
+    from loading.errors import WeightsError
+    from wuerstchen import Wuerstchen
+    with pytest.raises(WeightsError, match="no part called 'foo': expected some of prior, prior_text_encoder, .*vqgan"):
+        Wuerstchen.load("tiny", "cpu", parts=("foo",))
+    model = Wuerstchen.load("tiny", "cpu", parts=("prior", "prior_text_encoder", "prior_tokenizer"))
+    assert {"stage_c", "text_encoder_c"} <= model.networks.keys()
+    assert model.networks.keys().isdisjoint({"stage_a", "stage_b"})

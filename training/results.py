@@ -28,7 +28,7 @@ def files_given(args, parts: tuple[str, ...]) -> dict[str, str]:
 def write_base(args, parts: tuple[str, ...], **more) -> None:
     """base.json, which tells sample.py --weights OUT where the parts are that this run did not write."""
     def path(name: str) -> str:
-        return name if name in (*SHIPPED, *NAMES) else str(Path(name).resolve())         # a name stays a name
+        return str(Path(name).resolve()) if name not in (*SHIPPED, *NAMES) and Path(name).exists() else name
     base = dict(weights=path(args.weights), files={part: path(file) for part, file in files_given(args, parts).items()})
     text = json.dumps(base | more, indent=2) + "\n"
     write_atomically(Path(args.out) / "base.json", lambda file: file.write_text(text))
