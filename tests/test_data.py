@@ -613,6 +613,284 @@ def test_a_table_without_images_is_rejected(tmp_path):
         tables.write_tar(tables.Table("a", {"url": False, "text": False}, [{"url": "http://", "text": "x"}]),
                          tmp_path / "a.tar")
 
+# ----- what people's files are like --------------------------------------------------------------------
+
+def test_a_caption_with_half_a_character_and_a_deep_json_cost_one_image(tmp_path):
+    """The first was a TypeError in a training step, in every resumed run as well; the second ended the run at once."""
+    files = pairs(2)
+    for name, text in (("half", '{"text": "a cat \\ud83d on a mat"}'), ("deep", "[" * 100_000),
+                       ("list", json.dumps({"text": "[" * 100_000})), ("whole", '{"text": "\\ud83d\\ude00"}')):
+        files |= {f"{name}.png": encoded(noise_image()), f"{name}.json": text}
+    rows = [{"file_name": "row.png", "text": "\ud83d"}, {"file_name": "\udce9.png", "text": "?"}]
+    files |= {"row.png": encoded(noise_image()), "metadata.jsonl": "\n".join(map(json.dumps, rows))}
+    for source in (write(tmp_path / "folder", files), tar(tmp_path / "a.tar", files)):
+        dataset = open_dataset(source)
+        assert captions_of(dataset) == [["image 0"], ["image 1"], ["[" * 100_000], ["\U0001f600"]]
+        reasons = {name.removeprefix(f"{source}/"): why for name, why in dataset.skipped}
+        assert reasons.keys() == {"half.png", "deep.png", "row.png", "\\udce9.png"}
+        assert "half a character, \\ud83d" in reasons["half.png"] and "half a character" in reasons["row.png"]
+        assert "nested too deeply" in reasons["deep.png"]
+        dataset.describe().encode()
+    with pytest.raises(ValueError, match="row 1: its JSON is nested too deeply"):
+        open_dataset(write(tmp_path / "rows", {**pairs(1), "metadata.jsonl": "[" * 100_000}))
+
+
+def test_names_of_files_need_not_be_utf_8(tmp_path):
+    """Nothing that is printed or hashed may fail because of a name in Latin-1."""
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")
+    with open(path, "wb") as file:
+        file.write(encoded(noise_image()))
+    write(tmp_path, {"b.png": "?"})
+    os.rename(tmp_path / "b.png", os.fsdecode(os.fsencode(tmp_path) + b"/b\xe9.png"))
+    dataset = open_dataset(tmp_path, captions_required=False)
+    assert names_of(dataset) == ["caf\\udce9.png"] and dataset.skipped[0][0] == "b\\udce9.png"
+    assert dataset.key(0) == hashlib.sha256(encoded(noise_image())).hexdigest()
+    np.testing.assert_array_equal(dataset.read(0), np.asarray(noise_image()))
+
+
+def test_names_that_differ_only_in_unicode_form_belong_together(tmp_path):
+    """macOS writes the accent of é as a character of its own, and metadata from elsewhere does not."""
+    one, two, image = "caf\u00e9", "cafe\u0301", encoded(noise_image())
+    files = {f"a/{one}.png": image, f"a/{two}.txt": "a", f"b/{two}.png": image, f"b/{one}.txt": "b",
+             f"c/{two}.png": image, "c/metadata.jsonl": json.dumps({"file_name": f"{one}.png", "text": "c"}),
+             f"d/{one}.png": image, f"d/{two}.png": image, f"d/{one}.txt": "d1", f"d/{two}.txt": "d2"}
+    for source in (write(tmp_path / "folder", files), tar(tmp_path / "a.tar", files)):
+        dataset = open_dataset(source)
+        captions = dict(zip(names_of(dataset), captions_of(dataset)))
+        assert sorted(captions.values()) == [["a"], ["b"], ["c"], ["d1"], ["d2"]]
+        assert [texts for name, texts in captions.items() if name.endswith(f"d/{two}.png")] == [["d2"]]
+        assert not dataset.skipped
+
+
+def test_several_folders_are_one_source(tmp_path):
+    """In braces or by a glob. Images of the same name in two folders are told apart."""
+    for name, first in (("a", 0), ("b", 2)):
+        write(tmp_path / name, pairs(2, first))
+        (tmp_path / name / "000.txt").write_text("same name")
+    tar(tmp_path / "c.tar", pairs(1, 9))
+    for source, tail in ((f"{tmp_path}/{{a,b}}", []), (f"{tmp_path}/[ab]", []), (f"{tmp_path}/*", [["image 9"]])):
+        dataset = open_dataset(source, index_folder=tmp_path.parent / "index")
+        assert captions_of(dataset) == [["same name"], ["image 1"], ["image 2"], ["image 3"], *tail]
+        assert names_of(dataset)[:3] == [f"{tmp_path}/a/000.png", f"{tmp_path}/a/001.png", f"{tmp_path}/b/002.png"]
+
+
+def test_the_numbers_in_names_of_folders_are_named_as_not_used(tmp_path):
+    """kohya's scripts take 10_cat for: show each image ten times. A folder 2024_photos must not be seen 2024 times."""
+    write(tmp_path / "10_cat", pairs(1))
+    write(tmp_path / "sub" / "5_dog", pairs(1))
+    dataset = open_dataset(tmp_path)
+    assert len(dataset) == 2
+    assert dataset.describe().endswith("; the number in 10_cat, 5_dog is not used: no image is repeated")
+    assert "10_cat is not used" in open_dataset(tmp_path / "10_cat").describe()
+    assert "not used" not in open_dataset(write(tmp_path / "2024_photos", pairs(1))).describe()
+
+
+@pytest.mark.parametrize("rows, option, captions, note", [
+    ([{"Prompt": "p", "x": 1}], {}, ["p"], "captions from Prompt"),
+    ([{"prompt": "p", "text": "t", "caption": None}], {}, ["t"], "captions from text"),
+    ([{"prompt": "p", "text": "t"}], dict(caption_column="prompt"), ["p"], "captions from prompt"),
+    ([{"title": "p", "text": "t"}], dict(caption_column="title"), ["p"], "captions from title"),
+    ([{"title": "p", "text": ""}], {}, None, "no caption among its keys text, title: --caption-column chooses one"),
+    ([{"title": "p"}], dict(caption_column="tilte"), None, "no caption among its keys title"),
+])
+def test_captions_are_taken_from_usual_keys_or_the_one_that_is_chosen(tmp_path, rows, option, captions, note):
+    """And what was taken is printed. Of a folder, its .json and metadata; of a shard, its index is made for the key."""
+    image = encoded(noise_image())
+    sources_ = [write(tmp_path / "json", {"a.png": image, "a.json": json.dumps(rows[0])}),
+                write(tmp_path / "rows", {"a.png": image,
+                                          "metadata.jsonl": json.dumps({"file_name": "a.png", **rows[0]})}),
+                tar(tmp_path / "a.tar", {"a.png": image, "a.json": json.dumps(rows[0])})]
+    for source in sources_:
+        if captions is None:
+            with pytest.raises(ValueError, match=note):
+                open_dataset(source, **option)
+            continue
+        dataset = open_dataset(source, **option)
+        assert captions_of(dataset) == [captions] and note in dataset.describe()
+    if option and captions:
+        found = ", ".join(sorted(rows[0]))
+        with pytest.raises(ValueError, match=f"--caption-column no has no caption, found: {found}"):
+            open_dataset(sources_[2], captions_required=False, caption_column="no")
+        assert captions_of(open_dataset(sources_[2])) == [["t"]]
+
+
+def test_metadata_names_files_under_the_key_that_is_chosen(tmp_path):
+    """Rows for files that are no images, and second rows for one image, are named."""
+    rows = [{"img": name, "text": name} for name in ("a.png", "b.mp4", "a.png")]
+    write(tmp_path, {"a.png": encoded(noise_image()), "b.mp4": "", "metadata.jsonl": "\n".join(map(json.dumps, rows))})
+    with pytest.raises(ValueError, match="row 1: 'file_name' is not among its keys img, text, and --image-column"):
+        open_dataset(tmp_path)
+    dataset = open_dataset(tmp_path, image_column="img")
+    assert captions_of(dataset) == [["a.png"]]
+    assert dict(dataset.skipped) == {"b.mp4": "named in metadata.jsonl, but not an image",
+                                     "a.png": "twice in metadata.jsonl, the last row counts"}
+
+
+@pytest.mark.parametrize("source, message", [
+    ("owner/name", "there is no such folder or file; a dataset of the Hub is given as hub:owner/name$"),
+    ("https://huggingface.co/datasets/owner/name", "a dataset of the Hub is given as hub:owner/name$"),
+])
+def test_a_dataset_of_the_hub_without_hub_is_explained(source, message):
+    with pytest.raises(ValueError, match=message):
+        open_dataset(source)
+
+
+# ----- links in shards -------------------------------------------------------------------------------
+
+def test_links_in_a_tar_file_are_followed_or_named(tmp_path):
+    """tar writes the second name of a file as a hard link; a data set assembled from links has symbolic ones."""
+    with tarfile.open(tmp_path / "a.tar", "w") as shard:
+        def add(name, content=b"", kind=tarfile.REGTYPE, target=""):
+            member = tarfile.TarInfo(name)
+            member.size, member.type, member.linkname = len(content), kind, target
+            shard.addfile(member, io.BytesIO(content))
+        add("sub/early.png", kind=tarfile.SYMTYPE, target="../z.png")           # before what it names
+        add("a.png", encoded(noise_image(1)))
+        add("b.png", kind=tarfile.LNKTYPE, target="./a.png")
+        add("sub/c.png", kind=tarfile.SYMTYPE, target="early.png")              # a link to a link
+        add("z.png", encoded(noise_image(2)))
+        for name, target in (("gone.png", "nowhere.png"), ("out.png", "/etc/passwd"), ("x.png", "y.png"),
+                             ("y.png", "x.png")):
+            add(name, kind=tarfile.SYMTYPE, target=target)
+        add("pipe.png", kind=tarfile.FIFOTYPE)
+    for _ in range(2):                           # the second time from the index
+        dataset = open_dataset(tmp_path / "a.tar", captions_required=False)
+        names = [name.removeprefix(f"{tmp_path}/a.tar/") for name in names_of(dataset)]
+        assert names == ["sub/early.png", "a.png", "b.png", "sub/c.png", "z.png"]
+        for i, seed in enumerate((2, 1, 1, 2, 2)):
+            np.testing.assert_array_equal(dataset.read(i), np.asarray(noise_image(seed)))
+        reasons = {name.removeprefix(f"{tmp_path}/a.tar/"): why for name, why in dataset.skipped}
+        assert reasons.keys() == {"gone.png", "out.png", "x.png", "y.png", "pipe.png"}
+        assert reasons["out.png"] == "a link to /etc/passwd, which is not in the shard"
+
+
+def test_a_sparse_member_of_a_tar_file_is_not_read_as_if_it_were_whole(tmp_path):
+    """Only the pieces between its holes are stored, so its bytes are not the image."""
+    path = tar(tmp_path / "a.tar", {"a.png": encoded(noise_image())}, format=tarfile.GNU_FORMAT)
+    content = bytearray(path.read_bytes())
+    size = int(content[124:135], 8)
+    content[156:157] = b"S"
+    content[386:410] = b"%011o\0%011o\0" % (0, size)
+    content[483:495] = b"%011o\0" % size
+    content[148:156] = b" " * 8
+    content[148:156] = b"%06o\0 " % sum(content[:512])
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="a.png .neither a file nor a link, or with holes"):
+        open_dataset(path, captions_required=False)
+
+
+# ----- tables ----------------------------------------------------------------------------------------
+
+def rows_as_table(rows: list[dict], *images: str) -> tables.Table:
+    return tables.Table("t", {name: name in images for name in rows[0]}, rows)
+
+
+@pytest.mark.parametrize("names, asked, expected", [
+    (["conditioning_image", "image"], None, "image"), (["conditioning_image", "image"], "conditioning_image",
+                                                       "conditioning_image"),
+    (["photo", "JPG"], None, "JPG"), (["target_pixels"], None, "target_pixels"),
+    (["before", "after"], None, "t has several columns of images, before, after: choose one with --image-column"),
+    (["image"], "text", "t: --image-column text holds no images: .* found image, text"),
+    (["image"], "imgae", "t: --image-column imgae is not there: .* found image, text"),
+])
+def test_of_several_columns_of_images_the_usual_one_is_taken_or_the_choice_is_asked_for(names, asked, expected):
+    """The first one that held bytes was the conditioning image, and it was trained on with the other's caption."""
+    table = rows_as_table([{**dict.fromkeys(names), "text": "x"}], *names)
+    if " " not in expected:
+        assert tables.image_column(table, asked) == expected
+        return
+    with pytest.raises(ValueError, match=expected):
+        tables.image_column(table, asked)
+
+
+def test_rows_without_an_image_are_skipped_and_named_and_no_file_of_this_disk_is_read(tmp_path):
+    """A null ended the source. A path would let whoever made the table choose what is read."""
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(encoded(noise_image(5)))
+    cells = [encoded(noise_image(0)), None, {"bytes": None, "path": None}, {"bytes": None, "path": str(secret)},
+             {"bytes": encoded(noise_image(1)), "path": "x.png"}]
+    rows = [{"image": cell, "other": None, "text": f"row {i}", "none": None} for i, cell in enumerate(cells)]
+    tables.write_tar(rows_as_table(rows, "image", "other"), tmp_path / "t.table.tar")
+    dataset = open_dataset(tmp_path / "t.table.tar")
+    assert captions_of(dataset) == [["row 0"], ["row 4"]]
+    np.testing.assert_array_equal(dataset.read(1), np.asarray(noise_image(1)))
+    assert "; images from column image; captions from text; 3 skipped: " in dataset.describe()
+    reasons = {name[-9:]: why for name, why in dataset.skipped}
+    assert reasons["000000001"] == reasons["000000002"] == "column image: it is null"
+    assert reasons["000000003"] == (f"column image: it only names the file {secret}, and files that a table names "
+                                    "are not read")
+    table = rows_as_table(rows[3:4], "image")
+    table.folders = [tmp_path]                   # the cache of datasets, which it fills itself
+    tables.write_tar(table, tmp_path / "u.table.tar")
+    np.testing.assert_array_equal(open_dataset(tmp_path / "u.table.tar").read(0), np.asarray(noise_image(5)))
+
+
+def test_a_configuration_of_the_hub_is_passed_on_or_named(tmp_path, monkeypatch):
+    asked = []
+
+    def load_dataset(name, config=None, split=None):
+        asked.append((name, config, split))
+        if config is None:
+            raise ValueError("Config name is missing.\n"
+                             "Please pick one among the available configs: ['small', 'large']\n")
+        rows = table(1)
+        return type("Rows", (list,), dict(features=dict(image=None, img={"bytes": 0}, text=None)))(
+            [dict(img=row["image"], **row) for row in rows])
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset, Image=int))
+    with pytest.raises(ValueError, match="hub:a/b cannot be loaded: Config name is missing. It has the configurations "
+                                         r"\['small', 'large'\]: choose one with --dataset-config"):
+        open_dataset("hub:a/b", index_folder=tmp_path)
+    dataset = open_dataset("hub:a/b", index_folder=tmp_path, dataset_config="small")
+    assert asked[1:] == [("a/b", "small", "train")] and names_of(dataset) == ["hub:a/b/000000000.img.jpg"]
+    with pytest.raises(ValueError, match="has no configurations: remove --dataset-config"):
+        open_dataset(tmp_path, dataset_config="small")
+
+
+def test_folders_of_save_to_disk_and_metadata_parquet_are_read(tmp_path):
+    """As datasets writes them: a stream of arrow batches, next to results of map() that are not part of the data."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    def save(path, rows):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = pyarrow.Table.from_pylist(rows)
+        with pyarrow.ipc.new_stream(str(path), content.schema) as stream:
+            stream.write_table(content, max_chunksize=20)
+    for split in ("train", "test"):
+        folder = tmp_path / "saved" / split
+        write(folder, {"state.json": "{}", "dataset_info.json": "{}"})
+        save(folder / "data-00000-of-00001.arrow", table(40 if split == "train" else 2))
+        save(folder / "cache-12ab.arrow", table(3))
+    write(tmp_path / "saved", {"dataset_dict.json": '{"splits": ["train", "test"]}'})
+    for source, count in (("saved", 40), ("saved/test", 2)):
+        dataset = open_dataset(tmp_path / source, index_folder=tmp_path / "kept")
+        assert captions_of(dataset) == [[f"image {i}"] for i in range(count)] and not dataset.skipped
+        np.testing.assert_array_equal(dataset.read(1), np.asarray(noise_image(1)))
+    (tmp_path / "saved" / "train").rename(tmp_path / "saved" / "valid")
+    with pytest.raises(ValueError, match="has the splits test, valid and no split train"):
+        open_dataset(tmp_path / "saved", index_folder=tmp_path / "kept")
+    write(tmp_path / "images", {name: content for name, content in pairs(2).items() if name.endswith(".png")})
+    rows = pyarrow.Table.from_pylist([{"file_name": f"00{i}.png", "text": f"row {i}", "score": i} for i in range(2)])
+    parquet.write_table(rows, tmp_path / "images" / "metadata.parquet")
+    dataset = open_dataset(tmp_path / "images", min_score=1)
+    assert captions_of(dataset) == [["row 1"]] and [why for _, why in dataset.skipped] == ["score 0"]
+    (tmp_path / "damaged.parquet").write_bytes(b"PAR1" + bytes(50))
+    with pytest.raises(ValueError, match="damaged.parquet cannot be read as a table: ") as error:
+        open_dataset(tmp_path / "damaged.parquet", index_folder=tmp_path / "kept")
+    assert "\n" not in str(error.value)
+
+
+def test_all_broken_images_are_named_once_and_another_shape_helps_out(tmp_path, capsys):
+    """A broken image that is alone in its shape must not end a run that has others."""
+    write(tmp_path, {"a.png": encoded(noise_image(0)), "b.png": encoded(noise_image(1, 320, 64))[:-200],
+                     "c.png": encoded(noise_image(2))})
+    dataset = open_dataset(tmp_path, captions_required=False)
+    for _ in range(2):
+        image, j = dataset.read_or_replace(1, np.array([1]))
+        assert j == 2 and (image == np.asarray(noise_image(2))).all()
+    err = capsys.readouterr().err
+    assert err.count("b.png cannot be read and is replaced: ") == 1 and err.count("\n") == 2
+
 
 # ----- filters ---------------------------------------------------------------------------------------
 
@@ -930,3 +1208,32 @@ def test_samples_do_not_depend_on_ranks_or_workers(tmp_path):
     reference = run(1, 4)
     assert len(reference) == 24 and len({caption for _, caption, _ in reference}) == 3
     assert run(2, 2) == run(2, 1) == run(4, 1) == run(1, 2, workers=2) == reference
+
+
+@pytest.mark.parametrize("broken", [True, False], ids=("in a worker", "in the loop"))
+def test_an_error_ends_a_script_with_workers_in_one_line(broken):
+    """torch put 40 lines of a worker's traceback into the message. And workers outlive the SIGTERM with which Python
+    ends them while an exception holds them, so it waited without end."""
+    script = f"""
+import types, numpy, torch
+from loading.errors import UserError, exit_on_user_error
+from training.order import BatchSampler, batches
+class Samples(torch.utils.data.Dataset):
+    def __getitem__(self, where):
+        if {broken} and where[0] > 5:
+            raise UserError("image 6 is broken")
+        return dict(position=where[0])
+def main():
+    args = types.SimpleNamespace(batch=2, grad_accum=1, workers=2)
+    processes = types.SimpleNamespace(rank=0, world=1, device=torch.device("cpu"))
+    samples = batches(Samples(), BatchSampler(numpy.zeros(8, int), 2, 0), processes, args)
+    for _ in range(5):
+        next(samples)
+    raise UserError("the loop ended")
+with exit_on_user_error():
+    main()
+"""
+    run = subprocess.run([sys.executable, "-c", script], cwd=os.path.dirname(os.path.dirname(data.__file__)),
+                         capture_output=True, text=True, timeout=100)
+    assert run.returncode == 2
+    assert run.stderr == f"error: {'image 6 is broken' if broken else 'the loop ended'}\n"

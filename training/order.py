@@ -9,9 +9,11 @@ Surprise: step k is a function of (seed, k), and the randomness of a sample one 
 run therefore opens no image to find its place, and two GPUs together see the same step as one, whatever ran before.
 Needs: torch, numpy, loading/errors.py.
 """
+import atexit
 import bisect
 import itertools
 import signal
+import weakref
 import zlib
 from collections.abc import Iterator
 
@@ -135,9 +137,14 @@ def batches(samples: torch.utils.data.Dataset, sampler: BatchSampler, processes,
                     part = split(positions, micro, processes.rank, processes.world, args.batch)
                     yield [(int(p), int(i), bucket) for p, i in zip(positions[part], indices[part])]
 
-    return map(_raised, iter(torch.utils.data.DataLoader(
+    found = _checked(iter(torch.utils.data.DataLoader(
         ErrorsAsItems(samples), batch_sampler=MicroBatches(), collate_fn=_stack, num_workers=args.workers,
         pin_memory=processes.device.type == "cuda", worker_init_fn=_outlive_signals)))
+    # An error that ends the script keeps its frames and so the workers. Python would then send each a SIGTERM, which
+    # they outlive, and wait for them without end.
+    weak = weakref.ref(found)
+    atexit.register(lambda: weak() and weak().close())
+    return found
 
 
 class ErrorsAsItems(torch.utils.data.Dataset):
@@ -152,10 +159,14 @@ class ErrorsAsItems(torch.utils.data.Dataset):
             return error
 
 
-def _raised(batch: dict | UserError) -> dict:
-    if isinstance(batch, UserError):
-        raise batch
-    return batch
+def _checked(loader: Iterator) -> Iterator[dict]:
+    try:
+        for batch in loader:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+    finally:
+        del loader                               # ends the workers
 
 
 def _stack(items: list[dict | UserError]) -> dict | UserError:

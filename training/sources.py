@@ -171,8 +171,9 @@ def _samples(places: dict[str, Place], chosen: Chosen) -> Iterator[dict]:
             yield dict(name=name, problem=f"named in {rows[name]['']}, but not an image")
     yield from (dict(name=name, problem=f"twice in {table}, the last row counts") for name, table in doubled)
     by_stem = {_split(name): place for name, place in places.items()}
-    for name, place in places.items():
-        by_stem.setdefault(_split(_composed(name)), place)
+    for name in places:
+        if not name.isascii():
+            by_stem.setdefault(_split(_composed(name)), places[name])
     for name, place in places.items():
         stem, suffix = _split(name)
         if suffix in UNREADABLE:
@@ -240,7 +241,7 @@ def _texts(stem: str, by_stem: dict[tuple[str, str], Place], row: dict, column: 
     if not captions:
         key, captions = _captions_in(facts, column)
     for caption in captions:
-        if half := re.search("[\ud800-\udfff]", caption):          # JSON can hold it, UTF-8 and tokenizers cannot
+        if half := not caption.isascii() and re.search("[\ud800-\udfff]", caption):          # JSON can hold it, UTF-8 and tokenizers cannot
             raise ValueError(f"half a character, \\u{ord(half[0]):04x}, such as half an emoji, in its caption")
     found = dict(captions=captions, numbers={**_numbers_in(facts), **_numbers_in(row)})
     if key is not None:
@@ -265,7 +266,9 @@ def parsed(text: str):
 
 def _captions_in(row: dict, column: str | None) -> tuple[str | None, list[str]]:
     """The first key, of column or else CAPTION_KEYS, that has captions, and them; None and [] if there is none."""
-    lower = {} if column else {key.lower(): key for key in row if key}
+    if not row:                                  # the rule, for two of three calls
+        return None, []
+    lower = {} if column else {key.lower(): key for key in row}
     for key in [column] if column else [lower.get(key) for key in CAPTION_KEYS]:
         value = row.get(key)
         if isinstance(value, str) and value.startswith("["):
