@@ -241,7 +241,8 @@ def _texts(stem: str, by_stem: dict[tuple[str, str], Place], row: dict, column: 
     if not captions:
         key, captions = _captions_in(facts, column)
     for caption in captions:
-        if half := not caption.isascii() and re.search("[\ud800-\udfff]", caption):          # JSON can hold it, UTF-8 and tokenizers cannot
+        # JSON can hold it, UTF-8 and tokenizers cannot.
+        if half := not caption.isascii() and re.search("[\ud800-\udfff]", caption):
             raise ValueError(f"half a character, \\u{ord(half[0]):04x}, such as half an emoji, in its caption")
     found = dict(captions=captions, numbers={**_numbers_in(facts), **_numbers_in(row)})
     if key is not None:
