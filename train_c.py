@@ -46,6 +46,8 @@ def parse_args(argv=None):
     g = p.add_argument_group("LoRA")
     g.add_argument("--lora", action="store_true",
                    help="train a LoRA: about 10 MB next to the weights, which do not change")
+    g.add_argument("--lora-weights", metavar="FILE", help="continue this LoRA, a file or a run's "
+                   "folder, with its rank, alpha and targets")
     g.add_argument("--rank", type=int, default=8, help="a higher one learns more and forgets more")
     g.add_argument("--alpha", type=float, help="its scale is alpha / rank (default: the rank)")
     g.add_argument("--targets", default="attention", help="layers that get a LoRA: attention, "
@@ -98,16 +100,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import lora
 from loading.errors import UserError, as_user_error
 from loading.hub import TEXT_TO_IMAGE
-from loading.layouts import locate
 from loading.names import config_to_ours
 from loading.weights import is_tiny, load_image_encoder, load_stage_c, load_text_encoder
 from stage_c import StageC
 from training.cache import CachedTexts, fill_cache
 from training.checkpoints import Checkpoints, Log, full_state, load_full_state, settings_of
 from training.data import bucket_sizes, nearest_bucket
+from training.loras import locate_start, start_lora
 from training.losses import LOSS_WEIGHTS
 from training.optim import (EMA, build_optimizer, check_last_steps, clip_gradients, learning_rate,
                             set_precision, too_many_nan_steps)
@@ -115,7 +116,7 @@ from training.order import BatchSampler, batches, sample_rng
 from training.preserve import Teacher, TeacherLatents
 from training.processes import GracefulExit, Processes, no_sync
 from training.report import Progress, draw_curves, dry_run, due
-from training.results import FILES_C, files_given, finished, write_lora, write_stage_c
+from training.results import finished, write_lora, write_stage_c
 from training.samples import (ImageReader, draw_caption, embed_once, open_cache, open_data,
                               semantic_latents, steps_of)
 from training.sheets import SampleSheets, failure_is_a_warning
@@ -200,9 +201,7 @@ def load_models(args, paths, dtype, autocast, device) -> tuple:
                         f"another scale than this training uses: choose that of v2")
     teacher = Teacher(prior, args.lora, dtype, autocast) if args.preserve else None
     if args.lora:
-        with as_user_error():
-            lora.add_lora(prior, args.rank, args.alpha, args.lora_dropout, args.targets,
-                          rslora=args.rslora, dora=args.dora)
+        start_lora(prior, args)
     prior.checkpointing = args.checkpointing
     return prior, teacher, image_encoder, TextEncoder(tokenizer, text_model)
 
@@ -268,7 +267,7 @@ def main(args):
         return processes.on_main(finished, args)
     settings = settings_of(args)
     parts = (*TEXT_TO_IMAGE, "image_encoder") if args.sample_every else TRAINING_PARTS
-    paths = locate(args.weights, files_given(args, FILES_C), parts)
+    paths = locate_start(args, parts)
     prior, teacher, image_encoder, text_encoder = load_models(args, paths, dtype, autocast, device)
     model = TextAndPrior(prior.train(), text_encoder.model if args.train_text else None)
     resolution = args.resolution or (128 if is_tiny(paths["image_encoder"]) else 1024)

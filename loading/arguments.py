@@ -10,6 +10,7 @@ Needs: torch, numpy; lora.py, lora_formats.py, wuerstchen.py.
 """
 import functools
 import math
+import os
 import warnings
 import zlib
 from collections.abc import Callable, Iterable
@@ -22,7 +23,7 @@ from torch import Tensor
 
 import lora
 from loading.errors import WeightsError
-from loading.lora_formats import load_lora
+from loading.lora_formats import find_lora, load_lora
 from wuerstchen import latent_sizes
 
 DTYPES = dict(fp32="float32", bf16="bfloat16", fp16="float16", float="float32", half="float16")
@@ -130,7 +131,7 @@ def dtype_of(value) -> torch.dtype:
 
 
 def lora_scales(value) -> dict[str, float]:
-    """None, a file, several files, or {file: scale} -> {file: scale}. Raises TypeError or ValueError."""
+    """None, a file, several, or {file: scale} -> {file: scale}; of a folder, its file. Raises TypeError, ValueError."""
     if value is None or isinstance(value, (str, Path)):
         value = [value] if value else []
     if not isinstance(value, dict):
@@ -138,7 +139,7 @@ def lora_scales(value) -> dict[str, float]:
     for file, scale in value.items():
         if not isinstance(file, (str, Path)) or not isinstance(plain(scale), Real) or not math.isfinite(scale):
             raise TypeError(f"lora is {value!r:.100}, expected a file, a list of files, or {{\"FILE\": scale}}.")
-    return {str(file): float(scale) for file, scale in value.items()}
+    return {str(find_lora(file)): float(scale) for file, scale in value.items()}
 
 
 def check_options(unknown: Iterable[str], allowed: Iterable[str]) -> None:
@@ -151,10 +152,10 @@ def check_options(unknown: Iterable[str], allowed: Iterable[str]) -> None:
 
 # ----- a call --------------------------------------------------------------------------------------------------------
 
-def install(model, weights, files: dict, loras: dict[str, float]) -> None:
+def install(model, weights, files: dict, loras: dict[str, float], lora_partial: bool) -> None:
     """Puts `accept` and `settings` below in front of the pipeline's own, and tells it what was loaded."""
     model.weights = ", ".join([str(weights), *(f"{part} {path}" for part, path in files.items() if path is not None)])
-    model.loras, model.elsewhere = loras, METHODS
+    model.loras, model.lora_partial, model.elsewhere = loras, lora_partial, METHODS
     model.accept = functools.partial(accept, model, model.accept)
     model.settings = functools.partial(settings, model, model.settings)
 
@@ -240,8 +241,8 @@ def warn_of_size(height: int, width: int, trained: int) -> None:
 # ----- LoRAs of a loaded model ---------------------------------------------------------------------------------------
 
 def adapter_name(file: str) -> str:
-    """What lora.py calls the LoRA of a file."""
-    return f"lora_{zlib.crc32(file.encode()):08x}"
+    """What lora.py calls the LoRA of a file, however its path is written: the same file is never added twice."""
+    return f"lora_{zlib.crc32(os.path.realpath(file).encode()):08x}"
 
 
 def set_loras(model, loras) -> None:
@@ -258,7 +259,7 @@ def set_loras(model, loras) -> None:
     try:
         if in_place:
             for file in wanted.keys() - before.keys():
-                load_lora(network, file, adapter_name(file))
+                load_lora(network, file, adapter_name(file), lora_partial=model.lora_partial)
                 added.append(file)
         else:
             read_again(model, wanted)

@@ -153,14 +153,18 @@ def base_of(folder: Path) -> tuple[dict, tuple[str, ...]] | None:
         if not all(isinstance(name, str) for name in names) or Path(names[1]).name != names[1]:
             raise WeightsError(f"{folder / 'base.json'} cannot be used: expected a file that train_b.py or train_c.py "
                                f"wrote, with the names of weights, files and lora")
-        return base, TRAINED
+        # A LoRA run writes no prior: one that is in its folder is left from another run.
+        return base, tuple(part for part in TRAINED if not (base.get("lora") and part.startswith("prior")))
     index = folder / "model_index.json"
     half = HALVES.get(read_json(index).get("_class_name")) if index.is_file() else None
     return (dict(weights="v2"), half) if half else None
 
 
 def locate_trained(folder: Path, own: dict, parts: tuple[str, ...], options: dict, named_by: tuple) -> dict:
-    """The parts that a training wrote into `folder`, and the other parts from the weights named in its base.json."""
+    """The parts that a training wrote into `folder`, and the other parts from the weights named in its base.json.
+
+    lora: a LoRA of that training, or of the one it started from; never with a prior that was trained without it.
+    """
     base, names = base_of(folder)
     start, start_files = base["weights"], base.get("files", {})
     if start in named_by:
@@ -172,7 +176,11 @@ def locate_trained(folder: Path, own: dict, parts: tuple[str, ...], options: dic
                                    f"name its parts instead, --prior {named_by[-1]} with --weights")
     trained = {part: folder / ONE_FOLDER[part] for part in names if (folder / ONE_FOLDER[part]).is_dir()}
     found = locate(start, start_files | trained | own, parts, **options, named_by=named_by)
-    return found | (dict(lora=folder / base["lora"]) if base.get("lora") else {})
+    if "prior" in trained | own:                             # a LoRA belongs to the prior that it was trained on
+        found.pop("lora", None)
+    elif base.get("lora"):
+        found["lora"] = folder / base["lora"]
+    return found
 
 
 def fetch_repository(reference: str, wanted: set[str], options: dict) -> Path:

@@ -83,14 +83,8 @@ FOREIGN = {
 # ----- reading ---------------------------------------------------------------------------------------
 
 def find_lora(path: str | Path) -> Path:
-    """A file itself; in a folder the first of LORA_FILES. Raises ValueError if there is none."""
-    path = Path(path)
-    found = [path / name for name in LORA_FILES if (path / name).is_file()] if path.is_dir() else [path]
-    if not found:
-        raise ValueError(f"the folder holds no LoRA: expected {', '.join(LORA_FILES)}; found {listing(path)}")
-    if not found[0].is_file():
-        raise ValueError("there is no such file")
-    return found[0]
+    """Of a folder, the first of LORA_FILES that is in it; any other path as it is."""
+    return next((Path(path) / name for name in LORA_FILES if (Path(path) / name).is_file()), Path(path))
 
 
 def open_lora(source: str | Path | dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -101,6 +95,10 @@ def open_lora(source: str | Path | dict[str, Tensor]) -> tuple[dict[str, Tensor]
     if isinstance(source, dict):
         return source, {}
     path, metadata = find_lora(fetch_lora(source) if is_reference(source) else source), {}
+    if path.is_dir():
+        raise ValueError(f"the folder holds no LoRA: expected {', '.join(LORA_FILES)}; found {listing(path)}")
+    if not path.is_file():
+        raise ValueError("there is no such file")
     try:
         if path.suffix == ".safetensors":
             from safetensors import safe_open

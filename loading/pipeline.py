@@ -6,6 +6,7 @@ Before the first number is read, names, shapes and widths are compared: files th
 Needs: torch, safetensors; transformers for the text encoders.
 """
 import math
+import warnings
 from pathlib import Path
 
 import torch
@@ -29,7 +30,8 @@ FILES = ("prior", "decoder", "vqgan", "image_encoder", "prior_text_encoder", "te
 def load(weights: str | Path | None = None, device: str | None = None, dtype: torch.dtype | str | None = None, *,
          parts: tuple[str, ...] | None = None, offline: bool = False, revision: str | None = None,
          fast: bool = True, low_memory: bool | None = None, offload: bool = False, compile: bool = False,
-         int8: bool = False, lora: str | Path | list | dict[str | Path, float] | None = None, **files) -> Wuerstchen:
+         int8: bool = False, lora: str | Path | list | dict[str | Path, float] | None = None,
+         lora_partial: bool = False, **files) -> Wuerstchen:
     """-> the pipeline, ready to be called.
 
     weights     "tiny" and "tiny-v1", which ship with the code; "v1", "v2", "v2-base", "v2-aesthetic", fetched if need
@@ -45,7 +47,7 @@ def load(weights: str | Path | None = None, device: str | None = None, dtype: to
     low_memory  one network in memory at a time, read again when needed; default: if they do not all fit
     offload     one network on the device at a time, the others wait in main memory
     lora        LoRAs for Stage C: a file or "hub:owner/name", a list, or {file: scale}, 1 as trained; later:
-                arguments.set_loras
+                arguments.set_loras. lora_partial: leave out what does not fit, and warn, instead of refusing the file
     Raises WeightsError (a ValueError) for files that cannot be used, ValueError for a device that is not there.
     """
     check_options(files.keys() - FILES, FILES)
@@ -53,11 +55,12 @@ def load(weights: str | Path | None = None, device: str | None = None, dtype: to
     dtype, lora = dtype_of(dtype or ("fp32" if device.type == "cpu" else "bf16")), lora_scales(lora)
     if int8:
         check_int8([device], dtype)
-    lora = fetch_loras(lora, offline, revision)
+    lora = fetch_loras(lora, lora_partial, offline, revision)
     weights = official_name(weights or ("v2" if files else "tiny"))
     paths = locate(weights, files, parts or hub.TEXT_TO_IMAGE, dtype != torch.float32, offline, revision)
+    warn_of_unused_lora(weights, files.get("prior"))
     empty = build_all(paths)
-    loaders = loaders_of(paths, empty, torch.device("cpu") if offload else device, dtype, int8, lora)
+    loaders = loaders_of(paths, empty, torch.device("cpu") if offload else device, dtype, int8, lora, lora_partial)
     own_encoder = files.get("image_encoder") or "image_encoder" in (parts or ())
     if hub.is_reference(weights) and not own_encoder if paths["image_encoder"] else weights in hub.NAMES:
         loaders["image_encoder"] = fetch_encoder_later(weights, empty, device, files, offline, revision)
@@ -65,11 +68,8 @@ def load(weights: str | Path | None = None, device: str | None = None, dtype: to
                                   lora or paths.get("lora"))
     # For extras: where the parts came from, the LoRAs, and where preview colours are kept; None if they do not fit.
     model.paths, model.int8, model.load_stage_c = paths, int8, loaders.get("stage_c")
-    install(model, weights, files, lora)
-    folder = hub.own_cache() if weights in hub.NAMES else paths["vqgan"].parent if paths["vqgan"] else None
-    own = not (files.get("vqgan") or files.get("image_encoder") or hub.is_reference(weights)) and folder is not None
-    raw = model.scale_semantic is not Wuerstchen.scale_semantic
-    model.preview_file = folder / f"preview{'_v1' * raw}.json" if own else None
+    install(model, weights, files, lora, lora_partial)
+    model.preview_file = preview_file_of(model, weights, files, paths["vqgan"])
     if low_memory is None and not offload:
         low_memory = 1.25 * bytes_needed(paths, empty, dtype, int8) > free_memory(device)    # a quarter for activations
     model.low_memory = bool(low_memory)
@@ -88,11 +88,11 @@ def load(weights: str | Path | None = None, device: str | None = None, dtype: to
     return model
 
 
-def fetch_loras(lora: dict[str, float], offline: bool, revision: str | None) -> dict[str, float]:
+def fetch_loras(lora: dict[str, float], partial: bool, offline: bool, revision: str | None) -> dict[str, float]:
     """{LoRA: scale} -> {its file: scale}. Raises WeightsError for one that cannot be read."""
     found = {str(hub.fetch_lora(source, offline, revision)): scale for source, scale in lora.items()}
     for file in found:
-        read_lora(file)                          # before 12 GB are fetched; whether it fits is only known later
+        read_lora(file, partial)                 # before 12 GB are fetched; whether it fits is only known later
     return found
 
 
@@ -103,6 +103,21 @@ def fetch_encoder_later(weights: str | Path, empty: dict, device: torch.device, 
         weights = "v1" if isinstance(empty.get("decoder"), w.StageBV1) else "v2"
     return lambda: w.load_image_encoder(locate(weights, files, ("image_encoder",), offline=offline, revision=revision)
                                         ["image_encoder"]).to(device)
+
+
+def warn_of_unused_lora(weights: str | Path, prior: str | Path | None) -> None:
+    """For a LoRA run's folder with another prior than the one that its LoRA was trained on."""
+    if prior and (Path(weights) / "lora.safetensors").is_file():
+        warnings.warn(f"the LoRA of {weights} is not used, because it was trained on another prior than {prior}: to use "
+                      f"it all the same, add --lora {weights} (in Python lora=...)")
+
+
+def preview_file_of(model: Wuerstchen, weights: str | Path, files: dict, vqgan: Path | None) -> Path | None:
+    """Where the preview colours of these weights are kept; None if they would not fit."""
+    folder = hub.own_cache() if weights in hub.NAMES else vqgan.parent if vqgan else None
+    own = not (files.get("vqgan") or files.get("image_encoder") or hub.is_reference(weights)) and folder is not None
+    raw = model.scale_semantic is not Wuerstchen.scale_semantic
+    return folder / f"preview{'_v1' * raw}.json" if own else None
 
 
 def usable_device(name: str | torch.device) -> torch.device:
@@ -130,7 +145,8 @@ def build_all(paths: dict) -> dict[str, torch.nn.Module]:
     return empty
 
 
-def loaders_of(paths: dict, empty: dict, device: torch.device, dtype: torch.dtype, int8: bool, loras: dict) -> dict:
+def loaders_of(paths: dict, empty: dict, device: torch.device, dtype: torch.dtype, int8: bool, loras: dict,
+               lora_partial: bool) -> dict:
     """-> for each part of a Wuerstchen that there is, a function that loads it onto the device."""
     def stage(part: str, int8: bool) -> torch.nn.Module:
         # Numbers inside the VQGAN can pass 65504, where float16 ends. It is small, so it stays in float32 then.
@@ -142,7 +158,7 @@ def loaders_of(paths: dict, empty: dict, device: torch.device, dtype: torch.dtyp
         both = ({str(paths["lora"]): 1.0} if paths.get("lora") else {}) | loras      # set_loras changes `loras`
         model = stage("prior", int8 and not both)
         for file, scale in both.items():
-            load_lora(model, file, adapter_name(file), scale)
+            load_lora(model, file, adapter_name(file), scale, lora_partial)
         if int8 and both:                       # a LoRA works on float weights: merged first, rounded then
             merge_and_unload(model)
             to_int8(model)

@@ -22,6 +22,7 @@ from stage_c import StageC
 from test_lora import (SIZES, bits, inputs, loaded as loaded_by, oracle, prior, same, train_a_little, two_loras,
                        with_lora)
 from tools import lora as tool
+from wuerstchen import Wuerstchen
 
 ROOT = Path(lora.__file__).parent
 FORMATS = ["diffusers", "kohya", "comfy", "original", "ours"]
@@ -545,6 +546,32 @@ def test_files_that_are_not_loras_are_refused_in_one_line(tmp_path):
     save_file(lora_state_dict(with_lora()), tmp_path / "broken.safetensors", {"lora_adapter_metadata": "{"})
     for name in ("cut.safetensors", "other.pt", "empty", "absent.safetensors", "broken.safetensors"):
         refused(tmp_path / name, name)
+
+
+def test_the_pipeline_takes_a_run_as_a_lora_and_no_file_twice(tmp_path, monkeypatch):
+    """The same file, as the LoRA of --weights and of --lora and however its path is written, has one scale."""
+    def scales(weights, **options) -> list:
+        model = Wuerstchen.load(weights, "cpu", fast=False, low_memory=False, **options)
+        found = [[a.scale for a in layer.adapters.values()] for _, layer in lora.lora_layers(model.stage_c)]
+        assert found == found[:1] * len(found)
+        return found[0] if found else []
+
+    prior_folder, run_folder = ROOT / "models" / "tiny" / "prior", tmp_path / "run"
+    model = weights.load_stage_c(prior_folder, torch.float32)
+    add_lora(model, targets="query")
+    save_lora(model, run_folder / "lora.safetensors")
+    (run_folder / "base.json").write_text(json.dumps(dict(weights="tiny", lora="lora.safetensors")))
+    monkeypatch.chdir(tmp_path)
+    assert scales("tiny", lora="run") == scales("run") == [1.0]
+    assert scales(run_folder, lora={"run": 0.5}) == scales("run", lora={run_folder / "lora.safetensors": 0.5}) == [0.5]
+    with pytest.warns(UserWarning, match="the LoRA of run is not used, .* another prior .* add --lora run"):
+        assert scales("run", prior=prior_folder) == []
+    text_part = {"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.zeros(4, 16)}
+    save_file(load_file(run_folder / "lora.safetensors") | text_part, "both.safetensors", {"alpha": "2"})
+    with pytest.raises(ValueError, match="1 of 13 .* --lora-partial .* the other 6 layers"):
+        Wuerstchen.load("tiny", "cpu", lora="both.safetensors")
+    with pytest.warns(UserWarning, match="left out 1 of 13 tensors: lora_te_text_model"):
+        assert scales("tiny", lora="both.safetensors", lora_partial=True) == [1.0]
 
 
 # ----- the command line ------------------------------------------------------------------------------

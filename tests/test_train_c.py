@@ -25,7 +25,9 @@ from training import data
 import sample
 from training import scenes
 import train_c
+from loading import lora_formats
 from loading.errors import UserError
+from loading.layouts import locate
 from training import optim
 from training.preserve import Teacher, TeacherLatents
 from training.losses import LOSS_WEIGHTS
@@ -88,6 +90,61 @@ def test_a_lora_run_writes_a_folder_that_generates_images(folder, tmp_path):
     with Image.open(tmp_path / "file.png") as image:
         settings = json.loads(image.text["wuerstchen"])
     assert settings["lora"].endswith("lora.safetensors:1.0") and "lora lora.safetensors" in settings["hashes"]
+
+
+def test_a_lora_run_as_weights_is_continued_or_refused(folder, tmp_path):
+    """Without --lora-weights its LoRA would be lost in training and come back in sampling, on a prior trained without
+    it. Continued, the first validation is the last one of the first run, with its rank, alpha and layers."""
+    options = ["--val-every", "2", "--val-count", "1", "--ema", "0", "--lr", "0.02"]
+    first = train(folder, tmp_path / "first", *LORA, "--alpha", "3", "--targets", "query", *options, steps=2)
+    for more in (LORA, [], ["--train-text"]):
+        with pytest.raises(UserError, match=r"is a LoRA on .*prior, .*python -m tools.lora merge .*prior .*first/lora."
+                                            "safetensors FOLDER, then add --prior.* add --lora --lora-weights .*first"):
+            train(folder, tmp_path / "no", "--weights", str(first), *more)
+    for weights, file in ((first, first), ("tiny", first / "lora.safetensors")):
+        out = train(folder, tmp_path / f"second {file.name}", "--weights", str(weights), "--lora", "--lora-weights",
+                    str(file), "--lora-dropout", "0.1", *options, steps=2)
+        before, after = ([json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+                         for run in (first, out))
+        losses = [[line["val_loss"] for line in lines if "val_loss" in line] for lines in (before, after)]
+        assert losses[1][0] == losses[0][-1] != losses[0][0] and losses[1][-1] != losses[1][0]
+        weights, metadata = lora_formats.read_lora(out)
+        assert [metadata[name] for name in ("rank", "alpha", "targets")] == ["2", "3", "attention_blocks.N.query x6"]
+        assert "| `--targets` | attention_blocks.N.query x6 |" in (out / "README.md").read_text()
+        assert locate(out)["lora"] == out / "lora.safetensors"       # and not that of the first run as well
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--lora-weights", "x"], "add --lora"), (["--lora", "--lora-weights", "x"], "x: there is no such file"),
+    *((["--lora", "--lora-weights", "x", *more], "brings its own rank, alpha, targets") for more in (
+        ["--rank", "4"], ["--alpha", "2"], ["--targets", "all"], ["--rslora"], ["--dora"]))], ids=str)
+def test_a_lora_that_continues_brings_its_own_settings(folder, tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        train(folder, tmp_path / "run", *options)
+
+
+def test_a_prior_never_inherits_the_lora_of_another(tmp_path):
+    """A run that started from a LoRA run, with --init random or another prior, has a prior without that LoRA."""
+    def run(name: str, weights, lora=None, prior=False, **files) -> Path:
+        out = tmp_path / name
+        (out / "prior").mkdir(parents=True) if prior else out.mkdir()
+        base = dict(weights=str(weights), files={part: str(path) for part, path in files.items()})
+        (out / "base.json").write_text(json.dumps(base | (dict(lora=lora) if lora else {})))
+        return out
+
+    prior = ROOT / "models" / "tiny" / "prior"
+    first = run("first", "tiny", "lora.safetensors")
+    assert locate(first)["lora"] == first / "lora.safetensors" and locate(first)["prior"] == prior
+    assert locate(run("decoder", first))["lora"] == first / "lora.safetensors"       # as train_b.py leaves it
+    assert "lora" not in locate(first, {"prior": prior})                             # --weights first --prior OTHER
+    assert locate(first, {"decoder": prior})["lora"] and locate(first, {"prior": None})["lora"]
+    full = run("full", first, prior=True)
+    assert "lora" not in locate(full) and locate(full)["prior"] == full / "prior"
+    assert "lora" not in locate(run("decoder of full", full))
+    again = run("again", first, "lora.safetensors", prior=prior)                     # a LoRA on --prior OTHER
+    assert locate(again)["lora"] == again / "lora.safetensors" and locate(again)["prior"] == prior
+    stale = run("stale", "tiny", "lora.safetensors", prior=True)                     # prior/ is from an earlier run
+    assert locate(stale)["prior"] == prior
 
 
 def test_full_fine_tuning_writes_a_prior_that_replaces_the_base(folder, tmp_path):

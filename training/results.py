@@ -96,12 +96,13 @@ def write_files_c(args, prior, weights: dict, text_encoder, images: int) -> None
     base = "warp-ai/wuerstchen-prior" if args.weights.startswith("v2") else args.weights
     commands = [f"    hf download {args.push_to_hub} --local-dir {out.name}"] * bool(args.push_to_hub)
     commands.append(f'    python sample.py --weights {out.name} --prompt "..."')
+    stacked = (Path(args.weights) / "lora.safetensors").is_file()        # --lora would add to the LoRA in --weights
     alone = f'    python sample.py --weights {args.weights} --lora {out.name}/lora.safetensors --prompt "..."'
     write_card(args, f"base_model: {base}\ntags: [text-to-image, wuerstchen{', lora' * args.lora}]",
                f"{'A LoRA for' if args.lora else 'A fine-tune of'} Würstchen's Stage C, from `{args.weights}`, "
                f"{args.steps} steps on {images} images.",
                f"Trigger words: **{args.trigger}**." if args.trigger else "",
-               "\n".join(commands), alone if args.lora else "")
+               "\n".join(commands), alone if args.lora and not stacked else "")
     if args.push_to_hub:
         push(args)
 

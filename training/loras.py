@@ -1,0 +1,48 @@
+"""The LoRA that train_c.py trains: a new one, or one that continues from a file.
+
+A LoRA run's folder as --weights is refused unless --lora-weights says how to go on: its prior is the one below the
+LoRA, so a training would start without what was learned.
+Needs: torch; lora.py, loading/, results.py.
+"""
+from pathlib import Path
+
+import torch
+
+import lora
+from loading.errors import UserError, as_user_error
+from loading.layouts import locate
+from loading.lora_formats import describe, load_lora, read_lora
+from training.results import FILES_C, files_given
+
+
+def locate_start(args, parts: tuple[str, ...]) -> dict[str, Path | None]:
+    """Where the parts are that training starts from, see locate. Raises UserError for a LoRA that would be lost."""
+    if args.lora_weights:
+        if not args.lora:
+            raise UserError("--lora-weights continues a LoRA: add --lora")
+        if args.rank != 8 or args.alpha != args.rank or args.targets != "attention" or args.rslora or args.dora:
+            raise UserError("--lora-weights brings its own rank, alpha, targets, --rslora and --dora: remove these "
+                            "options")
+        read_lora(args.lora_weights)                     # before weights are fetched
+    paths = locate(args.weights, files_given(args, FILES_C), parts)
+    if paths.get("lora") and args.init == "weights" and not args.lora_weights:
+        raise UserError(
+            f"--weights {args.weights} is a LoRA on {paths['prior']}, which training would start without. Merge it: "
+            f"python -m tools.lora merge {paths['prior']} {paths['lora']} FOLDER, then add --prior FOLDER; "
+            f"or continue it: add --lora --lora-weights {args.weights}")
+    return paths
+
+
+def start_lora(prior: torch.nn.Module, args) -> None:
+    """Gives Stage C the LoRA to train. Of one that continues, args gets rank, alpha and targets, for the model card."""
+    with as_user_error():
+        if not args.lora_weights:
+            lora.add_lora(prior, args.rank, args.alpha, args.lora_dropout, args.targets, rslora=args.rslora,
+                          dora=args.dora)
+            return
+        load_lora(prior, args.lora_weights)
+    layers = dict(lora.adapters(prior))
+    for layer in layers.values():
+        layer.dropout = args.lora_dropout
+    args.rank, args.alpha, args.targets = (describe(layers)[name] for name in ("rank", "alpha", "targets"))
+    args.dora = any(layer.magnitude is not None for layer in layers.values())
