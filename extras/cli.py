@@ -187,8 +187,8 @@ def add_sampling_options(p: argparse.ArgumentParser) -> None:
 def add_output_options(p: argparse.ArgumentParser) -> None:
     """Advanced options: which weights, how an image is computed and saved."""
     add = p.add_argument_group("more about weights, memory and speed").add_argument
-    add("--lora", metavar="FILE:SCALE", type=loras, help="LoRA for Stage C: a file in any of the usual formats, the folder "
-        "of a run or of peft, or hub:OWNER/NAME; several with commas between; SCALE is how strongly it counts (default: 1)")
+    add("--lora", metavar="FILE:SCALE", type=loras, help="LoRA for Stage C: a file in any of the usual formats, a "
+        "folder of a run or of peft, or hub:OWNER/NAME; several with commas; SCALE: how strongly it counts (default 1)")
     add("--lora-partial", action="store_true", default=None, help="of a LoRA that also changes what is not in Stage C, "
         "such as a text encoder, load the rest and list what is left out")
     for part, what in FILES.items():

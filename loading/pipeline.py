@@ -108,8 +108,8 @@ def fetch_encoder_later(weights: str | Path, empty: dict, device: torch.device, 
 def warn_of_unused_lora(weights: str | Path, prior: str | Path | None) -> None:
     """For a LoRA run's folder with another prior than the one that its LoRA was trained on."""
     if prior and (Path(weights) / "lora.safetensors").is_file():
-        warnings.warn(f"the LoRA of {weights} is not used, because it was trained on another prior than {prior}: to use "
-                      f"it all the same, add --lora {weights} (in Python lora=...)")
+        warnings.warn(f"the LoRA of {weights} is not used, because it was trained on another prior than {prior}: "
+                      f"to use it all the same, add --lora {weights} (in Python lora=...)")
 
 
 def preview_file_of(model: Wuerstchen, weights: str | Path, files: dict, vqgan: Path | None) -> Path | None:
