@@ -479,6 +479,6 @@ def main(args):
             draw_curves(log.lines(), CURVES, f"{args.out}/curves.png")
     check_last_steps(nan_steps, args)
     with ema.applied():
-        write_stage_b(args, model, encoder, len(dataset), log.lines(), processes)
+        write_stage_b(args, model, encoder, dataset, log.lines(), processes)
     stop.restore()
     processes.close()

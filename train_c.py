@@ -414,6 +414,6 @@ def main(args):
             draw_curves(log.lines(), CURVES, f"{args.out}/curves.png")
     check_last_steps(nan_steps, args)
     with ema.applied():
-        write_stage_c(args, model, text_encoder, len(dataset), processes)
+        write_stage_c(args, model, text_encoder, dataset, processes)
     stop.restore()
     processes.close()

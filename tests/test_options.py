@@ -357,6 +357,8 @@ def test_an_upload_without_a_token_is_refused_before_the_training(monkeypatch):
 def test_a_token_reaches_the_hub_and_nothing_else(tmp_path, monkeypatch):
     """Not checkpoints, cards and services, which others read."""
     args, made = parse("train_c", "--push-to-hub", "me/x", "--hub-token", "hf_secret"), []
+    args.out = str(tmp_path)
+    (tmp_path / "README.md").write_text("# x\n")
 
     class Api:
         def __init__(self, token):
@@ -364,7 +366,7 @@ def test_a_token_reaches_the_hub_and_nothing_else(tmp_path, monkeypatch):
 
         def create_repo(self, *args, **more):
             pass
-        upload_folder = create_repo
+        create_commit = create_repo
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
     push(args)
     assert made == ["hf_secret"]

@@ -113,7 +113,7 @@ def test_a_decoder_fine_tuned_for_a_domain_is_a_folder_that_generates_images(fol
                      "--steps-b", "1", "--out", str(tmp_path / f"{name}.png")])
     a, b = (np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int) for name in ("new", "old"))
     assert np.abs(a - b).max() > 3
-    assert f'python sample.py --weights {out.name} --prompt "..."' in (out / "README.md").read_text()
+    assert f"python sample.py --weights ./{out.name} --prompt 'a " in (out / "README.md").read_text()
     assert weights_file(out, "image_encoder") == weights_file(TINY, "image_encoder")
     assert weights_file(out, "decoder") != weights_file(TINY, "decoder")
 
@@ -124,7 +124,7 @@ def test_if_the_encoder_learned_nothing_claims_that_stage_c_fits(folder, new, tm
                                                        if "psnr_a" in line)
     assert "train it again" in card and f"| Stage A only | {psnr:.2f} |" in card
     assert "samples/step_000001.png" in card
-    assert f"--decoder {out.name}/decoder --image-encoder {out.name}/image_encoder --reconstruct" in card
+    assert f"--decoder ./{out.name}/decoder --image-encoder ./{out.name}/image_encoder --reconstruct photo.png" in card
     assert (out / "decoder").is_dir() and (out / "image_encoder").is_dir() and not (out / "base.json").exists()
     assert json.loads((out / "image_encoder" / "config.json").read_text())["c_hidden"] == [4, 8, 8, 8]
 

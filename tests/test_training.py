@@ -34,7 +34,8 @@ def runs(tmp_path_factory) -> Path:
         (folder / "sizes" / part).mkdir(parents=True)
         text = (Path(__file__).parent.parent / "models" / "tiny" / part / "config.json").read_text()
         (folder / "sizes" / part / "config.json").write_text(text.replace('"clip_embd": 128', '"clip_embd": 32'))
-    shutil.rmtree(folder / "checkpoints")
+    shutil.rmtree(folder / "checkpoints")          # both would be taken for this script's, which may not be overwritten
+    (folder / "README.md").unlink()
     train_encoder.main(train_encoder.parse_args(["--out", f"{folder}/encoder", "--steps", "2", "--batch", "4",
                                                  "--device", "cpu"]))
     train_b.main(train_b.parse_args([*SMALL, *SMALL_B, "--out", f"{folder}", "--steps", "2", "--init", "random",

@@ -61,7 +61,10 @@ class Checkpoints:
 
         Raises UserError for a file that does not exist, and if a run or its result would be overwritten.
         """
-        found, results = self.all(), [self.out / name for name in self.results if (self.out / name).exists()]
+        found, card = self.all(), self.out / "README.md"
+        results = [self.out / name for name in self.results if (self.out / name).exists()]
+        if card.is_file() and "| `--steps` |" in card.read_text(encoding="utf-8", errors="replace"):
+            results.append(card)         # of any script: the card, log and base.json of two results would be mixed
         if resume is None and found:
             raise UserError(f"{found[-1]} exists already: "
                             f"add --resume auto to continue from it, or choose another --out")

@@ -78,11 +78,12 @@ def bytes_text(number: float) -> str:
 
 def checkpoint_bytes(args, model, discriminator=None) -> int:
     """The size of a checkpoint: weights, averaged weights and AdamW's two averages, with about 300 bytes per tensor for
-    its name and place in the file. train_a.py's has frozen weights as well, and no averages with --ema 0."""
+    its name and place in the file. A LoRA's has its LoRA file next to it. train_a.py's has frozen weights as well, and
+    no averages with --ema 0."""
     learned = [p.nbytes + 300 for p in model.parameters() if p.requires_grad]
     other = [p.nbytes + 300 for p in (*model.parameters(), *model.buffers()) if not p.requires_grad]
     if hasattr(args, "fsdp"):
-        return 4 * sum(learned) + 2 * sum(buffer.nbytes for buffer in model.buffers())
+        return (5 if getattr(args, "lora", False) else 4) * sum(learned) + 2 * sum(buffer.nbytes for buffer in model.buffers())
     more = [3 * (p.nbytes + 300) for p in discriminator.parameters()] if discriminator is not None else []
     return (4 if args.ema else 3) * sum(learned) + sum(other) + sum(more)
 

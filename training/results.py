@@ -2,7 +2,10 @@
 
 Needs: torch; loading/; huggingface_hub for the upload.
 """
+import contextlib
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -11,12 +14,13 @@ import torch
 from loading import lora_formats
 from loading.errors import WeightsError
 from loading.files import STEM, to_half, write_atomically, write_files
-from loading.hub import NAMES, hub_errors
+from loading.hub import NAMES, REVISIONS, hub_errors
 from loading.layouts import SHIPPED, locate
 from loading.names import config_to_diffusers, to_diffusers
 from loading.weights import save_model, save_scheduler, save_text_encoder
 from loading.words import FILE, read_words
 from training.checkpoints import PRIVATE, check_finite, full_weights
+from training.data import read_prompts
 from training.scenes import CAPTIONED, UNCAPTIONED, vocabulary
 
 
@@ -25,10 +29,16 @@ def files_given(args, parts: tuple[str, ...]) -> dict[str, str]:
     return {part: getattr(args, part) for part in parts if getattr(args, part) not in (None, "none")}
 
 
+def is_local(name: str) -> bool:
+    """Whether weights or a part are a path on this machine, not a name or a repository."""
+    return name not in (*SHIPPED, *NAMES) and (
+        Path(name).exists() or name not in REVISIONS and not name.startswith("hub:"))
+
+
 def write_base(args, parts: tuple[str, ...], **more) -> None:
     """base.json, which tells sample.py --weights OUT where the parts are that this run did not write."""
     def path(name: str) -> str:
-        return str(Path(name).resolve()) if name not in (*SHIPPED, *NAMES) and Path(name).exists() else name
+        return str(Path(name).resolve()) if is_local(name) else name
     base = dict(weights=path(args.weights), files={part: path(file) for part, file in files_given(args, parts).items()})
     text = json.dumps(base | more, indent=2) + "\n"
     write_atomically(Path(args.out) / "base.json", lambda file: file.write_text(text))
@@ -41,21 +51,92 @@ def finished(args) -> None:
         push(args)
 
 
+# ----- the card: what others read, so it has no path of this machine -----------------------------------
+
+TEXTS = ("trigger", "targets", "sample_prompt", "project")           # options whose "/" does not make them a path
+
+
+def without_folders(name: str, value):
+    """The value of an option as others may read it: of a path its last part, of a command for shards nothing."""
+    if isinstance(value, list | tuple):
+        return type(value)(without_folders(name, each) for each in value)
+    if not isinstance(value, str) or name in TEXTS or value.startswith("hub:") or value in REVISIONS:
+        return value
+    return "pipe:" if value.startswith("pipe:") else re.split(r"[/\\]", value.rstrip("/\\"))[-1] or "."
+
+
 def settings_table(args) -> str:
     """The settings of a run as rows of a Markdown table, without those that concern only this machine."""
-    return "\n".join(f"| `--{name.replace('_', '-')}` | {value} |" for name, value in vars(args).items()
-                     if value not in (None, False, []) and name not in (*PRIVATE, "cache"))
+    rows = {name: str(without_folders(name, value)).replace("|", "\\|").replace("\n", " ")
+            for name, value in vars(args).items() if value not in (None, False, [], "") and name not in (*PRIVATE, "cache")}
+    return "\n".join(f"| `--{name.replace('_', '-')}` | {value} |" for name, value in rows.items())
 
 
-def write_card(args, tags: str, *paragraphs: str) -> None:
-    """README.md: tags, paragraphs (empty ones are skipped), the newest sample sheet, the settings."""
+def described(name: str) -> str:
+    """Weights, in the words of a card."""
+    if is_local(name):
+        return "weights in a local folder that is not published"
+    return f"`{name}`, the small model that comes with the code" if name in SHIPPED else f"`{name}`"
+
+
+def base_model(args, part: str) -> str:
+    """A line for the head of a card: the repository of the hub with the weights where a part started, if there is one.
+    """
+    name = getattr(args, part) or args.weights
+    repo = NAMES[name][part][0] if name in NAMES else "/".join(name.removeprefix("hub:").split("@")[0].split("/")[:2])
+    return "" if args.init == "random" or name in SHIPPED or is_local(name) else f"base_model: {repo}\n"
+
+
+def place(args, repo: str | None) -> str:
+    """The result, for its users: a repository, or the folder --out wherever it is copied to."""
+    return f"hub:{repo}" if repo else f"./{Path(args.out).resolve().name}"
+
+
+def is_portable(args, parts: tuple[str, ...]) -> bool:
+    """Whether others have all that base.json names."""
+    return not any(map(is_local, (args.weights, *files_given(args, parts).values())))
+
+
+def three_prompts(args, dataset) -> list[str]:
+    """Prompts that work: those of the sample sheets, then captions that were trained on."""
+    prompts = list(getattr(args, "sample_prompt", []))
+    if getattr(args, "sample_prompts", None):
+        with contextlib.suppress(ValueError):                        # a file that is gone by now costs no result
+            prompts += read_prompts(args.sample_prompts)
+    prompts += [dataset.captions(i)[0] for i in range(min(len(dataset), 100))]
+    return [prompt for prompt in dict.fromkeys(" ".join(prompt.split()) for prompt in prompts) if prompt][:3]
+
+
+def usage(prompts: list[str], weights: str, **parts: str) -> str:
+    """How to generate images, on the command line and in Python. parts: from elsewhere than weights, or lora. Without
+    prompts: how to reconstruct an image."""
+    options = "".join(f" --{part.replace('_', '-')} {file}" for part, file in dict(weights=weights, **parts).items())
+    load = ", ".join([f'"{weights}"', *(f'{part}="{file}"' for part, file in parts.items())])
+    tasks = [f"--prompt {shlex.quote(prompt)}" for prompt in prompts] or ["--reconstruct photo.png"]
+    python = ["from wuerstchen import Wuerstchen", "", f"model = Wuerstchen.load({load})"]
+    if prompts:
+        python.append(f'model({json.dumps(prompts[0], ensure_ascii=False)}, seed=0)[0].save("image.png")')
+    else:
+        python = ["from PIL import Image", "from extras.editing import reconstruct", *python,
+                  'reconstruct(model, Image.open("photo.png"))[0].save("image.png")']
+    commands = [f"python sample.py{options} {task}" for task in tasks]
+    return "\n".join(["With the Würstchen code that trained it:", "", "```", *commands, "```", "", "```python", *python, "```"])
+
+
+def write_card(args, head: str, *paragraphs: str) -> None:
+    """README.md: head, paragraphs (empty ones are skipped), the newest sample sheet, the settings."""
     out = Path(args.out)
-    sheets = sorted((out / "samples").glob("*.png"))
-    parts = [f"---\nlicense: mit\n{tags}\n---\n# {out.name}", *paragraphs,
+    sheets = sample_sheets(args)
+    parts = [f"---\n{head}\n---\n# {place(args, args.push_to_hub).rpartition('/')[2]}", *paragraphs,
              f"![samples](samples/{sheets[-1].name})" if sheets else "",
-             f"| setting | value |\n|---|---|\n{settings_table(args)}"]
+             "No licence is stated here: whoever publishes this chooses one that those of the base model and of the "
+             "images allow.", f"| setting | value |\n|---|---|\n{settings_table(args)}"]
     text = "\n\n".join(part for part in parts if part) + "\n"
     write_atomically(out / "README.md", lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def sample_sheets(args) -> list[Path]:
+    return sorted((Path(args.out) / "samples").glob("step_*.png"))
 
 
 def diffusers_tensors(model: torch.nn.Module, tensors: dict | None = None) -> dict[str, torch.Tensor]:
@@ -66,24 +147,26 @@ def diffusers_tensors(model: torch.nn.Module, tensors: dict | None = None) -> di
 
 # ----- Stage C -----------------------------------------------------------------------------------------
 
+LIMITS = ("Expect what the images of the training show, in their style; anything else may have become worse than before. "
+          "Nothing was measured apart from what stands here and in `log.jsonl`.")
 FILES_C = ("prior", "prior_text_encoder", "image_encoder", "decoder", "vqgan", "text_encoder")
 
 
-def write_stage_c(args, model, text_encoder, images: int, processes) -> None:
+def write_stage_c(args, model, text_encoder, dataset, processes) -> None:
     """prior/ or lora.safetensors, base.json, README.md, and --push-to-hub. All processes must call this.
 
     model: has Stage C as model.prior. text_encoder: a TextEncoder, with --train-text the one that was trained.
     """
     weights = full_weights(model)
-    processes.on_main(write_files_c, args, model.prior, weights, text_encoder, images)
+    processes.on_main(write_files_c, args, model.prior, weights, text_encoder, dataset)
 
 
-def write_files_c(args, prior, weights: dict, text_encoder, images: int) -> None:
+def write_files_c(args, prior, weights: dict, text_encoder, dataset) -> None:
     check_finite(weights, "the result")
     out, more = Path(args.out), {}
     (out / "README.md").unlink(missing_ok=True)      # written last: where it is, the result is complete
     if args.lora:
-        write_lora(args, prior, args.steps, images, out / "lora.safetensors")
+        write_lora(args, prior, args.steps, len(dataset), out / "lora.safetensors")
         more["lora"] = "lora.safetensors"
     else:
         learned = {name.removeprefix("prior."): tensor for name, tensor in weights.items() if name.startswith("prior.")}
@@ -93,25 +176,40 @@ def write_files_c(args, prior, weights: dict, text_encoder, images: int) -> None
     if args.train_text:
         save_text_encoder(text_encoder.tokenizer, text_encoder.model, out / "text_encoder", out / "tokenizer")
     write_base(args, FILES_C, **more)
-    base = "warp-ai/wuerstchen-prior" if args.weights.startswith("v2") else args.weights
-    commands = [f"    hf download {args.push_to_hub} --local-dir {out.name}"] * bool(args.push_to_hub)
-    commands.append(f'    python sample.py --weights {out.name} --prompt "..."')
-    stacked = (Path(args.weights) / "lora.safetensors").is_file()        # --lora would add to the LoRA in --weights
-    alone = f'    python sample.py --weights {args.weights} --lora {out.name}/lora.safetensors --prompt "..."'
-    write_card(args, f"base_model: {base}\ntags: [text-to-image, wuerstchen{', lora' * args.lora}]",
-               f"{'A LoRA for' if args.lora else 'A fine-tune of'} Würstchen's Stage C, from `{args.weights}`, "
-               f"{args.steps} steps on {images} images.",
-               f"Trigger words: **{args.trigger}**." if args.trigger else "",
-               "\n".join(commands), alone if args.lora and not stacked else "")
+    write_card_c(args, dataset)
     if args.push_to_hub:
         push(args)
+
+
+def write_card_c(args, dataset) -> None:
+    start = args.prior or args.weights
+    what = "A LoRA for Würstchen's Stage C, trained on" if args.lora else "A fine-tune of Würstchen's Stage C, from"
+    prompts, where, learned = three_prompts(args, dataset), place(args, args.push_to_hub), {}
+    if args.lora:
+        learned["lora"] = where if args.push_to_hub else f"{where}/lora.safetensors"
+    elif not is_portable(args, FILES_C):
+        learned["prior"] = f"{where}/prior"
+        if args.train_text:
+            learned["prior_text_encoder"] = f"{where}/text_encoder"
+    given = {part: "FOLDER" if is_local(file) else file for part, file in files_given(args, FILES_C).items()
+             if part != "image_encoder" and part not in learned}
+    weights = "FOLDER" if is_local(args.weights) else args.weights
+    how = usage(prompts, where) if not learned else usage(prompts, weights, **given | learned)
+    write_card(args, f"{base_model(args, 'prior')}tags: [text-to-image, wuerstchen{', lora' * args.lora}]",
+               f"{what} {described(start)}: {args.steps} steps on {len(dataset)} images." if args.init == "weights" else
+               f"Würstchen's Stage C, trained from random weights: {args.steps} steps on {len(dataset)} images.",
+               f"Trigger words: **{args.trigger}**." if args.trigger else "",
+               # A LoRA in it would be added to this one.
+               how, "FOLDER stands for parts that are not published, without any LoRA." * ("FOLDER" in how),
+               f"**Limits.** {LIMITS}" + " The LoRA fits only the weights above and their variants." * args.lora)
 
 
 def write_lora(args, prior, steps: int, images: int, path: Path | None = None) -> None:
     """The LoRA of Stage C, if there is one, as it is after `steps` steps. Without a path, next to that checkpoint."""
     if not args.lora:
         return
-    metadata = dict(base=args.weights, base_hash=lora_formats.base_hash(prior), steps=steps, images=images,
+    metadata = dict(base="local" if is_local(args.weights) else args.weights,
+                    base_hash=lora_formats.base_hash(prior), steps=steps, images=images,
                     trigger_words=args.trigger)
     path = path or Path(args.out) / "checkpoints" / f"step_{steps:08d}.safetensors"
     lora_formats.save_lora(prior, path, metadata=metadata)
@@ -152,17 +250,17 @@ def save_encoder(encoder: torch.nn.Module, folder: Path, frozen: bool) -> None:
     write_files(config_to_diffusers(encoder), half if exact or not frozen else tensors, folder, STEM)
 
 
-def write_stage_b(args, model, encoder, images: int, log_lines: list[dict], processes) -> None:
+def write_stage_b(args, model, encoder, dataset, log_lines: list[dict], processes) -> None:
     """decoder/, image_encoder/, README.md, base.json if Stage C still fits, --push-to-hub.
 
     model: has Stage B as model.decoder; encoder: the image encoder; log_lines: have the PSNR. All processes must call
     this.
     """
     weights = full_weights(model)
-    processes.on_main(write_files_b, args, model.decoder, encoder, weights, images, log_lines)
+    processes.on_main(write_files_b, args, model.decoder, encoder, weights, dataset, log_lines)
 
 
-def write_files_b(args, decoder, encoder, weights: dict, images: int, log_lines: list[dict]) -> None:
+def write_files_b(args, decoder, encoder, weights: dict, dataset, log_lines: list[dict]) -> None:
     check_finite(weights, "the result")
     out = Path(args.out)
     (out / "README.md").unlink(missing_ok=True)      # written last: where it is, the result is complete
@@ -177,24 +275,32 @@ def write_files_b(args, decoder, encoder, weights: dict, images: int, log_lines:
     save_model(filled(decoder, "decoder."), out / "decoder")
     save_encoder(encoder if args.freeze_encoder else filled(encoder, "encoder."), out / "image_encoder",
                  args.freeze_encoder)
-    fits = stage_c_fits(args)
-    if fits:
+    if stage_c_fits(args):
         write_base(args, FILES_B)
+    write_card_b(args, dataset, log_lines)
+    if args.push_to_hub:
+        push(args)
+
+
+def write_card_b(args, dataset, log_lines: list[dict]) -> None:
     last = next((line for line in reversed(log_lines) if "psnr_a" in line), {})
     psnr = [f"| {'Stage A only' if key == 'psnr_a' else key[5:].replace('_', ' ')} | {value:.2f} |"
             for key, value in last.items() if key.startswith("psnr")]
-    use = f'--weights {out.name} --prompt "..."' if fits else (
-        f"--weights {args.weights} --decoder {out.name}/decoder --image-encoder {out.name}/image_encoder "
-        f"--reconstruct photo.png")
-    write_card(args, "tags: [wuerstchen, diffusion-autoencoder]",
-               f"Würstchen's Stage B{' of v1' * args.v1}{' and its image encoder' * (not args.freeze_encoder)}, "
-               f"from {'random weights' if args.init == 'random' else f'`{args.weights}`'}, "
-               f"{args.steps} steps on {images} images.",
+    fits, where = stage_c_fits(args), place(args, args.push_to_hub)
+    if fits and is_portable(args, FILES_B):
+        how = usage(three_prompts(args, dataset), where)
+    else:
+        given = {part: "FOLDER" if is_local(file) else file for part, file in files_given(args, FILES_B).items()}
+        learned = dict(decoder=f"{where}/decoder", image_encoder=f"{where}/image_encoder")
+        how = usage(three_prompts(args, dataset) if fits else [],
+                    "FOLDER" if is_local(args.weights) else args.weights, **given | learned)
+    write_card(args, f"{base_model(args, 'decoder')}tags: [wuerstchen, diffusion-autoencoder]",
+               f"Würstchen's Stage B{' of v1' * args.v1}{' and its image encoder' * (not args.freeze_encoder)}, from "
+               f"{'random weights' if args.init == 'random' else described(args.decoder or args.weights)}: "
+               f"{args.steps} steps on {len(dataset)} images.",
                "" if args.freeze_encoder else "Stage C only works with the encoder it was trained on: train it again.",
-               f"    python sample.py {use}",
+               how, "FOLDER stands for parts that are not published." * ("FOLDER" in how), f"**Limits.** {LIMITS}",
                "\n".join([f"| PSNR of {args.val_count} images | dB |", "|---|---:|", *psnr]) if psnr else "")
-    if args.push_to_hub:
-        push(args)
 
 
 # ----- Stage A -----------------------------------------------------------------------------------------
@@ -216,25 +322,53 @@ def write_stage_a(args, model, fixed: torch.Tensor, values: dict, images: int) -
         save_model(model, Path(args.out) / "vqgan")
     else:
         write_files(config_to_diffusers(model), diffusers_tensors(model), Path(args.out) / "vqgan", STEM)
+    start = f", from {described(args.init)}" if args.init else ""
+    unseen = f" of `{without_folders('val_data', args.val_data)}`" if args.val_data else unseen
     write_card(args, "tags: [vqgan, wuerstchen]",
-               f"Würstchen's Stage A, {f'from `{args.init}`, ' if args.init else ''}{args.steps} steps on {images} "
-               "images.\n"
-               f"PSNR on {len(fixed)} images{f' of `{args.val_data}`' if args.val_data else unseen}: {psnr}.",
-               f"    python sample.py --weights tiny --vqgan {Path(args.out).name}/vqgan --reconstruct photo.png")
+               f"Würstchen's Stage A{start}: {args.steps} steps on {images} images.\n"
+               f"PSNR on {len(fixed)} images{unseen}: {psnr}.",
+               usage([], "tiny", vqgan=f"{place(args, args.push_to_hub)}/vqgan"), f"**Limits.** {LIMITS}")
     if args.push_to_hub:
         push(args)
 
 
 # ----- the upload ----------------------------------------------------------------------------------------
 
+def pushed_files(args) -> dict[str, Path]:
+    """What belongs to the result: {path in the repository: file}. --out may hold more, as caches, logs of services and
+    other runs' parts."""
+    out, names = Path(args.out), ["README.md", "log.jsonl", "curves.png"]
+    if hasattr(args, "lora"):                            # of train_c.py
+        names += ["lora.safetensors"] if args.lora else ["prior", "scheduler"]
+        names += ["text_encoder", "tokenizer"] if args.train_text else []
+        names += ["base.json"] if is_portable(args, FILES_C) else []
+    elif hasattr(args, "v1"):                            # of train_b.py
+        names += ["decoder", "image_encoder"]
+        names += ["base.json"] if stage_c_fits(args) and is_portable(args, FILES_B) else []
+    else:
+        names += ["vqgan"]
+    found = [path for name in names for path in sorted([out / name, *(out / name).glob("[!.]*")])
+             if path.is_file() and path.suffix in (".md", ".jsonl", ".png", ".json", ".safetensors", ".txt")]
+    return {path.relative_to(out).as_posix(): path for path in found + sample_sheets(args)[-1:]}
+
+
+def pushed_card(args) -> str:
+    """README.md for the hub: that of a run without --push-to-hub names the folder instead."""
+    folder, card = place(args, None), (Path(args.out) / "README.md").read_text(encoding="utf-8")
+    for name in (f"{folder}/lora.safetensors", folder):
+        card = card.replace(name, place(args, args.push_to_hub))
+    return card
+
+
 def push(args) -> None:
-    """Uploads the result to the hub, without checkpoints. A failure here must not look like a failed training."""
-    from huggingface_hub import HfApi
+    """Uploads the result to the hub. A failure here must not look like a failed training."""
+    from huggingface_hub import CommitOperationAdd, HfApi
+    files = pushed_files(args) | {"README.md": pushed_card(args).encode()}
     try:
         with hub_errors(args.push_to_hub, "main"):
             api = HfApi(token=args.hub_token)
             api.create_repo(args.push_to_hub, exist_ok=True)
-            api.upload_folder(repo_id=args.push_to_hub, folder_path=args.out,
-                                  ignore_patterns=["checkpoints/*", "index/*", ".*"])
+            api.create_commit(args.push_to_hub, [CommitOperationAdd(name, file) for name, file in files.items()],
+                              commit_message=f"Result of {args.steps} steps")
     except WeightsError as error:
         print(f"the upload failed, the result is in {args.out}: {error}", file=sys.stderr)
