@@ -98,8 +98,8 @@ RUN = ["train_c.py", "--weights", "tiny", "--data", "examples/unicorn", "--lora"
 def pushed(tmp_path_factory):
     """In the folder there is also what others left: a service, a cache, an older part, drafts."""
     hub, out = Hub(), tmp_path_factory.mktemp("push") / "unicorn"
-    for name in ("wandb/run/config.yaml", "cache/latents-1/00/x.npy", "events.out.tfevents.1", "text_encoder/config.json",
-                 "samples/draft.png", "notes.txt"):
+    for name in ("wandb/run/config.yaml", "cache/latents-1/00/x.npy", "events.out.tfevents.1", "samples/draft.png",
+                 "text_encoder/config.json", "notes.txt"):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text(str(out))
     result = hub.run(*RUN, out, "--data", ROOT / "examples" / "unicorn", "--cache", out / "cache")
@@ -120,7 +120,8 @@ def test_the_card_says_what_it_is_and_how_to_use_it(pushed):
     card = hub.files["README.md"].decode()
     head = card.split("---")[1]
     assert "lora" in head and "license" not in head and "base_model" not in head and "`tiny`, the small model" in card
-    for prompt in ("a unicorn on a white background", "a unicorn on a red background", "a unicorn on a yellow background"):
+    for colour in ("white", "red", "yellow"):
+        prompt = f"a unicorn on a {colour} background"
         assert f"python sample.py --weights tiny --lora hub:me/unicorn --prompt '{prompt}'\n" in card
     assert 'model = Wuerstchen.load("tiny", lora="hub:me/unicorn")\n' \
            'model("a unicorn on a white background", seed=0)[0].save("image.png")\n' in card
@@ -191,7 +192,8 @@ def test_a_result_that_is_pushed_later_gets_the_commands_of_the_hub(tmp_path):
     ("data", "/home/me/photos/", "photos"), ("data", "hub:me/photos:train", "hub:me/photos:train"),
     ("data", "scenes:all:16:1", "scenes:all:16:1"), ("data", "C:\\me\\photos", "photos"),
     ("sample_prompt", ["cats and/or dogs"], ["cats and/or dogs"]), ("steps", 3, 3),
-    ("weights", "warp-ai/wuerstchen-prior", "warp-ai/wuerstchen-prior"), ("data", ["/a/b", "c/d"], ["b", "d"])], ids=str)
+    ("weights", "warp-ai/wuerstchen-prior", "warp-ai/wuerstchen-prior"), ("data", ["/a/b", "c/d"], ["b", "d"])],
+    ids=str)
 def test_settings_are_shown_without_folders(script, value, shown):
     assert results.without_folders(script, value) == shown
 

@@ -400,7 +400,8 @@ def test_a_result_is_not_mixed_with_that_of_another_script(options, tmp_path, sc
     assert (out / "README.md").read_bytes() == card and not (out / RESULTS[script]).exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "README.md").write_text("My notes\n")
-    assert Checkpoints(MODULES[script].parse_args(["--data", "x", "--out", str(tmp_path / "mine")]), ()).find(None) is None
+    args = MODULES[script].parse_args(["--data", "x", "--out", str(tmp_path / "mine")])
+    assert Checkpoints(args, ()).find(None) is None
 
 
 def test_a_run_that_died_while_it_wrote_its_result_writes_it(options, tmp_path):

@@ -83,7 +83,8 @@ def checkpoint_bytes(args, model, discriminator=None) -> int:
     learned = [p.nbytes + 300 for p in model.parameters() if p.requires_grad]
     other = [p.nbytes + 300 for p in (*model.parameters(), *model.buffers()) if not p.requires_grad]
     if hasattr(args, "fsdp"):
-        return (5 if getattr(args, "lora", False) else 4) * sum(learned) + 2 * sum(buffer.nbytes for buffer in model.buffers())
+        copies = 5 if getattr(args, "lora", False) else 4
+        return copies * sum(learned) + 2 * sum(buffer.nbytes for buffer in model.buffers())
     more = [3 * (p.nbytes + 300) for p in discriminator.parameters()] if discriminator is not None else []
     return (4 if args.ema else 3) * sum(learned) + sum(other) + sum(more)
 

@@ -68,7 +68,8 @@ def without_folders(name: str, value):
 def settings_table(args) -> str:
     """The settings of a run as rows of a Markdown table, without those that concern only this machine."""
     rows = {name: str(without_folders(name, value)).replace("|", "\\|").replace("\n", " ")
-            for name, value in vars(args).items() if value not in (None, False, [], "") and name not in (*PRIVATE, "cache")}
+            for name, value in vars(args).items()
+            if value not in (None, False, [], "") and name not in (*PRIVATE, "cache")}
     return "\n".join(f"| `--{name.replace('_', '-')}` | {value} |" for name, value in rows.items())
 
 
@@ -120,7 +121,8 @@ def usage(prompts: list[str], weights: str, **parts: str) -> str:
         python = ["from PIL import Image", "from extras.editing import reconstruct", *python,
                   'reconstruct(model, Image.open("photo.png"))[0].save("image.png")']
     commands = [f"python sample.py{options} {task}" for task in tasks]
-    return "\n".join(["With the Würstchen code that trained it:", "", "```", *commands, "```", "", "```python", *python, "```"])
+    return "\n".join(["With the Würstchen code that trained it:", "",
+                      "```", *commands, "```", "", "```python", *python, "```"])
 
 
 def write_card(args, head: str, *paragraphs: str) -> None:
@@ -147,8 +149,8 @@ def diffusers_tensors(model: torch.nn.Module, tensors: dict | None = None) -> di
 
 # ----- Stage C -----------------------------------------------------------------------------------------
 
-LIMITS = ("Expect what the images of the training show, in their style; anything else may have become worse than before. "
-          "Nothing was measured apart from what stands here and in `log.jsonl`.")
+LIMITS = ("Expect what the images of the training show, in their style; anything else may have become worse than "
+          "before. Nothing was measured apart from what stands here and in `log.jsonl`.")
 FILES_C = ("prior", "prior_text_encoder", "image_encoder", "decoder", "vqgan", "text_encoder")
 
 
