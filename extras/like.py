@@ -19,7 +19,7 @@ from pathlib import Path
 from loading.errors import UserError, WeightsError
 from loading.files import STEM, find_file
 from loading.hub import NAMES
-from loading.layouts import SHIPPED, locate
+from loading.layouts import is_name, locate
 
 DTYPES = dict(fp32="float32", bf16="bfloat16", fp16="float16")
 # Fields of a stage's sampling settings, with the defaults of their options. None: the weights have their own default.
@@ -188,7 +188,7 @@ def own_size(image: str, stored: dict, size: int) -> tuple[int, int]:
 def relative(file: str | Path, folder: Path) -> str:
     """The path of a file for the settings of an image in `folder`: as seen from the working folder if that is above it,
     else from the folder. Never absolute. A name of weights stays as it is."""
-    if file in NAMES or file in SHIPPED:
+    if is_name(file):
         return file
     folder = Path(os.path.abspath(folder))
     try:
@@ -200,7 +200,7 @@ def relative(file: str | Path, folder: Path) -> str:
 def find(image: str | Path, name: str, stored: str, hashes: dict[str, str]) -> str:
     """A path in the settings of an image, as seen from its folder, those above it, or the working folder. If it exists
     more than once, the hash decides. Raises ValueError if it does not exist."""
-    if stored in NAMES or stored in SHIPPED:
+    if is_name(stored):
         return stored
     folders = [*Path(os.path.abspath(image)).parents, Path.cwd()]
     found = [place for place in dict.fromkeys(os.path.normpath(folder / stored) for folder in folders)

@@ -105,6 +105,11 @@ def official_name(weights: str | Path) -> str | Path:
     return weights if Path(weights).exists() else OFFICIAL.get(repo, weights)
 
 
+def is_name(weights: str | Path) -> bool:
+    """Whether weights, a part or a LoRA are named in a way that means the same on any machine."""
+    return weights in NAMES or weights in SHIPPED or is_reference(weights) or official_name(weights) in NAMES
+
+
 def locate(weights: str | Path, files: dict[str, str | Path] | None = None, parts: tuple[str, ...] = TEXT_TO_IMAGE,
            half: bool = False, offline: bool = False, revision: str | None = None,
            named_by: tuple = ()) -> dict[str, Path | None]:
@@ -171,7 +176,7 @@ def locate_trained(folder: Path, own: dict, parts: tuple[str, ...], options: dic
         raise WeightsError(f"{folder / 'base.json'} names {start}, which names it again: it needs weights")
     if is_reference(named_by[-1]):                           # a stranger's file, and a path of another machine
         for name in (start, *(file for part, file in start_files.items() if part not in own)):
-            if name not in (*SHIPPED, *NAMES, *OFFICIAL) and not is_reference(name):
+            if not is_name(name):
                 raise WeightsError(f"{named_by[-1]}: its base.json names {name}, on the machine where it was trained: "
                                    f"name its parts instead, --prior {named_by[-1]} with --weights")
     trained = {part: folder / ONE_FOLDER[part] for part in names if (folder / ONE_FOLDER[part]).is_dir()}
