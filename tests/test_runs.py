@@ -219,7 +219,9 @@ def stopped(command: list[str], out: Path, name: str, rng: random.Random) -> int
     run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
     try:
         if rng.random() < 1 / 3:
-            time.sleep(rng.uniform(0.5, 5))
+            end, as_before = time.time() + rng.uniform(0.5, 5), log.stat().st_mtime if log.exists() else 0
+            while time.time() < end and (log.stat().st_mtime if log.exists() else 0) == as_before:
+                time.sleep(0.01)
         else:
             wait_for_lines(run, out, before + rng.randint(1, 4))
             time.sleep(rng.uniform(0, 0.3))
