@@ -278,7 +278,7 @@ def latent_sizes(height: int, width: int) -> tuple[tuple[int, int], tuple[int, i
     """
     for name, side in (("height", height), ("width", width)):
         if not isinstance(side, Integral) or side < 64:
-            raise ValueError(f"{name} is {side}, expected a whole number of px from 64 on.")
+            raise ValueError(f"{name} is {side!r}, expected a whole number of px from 64 on.")
     return tuple(-(-side * 3 // 128) for side in (height, width)), \
         tuple(-(-side // 64) * 16 for side in (height, width))
 
@@ -354,10 +354,10 @@ class Wuerstchen:
         return load(weights, device, dtype, **options)
 
     @torch.no_grad()
-    def __call__(self, prompt: str | list[str], negative_prompt: str = "", *, seed: int | None = 0,
-                 num_images: int = 1, width: int | None = None, height: int | None = None,
-                 callback: Callable | None = None, progress: bool = False,
-                 **sampling) -> list[Image.Image]:
+    def __call__(self, prompt: str | list[str] = (), negative_prompt: str = "", *,
+                 seed: int | None = 0, num_images: int = 1, width: int | None = None,
+                 height: int | None = None, callback: Callable | None = None,
+                 progress: bool = False, **sampling) -> list[Image.Image]:
         """Prompts -> PIL images, num_images for each prompt, in order.
 
         negative_prompt  what guidance steers away from

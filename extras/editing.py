@@ -127,23 +127,30 @@ def reconstruct(model: Wuerstchen, image, prompt: str = "", **options):
 
 
 @torch.no_grad()
-def interpolate(model: Wuerstchen, a: str | Tensor, b: str | Tensor, frames: int = 8, *, seed: int = 0,
+def interpolate(model: Wuerstchen, a: str | Tensor, b: str | Tensor, frames: int = 8, *, seed: int | None = 0,
                 to_seed: int | None = None, batch: int = 1, **options) -> list:
     """`frames` PIL images on the way from a to b, two prompts or two semantic latents (1,16,h,w); both ends included.
 
     Embeddings or latents move along a sphere (slerp). to_seed: so does the noise, from that of `seed`. batch: images
     computed at a time. options: those of generate.
     """
+    frames, batch = whole("frames", frames), whole("batch", batch)
+    seed = random_seed() if seed is None else whole("seed", seed)
+    to_seed = None if to_seed is None else whole("to_seed", to_seed)
+    if batch < 1:
+        raise ValueError(f"batch is {batch}, expected at least 1 image at a time.")
     if frames < 2:
         raise ValueError(f"the number of frames must be at least 2, got {frames}.")
     if isinstance(a, str) != isinstance(b, str):
         raise ValueError("one end is a prompt and the other a latent: interpolation needs two of a kind.")
+    if not isinstance(a, str):
+        a, b = tensor_of("a", a).float(), tensor_of("b", b).float()
     if not isinstance(a, str) and not (a.ndim == 4 and len(a) == 1 and a.shape == b.shape):
         raise ValueError(f"the ends have shapes {tuple(a.shape)} and {tuple(b.shape)}, "
                          f"expected twice the same: (1, 16, h, w).")
     ends = {"semantic": (a, b)} if not isinstance(a, str) else {
         f"prompt_{stage}": model.encode_text(stage, [a], [b]) for stage in "cb"}
-    images, given = [], options.pop("given", {})
+    images, given = [], check_given(options.pop("given", None), options.get("edit"))
     for part in torch.linspace(0, 1, frames).split(batch):
         k = len(part)
         moved = {name: slerp(*(end.expand(k, *end.shape[1:]) for end in pair), part) for name, pair in ends.items()}
@@ -175,6 +182,9 @@ def check_given(given: dict | None, edit: InitImage | None) -> dict[str, Tensor]
     if unknown := [name for name in given or {} if name not in EMBEDDINGS + LATENTS]:
         raise ValueError(f"{unknown[0]} cannot be given: expected some of {', '.join(EMBEDDINGS + LATENTS)}.")
     given = {name: tensor_of(name, value) for name, value in (given or {}).items() if value is not None}
+    for name, tensor in given.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} contains NaN or infinity, expected finite numbers.")
     if "semantic" in given and given["semantic"].ndim != 4:
         raise ValueError(f"semantic has shape {tuple(given['semantic'].shape)}, expected (images or 1, 16, h, w).")
     if "latents_c" in given and (edit is not None or "semantic" in given):
@@ -204,9 +214,12 @@ def prompt_lists(prompt, negative, num_images: int, optional: bool = False) -> t
 def seed_list(seed: int | Sequence[int] | None, n: int) -> list[int]:
     """A seed, or one for each of n images, or None for a random one -> n seeds. Raises ValueError."""
     seed = random_seed() if seed is None else plain(seed)
-    if not isinstance(seed, Integral | Iterable):
-        raise TypeError(f"seed is {seed!r:.80}, expected a whole number, one for each image, a function or None.")
+    expected = f"seed is {seed!r:.80}, expected a whole number, one for each image, a function or None."
+    if not isinstance(seed, Integral | Iterable) or isinstance(seed, str):
+        raise TypeError(expected)
     seeds = [seed + i for i in range(n)] if isinstance(seed, Integral) else [plain(one) for one in seed]
+    if any(isinstance(one, str) for one in seeds):
+        raise TypeError(expected)
     if len(seeds) != n:
         raise ValueError(f"got {len(seeds)} seeds for {n} images: give one for all, or one for each.")
     return seeds

@@ -58,7 +58,7 @@ def read_mask(source) -> Tensor:
 
     Raises ValueError for everything read_image rejects, and if nothing is marked.
     """
-    colours, opacity = _channels(source)
+    colours, opacity = _channels(source, "the mask")
     # Many editors export a mask as a sheet of one colour, whichever, or as the photo itself, with holes where new
     # content goes. So if there are holes, opacity decides. The colour stored under full transparency is arbitrary.
     hole = opacity < 0.5                                                # (H, W)
@@ -77,7 +77,7 @@ def read_mask(source) -> Tensor:
     return mask
 
 
-def _channels(source) -> tuple[Tensor, Tensor]:
+def _channels(source, what: str = "the image") -> tuple[Tensor, Tensor]:
     """-> colours (3,H,W) and opacity (H,W), float32 in [0, 1]."""
     try:
         if isinstance(source, (str, Path)):
@@ -94,7 +94,7 @@ def _channels(source) -> tuple[Tensor, Tensor]:
             raise ValueError(f"got {type(source).__name__}, expected a path, a PIL image, an array or a tensor")
         pixels = _checked(array)                                        # (H, W, 3 or 4)
     except ValueError as error:
-        raise ValueError(f"{_name(source, 'the image')} cannot be read: {error}") from error
+        raise ValueError(f"{_name(source, what)} cannot be read: {error}") from error
     pixels = torch.from_numpy(pixels).clamp(0, 1).permute(2, 0, 1).contiguous()       # (3 or 4, H, W)
     return pixels[:3], pixels[3] if len(pixels) == 4 else torch.ones_like(pixels[0])
 

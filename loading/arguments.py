@@ -8,9 +8,11 @@ Every mistake ends in one sentence, before the first step. DIFFUSERS names what 
 Würstchen pipelines are here; docs/SAMPLING.md has them as a table with an example each.
 Needs: torch, numpy; lora.py, lora_formats.py, wuerstchen.py.
 """
+import difflib
 import functools
 import math
 import os
+import re
 import warnings
 import zlib
 from collections.abc import Callable, Iterable
@@ -24,12 +26,12 @@ from torch import Tensor
 import lora
 from loading.errors import WeightsError
 from loading.lora_formats import find_lora, load_lora
-from wuerstchen import latent_sizes
+from wuerstchen import Wuerstchen, ddim_step, latent_sizes
 
 DTYPES = dict(fp32="float32", bf16="bfloat16", fp16="float16", float="float32", half="float16")
 STEPS = "steps_c for Stage C (also a list of noise levels), steps_b for Stage B"
 CALLBACK = "callback(stage, step, t, latents, x_0), called after each step of both stages"
-GENERATE = "extras.editing.generate(model, prompt, ...) has it"
+GENERATE = "extras.editing.generate(model, prompt, ...), which has it"
 # Names of diffusers (and of generate) -> what to write here.
 CALL = dict(
     num_inference_steps=STEPS, timesteps=STEPS, prior_num_inference_steps="steps_c", num_images_per_prompt="num_images",
@@ -63,7 +65,7 @@ METHODS = dict(
     cpu='Wuerstchen.load(..., device="cpu")', half='Wuerstchen.load(..., dtype="fp16")',
     from_pretrained='Wuerstchen.load("v2")', images="the result of a call is the list of images itself",
     enable_model_cpu_offload="Wuerstchen.load(..., offload=True)",
-    enable_sequential_cpu_offload="Wuerstchen.load(..., low_memory=True) keeps one network in memory at a time",
+    enable_sequential_cpu_offload="Wuerstchen.load(..., low_memory=True), which keeps one network in memory at a time",
     enable_xformers_memory_efficient_attention="not needed: torch's own attention needs as little memory",
     enable_attention_slicing="not needed: torch's own attention needs as little memory",
     enable_vae_tiling="speed.memory.tile(model, 64)", enable_vae_slicing="not needed: images are decoded one by one",
@@ -80,6 +82,8 @@ METHODS = dict(
     components="model.networks")
 FIELDS = dict(steps="a number such as 29, a list of noise levels, or {level: number}", guidance="a number, or two",
               sampler="a name", interval="two noise levels", temperature="a number, or two")
+CALL_ITSELF = ("prompt", "negative_prompt", "seed", "num_images", "width", "height", "callback", "progress")
+SENTENCES = ("not needed", "set ", "the result", "one model", "fixed by")     # how hints begin that are no replacement
 
 
 # ----- values --------------------------------------------------------------------------------------------------------
@@ -87,6 +91,17 @@ FIELDS = dict(steps="a number such as 29, a list of noise levels, or {level: num
 def plain(value):
     """A single number of numpy or torch -> Python's; anything else as it is."""
     return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
+def advice(hint: str) -> str:
+    """A hint of the tables above, as the end of a sentence."""
+    return hint if hint.startswith(SENTENCES) else f"use {hint}"
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """What to add to "there is no such name" if one of `names` was probably meant."""
+    near = difflib.get_close_matches(name, [*names], 1, cutoff=0.75)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def whole(name: str, value) -> int:
@@ -98,10 +113,14 @@ def whole(name: str, value) -> int:
 
 
 def texts_of(name: str, value) -> list:
-    """A text, several, or None -> a list, whose texts are yet to be checked. Raises TypeError."""
+    """A text, several, or None -> a list, which may hold other things than texts. Raises TypeError, ValueError."""
     if isinstance(value, (dict, bytes)) or not isinstance(value, Iterable | None):
         raise TypeError(f"{name} is {value!r:.80}, expected a text or a list of texts.")
-    return [] if value is None else [value] if isinstance(value, str) else list(value)
+    texts = [] if value is None else [value] if isinstance(value, str) else list(value)
+    for text in texts:
+        if isinstance(text, str) and re.search("[\ud800-\udfff]", text):
+            raise ValueError(f"{name} is {text!r:.80}, expected text: \\ud800 to \\udfff are halves of characters.")
+    return texts
 
 
 def random_seed() -> int:
@@ -110,13 +129,16 @@ def random_seed() -> int:
 
 
 def tensor_of(name: str, value) -> Tensor:
-    """A tensor, an array, or lists of numbers or tensors -> a tensor. Raises TypeError, in one sentence."""
+    """A tensor, an array, or lists of numbers or tensors -> a tensor of real numbers. Raises TypeError."""
     try:
         if isinstance(value, (list, tuple)) and value and all(isinstance(row, Tensor) for row in value):
-            return torch.cat([*value])               # as diffusers takes them: a list of rows
-        return torch.as_tensor(value) if isinstance(value, Tensor) else torch.from_numpy(np.array(value, np.float32))
+            value = torch.cat([*value])              # as diffusers takes them: a list of rows
+        if (torch.is_complex if isinstance(value, Tensor) else np.iscomplexobj)(value):
+            raise TypeError
+        return value if isinstance(value, Tensor) else torch.from_numpy(np.array(value, np.float32))
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{name} is {value!r:.80}, expected a tensor, an array or lists of numbers.") from None
+        shown = " ".join(repr(value).split())        # arrays have several lines
+        raise TypeError(f"{name} is {shown:.80}, expected a tensor, an array or lists of real numbers.") from None
 
 
 def dtype_of(value) -> torch.dtype:
@@ -134,20 +156,31 @@ def lora_scales(value) -> dict[str, float]:
     """None, a file, several, or {file: scale} -> {file: scale}; of a folder, its file. Raises TypeError, ValueError."""
     if value is None or isinstance(value, (str, Path)):
         value = [value] if value else []
-    if not isinstance(value, dict):
-        value = dict.fromkeys(value, 1.0) if isinstance(value, (list, tuple, set)) else {value: 1.0}
-    for file, scale in value.items():
+    pairs = [*value.items()] if isinstance(value, dict) else [
+        (file, 1.0) for file in (value if isinstance(value, (list, tuple, set)) else [value])]
+    scales, names = {}, set()
+    for file, scale in pairs:
         if not isinstance(file, (str, Path)) or not isinstance(plain(scale), Real) or not math.isfinite(scale):
             raise TypeError(f"lora is {value!r:.100}, expected a file, a list of files, or {{\"FILE\": scale}}.")
-    return {str(find_lora(file)): float(scale) for file, scale in value.items()}
+        file = str(find_lora(file))
+        if adapter_name(file) in names:              # it would be put on once
+            raise WeightsError(f"LoRA {file} is given twice, expected once: add up its scales, {{\"FILE\": 2.0}}")
+        scales[file] = float(scale)
+        names.add(adapter_name(file))
+    return scales
 
 
-def check_options(unknown: Iterable[str], allowed: Iterable[str]) -> None:
-    """Raises TypeError for an option that `load` does not have."""
-    for name in sorted(unknown):
+def check_options(weights, files: dict, allowed: Iterable[str], options: Iterable[str]) -> None:
+    """Raises TypeError for an option that `load` does not have, and for weights and files that are not named."""
+    for name in sorted(files.keys() - set(allowed)):
         if name in LOAD:
-            raise TypeError(f"load has no option {name}: {LOAD[name]}.")
-        raise TypeError(f"there is no option {name}: expected an option of load, or one of {', '.join(allowed)}")
+            raise TypeError(f"load has no option {name}: {advice(LOAD[name])}.")
+        raise TypeError(f"there is no option {name}: expected an option of load, or one of {', '.join(allowed)}"
+                        f"{nearest(name, (*options, *allowed))}")
+    for name, value in dict(weights=weights, **files).items():
+        if not isinstance(value, str | os.PathLike | None):
+            raise TypeError(f"{name} is {value!r:.80}, expected a name such as \"tiny\", a folder or "
+                            f"\"hub:owner/name\": a text or a Path.")
 
 
 # ----- a call --------------------------------------------------------------------------------------------------------
@@ -155,7 +188,11 @@ def check_options(unknown: Iterable[str], allowed: Iterable[str]) -> None:
 def install(model, weights, files: dict, loras: dict[str, float], lora_partial: bool) -> None:
     """Puts `accept` and `settings` below in front of the pipeline's own, and tells it what was loaded."""
     model.weights = ", ".join([str(weights), *(f"{part} {path}" for part, path in files.items() if path is not None)])
-    model.loras, model.lora_partial, model.elsewhere = loras, lora_partial, METHODS
+    model.loras, model.lora_partial = loras, lora_partial
+    model.elsewhere = {name: advice(hint) for name, hint in METHODS.items()}
+    encode = model.encode_text
+    model.encode_text = lambda stage, prompts, negatives: encode(stage, texts_of("prompts", prompts),
+                                                                 texts_of("negatives", negatives))
     model.accept = functools.partial(accept, model, model.accept)
     model.settings = functools.partial(settings, model, model.settings)
 
@@ -164,12 +201,15 @@ def accept(model, then: Callable, prompt, negative_prompt, seed, num_images, hei
     """Wuerstchen.accept for any form of these values. Raises TypeError or ValueError; warns of sizes."""
     prompts, num_images = texts_of("prompt", prompt), whole("num_images", num_images)
     seed = random_seed() if seed is None else plain(seed)
-    if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts) or num_images < 1:
-        raise ValueError(f"got prompts {prompts!r:.100} and {num_images} images of each, "
-                         f"expected \"a red apple on a blue background\" and at least 1.")
-    if not (isinstance(negative_prompt, str | None) and isinstance(seed, Integral)):
-        raise TypeError(f"got negative_prompt {negative_prompt!r:.80} and seed {seed!r:.80}, expected one negative "
-                        f"prompt and one whole number as seed: extras/editing.py takes lists of them")
+    if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
+        raise ValueError(f"got prompts {prompts!r:.100}, expected texts such as \"a red apple on a blue background\".")
+    if num_images < 1:
+        raise ValueError(f"num_images is {num_images}, expected at least 1.")
+    for name, value, kind, expected in (("negative_prompt", negative_prompt, str | None, "one text"),
+                                        ("seed", seed, Integral, "one whole number, or None")):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} is {value!r:.80}, expected {expected}: extras/editing.py takes lists of them.")
+    texts_of("negative_prompt", negative_prompt)
     prompts, seed, height, width, callback = then([str(p) for p in prompts], negative_prompt, int(seed),
                                                   num_images, plain(height), plain(width), callback)
     latent_sizes(height, width)                      # for its error messages
@@ -202,14 +242,17 @@ def settings(model, then: Callable, given: dict) -> tuple:
     given = {name: plain(value) for name, value in given.items()}
     for name, value in given.items():
         if name in CALL:
-            raise TypeError(f"there is no argument {name} here: {CALL[name]}.")
+            raise TypeError(f"there is no argument {name} here: {advice(CALL[name])}.")
         try:
+            if any(isinstance(one, complex) for one in (value if isinstance(value, (list, tuple)) else [value])):
+                raise TypeError
             then({name: value})
-        except ValueError:                           # perhaps only without the others: see below
-            pass
-        except (TypeError, RuntimeError, AttributeError) as error:
+        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+            if isinstance(error, ValueError) and re.search("expected|give", str(error)):
+                continue                             # ours, and perhaps only without the others: see below
             if f"no option {name}" in str(error):
-                raise
+                ours = [f"{field}_{stage}" for stage in "cb" for field in vars(getattr(model, stage))]
+                raise TypeError(f"{error}{nearest(name, (*CALL_ITSELF, *ours))}") from None
             expected = FIELDS.get(name[:-2], "a number from 0 to 1")
             raise TypeError(f"{name} is {value!r:.80}, expected {expected}.") from None
     for stage in "cb":
@@ -217,12 +260,24 @@ def settings(model, then: Callable, given: dict) -> tuple:
             sampling = then({name: value for name, value in given.items() if name[-1] == stage})["cb".index(stage)]
         except ValueError as error:
             raise ValueError(f"Stage {stage.upper()}: {error}") from None
+        check_used(stage, sampling, given)
         if given.get(f"guidance_{stage}") is not None and ((0 <= np.ravel(sampling.guidance))
                                                            & (np.ravel(sampling.guidance) < 1)).any():
             ignored = "the text" if stage == "c" else "the text and the semantic latents"
             warnings.warn(f"guidance_{stage} is below 1: here 1 is no guidance, and 0 ignores {ignored}; in diffusers "
                           f"0.0 to 1.0 is no guidance. For no guidance, set guidance_{stage} to 1")
     return then(given)
+
+
+def check_used(stage: str, sampling, given: dict) -> None:
+    """Raises ValueError for settings that would do nothing next to the others, as the command line does."""
+    if given.get(f"eta_{stage}") and sampling.sampler not in ("ddim", ddim_step):
+        raise ValueError(f"eta_{stage} is {given[f'eta_{stage}']!r}, expected sampler_{stage}=\"ddim\" with it: "
+                         f"{sampling.sampler!r:.80} has no eta.")
+    segments = isinstance(sampling.steps, dict)
+    if not isinstance(sampling.steps, Integral) and (sampling.t_end != 0 or sampling.t_start != 1 and not segments):
+        raise ValueError(f"t_start_{stage} and t_end_{stage} are for a number of steps: "
+                         f"{sampling.steps!r:.80} contains its own start and end.")
 
 
 def warn_of_size(height: int, width: int, trained: int) -> None:
@@ -252,6 +307,8 @@ def set_loras(model, loras) -> None:
     again with them. LoRAs that belong to the weights themselves, a folder of train_c.py, stay.
     Raises WeightsError for a file that cannot be used; the model is then as before.
     """
+    if not isinstance(model, Wuerstchen):
+        raise TypeError(f"model is {model!r:.80}, expected a loaded model, and then its LoRAs.")
     wanted, before, network = lora_scales(loras), dict(model.loras), model.networks.get("stage_c")
     if network is None:
         raise ValueError("a LoRA changes Stage C, which was not loaded: load the model with its prior.")

@@ -102,7 +102,7 @@ def official_name(weights: str | Path) -> str | Path:
     repo = str(weights).removeprefix("hub:")
     if repo == "dome272/wuerstchen" and not Path(weights).exists():
         raise WeightsError(f"{weights} holds both v1 and v2: write v1 or v2 instead")
-    return weights if Path(weights).exists() else OFFICIAL.get(repo, weights)
+    return weights if Path(weights).exists() else OFFICIAL.get(repo, str(weights))       # Path("tiny") is a name
 
 
 def is_name(weights: str | Path) -> bool:
@@ -123,9 +123,7 @@ def locate(weights: str | Path, files: dict[str, str | Path] | None = None, part
     weights = official_name(weights)
     name, weights = weights, SHIPPED.get(weights, weights)
     options = dict(half=half, offline=offline, revision=revision)
-    if unknown := [part for part in parts if part not in (*TEXT_TO_IMAGE, "image_encoder")]:
-        raise WeightsError(f"there is no part called {unknown[0]!r}: expected some of "
-                           f"{', '.join((*TEXT_TO_IMAGE, 'image_encoder'))}")
+    parts = with_tokenizers(parts)
     own = single_parts(files or {}, options)                 # checked before anything else is fetched
     if is_reference(weights):
         weights = fetch_repository(str(weights), set(parts) - own.keys(), options)
@@ -146,6 +144,18 @@ def locate(weights: str | Path, files: dict[str, str | Path] | None = None, part
         check_scheduler(found.get(part))
     unwanted = dict.fromkeys(set(TEXT_TO_IMAGE) - set(parts))
     return dict.fromkeys(ONE_FOLDER) | found | unwanted | own
+
+
+def with_tokenizers(parts: Iterable[str]) -> tuple[str, ...]:
+    """Names of parts, and with each text encoder its tokenizer. Raises WeightsError."""
+    known = (*TEXT_TO_IMAGE, "image_encoder")
+    if isinstance(parts, str) or not isinstance(parts, Iterable):
+        raise WeightsError(f"parts is {parts!r:.80}, expected a list with some of {', '.join(known)}")
+    parts = tuple(parts)
+    if unknown := [part for part in parts if part not in known]:
+        raise WeightsError(f"there is no part called {unknown[0]!r:.80}: expected some of {', '.join(known)}")
+    encoders = [part for part in parts if part.endswith("text_encoder")]
+    return tuple(dict.fromkeys((*parts, *(part.replace("text_encoder", "tokenizer") for part in encoders))))
 
 
 def base_of(folder: Path) -> tuple[dict, tuple[str, ...]] | None:

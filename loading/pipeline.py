@@ -50,7 +50,7 @@ def load(weights: str | Path | None = None, device: str | None = None, dtype: to
                 arguments.set_loras. lora_partial: leave out what does not fit, and warn, instead of refusing the file
     Raises WeightsError (a ValueError) for files that cannot be used, ValueError for a device that is not there.
     """
-    check_options(files.keys() - FILES, FILES)
+    check_options(weights, files, FILES, load.__annotations__)
     device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype, lora = dtype_of(dtype or ("fp32" if device.type == "cpu" else "bf16")), lora_scales(lora)
     if int8:

@@ -10,6 +10,7 @@ low_memory=True, offload=True). Needs: torch.
 import gc
 import math
 from collections.abc import Callable
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -67,8 +68,8 @@ def free_memory(device: torch.device) -> float:
 
 def tile(model, size: int | None) -> None:
     """Decodes in tiles of size x size latents. None: in tiles of 64 if all at once would not fit into memory."""
-    if size is not None and size < 1:
-        raise ValueError(f"tile is {size}, expected at least 1 latent per side; 64 need little memory.")
+    if size is not None and (not isinstance(size, Integral) or size < 1):
+        raise ValueError(f"tile is {size!r}, expected at least 1 latent per side; 64 need little memory.")
     plain = model.decode_one
 
     def decode_one(latents: Tensor) -> Tensor:

@@ -10,10 +10,11 @@ import torch
 
 import lora
 import sample
-from extras.editing import InitImage, generate
+from extras.editing import InitImage, generate, interpolate
 from loading.arguments import dtype_of, lora_scales, set_loras, warn_of_size
 from loading.lora_formats import save_lora
-from wuerstchen import Wuerstchen
+from speed.memory import tile
+from wuerstchen import Wuerstchen, ddim_step
 
 CAT, QUICK = "a cat on a blue background", dict(steps_c=3, steps_b=2)
 
@@ -275,3 +276,105 @@ def test_a_callback_that_returns_something_else_is_one_line(request, weights, st
                                                    f"not {answer!r}")) as error:
         request.getfixturevalue(weights)(CAT, callback=lambda s, *_: answer if s == stage else None, **QUICK)
     assert ("To stop, raise an exception" in str(error.value)) == (answer is False)
+
+
+LONE = "a \ud800 cat"
+NAN, COMPLEX = torch.full((1, 16, 3, 3), float("nan")), torch.zeros(1, 16, 3, 3, dtype=torch.complex64)
+IMAGE = np.zeros((128, 128, 3), np.uint8)
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda m: m(LONE), r"prompt is 'a \ud800 cat', expected text"),
+    (lambda m: m(CAT, LONE), r"negative_prompt is 'a \ud800 cat', expected text"),
+    (lambda m: generate(m, [CAT, LONE]), r"prompt is 'a \ud800 cat', expected text"),
+    (lambda m: interpolate(m, CAT, LONE), r"is 'a \ud800 cat', expected text"),
+    (lambda m: m(CAT, steps_c=["a", "b"]), "steps_c is ['a', 'b'], expected a number such as 29"),
+    (lambda m: m(CAT, guidance_c=1j), "guidance_c is 1j, expected a number, or two"),
+    (lambda m: m(CAT, guidance_b=[1, 1j]), "guidance_b is [1, 1j], expected a number, or two"),
+    (lambda m: m(CAT, width="128"), "width is '128', expected a whole number of px"),
+    (lambda m: m(CAT, num_images=0), "num_images is 0, expected at least 1"),
+    (lambda m: m(CAT, seed=1.5), "seed is 1.5, expected one whole number, or None"),
+    (lambda m: m(promt=CAT), "there is no option promt for these weights: .*; did you mean prompt\\?$"),
+    (lambda m: generate(m, CAT, step_c=3), "there is no option step_c .*; did you mean steps_c\\?$"),
+    (lambda m: generate(m, CAT, seed="1"), "seed is '1', expected a whole number"),
+    (lambda m: generate(m, CAT, seed="12"), "seed is '12', expected a whole number"),
+    (lambda m: generate(m, CAT, seed=["1"]), "seed is ['1'], expected a whole number"),
+    (lambda m: generate(m, CAT, edit=InitImage(IMAGE, mask=3)), "the mask cannot be read: got int"),
+    (lambda m: generate(m, CAT, given=dict(semantic=NAN)), "semantic contains NaN or infinity, expected"),
+    (lambda m: generate(m, CAT, given=dict(latents_b=[[float("inf")]])), "latents_b contains NaN or infinity"),
+    (lambda m: generate(m, given=dict(prompt_c=NAN[0])), "prompt_c contains NaN or infinity"),
+    (lambda m: generate(m, CAT, given=dict(latents_c=COMPLEX)), "latents_c is tensor(.*, expected a tensor, an array"),
+    (lambda m: generate(m, CAT, given=dict(latents_c=COMPLEX.numpy())), "latents_c is array(.*, expected a tensor, an"),
+    (lambda m: m(CAT, eta_c=0.9), "eta_c is 0.9, expected sampler_c=\"ddim\" with it: 'ddpm' has no eta"),
+    (lambda m: m(CAT, steps_c=[1, 0.5, 0], t_end_c=0.4), "t_start_c and t_end_c are for a number of steps: [1, 0.5, 0]"),
+    (lambda m: m(CAT, steps_b={0.5: 2, 0: 1}, t_end_b=0.4), "t_start_b and t_end_b are for a number of steps"),
+    (lambda m: interpolate(m, CAT, CAT, 2.5), "frames is 2.5, expected a whole number"),
+    (lambda m: interpolate(m, CAT, CAT, "3"), "frames is '3', expected a whole number"),
+    (lambda m: interpolate(m, CAT, CAT, batch=0), "batch is 0, expected at least 1"),
+    (lambda m: interpolate(m, CAT, CAT, seed=[1]), "seed is [1], expected a whole number"),
+    (lambda m: interpolate(m, CAT, CAT, to_seed="1"), "to_seed is '1', expected a whole number"),
+    (lambda m: interpolate(m, CAT, CAT, given=3), "got given 3 and edit None, expected"),
+    (lambda m: interpolate(m, 3, 4), "the ends have shapes () and (), expected"),
+    (lambda m: interpolate(m, NAN, NAN), "semantic contains NaN or infinity"),
+    (lambda m: tile(m, "x"), "tile is 'x', expected at least 1"),
+    (lambda m: set_loras("x", None), "model is 'x', expected a loaded model"),
+    (lambda m: Wuerstchen.load(3), "weights is 3, expected a name such as \"tiny\""),
+    (lambda m: Wuerstchen.load(["tiny"]), "weights is ['tiny'], expected a name"),
+    (lambda m: Wuerstchen.load("tiny", prior=3), "prior is 3, expected a name"),
+    (lambda m: Wuerstchen.load("tiny", parts="decoder"), "parts is 'decoder', expected a list with some of prior, "),
+    (lambda m: Wuerstchen.load("tiny", parts=3), "parts is 3, expected a list with some of prior, "),
+    (lambda m: Wuerstchen.load("tiny", parts=("foo",)), "there is no part called 'foo': expected some of prior, "),
+    (lambda m: Wuerstchen.load("tiny", dtyp="bf16"), "there is no option dtyp: .*; did you mean dtype\\?$"),
+    (lambda m: Wuerstchen.load("tiny", torch_dtype=1), "load has no option torch_dtype: use dtype="),
+    (lambda m: Wuerstchen.load("tiny", cache_dir="x"), "load has no option cache_dir: set HF_HOME instead")])
+def test_a_mistake_is_one_sentence_that_names_it_before_the_first_step(tiny, call, message, monkeypatch):
+    monkeypatch.setattr(tiny, "sample_c", None)
+    monkeypatch.setattr(tiny, "sample_b", None)
+    pattern = message if message.endswith("$") else ".*".join(map(re.escape, message.split(".*")))
+    with pytest.raises((TypeError, ValueError), match=pattern) as error:
+        call(tiny)
+    assert "\n" not in str(error.value) and not re.search(PYTHONS_OWN, str(error.value))
+
+
+def test_a_hint_at_another_name_is_a_sentence(tiny):
+    for name, hint in dict(to="use Wuerstchen.load", vqgan="use model.stage_a", images="the result of a call is",
+                           enable_vae_slicing="not needed").items():
+        with pytest.raises(AttributeError, match=f"Wuerstchen has no {name}: {re.escape(hint)}"):
+            getattr(tiny, name)
+
+
+def test_a_lora_given_twice_is_refused(loras, monkeypatch):
+    monkeypatch.chdir(Path(loras[0]).parent)
+    for value in ([loras[0]] * 2, [loras[0], Path(loras[0])], {loras[0]: 1, Path(loras[0]).name: 0.5}):
+        with pytest.raises(ValueError, match=r"LoRA \S*lora1.safetensors is given twice, expected once"):
+            lora_scales(value)
+
+
+def test_settings_that_do_something_are_taken(tiny):
+    for sampler in ("ddim", ddim_step):
+        assert tiny.settings(dict(eta_c=0.9, sampler_c=sampler))[0].eta == 0.9
+    assert tiny.settings(dict(eta_c=0, steps_b={0.5: 2, 0: 1}, t_start_b=0.8))[1].levels[0] == torch.tensor(0.8)
+
+
+def test_a_text_encoder_brings_its_tokenizer(tiny):
+    model = Wuerstchen.load("tiny", "cpu", parts=["prior", "prior_text_encoder"])
+    for found, expected in zip(model.encode_text("c", CAT, ""), tiny.encode_text("c", [CAT], [""])):
+        assert torch.equal(found, expected)
+    assert set(model.networks) >= {"stage_c", "text_encoder_c"} and "stage_b" not in model.networks
+
+
+def test_a_path_that_is_no_folder_is_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert repr(Wuerstchen.load(Path("tiny"), "cpu")) == "Wuerstchen(tiny, 128 px, cpu, torch.float32)"
+
+
+def test_interpolate_takes_what_generate_takes(tiny):
+    a, b = (generate(tiny, CAT, seed=seed, output="semantic", **QUICK) for seed in (1, 2))
+    frames = interpolate(tiny, a, b, 3, **QUICK)
+    for form in (lambda x: x.numpy(), lambda x: x.tolist()):
+        again = interpolate(tiny, form(a), form(b), np.int64(3), seed=np.int64(0), given=None, **QUICK)
+        assert all(same([x], [y]) for x, y in zip(frames, again, strict=True))
+    torch.manual_seed(1)
+    first, other = interpolate(tiny, a, b, 2, seed=None, **QUICK), interpolate(tiny, a, b, 2, seed=None, **QUICK)
+    torch.manual_seed(1)
+    assert not same(first, other) and same(first, interpolate(tiny, a, b, 2, seed=None, **QUICK))
