@@ -127,7 +127,7 @@ def test_every_size_gets_the_next_grids_that_cover_it():
 @pytest.mark.parametrize("side", [63, 0, -128, 128.0, "128"])
 def test_sizes_that_are_none_are_refused(pipe, side):
     for name, size in (("height", (side, 128)), ("width", (128, side))):
-        with pytest.raises(ValueError, match=f"^{name} is {side}, expected a whole number of px from 64 on"):
+        with pytest.raises(ValueError, match=f"^{name} is {side!r}, expected a whole number of px from 64 on"):
             latent_sizes(*size)
 
 
