@@ -306,7 +306,7 @@ IMAGE = np.zeros((128, 128, 3), np.uint8)
     (lambda m: generate(m, CAT, given=dict(latents_c=COMPLEX)), "latents_c is tensor(.*, expected a tensor, an array"),
     (lambda m: generate(m, CAT, given=dict(latents_c=COMPLEX.numpy())), "latents_c is array(.*, expected a tensor, an"),
     (lambda m: m(CAT, eta_c=0.9), "eta_c is 0.9, expected sampler_c=\"ddim\" with it: 'ddpm' has no eta"),
-    (lambda m: m(CAT, steps_c=[1, 0.5, 0], t_end_c=0.4), "t_start_c and t_end_c are for a number of steps: [1, 0.5, 0]"),
+    (lambda m: m(CAT, steps_c=[1, 0.5, 0], t_end_c=0.4), "t_start_c and t_end_c are for a number of steps: [1, 0.5"),
     (lambda m: m(CAT, steps_b={0.5: 2, 0: 1}, t_end_b=0.4), "t_start_b and t_end_b are for a number of steps"),
     (lambda m: interpolate(m, CAT, CAT, 2.5), "frames is 2.5, expected a whole number"),
     (lambda m: interpolate(m, CAT, CAT, "3"), "frames is '3', expected a whole number"),
