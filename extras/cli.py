@@ -24,16 +24,14 @@ from fractions import Fraction
 from pathlib import Path
 
 from extras.jobs import Run, place_of, prompt_lines, remove_preview, skip_line, without_mark
-from extras.like import (COMBINED, DTYPES, FILES, INPUTS, OF_STAGES, PER_IMAGE, PER_RUN, REQUIRES, SAMPLING, Options,
-                         as_option, as_text, flat, merge, options_like, settings_of, split, typed)
+from extras.like import (COMBINED, DTYPES, FILES, INPUTS, NAMED, OF_STAGES, ONLY_V1, PER_IMAGE, PER_RUN,
+                         REQUIRES, SAMPLERS, SAMPLING, Options, as_option, as_text, flat, merge, of_other_version,
+                         options_like, settings_of, split, typed)
 from loading.errors import UserError, nearest_option
 from loading.files import numbered
 
-SAMPLERS = dict(c=("ddpm", "ddim", "dpm++"), b=("ddpm", "ddim", "dpm++", "multinomial", "argmax", "quant"))
 PUBLISHED_STEPS = "DEFAULT_STAGE_C_TIMESTEPS"    # diffusers' name for the levels of Sampling(29, early=True)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")    # of the images that are saved, see metadata.py
-# Names of weights whose version is known before they are loaded: whether it is v1.
-NAMED = {None: False, "tiny": False, "tiny-v1": True, "v1": True, "v2": False, "v2-base": False, "v2-aesthetic": False}
 
 SPECIAL = {*COMBINED, "outpaint", "from_latent", "tensors", "save_latent", "preview_every"}      # see modes.py
 CONFLICTS = (("mask", "outpaint"), ("low_memory", "offload"), ("prompt_file", "reconstruct"), ("reconstruct", "init"),
@@ -43,6 +41,9 @@ CONFLICTS = (("mask", "outpaint"), ("low_memory", "offload"), ("prompt_file", "r
 
 
 def error(message: str) -> None:
+    option = message.removeprefix("ambiguous option: ").partition(" ")[0].partition("=")[0]
+    if f"{option}-c, {option}-b" in message:
+        message += f". Stage C decides what is in the image, {option}-c; Stage B adds detail, {option}-b"
     raise UserError(message)
 
 
@@ -136,12 +137,14 @@ def loras(text: str) -> dict[str, float]:
 def add_input_options(p: argparse.ArgumentParser) -> None:
     """Advanced options: what an image is made from."""
     add = p.add_argument_group("several images, and images as input").add_argument
-    add("--prompt-file", metavar="FILE", help="many prompts: a text file with one per line, # begins a comment; or "
-        '.jsonl, with an object of settings per line, named like options: {"prompt": "a cat", "seed": 3, '
-        '"guidance_c": 6}; lines that cannot be used are reported and skipped')
+    add("--prompt-file", metavar="FILE", help="many prompts: a text file with one per line, without those that begin "
+        'with #; or .jsonl, with an object of settings per line, named like options: {"prompt": "a cat", "seed": 3, '
+        '"guidance_c": 6}. A line that is not JSON stops the file; other lines that cannot be used are reported and '
+        'skipped')
     add("--like", metavar="IMAGE", help="all settings of this image, made by this program, and options on the command "
         'line override them. "" undoes any option and what depends on it: --mask "", or --seed "" for a new one. With '
-        "other --weights, the old ones' own defaults are not taken over. Files are looked for from the image's folder "
+        "other --weights, the old ones' own defaults are not taken over, nor what only v1 or only v2 has. Files are "
+        "looked for from the image's folder "
         "and those above it, then from here")
     add("--mask", metavar="IMAGE", help="as large as --init, white where new content is generated, black where it "
         "stays; or the image itself, with transparent holes for new content")
@@ -325,17 +328,16 @@ def check(args: argparse.Namespace) -> None:
         check_sampling(args, stage)
     if args.weights in NAMED and not args.decoder:
         v1 = NAMED[args.weights]
-        for name in ("rescale", "eta") if v1 else ("temperature",):
-            if getattr(args, f"{name}_b") not in (None, SAMPLING[name]):
-                only_for(f"{name}_b")
-        if args.sampler_b and (args.sampler_b in SAMPLERS["c"]) == v1:
+        for name in of_other_version(args, v1):
+            if name != "sampler_b":
+                only_for(name)
             error(f"Stage B: sampler is {args.sampler_b!r}, expected one of "
                   + (f"{', '.join(SAMPLERS['b'][3:])} for Stage B of v1." if v1 else f"{', '.join(SAMPLERS['c'])}."))
 
 
 def only_for(name: str) -> None:
     """Raises ValueError for an option that only the other version has."""
-    error(f"{as_option(name)} is only for {'v1' if name == 'temperature_b' else 'v2'}, because Stage B of v1 generates "
+    error(f"{as_option(name)} is only for {'v1' if name in ONLY_V1 else 'v2'}, because Stage B of v1 generates "
           f"tokens: remove it")
 
 
@@ -439,6 +441,8 @@ def batches(jobs: list[argparse.Namespace]) -> Iterator[list[argparse.Namespace]
 def sampling_options(args: argparse.Namespace, model) -> dict:
     """The sampling options that differ from their defaults, as arguments of the model. Raises ValueError."""
     options = {}
+    for name in args.given.intersection(("mask", "outpaint")) if not hasattr(model.b, "rescale") else ():
+        only_for(name)
     for name in OF_STAGES:
         field, value = name[:-2], getattr(args, name)
         if value in (None, SAMPLING[field]):

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from extras.images import cover, feather, fitting_size, read_image, read_mask
+from extras.images import cover, feather, fitting_size, read_image, read_pair
 from loading.arguments import checked, plain, random_seed, tensor_of, texts_of, warn_of_size, whole
 from stage_b import preprocess
 from wuerstchen import Noise, Sampling, Wuerstchen, add_noise, crop, latent_sizes, per_row, to_pil
@@ -48,6 +48,10 @@ class InitImage:
     image: Any
     strength: float | None = None
     mask: Any = None
+
+    def read(self) -> tuple[Tensor, Tensor | None]:
+        """-> the image (3,H,W) and, if there is one, the mask (H,W)."""
+        return (read_image(self.image), None) if self.mask is None else read_pair(self.image, self.mask)
 
     def strength_for(self, silent: bool) -> float:
         """The strength, or its default; silent: there is no prompt."""
@@ -86,11 +90,11 @@ def generate(model: Wuerstchen, prompt: str | list[str] | None = None, negative_
     optional = edit is not None or semantic is not None
     texts = PromptBatch(model, prompt, negative_prompt, embeddings, num_images, stages, optional)
     n = texts.rows * num_images
-    image = None if edit is None else read_image(edit.image)                               # (3, H0, W0)
+    image, mask = (None, None) if edit is None else edit.read()                            # (3, H0, W0), (H0, W0)
     height, width = image_size(model, height, width, image, semantic)
     size_c, size_b = latent_sizes(height, width)
     shape_c, shape_b = (model.channels_c, *size_c), (model.channels_b, *size_b)
-    known = None if edit is None else KnownImage(model, image, edit.mask, height, width)
+    known = None if edit is None else KnownImage(model, image, mask, height, width)
     levels = c.levels if known is None else cut_levels(c.levels, edit.strength_for(texts.silent))
     if len(levels) > 1:
         c = replace(c, steps=levels)
@@ -170,7 +174,7 @@ def check_arguments(model: Wuerstchen, given: dict | None, edit: InitImage | Non
     if output not in OUTPUTS:
         raise ValueError(f"output is {output!r}, expected one of {', '.join(OUTPUTS)}.")
     if not isinstance(model.b, Sampling) and ("latents_b" in given or edit is not None and edit.mask is not None):
-        raise ValueError("Stage B of v1 generates tokens, for which masks and latents_b do not exist: remove them.")
+        raise ValueError("Stage B of v1 generates tokens: there are neither masks nor latents_b for it, remove them.")
     return given
 
 
@@ -235,11 +239,16 @@ def draws_from(seed, n: int, device: torch.device, skipped: list[tuple], *shapes
             for shape in shapes]
 
 
+def rows(n: int) -> str:
+    """How many rows a tensor for n images may have."""
+    return "1" if n == 1 else f"{n} or 1"
+
+
 def fitting(n: int, device: torch.device, name: str, tensor: Tensor, shape: tuple) -> Tensor:
     """A tensor (n or 1, *shape) -> (n, *shape) float32 on the device. Raises ValueError for another shape."""
     tensor = tensor_of(name, tensor)
     if tuple(tensor.shape[1:]) != shape or len(tensor) not in (1, n):
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected ({n} or 1, {', '.join(map(str, shape))}).")
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected ({rows(n)}, {', '.join(map(str, shape))}).")
     return tensor.float().to(device).expand(n, *shape)
 
 
@@ -299,7 +308,7 @@ class PromptBatch:
         for name, embedding in self.embeddings.items():
             if embedding.ndim != 3 or len(embedding) not in (1, self.rows):
                 raise ValueError(f"embeddings {name} have shape {tuple(embedding.shape)}, "
-                                 f"expected ({self.rows} or 1, tokens, width).")
+                                 f"expected ({rows(self.rows)}, tokens, width).")
             self.check_width(name, embedding)
 
     def check_given(self, prompt, stages: str, optional: bool) -> None:
@@ -317,7 +326,7 @@ class PromptBatch:
         config = getattr(self.model.networks.get(stage), "config", None)     # a loader may know it as well
         if config is not None and embedding.shape[2] != config[key]:
             raise ValueError(f"embeddings {name} have shape {tuple(embedding.shape)}, "
-                             f"expected ({self.rows} or 1, tokens, {config[key]}).")
+                             f"expected ({rows(self.rows)}, tokens, {config[key]}).")
 
     def __call__(self, stage: str) -> tuple[Tensor, Tensor]:
         names = (f"prompt_{stage}", f"negative_{stage}")
@@ -374,26 +383,16 @@ def cut_levels(levels: Tensor, strength: float) -> Tensor:
     return torch.cat([levels.new_tensor([start]), levels[levels < start - 1e-6]])
 
 
-def read_mask_for(image: Tensor, mask) -> Tensor:
-    """images.read_mask for an image (3,H,W) -> (H,W). Raises ValueError, also for another size."""
-    mask = read_mask(mask)
-    if mask.shape != image.shape[-2:]:
-        raise ValueError(f"the mask has {mask.shape[1]} x {mask.shape[0]} px, its image {image.shape[2]} x "
-                         f"{image.shape[1]}: they must be the same.")
-    return mask
-
-
 class KnownImage:
     """An image encoded as a start and, with a mask, as what stays while the rest is generated around it."""
-    def __init__(self, model: Wuerstchen, image: Tensor, mask, height: int, width: int):
-        """image (3,H,W) is resized and cropped to cover height x width; mask: see read_mask, resized like it."""
+    def __init__(self, model: Wuerstchen, image: Tensor, mask: Tensor | None, height: int, width: int):
+        """image (3,H,W) and mask (H,W), see InitImage.read, are resized and cropped to cover height x width."""
         self.image = cover(image, height, width).to(model.device)                          # (3, height, width)
         (h, w), (h_b, w_b) = latent_sizes(height, width)
         self.semantic = model.scale_semantic(encode_image(model, self.image[None]))                 # (1, 16, h, w)
         self.mask = None
         if mask is None:
             return
-        mask = read_mask_for(image, mask)                                                  # (H0, W0)
         self.mask = cover(mask[None], height, width, nearest=True)[0].to(model.device)     # (height, width)
         canvas = extend(self.mask[None, None], 4 * h_b, 4 * w_b)
         # A latent that has any part in the mask becomes new content.

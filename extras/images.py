@@ -30,7 +30,9 @@ from torch import Tensor
 
 from loading.files import write_atomically
 
-TOLERANCE = 1e-3                 # by which floats may leave [0, 1]: the first float16 above 1 is 1.00098
+# Floats from 0 to 1 leave that range where an image was resized or sharpened, and in highlights. Such numbers, down to
+# DARK and up to BRIGHT, are clipped. Nobody means 0 to 255 by numbers up to 2: it would be a black image.
+DARK, BRIGHT = -0.1, 2.0
 EXPLAINED = {FileNotFoundError: "there is no such file", IsADirectoryError: "it is a folder, expected a file",
              UnidentifiedImageError: "it is not an image in a known format"}
 TURNS = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
@@ -46,11 +48,38 @@ def read_image(source) -> Tensor:
 
     source  a path; a PIL image; a numpy array (H,W), (H,W,3) or (H,W,4), uint8, bool or float in [0, 1];
             or a tensor (3,H,W), (1,3,H,W) or (H,W), float in [0, 1] or bool
-    Of an animation, the first frame. Mode I counts as 16 bits, mode F as 0 to 1 or, with larger numbers, 0 to 255.
+    Of an animation, the first frame. Mode I counts as 16 bits, mode F as 0 to 1 or, with numbers above 2, 0 to 255.
+    Floats that are a little outside of [0, 1], see DARK and BRIGHT, are clipped.
     Raises ValueError, in one line, for files that are missing, cut off or not images, and for other shapes and numbers.
     """
     colours, opacity = _channels(source)
     return colours * opacity + (1 - opacity)
+
+
+def read_pair(source, mask_source) -> tuple[Tensor, Tensor]:
+    """read_image and read_mask -> (3,H,W) and (H,W). A hole in the image that will get new content is not white but
+    continues its surroundings: else white would shine through at the edge. Raises ValueError, also if sizes differ."""
+    colours, opacity = _channels(source)
+    mask = read_mask(mask_source)
+    if mask.shape != opacity.shape:
+        raise ValueError(f"the mask has {mask.shape[1]} x {mask.shape[0]} px, its image {opacity.shape[1]} x "
+                         f"{opacity.shape[0]}: they must be the same.")
+    image, solid = colours * opacity + (1 - opacity), opacity >= 0.5
+    # Around a hole the image is partly transparent. If all holes get new content, so is everything transparent theirs.
+    theirs = opacity < 1 if (solid | (mask > 0)).all() else (opacity < 1) & (mask > 0)
+    return torch.where(theirs, fill(colours, solid), image), mask
+
+
+def fill(colours: Tensor, known: Tensor) -> Tensor:
+    """colours (3,H,W), which count where known (H,W) is True -> (3,H,W): the rest gets the mean of what is near.
+
+    From images of half, a quarter, ... of the size, each the mean of known pixels. White if nothing is known.
+    """
+    if known.all() or not known.any():
+        return colours if known.any() else torch.ones_like(colours)
+    means = F.avg_pool2d(torch.cat([colours * known, known[None]])[None], 2, ceil_mode=True)[0]    # (4, H/2, W/2)
+    coarse = fill(means[:3] / means[3].clamp(min=0.25), means[3] > 0)                              # (3, H/2, W/2)
+    return torch.where(known, colours, F.interpolate(coarse[None], known.shape, mode="bilinear")[0])
 
 
 def read_mask(source) -> Tensor:
@@ -265,11 +294,12 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.float64)        # (H, W)
     low, high = values.min(), values.max()               # NaN if there is one
     # 16-bit PGM files come as mode I, and so do 16-bit PNG files in older versions of Pillow. Floats do not say what
-    # white is: presumably 1 if no value is larger, while Pillow converts 8 bits to floats up to 255.
-    white = 65535 if image.mode != "F" else 1 if high <= 1 else 255
-    if not (low >= 0 and high <= white):
+    # white is: presumably 1 if all are near, while Pillow converts 8 bits to floats up to 255.
+    white = 65535 if image.mode != "F" else 1 if high <= BRIGHT else 255
+    least, most = (DARK, BRIGHT) if white == 1 else (0, white)
+    if not (low >= least and high <= most):
         raise ValueError(f"its pixels (mode {image.mode}) run from {low:g} to {high:g}, expected 0 to {white}")
-    return Image.fromarray(np.round(values * (255 / white)).astype(np.uint8))
+    return Image.fromarray(np.round(values.clip(0, white) * (255 / white)).astype(np.uint8))
 
 
 def _array_of(tensor: Tensor) -> np.ndarray:
@@ -285,7 +315,7 @@ def _array_of(tensor: Tensor) -> np.ndarray:
 
 
 def _checked(array: np.ndarray) -> np.ndarray:
-    """Any array -> (H,W,3) or (H,W,4) float32, within TOLERANCE of [0, 1], or a ValueError."""
+    """Any array -> (H,W,3) or (H,W,4) float32, from DARK to BRIGHT, or a ValueError."""
     shape = array.shape
     if array.ndim == 2:
         array = np.repeat(array[..., None], 3, axis=2)   # (H, W, 3)  grey
@@ -298,7 +328,7 @@ def _checked(array: np.ndarray) -> np.ndarray:
     array = array.astype(np.float32)                     # a copy in this machine's byte order, as torch requires
     if not np.isfinite(array).all():
         raise ValueError("it contains NaN or infinity, expected numbers from 0 to 1")
-    if array.min() < -TOLERANCE or array.max() > 1 + TOLERANCE:
+    if array.min() < DARK or array.max() > BRIGHT:
         raise ValueError(f"its numbers run from {array.min():g} to {array.max():g}, "
                          "expected floats from 0 to 1: scale them first")
     return array

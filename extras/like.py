@@ -28,6 +28,11 @@ SAMPLING = dict(steps=None, sampler=None, guidance=None, interval=(0.0, 1.0), re
 # Parts that can be replaced by a folder or file.
 FILES = dict(prior="Stage C", decoder="Stage B", vqgan="Stage A", image_encoder="the image encoder",
              prior_text_encoder="Stage C's text encoder", text_encoder="Stage B's text encoder")
+# Names of weights whose version is known before they are loaded: whether it is v1.
+NAMED = {None: False, "tiny": False, "tiny-v1": True, "v1": True, "v2": False, "v2-base": False, "v2-aesthetic": False}
+# Options that only one version has, because Stage B of v1 generates tokens; and its samplers.
+ONLY_V1, ONLY_V2 = ("temperature_b",), ("mask", "outpaint", "rescale_b", "eta_b")
+SAMPLERS = dict(c=("ddpm", "ddim", "dpm++"), b=("ddpm", "ddim", "dpm++", "multinomial", "argmax", "quant"))
 INPUTS = ("init", "mask", "reconstruct", "from_latent", "to_latent", "tensors")      # files an image is made from
 
 # The settings that are saved with an image and read by --like. PER_IMAGE: may differ between lines of --prompt-file.
@@ -98,6 +103,25 @@ def is_possible(name: str, args: argparse.Namespace) -> bool:
     return True
 
 
+def of_other_version(args: argparse.Namespace, v1: bool) -> list[str]:
+    """The options that are given although weights of this version, v1 or v2, cannot have them."""
+    names = [name for name in (ONLY_V2 if v1 else ONLY_V1)
+             if getattr(args, name) not in (None, "", SAMPLING.get(name[:-2]))]
+    return names + ["sampler_b"] * bool(args.sampler_b and (args.sampler_b in SAMPLERS["c"]) == v1)
+
+
+def is_v1(args: argparse.Namespace) -> bool | None:
+    """Whether these weights are of v1, as far as that is known without fetching or loading them; else None."""
+    if args.weights in NAMED and not args.decoder:
+        return NAMED[args.weights]
+    try:
+        from loading.weights import StageBV1, stage_b_of
+        files = {"decoder": args.decoder} if args.decoder else {}
+        return stage_b_of(locate(args.weights or "v2", files, ("decoder",), offline=True)["decoder"]) is StageBV1
+    except (WeightsError, OSError, TypeError):
+        return None
+
+
 def merge(read: Callable[[list[str]], argparse.Namespace], base: Options, more: Options) -> Options:
     """base with `more` over it. What depended on something that `more` changed goes with it: --init "" takes the
     strength and mask of base along. read: from words to an argparse.Namespace."""
@@ -137,6 +161,12 @@ def options_like(read: Callable, args: argparse.Namespace, more: Options) -> tup
         place = {find(args.like, name, file, hashes): scale for file, scale in value.items()} if name == "lora" else \
             find(args.like, name, value, hashes)
         options |= typed({name: place})
+    if other_weights and (v1 := is_v1(read(flat(options)))) is not None:
+        gone = [name for name in of_other_version(args, v1) if name not in more]
+        options = {name: words for name, words in options.items() if name not in gone}
+        if gone:
+            warnings.warn(f"weights of {'v1' if v1 else 'v2'} cannot use {', '.join(map(as_option, gone))} of "
+                          f"{args.like}: left out, so this is another image")
     replaced = {*more, *(FILES if "weights" in more else ())}
     return options, {name: value for name, value in hashes.items() if name.split()[0] not in replaced}
 

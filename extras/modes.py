@@ -123,8 +123,7 @@ def read_inputs(job: argparse.Namespace) -> dict:
     """Arguments of editing.generate from all files that the job names. Raises ValueError if one cannot be read."""
     inputs, given = {}, {}
     if job.init or job.reconstruct:
-        image = read_image(job.init or job.reconstruct)                                    # (3, H, W)
-        mask = editing.read_mask_for(image, job.mask) if job.mask else None                # (H, W)
+        image, mask = InitImage(job.init or job.reconstruct, mask=job.mask or None).read() # (3, H, W), (H, W) or None
         if job.outpaint:
             image, mask = enlarge(image, *job.outpaint)
         inputs["edit"] = InitImage(image, 0.0 if job.reconstruct else job.strength, mask)
@@ -139,6 +138,9 @@ def read_inputs(job: argparse.Namespace) -> dict:
         inputs |= dict(height=job.height or height, width=job.width or width)
     if job.tensors:
         tensors = read_tensors(job.tensors)
+        if tensors.keys() >= {*LATENT}:
+            raise UserError(f"{job.tensors} is a latent of --save-latent, which is not for --tensors: give it to "
+                            f"--from-latent")
         if any(tensor.shape[:1] != (1,) for tensor in tensors.values()):
             raise UserError(f"{job.tensors} contains tensors for several images, expected 1 row of each: "
                             f"use a file for each image")
@@ -157,9 +159,13 @@ def check_inputs(job: argparse.Namespace) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in given.items()}
     for name, shape in shapes.items():
         if name in editing.EMBEDDINGS and len(shape) != 3:
-            raise UserError(f"embeddings {name} have shape {shape}, expected (1 or 1, tokens, width).")
+            raise UserError(f"embeddings {name} have shape {shape}, expected (1, tokens, width).")
     if height and width:
         size_c, size_b = latent_sizes(height, width)
+        typed = " and ".join(f"--{side}" for side in ("width", "height") if getattr(job, side))
+        if job.from_latent and typed and shapes["semantic"][2:] != size_c:
+            own = read_tensors(job.from_latent, *LATENT)["size"].tolist()
+            raise UserError(f"{job.from_latent} is for {own[1]} x {own[0]} px, not {width} x {height}: remove {typed}")
         for name, channels, size in (("semantic", 16, size_c), ("latents_c", 16, size_c), ("latents_b", 4, size_b)):
             if name in given:
                 editing.fitting(1, given[name].device, name, given[name], (channels, *size))

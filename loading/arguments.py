@@ -265,7 +265,7 @@ def settings(model, then: Callable, given: dict) -> tuple:
                                                            & (np.ravel(sampling.guidance) < 1)).any():
             ignored = "the text" if stage == "c" else "the text and the semantic latents"
             warnings.warn(f"guidance_{stage} is below 1: here 1 is no guidance, and 0 ignores {ignored}; in diffusers "
-                          f"0.0 to 1.0 is no guidance. For no guidance, set guidance_{stage} to 1")
+                          f"0.0 to 1.0 is no guidance. For no guidance: guidance_{stage}=1, or --guidance-{stage} 1")
     return then(given)
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 import lora
 from loading.errors import WeightsError, printable
-from loading.files import listing, read_json, reason_of, write_atomically
+from loading.files import is_safetensors, listing, read_json, reason_of, write_atomically
 from loading.hub import LORA_FILES, fetch_lora, is_reference
 
 
@@ -105,7 +105,10 @@ def open_lora(source: str | Path | dict[str, Tensor]) -> tuple[dict[str, Tensor]
             with safe_open(path, "pt") as file:
                 tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
         else:
+            is_safetensors(path)               # raises WeightsError for images, web pages and the like
             tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except WeightsError:
+        raise
     except Exception as error:         # each library raises its own kinds
         raise ValueError("it cannot be read, presumably it is cut off or not a file of weights: "
                          f"{reason_of(error)}") from error
@@ -292,7 +295,7 @@ def naming_source(source):
     try:
         yield
     except (ValueError, TypeError, AttributeError, RecursionError) as error:      # the last three: impossible metadata
-        if is_reference(source) and isinstance(error, WeightsError):              # of hub.py, which names it
+        if isinstance(error, WeightsError) and (is_reference(source) or str(error).startswith(f"{source} ")):  # named
             raise
         name = "the LoRA" if isinstance(source, dict) else source
         raise WeightsError(printable(f"{name}: {error}; nothing was loaded")) from error

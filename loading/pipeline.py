@@ -127,6 +127,8 @@ def usable_device(name: str | torch.device) -> torch.device:
         return torch.device(name)
     except (RuntimeError, AssertionError, TypeError) as error:        # torch has several for what is not there
         reason = str(error).split("\n")[0].split(". ")[0].rstrip(".")
+    if "Expected one of" in reason:                                  # then come all that torch ever had
+        reason = "expected cpu, cuda, cuda:1 or mps"
     raise ValueError(f"device {name!r} cannot be used here: {reason}. \"cpu\" always works.")
 
 

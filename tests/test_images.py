@@ -13,7 +13,8 @@ from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
 from extras import images
-from extras.images import cover, enlarge, feather, fitting_size, grid, psnr, read_image, read_mask, save_gif, strip
+from extras.images import (cover, enlarge, feather, fitting_size, grid, psnr, read_image, read_mask, read_pair,
+                           save_gif, strip)
 from extras.metadata import parameters_text, path_for, read_settings, save_image, save_png
 from extras.previews import apply_linear, fit_linear
 from wuerstchen import to_pil
@@ -77,6 +78,18 @@ def test_floats_are_read_from_0_to_1_or_from_0_to_255(values, tmp_path):
     """Both are in use, and convert("RGB") makes the first kind black."""
     Image.fromarray(np.array([values], np.float32)).save(tmp_path / "float.tiff")
     assert read_image(tmp_path / "float.tiff")[0].mul(255).round().tolist() == [[0, 51, 255]]
+
+
+def test_floats_a_little_outside_of_0_to_1_are_clipped(tmp_path):
+    """As resizing and highlights leave them: one such pixel must not make the others black. Above 2, 255 is white."""
+    values = np.array([[0.5, 1.0005, 1.9, -0.05]], np.float32)
+    Image.fromarray(values).save(tmp_path / "float.tiff")
+    for source in (tmp_path / "float.tiff", Image.fromarray(values), values, torch.from_numpy(values)):
+        assert read_image(source)[0].mul(255).round().tolist()[0] in ([127, 255, 255, 0], [128, 255, 255, 0])
+    with pytest.raises(ValueError, match="^the image cannot be read: its numbers run from 0.5 to 2.5, expected floats"):
+        read_image(np.array([[0.5, 2.5]]))
+    with pytest.raises(ValueError, match=r"its pixels \(mode F\) run from -1 to 1, expected 0 to 1$"):
+        read_image(Image.fromarray(np.array([[-1, 1]], np.float32)))
 
 
 @pytest.mark.parametrize("values, problem", [
@@ -419,8 +432,8 @@ def test_impossible_shapes_and_numbers_are_rejected(source, problem):
 def test_floats_just_outside_are_clamped():
     """Resizing and half precision overshoot a little; the caller did nothing wrong."""
     assert read_image(torch.tensor([[-0.0009, 1.0009]]))[0].tolist() == [[0, 1]]
-    with pytest.raises(ValueError, match="its numbers run from 0 to 1.002"):
-        read_image(torch.tensor([[0, 1.002]]))
+    with pytest.raises(ValueError, match="its numbers run from 0 to 2.002"):
+        read_image(torch.tensor([[0, 2.002]]))
 
 
 def broken_files(folder):
@@ -493,6 +506,27 @@ def test_holes_in_a_photo_are_the_mask_and_its_colours_do_not_count():
     image.putpixel((3, 0), (*BLACK, 0))
     with pytest.warns(UserWarning, match="^the mask has transparent holes and more than one colour: the holes are"):
         assert read_mask(image).tolist() == [[0, 0, 0, 1]]
+
+
+def test_a_hole_that_gets_new_content_continues_its_surroundings():
+    """White there would become a white frame around the new content. Everything else stays as it is, to the bit."""
+    rgba = np.full((64, 96, 4), 255, np.uint8)
+    rgba[..., :3] = np.where(np.arange(96)[:, None] < 48, (200, 10, 10), (10, 10, 200))
+    rgba[20:40, 10:30] = rgba[20:40, 60:80] = 255, 255, 255, 0          # erased, one in each half
+    rgba[20:40, 30, 3] = 180                                            # by a soft brush
+    image, mask = read_pair(Image.fromarray(rgba), Image.fromarray(rgba))
+    rgb = torch.from_numpy(rgba[..., :3].copy()).permute(2, 0, 1) / 255
+    assert torch.equal(image[:, mask == 0], rgb[:, mask == 0]) and mask.sum() == 800
+    assert pixels(image)[30][12] == [200, 10, 10] and pixels(image)[30][78] == [10, 10, 200]
+    assert image[1].max() < 0.05                                        # nowhere white
+    left = np.zeros((64, 96), np.float32)
+    left[:, :48] = 1
+    image, _ = read_pair(Image.fromarray(rgba), left)                   # the other hole stays, over white
+    assert pixels(image)[30][70] == [255] * 3 and pixels(image)[30][20] == [200, 10, 10]
+    opaque = Image.fromarray(rgba[..., :3])
+    assert torch.equal(read_pair(opaque, left)[0], read_image(opaque))
+    empty = Image.new("RGBA", (5, 7))
+    assert read_pair(empty, empty)[0].min() == 1                        # nothing to continue
 
 
 def test_an_opaque_alpha_channel_is_not_a_hole():

@@ -1,5 +1,6 @@
 """--like: the settings in a PNG file as options, over which the command line stands; "" undoes any of them."""
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,7 @@ def test_any_option_of_a_png_can_be_undone(name, monkeypatch):
     for file in ("photo.png", "mask.png", "a.safetensors", "b.safetensors", "t.safetensors", "l.safetensors", "p"):
         Path(file).touch()
     monkeypatch.setattr(cli, "check", lambda args: None)                     # all options at once make no sense
+    monkeypatch.setattr(like, "is_v1", lambda args: None)
     monkeypatch.setattr(cli, "random_seed", lambda: 1234)
     monkeypatch.setattr(cli, "needs_seed", lambda args: True)
     monkeypatch.setattr(like, "own_size", lambda *args: (1, 1))              # so 192 x 128 px was asked for
@@ -134,9 +136,8 @@ KINDS["tiny-v1"] = KINDS["tiny"] | {name: KINDS["v1"][name] for name in KINDS["v
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("other", [["--weights", "v2-base"], ["--weights", ""], ["--decoder", "d"]])
-def test_with_other_weights_only_wishes_are_taken_over(kind, other, monkeypatch):
+def test_with_other_weights_only_wishes_are_taken_over(kind, other):
     """Their own defaults: 128 px on v2, guidance 4 in Stage B, the sampler ddpm on v1 were asked for by nobody."""
-    monkeypatch.setattr(cli, "check", lambda args: None)                     # some wishes cannot be granted
     defaults = {name: value for name, value in KINDS[kind].items() if name != "device"}
     found = options("--like", png(prompt="a", seed=3, weights=kind, **KINDS[kind]), *other)
     assert found == options("--prompt", "a", "--seed", "3", *(["--weights", kind] if "--decoder" in other else []),
@@ -144,8 +145,10 @@ def test_with_other_weights_only_wishes_are_taken_over(kind, other, monkeypatch)
     for name in defaults.keys() - {"height", "width"}:
         wish = {"sampler_b": "ddim" if "v1" not in kind else "quant", "sampler_c": "dpm++", "dtype": "fp16",
                 "temperature_b": "0.5"}.get(name, 5)
-        found = options("--like", png(prompt="a", weights=kind, **KINDS[kind] | {name: wish}), *other)
-        assert cli.as_text(found[name]) == str(wish)
+        lost = "v1" in kind and "--weights" in other and name in ("sampler_b", "temperature_b")     # only v1 has them
+        with pytest.warns(match=f"cannot use {cli.as_option(name)} of a.png") if lost else warnings.catch_warnings():
+            found = options("--like", png(prompt="a", weights=kind, **KINDS[kind] | {name: wish}), *other)
+        assert cli.as_text(found[name]) == ("None" if lost else str(wish))
     found = options("--like", png(prompt="a", weights=kind, **KINDS[kind] | dict(width=192)), *other)
     assert (found["width"], found["height"]) == (192, KINDS[kind]["height"])
 
@@ -163,6 +166,30 @@ def test_an_image_of_v2_can_be_made_with_v1():
     tiny("--like", "a.png", "--weights", "tiny-v1", "--out", "b.png")
     tiny("--prompt", "a cat", "--weights", "tiny-v1", "--seed", "3", "--out", "c.png")
     assert Path("b.png").read_bytes() == Path("c.png").read_bytes()
+
+
+@pytest.mark.parametrize("settings, weights, gone", [
+    (dict(weights="v1", sampler_b="argmax", temperature_b=0.5), "tiny", "--temperature-b, --sampler-b"),
+    (dict(weights="tiny", rescale_b=0.5, sampler_b="ddim", eta_b=0.3), "tiny-v1", "--rescale-b, --eta-b, --sampler-b"),
+    (dict(weights="tiny-v1", temperature_b=0.5), str(TINY), "--temperature-b"),
+    (dict(weights="tiny", init="photo.png", mask="mask.png", rescale_c=0.3), "tiny-v1", "--mask")])
+def test_what_other_weights_cannot_have_is_dropped_with_a_warning(settings, weights, gone):
+    """Nobody typed it, so nobody can remove it. What was typed stays an error."""
+    photo(), photo("mask.png", colour=(255, 255, 255))
+    png(**settings | dict(prompt="cat", seed=7))
+    with pytest.warns(UserWarning, match=f"^weights of v[12] cannot use {gone} of a.png: left out"):
+        args, = cli.parse_args(sample.parser(), ["--like", "a.png", "--weights", weights])
+    fresh, = cli.parse_args(sample.parser(), ["--prompt", "cat"])
+    for option in gone.split(", "):
+        name = option[2:].replace("-", "_")
+        assert getattr(args, name) == getattr(fresh, name)
+    assert args.rescale_c == settings.get("rescale_c", 0) and args.seed == 7
+
+
+def test_what_was_typed_for_other_weights_stays_an_error(capsys):
+    png(prompt="cat", seed=7, weights="v1", temperature_b=0.5)
+    assert error_of(capsys, "--like", "a.png", "--weights", "tiny", "--temperature-b", "0.5").startswith(
+        "--temperature-b is only for v1")
 
 
 # --- paths -------------------------------------------------------------------------------------------

@@ -141,13 +141,21 @@ LATE = [
     (["--from-latent", "latent.safetensors", "--to-latent", "wide.safetensors", "--seed", "1"],
      "latent.safetensors and wide.safetensors belong to images of different sizes, expected the same"),
     (["--from-latent", "latent.safetensors", "--width", "256"],
-     "semantic has shape (1, 16, 3, 3), expected (1 or 1, 16, 3, 6)"),
+     "latent.safetensors is for 128 x 128 px, not 256 x 128: remove --width"),
+    (["--from-latent", "latent.safetensors", "--height", "300", "--width", "200"],
+     "latent.safetensors is for 128 x 128 px, not 200 x 300: remove --width and --height"),
+    (["--tensors", "latent.safetensors"],
+     "latent.safetensors is a latent of --save-latent, which is not for --tensors: give it to --from-latent"),
+    (["--lora", "red.png"], "red.png is not a file of weights but an image: expected a .safetensors, .bin or .pt file"),
+    (["--device", "tpu"], "device 'tpu' cannot be used here: expected cpu, cuda, cuda:1 or mps. \"cpu\" always works."),
+    (["--weights", "v1", *INIT, "--mask", "mask.png"], "--mask is only for v2, because Stage B of v1 generates tokens"),
+    (["--weights", "tiny-v1", *INIT, "--outpaint", "0,0,9,0"], "--outpaint is only for v2, because Stage B of v1"),
     (["--from-latent", "odd.safetensors"], "odd.safetensors cannot be used: its size and states have shapes (3,) and"),
     (["--tensors", "x.safetensors"], "prompt_x cannot be given: expected some of prompt_c"),
-    (["--tensors", "flat.safetensors"], "embeddings prompt_b have shape (1, 1280), expected (1 or 1, tokens, width)"),
+    (["--tensors", "flat.safetensors"], "embeddings prompt_b have shape (1, 1280), expected (1, tokens, width)"),
     (["--tensors", "start.safetensors", *INIT], "latents_c specify where Stage C starts, and so do an image and"),
     (["--tensors", "start.safetensors", "--width", "128", "--height", "300"],
-     "latents_c has shape (1, 16, 3, 3), expected (1 or 1, 16, 8, 3)")]
+     "latents_c has shape (1, 16, 3, 3), expected (1, 16, 8, 3)")]
 
 
 @pytest.mark.parametrize("argv, message", LATE, ids=[f"{i} {' '.join(argv[:2])}" for i, (argv, _) in enumerate(LATE)])
@@ -166,5 +174,5 @@ def test_what_is_known_from_options_and_small_files_is_checked_before_weights_ar
             odd=LATENT | dict(size=torch.zeros(3)), flat=dict(prompt_b=torch.zeros(1, 1280)),
             start=dict(latents_c=torch.zeros(1, 16, 3, 3))).items():
         save_file(tensors, f"{name}.safetensors")
-    weights = [] if "v1" in argv else ["--weights", "v2"]
+    weights = [] if "--weights" in argv else ["--weights", "v2"]
     assert errors(capsys, ["--prompt", "cat", *argv], 2, weights)[0].startswith(message) and files("*") == []

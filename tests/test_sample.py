@@ -232,7 +232,9 @@ ERRORS = [
     (["--prompt", "cat", "--colour", "red"], "unrecognized arguments: --colour red; --help lists all options"),
     (["--promt", "a cat"], "unrecognized arguments: --promt a cat; did you mean --prompt?"),
     (["--prompt", "cat", "--guidanse-c=4"], "unrecognized arguments: --guidanse-c=4; did you mean --guidance-c?"),
-    (["--prompt", "cat", "--guidance=4"], "ambiguous option: --guidance=4 could match --guidance-c, --guidance-b"),
+    (["--prompt", "cat", "--guidance=4"], "ambiguous option: --guidance=4 could match --guidance-c, --guidance-b. "
+     "Stage C decides what is in the image, --guidance-c; Stage B adds detail, --guidance-b"),
+    (["--prompt", "cat", "--steps", "20"], "Stage C decides what is in the image, --steps-c; Stage B adds detail"),
     (["--seed", "1", "a cat"],
      'unrecognized arguments: a cat; did you mean --prompt "a cat"? A text of several words needs quotes'),
     (["--prompt", "a", "cat"], 'unrecognized arguments: cat; did you mean --prompt "a cat"?'),
@@ -940,8 +942,8 @@ def test_embeddings_and_latents_can_come_from_a_file():
 @pytest.mark.parametrize("tensors, message", [
     (dict(prompt_x=torch.zeros(1, 2, 3)),
      "prompt_x cannot be given: expected some of prompt_c, negative_c, prompt_b, negative_b"),
-    (dict(latents_c=torch.zeros(1, 16, 5, 5)), "latents_c has shape (1, 16, 5, 5), expected (1 or 1, 16, 3, 3)"),
-    (dict(prompt_c=torch.zeros(1)), "embeddings prompt_c have shape (1,), expected (1 or 1, tokens")])
+    (dict(latents_c=torch.zeros(1, 16, 5, 5)), "latents_c has shape (1, 16, 5, 5), expected (1, 16, 3, 3)"),
+    (dict(prompt_c=torch.zeros(1)), "embeddings prompt_c have shape (1,), expected (1, tokens")])
 def test_tensors_that_do_not_fit_are_rejected(tensors, message, capsys):
     save_file(tensors, "t.safetensors")
     assert error_of(capsys, "--prompt", "cat", "--tensors", "t.safetensors").startswith(message)
