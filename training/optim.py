@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from loading.errors import UserError
 
 
-def build_optimizer(model: nn.Module, args, share: Callable[[str], float] | None = None) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, args, share: Callable[[str], float] | None = None,
+                    betas: tuple[float, float] | None = None) -> torch.optim.Optimizer:
     """AdamW. Weight decay pulls weights to zero, so it is only for matrices: not for norms and biases, nor for a LoRA,
-    which starts at zero. share: the name of a parameter -> its share of the learning rate, group["share"]."""
+    which starts at zero. share: the name of a parameter -> its share of the learning rate, group["share"].
+    betas: instead of those of args."""
     groups, lora = {}, getattr(args, "lora", False)
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -23,7 +25,7 @@ def build_optimizer(model: nn.Module, args, share: Callable[[str], float] | None
             groups.setdefault((decays, *settings.items()), []).append(p)
     groups = [dict(settings, params=params, weight_decay=args.weight_decay if decays else 0.0)
               for (decays, *settings), params in groups.items()]
-    options = dict(lr=args.lr, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_eps)
+    options = dict(lr=args.lr, betas=betas or (args.adam_beta1, args.adam_beta2), eps=args.adam_eps)
     if args.adam_8bit:
         from bitsandbytes.optim import AdamW8bit
         return AdamW8bit(groups, **options)
