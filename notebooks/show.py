@@ -13,6 +13,7 @@ import numpy as np
 warnings.filterwarnings("ignore", message="IProgress not found")
 # Notebooks 5 and 6 ask for a unicorn before the model knows the word.
 warnings.filterwarnings("ignore", message="the model does not know")
+warnings.filterwarnings("ignore", message="guidance_. is below 1")       # on purpose, to see what it does
 
 WIDTH = 9      # inches
 plt.rcParams.update({"figure.dpi": 100, "figure.facecolor": "white", "savefig.facecolor": "white",
