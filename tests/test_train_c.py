@@ -496,7 +496,7 @@ def test_broken_copies_and_broken_images_of_the_validation_are_replaced(folder, 
 
 def test_data_is_checked_before_models_are_fetched(tmp_path, monkeypatch, capsys):
     """Gigabytes came first, then the error. --dry-run writes all that was skipped, even if nothing is left."""
-    monkeypatch.setattr(train_c, "locate", None)
+    monkeypatch.setattr(train_c, "locate_start", None)
     with pytest.raises(UserError, match="ownr/name: there is no such folder or file; .* as hub:ownr/name"):
         train("ownr/name", tmp_path / "run")
     (tmp_path / "data").mkdir()
@@ -575,8 +575,10 @@ def test_too_many_nan_steps_in_a_row_stop_the_run_with_its_last_good_state(folde
 # --- checkpoints and errors ------------------------------------------------------------------------
 
 def test_only_the_newest_checkpoints_are_kept(folder, tmp_path):
+    """And of each its LoRA, a file for sample.py --lora."""
     out = train(folder, tmp_path / "run", *LORA, "--save-every", "1", "--keep", "2", steps=4)
-    assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step_00000003.pt", "step_00000004.pt"]
+    names = [path.name for path in sorted((out / "checkpoints").iterdir())]
+    assert names == ["step_00000003.pt", "step_00000003.safetensors", "step_00000004.pt", "step_00000004.safetensors"]
 
 
 def test_v1_is_not_trained():
