@@ -441,8 +441,9 @@ def batches(jobs: list[argparse.Namespace]) -> Iterator[list[argparse.Namespace]
 def sampling_options(args: argparse.Namespace, model) -> dict:
     """The sampling options that differ from their defaults, as arguments of the model. Raises ValueError."""
     options = {}
-    for name in args.given.intersection(("mask", "outpaint")) if not hasattr(model.b, "rescale") else ():
-        only_for(name)
+    for name in ("mask", "outpaint"):
+        if not hasattr(model.b, "rescale") and getattr(args, name, None):      # tiny.evaluate has neither
+            only_for(name)
     for name in OF_STAGES:
         field, value = name[:-2], getattr(args, name)
         if value in (None, SAMPLING[field]):

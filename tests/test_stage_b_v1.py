@@ -545,7 +545,7 @@ def test_a_callback_may_return_other_tokens(v1):
 
 @pytest.mark.parametrize("options, message", [
     (dict(sampler_b="ddpm"), "sampler is 'ddpm', expected one of multinomial, argmax, quant"),
-    (dict(given=dict(latents_b=torch.zeros(1, 1, 32, 32))), "Stage B of v1 generates tokens, for which masks and"),
+    (dict(given=dict(latents_b=torch.zeros(1, 1, 32, 32))), "tokens: there are neither masks nor latents_b"),
     (dict(edit=InitImage(torch.zeros(3, 128, 128), mask=torch.zeros(128, 128))), "Stage B of v1 generates tokens"),
     (dict(rescale_b=0.5), "there is no option rescale_b for these weights"),
     (dict(temperature_b=0), "the temperature is 0, expected more than 0"),
