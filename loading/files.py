@@ -181,7 +181,7 @@ def own_config(path: Path) -> dict | None:
                 config = json.loads((file.metadata() or {}).get(OWN_CONFIG, "null"))
         else:
             config = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get(OWN_CONFIG)
-    except Exception:                          # each library raises its own kinds; the reason is told with the tensors
+    except Exception:         # each library raises its own kinds; the reason follows when the tensors are read
         return None
     return config if isinstance(config, dict) else None
 

@@ -1,9 +1,11 @@
 """What several test files need: reference data, the measure of deviation, weights made from names."""
+import importlib
 import json
 import zlib
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -150,3 +152,14 @@ class HostReads(TorchDispatchMode):
             self.count += 1
             return True
         return function(*args, **(kwargs or {}))
+
+
+def theirs(file: str, name: str):
+    """A class of diffusers. The module moved to `deprecated` in a later version."""
+    pytest.importorskip("diffusers", reason="compares with diffusers, which is not installed: pip install diffusers")
+    for package in ("pipelines.deprecated", "pipelines"):
+        try:
+            return getattr(importlib.import_module(f"diffusers.{package}.wuerstchen.{file}"), name)
+        except ImportError:
+            continue
+    pytest.skip("this version of diffusers has no Würstchen any more")

@@ -663,7 +663,7 @@ def test_names_that_differ_only_in_unicode_form_belong_together(tmp_path):
 
 
 def test_several_folders_are_one_source(tmp_path):
-    """In braces or by a glob. Images of the same name in two folders are told apart."""
+    """In braces or by a glob. Images of the same name in two folders are kept apart."""
     for name, first in (("a", 0), ("b", 2)):
         write(tmp_path / name, pairs(2, first))
         (tmp_path / name / "000.txt").write_text("same name")

@@ -2,7 +2,6 @@
 
 golden/ holds a few configurations that were chosen; here they are drawn. diffusers is needed by this file alone.
 """
-import importlib
 import math
 import random
 
@@ -10,22 +9,11 @@ import pytest
 import torch
 
 from loading import weights
-from helpers import build, rel
+from helpers import build, rel, theirs
 from speed.fast import bind_b
 from stage_a import StageA
 from stage_b import StageB, timestep_embedding
 from stage_c import StageC
-
-
-def theirs(file: str, name: str):
-    """A class of diffusers. The module moved to `deprecated` in a later version."""
-    pytest.importorskip("diffusers", reason="compares with diffusers, which is not installed: pip install diffusers")
-    for package in ("pipelines.deprecated", "pipelines"):
-        try:
-            return getattr(importlib.import_module(f"diffusers.{package}.wuerstchen.{file}"), name)
-        except ImportError:
-            continue
-    pytest.skip("this version of diffusers has no Würstchen any more")
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ there and returns that model. An argument or method of diffusers that does not e
 ours.
 """
 import functools
-import importlib
 import inspect
 import os
 import re
@@ -18,7 +17,7 @@ import torch
 import lora
 import sample
 from extras import cli, editing
-from helpers import COMBINED, rel
+from helpers import COMBINED, rel, theirs
 from loading import arguments, hub, pipeline
 from loading.arguments import set_loras
 from speed.memory import tile
@@ -142,16 +141,6 @@ def test_a_method_of_theirs_is_an_error_that_names_ours(tiny, theirs):
 
 PIPELINES = dict(pipeline_wuerstchen_combined="WuerstchenCombinedPipeline",
                  pipeline_wuerstchen_prior="WuerstchenPriorPipeline", pipeline_wuerstchen="WuerstchenDecoderPipeline")
-
-
-def theirs(file: str, name: str):
-    pytest.importorskip("diffusers", reason="compares with diffusers, which is not installed: pip install diffusers")
-    for package in ("pipelines.deprecated", "pipelines"):
-        try:
-            return getattr(importlib.import_module(f"diffusers.{package}.wuerstchen.{file}"), name)
-        except ImportError:
-            continue
-    pytest.skip("this version of diffusers has no Würstchen any more")
 
 
 @pytest.mark.parametrize("file, name", PIPELINES.items())

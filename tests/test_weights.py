@@ -495,7 +495,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 @pytest.mark.parametrize("hard_links", [True, False], ids=["hard links", "no hard links, as on FAT"])
 def test_of_two_writers_of_one_new_file_one_succeeds(hard_links, tmp_path, monkeypatch):
-    """The name is free when both begin. What the first has written stays, and the other is told."""
+    """The name is free when both begin. What the first has written stays, and the other gets an error."""
     def no_links(*_):
         raise PermissionError(1, "Operation not permitted")
     if not hard_links:
