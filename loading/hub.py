@@ -8,6 +8,8 @@ offered. Files in the cache are not fetched again, and offline=True (or HF_HUB_O
 Files are taken by name: the published model_index.json files name a module that diffusers has moved since, so
 diffusers itself currently cannot open these folders.
 Anyone's repository is hub:OWNER/NAME, a revision and a place in it hub:OWNER/NAME@REVISION/FOLDER, see Repository.
+Surprise: the cache is huggingface_hub's, which other programs share, but the download is our own (fetch_file). Its
+own starts from nothing in a new process and compares no checksum.
 Needs: huggingface_hub, which comes with transformers.
 
   python -m loading.hub v2                      # fetches v2 for text-to-image and prints where it is
@@ -25,10 +27,14 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+import shutil
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote
 
-from loading.errors import WeightsError, exit_on_user_error
+from loading.errors import WeightsError, exit_on_user_error, printable
 from loading.files import STEM, find_file, pick_weights, shards, write_atomically
 
 # The revision of each repository: a commit's hash if one is known, "main" where none could be looked up, for
@@ -81,6 +87,11 @@ SMALL_FILES = ("config.json", "scheduler_config.json", "words.json", *TOKENIZER_
 LORA_FILES = ("lora.safetensors", *(f"{stem}{suffix}" for stem in ("adapter_model", "pytorch_lora_weights")
                                     for suffix in (".safetensors", ".bin")))
 REFERENCE = re.compile(r"hub:([\w-][\w.-]*/[\w-][\w.-]*)(?:@(refs/\w+/\w+|[^/@]+))?(?:/(.*?))?/?")
+# In names: control characters, halves of characters, and drives of Windows.
+UNSAFE = re.compile("[\\0-\\x1f\\x7f-\\x9f\\ud800-\\udfff]|^[A-Za-z]:")
+WAITS = (1, 3, 9)                        # seconds before a busy hub is asked again
+HASHES: dict[str, str] = {}              # what hash_of knows
+LONGEST_LIST = (2 ** 24, 60)             # bytes and seconds: enough for 50,000 files
 # The parts that a task needs.
 TEXT_TO_IMAGE = tuple(V2)
 RECONSTRUCTION = ("image_encoder", "decoder", "text_encoder", "tokenizer", "vqgan")     # encodes and decodes an image
@@ -129,7 +140,7 @@ def fetch(name: str, parts: tuple[str, ...] = TEXT_TO_IMAGE, half: bool = False,
         except WeightsError:                 # not on the hub, or not in the cache: then out of the big file
             extract, (repo, file) = True, IMAGE_ENCODER_INSIDE
             chosen[repo] = choose(repo, revision_of(repo, revision), [[file]], offline)
-    announce([size for files in chosen.values() for size in files.values()])
+    announce([file for files in chosen.values() for file in files.values()])
     snapshots = {repo: download(repo, revision_of(repo, revision, name), files) for repo, files in chosen.items()}
     if extract:
         from loading.weights import extract_image_encoder
@@ -141,35 +152,124 @@ def fetch(name: str, parts: tuple[str, ...] = TEXT_TO_IMAGE, half: bool = False,
     return {"image_encoder": extracted} | found if "image_encoder" in parts else found
 
 
-def announce(sizes: list[int]) -> None:
-    if any(sizes):
-        print(f"Fetching {sum(size > 0 for size in sizes)} files, {sum(sizes) / 1e9:.2f} GB, into {cache_folder()}",
-              file=sys.stderr)
+# ----- files of a repository ------------------------------------------------------------------------------------------
+
+class File(NamedTuple):
+    """A file of a repository, as the hub lists it. Size and digest: None if the list does not give them."""
+    commit: str
+    cached: bool
+    size: int | None = None          # bytes
+    digest: str | None = None        # sha256; of small files the sha1 by which git knows them
+
+
+def announce(files: list[File]) -> None:
+    if new := [file.size or 0 for file in files if not file.cached]:
+        print(f"Fetching {len(new)} files, {sum(new) / 1e9:.2f} GB, into {cache_folder()}", file=sys.stderr)
 
 
 def is_offline(offline: bool) -> bool:
     return offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
-def file_sizes(repo: str, revision: str, offline: bool) -> dict[str, int]:
-    """-> {file: bytes still to be fetched, 0 if it is in the cache}. offline: of the files in the cache."""
-    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+def is_safe(name: str) -> bool:
+    """Whether a stranger's name, such as a/b.json, stays inside the folder to which it is added, on any system."""
+    return not (UNSAFE.search(name) or {"", ".", ".."} & set(re.split(r"[/\\]", name)))
+
+
+def list_files(repo: str, revision: str, offline: bool) -> dict[str, File]:
+    """The files of a repository by name, as the hub lists them; offline: those in the cache. Raises WeightsError.
+
+    Files whose names could lead out of the cache are left out, so none of them can be asked for."""
+    if not is_safe(revision):
+        raise WeightsError(f"{revision!r} is not a revision of {repo}: expected a branch, tag or commit, such as main")
+    snapshots, ref = repo_cache(repo) / "snapshots", repo_cache(repo) / "refs" / revision
     if is_offline(offline):
-        cache = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
-        ref = cache / "refs" / revision
-        folder = cache / "snapshots" / (ref.read_text().strip() if ref.is_file() else revision)
-        return {path.relative_to(folder).as_posix(): 0 for path in folder.rglob("*") if path.is_file()}
+        commit = ref.read_text().strip() if ref.is_file() else revision
+        paths = [path.relative_to(snapshots / commit) for path in (snapshots / commit).rglob("*") if path.is_file()]
+        return {path.as_posix(): File(commit, True) for path in paths}
+    info, files = ask_for_list(repo, revision), {}
+    try:
+        commit = re.fullmatch("[0-9a-f]{40}", info["sha"])[0]
+        for entry in info["siblings"]:
+            if is_safe(name := entry["rfilename"]):
+                large = entry.get("lfs") or {}
+                size, digest = large.get("size", entry.get("size")), large.get("sha256", entry.get("blobId"))
+                files[name] = File(commit, os.path.isfile(snapshots / commit / name),
+                                   size if type(size) is int and 0 <= size < 2 ** 63 else None,
+                                   digest if isinstance(digest, str) else None)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise WeightsError(f"{repo}: the hub's list of files cannot be used: expected a commit and files with names; "
+                           "check HF_ENDPOINT") from error
+    with contextlib.suppress(OSError, ValueError):                       # a cache that may only be read
+        if revision != commit and (not ref.is_file() or ref.read_text() != commit):        # which offline=True reads
+            write_atomically(ref, lambda temporary: temporary.write_text(commit))
+    return files
+
+
+def ask_for_list(repo: str, revision: str) -> dict:
+    """What the hub answers about a repository, limited in time and size. Raises WeightsError."""
+    from huggingface_hub import constants
+
+    def ask() -> bytes:
+        text, end = bytearray(), time.monotonic() + LONGEST_LIST[1]
+        with request(f"/api/models/{repo}/revision/{quote(revision, safe='')}?blobs=true",
+                     constants.HF_HUB_ETAG_TIMEOUT) as response:
+            for chunk in response.iter_bytes():
+                text += chunk
+                if len(text) > LONGEST_LIST[0] or time.monotonic() > end:
+                    raise WeightsError(f"{repo}: the hub's list of files does not end: expected at most "
+                                       f"{LONGEST_LIST[0] // 2 ** 20} MB in {LONGEST_LIST[1]} s; check HF_ENDPOINT")
+        return bytes(text)
     with hub_errors(repo, revision):
-        info = HfApi().model_info(repo, revision=revision, files_metadata=True)
-    names = [file.rfilename for file in info.siblings if not {"", ".", ".."} & set(re.split(r"[/\\]", file.rfilename))]
-    cached = {name for name in names if isinstance(try_to_load_from_cache(repo, name, revision=info.sha), str)}
-    return {file.rfilename: 0 if file.rfilename in cached else file.size or 1
-            for file in info.siblings if file.rfilename in names}
+        text = patiently(ask)
+    try:
+        if isinstance(info := json.loads(text), dict):
+            return info
+    except (ValueError, RecursionError):
+        pass
+    raise WeightsError(f"{constants.ENDPOINT} did not answer with a list of the files of {repo}, but with "
+                       f"{text[:40]!r}: check HF_ENDPOINT, and whether this network asks for a login")
 
 
-def choose(repo: str, revision: str, files: list[list[str]], offline: bool) -> dict[str, int]:
-    """-> {file: bytes still to be fetched, 0 if it is in the cache}: of each inner list, the first that exists."""
-    there = file_sizes(repo, revision, offline)
+@contextlib.contextmanager
+def request(path: str, timeout: float, **headers: str):
+    """GET of a path on the hub -> the response, whose body is not read yet. Without one, an error of huggingface_hub.
+    The library's own calls wait without limit, for the next byte and for the end of a body."""
+    from huggingface_hub import constants, get_session
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+    with get_session().stream("GET", constants.ENDPOINT + path, headers=build_hf_headers() | headers, timeout=timeout,
+                              follow_redirects=True) as response:
+        if response.status_code >= 400:          # a copy without the body, which has no limit
+            hf_raise_for_status(type(response)(response.status_code, headers=response.headers,
+                                               request=response.request))
+        yield response
+
+
+def patiently(call: Callable, progress: Callable[[], int] | None = None):
+    """call(), and again after each of WAITS while the hub is busy or the connection breaks.
+
+    progress: bytes that are there, for calls that resume; the waits start from the beginning when it grows.
+    """
+    before, waits = None, list(WAITS)
+    while True:
+        try:
+            return call()
+        except Exception as error:               # the HTTP library's classes, known by name: the library changed twice
+            status, kind = getattr(getattr(error, "response", None), "status_code", None), type(error).__name__
+            if not (status in (408, 429, 500, 502, 503, 504) or "Timeout" in kind or kind in (
+                    "ReadError", "RemoteProtocolError", "EOFError", *["ConnectError"] * bool(progress))):
+                raise
+            if progress and progress() != before:
+                before, waits = progress(), list(WAITS)
+            if not waits:
+                raise
+            print(f"{first_line(error)}: trying again in {waits[0]} s", file=sys.stderr)
+            time.sleep(waits.pop(0))
+
+
+def choose(repo: str, revision: str, files: list[list[str]], offline: bool) -> dict[str, File]:
+    """The files to fetch, by name: of each inner list, the first that exists."""
+    there = list_files(repo, revision, offline)
     chosen = {}
     for options in files:
         name = next((name for name in options if name in there), None)
@@ -182,13 +282,114 @@ def choose(repo: str, revision: str, files: list[list[str]], offline: bool) -> d
     return chosen
 
 
-def download(repo: str, revision: str, files: dict[str, int]) -> Path:
-    """Fetches what is not in the cache -> the folder in it. A broken download resumes where it stopped."""
-    from huggingface_hub import hf_hub_download
+def download(repo: str, revision: str, files: dict[str, File]) -> Path:
+    """Fetches what is not in the cache -> the folder in it."""
     with hub_errors(repo, revision):
-        for name, new in files.items():
-            path = hf_hub_download(repo, name, revision=revision, local_files_only=new == 0)
-    return Path(path).parents[name.count("/")]
+        for name, file in files.items():
+            folder = repo_cache(repo) / "snapshots" / file.commit
+            if not (folder / name).is_file():
+                fetch_file(repo, name, file)
+    return folder
+
+
+def fetch_file(repo: str, name: str, file: File) -> None:
+    """One file -> the cache, as huggingface_hub stores it: in blobs/ under its digest, and a link to it in snapshots/.
+
+    A download that stopped, in any process, resumes where it stopped: what is there of it has a name that depends on
+    nothing but the digest. What was fetched is compared with that digest, once, before it gets its name.
+    """
+    from huggingface_hub import constants, get_hf_file_metadata
+    from huggingface_hub.utils import WeakFileLock
+    path = f"/{repo}/resolve/{file.commit}/{quote(name)}"
+    if file.size is None or file.digest is None:
+        head = patiently(lambda: get_hf_file_metadata(constants.ENDPOINT + path, timeout=constants.HF_HUB_ETAG_TIMEOUT))
+        file = file._replace(size=head.size, digest=head.etag)
+    if file.size is None or file.size < 0 or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", file.digest or ""):
+        raise WeightsError(f"{repo}: {name} is not fetched, because the hub gives no size and checksum to compare it "
+                           f"with: found {file.digest!r:.80}; check HF_ENDPOINT")
+    cache = repo_cache(repo)
+    blob, pointer, locks = cache / "blobs" / file.digest, cache / "snapshots" / file.commit / name, \
+        cache.parent / ".locks" / cache.name
+    partial = blob.with_name(f"{file.digest}.incomplete")
+    for folder in (blob.parent, pointer.parent, locks):
+        folder.mkdir(parents=True, exist_ok=True)
+    sweep(blob.parent, locks, keep=partial)
+    with WeakFileLock(locks / f"{file.digest}.lock"):        # huggingface_hub's own: one process fetches, others wait
+        if pointer.is_file():
+            return
+        content = blob if blob.is_file() else partial        # of another commit, or of another program
+        try:
+            if content is partial:
+                if file.size - size_of(partial) > shutil.disk_usage(blob.parent).free:
+                    raise OSError(errno.ENOSPC, "known before it is fetched")
+                patiently(lambda: resume(path, partial, file, name), lambda: size_of(partial))
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise WeightsError(f"the disk is full: {name} needs {file.size / 1e9:.3f} GB, of which "
+                               f"{size_of(partial) / 1e9:.3f} GB are there and are kept: make room in "
+                               f"{cache_folder()}, or set HF_HOME to another disk, and run this again") from error
+        check_digest(content, file, f"{repo}: {name}")
+        os.replace(content, blob)
+        pointer.unlink(missing_ok=True)                      # a link to nothing
+        try:
+            os.symlink(os.path.relpath(blob, pointer.parent), pointer)
+        except OSError:                                      # a file system without links
+            os.replace(blob, pointer)
+        hash_of(pointer, file.digest)
+
+
+def resume(path: str, partial: Path, file: File, name: str) -> None:
+    """Fetches what `partial` lacks of a file, and not a byte more."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import tqdm
+    start = size_of(partial)
+    if start == file.size and partial.exists():
+        return
+    wanted = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if 0 < start < file.size else {})
+    with request(path, constants.HF_HUB_DOWNLOAD_TIMEOUT, **wanted) as response:
+        start *= response.status_code == 206                 # otherwise the hub sends all of it
+        with open(partial, "ab" if start else "wb") as out, tqdm(
+                total=file.size, initial=start, unit="B", unit_scale=True, desc=name[-40:]) as bar:
+            for chunk in response.iter_bytes():
+                out.write(chunk[:file.size - out.tell()])
+                out.flush()                                  # so that a kill loses nothing
+                bar.update(len(chunk))
+                if out.tell() == file.size:
+                    return
+    if size_of(partial) < file.size:
+        raise EOFError(f"{name} ended after {size_of(partial)} of {file.size} bytes")
+
+
+def check_digest(path: Path, file: File, label: str) -> None:
+    """Raises WeightsError, and removes the file, unless its content is what the hub promised."""
+    def git_sha1():
+        return hashlib.sha1(f"blob {file.size}\0".encode())
+    with open(path, "rb") as content:
+        found = hashlib.file_digest(content, "sha256" if len(file.digest) == 64 else git_sha1).hexdigest()
+        content.seek(0)
+        page = content.read(100).lstrip()[:1] == b"<"
+        os.fsync(content.fileno())               # its name must not reach the disk before its content
+    if found != file.digest:
+        path.unlink()
+        raise WeightsError(f"{label} was damaged on the way{' or is a web page' * page}: expected the checksum "
+                           f"{file.digest}, found {found}; it was removed, run this again to fetch it again")
+
+
+def sweep(blobs: Path, locks: Path, keep: Path) -> None:
+    """Removes what killed downloads left: huggingface_hub's files DIGEST.NUMBER.incomplete, which nothing resumes,
+    after an hour, ours after a week. Those of living processes are younger, and locked."""
+    from huggingface_hub.utils import WeakFileLock
+    for path in blobs.glob("*.incomplete"):
+        digest, *number, _ = path.name.split(".")
+        with contextlib.suppress(OSError):       # in use, or gone
+            if path != keep and time.time() - path.stat().st_mtime > (3600 if number else 7 * 24 * 3600):
+                with WeakFileLock(locks / f"{digest}.lock", timeout=0.1):
+                    path.unlink()
+
+
+def size_of(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 # ----- anyone's repositories -----------------------------------------------------------------------------------------
@@ -212,22 +413,22 @@ class Repository:
     """
     def __init__(self, reference: str | Path, offline: bool = False, revision: str | None = None):
         match = REFERENCE.fullmatch(str(reference))
-        if match is None or {".", "..", ""} & set((match[3] or "x").split("/")):
+        if match is None or not is_safe(match[3] or "x") or re.search(r"--|\.\.", match[1]):
             raise WeightsError(f"{reference} does not name a repository of the hub: expected hub:OWNER/NAME, "
                                "hub:OWNER/NAME@REVISION, or one of them with /FOLDER or /FILE")
         self.reference, self.repo, self.path = str(reference), match[1], match[3] or ""
         self.revision = match[2] or revision_of(self.repo, revision)
-        self.sizes = file_sizes(self.repo, self.revision, offline)
-        self.is_file = self.path in self.sizes
+        self.files = list_files(self.repo, self.revision, offline)
+        self.is_file = self.path in self.files
         self.folder = self.path.rpartition("/")[0] if self.is_file else self.path        # its names start there
         start = f"{self.folder}/" if self.folder else ""
-        self.names = [name.removeprefix(start) for name in self.sizes if name.startswith(start)]
-        if not self.sizes and is_offline(offline):
+        self.names = [name.removeprefix(start) for name in self.files if name.startswith(start)]
+        if not self.files and is_offline(offline):
             raise WeightsError(f"{reference} is not in the cache {cache_folder()}, and --offline fetches nothing: run "
                                "once without it")
         if not self.names:
             raise WeightsError(f"{self.repo} at revision {self.revision} holds no {self.path or 'files'}: "
-                               f"found {some(self.sizes)}")
+                               f"found {some(self.files)}")
 
     def folders(self) -> set[str]:
         return {str(parent) for name in self.names for parent in Path(name).parents} - {"."}
@@ -249,14 +450,14 @@ class Repository:
         if not files:
             raise WeightsError(f"{self.reference} holds nothing that is needed: found {some(self.names)}")
         if indexes := [file for file in files if ".index." in file]:
-            snapshot = download(self.repo, self.revision, {file: self.sizes[file] for file in indexes})
+            snapshot = download(self.repo, self.revision, {file: self.files[file] for file in indexes})
             for index in indexes:
                 others = [f"{index.rpartition('/')[0]}/{name}".lstrip("/") for name in shards(snapshot / index)]
-                if missing := [name for name in others if name not in self.sizes]:
+                if missing := [name for name in others if name not in self.files]:
                     raise WeightsError(f"{self.reference}: {index} names files that are missing: {', '.join(missing)}")
                 files += others
-        announce([self.sizes[file] for file in files if file not in indexes])
-        return download(self.repo, self.revision, {file: self.sizes[file] for file in files}) / self.folder
+        announce([self.files[file] for file in files if file not in indexes])
+        return download(self.repo, self.revision, {file: self.files[file] for file in files}) / self.folder
 
 
 def fetch_part(reference: str | Path, folders: Iterable[str], more: Iterable[str] = (), half: bool = False,
@@ -308,8 +509,10 @@ def hub_errors(repo: str, revision: str):
     from huggingface_hub import constants, errors
     try:
         yield
+    except WeightsError:
+        raise
     except Exception as error:
-        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+        reason = first_line(error)
         if isinstance(error, errors.GatedRepoError):
             message = (f"{repo} asks for its terms to be accepted: do so on {constants.ENDPOINT}/{repo}, "
                        f"then run `hf auth login`")
@@ -321,50 +524,61 @@ def hub_errors(repo: str, revision: str):
         elif isinstance(error, errors.RemoteEntryNotFoundError):
             message = f"{repo} at revision {revision} lost a file while it was being fetched: {reason}"
         elif isinstance(error, errors.HfHubHTTPError):
-            message = f"{constants.ENDPOINT} answered with an error: {reason}"
+            refused = getattr(error.response, "status_code", 500) in (401, 403)
+            message = (f"{constants.ENDPOINT} answered with an error: {reason}; "
+                       f"{f'run `hf auth login` with a token that may read {repo}' if refused else 'try again later'}")
         elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
             message = f"the disk is full: make room in {cache_folder()}, or set HF_HOME to another disk"
+        elif isinstance(error, OSError) and error.filename is not None:
+            message = f"the cache cannot be used: {reason}; make it writable, or set HF_HOME to another folder"
         else:                                # no network: the exception's class changes with the HTTP library
             message = (f"{constants.ENDPOINT} cannot be reached ({reason}): check the network. "
                        f"With --offline, weights in the cache can be used")
         raise WeightsError(message) from error
 
 
+def first_line(error: Exception) -> str:
+    return printable(str(error).strip().split("\n")[0][:200]) or type(error).__name__
+
+
 def hashes(paths: dict[str, Path | None]) -> dict[str, str]:
-    """part -> sha256 of its weight file, to record what an image was made with. In the hub's cache it is the file's
-    name; for other files it is computed, and remembered for large ones."""
-    memory_file, result = own_cache() / "hashes.json", {}
-    try:
-        memory = json.loads(memory_file.read_text())
-    except (OSError, ValueError):
-        memory = {}
+    """part -> sha256 of its weight file, to record what an image was made with."""
+    result = {}
     for part in ("prior", "decoder", "vqgan", "image_encoder", "prior_text_encoder", "text_encoder"):
         if paths.get(part) is None:
             continue
         with contextlib.suppress(WeightsError):          # an image encoder that was not needed yet
             file = find_file(paths[part], (STEM, "model", "pytorch_model"))
             if file.suffix == ".json":                   # of several files
-                several = [hash_of(file.parent / name, memory, memory_file) for name in shards(file)]
+                several = [hash_of(file.parent / name) for name in shards(file)]
                 result[part] = hashlib.sha256("".join(several).encode()).hexdigest()
             else:
-                result[part] = hash_of(file, memory, memory_file)
+                result[part] = hash_of(file)
     return result
 
 
-def hash_of(path: Path, memory: dict[str, str], memory_file: Path) -> str:
-    """The sha256 of a file, for `hashes`."""
-    path = path.resolve()                                # the cache links to hashed names
-    if re.fullmatch("[0-9a-f]{64}", path.name):
-        return path.name
+def hash_of(path: Path, known: str = "") -> str:
+    """The sha256 of a file's content. For files that take a second or more it is remembered, with size and time.
+    known: found when it was fetched. The name that a file has in the hub's cache proves nothing."""
+    path, memory_file = path.resolve(), own_cache() / "hashes.json"
     state = path.stat()
     key = f"{path} {state.st_size} {state.st_mtime_ns}"
-    if key not in memory:
-        with open(path, "rb") as file:
-            memory[key] = hashlib.file_digest(file, "sha256").hexdigest()
-        if state.st_size > 100e6:                        # a second or more
+    if key not in HASHES:
+        with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError):
+            HASHES.update(json.loads(memory_file.read_text()).items())
+    if not re.fullmatch("[0-9a-f]{64}", str(HASHES.get(key))):
+        if len(known) != 64:
+            with open(path, "rb") as file:
+                known = hashlib.file_digest(file, "sha256").hexdigest()
+        HASHES[key] = known
+        if state.st_size > 100e6:
             with contextlib.suppress(OSError):
-                write_atomically(memory_file, lambda temporary: temporary.write_text(json.dumps(memory)))
-    return memory[key]
+                write_atomically(memory_file, lambda temporary: temporary.write_text(json.dumps(HASHES)))
+    return HASHES[key]
+
+
+def repo_cache(repo: str) -> Path:
+    return Path(cache_folder()) / f"models--{repo.replace('/', '--')}"
 
 
 def cache_folder() -> str:

@@ -3,6 +3,7 @@
 The stand-in serves the tiny weights under the official names, so the whole way from "v2" to an image is tested.
 Every call runs in a process of its own, as huggingface_hub reads its settings once, when it is imported.
 """
+import contextlib
 import hashlib
 import http.server
 import json
@@ -11,6 +12,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -39,10 +41,24 @@ def official_files() -> dict[str, dict[str, bytes]]:
     }
 
 
+def digest_of(name: str, data: bytes) -> str:
+    """The hub keeps weights as large files, by their sha256, and all others in git."""
+    large = Path(name).suffix in (".safetensors", ".bin", ".pt")
+    return hashlib.sha256(data).hexdigest() if large else hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def entry_of(name: str, data: bytes) -> dict:
+    """A file in the hub's answer about a repository."""
+    digest = digest_of(name, data)
+    large = {"lfs": {"sha256": digest, "size": len(data), "pointerSize": 134}} if len(digest) == 64 else {}
+    return {"rfilename": name, "size": len(data), "blobId": "0" * 40 if large else digest} | large
+
+
 class Hub:
-    """A web server that answers like the hub. `asked`: the files whose content was requested, with the first byte."""
+    """A web server that answers like the hub. `asked`: the files whose content was requested, with the first byte.
+    fault(handler): may answer instead, and then returns True."""
     def __init__(self, files):
-        self.files, self.asked, self.cut, self.status = files, [], None, None
+        self.files, self.asked, self.cut, self.status, self.fault = files, [], None, None, None
         outer = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -65,6 +81,8 @@ class Hub:
             def do_GET(self):
                 if outer.status:
                     return self.answer(outer.status[0], b"{}", **outer.status[1])
+                if outer.fault and outer.fault(self):
+                    return None
                 # a branch stands for one
                 commit = (re.findall(r"/([0-9a-f]{40})(?:/|\?|$)", self.path) or [COMMIT])[0]
                 if api := re.match(r"/api/models/([^/]+/[^/?]+)", self.path):
@@ -72,13 +90,13 @@ class Hub:
                     if files is None:
                         return self.answer(401, b"{}", X_Error_Code="RepoNotFound",
                                            X_Error_Message="Repository not found")
-                    siblings = [{"rfilename": name, "size": len(data)} for name, data in files.items()]
+                    siblings = [entry_of(name, data) for name, data in files.items()]
                     return self.answer(200, json.dumps({"id": api[1], "sha": commit, "siblings": siblings}).encode())
                 place = re.match(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", self.path)
                 if place is None:
                     return self.answer(404)
                 data = outer.files[place[1]][place[2]]
-                headers = dict(X_Repo_Commit=commit, ETag=f'"{hashlib.sha1(data).hexdigest()}"', Accept_Ranges="bytes")
+                headers = dict(X_Repo_Commit=commit, ETag=f'"{digest_of(place[2], data)}"', Accept_Ranges="bytes")
                 if self.command == "HEAD":
                     return self.answer(200, **headers, Content_Length=str(len(data)))
                 first = int(re.match(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-"))[1])
@@ -93,7 +111,7 @@ class Hub:
                     partly["Content_Range"] = f"bytes {first}-{len(data) - 1}/{len(data)}"
                 self.answer(206 if partly else 200, data[first:], **headers, **partly)
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
     def close(self):
@@ -108,12 +126,17 @@ def served():
     server.close()
 
 
-def run(served, home: Path, script: str, *arguments: str, **environment) -> subprocess.CompletedProcess:
+def command(served, home: Path, *arguments: str, **environment) -> tuple[list[str], dict]:
     settings = dict(HF_ENDPOINT=served.url, HF_HOME=str(home), HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1",
                     **environment)
+    return [sys.executable, *arguments], dict(text=True, cwd=home, env={**os.environ, **settings,
+                                                                        "PYTHONPATH": str(ROOT)})
+
+
+def run(served, home: Path, script: str, *arguments: str, **environment) -> subprocess.CompletedProcess:
     program = {"-c": ["-c"], "hub.py": ["-m", "loading.hub"]}.get(script, [str(ROOT / script)])
-    return subprocess.run([sys.executable, *program, *arguments], capture_output=True, text=True, cwd=home,
-                          env={**os.environ, **settings, "PYTHONPATH": str(ROOT)})
+    line, options = command(served, home, *program, *arguments, **environment)
+    return subprocess.run(line, capture_output=True, **options)
 
 
 def error_of(result: subprocess.CompletedProcess) -> str:
@@ -287,10 +310,14 @@ def test_a_pointer_instead_of_a_file_of_v1_is_recognised(served, tmp_path):
     (404, {"X_Error_Code": "RepoNotFound"}, "has no warp-ai/wuerstchen"),
     (403, {"X_Error_Code": "GatedRepo"}, "asks for its terms to be accepted"),
     (404, {"X_Error_Code": "RevisionNotFound"}, "has no revision"),
-    (500, {}, "answered with an error")])
-def test_a_refusal_by_the_hub_is_explained_in_one_line(status, headers, message, served, tmp_path):
-    served.status = (status, headers)
-    assert message in error_of(run(served, tmp_path, "hub.py", "v2", "--parts", "vqgan"))
+    (403, {}, "answered with an error: .* run `hf auth login` with a token that may read"),
+    (500, {}, "answered with an error: .* try again later")])
+def test_a_refusal_by_the_hub_is_explained_in_one_line(status, headers, message, here):
+    from loading.errors import WeightsError
+    here.status = (status, headers)
+    with pytest.raises(WeightsError, match=message) as error:
+        hub.fetch("v2", ("vqgan",))
+    assert "\n" not in str(error.value)
 
 
 def test_a_missing_network_is_explained_in_one_line(served, tmp_path):
@@ -632,3 +659,331 @@ def test_unknown_parts_are_refused_and_some_parts_are_enough():
     model = Wuerstchen.load("tiny", "cpu", parts=("prior", "prior_text_encoder", "prior_tokenizer"))
     assert {"stage_c", "text_encoder_c"} <= model.networks.keys()
     assert model.networks.keys().isdisjoint({"stage_a", "stage_b"})
+
+
+# --- a hub that is slow, broken or hostile -----------------------------------------------------------
+
+REPO, NAME = "me/lora", "lora.safetensors"
+CONTENT = bytes(range(256)) * 4000                           # 1 MB
+
+
+@pytest.fixture()
+def here(tmp_path, monkeypatch):
+    """A stand-in with one small repository, for calls in this process. Nothing waits for long."""
+    from huggingface_hub import constants
+    served = Hub({REPO: {NAME: CONTENT}})
+    for name, value in dict(ENDPOINT=served.url, HF_HUB_CACHE=str(tmp_path / "hub"), HF_HOME=str(tmp_path),
+                            HF_HUB_ETAG_TIMEOUT=0.2, HF_HUB_DOWNLOAD_TIMEOUT=0.2).items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(hub, "WAITS", (0, 0))
+    monkeypatch.setattr(hub, "HASHES", {})
+    yield served
+    served.close()
+
+
+def fetch_here() -> Path:
+    return hub.fetch_lora(f"hub:{REPO}")
+
+
+def left_in(home: Path) -> list[str]:
+    """What is in the cache except for locks."""
+    return sorted(path.relative_to(home / "hub/models--me--lora").as_posix() for path in home.rglob("*")
+                  if not path.is_dir() and ".locks" not in path.parts)
+
+
+def is_list(handler) -> bool:
+    return handler.path.startswith("/api/")
+
+
+def answering(body: bytes = b"", status: int = 200, times: int = 99, of=is_list, **headers):
+    """A fault: this answer instead of the right one, so many times."""
+    left = [times]
+
+    def fault(handler):
+        if not of(handler) or left[0] == 0:
+            return False
+        left[0] -= 1
+        handler.answer(status, body, **headers)
+        return True
+    return fault
+
+
+def is_file(handler) -> bool:
+    return not is_list(handler)
+
+
+def raw(body: bytes, of=is_file, before: float = 0):
+    """A fault: these bytes, after so many seconds, then the connection is closed."""
+    def fault(handler):
+        if of(handler):
+            time.sleep(before)
+            with contextlib.suppress(OSError):
+                handler.wfile.write(body)
+            handler.close_connection = True
+        return of(handler)
+    return fault
+
+
+def endless(start: bytes, of=is_list):
+    """A fault: a body without end."""
+    def fault(handler):
+        if of(handler):
+            handler.close_connection = True
+            with contextlib.suppress(OSError):
+                handler.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n" + start)
+                while True:
+                    handler.wfile.write(b"x" * 2 ** 16)
+        return of(handler)
+    return fault
+
+
+def list_with(*siblings: dict, sha: str = COMMIT) -> bytes:
+    return json.dumps({"sha": sha, "siblings": [entry_of(NAME, CONTENT), *siblings]}).encode()
+
+
+PAGE = b"<!DOCTYPE html><html>Please log in</html>"
+FLIPPED = CONTENT[:5000] + b"\x00" + CONTENT[5001:]
+LISTS = "the hub's list of files cannot be used"
+FAULTS = {
+    # the list of files
+    "silent": (raw(b"", is_list, before=0.5), "cannot be reached .*timed out"),
+    "closed at once": (raw(b"", is_list), "cannot be reached .*disconnected"),
+    "busy": (answering(b"{}", 503), "answered with an error: .*503"),
+    "asked too often": (answering(b"{}", 429), "answered with an error: .*429"),
+    "empty": (answering(), "did not answer with a list of the files of me/lora, but with b''"),
+    "a page": (answering(PAGE), "but with b'<!DOCTYPE html>.*check HF_ENDPOINT, and whether this network asks for"),
+    "cut off": (answering(list_with()[:90]), "did not answer with a list of the files"),
+    "fewer bytes than promised": (answering(list_with(), Content_Length="100000"), "cannot be reached"),
+    "deep": (answering(b"[" * 200_000), "did not answer with a list of the files"),
+    "a list": (answering(b"[]"), "did not answer with a list of the files"),
+    "no commit": (answering(b'{"siblings": []}'), LISTS),
+    "commit outside": (answering(list_with(sha="../../../../outside")), LISTS),
+    "commit a number": (answering(list_with(sha=3)), LISTS),
+    "names that are none": (answering(list_with({"rfilename": 3})), LISTS),
+    "no end": (endless(b'{"siblings": ['), "the hub's list of files does not end: expected at most 0 MB"),
+    "redirected in a circle": (lambda handler: handler.answer(302, Location=handler.path) or True,
+                               "cannot be reached .*redirects"),
+    "forbidden": (answering(b"{}", 403), "answered with an error: .*403"),
+    "not a token": (answering(b"{}", 401, X_Error_Message="Invalid credentials in Authorization header"),
+                    "answered with an error: .*401"),
+    # a file
+    "a flipped byte": (answering(FLIPPED, of=is_file), f"me/lora: {NAME} was damaged on the way: expected the checksum "
+                       f"{digest_of(NAME, CONTENT)}, found {digest_of(NAME, FLIPPED)}; it was removed, run this again"),
+    "a page of the right length": (answering(PAGE.ljust(len(CONTENT)), of=is_file),
+                                   "was damaged on the way or is a web page: expected the checksum"),
+    "a page that is too long": (endless(PAGE, of=is_file), "was damaged on the way or is a web page"),
+    "an empty file": (answering(of=is_file), f"{NAME} ended after 0 of {len(CONTENT)} bytes"),
+    "a file that is gone": (answering(status=404, of=is_file, X_Error_Code="EntryNotFound"),
+                            "lost a file while it was being fetched"),
+    "a busy store": (answering(status=503, of=is_file), "answered with an error: .*503"),
+    "a silent store": (raw(b"", before=0.5), "cannot be reached .*timed out"),
+    "redirected nowhere": (answering(status=302, of=is_file, Location="http://127.0.0.1:1/x"), "cannot be reached"),
+    "redirected to a file": (answering(status=302, of=is_file, Location="file:///etc/passwd"), "cannot be reached"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_hub_that_fails_is_explained_in_one_line(name, here, tmp_path, monkeypatch):
+    """Within seconds, and nothing stays in the cache but what a later run can use."""
+    from loading.errors import WeightsError
+    here.fault, message = FAULTS[name]
+    monkeypatch.setattr(hub, "LONGEST_LIST", (2 ** 19, 5))
+    with pytest.raises(WeightsError, match=message) as error:
+        fetch_here()
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+    assert {*left_in(tmp_path)} <= {"refs/main", f"blobs/{digest_of(NAME, CONTENT)}.incomplete"}
+    here.fault = None
+    assert fetch_here().read_bytes() == CONTENT
+
+
+def test_a_busy_hub_is_asked_again_and_waits_grow(here, monkeypatch, capsys):
+    waited = []
+    monkeypatch.setattr(hub, "WAITS", (1, 3, 9))
+    monkeypatch.setattr(hub.time, "sleep", waited.append)
+    lists, files = answering(status=503, times=2), answering(status=429, of=is_file, times=3)
+    here.fault = lambda handler: lists(handler) or files(handler)
+    assert fetch_here().read_bytes() == CONTENT
+    assert waited == [1, 3, 1, 3, 9] and "trying again in 3 s" in capsys.readouterr().err
+
+
+OUTSIDE = ["../../../../../outside", "/{0}/outside", "a/../../../../../../outside", "..\\..\\outside", "C:/outside", "C:outside",
+           "a//outside", "./outside", "outside\x1b]0;x\x07", "outside\0", "\ud83d", "x" * 300, f"{NAME}/outside"]
+
+
+def test_names_that_lead_out_of_the_cache_do_not_exist(here, tmp_path):
+    """Not in the list, not as a file that is named, and not in an index of shards."""
+    from loading.errors import WeightsError
+    names = [name.format(tmp_path) for name in OUTSIDE]
+    here.fault = answering(list_with(*({"rfilename": name, "size": 1} for name in names)))
+    repo = hub.Repository(f"hub:{REPO}")
+    assert {*repo.names} == {NAME, "x" * 300, f"{NAME}/outside"}
+    for name in names:
+        with pytest.raises(WeightsError):
+            hub.fetch_lora(f"hub:{REPO}/{name}")
+    assert fetch_here().read_bytes() == CONTENT
+    assert not [path for path in [*tmp_path.rglob("*"), *tmp_path.parent.glob("*")] if "outside" in path.name]
+
+
+@pytest.mark.parametrize("digest", ["../../../../outside", "/outside", "..", "a" * 39, "A" * 64, "", "W/x\x1b]0;x\x07"])
+def test_checksums_and_etags_that_are_none_become_no_paths(digest, here, tmp_path):
+    """In the list, where large and small files have theirs, and in the header ETag, if the list has none."""
+    from loading.errors import WeightsError
+    lists = [{"rfilename": NAME, "size": 9, "lfs": {"sha256": digest}}, {"rfilename": NAME, "size": 9, "blobId": digest}]
+    etags = [{"rfilename": NAME}]
+    for entry in lists + etags:
+        listed = json.dumps({"sha": COMMIT, "siblings": [entry]}).encode()
+        here.fault = lambda handler: answering(listed)(handler) or answering(
+            CONTENT, of=is_file, X_Repo_Commit=COMMIT, ETag="x", X_Linked_ETag=f'"{digest}"', X_Linked_Size="9")(handler)
+        with pytest.raises(WeightsError, match="gives no size and checksum to compare it with: found '.*'; check") as e:
+            fetch_here()
+        assert e.value.args[0].isprintable()
+    assert left_in(tmp_path) == ["refs/main"] and [*tmp_path.iterdir()] == [tmp_path / "hub"]
+
+
+def test_without_checksums_in_the_list_the_etag_counts(here, tmp_path):
+    """As for hubs of other makers."""
+    here.fault = answering(json.dumps({"sha": COMMIT, "siblings": [{"rfilename": NAME}]}).encode())
+    assert fetch_here().read_bytes() == CONTENT
+
+
+def test_a_download_that_was_killed_resumes_in_a_new_process(served, tmp_path):
+    """Three processes are killed on the way. Each asks for what the ones before it lack, and not for a byte more."""
+    served.files[REPO] = {NAME: CONTENT}
+    stops, script = [200_000, 200_001, 900_000], f"from loading import hub; print(hub.fetch_lora('hub:{REPO}'))"
+    partial = tmp_path / f"hub/models--me--lora/blobs/{digest_of(NAME, CONTENT)}.incomplete"
+
+    def stall(handler):
+        if is_list(handler):
+            return False
+        start = int((handler.headers.get("Range") or "bytes=0-")[6:-1])
+        starts.append(start)
+        handler.send_response(206 if start else 200)
+        handler.send_header("Content-Length", str(len(CONTENT) - start))
+        handler.end_headers()
+        handler.wfile.write(CONTENT[start:stops[len(starts) - 1]])
+        handler.close_connection = True
+        killed.wait(60)
+        return True
+    served.fault, starts = stall, []
+    for stop in stops:
+        killed = threading.Event()
+        line, options = command(served, tmp_path, "-c", script)
+        process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **options)
+        while hub.size_of(partial) < stop and process.poll() is None:
+            time.sleep(0.02)
+        process.kill()
+        process.wait()
+        killed.set()
+        assert hub.size_of(partial) == stop
+    served.fault = None
+    result = run(served, tmp_path, "-c", script)
+    assert Path(result.stdout.strip()).read_bytes() == CONTENT, result.stderr
+    assert starts == [0, *stops[:2]] and served.asked == [(f"{REPO}/{NAME}", stops[2])]
+    assert left_in(tmp_path) == [f"blobs/{digest_of(NAME, CONTENT)}", "refs/main", f"snapshots/{COMMIT}/{NAME}"]
+
+
+@pytest.mark.parametrize("there, asked", [
+    (CONTENT, []), (CONTENT + b"x", [0]), (CONTENT[:-1], [len(CONTENT) - 1]), (b"", [0]), (b"y" + CONTENT[1:9], [9])])
+def test_what_a_killed_process_left_is_checked_like_all_the_rest(there, asked, here, tmp_path):
+    """It may be whole, too long, or wrong; and a hub that knows no ranges sends everything."""
+    from loading.errors import WeightsError
+    partial = tmp_path / f"hub/models--me--lora/blobs/{digest_of(NAME, CONTENT)}.incomplete"
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes(there)
+    if there.startswith(b"y"):
+        with pytest.raises(WeightsError, match="was damaged on the way: expected"):
+            fetch_here()
+        asked = [*asked, 0]
+    assert fetch_here().read_bytes() == CONTENT and [first for _, first in here.asked] == asked
+    for path in (tmp_path / "hub").rglob(f"{NAME}"), (tmp_path / "hub").rglob(digest_of(NAME, CONTENT)):
+        next(path).unlink()
+    partial.write_bytes(CONTENT[:100])
+    here.fault = answering(CONTENT, of=is_file)
+    assert fetch_here().read_bytes() == CONTENT
+
+
+def test_leftovers_of_other_programs_are_swept_but_not_what_is_in_use(here, tmp_path):
+    """huggingface_hub's files have a name of their own per download, so nothing resumes them."""
+    from huggingface_hub.utils import WeakFileLock
+    cache, old = tmp_path / "hub/models--me--lora", time.time() - 4000
+    ages = {"a" * 64 + ".12345678.incomplete": old, "b" * 64 + ".12345678.incomplete": old,
+            "c" * 64 + ".12345678.incomplete": time.time(), "d" * 64 + ".incomplete": old,
+            "e" * 64 + ".incomplete": time.time() - 8 * 24 * 3600}
+    (cache / "blobs").mkdir(parents=True)
+    (tmp_path / "hub/.locks/models--me--lora").mkdir(parents=True)
+    for name, changed in ages.items():
+        (cache / "blobs" / name).write_bytes(b"x")
+        os.utime(cache / "blobs" / name, (changed, changed))
+    with WeakFileLock(tmp_path / f"hub/.locks/models--me--lora/{'b' * 64}.lock"):
+        fetch_here()
+    kept = [path.name[0] for path in (cache / "blobs").glob("*.incomplete")]
+    assert sorted(kept) == ["b", "c", "d"]
+
+
+def test_a_full_disk_names_the_file_its_size_and_what_is_kept(here, tmp_path):
+    from loading.errors import WeightsError
+    partial = tmp_path / f"hub/models--me--lora/blobs/{digest_of(NAME, CONTENT)}.incomplete"
+    partial.parent.mkdir(parents=True)
+    partial.symlink_to("/dev/full")
+    with pytest.raises(WeightsError, match=f"the disk is full: {NAME} needs 0.001 GB, of which 0.000 GB are there and "
+                                           "are kept: make room in .*, or set HF_HOME to another disk"):
+        fetch_here()
+    (tmp_path / "file").write_bytes(b"")
+    from huggingface_hub import constants
+    constants.HF_HUB_CACHE = str(tmp_path / "file")
+    with pytest.raises(WeightsError, match="the cache cannot be used: .*set HF_HOME to another folder"):
+        fetch_here()
+
+
+def test_file_systems_without_links_hold_the_file_itself(here, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError("no links here")
+    monkeypatch.setattr(os, "symlink", refuse)
+    assert fetch_here().read_bytes() == CONTENT and fetch_here().read_bytes() == CONTENT and len(here.asked) == 1
+    assert left_in(tmp_path) == ["refs/main", f"snapshots/{COMMIT}/{NAME}"]
+
+
+def test_two_processes_fetch_a_file_once_and_a_redirect_carries_no_token(here, tmp_path, monkeypatch):
+    from concurrent.futures import ThreadPoolExecutor
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    store, seen = Hub(here.files), []
+
+    def redirect(handler):
+        seen.append(handler.headers["Authorization"])
+        return is_file(handler) and (handler.answer(302, Location=store.url + handler.path) or True)
+    here.fault = redirect
+    store.fault = lambda handler: time.sleep(0.1) or seen.append(handler.headers["Authorization"])
+    with ThreadPoolExecutor(2) as pool:
+        assert [path.read_bytes() for path in pool.map(lambda _: fetch_here(), range(2))] == [CONTENT] * 2
+    assert len(store.asked) == 1 and seen.count(None) == 1 and {*seen} == {"Bearer hf_secret", None}
+    store.close()
+
+
+def test_hashes_are_those_of_the_content(here, tmp_path, monkeypatch):
+    """Not the name that a file has in the cache. Large ones are read once, and again when they changed."""
+    path = fetch_here()
+    assert hub.hash_of(path) == hashlib.sha256(CONTENT).hexdigest() == path.resolve().name
+    path.resolve().write_bytes(FLIPPED)
+    assert hub.hashes({"prior": path}) == {"prior": hashlib.sha256(FLIPPED).hexdigest()}
+    large = tmp_path / "large"
+    with open(large, "wb") as file:
+        file.truncate(101_000_000)
+    first, digest = hub.hash_of(large), hashlib.file_digest
+    hub.HASHES.clear()
+    monkeypatch.setattr(hashlib, "file_digest", None)        # now nothing can be read
+    assert hub.hash_of(large) == first
+    monkeypatch.setattr(hashlib, "file_digest", digest)
+    with open(large, "r+b") as file:
+        file.write(b"x")
+    assert hub.hash_of(large) not in (first, "")
+    for broken in ("[" * 100_000, "[]", "3", json.dumps({key: "../x" for key in hub.HASHES})):
+        hub.HASHES.clear()
+        (tmp_path / "wuerstchen/hashes.json").write_text(broken)
+        assert re.fullmatch("[0-9a-f]{64}", hub.hash_of(path))
+
+
+def test_what_was_verified_is_not_read_again(here, monkeypatch):
+    """An image of fetched weights costs no second reading."""
+    path = fetch_here()
+    monkeypatch.setattr(hashlib, "file_digest", None)
+    assert hub.hashes({"prior": path}) == {"prior": hashlib.sha256(CONTENT).hexdigest()}
