@@ -91,6 +91,7 @@ REFERENCE = re.compile(r"hub:([\w-][\w.-]*/[\w-][\w.-]*)(?:@(refs/\w+/\w+|[^/@]+
 UNSAFE = re.compile("[\\0-\\x1f\\x7f-\\x9f\\ud800-\\udfff]|^[A-Za-z]:")
 WAITS = (1, 3, 9)                        # seconds before a busy hub is asked again
 HASHES: dict[str, str] = {}              # what hash_of knows
+LONGEST_WAIT = 300                       # seconds without a byte, for uploads and datasets
 LONGEST_LIST = (2 ** 24, 60)             # bytes and seconds: enough for 50,000 files
 # The parts that a task needs.
 TEXT_TO_IMAGE = tuple(V2)
@@ -503,10 +504,17 @@ def some(names: Iterable[str]) -> str:
 
 # ----- errors, hashes, the cache --------------------------------------------------------------------------------------
 
+def limit_waits() -> None:
+    """For calls of huggingface_hub, also by other packages: without this they wait for an answer for ever."""
+    from huggingface_hub import get_session
+    get_session().timeout = LONGEST_WAIT
+
+
 @contextlib.contextmanager
 def hub_errors(repo: str, revision: str):
     """For calls of huggingface_hub: turns its many exceptions into a WeightsError that says what to do."""
     from huggingface_hub import constants, errors
+    limit_waits()
     try:
         yield
     except WeightsError:

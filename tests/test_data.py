@@ -567,23 +567,48 @@ def test_a_missing_package_is_named(tmp_path, no_optional_packages, source, mess
         open_dataset(source.format(tmp_path), index_folder=tmp_path / "kept")
 
 
+class HubRows(list):
+    """Rows as the package datasets returns them: decoded, which opens the files that they name, unless as arrow."""
+    def __init__(self, rows, **features):
+        super().__init__(rows)
+        self.features = features
+
+    def __iter__(self):
+        raise AssertionError("this would decode")
+
+    def with_format(self, name):
+        assert name == "arrow"
+        return self
+
+    def iter(self, size):
+        return (types.SimpleNamespace(to_pylist=lambda start=start: self[start:start + size])
+                for start in range(0, len(self), size))
+
+
+def stand_in_for_datasets(monkeypatch, load_dataset, **data_files):
+    builder = types.SimpleNamespace(config=types.SimpleNamespace(data_files=data_files), repo_id=None)
+    module = types.SimpleNamespace(load_dataset=load_dataset, Image=int, load_dataset_builder=lambda *_: builder)
+    monkeypatch.setitem(sys.modules, "datasets", module)
+
+
+@pytest.mark.parametrize("file", ["/home/me/x.parquet", "zip://*.png::/home/me/x.zip", "file:///x.tar", "s3://mine/x"])
+def test_a_dataset_of_the_hub_that_names_other_files_is_refused(file, tmp_path, monkeypatch):
+    """Its README may name any, and the package would read them."""
+    stand_in_for_datasets(monkeypatch, None, train=["hf://datasets/a/b@0/x.parquet", file])
+    with pytest.raises(ValueError, match=f"hub:a/b cannot be loaded: it names {re.escape(file)}, which is not a file of"):
+        open_dataset("hub:a/b", index_folder=tmp_path)
+
+
 def test_a_dataset_of_the_hub_becomes_a_tar_file_once(tmp_path, monkeypatch):
     """With a stand-in for the package: images as bytes, and text and numbers in the other columns."""
-    class Table(list):
-        features = dict(image=types.SimpleNamespace(decode=True), text=None)
-
-        def cast_column(self, name, kind):
-            assert name == "image" and not kind.decode
-            return self
     asked = []
 
     def load_dataset(name, split):
         asked.append((name, split))
         if "/" not in name:
             raise FileNotFoundError("Couldn't find it\nanywhere")
-        return Table(table(3))
-    module = types.SimpleNamespace(load_dataset=load_dataset, Image=types.SimpleNamespace)
-    monkeypatch.setitem(sys.modules, "datasets", module)
+        return HubRows(table(3), image=0, text=None)
+    stand_in_for_datasets(monkeypatch, load_dataset)
     for _ in range(2):
         dataset = open_dataset("hub:some/set:test", index_folder=tmp_path, min_score=0.25)
         assert captions_of(dataset) == [["image 1"], ["image 2"]]
@@ -808,15 +833,15 @@ def test_rows_without_an_image_are_skipped_and_named_and_no_file_of_this_disk_is
     secret = tmp_path / "secret.png"
     secret.write_bytes(encoded(noise_image(5)))
     cells = [encoded(noise_image(0)), None, {"bytes": None, "path": None}, {"bytes": None, "path": str(secret)},
-             {"bytes": encoded(noise_image(1)), "path": "x.png"}]
+             {"bytes": encoded(noise_image(1)), "path": "x.png"}, {"bytes": None, "path": 3}, "a\0b", 7]
     rows = [{"image": cell, "other": None, "text": f"row {i}", "none": None} for i, cell in enumerate(cells)]
     tables.write_tar(rows_as_table(rows, "image", "other"), tmp_path / "t.table.tar")
     dataset = open_dataset(tmp_path / "t.table.tar")
     assert captions_of(dataset) == [["row 0"], ["row 4"]]
     np.testing.assert_array_equal(dataset.read(1), np.asarray(noise_image(1)))
-    assert "; images from column image; captions from text; 3 skipped: " in dataset.describe()
+    assert "; images from column image; captions from text; 6 skipped: " in dataset.describe()
     reasons = {name[-9:]: why for name, why in dataset.skipped}
-    assert reasons["000000001"] == reasons["000000002"] == "column image: it is null"
+    assert all(reasons[f"00000000{row}"] == "column image: it is null" for row in (1, 2, 5, 7))
     assert reasons["000000003"] == (f"column image: it only names the file {secret}, and files that a table names "
                                     "are not read")
     table = rows_as_table(rows[3:4], "image")
@@ -834,9 +859,8 @@ def test_a_configuration_of_the_hub_is_passed_on_or_named(tmp_path, monkeypatch)
             raise ValueError("Config name is missing.\n"
                              "Please pick one among the available configs: ['small', 'large']\n")
         rows = table(1)
-        return type("Rows", (list,), dict(features=dict(image=None, img={"bytes": 0}, text=None)))(
-            [dict(img=row["image"], **row) for row in rows])
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset, Image=int))
+        return HubRows([dict(img=row["image"], **row) for row in rows], image=None, img={"bytes": 0}, text=None)
+    stand_in_for_datasets(monkeypatch, load_dataset)
     with pytest.raises(ValueError, match="hub:a/b cannot be loaded: Config name is missing. It has the configurations "
                                          r"\['small', 'large'\]: choose one with --dataset-config"):
         open_dataset("hub:a/b", index_folder=tmp_path)

@@ -987,3 +987,18 @@ def test_what_was_verified_is_not_read_again(here, monkeypatch):
     path = fetch_here()
     monkeypatch.setattr(hashlib, "file_digest", None)
     assert hub.hashes({"prior": path}) == {"prior": hashlib.sha256(CONTENT).hexdigest()}
+
+
+def test_an_upload_to_a_hub_that_does_not_answer_ends(here, monkeypatch, capsys):
+    """The training before it was not in vain, and ends with a line that names its result."""
+    import socket
+    from argparse import Namespace
+    from huggingface_hub import constants
+    from training import results
+    monkeypatch.setattr(results, "pushed_files", lambda _: {})
+    monkeypatch.setattr(results, "pushed_card", lambda _: "")
+    monkeypatch.setattr(hub, "LONGEST_WAIT", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        results.push(Namespace(push_to_hub="me/x", hub_token="hf_x", out="runs/x", steps=3))
+    assert re.search("the upload failed, the result is in runs/x: .* cannot be reached", capsys.readouterr().err)

@@ -3,8 +3,8 @@
   path -open_table-> Table;  "NAME:SPLIT" -hub_table-> Table;  Table -write_tar-> a tar file, a row per image
 
 Surprise: a row may hold only the name of a file. Such a file is not read, because whoever made the table would then
-decide what is read from this disk. It is counted as skipped. The exception are files in the cache of datasets, where it
-puts the images of a dataset that is itself a folder.
+decide what is read from this disk. It is counted as skipped. The exception are files of the same dataset in the cache,
+where datasets puts the images of one that is itself a folder. A dataset that is made of files of this disk is refused.
 Needs: pyarrow for parquet and arrow files, datasets for the Hub.
 """
 import io
@@ -16,11 +16,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from extras.images import reason
+from loading.errors import printable
+from loading.hub import limit_waits
 
 TABLES = (".parquet", ".arrow")
 NOT_USABLE = ".skipped"          # suffix of the member of a tar that says why a row has no image
 # Names of the column with the images, in this order; other names are taken if there is only one column of images.
 IMAGE_COLUMNS = ("image", "images", "img", "jpg", "jpeg", "png", "webp", "photo", "picture")
+
+
+PLAIN = (str, int, float, type(None))            # kept of other columns, also in lists: captions and numbers
 
 
 @dataclass
@@ -71,23 +76,29 @@ def hub_table(name_and_split: str, config: str | None = None) -> Table:
     name, _, split = name_and_split.partition(":")
     try:
         import datasets
+        from huggingface_hub import constants
     except ImportError:
         raise ValueError(f"hub:{name} needs the package datasets: pip install datasets") from None
+    limit_waits()
     try:
+        builder = datasets.load_dataset_builder(name, *[config] * bool(config))
+        for files in (getattr(builder.config, "data_files", None) or {}).values():       # of its README or its layout
+            for file in files:
+                if not re.match("(hf|https?)://", file.split("::")[-1]):
+                    raise ValueError(f"it names {printable(file)}, which is not a file of the Hub, and is not read")
         rows = datasets.load_dataset(name, *[config] * bool(config), split=split or "train")
     except Exception as error:                   # of a dozen kinds: not found, no network, another split, ...
         configs = re.search(r"available configs: (\[.*?\])", str(error))
         more = f" It has the configurations {configs[1]}: choose one with --dataset-config" if configs else ""
         raise ValueError(f"hub:{name} cannot be loaded: {reason(error)}{more}") from error
-    columns = {}
-    for column, kind in rows.features.items():
-        columns[column] = (isinstance(kind, datasets.Image) or isinstance(kind, dict) and "bytes" in kind
-                           or getattr(kind, "dtype", None) in ("binary", "large_binary"))
-        if isinstance(kind, datasets.Image):     # its bytes unchanged, rather than decoded
-            rows = rows.cast_column(column, datasets.Image(decode=False))
-    names = ("HF_CACHE_HOME", "HF_DATASETS_CACHE", "DOWNLOADED_DATASETS_PATH", "EXTRACTED_DATASETS_PATH")
-    caches = [getattr(getattr(datasets, "config", None), cache, None) for cache in names]
-    return Table(f"hub:{name}", columns, rows, [Path(cache).resolve() for cache in caches if cache])
+    columns = {column: isinstance(kind, datasets.Image) or isinstance(kind, dict) and "bytes" in kind
+               or getattr(kind, "dtype", None) in ("binary", "large_binary") for column, kind in rows.features.items()}
+    # As they are stored: decoding them, in whichever column, would open files that they name.
+    stored = (row for batch in rows.with_format("arrow").iter(16) for row in batch.to_pylist())
+    caches = [getattr(getattr(datasets, "config", None), cache, None)
+              for cache in ("DOWNLOADED_DATASETS_PATH", "EXTRACTED_DATASETS_PATH")]
+    caches.append(Path(constants.HF_HUB_CACHE, f"datasets--{(builder.repo_id or name).replace('/', '--')}"))
+    return Table(f"hub:{name}", columns, stored, [Path(cache).resolve() for cache in caches if cache])
 
 
 def write_tar(table: Table, path: Path, asked: str | None = None) -> None:
@@ -99,8 +110,8 @@ def write_tar(table: Table, path: Path, asked: str | None = None) -> None:
     label = re.sub(r"[^\w-]+", "-", column)
     with tarfile.open(path, "w") as tar:
         for number, row in enumerate(table.rows):
-            facts = {key: value for key, value in row.items()
-                     if key != column and (value is None or isinstance(value, (str, int, float, list)))}
+            facts = {key: value for key, value in row.items() if key != column and all(
+                isinstance(item, PLAIN) for item in (value if isinstance(value, list) else [value]))}
             # Pillow recognizes images by their content, not by their name, so .jpg will do for all.
             try:
                 members = {f".{label}.jpg": content_of_cell(row[column], table.folders),
@@ -140,8 +151,8 @@ def content_of_cell(cell, folders: list[Path]) -> bytes:
         cell, path = cell.get("bytes"), cell.get("path")
     if isinstance(cell, bytes):
         return cell
-    if not path:
+    if not path or not isinstance(path, str):
         raise ValueError("it is null")
     if not any(Path(path).resolve().is_relative_to(folder) for folder in folders):
-        raise ValueError(f"it only names the file {path}, and files that a table names are not read")
+        raise ValueError(f"it only names the file {printable(path)}, and files that a table names are not read")
     return Path(path).read_bytes()
