@@ -10,15 +10,13 @@ as seen from the working folder, and looked for from all folders above the image
 Needs: the standard library; torch and transformers to write settings, and for some images to read them.
 """
 import argparse
-import hashlib
 import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 from loading.errors import UserError, WeightsError
-from loading.files import STEM, find_file
-from loading.hub import NAMES
+from loading.hub import NAMES, digest, hashes
 from loading.layouts import is_name, locate
 
 DTYPES = dict(fp32="float32", bf16="bfloat16", fp16="float16")
@@ -244,15 +242,6 @@ def find(image: str | Path, name: str, stored: str, hashes: dict[str, str]) -> s
     return str(place.relative_to(Path.cwd()) if place.is_relative_to(Path.cwd()) else place)
 
 
-def digest(path: str | Path) -> str | None:
-    """The sha256 of a file, or of the weight file in a folder."""
-    try:
-        with open(find_file(path, (STEM, "model", "pytorch_model")), "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except WeightsError:
-        return None
-
-
 # ----- writing -------------------------------------------------------------------------------------------------------
 
 def settings_of(job: argparse.Namespace, model, image) -> dict:
@@ -262,7 +251,6 @@ def settings_of(job: argparse.Namespace, model, image) -> dict:
     """
     import torch
     import transformers
-    from loading.hub import hashes
     files = {name: getattr(job, name) for name in INPUTS if getattr(job, name)}
     files |= {f"lora {Path(file).name}": file for file in model.loras}
     made_from = hashes(model.paths) | {name: digest(file) for name, file in files.items()}

@@ -207,29 +207,27 @@ def list_files(repo: str, revision: str, offline: bool) -> dict[str, File]:
     return files
 
 
-def ask_for_list(repo: str, revision: str) -> dict:
+def ask_for_list(repo: str, revision: str):
     """What the hub answers about a repository, limited in time and size. Raises WeightsError."""
     from huggingface_hub import constants
+    (most, seconds), path = LONGEST_LIST, f"/api/models/{repo}/revision/{quote(revision, safe='')}?blobs=true"
 
     def ask() -> bytes:
-        text, end = bytearray(), time.monotonic() + LONGEST_LIST[1]
-        with request(f"/api/models/{repo}/revision/{quote(revision, safe='')}?blobs=true",
-                     constants.HF_HUB_ETAG_TIMEOUT) as response:
+        text, end = bytearray(), time.monotonic() + seconds
+        with request(path, constants.HF_HUB_ETAG_TIMEOUT) as response:
             for chunk in response.iter_bytes():
                 text += chunk
-                if len(text) > LONGEST_LIST[0] or time.monotonic() > end:
+                if len(text) > most or time.monotonic() > end:
                     raise WeightsError(f"{repo}: the hub's list of files does not end: expected at most "
-                                       f"{LONGEST_LIST[0] // 2 ** 20} MB in {LONGEST_LIST[1]} s; check HF_ENDPOINT")
+                                       f"{most // 2 ** 20} MB in {seconds} s; check HF_ENDPOINT")
         return bytes(text)
     with hub_errors(repo, revision):
         text = patiently(ask)
     try:
-        if isinstance(info := json.loads(text), dict):
-            return info
+        return json.loads(text)
     except (ValueError, RecursionError):
-        pass
-    raise WeightsError(f"{constants.ENDPOINT} did not answer with a list of the files of {repo}, but with "
-                       f"{text[:40]!r}: check HF_ENDPOINT, and whether this network asks for a login")
+        raise WeightsError(f"{constants.ENDPOINT} did not answer with a list of the files of {repo}, but with "
+                           f"{text[:40]!r}: check HF_ENDPOINT, and whether this network asks for a login") from None
 
 
 @contextlib.contextmanager
@@ -550,19 +548,20 @@ def first_line(error: Exception) -> str:
 
 
 def hashes(paths: dict[str, Path | None]) -> dict[str, str]:
-    """part -> sha256 of its weight file, to record what an image was made with."""
-    result = {}
-    for part in ("prior", "decoder", "vqgan", "image_encoder", "prior_text_encoder", "text_encoder"):
-        if paths.get(part) is None:
-            continue
-        with contextlib.suppress(WeightsError):          # an image encoder that was not needed yet
-            file = find_file(paths[part], (STEM, "model", "pytorch_model"))
-            if file.suffix == ".json":                   # of several files
-                several = [hash_of(file.parent / name) for name in shards(file)]
-                result[part] = hashlib.sha256("".join(several).encode()).hexdigest()
-            else:
-                result[part] = hash_of(file)
-    return result
+    """part -> digest, to record what an image was made with."""
+    parts = ("prior", "decoder", "vqgan", "image_encoder", "prior_text_encoder", "text_encoder")
+    found = {part: digest(paths[part]) for part in parts if paths.get(part) is not None}
+    return {part: value for part, value in found.items() if value}       # not of an encoder that was not needed yet
+
+
+def digest(path: str | Path) -> str | None:
+    """The sha256 of a file, or of the weights in a folder; of several files, that of all of theirs. None: no file."""
+    try:
+        file = find_file(path, (STEM, "model", "pytorch_model"))
+        several = [hash_of(file.parent / name) for name in shards(file)] if file.suffix == ".json" else []
+        return hashlib.sha256("".join(several).encode()).hexdigest() if several else hash_of(file)
+    except WeightsError:
+        return None
 
 
 def hash_of(path: Path, known: str = "") -> str:

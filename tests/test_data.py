@@ -595,7 +595,7 @@ def stand_in_for_datasets(monkeypatch, load_dataset, **data_files):
 def test_a_dataset_of_the_hub_that_names_other_files_is_refused(file, tmp_path, monkeypatch):
     """Its README may name any, and the package would read them."""
     stand_in_for_datasets(monkeypatch, None, train=["hf://datasets/a/b@0/x.parquet", file])
-    with pytest.raises(ValueError, match=f"hub:a/b cannot be loaded: it names {re.escape(file)}, which is not a file of"):
+    with pytest.raises(ValueError, match=f"hub:a/b cannot be loaded: it names {re.escape(file)}, which is not a"):
         open_dataset("hub:a/b", index_folder=tmp_path)
 
 

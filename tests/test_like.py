@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 
 import sample
 from extras import cli, like
-from extras.like import digest
 from extras.metadata import save_png
 from helpers import PUBLISHED
+from loading.hub import digest
 
 TINY = Path(sample.__file__).parent / "models" / "tiny"
 FULL = dict(                                     # settings of a PNG in which every option is set, as far as possible
