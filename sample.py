@@ -24,8 +24,9 @@ import functools
 import sys
 
 from extras import cli
-from extras.cli import comma_list, integer, number, positive_int, steps, unit_float
+from extras.cli import comma_list, steps
 from extras.jobs import exit_on_error
+from loading.options import BATCH, IMAGES, SEED, SIDE, Number, unit_float
 
 USAGE = """usage:   python sample.py --prompt "..." [options]
 example: python sample.py --prompt "a red apple on a blue background" --seed 1
@@ -43,20 +44,20 @@ def parser() -> argparse.ArgumentParser:
     add("--prompt", metavar="TEXT", help="a description of the image")
     add("--negative-prompt", metavar="TEXT", default="",
         help="what to steer away from; has no effect if guidance is 1 (default: nothing)")
-    add("--num-images", metavar="N", type=positive_int, default=1,
+    add("--num-images", metavar="N", type=IMAGES, default=1,
         help="images of each prompt, each with its own seed (default: 1)")
-    add("--seed", metavar="N", type=integer(0),
+    add("--seed", metavar="N", type=SEED,
         help="the same seed and settings always give the same image; of several images, each next "
              "one has the next seed (default: random, and printed)")
     add("--out", metavar="PATH", default="out",
         help="a .png, .jpg or .webp file (.gif for an interpolation), or a folder in which PNG "
              "files are named after prompt and seed; of several images, FILE.png becomes "
              "FILE_SEED.png (default: out)")
-    add("--width", metavar="PX", type=integer(64),
+    add("--width", metavar="PX", type=SIDE,
         help="any from 64; far from the size the weights were trained on, images get worse "
              "(default: 128 for the tiny weights, 512 for v1, 1024 for others; with --init: its "
              "shape, at most 4 : 1, the shorter side that long)")
-    add("--height", metavar="PX", type=integer(64), help="any from 64 (default: see --width)")
+    add("--height", metavar="PX", type=SIDE, help="any from 64 (default: see --width)")
     add("--init", metavar="IMAGE",
         help="start from this image instead of noise; without --prompt: variations of it")
     add("--strength", metavar="X", type=unit_float,
@@ -71,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
     add("--steps-c", metavar="STEPS", type=steps,
         help="steps of Stage C, which decides what is in the image: more are slower and finer "
              "(default: 29; for v1 60); other forms: see --steps-b")
-    add("--guidance-c", metavar="SCALE", type=comma_list(number, 1, 2),
+    add("--guidance-c", metavar="SCALE", type=comma_list(Number(), 1, 2),
         help="how strongly Stage C follows the prompt: 1 is no guidance, in half the time; raise "
              "it if the prompt is ignored, lower it if colours glare; two numbers, 8,2: at noise "
              "level 1 and at 0 (default: 4; for v1 6)")
@@ -82,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
         help="a number; or segments, 2/3:20,0:10 for 20 steps from noise level 1 down to 2/3 and "
              "10 to 0; or the levels themselves, 1,0.6,0.3,0; or "
              f"{cli.PUBLISHED_STEPS}, 29 steps (default: 12; for v1 8)")
-    add("--guidance-b", metavar="SCALE", type=comma_list(number, 1, 2),
+    add("--guidance-b", metavar="SCALE", type=comma_list(Number(), 1, 2),
         help="default: 1; for v1 2, for the tiny weights 4")
     add("--sampler-c", choices=cli.SAMPLERS["c"],
         help="ddpm, the original's; ddim, deterministic; or dpm++, of second order, which needs "
@@ -97,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", choices=cli.DTYPES,
         help="precision: fp32 is exact, the others need half the memory (default: bf16 on a GPU, "
              "else fp32)")
-    add("--batch", metavar="N", type=positive_int, default=1,
+    add("--batch", metavar="N", type=BATCH, default=1,
         help="images computed at a time: more is faster on a GPU, and rounds differently "
              "(default: 1)")
     cli.add_output_options(p)

@@ -19,17 +19,23 @@ processes sees the same work, and a resumed run equals an unbroken one.
 Paper: arXiv:2306.00637 (Stage A); VQGAN: arXiv:2012.09841.
 Needs: torch, numpy, pillow, tqdm; torchvision for --perceptual.
 """
-from training.options import (Parser, add_data_options, add_optimization_options,
-                              add_output_options, check_at_least, check_services, check_shares)
+import sys
+
+from loading.errors import RESUME_HINT, UserError, exit_on_user_error
+from loading.options import Number, Parser, below_one, integer, positive_int, unit_float
+from training.options import (add_data_options, add_optimization_options, add_output_options,
+                              check_services)
 
 
 def parse_args(argv=None):
     p = Parser(__doc__)
     add = p.add_argument_group("model").add_argument
-    add("--width", type=int, default=48, help="channels at the coarsest level (official: 384)")
-    add("--bottleneck-blocks", type=int, default=4,
+    add("--width", type=integer(2, 8192), default=48,
+        help="channels at the coarsest level (official: 384)")
+    add("--bottleneck-blocks", type=integer(1, 100), default=4,
         help="decoder blocks at the coarsest level (official: 12)")
-    add("--codebook-size", type=int, default=1024, help="number of codes (official: 8192)")
+    add("--codebook-size", type=integer(1, 2 ** 20), default=1024,
+        help="number of codes (official: 8192)")
     add("--config", help="instead of these three: official, or a config.json with diffusers' names "
                          "(embed_dim, bottleneck_blocks, num_vq_embeddings ...)")
     add("--init", help="start from this folder or file of weights, as for sample.py --vqgan")
@@ -37,34 +43,36 @@ def parse_args(argv=None):
         help="train only the decoder, for images of one kind: latents and codebook stay the same "
              "to the bit, so Stage B stays valid")
     add = p.add_argument_group("loss").add_argument
-    add("--l1", type=float, default=1.0, help="weight of the absolute error: against soft edges")
-    add("--l2", type=float, default=2.0, help="weight of the squared error: against wrong colours")
+    add("--l1", type=Number(0), default=1.0,
+        help="weight of the absolute error: against soft edges")
+    add("--l2", type=Number(0), default=2.0,
+        help="weight of the squared error: against wrong colours")
     add("--perceptual", help="also compare images by the features of a classifier: a file of "
         "torchvision's VGG16 weights, or vgg16, which downloads it; for photos, not for emoji")
-    add("--perceptual-weight", type=float, default=0.1, help="weight of that comparison")
-    add("--quantise", type=float, default=0.5,
+    add("--perceptual-weight", type=Number(0), default=0.1, help="weight of that comparison")
+    add("--quantise", type=unit_float, default=0.5,
         help="share of images that are decoded from quantised latents")
     add("--codebook", choices=["gradient", "ema"], default="gradient",
         help="how codes follow their latents: by a loss, or as running means")
-    add("--codebook-decay", type=float, default=0.99, help="decay of these means")
-    add("--commitment", type=float, default=0.25,
+    add("--codebook-decay", type=below_one, default=0.99, help="decay of these means")
+    add("--commitment", type=Number(0), default=0.25,
         help="weight of the commitment loss, which keeps latents near their codes")
-    add("--revive-every", type=int, default=100,
+    add("--revive-every", type=positive_int, default=100,
         help="steps after which unused codes are moved to where latents are")
-    add("--gan-start", type=int, help="step at which the discriminator joins, best when the "
+    add("--gan-start", type=integer(0), help="step at which the discriminator joins, best when the "
         "reconstruction no longer improves (default: never)")
-    add("--gan-weight", type=float, default=0.1,
+    add("--gan-weight", type=Number(0), default=0.1,
         help="pull of the discriminator at the last layer, relative to the reconstruction's")
     g = add_data_options(p, "scenes:all:100000:0", crop=None, captions=False,
                          what="; captions are not used (default: %(default)s)")
-    g.add_argument("--resolution", type=int,
+    g.add_argument("--resolution", type=integer(4, 4096, step=4),
                    help="px, side of the squares to train on, a multiple of 4; larger images work "
                         "with the result as well (default: 128 for scenes, else 256)")
     g = add_optimization_options(
         p, steps=8000, batch=4, lr=2e-3, schedule="trapezoid", warmup=100, weight_decay=1e-4,
         ema=0.999, large=False,
         lr_note="; the discriminator's is a quarter of it; use 1e-4 for the official size")
-    g.add_argument("--norm-steps", type=int, default=300,
+    g.add_argument("--norm-steps", type=integer(0), default=300,
                    help="steps after which BatchNorm keeps its statistics, so that a latent no "
                         "longer depends on the batch; later for larger models")
     add_output_options(p, result="vqgan/, which sample.py and train_b.py read", save_every=1000,
@@ -74,8 +82,11 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 
-if __name__ == "__main__":
-    ARGS = parse_args()      # before the slow imports below: --help and errors answer at once
+if __name__ == "__main__":       # before the imports below, so that --help need not wait for torch
+    with exit_on_user_error(RESUME_HINT):
+        args = parse_args()
+        import train_a
+        sys.exit(train_a.main(args))
 
 import contextlib
 import json
@@ -87,7 +98,6 @@ import torch
 from PIL import Image
 
 from extras.images import grid
-from loading.errors import RESUME_HINT, UserError, exit_on_user_error
 from loading.files import write_atomically
 from loading.names import config_to_ours
 from loading.weights import load_stage_a
@@ -111,15 +121,7 @@ CURVES = ["loss", "val_psnr", "val_psnr_quantised", "perplexity", "grad_norm", "
 
 def check(args) -> None:
     """Raises UserError for options that make no sense, before anything is loaded."""
-    check_at_least(args, width=2, bottleneck_blocks=1, codebook_size=1, revive_every=1, l1=0, l2=0,
-                   commitment=0, perceptual_weight=0, norm_steps=0, gan_start=0, gan_weight=0)
     check_services(args)
-    check_shares(args, "ema", "codebook_decay")
-    if not 0 <= args.quantise <= 1:
-        raise UserError(f"--quantise is {args.quantise}, expected a share from 0 to 1")
-    if args.resolution is not None and (args.resolution < 4 or args.resolution % 4):
-        raise UserError(f"--resolution is {args.resolution}, expected a multiple of 4, since "
-                        f"4 x 4 pixels become one latent")
     if args.perceptual and args.resolution is not None and args.resolution < 16:
         raise UserError(f"--resolution is {args.resolution}, but --perceptual halves images four "
                         f"times, so it needs at least 16")
@@ -411,7 +413,3 @@ def main(args):
     stop.restore()
     processes.close()
 
-
-if __name__ == "__main__":
-    with exit_on_user_error(RESUME_HINT):
-        main(ARGS)

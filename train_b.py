@@ -27,8 +27,9 @@ Needs: torch, torchvision, numpy, pillow, tqdm; transformers for text; training/
 """
 import sys
 
-from training.options import (Parser, add_data_options, add_optimization_options,
-                              add_output_options, check_at_least, check_services, check_shares)
+from loading.options import RESOLUTION, Number, Parser, below_one, integer, unit_float
+from training.options import (add_data_options, add_optimization_options, add_output_options,
+                              check_services)
 
 
 def parse_args(argv=None):
@@ -54,25 +55,28 @@ def parse_args(argv=None):
     g = add_data_options(p, default="scenes:all:32000:1",
                          cache="latents of the VQGAN and of a frozen image encoder, and text "
                          "embeddings")
-    g.add_argument("--resolution", type=int, nargs="+", help="px: the side of a square image, or "
-                   "of one with the same area; of several, each step draws one (default: 128 for "
-                   "the tiny encoder, 1024 for others, with --v1 512)")
-    g.add_argument("--semantic-dropout", type=float, default=0.05, help="share of semantic latents "
-                   "that are zeroed, each drawn separately, for guidance")
-    g.add_argument("--semantic-noise", type=float, default=0.3, help="share of semantic latents "
-                   "that get noise of a level up to 0.5, so that Stage C's small errors do no harm")
+    g.add_argument("--resolution", type=RESOLUTION, nargs="+", help="px: the side of a square "
+                   "image, or of one with the same area; of several, each step draws one (default: "
+                   "128 for the tiny encoder, 1024 for others, with --v1 512)")
+    g.add_argument("--semantic-dropout", type=below_one, default=0.05, help="share of semantic "
+                   "latents that are zeroed, each drawn separately, for guidance")
+    g.add_argument("--semantic-noise", type=unit_float, default=0.3, help="share of semantic "
+                   "latents that get noise of a level up to 0.5, so that Stage C's small errors do "
+                   "no harm")
     g = add_optimization_options(
         p, title="optimization (small: the default with the tiny encoder)", steps=6000, batch=None,
         lr=None, schedule="trapezoid", warmup=100, weight_decay=1e-3, ema=None,
         batch_note=" (default: 4; small 32)", ema_note=" (default: 0.999; small 0.998)",
         lr_note=" (default: from random weights 1e-4, else 1e-5; small 1.5e-3)")
-    g.add_argument("--blind", type=int, help="first steps in which x_t is empty, so that Stage B "
-                   "must generate the image from the semantic latents, the fastest way to learn "
-                   "that; with --v1 all tokens are random (default: 0; small and random: 2000)")
-    g.add_argument("--guide-attention", type=float, help="with --v1: weight of a loss that shows "
-                   "attention where each semantic vector belongs (default: 0; small 0.3)")
-    g.add_argument("--high-noise", type=float, help="exponent that moves noise levels towards 1, "
-                   "where semantic latents matter (default: 1, even; small 1.5, not with --v1)")
+    g.add_argument("--blind", type=integer(0), help="first steps in which x_t is empty, so that "
+                   "Stage B must generate the image from the semantic latents, the fastest way to "
+                   "learn that; with --v1 all tokens are random (default: 0; small and random: "
+                   "2000)")
+    g.add_argument("--guide-attention", type=Number(0), help="with --v1: weight of a loss that "
+                   "shows attention where each semantic vector belongs (default: 0; small 0.3)")
+    g.add_argument("--high-noise", type=Number(0, above=True), help="exponent that moves noise "
+                   "levels towards 1, where semantic latents matter (default: 1, even; small 1.5, "
+                   "not with --v1)")
     g.add_argument("--loss", choices=["eps", "head"], help="eps, the default: error of the noise, "
                    "as the released models were trained; head: of signal and noise scale, the two "
                    "outputs it is made of, which learns faster from random weights")
@@ -134,17 +138,10 @@ CURVES = ["loss", "val_loss",
 
 def check(args) -> None:
     """Raises UserError for options that make no sense together, before anything is loaded."""
-    check_at_least(args, blind=0, guide_attention=0)
     check_services(args)
-    check_shares(args, "caption_dropout", "semantic_dropout", "ema")
     new, only_v2 = args.init == "random", ("loss", "loss_weight", "even_contrast")
     only_v2 = [f"--{name.replace('_', '-')}" for name in only_v2 if args.v1 and getattr(args, name)]
     for conflict, message in (
-            (not 0 <= args.semantic_noise <= 1,
-             f"--semantic-noise is {args.semantic_noise}, expected a share from 0 to 1"),
-            (args.high_noise is not None and not args.high_noise > 0, f"--high-noise is "
-             f"{args.high_noise}, expected an exponent above 0: 1 draws noise levels evenly, 1.5 "
-             f"more of the high ones"),
             (only_v2, f"{', '.join(only_v2)} is for v2, whose Stage B generates latents; --v1 has "
              f"its own loss, cross-entropy over tokens: remove one of them"),
             (args.guide_attention and not args.v1, "--guide-attention is for --v1: in v2 the "

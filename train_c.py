@@ -23,8 +23,9 @@ Needs: torch, torchvision, transformers, numpy, pillow, tqdm; training/, loading
 """
 import sys
 
-from training.options import (Parser, add_data_options, add_optimization_options,
-                              add_output_options, check_at_least, check_services, check_shares)
+from loading.options import RESOLUTION, Number, Parser, below_one, integer
+from training.options import (add_data_options, add_optimization_options, add_output_options,
+                              check_services)
 
 
 def parse_args(argv=None):
@@ -48,28 +49,30 @@ def parse_args(argv=None):
                    help="train a LoRA: about 10 MB next to the weights, which do not change")
     g.add_argument("--lora-weights", metavar="FILE", help="continue this LoRA, a file or a run's "
                    "folder, with its rank, alpha and targets")
-    g.add_argument("--rank", type=int, default=8, help="a higher one learns more and forgets more")
-    g.add_argument("--alpha", type=float, help="its scale is alpha / rank (default: the rank)")
+    g.add_argument("--rank", type=integer(1, 8192), default=8,
+                   help="a higher one learns more and forgets more")
+    g.add_argument("--alpha", type=Number(0, above=True),
+                   help="its scale is alpha / rank (default: the rank)")
     g.add_argument("--targets", default="attention", help="layers that get a LoRA: attention, "
                    "attention+mlp, all, or a regular expression for their names")
-    g.add_argument("--lora-dropout", type=float, default=0.0, help="share of its inputs to drop")
+    g.add_argument("--lora-dropout", type=below_one, default=0.0, help="share of inputs to drop")
     g.add_argument("--rslora", action="store_true", help="scale alpha / sqrt(rank), for high ranks")
     g.add_argument("--dora", action="store_true",
                    help="train length and direction of each weight separately (arXiv:2402.09353)")
     g.add_argument("--trigger", default="", help="trigger words, noted in the file for its users")
     g = add_data_options(p, cache="latents and text embeddings; then neither encoder stays in "
                          "memory, and an epoch is 1.2 to 1.8 times as fast")
-    g.add_argument("--resolution", type=int, help="px: the side of a square image, or of one with "
-                   "the same area (default: 128 for the tiny weights, 1024 for others)")
+    g.add_argument("--resolution", type=RESOLUTION, help="px: the side of a square image, or of "
+                   "one with the same area (default: 128 for the tiny weights, 1024 for others)")
     g = add_optimization_options(
         p, steps=1000, batch=4, lr=None, schedule="constant", warmup=50, weight_decay=0.01,
         ema=0.999, beta2=0.999, lr_note=" (default: 1e-4; for full fine-tuning 1e-5)",
         decay_note="not for norms, biases and LoRA")
     g.add_argument("--loss-weight", choices=["p2", "none", "min-snr", "v"], default="p2",
                    help="weight of errors by noise level: training/losses.py; p2 is the original's")
-    g.add_argument("--offset-noise", type=float, default=0.0, help="noise shared by a whole "
+    g.add_argument("--offset-noise", type=Number(0), default=0.0, help="noise shared by a whole "
                    "channel, so that very dark and bright images are learned; 0.05 to 0.1")
-    g.add_argument("--preserve", type=float, default=0.0, help="share of the samples that get "
+    g.add_argument("--preserve", type=below_one, default=0.0, help="share of the samples that get "
                    "another prompt and train the network to predict what it did before, so that "
                    "little is forgotten: 0.7 to 0.85 for a few images; see training/preserve.py")
     g.add_argument("--preserve-prompts", help="what not to forget: a text file with a prompt per "
@@ -128,9 +131,7 @@ CURVES = ["loss", "val_loss", "grad_norm", *(f"val_loss_t_{t:.2f}" for t in T_GR
 
 def check(args) -> None:
     """Raises UserError for options that make no sense together, before anything is loaded."""
-    check_at_least(args, rank=1, resolution=1, offset_noise=0)
     check_services(args)
-    check_shares(args, "caption_dropout", "lora_dropout", "ema", "preserve")
     new = args.train_text or args.init == "random"       # then the weights are not what they were
     for conflict, message in (
             (args.lora and new, "--lora leaves all weights unchanged: it does not go with "

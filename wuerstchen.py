@@ -216,9 +216,10 @@ class Sampling:
     def __post_init__(self):
         scales, ends = np.ravel(self.guidance), (self.t_start, self.t_end)
         low, high = self.interval if np.size(self.interval) == 2 else (1, 0)
-        steps = [*self.steps.values()] if isinstance(self.steps, dict) else [1]
-        levels = torch.zeros(0) if isinstance(self.steps, str) or min(steps, default=0) < 1 else \
-            self.levels
+        steps = [*self.steps.values()] if isinstance(self.steps, dict) else \
+            [self.steps if isinstance(self.steps, Integral) else 1]
+        levels = self.levels if not isinstance(self.steps, str) and steps and \
+            1 <= min(steps) <= sum(steps) <= 10_000 else torch.zeros(0)
         for name, value, possible, expected in (
                 ("sampler", self.sampler, callable(self.sampler) or self.sampler in SAMPLERS,
                  f"one of {', '.join(SAMPLERS)}"),
@@ -230,8 +231,8 @@ class Sampling:
                 ("eta", self.eta, 0 <= self.eta <= 1, "a number from 0 to 1, where 1 is ddpm's"),
                 ("(t_start, t_end)", ends, 0 <= ends[1] < ends[0] <= 1, "1 >= first > second >= 0"),
                 ("steps", self.steps, levels.ndim == 1 and len(levels) > 1 and 0 <= levels[-1]
-                 and levels[0] <= 1 and (levels.diff() < 0).all(),
-                 "at least 1, or at least two strictly falling noise levels in [0, 1]")):
+                 and levels[0] <= 1 and (levels.diff() < 0).all(), "at least 1, or at least two "
+                 "strictly falling noise levels in [0, 1]; 10000 steps at most")):
             if not possible:
                 raise ValueError(f"{name} is {value!r:.200}, expected {expected}.")
 
@@ -277,8 +278,8 @@ def latent_sizes(height: int, width: int) -> tuple[tuple[int, int], tuple[int, i
     B's U-Net halves its input up to 4 times, so its sides are multiples of 16, that is 64 px.
     """
     for name, side in (("height", height), ("width", width)):
-        if not isinstance(side, Integral) or side < 64:
-            raise ValueError(f"{name} is {side!r}, expected a whole number of px from 64 on.")
+        if not isinstance(side, Integral) or not 64 <= side <= 2 ** 14:
+            raise ValueError(f"{name} is {side!r}, expected a whole number of px from 64 to 16384.")
     return tuple(-(-side * 3 // 128) for side in (height, width)), \
         tuple(-(-side // 64) * 16 for side in (height, width))
 

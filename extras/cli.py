@@ -13,22 +13,20 @@ import argparse
 import contextlib
 import functools
 import itertools
-import math
 import os
 import random
 import re
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from fractions import Fraction
 from pathlib import Path
 
 from extras.jobs import Run, place_of, prompt_lines, remove_preview, skip_line, without_mark
 from extras.like import (COMBINED, DTYPES, FILES, INPUTS, NAMED, OF_STAGES, ONLY_V1, PER_IMAGE, PER_RUN,
                          REQUIRES, SAMPLERS, SAMPLING, Options, as_option, as_text, flat, merge, of_other_version,
                          options_like, settings_of, split, typed)
-from loading.errors import UserError, nearest_option
-from loading.files import numbered
+from loading.errors import UserError
+from loading.files import check_folder, numbered
+from loading.options import CELLS, FRAMES, SEED, SIDE, STEPS, Number, integer, nearest_option, positive_int, unit_float
 
 PUBLISHED_STEPS = "DEFAULT_STAGE_C_TIMESTEPS"    # diffusers' name for the levels of Sampling(29, early=True)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")    # of the images that are saved, see metadata.py
@@ -61,33 +59,6 @@ def read_options(p: argparse.ArgumentParser, argv: list[str]) -> argparse.Namesp
 
 # ----- values: each function reads what stands after an option -------------------------------------------------------
 
-def integer(least: int):
-    """-> a reader of whole numbers from `least` on."""
-    def read(text: str) -> int:
-        if not re.fullmatch("[0-9]{1,12}", text) or int(text) < least:
-            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
-        return int(text)
-    return read
-
-
-positive_int = integer(1)
-
-
-def number(text: str, low: float = -math.inf, high: float = math.inf) -> float:
-    """0.5 or 2/3."""
-    try:
-        value = float(Fraction(text))
-    except (ValueError, ArithmeticError):        # 1/0, 1e999
-        value = math.nan
-    if not low <= value <= high:
-        limits = f", from {low} to {high}" if high == 1 else ""
-        raise argparse.ArgumentTypeError(f"expected a number such as 0.5 or 2/3{limits}, got {text!r}")
-    return value
-
-
-unit_float = functools.partial(number, low=0, high=1)
-
-
 def comma_list(read_one, *counts: int):
     """-> a reader of values with commas between. counts: how many are possible; if 1 is, one is not made a list."""
     def read(text: str):
@@ -106,10 +77,10 @@ def steps(text: str) -> int | str | dict | tuple:
             return text
         if ":" in text:
             segments = [part.split(":") for part in text.split(",")]
-            levels = {unit_float(end): positive_int(count) for end, count in segments}
+            levels = {unit_float(end): STEPS(count) for end, count in segments}
         else:
-            return comma_list(unit_float)(text) if "," in text else positive_int(text)
-    except (ValueError, argparse.ArgumentTypeError):
+            return comma_list(unit_float)(text) if "," in text else STEPS(text)
+    except ValueError:
         forms = f"29 (steps), 2/3:20,0:10 (segments), 1,0.5,0 (noise levels) or {PUBLISHED_STEPS}"
         raise argparse.ArgumentTypeError(f"expected something like {forms}, got {text!r}") from None
     if len(levels) < len(segments):                  # a dict would only keep the last of two equal ones
@@ -123,7 +94,7 @@ def loras(text: str) -> dict[str, float]:
     for part in text.split(","):
         file, colon, scale = part.rpartition(":")
         try:
-            file, scale = (file, number(scale)) if colon and file not in ("", "hub") else (part, 1.0)
+            file, scale = (file, Number()(scale)) if colon and file not in ("", "hub") else (part, 1.0)
         except argparse.ArgumentTypeError:           # a colon inside the name
             file, scale = part, 1.0
         if file in result:
@@ -148,16 +119,16 @@ def add_input_options(p: argparse.ArgumentParser) -> None:
         "and those above it, then from here")
     add("--mask", metavar="IMAGE", help="as large as --init, white where new content is generated, black where it "
         "stays; or the image itself, with transparent holes for new content")
-    add("--outpaint", metavar="L,T,R,B", type=comma_list(integer(0), 4), help="px to add to --init and to generate: "
-        "left, top, right, bottom; instead of --mask")
+    add("--outpaint", metavar="L,T,R,B", type=comma_list(integer(0, SIDE.high), 4), help="px to add to --init and to "
+        "generate: left, top, right, bottom; instead of --mask")
     add("--reconstruct", metavar="IMAGE", help="encode and decode this image: image encoder, Stages B and A. Saves "
         "both side by side and prints how similar they are (PSNR)")
     add("--interpolate-to", metavar="TEXT", help="another prompt: --frames images on the way to it, as a strip, or as "
         "an animation if --out names a .gif")
-    add("--to-seed", metavar="N", type=integer(0), help="also interpolate the noise, from --seed to this seed")
-    add("--frames", metavar="N", type=integer(2), default=8, help="images of an interpolation, including both ends "
+    add("--to-seed", metavar="N", type=SEED, help="also interpolate the noise, from --seed to this seed")
+    add("--frames", metavar="N", type=FRAMES, default=8, help="images of an interpolation, including both ends "
         "(default: 8)")
-    add("--grid", metavar="X,X,...", type=comma_list(number), help="one image: a column for each of these "
+    add("--grid", metavar="X,X,...", type=comma_list(Number()), help="one image: a column for each of these "
         "--guidance-c, a row for each of --num-images seeds")
     add = p.add_argument_group("latents and embeddings").add_argument
     add("--save-latent", action="store_true", help="also save the semantic latents, the output of Stage C, as "
@@ -183,7 +154,7 @@ def add_sampling_options(p: argparse.ArgumentParser) -> None:
             add(as_option(f"{name}_{stage}"), metavar=name.upper().replace("_", "-"), type=read, default=SAMPLING[name],
                 help=f"{text} (default: {as_text(SAMPLING[name])})" if stage == "c" else
                 f"default: {as_text(SAMPLING[name])}")
-    add("--temperature-b", metavar="T", type=comma_list(number, 1, 2), help="for v1: below 1 likelier tokens are "
+    add("--temperature-b", metavar="T", type=comma_list(Number(), 1, 2), help="for v1: below 1 likelier tokens are "
         "drawn: cleaner and less varied; two numbers, 1,0.6: in the first and the last step (default: 1,0.6)")
 
 
@@ -318,6 +289,9 @@ def check(args: argparse.Namespace) -> None:
     if not args.prompt and ("interpolate_to" in args.given
                             or args.given.isdisjoint(("init", "reconstruct", "from_latent", "tensors"))):
         error('the prompt is empty: describe the image, for example --prompt "a red apple on a blue background"')
+    if args.grid and len(args.grid) * args.num_images > CELLS:
+        error(f"--grid is for {len(args.grid)} x {args.num_images} images, expected {CELLS} at most: a column for each "
+              f"number, a row for each of --num-images")
     last = 2 ** 32 - args.num_images
     for name in args.given & {"seed", "to_seed"}:
         if getattr(args, name) > last:
@@ -382,9 +356,7 @@ def output_paths(jobs: list[argparse.Namespace]) -> list[Path]:
                 error(f"{existing[0]} exists already and will not be overwritten: choose another --out, remove the "
                       f"file, or add --overwrite")
             taken[unused_path(path, job, taken)] = job
-        # A file that vanishes when it is closed, so this test leaves nothing behind. Folders are made at the end.
-        with tempfile.TemporaryFile(dir=next(folder for folder in path.parents if folder.exists())):
-            pass
+        check_folder(path.parent, out)
     except OSError as problem:
         error(f"cannot write to {out}: {(problem.strerror or str(problem)).lower()}")
     return [*taken]

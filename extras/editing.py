@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from extras.images import cover, feather, fitting_size, read_image, read_pair
-from loading.arguments import checked, plain, random_seed, tensor_of, texts_of, warn_of_size, whole
+from loading.arguments import checked, random_seed, tensor_of, texts_of, warn_of_size
+from loading.options import BATCH, FRAMES, IMAGES, SEED, SIDE, plain
 from stage_b import preprocess
 from wuerstchen import Noise, Sampling, Wuerstchen, add_noise, crop, latent_sizes, per_row, to_pil
 
@@ -83,7 +84,7 @@ def generate(model: Wuerstchen, prompt: str | list[str] | None = None, negative_
     Raises ValueError for arguments that do not fit together, nearly always before the first step.
     """
     c, b = model.settings(sampling)
-    given, num_images = check_arguments(model, given, edit, output), whole("num_images", num_images)    # -> tensors
+    given, num_images = check_arguments(model, given, edit, output), IMAGES.check("num_images", num_images)
     embeddings = {name: tensor for name, tensor in given.items() if name in EMBEDDINGS}
     semantic, latents_c, latents_b = (given.get(name) for name in LATENTS)
     stages = ("c" if semantic is None else "") + ("b" if output != "semantic" else "")
@@ -138,13 +139,9 @@ def interpolate(model: Wuerstchen, a: str | Tensor, b: str | Tensor, frames: int
     Embeddings or latents move along a sphere (slerp). to_seed: so does the noise, from that of `seed`. batch: images
     computed at a time. options: those of generate.
     """
-    frames, batch = whole("frames", frames), whole("batch", batch)
-    seed = random_seed() if seed is None else whole("seed", seed)
-    to_seed = None if to_seed is None else whole("to_seed", to_seed)
-    if batch < 1:
-        raise ValueError(f"batch is {batch}, expected at least 1 image at a time.")
-    if frames < 2:
-        raise ValueError(f"the number of frames must be at least 2, got {frames}.")
+    frames, batch = FRAMES.check("frames", frames), BATCH.check("batch", batch)
+    seed = random_seed() if seed is None else SEED.check("seed", seed)
+    to_seed = None if to_seed is None else SEED.check("to_seed", to_seed)
     if isinstance(a, str) != isinstance(b, str):
         raise ValueError("one end is a prompt and the other a latent: interpolation needs two of a kind.")
     if not isinstance(a, str):
@@ -204,8 +201,6 @@ def prompt_lists(prompt, negative, num_images: int, optional: bool = False) -> t
     if not prompts or not all(isinstance(p, str) and (optional or p.strip()) for p in prompts):
         raise ValueError("the prompt is empty: describe the image, "
                          "for example \"a red apple on a blue background\".")
-    if num_images < 1:
-        raise ValueError(f"the number of images must be at least 1, got {num_images}.")
     if not all(isinstance(negative, str) for negative in negatives):
         raise ValueError(f"got negative prompts {negatives!r:.80}, expected texts.")
     if len(negatives) != len(prompts):
@@ -255,7 +250,7 @@ def fitting(n: int, device: torch.device, name: str, tensor: Tensor, shape: tupl
 def image_size(model: Wuerstchen, height: int | None, width: int | None, image: Tensor | None,
                semantic: Tensor | None) -> tuple[int, int]:
     """Fills in the sides that were left open, see generate, and warns of sizes the weights were not trained on."""
-    height, width = (None if side is None else whole(name, side)
+    height, width = (None if side is None else SIDE.check(name, side)
                      for name, side in (("height", height), ("width", width)))
     if image is not None:
         h, w = image.shape[-2:]

@@ -8,7 +8,6 @@ Every mistake ends in one sentence, before the first step. DIFFUSERS names what 
 Würstchen pipelines are here; docs/SAMPLING.md has them as a table with an example each.
 Needs: torch, numpy; lora.py, lora_formats.py, wuerstchen.py.
 """
-import difflib
 import functools
 import math
 import os
@@ -24,8 +23,9 @@ import torch
 from torch import Tensor
 
 import lora
-from loading.errors import WeightsError
+from loading.errors import UserError, WeightsError, nearest
 from loading.lora_formats import find_lora, load_lora
+from loading.options import IMAGES, plain
 from wuerstchen import Wuerstchen, ddim_step, latent_sizes
 
 DTYPES = dict(fp32="float32", bf16="bfloat16", fp16="float16", float="float32", half="float16")
@@ -88,28 +88,9 @@ SENTENCES = ("not needed", "set ", "the result", "one model", "fixed by")     # 
 
 # ----- values --------------------------------------------------------------------------------------------------------
 
-def plain(value):
-    """A single number of numpy or torch -> Python's; anything else as it is."""
-    return value.item() if getattr(value, "ndim", None) == 0 else value
-
-
 def advice(hint: str) -> str:
     """A hint of the tables above, as the end of a sentence."""
     return hint if hint.startswith(SENTENCES) else f"use {hint}"
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """What to add to "there is no such name" if one of `names` was probably meant."""
-    near = difflib.get_close_matches(name, [*names], 1, cutoff=0.75)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def whole(name: str, value) -> int:
-    """Raises TypeError unless the value is a whole number."""
-    value = plain(value)
-    if not isinstance(value, Integral):
-        raise TypeError(f"{name} is {value!r:.80}, expected a whole number.")
-    return int(value)
 
 
 def texts_of(name: str, value) -> list:
@@ -152,6 +133,20 @@ def dtype_of(value) -> torch.dtype:
     return dtype
 
 
+def usable_device(name: str | torch.device | None) -> torch.device:
+    """None: cuda if there is one, else cpu. Raises UserError if torch does not know the name or cannot compute there,
+    before anything is loaded."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name is None else name
+    try:
+        torch.ones(1, device=name).tolist()                # "meta" is a device as well, but has no numbers
+        return torch.device(name)
+    except (RuntimeError, AssertionError, TypeError) as error:        # torch has several for what is not there
+        reason = str(error).split("\n")[0].split(". ")[0].rstrip(".")
+    if "Expected one of" in reason:                                  # then come all that torch ever had
+        reason = "expected cpu, cuda, cuda:1 or mps"
+    raise UserError(f"device {name!r} cannot be used here: {reason}. \"cpu\" always works.")
+
+
 def lora_scales(value) -> dict[str, float]:
     """None, a file, several, or {file: scale} -> {file: scale}; of a folder, its file. Raises TypeError, ValueError."""
     if value is None or isinstance(value, (str, Path)):
@@ -175,8 +170,8 @@ def check_options(weights, files: dict, allowed: Iterable[str], options: Iterabl
     for name in sorted(files.keys() - set(allowed)):
         if name in LOAD:
             raise TypeError(f"load has no option {name}: {advice(LOAD[name])}.")
-        raise TypeError(f"there is no option {name}: expected an option of load, or one of {', '.join(allowed)}"
-                        f"{nearest(name, (*options, *allowed))}")
+        raise TypeError(f"there is no option {name}: expected an option of load, or one of {', '.join(allowed)}; "
+                        f"{nearest(name, (*options, *allowed))}".removesuffix("; "))
     for name, value in dict(weights=weights, **files).items():
         if not isinstance(value, str | os.PathLike | None):
             raise TypeError(f"{name} is {value!r:.80}, expected a name such as \"tiny\", a folder or "
@@ -199,12 +194,10 @@ def install(model, weights, files: dict, loras: dict[str, float], lora_partial: 
 
 def accept(model, then: Callable, prompt, negative_prompt, seed, num_images, height, width, callback) -> tuple:
     """Wuerstchen.accept for any form of these values. Raises TypeError or ValueError; warns of sizes."""
-    prompts, num_images = texts_of("prompt", prompt), whole("num_images", num_images)
+    prompts, num_images = texts_of("prompt", prompt), IMAGES.check("num_images", num_images)
     seed = random_seed() if seed is None else plain(seed)
     if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
         raise ValueError(f"got prompts {prompts!r:.100}, expected texts such as \"a red apple on a blue background\".")
-    if num_images < 1:
-        raise ValueError(f"num_images is {num_images}, expected at least 1.")
     for name, value, kind, expected in (("negative_prompt", negative_prompt, str | None, "one text"),
                                         ("seed", seed, Integral, "one whole number, or None")):
         if not isinstance(value, kind):
@@ -252,7 +245,7 @@ def settings(model, then: Callable, given: dict) -> tuple:
                 continue                             # ours, and perhaps only without the others: see below
             if f"no option {name}" in str(error):
                 ours = [f"{field}_{stage}" for stage in "cb" for field in vars(getattr(model, stage))]
-                raise TypeError(f"{error}{nearest(name, (*CALL_ITSELF, *ours))}") from None
+                raise TypeError(f"{error}; {nearest(name, (*CALL_ITSELF, *ours))}".removesuffix("; ")) from None
             expected = FIELDS.get(name[:-2], "a number from 0 to 1")
             raise TypeError(f"{name} is {value!r:.80}, expected {expected}.") from None
     for stage in "cb":

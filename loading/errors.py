@@ -8,6 +8,7 @@ import contextlib
 import difflib
 import signal
 import sys
+from collections.abc import Iterable
 
 RESUME_HINT = "--resume auto continues from the last checkpoint"
 
@@ -62,8 +63,7 @@ def exit_on_user_error(hint: str | None = None):
             signal.signal(signal.SIGTERM, before)
 
 
-def nearest_option(parser, unknown: str) -> str:
-    """A hint for an option that `parser` (of argparse) does not have: the one that was probably meant."""
-    options = [option for action in parser._actions for option in action.option_strings]
-    near = difflib.get_close_matches(unknown.partition("=")[0].replace("_", "-"), options, 1, cutoff=0.75)
-    return f"did you mean {near[0]}?" if near else "--help lists all options"
+def nearest(name: str, names: Iterable[str]) -> str:
+    """A hint at the one of `names` that was probably meant; "" if none was."""
+    near = difflib.get_close_matches(name, [*names], 1, cutoff=0.75)
+    return f"did you mean {near[0]}?" if near else ""

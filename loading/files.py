@@ -16,12 +16,13 @@ import json
 import os
 import re
 import sys
+import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loading.errors import WeightsError
+from loading.errors import UserError, WeightsError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -237,6 +238,29 @@ def return_freed_memory():
 
 
 # ----- writing -------------------------------------------------------------------------------------------------------
+
+def check_output(path: str | Path, *suffixes: str) -> None:
+    """Raises UserError, before any work, for a file that could not be written at its end: it exists, ends in none of
+    these suffixes ("": it may be a folder, also an empty one that exists), or see check_folder."""
+    path = Path(path)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path} exists already and will not be overwritten: choose another name, or remove it")
+    suffix = path.suffix.lower() if re.match(r"\.[a-z]", path.suffix.lower()) else ""         # v1.2 is a folder
+    if suffix not in suffixes:
+        expected = " or ".join(kind or "nothing, for a folder" for kind in suffixes)
+        raise UserError(f"{path} should end in {expected}: no other kind of file is written")
+    check_folder(path.parent, path)
+
+
+def check_folder(folder: str | Path, shown: str | Path | None = None) -> None:
+    """Raises UserError unless files can be written to a folder, which need not exist yet. shown: which file."""
+    folder = Path(folder)
+    try:                                     # a file that vanishes when it is closed: this leaves nothing behind
+        with tempfile.TemporaryFile(dir=next(path for path in (folder, *folder.parents) if path.exists())):
+            pass
+    except OSError as problem:
+        raise UserError(f"cannot write to {shown or folder}: {(problem.strerror or str(problem)).lower()}") from None
+
 
 def write_atomically(path: str | Path, write: Callable[[Path], object], overwrite: bool = True) -> None:
     """Calls write(temporary_path), then renames: a file is complete or missing, even after a power cut.

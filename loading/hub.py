@@ -20,7 +20,6 @@ import sys
 if __name__ == "__main__" and not __package__:
     sys.exit("error: run this as: python -m loading.hub")
 
-import argparse
 import contextlib
 import errno
 import hashlib
@@ -36,6 +35,7 @@ from urllib.parse import quote
 
 from loading.errors import WeightsError, exit_on_user_error, printable
 from loading.files import STEM, find_file, pick_weights, shards, write_atomically
+from loading.options import Parser
 
 # The revision of each repository: a commit's hash if one is known, "main" where none could be looked up, for
 # repositories whose files have not changed since 2023. --revision overrides.
@@ -600,8 +600,7 @@ def own_cache() -> Path:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(prog="python -m loading.hub", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__, prog="python -m loading.hub")
     p.add_argument("name", choices=sorted(NAMES), help="which weights")
     p.add_argument("--parts", nargs="+", choices=[*V2, "image_encoder"], default=list(TEXT_TO_IMAGE),
                    help="default: all that text-to-image needs")

@@ -13,7 +13,7 @@ import torch
 
 from loading import hub
 from loading import weights as w
-from loading.arguments import adapter_name, check_options, dtype_of, install, lora_scales
+from loading.arguments import adapter_name, check_options, dtype_of, install, lora_scales, usable_device
 from loading.errors import WeightsError
 from loading.files import TensorFile, find_file
 from loading.layouts import locate, official_name
@@ -51,8 +51,9 @@ def load(weights: str | Path | None = None, device: str | None = None, dtype: to
     Raises WeightsError (a ValueError) for files that cannot be used, ValueError for a device that is not there.
     """
     check_options(weights, files, FILES, load.__annotations__)
-    device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype, lora = dtype_of(dtype or ("fp32" if device.type == "cpu" else "bf16")), lora_scales(lora)
+    device = usable_device(device)
+    dtype = dtype_of(("fp32" if device.type == "cpu" else "bf16") if dtype is None else dtype)
+    lora = lora_scales(lora)
     if int8:
         check_int8([device], dtype)
     lora = fetch_loras(lora, lora_partial, offline, revision)
@@ -118,18 +119,6 @@ def preview_file_of(model: Wuerstchen, weights: str | Path, files: dict, vqgan: 
     own = not (files.get("vqgan") or files.get("image_encoder") or hub.is_reference(weights)) and folder is not None
     raw = model.scale_semantic is not Wuerstchen.scale_semantic
     return folder / f"preview{'_v1' * raw}.json" if own else None
-
-
-def usable_device(name: str | torch.device) -> torch.device:
-    """Raises ValueError if torch does not know the name or cannot compute there, before anything is loaded."""
-    try:
-        torch.ones(1, device=name).tolist()                # "meta" is a device as well, but has no numbers
-        return torch.device(name)
-    except (RuntimeError, AssertionError, TypeError) as error:        # torch has several for what is not there
-        reason = str(error).split("\n")[0].split(". ")[0].rstrip(".")
-    if "Expected one of" in reason:                                  # then come all that torch ever had
-        reason = "expected cpu, cuda, cuda:1 or mps"
-    raise ValueError(f"device {name!r} cannot be used here: {reason}. \"cpu\" always works.")
 
 
 def build_all(paths: dict) -> dict[str, torch.nn.Module]:

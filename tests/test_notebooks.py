@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from loading.errors import UserError
+
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "notebooks").glob("*.ipynb"))
 ROOMS = {package.parent.name for package in ROOT.glob("*/__init__.py")}
@@ -186,9 +188,8 @@ def check_options(parse_args, argv: list[str]) -> None:
     """Raises Missing if a script does not take these options."""
     try:
         parse_args(argv)
-    except SystemExit as end:
-        if end.code:
-            raise Missing(f"{parse_args.__module__}.py does not take {shlex.join(argv)}") from None
+    except UserError:
+        raise Missing(f"{parse_args.__module__}.py does not take {shlex.join(argv)}") from None
 
 
 def wrong_calls(code: str) -> list[str]:

@@ -137,7 +137,7 @@ LATE = [
     (["--weights", "v1", "--rescale-b", "0.5"], "--rescale-b is only for v2"),
     (["--weights", "v1", "--sampler-b", "ddim"], "Stage B: sampler is 'ddim', expected one of multinomial, argmax"),
     ([*INIT, "--mask", "mask.png"], "the mask has 64 x 64 px, its image 128 x 256: they must be the same"),
-    ([*INIT, "--height", "100"], "width is 50, expected a whole number of px from 64 on"),
+    ([*INIT, "--height", "100"], "width is 50, expected a whole number of px from 64 to 16384"),
     (["--from-latent", "latent.safetensors", "--to-latent", "wide.safetensors", "--seed", "1"],
      "latent.safetensors and wide.safetensors belong to images of different sizes, expected the same"),
     (["--from-latent", "latent.safetensors", "--width", "256"],

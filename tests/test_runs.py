@@ -95,19 +95,19 @@ def test_lr_0_changes_no_weight(options, tmp_path, script):
 
 @pytest.mark.parametrize("script, more, message", [
     *((script, more, message) for script in "abc" for more, message in (
-        (["--lr", "nan"], "--lr is nan, expected at least 0 and a finite number"),
-        (["--lr", "inf"], "--lr is inf, expected at least 0 and a finite number"),
-        (["--lr", "-1"], "--lr is -1.0, expected at least 0"),
-        (["--weight-decay", "nan"], "--weight-decay is nan, expected at least 0 and a finite number"),
-        (["--clip", "-1"], "--clip is -1.0, expected at least 0"),
-        (["--ema", "nan"], "--ema is nan, expected a number from 0 to below 1"),
-        (["--val-every", "-1"], "--val-every is -1, expected at least 0"),
-        (["--seed", "-1"], "--seed is -1, expected at least 0"),
-        (["--max-bad-steps", "0"], "--max-bad-steps is 0, expected at least 1"))),
-    ("b", ["--high-noise", "nan"], "--high-noise is nan, expected an exponent above 0"),
-    ("c", ["--alpha", "0"], "alpha 0.0, .* expected .* alpha > 0"),
-    ("c", ["--resolution", "0"], "--resolution is 0, expected at least 1"),
-    ("c", ["--offset-noise", "nan"], "--offset-noise is nan"),
+        (["--lr", "nan"], "--lr: expected a number such as 0.5 or 2/3, from 0, got 'nan'"),
+        (["--lr", "inf"], "--lr: expected a number such as 0.5 or 2/3, from 0, got 'inf'"),
+        (["--lr", "-1"], "--lr: expected a number such as 0.5 or 2/3, from 0, got '-1'"),
+        (["--weight-decay", "nan"], "--weight-decay: expected a number .* from 0, got 'nan'"),
+        (["--clip", "-1"], "--clip: expected a number .* from 0, got '-1'"),
+        (["--ema", "nan"], "--ema: expected a number .* from 0 to below 1, got 'nan'"),
+        (["--val-every", "-1"], "--val-every: expected a whole number from 0 to 1000000000, got '-1'"),
+        (["--seed", "-1"], "--seed: expected a whole number from 0 to 4294967295, got '-1'"),
+        (["--max-bad-steps", "0"], "--max-bad-steps: expected a whole number from 1 to 1000000000, got '0'"))),
+    ("b", ["--high-noise", "nan"], "--high-noise: expected a number .* above 0, got 'nan'"),
+    ("c", ["--alpha", "0"], "--alpha: expected a number .* above 0, got '0'"),
+    ("c", ["--resolution", "0"], "--resolution: expected a multiple of 128 from 128 to 4096, got '0'"),
+    ("c", ["--offset-noise", "nan"], "--offset-noise: expected a number .* from 0, got 'nan'"),
 ], ids=str)
 def test_numbers_that_make_no_sense_are_refused(options, tmp_path, script, more, message):
     with pytest.raises(UserError, match=message) as error:
@@ -117,7 +117,7 @@ def test_numbers_that_make_no_sense_are_refused(options, tmp_path, script, more,
 
 def test_the_small_scripts_refuse_them_too(tmp_path):
     for module, more in ((train_encoder, []), (train_text, ["--image-encoder", "x"])):
-        with pytest.raises(UserError, match="--lr is nan, expected at least 0"):
+        with pytest.raises(UserError, match="--lr: expected a number .* from 0, got 'nan'"):
             module.main(module.parse_args(["--out", str(tmp_path / "run"), "--lr", "nan", *more]))
 
 

@@ -190,7 +190,8 @@ ERRORS = [
     (["--prompt", ""], EMPTY),
     (["--prompt", " \t"], EMPTY),
     (["--prompt", "cat\udcff"], "--prompt contains bytes that are not UTF-8 text"),
-    (["--prompt", "cat", "--num-images", "0"], "argument --num-images: expected a whole number of at least 1, got '0'"),
+    (["--prompt", "cat", "--num-images", "0"],
+     "argument --num-images: expected a whole number from 1 to 10000, got '0'"),
     (["--prompt", "cat", "--steps-c", "0"],
      "argument --steps-c: expected something like 29 (steps), 2/3:20,0:10 (segments), 1,0.5,0 (noise levels)"),
     (["--prompt", "cat", "--steps-b", "-2"], "got '-2'"),
@@ -208,8 +209,8 @@ ERRORS = [
      "the noise levels of Stage B are 0.2,0.5, expected each to be lower"),
     (["--prompt", "cat", "--steps-c", "1,0", "--t-end-c", "0.1"],
      "--t-start-c and --t-end-c are for a number of steps: 1,0 contains its own"),
-    (["--prompt", "cat", "--seed", "-1"], "argument --seed: expected a whole number of at least 0, got '-1'"),
-    (["--prompt", "cat", "--seed", "one"], "argument --seed: expected a whole number of at least 0, got 'one'"),
+    (["--prompt", "cat", "--seed", "-1"], "argument --seed: expected a whole number from 0 to 4294967295, got '-1'"),
+    (["--prompt", "cat", "--seed", "one"], "argument --seed: expected a whole number from 0 to 4294967295, got 'one'"),
     (["--prompt", "cat", "--seed", "4294967295", "--num-images", "2"],
      "--seed is 4294967295, expected a number from 0 to 4294967294"),
     (["--prompt", "cat", "--guidance-c", "nan"],
@@ -227,7 +228,8 @@ ERRORS = [
      "argument --rescale-c: expected a number such as 0.5 or 2/3, from 0 to 1, got '1.5'"),
     (["--prompt", "cat", "--eta-b", "0.5"], "--eta-b is for --sampler-b ddim, not for ddpm"),
     (["--prompt", "cat", "--sampler-c", "euler"], "argument --sampler-c: invalid choice: 'euler'"),
-    (["--prompt", "cat", "--width", "40"], "argument --width: expected a whole number of at least 64, got '40'"),
+    (["--prompt", "cat", "--width", "40"],
+     "argument --width: expected a whole number of px from 64 to 16384, got '40'"),
     (["--prompt", "cat", "--dtype", "fp8"], "argument --dtype: invalid choice: 'fp8'"),
     (["--prompt", "cat", "--colour", "red"], "unrecognized arguments: --colour red; --help lists all options"),
     (["--promt", "a cat"], "unrecognized arguments: --promt a cat; did you mean --prompt?"),
@@ -258,7 +260,7 @@ ERRORS = [
      "--grid and --interpolate-to cannot be used together: choose one"),
     (["--init", "a.png", "--interpolate-to", "dog"], EMPTY),
     (["--prompt", "cat", "--interpolate-to", "dog", "--frames", "1"],
-     "argument --frames: expected a whole number of at least 2, got '1'"),
+     "argument --frames: expected a whole number from 2 to 1000, got '1'"),
     (["--prompt", "cat", "--to-seed", "0"], "--to-seed requires --interpolate-to or --to-latent"),
     (["--prompt", "cat", "--to-latent", "b"], "--to-latent requires --from-latent"),
     (["--prompt", "cat", "--grid", "1,2", "--from-latent", "a"],
@@ -291,7 +293,8 @@ def test_the_command_line_rejects_the_sizes_that_the_library_rejects(capsys):
             try:
                 latent_sizes(*size)
             except ValueError:
-                assert error_of(capsys, *argv).startswith(f"argument --{name}: expected a whole number of at least 64")
+                assert error_of(capsys, *argv).startswith(
+                    f"argument --{name}: expected a whole number of px from 64 to 16384")
             else:
                 assert getattr(parse_args(*argv)[0], name) == side
 
@@ -544,7 +547,7 @@ def test_the_same_prompt_twice_is_two_images(capsys):
     ("a.jsonl", b'{"seed": 3}', f"a.jsonl, line 1: {EMPTY}"),
     ("a.jsonl", b'{"prompt": "cat\\ud800"}', "a.jsonl, line 1: --prompt contains bytes that are not UTF-8 text"),
     ("a.jsonl", b'{"prompt": "cat", "seed": "x"}',
-     "a.jsonl, line 1: argument --seed: expected a whole number of at least 0, got 'x'"),
+     "a.jsonl, line 1: argument --seed: expected a whole number from 0 to 4294967295, got 'x'"),
     ("a.jsonl", b'{"prompt": "cat", "steps_c": true}', "a.jsonl, line 1: argument --steps-c: expected"),
     ("a.jsonl", b'{"prompt": "cat", "mask": "m.png"}', "a.jsonl, line 1: --mask requires --init")])
 def test_errors_in_prompt_files_name_the_line(name, content, message, capsys, monkeypatch):
@@ -1233,7 +1236,7 @@ def test_a_latent_of_v1_gives_the_same_image_without_stage_c(v1):
     (["--sampler-b", "ddim"],
      "Stage B: sampler is 'ddim', expected one of multinomial, argmax, quant for Stage B of v1."),
     (["--temperature-b", "0"],
-     "Stage B: the temperature is 0, expected more than 0; mode argmax is what 0 would mean."),
+     "Stage B: the temperature is 0, expected more than 0, and finite; mode argmax is what 0 would mean."),
     (["--temperature-b", "1,0.8,0.6"],
      "argument --temperature-b: expected 1 or 2 numbers with commas between, got '1,0.8,0.6'"),
     (["--rescale-b", "0.5"],

@@ -655,7 +655,7 @@ def test_an_interpolation_that_is_stopped_keeps_what_is_finished(tiny):
 
 
 @pytest.mark.parametrize("a, b, frames, message", [
-    (CAT, DOG, 1, "number of frames must be at least 2, got 1"),
+    (CAT, DOG, 1, "frames is 1, expected a whole number from 2 to 1000"),
     (CAT, torch.zeros(1, *C), 3, "one end is a prompt and the other a latent"),
     (torch.zeros(1, *C), torch.zeros(1, 16, 3, 4), 3,
      r"the ends have shapes \(1, 16, 3, 3\) and \(1, 16, 3, 4\), expected twice the same"),
@@ -943,7 +943,7 @@ MISTAKES = [
     (dict(guidance_c=(4, 3, 2)), "Stage C: guidance is (4, 3, 2), expected a number, or two"),
     (dict(rescale_b=2), "Stage B: rescale is 2, expected a number from 0"),
     (dict(output="jpg"), "output is 'jpg', expected one of pil, np, pt, semantic, latents_b"),
-    (dict(width=0), "width is 0, expected a whole number of px from 64 on"),
+    (dict(width=0), "width is 0, expected a whole number of px from 64 to 16384"),
     (dict(given=dict(latents_c=torch.zeros(1, 16, 3, 4))),
      "latents_c has shape (1, 16, 3, 4), expected (1, 16, 3, 3)"),
     (dict(given=dict(latents_b=torch.zeros(2, 4, 32, 32))),
@@ -956,7 +956,8 @@ MISTAKES = [
      "latents_c specify where Stage C starts, and so do an image and semantic"),
     (dict(edit=InitImage(RIGHT, strength=1.5)),
      "strength is 1.5, expected a number from 0, nothing changes, to 1, nothing is kept"),
-    (dict(edit=InitImage(np.zeros((10, 400))), width=200), "height is 50, expected a whole number of px from 64 on"),
+    (dict(edit=InitImage(np.zeros((10, 400))), width=200),
+     "height is 50, expected a whole number of px from 64 to 16384"),
     (dict(edit=InitImage("no such file.png")), "no such file.png cannot be read: there is no such file"),
     (dict(prompt=[CAT, 3]), "the prompt is empty: describe the image"),
 ]

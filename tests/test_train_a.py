@@ -659,15 +659,15 @@ def test_a_run_is_not_overwritten_and_foreign_checkpoints_are_refused(folder, tm
 
 
 ERRORS = [
-    (["--steps", "0"], "--steps is 0, expected at least 1"),
-    (["--quantise", "1.5"], "--quantise is 1.5, expected a share from 0 to 1"),
-    (["--codebook-decay", "1"], "--codebook-decay is 1.0, expected a number from 0 to below 1"),
-    (["--resolution", "30"], "--resolution is 30, expected a multiple of 4"),
+    (["--steps", "0"], "--steps: expected a whole number from 1 to 1000000000, got '0'"),
+    (["--quantise", "1.5"], "--quantise: expected a number .* from 0 to 1, got '1.5'"),
+    (["--codebook-decay", "1"], "--codebook-decay: expected a number .* from 0 to below 1, got '1'"),
+    (["--resolution", "30"], "--resolution: expected a multiple of 4 from 4 to 4096, got '30'"),
     (["--freeze-encoder"], "--freeze-encoder needs a trained encoder: add --init FOLDER"),
     (["--init", "x", "--config", "official"], "--init brings its own sizes: remove --config"),
     (["--init", "nowhere"], "nowhere"),
     (["--config", "nowhere.json"], "nowhere.json"),
-    (["--width", "1"], "--width is 1, expected at least 2"),
+    (["--width", "1"], "--width: expected a whole number from 2 to 8192, got '1'"),
     (["--l1", "0", "--l2", "0"],
      "--l1 and --l2 are both 0, so no loss compares images: set one of them, or --perceptual"),
     (["--data", "nowhere"], "nowhere"),

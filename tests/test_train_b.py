@@ -660,10 +660,10 @@ def test_a_checkpoint_of_an_older_version_is_resumed(folder, new, tmp_path, caps
 
 NEW = ["--init", "random"]
 ERRORS = [
-    (["--steps", "0"], "--steps is 0, expected at least 1"),
-    (["--semantic-dropout", "1"], "--semantic-dropout is 1.0, expected a number from 0 to below 1"),
-    (["--semantic-noise", "1.5"], "--semantic-noise is 1.5, expected a share from 0 to 1"),
-    (["--high-noise", "0"], "expected an exponent above 0"),
+    (["--steps", "0"], "--steps: expected a whole number from 1 to 1000000000, got '0'"),
+    (["--semantic-dropout", "1"], "--semantic-dropout: expected a number .* from 0 to below 1, got '1'"),
+    (["--semantic-noise", "1.5"], "--semantic-noise: expected a number .* from 0 to 1, got '1.5'"),
+    (["--high-noise", "0"], "--high-noise: expected a number .* above 0, got '0'"),
     (["--config", "x.json"], "add --init random"),
     (["--backbone", "x.pth"], "--backbone is where a new image encoder starts"),
     ([*NEW, "--decoder", "x"], "remove one of them"),

@@ -496,7 +496,7 @@ ERRORS = [
     (["--v1", "--loss-weight", "v"], "--loss-weight is for v2"),
     (["--v1", "--even-contrast"], "--even-contrast is for v2"),
     (["--guide-attention", "5"], "--guide-attention is for --v1: in v2 the semantic latents lie over the image"),
-    (["--v1", "--guide-attention", "-1"], "--guide-attention is -1.0, expected at least 0"),
+    (["--v1", "--guide-attention", "-1"], "--guide-attention: expected a number .* from 0, got '-1'"),
     (["--v1"],
      "models/tiny/decoder is a Stage B of v2, --v1 trains that of v1: remove it, or use --init random for a new one"),
     (["--weights", str(TINY.parent / "tiny-v1")],

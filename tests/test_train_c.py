@@ -613,8 +613,8 @@ def test_settings_that_differ_from_the_checkpoints_are_named(folder, tmp_path, c
 
 
 ERRORS = [
-    (["--rank", "0"], "--rank is 0, expected at least 1"),
-    (["--caption-dropout", "1"], "--caption-dropout is 1.0, expected a number from 0 to below 1"),
+    (["--rank", "0"], "--rank: expected a whole number from 1 to 8192, got '0'"),
+    (["--caption-dropout", "1"], "--caption-dropout: expected a number .* from 0 to below 1, got '1'"),
     (["--lora", "--init", "random"], "does not go with --train-text or --init random"),
     (["--config", "x.json"], "add --init random"),
     (["--cache", "x", "--crop", "random"], "does not go with --crop random"),

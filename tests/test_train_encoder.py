@@ -112,12 +112,12 @@ def test_the_result_is_an_image_encoder_in_the_right_units(config, tmp_path):
 def test_defaults_are_what_models_tiny_was_trained_with():
     args = train_encoder.parse_args(["--out", "x"])
     assert (args.steps, args.batch, args.lr, args.warmup, args.schedule) == (1200, 64, 1.5e-3, 100, "trapezoid")
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match="unrecognized arguments: --encoder-warmup"):
         train_b.parse_args(["--out", "x", "--encoder-warmup", "5"])
 
 
 @pytest.mark.parametrize("options, message", [
-    (["--steps", "0"], "--steps is 0, expected at least 1"),
+    (["--steps", "0"], "--steps: expected a whole number from 1 to 1000000000, got '0'"),
     (["--config", "nowhere"], "--config nowhere cannot be used: nowhere is not a folder"),
     (["--config", str(TINY / "decoder")],
      "cannot be used: it describes a WuerstchenDiffNeXt, expected a TinyImageEncoder"),

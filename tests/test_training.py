@@ -110,7 +110,7 @@ def test_an_unknown_folder_ends_a_script_in_one_line(script, options, tmp_path, 
 @pytest.mark.parametrize("option", ["--steps", "--batch", "--depth", "--log-every", "--save-every", "--keep"])
 def test_zero_is_refused_by_the_text_encoders_training(option, tmp_path):
     """Before anything is loaded or written."""
-    with pytest.raises(UserError, match=f"{option} is 0, expected at least 1"):
+    with pytest.raises(UserError, match=f"{option}: expected a whole number from 1 to [0-9]+, got '0'"):
         train_text.main(train_text.parse_args(["--image-encoder", "nowhere", "--out", str(tmp_path / "out"), option,
                                                "0"]))
     assert not (tmp_path / "out").exists()

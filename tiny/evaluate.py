@@ -17,13 +17,14 @@ if __name__ == "__main__" and not __package__:
 
 import argparse
 import json
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from extras.cli import OF_STAGES, SAMPLERS, comma_list, number, sampling_options, steps
+from extras.cli import OF_STAGES, SAMPLERS, comma_list, sampling_options, steps
 from loading.errors import as_user_error, exit_on_user_error
+from loading.files import check_output, write_atomically
+from loading.options import BATCH, SEED, Number, Parser, integer
 from tiny.judge import Judge, verdict
 from training.scenes import (CANVAS, CAPTIONED, COLOURS, RELATIONS, held_out, place_pair, place_single, plain_caption,
                              render)
@@ -123,39 +124,37 @@ def draw_grid(images, facts: list[dict], verdicts: list[dict], columns: int = 8)
 # ----- script ----------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(prog="python -m tiny.evaluate", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__, prog="python -m tiny.evaluate")
     g = p.add_argument_group("what is judged")
     g.add_argument("--weights", default="tiny", help="a name or a folder, as for Wuerstchen.load (default: tiny)")
     g.add_argument("--real", action="store_true",
                    help="judge drawn scenes instead of samples: the judge's own accuracy, clean and degraded")
-    g.add_argument("--prompts", type=int, default=256,
+    g.add_argument("--prompts", type=integer(1, 256), default=256,
                    help="judge the first N of the 256 prompts; fewer is faster, kinds keep their shares")
     g = p.add_argument_group("sampling; the weights have defaults for all of it")
     for stage in "cb":
         g.add_argument(f"--steps-{stage}", type=steps,
-                       help=f"sampling steps of Stage {stage.upper()}, in any form that sample.py takes")
-        g.add_argument(f"--sampler-{stage}", choices=SAMPLERS[stage], help=f"sampler of Stage {stage.upper()}")
-        g.add_argument(f"--guidance-{stage}", type=comma_list(number, 1, 2),
+                       help=f"sampling steps of Stage {stage.upper()}, in any form that sample.py takes "
+                       "(default: the weights')")
+        g.add_argument(f"--sampler-{stage}", choices=SAMPLERS[stage],
+                       help=f"sampler of Stage {stage.upper()} (default: the weights')")
+        g.add_argument(f"--guidance-{stage}", type=comma_list(Number(), 1, 2),
                        help=f"classifier-free guidance scale of Stage {stage.upper()}, or two for start and end; "
-                       "higher follows the prompt more closely, varies less")
-    g.add_argument("--temperature-b", type=comma_list(number, 1, 2),
-                   help="for v1: the temperature at which Stage B draws tokens, or those of its first and last step")
+                       "higher follows the prompt more closely, varies less (default: the weights')")
+    g.add_argument("--temperature-b", type=comma_list(Number(), 1, 2),
+                   help="for v1: the temperature at which Stage B draws tokens, or those of its first and last step "
+                        "(default: the weights')")
     g.add_argument("--int8", action="store_true", help="Stages B and C in 8 bits, as with sample.py --int8")
-    g.add_argument("--batch", type=int, default=32, help="images sampled at a time; less if memory runs out")
-    g.add_argument("--seed", type=int, default=0,
+    g.add_argument("--batch", type=BATCH, default=32, help="images sampled at a time; less if memory runs out")
+    g.add_argument("--seed", type=SEED, default=0,
                    help="seed of the noise (--real: of the layouts); the prompts stay the same")
     g = p.add_argument_group("output")
     g.add_argument("--out", help="JSON file for figures, settings and what was found in each image")
     g.add_argument("--grid", help="PNG file for the first 64 images with their prompts")
     args = p.parse_args(argv)
-    if not 1 <= args.prompts <= 256:
-        p.error(f"--prompts is {args.prompts}, expected 1 to 256.")
-    for path in filter(None, (args.out, args.grid)):
-        if Path(path).exists():
-            p.error(f"{path} exists already and will not be overwritten: choose another name, or remove it.")
-    if args.grid and Path(args.grid).suffix.lower() != ".png":
-        p.error(f"--grid {args.grid} is not possible: it is saved as PNG, name a .png file.")
+    for path, suffix in ((args.out, ".json"), (args.grid, ".png")):
+        if path:
+            check_output(path, suffix)
     return args
 
 
@@ -171,7 +170,6 @@ def sample(args, prompts: list[str]) -> list[Image.Image]:
 
 
 def main(args):
-    from loading.files import write_atomically
     facts = fixed_prompts()[:args.prompts]
     if args.real:
         rng = np.random.default_rng(args.seed)
@@ -199,4 +197,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with exit_on_user_error():
+        main(parse_args())

@@ -19,7 +19,8 @@ if __name__ == "__main__" and not __package__:
 from pathlib import Path
 
 from loading.errors import RESUME_HINT, UserError, exit_on_user_error
-from training.options import Parser, add_checkpoint_options, add_schedule_options, check_at_least
+from loading.options import BATCH, SEED, Parser, positive_int
+from training.options import add_checkpoint_options, add_schedule_options
 
 CONFIG = Path(__file__).parents[1] / "models" / "tiny" / "image_encoder"
 FIRST_SCENE = 5 * 10 ** 8        # scenes that Stage B is not trained on
@@ -30,17 +31,20 @@ def parse_args(argv=None):
     p.add_argument("--out", required=True, help="folder for the result")
     p.add_argument("--config", default=str(CONFIG), help="sizes: a folder with the config.json of a TinyImageEncoder "
                                                          "(default: models/tiny/image_encoder)")
-    p.add_argument("--batch", type=int, default=64, help="scenes per step")
+    p.add_argument("--batch", type=BATCH, default=64, help="scenes per step")
     add_schedule_options(p, steps=1200, lr=1.5e-3, schedule="trapezoid", warmup=100)
     p.add_argument("--device", help="cuda, cpu, ... (default: cuda if available)")
-    p.add_argument("--seed", type=int, default=0, help="seed of weights, data and noise")
-    p.add_argument("--log-every", type=int, default=20, help="optimizer steps between lines of log.jsonl")
+    p.add_argument("--seed", type=SEED, default=0, help="seed of weights, data and noise")
+    p.add_argument("--log-every", type=positive_int, default=20, help="optimizer steps between lines of log.jsonl")
     add_checkpoint_options(p, save_every=250, keep=1)
     return p.parse_args(argv)
 
 
-if __name__ == "__main__":
-    ARGS = parse_args()      # before the imports below, which take seconds: --help and errors answer at once
+if __name__ == "__main__":       # before the imports below, so that --help need not wait for torch
+    with exit_on_user_error(RESUME_HINT):
+        args = parse_args()
+        from tiny import train_encoder
+        sys.exit(train_encoder.main(args))
 
 import numpy as np
 import torch
@@ -48,6 +52,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from loading.arguments import usable_device
 from loading.errors import WeightsError
 from loading.files import read_config
 from loading.names import config_to_ours
@@ -106,10 +111,9 @@ def head_loss(output: Tensor, objects: Tensor, places: Tensor, colours: Tensor) 
 
 
 def main(args):
-    check_at_least(args)
     checkpoints = Checkpoints(args, results=("image_encoder",))
     resumed, settings = checkpoints.find(args.resume), settings_of(args)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = usable_device(args.device)
     torch.manual_seed(args.seed)
     scenes = EmojiScenes("all", seed=args.seed + 1)                      # scene i is a function of (seed, i)
     encoder, head = build_encoder(args.config).to(device).train(), build_head().to(device)
@@ -148,7 +152,3 @@ def main(args):
     save_model(encoder.eval(), f"{args.out}/image_encoder")
     stop.restore()
 
-
-if __name__ == "__main__":
-    with exit_on_user_error(RESUME_HINT):
-        main(ARGS)

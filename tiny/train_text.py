@@ -19,26 +19,31 @@ if __name__ == "__main__" and not __package__:
 from collections import Counter
 
 from loading.errors import RESUME_HINT, exit_on_user_error
-from training.options import Parser, add_checkpoint_options, add_schedule_options, check_at_least
+from loading.options import BATCH, SEED, Parser, integer, positive_int
+from training.options import add_checkpoint_options, add_schedule_options
 
 
 def parse_args(argv=None):
     p = Parser(__doc__, prog="python -m tiny.train_text")
     p.add_argument("--image-encoder", required=True, help="folder of the trained image encoder")
     p.add_argument("--out", required=True, help="folder for the result")
-    p.add_argument("--width", type=int, default=128, help="channels (official: 1280)")
-    p.add_argument("--depth", type=int, default=3, help="layers (official: 32)")
-    p.add_argument("--batch", type=int, default=128, help="captioned images per step")
+    p.add_argument("--width", type=integer(32, 8192, 32), default=128,
+                   help="channels, 32 for each head of attention (official: 1280)")
+    p.add_argument("--depth", type=integer(1, 100), default=3, help="layers (official: 32)")
+    p.add_argument("--batch", type=BATCH, default=128, help="captioned images per step")
     add_schedule_options(p, steps=1500, lr=3e-3, schedule="trapezoid", warmup=100)
     p.add_argument("--device", help="cuda, cpu, ... (default: cuda if available)")
-    p.add_argument("--seed", type=int, default=0, help="seed of weights and data")
-    p.add_argument("--log-every", type=int, default=20, help="optimizer steps between lines of log.jsonl")
+    p.add_argument("--seed", type=SEED, default=0, help="seed of weights and data")
+    p.add_argument("--log-every", type=positive_int, default=20, help="optimizer steps between lines of log.jsonl")
     add_checkpoint_options(p, save_every=500, keep=1)
     return p.parse_args(argv)
 
 
-if __name__ == "__main__":
-    ARGS = parse_args()      # before the imports below, which take seconds: --help and errors answer at once
+if __name__ == "__main__":       # before the imports below, so that --help need not wait for torch
+    with exit_on_user_error(RESUME_HINT):
+        args = parse_args()
+        from tiny import train_text
+        sys.exit(train_text.main(args))
 
 import torch
 from torch import nn
@@ -46,6 +51,7 @@ from tokenizers import pre_tokenizers
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from loading.arguments import usable_device
 from loading.weights import load_image_encoder, save_text_encoder
 from stage_b import preprocess
 from training.checkpoints import Checkpoints, Log, check_finite, load_state, settings_of, state_of
@@ -94,10 +100,9 @@ def new_text_encoder(width: int, depth: int, length: int = 20) -> tuple[CLIPToke
 
 
 def main(args):
-    check_at_least(args, width=32, depth=1)
     checkpoints = Checkpoints(args, results=("text_encoder", "tokenizer"))
     resumed, settings = checkpoints.find(args.resume), settings_of(args)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = usable_device(args.device)
     torch.manual_seed(args.seed)
     scenes = EmojiScenes("captioned", seed=args.seed + 3)                # scene i is a function of (seed, i)
     encoder = load_image_encoder(args.image_encoder).to(device).requires_grad_(False)
@@ -135,7 +140,3 @@ def main(args):
     save_text_encoder(tokenizer, text_model.eval(), f"{args.out}/text_encoder", f"{args.out}/tokenizer")
     stop.restore()
 
-
-if __name__ == "__main__":
-    with exit_on_user_error(RESUME_HINT):
-        main(ARGS)

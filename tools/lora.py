@@ -12,20 +12,13 @@ import sys
 if __name__ == "__main__" and not __package__:
     sys.exit("error: run this as: python -m tools.lora")
 
-import argparse
 import functools
 import warnings
 from pathlib import Path
 
 from loading.errors import UserError, as_user_error, exit_on_user_error, printable
-
-
-def check_output(path: Path, suffix: str = "") -> None:
-    """Raises UserError if the file exists already, or does not have the suffix that is written."""
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"{path} exists already and is not overwritten: choose another name")
-    if path.suffix != (suffix or path.suffix):
-        raise UserError(f"{path} should end in {suffix}, the only kind of file that is written")
+from loading.files import check_output
+from loading.options import Number, Parser, integer
 
 
 def info(file: str) -> str:
@@ -74,7 +67,7 @@ def merge(prior: str, lora: str, out: Path, scale: float, lora_partial: bool = F
     from loading.lora_formats import base_hash, load_lora, read_lora
     from loading.names import config_to_diffusers, to_diffusers
     from lora import merge_and_unload
-    check_output(out)
+    check_output(out, ".safetensors", "")
     model, dtypes = load_prior(prior)
     trained_on = read_lora(lora, lora_partial)[1].get("base_hash")
     other = trained_on not in (None, base_hash(model))
@@ -137,8 +130,6 @@ def extract(base: str, tuned: str, out: Path, rank: int, targets: str) -> str:
     from loading.lora_formats import base_hash, write_lora
     from lora import diffusers_name
     check_output(out, ".safetensors")
-    if rank < 1:
-        raise UserError(f"rank {rank}: expected a whole number >= 1")
     (base, _), (tuned, _) = load_prior(base), load_prior(tuned)
     if base.config != tuned.config:
         raise UserError(f"the two priors have different sizes: {base.config} and {tuned.config}")
@@ -148,14 +139,13 @@ def extract(base: str, tuned: str, out: Path, rank: int, targets: str) -> str:
     return f"{text}\nwritten to {out}"
 
 
-def add_partial(command: argparse.ArgumentParser) -> None:
+def add_partial(command: Parser) -> None:
     command.add_argument("--lora-partial", action="store_true", help="leave out what belongs to no layer of Stage C, "
                          "such as the part of a text encoder, and list it, instead of refusing the file")
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m tools.lora", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser() -> Parser:
+    p = Parser(__doc__, prog="python -m tools.lora")
     commands = p.add_subparsers(dest="command", required=True)
     c = commands.add_parser("info", help="what is inside a LoRA file")
     c.add_argument("file", help=".safetensors, .bin or .pt file; or a folder of diffusers, peft or train_c.py")
@@ -171,23 +161,23 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("lora", help="the LoRA, in any format")
     c.add_argument("out", type=Path, help="folder or .safetensors file to write, in diffusers' names; must not exist "
                                           "yet")
-    c.add_argument("--scale", type=float, default=1.0, help="strength of the LoRA (default 1: as trained)")
+    c.add_argument("--scale", type=Number(), default=1.0, help="strength of the LoRA (default 1: as trained)")
     add_partial(c)
     c = commands.add_parser("extract", help="the LoRA nearest to the difference of two priors, and how near it is")
     c.add_argument("base", help="the prior before fine-tuning, folder or file")
     c.add_argument("tuned", help="the prior after it")
     c.add_argument("out", type=Path, help=".safetensors file to write; must not exist yet")
-    c.add_argument("--rank", type=int, default=16, help="of every layer (default 16): more keeps more, in a larger "
-                                                        "file")
+    c.add_argument("--rank", type=integer(1, 8192), default=16,
+                   help="of every layer (default 16): more keeps more, in a larger file")
     c.add_argument("--targets", default="all", help="attention, attention+mlp, all, or a regular expression for our "
                                                     "names (default all)")
     return p
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = vars(parser().parse_args(argv))
-    run = dict(info=info, convert=convert, merge=merge, extract=extract)[args.pop("command")]
     with exit_on_user_error(), as_user_error(), warnings.catch_warnings():
+        args = vars(parser().parse_args(argv))
+        run = dict(info=info, convert=convert, merge=merge, extract=extract)[args.pop("command")]
         warnings.simplefilter("always")
         said = functools.cache(lambda text: print(f"warning: {text}", file=sys.stderr))           # once
         warnings.showwarning = lambda message, *_: said(str(message))

@@ -13,12 +13,13 @@ import sys
 if __name__ == "__main__" and not __package__:
     sys.exit("error: run this as: python -m tools.make_example")
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from loading.errors import exit_on_user_error
+from loading.options import Parser
 from training.scenes import OPPOSITE, RELATIONS, place_pair, place_single, plain_caption, render
 
 BACKGROUNDS = ("white", "red", "yellow", "green", "blue")
@@ -43,6 +44,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(prog="python -m tools.make_example", description=__doc__,
-                            formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    main(Path(__file__).parents[1] / "examples" / "unicorn")
+    with exit_on_user_error():
+        Parser(__doc__, prog="python -m tools.make_example").parse_args()
+        main(Path(__file__).parents[1] / "examples" / "unicorn")

@@ -16,12 +16,13 @@ import sys
 if __name__ == "__main__" and not __package__:
     sys.exit("error: run this as: python -m tools.make_sprites")
 
-import argparse
 import json
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from loading.errors import exit_on_user_error
+from loading.options import Parser
 from training.scenes import ASSETS, CELL, COLUMNS
 
 FONT_SIZE = 109
@@ -42,7 +43,7 @@ def draw(codepoint: str, font: ImageFont.FreeTypeFont) -> Image.Image:
 
 
 def main():
-    p = argparse.ArgumentParser(prog="python -m tools.make_sprites", description=__doc__.splitlines()[0])
+    p = Parser(__doc__.splitlines()[0], prog="python -m tools.make_sprites")
     p.add_argument("--font", required=True, help="path of NotoColorEmoji.ttf (the bitmap version)")
     p.add_argument("--out", default=str(ASSETS), help="folder that gets emoji.png (default: assets)")
     args = p.parse_args()
@@ -56,4 +57,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_user_error():
+        main()

@@ -11,11 +11,11 @@ import sys
 if __name__ == "__main__" and not __package__:
     sys.exit("error: run this as: python -m tools.weights")
 
-import argparse
 import json
 from pathlib import Path
 
 from loading.errors import WeightsError, exit_on_user_error
+from loading.options import Parser
 
 
 def convert(source: str | Path, target: str | Path, to: str) -> int:
@@ -26,12 +26,11 @@ def convert(source: str | Path, target: str | Path, to: str) -> int:
     """
     import torch
     from safetensors.torch import save_file
-    from loading.files import OWN_CONFIG, STEM, TensorFile, find_file, write_atomically, write_files
+    from loading.files import OWN_CONFIG, STEM, TensorFile, check_output, find_file, write_atomically, write_files
     from loading.names import (FORMATS, config_to_diffusers, describe, recognise, to_diffusers, to_original, translate)
     from loading.weights import build_empty
     target = Path(target)
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise WeightsError(f"{target} exists already and is not overwritten: choose another name")
+    check_output(target, ".safetensors", ".bin", ".pt", "")
     file = TensorFile(find_file(source, (STEM, "model")), sum((form.sections for form in FORMATS.values()), ()))
     stage = recognise(file.shapes)
     if stage is None:
@@ -58,8 +57,7 @@ def convert(source: str | Path, target: str | Path, to: str) -> int:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(prog="python -m tools.weights", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__, prog="python -m tools.weights")
     command = p.add_subparsers(dest="command", required=True).add_parser(
         "convert", help="write a model in another naming, values unchanged")
     command.add_argument("source", help="folder with config.json, or a .safetensors, .bin or .pt file")

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
                                                      set_model_state_dict, set_optimizer_state_dict)
 
 from loading.errors import UserError
-from loading.files import is_finite, write_atomically
+from loading.files import check_folder, is_finite, write_atomically
 
 FULL = dict(full_state_dict=True, cpu_offload=True)      # gathered from all processes if they are split
 
@@ -61,6 +61,7 @@ class Checkpoints:
 
         Raises UserError for a file that does not exist, and if a run or its result would be overwritten.
         """
+        check_folder(self.out)
         found, card = self.all(), self.out / "README.md"
         results = [self.out / name for name in self.results if (self.out / name).exists()]
         if card.is_file() and "| `--steps` |" in card.read_text(encoding="utf-8", errors="replace"):

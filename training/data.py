@@ -29,6 +29,7 @@ from PIL import Image
 from extras.images import decoding, open_header, open_image, pixels_of, read_image, to_srgb
 from extras.jobs import prompt_lines
 from loading.errors import UserError
+from loading.options import SEED, Number, integer
 from training.sources import SUFFIXES, Chosen, Found, Place, content_of, samples_of
 
 
@@ -101,7 +102,7 @@ def open_dataset(source: str | Path, *, min_side: int = 64, captions_required: b
 def read_filters(texts: list[str]) -> dict[str, float]:
     """["min_aesthetic=5", ...], the values of --filter -> {"min_aesthetic": 5.0, ...}.  Raises ValueError."""
     try:
-        return {name: float(value) for name, _, value in (text.partition("=") for text in texts)}
+        return {name: Number()(value) for name, _, value in (text.partition("=") for text in texts)}
     except ValueError:
         raise ValueError(f"--filter {' '.join(texts)}: expected something like min_aesthetic=5") from None
 
@@ -279,10 +280,12 @@ class SceneDataset(ImageDataset):
         from training.scenes import CANVAS, EmojiScenes
         _, *words = source.split(":")
         self._objects = words.pop(0) if words and not words[0].isdecimal() else "captioned"
-        if len(words) > 2 or not all(word.isdecimal() for word in words) or words[:1] == ["0"]:
+        try:
+            count, seed = words + ["24000", "0"][len(words):]
+            count, self._seed = integer(1, 10 ** 7)(count), SEED(seed)
+        except ValueError:
             raise ValueError(f"cannot read {source!r}: expected scenes[:captioned|uncaptioned|all][:N][:SEED], "
-                             "such as scenes:all:500:1")
-        count, self._seed = (int(word) for word in (words + ["24000", "0"][len(words):]))
+                             "such as scenes:all:500:1, and N of 10 million at most") from None
         self.source, self.skipped, self.notes = source, [], []
         self._scenes = EmojiScenes(self._objects, seed=self._seed)
         self.sizes = np.full((count, 2), CANVAS, np.int32)
@@ -318,7 +321,7 @@ def bucket_sizes(resolution: int, step: int = 128, max_ratio: float = 2.0) -> li
         raise ValueError(f"a resolution of {resolution} px: expected a multiple of {step}, such as {max(1, n) * step}")
     shapes = {(n, n)}
     for a in range(1, n * n + 1):
-        b = min(range(1, n * n + 1), key=lambda b: abs(a * b - n * n))
+        b = min(n * n // a, n * n // a + 1, key=lambda b: abs(a * b - n * n))
         if max(a, b) <= max_ratio * min(a, b) and 0.8 <= a * b / n ** 2 <= 1.25:
             shapes |= {(a, b), (b, a)}
     return sorted((a * step, b * step) for a, b in shapes)

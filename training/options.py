@@ -3,61 +3,13 @@
 A script makes a Parser and adds its own options to the groups that it gets back.
 Needs: the standard library only, so that --help answers at once.
 """
-import argparse
 import importlib
-import math
-import re
-import sys
 
-from loading.errors import UserError, nearest_option
+from loading.errors import UserError
+from loading.files import check_folder
+from loading.options import BATCH, SEED, Number, below_one, integer, positive_int
 
-LEAST = dict(steps=1, epochs=1, max_samples=1, batch=1, grad_accum=1, lr=0, warmup=0, lr_cycles=1, lr_power=0,
-             weight_decay=0, adam_eps=0, clip=0, max_bad_steps=1, workers=0, save_every=1, keep=1, log_every=1,
-             val_every=0, val_count=1, sample_every=0, seed=0)
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "trapezoid")
-# Options of diffusers' training scripts for Würstchen -> ours. docs/FINETUNE.md explains each.
-FROM_DIFFUSERS = dict(
-    pretrained_prior_model_name_or_path="weights", pretrained_decoder_model_name_or_path="weights",
-    dataset_name="data", train_data_dir="data", max_train_samples="max-samples", validation_prompts="sample-prompt",
-    validation_epochs="sample-every", output_dir="out", train_batch_size="batch", num_train_epochs="epochs",
-    max_train_steps="steps",
-    gradient_accumulation_steps="grad-accum", gradient_checkpointing="checkpointing", learning_rate="lr",
-    lr_scheduler="schedule", lr_warmup_steps="warmup", snr_gamma="loss-weight", use_8bit_adam="adam-8bit",
-    use_ema="ema", dataloader_num_workers="workers", adam_weight_decay="weight-decay", adam_epsilon="adam-eps",
-    max_grad_norm="clip", hub_model_id="push-to-hub", mixed_precision="dtype", checkpointing_steps="save-every",
-    checkpoints_total_limit="keep", resume_from_checkpoint="resume", noise_offset="offset-noise",
-    tracker_project_name="project")
-
-
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Ends the help of each option that takes a value with its default, unless the text has it already."""
-    def _get_help_string(self, action):
-        if "default" in action.help or action.required or action.nargs == 0:
-            return action.help
-        return f"{action.help} (default: {'none' if action.default in (None, '', []) else '%(default)s'})"
-
-
-class Parser(argparse.ArgumentParser):
-    """Shows the docstring of a script and all defaults in --help. A mistake ends in one line, with the nearest option.
-    """
-    def __init__(self, docstring: str, **more):
-        super().__init__(description=docstring, formatter_class=HelpFormatter, **more)
-
-    def parse_known_args(self, args=None, namespace=None):
-        options = [option for action in self._actions for option in action.option_strings]
-        for word in sys.argv[1:] if args is None else args:      # before argparse finds that another one is missing
-            name = word.partition("=")[0]
-            if re.fullmatch(r"--\w[\w-]*", name) and not any(option.startswith(name) for option in options):
-                theirs = FROM_DIFFUSERS.get(name[2:].replace("-", "_"))
-                hint = nearest_option(self, name) if f"--{theirs}" not in options else (
-                    f"--{theirs} is what diffusers' option is called here, see docs/FINETUNE.md")
-                self.error(f"unrecognized arguments: {word}; {hint}")
-        return super().parse_known_args(args, namespace)
-
-    def error(self, message: str) -> None:       # argparse would print its usage as well
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
-
 
 def add_data_options(p, default: str | None = None, what: str = "", crop: str | None = "center", captions: bool = True,
                      cache: str | None = None):
@@ -73,17 +25,17 @@ def add_data_options(p, default: str | None = None, what: str = "", crop: str | 
                         "scenes:OBJECTS:NUMBER:SEED; see training/data.py"
                         + what)
     if captions:
-        g.add_argument("--max-ratio", type=float, default=2.0,
+        g.add_argument("--max-ratio", type=Number(1, 100), default=2.0,
                        help="widest shape of the buckets that images are sorted into; 1: all are cropped to squares")
-    g.add_argument("--max-samples", type=int, help="use only so many images, drawn by --seed, to try something out "
-                   "(default: all)")
+    g.add_argument("--max-samples", type=positive_int,
+                   help="use only so many images, drawn by --seed, to try something out (default: all)")
     g.add_argument("--crop", choices=["center", "random"], default=crop,
                    help="the part of an image that is kept if its shape is not that of its bucket (default: "
                         f"{crop or 'random'})")
     g.add_argument("--random-flip", action="store_true",
                    help="mirror half of the images; not for data where left and right matter")
     if captions:
-        g.add_argument("--caption-dropout", type=float, default=0.05,
+        g.add_argument("--caption-dropout", type=below_one, default=0.05,
                        help="share of captions that are replaced by the empty one, each drawn separately")
         g.add_argument("--caption-column", metavar="NAME",
                        help="column of a table, or key of metadata and .json, with the captions (default: the first "
@@ -97,7 +49,7 @@ def add_data_options(p, default: str | None = None, what: str = "", crop: str | 
     if cache:
         g.add_argument("--cache", help=f"folder for {cache}, computed once and shared between runs")
         g.add_argument("--cache-dtype", choices=["fp16", "fp32"], default="fp16", help="dtype in which they are kept")
-    g.add_argument("--workers", type=int, default=2, help="processes that read images")
+    g.add_argument("--workers", type=integer(0, 1024), default=2, help="processes that read images")
     return g
 
 
@@ -105,16 +57,18 @@ def add_schedule_options(g, steps: int, lr: float | None, schedule: str, warmup:
                          epochs: bool = False) -> None:
     """--steps or, if there are epochs, --epochs; --lr, --schedule, --warmup. lr_note: added to the help of --lr."""
     length = g.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, default=steps, help="optimizer steps in total, resumed ones included")
+    length.add_argument("--steps", type=positive_int, default=steps,
+                        help="optimizer steps in total, resumed ones included")
     if epochs:
-        length.add_argument("--epochs", type=int, help="instead of --steps: how often each image is seen")
-    g.add_argument("--lr", type=float, default=lr, help=f"peak learning rate{lr_note}")
+        length.add_argument("--epochs", type=integer(1, 10 ** 6),
+                            help="instead of --steps: how often each image is seen")
+    g.add_argument("--lr", type=Number(0), default=lr, help=f"peak learning rate{lr_note}")
     g.add_argument("--schedule", choices=SCHEDULES, default=schedule,
                    help="course of the learning rate after the warm-up; constant and constant_with_warmup are the "
                         "same; trapezoid: it falls in the last fifth")
-    g.add_argument("--warmup", type=int, default=warmup, help="optimizer steps in which the learning rate rises")
-    g.add_argument("--lr-cycles", type=int, default=1, help="cosines of cosine_with_restarts")
-    g.add_argument("--lr-power", type=float, default=1.0, help="exponent of polynomial; 1: linear")
+    g.add_argument("--warmup", type=integer(0), default=warmup, help="optimizer steps in which the learning rate rises")
+    g.add_argument("--lr-cycles", type=positive_int, default=1, help="cosines of cosine_with_restarts")
+    g.add_argument("--lr-power", type=Number(0), default=1.0, help="exponent of polynomial; 1: linear")
 
 
 def add_optimization_options(p, *, steps: int, batch: int | None, lr: float | None, schedule: str, warmup: int,
@@ -128,21 +82,21 @@ def add_optimization_options(p, *, steps: int, batch: int | None, lr: float | No
     """
     g = p.add_argument_group(title)
     add_schedule_options(g, steps, lr, schedule, warmup, lr_note, epochs=True)
-    g.add_argument("--batch", type=int, default=batch,
+    g.add_argument("--batch", type=BATCH, default=batch,
                    help="images per process and forward pass; if memory runs out, halve it and double --grad-accum"
                         + notes.get("batch_note", ""))
-    g.add_argument("--grad-accum", type=int, default=1,
+    g.add_argument("--grad-accum", type=BATCH, default=1,
                    help="forward passes per optimizer step; the effective batch is batch x grad-accum x processes")
-    g.add_argument("--weight-decay", type=float, default=weight_decay, help="of AdamW; "
+    g.add_argument("--weight-decay", type=Number(0), default=weight_decay, help="of AdamW; "
                    + notes.get("decay_note", "not for norms and biases"))
-    g.add_argument("--adam-beta1", type=float, default=0.9, help="AdamW's decay of the mean gradient")
-    g.add_argument("--adam-beta2", type=float, default=beta2, help="and of the mean squared gradient")
-    g.add_argument("--adam-eps", type=float, default=1e-8, help="AdamW's term against division by zero")
+    g.add_argument("--adam-beta1", type=below_one, default=0.9, help="AdamW's decay of the mean gradient")
+    g.add_argument("--adam-beta2", type=below_one, default=beta2, help="and of the mean squared gradient")
+    g.add_argument("--adam-eps", type=Number(0), default=1e-8, help="AdamW's term against division by zero")
     g.add_argument("--adam-8bit", action="store_true", help="AdamW of the package bitsandbytes, whose state takes a "
                    "quarter of the memory; not tried on a GPU yet")
-    g.add_argument("--clip", type=float, default=1.0,
+    g.add_argument("--clip", type=Number(0), default=1.0,
                    help="norm of the gradient, over all processes, above which it is scaled down; 0: never")
-    g.add_argument("--ema", type=float, default=ema,
+    g.add_argument("--ema", type=below_one, default=ema,
                    help="decay of the averaged weights, which are the ones kept; 0: no averaging"
                    + notes.get("ema_note", ""))
     g.add_argument("--dtype", choices=["fp32", "bf16", "fp16"],
@@ -151,19 +105,19 @@ def add_optimization_options(p, *, steps: int, batch: int | None, lr: float | No
         g.add_argument("--compile", action="store_true", help="torch.compile: minutes at the start, then faster")
         g.add_argument("--fsdp", action="store_true",
                        help="split weights and optimizer over the processes, for models that do not fit on one GPU")
-    g.add_argument("--max-bad-steps", type=int, default=10,
+    g.add_argument("--max-bad-steps", type=positive_int, default=10,
                    help="stop after this many steps in a row whose loss or gradient is NaN or infinite")
     g.add_argument("--device", help="cuda, cpu, ... (default: cuda if available)")
-    g.add_argument("--seed", type=int, default=0, help="seed of everything random")
+    g.add_argument("--seed", type=SEED, default=0, help="seed of everything random")
     return g
 
 
 def add_checkpoint_options(g, save_every: int, keep: int = 2) -> None:
     """--resume, --save-every and --keep."""
     g.add_argument("--resume", help="auto: from the newest checkpoint in --out, if there is one; or a file")
-    g.add_argument("--save-every", type=int, default=save_every,
+    g.add_argument("--save-every", type=positive_int, default=save_every,
                    help="steps between checkpoints; SIGTERM and Ctrl-C save one as well")
-    g.add_argument("--keep", type=int, default=keep, help="number of checkpoints to keep")
+    g.add_argument("--keep", type=positive_int, default=keep, help="number of checkpoints to keep")
 
 
 def add_output_options(p, *, result: str, save_every: int, log_every: int, val_every: int, val_count: int,
@@ -177,12 +131,12 @@ def add_output_options(p, *, result: str, save_every: int, log_every: int, val_e
     g.add_argument("--out", required=True,
                    help=f"folder for checkpoints/, samples/, log.jsonl, curves.png and, in the end, {result}")
     add_checkpoint_options(g, save_every)
-    g.add_argument("--log-every", type=int, default=log_every, help="steps between lines of log.jsonl")
-    g.add_argument("--val-every", type=int, default=val_every, help="steps between validations; 0: none")
+    g.add_argument("--log-every", type=positive_int, default=log_every, help="steps between lines of log.jsonl")
+    g.add_argument("--val-every", type=integer(0), default=val_every, help="steps between validations; 0: none")
     g.add_argument("--val-data", help="images to validate on, as for --data (default: some of --data, which then show "
                                       f"how well it is fitted{val_data})")
-    g.add_argument("--val-count", type=int, default=val_count, help=f"images in a validation{val_note}")
-    g.add_argument("--sample-every", type=int, default=sample_every,
+    g.add_argument("--val-count", type=integer(1, 10 ** 6), default=val_count, help=f"images in a validation{val_note}")
+    g.add_argument("--sample-every", type=integer(0), default=sample_every,
                    help=f"steps between {samples}, step 0 included; 0: none")
     if prompts:
         g.add_argument("--sample-prompt", action="append", default=[],
@@ -202,27 +156,11 @@ def add_output_options(p, *, result: str, save_every: int, log_every: int, val_e
 
 # ----- checks -----------------------------------------------------------------------------------------
 
-def check_at_least(args, **least: float) -> None:
-    """Raises UserError for options below their least value: those of LEAST that args has, and those given here. NaN and
-    infinity are refused as well. Options that are None are not checked."""
-    for name, low in (LEAST | least).items():
-        value = getattr(args, name, None)
-        if value is not None and not low <= value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} is {value}, expected at least {low}"
-                            f"{' and a finite number' if not math.isfinite(value) else ''}")
-
-
-def check_shares(args, *names: str) -> None:
-    """Raises UserError for options that are not in [0, 1). Options that are None are not checked."""
-    for name in names:
-        if getattr(args, name) is not None and not 0 <= getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a number from 0 to below 1")
-
-
 def check_services(args) -> None:
     """Raises UserError for what a run would miss after minutes or at its end: a package, a token, a repository; and for
     options of the three scripts that do not go together."""
-    check_shares(args, "adam_beta1", "adam_beta2")
+    if getattr(args, "cache", None):
+        check_folder(args.cache)
     if args.adam_8bit and getattr(args, "fsdp", False):
         raise UserError("--adam-8bit cannot split its state over processes: remove it or --fsdp")
     for option, module, package in (("--report-to tensorboard", "torch.utils.tensorboard", "tensorboard"),

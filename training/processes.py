@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from loading.arguments import usable_device
 from loading.errors import RESUME_HINT
 
 
@@ -26,8 +27,9 @@ class Processes:
         """minutes: how long a process waits for another before it gives up, for example while rank 0 samples images."""
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.is_main, self.many = self.rank == 0, "RANK" in os.environ
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device)
+        if device in (None, "cuda") and torch.cuda.is_available():
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        self.device = usable_device(device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.many:

@@ -42,6 +42,7 @@ UNREADABLE = (".heic", ".heif", ".hif", ".jxl", ".jp2", ".jpe", ".apng", ".psd",
 # The keys of metadata, .json and tables in which a caption is looked for, in this order, in upper or lower case.
 CAPTION_KEYS = ("text", "caption", "captions", "prompt", "prompts", "description", "txt")
 HEAD = 2 ** 15                   # bytes of an image that are read to learn its size
+SHARDS = 10 ** 6                 # of a source at most: a typing error otherwise, the largest have 200,000
 INDEX_VERSION = 3                # of the index that _tar_samples writes; a new number rebuilds all indexes
 
 Place = tuple[str, int, int]     # file, offset, bytes (-1: up to the end): where something can be read
@@ -372,6 +373,8 @@ def _expand(pattern: str) -> list[str]:
     match = re.search(r"(?<!\$)\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
     if not match:
         return [pattern]
+    if math.prod(1 + int(b) - int(a) for a, b in re.findall(r"\{(\d{1,20})\.\.(\d{1,20})\}", pattern)) > SHARDS:
+        raise ValueError(f"{pattern} names more than {SHARDS} shards: correct its range")
     first, last, words = match.groups()
     if words is None:
         words = ",".join(f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1))

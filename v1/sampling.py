@@ -5,6 +5,7 @@
 What differs from v2, and why: see the header of v1/stage_b.py.
 Paper: arXiv:2211.07292 (Paella).  Needs: torch; stage_b.py.
 """
+import math
 from typing import Callable, Iterable, Sequence
 
 import torch
@@ -63,8 +64,9 @@ def per_step(name: str, value, steps: int) -> list:
 def temperatures(value, steps: int) -> list[float]:
     """The temperature of `sample` -> one for each step. Raises ValueError if one is not above 0."""
     values = per_step("temperature", value, steps)
-    if not all(value > 0 for value in values):
-        raise ValueError(f"the temperature is {min(values):g}, expected more than 0; mode argmax is what 0 would mean.")
+    if not all(0 < value < math.inf for value in values):
+        raise ValueError(f"the temperature is {min(values):g}, expected more than 0, and finite; "
+                         f"mode argmax is what 0 would mean.")
     return values
 
 

@@ -32,6 +32,9 @@ if __name__ == "__main__" and not __package__:
 import argparse
 from pathlib import Path
 
+from loading.errors import exit_on_user_error
+from loading.files import check_folder
+from loading.options import BATCH, IMAGES, SIDE, Parser, integer
 from tools.bench.report import DTYPES, FILE, write
 
 QUESTIONS = {
@@ -49,8 +52,7 @@ QUESTIONS = {
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__, prog="python -m tools.bench")
     g = p.add_argument_group("what is measured instead of start and networks")
     for name, text in QUESTIONS.items():
         g.add_argument(f"--{name}", action="store_true", help=text)
@@ -59,17 +61,18 @@ def parse_args(argv=None):
     g.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True,
                    help="for --official: also measure Stages B and C under torch.compile (default: yes)")
     g = p.add_argument_group("how")
-    g.add_argument("--weights", default="tiny", help="tiny, which ships with the code, or a folder (default: tiny)")
-    g.add_argument("--side", type=int, help="side of the square image in px (default: the weights' own size)")
-    g.add_argument("--repeats", type=int, default=5, help="runs of everything; raise it if figures jump (default: 5)")
-    g.add_argument("--calls", type=int, default=10, help="calls per run; lower it for large weights (default: 10)")
+    g.add_argument("--weights", default="tiny", help="tiny, which ships with the code, or a folder")
+    g.add_argument("--side", type=SIDE, help="side of the square image in px (default: the weights' own size)")
+    g.add_argument("--repeats", type=IMAGES, default=5, help="runs of everything; raise it if figures jump")
+    g.add_argument("--calls", type=IMAGES, default=10, help="calls per run; lower it for large weights")
     g.add_argument("--device", help="cuda, cpu, ... (default: cuda if there is one, else cpu)")
     g.add_argument("--dtype", choices=DTYPES, help="dtype for --official (default: bf16 on a GPU, else fp32)")
-    g.add_argument("--pictures", type=int, nargs="+",
+    g.add_argument("--pictures", type=IMAGES, nargs="+",
                    help="for --official: images per batch, one or several numbers (default: 1, on a GPU 1 4 8)")
-    g.add_argument("--batch", type=int, default=4, help="images per training step (default: 4)")
-    g.add_argument("--depth", type=int, default=32, help="blocks of Stage C in --official and --training, and of Stage "
-                   "B in proportion; lower it if memory or time is short (default: 32, the official depth)")
+    g.add_argument("--batch", type=BATCH, default=4, help="images per training step")
+    g.add_argument("--depth", type=integer(1, 100), default=32,
+                   help="blocks of Stage C in --official and --training, and of Stage B in proportion; lower it if "
+                        "memory or time is short (default: 32, the official depth)")
     g.add_argument("--out", type=Path, default=FILE, help="file whose sections are replaced (default: BENCHMARKS.md)")
     return p.parse_args(argv)
 
@@ -77,9 +80,10 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     args.typed = sys.argv[1:] if argv is None else list(argv)
-    import torch                                         # only now, so that --help answers at once
+    check_folder(args.out.parent, args.out)
+    from loading.arguments import usable_device          # only now, so that --help answers at once
     from tools.bench import int8, memory, networks, official, start, training
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.device = str(usable_device(args.device))
     answers = dict(memory=memory.measure, training=training.measure, epoch=training.measure_epoch, int8=int8.measure,
                    official=official.measure)
     chosen = [answers[name] for name in QUESTIONS if getattr(args, name)]
@@ -88,4 +92,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_user_error():
+        main()
