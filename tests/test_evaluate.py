@@ -58,6 +58,28 @@ def test_the_first_prompts_are_a_fair_sample():
     assert [kinds.count(k) for k in ("pair_held_out", "pair_seen", "single")] == [16, 8, 8]
 
 
+def test_prompts_about_one_object_are_fixed_distinct_and_balanced():
+    """What a LoRA learned: the object by itself, in all colours and sizes, and beside 40 others."""
+    facts = evaluate.prompts_of("unicorn")
+    assert facts == evaluate.prompts_of("unicorn") and len({f["prompt"] for f in facts}) == 64
+    assert all("unicorn" in f["objects"] and " unicorn " in f["prompt"] for f in facts)
+    pairs = [f for f in facts if f["kind"] == "pair"]
+    assert len(pairs) == 40 and sum(f["objects"][0] == "unicorn" for f in pairs) == 20
+    assert all(sum(f["relation"] == relation for f in pairs) == 10 for relation in RELATIONS)
+    assert all(sum(f["colour"] == colour for f in facts) == 8 for colour in COLOURS)
+
+
+def test_an_object_is_found_whatever_else_the_image_shows(monkeypatch, tmp_path):
+    """A LoRA that paints its object into every image has learned it, and gets the other figures wrong."""
+    unicorn = render(Scene(("unicorn", "key"), (48, 48), ((32, 64), (96, 64)), "red", "left of"))
+    cat = render(Scene(("cat",), (48,), ((64, 64),), "red"))
+    monkeypatch.setattr(evaluate, "sample", lambda args, prompts: [unicorn, cat, cat, cat])
+    out = tmp_path / "eval.json"
+    evaluate.main(evaluate.parse_args(["--object", "unicorn", "--prompts", "4", "--out", str(out)]))
+    figures = json.loads(out.read_text())["runs"][0]["figures"]
+    assert figures["unicorn found"] == {"right": 0.25, "n": 4} and figures["pair_objects"]["right"] == 0
+
+
 # ----- the judge is right ----------------------------------------------------------------------------
 
 def test_the_judge_accepts_real_scenes_clean_or_degraded(judge):
@@ -165,7 +187,7 @@ def test_sampling_does_not_depend_on_the_batch_size(monkeypatch):
         c = b = types.SimpleNamespace(guidance=1.0)
 
         @classmethod
-        def load(cls, weights, int8):
+        def load(cls, weights, int8, lora):
             return cls()
 
         def __call__(self, prompts, **options):
@@ -192,6 +214,8 @@ def test_help_needs_no_torch_and_a_wrong_start_says_how():
      "error: there are no weights called 'no-such-weights', and there is no such folder: expected tiny, "),
     (["--temperature-b", "1"],
      "error: --temperature-b is only for v1, because Stage B of v1 generates tokens: remove it"),
+    (["--object", "zebra"], "python -m tiny.evaluate: error: --object zebra is unknown, expected one that the judge "
+                            "knows: "),
     (["--sampler-b", "quant"], "error: Stage B: sampler is 'quant', expected one of ddpm, ddim, dpm++."),
 ])
 def test_an_error_in_the_settings_ends_in_one_line(arguments, message, capsys):

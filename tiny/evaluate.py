@@ -9,6 +9,7 @@ Needs: numpy, pillow, torch; wuerstchen.py for sampling.
   python -m tiny.evaluate --real                                      # the judge's own accuracy
   python -m tiny.evaluate --weights tiny --out eval.json --grid eval.png
   python -m tiny.evaluate --weights tiny --prompts 32                 # a quick look
+  python -m tiny.evaluate --lora runs/unicorn/lora.safetensors --object unicorn      # did it learn its object?
 """
 import sys
 
@@ -21,13 +22,13 @@ import json
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from extras.cli import OF_STAGES, SAMPLERS, comma_list, sampling_options, steps
+from extras.cli import OF_STAGES, SAMPLERS, comma_list, loras, sampling_options, steps
 from loading.errors import as_user_error, exit_on_user_error
 from loading.files import check_output, write_atomically
 from loading.options import BATCH, SEED, Number, Parser, integer
 from tiny.judge import Judge, verdict
-from training.scenes import (CANVAS, CAPTIONED, COLOURS, RELATIONS, held_out, place_pair, place_single, plain_caption,
-                             render)
+from training.scenes import (CANVAS, CAPTIONED, COLOURS, OBJECTS, RELATIONS, held_out, place_pair, place_single,
+                             plain_caption, render)
 
 
 # ----- prompts ---------------------------------------------------------------------------------------
@@ -60,6 +61,19 @@ def fixed_prompts(seed: int = 0) -> list[dict]:
     return facts
 
 
+def prompts_of(name: str, seed: int = 0) -> list[dict]:
+    """64 prompts about one object, as fixed_prompts: 24 alone (8 colours, no size, small and large), 40 in a pair."""
+    rng = np.random.default_rng(seed)
+    others = [other for other in rng.permutation(CAPTIONED).tolist() if other != name][:40]
+    sizes, colours = [None, "small", "large"] * 8, sorted(COLOURS) * 8
+    facts = [{"kind": "single", "objects": (name,), "relation": None, "size": size, "colour": colour}
+             for size, colour in zip(sizes, colours)]
+    facts += [{"kind": "pair", "objects": (name, other) if i % 2 else (other, name), "relation": RELATIONS[i // 2 % 4],
+               "size": None, "colour": colour} for i, (other, colour) in enumerate(zip(others, colours))]
+    return [{"prompt": plain_caption(f["objects"], f["colour"], f["relation"], f["size"])} | f
+            for f in (facts[i] for i in rng.permutation(64))]
+
+
 def real_image(fact: dict, rng: np.random.Generator) -> np.ndarray:
     """A true image of a prompt's facts, (128,128,3) uint8: what a perfect model would generate."""
     if fact["relation"]:
@@ -82,7 +96,7 @@ def tally(verdicts: list[dict], facts: list[dict]) -> dict:
         return [v[key] for v, f in zip(verdicts, facts) if f["kind"] == kind and v[key] is not None]
     figures = {"background": [v["background"] for v in verdicts],
                "single_object": of("single", "objects"), "single_size": of("single", "size")}
-    for kind in ("pair_seen", "pair_held_out"):
+    for kind in ("pair_seen", "pair_held_out", "pair"):
         figures |= {kind: of(kind, "relation"), f"{kind}_objects": of(kind, "objects")}
     return {name: {"right": sum(v) / len(v), "n": len(v)} for name, v in figures.items() if v}
 
@@ -127,6 +141,9 @@ def parse_args(argv=None):
     p = Parser(__doc__, prog="python -m tiny.evaluate")
     g = p.add_argument_group("what is judged")
     g.add_argument("--weights", default="tiny", help="a name or a folder, as for Wuerstchen.load (default: tiny)")
+    g.add_argument("--lora", metavar="FILE:SCALE", type=loras, help="LoRA for Stage C, as for sample.py")
+    g.add_argument("--object", metavar="NAME", help="64 prompts about this object instead of the 256 (--prompts); also "
+                   "counts how often it is found, whatever else the image shows")
     g.add_argument("--real", action="store_true",
                    help="judge drawn scenes instead of samples: the judge's own accuracy, clean and degraded")
     g.add_argument("--prompts", type=integer(1, 256), default=256,
@@ -152,6 +169,8 @@ def parse_args(argv=None):
     g.add_argument("--out", help="JSON file for figures, settings and what was found in each image")
     g.add_argument("--grid", help="PNG file for the first 64 images with their prompts")
     args = p.parse_args(argv)
+    if args.object not in (None, *OBJECTS):
+        p.error(f"--object {args.object} is unknown, expected one that the judge knows: {', '.join(OBJECTS)}.")
     for path, suffix in ((args.out, ".json"), (args.grid, ".png")):
         if path:
             check_output(path, suffix)
@@ -161,7 +180,7 @@ def parse_args(argv=None):
 def sample(args, prompts: list[str]) -> list[Image.Image]:
     from tqdm import tqdm                                # only now, so that --help and --real start at once
     from wuerstchen import Wuerstchen
-    model, images = Wuerstchen.load(args.weights, int8=args.int8), []
+    model, images = Wuerstchen.load(args.weights, int8=args.int8, lora=args.lora), []
     options = sampling_options(argparse.Namespace(**dict.fromkeys(OF_STAGES) | vars(args)), model)
     for start in tqdm(range(0, len(prompts), args.batch), desc="sampling", unit="batch"):
         # Image i of a call starts from the noise of seed + i, so image n of all gets seed + n, whatever --batch is.
@@ -170,6 +189,8 @@ def sample(args, prompts: list[str]) -> list[Image.Image]:
 
 
 def main(args):
+    if args.object not in (None, *OBJECTS):
+        p.error(f"--object {args.object} is unknown, expected one that the judge knows: {', '.join(OBJECTS)}.")
     facts = fixed_prompts()[:args.prompts]
     if args.real:
         rng = np.random.default_rng(args.seed)
@@ -185,6 +206,9 @@ def main(args):
         seen = [judge.find(image) for image in images]
         verdicts = [verdict(found, colour, fact) for (found, colour), fact in zip(seen, facts)]
         figures = tally(verdicts, facts)
+        if args.object:
+            hits = [any(name == args.object for name, *_ in found) for found, _ in seen]
+            figures = {f"{args.object} found": {"right": sum(hits) / len(hits), "n": len(hits)}} | figures
         print_table(title, figures)
         judged = [fact | {"found": found, "found_colour": colour} | {"verdict": v}
                   for fact, (found, colour), v in zip(facts, seen, verdicts)]
