@@ -23,7 +23,7 @@ BatchNorm sees one forward pass (of all processes) at a time.
 Stage C only works with the encoder it was trained on; if that learns, train Stage C again.
 With --v1, the functions of v1/training.py replace those of the same names here: see `stage`.
 Paper: arXiv:2306.00637 (Stage B).
-Needs: torch, torchvision, numpy, pillow, tqdm; transformers for text; training/, loading/, v1/.
+Needs: torch, torchvision, numpy, pillow, tqdm; tokenizers for text; training/, loading/, v1/.
 """
 import sys
 

@@ -19,7 +19,7 @@ What is drawn for a sample is a function of (seed, position in the stream of sam
 in the network one of (seed, step, process). So any number of processes sees the same samples, and
 a resumed run equals an unbroken one.
 Paper: arXiv:2306.00637 (Stage C).
-Needs: torch, torchvision, transformers, numpy, pillow, tqdm; training/, loading/, wuerstchen.py.
+Needs: torch, torchvision, tokenizers, numpy, pillow, tqdm; training/, loading/, wuerstchen.py.
 """
 import sys
 
@@ -124,7 +124,7 @@ from training.samples import (ImageReader, draw_caption, embed_once, open_cache,
                               semantic_latents, steps_of)
 from training.sheets import SampleSheets, failure_is_a_warning
 from training.validation import T_GRID, by_level, fixed_images, fixed_noise, mean_over
-from wuerstchen import TextEncoder, add_noise
+from wuerstchen import add_noise
 
 CURVES = ["loss", "val_loss", "grad_norm", *(f"val_loss_t_{t:.2f}" for t in T_GRID[::3])]
 
@@ -193,9 +193,9 @@ def load_models(args, paths, dtype, autocast, device) -> tuple:
     The image encoder stays in eval mode and float32: the targets are exact.
     """
     prior = build_prior(args, paths["prior"], dtype).to(device)
-    tokenizer, text_model = load_text_encoder(paths["prior_text_encoder"], paths["prior_tokenizer"],
-                                              torch.float32 if args.train_text else dtype)
-    text_model.to(device).train(args.train_text).requires_grad_(args.train_text)
+    text_encoder = load_text_encoder(paths["prior_text_encoder"], paths["prior_tokenizer"],
+                                     torch.float32 if args.train_text else dtype)
+    text_encoder.to(device).train(args.train_text).requires_grad_(args.train_text)
     image_encoder = load_image_encoder(paths["image_encoder"]).to(device).requires_grad_(False)
     if image_encoder.config.get("network") == "efficientnet_v2_l":
         raise UserError(f"{paths['image_encoder']} is the image encoder of v1, whose latents have "
@@ -204,7 +204,7 @@ def load_models(args, paths, dtype, autocast, device) -> tuple:
     if args.lora:
         start_lora(prior, args)
     prior.checkpointing = args.checkpointing
-    return prior, teacher, image_encoder, TextEncoder(tokenizer, text_model)
+    return prior, teacher, image_encoder, text_encoder
 
 
 def build_prior(args, path, dtype) -> StageC:
@@ -227,9 +227,9 @@ class TextAndPrior(torch.nn.Module):
 
     def forward(self, x_t, t, text):
         """x_t (B,16,h,w), t (B,), text (B,N,D) -> eps_hat (B,16,h,w). If the text encoder is
-        trained, text is the output of its tokenizer."""
+        trained, text is its ids (B,N) and mask (B,N)."""
         if not isinstance(text, torch.Tensor):
-            text = self.text(**text).last_hidden_state
+            text = self.text(*text)
         return self.prior(x_t, t, text)
 
 
@@ -285,8 +285,7 @@ def main(args):
         """-> (B,N,D); for a text encoder that is trained, token ids and mask."""
         if not args.train_text:
             return texts(captions).to(device)
-        options = dict(padding="max_length", truncation=True, max_length=text_encoder.length)
-        return text_encoder.tokenizer(captions, return_tensors="pt", **options).to(device)
+        return text_encoder.tokens(captions)
 
     caches, replaced, preserved = {}, {}, None
     texts = CachedTexts(text_encoder)

@@ -13,10 +13,9 @@ the signal's share is a function of t, so any falling list of levels is a schedu
 (raw + 1) / 42 of the semantic latents that the image encoder produces and Stage B takes.
 Wuerstchen.load puts in the networks' fast forms, speed/fast.py; fast=False keeps the plain ones.
 Editing, given embeddings and latents, previews: extras/. Less memory: speed/memory.py. v1: v1/.
-Paper: arXiv:2306.00637.  Needs: torch, numpy, pillow, tqdm; the text encoders are transformers'.
+Paper: arXiv:2306.00637.  Needs: torch, numpy, pillow, tqdm; tokenizers.
 """
 import functools
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
@@ -304,29 +303,6 @@ class Noise:
         return noise.to(self.device, non_blocking=True)
 
 
-class TextEncoder:
-    """A CLIP tokenizer and text model of transformers: n prompts -> (n,N,D), a vector per token.
-
-    N = 77; D = 1280 for Stage C (bigG), 1024 for Stage B (H). The attention mask matters: without
-    it the vectors at padding positions, which both stages look at, differ by half their size.
-    """
-    def __init__(self, tokenizer, model):
-        self.tokenizer, self.model = tokenizer, model
-        self.length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
-
-    def __call__(self, prompts: list[str]) -> Tensor:
-        for prompt in prompts:
-            tokens = self.tokenizer(prompt, verbose=False, return_offsets_mapping=True)
-            if len(tokens["input_ids"]) > self.length:     # the last place belongs to the end mark
-                lost = prompt[tokens["offset_mapping"][self.length - 1][0]:]
-                warnings.warn(f"a prompt is longer than the {self.length} tokens that the text "
-                              f"encoder takes; this part was cut off: {lost!r}")
-        batch = self.tokenizer(prompts, padding="max_length", truncation=True,
-                               max_length=self.length, return_tensors="pt").to(self.model.device)
-        ids, mask = batch["input_ids"], batch["attention_mask"]
-        return self.model(ids, attention_mask=mask).last_hidden_state
-
-
 # ----- the pipeline -------------------------------------------------------------------------------
 
 class Wuerstchen:
@@ -448,7 +424,7 @@ class Wuerstchen:
         network = self.networks.get(name)
         if network is None:
             raise ValueError(f"{name} is needed for this, but was not loaded.")
-        if not isinstance(network, (torch.nn.Module, TextEncoder)):
+        if not isinstance(network, torch.nn.Module):
             names = [other for other, loader in self.networks.items() if loader is network]
             self.networks.update(dict.fromkeys(names, network := network()))
         return network

@@ -7,7 +7,7 @@ Options are a dict from a name to what is typed for it; nothing is typed for an 
 Surprise: all settings are stored, also those that are only the weights' own defaults, so that the image stays the same
 when defaults change. With other weights, such defaults are left out: nobody asked for them. Paths are stored
 as seen from the working folder, and looked for from all folders above the image: so a folder with its images can move.
-Needs: the standard library; torch and transformers to write settings, and for some images to read them.
+Needs: the standard library; torch to write settings, and for some images to read them.
 """
 import argparse
 import os
@@ -249,8 +249,8 @@ def settings_of(job: argparse.Namespace, model, image) -> dict:
 
     Warns if the files are no longer those that made the image of --like.
     """
+    from importlib.metadata import version
     import torch
-    import transformers
     files = {name: getattr(job, name) for name in INPUTS if getattr(job, name)}
     files |= {f"lora {Path(file).name}": file for file in model.loras}
     made_from = hashes(model.paths) | {name: digest(file) for name, file in files.items()}
@@ -275,5 +275,5 @@ def settings_of(job: argparse.Namespace, model, image) -> dict:
     values = {name: as_text(value) if isinstance(value, (tuple, dict)) else value for name, value in values.items()
               if value not in (None, "")}
     return values | dict(device=model.device.type, batch=job.batch, compile=job.compile, hashes=made_from,
-                         versions=dict(torch=torch.__version__, transformers=transformers.__version__),
+                         versions=dict(torch=torch.__version__, tokenizers=version("tokenizers")),
                          software="wuerstchen, sample.py")

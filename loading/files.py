@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 STEM = "diffusion_pytorch_model"      # diffusers' name for weight files, and so ours; transformers' are called "model"
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 OWN_CONFIG = "wuerstchen_config"      # where a lone .safetensors or .pt file holds what is otherwise in config.json
 CHUNK = 128 * 2 ** 20                 # bytes read before a file is mapped again, see TensorFile
 

@@ -34,7 +34,7 @@ from typing import NamedTuple
 from urllib.parse import quote
 
 from loading.errors import WeightsError, exit_on_user_error, printable
-from loading.files import STEM, find_file, pick_weights, shards, write_atomically
+from loading.files import STEM, TOKENIZER_FILES, find_file, pick_weights, shards, write_atomically
 from loading.options import Parser
 
 # The revision of each repository: a commit's hash if one is known, "main" where none could be looked up, for
@@ -80,7 +80,6 @@ OFFICIAL = {"warp-ai/wuerstchen": "v2", "warp-ai/wuerstchen-prior": "v2",
 # The image encoder has a repository of its own, 80 MB. It is also part of the authors' decoder file of 6 GB.
 IMAGE_ENCODER = ("warp-ai/EfficientNetEncoder", "", STEM)
 IMAGE_ENCODER_INSIDE = ("dome272/wuerstchen", "model_v2_stage_b.pt")
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 # What else is read in a folder with weights.
 SMALL_FILES = ("config.json", "scheduler_config.json", "words.json", *TOKENIZER_FILES)
 # LoRAs in a folder: our own runs' file, peft's, diffusers'; .safetensors rather than .bin.

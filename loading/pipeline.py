@@ -3,7 +3,7 @@
   a name or a folder -locate-> paths of the parts -weights-> networks -> Wuerstchen or, of v1, WuerstchenV1
 
 Before the first number is read, names, shapes and widths are compared: files that do not fit end in one line.
-Needs: torch, safetensors; transformers for the text encoders.
+Needs: torch, safetensors; tokenizers for the text encoders.
 """
 import math
 import warnings
@@ -21,8 +21,8 @@ from loading.lora_formats import load_lora, read_lora
 from loading.words import warn_of_unknown_words
 from speed.fast import accelerate
 from speed.int8 import check as check_int8, one_image_at_a_time, to_int8
-from speed.memory import free_memory, module_of, offload as offload_networks, one_at_a_time, tile
-from wuerstchen import Sampling, TextEncoder, Wuerstchen
+from speed.memory import free_memory, offload as offload_networks, one_at_a_time, tile
+from wuerstchen import Sampling, Wuerstchen
 
 FILES = ("prior", "decoder", "vqgan", "image_encoder", "prior_text_encoder", "text_encoder")     # `files` of load
 
@@ -155,14 +155,12 @@ def loaders_of(paths: dict, empty: dict, device: torch.device, dtype: torch.dtyp
             to_int8(model)
         return model.eval()
 
-    def text_encoder(encoder: str, tokenizer: str) -> TextEncoder:
-        return TextEncoder(*w.load_text_encoder(paths[encoder], paths[tokenizer], dtype))
+    def text_encoder(encoder: str, tokenizer: str) -> torch.nn.Module:
+        return w.load_text_encoder(paths[encoder], paths[tokenizer], dtype)
 
     def on_device(load):
         def loader():
-            network = load()
-            module_of(network).to(device)
-            return network
+            return load().to(device)
         return loader
     shared = paths["text_encoder"] == paths["prior_text_encoder"]
     found = dict(stage_a=("vqgan", lambda: stage("vqgan", False)), stage_b=("decoder", lambda: stage("decoder", int8)),

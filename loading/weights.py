@@ -1,15 +1,14 @@
 """Weights: loads, checks and saves one model at a time, in the released format.
 
   folder/config.json + folder/diffusion_pytorch_model.safetensors  <->  StageA, StageB, StageBV1, StageC, image encoders
-  two folders as transformers writes them                          <->  text encoder and tokenizer
+  text_encoder/config.json, model.safetensors; tokenizer/          <->  text encoder, as transformers has it
 
 Loading is strict, because weights in the wrong place give images that are merely bad: every tensor must be known,
 present, of the right shape and free of NaN. Whatever is wrong with a file is a WeightsError of one line.
 names.py translates names, files.py reads and writes files. Nothing is downloaded, and nothing in a file is executed.
-Needs: torch, safetensors; transformers for text encoders.
+Needs: torch, safetensors; tokenizers for text encoders.
 """
 import json
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Iterable
@@ -23,6 +22,7 @@ from loading.files import (STEM, TensorFile, find_file, is_finite, own_config, r
                            to_half, write_atomically, write_files)
 from loading.names import (FORMATS, check_fit, check_names, config_to_diffusers, config_to_ours, describe,
                            in_our_words, recognise, signature_shape, to_diffusers, translate)
+from loading.text_encoder import CLIPTextModel, TextEncoder, Tokenizer
 from speed.int8 import quantised, to_int8
 from stage_a import StageA
 from stage_b import EfficientNetEncoder, StageB, TinyImageEncoder
@@ -31,6 +31,14 @@ from v1.stage_b import StageBV1
 
 
 # ----- loading -------------------------------------------------------------------------------------------------------
+
+class NoStartValues(torch.overrides.TorchFunctionMode):
+    """With torch.device("meta"): the first normal_ or randn, though nothing is drawn there, would import a compiler."""
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is nn.init.normal_:
+            return kwargs["tensor"]
+        return (torch.empty if function is torch.randn else function)(*args, **(kwargs or {}))
+
 
 def config_of(path: str | Path) -> dict | None:
     """The config.json in a folder; of a file, what it holds itself, or the config.json next to it, or None. Raises
@@ -64,7 +72,7 @@ def build_empty(stage: type, path: str | Path) -> tuple[nn.Module, TensorFile]:
     config = config_of(path)
     file = open_file() if config is None else None
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), NoStartValues():
             model = stage(**(official_sizes(stage, file.shapes) if config is None else config_to_ours(config, stage)))
     except (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError) as error:     # impossible sizes
         raise WeightsError(f"{path}: its config.json cannot be used: {error}") from error
@@ -133,43 +141,35 @@ def load_image_encoder(path: str | Path, dtype: torch.dtype = torch.float32) -> 
     return load(encoders[name], path, dtype)
 
 
-def load_text_encoder(encoder_folder: str | Path, tokenizer_folder: str | Path, dtype: torch.dtype = torch.float32):
-    """Two folders as transformers writes them -> (tokenizer, CLIPTextModel in eval mode).
+def load_text_encoder(folder: str | Path, tokenizer_folder: str | Path,
+                      dtype: torch.dtype = torch.float32) -> TextEncoder:
+    """Two folders as transformers writes them -> a TextEncoder in eval mode.
 
-    In the published files every name starts with "text_model."; transformers 5 leaves that out, in its files and in
-    its model. Older files also hold `position_ids`, which is 0, 1, 2, ...
+    In the published files every name starts with "text_model."; transformers 5 leaves that out. Older files also hold
+    `position_ids`, which is 0, 1, 2, ... Raises WeightsError.
     """
-    from transformers import CLIPTextConfig, CLIPTextModel
-    read_config(encoder_folder)                                        # for its error messages
     try:
-        with torch.device("meta"):
-            model = CLIPTextModel(CLIPTextConfig.from_pretrained(encoder_folder, local_files_only=True))
-    except Exception as error:
-        raise WeightsError(f"{Path(encoder_folder) / 'config.json'} cannot be used: {error}") from error
-    file = TensorFile(find_file(encoder_folder, ("model", "pytorch_model")))
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    prefix = "text_model." if all(name.startswith("text_model.") for name in wanted) else ""
-    names = {name: prefix + name.removeprefix("text_model.") for name in file.shapes
-             if not name.endswith("embeddings.position_ids")}          # in the file -> in this transformers' model
-    positions = torch.arange(model.config.max_position_embeddings)[None]                 # (1, 77)
-    for module in model.modules():
-        if "position_ids" in dict(module.named_buffers(recurse=False)):
-            module.position_ids = positions
+        with torch.device("meta"), NoStartValues():
+            model = CLIPTextModel(**read_config(folder))
+    except (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError) as error:
+        raise WeightsError(f"{Path(folder) / 'config.json'} cannot be used: {error}") from error
+    file = TensorFile(find_file(folder, ("model", "pytorch_model")))
+    names = {name: name.removeprefix("text_model.") for name in file.shapes
+             if not name.endswith("embeddings.position_ids")}          # in the file -> here
     try:
-        check_names({names[name]: file.shapes[name] for name in names}, wanted)
+        check_names({names[name]: file.shapes[name] for name in names},
+                    {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
         fill(model, ((names[name], tensor) for name, tensor in file if name in names), dtype)
     except WeightsError as error:
         raise WeightsError(f"{file.path}: {error}") from error
-    return load_tokenizer(tokenizer_folder), model
+    return TextEncoder(load_tokenizer(tokenizer_folder), model).eval()
 
 
-def load_tokenizer(folder: str | Path):
-    """A folder as transformers writes it -> CLIPTokenizer."""
-    from transformers import CLIPTokenizer
+def load_tokenizer(folder: str | Path) -> Tokenizer:
     if not any((Path(folder) / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise WeightsError(f"{folder} holds no tokenizer: expected tokenizer.json, or vocab.json and merges.txt")
     try:
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        return Tokenizer.load(folder)
     except Exception as error:     # tokenizers raises plain Exception
         raise WeightsError(f"the tokenizer in {folder} cannot be read: {error}") from error
 
@@ -227,15 +227,11 @@ def save_scheduler(folder: str | Path) -> None:
                      lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
 
 
-def save_text_encoder(tokenizer, encoder, folder: str | Path, tokenizer_folder: str | Path) -> None:
-    """Writes a CLIPTextModel, in float16 with the published names, and its tokenizer, as transformers reads them."""
-    config = json.loads(encoder.config.to_json_string(use_diff=False))
-    config.update(architectures=["CLIPTextModel"], dtype="float16", torch_dtype="float16")   # for transformers 5 and 4
-    tensors = {"text_model." + name.removeprefix("text_model."): tensor
-               for name, tensor in encoder.state_dict().items()}
+def save_text_encoder(encoder: TextEncoder, folder: str | Path, tokenizer_folder: str | Path) -> None:
+    """Writes a text encoder, in float16 with the published names, and its tokenizer, as transformers reads them."""
+    config = dict(architectures=["CLIPTextModel"], model_type="clip_text_model", **encoder.model.config,
+                  dtype="float16", torch_dtype="float16")         # for transformers 5 and 4
+    tensors = {f"text_model.{name}": tensor for name, tensor in encoder.model.state_dict().items()}
     write_files(config, to_half(tensors), folder, "model")
-    with tempfile.TemporaryDirectory() as temporary:
-        tokenizer.save_pretrained(temporary)
-        for source in Path(temporary).iterdir():
-            data = source.read_bytes()
-            write_atomically(Path(tokenizer_folder) / source.name, lambda path: path.write_bytes(data))
+    for name, content in encoder.tokenizer.files().items():
+        write_atomically(Path(tokenizer_folder) / name, lambda path: path.write_text(content, "utf-8"))

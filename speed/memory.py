@@ -17,11 +17,6 @@ import torch
 from torch import Tensor
 
 
-def module_of(network) -> torch.nn.Module:
-    """The module itself, also of a TextEncoder, which has a tokenizer as well."""
-    return network if isinstance(network, torch.nn.Module) else network.model
-
-
 def one_at_a_time(model) -> None:
     """model.networks holds functions that load: each network is loaded for as long as no other is asked for."""
     plain, held = model.part, {}
@@ -32,7 +27,7 @@ def one_at_a_time(model) -> None:
             return plain(name)
         if load not in held:
             held.clear()
-            gc.collect()                       # transformers models contain reference cycles
+            gc.collect()                       # what was loaded may contain reference cycles
             if model.device.type == "cuda":
                 torch.cuda.empty_cache()
             held[load] = load()
@@ -48,8 +43,8 @@ def offload(model) -> None:
         network = plain(name)
         if network not in on_device:
             while on_device:
-                module_of(on_device.pop()).to("cpu")
-            module_of(network).to(model.device)
+                on_device.pop().to("cpu")
+            network.to(model.device)
             on_device.append(network)
         return network
     model.part = part

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from loading import weights
 from loading.names import check_fit, config_to_ours, to_original, translate
+from loading.text_encoder import CLIPTextModel, TextEncoder
 from stage_a import StageA
 from v1.stage_b import StageBV1
 from stage_c import StageC
@@ -95,7 +96,6 @@ SMALL_V1 = {StageA: dict(levels=2, bottleneck_blocks=1, c_hidden=8, c_latent=4, 
 def small_v1(folder: Path) -> Path:
     """Writes the authors' three files, in their names and tables, and a text encoder of width 1024 with its
     tokenizer."""
-    from transformers import CLIPTextConfig, CLIPTextModel
     torch.manual_seed(0)
     for name, section, stage in (("vqgan_f4_v1_500k.pt", "state_dict", StageA),
                                  ("model_stage_b.pt", "state_dict", StageBV1),
@@ -103,13 +103,10 @@ def small_v1(folder: Path) -> Path:
         model = stage(**SMALL_V1[stage])
         others = {"effnet_state_dict": {"x": torch.zeros(1)}, "iter": 7} if stage is StageBV1 else {}
         torch.save({section: to_original(model.state_dict(), model), **others}, folder / name)
-    tokenizer, _ = weights.load_text_encoder(TINY / "text_encoder", TINY / "tokenizer")
-    encoder = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=1024, num_hidden_layers=1,
-                                           num_attention_heads=16, intermediate_size=8,
-                                           max_position_embeddings=tokenizer.model_max_length,
-                                           bos_token_id=tokenizer.bos_token_id,
-                                           eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
-    weights.save_text_encoder(tokenizer, encoder, folder / "text_encoder", folder / "tokenizer")
+    tokenizer = weights.load_tokenizer(TINY / "tokenizer")
+    model = CLIPTextModel(tokenizer.bpe.get_vocab_size(), 1024, 8, num_hidden_layers=1, num_attention_heads=16,
+                          max_position_embeddings=tokenizer.length)
+    weights.save_text_encoder(TextEncoder(tokenizer, model), folder / "text_encoder", folder / "tokenizer")
     return folder
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import transformers
+import tokenizers
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
@@ -591,7 +591,7 @@ def test_an_image_contains_how_it_was_made():
         steps_b=2, sampler_b="ddpm", guidance_b=4.0, interval_b="0,1", rescale_b=0.0, eta_b=0.0, t_start_b=1.0,
         t_end_b=0.0,
         dtype=settings["dtype"], device=settings["device"], batch=1, compile=False, software="wuerstchen, sample.py",
-        versions=dict(torch=torch.__version__, transformers=transformers.__version__), hashes=settings["hashes"])
+        versions=dict(torch=torch.__version__, tokenizers=tokenizers.__version__), hashes=settings["hashes"])
     expected = dict(prior=TINY / "prior" / model, decoder=TINY / "decoder" / model, vqgan=TINY / "vqgan" / model,
                     init=Path("photo.png"),
                     prior_text_encoder=TINY / "text_encoder" / "model.safetensors",

@@ -22,7 +22,7 @@ from v1.losses import loss_weight, training_levels, training_loss
 from v1.pipeline import TokenSampling, WuerstchenV1
 from v1.sampling import MODES, add_noise, choose, per_step, sample
 from v1.stage_b import SkipResBlock, StageBV1
-from wuerstchen import Noise, Sampling, TextEncoder, Wuerstchen, scale_semantic, unscale_semantic
+from wuerstchen import Noise, Sampling, Wuerstchen, scale_semantic, unscale_semantic
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*not what these weights were trained on")
 
@@ -429,7 +429,7 @@ def test_no_step_waits_for_the_numbers_of_another_device(mode):
 def v1() -> WuerstchenV1:
     """Small, random, of v1 in every way, and fast; the text encoder is that of the tiny weights."""
     torch.manual_seed(0)
-    text = TextEncoder(*weights.load_text_encoder(TINY / "text_encoder", TINY / "tokenizer"))
+    text = weights.load_text_encoder(TINY / "text_encoder", TINY / "tokenizer")
     stage_c = StageC(c_in=16, c=16, c_cond=128, c_timestep=8, depth=1, heads=2)
     torch.nn.init.normal_(stage_c.head.weight, std=0.1)
     model = WuerstchenV1(dict(

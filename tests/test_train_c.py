@@ -19,7 +19,6 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import CLIPTextModel
 
 from training import data
 import sample
@@ -28,6 +27,7 @@ import train_c
 from loading import lora_formats
 from loading.errors import UserError
 from loading.layouts import locate
+from loading.text_encoder import CLIPTextModel
 from training import optim
 from training.preserve import Teacher, TeacherLatents
 from training.losses import LOSS_WEIGHTS

@@ -11,6 +11,7 @@ from loading import files
 from loading import weights
 from loading.layouts import check_scheduler, find_parts
 from loading.names import config_to_diffusers, config_to_ours, original_to_diffusers, to_diffusers, to_original
+from loading.text_encoder import CLIPTextModel
 from tools.weights import convert, main
 from loading.errors import UserError, WeightsError, as_user_error, exit_on_user_error
 from helpers import COMBINED, MANIFESTS, PUBLISHED, SMALL_V1, build, golden, manifest, rel, small_v1, under
@@ -545,14 +546,13 @@ def test_text_encoders_equal_the_reference(folder, side):
     texts = metadata_texts()
     parts = find_parts(folder)
     names = ("prior_text_encoder", "prior_tokenizer") if side == "prior" else ("text_encoder", "tokenizer")
-    tokenizer, encoder = weights.load_text_encoder(*(parts[name] for name in names))
-    batch = tokenizer(texts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length,
-                      return_tensors="pt")
-    assert torch.equal(batch["input_ids"], data[f"text/{side}/input_ids"])
-    assert torch.equal(batch["attention_mask"], data[f"text/{side}/attention_mask"])
+    encoder = weights.load_text_encoder(*(parts[name] for name in names))
+    with pytest.warns(UserWarning, match="is longer than the 20 tokens"):
+        ids, mask = encoder.tokens(texts)
+    assert torch.equal(ids, data[f"text/{side}/input_ids"])
+    assert torch.equal(mask, data[f"text/{side}/attention_mask"])
     assert not encoder.training
-    output = encoder(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-    assert rel(output, data[f"text/{side}/last_hidden_state"]) < 1e-5
+    assert rel(encoder.model(ids, mask), data[f"text/{side}/last_hidden_state"]) < 1e-5
 
 
 def metadata_texts():
@@ -566,19 +566,20 @@ def metadata_texts():
 def test_text_encoder_survives_saving(tmp_path):
     """float16 on disk, float32 in memory; transformers itself also reads the folder, with the same result."""
     from transformers import CLIPTextModel, CLIPTokenizer
-    tokenizer, encoder = weights.load_text_encoder(COMBINED / "text_encoder", COMBINED / "tokenizer")
-    weights.save_text_encoder(tokenizer, encoder, tmp_path / "text_encoder", tmp_path / "tokenizer")
+    encoder = weights.load_text_encoder(COMBINED / "text_encoder", COMBINED / "tokenizer")
+    weights.save_text_encoder(encoder, tmp_path / "text_encoder", tmp_path / "tokenizer")
     tensors = load_file(tmp_path / "text_encoder/model.safetensors")
     assert all(name.startswith("text_model.") and t.dtype == torch.float16 for name, t in tensors.items())
-    tokenizer2, encoder2 = weights.load_text_encoder(tmp_path / "text_encoder", tmp_path / "tokenizer")
-    ids = tokenizer2(["a red house"], padding="max_length", return_tensors="pt")["input_ids"]
-    assert torch.equal(ids, tokenizer(["a red house"], padding="max_length", return_tensors="pt")["input_ids"])
-    assert encoder2.dtype == torch.float32
+    again = weights.load_text_encoder(tmp_path / "text_encoder", tmp_path / "tokenizer")
+    ids, mask = again.tokens(["a red house"])
+    assert torch.equal(ids, encoder.tokens(["a red house"])[0])
+    assert next(again.parameters()).dtype == torch.float32
     theirs = CLIPTextModel.from_pretrained(tmp_path / "text_encoder", dtype=torch.float32).eval()
-    CLIPTokenizer.from_pretrained(tmp_path / "tokenizer")
-    output = encoder2(ids).last_hidden_state
-    assert rel(output, encoder(ids).last_hidden_state) < 1e-2
-    assert rel(output, theirs(ids).last_hidden_state) < 1e-6
+    tokens = CLIPTokenizer.from_pretrained(tmp_path / "tokenizer")(["a red house"], padding="max_length",
+                                                                   return_tensors="pt")
+    assert torch.equal(tokens["input_ids"], ids) and torch.equal(tokens["attention_mask"], mask)
+    assert rel(again(["a red house"]), encoder(["a red house"])) < 1e-2
+    assert rel(again(["a red house"]), theirs(**tokens).last_hidden_state) < 1e-6
 
 
 def test_text_encoder_loading_is_strict_but_for_position_ids(tmp_path):
@@ -614,9 +615,8 @@ def test_missing_tokenizer_is_explained(tmp_path):
                                intermediate_size=5120))])
 def test_official_text_encoders_have_the_published_names(name, sizes):
     """save_text_encoder writes the names of the published folders."""
-    from transformers import CLIPTextConfig, CLIPTextModel
     with torch.device("meta"):
-        model = CLIPTextModel(CLIPTextConfig(hidden_act="gelu", **sizes))
+        model = CLIPTextModel(hidden_act="gelu", **sizes)
     found = {f"text_model.{key.removeprefix('text_model.')}": tuple(t.shape) for key, t in model.state_dict().items()}
     assert found == {key: shape for key, (shape, _) in manifest(name).items()}
 

@@ -189,9 +189,7 @@ def sample(args, prompts: list[str]) -> list[Image.Image]:
 
 
 def main(args):
-    if args.object not in (None, *OBJECTS):
-        p.error(f"--object {args.object} is unknown, expected one that the judge knows: {', '.join(OBJECTS)}.")
-    facts = fixed_prompts()[:args.prompts]
+    facts = (prompts_of(args.object) if args.object else fixed_prompts())[:args.prompts]
     if args.real:
         rng = np.random.default_rng(args.seed)
         clean = [real_image(fact, rng) for fact in facts]

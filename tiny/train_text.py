@@ -9,7 +9,7 @@ same idea in its simplest form: a linear layer, which is thrown away afterwards,
 vector. So the encoder learns in minutes what objects look like, and that "left of" says where they are. From the loss
 of Stage C, which at most noise levels can see the objects in x_t, it learned half of that in an hour.
 Written to --out: text_encoder/, tokenizer/, checkpoints/, log.jsonl.
-Needs: torch, transformers, numpy, pillow, tqdm.
+Needs: torch, tokenizers, numpy, pillow, tqdm.
 """
 import sys
 
@@ -49,9 +49,9 @@ import torch
 from torch import nn
 from tokenizers import pre_tokenizers
 from tqdm import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from loading.arguments import usable_device
+from loading.text_encoder import CLIPTextModel, TextEncoder, Tokenizer, byte_pair_encoding
 from loading.weights import load_image_encoder, save_text_encoder
 from stage_b import preprocess
 from training.checkpoints import Checkpoints, Log, check_finite, load_state, settings_of, state_of
@@ -77,7 +77,7 @@ def learn_merges(words: set[str]) -> list[tuple[str, str]]:
     return merges
 
 
-def new_text_encoder(width: int, depth: int, length: int = 20) -> tuple[CLIPTokenizer, CLIPTextModel]:
+def new_text_encoder(width: int, depth: int, length: int = 20) -> TextEncoder:
     """An untrained text encoder for captions of emoji scenes.
 
     The tokenizer is a byte-level BPE like CLIP's, so it takes any text. Its merges are learned on the words of 4096
@@ -91,12 +91,10 @@ def new_text_encoder(width: int, depth: int, length: int = 20) -> tuple[CLIPToke
     tokens = [*letters, *(letter + "</w>" for letter in letters), *(a + b for a, b in merges),
               "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=length)
-    config = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width,
-                            num_hidden_layers=depth, num_attention_heads=width // 32, max_position_embeddings=length,
-                            hidden_act="gelu", projection_dim=width, bos_token_id=tokenizer.bos_token_id,
-                            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    return tokenizer, CLIPTextModel(config)
+    tokenizer = Tokenizer(byte_pair_encoding(vocabulary, merges), dict(model_max_length=length))
+    return TextEncoder(tokenizer, CLIPTextModel(
+        vocab_size=len(vocabulary), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=depth,
+        num_attention_heads=width // 32, max_position_embeddings=length, hidden_act="gelu"))
 
 
 def main(args):
@@ -106,11 +104,11 @@ def main(args):
     torch.manual_seed(args.seed)
     scenes = EmojiScenes("captioned", seed=args.seed + 3)                # scene i is a function of (seed, i)
     encoder = load_image_encoder(args.image_encoder).to(device).requires_grad_(False)
-    tokenizer, text_model = new_text_encoder(args.width, args.depth)
+    text_encoder = new_text_encoder(args.width, args.depth).to(device).train()
     head = nn.Linear(args.width, 16 * 3 * 3).to(device)
-    parameters = [*text_model.to(device).train().parameters(), *head.parameters()]
+    parameters = [*text_encoder.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-3)
-    parts, start = dict(model=text_model, head=head, optimizer=optimizer), 0
+    parts, start = dict(model=text_encoder.model, head=head, optimizer=optimizer), 0
     if resumed is not None:
         state = checkpoints.load(resumed, "train_text.py", settings)
         start = state["step"]
@@ -121,8 +119,9 @@ def main(args):
         pixels, captions = scenes.batch(step * args.batch, args.batch)
         with torch.no_grad():
             x_0 = scale_semantic(encoder(preprocess(to_tensor(pixels, device), 96)))         # (B, 16, 3, 3)
-        tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").to(device)
-        predicted = head(text_model(**tokens).pooler_output)                                 # (B, 144), at the end mark
+        ids, mask = text_encoder.tokens(captions)
+        at_end = text_encoder.model(ids, mask)[torch.arange(len(ids)), mask.sum(1) - 1]      # (B, 128)
+        predicted = head(at_end)                                                             # (B, 144)
         loss = (predicted - x_0.flatten(1)).square().mean()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -136,7 +135,7 @@ def main(args):
             checkpoints.save(done, state_of(parts) | dict(script="train_text.py", settings=settings, step=done))
         if stopping and done < args.steps:
             stop.leave(stopping, done)
-    check_finite(text_model.state_dict(), "the result")
-    save_text_encoder(tokenizer, text_model.eval(), f"{args.out}/text_encoder", f"{args.out}/tokenizer")
+    check_finite(text_encoder.state_dict(), "the result")
+    save_text_encoder(text_encoder, f"{args.out}/text_encoder", f"{args.out}/tokenizer")
     stop.restore()
 

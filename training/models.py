@@ -17,7 +17,7 @@ from loading.weights import check_widths, is_tiny, load, load_image_encoder, loa
 from stage_b import EfficientNetEncoder, StageB, TinyImageEncoder
 from training.processes import SynchronisedBatchNorm
 from training.results import FILES_B, files_given
-from wuerstchen import Sampling, TextEncoder, Wuerstchen, scale_semantic, unscale_semantic
+from wuerstchen import Sampling, Wuerstchen, scale_semantic, unscale_semantic
 
 
 def load_models(args, stage, dtype: torch.dtype, processes) -> tuple:
@@ -38,8 +38,8 @@ def load_models(args, stage, dtype: torch.dtype, processes) -> tuple:
     text_encoder = None
     if args.text_encoder != "none":
         check_widths(decoder.config["c_text"], paths["text_encoder"], "Stage B")
-        text_encoder = TextEncoder(*load_text_encoder(paths["text_encoder"], paths["tokenizer"], dtype))
-        text_encoder.model.to(device).requires_grad_(False)
+        text_encoder = load_text_encoder(paths["text_encoder"], paths["tokenizer"], dtype)
+        text_encoder.to(device).requires_grad_(False)
     encoder.to(device).train(not args.freeze_encoder).requires_grad_(not args.freeze_encoder)
     encoder.norm.requires_grad_(False)               # its 42 and -1 fix the scale of the latents
     if processes.many and not args.freeze_encoder:

@@ -17,7 +17,7 @@ from loading.files import STEM, to_half, write_atomically, write_files
 from loading.hub import NAMES, REVISIONS, hub_errors
 from loading.layouts import SHIPPED, locate
 from loading.names import config_to_diffusers, to_diffusers
-from loading.weights import save_model, save_scheduler, save_text_encoder
+from loading.weights import NoStartValues, save_model, save_scheduler, save_text_encoder
 from loading.words import FILE, read_words
 from training.checkpoints import PRIVATE, check_finite, full_weights
 from training.data import read_prompts
@@ -176,7 +176,7 @@ def write_files_c(args, prior, weights: dict, text_encoder, dataset) -> None:
         save_scheduler(out / "scheduler")
         write_words(args)
     if args.train_text:
-        save_text_encoder(text_encoder.tokenizer, text_encoder.model, out / "text_encoder", out / "tokenizer")
+        save_text_encoder(text_encoder, out / "text_encoder", out / "tokenizer")
     write_base(args, FILES_C, **more)
     write_card_c(args, dataset)
     if args.push_to_hub:
@@ -269,7 +269,7 @@ def write_files_b(args, decoder, encoder, weights: dict, dataset, log_lines: lis
 
     def filled(network: torch.nn.Module, prefix: str) -> torch.nn.Module:
         """A new one, because under FSDP the network itself holds a part of each tensor."""
-        with torch.device("meta"):
+        with torch.device("meta"), NoStartValues():
             new = type(network)(**network.config)
         tensors = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
         new.load_state_dict(tensors, assign=True)

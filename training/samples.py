@@ -19,7 +19,7 @@ from stage_b import preprocess
 from training.cache import Cache, hash_of, latent_key
 from training.data import bucket_sizes, fit, nearest_bucket, open_dataset, read_filters
 from training.order import BatchSampler, sample_rng
-from wuerstchen import TextEncoder, scale_semantic
+from wuerstchen import scale_semantic
 
 
 def to_tensor(pixels, device="cpu") -> Tensor:
@@ -102,7 +102,7 @@ def draw_caption(dataset, index: int, rng: Callable, dropout: float) -> tuple[st
 def embed_once(paths: dict, dtype: torch.dtype, captions: list[str]) -> Tensor:
     """(B,N,D) by Stage C's text encoder, loaded for this call: for training without it, if a cache lost an entry."""
     files = paths["prior_text_encoder"], paths["prior_tokenizer"]
-    return TextEncoder(*load_text_encoder(*files, dtype))(captions)
+    return load_text_encoder(*files, dtype)(captions)
 
 
 def candidates(index: int, others: np.ndarray) -> Iterator[int]:

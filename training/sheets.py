@@ -16,10 +16,11 @@ from extras.images import grid, psnr
 from loading.errors import as_user_error
 from loading.files import write_atomically
 from loading.pipeline import pipeline_for
+from loading.text_encoder import TextEncoder
 from loading.weights import load_stage_a, load_stage_b, load_text_encoder
 from training.data import read_prompts
 from training.samples import to_tensor
-from wuerstchen import Noise, TextEncoder, Wuerstchen, to_pil
+from wuerstchen import Noise, Wuerstchen, to_pil
 
 
 @contextlib.contextmanager
@@ -79,7 +80,7 @@ class SampleSheets:
                         text_encoder_c=self.text_encoder, text_encoder_b=self.text_encoder)
         if paths["text_encoder"] != paths["prior_text_encoder"]:
             files = paths["text_encoder"], paths["tokenizer"]
-            networks["text_encoder_b"] = lambda: TextEncoder(*load_text_encoder(*files, dtype))
+            networks["text_encoder_b"] = lambda: load_text_encoder(*files, dtype).to(device)
         return pipeline_for(paths, {}, networks, device, dtype)
 
 

@@ -12,7 +12,7 @@
   python -m tools.bench --epoch --repeats 1              # 13 GB, 4 minutes
   python -m tools.bench --int8                           # 10 minutes
 
-start      from `python sample.py` to the image on disk, next to a Python that only imports torch and transformers'
+start      from `python sample.py` to the image on disk, next to a Python that only imports torch and tokenizers'
            CLIP, the lower bound for any program that uses both; and `--help`
 networks   one step of Stage C (guided: two rows), one of Stage B (one row), one decoding by Stage A, next to diffusers
            with the same weights and inputs, if it is installed; and 16 images in one batch

@@ -7,6 +7,7 @@ from statistics import median
 import torch
 
 from loading import weights
+from loading.text_encoder import TextEncoder
 from stage_a import StageA
 from stage_b import StageB
 from stage_c import StageC
@@ -39,13 +40,12 @@ def measure(args) -> tuple[str, list[Row]]:
 
 def write_official_files(folder: Path) -> None:
     """Random weights with the official names, sizes and folders of diffusers' combined pipeline: float16, 6.3 GB."""
-    from transformers import CLIPTokenizer
     for part, stage in dict(prior_prior=StageC, decoder=StageB, vqgan=StageA).items():
         weights.save_model(random_network(stage, {}, "cpu", torch.float16), folder / part)
-    tokenizer = CLIPTokenizer.from_pretrained(ROOT / "models" / "tiny" / "tokenizer")            # any words will do
+    tokenizer = weights.load_tokenizer(ROOT / "models" / "tiny" / "tokenizer")                   # any words will do
     for prefix, *size in (("prior_", 1280, 32, 20), ("", 1024, 24, 16)):
-        weights.save_text_encoder(tokenizer, random_text_model(*size, "cpu", torch.float16),
-                                  folder / f"{prefix}text_encoder", folder / f"{prefix}tokenizer")
+        encoder = TextEncoder(tokenizer, random_text_model(*size, "cpu", torch.float16))
+        weights.save_text_encoder(encoder, folder / f"{prefix}text_encoder", folder / f"{prefix}tokenizer")
 
 
 # ----- in processes of their own ---------------------------------------------------------------------
@@ -61,7 +61,7 @@ def loading_times(folder: Path) -> list[float]:
 
 def peak_of(action: Callable, folder: Path, device: str, dtype: torch.dtype) -> int:
     """Bytes at the peak, beyond what a process needs anyway: imports, and the first product."""
-    from transformers import CLIPTextModel as _
+    import tokenizers as _
     torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)
     before = memory("VmRSS")
     action(folder, device, dtype)

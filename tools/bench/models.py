@@ -5,6 +5,8 @@ import torch
 from torch import nn
 
 from loading.names import config_to_diffusers, to_diffusers
+from loading.text_encoder import CLIPTextModel
+from loading.weights import NoStartValues
 from speed.int8 import quantised, to_int8
 
 
@@ -22,7 +24,7 @@ def diffusers_classes() -> dict[str, type]:
 @torch.no_grad()
 def random_network(kind: Callable, config: dict, device: str, dtype=torch.float32) -> nn.Module:
     """kind(**config) with random weights, always the same."""
-    with torch.device("meta"):
+    with torch.device("meta"), NoStartValues():
         model = kind(**config)
     model.to_empty(device=device).requires_grad_(False)
     torch.manual_seed(0)
@@ -48,13 +50,8 @@ def random_pair(stage: type, part: str, config: dict, device: str, dtype=torch.f
 
 def random_text_model(width: int, layers: int, heads: int, device: str, dtype=torch.float32) -> nn.Module:
     """A CLIP text model: bigG's size is 1280, 32, 20; H's 1024, 24, 16."""
-    from transformers import CLIPTextConfig, CLIPTextModel
-    config = CLIPTextConfig(vocab_size=49408, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
-                            intermediate_size=4 * width, hidden_act="gelu")
-    model = random_network(CLIPTextModel, dict(config=config), device, dtype)
-    for buffer in model.buffers():                       # there is only one: positions 0, 1, 2, ...
-        buffer.copy_(torch.arange(buffer.numel()).view(buffer.shape))
-    return model
+    return random_network(CLIPTextModel, dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
+                                              intermediate_size=4 * width, hidden_act="gelu"), device, dtype)
 
 
 def int8_copy(network: nn.Module) -> nn.Module:

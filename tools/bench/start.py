@@ -7,7 +7,7 @@ from statistics import median
 from tools.bench.measure import in_turns, ratio
 from tools.bench.report import PROMPT, ROOT, Row
 
-IMPORTS = "import torch, transformers; from transformers import CLIPTextModel, CLIPTokenizer"
+IMPORTS = "import torch, tokenizers"
 
 
 def measure(args) -> tuple[str, list[Row]]:

@@ -158,7 +158,8 @@ def encoding(side: int, batch: int, device: str) -> float:
     """Seconds of what --cache saves in a step: the image encoder and CLIP-bigG, of official size, random weights."""
     encoder, text_model = EfficientNetEncoder().eval().to(device), random_text_model(1280, 32, 20, device)
     images, ids = torch.rand(batch, 3, side, side, device=device), torch.arange(77, device=device).expand(batch, -1)
-    seconds = [seconds_of(lambda: (encoder(preprocess(images, side * 3 // 4)), text_model(input_ids=ids)), device)
+    mask = torch.ones_like(ids)
+    seconds = [seconds_of(lambda: (encoder(preprocess(images, side * 3 // 4)), text_model(ids, mask)), device)
                for _ in range(3)]
     return median(seconds[1:])
 
