@@ -162,6 +162,9 @@ def load_text_encoder(folder: str | Path, tokenizer_folder: str | Path,
         fill(model, ((names[name], tensor) for name, tensor in file if name in names), dtype)
     except WeightsError as error:
         raise WeightsError(f"{file.path}: {error}") from error
+    # Has no use, but transformers' model has it: caches of training know a model by its tensors.
+    positions = torch.arange(model.config["max_position_embeddings"])[None]                                 # (1, 77)
+    model.embeddings.register_buffer("position_ids", positions, persistent=False)
     return TextEncoder(load_tokenizer(tokenizer_folder), model).eval()
 
 
