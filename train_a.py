@@ -106,7 +106,7 @@ from training.checkpoints import Checkpoints, Log, load_state, settings_of, stat
 from training.codebook import CodebookUpdates, perplexity
 from training.optim import (EMA, build_optimizer, check_last_steps, clip_gradients, learning_rate,
                             set_precision, too_many_nan_steps)
-from training.order import BatchSampler, batches, sample_rng
+from training.order import BatchSampler, batches, micro_batches, sample_rng
 from training.processes import GracefulExit, Processes, SynchronisedBatchNorm, no_sync
 from training.report import Progress, draw_curves, due, outline
 from training.results import finished, write_stage_a
@@ -328,8 +328,7 @@ def main(args):
             group["lr"] = lr / 4
         gan = discriminator is not None and step >= args.gan_start
         sums, statistics = {}, [buffer.clone() for buffer in model.norm_latent.buffers()]
-        for micro in range(args.grad_accum):
-            batch = next(samples)
+        for micro, batch in enumerate(micro_batches(samples, args, processes, save, step)):
             images = to_tensor(batch["pixels"], device)                  # (B, 3, H, W)
             # 2 processes with 4 images do exactly what 1 process does with 8; 2 micro-steps of 4
             # do not: BatchNorm until --norm-steps, and the GAN's weight, see one pass at a time.

@@ -120,7 +120,7 @@ from training.models import (LEVELS_AT_ONCE, NETWORK, cache_settings,         # 
                              semantic_scale)
 from training.optim import (EMA, build_optimizer, check_last_steps, clip_gradients, learning_rate,
                             set_precision, too_many_nan_steps)
-from training.order import batches, sample_rng
+from training.order import batches, micro_batches, sample_rng
 from training.processes import GracefulExit, Processes, no_sync
 from training.report import Progress, draw_curves, dry_run, due
 from training.results import finished, write_stage_b
@@ -407,9 +407,9 @@ def main(args):
             group["lr"] = learning_rate(step, args) * group["share"]
         loss_sum, blind = torch.zeros((), device=device), step < args.blind
         statistics = [buffer.clone() for buffer in model.buffers()]
-        for micro in range(args.grad_accum):
+        for micro, batch in enumerate(micro_batches(samples, args, processes, save, step)):
             batch = {name: value.to(device) if isinstance(value, torch.Tensor) else value
-                     for name, value in next(samples).items()}
+                     for name, value in batch.items()}
             x_0 = batch["x_0"] if caches else encode_vqgan(batch["pixels"])        # (B, 4, h, w)
             if args.freeze_encoder:                                                # (B, 16, h', w')
                 source = batch["stored"] if caches else encode_semantic(batch["pixels"])

@@ -49,12 +49,12 @@ def parse_args(argv=None):
                    help="train a LoRA: about 10 MB next to the weights, which do not change")
     g.add_argument("--lora-weights", metavar="FILE", help="continue this LoRA, a file or a run's "
                    "folder, with its rank, alpha and targets")
-    g.add_argument("--rank", type=integer(1, 8192), default=8,
-                   help="a higher one learns more and forgets more")
+    g.add_argument("--rank", type=integer(1, 8192),
+                   help="a higher one learns more and forgets more (default: 8)")
     g.add_argument("--alpha", type=Number(0, above=True),
                    help="its scale is alpha / rank (default: the rank)")
-    g.add_argument("--targets", default="attention", help="layers that get a LoRA: attention, "
-                   "attention+mlp, all, or a regular expression for their names")
+    g.add_argument("--targets", help="layers that get a LoRA: attention, attention+mlp, all, or a "
+                   "regular expression for their names (default: attention)")
     g.add_argument("--lora-dropout", type=below_one, default=0.0, help="share of inputs to drop")
     g.add_argument("--rslora", action="store_true", help="scale alpha / sqrt(rank), for high ranks")
     g.add_argument("--dora", action="store_true",
@@ -111,11 +111,11 @@ from stage_c import StageC
 from training.cache import CachedTexts, fill_cache
 from training.checkpoints import Checkpoints, Log, full_state, load_full_state, settings_of
 from training.data import bucket_sizes, nearest_bucket
-from training.loras import locate_start, start_lora
+from training.loras import check_lora, locate_start, start_lora
 from training.losses import LOSS_WEIGHTS
 from training.optim import (EMA, build_optimizer, check_last_steps, clip_gradients, learning_rate,
                             set_precision, too_many_nan_steps)
-from training.order import BatchSampler, batches, sample_rng
+from training.order import BatchSampler, batches, micro_batches, sample_rng
 from training.preserve import Teacher, TeacherLatents
 from training.processes import GracefulExit, Processes, no_sync
 from training.report import Progress, draw_curves, dry_run, due
@@ -149,6 +149,7 @@ def check(args) -> None:
              "fits on one GPU, and --train-text is for the tiny model")):
         if conflict:
             raise UserError(message)
+    check_lora(args)
 
 
 # ----- one sample ---------------------------------------------------------------------------------
@@ -257,7 +258,6 @@ def main(args):
     resumed, processes = checkpoints.find(args.resume), Processes(args.device)
     if args.lr is None:
         args.lr = 1e-5 if not args.lora and args.init == "weights" else 1e-4
-    args.alpha = float(args.rank) if args.alpha is None else args.alpha
     dtype, autocast = set_precision(args, device := processes.device)
     torch.manual_seed(args.seed)
 
@@ -266,10 +266,10 @@ def main(args):
     args.steps = steps_of(args, dataset, processes)
     if checkpoints.finished(resumed, args.steps):
         return processes.on_main(finished, args)
-    settings = settings_of(args)
     parts = (*TEXT_TO_IMAGE, "image_encoder") if args.sample_every else TRAINING_PARTS
     paths = locate_start(args, parts)
     prior, teacher, image_encoder, text_encoder = load_models(args, paths, dtype, autocast, device)
+    settings = settings_of(args)         # with the rank of --lora-weights
     model = TextAndPrior(prior.train(), text_encoder.model if args.train_text else None)
     resolution = args.resolution or (128 if is_tiny(paths["image_encoder"]) else 1024)
     with as_user_error():
@@ -355,8 +355,7 @@ def main(args):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
         loss_sum = torch.zeros((), device=device)
-        for micro in range(args.grad_accum):
-            batch = next(samples)
+        for micro, batch in enumerate(micro_batches(samples, args, processes, save, step)):
             x_0 = batch["x_0"].to(device) if caches else encode(batch["pixels"])   # (B, 16, h, w)
             eps, t = batch["eps"].to(device), batch["t"].to(device)                # like x_0; (B,)
             text = embed(batch["caption"])                                         # (B, N, D)

@@ -297,18 +297,21 @@ def set_loras(model, loras) -> None:
     """Gives a loaded model these LoRAs, and no others: None, a file, several files, or {file: scale}.
 
     New ones are put on Stage C, others get their new scale or are taken off. With int8 or low_memory Stage C is read
-    again with them. LoRAs that belong to the weights themselves, a folder of train_c.py, stay.
+    again with them. The LoRA that belongs to the weights themselves, a folder of train_c.py, stays, at its own scale
+    unless `loras` has another for it.
     Raises WeightsError for a file that cannot be used; the model is then as before.
     """
     if not isinstance(model, Wuerstchen):
         raise TypeError(f"model is {model!r:.80}, expected a loaded model, and then its LoRAs.")
     wanted, before, network = lora_scales(loras), dict(model.loras), model.networks.get("stage_c")
+    own = {adapter_name(model.paths["lora"])} if model.paths.get("lora") else set()
     if network is None:
         raise ValueError("a LoRA changes Stage C, which was not loaded: load the model with its prior.")
     in_place, added = isinstance(network, torch.nn.Module) and not model.int8, []
     try:
         if in_place:
-            for file in wanted.keys() - before.keys():
+            there = own | {*map(adapter_name, before)}
+            for file in [file for file in wanted if adapter_name(file) not in there]:
                 load_lora(network, file, adapter_name(file), lora_partial=model.lora_partial)
                 added.append(file)
         else:
@@ -320,10 +323,11 @@ def set_loras(model, loras) -> None:
             read_again(model, before)
         raise
     if in_place:
-        for file, scale in wanted.items():
-            lora.set_scale(network, scale, adapter_name(file))
-        for file in before.keys() - wanted.keys():
-            lora.remove(network, adapter_name(file))
+        scales = dict.fromkeys(own, 1.0) | {adapter_name(file): scale for file, scale in wanted.items()}
+        for name, scale in scales.items():
+            lora.set_scale(network, scale, name)
+        for name in {*map(adapter_name, before)} - scales.keys():
+            lora.remove(network, name)
         replace_loras(model, wanted)
 
 

@@ -6,8 +6,10 @@ Needs: the standard library only, so that `--help` stays fast.
 """
 import contextlib
 import difflib
+import functools
 import signal
 import sys
+import warnings
 from collections.abc import Iterable
 
 RESUME_HINT = "--resume auto continues from the last checkpoint"
@@ -40,7 +42,7 @@ def as_user_error():
 @contextlib.contextmanager
 def exit_on_user_error(hint: str | None = None):
     """Runs a whole script: a UserError or OSError ends it with one line and exit code 2, Ctrl-C with code 130, SIGTERM
-    with 143.
+    with 143. Warnings are one line each.
 
     hint: what to do after Ctrl-C, for example RESUME_HINT.
     """
@@ -50,8 +52,12 @@ def exit_on_user_error(hint: str | None = None):
     before = None
     with contextlib.suppress(ValueError):            # not the main thread
         before = signal.signal(signal.SIGTERM, terminated)
+    # Each once, though a file is read before the models are fetched, and again when they are there.
+    warn = functools.cache(lambda text: print(f"warning: {text}", file=sys.stderr))
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: warn(str(message))
+            yield
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -147,9 +147,10 @@ def loaders_of(paths: dict, empty: dict, device: torch.device, dtype: torch.dtyp
     def stage_c() -> torch.nn.Module:
         from lora import merge_and_unload
         both = ({str(paths["lora"]): 1.0} if paths.get("lora") else {}) | loras      # set_loras changes `loras`
+        both = {adapter_name(file): (file, scale) for file, scale in both.items()}   # a file with two paths: once
         model = stage("prior", int8 and not both)
-        for file, scale in both.items():
-            load_lora(model, file, adapter_name(file), scale, lora_partial)
+        for name, (file, scale) in both.items():
+            load_lora(model, file, name, scale, lora_partial)
         if int8 and both:                       # a LoRA works on float weights: merged first, rounded then
             merge_and_unload(model)
             to_int8(model)

@@ -1,6 +1,8 @@
 """Arguments of `load` and of a call: every form in which people have their values, one sentence for every mistake."""
 import functools
+import json
 import re
+import shutil
 import warnings
 from pathlib import Path
 
@@ -161,6 +163,22 @@ def test_loras_of_a_loaded_model_are_those_of_a_new_one(loras, options):
         assert model.loras == lora_scales(wanted)
         assert difference(images[-1], loaded_with("int8" in options, *model.loras.items())) < 0.1, wanted
     assert all(difference(images[-1], image) > 1 for image in images[:-1])
+
+
+@pytest.mark.parametrize("options", [dict(), dict(low_memory=True)], ids=["in place", "low_memory"])
+def test_the_lora_of_the_weights_themselves_stays(loras, options, tmp_path):
+    """Named by its file or its run's folder it gets a scale, and without a name its own again: it is never added twice
+    and never taken off."""
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(loras[0], run / "lora.safetensors")
+    (run / "base.json").write_text(json.dumps(dict(weights="tiny", files={}, lora="lora.safetensors")))
+    model = Wuerstchen.load(run, "cpu", **options)
+    for wanted, scales in ((None, {loras[0]: 1.0}), ({run: 0.5}, {loras[0]: 0.5}),
+                           ({run / ".." / "run" / "lora.safetensors": 0, loras[1]: 1}, {loras[1]: 1.0}),
+                           (loras[1], dict.fromkeys(loras, 1.0)), (None, {loras[0]: 1.0})):
+        set_loras(model, wanted)
+        assert difference(model(CAT, seed=5, **QUICK), loaded_with(False, *scales.items())) < 0.1, wanted
 
 
 def test_loras_under_compile(loras, monkeypatch):

@@ -106,6 +106,8 @@ def test_lr_0_changes_no_weight(options, tmp_path, script):
         (["--max-bad-steps", "0"], "--max-bad-steps: expected a whole number from 1 to 1000000000, got '0'"))),
     ("b", ["--high-noise", "nan"], "--high-noise: expected a number .* above 0, got 'nan'"),
     ("c", ["--alpha", "0"], "--alpha: expected a number .* above 0, got '0'"),
+    ("c", ["--max-ratio", "0.5"], "--max-ratio: expected a number .* from 1, got '0.5'"),
+    ("c", ["--adam-eps", "0"], "--adam-eps: expected a number .* above 0, got '0'"),
     ("c", ["--resolution", "0"], "--resolution: expected a multiple of 128 from 128 to 4096, got '0'"),
     ("c", ["--offset-noise", "nan"], "--offset-noise: expected a number .* from 0, got 'nan'"),
 ], ids=str)
@@ -251,6 +253,88 @@ def test_runs_stopped_at_random_moments_resume_to_the_bit(options, tmp_path, scr
     assert (unbroken / result).read_bytes() == (out / result).read_bytes()
     logs = [[(line["step"], line["loss"]) for line in lines(run)] for run in (unbroken, out)]
     assert logs[0] == logs[1] and len(logs[0]) == steps
+
+
+# --- what fails in one process ------------------------------------------------------------------------
+
+@each_script
+def test_samples_that_cannot_be_read_lose_no_step(options, tmp_path, monkeypatch, script):
+    """Such as those of one shape, if all their entries in the cache were damaged. What was learned before is saved."""
+    order, taken = sys.modules["training.order"], []
+
+    def read(self, where):
+        taken.append(where)
+        return self.samples[where] if len(taken) <= 4 else UserError("all entries were damaged")
+    unbroken = train(script, options, tmp_path / "unbroken", steps=4)
+    monkeypatch.setattr(order.ErrorsAsItems, "__getitem__", read)
+    with pytest.raises(UserError, match="all entries were damaged"):
+        train(script, options, tmp_path / "run", steps=4)
+    assert checkpoints(tmp_path / "run") == ["step_00000002.pt"]
+    monkeypatch.undo()
+    out = train(script, options, tmp_path / "run", "--resume", "auto", steps=4)
+    same({key: newest(unbroken)[key] for key in LEARNED}, {key: newest(out)[key] for key in LEARNED})
+
+
+TOGETHER = '''
+import sys, types
+from loading.errors import UserError
+from training.order import micro_batches
+from training.processes import Processes
+processes, saved, ends = Processes("cpu", minutes=1), [], []
+
+def index(failing):
+    with processes.main_first():
+        if processes.rank == failing:
+            raise UserError(f"rank {failing}")
+
+def samples(failing):
+    yield 0
+    yield 1
+    if processes.rank == failing:
+        raise UserError(f"rank {failing}")
+    yield from range(9)
+
+def steps(failing):
+    batches = samples(failing)
+    for step in range(3):
+        micro_batches(batches, types.SimpleNamespace(grad_accum=1), processes, saved.append, step)
+
+for case in (index, steps):
+    for failing in (0, 1, None):
+        try:
+            case(failing)
+            ends.append("done")
+        except UserError as error:
+            ends.append(str(error))
+        except SystemExit as error:
+            ends.append(error.code)
+print(ends, saved)
+processes.close()
+'''
+
+
+def test_if_one_process_fails_the_others_do_not_wait(tmp_path):
+    """While data are indexed and while samples are read. They end with 2, and the one that failed says why."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    env = os.environ | dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, PYTHONPATH=str(ROOT))
+    runs = [subprocess.Popen([sys.executable, "-c", TOGETHER], stdout=subprocess.PIPE, text=True,
+                             env=env | dict(RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(2)]
+    try:
+        found = [run.communicate(timeout=120)[0].strip() for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
+    assert found == ["['rank 0', 2, 'done', 'rank 0', 2, 'done'] [2, 2]",
+                     "[2, 'rank 1', 'done', 2, 'rank 1', 'done'] [2, 2]"]
+
+
+@pytest.mark.parametrize("device", ["nonsense", "meta", "cuda:99"])
+def test_a_device_that_is_not_there_is_one_line(options, tmp_path, device):
+    with pytest.raises(UserError, match=f"device '{device}' cannot be used here: .* \"cpu\" always works") as error:
+        train("c", options, tmp_path / "run", "--device", device)
+    assert "\n" not in str(error.value)
 
 
 # --- checkpoints -------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ import json
 import runpy
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,14 @@ def test_a_service_that_is_not_installed_is_named(service, module, tmp_path, mon
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=f"--report-to {service} needs a package: pip install {service}"):
         Log(tmp_path, 0, service)
+
+
+def test_a_warning_is_one_line_and_said_once(capsys):
+    """A LoRA is read before the models are fetched and again when they are there: once without alpha is enough."""
+    with exit_on_user_error():
+        for text in ("no alpha", "no alpha", "another"):
+            warnings.warn(text)
+    assert capsys.readouterr().err == "warning: no alpha\nwarning: another\n"
 
 
 def test_ctrl_c_says_how_to_continue(capsys):

@@ -12,8 +12,6 @@ import sys
 if __name__ == "__main__" and not __package__:
     sys.exit("error: run this as: python -m tools.lora")
 
-import functools
-import warnings
 from pathlib import Path
 
 from loading.errors import UserError, as_user_error, exit_on_user_error, printable
@@ -175,12 +173,9 @@ def parser() -> Parser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    with exit_on_user_error(), as_user_error(), warnings.catch_warnings():
+    with exit_on_user_error(), as_user_error():
         args = vars(parser().parse_args(argv))
         run = dict(info=info, convert=convert, merge=merge, extract=extract)[args.pop("command")]
-        warnings.simplefilter("always")
-        said = functools.cache(lambda text: print(f"warning: {text}", file=sys.stderr))           # once
-        warnings.showwarning = lambda message, *_: said(str(message))
         print(run(**args))
 
 

@@ -15,15 +15,21 @@ from loading.lora_formats import describe, load_lora, read_lora
 from training.results import FILES_C, files_given
 
 
+def check_lora(args) -> None:
+    """Raises UserError for a LoRA's options that do not fit, before anything is loaded. Fills in the default ones."""
+    own = (args.rank, args.alpha, args.targets, args.rslora or None, args.dora or None)
+    if args.lora_weights and not args.lora:
+        raise UserError("--lora-weights continues a LoRA: add --lora")
+    if args.lora_weights and own != (None,) * 5:
+        raise UserError("--lora-weights brings its own rank, alpha, targets, --rslora and --dora: remove these options")
+    args.rank, args.targets = 8 if args.rank is None else args.rank, args.targets or "attention"
+    args.alpha = float(args.rank) if args.alpha is None else args.alpha
+    if args.lora_weights:
+        read_lora(args.lora_weights)
+
+
 def locate_start(args, parts: tuple[str, ...]) -> dict[str, Path | None]:
     """Where the parts are that training starts from, see locate. Raises UserError for a LoRA that would be lost."""
-    if args.lora_weights:
-        if not args.lora:
-            raise UserError("--lora-weights continues a LoRA: add --lora")
-        if args.rank != 8 or args.alpha != args.rank or args.targets != "attention" or args.rslora or args.dora:
-            raise UserError("--lora-weights brings its own rank, alpha, targets, --rslora and --dora: remove these "
-                            "options")
-        read_lora(args.lora_weights)                     # before weights are fetched
     paths = locate(args.weights, files_given(args, FILES_C), parts)
     if paths.get("lora") and args.init == "weights" and not args.lora_weights:
         raise UserError(

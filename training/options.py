@@ -91,7 +91,7 @@ def add_optimization_options(p, *, steps: int, batch: int | None, lr: float | No
                    + notes.get("decay_note", "not for norms and biases"))
     g.add_argument("--adam-beta1", type=below_one, default=0.9, help="AdamW's decay of the mean gradient")
     g.add_argument("--adam-beta2", type=below_one, default=beta2, help="and of the mean squared gradient")
-    g.add_argument("--adam-eps", type=Number(0), default=1e-8, help="AdamW's term against division by zero")
+    g.add_argument("--adam-eps", type=Number(0, above=True), default=1e-8, help="AdamW's term against division by zero")
     g.add_argument("--adam-8bit", action="store_true", help="AdamW of the package bitsandbytes, whose state takes a "
                    "quarter of the memory; not tried on a GPU yet")
     g.add_argument("--clip", type=Number(0), default=1.0,

@@ -15,7 +15,7 @@ import itertools
 import signal
 import weakref
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -144,6 +144,21 @@ def batches(samples: torch.utils.data.Dataset, sampler: BatchSampler, processes,
     # they outlive, and wait for them without end.
     weak = weakref.ref(found)
     atexit.register(lambda: weak() and weak().close())
+    return found
+
+
+def micro_batches(samples: Iterator[dict], args, processes, save: Callable, step: int) -> list[dict]:
+    """The micro-batches of a step, from `batches`. If a process cannot read its own, all save what was learned before
+    this step, by save(step), and end."""
+    failure = None
+    try:
+        found = [next(samples) for _ in range(args.grad_accum)]
+    except Exception as error:
+        failure = error
+    if processes.any(failure is not None):
+        if step:
+            save(step)
+        raise failure or SystemExit(2)           # of another process, which says what happened
     return found
 
 

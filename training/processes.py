@@ -1,7 +1,7 @@
 """One process or many: what torchrun started, sums over processes, BatchNorm over all batches, FSDP, a graceful exit.
 
 One process takes the same path as many, so a training loop needs no second version. Nothing here knows a model.
-Needs: torch; loading/errors.py.
+Needs: torch; loading/.
 """
 import contextlib
 import datetime
@@ -53,6 +53,8 @@ class Processes:
     def any(self, flag: bool | Tensor) -> bool:
         """True if the flag is true in any process. All processes get the same answer and take the same branch. If one
         took another, the rest would wait forever."""
+        if not self.many:
+            return bool(flag)
         value = torch.as_tensor(flag, dtype=torch.float32, device=self.device)
         return bool(self.sum(value) > 0)
 
@@ -67,16 +69,22 @@ class Processes:
         if self.many:
             dist.barrier()
 
-    def on_main(self, do: Callable, *args) -> None:
-        """Calls do(*args) on the main process while the others wait. If it fails there, the others end with code 2."""
+    @contextlib.contextmanager
+    def together(self):
+        """All processes meet at its end. If one fails inside, the others end with code 2 and do not wait in vain."""
         try:
-            if self.is_main:
-                do(*args)
+            yield
         except Exception:
             self.any(True)
             raise
         if self.any(False):
-            sys.exit(2)                          # the main process says what happened
+            sys.exit(2)                          # the one that failed says what happened
+
+    def on_main(self, do: Callable, *args) -> None:
+        """Calls do(*args) on the main process while the others wait. If it fails there, the others end with code 2."""
+        with self.together():
+            if self.is_main:
+                do(*args)
 
     def print(self, message: str) -> None:
         """To stderr, once."""
@@ -87,10 +95,13 @@ class Processes:
     def main_first(self):
         """Rank 0 first, then the others: for work whose result is left on disk, such as an index or a download."""
         if not self.is_main:
-            self.wait()
-        yield
+            with self.together():
+                pass
+        with self.together():
+            yield
         if self.is_main:
-            self.wait()
+            with self.together():
+                pass
 
     def data_parallel(self, model: nn.Module) -> nn.Module:
         """The module to call in a training step: DistributedDataParallel around model, or model itself for one process.
