@@ -317,7 +317,8 @@ def main(args):
     start = nan_steps = nan_steps_in_all = 0
     if resumed is not None:
         state = checkpoints.load(resumed, "train_c.py", settings,
-                                 ("lora", "rank", "targets", "dora", "train_text"))
+                                 ("lora", "rank", "alpha", "rslora", "targets", "dora",
+                                  "train_text"))
         start, nan_steps, nan_steps_in_all = (state[key] for key in ("step", "bad", "bad_in_all"))
         load_full_state(resumed, state, model, optimizer, scaler, ema)
     if args.compile:

@@ -117,7 +117,8 @@ def test_a_lora_run_as_weights_is_continued_or_refused(folder, tmp_path):
 @pytest.mark.parametrize("options, message", [
     (["--lora-weights", "x"], "add --lora"), (["--lora", "--lora-weights", "x"], "x: there is no such file"),
     *((["--lora", "--lora-weights", "x", *more], "brings its own rank, alpha, targets") for more in (
-        ["--rank", "8"], ["--alpha", "2"], ["--targets", "attention"], ["--targets", "all"], ["--rslora"], ["--dora"]))], ids=str)
+        ["--rank", "8"], ["--alpha", "2"], ["--targets", "attention"], ["--targets", "all"],
+        ["--rslora"], ["--dora"]))], ids=str)
 def test_a_lora_that_continues_brings_its_own_settings(folder, tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         train(folder, tmp_path / "run", *options)
