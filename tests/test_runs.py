@@ -106,7 +106,7 @@ def test_lr_0_changes_no_weight(options, tmp_path, script):
         (["--max-bad-steps", "0"], "--max-bad-steps: expected a whole number from 1 to 1000000000, got '0'"))),
     ("b", ["--high-noise", "nan"], "--high-noise: expected a number .* above 0, got 'nan'"),
     ("c", ["--alpha", "0"], "--alpha: expected a number .* above 0, got '0'"),
-    ("c", ["--max-ratio", "0.5"], "--max-ratio: expected a number .* from 1, got '0.5'"),
+    ("c", ["--max-ratio", "0.5"], "--max-ratio: expected a number .* from 1 to 100, got '0.5'"),
     ("c", ["--adam-eps", "0"], "--adam-eps: expected a number .* above 0, got '0'"),
     ("c", ["--resolution", "0"], "--resolution: expected a multiple of 128 from 128 to 4096, got '0'"),
     ("c", ["--offset-noise", "nan"], "--offset-noise: expected a number .* from 0, got 'nan'"),
