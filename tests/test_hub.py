@@ -724,15 +724,16 @@ def raw(body: bytes, of=is_file, before: float = 0):
     return fault
 
 
-def endless(start: bytes, of=is_list):
-    """A fault: a body without end."""
+def endless(start: bytes, of=is_list, pause: float = 0):
+    """A fault: a body without end. Here it has one, after 64 MB, so that a mistake does not fill the disk."""
     def fault(handler):
         if of(handler):
             handler.close_connection = True
             with contextlib.suppress(OSError):
                 handler.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n" + start)
-                while True:
+                for _ in range(1000):
                     handler.wfile.write(b"x" * 2 ** 16)
+                    time.sleep(pause)
         return of(handler)
     return fault
 
@@ -787,12 +788,44 @@ def test_a_hub_that_fails_is_explained_in_one_line(name, here, tmp_path, monkeyp
     """Within seconds, and nothing stays in the cache but what a later run can use."""
     from loading.errors import WeightsError
     here.fault, message = FAULTS[name]
-    monkeypatch.setattr(hub, "LONGEST_LIST", (2 ** 19, 5))
+    monkeypatch.setattr(hub, "LONGEST_LIST", (2 ** 19, 600))
     with pytest.raises(WeightsError, match=message) as error:
         fetch_here()
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
     assert {*left_in(tmp_path)} <= {"refs/main", f"blobs/{digest_of(NAME, CONTENT)}.incomplete"}
     here.fault = None
+    assert fetch_here().read_bytes() == CONTENT
+
+
+def test_a_list_that_goes_on_for_ever_is_given_up(here, monkeypatch):
+    from loading.errors import WeightsError
+    monkeypatch.setattr(hub, "LONGEST_LIST", (2 ** 60, 0.1))
+    here.fault = endless(b"[", pause=0.01)
+    with pytest.raises(WeightsError, match="the hub's list of files does not end: expected at most .* MB in 0.1 s"):
+        fetch_here()
+
+
+def test_a_connection_that_breaks_again_and_again_still_brings_the_file(here):
+    """More often than a hub that sends nothing is asked again; each time only for the rest."""
+    starts = []
+
+    def cut(handler):
+        if is_file(handler):
+            start = int((handler.headers.get("Range") or "bytes=0-")[6:-1])
+            starts.append(start)
+            handler.send_response(206 if start else 200)
+            handler.end_headers()                                # without a length: it ends with the connection
+            handler.wfile.write(CONTENT[start:start + 200_000])
+            handler.close_connection = True
+        return is_file(handler)
+    here.fault = cut
+    assert fetch_here().read_bytes() == CONTENT and starts == [*range(0, len(CONTENT), 200_000)]
+
+
+@pytest.mark.parametrize("size", [-5, 2 ** 70, 10 ** 400, True, "9", None, 1.5])
+def test_a_size_that_is_none_is_asked_for_again(size, here):
+    entry = {"rfilename": NAME, "size": size, "blobId": digest_of(NAME, CONTENT)}
+    here.fault = answering(json.dumps({"sha": COMMIT, "siblings": [entry]}).encode())
     assert fetch_here().read_bytes() == CONTENT
 
 
@@ -825,7 +858,8 @@ def test_names_that_lead_out_of_the_cache_do_not_exist(here, tmp_path):
     assert not [path for path in [*tmp_path.rglob("*"), *tmp_path.parent.glob("*")] if "outside" in path.name]
 
 
-@pytest.mark.parametrize("digest", ["../../../../outside", "/outside", "..", "a" * 39, "A" * 64, "", "W/x\x1b]0;x\x07"])
+@pytest.mark.parametrize("digest", ["../../../../outside", "a" * 40 + "/../../../outside", "/outside", "..", "a" * 39,
+                                    "A" * 64, "", "W/x\x1b]0;x\x07"])
 def test_checksums_and_etags_that_are_none_become_no_paths(digest, here, tmp_path):
     """In the list, where large and small files have theirs, and in the header ETag, if the list has none."""
     from loading.errors import WeightsError
@@ -896,11 +930,34 @@ def test_what_a_killed_process_left_is_checked_like_all_the_rest(there, asked, h
             fetch_here()
         asked = [*asked, 0]
     assert fetch_here().read_bytes() == CONTENT and [first for _, first in here.asked] == asked
-    for path in (tmp_path / "hub").rglob(f"{NAME}"), (tmp_path / "hub").rglob(digest_of(NAME, CONTENT)):
-        next(path).unlink()
+    partial.with_suffix("").unlink()                         # the link to it stays
     partial.write_bytes(CONTENT[:100])
-    here.fault = answering(CONTENT, of=is_file)
-    assert fetch_here().read_bytes() == CONTENT
+    here.fault = answering(CONTENT + b"more than it promised", of=is_file)
+    assert fetch_here().read_bytes() == CONTENT and fetch_here().is_symlink()
+
+
+def test_a_file_that_is_there_under_another_name_is_compared_but_not_fetched(here):
+    """As after a new commit. Of the small file beside it, the hub gives git's hash."""
+    from loading.errors import WeightsError
+    here.files[REPO] |= {"b.safetensors": CONTENT, "config.json": b"{}"}
+    blob = fetch_here().resolve()
+    assert [name for name, _ in here.asked] == [f"{REPO}/{NAME}", f"{REPO}/config.json"]
+    blob.write_bytes(FLIPPED)
+    with pytest.raises(WeightsError, match="me/lora: b.safetensors was damaged on the way: expected"):
+        hub.fetch_lora(f"hub:{REPO}/b.safetensors")
+    for name in (NAME, "b.safetensors"):
+        assert hub.fetch_lora(f"hub:{REPO}/{name}").resolve() == blob and blob.read_bytes() == CONTENT
+    assert len(here.asked) == 3
+
+
+@pytest.mark.parametrize("reference, message", [
+    (f"{REPO}@..", "'..' is not a revision of me/lora: expected a branch, tag or commit, such as main"),
+    ("me--x/lora", "does not name a repository of the hub"), ("me/..x", "does not name a repository of the hub")])
+def test_repositories_and_revisions_become_no_other_paths_either(reference, message, here, tmp_path):
+    from loading.errors import WeightsError
+    with pytest.raises(WeightsError, match=message):
+        hub.fetch_lora(f"hub:{reference}")
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_leftovers_of_other_programs_are_swept_but_not_what_is_in_use(here, tmp_path):
@@ -909,26 +966,41 @@ def test_leftovers_of_other_programs_are_swept_but_not_what_is_in_use(here, tmp_
     cache, old = tmp_path / "hub/models--me--lora", time.time() - 4000
     ages = {"a" * 64 + ".12345678.incomplete": old, "b" * 64 + ".12345678.incomplete": old,
             "c" * 64 + ".12345678.incomplete": time.time(), "d" * 64 + ".incomplete": old,
-            "e" * 64 + ".incomplete": time.time() - 8 * 24 * 3600}
+            "e" * 64 + ".incomplete": time.time() - 8 * 24 * 3600, f"{digest_of(NAME, CONTENT)}.incomplete": 0}
     (cache / "blobs").mkdir(parents=True)
     (tmp_path / "hub/.locks/models--me--lora").mkdir(parents=True)
     for name, changed in ages.items():
-        (cache / "blobs" / name).write_bytes(b"x")
+        (cache / "blobs" / name).write_bytes(CONTENT[:9])
         os.utime(cache / "blobs" / name, (changed, changed))
     with WeakFileLock(tmp_path / f"hub/.locks/models--me--lora/{'b' * 64}.lock"):
         fetch_here()
     kept = [path.name[0] for path in (cache / "blobs").glob("*.incomplete")]
-    assert sorted(kept) == ["b", "c", "d"]
+    assert sorted(kept) == ["b", "c", "d"] and here.asked == [(f"{REPO}/{NAME}", 9)]
 
 
-def test_a_full_disk_names_the_file_its_size_and_what_is_kept(here, tmp_path):
+def test_a_full_disk_names_the_file_its_size_and_what_is_kept(here, tmp_path, monkeypatch):
+    """Also a full quota, a file that is too large for the file system, and a disk of which it is known before."""
+    import errno
+    from collections import namedtuple
     from loading.errors import WeightsError
+    full = f"the disk is full: {NAME} needs 0.001 GB, of which 0.000 GB are there and are kept: make room in .*, or set"
     partial = tmp_path / f"hub/models--me--lora/blobs/{digest_of(NAME, CONTENT)}.incomplete"
     partial.parent.mkdir(parents=True)
     partial.symlink_to("/dev/full")
-    with pytest.raises(WeightsError, match=f"the disk is full: {NAME} needs 0.001 GB, of which 0.000 GB are there and "
-                                           "are kept: make room in .*, or set HF_HOME to another disk"):
+    with pytest.raises(WeightsError, match=full):
         fetch_here()
+    with monkeypatch.context() as patched:
+        for number in (errno.EDQUOT, errno.EFBIG):
+            def resume(*_, number=number):
+                raise OSError(number, "no")
+            patched.setattr(hub, "resume", resume)
+            with pytest.raises(WeightsError, match=full):
+                fetch_here()
+    here.asked.clear()
+    monkeypatch.setattr(hub.shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(1000))
+    with pytest.raises(WeightsError, match=full):
+        fetch_here()
+    assert here.asked == []
     (tmp_path / "file").write_bytes(b"")
     from huggingface_hub import constants
     constants.HF_HUB_CACHE = str(tmp_path / "file")
