@@ -1,8 +1,15 @@
 """What several test files need: reference data, the measure of deviation, weights made from names."""
 import importlib
 import json
+import multiprocessing
+import os
+import socket
+import time
 import zlib
+from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,6 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loading import weights
@@ -135,6 +143,68 @@ def same(a, b, tolerance: float = 0.0) -> None:
             same(x, y, tolerance)
     else:
         assert a == b
+
+
+def main_of(script: str, argv: list[str]) -> None:
+    """train_a.main(...) and the like."""
+    module = importlib.import_module(script)
+    module.main(module.parse_args(argv))
+
+
+def count_messages(script: str, argv: list[str]) -> None:
+    """main_of, and how often gradients were averaged over processes, in the file `calls`."""
+    class Counted(torch.nn.parallel.DistributedDataParallel):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.register_comm_hook(None, lambda state, bucket: calls.append(1) or allreduce_hook(state, bucket))
+    calls, torch.nn.parallel.DistributedDataParallel = [], Counted
+    main_of(script, argv)
+    Path("calls").write_text(str(len(calls)))
+
+
+def start(count: int, folder: Path, function: Callable, *args) -> list[multiprocessing.Process]:
+    """function(*args), which must have a module, in `count` processes with what torchrun sets, in `folder`. What rank 1
+    prints is in folder/1.txt.
+
+    A server that has imported torch forks them: torchrun's would take 8 s of imports, each time.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["helpers", "train_a", "train_b", "train_c", "tiny.train_text"])
+    with mock.patch.dict(os.environ, PYTHONPATH=f"{HERE.parent}:{HERE}", OMP_NUM_THREADS="1"):
+        forkserver.ensure_running()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [context.Process(target=_join, args=(rank, count, port, str(folder), function, *args))
+                 for rank in range(count)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def _join(rank: int, count: int, port: int, folder: str, function: Callable, *args) -> None:
+    os.chdir(folder)
+    os.environ |= dict(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE=f"{count}", MASTER_ADDR="127.0.0.1",
+                       MASTER_PORT=f"{port}")
+    file = os.open(f"{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1), os.dup2(file, 2)
+    torch.set_num_threads(1)
+    function(*args)
+
+
+def together(count: int, folder: Path, function: Callable, *args, seconds: float = 180) -> None:
+    """`start`, and all processes end well. If one does not, or they wait for each other, the others are ended."""
+    processes, end = start(count, folder, function, *args), time.time() + seconds
+    while any(process.is_alive() for process in processes) and time.time() < end:
+        if any(process.exitcode for process in processes):
+            break
+        time.sleep(0.02)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill(), process.join()
+    printed = [(Path(folder) / f"{rank}.txt") for rank in range(count)]
+    assert codes == [0] * count, "\n".join([f"exit codes {codes}, None: they waited for {seconds} s",
+                                            *(file.read_text()[-3000:] for file in printed if file.exists())])
 
 
 class HostReads(TorchDispatchMode):

@@ -8,7 +8,6 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,11 +21,15 @@ from PIL import Image
 import train_a
 import train_b
 import train_c
-from helpers import lines, newest, same
+from helpers import lines, main_of, newest, same, start, together
 from loading.errors import RESUME_HINT, UserError, exit_on_user_error
+from stage_a import StageA
+from stage_b import StageB
+from stage_c import StageC
 from tiny import train_encoder, train_text
 from training import optim, scenes
 from training.checkpoints import Checkpoints
+from training.processes import Processes
 from training.samples import ImageReader
 
 ROOT = Path(train_a.__file__).parent
@@ -146,6 +149,26 @@ def test_a_failed_sheet_is_a_warning_and_the_checkpoint_stands(options, tmp_path
     same(newest(out)["model"], newest(without)["model"])
 
 
+@each_script
+def test_validation_and_samples_are_those_of_the_result(options, tmp_path, script):
+    """All three use the averaged weights: the last validation and sheet of a run are the first of a run that starts
+    from its result. The weights that learn are elsewhere."""
+    more = ["--lr", "1e-3" if script == "c" else "1e-2", "--val-every", "9", "--sample-every", "9"]
+    begin = dict(a=options["a"], b=options["b"][:-6], c=options["c"][:-3])      # without --init random, without --lora
+    if script == "c":
+        options, more = begin, [*more, "--sample-prompt", "a cat on a red background"]
+    out = train(script, options, tmp_path / "run", *more)
+    result = dict(a=["--init", f"{out}/vqgan"], c=["--prior", f"{out}/prior"],
+                  b=["--decoder", f"{out}/decoder", "--image-encoder", f"{out}/image_encoder"])[script]
+    again = train(script, begin, tmp_path / "again", *result, *more, steps=1)
+    last, first = ([value for line in lines(run) for name, value in line.items() if name in ("val_loss", "val_psnr")]
+                   for run in (out, again))
+    assert first[0] == pytest.approx(last[-1], rel=5e-4)           # the result is in half precision
+    a, b = (np.asarray(Image.open(path)).astype(int) for path in (out / "samples" / "step_000003.png",
+                                                                  again / "samples" / "step_000000.png"))
+    assert np.abs(a - b).max() <= 1
+
+
 # --- stopped runs ------------------------------------------------------------------------------------
 
 @each_script
@@ -187,30 +210,30 @@ def program(script: str) -> list[str]:
 
 def test_all_processes_of_a_stopped_run_end_alike(options, tmp_path):
     """Only rank 1 gets the signal. Both save after the same step and end with 143."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     out = tmp_path / "run"
-    runs = [subprocess.Popen(
-        [*program("c"), *options["c"], "--out", str(out), "--steps", "100000"], stderr=subprocess.PIPE, text=True,
-        env=os.environ | dict(OMP_NUM_THREADS="1", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
-                              MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))) for rank in range(2)]
+    runs = start(2, tmp_path, main_of, "train_c", [*options["c"], "--out", "run", "--steps", "100000"])
     try:
-        wait_for_lines(runs[0], out, 2)
-        runs[1].send_signal(signal.SIGTERM)
-        errors = [run.communicate(timeout=120)[1] for run in runs]
+        wait_for_lines(lambda: not runs[0].is_alive(), out, 2)
+        os.kill(runs[1].pid, signal.SIGTERM)
+        for run in runs:
+            run.join(120)
     finally:
         for run in runs:
             run.kill()
-    assert [run.returncode for run in runs] == [143, 143], errors
+    errors = [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]
+    assert [run.exitcode for run in runs] == [143, 143], errors
     assert [error.count("and saved") for error in errors] == [1, 0] and newest(out)["step"] >= 2
 
 
-def wait_for_lines(run, out, count: int, seconds: float = 180) -> None:
+def wait_until(done, seconds: float = 180) -> None:
     end = time.time() + seconds
-    while run.poll() is None and time.time() < end and not (
-            (out / "log.jsonl").exists() and (out / "log.jsonl").read_text().count('"grad_norm"') >= count):
+    while not done() and time.time() < end:
         time.sleep(0.01)
+
+
+def wait_for_lines(ended, out, count: int) -> None:
+    log = out / "log.jsonl"
+    wait_until(lambda: ended() or log.exists() and log.read_text().count('"grad_norm"') >= count)
 
 
 def stopped(command: list[str], out: Path, name: str, rng: random.Random) -> int | None:
@@ -225,7 +248,7 @@ def stopped(command: list[str], out: Path, name: str, rng: random.Random) -> int
             while time.time() < end and (log.stat().st_mtime if log.exists() else 0) == as_before:
                 time.sleep(0.01)
         else:
-            wait_for_lines(run, out, before + rng.randint(1, 4))
+            wait_for_lines(lambda: run.poll() is not None, out, before + rng.randint(1, 4))
             time.sleep(rng.uniform(0, 0.3))
         run.send_signal(getattr(signal, name))
         _, errors = run.communicate(timeout=120)
@@ -331,6 +354,21 @@ def test_if_one_process_fails_the_others_do_not_wait(tmp_path):
 
 
 # --- checkpoints -------------------------------------------------------------------------------------
+
+def test_a_checkpoint_has_its_name_only_when_it_is_complete(options, tmp_path, monkeypatch):
+    """A run that is killed, or whose disk is full, in the middle of writing leaves the older ones, and none torn."""
+    out = train("c", options, tmp_path / "run", steps=1)
+
+    def half(content, path):
+        Path(path).write_bytes(b"half")
+        assert checkpoints(out)[-1] == "step_00000001.pt"
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", half)
+        with pytest.raises(KeyboardInterrupt):
+            train("c", options, out, "--resume", "auto", steps=2)
+    assert checkpoints(out) == ["step_00000001.pt"]
+
 
 @each_script
 def test_a_torn_newest_checkpoint_gives_way_to_the_one_before(options, tmp_path, capsys, script):
@@ -445,6 +483,28 @@ def test_a_dry_run_knows_the_size_of_a_checkpoint(options, tmp_path, capsys, scr
                                                                                                  abs=0.02)
 
 
+# --- many processes -----------------------------------------------------------------------------------
+
+def wait_for_one_that_never_comes(minutes: float) -> None:
+    processes = Processes("cpu", minutes)
+    if processes.rank == 0:
+        with pytest.raises(RuntimeError, match="(?i)timed? ?out"):
+            processes.wait()
+        Path("gave up").write_text("")
+    wait_until(Path("gave up").exists)
+
+
+def test_a_process_waits_for_another_as_long_as_sampling_may_take(tmp_path, monkeypatch):
+    """Half an hour, where NCCL would give up after 10 minutes; and not for ever."""
+    together(2, tmp_path, wait_for_one_that_never_comes, 0.02)
+    assert (tmp_path / "gave up").exists()
+    given = {}
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda backend, **options: given.update(options))
+    Processes("cpu")
+    assert given["timeout"].total_seconds() == 30 * 60
+
+
 # --- a finished result -------------------------------------------------------------------------------
 
 @each_script
@@ -510,6 +570,39 @@ def test_an_evaluation_that_a_stop_prevented_is_made_up_for(options, tmp_path, s
 
 
 # --- NaN ---------------------------------------------------------------------------------------------
+
+def spoil_and_train(script: str, argv: list[str]) -> None:
+    """Rank 1 has a NaN in step 2 and rank 0 in step 4, each only there. Writes which updates this process made."""
+    rank, calls, updates = int(os.environ["RANK"]), [], []
+    stage, name = dict(a=(StageA, "decode_raw"), b=(StageB, "signal_and_scale"), c=(StageC, "forward"))[script]
+    forward, update = getattr(stage, name), optim.EMA.update
+
+    def sometimes(self, *given):
+        calls.append(1)
+        output, factor = forward(self, *given), float("nan") if len(calls) == (4, 2)[rank] else 1.0
+        return tuple(part * factor for part in output) if isinstance(output, tuple) else output * factor
+
+    def note(self):
+        update(self)
+        updates.append([float(mean.sum()) for mean in self.mean.values()])
+    setattr(stage, name, sometimes)
+    optim.EMA.update = note
+    MODULES[script].main(MODULES[script].parse_args(argv))
+    Path(f"updates{rank}.json").write_text(json.dumps(updates))
+
+
+@each_script
+def test_all_processes_skip_the_steps_in_which_one_has_a_nan(options, tmp_path, script):
+    """In fp16: there an infinite gradient is no reason, and the loss of each process is its own. One that did not skip
+    would have other averages than the others, or wait for them without end."""
+    argv = [*options[script], "--out", "run", "--steps", "5", "--dtype", "fp16"]
+    together(2, tmp_path, spoil_and_train, script, argv)
+    one, other = (json.loads((tmp_path / f"updates{rank}.json").read_text()) for rank in (0, 1))
+    assert one == other and len(one) == 3
+    state = newest(tmp_path / "run")
+    assert (state["bad_in_all"], state["bad"], state["updates"]) == (2, 0, 3)
+    assert [line["step"] for line in lines(tmp_path / "run") if line.get("bad_step")] == [2, 4]
+
 
 @each_script
 def test_weights_that_are_not_finite_are_never_written(options, tmp_path, script):

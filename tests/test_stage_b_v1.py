@@ -482,6 +482,14 @@ def test_an_image_is_made_of_codes(v1):
     torch.testing.assert_close(generate(v1, "a cat", seed=3, output="pt", **QUICK), image, rtol=0, atol=1e-5)
 
 
+def test_random_numbers_of_any_size_are_tokens(v1):
+    """The normal distribution's integral rounds to 1 at 6 standard deviations: the last token, not the one behind it."""
+    semantic, text, seen = torch.zeros(1, 16, 3, 3), torch.zeros(1, 5, 128), []
+    v1.sample_b(semantic, text, text, lambda: torch.full((1, 1, 32, 32), 7.0), TokenSampling(2, temperature=1.0),
+                callback=lambda stage, i, t, tokens, x_0: seen.append(tokens.unique().tolist()))
+    assert seen == [[31], [31]]
+
+
 def test_an_image_does_not_depend_on_its_neighbours(v1):
     """Each has a generator of its own, from which its tokens are drawn as well: a seed means an image, in any batch."""
     together = generate(v1, ["a cat", "a dog", "a cat"], seed=[5, 6, 7], output="latents_b", **QUICK)

@@ -73,6 +73,24 @@ def test_untrained_stage_c_returns_its_input():
     torch.testing.assert_close(model(x_t, torch.rand(2), torch.randn(2, 7, 24)), x_t, rtol=2e-5, atol=0)
 
 
+@torch.no_grad()
+def test_untrained_networks_give_the_same_at_all_noise_levels():
+    """The layers that take the noise level start at zero, as the originals' do."""
+    common = dict(c_timestep=8, c_cond=8, c_hidden=(8, 16), heads=(-1, 2), blocks=(1, 1), levels=("CT", "CTA"))
+    text, semantic = torch.randn(1, 3, 8), torch.randn(1, 16, 3, 3)
+    for model, x, *condition in (
+            (StageC(c_in=16, c=16, c_cond=8, c_timestep=8, depth=2, heads=2), torch.randn(1, 16, 3, 3), text),
+            (StageB(**common, inject=(False, True), c_text=8), torch.randn(1, 4, 16, 16), semantic, text),
+            (StageBV1(**common, codebook_size=9, c_token=4, c_text=8), torch.randint(9, (1, 16, 16)), semantic, text)):
+        torch.nn.init.normal_(model.head.weight)                 # it starts at zero as well, which would hide all
+        one, other = (model.eval()(x, torch.tensor([t]), *condition) for t in (0.1, 0.9))
+        assert one.std() > 0 and torch.equal(one, other)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear) and module.in_features == model.config["c_timestep"]:
+                torch.nn.init.normal_(module.weight)
+        assert not torch.equal(one, model(x, torch.tensor([0.9]), *condition))
+
+
 def test_stage_c_training_step_equals_the_original():
     """Features, noise, prediction, weighted loss, gradients, clipping, one AdamW step: as in the authors' loop."""
     from training.losses import p2_weight

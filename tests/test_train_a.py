@@ -6,8 +6,6 @@ All with a model of a few thousand parameters on images of 32 px.
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +20,7 @@ from training import scenes
 from loading.errors import UserError
 from training import optim
 from training.processes import Processes, SynchronisedBatchNorm
-from helpers import lines, newest, same
+from helpers import lines, main_of, newest, same, together
 from stage_a import Codebook, StageA
 from training.codebook import CodebookAverages, count, perplexity
 from training.data import open_dataset
@@ -358,28 +356,9 @@ def test_frozen_weights_of_full_precision_are_not_rounded(folder, tmp_path):
 
 # --- the same run, however it is computed --------------------------------------------------------------
 
-TORCHRUN = """
-import sys
-sys.path.insert(0, {root!r})
-import torch
-torch.set_num_threads(1)
-{code}
-"""
-
-
-def torchrun(processes: int, code: str, *arguments, cwd: Path) -> str:
-    script = cwd / "script.py"
-    script.write_text(TORCHRUN.format(root=str(ROOT), code=code))
-    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                          f"--nproc-per-node={processes}", str(script), *arguments],
-                         capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"), cwd=cwd)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return run.stdout
-
-
 def train_on_two(folder, out, *options, steps: int) -> Path:
-    torchrun(2, "import train_a; train_a.main(train_a.parse_args(sys.argv[1:]))", *SMALL, "--data", str(folder),
-             "--out", str(out), "--steps", str(steps), *options, cwd=Path(out).parent)
+    together(2, Path(out).parent, main_of, "train_a", [*SMALL, "--data", str(folder), "--out", str(out), "--steps",
+                                                       str(steps), *options])
     return out
 
 
@@ -416,25 +395,42 @@ def test_accumulation_is_exact_if_batchnorm_keeps_its_statistics(folder, tmp_pat
     same(newest(one)["model"], newest(both)["model"], 1e-5)
 
 
+def gloo_threads() -> int:
+    return sum("gloo" in path.read_text() for path in Path("/proc/self/task").glob("*/comm"))
+
+
+def work_and_count_threads() -> None:
+    def work():
+        processes = Processes("cpu")
+        model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+        model(torch.ones(1, 2)).sum().backward()
+        assert processes.sum(torch.ones(())) == 2 and gloo_threads() > 0
+        processes.close()
+    work()
+    assert gloo_threads() == 0
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(),
                     reason="threads that are not Python's are counted in Linux's /proc")
 def test_no_thread_of_a_finished_run_is_left_behind(tmp_path):
     """A thread of gloo that releases a tensor while the interpreter ends would abort a run that has done all its
     work."""
-    torchrun(2, """
-import pathlib
-from training.processes import Processes
-def threads():
-    return sum("gloo" in path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm"))
-def work():
-    processes = Processes("cpu")
-    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
-    model(torch.ones(1, 2)).sum().backward()
-    assert processes.sum(torch.ones(())) == 2 and threads() > 0
+    together(2, tmp_path, work_and_count_threads)
+
+
+def batchnorm_of_a_part() -> None:
+    """Rank 0 has rows 0 and 1, rank 1 the others -> found0.pt, found1.pt."""
+    processes, given = Processes("cpu"), torch.load("given.pt")
+    part = slice(0, 2) if processes.rank == 0 else slice(2, 6)
+    norm = torch.nn.Sequential(torch.nn.BatchNorm2d(4))
+    norm[0].load_state_dict(given["state"])
+    SynchronisedBatchNorm.convert(norm)
+    x = given["x"][part].requires_grad_()
+    y = norm(x)
+    (y * given["weight"][part]).sum().backward()
+    found = dict(y=y.detach(), x=x.grad, weight=norm[0].weight.grad, bias=norm[0].bias.grad, state=norm[0].state_dict())
+    torch.save(found, f"found{processes.rank}.pt")
     processes.close()
-work()
-assert threads() == 0
-""", cwd=tmp_path)
 
 
 def test_synchronised_batchnorm_is_batchnorm_of_all(tmp_path):
@@ -447,21 +443,7 @@ def test_synchronised_batchnorm_is_batchnorm_of_all(tmp_path):
     with torch.no_grad():
         reference.weight.copy_(torch.randn(4)), reference.bias.copy_(torch.randn(4))
     torch.save(dict(x=x, weight=weight, state=reference.state_dict()), tmp_path / "given.pt")
-    torchrun(2, """
-from training.processes import Processes, SynchronisedBatchNorm
-processes = Processes("cpu")
-given = torch.load("given.pt")
-part = slice(0, 2) if processes.rank == 0 else slice(2, 6)
-norm = torch.nn.Sequential(torch.nn.BatchNorm2d(4))
-norm[0].load_state_dict(given["state"])
-SynchronisedBatchNorm.convert(norm)
-x = given["x"][part].requires_grad_()
-y = norm(x)
-(y * given["weight"][part]).sum().backward()
-found = dict(y=y.detach(), x=x.grad, weight=norm[0].weight.grad, bias=norm[0].bias.grad, state=norm[0].state_dict())
-torch.save(found, f"found{processes.rank}.pt")
-processes.close()
-""", cwd=tmp_path)
+    together(2, tmp_path, batchnorm_of_a_part)
     x.requires_grad_()
     y = reference(x)
     (y * weight).sum().backward()
@@ -598,21 +580,6 @@ def test_too_many_nan_steps_in_a_row_stop_the_run_with_its_last_good_state(folde
     with pytest.raises(UserError, match=message):
         train(folder, tmp_path / "run", "--max-bad-steps", "3", steps=9)
     assert all(tensor.isfinite().all() for tensor in newest(tmp_path / "run")["model"].values())
-
-
-def test_one_process_with_nan_is_enough(folder, tmp_path):
-    """Only rank 1 sees a NaN: both skip the step, otherwise rank 0 would wait forever."""
-    torchrun(2, """
-import os
-import train_a
-encode, calls = train_a.StageA.decode_raw, []
-def sometimes(self, z):
-    calls.append(1)
-    return encode(self, z) * (float("nan") if len(calls) == 2 and os.environ["RANK"] == "1" else 1.0)
-train_a.StageA.decode_raw = sometimes
-train_a.main(train_a.parse_args(sys.argv[1:]))
-""", *SMALL, "--data", str(folder), "--out", str(tmp_path / "run"), "--steps", "3", "--batch", "2", cwd=tmp_path)
-    assert (newest(tmp_path / "run")["bad_in_all"], newest(tmp_path / "run")["updates"]) == (1, 2)
 
 
 # --- data, sizes and errors ----------------------------------------------------------------------------

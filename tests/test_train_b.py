@@ -6,8 +6,6 @@ matter here, but every bit must be right.
 import json
 import os
 import signal
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +22,7 @@ import train_b
 from training import optim
 from training.losses import p2_weight, v_weight
 from loading.errors import UserError, WeightsError
-from helpers import lines, newest, same
+from helpers import count_messages, lines, main_of, newest, same, together
 from stage_a import StageA
 from stage_b import EfficientNetEncoder, StageB, TinyImageEncoder
 from training import models, samples as training_samples
@@ -350,27 +348,9 @@ def test_training_on_two_resolutions_and_their_cache(folder, new, tmp_path):
 
 # --- the same run, however it is computed ------------------------------------------------------------
 
-TORCHRUN = """
-import sys
-sys.path.insert(0, {root!r})
-import torch
-torch.set_num_threads(1)
-import train_b
-train_b.main(train_b.parse_args(sys.argv[1:]))
-"""
-
-
-def run_script(processes: int, script: Path, *options, cwd=None) -> None:
-    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                          f"--nproc-per-node={processes}", str(script), *options],
-                         capture_output=True, text=True, cwd=cwd, env=os.environ | dict(OMP_NUM_THREADS="1"))
-    assert run.returncode == 0, run.stderr[-3000:]
-
-
 def torchrun(processes: int, folder, out, *options, steps: int) -> Path:
-    script = Path(out).parent / "script.py"
-    script.write_text(TORCHRUN.format(root=str(ROOT)))
-    run_script(processes, script, *SMALL, "--data", str(folder), "--out", str(out), "--steps", str(steps), *options)
+    together(processes, Path(out).parent, main_of, "train_b", [*SMALL, "--data", str(folder), "--out", str(out),
+                                                               "--steps", str(steps), *options])
     return out
 
 
@@ -442,22 +422,8 @@ def test_weights_split_over_processes_learn_the_same(folder, new, tmp_path):
 
 def test_gradients_travel_once_per_step(folder, still, tmp_path):
     """Forward and backward of all micro-steps except the last are inside no_sync(): DDP decides in forward."""
-    script = tmp_path / "counting.py"
-    script.write_text(TORCHRUN.format(root=str(ROOT)).replace("import train_b", """
-from pathlib import Path
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-calls = []
-
-class Counted(torch.nn.parallel.DistributedDataParallel):
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.register_comm_hook(None, lambda state, bucket: calls.append(1) or allreduce_hook(state, bucket))
-torch.nn.parallel.DistributedDataParallel = Counted
-import atexit
-atexit.register(lambda: Path("calls").write_text(str(len(calls))))
-import train_b""", 1))
-    run_script(2, script, *SMALL, *still, "--data", str(folder), "--out", str(tmp_path / "run"), "--steps", "2",
-               "--batch", "1", "--grad-accum", "3", cwd=tmp_path)
+    together(2, tmp_path, count_messages, "train_b", [*SMALL, *still, "--data", str(folder), "--out", "run", "--steps",
+                                                      "2", "--batch", "1", "--grad-accum", "3"])
     # 2 steps, one bucket; without no_sync() 6
     assert (tmp_path / "calls").read_text() == "2"
 
