@@ -483,7 +483,7 @@ def test_an_image_is_made_of_codes(v1):
 
 
 def test_random_numbers_of_any_size_are_tokens(v1):
-    """The normal distribution's integral rounds to 1 at 6 standard deviations: the last token, not the one behind it."""
+    """The normal distribution's integral rounds to 1 at 6 standard deviations: the last token, not one behind it."""
     semantic, text, seen = torch.zeros(1, 16, 3, 3), torch.zeros(1, 5, 128), []
     v1.sample_b(semantic, text, text, lambda: torch.full((1, 1, 32, 32), 7.0), TokenSampling(2, temperature=1.0),
                 callback=lambda stage, i, t, tokens, x_0: seen.append(tokens.unique().tolist()))

@@ -369,8 +369,8 @@ def test_a_signal_finishes_the_step_and_saves(folder, tmp_path, monkeypatch, cap
 def test_a_signal_to_all_processes_of_a_run_saves_too(folder, tmp_path, name):
     """A scheduler and Ctrl-C in a terminal signal all of them. If that ended the readers, the run would fail."""
     out = tmp_path / "run"
-    run = subprocess.Popen([sys.executable, str(ROOT / "train_c.py"), *SMALL, *LORA, "--data", str(folder), "--out", str(out),
-                            "--steps", "100000", "--workers", "2"],
+    run = subprocess.Popen([sys.executable, str(ROOT / "train_c.py"), *SMALL, *LORA, "--data", str(folder), "--out",
+                            str(out), "--steps", "100000", "--workers", "2"],
                            stderr=subprocess.PIPE, text=True, start_new_session=True, env=os.environ
                            | dict(OMP_NUM_THREADS="1"))
     try:

@@ -99,6 +99,8 @@ def test_missing_keys_mean_diffusers_defaults():
     with torch.device("meta"):
         official_a, official_b = StageA().config, StageB().config
     assert config_to_ours({}, StageB) == official_b
+    with torch.device("meta"):
+        assert config_to_ours({}, StageBV1) == StageBV1().config
     assert config_to_ours({"scale_factor": 1}, StageA) == official_a | {"scale_factor": 1}
 
 
