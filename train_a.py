@@ -89,9 +89,7 @@ if __name__ == "__main__":       # before the imports below, so that --help need
         sys.exit(train_a.main(args))
 
 import contextlib
-import json
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -99,8 +97,7 @@ from PIL import Image
 
 from extras.images import grid
 from loading.files import write_atomically
-from loading.names import config_to_ours
-from loading.weights import load_stage_a
+from loading.weights import load_stage_a, new_model
 from stage_a import StageA
 from training.checkpoints import Checkpoints, Log, load_state, settings_of, state_of
 from training.codebook import CodebookUpdates, perplexity
@@ -159,18 +156,11 @@ def build_model(args) -> StageA:
     """Stage A in float32, since the steps of an optimizer are too small for less."""
     if args.init:
         model = load_stage_a(args.init)
-    elif args.config == "official":
-        model = StageA()
+    elif args.config:
+        model = new_model(StageA, None if args.config == "official" else args.config)
     else:
-        sizes = dict(c_hidden=args.width, bottleneck_blocks=args.bottleneck_blocks,
-                     codebook_size=args.codebook_size)
-        try:
-            if args.config:
-                sizes = config_to_ours(json.loads(Path(args.config).read_text()), StageA)
-            model = StageA(**sizes)
-        except (ValueError, TypeError, RuntimeError) as error:
-            name = f"--config {args.config}" if args.config else "these sizes"
-            raise UserError(f"{name} cannot be used: {error}") from error
+        model = new_model(StageA, None, c_hidden=args.width, codebook_size=args.codebook_size,
+                          bottleneck_blocks=args.bottleneck_blocks)
     if args.freeze_encoder:
         model.requires_grad_(False)
         for part in (model.from_latent, model.decoder, model.to_pixels):

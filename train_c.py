@@ -95,18 +95,16 @@ if __name__ == "__main__":       # before the imports below, so that --help need
         import train_c
         sys.exit(train_c.main(args))
 
-import json
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from loading.errors import UserError, as_user_error
 from loading.hub import TEXT_TO_IMAGE
-from loading.names import config_to_ours
-from loading.weights import is_tiny, load_image_encoder, load_stage_c, load_text_encoder
+from loading.weights import (is_tiny, load_image_encoder, load_stage_c, load_text_encoder,
+                             new_model)
 from stage_c import StageC
 from training.cache import CachedTexts, fill_cache
 from training.checkpoints import Checkpoints, Log, full_state, load_full_state, settings_of
@@ -213,11 +211,7 @@ def build_prior(args, path, dtype) -> StageC:
     has float32 weights of its own, the frozen weights are in `dtype`: half the memory."""
     if args.init == "weights":
         return load_stage_c(path, dtype if args.lora else torch.float32)
-    try:
-        config = json.loads(Path(args.config).read_text()) if args.config else None
-        return StageC(**(config_to_ours(config, StageC) if config else {}))
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"--config {args.config} cannot be used: {error}") from error
+    return new_model(StageC, args.config)
 
 
 class TextAndPrior(torch.nn.Module):

@@ -11,7 +11,6 @@ sample_c, sample_b, decode. Images are described in images.py; outpainting is im
 Needs: torch; wuerstchen.py, stage_b.py (preprocess), images.py.
 """
 import functools
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from extras.images import cover, feather, fitting_size, read_image, read_pair
 from loading.arguments import checked, random_seed, tensor_of, texts_of, warn_of_size
+from loading.errors import warn
 from loading.options import BATCH, FRAMES, IMAGES, SEED, SIDE, plain
 from stage_b import preprocess
 from wuerstchen import Noise, Sampling, Wuerstchen, add_noise, crop, latent_sizes, per_row, to_pil
@@ -255,8 +255,8 @@ def image_size(model: Wuerstchen, height: int | None, width: int | None, image: 
     if image is not None:
         h, w = image.shape[-2:]
         if (height is None or width is None) and max(h, w) > LONGEST * min(h, w):
-            warnings.warn(f"the image has {w} x {h} px, a shape beyond {LONGEST} : 1: only its middle is used, "
-                          f"cut to {LONGEST} : 1; width and height together override this", stacklevel=2)
+            warn(f"the image has {w} x {h} px, a shape beyond {LONGEST} : 1: only its middle is used, "
+                 f"cut to {LONGEST} : 1; width and height together override this")
             h, w = min(h, LONGEST * w), min(w, LONGEST * h)
         if height is None and width is None:
             height, width = fitting_size(h, w, model.size)

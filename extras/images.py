@@ -15,9 +15,7 @@ import contextlib
 import functools
 import io
 import math
-import os
 import struct
-import warnings
 import zlib
 from pathlib import Path
 from typing import BinaryIO
@@ -28,13 +26,13 @@ import torch.nn.functional as F
 from PIL import Image, ImageCms, ImageDraw, ImageFont, UnidentifiedImageError
 from torch import Tensor
 
-from loading.files import write_atomically
+from loading.errors import UserError, warn
+from loading.files import reading, reason_of, write_atomically
 
 # Floats from 0 to 1 leave that range where an image was resized or sharpened, and in highlights. Such numbers, down to
 # DARK and up to BRIGHT, are clipped. Nobody means 0 to 255 by numbers up to 2: it would be a black image.
 DARK, BRIGHT = -0.1, 2.0
-EXPLAINED = {FileNotFoundError: "there is no such file", IsADirectoryError: "it is a folder, expected a file",
-             UnidentifiedImageError: "it is not an image in a known format"}
+LARGEST = 2 ** 30                # bytes of an image file that is read
 TURNS = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
          6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}       # what an orientation in EXIF data asks for
 PNG, IEND = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"              # how a PNG file begins and ends
@@ -94,8 +92,8 @@ def read_mask(source) -> Tensor:
     if hole.any():
         sheet = colours[:, ~hole]                                       # (3, n)
         if not (sheet == sheet[:, :1]).all():
-            warnings.warn(f"{_name(source, 'the mask')} has transparent holes and more than one colour: the holes "
-                          "are the mask, the colours do not count", stacklevel=2)
+            warn(f"{_name(source, 'the mask')} has transparent holes and more than one colour: the holes "
+                 "are the mask, the colours do not count")
         return hole.float()
     red, green, blue = colours * opacity + (1 - opacity)                # 3 x (H, W)
     # luminance as in Pillow and JPEG: ITU-R BT.601
@@ -110,8 +108,7 @@ def _channels(source, what: str = "the image") -> tuple[Tensor, Tensor]:
     """-> colours (3,H,W) and opacity (H,W), float32 in [0, 1]."""
     try:
         if isinstance(source, (str, Path)):
-            with decoding(), open_image(source) as image:
-                array = pixels_of(image)
+            array = read_file(source)
         elif isinstance(source, Image.Image):
             with decoding():
                 array = pixels_of(source)
@@ -122,10 +119,18 @@ def _channels(source, what: str = "the image") -> tuple[Tensor, Tensor]:
         else:
             raise ValueError(f"got {type(source).__name__}, expected a path, a PIL image, an array or a tensor")
         pixels = _checked(array)                                        # (H, W, 3 or 4)
+    except UserError:
+        raise
     except ValueError as error:
         raise ValueError(f"{_name(source, what)} cannot be read: {error}") from error
     pixels = torch.from_numpy(pixels).clamp(0, 1).permute(2, 0, 1).contiguous()       # (3 or 4, H, W)
     return pixels[:3], pixels[3] if len(pixels) == 4 else torch.ones_like(pixels[0])
+
+
+def read_file(path: str | Path) -> np.ndarray:
+    """-> pixels_of the image in a file. Raises UserError."""
+    with reading(path, most=LARGEST), decoding(), open_image(Path(path).read_bytes()) as image:
+        return pixels_of(image)
 
 
 @contextlib.contextmanager
@@ -137,27 +142,18 @@ def decoding():
     try:
         yield
     except Exception as error:
-        text = EXPLAINED.get(type(error)) or reason(error)
-        clear = (*EXPLAINED, ValueError, Image.DecompressionBombError)
-        if not isinstance(error, clear) and not getattr(error, "strerror", None):
+        text, clear = reason_of(error), (FileNotFoundError, IsADirectoryError, UnidentifiedImageError, ValueError,
+                                         Image.DecompressionBombError)
+        if isinstance(error, UnidentifiedImageError):
+            text = "it is not an image in a known format"
+        elif not isinstance(error, clear) and not getattr(error, "strerror", None):
             text = f"presumably it is cut off or damaged ({text})"
         raise ValueError(text) from error
 
 
-def reason(error: Exception) -> str:
-    """A library's error in one line."""
-    if getattr(error, "strerror", None):                 # the operating system's message, such as: permission denied
-        return error.strerror.lower()
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def open_image(source: str | Path | bytes) -> Image.Image:
-    """A file, or its content -> a PIL image with its pixels. Raises whatever Pillow does."""
-    if isinstance(source, bytes) or os.path.isfile(source):
-        content = source if isinstance(source, bytes) else Path(source).read_bytes()
-        image = open_header(io.BytesIO(content), 0, len(content), pixels=True)
-    else:
-        image = Image.open(source)
+def open_image(content: bytes) -> Image.Image:
+    """The content of a file -> a PIL image with its pixels. Raises whatever Pillow does."""
+    image = open_header(io.BytesIO(content), 0, len(content), pixels=True)
     image.load()
     return image
 

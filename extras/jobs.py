@@ -10,14 +10,14 @@ Needs: the standard library; tqdm once images are computed.
 import argparse
 import contextlib
 import functools
-import json
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from loading.errors import UserError, WeightsError
+from loading.errors import UserError, WeightsError, printable, tell
+from loading.files import parsed, read_text
 
 KNOWN = (ValueError, OSError, RuntimeError, MemoryError)             # OSError: files that may not be read
 
@@ -26,11 +26,7 @@ KNOWN = (ValueError, OSError, RuntimeError, MemoryError)             # OSError: 
 
 def prompt_lines(path: Path) -> list[tuple[int, dict]]:
     """-> for each line that is neither empty nor a # comment: its number and its settings. Raises ValueError."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as problem:
-        reason = getattr(problem, "strerror", None) or f"{problem}: save it as UTF-8"
-        raise UserError(f"{path} cannot be read as a text file: {reason}") from None
+    text = read_text(path, failed="cannot be read as a text file")
     result, is_json = [], path.suffix.lower() == ".jsonl"
     for i, line in enumerate(without_mark(text).split("\n"), 1):
         if not line.strip() or not is_json and line.lstrip().startswith("#"):
@@ -38,8 +34,8 @@ def prompt_lines(path: Path) -> list[tuple[int, dict]]:
         settings = {"prompt": line.strip()}
         if is_json:
             try:
-                settings = json.loads(line, object_pairs_hook=no_name_twice)
-            except (ValueError, RecursionError) as problem:
+                settings = parsed(line, finite=True)
+            except ValueError as problem:
                 raise UserError(f"{path}, line {i}: this is not JSON ({problem})") from None
         if not isinstance(settings, dict) or not isinstance(settings.get("prompt", ""), str):
             raise UserError(f'{path}, line {i}: expected an object with one prompt, such as {{"prompt": "a cat", '
@@ -55,14 +51,6 @@ def without_mark(text: str) -> str:
     return text.replace("\ufeff", "")
 
 
-def no_name_twice(pairs: list[tuple[str, object]]) -> dict:
-    """A JSON object as a dict, which alone would keep only the last of two equal names. Raises ValueError."""
-    names = [name for name, _ in pairs]
-    if len({*names}) < len(names):
-        raise UserError(f"{max(names, key=names.count)} is in it twice")
-    return dict(pairs)
-
-
 # ----- the run -------------------------------------------------------------------------------------------------------
 
 class Run:
@@ -73,7 +61,7 @@ class Run:
     def print(self, *words: str, file=None) -> None:
         """One line, above the progress bars."""
         with self.bar.external_write_mode() if self.bar else contextlib.nullcontext():
-            print(*words, file=file, flush=True)
+            print(printable(" ".join(words)), file=file, flush=True)
 
     def report(self, message: str) -> None:
         """Something went wrong, and the run continues."""
@@ -95,7 +83,7 @@ class Run:
                 job = batch[0]
                 what = job.prompt or Path(job.init or job.from_latent or job.tensors or "").name
                 place = f"line {job.line}" if job.line else f"seed {job.seed}"
-                self.bar.set_description(f"{place}: {what[:30]}{'...' * (len(what) > 30)}")
+                self.bar.set_description(printable(f"{place}: {what[:30]}{'...' * (len(what) > 30)}"))
                 yield batch
                 self.bar.update(len(batch))
         self.bar = None
@@ -142,16 +130,17 @@ def exit_on_error() -> Iterator[Run]:
             warnings.showwarning = lambda message, *_: warn(str(message))
             yield run
     except KeyboardInterrupt:
-        print(f"\nstopped: {len(run.saved)} of {len(run.jobs)} images are finished, each in its file", file=sys.stderr)
+        print(file=sys.stderr)                           # the bar's line ends
+        tell(f"stopped: {len(run.saved)} of {len(run.jobs)} images are finished, each in its file")
         raise SystemExit(130) from None
     except KNOWN as problem:
-        print("error:", one_line(problem), file=sys.stderr)
+        tell(f"error: {one_line(problem)}")
         raise SystemExit(2) from None
     finally:
         for job in run.jobs:
             remove_preview(job)
     if run.failed:
-        print(f"{len(run.saved)} images are finished, each in its file; see the errors above", file=sys.stderr)
+        tell(f"{len(run.saved)} images are finished, each in its file; see the errors above")
         raise SystemExit(1)
 
 

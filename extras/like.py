@@ -11,11 +11,10 @@ Needs: the standard library; torch to write settings, and for some images to rea
 """
 import argparse
 import os
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from loading.errors import UserError, WeightsError
+from loading.errors import UserError, WeightsError, warn
 from loading.hub import NAMES, digest, hashes
 from loading.layouts import is_name, locate
 
@@ -163,8 +162,8 @@ def options_like(read: Callable, args: argparse.Namespace, more: Options) -> tup
         gone = [name for name in of_other_version(args, v1) if name not in more]
         options = {name: words for name, words in options.items() if name not in gone}
         if gone:
-            warnings.warn(f"weights of {'v1' if v1 else 'v2'} cannot use {', '.join(map(as_option, gone))} of "
-                          f"{args.like}: left out, so this is another image")
+            warn(f"weights of {'v1' if v1 else 'v2'} cannot use {', '.join(map(as_option, gone))} of "
+                 f"{args.like}: left out, so this is another image")
     replaced = {*more, *(FILES if "weights" in more else ())}
     return options, {name: value for name, value in hashes.items() if name.split()[0] not in replaced}
 
@@ -256,7 +255,7 @@ def settings_of(job: argparse.Namespace, model, image) -> dict:
     made_from = hashes(model.paths) | {name: digest(file) for name, file in files.items()}
     if changed := [name for name, value in made_from.items() if job.like_hashes.get(name, value) != value]:
         paths = ", ".join(str((model.paths | files)[name]) for name in changed)
-        warnings.warn(f"{', '.join(changed)} changed since {job.like} was made: this is another image ({paths})")
+        warn(f"{', '.join(changed)} changed since {job.like} was made: this is another image ({paths})")
     values = {name: getattr(job, name) for name in PER_IMAGE + PER_RUN}
     for name in OF_STAGES:                       # the weights' own defaults
         if values[name] is None:

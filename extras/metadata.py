@@ -12,7 +12,6 @@ Needs: pillow; reading also images.py.
 """
 import json
 import math
-import warnings
 from pathlib import Path
 from xml.etree import ElementTree
 from xml.sax.saxutils import escape
@@ -20,7 +19,8 @@ from xml.sax.saxutils import escape
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from loading.files import write_atomically
+from loading.errors import warn
+from loading.files import parsed, reading, write_atomically
 
 CHUNK = "wuerstchen"             # name of the PNG text that read_settings reads
 SPACE = "https://arxiv.org/abs/2306.00637"       # of the XMP property that it reads: XMP names have an address
@@ -51,8 +51,8 @@ def save_image(image: Image.Image, path: str | Path, settings: dict | None, over
         xmp = XMP.format(name=CHUNK, space=SPACE, json=escape(json.dumps(settings, sort_keys=True)))
         info = dict(exif=exif.tobytes(), xmp=xmp.encode())
         for name in [name for name, data in info.items() if options["format"] == "JPEG" and len(data) > 65_000]:
-            warnings.warn(f"{path}: the settings do not fit the {name.upper()} data of a JPEG file: save a PNG file to "
-                          "keep them", stacklevel=2)
+            warn(f"{path}: the settings do not fit the {name.upper()} data of a JPEG file: save a PNG file to "
+                 "keep them")
             del info[name]
     write_atomically(path, lambda temporary: image.save(temporary, **options, **info), overwrite)
 
@@ -78,8 +78,8 @@ def path_for(image: Image.Image, path: Path) -> Path:
     kind = FORMATS.get(path.suffix.lower(), {}).get("format")
     if max(image.size) <= LARGEST.get(kind, math.inf):
         return path
-    warnings.warn(f"{path} becomes a PNG file: the image has {image.width} x {image.height} px, and {kind} can hold at "
-                  f"most {LARGEST[kind]} per side", stacklevel=2)
+    warn(f"{path} becomes a PNG file: the image has {image.width} x {image.height} px, and {kind} can hold at "
+         f"most {LARGEST[kind]} per side")
     return path.with_suffix(".png")
 
 
@@ -121,19 +121,16 @@ def _quoted(value: str) -> str:
 
 def read_settings(path: str | Path) -> dict:
     """The settings that save_image wrote into a file.  Raises ValueError, in one line, if there are none to read."""
-    from extras.images import decoding, open_image
-    try:
-        with decoding(), open_image(path) as image:      # decoding the pixels also finds files that are cut off
-            text = image.text.get(CHUNK) if image.format == "PNG" else _from_xmp(image.info.get("xmp"))
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    from extras.images import LARGEST, decoding, open_image
+    with reading(path, most=LARGEST), decoding(), open_image(Path(path).read_bytes()) as image:      # also if cut off
+        text = image.text.get(CHUNK) if image.format == "PNG" else _from_xmp(image.info.get("xmp"))
     missing = f"{path} contains no settings of this program"
     if text is None:
         raise ValueError(f"{missing}: expected a PNG, JPEG or WebP file just as it was saved; editors and web sites "
                          "drop such text")
     try:
-        settings = json.loads(text)
-    except (ValueError, RecursionError) as error:        # RecursionError: thousands of brackets, not by accident
+        settings = parsed(text, finite=True)
+    except ValueError as error:
         raise ValueError(f"{missing}: its text {CHUNK!r} is not JSON ({error})") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{missing}: its text {CHUNK!r} is not a JSON object")

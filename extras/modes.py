@@ -6,14 +6,14 @@ A job is what cli.parse_jobs makes of the command line: all options, the seed an
 Needs: torch, safetensors; editing.py, images.py, previews.py.
 """
 import argparse
+import contextlib
 import functools
 import json
 import math
-import warnings
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -21,8 +21,8 @@ from extras import editing
 from extras.editing import InitImage
 from extras.images import cover, enlarge, grid, psnr, read_image, strip
 from extras.previews import Previews
-from loading.errors import UserError
-from loading.files import write_atomically, write_unused
+from loading.errors import UserError, warn
+from loading.files import is_finite, parsed, reading, write_atomically, write_unused
 from loading.hub import hashes
 from loading.pipeline import FILES
 from wuerstchen import Noise, Wuerstchen, latent_sizes, to_pil
@@ -85,18 +85,18 @@ def origin_of(model, job: argparse.Namespace) -> dict:
 def check_origin(path: str, model, job: argparse.Namespace) -> None:
     """Warns if a saved latent is of other weights. Raises ValueError if these cannot know what its numbers mean."""
     try:
-        with safe_open(path, "pt") as file:
-            then = json.loads((file.metadata() or {})[ORIGIN])
-        weights, kind, parts = then["weights"], then["kind"], dict(then["hashes"])
-    except (KeyError, ValueError, TypeError, SafetensorError, OSError):
+        with reading(path), safe_open(path, "pt") as file:
+            then = parsed((file.metadata() or {})[ORIGIN])
+            weights, kind, parts = then["weights"], then["kind"], dict(then["hashes"])
+    except UserError:
         return                                   # an older file, or one that read_tensors reports
     now = origin_of(model, job)
     if kind != now["kind"]:
         raise UserError(f"{path} is a latent of the weights {weights} (kind {kind}), in which {now['weights']} (kind "
                         f"{now['kind']}) would see something else: choose weights or a latent of the other's kind")
     if other := [part for part, value in parts.items() if now["hashes"].get(part, value) != value]:
-        warnings.warn(f"{path} is a latent of the weights {weights}, from which {now['weights']} differs "
-                      f"({', '.join(other)}): this is another image")
+        warn(f"{path} is a latent of the weights {weights}, from which {now['weights']} differs "
+             f"({', '.join(other)}): this is another image")
 
 
 # ----- files as input ------------------------------------------------------------------------------------------------
@@ -130,10 +130,6 @@ def read_inputs(job: argparse.Namespace) -> dict:
     if job.from_latent:
         latent = read_tensors(job.from_latent, *LATENT)
         given["semantic"] = latent["semantic"]                                             # (1, 16, h, w)
-        if latent["size"].shape != (2,) or latent["states"].ndim != 2:
-            raise UserError(f"{job.from_latent} cannot be used: its size and states have shapes "
-                            f"{tuple(latent['size'].shape)} and {tuple(latent['states'].shape)}, expected (2) and "
-                            f"(1, bytes): was it written by --save-latent?")
         height, width = latent["size"].tolist()
         inputs |= dict(height=job.height or height, width=job.width or width)
     if job.tensors:
@@ -141,6 +137,9 @@ def read_inputs(job: argparse.Namespace) -> dict:
         if tensors.keys() >= {*LATENT}:
             raise UserError(f"{job.tensors} is a latent of --save-latent, which is not for --tensors: give it to "
                             f"--from-latent")
+        if integers := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
+            raise UserError(f"{job.tensors}: {integers[0]} has numbers of {tensors[integers[0]].dtype}, expected "
+                            f"floating point")
         if any(tensor.shape[:1] != (1,) for tensor in tensors.values()):
             raise UserError(f"{job.tensors} contains tensors for several images, expected 1 row of each: "
                             f"use a file for each image")
@@ -152,7 +151,10 @@ def check_inputs(job: argparse.Namespace) -> None:
     """Raises ValueError for files that cannot be used, as far as this is known without weights, which take minutes."""
     inputs = read_inputs(job)
     given, edit = inputs["given"], inputs.get("edit")
-    editing.check_given(given, edit)
+    try:
+        editing.check_given(given, edit)
+    except ValueError as problem:
+        raise UserError(f"{job.tensors or job.from_latent}: {problem}" if given else str(problem)) from None
     height, width = (inputs.get(side, getattr(job, side)) for side in ("height", "width"))
     if edit is not None and (height or width):
         height, width = editing.both_sides(height, width, edit.image)
@@ -176,14 +178,36 @@ def check_inputs(job: argparse.Namespace) -> None:
 
 def read_tensors(path: str, *needed: str) -> dict[str, Tensor]:
     """A .safetensors file as a dict of tensors. Raises ValueError if it cannot be read, or lacks what is needed."""
-    try:
+    with reading(path, failed="cannot be read as a .safetensors file"):
         tensors = load_file(path)
-    except Exception as problem:     # FileNotFoundError, SafetensorError, ...
-        raise UserError(f"{path} cannot be read as a .safetensors file: {str(problem).splitlines()[0]}")
     if not set(needed) <= tensors.keys():
         raise UserError(f"{path} contains {', '.join(tensors) or 'nothing'}, expected {', '.join(needed)}: "
                         f"was it written by --save-latent?")
+    if needed == LATENT:
+        check_latent(path, tensors)
     return tensors
+
+
+def check_latent(path: str, latent: dict[str, Tensor]) -> None:
+    """Raises UserError for a latent that --save-latent did not write."""
+    semantic, states, size = (latent[name] for name in LATENT)
+    found = f"its size and states have shapes {tuple(size.shape)} and {tuple(states.shape)}"
+    usable = size.shape == (2,) and states.ndim == 2 and len(states) == 1 and states.dtype == torch.uint8
+    if usable:
+        found = f"its size is {size.tolist()}"
+        usable = not size.is_floating_point() and 64 <= size.min() and size.max() <= 2 ** 15
+    if usable:
+        found = f"its semantic latents have shape {tuple(semantic.shape)}"
+        usable = semantic.shape == (1, 16, *latent_sizes(*size.tolist())[0]) and semantic.is_floating_point()
+    if usable:
+        found, usable = "its semantic latents contain NaN or infinity", is_finite(semantic)
+    if usable:
+        found, usable = "its states are of another kind", False
+        with contextlib.suppress(RuntimeError):
+            torch.Generator().set_state(states[0].clone())
+            usable = True
+    if not usable:
+        raise UserError(f"{path} cannot be used: {found}: was it written by --save-latent?")
 
 
 # ----- previews ------------------------------------------------------------------------------------------------------

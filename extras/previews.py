@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from loading.errors import UserError
+from loading.files import read_json, reading, write_atomically
+
 
 def fit_linear(latents: Tensor, images: Tensor) -> Tensor:
     """The linear map from latents to colours that fits best.
@@ -64,7 +67,10 @@ def preview_maps(model) -> dict[str, Tensor]:
     Fitted once, on smooth images of random colours, and kept next to the weights. "C" only with an image encoder.
     """
     if model.preview_file is not None and model.preview_file.is_file():
-        return {stage: torch.tensor(matrix) for stage, matrix in json.loads(model.preview_file.read_text()).items()}
+        with contextlib.suppress(UserError), reading(model.preview_file):      # of no use: fitted again, and written
+            maps = {stage: torch.tensor(matrix) for stage, matrix in read_json(model.preview_file).items()}
+            if maps["B"].shape == (5, 3) and all(matrix.shape[1:] == (3,) for matrix in maps.values()):
+                return maps
     colours = torch.rand(24, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     return fit_preview(model, F.interpolate(colours, size=(model.size, model.size), mode="bicubic").clamp(0, 1))
 
@@ -73,7 +79,6 @@ def preview_maps(model) -> dict[str, Tensor]:
 def fit_preview(model, images: Tensor) -> dict[str, Tensor]:
     """images (N,3,H,W) in [0, 1] -> maps as preview_maps returns them, written to model.preview_file."""
     from extras.editing import encode_image, encode_latents
-    from loading.files import write_atomically
     maps = {"B": fit_linear(torch.cat([encode_latents(model, image[None]).cpu() for image in images]), images)}
     if model.networks.get("image_encoder") is not None:
         semantic = [model.scale_semantic(encode_image(model, image[None])).cpu() for image in images]

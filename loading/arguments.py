@@ -12,7 +12,6 @@ import functools
 import math
 import os
 import re
-import warnings
 import zlib
 from collections.abc import Callable, Iterable
 from numbers import Integral, Real
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 import lora
-from loading.errors import UserError, WeightsError, nearest
+from loading.errors import UserError, WeightsError, nearest, warn
 from loading.lora_formats import find_lora, load_lora
 from loading.options import IMAGES, plain
 from wuerstchen import Wuerstchen, ddim_step, latent_sizes
@@ -257,8 +256,8 @@ def settings(model, then: Callable, given: dict) -> tuple:
         if given.get(f"guidance_{stage}") is not None and ((0 <= np.ravel(sampling.guidance))
                                                            & (np.ravel(sampling.guidance) < 1)).any():
             ignored = "the text" if stage == "c" else "the text and the semantic latents"
-            warnings.warn(f"guidance_{stage} is below 1: here 1 is no guidance, and 0 ignores {ignored}; in diffusers "
-                          f"0.0 to 1.0 is no guidance. For no guidance: guidance_{stage}=1, or --guidance-{stage} 1")
+            warn(f"guidance_{stage} is below 1: here 1 is no guidance, and 0 ignores {ignored}; in diffusers "
+                 f"0.0 to 1.0 is no guidance. For no guidance: guidance_{stage}=1, or --guidance-{stage} 1")
     return then(given)
 
 
@@ -282,8 +281,8 @@ def warn_of_size(height: int, width: int, trained: int) -> None:
         effect = "a mosaic instead of" if small <= trained / 3 else "blurred or crowded" if small < trained \
             else "repeated"
         sizes = f"{trained} px only" if only else "1024 to 1536 px, one side up to 2048"
-        warnings.warn(f"{width} x {height} px is not what these weights were trained on ({sizes}): "
-                      f"expect {effect} objects")
+        warn(f"{width} x {height} px is not what these weights were trained on ({sizes}): "
+             f"expect {effect} objects")
 
 
 # ----- LoRAs of a loaded model ---------------------------------------------------------------------------------------

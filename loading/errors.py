@@ -2,6 +2,8 @@
 
 A UserError says what was wrong, what was expected and what to do. Any other exception except OSError is
 a bug of ours and keeps its traceback. A WeightsError is a UserError about a file or folder of weights.
+Surprise: file names, keys and captions come from strangers, and a terminal obeys some characters in them. So all
+messages are `printable`: errors by themselves, others through `tell` and `warn`.
 Needs: the standard library only, so that `--help` stays fast.
 """
 import contextlib
@@ -17,6 +19,8 @@ RESUME_HINT = "--resume auto continues from the last checkpoint"
 
 class UserError(ValueError):
     """The user can repair this. Its message is the one line that is shown."""
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class WeightsError(UserError):
@@ -25,7 +29,20 @@ class WeightsError(UserError):
 
 def printable(text: str) -> str:
     """text without what a terminal would obey: control characters from a stranger's file as \\x1b, \\n, ..."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    text = str(text)
+    return text if text.isprintable() else "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def tell(message: str) -> None:
+    """One line for the user, on stderr. Everything that is printed there comes through here."""
+    with contextlib.suppress(OSError):               # stderr goes to a file on a full disk
+        print(printable(message), file=sys.stderr, flush=True)
+
+
+def warn(message: str) -> None:
+    """A warning, also for those who call us from Python."""
+    warnings.warn(printable(message), stacklevel=3)
 
 
 @contextlib.contextmanager
@@ -42,27 +59,27 @@ def as_user_error():
 @contextlib.contextmanager
 def exit_on_user_error(hint: str | None = None):
     """Runs a whole script: a UserError or OSError ends it with one line and exit code 2, Ctrl-C with code 130, SIGTERM
-    with 143. Warnings are one line each.
+    with 143. Warnings are one line each, and each is shown once.
 
     hint: what to do after Ctrl-C, for example RESUME_HINT.
     """
     def terminated(number, frame):
-        print("stopped by SIGTERM" + (f": {hint}" if hint else ""), file=sys.stderr)
+        tell("stopped by SIGTERM" + (f": {hint}" if hint else ""))
         sys.exit(143)
     before = None
     with contextlib.suppress(ValueError):            # not the main thread
         before = signal.signal(signal.SIGTERM, terminated)
     # Each once, though a file is read before the models are fetched, and again when they are there.
-    warn = functools.cache(lambda text: print(f"warning: {text}", file=sys.stderr))
+    shown = functools.cache(lambda text: tell(f"warning: {text}"))
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_: warn(str(message))
+            warnings.showwarning = lambda message, *_: shown(" ".join(str(message).split()))
             yield
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(f"error: {error}")
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped" + (f": {hint}" if hint else ""), file=sys.stderr)
+        tell("stopped" + (f": {hint}" if hint else ""))
         sys.exit(130)
     finally:
         if before is not None:

@@ -1,5 +1,6 @@
 """Files of weights and configurations: read piece by piece, written completely or not at all. Knows no model.
 
+  with reading(path): every file that the user or a stranger made is read inside; what goes wrong becomes one line
   TensorFile(path): names and shapes at once, values one tensor at a time, from .safetensors, .bin or .pt
   write_atomically(path, write): nobody ever finds half a file, and no file is lost to another of its name
 
@@ -11,10 +12,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import itertools
 import json
+import math
 import os
 import re
+import stat
 import sys
 import tempfile
 import uuid
@@ -31,18 +35,100 @@ STEM = "diffusion_pytorch_model"      # diffusers' name for weight files, and so
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 OWN_CONFIG = "wuerstchen_config"      # where a lone .safetensors or .pt file holds what is otherwise in config.json
 CHUNK = 128 * 2 ** 20                 # bytes read before a file is mapped again, see TensorFile
+LARGEST = 2 ** 28                     # bytes of a configuration or a list of prompts that is read as a whole
+EXPLAINED = {RecursionError: "it is nested too deeply", MemoryError: "memory does not suffice for what it contains",
+             FileNotFoundError: "there is no such file", IsADirectoryError: "it is a folder, expected a file"}
 
 
 # ----- reading -------------------------------------------------------------------------------------------------------
 
-def read_json(path: Path) -> dict:
-    """A JSON file with one object. Raises WeightsError."""
+@contextlib.contextmanager
+def reading(path: str | Path, kind: type = UserError, failed: str = "cannot be read", most: float = math.inf,
+            advice: str = ""):
+    """Inside, a file is read that the user or a stranger made: whatever goes wrong is one line with its name.
+
+    A pipe or a device, whose reading may never end, is refused before, and so is a file of more than `most` bytes.
+    kind: of the error that is raised. UserErrors pass: they name the file themselves.
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise WeightsError(f"{path} cannot be read: {error}") from error
+        check_file(path, most)
+        yield
+    except UserError:
+        raise
+    except Exception as error:         # each library raises its own kinds, and a deep or large file its own in each
+        raise kind(f"{path} {failed}: {reason_of(error)}{advice}") from error
+
+
+def check_file(path: str | Path, most: float = math.inf) -> None:
+    """Raises ValueError or OSError, without its name, for what is no file or has more than `most` bytes."""
+    state = os.stat(path)
+    if stat.S_ISDIR(state.st_mode):
+        raise IsADirectoryError
+    if not stat.S_ISREG(state.st_mode):
+        raise ValueError("it is a pipe or a device, expected a file")
+    if state.st_size > most:
+        raise ValueError(f"it has {state.st_size} bytes, expected at most {most:.0f}")
+
+
+def reason_of(error: Exception) -> str:
+    """A library's error in one line. torch's advice to execute the code in a file is left out."""
+    for explained, text in EXPLAINED.items():
+        if isinstance(error, explained) and (not isinstance(error, OSError) or error.errno or not error.args):
+            return text
+    if getattr(error, "strerror", None):                 # the operating system's message, such as: permission denied
+        return error.strerror.lower()
+    if "weights only" in str(error).lower().replace("_", " "):
+        return "it holds more than tensors and plain values, and nothing in a file is executed"
+    return (str(error).splitlines() or [type(error).__name__])[0][:1000]
+
+
+def read_text(path: str | Path, kind: type = UserError, failed: str = "cannot be read") -> str:
+    """A text file in UTF-8, with or without a mark at its start."""
+    with reading(path, kind, failed, LARGEST):
+        return decoded(Path(path).read_bytes())
+
+
+def decoded(content: bytes) -> str:
+    """Text in UTF-8, with or without a mark at its start. Raises ValueError."""
+    try:
+        text = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except ValueError as error:
+        raise ValueError(f"{error}: save it as UTF-8") from None
+    if "\0" in text:
+        raise ValueError("it contains zero bytes: save it as UTF-8")
+    return text
+
+
+def parsed(text: str, finite: bool = False):
+    """JSON -> Python. Raises ValueError, also for a name that is twice in an object, for a text that is nested so
+    deeply that Python gives up and, if `finite`, for numbers that are not finite."""
+    try:
+        return json.loads(text, object_pairs_hook=no_name_twice, **dict.fromkeys(
+            ("parse_float", "parse_constant") if finite else (), finite_number))
+    except RecursionError:
+        raise ValueError("its JSON is nested too deeply") from None
+
+
+def no_name_twice(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object as a dict, which by itself would keep only the last of two equal names. Raises ValueError."""
+    if len(found := dict(pairs)) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{max(names, key=names.count)} is in it twice")
+    return found
+
+
+def finite_number(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"it contains {text[:20]}, expected no NaN or infinity")
+    return value
+
+
+def read_json(path: str | Path, kind: type = WeightsError) -> dict:
+    """A JSON file with one object. Raises WeightsError, or errors of another kind."""
+    with reading(path, kind, most=LARGEST):
+        content = parsed(decoded(Path(path).read_bytes()), finite=True)
     if not isinstance(content, dict):
-        raise WeightsError(f"{path} does not hold a JSON object")
+        raise kind(f"{path} does not hold a JSON object")
     return content
 
 
@@ -106,6 +192,10 @@ def shards(index: Path) -> list[str]:
     return names
 
 
+reading_weights = functools.partial(
+    reading, kind=WeightsError, failed="cannot be read, presumably it is cut off or not a file of weights")
+
+
 class TensorFile:
     """A .safetensors, .bin or .pt file, or the index of several: names and shapes at once, values one tensor at a time.
 
@@ -135,7 +225,7 @@ class TensorFile:
     def _open(self) -> list[tuple[str, tuple]]:
         """Maps the file, again if it was mapped before -> (name in the file, shape) of each tensor."""
         import torch
-        try:
+        with reading_weights(self.path):
             if self.safe:
                 from safetensors import safe_open
                 self._tensors = safe_open(self.path, "pt")
@@ -144,13 +234,9 @@ class TensorFile:
                 content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
             except RuntimeError:               # files older than 2020 are not zip archives and cannot be mapped
                 content = torch.load(self.path, map_location="cpu", weights_only=True)
-        except Exception as error:             # each library raises its own kinds, and RuntimeError, EOFError, ...
-            raise WeightsError(f"{self.path} cannot be read, presumably it is cut off or not a file of weights: "
-                               f"{reason_of(error)}") from error
         if isinstance(content, dict):
             content = next((content[key] for key in self.sections if isinstance(content.get(key), dict)), content)
-        if not isinstance(content, dict) or not all(isinstance(name, str) and isinstance(tensor, torch.Tensor)
-                                                    for name, tensor in content.items()):
+        if not is_table(content):
             raise WeightsError(f"{self.path} does not hold a table of tensors" + (
                 f", nor one called {' or '.join(self.sections)}" if self.sections else ""))
         self._tensors = content
@@ -167,10 +253,31 @@ class TensorFile:
             if read > CHUNK:
                 self._tensors, read = None, 0
                 self._open()
-            tensor = self._tensors.get_tensor(in_file) if self.safe else self._tensors[in_file]
+            with reading_weights(self.path):
+                tensor = self._tensors.get_tensor(in_file) if self.safe else self._tensors[in_file]
             read += tensor.nbytes
             yield name, tensor
         self._tensors = None
+
+
+def read_tensors(path: str | Path, start: str) -> dict[str, Tensor]:
+    """The tensors of a file whose names begin with `start`, without it: finite copies. Raises WeightsError."""
+    tensors = {name.removeprefix(start): tensor.clone() for name, tensor in TensorFile(Path(path))
+               if name.startswith(start)}
+    for name, tensor in tensors.items():
+        if not is_finite(tensor):
+            raise WeightsError(f"{path}: {start}{name} contains NaN or infinity")
+    return tensors
+
+
+def is_table(content) -> bool:
+    """Whether a pickle holds tensors under names, and plain ones: with numbers of their own, all that they claim. A few
+    bytes can describe a tensor of terabytes, which repeats one number, or has none."""
+    import torch
+    return isinstance(content, dict) and all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu"
+        and tensor.layout == torch.strided and not tensor.is_quantized
+        and tensor.nbytes <= tensor.untyped_storage().nbytes() for name, tensor in content.items())
 
 
 def own_config(path: Path) -> dict | None:
@@ -180,7 +287,7 @@ def own_config(path: Path) -> dict | None:
     try:
         if is_safetensors(path):
             with safe_open(path, "pt") as file:
-                config = json.loads((file.metadata() or {}).get(OWN_CONFIG, "null"))
+                config = parsed((file.metadata() or {}).get(OWN_CONFIG, "null"), finite=True)
         else:
             config = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get(OWN_CONFIG)
     except Exception:         # each library raises its own kinds; the reason follows when the tensors are read
@@ -190,7 +297,7 @@ def own_config(path: Path) -> dict | None:
 
 def is_safetensors(path: Path) -> bool:
     """Whether a file is .safetensors rather than a pickle of torch, by its first bytes. WeightsError if neither."""
-    with open(path, "rb") as file:
+    with reading_weights(path), open(path, "rb") as file:
         start = file.read(512)
     if start[8:9] == b"{":                               # the header's length, then the header, which is JSON
         return True
@@ -203,13 +310,6 @@ def is_safetensors(path: Path) -> bool:
         raise WeightsError(f"{path} is not a file of weights{' but an image' * image}: expected a .safetensors, .bin "
                            "or .pt file")
     return path.suffix == ".safetensors"
-
-
-def reason_of(error: Exception) -> str:
-    """The first line of a library's message. torch's advice to execute the code in a file is left out."""
-    if "weights only" in str(error).lower().replace("_", " "):
-        return "it holds more than tensors and plain values, and nothing in a file is executed"
-    return str(error).split("\n")[0][:200]
 
 
 def is_finite(tensor: Tensor) -> bool:

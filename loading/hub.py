@@ -33,8 +33,8 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
 
-from loading.errors import WeightsError, exit_on_user_error, printable
-from loading.files import STEM, TOKENIZER_FILES, find_file, pick_weights, shards, write_atomically
+from loading.errors import WeightsError, exit_on_user_error, printable, tell
+from loading.files import STEM, TOKENIZER_FILES, find_file, parsed, pick_weights, read_json, shards, write_atomically
 from loading.options import Parser
 
 # The revision of each repository: a commit's hash if one is known, "main" where none could be looked up, for
@@ -146,8 +146,7 @@ def fetch(name: str, parts: tuple[str, ...] = TEXT_TO_IMAGE, half: bool = False,
         from loading.weights import extract_image_encoder
         repo, file = IMAGE_ENCODER_INSIDE
         extract_image_encoder(snapshots[repo] / file, extracted)
-        print(f"The image encoder is now in {extracted}; {snapshots[repo] / file} is no longer needed",
-              file=sys.stderr)
+        tell(f"The image encoder is now in {extracted}; {snapshots[repo] / file} is no longer needed")
     found = {part: snapshots[repo] / folder for part, (repo, folder, _) in sources.items()}
     return {"image_encoder": extracted} | found if "image_encoder" in parts else found
 
@@ -164,7 +163,7 @@ class File(NamedTuple):
 
 def announce(files: list[File]) -> None:
     if new := [file.size or 0 for file in files if not file.cached]:
-        print(f"Fetching {len(new)} files, {sum(new) / 1e9:.2f} GB, into {cache_folder()}", file=sys.stderr)
+        tell(f"Fetching {len(new)} files, {sum(new) / 1e9:.2f} GB, into {cache_folder()}")
 
 
 def is_offline(offline: bool) -> bool:
@@ -223,8 +222,8 @@ def ask_for_list(repo: str, revision: str):
     with hub_errors(repo, revision):
         text = patiently(ask)
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return parsed(text)
+    except ValueError:
         raise WeightsError(f"{constants.ENDPOINT} did not answer with a list of the files of {repo}, but with "
                            f"{text[:40]!r}: check HF_ENDPOINT, and whether this network asks for a login") from None
 
@@ -261,7 +260,7 @@ def patiently(call: Callable, progress: Callable[[], int] | None = None):
                 before, waits = progress(), list(WAITS)
             if not waits:
                 raise
-            print(f"{first_line(error)}: trying again in {waits[0]} s", file=sys.stderr)
+            tell(f"{first_line(error)}: trying again in {waits[0]} s")
             time.sleep(waits.pop(0))
 
 
@@ -570,8 +569,8 @@ def hash_of(path: Path, known: str = "") -> str:
     state = path.stat()
     key = f"{path} {state.st_size} {state.st_mtime_ns}"
     if key not in HASHES:
-        with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError):
-            HASHES.update(json.loads(memory_file.read_text()).items())
+        with contextlib.suppress(WeightsError):
+            HASHES.update(read_json(memory_file))
     if not re.fullmatch("[0-9a-f]{64}", str(HASHES.get(key))):
         if len(known) != 64:
             with open(path, "rb") as file:

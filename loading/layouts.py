@@ -6,11 +6,10 @@ Names of the hub, and text encoders that a folder of the original files lacks, a
 Needs: the standard library; huggingface_hub when something is fetched.
 """
 import fnmatch
-import warnings
 from pathlib import Path
 from typing import Iterable
 
-from loading.errors import WeightsError
+from loading.errors import WeightsError, warn
 from loading.files import listing, read_json
 from loading.hub import (NAMES, OFFICIAL, TEXT_TO_IMAGE, V1, Repository, fetch, fetch_part, hint, is_reference, some)
 
@@ -66,7 +65,7 @@ def match_layout(names: set[str], given: Iterable[str], source, found: str) -> d
     def find(pattern: str) -> str | None:
         matches = sorted(fnmatch.filter(names, pattern))
         if len(matches) > 1:                             # of several versions, the last is the newest
-            warnings.warn(f"{source} holds several files {pattern}: taking {matches[-1]}")
+            warn(f"{source} holds several files {pattern}: taking {matches[-1]}")
         return matches[-1] if matches else None
     for name, layout in LAYOUTS.items():
         parts = {part: find(pattern) for part, pattern in layout.items()}
@@ -165,13 +164,14 @@ def base_of(folder: Path) -> tuple[dict, tuple[str, ...]] | None:
         base = read_json(folder / "base.json")
         files = base.get("files", {})
         names = [base.get("weights"), base.get("lora") or "", *(files.values() if isinstance(files, dict) else [files])]
-        if not all(isinstance(name, str) for name in names) or Path(names[1]).name != names[1]:
+        if not all(isinstance(name, str) and "\0" not in name for name in names) or not names[0] or names[1] == ".." \
+                or Path(names[1]).name != names[1] or not {*files} <= ONE_FOLDER.keys():
             raise WeightsError(f"{folder / 'base.json'} cannot be used: expected a file that train_b.py or train_c.py "
                                f"wrote, with the names of weights, files and lora")
         # A LoRA run writes no prior: one that is in its folder is left from another run.
         return base, tuple(part for part in TRAINED if not (base.get("lora") and part.startswith("prior")))
     index = folder / "model_index.json"
-    half = HALVES.get(read_json(index).get("_class_name")) if index.is_file() else None
+    half = HALVES.get(str(read_json(index).get("_class_name"))) if index.is_file() else None
     return (dict(weights="v2"), half) if half else None
 
 

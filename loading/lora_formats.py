@@ -18,7 +18,6 @@ import hashlib
 import itertools
 import json
 import re
-import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,8 +26,9 @@ import torch.nn as nn
 from torch import Tensor
 
 import lora
-from loading.errors import WeightsError, printable
-from loading.files import is_safetensors, listing, read_json, reason_of, write_atomically
+from loading.errors import WeightsError, printable, warn
+from loading.files import (is_safetensors, is_table, listing, parsed, read_json, reading_weights, reason_of,
+                           write_atomically)
 from loading.hub import LORA_FILES, fetch_lora, is_reference
 
 
@@ -99,32 +99,25 @@ def open_lora(source: str | Path | dict[str, Tensor]) -> tuple[dict[str, Tensor]
         raise ValueError(f"the folder holds no LoRA: expected {', '.join(LORA_FILES)}; found {listing(path)}")
     if not path.is_file():
         raise ValueError("there is no such file")
-    try:
-        if path.suffix == ".safetensors":
+    with reading_weights(path):
+        if is_safetensors(path):
             from safetensors import safe_open
             with safe_open(path, "pt") as file:
                 tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
         else:
-            is_safetensors(path)               # raises WeightsError for images, web pages and the like
             tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except WeightsError:
-        raise
-    except Exception as error:         # each library raises its own kinds
-        raise ValueError("it cannot be read, presumably it is cut off or not a file of weights: "
-                         f"{reason_of(error)}") from error
-    if not isinstance(tensors, dict) or not all(isinstance(name, str) and isinstance(tensor, Tensor)
-                                                for name, tensor in tensors.items()):
+    if not is_table(tensors):
         raise ValueError("it does not contain a table of tensors, so it is not a LoRA")
     config = path.parent / "adapter_config.json"
     of_peft = path.stem == "adapter_model" or any(name.startswith("base_model.model.") for name in tensors)
-    if CONFIG not in metadata and of_peft and config.is_file():
+    if CONFIG not in metadata and of_peft and config.exists():
         metadata[CONFIG] = json.dumps(read_json(config))
     return tensors, metadata
 
 
 def read_config(metadata: dict[str, str]) -> dict:
     """What a file's metadata say about alpha, in peft's keys; empty if nothing. Raises ValueError."""
-    config = json.loads(metadata.get(CONFIG) or "{}")
+    config = parsed(metadata.get(CONFIG) or "{}")
     if not isinstance(config, dict):
         raise ValueError(f"its {CONFIG} is not a JSON object")
     config = {re.sub(r"^(prior|unet)\.", "", key): value for key, value in config.items()}
@@ -238,7 +231,7 @@ def read_layers(source, shapes: dict[str, tuple] | None, partial: bool) -> tuple
     tensors, metadata = open_lora(source)
     tensors = {name: tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor     # float8
                for name, tensor in tensors.items()}
-    config, label = read_config(metadata), printable("the LoRA" if isinstance(source, dict) else source)
+    config, label = read_config(metadata), "the LoRA" if isinstance(source, dict) else source
     names = shapes
     if shapes is None:     # as many blocks as the largest number in the file, mostly too many
         depth = max(map(int, re.findall(r"\d{1,3}", " ".join(tensors))), default=0) + 1
@@ -259,12 +252,12 @@ def read_layers(source, shapes: dict[str, tuple] | None, partial: bool) -> tuple
         result |= zip(trio, split(values, len(trio)))
     check_fit(result, shapes)
     if left_out:
-        warnings.warn(f"{label}: left out {len(left_out)} of {len(tensors)} tensors: "
-                      f"{printable(lora.summary(left_out))}")
+        warn(f"{label}: left out {len(left_out)} of {len(tensors)} tensors: "
+             f"{lora.summary(left_out)}")
     if assumed:
         ranks = ", ".join(map(str, sorted(assumed)))
-        warnings.warn(f"{label} does not store alpha: assumed alpha = rank = {ranks}; if it was trained with another "
-                      "alpha, multiply its scale by alpha / rank")
+        warn(f"{label} does not store alpha: assumed alpha = rank = {ranks}; if it was trained with another "
+             "alpha, multiply its scale by alpha / rank")
     return {name: result[name] for name in dict.fromkeys(names) if name in result}, metadata
 
 
@@ -294,11 +287,12 @@ def naming_source(source):
     """Errors inside become a WeightsError that names the file."""
     try:
         yield
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:      # the last three: impossible metadata
-        if isinstance(error, WeightsError) and (is_reference(source) or str(error).startswith(f"{source} ")):  # named
+    except Exception as error:         # of many kinds: impossible metadata and numbers
+        if isinstance(error, WeightsError) and is_reference(source):
             raise
-        name = "the LoRA" if isinstance(source, dict) else source
-        raise WeightsError(printable(f"{name}: {error}; nothing was loaded")) from error
+        name, text = "the LoRA" if isinstance(source, dict) else printable(source), reason_of(error)
+        named = text if text.startswith(f"{name} ") else f"{name}: {text}"
+        raise WeightsError(f"{named}; nothing was loaded") from error
 
 
 def load_lora(model: nn.Module, source: str | Path | dict[str, Tensor], name: str = "default",

@@ -12,14 +12,13 @@ Shapes differ in two places, because our models are channels-last: a released 1x
 (D,C) here, and the released vectors of GlobalResponseNorm are (1,1,1,C), here (C,).
 Needs: torch; the stage files.
 """
-import warnings
 from typing import Callable, Iterable, Iterator, NamedTuple
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from loading.errors import WeightsError
+from loading.errors import WeightsError, warn
 from stage_a import StageA
 from stage_b import EfficientNetEncoder, StageB, TinyImageEncoder
 from stage_c import StageC
@@ -334,7 +333,7 @@ def config_to_ours(config: dict, stage: type) -> dict:
     unknown = [key for key in config if not key.startswith("_") and key not in known]
     if unknown:
         # Not an error: later versions add options, and an option that changes a tensor is found by its shape.
-        warnings.warn(f"config.json of {class_name} has options that are not used here: {', '.join(unknown)}")
+        warn(f"config.json of {class_name} has options that are not used here: {', '.join(unknown)}")
     result = {}
     for argument, (key, default) in arguments.items():
         value = config.get(key, default)
@@ -344,9 +343,39 @@ def config_to_ours(config: dict, stage: type) -> dict:
                 raise WeightsError(f"dropout is {value!r}, expected something like {default!r}, or {levels} of them, "
                                    f"one for each level")
         elif type(value) is not type(default) and not (type(value) is int and type(default) is float):
-            raise WeightsError(f"{key} is {value!r}, expected something like {default!r}")
+            raise WeightsError(f"{key} is {value!r:.200}, expected something like {default!r}")
+        elif isinstance(value, list) and {*map(type, value)} != {type(default[0])}:
+            raise WeightsError(f"{key} is {value!r:.200}, expected something like {default!r}")
+        low, high = RANGES.get(argument, (1, 2 ** 17))
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, (int, float)) and not low <= one <= high:
+                raise WeightsError(f"{key} is {value!r:.200}, expected {low} to {high}")
         result[argument] = tuple(value) if isinstance(value, list) else value
+    check_levels(result)
     return result
+
+
+# From and up to which sizes there are models (others: 1 to 2^17). A typo can ask for terabytes, or hours of building.
+RANGES = dict(depth=(1, 1000), blocks=(0, 1000), bottleneck_blocks=(0, 1000), levels=(1, 8), heads=(-1, 2 ** 10),
+              dropout=(0, 0.99), scale_factor=(1e-6, 1e6), patch_size=(1, 64), kernel_size=(1, 99), inject=(0, 1),
+              c_timestep=(4, 2 ** 17))
+
+
+def check_levels(sizes: dict) -> None:
+    """Raises WeightsError if lists with an entry for each level differ in length, or heads do not divide a width."""
+    lists = {name: value for name, value in sizes.items() if isinstance(value, tuple)}
+    if len({*map(len, lists.values())}) > 1:
+        raise WeightsError("its lists have different lengths, expected one entry for each level: " + ", ".join(
+            f"{name} has {len(value)}" for name, value in lists.items()))
+    if sizes.get("kernel_size", 1) % 2 == 0:
+        raise WeightsError(f"kernel_size is {sizes['kernel_size']}, expected an odd number")
+    if "heads" in sizes:
+        widths = sizes["c_hidden"] if "levels" in sizes else [sizes["c"]]
+        levels, heads = (sizes["levels"], sizes["heads"]) if "levels" in sizes else (["A"], [sizes["heads"]])
+        for width, level, n in zip(widths, levels, heads):
+            if "A" in level and (n < 1 or width % n):
+                raise WeightsError(f"nhead is {sizes['heads']}, expected numbers that divide the widths: {n} heads do "
+                                   f"not divide {width}")
 
 
 def in_our_words(config: dict, stage: type) -> bool:

@@ -6,7 +6,6 @@ Before the first number is read, names, shapes and widths are compared: files th
 Needs: torch, safetensors; tokenizers for the text encoders.
 """
 import math
-import warnings
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ import torch
 from loading import hub
 from loading import weights as w
 from loading.arguments import adapter_name, check_options, dtype_of, install, lora_scales, usable_device
-from loading.errors import WeightsError
+from loading.errors import WeightsError, warn
 from loading.files import TensorFile, find_file
 from loading.layouts import locate, official_name
 from loading.lora_formats import load_lora, read_lora
@@ -109,8 +108,8 @@ def fetch_encoder_later(weights: str | Path, empty: dict, device: torch.device, 
 def warn_of_unused_lora(weights: str | Path, prior: str | Path | None) -> None:
     """For a LoRA run's folder with another prior than the one that its LoRA was trained on."""
     if prior and (Path(weights) / "lora.safetensors").is_file():
-        warnings.warn(f"the LoRA of {weights} is not used, because it was trained on another prior than {prior}: "
-                      f"to use it all the same, add --lora {weights} (in Python lora=...)")
+        warn(f"the LoRA of {weights} is not used, because it was trained on another prior than {prior}: "
+             f"to use it all the same, add --lora {weights} (in Python lora=...)")
 
 
 def preview_file_of(model: Wuerstchen, weights: str | Path, files: dict, vqgan: Path | None) -> Path | None:

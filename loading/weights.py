@@ -17,13 +17,14 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from loading.errors import WeightsError
-from loading.files import (STEM, TensorFile, find_file, is_finite, own_config, read_config, return_freed_memory,
-                           to_half, write_atomically, write_files)
+from loading.errors import UserError, WeightsError
+from loading.files import (STEM, TOKENIZER_FILES, TensorFile, find_file, is_finite, own_config, read_config,
+                           read_json, read_text, reading, return_freed_memory, to_half, write_atomically, write_files)
 from loading.names import (FORMATS, check_fit, check_names, config_to_diffusers, config_to_ours, describe,
                            in_our_words, recognise, signature_shape, to_diffusers, translate)
 from loading.text_encoder import CLIPTextModel, TextEncoder, Tokenizer
 from speed.int8 import quantised, to_int8
+from speed.memory import free_memory
 from stage_a import StageA
 from stage_b import EfficientNetEncoder, StageB, TinyImageEncoder
 from stage_c import StageC
@@ -50,6 +51,28 @@ def config_of(path: str | Path) -> dict | None:
     return own or (read_config(path.parent) if (path.parent / "config.json").is_file() else None)
 
 
+IMPOSSIBLE = (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError)     # what sizes of no model raise
+
+
+def new_model(stage: type, config: str | Path | None, **sizes) -> nn.Module:
+    """A model with random weights, of the sizes in `config`, a config.json or its folder; without one, of `sizes`.
+
+    Raises UserError for sizes that no model has, or for which memory does not suffice.
+    """
+    try:
+        if config:
+            found = read_config(config) if Path(config).is_dir() else read_json(config)
+            sizes = config_to_ours(found, stage) | sizes
+        with torch.device("meta"), NoStartValues():
+            needed = sum(4 * p.numel() for p in stage(**sizes).parameters())
+        if needed > free_memory(torch.device("cpu")):
+            raise ValueError(f"{needed / 1e9:.0f} GB of parameters, more than there is free memory")
+        return stage(**sizes)
+    except IMPOSSIBLE as error:
+        name = f"--config {config}" if config else "these sizes"
+        raise UserError(f"{name} cannot be used: {error}") from error
+
+
 def official_sizes(stage: type, shapes: dict[str, tuple]) -> dict:
     """Arguments for `stage` without a config.json: the defaults, which are v2's sizes, unless a shape is v1's."""
     shape = signature_shape(stage, shapes)
@@ -74,7 +97,7 @@ def build_empty(stage: type, path: str | Path) -> tuple[nn.Module, TensorFile]:
     try:
         with torch.device("meta"), NoStartValues():
             model = stage(**(official_sizes(stage, file.shapes) if config is None else config_to_ours(config, stage)))
-    except (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError) as error:     # impossible sizes
+    except IMPOSSIBLE as error:
         raise WeightsError(f"{path}: its config.json cannot be used: {error}") from error
     file = file or open_file()
     try:
@@ -96,6 +119,8 @@ def fill(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch.d
     """
     wanted, converted = model.state_dict(), {}
     for name, tensor in tensors:
+        if wanted[name].is_floating_point() and not tensor.is_floating_point():
+            raise WeightsError(f"{name} has numbers of {tensor.dtype}, expected floating point")
         converted[name] = tensor.to(dtype if wanted[name].is_floating_point() else wanted[name].dtype,
                                     copy=True).contiguous()
         if not is_finite(converted[name]):
@@ -148,11 +173,14 @@ def load_text_encoder(folder: str | Path, tokenizer_folder: str | Path,
     In the published files every name starts with "text_model."; transformers 5 leaves that out. Older files also hold
     `position_ids`, which is 0, 1, 2, ... Raises WeightsError.
     """
-    try:
-        with torch.device("meta"), NoStartValues():
-            model = CLIPTextModel(**read_config(folder))
-    except (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError) as error:
-        raise WeightsError(f"{Path(folder) / 'config.json'} cannot be used: {error}") from error
+    config, path = read_config(folder), Path(folder) / "config.json"
+    for name, most in CLIP_SIZES.items():                              # a typo can ask for hours of building
+        if type(config.get(name, 1)) is not int or not 1 <= config.get(name, 1) <= most:
+            raise WeightsError(f"{path} cannot be used: {name} is {config[name]!r:.80}, expected 1 to {most}")
+    with reading(path, WeightsError, "cannot be used"), torch.device("meta"), NoStartValues():
+        if not 0 < config.get("layer_norm_eps", 1e-5) < 0.1:
+            raise ValueError(f"layer_norm_eps is {config['layer_norm_eps']!r:.80}, expected something like 1e-05")
+        model = CLIPTextModel(**config)
     file = TensorFile(find_file(folder, ("model", "pytorch_model")))
     names = {name: name.removeprefix("text_model.") for name in file.shapes
              if not name.endswith("embeddings.position_ids")}          # in the file -> here
@@ -165,16 +193,25 @@ def load_text_encoder(folder: str | Path, tokenizer_folder: str | Path,
     # Has no use, but transformers' model has it: caches of training know a model by its tensors.
     positions = torch.arange(model.config["max_position_embeddings"])[None]                                 # (1, 77)
     model.embeddings.register_buffer("position_ids", positions, persistent=False)
-    return TextEncoder(load_tokenizer(tokenizer_folder), model).eval()
+    tokenizer = load_tokenizer(tokenizer_folder)
+    if tokenizer.bpe.get_vocab_size() > model.config["vocab_size"]:
+        raise WeightsError(f"the tokenizer {tokenizer_folder} has {tokenizer.bpe.get_vocab_size()} tokens, the text "
+                           f"encoder {folder} {model.config['vocab_size']}: they belong to different weights")
+    return TextEncoder(tokenizer, model).eval()
+
+
+CLIP_SIZES = dict(num_hidden_layers=1000) | dict.fromkeys(
+    ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings"), 2 ** 20)
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    if not any((Path(folder) / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+    found = [path for name in TOKENIZER_FILES if (path := Path(folder) / name).exists()]
+    if not any(path.name in ("tokenizer.json", "vocab.json") for path in found):
         raise WeightsError(f"{folder} holds no tokenizer: expected tokenizer.json, or vocab.json and merges.txt")
-    try:
+    for path in found:                             # the library names no file
+        read_json(path) if path.suffix == ".json" else read_text(path, WeightsError)
+    with reading(found[0], WeightsError, "or a tokenizer's file next to it cannot be read"):
         return Tokenizer.load(folder)
-    except Exception as error:     # tokenizers raises plain Exception
-        raise WeightsError(f"the tokenizer in {folder} cannot be read: {error}") from error
 
 
 # ----- questions about files, answered without reading values ---------------------------------------------------------

@@ -9,11 +9,11 @@ Needs: lora.py; torch.
 """
 import difflib
 import re
-import warnings
 from pathlib import Path
 
 import torch
 
+from loading.errors import WeightsError, warn
 from loading.files import read_json
 from lora import lora_layers
 from wuerstchen import Wuerstchen
@@ -25,7 +25,13 @@ WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*|[^\w\s!-~\u2010-\u205e]+")
 
 def read_words(prior: Path | None) -> dict[str, list[str]]:
     """The words that Stage C in this folder knows, by kind; empty if they are not listed. Raises WeightsError."""
-    return read_json(Path(prior) / FILE) if prior and (Path(prior) / FILE).is_file() else {}
+    if not prior or not (path := Path(prior) / FILE).exists():
+        return {}
+    words = read_json(path)
+    if not words.get("objects") or not all(isinstance(phrases, list) and all(isinstance(one, str) for one in phrases)
+                                           for phrases in words.values()):
+        raise WeightsError(f"{path} cannot be used: expected lists of phrases, one called objects")
+    return words
 
 
 def unknown_words(prompt: str, known: dict[str, list[str]]) -> list[str]:
@@ -56,9 +62,9 @@ def warn_of_unknown_words(model: Wuerstchen, prior: Path | None, loras: dict) ->
                 seen.update(map(str.lower, unknown))
                 if unknown:
                     quoted = ", ".join(f'"{word}"' for word in unknown[:4]) + ", ..." * (len(unknown) > 4)
-                    warnings.warn(f"the model does not know {quoted}: it knows for example "
-                                  f"{', '.join(nearest_phrases(unknown, known))}; all its {len(known['objects'])} "
-                                  f"objects and its other words are in {Path(prior) / FILE}")
+                    warn(f"the model does not know {quoted}: it knows for example "
+                         f"{', '.join(nearest_phrases(unknown, known))}; all its {len(known['objects'])} "
+                         f"objects and its other words are in {Path(prior) / FILE}")
         return encode_text(stage, prompts, negatives)
     model.encode_text = encode_and_check
     return model

@@ -5,6 +5,7 @@ import math
 import struct
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -474,9 +475,10 @@ def test_a_file_that_may_not_be_read_says_so(tmp_path, monkeypatch):
     """The operating system's message; monkeypatched, because the tests may run as root, who may read everything."""
     def refuse(*args, **options):
         raise PermissionError(13, "Permission denied")
-    monkeypatch.setattr(Image, "open", refuse)
+    (tmp_path / "secret.png").touch()
+    monkeypatch.setattr(Path, "read_bytes", refuse)
     with pytest.raises(ValueError, match="secret.png cannot be read: permission denied$"):
-        read_image("secret.png")
+        read_image(tmp_path / "secret.png")
 
 
 # ----- masks -----------------------------------------------------------------------------------------

@@ -121,12 +121,12 @@ def test_a_bar_shows_which_prompt_it_is_at(capsys):
 
 # --- before anything is loaded -----------------------------------------------------------------------
 
-LATENT = dict(semantic=torch.zeros(1, 16, 3, 3), states=torch.zeros(1, 5056, dtype=torch.uint8),
+LATENT = dict(semantic=torch.zeros(1, 16, 3, 3), states=torch.Generator().get_state()[None],
               size=torch.tensor([128, 128]))
 INIT = ["--init", "red.png", "--prompt", "cat"]
 LATE = [
     (["--lora", "missing.safetensors"], "missing.safetensors: there is no such file"),
-    (["--lora", "text.safetensors"], "text.safetensors: it cannot be read, presumably it is cut off"),
+    (["--lora", "text.safetensors"], "text.safetensors is not a file of weights: expected"),
     (["--lora", "latent.safetensors"], "latent.safetensors: 3 of 3 tensors belong to no layer of this model"),
     (["--device", "gpu"], "device 'gpu' cannot be used here"),
     (["--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
@@ -151,9 +151,10 @@ LATE = [
     (["--weights", "v1", *INIT, "--mask", "mask.png"], "--mask is only for v2, because Stage B of v1 generates tokens"),
     (["--weights", "tiny-v1", *INIT, "--outpaint", "0,0,9,0"], "--outpaint is only for v2, because Stage B of v1"),
     (["--from-latent", "odd.safetensors"], "odd.safetensors cannot be used: its size and states have shapes (3,) and"),
-    (["--tensors", "x.safetensors"], "prompt_x cannot be given: expected some of prompt_c"),
+    (["--tensors", "x.safetensors"], "x.safetensors: prompt_x cannot be given: expected some of prompt_c"),
     (["--tensors", "flat.safetensors"], "embeddings prompt_b have shape (1, 1280), expected (1, tokens, width)"),
-    (["--tensors", "start.safetensors", *INIT], "latents_c specify where Stage C starts, and so do an image and"),
+    (["--tensors", "start.safetensors", *INIT],
+     "start.safetensors: latents_c specify where Stage C starts, and so do an image and"),
     (["--tensors", "start.safetensors", "--width", "128", "--height", "300"],
      "latents_c has shape (1, 16, 3, 3), expected (1, 16, 8, 3)")]
 
@@ -170,7 +171,8 @@ def test_what_is_known_from_options_and_small_files_is_checked_before_weights_ar
     Image.new("L", (64, 64), 255).save("mask.png")
     Path("text.safetensors").write_text("not a file of weights")
     for name, tensors in dict(
-            latent=LATENT, wide=LATENT | dict(semantic=torch.zeros(1, 16, 3, 6)), x=dict(prompt_x=torch.zeros(1, 2, 3)),
+            latent=LATENT, x=dict(prompt_x=torch.zeros(1, 2, 3)),
+            wide=LATENT | dict(semantic=torch.zeros(1, 16, 3, 6), size=torch.tensor([128, 256])),
             odd=LATENT | dict(size=torch.zeros(3)), flat=dict(prompt_b=torch.zeros(1, 1280)),
             start=dict(latents_c=torch.zeros(1, 16, 3, 3))).items():
         save_file(tensors, f"{name}.safetensors")

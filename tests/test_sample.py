@@ -401,7 +401,7 @@ def test_only_the_parts_that_a_run_needs_are_loaded(argv, needed, not_needed, mo
     calls = passed_on(monkeypatch)
     photo()
     Path("p.jsonl").write_text('{"prompt": "cat"}\n{"init": "photo.png"}\n{"from_latent": "a.safetensors"}')
-    save_file(dict(semantic=torch.zeros(1, 16, 3, 3), states=torch.zeros(1, 5056, dtype=torch.uint8),
+    save_file(dict(semantic=torch.zeros(1, 16, 3, 3), states=torch.Generator().get_state()[None],
                    size=torch.tensor([128, 128])), "a.safetensors")
     try:
         sample.main([*argv, "--seed", "1"])
@@ -529,7 +529,7 @@ def test_the_same_prompt_twice_is_two_images(capsys):
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("missing.txt", None, "missing.txt cannot be read as a text file: No such file"),
+    ("missing.txt", None, "missing.txt cannot be read as a text file: there is no such file"),
     ("latin.txt", "Käse".encode("latin-1"), "latin.txt cannot be read as a text file: 'utf-8' codec can't decode"),
     ("empty.txt", b" \n\n", "empty.txt contains no prompts: expected one per line"),
     ("a.jsonl", b'{"prompt": "cat"}\n\n{"prompt": "dog",}', "a.jsonl, line 3: this is not JSON ("),
@@ -866,7 +866,7 @@ def test_outpainting_keeps_the_image_inside_its_border():
     (["--init", "photo.png", "--mask", "text.png"], "text.png cannot be read"),
     (["--init", "photo.png", "--outpaint", "0,0,0,0"], "nothing is added around the image"),
     (["--from-latent", "missing.safetensors"],
-     "missing.safetensors cannot be read as a .safetensors file: No such file"),
+     "missing.safetensors cannot be read as a .safetensors file: there is no such file"),
     (["--from-latent", "photo.png"], "photo.png cannot be read as a .safetensors file"),
     (["--from-latent", "rows.safetensors"],
      "rows.safetensors contains latents_c, expected semantic, states, size: was it written by --save-latent?"),

@@ -118,7 +118,7 @@ def test_defaults_are_what_models_tiny_was_trained_with():
 
 @pytest.mark.parametrize("options, message", [
     (["--steps", "0"], "--steps: expected a whole number from 1 to 1000000000, got '0'"),
-    (["--config", "nowhere"], "--config nowhere cannot be used: nowhere is not a folder"),
+    (["--config", "nowhere"], "--config nowhere cannot be used: nowhere cannot be read: there is no such file"),
     (["--config", str(TINY / "decoder")],
      "cannot be used: it describes a WuerstchenDiffNeXt, expected a TinyImageEncoder"),
     (["--resume", "nowhere.pt"], "--resume nowhere.pt: there is no such file")])

@@ -18,7 +18,7 @@ if __name__ == "__main__" and not __package__:
 
 from pathlib import Path
 
-from loading.errors import RESUME_HINT, UserError, exit_on_user_error
+from loading.errors import RESUME_HINT, exit_on_user_error
 from loading.options import BATCH, SEED, Parser, positive_int
 from training.options import add_checkpoint_options, add_schedule_options
 
@@ -53,10 +53,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from loading.arguments import usable_device
-from loading.errors import WeightsError
-from loading.files import read_config
-from loading.names import config_to_ours
-from loading.weights import save_model
+from loading.weights import new_model, save_model
 from stage_b import TinyImageEncoder, preprocess
 from training.checkpoints import Checkpoints, Log, check_finite, load_state, settings_of, state_of
 from training.optim import learning_rate
@@ -84,13 +81,6 @@ def labels_of(scenes: list) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return objects, places, np.array([list(COLOURS).index(scene.colour) for scene in scenes])
 
 
-def build_encoder(config: str) -> TinyImageEncoder:
-    try:
-        return TinyImageEncoder(**config_to_ours(read_config(config), TinyImageEncoder))
-    except (WeightsError, TypeError, RuntimeError) as error:
-        raise UserError(f"--config {config} cannot be used: {error}") from error
-
-
 def build_head() -> nn.Module:
     """A cell's 16 numbers -> logits of its object (NOTHING last), its place (3,), logits of the background."""
     return nn.Sequential(nn.Linear(16, 256), nn.GELU(), nn.Linear(256, NOTHING + 1 + 3 + len(COLOURS)))
@@ -116,7 +106,7 @@ def main(args):
     device = usable_device(args.device)
     torch.manual_seed(args.seed)
     scenes = EmojiScenes("all", seed=args.seed + 1)                      # scene i is a function of (seed, i)
-    encoder, head = build_encoder(args.config).to(device).train(), build_head().to(device)
+    encoder, head = new_model(TinyImageEncoder, args.config).to(device).train(), build_head().to(device)
     parameters = [p for p in encoder.parameters() if p.requires_grad]    # without its last norm's 42 and -1
     optimizer = torch.optim.AdamW([*parameters, *head.parameters()], lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-3)
     parts, start = dict(model=encoder, head=head, optimizer=optimizer), 0

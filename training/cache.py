@@ -19,10 +19,8 @@ import hashlib
 import io
 import json
 import os
-import sys
 import time
 import uuid
-import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -31,6 +29,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from loading.errors import tell, warn
 from training.data import BrokenImage, ImageDataset, fit
 
 CHECKSUM = 32    # bytes of a sha256 at the end of an entry; np.load(path) reads only the array before it
@@ -72,7 +71,7 @@ class Cache:
         except FileNotFoundError:
             return None
         except OSError as error:                           # a bad disk; whoever needs the entry computes it again
-            warnings.warn(f"{path} cannot be read and is computed again: {error}", stacklevel=2)
+            warn(f"{path} cannot be read and is computed again: {error}")
             return None
         problem, array = "its checksum does not match", None
         if content[-CHECKSUM:] == _checksum(path, content[:-CHECKSUM]):
@@ -80,7 +79,7 @@ class Cache:
             problem = self._problem(array, shape)
         if problem is None:
             return array
-        warnings.warn(f"{path} is removed and computed again: {problem}", stacklevel=2)
+        warn(f"{path} is removed and computed again: {problem}")
         path.unlink(missing_ok=True)                       # another process may have been quicker
         return None
 
@@ -234,8 +233,8 @@ def _replacements(dataset: ImageDataset, broken: list[int], sizes: Callable, fil
         raise ValueError(f"{dataset.source}: none of its {len(broken)} images can be read, such as "
                          f"{dataset.name(broken[0])}")
     if broken and processes.rank == 0:
-        print(f"{len(broken)} images cannot be read: {', '.join(dataset.name(i) for i in broken[:5])}"
-              f"{', ...' if len(broken) > 5 else ''}", file=sys.stderr)
+        tell(f"{len(broken)} images cannot be read: {', '.join(dataset.name(i) for i in broken[:5])}"
+             f"{', ...' if len(broken) > 5 else ''}")
     replaced, others = {}, {}
     for i in broken:
         alike = usable[dataset.bucket[usable] == dataset.bucket[i]]

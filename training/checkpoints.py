@@ -7,8 +7,8 @@ A checkpoint holds no random state, because all randomness is a function of (see
 Needs: torch, numpy, pillow; loading/.
 """
 import contextlib
+import functools
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +17,8 @@ from PIL import Image
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
                                                      set_model_state_dict, set_optimizer_state_dict)
 
-from loading.errors import UserError
-from loading.files import check_folder, is_finite, write_atomically
+from loading.errors import UserError, tell
+from loading.files import check_folder, is_finite, parsed, reading, write_atomically
 
 FULL = dict(full_state_dict=True, cpu_offload=True)      # gathered from all processes if they are split
 
@@ -90,7 +90,7 @@ class Checkpoints:
         for later in [other for other in self.all() if other.name > path.name]:
             for path_or_lora in filter(Path.exists, (later, later.with_suffix(".safetensors"))):
                 path_or_lora.rename(f"{path_or_lora}.old")
-            print(f"{later} is not what this run continues: renamed to {later.name}.old", file=sys.stderr)
+            tell(f"{later} is not what this run continues: renamed to {later.name}.old")
         for half in self.folder.glob(".step_*.pt"):                              # a killed run was writing it
             half.unlink(missing_ok=True)
         write_atomically(path, lambda temporary: torch.save(content, temporary))
@@ -102,7 +102,8 @@ class Checkpoints:
         """Whether the run has ended and its result is there: the card, which is written last, names its steps."""
         card = self.out / "README.md"
         return resumed is not None and resumed.name == f"step_{steps:08d}.pt" and card.exists() and \
-            f"| `--steps` | {steps} |" in card.read_text() and all((self.out / name).exists() for name in self.results)
+            f"| `--steps` | {steps} |" in card.read_text(encoding="utf-8", errors="replace") and \
+            all((self.out / name).exists() for name in self.results)
 
     def load(self, path: Path, script: str, settings: dict, fixed: tuple[str, ...] = ()) -> dict:
         """The content of a checkpoint. Settings that differ from those of now are named on stderr.
@@ -116,7 +117,7 @@ class Checkpoints:
         except TornCheckpoint as error:
             if not older:
                 raise
-            print(f"{error}; resuming from {older[-1].name}, the one before", file=sys.stderr)
+            tell(f"{error}; resuming from {older[-1].name}, the one before")
             return self.load(older[-1], script, settings, fixed)
         then = content["settings"]
         for name in fixed:
@@ -129,24 +130,23 @@ class Checkpoints:
             raise UserError(f"{path} has {content['step']} steps, more than --steps {settings['steps']}: raise --steps")
         for name in sorted(settings.keys() & then.keys()):
             if settings[name] != then[name]:
-                print(f"resuming with --{name.replace('_', '-')} {settings[name]}, the checkpoint has {then[name]}",
-                      file=sys.stderr)
+                tell(f"resuming with --{name.replace('_', '-')} {settings[name]}, the checkpoint has {then[name]}")
         return content
 
     @staticmethod
     def read(path: Path, script: str) -> dict:
-        try:
+        with reading(path, TornCheckpoint, "cannot be read, it is probably cut off or not a checkpoint"):
             content = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:       # torch raises many kinds: EOFError, RuntimeError, UnpicklingError ...
-            reason = (str(error) or type(error).__name__).splitlines()[0][:150]
-            raise TornCheckpoint(f"{path} cannot be read, it is probably cut off or not a checkpoint: {reason}"
-                                 ) from error
         found = content.get("script") if isinstance(content, dict) else None
-        if found != script:
-            raise UserError(f"{path} is not a checkpoint of {script}{f' but of {found}' if found else ''}: "
-                            f"choose another --resume")
+        if not isinstance(found, str) or found != script:
+            of = f" but of {found}" if isinstance(found, str) else ""
+            raise UserError(f"{path} is not a checkpoint of {script}{of}: choose another --resume")
+        numbers = [content.setdefault(name, 0) for name in ("step", "bad", "bad_in_all")]
+        if not isinstance(content.get("settings"), dict) or not all(type(n) is int and n >= 0 for n in numbers):
+            raise TornCheckpoint(f"{path} has no settings, or no numbers of steps: it is not a whole checkpoint")
         for part in ("model", "optimizer"):
-            tensors = content.get(part) or {}
+            tensors = content.get(part)
+            tensors = tensors if isinstance(tensors, dict) else {}
             if not (tensors.get("state") or not content.get("updates", 1) if part == "optimizer" else tensors):
                 raise TornCheckpoint(f"{path} has no state of the {part}: it is not a whole checkpoint")
         return content
@@ -165,9 +165,8 @@ def full_state(model, optimizer, scaler, ema) -> dict:
                 scaler=scaler.state_dict())
 
 
-def does_not_fit(path: Path, reason: str) -> UserError:
-    return UserError(f"{path} does not fit: {reason}: resume with the sizes it was made with and the same frozen "
-                     f"parameters, or choose another --resume")
+fitting = functools.partial(reading, failed="does not fit", advice=(
+    ": resume with the sizes it was made with and the same frozen parameters, or choose another --resume"))
 
 
 @contextlib.contextmanager
@@ -187,21 +186,20 @@ def load_full_state(path: Path, state: dict, model, optimizer, scaler, ema) -> N
     """
     partial = StateDictOptions(**FULL, strict=False)     # frozen parameters are not in it
     now = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
-    shapes, found = ({name: tuple(tensor.shape) for name, tensor in part.items()} for part in (now, state["model"]))
-    if shapes != found:
-        name = min(name for name in shapes | found if shapes.get(name) != found.get(name))
-        raise does_not_fit(path, f"{name} is {found.get(name, 'missing')}, now {shapes.get(name, 'it is frozen')}")
-    try:
+    with fitting(path):
+        for part in ("model", "averaged"):
+            shapes, found = ({name: tuple(tensor.shape) for name, tensor in of.items()} for of in (now, state[part]))
+            if shapes != found:
+                name = min(name for name in shapes | found if shapes.get(name) != found.get(name))
+                raise ValueError(f"{name} is {found.get(name, 'missing')}, now {shapes.get(name, 'it is frozen')}")
         with own_options(optimizer):
             set_optimizer_state_dict(model, optimizer, state["optimizer"], options=StateDictOptions(**FULL))
-    except (ValueError, RuntimeError, KeyError) as error:
-        raise does_not_fit(path, f"the optimizer, {str(error).splitlines()[0]}") from error
-    if state["scaler"]:                  # empty if only this run is in fp16
-        scaler.load_state_dict(state["scaler"])
-    ema.updates = state["updates"]
-    set_model_state_dict(model, state["averaged"], options=partial)
-    ema.swap()
-    set_model_state_dict(model, state["model"], options=partial)
+        if dict(state["scaler"]):        # empty if only this run is in fp16
+            scaler.load_state_dict(state["scaler"])
+        ema.updates = int(state["updates"])
+        set_model_state_dict(model, state["averaged"], options=partial)
+        ema.swap()
+        set_model_state_dict(model, state["model"], options=partial)
 
 
 def full_weights(model) -> dict:
@@ -220,17 +218,15 @@ def load_state(path: Path, state: dict, parts: dict, ema=None) -> None:
 
     Raises UserError if a part does not fit.
     """
-    try:
+    with fitting(path):
         for name, part in parts.items():
             if state.get(name):          # a scaler's is empty if only this run is in fp16
                 with own_options(part) if isinstance(part, torch.optim.Optimizer) else contextlib.nullcontext():
                     part.load_state_dict(state[name])
-    except (ValueError, RuntimeError) as error:
-        raise does_not_fit(path, str(error).splitlines()[0]) from error
-    if ema is not None:
-        ema.updates = state["updates"]
-        for name, mean in ema.mean.items():
-            mean.copy_(state["averaged"].get(name, ema.live[name]))
+        if ema is not None:
+            ema.updates = int(state["updates"])
+            for name, mean in ema.mean.items():
+                mean.copy_(state["averaged"].get(name, ema.live[name]))
 
 
 class Log:
@@ -266,9 +262,10 @@ class Log:
     def lines(self) -> list[dict]:
         """The lines so far; none if not enabled. A last line that was cut off is skipped."""
         result = []
-        for line in self.path.read_text().splitlines() if self.enabled and self.path.exists() else []:
+        for line in self.path.read_text(errors="replace").splitlines() if self.enabled and self.path.exists() else []:
             with contextlib.suppress(ValueError):
-                result.append(json.loads(line))
+                line = parsed(line)
+                result += [line] * (isinstance(line, dict) and isinstance(line.get("step"), int))
         return result
 
     def write(self, step: int, **values) -> None:

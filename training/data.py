@@ -28,7 +28,7 @@ from PIL import Image
 
 from extras.images import decoding, open_header, open_image, pixels_of, read_image, to_srgb
 from extras.jobs import prompt_lines
-from loading.errors import UserError
+from loading.errors import UserError, printable, tell
 from loading.options import SEED, Number, integer
 from training.sources import SUFFIXES, Chosen, Found, Place, content_of, samples_of
 
@@ -79,7 +79,7 @@ def open_dataset(source: str | Path, *, min_side: int = 64, captions_required: b
             known.update(sample.get("numbers", ()))
             problem = sample["problem"] or _problem(sample, min_side, captions_required, limits, require_keys)
             if problem:
-                skipped.append((_printable(sample["name"]), _printable(problem)))
+                skipped.append((printable(sample["name"]), printable(problem)))
             else:
                 yield sample
 
@@ -148,11 +148,6 @@ def _problem(sample: dict, min_side: int, captions_required: bool, limits: dict,
     return None
 
 
-def _printable(text: str) -> str:
-    """Names of files may hold bytes that are not UTF-8, and JSON half a character, which no terminal accepts."""
-    return text.encode(errors="backslashreplace").decode()
-
-
 def _listed(skipped: list[tuple[str, str]]) -> str:
     names = ", ".join(f"{name} ({why})" for name, why in skipped[:5])
     return f"{len(skipped)} skipped" + (f": {names}" if names else "") + (", ..." if len(skipped) > 5 else "")
@@ -171,7 +166,7 @@ class ImageDataset:
         # count, so every worker process would sooner or later hold its own copy of them all.
         records, ends, sizes = bytearray(), array("q", [0]), array("i")
         for sample in samples:
-            records += json.dumps([_printable(sample["name"]), sample["place"], sample["captions"]]).encode()
+            records += json.dumps([printable(sample["name"]), sample["place"], sample["captions"]]).encode()
             ends.append(len(records))
             sizes.extend(sample["size"])
         self._records, self._ends = bytes(records), np.array(ends)
@@ -209,7 +204,8 @@ class ImageDataset:
         version = f"{os.path.abspath(file)} {offset} {length} {stat.st_size} {stat.st_mtime_ns} in sRGB"
         known_as = hashlib.sha256(os.fsencode(version)).hexdigest()[:24]
         if self._keys is None:
-            lines = self._key_file.read_text().split("\n") if self._key_file and self._key_file.exists() else []
+            known = self._key_file and self._key_file.exists()
+            lines = self._key_file.read_text(errors="replace").split("\n") if known else []
             self._keys = dict(line.split() for line in lines if re.fullmatch("[0-9a-f]{24} [0-9a-f]{64}", line))
         if known_as not in self._keys:
             content = content_of((file, offset, length))
@@ -265,7 +261,8 @@ class ImageDataset:
         except BrokenImage:
             image, j = self.read_or_next(i, np.arange(len(self)))
         for name, why in self.skipped[known:]:
-            print(f"\n{name} cannot be read and is replaced: {why}", file=sys.stderr)     # \n: after a progress bar
+            print(file=sys.stderr)               # after a progress bar
+            tell(f"{name} cannot be read and is replaced: {why}")
         return image, j
 
     def describe(self) -> str:

@@ -3,17 +3,16 @@
 The second part is how v2's Stage B is used; v1/training.py has the same for v1, under the same names.
 Needs: torch; stage_b.py, loading/, wuerstchen.py; torchvision for EfficientNet.
 """
-import json
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from loading.errors import UserError, as_user_error
-from loading.files import read_config
+from loading.files import read_tensors, reading
 from loading.layouts import locate
-from loading.names import config_to_ours
-from loading.weights import check_widths, is_tiny, load, load_image_encoder, load_stage_a, load_text_encoder, stage_b_of
+from loading.weights import (check_widths, is_tiny, load, load_image_encoder, load_stage_a, load_text_encoder,
+                             new_model, stage_b_of)
 from stage_b import EfficientNetEncoder, StageB, TinyImageEncoder
 from training.processes import SynchronisedBatchNorm
 from training.results import FILES_B, files_given
@@ -58,42 +57,33 @@ def build_stage_b(args, paths: dict, stage) -> tuple[nn.Module, nn.Module]:
             found = "v2, --v1 trains that of v1: remove it" if args.v1 else "v1: add --v1"
             raise UserError(f"{paths['decoder']} is a Stage B of {found}, or use --init random for a new one")
         return load(stage.NETWORK, paths["decoder"]), load_image_encoder(paths["image_encoder"])
-    sizes, kind, encoder_sizes = {}, EfficientNetEncoder, {}
-    try:
-        if args.config not in (None, "official"):
-            path = Path(args.config)
-            config = read_config(path / "decoder") if path.is_dir() else json.loads(path.read_text())
-            sizes = config_to_ours(config, stage.NETWORK)
-            encoder_path = locate(path, parts=("image_encoder",))["image_encoder"] if path.is_dir() else None
-            if encoder_path is not None:
-                kind = TinyImageEncoder if is_tiny(encoder_path) else EfficientNetEncoder
-                encoder_sizes = config_to_ours(read_config(encoder_path), kind)
-        decoder = stage.NETWORK(**sizes)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"--config {args.config} cannot be used: {error}") from error
+    config, kind, encoder_config = None if args.config == "official" else args.config, EfficientNetEncoder, None
+    if config and Path(config).is_dir():
+        with as_user_error():
+            encoder_config = locate(config, parts=("image_encoder",))["image_encoder"]
+            kind = TinyImageEncoder if encoder_config and is_tiny(encoder_config) else EfficientNetEncoder
+        config = Path(config) / "decoder"
+    decoder = new_model(stage.NETWORK, config)
     if args.image_encoder:
         return decoder, load_image_encoder(paths["image_encoder"])
-    return decoder, new_encoder(kind, args.backbone, stage.semantic_scale(decoder)[1], **encoder_sizes)
+    return decoder, new_encoder(kind, args.backbone, stage.semantic_scale(decoder)[1], encoder_config)
 
 
-def new_encoder(kind: type = EfficientNetEncoder, backbone: str | None = None, unscale=unscale_semantic, **sizes):
-    """An image encoder with random weights. backbone: a file of torchvision's efficientnet_v2_s to start from.
+def new_encoder(kind: type = EfficientNetEncoder, backbone: str | None = None, unscale=unscale_semantic,
+                config: Path | None = None, **sizes):
+    """An image encoder with random weights. backbone: a file of torchvision's efficientnet_v2_s to start from; config,
+    sizes: see new_model.
 
     Its last norm is fixed so that Stage C's latents, before `unscale`, have mean 0 and variance 1, as diffusion needs.
     """
-    encoder = kind(**sizes)
+    encoder = new_model(kind, config, **sizes)
     nn.init.constant_(encoder.norm.weight, unscale(1.0) - unscale(0.0))                  # 42
     nn.init.constant_(encoder.norm.bias, unscale(0.0))                                   # -1
     if backbone:
         if kind is not EfficientNetEncoder:
             raise UserError(f"--backbone is for EfficientNetV2-S, --config asks for a {kind.__name__}")
-        try:
-            tensors = torch.load(backbone, map_location="cpu", weights_only=True)
-            encoder.backbone.load_state_dict({name.removeprefix("features."): tensor for name, tensor in tensors.items()
-                                              if name.startswith("features.")})
-        except Exception as error:           # torch raises many kinds for a file that cannot be used
-            raise UserError(f"--backbone {backbone} cannot be used, expected torchvision's efficientnet_v2_s: "
-                            f"{str(error).splitlines()[0][:150]}") from error
+        with reading(backbone, failed="cannot be used as --backbone, expected torchvision's efficientnet_v2_s"):
+            encoder.backbone.load_state_dict(read_tensors(backbone, "features."))
     return encoder
 
 

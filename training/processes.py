@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from loading.arguments import usable_device
-from loading.errors import RESUME_HINT
+from loading.errors import RESUME_HINT, tell
 
 
 class Processes:
@@ -89,7 +89,7 @@ class Processes:
     def print(self, message: str) -> None:
         """To stderr, once."""
         if self.is_main:
-            print(message, file=sys.stderr)
+            tell(message)
 
     @contextlib.contextmanager
     def main_first(self):
@@ -208,7 +208,7 @@ class GracefulExit:
         130 for Ctrl-C. So whatever follows the run, by && or in a scheduler, does not take it for finished."""
         self.restore()
         if processes is None or processes.is_main:
-            print(f"stopped after step {step} and saved: {RESUME_HINT}", file=sys.stderr)
+            tell(f"stopped after step {step} and saved: {RESUME_HINT}")
         if processes is not None:
             processes.close()
         sys.exit(128 + number)

@@ -6,13 +6,12 @@ import contextlib
 import json
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import torch
 
 from loading import lora_formats
-from loading.errors import WeightsError
+from loading.errors import WeightsError, tell
 from loading.files import STEM, to_half, write_atomically, write_files
 from loading.hub import NAMES, REVISIONS, hub_errors
 from loading.layouts import SHIPPED, locate
@@ -46,7 +45,7 @@ def write_base(args, parts: tuple[str, ...], **more) -> None:
 
 def finished(args) -> None:
     """For a run that is resumed after its end: says so and leaves the result as it is. --push-to-hub uploads it."""
-    print(f"{args.steps} steps are done and the result is in {args.out}: raise --steps to continue", file=sys.stderr)
+    tell(f"{args.steps} steps are done and the result is in {args.out}: raise --steps to continue")
     if args.push_to_hub:
         push(args)
 
@@ -222,7 +221,8 @@ def write_words(args) -> None:
     kind, _, rest = args.data.partition(":")
     known, folder = {}, Path(args.out) / "prior"
     if args.init == "weights" and kind == "scenes":
-        known = read_words(locate(args.weights, files_given(args, FILES_C), parts=("prior",))["prior"])
+        with contextlib.suppress(WeightsError):                      # words that cannot be read cost no result
+            known = read_words(locate(args.weights, files_given(args, FILES_C), parts=("prior",))["prior"])
     if kind == "scenes" and (known or args.init == "random"):
         learned = vocabulary(UNCAPTIONED if rest.startswith("uncaptioned") else CAPTIONED)
         words = {name: list(dict.fromkeys([*known.get(name, []), *phrases])) for name, phrases in learned.items()}
@@ -373,4 +373,4 @@ def push(args) -> None:
             api.create_commit(args.push_to_hub, [CommitOperationAdd(name, file) for name, file in files.items()],
                               commit_message=f"Result of {args.steps} steps")
     except WeightsError as error:
-        print(f"the upload failed, the result is in {args.out}: {error}", file=sys.stderr)
+        tell(f"the upload failed, the result is in {args.out}: {error}")

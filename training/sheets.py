@@ -3,7 +3,6 @@
 Needs: torch, pillow; lora.py, wuerstchen.py, loading/, extras/, samples.py.
 """
 import contextlib
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 import lora
 from extras.images import grid, psnr
-from loading.errors import as_user_error
+from loading.errors import as_user_error, tell
 from loading.files import write_atomically
 from loading.pipeline import pipeline_for
 from loading.text_encoder import TextEncoder
@@ -30,7 +29,7 @@ def failure_is_a_warning(step: int):
         yield
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:300]
-        print(f"no samples after step {step}, the training continues: {reason}", file=sys.stderr)
+        tell(f"no samples after step {step}, the training continues: {reason}")
     torch.cuda.empty_cache()             # what a failed sheet held; does nothing without a GPU
 
 

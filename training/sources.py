@@ -32,8 +32,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from extras.images import decoding, open_header, orientation, reason
-from loading.files import write_atomically
+from extras.images import LARGEST, decoding, open_header, orientation
+from loading.files import check_file, decoded, parsed, reading, reason_of, write_atomically
 from training.tables import NOT_USABLE, TABLES, Table, hub_table, open_table, write_tar
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
@@ -94,6 +94,7 @@ def samples_of(source: str, index_folder: Path | None, found: Found, chosen: Cho
 def content_of(place: Place, limit: int = -1) -> bytes:
     """The bytes at a place, or its first `limit` bytes."""
     file, offset, length = place
+    check_file(file)
     with open(file, "rb") as handle:             # opened each time: an open file cannot be passed to worker processes
         handle.seek(offset)
         return handle.read(length if limit < 0 else limit if length < 0 else min(limit, length))
@@ -190,7 +191,7 @@ def _samples(places: dict[str, Place], chosen: Chosen) -> Iterator[dict]:
         try:
             texts = _texts(stem, by_stem, rows.get(name, {}), chosen.caption)
         except (ValueError, OSError) as error:   # not UTF-8, not JSON, a link to nowhere
-            yield dict(name=name, problem=f"its text cannot be read: {reason(error)}")
+            yield dict(name=name, problem=f"its text cannot be read: {reason_of(error)}")
             continue
         yield dict(name=name, problem=None, place=place, size=size, **texts)
 
@@ -203,8 +204,11 @@ def _composed(name: str) -> str:
 def _size_of(place: Place) -> tuple[int, int]:
     """Height and width as shown, with as little reading as possible.  Raises whatever Pillow does."""
     file, start, length = place
+    check_file(file)
     with open(file, "rb") as handle:
         end = start + length if length >= 0 else os.fstat(handle.fileno()).st_size
+        if end - start > LARGEST:
+            raise ValueError(f"it has {end - start} bytes, expected at most {LARGEST}")
         handle.seek(start)
         # JPEG stores it first, unless a preview or a colour profile precedes it; other formats may at the end.
         short = [min(start + HEAD, end)] * (handle.read(2) == b"\xff\xd8")
@@ -254,16 +258,11 @@ def _texts(stem: str, by_stem: dict[tuple[str, str], Place], row: dict, column: 
     return found
 
 
-def _text(place: Place) -> str:
-    return content_of(place).decode("utf-8-sig")           # -sig: some editors begin a file with a mark
-
-
-def parsed(text: str):
-    """JSON -> Python.  Raises ValueError, also for a text that is nested so deeply that Python gives up."""
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("its JSON is nested too deeply") from None
+def _text(place: Place, most: int = 2 ** 24) -> str:
+    content = content_of(place, most + 1)
+    if len(content) > most:
+        raise ValueError(f"it has more than {most} bytes")
+    return decoded(content)
 
 
 def _captions_in(row: dict, column: str | None) -> tuple[str | None, list[str]]:
@@ -318,8 +317,8 @@ def _metadata_rows(places: dict[str, Place], column: str | None) -> tuple[dict[s
                 name = name if name in places else composed.get(_composed(name), name)
                 doubled += [(name, table)] * (rows.get(name, {}).get("") == table)
                 rows[name] = {**row, "": table}
-        except (ValueError, TypeError, csv.Error) as error:
-            raise ValueError(f"{places[table][0]}, row {number}: {reason(error)}; "
+        except Exception as error:               # csv, pyarrow and deep JSON have kinds of their own
+            raise ValueError(f"{places[table][0]}, row {number}: {reason_of(error)}; "
                              f"expected {key} and text in each row") from error
     return rows, doubled
 
@@ -329,7 +328,7 @@ def _rows(table: str, place: Place) -> Iterator[dict | str]:
     if table.endswith(".parquet"):
         yield from open_table(io.BytesIO(content_of(place)), table).rows
         return
-    text = _text(place)
+    text = _text(place, 2 ** 32)
     if table.endswith(".csv"):
         yield from csv.DictReader(io.StringIO(text, newline=""))
         return
@@ -386,8 +385,9 @@ def _expand(pattern: str) -> list[str]:
 
 def _shard_samples(path: Path, label: str, index_folder: Path | None, found: Found, chosen: Chosen) -> Iterator[dict]:
     """The samples of a tar file or table. A table's tar has names like 000000012.COLUMN.jpg."""
-    if path.suffix.lower() in TABLES:
+    with reading(path):
         stat = path.stat()
+    if path.suffix.lower() in TABLES:
         known_as = f"{path.absolute()} ({stat.st_size} bytes of {stat.st_mtime_ns})"
         path = _table_as_tar(known_as, path.stem, lambda path=path: open_table(path, str(path)), index_folder, chosen)
     for sample in _tar_samples(path, label, index_folder, found, chosen):

@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from extras.images import reason
 from loading.errors import printable
+from loading.files import reason_of
 from loading.hub import limit_waits
 
 TABLES = (".parquet", ".arrow")
@@ -49,7 +49,7 @@ def open_table(file, name: str) -> Table:
         try:
             yield from read
         except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(f"{name} cannot be read as a table: {reason(error)}") from error
+            raise ValueError(f"{name} cannot be read as a table: {reason_of(error)}") from error
 
     def opened() -> Iterator:                    # the schema, then the rows
         if name.lower().endswith(".parquet"):
@@ -90,7 +90,7 @@ def hub_table(name_and_split: str, config: str | None = None) -> Table:
     except Exception as error:                   # of a dozen kinds: not found, no network, another split, ...
         configs = re.search(r"available configs: (\[.*?\])", str(error))
         more = f" It has the configurations {configs[1]}: choose one with --dataset-config" if configs else ""
-        raise ValueError(f"hub:{name} cannot be loaded: {reason(error)}{more}") from error
+        raise ValueError(f"hub:{name} cannot be loaded: {reason_of(error)}{more}") from error
     columns = {column: isinstance(kind, datasets.Image) or isinstance(kind, dict) and "bytes" in kind
                or getattr(kind, "dtype", None) in ("binary", "large_binary") for column, kind in rows.features.items()}
     # As they are stored: decoding them, in whichever column, would open files that they name.
@@ -117,7 +117,7 @@ def write_tar(table: Table, path: Path, asked: str | None = None) -> None:
                 members = {f".{label}.jpg": content_of_cell(row[column], table.folders),
                            f".{label}.json": json.dumps(facts, default=str).encode()}
             except (ValueError, OSError) as error:
-                members = {NOT_USABLE: f"column {column}: {reason(error)}".encode(errors="backslashreplace")}
+                members = {NOT_USABLE: f"column {column}: {reason_of(error)}".encode(errors="backslashreplace")}
             for suffix, data in members.items():
                 member = tarfile.TarInfo(f"{number:09d}{suffix}")
                 member.size = len(data)

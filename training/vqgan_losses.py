@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loading.errors import UserError
+from loading.files import read_tensors, reason_of
 
 
 class VGGFeatures(nn.Module):
@@ -29,11 +30,10 @@ class VGGFeatures(nn.Module):
             with torch.device("meta"):               # the classifier, 90 % of its weights, is never allocated
                 self.layers = vgg16().features[:self.LAYERS[-1] + 1]
             names = self.layers.state_dict().keys()
-            self.layers.load_state_dict({name: tensors[f"features.{name}"].float() for name in names}, assign=True)
+            self.layers.load_state_dict({name: tensors[name].float() for name in names}, assign=True)
         except Exception as error:                   # each library raises its own kinds
-            reason = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
-            raise UserError(f"--perceptual {weights}: {reason}; expected vgg16, or a file of torchvision's VGG16 "
-                            f"weights (vgg16-397923af.pth); remove the option to train without it") from error
+            raise UserError(f"--perceptual {weights}: {reason_of(error)}; expected vgg16, or a file of torchvision's "
+                            f"VGG16 weights (vgg16-397923af.pth); remove the option to train without it") from error
         self.requires_grad_(False)
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))      # ImageNet's
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
@@ -52,11 +52,9 @@ def read_vgg16(weights: str) -> dict[str, Tensor]:
     """torchvision's tensors of VGG16, see VGGFeatures."""
     if weights == "vgg16":
         from torchvision.models import VGG16_Weights
-        return VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True)
-    if weights.endswith(".safetensors"):
-        from safetensors.torch import load_file
-        return load_file(weights)
-    return torch.load(weights, map_location="cpu", weights_only=True)
+        tensors = VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True)
+        return {name.removeprefix("features."): tensor for name, tensor in tensors.items()}
+    return read_tensors(weights, "features.")
 
 
 def perceptual_loss(features: list[Tensor], targets: list[Tensor]) -> Tensor:
