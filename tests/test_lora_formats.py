@@ -670,7 +670,8 @@ def test_extract_finds_the_lora_that_was_merged(tmp_path, capsys):
     model = loaded(tmp_path / "l.safetensors")
     assert rel(model(*inputs()), expected) < 1e-5
     fails(capsys, "do not differ", "extract", tmp_path / "base", tmp_path / "base", tmp_path / "m.safetensors")
-    fails(capsys, "--rank: expected a whole number", "extract", tmp_path / "base", tmp_path / "tuned", tmp_path / "m.safetensors", "--rank", 0)
+    fails(capsys, "--rank: expected a whole number", "extract", tmp_path / "base", tmp_path / "tuned",
+          tmp_path / "m.safetensors", "--rank", 0)
     fails(capsys, "exists already", "extract", tmp_path / "base", tmp_path / "tuned", tmp_path / "l.safetensors")
 
 

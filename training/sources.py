@@ -259,10 +259,10 @@ def _texts(stem: str, by_stem: dict[tuple[str, str], Place], row: dict, column: 
 
 
 def _text(place: Place, most: int = 2 ** 24) -> str:
-    content = content_of(place, most + 1)
-    if len(content) > most:
-        raise ValueError(f"it has more than {most} bytes")
-    return decoded(content)
+    size = place[2] if place[2] >= 0 else os.stat(place[0]).st_size
+    if size > most:
+        raise ValueError(f"it has {size} bytes, expected at most {most}")
+    return decoded(content_of(place))
 
 
 def _captions_in(row: dict, column: str | None) -> tuple[str | None, list[str]]:
