@@ -746,7 +746,7 @@ def test_the_kind_of_a_model_in_our_names_is_found(tmp_path):
 
 def test_conversion_overwrites_nothing(tmp_path):
     (tmp_path / "out.safetensors").write_bytes(b"precious")
-    with pytest.raises(WeightsError, match="exists already and is not overwritten"):
+    with pytest.raises(UserError, match="exists already and will not be overwritten"):
         convert(COMBINED / "vqgan", tmp_path / "out.safetensors", "ours")
     assert (tmp_path / "out.safetensors").read_bytes() == b"precious"
 
