@@ -944,7 +944,7 @@ def test_embeddings_and_latents_can_come_from_a_file():
 
 @pytest.mark.parametrize("tensors, message", [
     (dict(prompt_x=torch.zeros(1, 2, 3)),
-     "prompt_x cannot be given: expected some of prompt_c, negative_c, prompt_b, negative_b"),
+     "t.safetensors: prompt_x cannot be given: expected some of prompt_c, negative_c, prompt_b, negative_b"),
     (dict(latents_c=torch.zeros(1, 16, 5, 5)), "latents_c has shape (1, 16, 5, 5), expected (1, 16, 3, 3)"),
     (dict(prompt_c=torch.zeros(1)), "embeddings prompt_c have shape (1,), expected (1, tokens")])
 def test_tensors_that_do_not_fit_are_rejected(tensors, message, capsys):
