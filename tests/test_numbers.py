@@ -37,7 +37,7 @@ def parser_of(script: str, monkeypatch) -> argparse.ArgumentParser:
     if hasattr(module, "parser"):
         return module.parser()
     monkeypatch.setattr(options.Parser, "parse_args", lambda self, argv=None: found.append(self) or argparse.Namespace(
-        v1=False, weights="tiny", out=None, grid=None))
+        v1=False, weights="tiny", out=None, grid=None, object=None))
     module.parse_args([])
     monkeypatch.undo()
     return found[0]
