@@ -104,6 +104,7 @@ class Number:
 
     def __call__(self, text: str) -> float:
         """Not int() and Fraction(), which also take 1_000, and forever for 1e-999999999."""
+        text = text.strip()
         value, (top, slash, bottom) = math.nan, text.partition("/")
         with contextlib.suppress(ValueError, ArithmeticError):
             if re.fullmatch("[+-]?[0-9]{1,20}" if self.whole else "[-+.0-9eE]+/?[.0-9]*", text):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from loading.errors import exit_on_user_error
 from tiny import evaluate, judge as judging
 from tiny.evaluate import degrade, fixed_prompts, real_image, score
 from tiny.judge import verdict
@@ -214,12 +215,11 @@ def test_help_needs_no_torch_and_a_wrong_start_says_how():
      "error: there are no weights called 'no-such-weights', and there is no such folder: expected tiny, "),
     (["--temperature-b", "1"],
      "error: --temperature-b is only for v1, because Stage B of v1 generates tokens: remove it"),
-    (["--object", "zebra"], "python -m tiny.evaluate: error: --object zebra is unknown, expected one that the judge "
-                            "knows: "),
+    (["--object", "zebra"], "error: --object zebra is unknown, expected one that the judge knows: "),
     (["--sampler-b", "quant"], "error: Stage B: sampler is 'quant', expected one of ddpm, ddim, dpm++."),
 ])
 def test_an_error_in_the_settings_ends_in_one_line(arguments, message, capsys):
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit) as end, exit_on_user_error():
         evaluate.main(evaluate.parse_args(["--prompts", "1", *arguments]))
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert end.value.code == 2 and error.startswith(message), error

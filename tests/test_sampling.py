@@ -838,8 +838,7 @@ def test_offload_keeps_one_part_at_a_time_on_the_device(tiny, moves):
     """The others wait in main memory. Here "cpu:0" plays the device and "cpu" main memory: for torch two names of one
     place."""
     model = Wuerstchen.load("tiny", "cpu:0", offload=True, fast=False)
-    names = {id(memory.module_of(model.networks[name])): name for name in ("stage_a", "stage_b", "stage_c",
-                                                                           "text_encoder_c")}
+    names = {id(model.networks[name]): name for name in ("stage_a", "stage_b", "stage_c", "text_encoder_c")}
 
     def on_device() -> list[str]:
         places = {names[id(part)]: place for part, place in moves if id(part) in names}
@@ -848,7 +847,7 @@ def test_offload_keeps_one_part_at_a_time_on_the_device(tiny, moves):
     at_work, hooks = [], [part.register_forward_pre_hook(lambda part, args: at_work.append((names[id(part)],
                                                                                             on_device())))
                           for part in (model.part("stage_b"), model.part("stage_c"),
-                                       model.part("text_encoder_c").model)]
+                                       model.part("text_encoder_c"))]
     loading = len(moves)
     picture, = model(CAT, seed=5, **QUICK)
     assert {name for name, _ in at_work} == {"text_encoder_c", "stage_c", "stage_b"}
