@@ -438,7 +438,9 @@ def write_file(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str,
     header = dict(__metadata__=dict(sorted(metadata.items()))) | json.loads(data[8:end])
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)                                  # the values start at 8 n bytes
-    Path(path).write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+    half = Path(f"{path}.half")          # so nothing of this name is ever half a file
+    half.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+    half.replace(path)
 
 
 def save_lora(model: nn.Module, path: str | Path, name: str = "default") -> None:
@@ -509,8 +511,7 @@ def load_lora(model: nn.Module, source: str | Path | dict[str, Tensor], name: st
         raise ValueError(f"{len(left)} of {len(tensors)} tensors belong to no layer of this model "
                          f"by diffusers' names ({', '.join([*left][:4])}): for files of other "
                          "programs use load_lora of loading/lora_formats.py")
-    old = {path: layer.adapters[name] for path, layer in lora_layers(model)
-           if name in layer.adapters}
+    old = {key: x.adapters[name] for key, x in lora_layers(model) if name in x.adapters}
     sizes = [{(path, a.rank, a.magnitude is None) for path, a in x.items()} for x in (old, new)]
     if old and sizes[0] != sizes[1]:
         ranks = [", ".join(map(str, sorted({a.rank for a in x.values()}))) for x in (old, new)]

@@ -21,7 +21,7 @@ Needs: torch, numpy, pillow, tqdm; torchvision for --perceptual.
 """
 import sys
 
-from loading.errors import RESUME_HINT, UserError, exit_on_user_error
+from loading.errors import MEMORY_HINT, RESUME_HINT, UserError, exit_on_user_error
 from loading.options import Number, Parser, below_one, integer, positive_int, unit_float
 from training.options import (add_data_options, add_optimization_options, add_output_options,
                               check_services)
@@ -83,7 +83,7 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":       # before the imports below, so that --help need not wait for torch
-    with exit_on_user_error(RESUME_HINT):
+    with exit_on_user_error(RESUME_HINT, MEMORY_HINT):
         args = parse_args()
         import train_a
         sys.exit(train_a.main(args))

@@ -97,8 +97,8 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":       # before the imports below, so that --help need not wait for torch
-    from loading.errors import RESUME_HINT, exit_on_user_error
-    with exit_on_user_error(RESUME_HINT):
+    from loading.errors import MEMORY_HINT, RESUME_HINT, exit_on_user_error
+    with exit_on_user_error(RESUME_HINT, f"{MEMORY_HINT}, or add --checkpointing"):
         args = parse_args()
         import train_b
         sys.exit(train_b.main(args))

@@ -442,7 +442,8 @@ def save(image, job: argparse.Namespace, model) -> Path:
                 remove_preview(job)
                 return path
     except OSError as problem:
-        error(f"{place_of(job)}{path} cannot be written: {(problem.strerror or str(problem)).lower()}")
+        known = "cannot be written" in str(problem)
+        error(place_of(job) + (str(problem) if known else f"{path} cannot be written: {problem.strerror or problem}"))
 
 
 def write_image(image, job: argparse.Namespace, path: Path, settings: dict | None) -> None:

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from loading.errors import UserError, WeightsError, printable, tell
+from loading.errors import UserError, WeightsError, memory_ran_out, printable, tell
 from loading.files import parsed, read_text
 
 KNOWN = (ValueError, OSError, RuntimeError, MemoryError)             # OSError: files that may not be read
@@ -134,7 +134,8 @@ def exit_on_error() -> Iterator[Run]:
         tell(f"stopped: {len(run.saved)} of {len(run.jobs)} images are finished, each in its file")
         raise SystemExit(130) from None
     except KNOWN as problem:
-        tell(f"error: {one_line(problem)}")
+        kept = f"; {len(run.saved)} of {len(run.jobs)} images are finished, each in its file" if run.saved else ""
+        tell(f"error: {one_line(problem)}{kept}")
         raise SystemExit(2) from None
     finally:
         for job in run.jobs:
@@ -147,7 +148,7 @@ def exit_on_error() -> Iterator[Run]:
 def one_line(problem: Exception) -> str:
     """What an exception tells a user. Raises it again if it is a bug of ours."""
     message = " ".join(str(problem).split())
-    if isinstance(problem, MemoryError) or "out of memory" in message or "allocate memory" in message:
+    if memory_ran_out(problem):
         return "memory ran out: generate fewer or smaller images at a time, or try --dtype bf16 or --low-memory"
     if isinstance(problem, RuntimeError):
         raise problem

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from extras import editing
@@ -22,7 +22,7 @@ from extras.editing import InitImage
 from extras.images import cover, enlarge, grid, psnr, read_image, strip
 from extras.previews import Previews
 from loading.errors import UserError, warn
-from loading.files import is_finite, parsed, reading, write_atomically, write_unused
+from loading.files import is_finite, parsed, reading, write_atomically, write_tensors, write_unused
 from loading.hub import hashes
 from loading.pipeline import FILES
 from wuerstchen import Noise, Wuerstchen, latent_sizes, to_pil
@@ -69,7 +69,7 @@ def make_images(model, jobs: list[argparse.Namespace], options: dict) -> list:
 def save_latent(job: argparse.Namespace, path: Path) -> Path:
     """-> the path. Raises FileExistsError if it exists, unless --overwrite."""
     metadata = {ORIGIN: json.dumps(job.origin)}
-    write_atomically(path, lambda temporary: save_file(job.latent, temporary, metadata), job.overwrite)
+    write_tensors(path, job.latent, metadata, job.overwrite)
     return path
 
 

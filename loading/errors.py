@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterable
 
 RESUME_HINT = "--resume auto continues from the last checkpoint"
+MEMORY_HINT = "halve --batch and double --grad-accum"
 
 
 class UserError(ValueError):
@@ -56,12 +57,19 @@ def as_user_error():
         raise UserError(str(error)) from error
 
 
-@contextlib.contextmanager
-def exit_on_user_error(hint: str | None = None):
-    """Runs a whole script: a UserError or OSError ends it with one line and exit code 2, Ctrl-C with code 130, SIGTERM
-    with 143. Warnings are one line each, and each is shown once.
+def memory_ran_out(error: Exception) -> bool:
+    """Whether that is what an exception means: each library has its own. The last: a reader whom the system killed."""
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED",
+                                          "is killed by signal"))
 
-    hint: what to do after Ctrl-C, for example RESUME_HINT.
+
+@contextlib.contextmanager
+def exit_on_user_error(hint: str | None = None, memory: str = "close other programs, or use a larger machine"):
+    """Runs a whole script: a UserError, an OSError or a lack of memory ends it with one line and exit code 2, Ctrl-C
+    with code 130, SIGTERM with 143. Warnings are one line each, and each is shown once.
+
+    hint: what to do after Ctrl-C, for example RESUME_HINT. memory: what to do if it runs out.
     """
     def terminated(number, frame):
         tell("stopped by SIGTERM" + (f": {hint}" if hint else ""))
@@ -76,7 +84,13 @@ def exit_on_user_error(hint: str | None = None):
             warnings.showwarning = lambda message, *_: shown(" ".join(str(message).split()))
             yield
     except (UserError, OSError) as error:
-        tell(f"error: {error}")
+        tell(f"error: {error}" + f"; {hint}" * bool(hint and "cannot be written" in str(error)))
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not memory_ran_out(error):
+            raise
+        reason = (str(error).splitlines() or ["no details"])[0][:250]
+        tell(f"error: memory ran out: {'; '.join(filter(None, (memory, hint)))} ({reason})")
         sys.exit(2)
     except KeyboardInterrupt:
         tell("stopped" + (f": {hint}" if hint else ""))

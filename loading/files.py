@@ -12,21 +12,31 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import functools
 import itertools
 import json
 import math
 import os
+import platform
 import re
+import shutil
 import stat
 import sys
 import tempfile
+import time
 import uuid
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loading.errors import UserError, WeightsError
+
+try:
+    import fcntl
+except ImportError:                   # Windows
+    fcntl = None
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -339,6 +349,8 @@ def return_freed_memory():
 
 
 # ----- writing -------------------------------------------------------------------------------------------------------
+# While it is written, a file is called .NAME.tmp-HOST-RANDOM.SUFFIX and is locked. So the next program that writes into
+# the folder can tell what a killed one left behind from what a living one is still writing.
 
 def check_output(path: str | Path, *suffixes: str) -> None:
     """Raises UserError, before any work, for a file that could not be written at its end: it exists, ends in none of
@@ -363,26 +375,128 @@ def check_folder(folder: str | Path, shown: str | Path | None = None) -> None:
         raise UserError(f"cannot write to {shown or folder}: {(problem.strerror or str(problem)).lower()}") from None
 
 
-def write_atomically(path: str | Path, write: Callable[[Path], object], overwrite: bool = True) -> None:
+HOST = f"{zlib.crc32(platform.node().encode()):08x}"
+TEMPORARY = re.compile(r"\..+\.tmp-([0-9a-f]{8})-[0-9a-f]{8}(\.\w+)?")
+SWEPT = set()                                            # folders, by this process
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], object], overwrite: bool = True, size: int = 0,
+                     folder: bool = False) -> None:
     """Calls write(temporary_path), then renames: a file is complete or missing, even after a power cut.
 
-    Raises FileExistsError if the file exists, unless `overwrite`; also if it appeared only while `write` was running.
+    size: bytes that `write` needs, if they are known: if the disk has less, it is not called.
+    folder: `write` gets a new folder, and fills it by write_atomically. Only an empty folder is ever replaced by it.
+    Raises FileExistsError if the file exists, unless `overwrite`; also if it appeared only while `write` was running;
+    and OSError, in one line, if the disk is full.
     """
     path, taken = Path(path), f"{path} exists already and will not be overwritten: choose another name, or remove it"
-    if path.exists() and not overwrite:
+    if path.exists() and not overwrite and not folder:
         raise FileExistsError(taken)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")    # machines may share the folder
-    try:
+    sweep(path.parent)
+    with temporary_path(path, folder) as temporary, disk_errors(path, temporary, size):
+        usage = shutil.disk_usage(path.parent)
+        if size > usage.free and usage.total:            # some network drives know no sizes
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(temporary)
+        if folder:
+            try:
+                return os.rename(temporary, path)        # fails unless there is nothing, or an empty folder
+            except OSError as error:
+                raise FileExistsError(taken) if path.exists() else error from None
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())                      # the name must not reach the disk before the content
         if overwrite:
             os.replace(temporary, path)
         elif not rename_if_unused(temporary, path):
             raise FileExistsError(taken)
+
+
+@contextlib.contextmanager
+def temporary_path(path: Path, folder: bool = False) -> Iterator[Path]:
+    """A new file, or folder, that will be renamed to `path`. Afterwards it is removed if it is still there."""
+    while True:
+        temporary = path.with_name(f".{path.stem}.tmp-{HOST}-{uuid.uuid4().hex[:8]}{path.suffix}")
+        temporary.mkdir() if folder else temporary.touch(exist_ok=False)
+        with contextlib.suppress(FileNotFoundError):     # another program swept it before it was locked: once more
+            opened = lock(temporary, wait=True)
+            if opened is None or os.fstat(opened).st_nlink:
+                break
+    try:
+        yield temporary
     finally:
-        temporary.unlink(missing_ok=True)
+        remove(temporary)
+        if opened is not None:
+            os.close(opened)
+
+
+def sweep(folder: Path) -> None:
+    """Removes what killed programs left half written in a folder, the first time that this process calls it. Locks of
+    other machines may be invisible here, so what they left must also be an hour old."""
+    if os.path.abspath(folder) in SWEPT:
+        return
+    SWEPT.add(os.path.abspath(folder))
+    for entry in os.scandir(folder):
+        if match := TEMPORARY.fullmatch(entry.name):
+            with contextlib.suppress(OSError):           # somebody else's file, or swept by another process
+                known = match[1] == HOST or time.time() - entry.stat().st_mtime > 3600
+                if known and (opened := lock(Path(entry.path))) is not None:
+                    remove(Path(entry.path))
+                    os.close(opened)
+
+
+def lock(path: Path, wait: bool = False) -> int | None:
+    """Opens and locks a file or folder until it is closed or this process ends, however it ends -> its descriptor. None
+    if another program has locked it, or where there are no such locks: Windows, some network drives."""
+    if fcntl is None:
+        return None
+    opened = os.open(path, os.O_NOFOLLOW | (os.O_RDONLY if path.is_dir() else os.O_RDWR))
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        os.close(opened)
+        return None
+    return opened
+
+
+def remove(path: Path) -> None:
+    """A file or a folder, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path, temporary: Path | None = None, size: int = 0):
+    """Inside, a file is written. A full disk, for which each library has its own exception, becomes an OSError of one
+    line: which file, how much it needs, how much there is. Of all exceptions only those of the disk are changed."""
+    try:
+        yield
+    except Exception as error:
+        problem = error
+        if not isinstance(error, OSError) and temporary is not None:     # torch.save: "unexpected pos 576 vs 534"
+            try:
+                with open(temporary, "ab") as file:      # would more fit into it?
+                    file.write(bytes(2 ** 20))
+            except OSError as cause:
+                problem = cause
+        if isinstance(error, OSError) and error.errno is None and str(temporary) in str(error):
+            raise OSError(str(error).replace(str(temporary), str(path))) from error           # a file in a folder
+        full = getattr(problem, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if not full and getattr(problem, "filename", None) != str(temporary):
+            raise
+        used = temporary.stat().st_blocks * 512 if temporary and temporary.exists() else 0
+        needs = f"about {bytes_text(size)}" if size > used else f"more than {bytes_text(used)}"
+        sizes = [f"it needs {needs}"] * bool(full and (size or used))
+        if problem.errno == errno.ENOSPC:
+            sizes += [f"{bytes_text(shutil.disk_usage(path.parent).free + used)} are free"]
+        raise OSError(f"{path} cannot be written: {problem.strerror}{': ' * bool(sizes)}{', '.join(sizes)}; what was "
+                      "there is unchanged") from error
+
+
+def bytes_text(number: float) -> str:
+    return f"{number / 2 ** 30:.2f} GiB" if number >= 2 ** 30 else f"{number / 2 ** 20:.2f} MiB"
 
 
 def rename_if_unused(temporary: Path, path: Path) -> bool:
@@ -432,10 +546,51 @@ def to_half(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
+def tensors_in(content, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of all tensors in nested dicts and lists."""
+    if hasattr(content, "untyped_storage"):
+        yield name, content
+    elif isinstance(content, dict | list | tuple):
+        pairs = content.items() if isinstance(content, dict) else enumerate(content)
+        for key, value in pairs:
+            yield from tensors_in(value, f"{name}.{key}".lstrip("."))
+
+
+def write_tensors(path: str | Path, content: dict, metadata: dict[str, str] | None = None, overwrite: bool = True
+                  ) -> None:
+    """A .safetensors file of tensors {name: tensor}, or else a file of torch.save, in which `content` may be nested."""
+    import torch
+
+    def write(temporary: Path) -> None:
+        torch.save(content, temporary) if path.suffix != ".safetensors" else \
+            write_safetensors(temporary, content, metadata or {"format": "pt"})
+    path = Path(path)
+    write_atomically(path, write, overwrite, sum(tensor.nbytes for _, tensor in tensors_in(content)))
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """The file of safetensors' save_file: the header's length in 8 bytes, the header in JSON, the values. Theirs leaves
+    a temporary file of its own if it is killed, which only its owner may read, and orders metadata at random."""
+    import torch
+    kinds = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+             torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+             torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}
+    names, end = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name)), 0        # so values are aligned
+    header = dict(__metadata__=dict(sorted(metadata.items())))
+    for name in names:
+        tensor = tensors[name]
+        header[name] = dict(dtype=kinds[tensor.dtype], shape=[*tensor.shape], data_offsets=[end, end + tensor.nbytes])
+        end += tensor.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            file.write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
 def write_files(config: dict, tensors: dict[str, Tensor], folder: str | Path, stem: str) -> None:
     """folder/config.json and folder/{stem}.safetensors, the tensors unchanged."""
-    from safetensors.torch import save_file
-    write_atomically(Path(folder) / f"{stem}.safetensors",
-                     lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    write_tensors(Path(folder) / f"{stem}.safetensors", tensors)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     write_atomically(Path(folder) / "config.json", lambda path: path.write_text(text, encoding="utf-8"))

@@ -28,7 +28,7 @@ from torch import Tensor
 import lora
 from loading.errors import WeightsError, printable, warn
 from loading.files import (is_safetensors, is_table, listing, parsed, read_json, reading_weights, reason_of,
-                           write_atomically)
+                           write_tensors)
 from loading.hub import LORA_FILES, fetch_lora, is_reference
 
 
@@ -385,7 +385,7 @@ def write_lora(path: str | Path, weights: dict[str, LoRAWeights], names: dict[st
     tensors, its_own = to_tensors(weights, names, to)
     metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
     metadata |= dict(format_version="1") | describe(weights) | its_own
-    write_atomically(path, lambda temporary: lora.write_file(tensors, temporary, metadata), overwrite)
+    write_tensors(path, tensors, metadata, overwrite)
     return len(tensors)
 
 

@@ -3,7 +3,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from loading import files
 from training.cache import Cache, hash_of
 
 ROOT = Path(__file__).parent.parent
@@ -166,12 +166,12 @@ def test_killed_runs_leave_no_torn_entry_and_their_leftovers_are_removed(tmp_pat
         with pytest.raises(KeyboardInterrupt):
             cache.put("a", array())
     assert cache.missing(["a"]) == ["a"] and not list((cache.folder / "writing").iterdir())
-    old, young = cache.folder / "writing" / "old", cache.folder / "writing" / "young"
-    old.write_text("torn")
-    young.write_text("being written by another run")
-    os.utime(old, (time.time() - 7200,) * 2)
-    Cache(tmp_path, "encoder", SETTINGS)
-    assert young.exists() and not old.exists()
+    with files.temporary_path(cache.folder / "writing" / "a.npy") as living:
+        killed = living.with_name(living.name[:-12] + "00000000.npy")
+        killed.write_text("torn")
+        monkeypatch.setattr(files, "SWEPT", set())       # as in a new process
+        Cache(tmp_path, "encoder", SETTINGS)
+        assert living.exists() and not killed.exists()
 
 
 WRITER = """

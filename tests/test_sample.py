@@ -1072,7 +1072,9 @@ def test_an_image_is_written_completely_or_not_at_all(capsys, monkeypatch):
         Path(path).write_bytes(b"half an image")
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(Image.Image, "save", fill_the_disk)
-    assert error_of(capsys, "--prompt", "cat", "--out", "a.png") == "a.png cannot be written: no space left on device"
+    error = error_of(capsys, "--prompt", "cat", "--out", "a.png")
+    assert error.startswith("a.png cannot be written: No space left on device: it needs more than 0.00 MiB, ")
+    assert error.endswith(" are free; what was there is unchanged")
     assert files() == []
 
 

@@ -41,7 +41,7 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":       # before the imports below, so that --help need not wait for torch
-    with exit_on_user_error(RESUME_HINT):
+    with exit_on_user_error(RESUME_HINT, "lower --batch"):
         args = parse_args()
         from tiny import train_encoder
         sys.exit(train_encoder.main(args))

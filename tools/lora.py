@@ -60,8 +60,7 @@ def load_prior(path: str):
 
 def merge(prior: str, lora: str, out: Path, scale: float, lora_partial: bool = False) -> str:
     """Writes a prior with the LoRA merged: summed in float32, rounded once, to the dtype that the prior had."""
-    from safetensors.torch import save_file
-    from loading.files import STEM, write_atomically, write_files
+    from loading.files import STEM, write_atomically, write_files, write_tensors
     from loading.lora_formats import base_hash, load_lora, read_lora
     from loading.names import config_to_diffusers, to_diffusers
     from lora import merge_and_unload
@@ -77,9 +76,10 @@ def merge(prior: str, lora: str, out: Path, scale: float, lora_partial: bool = F
         raise UserError(f"{too_large[0]} cannot hold the sum: use a smaller --scale, or a prior in float32")
     tensors = {name: tensor.contiguous() for name, tensor in to_diffusers(merged, model).items()}
     if out.suffix == ".safetensors":
-        write_atomically(out, lambda path: save_file(tensors, path, metadata={"format": "pt"}), overwrite=False)
+        write_tensors(out, tensors, overwrite=False)
     else:
-        write_files(config_to_diffusers(model), tensors, out, STEM)
+        config = config_to_diffusers(model)
+        write_atomically(out, lambda folder: write_files(config, tensors, folder, STEM), folder=True)
     note = "\nnote: the LoRA was trained on other weights than these" if other else ""
     return f"{len(names)} layers merged at scale {scale:g}, {len(tensors)} tensors written to {out}{note}"
 

@@ -24,9 +24,8 @@ def convert(source: str | Path, target: str | Path, to: str) -> int:
     source, target: a folder with config.json, or a file. A .pt target holds one table, like the authors' files; a .bin
     target only the tensors. A .pt or .safetensors file also carries what would be in config.json. Raises WeightsError.
     """
-    import torch
-    from safetensors.torch import save_file
-    from loading.files import OWN_CONFIG, STEM, TensorFile, check_output, find_file, write_atomically, write_files
+    from loading.files import (OWN_CONFIG, STEM, TensorFile, check_output, find_file, write_atomically, write_files,
+                               write_tensors)
     from loading.names import (FORMATS, config_to_diffusers, describe, recognise, to_diffusers, to_original, translate)
     from loading.weights import build_empty
     target = Path(target)
@@ -44,15 +43,11 @@ def convert(source: str | Path, target: str | Path, to: str) -> int:
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     config = json.loads(json.dumps(model.config if to == "ours" else config_to_diffusers(model)))    # lists, no tuples
     if target.suffix == ".pt":
-        table = {FORMATS[stage].sections[0]: tensors, OWN_CONFIG: config}
-        write_atomically(target, lambda path: torch.save(table, path), overwrite=False)
-    elif target.suffix == ".bin":
-        write_atomically(target, lambda path: torch.save(tensors, path), overwrite=False)
-    elif target.suffix == ".safetensors":
-        metadata = {"format": "pt", OWN_CONFIG: json.dumps(config)}
-        write_atomically(target, lambda path: save_file(tensors, path, metadata=metadata), overwrite=False)
+        write_tensors(target, {FORMATS[stage].sections[0]: tensors, OWN_CONFIG: config}, overwrite=False)
+    elif target.suffix in (".bin", ".safetensors"):
+        write_tensors(target, tensors, {"format": "pt", OWN_CONFIG: json.dumps(config)}, overwrite=False)
     else:
-        write_files(config, tensors, target, STEM)
+        write_atomically(target, lambda folder: write_files(config, tensors, folder, STEM), folder=True)
     return len(tensors)
 
 

@@ -12,15 +12,13 @@ complete or not there at all, and a process that comes second replaces it by the
 Surprise: nothing is flushed to the disk (fsync), which would take longer than all the rest. A power cut may leave
 entries of zeros. Each carries a checksum of key and content; if it does not match, the entry is removed and computed
 again.
-Needs: torch, numpy, tqdm; training/data.py.
+Needs: torch, numpy, tqdm; loading/, training/data.py.
 """
 import contextlib
 import hashlib
 import io
 import json
 import os
-import time
-import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -30,6 +28,7 @@ from torch import nn
 from tqdm import tqdm
 
 from loading.errors import tell, warn
+from loading.files import disk_errors, sweep, temporary_path
 from training.data import BrokenImage, ImageDataset, fit
 
 CHECKSUM = 32    # bytes of a sha256 at the end of an entry; np.load(path) reads only the array before it
@@ -52,9 +51,7 @@ class Cache:
         self.folder = Path(folder) / f"{settings['kind']}-{_sha256(self._identity)[:16]}"
         self._writing = self.folder / "writing"            # on the same disk, so that a rename is one step
         self._writing.mkdir(parents=True, exist_ok=True)
-        for path in self._writing.iterdir():               # leftovers of killed runs
-            if time.time() - path.stat().st_mtime > 3600:
-                path.unlink(missing_ok=True)
+        sweep(self._writing)
         if not (self.folder / "info.json").exists():       # for people; the program never reads it
             text = json.dumps({"encoder": encoder_hash, "settings": settings}, indent=2, sort_keys=True)
             self._write(self.folder / "info.json", (text + "\n").encode())
@@ -119,12 +116,9 @@ class Cache:
 
     def _write(self, path: Path, content: bytes) -> None:
         path.parent.mkdir(exist_ok=True)
-        temporary = self._writing / uuid.uuid4().hex       # not the process id: machines may share the folder
-        try:
+        with temporary_path(self._writing / path.name) as temporary, disk_errors(path, temporary, len(content)):
             temporary.write_bytes(content)
             os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def _sha256(text: str) -> str:

@@ -18,7 +18,8 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
                                                      set_model_state_dict, set_optimizer_state_dict)
 
 from loading.errors import UserError, tell
-from loading.files import check_folder, is_finite, parsed, reading, write_atomically
+from loading.files import (check_folder, disk_errors, is_finite, parsed, reading, tensors_in, write_atomically,
+                           write_tensors)
 
 FULL = dict(full_state_dict=True, cpu_offload=True)      # gathered from all processes if they are split
 
@@ -32,10 +33,10 @@ def settings_of(args) -> dict:
             if name not in PRIVATE}
 
 
-def check_finite(tensors: dict, what: str) -> None:
-    """Raises UserError if one of the tensors {name: tensor} has NaN or infinity; `what` has them."""
-    for name, tensor in tensors.items():
-        if isinstance(tensor, torch.Tensor) and not is_finite(tensor):
+def check_finite(content: dict, what: str) -> None:
+    """Raises UserError if one of the tensors in it, at any depth, has NaN or infinity; `what` has them."""
+    for name, tensor in tensors_in(content):
+        if not is_finite(tensor):
             raise UserError(f"{what} has NaN or infinity in {name} and is not written: resume from an earlier "
                             f"checkpoint with a lower --lr, or with --dtype bf16 or fp32")
 
@@ -84,16 +85,14 @@ class Checkpoints:
         a run that was resumed from before them, and would be taken for the newest.
         """
         path = self.folder / f"step_{step:08d}.pt"
-        for part, tensors in content.items():
-            if part != "optimizer" and isinstance(tensors, dict):
-                check_finite(tensors, f"the state after step {step} ({part})")
+        check_finite(content, f"the state after step {step}")
         for later in [other for other in self.all() if other.name > path.name]:
             for path_or_lora in filter(Path.exists, (later, later.with_suffix(".safetensors"))):
                 path_or_lora.rename(f"{path_or_lora}.old")
             tell(f"{later} is not what this run continues: renamed to {later.name}.old")
         for half in self.folder.glob(".step_*.pt"):                              # a killed run was writing it
             half.unlink(missing_ok=True)
-        write_atomically(path, lambda temporary: torch.save(content, temporary))
+        write_tensors(path, content)
         for old in self.all()[:-self.keep] if rotate else ():
             old.unlink()
             old.with_suffix(".safetensors").unlink(missing_ok=True)          # its LoRA, see results.write_lora
@@ -270,7 +269,7 @@ class Log:
 
     def write(self, step: int, **values) -> None:
         if self.enabled:
-            with open(self.path, "a") as file:
+            with disk_errors(self.path), open(self.path, "a") as file:
                 file.write(json.dumps(dict(step=step, **values)) + "\n")
             self.report(values, step)
 

@@ -215,9 +215,10 @@ class ImageDataset:
                     digest.update(b" in sRGB")
             self._keys[known_as] = digest.hexdigest()
             if self._key_file:       # one short write at the end of the file: lines of several processes do not mix
-                self._key_file.parent.mkdir(parents=True, exist_ok=True)
-                with open(self._key_file, "ab", buffering=0) as out:
-                    out.write(f"{known_as} {self._keys[known_as]}\n".encode())
+                with contextlib.suppress(OSError):       # a full disk: computed again next time
+                    self._key_file.parent.mkdir(parents=True, exist_ok=True)
+                    with open(self._key_file, "ab", buffering=0) as out:
+                        out.write(f"{known_as} {self._keys[known_as]}\n".encode())
         return self._keys[known_as]
 
     def read(self, i: int) -> np.ndarray:

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from loading.files import write_atomically
+from loading.files import bytes_text, write_atomically
 from training.order import sample_rng
 from training.samples import draw_caption
 
@@ -70,10 +70,6 @@ class Progress:
         if line["memory_gib"]:
             words.append(f"{line['memory_gib']:.1f} GiB")
         self.bar.set_postfix_str(", ".join(words))
-
-
-def bytes_text(number: float) -> str:
-    return f"{number / 2 ** 30:.2f} GiB" if number >= 2 ** 30 else f"{number / 2 ** 20:.2f} MiB"
 
 
 def checkpoint_bytes(args, model, discriminator=None) -> int:
