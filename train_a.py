@@ -238,7 +238,7 @@ def sample_sheet(model, fixed, device) -> Image.Image:
 def main(args):
     check(args)
     checkpoints = Checkpoints(args, results=("vqgan",))
-    resumed, processes = checkpoints.find(args.resume), Processes(args.device)
+    resumed = checkpoints.find(args.resume, processes := Processes(args.device))
     device, scenes = processes.device, args.data.split(":")[0] == "scenes"
     args.resolution = args.resolution or (128 if scenes else 256)
     args.crop = args.crop or "random"
@@ -279,8 +279,7 @@ def main(args):
     if resumed is not None:
         state = checkpoints.load(resumed, "train_a.py", settings, ("codebook", "freeze_encoder"))
         start, nan_steps, nan_steps_in_all = (state[key] for key in ("step", "bad", "bad_in_all"))
-        load_state(resumed, state, parts, ema)
-        codebook.usage.copy_(state["usage"])
+        load_state(resumed, state, parts, ema, usage=codebook.usage)
     SynchronisedBatchNorm.convert(model)
     parallel = processes.data_parallel(model)
     parallel_d = processes.data_parallel(discriminator) if discriminator is not None else None

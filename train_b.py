@@ -302,7 +302,7 @@ def share_of_learning_rate(name: str) -> float:
 def main(args):
     check(args)
     checkpoints = Checkpoints(args, results=("decoder", "image_encoder"))
-    resumed, processes = checkpoints.find(args.resume), Processes(args.device)
+    resumed = checkpoints.find(args.resume, processes := Processes(args.device))
     dtype, autocast = set_precision(args, device := processes.device)
     torch.manual_seed(args.seed)
 

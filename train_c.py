@@ -249,7 +249,7 @@ def validate(model, fixed, embed, weight, autocast, args, processes) -> dict[str
 def main(args):
     check(args)
     checkpoints = Checkpoints(args, ("lora.safetensors" if args.lora else "prior", "base.json"))
-    resumed, processes = checkpoints.find(args.resume), Processes(args.device)
+    resumed = checkpoints.find(args.resume, processes := Processes(args.device))
     if args.lr is None:
         args.lr = 1e-5 if not args.lora and args.init == "weights" else 1e-4
     dtype, autocast = set_precision(args, device := processes.device)
@@ -310,9 +310,8 @@ def main(args):
     weight = LOSS_WEIGHTS[args.loss_weight]
     start = nan_steps = nan_steps_in_all = 0
     if resumed is not None:
-        state = checkpoints.load(resumed, "train_c.py", settings,
-                                 ("lora", "rank", "alpha", "rslora", "targets", "dora",
-                                  "train_text"))
+        state = checkpoints.load(resumed, "train_c.py", settings, (
+            "lora", "lora_weights", "rank", "alpha", "targets", "rslora", "dora", "train_text"))
         start, nan_steps, nan_steps_in_all = (state[key] for key in ("step", "bad", "bad_in_all"))
         load_full_state(resumed, state, model, optimizer, scaler, ema)
     if args.compile:

@@ -10,6 +10,7 @@ Surprise: PNG has two kinds of text. Every reader understands tEXt, which is Lat
 The "parameters" text follows AUTOMATIC1111's web UI, modules/infotext_utils.py and processing.py.
 Needs: pillow; reading also images.py.
 """
+import io
 import json
 import math
 from pathlib import Path
@@ -54,7 +55,9 @@ def save_image(image: Image.Image, path: str | Path, settings: dict | None, over
             warn(f"{path}: the settings do not fit the {name.upper()} data of a JPEG file: save a PNG file to "
                  "keep them")
             del info[name]
-    write_atomically(path, lambda temporary: image.save(temporary, **options, **info), overwrite)
+    data = io.BytesIO()      # Pillow writes a JPEG file directly, and does not notice if a full disk takes only a part
+    image.save(data, **options, **info)
+    write_atomically(path, lambda temporary: temporary.write_bytes(data.getvalue()), overwrite, len(data.getvalue()))
 
 
 def save_png(image: Image.Image, path: str | Path, settings: dict | None, overwrite: bool = False) -> None:

@@ -356,6 +356,8 @@ def check_output(path: str | Path, *suffixes: str) -> None:
     """Raises UserError, before any work, for a file that could not be written at its end: it exists, ends in none of
     these suffixes ("": it may be a folder, also an empty one that exists), or see check_folder."""
     path = Path(path)
+    if path.parent.is_dir():
+        sweep(path.parent)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"{path} exists already and will not be overwritten: choose another name, or remove it")
     suffix = path.suffix.lower() if re.match(r"\.[a-z]", path.suffix.lower()) else ""         # v1.2 is a folder
@@ -390,10 +392,10 @@ def write_atomically(path: str | Path, write: Callable[[Path], object], overwrit
     and OSError, in one line, if the disk is full.
     """
     path, taken = Path(path), f"{path} exists already and will not be overwritten: choose another name, or remove it"
-    if path.exists() and not overwrite and not folder:
-        raise FileExistsError(taken)
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path.parent)
+    if path.exists() and not overwrite and not folder:
+        raise FileExistsError(taken)
     with temporary_path(path, folder) as temporary, disk_errors(path, temporary, size):
         usage = shutil.disk_usage(path.parent)
         if size > usage.free and usage.total:            # some network drives know no sizes

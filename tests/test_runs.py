@@ -5,8 +5,10 @@ All with networks of a few thousand parameters or a LoRA, so only the promises m
 """
 import json
 import os
+import platform
 import random
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -29,7 +31,7 @@ from stage_b import StageB
 from stage_c import StageC
 from tiny import train_encoder, train_text
 from training import optim, scenes
-from training.checkpoints import Checkpoints
+from training.checkpoints import Checkpoints, lock_run
 from training.processes import Processes
 from training.samples import ImageReader
 
@@ -435,6 +437,97 @@ def test_resuming_with_other_parameters_is_refused_in_one_line(options, tmp_path
     with pytest.raises(UserError, match=re.escape(message).replace(r"\[\+\]", r"\+")) as error:
         train(script, options, out, "--resume", "auto", *more)
     assert "\n" not in str(error.value) and newest(out)["step"] == 1
+
+
+@pytest.mark.parametrize("script", ["a", "c"])
+def test_a_checkpoint_that_lacks_or_bends_a_part_is_refused_in_one_line(options, tmp_path, script):
+    """Broadcasting and strict=False would accept some of these, and training would fail or forget later."""
+    out = train(script, options, tmp_path / "run", steps=1)
+    path = out / "checkpoints" / "step_00000001.pt"
+    whole = torch.load(path, weights_only=True)
+    name, number = min(whole["averaged"]), min(whole["optimizer"]["state"])
+    moments = whole["optimizer"]["state"][number]
+    bent = {key: {other: value for other, value in whole.items() if other != key}
+            for key in (*LEARNED, "settings", "bad", "bad_in_all", *["usage"] * (script == "a"))}
+    bent |= dict(negative=whole | dict(step=-1), words=whole | dict(updates="3"), no_settings=whole | dict(settings={}),
+                 average=whole | dict(averaged=whole["averaged"] | {name: torch.zeros(1)}),
+                 one_average=whole | dict(averaged={key: x for key, x in whole["averaged"].items() if key != name}))
+    for what, other in dict(shape=moments | dict(exp_avg=torch.zeros(1)), lost={}).items():
+        state = whole["optimizer"]["state"] | {number: other}
+        bent[what] = whole | dict(optimizer=whole["optimizer"] | dict(state=state))
+    for what, content in bent.items():
+        torch.save(content, path)
+        with pytest.raises(UserError, match="it is not a whole checkpoint|does not fit: ") as error:
+            train(script, options, out, "--resume", "auto", steps=2)
+        assert "\n" not in str(error.value) and str(path) in str(error.value), what
+
+
+@pytest.mark.parametrize("more, message", [
+    (["--alpha", "1"], "with --alpha 2.0, not 1.0: resume with that"), (["--rslora"], "without --rslora: remove it"),
+    (["--lora-weights", "{}"], "without --lora-weights: remove it")], ids=str)
+def test_a_lora_keeps_its_scale_when_it_is_resumed(options, tmp_path, more, message):
+    """It is not in the parameters: the same ones would count half as much."""
+    out = train("c", options, tmp_path / "run", steps=1)
+    more = [word.format(out / "lora.safetensors") for word in more]
+    without_rank = dict(c=[word for word in options["c"] if word not in ("--rank", "2")] + ["--batch", "2"])
+    with pytest.raises(UserError, match=re.escape(message)):
+        train("c", options if more[0] != "--lora-weights" else without_rank, out, "--resume", "auto", *more, steps=2)
+
+
+def in_another_process(do) -> tuple[int, int]:
+    """do() in a child that then waits to be killed -> its number, and whether it raised nothing."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            do()
+            os.write(write, b"1")
+        except BaseException:
+            os.write(write, b"0")
+        time.sleep(60)
+        os._exit(0)
+    answer = int(os.read(read, 1))
+    os.close(read), os.close(write)
+    return child, answer
+
+
+@each_script
+def test_two_runs_do_not_share_a_folder(options, tmp_path, capsys, script):
+    """A dry run may look at it; a killed run has lost it; a run that has ended, even by an error, as well."""
+    out = tmp_path / "run"
+    child, locked = in_another_process(lambda: globals().update(held=lock_run(out)))
+    assert locked
+    with pytest.raises(UserError) as error:
+        train(script, options, out)
+    assert str(error.value) == (f"--out {out} is in use by another run, process {child} on {platform.node()}: wait for "
+                                "its end, stop it, or choose another --out")
+    assert [path.name for path in out.iterdir()] == [".lock"]
+    train(script, options, out, "--dry-run")
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    train(script, options, out, steps=1)
+    del error
+    child, locked = in_another_process(lambda: globals().update(held=lock_run(out)))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert locked
+
+
+@each_script
+def test_a_full_disk_keeps_the_last_checkpoint(options, tmp_path, script):
+    """A limit on the size of files stands in for it. Afterwards the run continues."""
+    out = train(script, options, tmp_path / "run", "--save-every", "1", "--keep", "1", steps=1)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
+    try:
+        with pytest.raises(OSError, match="step_00000002.pt cannot be written: File too large: it needs") as error:
+            train(script, options, out, "--save-every", "1", "--keep", "1", "--resume", "auto", steps=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert "\n" not in str(error.value) and checkpoints(out) == ["step_00000001.pt"]
+    assert not [path for path in out.rglob(".*") if path.name != ".lock"]
+    train(script, options, out, "--save-every", "1", "--keep", "1", "--resume", "auto", steps=2)
+    assert checkpoints(out) == ["step_00000002.pt"]
 
 
 def test_a_lora_run_is_not_resumed_without_lora_nor_the_reverse(options, tmp_path):

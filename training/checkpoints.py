@@ -7,8 +7,12 @@ A checkpoint holds no random state, because all randomness is a function of (see
 Needs: torch, numpy, pillow; loading/.
 """
 import contextlib
+import errno
 import functools
 import json
+import os
+import platform
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
                                                      set_model_state_dict, set_optimizer_state_dict)
 
 from loading.errors import UserError, tell
-from loading.files import (check_folder, disk_errors, is_finite, parsed, reading, tensors_in, write_atomically,
+from loading.files import (check_folder, disk_errors, fcntl, is_finite, parsed, reading, tensors_in, write_atomically,
                            write_tensors)
 
 FULL = dict(full_state_dict=True, cpu_offload=True)      # gathered from all processes if they are split
@@ -41,6 +45,41 @@ def check_finite(content: dict, what: str) -> None:
                             f"checkpoint with a lower --lr, or with --dtype bf16 or fp32")
 
 
+LOCKS = weakref.WeakValueDictionary()                    # path -> the open file by which this process has the lock
+
+
+def lock_run(out: Path):
+    """Keeps other processes out of a run's folder, also those of other machines, while the returned file is open. A
+    process that ends, in whatever way, gives its lock back. Raises UserError if another one has it.
+
+    Unlike the locks of loading/files.py, this kind does not pass to workers, which outlive a killed run for seconds.
+    """
+    path = out.resolve() / ".lock"
+    if fcntl is None or path in LOCKS:
+        return LOCKS.get(path)
+    out.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a+", encoding="utf-8")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return None                                  # a file system without locks
+        file.seek(0)
+        raise UserError(f"--out {out} is in use by another run, {file.read().strip() or 'which starts just now'}: "
+                        f"wait for its end, stop it, or choose another --out") from None
+    with disk_errors(path):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+    LOCKS[path] = file
+    return file
+
+
+# What a checkpoint holds: all, and those of train_a.py, train_b.py and train_c.py.
+PARTS = dict(settings=dict, step=int, model=dict, optimizer=dict)
+PARTS_OF_THREE = dict(averaged=dict, updates=int, scaler=dict, bad=int, bad_in_all=int)
+
+
 class TornCheckpoint(UserError):
     """The file is not a whole checkpoint."""
 
@@ -52,17 +91,24 @@ class Checkpoints:
     """
     def __init__(self, args, results: tuple[str, ...]):
         self.out, self.folder, self.keep = Path(args.out), Path(args.out) / "checkpoints", args.keep
-        self.results, self.auto = results, args.resume == "auto"
+        self.results, self.auto, self.dry_run = results, args.resume == "auto", getattr(args, "dry_run", False)
+
+    def lock(self) -> None:
+        self._lock = lock_run(self.out)
 
     def all(self) -> list[Path]:
         return sorted(self.folder.glob("step_*.pt"))
 
-    def find(self, resume: str | None) -> Path | None:
-        """The file that --resume means: None, "auto" (the newest, or None if there is none yet), or a file.
+    def find(self, resume: str | None, processes=None) -> Path | None:
+        """The file that --resume means: None, "auto" (the newest, or None if there is none yet), or a file. The folder
+        is this run's from now on, unless it is a dry one.
 
-        Raises UserError for a file that does not exist, and if a run or its result would be overwritten.
+        Raises UserError for a file that does not exist, if a run or its result would be overwritten, and if another run
+        is writing there.
         """
         check_folder(self.out)
+        if not self.dry_run:
+            processes.on_main(self.lock) if processes else self.lock()
         found, card = self.all(), self.out / "README.md"
         results = [self.out / name for name in self.results if (self.out / name).exists()]
         if card.is_file() and "| `--steps` |" in card.read_text(encoding="utf-8", errors="replace"):
@@ -121,6 +167,8 @@ class Checkpoints:
         then = content["settings"]
         for name in fixed:
             option, before, now = f"--{name.replace('_', '-')}", then.get(name, False), settings[name]
+            if name == "lora_weights":                   # brings rank, alpha and targets; its path may change
+                before, now = bool(before), bool(now)
             if before != now:
                 what = f"with {option} {before}, not {now}: resume with that" if not isinstance(now, bool) else (
                     f"without {option}: remove it" if now else f"with {option}: add it")
@@ -140,14 +188,18 @@ class Checkpoints:
         if not isinstance(found, str) or found != script:
             of = f" but of {found}" if isinstance(found, str) else ""
             raise UserError(f"{path} is not a checkpoint of {script}{of}: choose another --resume")
-        numbers = [content.setdefault(name, 0) for name in ("step", "bad", "bad_in_all")]
-        if not isinstance(content.get("settings"), dict) or not all(type(n) is int and n >= 0 for n in numbers):
-            raise TornCheckpoint(f"{path} has no settings, or no numbers of steps: it is not a whole checkpoint")
-        for part in ("model", "optimizer"):
-            tensors = content.get(part)
-            tensors = tensors if isinstance(tensors, dict) else {}
-            if not (tensors.get("state") or not content.get("updates", 1) if part == "optimizer" else tensors):
-                raise TornCheckpoint(f"{path} has no state of the {part}: it is not a whole checkpoint")
+        parts = PARTS if script in ("train_encoder.py", "train_text.py") else PARTS | PARTS_OF_THREE
+        missing = [part for part, kind in parts.items()
+                   if not isinstance(content.get(part), kind) or kind is int and content[part] < 0]
+        if not missing:
+            moments = content["optimizer"].get("state")          # of AdamW, or of its 8-bit relative
+            whole = isinstance(moments, dict) and all(
+                isinstance(state, dict) and ({"exp_avg", "exp_avg_sq", "step"} <= state.keys() or "state1" in state)
+                for state in moments.values()) and (moments or not content.get("updates", 1))
+            missing = [part for part in ("settings", "model") if not content[part]] + ["optimizer"] * (not whole)
+        if missing:
+            raise TornCheckpoint(f"{path} has no {'state of the ' * (parts[missing[0]] is dict)}{missing[0]}: it is not a "
+                                 f"whole checkpoint")
         return content
 
 
@@ -166,6 +218,22 @@ def full_state(model, optimizer, scaler, ema) -> dict:
 
 fitting = functools.partial(reading, failed="does not fit", advice=(
     ": resume with the sizes it was made with and the same frozen parameters, or choose another --resume"))
+
+
+def check_shapes(now: dict, found: dict) -> None:
+    """Raises ValueError unless both hold tensors of the same names and shapes."""
+    now, found = ({name: tuple(getattr(tensor, "shape", "?")) for name, tensor in part.items()} for part in (now, found))
+    if now != found:
+        name = min(name for name in now | found if now.get(name) != found.get(name))
+        raise ValueError(f"{name} is {found.get(name, 'missing')}, now {now.get(name, 'it is frozen')}")
+
+
+def check_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Raises ValueError if AdamW's averages do not have the shapes of the parameters, which its state does not check."""
+    for parameter, state in optimizer.state.items():
+        for name in ("exp_avg", "exp_avg_sq") if "state1" not in state else ():          # bitsandbytes has others
+            if state[name].shape != parameter.shape:
+                raise ValueError(f"its {name} of {tuple(state[name].shape)} for {tuple(parameter.shape)}")
 
 
 @contextlib.contextmanager
@@ -187,15 +255,13 @@ def load_full_state(path: Path, state: dict, model, optimizer, scaler, ema) -> N
     now = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
     with fitting(path):
         for part in ("model", "averaged"):
-            shapes, found = ({name: tuple(tensor.shape) for name, tensor in of.items()} for of in (now, state[part]))
-            if shapes != found:
-                name = min(name for name in shapes | found if shapes.get(name) != found.get(name))
-                raise ValueError(f"{name} is {found.get(name, 'missing')}, now {shapes.get(name, 'it is frozen')}")
+            check_shapes(now, state[part])
         with own_options(optimizer):
             set_optimizer_state_dict(model, optimizer, state["optimizer"], options=StateDictOptions(**FULL))
-        if dict(state["scaler"]):        # empty if only this run is in fp16
+        check_moments(optimizer)
+        if state["scaler"]:              # empty if only this run is in fp16
             scaler.load_state_dict(state["scaler"])
-        ema.updates = int(state["updates"])
+        ema.updates = state["updates"]
         set_model_state_dict(model, state["averaged"], options=partial)
         ema.swap()
         set_model_state_dict(model, state["model"], options=partial)
@@ -212,20 +278,27 @@ def state_of(parts: dict, ema=None) -> dict:
     return {name: part.state_dict() for name, part in parts.items()} | averages
 
 
-def load_state(path: Path, state: dict, parts: dict, ema=None) -> None:
+def load_state(path: Path, state: dict, parts: dict, ema=None, **tensors: torch.Tensor) -> None:
     """The opposite of state_of. Parts that the checkpoint does not have stay as they are, so a part may join a run.
+    tensors: get the values that the checkpoint has for them.
 
     Raises UserError if a part does not fit.
     """
     with fitting(path):
         for name, part in parts.items():
-            if state.get(name):          # a scaler's is empty if only this run is in fp16
-                with own_options(part) if isinstance(part, torch.optim.Optimizer) else contextlib.nullcontext():
+            if state.get(name) or name in state and name != "scaler":    # a scaler's is empty if only now it is fp16
+                is_optimizer = isinstance(part, torch.optim.Optimizer)
+                with own_options(part) if is_optimizer else contextlib.nullcontext():
                     part.load_state_dict(state[name])
+                if is_optimizer:
+                    check_moments(part)
+        saved = {name: state[name] for name in tensors}
         if ema is not None:
-            ema.updates = int(state["updates"])
-            for name, mean in ema.mean.items():
-                mean.copy_(state["averaged"].get(name, ema.live[name]))
+            ema.updates, tensors = state["updates"], tensors | ema.mean
+            saved |= state["averaged"] or ema.live       # it is empty after a run without averages
+        for name, tensor in tensors.items():
+            check_shapes({name: tensor}, {name: saved[name]})
+            tensor.copy_(saved[name])
 
 
 class Log:
