@@ -564,8 +564,10 @@ def write_tensors(path: str | Path, content: dict, metadata: dict[str, str] | No
     import torch
 
     def write(temporary: Path) -> None:
-        torch.save(content, temporary) if path.suffix != ".safetensors" else \
-            write_safetensors(temporary, content, metadata or {"format": "pt"})
+        if path.suffix == ".safetensors":
+            return write_safetensors(temporary, content, metadata or {"format": "pt"})
+        with open(temporary, "wb") as file:              # given a name, torch would store it in front of each tensor's
+            torch.save(content, file)
     path = Path(path)
     write_atomically(path, write, overwrite, sum(tensor.nbytes for _, tensor in tensors_in(content)))
 

@@ -198,8 +198,8 @@ class Checkpoints:
                 for state in moments.values()) and (moments or not content.get("updates", 1))
             missing = [part for part in ("settings", "model") if not content[part]] + ["optimizer"] * (not whole)
         if missing:
-            raise TornCheckpoint(f"{path} has no {'state of the ' * (parts[missing[0]] is dict)}{missing[0]}: it is not a "
-                                 f"whole checkpoint")
+            what = f"{'state of the ' * (parts[missing[0]] is dict)}{missing[0]}"
+            raise TornCheckpoint(f"{path} has no {what}: it is not a whole checkpoint")
         return content
 
 
@@ -222,14 +222,15 @@ fitting = functools.partial(reading, failed="does not fit", advice=(
 
 def check_shapes(now: dict, found: dict) -> None:
     """Raises ValueError unless both hold tensors of the same names and shapes."""
-    now, found = ({name: tuple(getattr(tensor, "shape", "?")) for name, tensor in part.items()} for part in (now, found))
+    now, found = ({name: tuple(getattr(tensor, "shape", "?")) for name, tensor in part.items()}
+                  for part in (now, found))
     if now != found:
         name = min(name for name in now | found if now.get(name) != found.get(name))
         raise ValueError(f"{name} is {found.get(name, 'missing')}, now {now.get(name, 'it is frozen')}")
 
 
 def check_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Raises ValueError if AdamW's averages do not have the shapes of the parameters, which its state does not check."""
+    """Raises ValueError if AdamW's averages do not have the parameters' shapes, which its state does not check."""
     for parameter, state in optimizer.state.items():
         for name in ("exp_avg", "exp_avg_sq") if "state1" not in state else ():          # bitsandbytes has others
             if state[name].shape != parameter.shape:
@@ -342,8 +343,14 @@ class Log:
 
     def write(self, step: int, **values) -> None:
         if self.enabled:
-            with disk_errors(self.path), open(self.path, "a") as file:
-                file.write(json.dumps(dict(step=step, **values)) + "\n")
+            with disk_errors(self.path):
+                size = self.path.stat().st_size          # there since __init__
+                try:
+                    with open(self.path, "a") as file:
+                        file.write(json.dumps(dict(step=step, **values)) + "\n")
+                except OSError:                          # a full disk takes a part of it
+                    os.truncate(self.path, size)
+                    raise
             self.report(values, step)
 
     def images(self, step: int) -> None:
