@@ -507,8 +507,9 @@ def limit_waits() -> None:
 
 
 @contextlib.contextmanager
-def hub_errors(repo: str, revision: str):
-    """For calls of huggingface_hub: turns its many exceptions into a WeightsError that says what to do."""
+def hub_errors(repo: str, revision: str, what: str = "read"):
+    """For calls of huggingface_hub that read or write: turns its many exceptions into a WeightsError that says what to
+    do."""
     from huggingface_hub import constants, errors
     limit_waits()
     try:
@@ -529,15 +530,15 @@ def hub_errors(repo: str, revision: str):
             message = f"{repo} at revision {revision} lost a file while it was being fetched: {reason}"
         elif isinstance(error, errors.HfHubHTTPError):
             refused = getattr(error.response, "status_code", 500) in (401, 403)
-            message = (f"{constants.ENDPOINT} answered with an error: {reason}; "
-                       f"{f'run `hf auth login` with a token that may read {repo}' if refused else 'try again later'}")
+            advice = f"run `hf auth login` with a token that may {what} {repo}" if refused else "try again later"
+            message = f"{constants.ENDPOINT} answered with an error: {reason}; {advice}"
         elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
             message = f"the disk is full: make room in {cache_folder()}, or set HF_HOME to another disk"
         elif isinstance(error, OSError) and error.filename is not None:
             message = f"the cache cannot be used: {reason}; make it writable, or set HF_HOME to another folder"
         else:                                # no network: the exception's class changes with the HTTP library
-            message = (f"{constants.ENDPOINT} cannot be reached ({reason}): check the network. "
-                       f"With --offline, weights in the cache can be used")
+            message = f"{constants.ENDPOINT} cannot be reached ({reason}): check the network" + (
+                ". With --offline, weights in the cache can be used" if what == "read" else "")
         raise WeightsError(message) from error
 
 

@@ -150,7 +150,8 @@ def with_tokenizers(parts: Iterable[str]) -> tuple[str, ...]:
     known = (*TEXT_TO_IMAGE, "image_encoder")
     if isinstance(parts, str) or not isinstance(parts, Iterable):
         raise WeightsError(f"parts is {parts!r:.80}, expected a list with some of {', '.join(known)}")
-    parts = tuple(parts)
+    if not (parts := tuple(parts)):
+        raise WeightsError(f"parts is empty: expected some of {', '.join(known)}")
     if unknown := [part for part in parts if part not in known]:
         raise WeightsError(f"there is no part called {unknown[0]!r:.80}: expected some of {', '.join(known)}")
     encoders = [part for part in parts if part.endswith("text_encoder")]

@@ -51,18 +51,18 @@ def load(weights: str | Path | None = None, device: str | None = None, dtype: to
     """
     check_options(weights, files, FILES, load.__annotations__)
     device = usable_device(device)
-    dtype = dtype_of(("fp32" if device.type == "cpu" else "bf16") if dtype is None else dtype)
-    lora = lora_scales(lora)
+    dtype, lora = dtype_of(("fp32" if device.type == "cpu" else "bf16") if dtype is None else dtype), lora_scales(lora)
     if int8:
         check_int8([device], dtype)
     lora = fetch_loras(lora, lora_partial, offline, revision)
     weights = official_name(weights or ("v2" if files else "tiny"))
-    paths = locate(weights, files, parts or hub.TEXT_TO_IMAGE, dtype != torch.float32, offline, revision)
+    parts = hub.TEXT_TO_IMAGE if parts is None else parts
+    paths = locate(weights, files, parts, dtype != torch.float32, offline, revision)
     warn_of_unused_lora(weights, files.get("prior"))
     empty = build_all(paths)
     loaders = loaders_of(paths, empty, torch.device("cpu") if offload else device, dtype, int8, lora, lora_partial)
-    own_encoder = files.get("image_encoder") or "image_encoder" in (parts or ())
-    if hub.is_reference(weights) and not own_encoder if paths["image_encoder"] else weights in hub.NAMES:
+    own = files.get("image_encoder") or "image_encoder" in parts
+    if hub.is_reference(weights) and not own if paths["image_encoder"] else weights in hub.NAMES:
         loaders["image_encoder"] = fetch_encoder_later(weights, empty, device, files, offline, revision)
     model = warn_of_unknown_words(pipeline_for(paths, empty, loaders, device, dtype), paths["prior"],
                                   lora or paths.get("lora"))

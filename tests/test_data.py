@@ -149,6 +149,31 @@ def test_metadata_that_cannot_be_read_stops_with_its_row(tmp_path, name, text, m
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["folder", "tar"])
+def test_hidden_images_are_left_out_counted_and_named(tmp_path, packed):
+    """macOS puts ._x.png next to x.png on foreign disks, and file managers make folders of thumbnails."""
+    write(tmp_path / "data", {"x.png": encoded(noise_image()), "x.txt": "a cat", "._x.png": b"not an image",
+                              "._x.txt": "no caption", ".DS_Store": b"", ".thumbs/x.png": encoded(noise_image())})
+    if packed:
+        with tarfile.open(tmp_path / "data.tar", "w") as tar:
+            for name in ("x.png", "x.txt", "._x.png", ".DS_Store"):
+                tar.add(tmp_path / "data" / name, name)
+    dataset = open_dataset(tmp_path / ("data.tar" if packed else "data"))
+    names = {name.split("/")[-1]: why for name, why in dataset.skipped}
+    assert len(dataset) == 1 and names.keys() == ({"._x.png"} if packed else {"._x.png", ".thumbs"})
+    assert all(why.startswith("hidden") for why in names.values())
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(caption_column="text"), "--caption-column text has no caption, found: no named captions"),
+    (dict(image_column="image"), "--image-column image is for tables and metadata files, and there are none")])
+def test_a_column_of_a_folder_without_columns_is_refused(tmp_path, options, message):
+    """It would do nothing, and nobody would know."""
+    write(tmp_path, {"x.png": encoded(noise_image()), "x.txt": "a cat"})
+    with pytest.raises(ValueError, match=message):
+        open_dataset(tmp_path, **options)
+
+
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
 def test_sizes_are_of_the_upright_image(tmp_path, suffix):
     """Read from the header, and the same as in read(): phones store most photos lying on their side."""
@@ -270,7 +295,7 @@ def test_headers_longer_than_the_first_read_are_read_completely(tmp_path):
 
 
 def test_unusable_files_are_counted_and_named(tmp_path):
-    """A silent drop looks like training. Files that start with a dot belong to the system."""
+    """A silent drop looks like training."""
     write(tmp_path, {**pairs(2), "tiny.png": encoded(noise_image(0, 80, 32)), "tiny.txt": "tiny",
                      "mute.png": encoded(noise_image()),
                      "blank.png": encoded(noise_image()), "blank.txt": " \n", "empty.jpg": "", "empty.txt": "x",
@@ -282,13 +307,13 @@ def test_unusable_files_are_counted_and_named(tmp_path):
     assert names_of(dataset) == ["000.png", "001.png"]
     reasons = dict(dataset.skipped)
     assert reasons.keys() == {"tiny.png", "mute.png", "blank.png", "empty.jpg", "text.jpg", "latin.png", "list.png",
-                              "late.tar"}
+                              "late.tar", "._000.png", ".trash"}
     assert reasons["tiny.png"] == "80 x 32 px, fewer than 64"
     assert reasons["mute.png"] == reasons["blank.png"] == "no caption"
     assert reasons["empty.jpg"] == reasons["text.jpg"] == "it is not an image in a known format"
     assert reasons["late.tar"] == "a shard next to images: give it as a source of its own"
     assert reasons["latin.png"].startswith("its text cannot be read: 'utf-8'")
-    assert re.fullmatch(rf"2 images in {re.escape(str(tmp_path))}; 8 skipped: (\S+ \(.*\)(, )?){{5}}\.\.\.",
+    assert re.fullmatch(rf"2 images in {re.escape(str(tmp_path))}; 10 skipped: (\S+ \(.*\)(, )?){{5}}\.\.\.",
                         dataset.describe())
     assert len(open_dataset(tmp_path, min_side=32)) == 3
 
@@ -376,7 +401,7 @@ def test_a_tar_file_equals_the_same_folder(tmp_path):
     for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
         shard = pickle.loads(pickle.dumps(open_dataset(tar(tmp_path / f"{form}.tar", files, format=form))))
         in_shard = {name.removeprefix(f"{tmp_path / str(form)}.tar/"): i for i, name in enumerate(names_of(shard))}
-        assert len(shard) == len(folder) == 7 and not shard.skipped
+        assert len(shard) == len(folder) == 7 and len(shard.skipped) == len(folder.skipped) == 1       # ._000.png
         for i, name in reversed(list(enumerate(names_of(folder)))):
             j = in_shard[name]
             assert folder.captions(i) == shard.captions(j) and folder.key(i) == shard.key(j)

@@ -656,6 +656,8 @@ def test_unknown_parts_are_refused_and_some_parts_are_enough():
     from wuerstchen import Wuerstchen
     with pytest.raises(WeightsError, match="no part called 'foo': expected some of prior, prior_text_encoder, .*vqgan"):
         Wuerstchen.load("tiny", "cpu", parts=("foo",))
+    with pytest.raises(WeightsError, match="parts is empty: expected some of prior, "):
+        Wuerstchen.load("tiny", "cpu", parts=())
     model = Wuerstchen.load("tiny", "cpu", parts=("prior", "prior_text_encoder", "prior_tokenizer"))
     assert {"stage_c", "text_encoder_c"} <= model.networks.keys()
     assert model.networks.keys().isdisjoint({"stage_a", "stage_b"})

@@ -243,6 +243,18 @@ def test_loading_gives_the_bits_of_converting(tiny):
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in converted.state_dict().items())
 
 
+def test_the_vqgan_stays_as_it_is(monkeypatch):
+    """It is small, and one step of rounding at every pixel would be seen."""
+    asked, load = {}, weights.load
+
+    def recorded(stage, path, dtype, int8):
+        asked[stage.__name__] = int8
+        return load(stage, path, dtype, int8)
+    monkeypatch.setattr(weights, "load", recorded)
+    Wuerstchen.load("tiny", "cpu", int8=True)
+    assert asked == dict(StageA=False, StageB=True, StageC=True)
+
+
 def test_while_loading_one_float_layer_is_there_at_a_time():
     """quantised is lazy: it asks for a tensor only when it has given the one before."""
     asked = []

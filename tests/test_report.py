@@ -171,7 +171,7 @@ def test_what_starts_from_a_local_folder_names_no_path(tmp_path, lora):
         assert f"python sample.py --weights FOLDER --vqgan FOLDER {own} --prompt {prompt}\n" in card
     assert "moon" not in card and "base_model" not in card and "local folder" in card
     assert "secret" not in card.replace("| `--weights` | secret |", "") and str(tmp_path) not in card
-    assert "| `--data` | pipe: |" in card and "| `--targets` | (key\\|value) |" in card
+    assert "| `--data` | pipe: |" in card and ("| `--targets` | (key\\|value) |" in card) == bool(lora)
     assert "base.json" not in results.pushed_files(args)
 
 

@@ -258,7 +258,8 @@ def test_a_tensor_in_two_shards_is_an_error(tmp_path):
     (False, ["m-00001-of-00002.safetensors", "m.fp16-00001-of-00002.safetensors", "other.safetensors"], None)])
 def test_one_weight_file_of_a_folder_is_taken(half, offered, taken):
     """.safetensors before .bin, then the variant, then one file before shards. A lone shard is not a model."""
-    assert files.pick_weights(offered, ("m", "pytorch_m"), half) == taken
+    options = dict(half=True) if half else {}              # unless asked otherwise, the full precision
+    assert files.pick_weights(offered, ("m", "pytorch_m"), **options) == taken
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])

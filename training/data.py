@@ -93,9 +93,11 @@ def open_dataset(source: str | Path, *, min_side: int = 64, captions_required: b
     if unknown := sorted(limits.keys() - known):           # otherwise a typo would let everything through
         raise ValueError(f"{text}: no image has a number {unknown[0]!r} to filter by, "
                          f"found: {', '.join(sorted(known)) or 'none'}")
-    if found.keys and caption_column and not found.captions[caption_column]:
+    if caption_column and not found.captions[caption_column]:
         raise ValueError(f"{text}: --caption-column {caption_column} has no caption, "
-                         f"found: {', '.join(sorted(found.keys))}")
+                         f"found: {', '.join(sorted(found.keys)) or 'no named captions, which .txt files do not have'}")
+    if image_column and not found.images and not found.files.keys() & {".jsonl", ".csv", ".parquet"}:
+        raise ValueError(f"{text}: --image-column {image_column} is for tables and metadata files, and there are none")
     return dataset
 
 

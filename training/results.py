@@ -68,7 +68,8 @@ def settings_table(args) -> str:
     """The settings of a run as rows of a Markdown table, without those that concern only this machine."""
     rows = {name: str(without_folders(name, value)).replace("|", "\\|").replace("\n", " ")
             for name, value in vars(args).items()
-            if value not in (None, False, [], "") and name not in (*PRIVATE, "cache")}
+            if value not in (None, False, [], "") and name not in (*PRIVATE, "cache")
+            and (name not in ("rank", "alpha", "targets") or args.lora)}
     return "\n".join(f"| `--{name.replace('_', '-')}` | {value} |" for name, value in rows.items())
 
 
@@ -367,7 +368,7 @@ def push(args) -> None:
     from huggingface_hub import CommitOperationAdd, HfApi
     files = pushed_files(args) | {"README.md": pushed_card(args).encode()}
     try:
-        with hub_errors(args.push_to_hub, "main"):
+        with hub_errors(args.push_to_hub, "main", "write"):
             api = HfApi(token=args.hub_token)
             api.create_repo(args.push_to_hub, exist_ok=True)
             api.create_commit(args.push_to_hub, [CommitOperationAdd(name, file) for name, file in files.items()],

@@ -37,13 +37,14 @@ from loading.files import check_file, decoded, parsed, reading, reason_of, write
 from training.tables import NOT_USABLE, TABLES, Table, hub_table, open_table, write_tar
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
+HIDDEN = "hidden, as thumbnails of other programs are: rename it if it is meant"
 UNREADABLE = (".heic", ".heif", ".hif", ".jxl", ".jp2", ".jpe", ".apng", ".psd", ".svg", ".tga", ".exr", ".ppm", ".ico",
               ".dng", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2")      # named, not silently ignored
 # The keys of metadata, .json and tables in which a caption is looked for, in this order, in upper or lower case.
 CAPTION_KEYS = ("text", "caption", "captions", "prompt", "prompts", "description", "txt")
 HEAD = 2 ** 15                   # bytes of an image that are read to learn its size
 SHARDS = 10 ** 6                 # of a source at most: a typing error otherwise, the largest have 200,000
-INDEX_VERSION = 3                # of the index that _tar_samples writes; a new number rebuilds all indexes
+INDEX_VERSION = 4                # of the index that _tar_samples writes; a new number rebuilds all indexes
 
 Place = tuple[str, int, int]     # file, offset, bytes (-1: up to the end): where something can be read
 
@@ -104,14 +105,14 @@ def content_of(place: Place, limit: int = -1) -> bytes:
 
 def _folder_samples(folder: str, index_folder: Path | None, found: Found, chosen: Chosen) -> Iterator[dict]:
     """The images below a folder or, if there are none, those in its shards."""
-    places = _folder_places(folder)
+    places, hidden = _folder_places(folder)
     if "dataset_dict.json" in places:            # as datasets' save_to_disk writes several splits
         splits = sorted({name.split("/")[0] for name in places if name.endswith("/state.json")})
         if "train" not in splits and len(splits) != 1:
             raise ValueError(f"{folder} has the splits {', '.join(splits) or 'none'} and no split train: "
                              f"give the folder of one of them")
         folder = os.path.join(folder, "train" if "train" in splits else splits[0])
-        places = _folder_places(folder)
+        places, hidden = _folder_places(folder)
     kinds = Counter(_split(name)[1] for name in places)
     inside = [name for name in places
               if _split(name)[1] in (".tar", *TABLES) and posixpath.basename(name) != "metadata.parquet"]
@@ -123,6 +124,7 @@ def _folder_samples(folder: str, index_folder: Path | None, found: Found, chosen
         return
     found.files.update(kinds)
     yield from (dict(name=name, problem="a shard next to images: give it as a source of its own") for name in inside)
+    yield from (dict(name=name, problem=HIDDEN) for name in hidden)
     for sample in _samples(places, chosen):
         parent = posixpath.basename(posixpath.dirname(sample["name"])) or os.path.basename(os.path.abspath(folder))
         if re.match(r"\d{1,3}_", parent):        # another trainer reads it as: show each image so many times per epoch
@@ -136,20 +138,23 @@ def _count(sample: dict, found: Found) -> None:
     found.keys.update(sample.get("keys", ()))
 
 
-def _folder_places(folder: str) -> dict[str, Place]:
-    """Names, relative to the folder, of all files below it, sorted -> their places.  Dot files and folders: skipped."""
+def _folder_places(folder: str) -> tuple[dict[str, Place], list[str]]:
+    """-> names, relative to the folder, of all files below it, sorted, with their places; names of dot files that would
+    be images, and of dot folders. macOS and file managers make both, with thumbnails in them."""
     def stop(error):                             # os.walk on its own skips a folder that it may not read
         raise error
-    places, seen = {}, set()
+    places, hidden, seen = {}, [], set()
     for root, folders, names in os.walk(folder, onerror=stop, followlinks=True):
         if os.path.realpath(root) in seen:
             raise ValueError(f"{root} is a link to a folder that is already below {folder}: remove the link")
         seen.add(os.path.realpath(root))
+        hidden += [Path(root, name).relative_to(folder).as_posix() for name in (*folders, *names)
+                   if name.startswith(".") and (name in folders or _split(name)[1] in SUFFIXES)]
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             if not name.startswith("."):
                 places[Path(root, name).relative_to(folder).as_posix()] = (os.path.join(root, name), 0, -1)
-    return dict(sorted(places.items()))
+    return dict(sorted(places.items())), sorted(hidden)
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -416,7 +421,8 @@ def _tar_samples(path: Path, label: str, index_folder: Path | None, found: Found
         if of_table:
             samples += [dict(name=_split(name)[0], problem=_text(place)) for name, place in places.items()
                         if name.endswith(NOT_USABLE)]
-        content = dict(stamp=stamp, found=Counter(_split(name)[1] for name in places), samples=samples)
+        kinds = Counter(_split(name)[1] for name in places if not name.endswith(NOT_USABLE))
+        content = dict(stamp=stamp, found=kinds, samples=samples)
         with contextlib.suppress(OSError):       # if nothing may be written there, it is read again next time
             write_atomically(index, lambda temporary: temporary.write_text(json.dumps(content), encoding="utf-8"))
     found.files.update(content["found"])
@@ -440,7 +446,10 @@ def _tar_places(path: Path) -> tuple[dict[str, Place], list[dict], bool]:
             while (member := tar.next()) is not None:
                 tar.members.clear()              # tarfile remembers all members it has seen
                 name, complete = posixpath.normpath(member.name), member.offset_data + member.size <= size
-                if member.isdir() or not complete or posixpath.basename(name).startswith("."):
+                if member.isdir() or not complete:
+                    continue
+                if posixpath.basename(name).startswith("."):
+                    unusable += [dict(name=name, problem=HIDDEN)] * (_split(name)[1] in SUFFIXES)
                     continue
                 if name in places:
                     unusable.append(dict(name=name, problem="twice in the shard, the last one counts"))
