@@ -585,7 +585,7 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
         tensor = tensors[name]
         header[name] = dict(dtype=kinds[tensor.dtype], shape=[*tensor.shape], data_offsets=[end, end + tensor.nbytes])
         end += tensor.nbytes
-    text = json.dumps(header).encode()
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)

@@ -433,6 +433,7 @@ def test_default_timesteps_c_are_the_published_list(schedule):
     for levels in (Sampling(early=True).levels, Sampling({2 / 3: 19, 0.0: 10}).levels):
         assert torch.equal(levels, schedule["out/timesteps/default_stage_c"])
         assert torch.equal(levels, torch.tensor(published, dtype=torch.float32))
+    torch.testing.assert_close(Sampling(2, early=True).levels, torch.tensor([1, 2 / 3, 0]), rtol=0, atol=1e-7)
 
 
 def test_30_steps_are_the_authors_own_schedule(schedule):

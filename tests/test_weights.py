@@ -904,3 +904,10 @@ def test_parts_given_separately_may_be_missing_in_the_folder(tmp_path):
 def test_a_text_encoder_of_another_width_is_found_before_sampling():
     with pytest.raises(WeightsError, match="Stage C takes texts of width 1280, the text encoder .* gives 128"):
         weights.check_widths(1280, weights.Path(weights.__file__).parents[1] / "models/tiny/text_encoder", "Stage C")
+
+
+def test_our_safetensors_file_is_theirs_byte_for_byte(tmp_path):
+    tensors = {"b": torch.ones(3), "a": torch.arange(4), "ä": torch.zeros(2, 2).half(), "c": torch.tensor(1.0)}
+    files.write_safetensors(tmp_path / "ours", tensors, {"format": "pt"})
+    save_file(tensors, tmp_path / "theirs", {"format": "pt"})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()

@@ -67,12 +67,22 @@ def lock_run(out: Path):
         file.seek(0)
         raise UserError(f"--out {out} is in use by another run, {file.read().strip() or 'which starts just now'}: "
                         f"wait for its end, stop it, or choose another --out") from None
+    if not os.fstat(file.fileno()).st_nlink:             # another run removed its unused folder just now
+        return lock_run(out)
     with disk_errors(path):
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}\n")
         file.flush()
     LOCKS[path] = file
     return file
+
+
+def remove_unused(out: Path, lock) -> None:
+    """Removes a run's folder that has nothing but the lock, which is held until then: an error came before work."""
+    with contextlib.suppress(OSError):
+        if [path.name for path in out.iterdir()] == [".lock"]:
+            (out / ".lock").unlink()
+            out.rmdir()
 
 
 # What a checkpoint holds: all, and those of train_a.py, train_b.py and train_c.py.
@@ -94,7 +104,9 @@ class Checkpoints:
         self.results, self.auto, self.dry_run = results, args.resume == "auto", getattr(args, "dry_run", False)
 
     def lock(self) -> None:
-        self._lock = lock_run(self.out)
+        new, self._lock = not self.out.exists(), lock_run(self.out)
+        if new:
+            weakref.finalize(self, remove_unused, self.out, self._lock)
 
     def all(self) -> list[Path]:
         return sorted(self.folder.glob("step_*.pt"))
