@@ -9,6 +9,7 @@ import http.server
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from loading import hub
 
@@ -483,6 +485,11 @@ def test_a_fine_tune_that_was_pushed_loads_back(served, tmp_path, monkeypatch):
     assert local != plain and others == [local] * 5
     asked = [name.removeprefix("me/unicorn/") for name, _ in served.asked]
     assert {*asked} == {"base.json", "prior/config.json", "prior/diffusion_pytorch_model.safetensors"}
+    from training import results
+    card = results.usage(["a cat on a red background"], results.place(None, "me/unicorn")).splitlines()
+    (command,) = (shlex.split(line) for line in card if line.startswith("python "))
+    result = run(served, tmp_path, *command[1:], "--steps-c", "1", "--steps-b", "1", "--out", "a.png")
+    assert result.returncode == 0 and Image.open(tmp_path / "a.png").size == (128, 128), result.stderr
 
 
 def test_of_a_whole_pipeline_only_what_is_needed_is_fetched(served, tmp_path):
