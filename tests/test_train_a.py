@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,9 +23,10 @@ from training import optim
 from training.processes import Processes, SynchronisedBatchNorm
 from helpers import lines, main_of, newest, same, together
 from stage_a import Codebook, StageA
-from training.codebook import CodebookAverages, count, perplexity
+from training.codebook import CodebookAverages, CodebookUpdates, count, perplexity
 from training.data import open_dataset
 from training.order import BatchSampler
+from training.validation import mean_over
 from training.vqgan_losses import (PatchDiscriminator, VGGFeatures, adaptive_weight, discriminator_loss,
                                    generator_loss, perceptual_loss)
 from loading.weights import load_stage_a, save_model
@@ -650,3 +652,19 @@ def test_user_errors_are_one_line(folder, tmp_path, options, message):
     with pytest.raises((UserError, ValueError, OSError), match=message) as error:
         train(folder, tmp_path / "run", *options)
     assert "\n" not in str(error.value)
+
+
+def test_a_log_line_tells_of_the_codes_since_the_line_before():
+    torch.manual_seed(0)
+    model = SimpleNamespace(codebook=Codebook(8, 4))
+    updates = CodebookUpdates(model, None, SimpleNamespace(codebook="loss", freeze_encoder=False, revive_every=100),
+                              Processes("cpu"))
+    for step, codes in enumerate(([0, 1, 2, 3], [5, 5, 5, 5])):
+        updates.add(torch.zeros(1, 2, 2, 4), torch.tensor(codes).view(1, 2, 2))
+        updates.update(step, skip=False)
+        assert updates.used() == dict(codes_used=len({*codes}), perplexity=pytest.approx(len({*codes})))
+
+
+def test_the_validation_is_a_mean_over_its_images():
+    values = mean_over(4, lambda i: torch.tensor([float(i), 1.0]), SimpleNamespace(fsdp=False), Processes("cpu"), (2,))
+    assert values.tolist() == [1.5, 1]
