@@ -1,0 +1,40 @@
+"""Everything that a GPU would run, on the pretend one of pretend_cuda.py: nothing is on the wrong device, and inside the
+loops the host waits only for what is listed here. Nothing here has seen a real GPU.
+"""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parent / "pretend_cuda.py"
+SCENARIOS = ("text_to_image", "image_to_image", "inpainting", "v1")
+NO_WAITING = "asynchronous copy to cuda"
+
+# A whole sampling by Stages C and B: the noise levels travel once, and in the end all numbers are checked to be finite.
+CONTINUOUS = {"blocking copy to cuda wuerstchen.py:denoise": 2, "sync: _local_scalar_dense wuerstchen.py:check_finite": 2}
+WAITS = dict(
+    text_to_image=CONTINUOUS, image_to_image=CONTINUOUS, inpainting=CONTINUOUS,
+    v1={place: 1 for place in (*CONTINUOUS, "blocking copy to cuda v1/sampling.py:sample",
+                               "sync: _local_scalar_dense v1/sampling.py:sample")})
+
+
+@pytest.fixture(scope="module")
+def waits(tmp_path_factory) -> dict[str, dict]:
+    """Scenario -> {what the host waited for, with its place: how often}."""
+    run = subprocess.run([sys.executable, SCRIPT, tmp_path_factory.mktemp("runs"), *SCENARIOS], capture_output=True,
+                         text=True, cwd=SCRIPT.parent.parent)
+    if "has changed under the pretend device" in run.stderr:
+        pytest.skip(run.stderr.strip())
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = {name: {} for name in SCENARIOS}
+    for name, kind, place, count in json.loads(run.stdout.splitlines()[-2]):
+        found[name][f"{kind} {place}"] = count
+    return found
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_the_host_waits_only_for_what_is_listed(waits, name):
+    assert any(what.startswith(NO_WAITING) for what in waits[name])        # noise, batches: something does travel
+    assert {what: n for what, n in waits[name].items() if not what.startswith(NO_WAITING)} == WAITS[name]
