@@ -1,6 +1,6 @@
 """A pretend GPU: tensors that say cuda:0 and compute on the CPU. It counts what a host would wait for.
 
-  python tests/pretend_cuda.py FOLDER text_to_image train_c ...     # JSON: [[scenario, kind, file:function, count], ...]
+  python tests/pretend_cuda.py FOLDER text_to_image train_c ...    # JSON: [[scenario, kind, file:function, count], ...]
 
 What is real: torch's dispatch and autocast for CUDA, and which tensors are where. An operation on tensors of two
 devices fails as on a GPU. What is not: time, kernels, memory, streams, and the backward pass, for which torch needs a

@@ -1,5 +1,5 @@
-"""Everything that a GPU would run, on the pretend one of pretend_cuda.py: nothing is on the wrong device, and inside the
-loops the host waits only for what is listed here. Nothing here has seen a real GPU.
+"""Everything that a GPU would run, on the pretend one of pretend_cuda.py: nothing is on the wrong device, and inside
+the loops the host waits only for what is listed here. Nothing here has seen a real GPU.
 """
 import json
 import subprocess
@@ -13,7 +13,8 @@ SCENARIOS = ("text_to_image", "image_to_image", "inpainting", "v1")
 NO_WAITING = "asynchronous copy to cuda"
 
 # A whole sampling by Stages C and B: the noise levels travel once, and in the end all numbers are checked to be finite.
-CONTINUOUS = {"blocking copy to cuda wuerstchen.py:denoise": 2, "sync: _local_scalar_dense wuerstchen.py:check_finite": 2}
+CONTINUOUS = {"blocking copy to cuda wuerstchen.py:denoise": 2,
+              "sync: _local_scalar_dense wuerstchen.py:check_finite": 2}
 WAITS = dict(
     text_to_image=CONTINUOUS, image_to_image=CONTINUOUS, inpainting=CONTINUOUS,
     v1={place: 1 for place in (*CONTINUOUS, "blocking copy to cuda v1/sampling.py:sample",
