@@ -11,6 +11,7 @@ Needs: torch, numpy; lora.py, lora_formats.py, wuerstchen.py.
 import functools
 import math
 import os
+import platform
 import re
 import zlib
 from collections.abc import Callable, Iterable
@@ -121,14 +122,32 @@ def tensor_of(name: str, value) -> Tensor:
         raise TypeError(f"{name} is {shown:.80}, expected a tensor, an array or lists of real numbers.") from None
 
 
-def dtype_of(value) -> torch.dtype:
-    """torch.bfloat16, "bf16", "bfloat16", "torch.bfloat16" -> torch.bfloat16. Raises ValueError."""
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device has instructions for bfloat16. A CPU without them computes far slower than in float32."""
+    if device.type != "cpu":
+        return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    # Not this check here: on x86 it is true for every processor with AVX-512.
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def dtype_of(value, device: torch.device | None = None) -> torch.dtype:
+    """torch.bfloat16, "bf16", "bfloat16", "torch.bfloat16" -> torch.bfloat16. Raises ValueError.
+
+    With a device also "auto": bf16 where it is fast; otherwise float32 on a CPU, float16 on a GPU.
+    """
+    if device is not None and value == "auto":
+        return torch.bfloat16 if has_bf16(device) else torch.float32 if device.type == "cpu" else torch.float16
     name = str(value).lower().removeprefix("torch.")
     dtype = getattr(torch, DTYPES.get(name, name), None)
     if not isinstance(value, (str, torch.dtype)) or dtype not in (torch.float16, torch.bfloat16, torch.float32,
                                                                   torch.float64):
         hint = "; int8=True is an option of its own" * (name == "int8")
-        raise ValueError(f"dtype is {value!r}, expected one of {', '.join(DTYPES)}, or torch.bfloat16 and so on{hint}.")
+        raise ValueError(f"dtype is {value!r}, expected one of {', '.join(DTYPES)}, auto, or torch.bfloat16 and so "
+                         f"on{hint}.")
     return dtype
 
 

@@ -32,19 +32,20 @@ from stage_c import StageC
 # ----- blocks ----------------------------------------------------------------------------------------
 
 def gelu_grn(norm: nn.Module, x: Tensor) -> Tensor:
-    """norm(gelu(x)) for a GlobalResponseNorm and x (B,H,W,C); on a CPU in float32 in x's own memory.
+    """norm(gelu(x)) for a GlobalResponseNorm and x (B,H,W,C); on a CPU in x's own memory, except in float16.
 
-    There new memory costs time, and so does reading x again once it has left the cache: hence 512 rows at a time.
+    There new memory costs time, and so does reading x again once it has left the cache: hence 512 rows at a time. In
+    bfloat16 torch's norm over positions alone takes three times as long as all of this.
     """
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32:
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype == torch.float16:
         return norm(F.gelu(x))
-    energy = x.new_zeros(len(x), 1, 1, x.shape[-1])                                      # (B, 1, 1, C)
+    energy = x.new_zeros(len(x), 1, 1, x.shape[-1], dtype=torch.float32)                 # (B, 1, 1, C)
     for image, squares in zip(x, energy):
         for rows in image.view(-1, x.shape[-1]).split(512):
             F.gelu(rows, out=rows)
             squares += rows.square().sum(0)
     energy = energy.sqrt_()
-    n = energy / (energy.mean(-1, keepdim=True) + 1e-6)                                  # (B, 1, 1, C)
+    n = (energy / (energy.mean(-1, keepdim=True) + 1e-6)).to(x.dtype)                    # (B, 1, 1, C)
     return torch.addcmul(norm.beta, x, 1 + norm.gamma * n, out=x)                        # (B, H, W, C)
 
 

@@ -13,6 +13,7 @@ import torch
 import lora
 import sample
 from extras.editing import InitImage, generate, interpolate
+from loading import pipeline
 from loading.arguments import dtype_of, lora_scales, set_loras, warn_of_size
 from loading.lora_formats import save_lora
 from speed.memory import tile
@@ -73,6 +74,52 @@ def said(call) -> list[str]:
     (torch.float16, torch.float16)])
 def test_a_dtype_may_be_a_name(value, dtype):
     assert dtype_of(value) == dtype
+
+
+def pretend_cpu(monkeypatch, avx512_bf16=False, amx=False, machine="x86_64", arm=False) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: arm or machine == "x86_64",
+                        raising=False)
+    monkeypatch.setattr("platform.machine", lambda: machine)
+
+
+@pytest.mark.parametrize("device, processor, dtype", [
+    ("cpu", {}, torch.float32), ("cpu", dict(avx512_bf16=True), torch.bfloat16),
+    ("cpu", dict(amx=True), torch.bfloat16),
+    ("cpu", dict(machine="aarch64"), torch.float32), ("cpu", dict(machine="arm64", arm=True), torch.bfloat16),
+    ("cuda", dict(supported=True), torch.bfloat16), ("cuda", dict(supported=False), torch.float16)])
+def test_auto_is_bf16_where_there_are_instructions_for_it(device, processor, dtype, monkeypatch):
+    """On x86 torch's _is_mkldnn_bf16_supported is true for any AVX-512, where bf16 is the slowest of all."""
+    if device == "cpu":
+        pretend_cpu(monkeypatch, **processor)
+    else:
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: processor["supported"])
+    assert dtype_of("auto", torch.device(device)) == dtype
+    assert dtype_of("bf16", torch.device(device)) == torch.bfloat16
+    with pytest.raises(ValueError, match="expected one of fp32"):
+        dtype_of("auto")                       # of which device?
+
+
+def test_auto_loads_bf16_and_a_large_model_is_told_of_it_once(monkeypatch, capfd):
+    """Only where it helps: not without the instructions, not if a dtype or int8 is asked for, not for a small model."""
+    pretend_cpu(monkeypatch, avx512_bf16=True)
+    pipeline.tell_once.cache_clear()
+    assert Wuerstchen.load("tiny", "cpu", "auto").dtype == torch.bfloat16
+    for options in (dict(dtype="auto", int8=True), {}):
+        assert Wuerstchen.load("tiny", "cpu", **options).dtype == torch.float32
+    monkeypatch.setattr(pipeline, "LARGE", 1e6)
+    for options in (dict(dtype="fp32"), dict(dtype="auto"), dict(int8=True)):
+        Wuerstchen.load("tiny", "cpu", **options)
+    with monkeypatch.context() as patch:
+        pretend_cpu(patch)
+        assert Wuerstchen.load("tiny", "cpu", "auto").dtype == Wuerstchen.load("tiny", "cpu").dtype == torch.float32
+    assert capfd.readouterr().err == ""
+    assert Wuerstchen.load("tiny", "cpu").dtype == Wuerstchen.load("tiny", "cpu").dtype == torch.float32
+    error = capfd.readouterr().err
+    assert error.startswith("hint: this processor has instructions for bfloat16: with --dtype auto ")
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("value", ["int8", "fp8", 16, "add", torch.int8, np.float32])

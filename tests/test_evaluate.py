@@ -188,7 +188,7 @@ def test_sampling_does_not_depend_on_the_batch_size(monkeypatch):
         c = b = types.SimpleNamespace(guidance=1.0)
 
         @classmethod
-        def load(cls, weights, int8, lora):
+        def load(cls, weights, dtype, int8, lora):
             return cls()
 
         def __call__(self, prompts, **options):

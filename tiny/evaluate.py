@@ -22,7 +22,7 @@ import json
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from extras.cli import OF_STAGES, SAMPLERS, comma_list, loras, sampling_options, steps
+from extras.cli import DTYPES, OF_STAGES, SAMPLERS, comma_list, loras, sampling_options, steps
 from loading.errors import as_user_error, exit_on_user_error
 from loading.files import check_output, write_atomically
 from loading.options import BATCH, SEED, Number, Parser, integer
@@ -162,6 +162,7 @@ def parse_args(argv=None):
                    help="for v1: the temperature at which Stage B draws tokens, or those of its first and last step "
                         "(default: the weights')")
     g.add_argument("--int8", action="store_true", help="Stages B and C in 8 bits, as with sample.py --int8")
+    g.add_argument("--dtype", choices=[*DTYPES, "auto"], help="precision, as with sample.py --dtype")
     g.add_argument("--batch", type=BATCH, default=32, help="images sampled at a time; less if memory runs out")
     g.add_argument("--seed", type=SEED, default=0,
                    help="seed of the noise (--real: of the layouts); the prompts stay the same")
@@ -180,7 +181,7 @@ def parse_args(argv=None):
 def sample(args, prompts: list[str]) -> list[Image.Image]:
     from tqdm import tqdm                                # only now, so that --help and --real start at once
     from wuerstchen import Wuerstchen
-    model, images = Wuerstchen.load(args.weights, int8=args.int8, lora=args.lora), []
+    model, images = Wuerstchen.load(args.weights, dtype=args.dtype, int8=args.int8, lora=args.lora), []
     options = sampling_options(argparse.Namespace(**dict.fromkeys(OF_STAGES) | vars(args)), model)
     for start in tqdm(range(0, len(prompts), args.batch), desc="sampling", unit="batch"):
         # Image i of a call starts from the noise of seed + i, so image n of all gets seed + n, whatever --batch is.

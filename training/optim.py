@@ -1,6 +1,6 @@
 """Optimizer, learning rate, gradient clipping and averaged weights: the parts that every training loop has.
 
-Needs: torch; loading/errors.py.
+Needs: torch; loading/.
 """
 import contextlib
 import math
@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from loading.arguments import dtype_of
 from loading.errors import UserError
 
 
@@ -49,8 +50,8 @@ def learning_rate(step: int, args) -> float:
 
 def set_precision(args, device: torch.device) -> tuple[torch.dtype, torch.autocast]:
     """Fills in args.dtype -> that dtype, and the context of forward passes. For float32 the context does nothing."""
-    args.dtype = args.dtype or ("fp32" if device.type == "cpu" else "bf16")
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
+    dtype = dtype_of(args.dtype or ("fp32" if device.type == "cpu" else "bf16"), device)
+    args.dtype = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     return dtype, torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 

@@ -99,8 +99,9 @@ def add_optimization_options(p, *, steps: int, batch: int | None, lr: float | No
     g.add_argument("--ema", type=below_one, default=ema,
                    help="decay of the averaged weights, which are the ones kept; 0: no averaging"
                    + notes.get("ema_note", ""))
-    g.add_argument("--dtype", choices=["fp32", "bf16", "fp16"],
-                   help="dtype of autocast (default: bf16 on a GPU, else fp32)")
+    g.add_argument("--dtype", choices=["fp32", "bf16", "fp16", "auto"],
+                   help="dtype of autocast; auto: bf16 where the device has instructions for it, also on a CPU "
+                        "(default: bf16 on a GPU, else fp32)")
     if large:
         g.add_argument("--compile", action="store_true", help="torch.compile: minutes at the start, then faster")
         g.add_argument("--fsdp", action="store_true",
