@@ -1,11 +1,12 @@
 """Executes notebooks in place, in a fresh kernel, and stores a checksum of the code next to its outputs.
 
-  python notebooks/run.py                        # all of them, 6 minutes
+  python notebooks/run.py                        # all of them, 4 minutes
   python notebooks/run.py 03_diffusion.ipynb     # one
 
 The notebooks are committed with their images, so that they can be read without running them. A changed code cell makes
 its outputs stale: tests/test_notebooks.py compares the checksum and asks for this script. Text may change freely.
-Cells tagged "download" are not run; they keep their old outputs.
+Cells tagged "download" are not run; they keep their old outputs. The folded solutions of "Your turn" are run after the
+last cell: each ends with an assert. tests/test_notebooks.py runs all of it again and compares: see `differences`.
 Needs: notebooks/requirements.txt; `checksum` and `problems` need nothing, so they can be tested everywhere.
 """
 import argparse
@@ -14,14 +15,16 @@ import hashlib
 import io
 import json
 import re
+import resource
 import sys
-import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SECONDS, BYTES = 180, 2_000_000            # limits for a notebook: to run, and on disk
+SECONDS, WAIT, BYTES = 60, 300, 2_000_000  # limits: CPU seconds of a notebook, seconds of a cell, size on disk
 # a cell whose output must contain an image
-DRAWS = re.compile(r"\bpictures\(|\bplt\.(subplots|figure|plot|scatter|bar|imshow|hist)\(")
+DRAWS = re.compile(r"\b(pictures|activations)\(|\bplt\.(subplots|figure|plot|scatter|bar|imshow|hist)\(")
+SOLUTION = re.compile(r"<summary>Solution</summary>\n\n```python\n(.*?)```", re.DOTALL)
+TIME = re.compile(r"\d+(\.\d+)? ?(ms|s|seconds|minutes)\b")                 # what may differ in a text
 
 
 def source(cell: dict) -> str:
@@ -40,6 +43,18 @@ def code_cells(notebook: dict) -> list[dict]:
 def checksum(notebook: dict) -> str:
     """Checksum of the code cells only: text may be improved without running anything again."""
     return hashlib.sha256(json.dumps([source(cell) for cell in code_cells(notebook)]).encode()).hexdigest()[:16]
+
+
+def solutions(notebook: dict) -> list[str]:
+    """The code of the folded solutions."""
+    return [code for cell in notebook["cells"] if cell["cell_type"] == "markdown"
+            for code in SOLUTION.findall(source(cell))]
+
+
+def text_of(cell: dict) -> str:
+    """All that a code cell printed, and the descriptions of its images; times are left out."""
+    texts = [output.get("text", output.get("data", {}).get("text/plain", "")) for output in cell["outputs"]]
+    return TIME.sub("TIME", "\n".join("".join(text).strip() for text in texts))
 
 
 def images_of(cell: dict) -> list[bytes]:
@@ -73,28 +88,53 @@ def problems(notebook: dict) -> list[str]:
     return found
 
 
+def differences(stored: dict, fresh: dict) -> list[str]:
+    """What a new run shows that the stored one does not, one line each. Texts must be equal but for times; images have
+    99 % of their values within 2 of 255, because torch and matplotlib are not pinned."""
+    import numpy as np
+    from PIL import Image
+    found = []
+    for i, (old, new) in enumerate(zip(code_cells(stored), code_cells(fresh)), start=1):
+        if "download" in tags(new):
+            continue
+        if text_of(old) != text_of(new):
+            found.append(f"code cell {i} printed {text_of(new)[:200]!r}, stored is {text_of(old)[:200]!r}")
+        pairs = [[np.asarray(Image.open(io.BytesIO(png)).convert("RGB"), dtype=int) for png in pair]
+                 for pair in zip(images_of(old), images_of(new))]
+        if len(images_of(old)) != len(images_of(new)) or any(a.shape != b.shape for a, b in pairs):
+            found.append(f"code cell {i} drew another number or size of images than are stored")
+            continue
+        near = min(((abs(a - b) <= 2).mean() for a, b in pairs), default=1)
+        if near < 0.99:
+            found.append(f"code cell {i} drew an image of which {near:.1%} is as stored, expected 99 %")
+    return found
+
+
 def execute(path: Path):
-    """-> (nbformat's notebook with the outputs of a fresh kernel, seconds). Raises nbclient's errors."""
+    """-> (nbformat's notebook with the outputs of a fresh kernel, its CPU seconds). Raises nbclient's errors."""
     import nbformat
     from nbclient import NotebookClient
     notebook = nbformat.read(path, as_version=4)
-    start = time.perf_counter()
-    client = NotebookClient(notebook, timeout=SECONDS, kernel_name="python3", skip_cells_with_tag="download",
-                            resources={"metadata": {"path": str(path.parent)}})
+    cells = len(notebook["cells"])
+    notebook["cells"] += [nbformat.v4.new_code_cell(code) for code in solutions(notebook)]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    client = NotebookClient(notebook, timeout=WAIT, kernel_name="python3", skip_cells_with_tag="download",
+                            coalesce_streams=True, resources={"metadata": {"path": str(path.parent)}})
     client.execute()
-    return notebook, time.perf_counter() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    del notebook["cells"][cells:]
+    return notebook, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def smaller(png: bytes) -> bytes:
-    """Large images, which show noise, get a palette of 256 colours: a third of the size, and no visible difference.
-
-    In other images smooth colours would become bands.
-    """
+    """Large images, which show noise, with values rounded to multiples of 5: half of the size, no visible difference,
+    and still within 2 of the values of a new run."""
     from PIL import Image
-    if len(png) < 250_000:
+    if len(png) < 100_000:
         return png
     file = io.BytesIO()
-    Image.open(io.BytesIO(png)).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(file, "png", optimize=True)
+    image = Image.open(io.BytesIO(png)).convert("RGB").point(lambda value: (value + 2) // 5 * 5)
+    image.save(file, "png", optimize=True)
     return min(png, file.getvalue(), key=len)
 
 
@@ -116,7 +156,7 @@ def main(names: list[str]) -> None:
             sys.exit(f"{name} is not a notebook in {HERE.name}/; give names of files there, or none for all of them")
     try:
         import nbformat
-        from nbclient.exceptions import CellExecutionError
+        from nbclient.exceptions import CellExecutionError, CellTimeoutError
     except ImportError as error:
         sys.exit(f"{error.name} is not installed; run `pip install -r notebooks/requirements.txt`")
     for path in [HERE / name for name in names] or sorted(HERE.glob("*.ipynb")):
@@ -124,6 +164,9 @@ def main(names: list[str]) -> None:
             notebook, seconds = execute(path)
         except CellExecutionError as error:
             sys.exit(f"{path.name} is unchanged:\n{error}")
+        except CellTimeoutError as error:
+            cell = str(error).partition("cell contents:")[2].strip(" -\n").partition("\n")[0]
+            sys.exit(f"{path.name} is unchanged: a cell takes longer than {WAIT} s, make it do less: {cell}")
         found = problems(notebook)
         tidy(notebook)
         text = nbformat.writes(notebook) + "\n"

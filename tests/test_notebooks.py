@@ -24,6 +24,7 @@ ROOMS = {package.parent.name for package in ROOT.glob("*/__init__.py")}
 OURS = {".".join(path.relative_to(ROOT).with_suffix("").parts): path
         for path in [*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))]}
 LINK = re.compile(r"\[([^\]]+)\]\(([^)\s]+)\)")
+SECONDS_OF = {}                      # CPU seconds by file, of those that were run
 each_notebook = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 
 spec = importlib.util.spec_from_file_location("notebooks_run", ROOT / "notebooks" / "run.py")
@@ -70,9 +71,11 @@ def broken_links(text: str) -> list[str]:
 
 
 def sections(notebook: dict) -> list[list[str]]:
-    """For each heading "## ...": its markdown cells."""
+    """For each heading "## ..." but the two at the end: its markdown cells."""
     found = []
     for text in markdown_cells(notebook):
+        if text.startswith(("## Your turn", "## What you know now")):
+            return found
         if text.startswith("## "):
             found.append([text])
         elif found:
@@ -86,7 +89,10 @@ def badly_labelled(cell: dict) -> bool:
     if not (run.DRAWS.search(code) or run.images_of(cell)):
         return False
     axes = all(re.search(rf"\b(set_)?{axis}\(|\b{axis}=", code) for axis in ("xlabel", "ylabel"))
-    return not (re.search(r"\bpictures\(", code) or axes and re.search(r"title", code))
+    finished = [len(node.args) for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)
+                and getattr(node.func, "id", "") == "finish"]
+    return not (re.search(r"\b(pictures|activations)\(", code) or 3 in finished
+                or axes and (re.search(r"title", code) or finished))
 
 
 # ----- what cells call, though nobody runs them ------------------------------------------------------
@@ -390,6 +396,78 @@ def test_broken_outputs_are_found(code, output, message):
     assert found.startswith("code cell 1 ") and message in found
 
 
+def a_png(*values: int, low: int = 0) -> str:
+    import base64
+    import io
+    from PIL import Image
+    image, file = Image.new("L", (100, 10), low), io.BytesIO()
+    image.putdata([*values] + [low] * (1000 - len(values)))
+    image.convert("RGB").save(file, "png")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+@pytest.mark.parametrize("new, message", [
+    (dict(text="loss 0.5 after 13.7 s"), None), (dict(text="loss 0.6 after 12 s"), "printed 'loss 0.6"),
+    (dict(png=a_png(*[3] * 10)), None), (dict(png=a_png(*[3] * 11)), "98.9% is as stored"),
+    (dict(png=a_png(low=2)), None), (dict(png=a_png(low=3)), "0.0% is as stored"),
+    (dict(png=None), "another number or size")])
+def test_a_stale_output_is_found(new, message):
+    """Times may differ; values of an image by 2 of 255, and one in a hundred by more."""
+    def notebook(text="loss 0.5 after 12 s", png=a_png()):
+        image = dict(output_type="display_data", data={"image/png": png, "text/plain": "a"} if png else {})
+        return a_notebook("f()", dict(output_type="stream", name="stdout", text=[text]), image)
+    found = run.differences(notebook(), notebook(**new))
+    if message is None or "png" in new and new["png"] is None:
+        found = [line for line in found if "printed" not in line]
+    assert (message is None and found == []) or (len(found) == 1 and message in found[0])
+
+
+def test_large_images_shrink_and_still_count_as_what_was_drawn():
+    """A photo of noise, 300 x 200: rounding must stay within the tolerance of the comparison."""
+    import base64
+    import io
+    import numpy as np
+    from PIL import Image
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype="uint8")).save(file, "png")
+    stored = run.smaller(file.getvalue())
+    pair = [a_notebook("f()", dict(output_type="display_data", data={"image/png": base64.b64encode(png).decode()}))
+            for png in (stored, file.getvalue())]
+    assert len(stored) < 0.9 * len(file.getvalue()) and run.differences(*pair) == []
+
+
+def test_a_cell_over_its_time_limit_ends_in_one_line(tmp_path, monkeypatch, capsys):
+    """Not in a traceback of the client."""
+    nbformat = pytest.importorskip("nbformat",
+                                   reason="nbformat is not installed: pip install -r notebooks/requirements.txt")
+    pytest.importorskip("nbclient", reason="nbclient is not installed: pip install -r notebooks/requirements.txt")
+    pytest.importorskip("ipykernel", reason="ipykernel is not installed: pip install -r notebooks/requirements.txt")
+    cells = [nbformat.v4.new_code_cell("import time; time.sleep(60)")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "a.ipynb")
+    monkeypatch.setattr(run, "WAIT", 1)
+    monkeypatch.setattr(run, "HERE", tmp_path)
+    with pytest.raises(SystemExit) as error:
+        run.main(["a.ipynb"])
+    assert str(error.value) == ("a.ipynb is unchanged: a cell takes longer than 1 s, make it do less: "
+                                "import time; time.sleep(60)")
+
+
+def test_a_folded_solution_is_run_and_leaves_nothing_behind(tmp_path):
+    """After the last cell, with its variables; a wrong figure in it stops the run."""
+    nbformat = pytest.importorskip("nbformat",
+                                   reason="nbformat is not installed: pip install -r notebooks/requirements.txt")
+    nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed: see notebooks/requirements.txt")
+    pytest.importorskip("ipykernel", reason="ipykernel is not installed: pip install -r notebooks/requirements.txt")
+    for figure in (4, 5):
+        text = f"<details><summary>Solution</summary>\n\n```python\nassert x == {figure}\n```\n</details>"
+        cells = [nbformat.v4.new_markdown_cell(text), nbformat.v4.new_code_cell("x = 4")]
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "a.ipynb")
+        if figure == 4:
+            assert len(run.execute(tmp_path / "a.ipynb")[0]["cells"]) == 2
+    with pytest.raises(nbclient.exceptions.CellExecutionError, match="AssertionError"):
+        run.execute(tmp_path / "a.ipynb")
+
+
 def test_cells_that_download_are_not_judged():
     """They are not run, so that nothing can be said of their outputs."""
     notebook = a_notebook("pictures(x, 'title')")
@@ -486,10 +564,20 @@ def test_broken_links_are_found(link, broken):
 
 @each_notebook
 def test_a_notebook_runs_in_a_fresh_kernel(path):
-    """As a reader would run it: from top to bottom, in notebooks/, within 3 minutes; and nothing on stderr."""
+    """As a reader would run it: from top to bottom, in notebooks/, within a minute on an idle core; nothing on stderr.
+    Then what it shows is what is stored: a changed example, weight or figure leaves no notebook stale."""
     # the last also makes its list of fonts now, not in the kernel
     for package in ("nbclient", "ipykernel", "matplotlib.pyplot"):
         pytest.importorskip(package, reason=f"{package} is not installed: pip install -r notebooks/requirements.txt")
     notebook, seconds = run.execute(path)
+    SECONDS_OF[path.name] = seconds
     assert run.problems(notebook) == []
+    assert run.differences(read(path), notebook) == [], f"run: python notebooks/run.py {path.name}"
     assert seconds < run.SECONDS
+
+
+def test_all_notebooks_together_take_less_than_six_minutes():
+    """An afternoon is for reading, not for waiting."""
+    if len(SECONDS_OF) < len(FILES):
+        pytest.skip("not all notebooks were run before this test, so there is no sum")
+    assert sum(SECONDS_OF.values()) < 360, SECONDS_OF
