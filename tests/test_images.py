@@ -718,7 +718,7 @@ def test_long_labels_end_in_an_ellipsis():
 
 
 def test_strip_is_one_row():
-    """As in the README: from noise to image."""
+    """As in docs/SAMPLING.md: from noise to image."""
     cells = [plain(RED), plain(GREEN), plain(BLUE)]
     image = strip(cells)
     assert image.size == (3 * 8 + 2 * 4, 6)

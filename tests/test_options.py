@@ -155,14 +155,6 @@ def test_the_guides_command_can_be_typed():
     assert (args.steps, args.lr, args.sample_prompt, args.checkpointing) == (15000, 1e-5, ["A robot"], "blocks")
 
 
-def test_the_links_of_the_page_lead_somewhere():
-    text = (ROOT / "docs" / "FINETUNE.md").read_text(encoding="utf-8")
-    titles = {re.sub(r"[^a-z -]", "", line.lstrip("# ").lower()).replace(" ", "-")
-              for line in text.splitlines() if line.startswith("#")}
-    links = re.findall(r"\]\(#([^)]+)\)", text)
-    assert len(links) >= 7 and set(links) <= titles
-
-
 # ----- epochs and part of the data -------------------------------------------------------------------
 
 def test_epochs_become_steps(tmp_path):

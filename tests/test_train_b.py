@@ -90,7 +90,7 @@ LEARNED = ("model", "averaged", "optimizer", "step", "updates", "scaler")
 def test_a_few_steps_on_four_images_lower_their_loss(folder, new, tmp_path, loss, falls):
     """From random weights, encoder included, 30 steps lower the loss at fixed noise and levels by a half or a quarter.
 
-    The plain loss of the noise starts higher and falls more slowly, as models/tiny/README.md says.
+    The plain loss of the noise starts higher and falls more slowly, as docs/TRAINING.md says.
     """
     few = tmp_path / "few"
     few.mkdir()
@@ -657,7 +657,7 @@ def test_a_text_encoder_of_another_width_is_refused(folder, new, tmp_path):
 
 
 def test_defaults_suit_the_model():
-    """Emoji scenes from random weights: as models/tiny/README.md found. Released weights: small steps, the original's
+    """Emoji scenes from random weights: as docs/TRAINING.md found. Released weights: small steps, the original's
     loss."""
     def defaults(small: bool, *options) -> tuple:
         args = train_b.parse_args(["--out", "x", *options])

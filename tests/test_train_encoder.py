@@ -53,7 +53,7 @@ def test_labels_say_where_the_objects_are():
 
 
 def test_it_learns(config, tmp_path):
-    """In 60 steps the loss falls by a fifth; and the log has the values that the README names."""
+    """In 60 steps the loss falls by a fifth; and the log has the values that docs/TRAINING.md names."""
     log = lines(train(tmp_path / "run", config, "--lr", "1e-2", "--warmup", "5", "--schedule", "constant", steps=60))
     assert np.mean([line["loss"] for line in log[-10:]]) < 0.8 * np.mean([line["loss"] for line in log[:10]])
     assert set(log[0]) == {"step", "loss", "lr", "objects_right", "place_error", "colour_right"}

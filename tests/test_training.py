@@ -27,8 +27,8 @@ TEXT = ["--batch", "4", "--width", "32", "--depth", "1", "--log-every", "1", "--
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """The README's sequence A, image encoder, B, text, C with 2 steps each. Every script reads what the one before
-    wrote."""
+    """The sequence of tiny/train.sh, A, image encoder, B, text, C, with 2 steps each. Every script reads what
+    the one before wrote."""
     folder = tmp_path_factory.mktemp("runs")
     train_a.main(train_a.parse_args([*SMALL, "--out", f"{folder}", "--steps", "2", "--width", "16", "--workers", "0",
                                      "--val-count", "2"]))

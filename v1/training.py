@@ -121,7 +121,7 @@ class AttentionGuide:
     from the zeros at the borders where a place is, and learns neither as long as it does not know the other. A small
     network then makes only the background of them. So half of the heads are taught it: cross-entropy between their
     attention and the vectors over each place, in proportion. It must stay on: without it, attention wanders off again
-    within a few thousand steps. Measurements: models/tiny-v1/README.md.
+    within a few thousand steps. Measurements: docs/TRAINING.md.
     """
     def __init__(self, decoder: StageBV1):
         self.size, self.errors = (0, 0), []

@@ -1,0 +1,286 @@
+"""README.md, docs/ and the model cards: links, commands, options, file names and numbers that can go stale.
+
+A failure names the page and what is wrong in it. Most tests read files only; two generate small images.
+"""
+import functools
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import sample
+import train_a
+import train_b
+import train_c
+from tiny import evaluate, train_encoder, train_text
+from tools import lora, make_samples
+
+ROOT = Path(__file__).parents[1]
+PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in
+         (ROOT / "README.md", ROOT / "BENCHMARKS.md", *sorted((ROOT / "docs").glob("*.md")),
+          *sorted((ROOT / "models").glob("*/README.md")))}
+README, DOCS = PAGES["README.md"], [page for page in PAGES if page.startswith("docs/")]
+PARSERS = {"sample.py": sample.parser().parse_args, "train_a.py": train_a.parse_args, "train_b.py": train_b.parse_args,
+           "train_c.py": train_c.parse_args, "tiny.evaluate": evaluate.parse_args,
+           "tiny.train_encoder": train_encoder.parse_args, "tiny.train_text": train_text.parse_args,
+           "tools.lora": lora.parser().parse_args}
+WITH_HELP = (*PARSERS, "tools.weights", "tools.bench", "loading.hub")
+each_page, each_doc = pytest.mark.parametrize("page", PAGES), pytest.mark.parametrize("page", DOCS)
+
+
+def prose(text: str) -> str:
+    """Without blocks of code."""
+    return re.sub(r"^ *```.*?^ *```", "", text, flags=re.M | re.S)
+
+
+def anchors(text: str) -> list[str]:
+    """Of the headings, as GitHub makes them."""
+    titles = re.findall(r"^##+ (.*)$", prose(text), re.M)
+    return [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+
+
+def commands(text: str) -> list[list[str]]:
+    """Words of each command in a block for the shell."""
+    blocks = re.findall(r"^ *```(\w*)\n(.*?)^ *```", text, re.M | re.S)
+    lines = "\n".join(block for language, block in blocks if language in ("", "bash")).replace("\\\n", " ").split("\n")
+    parts = [part for line in lines for part in re.split(r" && ", line.strip())]
+    return [words for part in parts if (words := shlex.split(part, comments=True))]
+
+
+@functools.cache
+def help_of(program: str) -> str:
+    module = ["-m", program] if "." in program.removesuffix(".py") else [program]
+    run = subprocess.run([sys.executable, *module, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return run.stdout
+
+
+def options() -> set[str]:
+    """Of all programs."""
+    found = {"--nproc-per-node", "--help"}
+    for program in WITH_HELP:
+        found |= set(re.findall(r"--[a-z0-9][\w-]*", help_of(program)))
+    return found | set(re.findall(r"--[a-z0-9][\w-]*", "".join(
+        path.read_text() for path in (ROOT / "tools" / "lora.py", ROOT / "tools" / "weights.py"))))
+
+
+# --- the front page ----------------------------------------------------------------------------------
+
+def test_the_readme_can_be_read_in_one_sitting():
+    assert len(README.splitlines()) <= 200 and len(README.split()) <= 1600
+
+
+def test_continuous_integration_runs_the_first_commands():
+    """The README's lines, word for word; the second script may add options."""
+    ci = (ROOT / ".ci" / "run").read_text()
+    first, second = re.findall("^pip install -r requirements.txt && (.*)$", README, re.M)
+    assert "pip install -r requirements.txt\n" in ci and first in ci and second in ci
+
+
+def test_the_readme_says_what_has_not_been_tried():
+    status = re.search(r"^> \*\*Status.*?\n\n", README, re.M | re.S)[0]
+    assert "random weights" in status and "**not**" in status and "GPU" in status
+    assert README.index(status) < README.index("\n## ")
+
+
+def test_the_readme_lists_every_notebook_and_every_manual():
+    linked = set(re.findall(r"\]\(([\w./]+)[)#]", README))
+    assert {f"notebooks/{path.name}" for path in (ROOT / "notebooks").glob("*.ipynb")} <= linked
+    assert set(DOCS) <= linked
+
+
+def test_the_readme_lists_every_file_at_the_top_and_every_room():
+    table = README[README.index("\n## Files"):]
+    names = {path.name for path in ROOT.glob("*.py")} | {f"{path.parent.name}/" for path in ROOT.glob("*/__init__.py")}
+    assert not [name for name in names if f"`{name}`" not in table]
+
+
+def test_the_images_at_the_top_are_those_of_the_prompts_below_it():
+    """Made again and compared; other machines round differently. `python -m tools.make_samples` makes the file."""
+    found = make_samples.strip()
+    with Image.open(make_samples.FILE) as stored:
+        difference = np.abs(np.asarray(stored.convert("RGB"), float) - np.asarray(found, float))
+    assert len(make_samples.prompts()) == 8 and difference.mean() < 2
+
+
+# --- links, commands, names --------------------------------------------------------------------------
+
+@each_doc
+def test_the_contents_list_every_section(page):
+    listed = re.findall(r"^ *- \[.*?\]\(#(.*?)\)$", PAGES[page], re.M)
+    assert listed == anchors(PAGES[page])
+
+
+@each_page
+def test_links_lead_somewhere(page):
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(PAGES[page])):
+        name, _, anchor = target.partition("#")
+        file = (ROOT / page).parent / name if name else ROOT / page
+        if not target.startswith("https://") and (
+                not file.exists() or anchor and anchor not in anchors(file.read_text(encoding="utf-8"))):
+            broken.append(target)
+    assert not broken
+
+
+@each_page
+def test_commands_are_understood(page):
+    """A reader copies them. Values are checked as well: by the scripts' own parsers."""
+    for words in commands(PAGES[page]):
+        if words[0] not in ("python", "torchrun"):
+            continue
+        at = next(i for i, word in enumerate(words) if word.endswith(".py") or words[i - 1] == "-m")
+        program, arguments = words[at], words[at + 1:]
+        assert program == "pytest" or (ROOT / program).exists() or (ROOT / f"{program.replace('.', '/')}.py").exists()
+        missing = [word for word in words if re.match(r"(models|examples|tests|docs)/", word) and
+                   not (ROOT / word).exists()]
+        assert not missing, missing
+        if program in PARSERS:
+            try:
+                PARSERS[program](arguments)
+            except SystemExit:
+                pytest.fail(f"{page}: {' '.join(words)}")
+
+
+@each_page
+def test_options_in_prose_exist(page):
+    """In backticks. A first cell of "From diffusers" has theirs; tests/test_options.py holds that table."""
+    text = "\n".join(re.sub(r"^\| `--[\w-]+` \|", "|", line) for line in prose(PAGES[page]).splitlines())
+    named = {option for code in re.findall("`([^`\n]+)`", text)
+             for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", code)}
+    assert named <= options(), named - options()
+
+
+@each_page
+def test_files_in_prose_exist(page):
+    """In backticks, with a folder or a suffix of ours: from the top or from the page's folder."""
+    named = [code for code in re.findall("`([^`\n]+)`", prose(PAGES[page]))
+             if not code.startswith("train_text_to_image") and                 # diffusers' scripts
+             re.fullmatch(r"[\w./*-]+(\.py|\.md|\.sh)|(docs|examples|extras|loading|models|notebooks|speed|tests|tiny|"
+                             r"tools|training|v1|assets)/[\w./*-]*", code)]
+    missing = [name for name in named if not any(folder.glob(name) and [*folder.glob(name)]
+                                                 for folder in (ROOT, (ROOT / page).parent))]
+    assert not missing
+
+
+def test_the_script_that_trains_the_bundled_model_is_understood():
+    """Its commands, with the functions' arguments put in."""
+    text = (ROOT / "tiny" / "train.sh").read_text().replace("\\\n", " ").replace("$dtype", "fp32")
+    bodies = dict(re.findall(r"^(train_\w)\(\) \{\n(.*?)^\}", text, re.M | re.S))
+    lines = [line.strip() for line in text.splitlines()]
+    calls = 0
+    for line in lines:
+        name = line.split(" ")[0]
+        if name in bodies:
+            first, *rest = shlex.split(line)[1:]
+            line = bodies[name].replace('"$1"', first).replace('"${@:2}"', shlex.join(rest)).replace(
+                '"$@"', shlex.join([first, *rest])).strip()
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["python"] and not {"$@", "$1"} & set(words):
+            program = words[2] if words[1] == "-m" else words[1]
+            PARSERS[program](words[words.index(program) + 1:])
+            calls += 1
+    assert calls == 12
+
+
+# --- numbers that stand in more than one place -------------------------------------------------------
+
+def cells(text: str, start: str) -> list[str]:
+    """The first row of a table that starts so."""
+    row = next(line for line in text.splitlines() if line.startswith(f"| {start} |"))
+    return [cell.strip(" *") for cell in row.strip("| ").split("|")]
+
+
+@pytest.mark.parametrize("page, row, benchmark", [
+    ("README.md", "official-size steps, random weights, largest deviation", "largest deviation from diffusers"),
+    ("README.md", "bundled model, program start to image", "start to PNG"),
+    ("README.md", "official size, one image of 1024 px", "whole image, added up"),
+    ("README.md", "official size, one LoRA step, time", "LoRA, time"),
+    ("README.md", "official size, one LoRA step, memory", "LoRA, memory"),
+    ("docs/WEIGHTS.md", "loading Stage C in float16", "loading Stage C, float16"),
+    ("docs/WEIGHTS.md", "loading Stage C in float32", "loading Stage C, float32"),
+    ("docs/WEIGHTS.md", "text to image at 1024 px, `--low-memory`, float32",
+     "text to image at 1024 px, one part at a time, float32"),
+    ("docs/WEIGHTS.md", "text to image at 1024 px, `--low-memory`, bfloat16",
+     "text to image at 1024 px, one part at a time, bfloat16")])
+def test_measurements_are_those_of_the_benchmarks(page, row, benchmark):
+    """What `python -m tools.bench` writes, the pages quote: after a new run, change them as well."""
+    quoted, measured = cells(PAGES[page], row)[1:], cells(PAGES["BENCHMARKS.md"], benchmark)[1:3]
+    for value in quoted[:2]:
+        number = re.match(r"[\d.e-]+ ?\w*", value)
+        assert number is None or any(cell.startswith(number[0]) for cell in measured), (value, measured)
+
+
+def test_times_and_memory_of_the_official_size_agree():
+    """README's small table with the big ones."""
+    bench = PAGES["BENCHMARKS.md"]
+    for start, source in (("2 CPU cores, float32", "whole image, added up"),
+                          ("the same with `--low-memory`", "text to image at 1024 px, one part at a time, float32"),
+                          ("the same with `--low-memory --dtype bf16`",
+                           "text to image at 1024 px, one part at a time, bfloat16")):
+        quoted, measured = cells(README, start)[1:], cells(bench, source)[1]
+        if measured.endswith("MB"):
+            assert quoted[1].startswith(f"{int(measured.split()[0]) / 1000:.1f} GB"), (quoted, measured)
+        else:
+            assert quoted[0] == measured
+    together = int(re.search(r"(\d+) MB", cells(bench, "text to image at 1024 px, one part at a time, float32")[-1])[1])
+    assert cells(README, "2 CPU cores, float32")[2].startswith(f"{together / 1000:.1f} GB")
+
+
+@pytest.mark.parametrize("row, benchmark", [
+    ("ours", "LoRA, {}"), ("ours, `--checkpointing products`", "LoRA, `--checkpointing products`, {}"),
+    ("ours, `--checkpointing blocks`", "LoRA, `--checkpointing blocks`, {}")])
+def test_the_cost_of_a_lora_step_is_that_of_the_benchmarks(row, benchmark):
+    quoted = cells(PAGES["docs/FINETUNE.md"], row)
+    for column, what, decimals in ((1, "time", 1), (3, "memory", 2)):
+        measured = float(cells(PAGES["BENCHMARKS.md"], benchmark.format(what))[1].split()[0])
+        assert quoted[column].split()[0] == f"{measured:.{decimals}f}"
+
+
+@pytest.mark.parametrize("weights", ["tiny", "tiny-v1"])
+def test_the_cards_have_the_figures_of_the_evaluation(weights):
+    figures = json.loads((ROOT / "models" / weights / "evaluation.json").read_text())["runs"][0]["figures"]
+    for row, key in (("background", "background"), ("single object", "single_object"),
+                     ("pair seen, both objects and relation", "pair_seen"),
+                     ("pair held out, both objects and relation", "pair_held_out")):
+        _, right, of, *_ = cells(PAGES[f"models/{weights}/README.md"], row)
+        assert float(right.strip(" %")) == pytest.approx(100 * figures[key]["right"], abs=0.051)
+        assert int(of) == figures[key]["n"]
+
+
+def test_the_unicorn_of_the_readme_is_that_of_the_manual():
+    manual = PAGES["docs/FINETUNE.md"]
+    for start, source in (("before", "before"), ("with the LoRA", "**at 1.07**")):
+        quoted, measured = cells(README, start), cells(manual, source)
+        assert quoted[1:] == [measured[1], measured[-1]]
+
+
+def test_no_sentence_stands_in_two_pages():
+    """One place for each fact; the others link to it. Commands and headings may repeat."""
+    seen, twice = {}, []
+    for page, text in PAGES.items():
+        plain = re.sub(r"^(\||#|- \[| *<|!\[).*$", "", prose(text), flags=re.M)
+        for sentence in re.split(r"(?<=[.:?!])\s+", " ".join(plain.split())):
+            if len(sentence.split()) >= 8 and seen.setdefault(sentence, page) != page:
+                twice.append(f"{seen[sentence]}, {page}: {sentence}")
+    assert not twice, "\n".join(twice)
+
+
+# --- the guided walk ---------------------------------------------------------------------------------
+
+def test_the_walk_shows_lines_that_are_in_the_code():
+    """Eight stops with five lines each, in the order of their file."""
+    stops = re.split(r"^## ", PAGES["docs/READING.md"], flags=re.M)[1:]
+    assert len(stops) == 8
+    for stop in stops:
+        files = set(re.findall(r"`(\w+\.py)`", stop.split("**Question")[0]))
+        code = "\n".join((ROOT / file).read_text() for file in files)
+        lines = re.search("```python\n(.*?)```", stop, re.S)[1].splitlines()
+        assert len(lines) == 5 and not [line for line in lines if line not in code]
+        names = re.findall(r"`(?:\w+\.)?(\w+)`", stop.split("```")[0])
+        assert not [name for name in names if name not in code]
