@@ -24,7 +24,7 @@ UPWARDS = {("wuerstchen.py", "loading/pipeline.py")}
 # What the files have since the move, rounded up. A longer text needs a reason; a shorter one lowers its limit.
 LINES = {"wuerstchen.py": 508, "stage_a.py": 190, "stage_b.py": 392, "stage_c.py": 242, "lora.py": 527,
          "sample.py": 180, "train_a.py": 420, "train_b.py": 500, "train_c.py": 420, "loading/text_encoder.py": 160}
-LINES_OF_NINE, LINES_OF_PRODUCT = 3340, 16_600
+LINES_OF_NINE, LINES_OF_PRODUCT = 3340, 16_640
 WIDTH_OF_NINE, WIDTH = 100, 120
 FUNCTION, TRAINING_MAIN, PARAMETERS = 60, 180, 14
 
