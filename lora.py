@@ -31,6 +31,9 @@ LoRA. Grouped convolutions cannot: down and up would mix the groups, which no me
 Other programs' files: loading/lora_formats.py. Command line: python -m tools.lora.
 Needs: torch; safetensors for files. Works when copied alone.
 """
+if __name__ == "__main__":
+    raise SystemExit("lora.py defines LoRA layers. To generate images: python sample.py --help")
+
 import functools
 import json
 import math

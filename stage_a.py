@@ -18,6 +18,9 @@ Weights: python -m tools.weights convert IN OUT --to ours; StageA(**config).load
 Paper: arXiv:2306.00637 (Stage A); VQGAN: arXiv:2012.09841; codebook: arXiv:1711.00937.
 Needs: torch only. This file works when copied alone.
 """
+if __name__ == "__main__":
+    raise SystemExit("stage_a.py defines StageA. To generate images: python sample.py --help")
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F

@@ -19,6 +19,9 @@ Weights: python -m tools.weights convert IN OUT --to ours; StageB(**config).load
 Paper: arXiv:2306.00637 (Stage B, semantic compressor).
 Needs: torch; torchvision only for EfficientNetEncoder. This file works when copied alone.
 """
+if __name__ == "__main__":
+    raise SystemExit("stage_b.py defines StageB. To generate images: python sample.py --help")
+
 import math
 
 import torch

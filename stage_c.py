@@ -16,6 +16,9 @@ a convolution gets its (B,C,H,W) as a view with channels-last strides, which cos
 Weights: python -m tools.weights convert IN OUT --to ours; StageC(**config).load_state_dict(...)
 Paper: arXiv:2306.00637 (Stage C).  Needs: torch only. This file works when copied alone.
 """
+if __name__ == "__main__":
+    raise SystemExit("stage_c.py defines StageC. To generate images: python sample.py --help")
+
 import functools
 import math
 

@@ -1,7 +1,7 @@
 """Trains Stage A, the VQGAN, from scratch, or fine-tunes it or its decoder. One process or many.
 
   python train_a.py --out runs/smoke_a --steps 20 --batch 4           # CPU smoke run, half a minute
-  python train_a.py --out runs/a                                      # the small size, 14 minutes
+  python train_a.py --out runs/a                                      # the small size
   torchrun --nproc-per-node 8 train_a.py --config official --data 'shards/{000..511}.tar' \\
       --batch 32 --perceptual vgg16 --gan-start 50000 --out runs/a
   python train_a.py --init models/tiny/vqgan --freeze-encoder --data FOLDER --out runs/decoder

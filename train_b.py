@@ -85,7 +85,7 @@ def parse_args(argv=None):
     g.add_argument("--even-contrast", action="store_true", help="give images of little contrast "
                    "more weight (a snowflake's lines): the squared error hardly sees them")
     g.add_argument("--checkpointing", action="store_true",
-                   help="recompute blocks in the backward pass: far less memory, a third slower")
+                   help="recompute blocks in the backward pass: far less memory, but slower")
     add_output_options(
         p, result="decoder/ and image_encoder/", save_every=250, log_every=20, val_every=250,
         val_count=16, val_note=", each at 10 noise levels, and in the PSNR of --sample-every",

@@ -46,7 +46,7 @@ def parse_args(argv=None):
                    help="also train Stage C's text encoder; not with --lora")
     g = p.add_argument_group("LoRA")
     g.add_argument("--lora", action="store_true",
-                   help="train a LoRA: about 10 MB next to the weights, which do not change")
+                   help="train a LoRA, a small file next to the weights, which do not change")
     g.add_argument("--lora-weights", metavar="FILE", help="continue this LoRA, a file or a run's "
                    "folder, with its rank, alpha and targets")
     g.add_argument("--rank", type=integer(1, 8192),
@@ -60,8 +60,8 @@ def parse_args(argv=None):
     g.add_argument("--dora", action="store_true",
                    help="train length and direction of each weight separately (arXiv:2402.09353)")
     g.add_argument("--trigger", default="", help="trigger words, noted in the file for its users")
-    g = add_data_options(p, cache="latents and text embeddings; then neither encoder stays in "
-                         "memory, and an epoch is 1.2 to 1.8 times as fast")
+    g = add_data_options(p, cache="latents and text embeddings (neither encoder then stays in "
+                         "memory)")
     g.add_argument("--resolution", type=RESOLUTION, help="px: the side of a square image, or of "
                    "one with the same area (default: 128 for the tiny weights, 1024 for others)")
     g = add_optimization_options(
@@ -74,12 +74,12 @@ def parse_args(argv=None):
                    "channel, so that very dark and bright images are learned; 0.05 to 0.1")
     g.add_argument("--preserve", type=below_one, default=0.0, help="share of the samples that get "
                    "another prompt and train the network to predict what it did before, so that "
-                   "little is forgotten: 0.7 to 0.85 for a few images; see training/preserve.py")
+                   "little is forgotten; 0.75 is tried, see docs/FINETUNE.md")
     g.add_argument("--preserve-prompts", help="what not to forget: a text file with a prompt per "
                    "line, as diverse as possible. Stage C first generates latents for each")
     g.add_argument("--checkpointing", choices=["products", "blocks"], nargs="?", const="blocks",
                    help="keep less for the backward pass and recompute the rest: products keeps "
-                   "matrix products and attention, blocks only the input of each block, a third "
+                   "matrix products and attention, blocks only the input of each block, which is "
                    "slower")
     add_output_options(p, result="a folder for sample.py --weights", save_every=500, log_every=10,
                        val_every=250, val_count=16, val_note=", each at 10 noise levels",

@@ -15,6 +15,9 @@ Wuerstchen.load puts in the networks' fast forms, speed/fast.py; fast=False keep
 Editing, given embeddings and latents, previews: extras/. Less memory: speed/memory.py. v1: v1/.
 Paper: arXiv:2306.00637.  Needs: torch, numpy, pillow, tqdm; tokenizers.
 """
+if __name__ == "__main__":
+    raise SystemExit("wuerstchen.py is a module. To generate images: python sample.py --help")
+
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace

@@ -39,6 +39,10 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return f"{action.help} (default: {'none' if action.default in (None, '', []) else '%(default)s'})"
 
 
+USED_MOST = ("data", "out", "weights", "lora", "steps", "lr", "batch", "resolution", "cache", "resume", "sample_prompt",
+             "sample_every")          # what --help of a training script lists first
+
+
 class Parser(argparse.ArgumentParser):
     """Shows the docstring of a script and all defaults in --help. A mistake is a UserError, with the nearest option."""
     def __init__(self, docstring: str = "", **more):
@@ -58,6 +62,18 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:       # argparse would print its usage as well
         raise UserError(message)
+
+    def format_help(self) -> str:
+        """For training scripts: a usage of one line, and the everyday options first."""
+        if any(action.dest == "data" for action in self._actions):
+            first = self.add_argument_group("used most")
+            first._group_actions = sorted((action for action in self._actions if action.dest in USED_MOST),
+                                          key=lambda action: USED_MOST.index(action.dest))
+            for group in self._action_groups[:-1]:
+                group._group_actions = [a for a in group._group_actions if a.dest not in USED_MOST]
+            self._action_groups.insert(1, self._action_groups.pop())
+            self.usage = "python %(prog)s --data DATA --out OUT [options]"
+        return super().format_help()
 
 
 def option_strings(parser: argparse.ArgumentParser) -> list[str]:

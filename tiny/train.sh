@@ -4,6 +4,7 @@
 # docs/TRAINING.md explains the steps. The result is the folder OUT/model, which sample.py --weights takes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+case "${1:-}" in -*) sed -n 's/^# //p' "$0" | head -n 3; exit ;; esac
 out=${1:-runs/scratch}
 dtype=fp32      # bf16 halves the time of Stage B, but only on a CPU that multiplies bfloat16
 if grep -qs avx512_bf16 /proc/cpuinfo; then dtype=bf16; fi

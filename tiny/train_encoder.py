@@ -1,6 +1,6 @@
 """Trains the small image encoder on emoji scenes, before Stage B: it plays the role of EfficientNet's ImageNet weights.
 
-  python -m tiny.train_encoder --out runs/encoder          # nine minutes on 2 cores
+  python -m tiny.train_encoder --out runs/encoder          # 7 minutes on one core
 
   scene (B,3,96,96) -encoder-> (B,16,3,3) -noise, head-> for each of the 9 cells: object, position, size, background
 

@@ -1,6 +1,6 @@
 """Trains a small text encoder from scratch, for a Stage C from scratch: it plays the role of CLIP's pre-training.
 
-  python -m tiny.train_text --image-encoder runs/b/image_encoder --out runs/text          # ten minutes on 2 cores
+  python -m tiny.train_text --image-encoder runs/b/image_encoder --out runs/text          # 10 minutes on one core
 
   caption -tokenizer-> ids (B,20) -CLIP text model-> (B,20,D); its vector at the end mark -linear-> predicted latent
 
