@@ -11,7 +11,7 @@ Why up starts at 0: with y = W x + s up h and h = down x, the gradient of up is 
 down is s (up^T g) x^T. If both were 0, both gradients would stay 0. So up = 0 and down is random:
 training starts exactly at the base model, up moves in step 1, down from step 2 on.
 s = alpha / rank keeps a learning rate useful when the rank changes. The default is alpha = rank, so
-s = 1. Source: Hu et al., arXiv:2106.09685, sec. 4.1.
+s = 1. Source: Hu et al., arXiv:2106.09685.
 rsLoRA (arXiv:2312.03732) uses s = alpha / sqrt(rank), which keeps high ranks learning. This is the
 same formula with alpha * sqrt(rank) as alpha, and it is stored that way. DoRA: see Adapter.
 
@@ -62,7 +62,7 @@ class Adapter(nn.Module):
 
     DoRA writes W' = m V / |V| with V = W + s up @ down, where |V| (out,) are the lengths of V's
     rows, and also trains m (out,). |V| counts as constant in the gradient, which saves memory and
-    changes little (arXiv:2402.09353, sec. 4.3).
+    changes little (arXiv:2402.09353).
     `scale` is for the user: y = base + scale * (what this LoRA changes). 0 turns off DoRA as well.
     """
     def __init__(self, down: Tensor, up: Tensor, alpha: float, magnitude: Tensor | None = None,

@@ -90,7 +90,7 @@ class Codebook(nn.Module):
         """z (B,H,W,C) -> quantised z (B,H,W,C), indices (B,H,W), codebook loss, commitment loss.
 
         The codebook loss pulls codes to the latents, the commitment loss latents to their codes
-        (arXiv:1711.00937, eq. 3). argmin has no gradient, so z + (q - z).detach() passes the
+        (arXiv:1711.00937). argmin has no gradient, so z + (q - z).detach() passes the
         decoder's gradient straight through to z."""
         indices = self.nearest(z)                                                        # (B, H, W)
         q = F.embedding(indices, self.codes)                                          # (B, H, W, C)

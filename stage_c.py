@@ -61,8 +61,8 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
 
     Always float32 and always in this order of operations: the angle reaches 10^4, where float32 has
     steps of 1e-3, so any other rounding moves the networks' outputs by 1e-4, and half precision
-    would turn the first columns into noise. The caller casts the result. Source: arXiv:1706.03762,
-    sec. 3.5."""
+    would turn the first columns into noise. The caller casts the result. Source:
+    arXiv:1706.03762."""
     half = width // 2
     k = torch.arange(half, device=t.device).float()
     frequencies = (k * -(math.log(10000) / (half - 1))).exp()                        # (width // 2,)
@@ -76,7 +76,8 @@ class GlobalResponseNorm(nn.Module):
 
     y = gamma * (x * n) + beta + x with n = |x| / mean_channels |x|, |.| the L2 norm over H and W.
     |.| grows with the number of positions, so an image must be neither padded nor cut into tiles.
-    Starts as the identity. Source: ConvNeXt V2, arXiv:2301.00808, sec. 3.1."""
+    Starts as the identity. Source: ConvNeXt V2, arXiv:2301.00808. Its eq. 2 divides by the sum over
+    channels; its code and the released weights by the mean, which only scales gamma."""
     def __init__(self, c: int):
         super().__init__()
         self.gamma = nn.Parameter(torch.zeros(c))
@@ -101,7 +102,8 @@ class Depthwise(nn.Conv2d):
 class ResBlock(nn.Module):
     """x + MLP(norm(depthwise(x))): a convolution mixes positions, then a wide MLP mixes channels.
 
-    The MLP may see more than x: in Stage B a U-Net skip and the semantic latent, as extras."""
+    The MLP may see more than x: in Stage B a U-Net skip and the semantic latent, as extras.
+    Source: the block of ConvNeXt V2, arXiv:2301.00808, with a smaller kernel."""
     def __init__(self, c: int, c_skip: int = 0, kernel_size: int = 3, dropout: float = 0.0):
         super().__init__()
         self.depthwise = Depthwise(c, c, kernel_size, padding=kernel_size // 2, groups=c)

@@ -119,7 +119,7 @@ def dpm_solver_step(x_t: Tensor, eps: Tensor, t: Tensor, t_prev: Tensor, noise=N
     x_0 is taken at the middle of the step in lam = log(signal / noise), on the line through the
     last two guesses: an error of second order in the step where DDIM's is of first, so half as many
     steps do. The first step, and that to t_prev = 0, over which lam changes most, are DDIM's.
-    Source: Lu et al. 2022, arXiv:2211.01095, algorithm 2.
+    Source: Lu et al. 2022, arXiv:2211.01095.
     """
     ab, ab_prev = per_row(alphas_cumprod(t), x_t), per_row(alphas_cumprod(t_prev), x_t)
     lam, lam_prev = (torch.logit(a) / 2 for a in (ab, ab_prev))    # log(sqrt(ab) / sqrt(1 - ab))
@@ -142,8 +142,8 @@ SAMPLERS = {"ddpm": ddpm_step, "ddim": ddim_step, "dpm++": dpm_solver_step}
 def guide(conditional: Tensor, unconditional: Tensor, scale: float, rescale: float = 0.0) -> Tensor:
     """Classifier-free guidance: away from what is likely anyway, towards what the text asks for.
 
-    scale 0: ignores the text; 1: plain prediction; above: exaggerates.  arXiv:2207.12598, eq. 6,
-    where their w is our scale - 1. torch.lerp, because the released samplers round like that.
+    scale 0: ignores the text; 1: plain prediction; above: exaggerates.  arXiv:2207.12598,
+    where w is our scale - 1. torch.lerp, because the released samplers round like that.
     rescale: how far the standard deviation, which guidance raises, goes back to that of the
     conditional prediction, for each image by itself (arXiv:2305.08891, sec. 3.4).
     """

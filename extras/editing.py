@@ -439,7 +439,7 @@ def slerp(a: Tensor, b: Tensor, f: float | Tensor) -> Tensor:
     """Spherical interpolation of each row from a (f = 0) to b (f = 1): (B,...), (B,...), f a number or (B,) -> (B,...).
 
     A straight line between two noises would be too quiet in its middle: the network has only seen unit variance.
-    Source: Shoemake 1985, "Animating rotation with quaternion curves", sec. 3.3.
+    Source: Shoemake 1985, "Animating rotation with quaternion curves".
     """
     f = per_row(torch.as_tensor(f, dtype=a.dtype, device=a.device).expand(len(a)), a)
     cosine = F.cosine_similarity(a.flatten(1), b.flatten(1)).view_as(f).clamp(-1, 1)

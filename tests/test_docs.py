@@ -271,6 +271,27 @@ def test_no_sentence_stands_in_two_pages():
     assert not twice, "\n".join(twice)
 
 
+# --- sources -----------------------------------------------------------------------------------------
+
+CHECKED = {                                  # section or equation -> where it was checked
+    "arXiv:2006.11239, eq. 4": "diffusers, scheduling_repaint.py", "arXiv:2006.11239, algorithm 2": "the same",
+    "arXiv:2102.09672, eq. 17": "github.com/beresandras/clear-diffusion-keras, issue 2",
+    "arXiv:2010.02502, eq. 12 and 16": "diffusers, scheduling_ddim.py and scheduling_repaint.py",
+    "arXiv:2305.08891, sec. 3.4": "diffusers, rescale_noise_cfg",
+    "arXiv:2303.09556, sec. 3.4": "diffusers, train_text_to_image.py",
+    "arXiv:2301.00808. Its eq. 2": "github.com/facebookresearch/ConvNeXt-V2, issues 14 and 76"}
+
+
+def test_sections_and_equations_of_papers_are_those_that_were_checked():
+    """Others name only the paper: a wrong number sends a reader on a search."""
+    found, rooms = set(), [path.parent for path in ROOT.glob("*/__init__.py")]
+    for path in [*ROOT.glob("*.py"), *(path for room in rooms for path in room.rglob("*.py"))]:
+        text = " ".join(path.read_text(encoding="utf-8").split())
+        found |= set(re.findall(r"arXiv:[\d.]+\w(?:,|\. Its) (?:eq\.|sec\.|algorithm|appendix) [\d.]*\d(?: and \d+)?",
+                                text))
+    assert found == CHECKED.keys()
+
+
 # --- the guided walk ---------------------------------------------------------------------------------
 
 def test_the_walk_shows_lines_that_are_in_the_code():

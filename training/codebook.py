@@ -14,7 +14,7 @@ class CodebookAverages(nn.Module):
     """The other way to train a codebook: each code is the running mean of the latents nearest to it, without gradients.
 
     Per code a running number of latents N and their running sum m; the code is m / N. A code then follows its latents
-    at its own speed, whatever the learning rate. arXiv:1711.00937, appendix A.1, eq. 6 to 8.
+    at its own speed, whatever the learning rate. Source: arXiv:1711.00937.
     """
     def __init__(self, codes: Tensor, decay: float = 0.99):
         super().__init__()

@@ -13,7 +13,7 @@ from wuerstchen import alphas_cumprod
 
 
 def p2_weight(t: Tensor, k: float = 1.0, gamma: float = 1.0) -> Tensor:
-    """(k + SNR)^-gamma; 1 - alphas_cumprod for k = gamma = 1.  Source: Choi et al. 2022, arXiv:2204.00227, eq. 8."""
+    """(k + SNR)^-gamma; 1 - alphas_cumprod for k = gamma = 1.  Source: Choi et al. 2022, arXiv:2204.00227."""
     ab = alphas_cumprod(t)
     return (k + ab / (1 - ab)) ** -gamma
 
@@ -23,13 +23,13 @@ def v_weight(t: Tensor, least: float = 0.01) -> Tensor:
 
     In terms of the clean x_0 that is an error weight of 1 / (1 - alphas_cumprod), where p2 has alphas_cumprod, which is
     zero at high noise. There a prediction rests only on the condition, so this weight makes a network listen to its
-    condition early in training.  Source: Salimans & Ho 2022, arXiv:2202.00512, sec. 4 ("SNR+1 weighting").
+    condition early in training.  Source: Salimans & Ho 2022, arXiv:2202.00512 ("SNR+1 weighting").
     """
     return 1 / alphas_cumprod(t).clamp(min=least)
 
 
 def min_snr_weight(t: Tensor, gamma: float = 5.0) -> Tensor:
-    """min(SNR, gamma) / SNR.  Source: Hang et al. 2023, arXiv:2303.09556, eq. 6, for the prediction of noise."""
+    """min(SNR, gamma) / SNR.  Source: Hang et al. 2023, arXiv:2303.09556, sec. 3.4, for the prediction of noise."""
     snr = alphas_cumprod(t) / (1 - alphas_cumprod(t))
     return snr.clamp(max=gamma) / snr
 

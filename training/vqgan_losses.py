@@ -61,8 +61,8 @@ def perceptual_loss(features: list[Tensor], targets: list[Tensor]) -> Tensor:
     """Distance of two batches of images as a classifier sees them: its activations per layer, each (B,C,h,w) -> scalar.
 
     Every position's vector is scaled to length 1, so that loud layers and positions do not drown the others; squared
-    distances are summed over channels, averaged over positions, summed over layers. That is LPIPS (arXiv:1801.03924,
-    eq. 1) with all weights 1; its learned weights are not used.
+    distances are summed over channels, averaged over positions, summed over layers. That is LPIPS (arXiv:1801.03924)
+    with all weights 1; its learned weights are not used.
     """
     def unit(x: Tensor) -> Tensor:
         return x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
@@ -74,7 +74,7 @@ class PatchDiscriminator(nn.Module):
     """Judges for every patch of 18 x 18 pixels how real it looks. Used in training only.
 
     A mean error is smallest for a blurred average of all plausible details; a discriminator rejects blur, because no
-    real patch looks like it (arXiv:1611.07004, sec. 3.2).
+    real patch looks like it (PatchGAN, arXiv:1611.07004).
     """
     def __init__(self, c: int = 32):
         super().__init__()
@@ -92,13 +92,13 @@ class PatchDiscriminator(nn.Module):
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """Hinge loss: real patches above +1, generated ones below -1. Logits of any shape -> scalar.
 
-    arXiv:2012.09841, sec. 3.1.
+    Source: Geometric GAN, arXiv:1705.02894. The VQGAN paper writes the logarithmic loss; its code uses this one.
     """
     return 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
 
 
 def generator_loss(fake_logits: Tensor) -> Tensor:
-    """Generated patches should look real. Logits of any shape -> scalar."""
+    """Generated patches should look real. Logits of any shape -> scalar. Source: as for discriminator_loss."""
     return -fake_logits.mean()
 
 
@@ -107,8 +107,8 @@ def adaptive_weight(reconstruction: Tensor, generator: Tensor, last_layer: Tenso
     """The factor with which the generator's loss pulls at the last layer as strongly as the reconstruction does.
 
     Both losses are scalars with a graph, last_layer is the weight that makes the pixels -> scalar without one. Neither
-    a fixed weight nor a discriminator that becomes certain can then push reconstruction aside. arXiv:2012.09841, eq. 7,
-    clamped. mean: averages a gradient over processes, so that all use the same weight.
+    a fixed weight nor a discriminator that becomes certain can then push reconstruction aside. Source:
+    arXiv:2012.09841, clamped. mean: averages a gradient over processes, so that all use the same weight.
     """
     lengths = [mean(torch.autograd.grad(loss, last_layer, retain_graph=True)[0]).norm()
                for loss in (reconstruction, generator)]

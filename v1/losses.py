@@ -26,7 +26,7 @@ def loss_weight(t: Tensor, mask: Tensor, least: float = 0.3) -> Tensor:
 def training_errors(logits: Tensor, tokens: Tensor, t: Tensor, mask: Tensor, smoothing: float = 0.1) -> Tensor:
     """logits (B,K,h,w) for noised tokens, clean tokens (B,h,w), t (B,), mask (B,h,w) -> error of each image (B,).
 
-    Cross-entropy against 0.9 of the true token and 0.1 of all tokens equally (arXiv:1512.00567, sec. 7): many of 8192
+    Cross-entropy against 0.9 of the true token and 0.1 of all tokens equally (arXiv:1512.00567): many of 8192
     codes look the same, and to be sure of one would be wrong. Weighted mean over each image, so images count equally.
     """
     weight = loss_weight(t, mask)                                                        # (B, h, w)
