@@ -255,8 +255,9 @@ def main(args):
     model = build_model(args).to(device)
     discriminator = PatchDiscriminator().to(device) if args.gan_start is not None else None
     vgg = VGGFeatures(args.perceptual).to(device) if args.perceptual else None
-    sizes, dataset.bucket = [(args.resolution,) * 2], np.zeros(len(dataset), np.int64)
-    order = BatchSampler(dataset.bucket, args.batch * args.grad_accum * processes.world, args.seed)
+    sizes, dataset.bucket = [(args.resolution,) * 2], np.zeros(len(dataset), np.uint8)
+    order = BatchSampler(dataset.bucket, args.batch * args.grad_accum * processes.world, args.seed,
+                         dataset.folder)
     if args.dry_run:
         return processes.on_main(outline, args, model, dataset, sizes, order,
                                  discriminator)

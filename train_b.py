@@ -318,8 +318,8 @@ def main(args):
         return processes.on_main(finished, args)
     settings = settings_of(args)
     with as_user_error():
-        order = MultiSizeSampler(dataset.sizes, args.resolution, args.max_ratio,
-                                 args.batch * args.grad_accum * processes.world, args.seed)
+        order = MultiSizeSampler(dataset.sizes, args.resolution, args.max_ratio, args.batch *
+                                 args.grad_accum * processes.world, args.seed, dataset.folder)
     dataset.bucket, draw = order.bucket, partial(stage.draw_noise, config=decoder.config)
     if args.dry_run:
         return processes.on_main(dry_run, args, model, dataset, order.sizes, order, draw)

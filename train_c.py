@@ -269,7 +269,8 @@ def main(args):
     with as_user_error():
         buckets = bucket_sizes(resolution, max_ratio=args.max_ratio)
     dataset.bucket = nearest_bucket(dataset.sizes, buckets)
-    order = BatchSampler(dataset.bucket, args.batch * args.grad_accum * processes.world, args.seed)
+    order = BatchSampler(dataset.bucket, args.batch * args.grad_accum * processes.world, args.seed,
+                         dataset.folder)
     if args.dry_run:
         return processes.on_main(dry_run, args, model, dataset, buckets, order)
 

@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import tracemalloc
 import types
 import warnings
 import zlib
@@ -1096,6 +1097,92 @@ def test_shrinking_skips_no_pixel():
 def test_fit_says_what_it_expects(arguments, message):
     with pytest.raises(ValueError, match=message):
         fit(*arguments)
+
+
+# ----- large datasets ------------------------------------------------------------------------------------
+
+@pytest.fixture
+def all_are_large(monkeypatch):
+    """Two images are a large dataset, for which files stand in for memory."""
+    monkeypatch.setattr(data, "LARGE", 2)
+    monkeypatch.setattr(order, "LARGE", 2)
+
+
+@pytest.mark.parametrize("kind", ["shard", "folder", "folder of shards"])
+def test_a_large_dataset_is_mapped_and_a_finished_index_is_not_read_again(tmp_path, kind, monkeypatch, all_are_large):
+    """8 processes that each read the index of 10^8 images wait 25 minutes and hold 260 GB. Now one does, once."""
+    files = {**pairs(5), "small.png": encoded(noise_image(0, 40, 40)), "small.txt": "small"}
+    (tmp_path / "set").mkdir()
+    source = write(tmp_path / "set", files) if kind == "folder" else tar(tmp_path / "set" / "a.tar", files)
+    source = source.parent if kind == "folder of shards" else source
+    with monkeypatch.context() as small:
+        small.setattr(data, "LARGE", 100)
+        plain = open_dataset(source)
+    read = []
+    monkeypatch.setattr(data, "samples_of", lambda *args, original=data.samples_of: read.append(1) or original(*args))
+    first = open_dataset(source, index_folder=tmp_path / "index")
+    again, copy = open_dataset(source, index_folder=tmp_path / "index"), pickle.loads(pickle.dumps(first))
+    assert len(read) == (2 if kind == "folder" else 1) and len([*(tmp_path / "index").glob("images-*")]) == 1
+    assert len(pickle.dumps(first)) < 1000 + len(str(tmp_path)) * 4
+    for dataset in (first, again, copy):
+        assert all(isinstance(array.base, np.memmap) for array in (dataset._records, dataset._ends, dataset.sizes))
+        assert names_of(dataset) == names_of(plain) and captions_of(dataset) == captions_of(plain)
+        assert (dataset.sizes == plain.sizes).all() and dataset.key(3) == plain.key(3)
+        assert dataset.describe() == plain.describe() and "1 skipped: " in dataset.describe()
+        dataset.select(np.array([1, 3]))
+        dataset = pickle.loads(pickle.dumps(dataset))
+        assert captions_of(dataset) == [["image 1"], ["image 3"]] and len(dataset.sizes) == 2
+    named = []
+    open_dataset(source, index_folder=tmp_path / "index", skipped=named)               # a dry run names all of them
+    assert [why for _, why in named] == ["40 x 40 px, fewer than 64"]
+    assert len(open_dataset(source, index_folder=tmp_path / "index", min_side=8)) == 6
+    tar(tmp_path / "set" / "a.tar", pairs(4)) if kind != "folder" else (tmp_path / "set" / "004.png").unlink()
+    assert len(open_dataset(source, index_folder=tmp_path / "index")) == 4
+
+
+def test_an_error_that_a_first_start_found_is_found_again(tmp_path, all_are_large):
+    """A wrong filter must not leave a finished index behind, which the next start would take as it is."""
+    path = tar(tmp_path / "a.tar", pairs(3))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no image has a number 'score' to filter by"):
+            open_dataset(path, index_folder=tmp_path / "index", min_score=1)
+
+
+def test_the_order_of_a_large_dataset_is_that_of_a_small_one(tmp_path, monkeypatch):
+    """Laid out in pieces and in files, which runs of old versions did not have: they resume to the same samples."""
+    buckets = np.random.default_rng(0).choice(5, 3000, p=[0.5, 0.2, 0.2, 0.05, 0.05])
+    expected = [BatchSampler(buckets, 16, 3).step(k) for k in range(0, 1000, 7)]
+    assert expected[1][1].tolist() == [1366, 1426, 1789, 114, 732, 373, 1145, 2611, 2500, 300, 927, 2856, 499, 158, 475,
+                                       1186]                                             # of the version of 2026-11-28
+    monkeypatch.setattr(order, "LARGE", 100)
+    laid_out = []
+    monkeypatch.setattr(BatchSampler, "_lay_out", lambda self, e, out, original=BatchSampler._lay_out:
+                        laid_out.append(e) or original(self, e, out))
+    ranks = [BatchSampler(buckets.astype(np.uint8), 16, 3, tmp_path / "index") for _ in range(2)]
+    for k, (positions, indices, bucket) in zip(range(0, 1000, 7), expected):
+        for found in [sampler.step(k) for sampler in ranks]:
+            assert (found[0] == positions).all() and (found[1] == indices).all() and found[2] == bucket
+    assert laid_out == sorted(set(laid_out)) and len(laid_out) == 6 and len([*(tmp_path / "index").iterdir()]) == 4
+
+
+def test_memory_does_not_grow_with_the_dataset(tmp_path, monkeypatch):
+    """Sorting 10^8 images into buckets took 12 GB in each process. Here 2^20 images take less than one array of 64-bit
+    integers would, of which it took thirty."""
+    monkeypatch.setattr(order, "LARGE", 2 ** 14)
+    sizes = np.random.default_rng(0).integers(512, 2048, (2 ** 20, 2), dtype=np.int32)
+    np.save(tmp_path / "sizes.npy", sizes)
+    sizes, shapes = np.load(tmp_path / "sizes.npy", mmap_mode="r"), bucket_sizes(384)
+    BatchSampler(np.zeros(2 ** 15, np.uint8), 64, 0, tmp_path).step(0)               # what is imported at the first use
+    tracemalloc.start()
+    try:
+        buckets = nearest_bucket(sizes, shapes)
+        assert buckets.dtype == np.uint8 and buckets.nbytes == 2 ** 20
+        sampler = BatchSampler(buckets, 64, 0, tmp_path)
+        for k in range(0, 18000, 3000):                    # the second epoch begins with step 16384
+            sampler.step(k)
+        assert tracemalloc.get_traced_memory()[1] < 2 ** 20 * 8
+    finally:
+        tracemalloc.stop()
 
 
 # ----- randomness ----------------------------------------------------------------------------------------

@@ -309,9 +309,11 @@ from training.processes import Processes
 processes, saved, ends = Processes("cpu", minutes=1), [], []
 
 def index(failing):
-    with processes.main_first():
+    def make():
         if processes.rank == failing:
             raise UserError(f"rank {failing}")
+        return processes.rank
+    assert processes.once_per_node(make) == processes.rank
 
 def samples(failing):
     yield 0
@@ -334,26 +336,28 @@ for case in (index, steps):
             ends.append(str(error))
         except SystemExit as error:
             ends.append(error.code)
-print(ends, saved)
+processes.local_rank = processes.rank            # from here on both are on one machine
+print(ends, saved, processes.once_per_node(lambda: processes.rank))
 processes.close()
 '''
 
 
 def test_if_one_process_fails_the_others_do_not_wait(tmp_path):
-    """While data are indexed and while samples are read. They end with 2, and the one that failed says why."""
+    """While data are indexed, once per machine, and while samples are read. They end with 2, and the one that failed
+    says why."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     env = os.environ | dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, PYTHONPATH=str(ROOT))
     runs = [subprocess.Popen([sys.executable, "-c", TOGETHER], stdout=subprocess.PIPE, text=True,
-                             env=env | dict(RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(2)]
+                             env=env | dict(RANK=str(rank), LOCAL_RANK="0")) for rank in range(2)]
     try:
         found = [run.communicate(timeout=120)[0].strip() for run in runs]
     finally:
         for run in runs:
             run.kill()
-    assert found == ["['rank 0', 2, 'done', 'rank 0', 2, 'done'] [2, 2]",
-                     "[2, 'rank 1', 'done', 2, 'rank 1', 'done'] [2, 2]"]
+    assert found == ["['rank 0', 2, 'done', 'rank 0', 2, 'done'] [2, 2] 0",
+                     "[2, 'rank 1', 'done', 2, 'rank 1', 'done'] [2, 2] 0"]
 
 
 # --- checkpoints -------------------------------------------------------------------------------------
@@ -596,8 +600,10 @@ def test_a_process_waits_for_another_as_long_as_sampling_may_take(tmp_path, monk
     given = {}
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr("torch.distributed.init_process_group", lambda backend, **options: given.update(options))
-    Processes("cpu")
+    monkeypatch.setattr("torch.distributed.new_group", lambda backend, timeout: (backend, timeout.days))
+    processes = Processes("cpu")
     assert given["timeout"].total_seconds() == 30 * 60
+    assert processes.patient == ("gloo", 7)                # while another reads an index of 10^8 images
 
 
 # --- a finished result -------------------------------------------------------------------------------

@@ -7,20 +7,23 @@
 A resolution always means pixels of the image. The image encoder sees 0.75 times as many per side.
 Surprise: nothing is dropped silently. Files that cannot be used are counted and named. Files that turn out to be broken
 later are named on stderr and replaced by the next readable one, which depends only on the files, so a resumed run
-replaces them in the same way.
+replaces them in the same way. A large dataset is read once and then mapped from a folder in index_folder, so that the
+next start takes seconds, and all processes of a machine share one copy.
 Needs: numpy, pillow; sources.py, extras/; scenes.py for `scenes`.
 """
 import contextlib
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
 import re
+import shutil
 import sys
+import tempfile
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +32,10 @@ from PIL import Image
 from extras.images import decoding, open_header, open_image, pixels_of, read_image, to_srgb
 from extras.jobs import prompt_lines
 from loading.errors import UserError, printable, tell
+from loading.files import write_atomically
 from loading.options import SEED, Number, integer
-from training.sources import SUFFIXES, Chosen, Found, Place, content_of, samples_of
+from training.order import LARGE, pieces
+from training.sources import INDEX_VERSION, SUFFIXES, Chosen, Found, Place, content_of, parts_of, samples_of
 
 
 class BrokenImage(UserError):
@@ -61,21 +66,28 @@ def open_dataset(source: str | Path, *, min_side: int = 64, captions_required: b
     caption_column     column or key with the captions, also in .json (default: the first of sources.CAPTION_KEYS that
                        has one)
     dataset_config     configuration of a dataset of the Hub
-    skipped            a list to which (name, reason) of all unusable files is added, also if an error is raised
+    skipped            a list to which (name, reason) of all unusable files is added, also if an error is raised; for
+                       it, a large dataset is read again
     filters            min_KEY, max_KEY: inclusive bounds on numbers in .json or metadata, such as max_punsafe=0.99.
                        An image without such a number, or with null, stays unless require_keys.
     Raises ValueError, in one line, for a source that cannot be read, and, with what was found, if no image is left.
     """
     text, folder = str(source), Path(index_folder) if index_folder else None
-    limits, found, known, skipped = _limits(filters), Found(), set(), [] if skipped is None else skipped
+    limits, found, known = _limits(filters), Found(), set()
     chosen = Chosen(image_column, caption_column, dataset_config)
     if text.split(":")[0] == "scenes":
         if limits:
             raise ValueError(f"{text} has no keys to filter by: remove {', '.join(filters)}")
         return SceneDataset(text)
+    parts = parts_of(text, folder, chosen)
+    options = [text, min_side, captions_required, require_keys, *vars(chosen).values(), sorted(filters.items())]
+    stored = stored_in(folder, options, parts) if folder else None
+    if stored and stored.exists() and skipped is None:
+        return ImageDataset(text, (), [], folder, stored)
+    skipped = [] if skipped is None else skipped
 
     def kept() -> Iterator[dict]:                # a million samples pass through here one at a time
-        for sample in samples_of(text, folder, found, chosen):
+        for sample in samples_of(parts, folder, found, chosen):
             known.update(sample.get("numbers", ()))
             problem = sample["problem"] or _problem(sample, min_side, captions_required, limits, require_keys)
             if problem:
@@ -83,22 +95,39 @@ def open_dataset(source: str | Path, *, min_side: int = 64, captions_required: b
             else:
                 yield sample
 
-    dataset = ImageDataset(text, kept(), skipped, folder / "keys.txt" if folder else None)
+    dataset = ImageDataset(text, kept(), skipped, folder)
     dataset.notes = found.notes()
     if not len(dataset):
         captions = " with a caption in NAME.txt, NAME.caption, NAME.json or metadata.jsonl/.csv" * captions_required
         files = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in found.files.most_common(8))
         raise ValueError(f"{text}: no image to train on. Looked for {' '.join(SUFFIXES)}{captions}; "
                          f"found {files or 'no file'}; {_listed(skipped)}")
-    if unknown := sorted(limits.keys() - known):           # otherwise a typo would let everything through
+    check_choices(text, chosen, found, sorted(limits.keys() - known), known)
+    return dataset.store(stored)
+
+
+def check_choices(text: str, chosen: Chosen, found: Found, unknown: list[str], known: set[str]) -> None:
+    """Raises ValueError for columns and filters that no image has: a typing error would let everything through."""
+    if unknown:
         raise ValueError(f"{text}: no image has a number {unknown[0]!r} to filter by, "
                          f"found: {', '.join(sorted(known)) or 'none'}")
-    if caption_column and not found.captions[caption_column]:
-        raise ValueError(f"{text}: --caption-column {caption_column} has no caption, "
+    if chosen.caption and not found.captions[chosen.caption]:
+        raise ValueError(f"{text}: --caption-column {chosen.caption} has no caption, "
                          f"found: {', '.join(sorted(found.keys)) or 'no named captions, which .txt files do not have'}")
-    if image_column and not found.images and not found.files.keys() & {".jsonl", ".csv", ".parquet"}:
-        raise ValueError(f"{text}: --image-column {image_column} is for tables and metadata files, and there are none")
-    return dataset
+    if chosen.image and not found.images and not found.files.keys() & {".jsonl", ".csv", ".parquet"}:
+        raise ValueError(f"{text}: --image-column {chosen.image} is for tables and metadata files, and there are none")
+
+
+def stored_in(folder: Path, options: list, parts: list[tuple[Path, str]]) -> Path | None:
+    """Where the images of these tar files are kept, read with these options. None if there are folders among them, in
+    which any file may have changed."""
+    if any(os.path.isdir(path) for path, _ in parts):
+        return None
+    digest = hashlib.sha256(json.dumps([INDEX_VERSION, options]).encode())
+    for path, _ in parts:
+        stat = path.stat()
+        digest.update(os.fsencode(f"{os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns} "))
+    return folder / f"images-{digest.hexdigest()[:16]}"
 
 
 def read_filters(texts: list[str]) -> dict[str, float]:
@@ -150,9 +179,17 @@ def _problem(sample: dict, min_side: int, captions_required: bool, limits: dict,
     return None
 
 
-def _listed(skipped: list[tuple[str, str]]) -> str:
-    names = ", ".join(f"{name} ({why})" for name, why in skipped[:5])
-    return f"{len(skipped)} skipped" + (f": {names}" if names else "") + (", ..." if len(skipped) > 5 else "")
+def _listed(skipped: list[tuple[str, str]], more: int = 0) -> str:
+    names, number = ", ".join(f"{name} ({why})" for name, why in skipped[:5]), len(skipped) + more
+    return f"{number} skipped" + (f": {names}" if names else "") + (", ..." if number > 5 else "")
+
+
+def candidates(index: int, others: np.ndarray | Callable[[], np.ndarray]) -> Iterator[int]:
+    """index, then the others (N,) behind it and those before it, which are asked for only if index is not enough."""
+    yield index
+    others = np.asarray(others() if callable(others) else others)
+    yield from others[others > index].tolist()
+    yield from others[others < index].tolist()
 
 
 # ----- images and captions -------------------------------------------------------------------------------------------
@@ -162,18 +199,76 @@ class ImageDataset:
 
     sizes (N,2) int32: height and width as shown, after EXIF orientation.  skipped: (name, reason) of unusable files.
     """
-    def __init__(self, source: str, samples: Iterable[dict], skipped: list[tuple[str, str]], key_file: Path | None):
-        self.source, self.skipped, self.notes = source, skipped, []
+    def __init__(self, source: str, samples: Iterable[dict], skipped: list[tuple[str, str]], folder: Path | None,
+                 stored: Path | None = None):
+        """folder: for keys and the order of large datasets. stored: a folder of `store`, instead of samples."""
+        self.source, self.skipped, self.unlisted, self.notes = source, skipped, 0, []
+        self.folder, self._stored, self._keys, self._numbers = folder, None, None, None
+        if stored:
+            return self._map(stored)
         # All texts in one block of memory, not in a million objects. Looking at a Python object writes its reference
         # count, so every worker process would sooner or later hold its own copy of them all.
-        records, ends, sizes = bytearray(), array("q", [0]), array("i")
+        there = folder and next(path for path in (folder, *folder.parents) if path.exists())
+        records = tempfile.SpooledTemporaryFile(2 ** 28 * bool(folder), dir=there)       # on the disk if it is large
+        ends, sizes = array("q", [0]), array("i")
         for sample in samples:
-            records += json.dumps([printable(sample["name"]), sample["place"], sample["captions"]]).encode()
-            ends.append(len(records))
+            record = json.dumps([printable(sample["name"]), sample["place"], sample["captions"]]).encode()
+            records.write(record)
+            ends.append(ends[-1] + len(record))
             sizes.extend(sample["size"])
-        self._records, self._ends = bytes(records), np.array(ends)
-        self.sizes = np.array(sizes, np.int32).reshape(-1, 2)                  # (N, 2)
-        self._key_file, self._keys = key_file, None
+        records.seek(0)
+        self._ends, self.sizes = np.array(ends), np.array(sizes, np.int32).reshape(-1, 2)            # (N + 1,), (N, 2)
+        if folder and len(self.sizes) >= LARGE:
+            self._records = records              # see store
+        else:
+            with records:
+                self._records = np.frombuffer(records.read(), np.uint8)
+
+    def store(self, path: Path | None) -> "ImageDataset":
+        """Moves a new dataset, if it is large, to a folder and maps it there. path: None for one named by content."""
+        if not self.folder or len(self) < LARGE:
+            return self
+
+        def write(folder: Path) -> None:
+            with self._records, open(folder / "records", "wb") as out:
+                shutil.copyfileobj(self._records, out, 2 ** 20)
+            np.save(folder / "ends.npy", self._ends)
+            np.save(folder / "sizes.npy", self.sizes)
+            facts = dict(skipped=self.skipped[:5], number=len(self.skipped), notes=self.notes)
+            (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+        if path is None:
+            digest = hashlib.sha256(self.sizes)
+            for block in iter(partial(self._records.read, 2 ** 20), b""):
+                digest.update(block)
+            self._records.seek(0)
+            path = self.folder / f"images-{digest.hexdigest()[:16]}"
+        with contextlib.suppress(FileExistsError):         # by an earlier run, or another machine
+            write_atomically(path, write, folder=True)
+        self._map(path)
+        return self
+
+    def _map(self, stored: Path) -> None:
+        facts = json.loads((stored / "facts.json").read_text(encoding="utf-8"))
+        self.skipped, self.notes = [(name, why) for name, why in facts["skipped"]], facts["notes"]
+        self.unlisted, self._stored = facts["number"] - len(self.skipped), stored
+        self._map_arrays()
+
+    def _map_arrays(self) -> None:
+        self._records = np.asarray(np.memmap(self._stored / "records", np.uint8, "r"))
+        self._ends, self.sizes = (np.asarray(np.load(self._stored / f"{name}.npy", mmap_mode="r"))
+                                  for name in ("ends", "sizes"))
+        if self._numbers is not None:
+            self.sizes = self.sizes[self._numbers]
+
+    def __getstate__(self) -> dict:
+        """For other processes: they map the same files."""
+        mapped = ("_records", "_ends", "sizes") if self._stored else ()
+        return {name: value for name, value in vars(self).items() if name not in mapped}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        if self._stored:
+            self._map_arrays()
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -181,7 +276,8 @@ class ImageDataset:
     def _record(self, i: int) -> tuple[str, Place, list[str]]:
         if not 0 <= i < len(self):
             raise IndexError(f"image {i} of {len(self)}")
-        return json.loads(self._records[self._ends[i]:self._ends[i + 1]])
+        i = i if self._numbers is None else self._numbers[i]
+        return json.loads(self._records[self._ends[i]:self._ends[i + 1]].tobytes())
 
     def name(self, i: int) -> str:
         return self._record(i)[0]
@@ -192,8 +288,7 @@ class ImageDataset:
 
     def select(self, numbers: np.ndarray) -> None:
         """From now on, the images with these numbers are all there are."""
-        records = [self._records[self._ends[i]:self._ends[i + 1]] for i in numbers]
-        self._records, self._ends = b"".join(records), np.cumsum([0, *map(len, records)])
+        self._numbers = numbers if self._numbers is None else self._numbers[numbers]
         self.sizes = self.sizes[numbers]
 
     def key(self, i: int) -> str:
@@ -205,9 +300,9 @@ class ImageDataset:
         stat = os.stat(file)         # as make does: same name, size and modification time, same content
         version = f"{os.path.abspath(file)} {offset} {length} {stat.st_size} {stat.st_mtime_ns} in sRGB"
         known_as = hashlib.sha256(os.fsencode(version)).hexdigest()[:24]
+        key_file = self.folder and self.folder / "keys.txt"
         if self._keys is None:
-            known = self._key_file and self._key_file.exists()
-            lines = self._key_file.read_text(errors="replace").split("\n") if known else []
+            lines = key_file.read_text(errors="replace").split("\n") if key_file and key_file.exists() else []
             self._keys = dict(line.split() for line in lines if re.fullmatch("[0-9a-f]{24} [0-9a-f]{64}", line))
         if known_as not in self._keys:
             content = content_of((file, offset, length))
@@ -216,10 +311,10 @@ class ImageDataset:
                 if to_srgb(image):   # latents cached by versions that ignored colour profiles must not be found
                     digest.update(b" in sRGB")
             self._keys[known_as] = digest.hexdigest()
-            if self._key_file:       # one short write at the end of the file: lines of several processes do not mix
+            if key_file:             # one short write at the end of the file: lines of several processes do not mix
                 with contextlib.suppress(OSError):       # a full disk: computed again next time
-                    self._key_file.parent.mkdir(parents=True, exist_ok=True)
-                    with open(self._key_file, "ab", buffering=0) as out:
+                    key_file.parent.mkdir(parents=True, exist_ok=True)
+                    with open(key_file, "ab", buffering=0) as out:
                         out.write(f"{known_as} {self._keys[known_as]}\n".encode())
         return self._keys[known_as]
 
@@ -240,9 +335,9 @@ class ImageDataset:
 
         The replacement depends only on the files, so all runs agree. The broken file is added to `skipped`, but only in
         this process: with worker processes, compare the number with i. Raises BrokenImage if none can be read.
+        allowed: (n,), or a function that returns it, which is called only if image i is broken.
         """
-        allowed = np.asarray(allowed)
-        for j in itertools.chain([i], allowed[allowed > i], allowed[allowed < i]):
+        for j in candidates(i, allowed):
             try:
                 return self.read(int(j)), int(j)
             except BrokenImage as error:
@@ -250,8 +345,8 @@ class ImageDataset:
                 entry = name, str(error).removeprefix(f"{name} cannot be read: ")
                 if entry not in self.skipped:
                     self.skipped.append(entry)
-        raise BrokenImage(f"{self.source}: none of {len(allowed)} images of this size can be read; "
-                          f"{_listed(self.skipped)}")
+        raise BrokenImage(f"{self.source}: none of {len(allowed() if callable(allowed) else allowed)} images of this "
+                          f"size can be read; {_listed(self.skipped, self.unlisted)}")
 
     def read_or_replace(self, i: int, allowed: np.ndarray) -> tuple[np.ndarray, int]:
         """read_or_next, then among all images. Broken ones are named on stderr, once by each process that meets them.
@@ -262,7 +357,7 @@ class ImageDataset:
         try:
             image, j = self.read_or_next(i, allowed)
         except BrokenImage:
-            image, j = self.read_or_next(i, np.arange(len(self)))
+            image, j = self.read_or_next(i, lambda: np.arange(len(self)))
         for name, why in self.skipped[known:]:
             print(file=sys.stderr)               # after a progress bar
             tell(f"{name} cannot be read and is replaced: {why}")
@@ -271,11 +366,13 @@ class ImageDataset:
     def describe(self) -> str:
         """One line: how many, from where, what was taken and what was skipped."""
         return "; ".join([f"{len(self)} images in {self.source}", *self.notes]
-                         + [_listed(self.skipped)] * bool(self.skipped))
+                         + [_listed(self.skipped, self.unlisted)] * bool(self.skipped))
 
 
 class SceneDataset(ImageDataset):
     """Emoji scenes with the same interface; each is drawn when it is requested."""
+    folder = _stored = None
+
     def __init__(self, source: str):
         from training.scenes import CANVAS, EmojiScenes
         _, *words = source.split(":")
@@ -286,7 +383,7 @@ class SceneDataset(ImageDataset):
         except ValueError:
             raise ValueError(f"cannot read {source!r}: expected scenes[:captioned|uncaptioned|all][:N][:SEED], "
                              "such as scenes:all:500:1, and N of 10 million at most") from None
-        self.source, self.skipped, self.notes = source, [], []
+        self.source, self.skipped, self.unlisted, self.notes = source, [], 0, []
         self._scenes = EmojiScenes(self._objects, seed=self._seed)
         self.sizes = np.full((count, 2), CANVAS, np.int32)
 
@@ -328,13 +425,17 @@ def bucket_sizes(resolution: int, step: int = 128, max_ratio: float = 2.0) -> li
 
 
 def nearest_bucket(sizes: np.ndarray, buckets: list[tuple[int, int]]) -> np.ndarray:
-    """sizes (N,2) of images -> (N,) which bucket is nearest in shape.
+    """sizes (N,2) of images -> (N,) which bucket is nearest in shape, in the smallest integers that suffice.
 
     By the logarithm of height / width, because a crop removes a share: 1:2 is as far from 1:1 as 2:1. By the ratio
     itself, 0.5 and 2, wide images would be pushed towards the square.
     """
-    shapes, targets = (np.log(np.asarray(x, float)) @ [1, -1] for x in (sizes, buckets))    # (N,), (M,)
-    return np.abs(shapes[:, None] - targets).argmin(axis=1)                                 # (N,)
+    sizes, targets = np.asarray(sizes), np.log(np.asarray(buckets, float)) @ [1, -1]                 # (N, 2), (M,)
+    nearest = np.empty(len(sizes), np.min_scalar_type(len(buckets)))                                 # (N,)
+    for piece in pieces(len(sizes), 2 ** 14):
+        shapes = np.log(sizes[piece].astype(float)) @ [1, -1]
+        nearest[piece] = np.abs(shapes[:, None] - targets).argmin(axis=1)
+    return nearest
 
 
 def fit(image: np.ndarray, size: tuple[int, int], crop: str = "center", flip: bool = False,

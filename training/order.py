@@ -7,20 +7,36 @@
 Position is a sample's number in the stream of all epochs, index its number in the dataset.
 Surprise: step k is a function of (seed, k), and the randomness of a sample one of (seed, position, purpose). A resumed
 run therefore opens no image to find its place, and two GPUs together see the same step as one, whatever ran before.
-Needs: torch, numpy, loading/errors.py.
+From LARGE images on, the order of an epoch is laid out once per machine, in a file that all its processes map.
+Needs: torch, numpy, loading/.
 """
 import atexit
 import bisect
+import contextlib
+import hashlib
+import io
 import itertools
+import mmap
+import os
 import signal
 import weakref
 import zlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from loading.errors import UserError
+from loading.files import lock, write_atomically
+
+LARGE = 2 ** 20      # images: from so many on, files instead of the memory of each process; also what is done at once
+
+
+def pieces(n: int, size: int | None = None) -> Iterator[slice]:
+    """0 to n - 1 in slices of at most `size` (LARGE), so that temporary arrays are small however large n is."""
+    size = size or LARGE
+    return (slice(start, min(start + size, n)) for start in range(0, n, size))
 
 
 def sample_rng(seed: int, position: int, purpose: str) -> np.random.Generator:
@@ -41,16 +57,22 @@ class BatchSampler:
     step: how many GPUs and micro-steps share it makes no difference, see `split`.
 
     buckets (N,) integers, one per image; with one bucket, steps are consecutive pieces of the stream.
+    folder: for files of the order of large datasets, or None. All processes that share it share them.
     """
-    def __init__(self, buckets: np.ndarray, batch: int, seed: int):
+    def __init__(self, buckets: np.ndarray, batch: int, seed: int, folder: Path | None = None):
         buckets = np.asarray(buckets)
         if buckets.ndim != 1 or not len(buckets) or batch < 1:
             raise ValueError(f"got buckets of shape {buckets.shape} and a batch of {batch}: "
                              "expected (N,), one per image, and at least 1")
-        self.batch, self.seed, self._n = batch, seed, len(buckets)
-        self._buckets, codes, self._counts = np.unique(buckets, return_inverse=True, return_counts=True)
-        self._codes = codes.astype(np.min_scalar_type(len(self._buckets)))   # (N,) small integers sort faster
+        self.batch, self.seed, self._n, self._of_image = batch, seed, len(buckets), buckets
+        self.counts, digest = {}, hashlib.sha256(f"{seed} {batch} {buckets.dtype}".encode())     # bucket -> images
+        for piece in pieces(self._n):
+            digest.update(np.ascontiguousarray(buckets[piece]))
+            for bucket, count in zip(*(found.tolist() for found in np.unique(buckets[piece], return_counts=True))):
+                self.counts[bucket] = self.counts.get(bucket, 0) + count
+        self._buckets, self._counts = np.array(sorted(self.counts.items())).T.copy()
         self._starts = np.cumsum(self._counts) - self._counts
+        self._files = folder and self._n >= LARGE and Path(folder) / f"order-{digest.hexdigest()[:16]}"
         self._epochs = {}                        # the last few, see _epoch
 
     def epoch_of(self, position: int) -> int:
@@ -79,7 +101,7 @@ class BatchSampler:
         positions, indices = np.empty_like(members), np.empty_like(members)
         for e in range(epochs[0], epochs[-1] + 1):
             order, by_bucket, _, _ = self._epoch(e)
-            inside = by_bucket[start + members[epochs == e] - e * count]
+            inside = by_bucket[start + members[epochs == e] - e * count].astype(np.int64)
             positions[epochs == e], indices[epochs == e] = e * self._n + inside, order[inside]
         return positions, indices, int(self._buckets[code])
 
@@ -90,19 +112,79 @@ class BatchSampler:
         """-> order (N,), the images of epoch e; by_bucket (N,), places in `order`, one bucket after the other; and, for
         the steps completed in this epoch, in order, bucket and number (counted per bucket, from the beginning)."""
         if e not in self._epochs:
-            while len(self._epochs) > 3:         # a million samples take 0.3 s to lay out, and 16 MB
+            while len(self._epochs) > 3:         # a million samples take 0.3 s to lay out, and 8 MB
                 del self._epochs[next(iter(self._epochs))]
-            # Raw bits, sorted: numpy promises never to change those, but not permutation().
-            order = np.argsort(sample_rng(self.seed, e, "epoch").bit_generator.random_raw(self._n), kind="stable")
-            by_bucket = np.argsort(self._codes[order], kind="stable")
-            # A bucket's step n ends with its sample (n + 1) * batch - 1, counted from the beginning.
-            numbers = [np.arange(e * count // self.batch, (e + 1) * count // self.batch) for count in self._counts]
-            ends = [by_bucket[start + (n + 1) * self.batch - 1 - e * count]
-                    for n, start, count in zip(numbers, self._starts, self._counts)]
-            codes = np.repeat(np.arange(len(numbers)), [len(n) for n in numbers])
-            by_end = np.argsort(np.concatenate(ends))
-            self._epochs[e] = order, by_bucket, codes[by_end], np.concatenate(numbers)[by_end]
+            if self._files:
+                with open(self._in_file(e), "rb") as file:
+                    content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            else:
+                self._lay_out(e, content := io.BytesIO())
+                content = content.getvalue()
+            self._epochs[e] = tuple(np.frombuffer(content, dtype, size, offset)
+                                    for offset, size, dtype in self._parts(e))
         return self._epochs[e]
+
+    def _parts(self, e: int) -> list[tuple[int, int, np.dtype]]:
+        """Offset, length and type of each array that _epoch returns, in the file of epoch e: widest type first."""
+        steps, index = self._steps_before(e + 1) - self._steps_before(e), np.min_scalar_type(self._n)
+        code, end = np.min_scalar_type(len(self._buckets)), 8 * steps + 2 * self._n * index.itemsize
+        return [(8 * steps, self._n, index), (8 * steps + self._n * index.itemsize, self._n, index),
+                (end, steps, code), (0, steps, np.dtype(np.int64))]
+
+    def _in_file(self, e: int) -> Path:
+        """The file of epoch e. The first process that needs it makes it, while others wait for their turn."""
+        path = self._files.with_name(f"{self._files.name}-{e}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        opened = lock(path.parent, wait=True)
+        try:
+            with contextlib.suppress(FileExistsError):     # made just now on another machine
+                if not path.exists():
+                    def write(temporary: Path) -> None:
+                        with open(temporary, "wb") as out:
+                            self._lay_out(e, out)
+                    write_atomically(path, write, overwrite=False)
+                    path.with_name(f"{self._files.name}-{e - 4}").unlink(missing_ok=True)
+        finally:
+            if opened is not None:
+                os.close(opened)
+        return path
+
+    def _lay_out(self, e: int, out) -> None:
+        """Writes the arrays of epoch e into a file, in pieces: those images whose random bits are within a range."""
+        done, written, filled = 0, 0, np.zeros_like(self._counts)
+        (at_order, _, index), (at_bucket, _, _), (at_code, _, code), (at_number, _, _) = self._parts(e)
+
+        def write(offset: int, array: np.ndarray, dtype) -> None:
+            out.seek(offset)
+            out.write(array.astype(dtype).tobytes())
+        parts = min(-(-self._n // LARGE), 64)
+        for part in range(parts):
+            order = self._order(e, 2 ** 64 * part // parts, 2 ** 64 * (part + 1) // parts - 1)               # (P,)
+            codes = np.searchsorted(self._buckets, self._of_image[order]).astype(code)
+            by_bucket = np.argsort(codes, kind="stable")                                                     # (P,)
+            counts = np.bincount(codes, minlength=len(self._counts))
+            ends = np.cumsum(counts)
+            write(at_order + done * index.itemsize, order, index)
+            number = np.empty_like(by_bucket)    # of each sample among those of its bucket, from the beginning
+            for bucket in range(len(counts)):
+                members, before = by_bucket[ends[bucket] - counts[bucket]:ends[bucket]], filled[bucket]
+                write(at_bucket + (self._starts[bucket] + before) * index.itemsize, done + members, index)
+                number[members] = np.arange(before, before + len(members)) + e * self._counts[bucket]
+            full = np.flatnonzero((number + 1) % self.batch == 0)            # a bucket's step n ends with its sample
+            write(at_code + written * code.itemsize, codes[full], code)      # (n + 1) * batch - 1
+            write(at_number + written * 8, number[full] // self.batch, np.int64)
+            done, written, filled = done + len(order), written + len(full), filled + counts
+
+    def _order(self, e: int, low: int, high: int) -> np.ndarray:
+        """The images of epoch e whose random bits are from low to high, in the order of these bits."""
+        # Raw bits, sorted: numpy promises never to change those, but not permutation().
+        bits, values, indices = sample_rng(self.seed, e, "epoch").bit_generator, [], []
+        for piece in pieces(self._n):
+            raw = bits.random_raw(piece.stop - piece.start)
+            inside = np.flatnonzero((raw >= np.uint64(low)) & (raw <= np.uint64(high)))
+            values.append(raw[inside])
+            indices.append(inside + piece.start)
+        return np.concatenate(indices)[np.argsort(np.concatenate(values), kind="stable")]
 
 
 def split(positions: np.ndarray, micro: int, rank: int, world: int, micro_batch: int) -> slice:

@@ -26,9 +26,10 @@ class Processes:
     def __init__(self, device: str | None = None, minutes: float = 30):
         """minutes: how long a process waits for another before it gives up, for example while rank 0 samples images."""
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.is_main, self.many = self.rank == 0, "RANK" in os.environ
+        self.is_main, self.many, self.patient = self.rank == 0, "RANK" in os.environ, None
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if device in (None, "cuda") and torch.cuda.is_available():
-            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            device = f"cuda:{self.local_rank}"
         self.device = usable_device(device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -39,9 +40,12 @@ class Processes:
             from torch.distributed import nn as _
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo",
                                     timeout=datetime.timedelta(minutes=minutes))
+            # For waiting on the CPU while another process reads indexes of a hundred million images, or downloads.
+            self.patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
 
     def close(self) -> None:
         if self.many:
+            self.patient = None
             dist.destroy_process_group()
 
     def sum(self, values: Tensor) -> Tensor:
@@ -50,13 +54,14 @@ class Processes:
             dist.all_reduce(values)
         return values
 
-    def any(self, flag: bool | Tensor) -> bool:
+    def any(self, flag: bool | Tensor, group=None) -> bool:
         """True if the flag is true in any process. All processes get the same answer and take the same branch. If one
-        took another, the rest would wait forever."""
+        took another, the rest would wait forever. group: self.patient or None."""
         if not self.many:
             return bool(flag)
-        value = torch.as_tensor(flag, dtype=torch.float32, device=self.device)
-        return bool(self.sum(value) > 0)
+        value = torch.as_tensor(flag, dtype=torch.float32, device="cpu" if group else self.device)
+        dist.all_reduce(value, group=group)
+        return bool(value > 0)
 
     def largest(self, number: int) -> int:
         """The largest number of all processes."""
@@ -70,14 +75,14 @@ class Processes:
             dist.barrier()
 
     @contextlib.contextmanager
-    def together(self):
+    def together(self, group=None):
         """All processes meet at its end. If one fails inside, the others end with code 2 and do not wait in vain."""
         try:
             yield
         except Exception:
-            self.any(True)
+            self.any(True, group)
             raise
-        if self.any(False):
+        if self.any(False, group):
             sys.exit(2)                          # the one that failed says what happened
 
     def on_main(self, do: Callable, *args) -> None:
@@ -91,17 +96,21 @@ class Processes:
         if self.is_main:
             tell(message)
 
-    @contextlib.contextmanager
-    def main_first(self):
-        """Rank 0 first, then the others: for work whose result is left on disk, such as an index or a download."""
-        if not self.is_main:
-            with self.together():
-                pass
-        with self.together():
-            yield
-        if self.is_main:
-            with self.together():
-                pass
+    def once_per_node(self, make: Callable):
+        """make()'s result for all processes, by pickle: called in the first process of each machine, rank 0's first.
+
+        For work that leaves its result on disk, such as an index or a download; others wait as long as it takes.
+        """
+        made = None
+        for turn in (self.is_main, self.local_rank == 0 and not self.is_main):
+            with self.together(self.patient):
+                if turn:
+                    made = make()
+        if not self.many:
+            return made
+        everywhere = [None] * self.world
+        dist.all_gather_object(everywhere, made, self.patient)
+        return everywhere[self.rank - self.local_rank]
 
     def data_parallel(self, model: nn.Module) -> nn.Module:
         """The module to call in a training step: DistributedDataParallel around model, or model itself for one process.

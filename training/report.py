@@ -105,10 +105,9 @@ def outline(args, model, dataset, sizes, order, discriminator=None) -> None:
     size = checkpoint_bytes(args, model, discriminator)
     print(f"{bytes_text(size)} for a checkpoint, {bytes_text(size * args.keep)} for the {args.keep} of --keep, and one "
           f"more while it is written; {args.out} has {bytes_text(free_bytes(Path(args.out)))} free")
-    counts = torch.bincount(torch.from_numpy(dataset.bucket), minlength=len(sizes)).tolist()
     epochs = args.steps * order.batch / len(dataset)
     print(f"{order.batch} images per step, {args.steps} steps are {epochs:.1f} epochs; buckets: "
-          + ", ".join(f"{w}x{h} px {n}" for (h, w), n in zip(sizes, counts) if n))
+          + ", ".join(f"{sizes[i][1]}x{sizes[i][0]} px {n}" for i, n in sorted(order.counts.items())))
 
 
 def dry_run(args, model, dataset, sizes, order, draw_noise: Callable | None = None) -> None:

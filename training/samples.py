@@ -5,7 +5,7 @@ order.sample_rng: everything random is a function of (seed, position in the stre
 Needs: torch, numpy; data.py, order.py, cache.py.
 """
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from loading.files import write_atomically
 from loading.weights import load_text_encoder
 from stage_b import preprocess
 from training.cache import Cache, hash_of, latent_key
-from training.data import bucket_sizes, fit, nearest_bucket, open_dataset, read_filters
+from training.data import bucket_sizes, candidates, fit, nearest_bucket, open_dataset, read_filters
 from training.order import BatchSampler, sample_rng
 from wuerstchen import scale_semantic
 
@@ -46,31 +46,34 @@ def no_text(config: dict, captions: list[str]) -> Tensor:
 def open_data(args, processes, captions_required: bool = True, unseen: str | None = None) -> tuple:
     """--data and --val-data. The default of the latter is --data itself or, for emoji scenes, `unseen` ones.
 
-    The main process is first, so that the others find its index and what it downloaded. With --dry-run, it writes the
-    names and reasons of everything that was skipped.
+    One process of each machine reads indexes, and the others get what it found. With --dry-run, it writes the names and
+    reasons of everything that was skipped.
     """
     index, val_data = Path(getattr(args, "cache", None) or args.out) / "index", args.val_data
     if args.data.split(":")[0] == "scenes":
         val_data = val_data or unseen
     options = dict(captions_required=captions_required, index_folder=index, image_column=args.image_column,
                    caption_column=getattr(args, "caption_column", None))
-    skipped, of_validation = [], []
+    skipped, of_validation = ([], []) if args.dry_run else (None, None)
+
+    def opened() -> tuple:
+        dataset = open_dataset(args.data, dataset_config=args.dataset_config, skipped=skipped, **options,
+                               **read_filters(args.filter))
+        config = args.dataset_config if str(val_data).startswith("hub:") else None
+        validation = (open_dataset(val_data, dataset_config=config, skipped=of_validation, **options)
+                      if val_data else dataset)
+        if args.max_samples and args.max_samples < len(dataset):
+            numbers = np.random.Generator(np.random.PCG64(args.seed)).random(len(dataset)).argsort()[:args.max_samples]
+            dataset.select(np.sort(numbers))
+        return dataset, validation
     try:
-        with processes.main_first(), as_user_error():
-            dataset = open_dataset(args.data, dataset_config=args.dataset_config, skipped=skipped, **options,
-                                   **read_filters(args.filter))
-            config = args.dataset_config if str(val_data).startswith("hub:") else None
-            validation = (open_dataset(val_data, dataset_config=config, skipped=of_validation, **options)
-                          if val_data else dataset)
+        with as_user_error():
+            dataset, validation = processes.once_per_node(opened)
     finally:
-        skipped = skipped + of_validation
-        if args.dry_run and processes.is_main and skipped:
+        if args.dry_run and processes.is_main and (skipped := skipped + of_validation):
             lines = "".join(f"{name}\t{why}\n" for name, why in skipped)
             write_atomically(Path(args.out, "skipped.tsv"), lambda path: path.write_text(lines, encoding="utf-8"))
             processes.print(f"{args.out}/skipped.tsv names all {len(skipped)} that were skipped, with the reasons")
-    if args.max_samples and args.max_samples < len(dataset):
-        numbers = np.random.Generator(np.random.PCG64(args.seed)).random(len(dataset)).argsort()[:args.max_samples]
-        dataset.select(np.sort(numbers))
     processes.print(dataset.describe())
     if validation is not dataset:
         processes.print(f"validation: {validation.describe()}")
@@ -105,13 +108,6 @@ def embed_once(paths: dict, dtype: torch.dtype, captions: list[str]) -> Tensor:
     return load_text_encoder(*files, dtype)(captions)
 
 
-def candidates(index: int, others: np.ndarray) -> Iterator[int]:
-    """index, then the others (N,) behind it and those before it: each only when it is asked for."""
-    yield index
-    yield from others[others > index].tolist()
-    yield from others[others < index].tolist()
-
-
 class ImageReader:
     """(index, size number, rng) -> (index, dict): image `index` cut to sizes[number], or what the caches hold of it.
 
@@ -122,13 +118,15 @@ class ImageReader:
     def __init__(self, dataset, sizes: list[tuple[int, int]], args, pixels: bool, caches: dict, replaced: dict):
         self.dataset, self.sizes, self.args, self.pixels = dataset, sizes, args, pixels
         self.caches, self.replaced = caches, replaced
-        self.same_bucket = [np.flatnonzero(dataset.bucket == bucket) for bucket in range(dataset.bucket.max() + 1)]
 
     def __call__(self, index: int, number: int, rng: Callable) -> tuple[int, dict[str, Tensor]]:
         size, args = self.sizes[number], self.args
         flip = bool(args.random_flip and rng("flip").random() < 0.5)
         index = self.replaced.get(index, index)
-        others = self.same_bucket[self.dataset.bucket[index]]
+        bucket = self.dataset.bucket
+
+        def others() -> np.ndarray:              # an array as long as the dataset: only if something is broken
+            return np.flatnonzero(bucket == bucket[index])
         for index in candidates(index, others):
             if self.pixels:
                 pixels, index = self.dataset.read_or_replace(index, others)              # (H, W, 3)
@@ -137,8 +135,8 @@ class ImageReader:
             if all(latents is not None for latents in item.values()):
                 break
         else:
-            raise UserError(f"--cache {args.cache}: the entries of all {len(others)} images of one shape were damaged "
-                            f"or removed during the run: start again with --resume auto")
+            raise UserError(f"--cache {args.cache}: the entries of all {len(others())} images of one shape were "
+                            f"damaged or removed during the run: start again with --resume auto")
         for name, latents in item.items():
             tokens = latents.dtype.kind == "i"
             item[name] = torch.from_numpy(latents).long() if tokens else torch.from_numpy(latents).float()
@@ -153,7 +151,8 @@ class MultiSizeSampler(BatchSampler):
     The resolution of step k is a function of (seed, k). Buckets are those of the largest resolution, which has the
     most shapes; in the others, each of them goes to the nearest. Size number = resolution * len(shapes) + bucket.
     """
-    def __init__(self, image_sizes: np.ndarray, resolutions: list[int], max_ratio: float, batch: int, seed: int):
+    def __init__(self, image_sizes: np.ndarray, resolutions: list[int], max_ratio: float, batch: int, seed: int,
+                 folder: Path | None = None):
         self.resolutions = sorted(set(resolutions), reverse=True)
         self.shapes = bucket_sizes(self.resolutions[0], max_ratio=max_ratio)
         self.sizes = [*self.shapes]
@@ -161,7 +160,7 @@ class MultiSizeSampler(BatchSampler):
             smaller = bucket_sizes(resolution, max_ratio=max_ratio)
             self.sizes += [smaller[i] for i in nearest_bucket(self.shapes, smaller)]
         self.bucket = nearest_bucket(image_sizes, self.shapes)                           # (N,)
-        super().__init__(self.bucket, batch, seed)
+        super().__init__(self.bucket, batch, seed, folder)
 
     def sizes_of(self, index: int) -> list[tuple[int, int]]:
         """All sizes in which image `index` may be seen."""

@@ -1,7 +1,8 @@
 """Where captioned images come from: folders, tar shards, pipes, parquet files, the Hub.
 
-  source -samples_of-> one dict per image: name, place (file, offset, bytes), size (height, width), captions, numbers;
-                       for a file that cannot be used: name and problem
+  source -parts_of-> folders and tar files
+  -samples_of-> one dict per image: name, place (file, offset, bytes), size (height, width), captions, numbers;
+                for a file that cannot be used: name and problem
   place -content_of-> its bytes, in any order
   Chosen: the columns and keys that the user named; Found: what was there, and which of them were taken
 
@@ -77,19 +78,25 @@ class Found:
         return notes
 
 
-def samples_of(source: str, index_folder: Path | None, found: Found, chosen: Chosen = Chosen()) -> Iterator[dict]:
-    """The samples of folders and shards (name, glob, {000..031}), of pipe:COMMAND or hub:NAME[:SPLIT], in fixed order.
-
-    Raises ValueError, in one line, for a source that cannot be read.
-    """
-    parts = _parts(source, index_folder, chosen)
+def samples_of(parts: list[tuple[Path, str]], index_folder: Path | None, found: Found, chosen: Chosen = Chosen()
+               ) -> Iterator[dict]:
+    """The samples of what parts_of returns, in fixed order. Raises ValueError, in one line, for what cannot be read."""
     for path, label in parts:
         if os.path.isdir(path):
             prefix = f"{label}/" if len(parts) > 1 else ""
-            for sample in _folder_samples(str(path), index_folder, found, chosen):
+            for sample in _folder_samples(str(path), found, chosen):
                 yield dict(sample, name=f"{prefix}{sample['name']}")
         else:
-            yield from _shard_samples(path, label, index_folder, found, chosen)
+            for sample in _tar_samples(path, label, index_folder, found, chosen):
+                _count(sample, found)
+                yield sample
+
+
+def parts_of(source: str, index_folder: Path | None, chosen: Chosen = Chosen()) -> list[tuple[Path, str]]:
+    """Folders and shards (name, glob, {000..031}), pipe:COMMAND or hub:NAME[:SPLIT] -> the folders of images and tar
+    files there, in fixed order, and how to name them. Tables are made tar files. Raises ValueError, in one line."""
+    return [(_as_tar(path, index_folder, chosen), label) for part, name in _parts(source, index_folder, chosen)
+            for path, label in (_in_folder(part, name) if os.path.isdir(part) else [(part, name)])]
 
 
 def content_of(place: Place, limit: int = -1) -> bytes:
@@ -103,27 +110,34 @@ def content_of(place: Place, limit: int = -1) -> bytes:
 
 # ----- images and the files next to them -----------------------------------------------------------------------------
 
-def _folder_samples(folder: str, index_folder: Path | None, found: Found, chosen: Chosen) -> Iterator[dict]:
-    """The images below a folder or, if there are none, those in its shards."""
-    places, hidden = _folder_places(folder)
+def _in_folder(folder: Path, label: str) -> list[tuple[Path, str]]:
+    """The folder itself or, if there are no images below it, the shards there."""
+    places, _ = _folder_places(str(folder))
     if "dataset_dict.json" in places:            # as datasets' save_to_disk writes several splits
         splits = sorted({name.split("/")[0] for name in places if name.endswith("/state.json")})
         if "train" not in splits and len(splits) != 1:
             raise ValueError(f"{folder} has the splits {', '.join(splits) or 'none'} and no split train: "
                              f"give the folder of one of them")
-        folder = os.path.join(folder, "train" if "train" in splits else splits[0])
-        places, hidden = _folder_places(folder)
-    kinds = Counter(_split(name)[1] for name in places)
-    inside = [name for name in places
-              if _split(name)[1] in (".tar", *TABLES) and posixpath.basename(name) != "metadata.parquet"]
-    if inside and not kinds.keys() & set(SUFFIXES):
-        for name in inside:
-            if not re.fullmatch(r"(cache|indices)-.*\.arrow", posixpath.basename(name)):    # results of datasets' map()
-                path = Path(folder, name)
-                yield from _shard_samples(path, str(path), index_folder, found, chosen)
-        return
-    found.files.update(kinds)
-    yield from (dict(name=name, problem="a shard next to images: give it as a source of its own") for name in inside)
+        return _in_folder(folder / ("train" if "train" in splits else splits[0]), label)
+    inside = _shards_among(places)
+    if not inside or any(_split(name)[1] in SUFFIXES for name in places):
+        return [(folder, label)]
+    paths = [folder / name for name in inside                                # without results of datasets' map()
+             if not re.fullmatch(r"(cache|indices)-.*\.arrow", posixpath.basename(name))]
+    return [(path, str(path)) for path in paths]
+
+
+def _shards_among(places: dict[str, Place]) -> list[str]:
+    return [name for name in places
+            if _split(name)[1] in (".tar", *TABLES) and posixpath.basename(name) != "metadata.parquet"]
+
+
+def _folder_samples(folder: str, found: Found, chosen: Chosen) -> Iterator[dict]:
+    """The images below a folder."""
+    places, hidden = _folder_places(folder)
+    found.files.update(Counter(_split(name)[1] for name in places))
+    yield from (dict(name=name, problem="a shard next to images: give it as a source of its own")
+                for name in _shards_among(places))
     yield from (dict(name=name, problem=HIDDEN) for name in hidden)
     for sample in _samples(places, chosen):
         parent = posixpath.basename(posixpath.dirname(sample["name"])) or os.path.basename(os.path.abspath(folder))
@@ -388,16 +402,14 @@ def _expand(pattern: str) -> list[str]:
             for text in _expand(pattern[:match.start()] + word + pattern[match.end():])]
 
 
-def _shard_samples(path: Path, label: str, index_folder: Path | None, found: Found, chosen: Chosen) -> Iterator[dict]:
-    """The samples of a tar file or table. A table's tar has names like 000000012.COLUMN.jpg."""
-    with reading(path):
+def _as_tar(path: Path, index_folder: Path | None, chosen: Chosen) -> Path:
+    """A tar file or folder itself; that of a table, with names like 000000012.COLUMN.jpg."""
+    with reading(path) if not os.path.isdir(path) else contextlib.nullcontext():
         stat = path.stat()
-    if path.suffix.lower() in TABLES:
-        known_as = f"{path.absolute()} ({stat.st_size} bytes of {stat.st_mtime_ns})"
-        path = _table_as_tar(known_as, path.stem, lambda path=path: open_table(path, str(path)), index_folder, chosen)
-    for sample in _tar_samples(path, label, index_folder, found, chosen):
-        _count(sample, found)
-        yield sample
+    if path.suffix.lower() not in TABLES or os.path.isdir(path):
+        return path
+    known_as = f"{path.absolute()} ({stat.st_size} bytes of {stat.st_mtime_ns})"
+    return _table_as_tar(known_as, path.stem, lambda: open_table(path, str(path)), index_folder, chosen)
 
 
 def _tar_samples(path: Path, label: str, index_folder: Path | None, found: Found, chosen: Chosen) -> Iterator[dict]:

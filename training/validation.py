@@ -22,8 +22,9 @@ def random_images(dataset, sizes: list[tuple[int, int]], rng: np.random.Generato
                   count: int) -> Iterator[tuple[Tensor, str]]:
     """Pixels (1,h,w,3) uint8, in the nearest of `sizes`, and caption of `count` images that rng draws."""
     nearest = nearest_bucket(dataset.sizes, sizes)                                       # (N,)
-    for i in rng.permutation(len(dataset))[:count].tolist():
-        pixels, j = dataset.read_or_replace(i, np.flatnonzero(nearest == nearest[i]))
+    rng.shuffle(numbers := np.arange(len(dataset), dtype=np.uint32))                     # (N,) like permutation(N)
+    for i in numbers[:count].tolist():
+        pixels, j = dataset.read_or_replace(i, lambda: np.flatnonzero(nearest == nearest[i]))
         yield torch.from_numpy(np.array(fit(pixels, sizes[nearest[i]])))[None], dataset.captions(j)[0]
 
 
