@@ -305,3 +305,28 @@ def test_the_walk_shows_lines_that_are_in_the_code():
         assert len(lines) == 5 and not [line for line in lines if line not in code]
         names = re.findall(r"`(?:\w+\.)?(\w+)`", stop.split("```")[0])
         assert not [name for name in names if name not in code]
+
+
+# --- plain English -----------------------------------------------------------------------------------
+
+FOREIGN = (r"in place of|anew|shall|dear|hence|nearly|by way of|at hand|besides?|but for|all but|nothing but|"
+           r"paint\w*|pictures?|goes on|going on|is told|are told|, too\b|lea(?:ve|ft) \w+ away|thousand million")
+
+
+def sentences(text: str) -> list[str]:
+    """Of paragraphs and list items, without tables, headings, images and lists of names."""
+    plain = re.sub(r"`[^`\n]*`", "X", prose(text))
+    plain = re.sub(r"^ *(\||#|!\[|\[|- \[).*$", "\n", plain, flags=re.M)
+    plain = re.sub(r"^ *(- |\d\. |> )", "\n\n", plain, flags=re.M)
+    paragraphs = [" ".join(part.split()) for part in re.split(r"\n\s*\n", plain)]
+    return [sentence for part in paragraphs if not part.startswith(("<sub>", "**Objects:**"))
+            for sentence in re.split(r"(?<=[.!?:;])(?:\*\*)?\s+", part) if len(sentence.split()) > 3]
+
+
+@each_page
+def test_pages_are_in_plain_english(page):
+    """The field's words, and sentences that are read once: 18 words on average, none over 35."""
+    found = re.findall(rf"\b(?:{FOREIGN})\b", re.sub(r"`[^`\n]*`", "", prose(PAGES[page])), re.I)
+    lengths = [len(sentence.split()) for sentence in sentences(PAGES[page])]
+    assert not found and sum(lengths) <= 18 * len(lengths)
+    assert max(lengths) <= 35, [sentence for sentence in sentences(PAGES[page]) if len(sentence.split()) > 35]
