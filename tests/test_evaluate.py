@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from loading.errors import exit_on_user_error
-from tiny import evaluate, judge as judging
+from tiny import evaluate, judge as judging, sharpness
 from tiny.evaluate import degrade, fixed_prompts, real_image, score
 from tiny.judge import verdict
 from training.scenes import CAPTIONED, COLOURS, RELATIONS, Scene, held_out, render
@@ -164,6 +164,65 @@ def test_an_empty_image_shows_nothing_and_gray_is_not_a_colour(judge):
     noisy = np.clip(empty + np.random.default_rng(0).normal(0, 10, empty.shape), 0, 255)
     assert judge.find(empty) == ([], "blue") and judge.find(noisy.astype(np.uint8)) == ([], "blue")
     assert judge.find(np.full((128, 128, 3), 128, np.uint8)) == ([], None)
+
+
+# ----- how sharp -------------------------------------------------------------------------------------
+
+def test_the_place_of_an_object_is_found_to_a_quarter_of_a_pixel(judge):
+    """The judge's sizes are 11 % apart and its places 2 px; a wrong place would count as blur."""
+    found, colour = judge.find(CAT_LEFT_OF_KEY)
+    for name, place in (("cat", (44, 32, 60)), ("key", (48, 96, 66))):
+        seen = sharpness.compare(CAT_LEFT_OF_KEY, found, name, colour)
+        assert np.abs(np.subtract(seen["place"], place)).max() <= 0.25, seen
+        assert seen["psnr"] > 45 and seen["distance"] < 1e-3
+    assert sharpness.compare(CAT_LEFT_OF_KEY, found, "owl", colour) is None
+    half = sharpness.draw("cat", (45.5, 60.5, 64.25), "red", (0, 0, 128, 128))           # between the pixels
+    image = (half * 255).round().astype(np.uint8)
+    seen = sharpness.compare(image, judge.find(image)[0], "cat", "red")
+    assert seen["place"] == (45.5, 60.5, 64.25) and seen["psnr"] > 50
+
+
+def test_blur_and_dabs_cost_psnr_and_raise_the_distance(judge):
+    """The more, the worse; of two images with the same PSNR the blurred one, which lacks edges, is further away."""
+    found, colour = judge.find(CAT_LEFT_OF_KEY)
+    blurred = [np.asarray(Image.fromarray(CAT_LEFT_OF_KEY).filter(ImageFilter.GaussianBlur(px))) for px in (0.5, 1, 2)]
+    seen = [sharpness.compare(image, found, "key", colour) for image in (CAT_LEFT_OF_KEY, *blurred)]
+    assert np.diff([s["psnr"] for s in seen]).max() < -1 and np.diff([s["distance"] for s in seen]).min() > 0.002
+    brighter = np.clip(CAT_LEFT_OF_KEY + np.sqrt(np.square(blurred[2] * 1.0 - CAT_LEFT_OF_KEY).mean()), 0, 255)
+    assert 2 * sharpness.distance(brighter / 255, CAT_LEFT_OF_KEY / 255) < \
+        sharpness.distance(blurred[2] / 255, CAT_LEFT_OF_KEY / 255)
+
+
+def test_the_distance_is_zero_for_equal_images_and_one_for_opposite_ones():
+    """Structure by hand: an image and its negative have the same texture and the opposite structure."""
+    image = np.random.default_rng(0).random((40, 40, 3))
+    assert sharpness.distance(image, image) == pytest.approx(0, abs=1e-6)
+    assert sharpness.distance(image, 1 - image) == pytest.approx(1, abs=0.06)
+    assert 0.8 < sharpness.distance(image, 0 * image) < 1                                # nothing to be seen
+
+
+def test_the_least_contrast_and_the_worst_objects_are_counted():
+    """Ten facts with one object each: one of them, white on white, is the tenth; the name that fails is the other."""
+    facts = [fact((name,), colour="white") for name in ("ghost", *["spider"] * 8, "key")]
+    found = [[("ghost", 40, (64, 64), 1.0)], *[[("spider", 40, (64, 64), 1.0)]] * 8, []]
+    tenths = sharpness.worst_tenths(found, facts)
+    assert sharpness.contrast("ghost", "white") < 0.6 * sharpness.contrast("spider", "white")
+    assert tenths["least_contrast"] == {"right": 1.0, "n": 1}
+    assert tenths["worst_objects"] == {"right": 0.0, "n": 1, "names": ["key"]}
+
+
+def test_each_stage_loses_something(tmp_path, monkeypatch):
+    """The shipped weights: Stage A's round trip is sharper than the same through the codebook, and than Stage B."""
+    out = tmp_path / "eval.json"
+    cat = evaluate.real_image(FACTS[0], np.random.default_rng(1))
+    monkeypatch.setattr(evaluate, "sample", lambda args, prompts: [cat] * len(prompts))
+    options = ["--prompts", "1", "--seeds", "2", "--sharp", "--steps-b", "2", "--out", str(out)]
+    evaluate.main(evaluate.parse_args(options))
+    run, = json.loads(out.read_text())["runs"]
+    a, codes, b, generated = run["sharpness"].values()
+    assert generated["objects"] == generated["of"] == len(run["pictures"]) * 2 == 4 and a["of"] == 2
+    assert generated["psnr"] > 40 > a["psnr"] > codes["psnr"] > 15 and b["psnr"] < a["psnr"]
+    assert generated["distance"] < a["distance"] < codes["distance"]
 
 
 # ----- the script ------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ Needs: numpy, pillow, torch; wuerstchen.py for sampling.
   python -m tiny.evaluate --real                                      # the judge's own accuracy
   python -m tiny.evaluate --weights tiny --out eval.json --grid eval.png
   python -m tiny.evaluate --weights tiny --prompts 32                 # a quick look
+  python -m tiny.evaluate --weights tiny --seeds 4 --sharp            # how sharp, and which stage loses how much
   python -m tiny.evaluate --lora runs/unicorn/lora.safetensors --object unicorn      # did it learn its object?
 """
 import sys
@@ -148,6 +149,10 @@ def parse_args(argv=None):
                    help="judge drawn scenes instead of samples: the judge's own accuracy, clean and degraded")
     g.add_argument("--prompts", type=integer(1, 256), default=256,
                    help="judge the first N of the 256 prompts; fewer is faster, kinds keep their shares")
+    g.add_argument("--seeds", type=integer(1, 100), default=1, metavar="N",
+                   help="judge N images of each prompt, each from its own noise")
+    g.add_argument("--sharp", action="store_true", help="also measure how sharp the objects are, next to what Stage A "
+                   "and Stage B make of true images: see tiny/sharpness.py")
     g = p.add_argument_group("sampling; the weights have defaults for all of it")
     for stage in "cb":
         g.add_argument(f"--steps-{stage}", type=steps,
@@ -178,19 +183,43 @@ def parse_args(argv=None):
     return args
 
 
+def load(args):
+    """-> the model and the sampling options that were given."""
+    from wuerstchen import Wuerstchen                    # only now, so that --help and --real start at once
+    model = Wuerstchen.load(args.weights, dtype=args.dtype, int8=args.int8, lora=args.lora)
+    return model, sampling_options(argparse.Namespace(**dict.fromkeys(OF_STAGES) | vars(args)), model)
+
+
 def sample(args, prompts: list[str]) -> list[Image.Image]:
-    from tqdm import tqdm                                # only now, so that --help and --real start at once
-    from wuerstchen import Wuerstchen
-    model, images = Wuerstchen.load(args.weights, dtype=args.dtype, int8=args.int8, lora=args.lora), []
-    options = sampling_options(argparse.Namespace(**dict.fromkeys(OF_STAGES) | vars(args)), model)
+    from tqdm import tqdm
+    (model, options), images = load(args), []
     for start in tqdm(range(0, len(prompts), args.batch), desc="sampling", unit="batch"):
         # Image i of a call starts from the noise of seed + i, so image n of all gets seed + n, whatever --batch is.
         images += model(prompts[start:start + args.batch], seed=args.seed + start, **options)
     return images
 
 
+def sharpness_of(args, run: dict, facts: list[dict], judge: Judge) -> dict:
+    """Prints and returns {title: means, see sharpness.summary} of run, {title: images}, and, if these were generated,
+    of what the model's Stages A and B make of true images of the same prompts."""
+    from tiny.sharpness import stages, summary
+    (title, images), rows = *run.items(), {}
+    if not args.real:
+        asked, rng = facts[:len(facts) // args.seeds], np.random.default_rng(args.seed)
+        model, options = load(args)
+        true = np.stack([real_image(fact, rng) for fact in asked])
+        options = {name: value for name, value in options.items() if not name.endswith("_c")}
+        run = stages(model, asked, true, args.seed, args.batch, **options) | run
+    for name, images in run.items():
+        rows[name] = summary(images, [judge.find(image)[0] for image in images], facts[:len(images)])
+    print(f"\n{title}: objects against their sprites{'PSNR':>12s}{'distance':>12s}")
+    for name, row in rows.items():
+        print(f"  {name:32s}{row['psnr']:11.2f} dB{row['distance']:11.4f}   of {row['objects']} that were found")
+    return rows
+
+
 def main(args):
-    facts = (prompts_of(args.object) if args.object else fixed_prompts())[:args.prompts]
+    facts = (prompts_of(args.object) if args.object else fixed_prompts())[:args.prompts] * args.seeds
     if args.real:
         rng = np.random.default_rng(args.seed)
         clean = [real_image(fact, rng) for fact in facts]
@@ -208,10 +237,15 @@ def main(args):
         if args.object:
             hits = [any(name == args.object for name, *_ in found) for found, _ in seen]
             figures = {f"{args.object} found": {"right": sum(hits) / len(hits), "n": len(hits)}} | figures
+        if args.sharp:
+            from tiny.sharpness import worst_tenths
+            figures |= worst_tenths([found for found, _ in seen], facts)
         print_table(title, figures)
         judged = [fact | {"found": found, "found_colour": colour} | {"verdict": v}
                   for fact, (found, colour), v in zip(facts, seen, verdicts)]
         report["runs"].append({"title": title, "figures": figures, "pictures": judged})
+        if args.sharp:
+            report["runs"][-1]["sharpness"] = sharpness_of(args, {title: images}, facts, judge)
     if args.out:
         write_atomically(args.out, lambda path: path.write_text(json.dumps(report, indent=1) + "\n"), overwrite=False)
     if args.grid:                                        # of the last run

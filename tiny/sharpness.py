@@ -1,0 +1,152 @@
+"""How sharp is what the judge calls right? Every object of an image against its own sprite, at the best place and size.
+
+  image -Judge-> about where -refine, to a quarter of a px-> the sprite there, on its background -> PSNR, distance
+
+PSNR is taken within the object's box. It forgives blur, so a distance goes with it, in the form of DISTS
+(arXiv:2004.07728, eq. 3 to 6): for every feature map, how alike are its mean (texture) and its variations (structure).
+Their features are VGG's, learned from photographs, whereas these images are drawn; a network of ours would share the
+faults of what it judges. So the maps are derivatives of Gaussians up to the second order at three scales, which is what
+first layers of such networks come to: edges, corners and lines, in each of R, G, B. The distance is 0 for equal images.
+Surprise: an object that the judge did not find has no place and is left out, so read these means next to the judge's.
+Needs: numpy, pillow, torch; stages() also the model's networks.
+"""
+import functools
+import itertools
+
+import numpy as np
+from PIL import Image
+
+from training.scenes import CANVAS, CELL, COLOURS, sprite
+
+EDGE = 6               # px around the judge's box, within which the sprite is moved
+VISIBLE = 1e-4         # the square of 1 % of contrast: variations below it count as none
+BEST = 1e-6            # mean squared error of a perfect copy, so that its PSNR is 60 dB rather than infinite
+
+
+@functools.cache
+def _cell(name: str) -> Image.Image:
+    """The sprite as it is stored, with empty space of its own size on all sides."""
+    colour, through = sprite(name, CELL)
+    cell = np.concatenate([colour, 255 - through[..., :1]], axis=2)
+    cell = np.pad(cell, ((CELL, CELL), (CELL, CELL), (0, 0)))
+    return Image.frombytes("RGBa", cell.shape[:2], cell.tobytes())
+
+
+def draw(name: str, place, colour: str, box) -> np.ndarray:
+    """What `box` (left, top, right, bottom; whole px) of a scene shows if the object has this place (size, x, y), in px
+    and fractions of px, x and y its center: (h,w,3) float32 in [0, 1]."""
+    size, x, y = place
+    left, top, right, bottom = box
+    source = [(edge - center) * CELL / size + 1.5 * CELL for edge, center in zip(box, (x, y, x, y))]
+    rgba = np.asarray(_cell(name).resize((right - left, bottom - top), Image.LANCZOS, box=source), np.float32) / 255
+    # As in scenes.sprite: Lanczos overshoots at edges, and colour times alpha is at most alpha.
+    alpha = rgba[..., 3:]
+    return np.minimum(rgba[..., :3], alpha) + (1 - alpha) * (np.array(COLOURS[colour], np.float32) / 255)
+
+
+def refine(image: np.ndarray, name: str, place, colour: str) -> tuple[float, float, float]:
+    """The place (size, x, y) near a given one where a sprite fits an image (128,128,3) uint8 best: least squares."""
+    size, x, y = place
+    half = size // 2 + EDGE
+    box = max(0, x - half), max(0, y - half), min(CANVAS, x + half), min(CANVAS, y + half)
+    seen = image[box[1]:box[3], box[0]:box[2]] / np.float32(255)
+    error = functools.cache(lambda place: np.square(draw(name, place, colour, box) - seen).sum())
+    best, last = (float(size), float(x), float(y)), None
+    for step in (2, 1, 0.5, 0.25):
+        while best != last:
+            moves = itertools.product((0, -step, step), repeat=3)
+            near = [tuple(map(sum, zip(best, move))) for move in moves]
+            last, best = best, min((p for p in near if abs(p[0] / size - 1) < 0.15), key=error)
+        last = None
+    return best
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Two images (h,w,3) in [0, 1] -> their distance, see the header of this file."""
+    import torch
+    import torch.nn.functional as F
+    x = torch.from_numpy(np.stack([a, b]).astype(np.float32)).permute(0, 3, 1, 2).flatten(0, 1)[:, None]   # (6,1,h,w)
+    likeness = []
+    for sigma in (1, 2, 4):
+        u = torch.arange(-3 * sigma, 3 * sigma + 1) / sigma
+        gauss = torch.exp(-u ** 2 / 2) / torch.exp(-u ** 2 / 2).sum()
+        order = [gauss, u * gauss, (u ** 2 - 1) * gauss]
+        bank = torch.stack([torch.outer(order[i], order[j]) for i in range(3) for j in range(3 - i)])[:, None]
+        maps = F.conv2d(F.pad(x, (3 * sigma,) * 4, mode="replicate"), bank)           # (6, 6 filters, h, w)
+        p, q = maps.flatten(2).unflatten(0, (2, 3))                                   # (3, 6, h w) each
+        texture = [m.abs().mean(-1) for m in (p, q)]
+        p, q = (m - m.mean(-1, keepdim=True) for m in (p, q))
+        for both, squares in ((texture[0] * texture[1], texture[0] ** 2 + texture[1] ** 2),
+                              ((p * q).mean(-1), (p * p + q * q).mean(-1))):
+            likeness.append((2 * both + VISIBLE) / (squares + VISIBLE))
+    return 1 - torch.stack(likeness).mean().item()
+
+
+def compare(image, found: list, name: str, colour: str) -> dict | None:
+    """One object of an image against its sprite -> its place, psnr in dB and distance. found: what Judge.find found;
+    None if the object is not in it."""
+    image = np.asarray(Image.fromarray(np.asarray(image)).resize((CANVAS, CANVAS), Image.BOX))
+    places = [(size, *center) for other, size, center, _ in found if other == name]
+    if not places:
+        return None
+    size, *center = place = refine(image, name, places[0], colour)
+    low, high = ([int(np.clip(round(c + side * size / 2), 0, CANVAS)) for c in center] for side in (-1, 1))
+    ideal = draw(name, place, colour, (*low, *high))
+    seen = image[low[1]:high[1], low[0]:high[0]] / np.float32(255)
+    psnr = -10 * np.log10(max(np.square(seen - ideal).mean(), BEST))
+    return dict(name=name, place=place, psnr=float(psnr), distance=distance(seen, ideal))
+
+
+def summary(images, found: list[list], facts: list[dict]) -> dict:
+    """Means over all objects that the prompts ask for and the judge found: their number, psnr and distance."""
+    objects = [compare(image, seen, name, fact["colour"])
+               for image, seen, fact in zip(images, found, facts) for name in fact["objects"]]
+    values = [(o["psnr"], o["distance"]) for o in objects if o]
+    psnr, far = np.mean(values, axis=0).tolist() if values else (0.0, 1.0)
+    return dict(objects=len(values), of=len(objects), psnr=psnr, distance=far)
+
+
+# ----- what is lost: objects that can hardly be seen, and those that fail most often -----------------
+
+@functools.cache
+def contrast(name: str, colour: str) -> float:
+    """Root of the mean squared difference of a sprite's pixels and the background, 0 to 1."""
+    image, behind = draw(name, (CELL, 64, 64), colour, (24, 24, 104, 104)), np.array(COLOURS[colour]) / 255
+    alpha = 1 - sprite(name, CELL)[1] / 255
+    return float(np.sqrt(np.square(image - behind).sum() / alpha.sum()))
+
+
+def worst_tenths(found: list[list], facts: list[dict]) -> dict:
+    """{"least contrast", "worst objects"}: {"right", "n"}, as tally: of the tenth of all objects asked for with the
+    least contrast on their background, and of the tenth of all names that is found least often."""
+    asked = [(contrast(name, fact["colour"]), name, any(other == name for other, *_ in seen))
+             for seen, fact in zip(found, facts) for name in fact["objects"]]
+    rates = {}
+    for _, name, ok in asked:
+        rates.setdefault(name, []).append(ok)
+    names = sorted(rates, key=lambda name: np.mean(rates[name]))[:max(1, len(rates) // 10)]
+    least = [ok for *_, ok in sorted(asked, key=lambda one: one[0])[:max(1, len(asked) // 10)]]
+    worst = [ok for name in names for ok in rates[name]]
+    return {"least_contrast": {"right": sum(least) / len(least), "n": len(least)},
+            "worst_objects": {"right": sum(worst) / len(worst), "n": len(worst), "names": names}}
+
+
+# ----- each stage's share ----------------------------------------------------------------------------
+
+def stages(model, facts: list[dict], pixels: np.ndarray, seed: int = 0, batch: int = 32, **options) -> dict:
+    """True images pixels (n,128,128,3) uint8 -> {title: images}: Stage A's round trip, the same through the codebook,
+    and what Stage B makes of their semantic latents and the prompts."""
+    import torch
+    from extras.editing import encode_image, generate
+    from training.samples import to_tensor
+    from wuerstchen import to_pil
+    titles = ("Stage A's round trip", "Stage A, through the codebook", "Stage B, true semantic latents")
+    images, stage_a = {title: [] for title in titles}, model.part("stage_a")
+    with torch.no_grad():
+        for start in range(0, len(facts), batch):
+            true, prompts = to_tensor(pixels[start:start + batch]), [f["prompt"] for f in facts[start:start + batch]]
+            for title, quantise in zip(titles, (False, True)):
+                images[title] += to_pil(model.decode(stage_a.encode(true.to(model.device, model.dtype), quantise)))
+            semantic = encode_image(model, true)
+            images[titles[2]] += generate(model, prompts, given={"semantic": semantic}, seed=seed + start, **options)
+    return images
