@@ -3,7 +3,7 @@
   image -Judge-> about where -refine, to a quarter of a px-> the sprite there, on its background -> PSNR, distance
 
 PSNR is taken within the object's box. It forgives blur, so a distance goes with it, in the form of DISTS
-(arXiv:2004.07728, eq. 3 to 6): for every feature map, how alike are its mean (texture) and its variations (structure).
+(arXiv:2004.07728): for every feature map, how alike are its mean (texture) and its variations (structure).
 Their features are VGG's, learned from photographs, whereas these images are drawn; a network of ours would share the
 faults of what it judges. So the maps are derivatives of Gaussians up to the second order at three scales, which is what
 first layers of such networks come to: edges, corners and lines, in each of R, G, B. The distance is 0 for equal images.
