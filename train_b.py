@@ -329,23 +329,21 @@ def main(args):
         """(B,h,w,3) uint8 -> x_0 (B,4,h/4,w/4) float32, or tokens (B,h/4,w/4) with --v1."""
         return stage.encode(vqgan, to_tensor(pixels, device))
 
-    def embed(captions: list[str]):
-        return texts(captions).to(device)                                          # (B, N, c_text)
-
     encode_semantic = partial(semantic_latents, encoder, device=device)            # if it is frozen
     encoders, caches, replaced = dict(x_0=encode_vqgan), {}, {}
     if args.freeze_encoder:
         encoders["stored"] = encode_semantic
-    texts = CachedTexts(text_encoder) if text_encoder else partial(no_text, decoder.config)
+    embed = (CachedTexts(text_encoder, device) if text_encoder else                # (B, N, c_text)
+             partial(no_text, decoder.config, device))
     if args.cache:
         caches["x_0"] = open_cache(args, vqgan, crop="center", **stage.cache_settings(vqgan))
         if args.freeze_encoder:          # the same entries as train_c.py's
             caches["stored"] = open_cache(args, encoder, kind="latents", crop="center")
         if text_encoder:
-            texts.cache = open_cache(args, text_encoder.model, kind="texts")
+            embed.cache = open_cache(args, text_encoder.model, kind="texts")
         with as_user_error():
             replaced = fill_cache(dataset, order.sizes_of, args.random_flip, caches, encoders,
-                                  texts if text_encoder else None, processes)
+                                  embed if text_encoder else None, processes)
     fixed = sheets = None
     if args.val_every or args.sample_every:
         fixed = fixed_set(val_data, order.resolutions[0], encoders, args, device)

@@ -279,11 +279,11 @@ def main(args):
     def embed(captions: list[str]):
         """-> (B,N,D); for a text encoder that is trained, token ids and mask."""
         if not args.train_text:
-            return texts(captions).to(device)
+            return texts(captions)
         return text_encoder.tokens(captions)
 
     caches, replaced, preserved = {}, {}, None
-    texts = CachedTexts(text_encoder)
+    texts = CachedTexts(text_encoder, device)
     if args.cache:
         caches = {"x_0": open_cache(args, image_encoder, kind="latents", crop="center")}
         texts.cache = open_cache(args, text_encoder.model, kind="texts")
@@ -298,8 +298,7 @@ def main(args):
     sheets = SampleSheets(args, model, text_encoder, paths, dataset, autocast, dtype,
                           processes) if args.sample_every else None
     if args.cache:               # all that training needs is there: free the memory of the encoders
-        for caption in [caption for _, caption in fixed] + (preserved.prompts if preserved else []):
-            texts.one(caption)
+        texts.fill([caption for _, caption in fixed] + (preserved.prompts if preserved else []))
         encode = image_encoder = text_encoder = None
         texts.encoder = partial(embed_once, paths, dtype)    # if an entry is damaged
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loading.files import TOKENIZER_FILES as FILES
+from speed.memory import to_device
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 USUAL = dict(tokenizer_class="CLIPTokenizer", bos_token=START, eos_token=END, pad_token=END, unk_token=END)
@@ -122,9 +123,8 @@ class CLIPTextModel(nn.Module):
         self.config = {name: value for name, value in locals().items() if name not in ("self", "_", "__class__")}
         if hidden_size % num_attention_heads:
             raise ValueError(f"hidden_size {hidden_size} is not a multiple of its {num_attention_heads} heads")
-        self.embeddings = nn.ModuleDict(dict(
-            token_embedding=nn.Embedding(vocab_size, hidden_size),
-            position_embedding=nn.Embedding(max_position_embeddings, hidden_size)))
+        self.embeddings = nn.ModuleDict(dict(token_embedding=nn.Embedding(vocab_size, hidden_size),
+                                             position_embedding=nn.Embedding(max_position_embeddings, hidden_size)))
         self.encoder = nn.ModuleDict(dict(layers=nn.ModuleList(
             Layer(hidden_size, num_attention_heads, intermediate_size, hidden_act, layer_norm_eps)
             for _ in range(num_hidden_layers))))
@@ -154,7 +154,7 @@ class TextEncoder(nn.Module):
 
     def tokens(self, prompts: list[str]) -> tuple[Tensor, Tensor]:                       # on the model's device
         places = self.model.embeddings.position_embedding.weight                                          # (N, D)
-        return tuple(tensor.to(places.device) for tensor in self.tokenizer(prompts, len(places)))
+        return tuple(to_device(tensor, places.device) for tensor in self.tokenizer(prompts, len(places)))
 
     def forward(self, prompts: list[str]) -> Tensor:
         return self.model(*self.tokens(prompts))

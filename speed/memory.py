@@ -17,6 +17,11 @@ import torch
 from torch import Tensor
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """tensor.to(device). A GPU's host does not wait for the copy."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def one_at_a_time(model) -> None:
     """model.networks holds functions that load: each network is loaded for as long as no other is asked for."""
     plain, held = model.part, {}

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from loading import files
-from training.cache import Cache, hash_of
+from helpers import TINY
+from loading.weights import load_text_encoder
+from training.cache import Cache, CachedTexts, hash_of
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = {"kind": "latents", "resolution": 1024}
@@ -253,3 +255,36 @@ def test_the_hash_does_not_depend_on_how_the_model_lies_in_memory():
     fresh.load_state_dict(model().state_dict())
     assert hash_of(fresh.eval()) == expected
     assert hash_of(model().bfloat16()) != expected         # a type that numpy does not know
+
+
+# --- embeddings of captions ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_missing_captions_are_encoded_together_and_no_neighbour_changes_one(tmp_path, on_disk):
+    """To the bit: always 4 rows at a time. By themselves or in batches of 2 or 3, rows would round differently."""
+    encoder, calls = load_text_encoder(TINY / "text_encoder", TINY / "tokenizer"), []
+
+    def counted(captions):
+        calls.append(captions)
+        return encoder(captions)
+    cat, dog, moon, key, fish = captions = [f"a {name} on a red background" for name in "cat dog moon key fish".split()]
+    cache = Cache(tmp_path, "encoder", {"kind": "texts"}) if on_disk else None
+    texts = CachedTexts(counted, torch.device("cpu"), cache, rows=4)
+    together = dict(zip(captions, texts(captions)))
+    assert calls == [[cat, dog, moon, key], [fish, "", "", ""]] and together[cat].dtype == torch.float32
+    assert torch.equal(texts([fish, cat, fish]), torch.stack([together[name] for name in (fish, cat, fish)]))
+    assert len(calls) == 2                                                # all were known
+    torch.testing.assert_close(together[cat], encoder([cat])[0], rtol=0, atol=2e-3 if on_disk else 1e-5)
+    for batch in ([cat], [fish, cat], [key, cat, moon], [moon, fish, dog, cat]):
+        other = CachedTexts(encoder, torch.device("cpu"), None, rows=4)
+        if on_disk:
+            other.cache = Cache(tmp_path / "another", "encoder", {"kind": "texts"})
+        with torch.autocast("cpu", torch.bfloat16):                       # as inside a validation
+            assert all(torch.equal(row, together[name]) for row, name in zip(other(batch), batch))
+
+
+def test_memory_holds_the_newest_captions(tmp_path):
+    """More in one batch than it holds, too."""
+    texts = CachedTexts(lambda captions: torch.tensor([[[float(c or 0)]] for c in captions]), torch.device("cpu"), most=2)
+    assert texts(["1", "2", "3", "1"]).flatten().tolist() == [1, 2, 3, 1] and [*texts.memory] == ["2", "3"]
+    assert texts(["1", "3"]).flatten().tolist() == [1, 3] and [*texts.memory] == ["3", "1"]

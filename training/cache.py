@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from loading.errors import tell, warn
 from loading.files import disk_errors, sweep, temporary_path
+from speed.memory import to_device
 from training.data import BrokenImage, ImageDataset, fit
 
 CHECKSUM = 32    # bytes of a sha256 at the end of an entry; np.load(path) reads only the array before it
@@ -143,29 +144,53 @@ def hash_of(module: nn.Module) -> str:
 
 
 class CachedTexts:
-    """Captions -> embeddings (B,N,D) of a frozen encoder: each caption once, by itself, so that no batch changes it.
+    """Captions -> embeddings (B,N,D) float32 on `device`, by a frozen encoder: each caption once, so that no batch
+    changes it.
 
-    encoder: a TextEncoder; None once all captions are in `cache`, a Cache. most: captions that memory holds as well.
+    Captions that are missing are encoded together, and always as many rows at a time, filled up with "": on a GPU 16,
+    on a CPU, which gains little, one. Products of one shape take the same kernel, and it adds up a row in the same
+    order whatever the others are. So an embedding is the same to the bit with any neighbours, on the same kind of
+    device; a varying number of rows would change its rounding. Autocast is off, because some callers are inside it.
+    encoder: a TextEncoder. cache: a Cache. most: captions that the device's memory holds. rows: see above.
     """
-    def __init__(self, encoder, cache=None, most: int = 2000):
-        self.encoder, self.cache, self.most, self.memory = encoder, cache, most, {}
+    def __init__(self, encoder, device: torch.device, cache=None, most: int = 1000, rows: int | None = None):
+        self.encoder, self.device, self.cache, self.most, self.memory = encoder, device, cache, most, {}
+        self.rows = rows or (1 if device.type == "cpu" else 16)
 
-    def one(self, caption: str):
-        if caption not in self.memory:
-            found = self.cache.get("text " + caption) if self.cache is not None else None
-            if found is None:
-                with torch.no_grad():
-                    found = self.encoder([caption])[0].float().cpu().numpy()             # (N, D)
-                if self.cache is not None:   # and read again: rounded, as every later run sees it
-                    self.cache.put("text " + caption, found)
-                    found = self.cache.get("text " + caption)
-            if len(self.memory) >= self.most:
-                self.memory.pop(next(iter(self.memory)))
-            self.memory[caption] = torch.from_numpy(found).float()
-        return self.memory[caption]
+    def __call__(self, captions: list[str]) -> torch.Tensor:
+        found = {caption: self.memory[caption] for caption in captions if caption in self.memory}
+        new = {caption: None for caption in captions if caption not in found}
+        if self.cache is not None:
+            new = {caption: self._stored(caption) for caption in new}
+        missing = [caption for caption, embedding in new.items() if embedding is None]
+        for part in (missing[start:start + self.rows] for start in range(0, len(missing), self.rows)):
+            new |= zip(part, self._encode(part))
+        self.memory |= new
+        while len(self.memory) > self.most:
+            self.memory.pop(next(iter(self.memory)))
+        found |= new
+        with torch.autocast(self.device.type, enabled=False):                            # it cannot stack float16
+            return torch.stack([found[caption] for caption in captions]).float()         # (B, N, D)
 
-    def __call__(self, captions: list[str]):
-        return torch.stack([self.one(caption) for caption in captions])
+    def fill(self, captions: list[str], silent: bool = True) -> None:
+        """Encodes those that the cache does not have yet."""
+        for start in tqdm(range(0, len(captions), self.rows), desc="caching captions", disable=silent):
+            self(captions[start:start + self.rows])
+
+    @torch.no_grad()
+    def _encode(self, captions: list[str]) -> list[torch.Tensor]:
+        with torch.autocast(self.device.type, enabled=False):
+            embeddings = self.encoder(captions + [""] * (self.rows - len(captions)))     # (rows, N, D)
+        embeddings = [row.clone() for row in embeddings[:len(captions)]]                 # a view would hold all rows
+        if self.cache is None:
+            return embeddings
+        for caption, embedding in zip(captions, embeddings):
+            self.cache.put("text " + caption, embedding.float().cpu().numpy())
+        return [self._stored(caption) for caption in captions]                           # rounded, as later runs see it
+
+    def _stored(self, caption: str) -> torch.Tensor | None:
+        array = self.cache.get("text " + caption)
+        return None if array is None else to_device(torch.from_numpy(array), self.device)
 
 
 # ----- filling a cache before training -------------------------------------------------------------------------------
@@ -207,9 +232,7 @@ def fill_cache(dataset: ImageDataset, sizes: Callable[[int], list[tuple[int, int
     missing = fill(range(len(dataset)), sizes)
     if texts is not None:
         captions = sorted({""} | {caption for i in range(len(dataset)) for caption in dataset.captions(i)})
-        for caption in tqdm(captions[processes.rank::processes.world], desc="caching captions",
-                            disable=processes.rank > 0):
-            texts.one(caption)
+        texts.fill(captions[processes.rank::processes.world], silent=processes.rank > 0)
     processes.wait()
     # Counted by image, not by key: copies of a file share their keys.
     broken = [i for i in range(len(dataset)) if missing and not missing.isdisjoint(keys_of(i, sizes))]

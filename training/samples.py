@@ -38,9 +38,9 @@ def semantic_latents(encoder: torch.nn.Module, pixels: Tensor, device) -> Tensor
     return scale_semantic(encoder(encoder_input(to_tensor(pixels, device))))
 
 
-def no_text(config: dict, captions: list[str]) -> Tensor:
+def no_text(config: dict, device: torch.device, captions: list[str]) -> Tensor:
     """(B,1,c_text): instead of text embeddings, one zero token each."""
-    return torch.zeros(len(captions), 1, config["c_text"])
+    return torch.zeros(len(captions), 1, config["c_text"], device=device)
 
 
 def open_data(args, processes, captions_required: bool = True, unseen: str | None = None) -> tuple:
