@@ -1348,6 +1348,29 @@ def test_samples_do_not_depend_on_ranks_or_workers(tmp_path):
     assert run(2, 2) == run(2, 1) == run(4, 1) == run(1, 2, workers=2) == reference
 
 
+@pytest.mark.parametrize("device, cores, processes, workers", [
+    ("cpu", 2, 1, 2), ("cpu", 64, 1, 2), ("cuda", 2, 1, 2), ("cuda", 1, 1, 2), ("cuda", 6, 1, 5), ("cuda", 16, 1, 8),
+    ("cuda", 192, 8, 8), ("cuda", 32, 8, 3), ("cuda", 8, 8, 2)])
+def test_workers_by_cores_and_by_processes_of_the_machine(device, cores, processes, workers, monkeypatch):
+    """Two read 130 images a second, and a GPU takes 350. Eight GPUs share the cores of their machine."""
+    given = []
+
+    class Loader:
+        def __init__(self, *_, num_workers, **__):
+            given.append(num_workers)
+
+        def __iter__(self):
+            return iter(())
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", f"{processes}")
+    monkeypatch.setattr(torch.utils.data, "DataLoader", Loader)
+    for asked in (None, 0, 3):
+        args = types.SimpleNamespace(batch=1, grad_accum=1, workers=asked)
+        order.batches([], BatchSampler(np.zeros(8, int), 1, 0), types.SimpleNamespace(
+            rank=0, world=processes, device=torch.device(device)), args)
+    assert given == [workers, 0, 3]
+
+
 @pytest.mark.parametrize("broken", [True, False], ids=("in a worker", "in the loop"))
 def test_an_error_ends_a_script_with_workers_in_one_line(broken):
     """torch put 40 lines of a worker's traceback into the message. And workers outlive the SIGTERM with which Python

@@ -49,7 +49,8 @@ def add_data_options(p, default: str | None = None, what: str = "", crop: str | 
     if cache:
         g.add_argument("--cache", help=f"folder for {cache}, computed once and shared between runs")
         g.add_argument("--cache-dtype", choices=["fp16", "fp32"], default="fp16", help="dtype in which they are kept")
-    g.add_argument("--workers", type=integer(0, 1024), default=2, help="processes that read images")
+    g.add_argument("--workers", type=integer(0, 1024), help="processes that read images (default: 2; with GPUs, as "
+                   "many as there are cores per GPU, less one, up to 8)")
     return g
 
 
