@@ -26,12 +26,12 @@ def prompts() -> list[str]:
     return re.findall('"(.*?)"', caption)
 
 
-def strip():
-    """The images of all prompts side by side, a PIL image."""
+def strip(prompts: list[str]):
+    """Their images side by side, a PIL image."""
     from PIL import Image
     from wuerstchen import Wuerstchen
     model = Wuerstchen.load("tiny", "cpu")
-    images = [model(prompt, seed=1)[0] for prompt in prompts()]
+    images = [model(prompt, seed=1)[0] for prompt in prompts]
     whole = Image.new("RGB", (len(images) * images[0].width, images[0].height))
     for i, image in enumerate(images):
         whole.paste(image, (i * image.width, 0))
@@ -41,4 +41,4 @@ def strip():
 if __name__ == "__main__":
     with exit_on_user_error():
         Parser(__doc__, prog="python -m tools.make_samples").parse_args()
-        write_atomically(FILE, lambda path: strip().save(path, format="PNG"))
+        write_atomically(FILE, lambda path: strip(prompts()).save(path, format="PNG"))
