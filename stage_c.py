@@ -43,7 +43,7 @@ def channels_last(x: Tensor) -> Tensor:
 def layer_norm(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """(...,C) -> (...,C), mean 0 and variance 1 over C. dtype: of the next weights, see widen."""
     x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
-    return x.half() if dtype == torch.float16 else x
+    return x.to(dtype) if dtype in (torch.float16, torch.bfloat16) else x
 
 
 def widen(x: Tensor) -> Tensor:
@@ -84,12 +84,13 @@ class GlobalResponseNorm(nn.Module):
         self.beta = nn.Parameter(torch.zeros(c))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B,H,W,C) -> (B,H,W,C)."""
-        dtype = torch.float32 if x.dtype == torch.float16 else None      # a sum over many positions
-        energy = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=dtype)  # (B, 1, 1, C)
-        n = (energy / (energy.mean(-1, keepdim=True) + 1e-6)).to(x.dtype)            # (B, 1, 1, C)
-        # gamma * (x * n) + x = x * (1 + gamma * n): the small factor first, so x is read only once.
-        return torch.addcmul(self.beta, x, 1 + self.gamma * n)                       # (B, H, W, C)
+        """x (B,H,W,C) -> (B,H,W,C) in x's dtype, also under autocast: only the energy is wider."""
+        dtype = torch.float32 if x.dtype.itemsize == 2 else None         # a sum over many positions
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
+            energy = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=dtype)  # (B,1,1,C)
+            n = energy / (energy.mean(-1, keepdim=True) + 1e-6)                      # (B, 1, 1, C)
+            # gamma * (x * n) + x = x * (1 + gamma * n): the small factor first, x is read only once.
+            return torch.addcmul(self.beta.to(x.dtype), x, (1 + self.gamma * n).to(x.dtype))
 
 
 class Depthwise(nn.Conv2d):

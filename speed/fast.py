@@ -45,8 +45,8 @@ def gelu_grn(norm: nn.Module, x: Tensor) -> Tensor:
             F.gelu(rows, out=rows)
             squares += rows.square().sum(0)
     energy = energy.sqrt_()
-    n = (energy / (energy.mean(-1, keepdim=True) + 1e-6)).to(x.dtype)                    # (B, 1, 1, C)
-    return torch.addcmul(norm.beta, x, 1 + norm.gamma * n, out=x)                        # (B, H, W, C)
+    n = energy / (energy.mean(-1, keepdim=True) + 1e-6)                                  # (B, 1, 1, C)
+    return torch.addcmul(norm.beta, x, (1 + norm.gamma * n).to(x.dtype), out=x)          # (B, H, W, C)
 
 
 def can_split(layer: nn.Module) -> bool:

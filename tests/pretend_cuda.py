@@ -245,6 +245,25 @@ def training(script: str, folder: str) -> None:
     module.main(module.parse_args([*more, *options, "--out", f"{folder}/{script}"]))
 
 
+class Widths(TorchDispatchMode):
+    """Notes operations on wide activations: those whose result is float32, and casts."""
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result, name = operation(*args, **(kwargs or {})), operation._schema.name.partition("::")[2]
+        if isinstance(result, torch.Tensor) and result.numel() >= 4096 and name not in ONLY_LOOKS and (
+                result.dtype == torch.float32 or name == "_to_copy"):
+            FOUND[SCENARIO, name, str(result.dtype)] += 1
+        return result
+
+
+def autocast() -> None:
+    """One ResBlock and one AttentionBlock of training on 16 x 16 positions."""
+    from stage_c import AttentionBlock, ResBlock
+    res, attention = ResBlock(16).to("cuda"), AttentionBlock(16, 16, 2).to("cuda")
+    x, text = torch.randn(1, 16, 16, 16).to("cuda"), torch.randn(1, 3, 16).to("cuda")
+    with torch.autocast("cuda", torch.bfloat16), Widths():
+        attention(res(x), text)
+
+
 def still_works() -> None:
     """Raises whatever it likes if torch has changed."""
     layer = torch.nn.Linear(2, 2).to("cuda")
@@ -264,7 +283,10 @@ def main(folder: str, *names: str) -> None:
         sys.exit(f"torch {torch.__version__} has changed under the pretend device: {error!r}")
     for SCENARIO in names:
         COUNTING = False
-        training(SCENARIO, folder) if SCENARIO.startswith("train") else sampling(SCENARIO)
+        if SCENARIO == "autocast":
+            autocast()
+        else:
+            training(SCENARIO, folder) if SCENARIO.startswith("train") else sampling(SCENARIO)
     COUNTING = False
     print(json.dumps([[*key, count] for key, count in sorted(FOUND.items())]))
     print(json.dumps(LAUNCHES))

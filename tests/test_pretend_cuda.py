@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parent / "pretend_cuda.py"
-SCENARIOS = ("text_to_image", "image_to_image", "inpainting", "v1")
+SCENARIOS = ("text_to_image", "image_to_image", "inpainting", "v1", "autocast")
 NO_WAITING = "asynchronous copy to cuda"
 
 # A whole sampling by Stages C and B: the noise levels travel once, and in the end all numbers are checked to be finite.
@@ -35,7 +35,16 @@ def waits(tmp_path_factory) -> dict[str, dict]:
     return found
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
+def test_under_autocast_wide_activations_stay_in_half_precision(waits):
+    """Of a ResBlock and an AttentionBlock. Float32 are the inputs of norms, the residual stream, and the pretend
+    attention inside (its softmax, bmm, mul and three casts). To bfloat16 go the inputs of the convolution, of `expand`,
+    of query, key and value together, and what attention returns."""
+    assert waits["autocast"] == {
+        "_to_copy torch.bfloat16": 4, "_to_copy torch.float32": 4, "add torch.float32": 2, "_softmax torch.float32": 1,
+        "bmm torch.float32": 2, "mul torch.float32": 1}
+
+
+@pytest.mark.parametrize("name", SCENARIOS[:-1])
 def test_the_host_waits_only_for_what_is_listed(waits, name):
     assert any(what.startswith(NO_WAITING) for what in waits[name])        # noise, batches: something does travel
     assert {what: n for what, n in waits[name].items() if not what.startswith(NO_WAITING)} == WAITS[name]
