@@ -90,7 +90,7 @@ class GlobalResponseNorm(nn.Module):
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             energy = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=dtype)  # (B,1,1,C)
             n = energy / (energy.mean(-1, keepdim=True) + 1e-6)                      # (B, 1, 1, C)
-            # gamma * (x * n) + x = x * (1 + gamma * n): the small factor first, x is read only once.
+            # gamma * (x * n) + x = x * (1 + gamma * n): the small factor first: x is read once.
             return torch.addcmul(self.beta.to(x.dtype), x, (1 + self.gamma * n).to(x.dtype))
 
 
