@@ -191,7 +191,7 @@ class StageBSamples(torch.utils.data.Dataset):
         index, item = self.read(index, number, rng)
         caption, dropped = draw_caption(self.dataset, index, rng, args.caption_dropout)
         item["caption"] = "" if dropped or args.text_encoder == "none" else caption
-        spoil = rng("semantic")
+        spoil = rng("semantic")      # noise: as in cascaded diffusion, arXiv:2106.15282
         noisy, zeroed = (spoil.random() < p for p in (args.semantic_noise, args.semantic_dropout))
         level, shape = spoil.random() * 0.5, (16, h * 3 // 128, w * 3 // 128)
         eps_semantic = torch.from_numpy(spoil.standard_normal(shape, dtype=np.float32))

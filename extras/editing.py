@@ -45,6 +45,7 @@ class InitImage:
     strength   the noise level at which Stage C starts from the image's semantic latents: 0 is a reconstruction, 1 keeps
                nothing. Default 0.6; with a mask 1; without a prompt 0.3, because beyond that nothing holds the object
     mask       white, or transparent, where new content is generated; outside of it the image stays as it is
+    Source of image to image: SDEdit, arXiv:2108.01073.
     """
     image: Any
     strength: float | None = None
@@ -416,6 +417,7 @@ class InpaintMask:
 
     known x_0 (B,...); mask, broadcast over it, True where new content goes; eps, the noise that the known part gets:
     always the same, so that it moves towards x_0 on one straight path, which samplers with a memory need.
+    Source: RePaint, arXiv:2201.09865, without its resampling.
     """
     def __init__(self, known: Tensor, mask: Tensor, eps: Tensor):
         self.known, self.mask, self.eps = known, mask, eps

@@ -90,6 +90,7 @@ class CodebookUpdates:
     @torch.no_grad()
     def revive(self, step: int, dead: Tensor) -> None:
         """Codes without latents, dead (K,) bool, are moved to latents of this step, drawn from those of all processes.
+        Source: Jukebox, arXiv:2005.00341, which restarts codes at random.
 
         The draw does not depend on how processes and micro-steps share the step: each process adds those it has.
         """

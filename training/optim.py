@@ -79,6 +79,7 @@ class EMA:
     """Exponential moving averages of the weights that learn. decay 0: none.
 
     decay rises with the number of updates, min(decay, (1 + n) / (10 + n)), so that a young average forgets the start.
+    Source of this formula: TensorFlow's ExponentialMovingAverage with num_updates.
     """
     def __init__(self, model: nn.Module, decay: float):
         self.live = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -97,7 +97,8 @@ def open_cache(args, encoder: torch.nn.Module, **settings) -> Cache:
 
 
 def draw_caption(dataset, index: int, rng: Callable, dropout: float) -> tuple[str, bool]:
-    """One of the captions of image `index`, and whether it is dropped, to be replaced by the empty one."""
+    """One of the captions of image `index`, and whether it is dropped, to be replaced by the empty one.
+    Source of dropping: classifier-free guidance, arXiv:2207.12598."""
     captions = dataset.captions(index)
     return captions[rng("caption").integers(len(captions))], bool(rng("caption dropout").random() < dropout)
 
