@@ -19,6 +19,8 @@ Only for sampling: int8 weights cannot be trained. Merge LoRAs into the float we
 Source of the idea of a scale per row and per output: LLM.int8(), arXiv:2208.07339.
 Needs: torch only, with oneDNN (on x86 it has that). This file works when copied alone.
 """
+import itertools
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -28,29 +30,39 @@ from torch import Tensor
 # Of which networks, by class, which layers take their input in 16 bits. Over Stage C's 32 blocks rounding adds up to
 # 1.2 % with all layers in 8 bits, to 0.9 % with these in 16. Stage B stays at 0.2 % without any.
 FINE = {"StageC": ("expand",)}
+ROWS = 512       # at a time: what is computed between products then stays in the cache
 
 
-def product_now(x8: Tensor, weight8: Tensor, scale: Tensor) -> Tensor:
+def pack(weight8: Tensor) -> Tensor:
+    """weight8 (N,K) int8 -> the same in the order that this processor's product reads, opaque; to_dense() is (K,N).
+
+    This takes as long as 0.04 products of 1152 rows with AVX2, 0.5 with AVX-512, 1.1 with VNNI, 4 with AMX: only once.
+    """
+    return torch.ops.onednn.qlinear_prepack(weight8.contiguous(), None)                  # it ignores strides
+
+
+def product(x8: Tensor, weight8: Tensor, scale: Tensor) -> Tensor:
     """x8 (M,K) uint8, 128 means 0, weight8 (N,K) int8, scale (N,) -> scale * (x8 - 128) @ weight8.T, (M,N) float32.
 
-    torch has several int8 products. With AVX2, 1 thread, (256,1536) x (1536,1536), compared to float32: this one is 2.3
+    weight8 may be packed. torch has several int8 products. With AVX2, 1 thread, (256,1536) x (1536,1536), compared to float32: this one is 2.3
     times as fast; torch._int_mm 28 times slower; _weight_int8pack_mm 1.3 times slower; quantized.linear_dynamic 2.5
-    times as fast, but it has one scale for all rows, so an image would depend on its batch. Packing at each call takes
-    4 % of its time. It lets the weight be an ordinary tensor, so a slice of its columns works like the whole.
+    times as fast, but it has one scale for all rows, so an image would depend on its batch.
     """
-    packed = torch.ops.onednn.qlinear_prepack(weight8.contiguous(), None)                # it ignores strides
+    packed = weight8 if weight8.is_mkldnn else pack(weight8)
     zero = torch.zeros(len(scale), dtype=torch.int32)
     return torch.ops.onednn.qlinear_pointwise(x8, 1.0, 128, packed, scale, zero, None, 1.0, 0, torch.float32, "none",
                                               [], "")
 
 
-# torch.compile knows the operations inside only with weights that are packed before, so it gets one operation that it
-# does not look into. (The decorator torch.library.custom_op would be one line, but its first call takes seconds.)
+# torch.compile gets one operation that it does not look into: inside, the weight is packed when it is first needed. It
+# knows a layer by its number. (The decorator torch.library.custom_op would be one line, but its first call takes
+# seconds.)
+LAYERS, numbers = weakref.WeakValueDictionary(), itertools.count()
 library = torch.library.Library("wuerstchen", "FRAGMENT")
-library.define("int8_product(Tensor x8, Tensor weight8, Tensor scale) -> Tensor")
-library.impl("int8_product", product_now, "CPU")
-library.impl("int8_product", lambda x8, weight8, scale: scale.new_empty(len(x8), len(weight8)), "Meta")
-product = torch.ops.wuerstchen.int8_product
+library.define("int8_product(Tensor x8, Tensor scale, int layer, int start) -> Tensor")
+library.impl("int8_product", lambda x8, scale, layer, start:
+             product(x8, LAYERS[layer].packed(start, start + x8.shape[1]), scale), "CPU")
+library.impl("int8_product", lambda x8, scale, layer, start: scale.new_empty(len(x8), len(scale)), "Meta")
 
 
 def is_exact(n: int) -> bool:
@@ -83,6 +95,7 @@ class Int8Linear(nn.Module):
     """A Linear with weight (out,in) int8, scale (out,) and bias (out,) float32. Starts empty: see state_of.
 
     fine: x is taken in 16 bits, in two products.
+    The first product packs the weight, or the columns it needs of it. Once all columns are packed, weight is let go.
     total (out,), only if in >= out: the sum of each output's weights, to correct that x8 does not count from 0.
     """
     def __init__(self, in_features: int, out_features: int, bias: bool = True, fine: bool = False, device=None):
@@ -92,6 +105,36 @@ class Int8Linear(nn.Module):
         self.register_buffer("scale", torch.empty(out_features, device=device))
         self.register_buffer("total", torch.empty(out_features, device=device) if in_features >= out_features else None)
         self.register_buffer("bias", torch.empty(out_features, device=device) if bias else None)
+        self.__setstate__({})
+
+    def __setstate__(self, state: dict) -> None:             # also called for a copy
+        super().__setstate__(state)
+        self.parts, self.number = {}, next(numbers)          # {(first column, end): packed}
+        LAYERS[self.number] = self
+
+    def __getstate__(self) -> dict:
+        self.unpack()
+        return self.__dict__
+
+    def _save_to_state_dict(self, *args) -> None:
+        self.unpack()
+        super()._save_to_state_dict(*args)
+
+    def packed(self, start: int, end: int) -> Tensor:
+        """Columns start to end of the weight, packed at the first call."""
+        if (start, end) not in self.parts:
+            if self.weight is None:                          # other columns than before
+                self.unpack()
+            self.parts[start, end] = pack(self.weight[:, start:end])
+            if sum(end - start for start, end in self.parts) >= self.in_features:
+                self.weight = None
+        return self.parts[start, end]
+
+    def unpack(self) -> None:
+        """Makes the plain weight again."""
+        if self.weight is None:
+            self.weight = torch.cat([self.parts[columns].to_dense().T for columns in sorted(self.parts)], dim=1)
+        self.parts = {}
 
     def forward(self, x: Tensor) -> Tensor:
         """x (...,in) float32 -> (...,out)."""
@@ -99,8 +142,18 @@ class Int8Linear(nn.Module):
 
     def part(self, x: Tensor, start: int) -> Tensor:
         """The share of x (...,C'), columns start to start + C' of the input, in the output. The first has the bias."""
-        rows, weight = x.flatten(0, -2), self.weight[:, start:start + x.shape[-1]]       # (M, C'), (out, C')
-        from_least = self.total is not None and x.shape[-1] == self.in_features
+        rows = x.flatten(0, -2)                                                          # (M, C')
+        if torch.compiler.is_compiling() or len(rows) <= ROWS:
+            y = self.of_rows(rows, start)                                                # (M, out)
+        else:
+            y = rows.new_empty(len(rows), self.out_features)
+            for some, result in zip(rows.split(ROWS), y.split(ROWS)):
+                result.copy_(self.of_rows(some, start))
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def of_rows(self, rows: Tensor, start: int) -> Tensor:
+        """part for rows (M,C') -> (M,out)."""
+        from_least = self.total is not None and rows.shape[-1] == self.in_features
         least, most = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)             # (M, 1); faster than abs()
         # A conversion to whole numbers cuts off, so 0.5 is added.
         if from_least:
@@ -111,16 +164,17 @@ class Int8Linear(nn.Module):
             step = torch.maximum(most, -least).clamp_min(1e-30) / 127                    # (M, 1)
             x8 = torch.addcmul(rows.new_tensor(128.5), rows, 1 / step)                   # (M, C') in 1..255; 128 is 0
         whole = x8.to(torch.uint8)
-        y = product(whole, weight, self.scale)                                           # (M, out)
+        product = torch.ops.wuerstchen.int8_product
+        y = product(whole, self.scale, self.number, start)                               # (M, out)
         if self.fine:
             # The rest that was cut off, minus 0.5, in steps of 1 / 256.
             fine = x8.sub_(whole).mul_(256).to(torch.uint8)
-            y = y.add_(product(fine, weight, self.scale), alpha=1 / 256)
+            y = y.add_(product(fine, self.scale, self.number, start), alpha=1 / 256)
         # NaN and infinity in x do not exist in 8 bits; they come back here with the step.
-        y = y * step if start or self.bias is None else torch.addcmul(self.bias, y, step)
+        y = y.mul_(step) if start or self.bias is None else torch.addcmul(self.bias, y, step, out=y)
         if from_least:
             y = y.addcmul_(least + 128 * step, self.total)
-        return y.view(*x.shape[:-1], self.out_features)
+        return y
 
 
 def state_of(name: str, weight: Tensor, n: int) -> dict[str, Tensor]:

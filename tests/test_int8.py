@@ -12,8 +12,8 @@ from loading import weights
 from extras.editing import generate
 from helpers import TINY
 from speed.fast import bind_b, bind_c
-from speed.int8 import (Int8Linear, check, finest, large, one_image_at_a_time, product, quantise_weight, quantised,
-                        to_int8)
+from speed.int8 import (ROWS, Int8Linear, check, finest, large, one_image_at_a_time, pack, product, quantise_weight,
+                        quantised, to_int8)
 from stage_b import StageB
 from stage_c import StageC
 from wuerstchen import Wuerstchen, add_noise, ddpm_step
@@ -142,6 +142,26 @@ def test_parts_of_an_input_add_up():
         assert l2(parts, layer(x)) < 0.02 and l2(parts, layer8(x)) < 0.02
     torch.testing.assert_close(layer8.part(x[:, 24:], 24) + layer8.bias,
                                layer8(torch.cat([torch.zeros(9, 24), x[:, 24:]], 1)))
+
+
+def test_a_weight_is_packed_once_and_kept_once(monkeypatch):
+    """Packing took half of a step. The plain weight goes once all columns are packed, and comes back for a file, a copy
+    or other columns, the same to the bit."""
+    packs = []
+    monkeypatch.setattr("speed.int8.pack", lambda weight8: packs.append(weight8.shape) or pack(weight8))
+    layer, layer8 = random_layer(64, 48)
+    weight, x = layer8.weight.clone(), torch.randn(ROWS + 9, 64)
+    packs.clear()
+    y = layer8(x)
+    assert torch.equal(layer8(x), y) and packs == [(48, 64)] and layer8.weight is None
+    torch.testing.assert_close(layer8(x[ROWS:]), y[ROWS:], rtol=0, atol=0)                  # in pieces of ROWS rows
+    parts = [layer8.part(x[:, :24], 0), layer8.part(x[:, 24:], 24)]
+    assert packs[1:] == [(48, 24), (48, 40)] and layer8.weight is None and len(layer8.parts) == 2
+    other = copy.deepcopy(layer8)
+    for one in (layer8, other):
+        assert torch.equal(one.state_dict()["weight"], weight) and not one.parts
+        assert torch.equal(one.part(x[:, :24], 0), parts[0]) and one.weight is not None     # other columns may follow
+    assert torch.equal(other(x), y)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
