@@ -58,7 +58,9 @@ def offload(model) -> None:
 def free_memory(device: torch.device) -> float:
     """Bytes that can still be allocated on a device; infinite if there is no way to know."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # and what torch's allocator has reserved, but not given to a tensor
+        return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+                - torch.cuda.memory_allocated(device))
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()       # Linux; "available" includes caches
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
