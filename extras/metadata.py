@@ -73,7 +73,7 @@ def save_png(image: Image.Image, path: str | Path, settings: dict | None, overwr
                             (CHUNK, json.dumps(settings, ensure_ascii=False, sort_keys=True))):
             latin = all(ord(letter) < 256 for letter in value)
             text.add_text(name, value) if latin else text.add_itxt(name, value)
-    # Level 1 of 9: Pillow's 6 takes 0.6 s for an image of 1024 px, longer than a fast GPU needs to generate it.
+    # Level 1: Pillow's own 6 takes 3 to 5 times as long, 1.6 s for 1024 px of grain, and saves a sixth to a quarter.
     write_atomically(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=text, compress_level=1),
                      overwrite)
 

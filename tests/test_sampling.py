@@ -819,6 +819,13 @@ def test_tiles_are_used_by_themselves_where_memory_is_short(tiny, monkeypatch, f
     assert tiles == expected
 
 
+def test_memory_that_torch_holds_free_counts_as_free(monkeypatch):
+    """Its allocator keeps what tensors gave back: the driver calls that used, and images would be tiled for nothing."""
+    for name, value in (("mem_get_info", (3_000, 80_000)), ("memory_reserved", 50_000), ("memory_allocated", 8_000)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert memory.free_memory(torch.device("cuda")) == 45_000
+
+
 # --- memory and speed --------------------------------------------------------------------------------
 
 @pytest.fixture
