@@ -46,7 +46,7 @@ def product(x8: Tensor, weight8: Tensor, scale: Tensor) -> Tensor:
 
     weight8 may be packed. torch has several int8 products. With AVX2, 1 thread, (256,1536) x (1536,1536), compared to
     float32: this one is 2.3 times as fast; torch._int_mm 28 times slower; _weight_int8pack_mm 1.3 times slower;
-    quantized.linear_dynamic 2.5 times as fast, but it has one scale for all rows, so an image would depend on its batch.
+    quantized.linear_dynamic 2.5 times as fast, but has one scale for all rows, so images would depend on their batch.
     """
     packed = weight8 if weight8.is_mkldnn else pack(weight8)
     zero = torch.zeros(len(scale), dtype=torch.int32)
