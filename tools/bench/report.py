@@ -13,7 +13,8 @@ FILE = ROOT / "BENCHMARKS.md"
 PROMPT = "a red apple on a blue background"
 DTYPES = dict(fp32="float32", bf16="bfloat16", fp16="float16")
 # in the order in which they stand in the file
-SECTIONS = ("Start", "Networks", "Official size", "GPU", "Memory", "Training", "Training at 1024 px", "Epoch", "Int8")
+SECTIONS = ("Start", "Networks", "Official size", "GPU", "GPU equality", "Memory", "Training", "Training at 1024 px",
+            "Epoch", "Int8")
 # (section, row) -> the row's ratio must be at least, or at most, this. Speeds are for 2 CPU cores in float32.
 GOALS = {
     ("Start", "`--help`, seconds"): ("at most", 0.3),
@@ -33,6 +34,8 @@ GOALS = {
     ("GPU", "an image, compiled, next to diffusers"): ("at least", 2.5),
     ("GPU", "an image, compiled, next to diffusers compiled"): ("at least", 1.25),
     ("GPU", "an image of 8, compiled, share of the peak"): ("at least", 0.5),
+    **{("GPU equality", f"the small model's image, {form}"): ("at most", rms) for form, rms in (
+        ("fp32", 0.5), ("compiled", 0.5), ("CUDA graphs", 0.5), ("bf16", 4), ("fp16", 1))},
     ("Memory", "loading Stage C, float16, next to reading its file"): ("at most", 1.3),
     **{("Memory", f"text to image at 1024 px, one part at a time, {dtype}"): ("at most", 1.25)
        for dtype in ("float32", "bfloat16")},
