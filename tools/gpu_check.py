@@ -59,7 +59,7 @@ def sizes(rehearse: bool) -> SimpleNamespace:
     return SimpleNamespace(dtype="bf16", compile=True, plain=False, official=False, **(tiny if rehearse else real))
 
 
-# ----- the parts: each yields (section, Row) or, of a network, (name, figures) -----------------------------------------
+# ----- the parts: each yields (section, Row) or, of a network, (name, figures) ----------------------------------------
 
 def equality(at: SimpleNamespace) -> Iterator[tuple[str, Row]]:
     import numpy as np
@@ -135,7 +135,7 @@ def part(name: str, at: SimpleNamespace) -> Iterator[tuple[str, Row | dict]]:
     return network(title, BATCHES if title == "Stage A decode" else BATCHES[1:] if batch else BATCHES[:1], at)
 
 
-# ----- all of them -----------------------------------------------------------------------------------------------------
+# ----- all of them ----------------------------------------------------------------------------------------------------
 
 def in_own_process(name: str, seconds: float) -> tuple[list[tuple], str | None]:
     """-> what the part found, and why it did not find all: None if it did."""
