@@ -59,9 +59,12 @@ def finish(title=None, xlabel=None, ylabel=None):
         (axes[0].set_title if len(axes) == 1 else figure.suptitle)(title)
     if xlabel or ylabel:
         axes[0].set(xlabel=xlabel, ylabel=ylabel)
+    labels = {ax: tuple(ax.get_legend_handles_labels()[1]) for ax in axes}
+    explained = {labels[ax] for ax in axes if ax.get_legend()} | {()}
     for ax in axes:
-        if ax.get_legend_handles_labels()[0] and not ax.get_legend():
+        if labels[ax] not in explained:            # the same lines need one legend
             ax.legend(fontsize=9)
+            explained.add(labels[ax])
     file, text = io.BytesIO(), describe(figure)
     figure.savefig(file, format="png")
     plt.close(figure)
