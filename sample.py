@@ -1,7 +1,7 @@
 """Generates images on the command line and saves them as PNG, JPEG or WebP files.
 
   python sample.py --prompt "a red apple on a blue background"
-  python sample.py --prompt "a cat left of a moon" --num-images 4 --seed 7 --out cats
+  python sample.py --prompt "a cat left of a red apple" --num-images 4 --seed 7 --out cats
   python sample.py --prompt "an astronaut on a horse" --weights v2 --sampler-c dpm++ --steps-c 14
   python sample.py --prompt "a moon on a blue background" --init apple.png --strength 0.9
   python sample.py --prompt "a rose on a blue background" --init apple.png --mask white-is-new.png

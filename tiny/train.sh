@@ -36,11 +36,17 @@ train_b() {
         --text-encoder "$out/text/text_encoder" --freeze-encoder --cache "$out/cache" --loss head --even-contrast \
         --compile --dtype $dtype "${@:2}" --resume auto
 }
+judge() {       # the model with the Stage B of this run: how often is it right, how sharp is it?
+    if [ ! -e "$out/$1.json" ]; then
+        mkdir -p "$out/model"
+        cp -r "$out"/{a/vqgan,"$1"/decoder,b/image_encoder,c_last/prior,c_last/scheduler,text/text_encoder,text/tokenizer} "$out/model"
+        python -m tiny.evaluate --weights "$out/model" --sharp --out "$out/$1.json"
+    fi
+}
 train_b "$out/b/decoder" --steps 21000 --out "$out/b_text"
+judge b_text
 train_b "$out/b_text/decoder" --steps 20000 --seed 1 --out "$out/b_more"
+judge b_more
 train_b "$out/b_more/decoder" --steps 10000 --seed 2 --out "$out/b_last"
-
-mkdir -p "$out/model"
-cp -r "$out"/{a/vqgan,b_last/decoder,b/image_encoder,c_last/prior,c_last/scheduler,text/text_encoder,text/tokenizer} "$out/model"
-python -m tiny.evaluate --weights "$out/model" --out "$out/evaluation.json"
+judge b_last
 echo "done: python sample.py --weights $out/model --prompt \"a red apple on a blue background\""

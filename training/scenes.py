@@ -1,7 +1,7 @@
 """Emoji scenes: captioned images drawn on the fly, nothing to download.
 
   (seed, i) -random_scene-> Scene -render-> (128,128,3) uint8     the image
-                                  -caption-> "a cat left of a moon on a blue background"
+                                  -caption-> "a cat left of a red apple on a blue background"
 
 A scene is one or two emojis on a plain background. This world is small enough to be learned in an hour and rich enough
 to test a text-to-image model: objects, sizes, colours and relations. About a tenth of all pairs of objects is held out
