@@ -251,6 +251,7 @@ def checked(callback: Callable | None, kinds: str = "None", stop: Exception | No
 def settings(model, then: Callable, given: dict) -> tuple:
     """Wuerstchen.settings for any form of these values, with an error that names ours for names from elsewhere."""
     given = {name: plain(value) for name, value in given.items()}
+    given |= {name: int(value) for name, value in given.items() if isinstance(value, bool) and name[:-2] != "early"}
     for name, value in given.items():
         if name in CALL:
             raise TypeError(f"there is no argument {name} here: {advice(CALL[name])}.")

@@ -70,7 +70,7 @@ def free_memory(device: torch.device) -> float:
 
 def tile(model, size: int | None) -> None:
     """Decodes in tiles of size x size latents. None: in tiles of 64 if all at once would not fit into memory."""
-    if size is not None and (not isinstance(size, Integral) or size < 1):
+    if size is not None and (not isinstance(size, Integral) or isinstance(size, bool) or size < 1):
         raise ValueError(f"tile is {size!r}, expected at least 1 latent per side; 64 need little memory.")
     plain = model.decode_one
 

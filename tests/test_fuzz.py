@@ -220,6 +220,39 @@ def tar(folder: Path) -> Path:
     return folder / "a.tar"
 
 
+def rows_in(name: str, **columns: list) -> Callable[[Path], Path]:
+    """A table of pyarrow with images and texts, or with these columns and texts."""
+    def prepare(folder: Path) -> Path:
+        pytest.importorskip("pyarrow", reason="tables need pyarrow")
+        image = (STORE / "red.png").read_bytes()
+        return write_rows(folder / name, columns or dict(image=[dict(bytes=image, path="a.png")] * 2))
+    return prepare
+
+
+def write_rows(path: Path, columns: dict, types: dict | None = None) -> Path:
+    """Columns, and a caption in each row, as a parquet file or an arrow stream; types: where pyarrow guesses wrong."""
+    import pyarrow
+    import pyarrow.parquet
+    n = len(next(iter(columns.values())))
+    made = {key: pyarrow.array(value, (types or {}).get(key)) for key, value in columns.items()}
+    table = pyarrow.table(dict(text=["a cat"] * n) | made)
+    if path.suffix == ".arrow":
+        with pyarrow.ipc.new_stream(str(path), table.schema) as stream:
+            stream.write_table(table)
+    else:
+        pyarrow.parquet.write_table(table, path)
+    return path
+
+
+def rows(change: Callable[[bytes], dict], **types: str) -> Callable[[Path], None]:
+    """The table with other columns: change(bytes of an image) -> columns."""
+    def spoil(path: Path) -> None:
+        import pyarrow
+        write_rows(path, change((STORE / "red.png").read_bytes()),
+                   {key: getattr(pyarrow, kind)() for key, kind in types.items()})
+    return spoil
+
+
 def tar_index(folder: Path) -> Path:
     tar(folder)
     open_dataset(f"{folder}/a.tar")
@@ -341,6 +374,11 @@ READERS = dict(
                         "text"),
     tar=Reader(data(tar), open_data("data/a.tar"), "path binary tar"),
     tar_index=Reader(data(tar_index), open_data("data/a.tar"), "json", goes_on=True),
+    parquet=Reader(rows_in("a.parquet"), open_data("a.parquet"), "path binary parquet"),
+    parquet_rows=Reader(rows_in("a.parquet"), open_data("a.parquet"), "rows", goes_on=True),
+    arrow=Reader(rows_in("a.arrow"), open_data("a.arrow"), "binary"),
+    metadata_parquet=Reader(data(rows_in("metadata.parquet", file_name=["0.png", "1.png"])), open_data("data"),
+                            "binary"),
 )
 
 
@@ -496,6 +534,26 @@ KINDS = dict(
     image=dict(
         bomb=sized(30_000, 30_000), no_pixels=sized(0, 128), wide=sized(2 ** 31 - 1, 1),
         no_end=changed(lambda content: content[:-40]), cut_header=changed(lambda content: content[:20])),
+    parquet=dict(                                        # tables from which no image comes
+        no_rows=rows(lambda image: dict(image=[]), image="binary"), none=rows(lambda image: dict(image=[None, None])),
+        no_image=rows(lambda image: dict(width=[3, 4])), of_numbers=rows(lambda image: dict(image=[1.5, 2.5])),
+        of_texts=rows(lambda image: dict(image=["a.png", "../red.png"])), of_lists=rows(lambda image: dict(
+            image=[[1, 2], [3]])), two=rows(lambda image: dict(one=[image], two=[image])), broken=rows(
+            lambda image: dict(image=[image[:50], b""])), paths=rows(lambda image: dict(
+                image=[dict(bytes=None, path="/etc/passwd"), dict(bytes=None, path="../in/red.png")])),
+        no_text=rows(lambda image: dict(image=[image], text=[None])), text_of_numbers=rows(
+            lambda image: dict(image=[image], text=[3])), evil_name=rows(lambda image: {f"x{EVIL}": ["a"]}),
+        no_footer=changed(lambda content: content[:-8]), other_footer=changed(
+            lambda content: content[:-8] + b"\xff\xff\xff\x7fPAR1")),
+    rows=dict(                                           # one row is good
+        null=rows(lambda image: dict(image=[image, None])), broken=rows(lambda image: dict(image=[image, image[:50]])),
+        path=rows(lambda image: dict(image=[dict(bytes=image, path=None), dict(bytes=None, path="/etc/passwd")])),
+        large=rows(lambda image: dict(image=[image]), image="large_binary"), case=rows(
+            lambda image: dict(IMAGE=[image], Other=[b"x"])), one_of_two=rows(
+            lambda image: dict(image=[image], conditioning_image=[image])),
+        more_texts=rows(lambda image: dict(image=[image], text=[["one", "two"]])), odd=rows(lambda image: dict(
+            image=[image], nan=[float("nan")], deep=[[[1]]], evil=[EVIL])),
+        half=rows(lambda image: {"image": [image], "a/b\n": [EVIL], "": ["x"]})),
     tar=dict(
         twisted=changed(lambda content: content[:100] + b"x" * 300 + content[400:]),
         gzip=replaced(b"\x1f\x8b" + bytes(99))),

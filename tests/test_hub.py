@@ -733,6 +733,17 @@ def raw(body: bytes, of=is_file, before: float = 0):
     return fault
 
 
+def stalled(handler) -> bool:
+    """A fault: half of a file, then nothing more, though the connection stays open."""
+    if is_file(handler):
+        handler.close_connection = True
+        with contextlib.suppress(OSError):
+            handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(CONTENT) + CONTENT[:500_000])
+            handler.wfile.flush()
+            time.sleep(0.5)
+    return is_file(handler)
+
+
 def endless(start: bytes, of=is_list, pause: float = 0):
     """A fault: a body without end. Here it has one, after 64 MB, so that a mistake does not fill the disk."""
     def fault(handler):
@@ -787,6 +798,7 @@ FAULTS = {
                             "lost a file while it was being fetched"),
     "a busy store": (answering(status=503, of=is_file), "answered with an error: .*503"),
     "a silent store": (raw(b"", before=0.5), "cannot be reached .*timed out"),
+    "a store that stalls": (stalled, "cannot be reached .*timed out"),
     "redirected nowhere": (answering(status=302, of=is_file, Location="http://127.0.0.1:1/x"), "cannot be reached"),
     "redirected to a file": (answering(status=302, of=is_file, Location="file:///etc/passwd"), "cannot be reached"),
 }

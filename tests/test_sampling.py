@@ -992,6 +992,11 @@ def test_an_option_of_load_that_does_not_exist_is_refused():
         Wuerstchen.load("tiny", "cpu", priors=TINY / "prior")
 
 
+def test_true_is_1(tiny):
+    """torch refuses to subtract a bool, and says so in the middle of a sampling."""
+    assert same(tiny(CAT, seed=5, rescale_c=True, **QUICK)[0], tiny(CAT, seed=5, rescale_c=1, **QUICK)[0])
+
+
 def test_none_is_the_default_of_the_weights(tiny):
     assert same(tiny(CAT, seed=5, guidance_c=None, **QUICK)[0], tiny(CAT, None, seed=5, **QUICK)[0])
 

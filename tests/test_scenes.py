@@ -222,3 +222,23 @@ def test_errors_say_what_was_wrong_and_what_is_near(make, message):
     with pytest.raises(ValueError, match=message) as error:
         make()
     assert "\n" not in str(error.value)
+
+
+def test_a_sprite_sheet_is_written_once(tmp_path, monkeypatch):
+    """Trained weights remember the images of the sheet that is kept, so nothing overwrites it, also not by default."""
+    from PIL import ImageFont
+
+    from loading.errors import UserError
+    from tools import make_sprites
+    (tmp_path / "x.ttf").write_bytes(b"no font")
+    for out, message in (([], "emoji.png exists already and will not be overwritten"),
+                         (["--out", f"{tmp_path}/x.ttf"], "cannot write to .*emoji.png"),
+                         (["--out", f"{tmp_path}/new"], "x.ttf cannot be read as the bitmap version of Noto")):
+        with pytest.raises(UserError, match=message):
+            make_sprites.main(["--font", f"{tmp_path}/x.ttf", *out])
+    font = ImageFont.load_default(109)
+    monkeypatch.setattr(ImageFont, "truetype", lambda *_: font)
+    make_sprites.main(["--font", f"{tmp_path}/x.ttf", "--out", f"{tmp_path}/new"])
+    assert Image.open(tmp_path / "new" / "emoji.png").size == (1280, 640)
+    with pytest.raises(UserError, match="exists already"):
+        make_sprites.main(["--font", f"{tmp_path}/x.ttf", "--out", f"{tmp_path}/new"])

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from loading.errors import exit_on_user_error
+from loading.files import check_output
 from loading.options import Parser
 from training.scenes import OPPOSITE, RELATIONS, place_pair, place_single, plain_caption, render
 
@@ -29,7 +30,8 @@ COMPANIONS = ("cat", "banana", "house", "star", "tree", "robot", "crab", "key", 
 
 def main(folder: Path) -> None:
     rng = np.random.default_rng(5)
-    folder.mkdir(parents=True)
+    check_output(folder, "")
+    folder.mkdir(parents=True, exist_ok=True)
     for i in range(24):
         if i < 8:
             scene = place_single(rng, "unicorn", ("small", "medium", "large")[i % 3], BACKGROUNDS[i % 5])

@@ -2,7 +2,7 @@
 
   font glyph 109 px -crop to its alpha-> square -LANCZOS-> 80 x 80 RGBA -> cell of a 16 x 8 sheet
 
-  python -m tools.make_sprites --font NotoColorEmoji.ttf
+  python -m tools.make_sprites --font NotoColorEmoji.ttf --out FOLDER
 
 The table names the glyph of each cell; they were chosen by eye to differ in shape and colour even at 30 px. Rows 1 to 4
 are the 64 captioned objects, rows 5 to 8 the 64 uncaptioned ones (training/scenes.py says why).
@@ -21,7 +21,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from loading.errors import exit_on_user_error
+from loading.errors import UserError, exit_on_user_error
+from loading.files import check_output, reading, write_atomically
 from loading.options import Parser
 from training.scenes import ASSETS, CELL, COLUMNS
 
@@ -34,7 +35,7 @@ def draw(codepoint: str, font: ImageFont.FreeTypeFont) -> Image.Image:
     ImageDraw.Draw(canvas).text((20, 20), chr(int(codepoint[2:], 16)), font=font, embedded_color=True)
     box = canvas.getchannel("A").getbbox()
     if box is None:
-        raise ValueError(f"The font has no glyph for {codepoint}; choose another object.")
+        raise UserError(f"the font has no glyph for {codepoint}: expected the bitmap version of NotoColorEmoji.ttf")
     glyph = canvas.crop(box)
     side = max(glyph.size)
     square = Image.new("RGBA", (side, side))
@@ -42,18 +43,22 @@ def draw(codepoint: str, font: ImageFont.FreeTypeFont) -> Image.Image:
     return square.resize((CELL, CELL), Image.LANCZOS)
 
 
-def main():
+def main(argv=None):
     p = Parser(__doc__.splitlines()[0], prog="python -m tools.make_sprites")
     p.add_argument("--font", required=True, help="path of NotoColorEmoji.ttf (the bitmap version)")
-    p.add_argument("--out", default=str(ASSETS), help="folder that gets emoji.png (default: assets)")
-    args = p.parse_args()
+    p.add_argument("--out", default=str(ASSETS), help="folder that gets emoji.png, which is never overwritten "
+                   "(default: assets)")
+    args = p.parse_args(argv)
+    out = Path(args.out, "emoji.png")
+    check_output(out, ".png")
 
     table = json.loads((ASSETS / "emoji.json").read_text())
-    font = ImageFont.truetype(args.font, FONT_SIZE)
+    with reading(args.font, failed="cannot be read as the bitmap version of NotoColorEmoji.ttf"):
+        font = ImageFont.truetype(args.font, FONT_SIZE)
     sheet = Image.new("RGBA", (CELL * COLUMNS, CELL * len(table) // COLUMNS))
     for i, row in enumerate(table):
         sheet.paste(draw(row["codepoint"], font), (i % COLUMNS * CELL, i // COLUMNS * CELL))
-    sheet.save(Path(args.out, "emoji.png"), optimize=True)
+    write_atomically(out, lambda path: sheet.save(path, optimize=True), overwrite=False)
 
 
 if __name__ == "__main__":
