@@ -101,8 +101,8 @@ from loading.weights import load_stage_a, new_model
 from stage_a import StageA
 from training.checkpoints import Checkpoints, Log, load_state, settings_of, state_of
 from training.codebook import CodebookUpdates, perplexity
-from training.optim import (EMA, build_optimizer, check_last_steps, clip_gradients, learning_rate,
-                            set_precision, too_many_nan_steps)
+from training.optim import (EMA, NanSteps, build_optimizer, clip_gradients, learning_rate,
+                            set_precision, take_step)
 from training.order import BatchSampler, batches, micro_batches, sample_rng
 from training.processes import GracefulExit, Processes, SynchronisedBatchNorm, no_sync
 from training.report import Progress, draw_curves, due, outline
@@ -207,7 +207,7 @@ def losses(output: dict, fake, images, vgg, autocast, args) -> tuple:
 def validate(model, fixed, args, processes) -> dict[str, float]:
     """PSNR in dB of the mean squared error over all images fixed (N,3,H,W) uint8, decoded from
     latents as they are and from quantised ones."""
-    errors = torch.zeros(3, dtype=torch.float64, device=processes.device)
+    errors = torch.zeros(3, device=processes.device)
     counts = torch.zeros(model.config["codebook_size"], device=processes.device)
     for images in fixed[processes.rank::processes.world].split(args.batch):
         images = images.to(processes.device).float() / 255
@@ -276,10 +276,10 @@ def main(args):
         parts |= dict(discriminator=discriminator, d_optimizer=d_optimizer)
     if codebook.averages is not None:
         parts |= dict(codebook=codebook.averages)
-    start = nan_steps = nan_steps_in_all = 0
+    start, state = 0, {}
     if resumed is not None:
         state = checkpoints.load(resumed, "train_a.py", settings, ("codebook", "freeze_encoder"))
-        start, nan_steps, nan_steps_in_all = (state[key] for key in ("step", "bad", "bad_in_all"))
+        start = state["step"]
         load_state(resumed, state, parts, ema, usage=codebook.usage)
     SynchronisedBatchNorm.convert(model)
     parallel = processes.data_parallel(model)
@@ -287,10 +287,11 @@ def main(args):
     log = Log(args.out, start, args.report_to, settings, enabled=processes.is_main)
 
     def save(step: int) -> None:
+        nan_steps.look()
         state = state_of(parts, ema) | dict(
-            script="train_a.py", settings=settings, step=step, bad=nan_steps,
-            bad_in_all=nan_steps_in_all, usage=codebook.usage)
-        processes.on_main(checkpoints.save, step, state, nan_steps == 0)
+            script="train_a.py", settings=settings, step=step, bad=nan_steps.in_a_row,
+            bad_in_all=nan_steps.in_all, usage=codebook.usage)
+        processes.on_main(checkpoints.save, step, state, nan_steps.in_a_row == 0)
 
     def evaluate(step: int) -> None:
         """Validation and sample sheet, with the averaged weights."""
@@ -304,6 +305,8 @@ def main(args):
                                      sample_sheet(model, fixed, device).save)
                     log.images(step)
         processes.wait()
+
+    nan_steps, state = NanSteps(args, processes, log, state), None           # frees its memory
 
     # --- one pass of this loop is one optimizer step ---------------------------------------------
     stop, progress = GracefulExit(), Progress("Stage A", start, args, processes, order.batch)
@@ -327,7 +330,7 @@ def main(args):
                     for module in (parallel, parallel_d) if gan else (parallel,):
                         stack.enter_context(no_sync(module))
                 with autocast:
-                    output = parallel(images, batch["quantise"].to(device))
+                    output = parallel(images, batch["quantise"])
                 fake = output["images"].float()                          # (B, 3, H, W)
                 reconstruction, loss, terms = losses(output, fake, images, vgg, autocast, args)
                 if gan:
@@ -358,31 +361,18 @@ def main(args):
         # waiting. Under fp16, the scaler skips steps with infinite gradients and lowers its scale.
         values = torch.stack([*sums.values()])
         is_nan = ~values.isfinite().all() | (~norms.isfinite() & (not scaler.is_enabled()))
-        if processes.any(is_nan):
-            nan_steps, nan_steps_in_all = nan_steps + 1, nan_steps_in_all + 1
-            for buffer, before in zip(model.norm_latent.buffers(), statistics):
-                buffer.copy_(before)                 # a running mean would never forget a NaN
-            log.write(step + 1, bad_step=True, positions=batch["position"].tolist())
-            if nan_steps >= args.max_bad_steps:
-                save(step)
-                raise UserError(too_many_nan_steps(nan_steps, step, args))
-        else:
-            nan_steps = 0
-            scaler.step(optimizer)
-            if gan:
-                scaler.step(d_optimizer)
-            ema.update()
-        codebook.update(step, skip=nan_steps > 0)
+        skip = nan_steps.skip(is_nan, step, zip(model.norm_latent.buffers(), statistics),
+                              positions=batch["position"])
+        take_step([optimizer, d_optimizer] if gan else [optimizer], scaler, ema, skip)
+        codebook.update(step, skip)
         scaler.update()                              # also after a NaN: it has seen the gradients
-        optimizer.zero_grad(set_to_none=True)
-        if gan:
-            d_optimizer.zero_grad(set_to_none=True)
+        nan_steps.check(due(args.log_every, step + 1, args.steps), save)
 
         done = step + 1
         if due(args.log_every, done, args.steps):
             means = (processes.sum(values.clone()) / processes.world).tolist()
             line = dict(zip(sums, means)) | progress.values(done, sums["loss"]) | codebook.used()
-            line |= dict(grad_norm=grad_norm.item(), lr=lr, bad_steps=nan_steps_in_all,
+            line |= dict(grad_norm=grad_norm.item(), lr=lr, bad_steps=nan_steps.in_all,
                          epoch=order.epoch_of(done * order.batch))
             log.write(done, **line)
             progress.show(line, f"{line['codes_used']} codes")
@@ -394,7 +384,7 @@ def main(args):
         if due(args.val_every, done, args.steps) or due(args.sample_every, done, args.steps):
             evaluate(done)
             draw_curves(log.lines(), CURVES, f"{args.out}/curves.png")
-    check_last_steps(nan_steps, args)
+    nan_steps.check_last()
     model.eval()
     with ema.applied():
         values = validate(model, fixed, args, processes)

@@ -118,8 +118,8 @@ from training.losses import LOSS_WEIGHTS
 from training.models import (LEVELS_AT_ONCE, NETWORK, cache_settings,         # noqa: F401, `stage`
                              compile_decoder, decode, encode, load_models, match_vqgan, pipeline,
                              semantic_scale)
-from training.optim import (EMA, build_optimizer, check_last_steps, clip_gradients, learning_rate,
-                            set_precision, too_many_nan_steps)
+from training.optim import (EMA, NanSteps, build_optimizer, clip_gradients, learning_rate,
+                            set_precision, take_step)
 from training.order import batches, micro_batches, sample_rng
 from training.processes import GracefulExit, Processes, no_sync
 from training.report import Progress, draw_curves, dry_run, due
@@ -361,10 +361,10 @@ def main(args):
     ema = EMA(model, args.ema)
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
     weight, raw_losses = LOSS_WEIGHTS[args.loss_weight], stage.raw_losses
-    start = nan_steps = nan_steps_in_all = 0
+    start, state = 0, {}
     if resumed is not None:
         state = checkpoints.load(resumed, "train_b.py", settings, ("v1", "freeze_encoder"))
-        start, nan_steps, nan_steps_in_all = (state[key] for key in ("step", "bad", "bad_in_all"))
+        start = state["step"]
         load_full_state(resumed, state, model, optimizer, scaler, ema)
     guide = v1.training.AttentionGuide(decoder) if args.guide_attention else None
     if args.compile:
@@ -376,10 +376,11 @@ def main(args):
     log = Log(args.out, start, args.report_to, settings, enabled=processes.is_main)
 
     def save(step: int) -> None:
+        nan_steps.look()
         state = full_state(model, optimizer, scaler, ema)        # all processes take part
-        state |= dict(script="train_b.py", settings=settings, step=step, bad=nan_steps,
-                      bad_in_all=nan_steps_in_all)
-        processes.on_main(checkpoints.save, step, state, nan_steps == 0)
+        state |= dict(script="train_b.py", settings=settings, step=step,
+                      bad=nan_steps.in_a_row, bad_in_all=nan_steps.in_all)
+        processes.on_main(checkpoints.save, step, state, nan_steps.in_a_row == 0)
 
     def evaluate(step: int) -> None:
         """Validation and reconstructed images, with the averaged weights."""
@@ -395,6 +396,8 @@ def main(args):
         model.train()
         processes.wait()
 
+    nan_steps, state = NanSteps(args, processes, log, state), None           # frees its memory
+
     # --- one pass of this loop is one optimizer step ----------------------------------------------
     stop, progress = GracefulExit(), Progress("Stage B", start, args, processes, order.batch)
     samples = batches(StageBSamples(dataset, order.sizes, args, caches, replaced, draw), order,
@@ -406,8 +409,6 @@ def main(args):
         loss_sum, blind = torch.zeros((), device=device), step < args.blind
         statistics = [buffer.clone() for buffer in model.buffers()]
         for micro, batch in enumerate(micro_batches(samples, args, processes, save, step)):
-            batch = {name: value.to(device) if isinstance(value, torch.Tensor) else value
-                     for name, value in batch.items()}
             x_0 = batch["x_0"] if caches else encode_vqgan(batch["pixels"])        # (B, 4, h, w)
             if args.freeze_encoder:                                                # (B, 16, h', w')
                 source = batch["stored"] if caches else encode_semantic(batch["pixels"])
@@ -439,29 +440,18 @@ def main(args):
         # All processes decide together: one that skipped a step would leave the others waiting.
         # Under fp16, infinite gradients are normal: the scaler skips them and lowers its scale.
         is_nan = ~loss_sum.isfinite() | (~grad_norm.isfinite() & (not scaler.is_enabled()))
-        if processes.any(is_nan):
-            nan_steps, nan_steps_in_all = nan_steps + 1, nan_steps_in_all + 1
-            for buffer, before in zip(model.buffers(), statistics):
-                buffer.copy_(before)     # BatchNorm's have seen it: a NaN would never leave
-            progress.forget_nan()
-            log.write(step + 1, bad_step=True, positions=batch["position"].tolist(),
-                      captions=batch["caption"])
-            if nan_steps >= args.max_bad_steps:
-                save(step)
-                raise UserError(too_many_nan_steps(nan_steps, step, args))
-        else:
-            nan_steps = 0
-            scaler.step(optimizer)
-            ema.update()
+        skip = nan_steps.skip(is_nan, step, zip(model.buffers(), statistics),
+                              positions=batch["position"], captions=batch["caption"])
+        take_step([optimizer], scaler, ema, skip)
         scaler.update()                  # after a skipped step as well: it has seen the gradients
-        optimizer.zero_grad(set_to_none=True)
+        nan_steps.check(due(args.log_every, step + 1, args.steps), save)
 
         # --- log, save, validate, sample ----------------------------------------------------------
         done = step + 1
         if due(args.log_every, done, args.steps):
             line = progress.values(done, loss_sum) | dict(
                 grad_norm=grad_norm.item(), lr=learning_rate(step, args),
-                bad_steps=nan_steps_in_all, epoch=order.epoch_of(done * order.batch))
+                bad_steps=nan_steps.in_all, epoch=order.epoch_of(done * order.batch))
             log.write(done, **line)
             progress.show(line)
         stopping = processes.largest(stop.received)
@@ -472,7 +462,7 @@ def main(args):
         if due(args.val_every, done, args.steps) or due(args.sample_every, done, args.steps):
             evaluate(done)
             draw_curves(log.lines(), CURVES, f"{args.out}/curves.png")
-    check_last_steps(nan_steps, args)
+    nan_steps.check_last()
     with ema.applied():
         write_stage_b(args, model, encoder, dataset, log.lines(), processes)
     stop.restore()

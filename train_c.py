@@ -111,8 +111,8 @@ from training.checkpoints import Checkpoints, Log, full_state, load_full_state, 
 from training.data import bucket_sizes, nearest_bucket
 from training.loras import check_lora, locate_start, start_lora
 from training.losses import LOSS_WEIGHTS
-from training.optim import (EMA, build_optimizer, check_last_steps, clip_gradients, learning_rate,
-                            set_precision, too_many_nan_steps)
+from training.optim import (EMA, NanSteps, build_optimizer, clip_gradients, learning_rate,
+                            set_precision, take_step)
 from training.order import BatchSampler, batches, micro_batches, sample_rng
 from training.preserve import Teacher, TeacherLatents
 from training.processes import GracefulExit, Processes, no_sync
@@ -308,11 +308,11 @@ def main(args):
     optimizer, ema = build_optimizer(model, args), EMA(model, args.ema)
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
     weight = LOSS_WEIGHTS[args.loss_weight]
-    start = nan_steps = nan_steps_in_all = 0
+    start, state = 0, {}
     if resumed is not None:
         state = checkpoints.load(resumed, "train_c.py", settings, (
             "lora", "lora_weights", "rank", "alpha", "targets", "rslora", "dora", "train_text"))
-        start, nan_steps, nan_steps_in_all = (state[key] for key in ("step", "bad", "bad_in_all"))
+        start = state["step"]
         load_full_state(resumed, state, model, optimizer, scaler, ema)
     if args.compile:
         prior.compile()
@@ -320,10 +320,11 @@ def main(args):
     log = Log(args.out, start, args.report_to, settings, enabled=processes.is_main)
 
     def save(step: int) -> None:
+        nan_steps.look()
         state = full_state(model, optimizer, scaler, ema)        # all processes take part
-        state |= dict(script="train_c.py", settings=settings, step=step, bad=nan_steps,
-                      bad_in_all=nan_steps_in_all)
-        processes.on_main(checkpoints.save, step, state, nan_steps == 0)
+        state |= dict(script="train_c.py", settings=settings, step=step,
+                      bad=nan_steps.in_a_row, bad_in_all=nan_steps.in_all)
+        processes.on_main(checkpoints.save, step, state, nan_steps.in_a_row == 0)
         with ema.applied() if args.lora else nullcontext():
             processes.on_main(write_lora, args, prior, step, len(dataset))
 
@@ -340,6 +341,8 @@ def main(args):
         model.train()
         processes.wait()
 
+    nan_steps, state = NanSteps(args, processes, log, state), None           # frees its memory
+
     # --- one pass of this loop is one optimizer step ----------------------------------------------
     stop, progress = GracefulExit(), Progress("Stage C", start, args, processes, order.batch)
     samples = batches(StageCSamples(dataset, buckets, args, caches, replaced, preserved), order,
@@ -350,8 +353,8 @@ def main(args):
             group["lr"] = learning_rate(step, args)
         loss_sum = torch.zeros((), device=device)
         for micro, batch in enumerate(micro_batches(samples, args, processes, save, step)):
-            x_0 = batch["x_0"].to(device) if caches else encode(batch["pixels"])   # (B, 16, h, w)
-            eps, t = batch["eps"].to(device), batch["t"].to(device)                # like x_0; (B,)
+            x_0 = batch["x_0"] if caches else encode(batch["pixels"])              # (B, 16, h, w)
+            eps, t = batch["eps"], batch["t"]                                      # like x_0; (B,)
             text = embed(batch["caption"])                                         # (B, N, D)
             x_t, target = add_noise(x_0, eps, t), eps                              # (B, 16, h, w)
             if args.preserve:
@@ -374,27 +377,17 @@ def main(args):
         # All processes decide together: one that skipped a step would leave the others waiting.
         # Under fp16, infinite gradients are normal: the scaler skips them and lowers its scale.
         is_nan = ~loss_sum.isfinite() | (~grad_norm.isfinite() & (not scaler.is_enabled()))
-        if processes.any(is_nan):
-            nan_steps, nan_steps_in_all = nan_steps + 1, nan_steps_in_all + 1
-            progress.forget_nan()
-            log.write(step + 1, bad_step=True, positions=batch["position"].tolist(),
-                      captions=batch["caption"])
-            if nan_steps >= args.max_bad_steps:
-                save(step)
-                raise UserError(too_many_nan_steps(nan_steps, step, args))
-        else:
-            nan_steps = 0
-            scaler.step(optimizer)
-            ema.update()
+        skip = nan_steps.skip(is_nan, step, positions=batch["position"], captions=batch["caption"])
+        take_step([optimizer], scaler, ema, skip)
         scaler.update()                  # after a skipped step as well: it has seen the gradients
-        optimizer.zero_grad(set_to_none=True)
+        nan_steps.check(due(args.log_every, step + 1, args.steps), save)
 
         # --- log, save, validate, sample ----------------------------------------------------------
         done = step + 1
         if due(args.log_every, done, args.steps):
             line = progress.values(done, loss_sum) | dict(
                 grad_norm=grad_norm.item(), lr=learning_rate(step, args),
-                bad_steps=nan_steps_in_all, epoch=order.epoch_of(done * order.batch))
+                bad_steps=nan_steps.in_all, epoch=order.epoch_of(done * order.batch))
             log.write(done, **line)
             progress.show(line)
         stopping = processes.largest(stop.received)
@@ -405,7 +398,7 @@ def main(args):
         if due(args.val_every, done, args.steps) or due(args.sample_every, done, args.steps):
             evaluate(done)
             draw_curves(log.lines(), CURVES, f"{args.out}/curves.png")
-    check_last_steps(nan_steps, args)
+    nan_steps.check_last()
     with ema.applied():
         write_stage_c(args, model, text_encoder, dataset, processes)
     stop.restore()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parent / "pretend_cuda.py"
-SCENARIOS = ("text_to_image", "image_to_image", "inpainting", "v1", "autocast")
+SCENARIOS = ("text_to_image", "image_to_image", "inpainting", "v1", "train_a", "train_b", "train_c", "autocast")
 NO_WAITING = "asynchronous copy to cuda"
 
 # A whole sampling by Stages C and B: the noise levels travel once, and in the end all numbers are checked to be finite.
@@ -19,6 +19,11 @@ WAITS = dict(
     text_to_image=CONTINUOUS, image_to_image=CONTINUOUS, inpainting=CONTINUOUS,
     v1={place: 1 for place in (*CONTINUOUS, "blocking copy to cuda v1/sampling.py:sample",
                                "sync: _local_scalar_dense v1/sampling.py:sample")})
+# Two steps, and one line of the log: the loss, losses by level, the gradient's norm, and which steps were bad.
+LOG_LINE = {f"sync: {what}": 1 for what in ("_local_scalar_dense training/report.py:values",
+                                            "tolist training/report.py:values", "tolist training/optim.py:look")}
+WAITS |= {name: LOG_LINE | {f"sync: _local_scalar_dense {name}.py:main": 1} for name in ("train_a", "train_b", "train_c")}
+WAITS["train_a"] |= {"sync: tolist train_a.py:main": 1, "sync: _local_scalar_dense training/codebook.py:used": 2}
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -181,8 +182,8 @@ def test_a_stopped_run_does_not_end_like_a_finished_one(options, tmp_path, monke
     update = optim.EMA.update
 
     def at(step):
-        def update_and_warn(self):
-            update(self)
+        def update_and_warn(self, *skip):
+            update(self, *skip)
             if self.updates == step:
                 os.kill(os.getpid(), getattr(signal, name))
         return update_and_warn
@@ -683,8 +684,8 @@ def spoil_and_train(script: str, argv: list[str]) -> None:
         output, factor = forward(self, *given), float("nan") if len(calls) == (4, 2)[rank] else 1.0
         return tuple(part * factor for part in output) if isinstance(output, tuple) else output * factor
 
-    def note(self):
-        update(self)
+    def note(self, *skip):
+        update(self, *skip)
         updates.append([float(mean.sum()) for mean in self.mean.values()])
     setattr(stage, name, sometimes)
     optim.EMA.update = note
@@ -703,6 +704,36 @@ def test_all_processes_skip_the_steps_in_which_one_has_a_nan(options, tmp_path, 
     state = newest(tmp_path / "run")
     assert (state["bad_in_all"], state["bad"], state["updates"]) == (2, 0, 3)
     assert [line["step"] for line in lines(tmp_path / "run") if line.get("bad_step")] == [2, 4]
+
+
+@each_script
+def test_a_host_that_looks_late_finds_the_same(options, tmp_path, monkeypatch, script):
+    """On a GPU bad steps are skipped there, and the host looks when a line of the log is due: the same weights, the same
+    lines, and after too many in a row the state of before them, although the steps went on."""
+    def run(name: str, bad: set, late: bool, *more) -> Path:
+        calls = []
+        with monkeypatch.context() as patch:
+            patch.setattr(MODULES[script], "clip_gradients", lambda model, limit: calls.append(1) or clip(
+                model, limit) * (float("nan") if len(calls) in bad else 1))
+            if late:
+                patch.setattr(optim.NanSteps, "skip", skip_and_look_away)
+            return train(script, options, tmp_path / name, *more, "--log-every", "6", steps=6)
+
+    def skip_and_look_away(self, *args, **batch):
+        with mock.patch.object(self, "look"):
+            return skip(self, *args, **batch)
+    clip, skip = optim.clip_gradients, optim.NanSteps.skip
+    early, late = (run(f"one {late}", {2}, late) for late in (False, True))
+    for name in ("model", "averaged", "optimizer", "updates", "bad", "bad_in_all"):
+        same(newest(early)[name], newest(late)[name])
+    assert [[line["step"] for line in lines(out)] for out in (early, late)] == [[2, 6]] * 2
+    assert newest(late)["updates"] == 5 and newest(late)["bad_in_all"] == 1
+    for looks_late in (False, True):
+        with pytest.raises(UserError, match="3 steps in a row came to NaN or infinity, up to step 4; "):
+            run(f"many {looks_late}", {2, 3, 4}, looks_late, "--max-bad-steps", "3")
+    early, late = (newest(tmp_path / f"many {looks_late}") for looks_late in (False, True))
+    assert early["step"] == late["step"] == 3 and early["bad"] == late["bad"] == 3
+    same(early["model"], late["model"]), same(early["averaged"], late["averaged"])
 
 
 @each_script

@@ -23,14 +23,16 @@ class CodebookAverages(nn.Module):
         self.register_buffer("sums", codes.detach().clone())                             # (K, C)  m
 
     @torch.no_grad()
-    def update(self, codes: Tensor, counts: Tensor, sums: Tensor) -> None:
-        """codes (K,C), changed in place; counts (K,) and sums (K,C) of the latents of a step, see `count`."""
-        self.sizes.lerp_(counts, 1 - self.decay)
-        self.sums.lerp_(sums, 1 - self.decay)
+    def update(self, codes: Tensor, counts: Tensor, sums: Tensor, skip: Tensor | bool = False) -> None:
+        """codes (K,C), changed in place; counts (K,) and sums (K,C) of the latents of a step, see `count`; skip ():
+        nothing changes."""
+        skip = torch.as_tensor(skip)
+        for mean, new in ((self.sizes, counts), (self.sums, sums)):
+            mean.copy_(torch.where(skip, mean, mean.lerp(new, 1 - self.decay)))
         # Laplace smoothing, as if each code had 1e-5 latents more: otherwise a code without latents divides by 0.
         total = self.sizes.sum()
         sizes = (self.sizes + 1e-5) * total / (total + len(codes) * 1e-5)                # (K,)
-        codes.copy_(self.sums / sizes[:, None])
+        codes.copy_(torch.where(skip, codes, self.sums / sizes[:, None]))
 
     @torch.no_grad()
     def restart(self, dead: Tensor, latents: Tensor) -> None:
@@ -74,17 +76,17 @@ class CodebookUpdates:
         self.latents.append(latents.detach())
         self.counts = self.counts + count(self.latents[-1], indices, self.usage.shape[1])
 
-    def update(self, step: int, skip: bool) -> None:
-        """All processes must call this once per step. skip: the step was not taken."""
+    def update(self, step: int, skip: Tensor) -> None:
+        """All processes must call this once per step. skip (): the step was not taken. The host waits only when unused
+        codes are moved."""
         counts, codes = self.processes.sum(self.counts), self.model.codebook.codes           # (K, 1 + C)
-        if not skip:
-            self.usage += counts[:, 0]
-            if self.averages is not None:
-                self.averages.update(codes, counts[:, 0], counts[:, 1:])
-            if (step + 1) % self.args.revive_every == 0:
-                if not self.args.freeze_encoder:
-                    self.revive(step, self.usage[0] == 0)
-                self.usage[0] = 0
+        self.usage += counts[:, 0] * ~skip
+        if self.averages is not None:
+            self.averages.update(codes, counts[:, 0], counts[:, 1:], skip)
+        if (step + 1) % self.args.revive_every == 0 and not skip:
+            if not self.args.freeze_encoder:
+                self.revive(step, self.usage[0] == 0)
+            self.usage[0] = 0
         self.latents, self.counts = [], 0
 
     @torch.no_grad()

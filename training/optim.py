@@ -4,7 +4,7 @@ Needs: torch; loading/.
 """
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -69,10 +69,75 @@ def too_many_nan_steps(count: int, step: int, args) -> str:
             f"{args.out}/log.jsonl")
 
 
-def check_last_steps(nan_steps: int, args) -> None:
-    """Raises UserError if the run ends with bad steps: its weights may be the reason, so they are not a result."""
-    if nan_steps:
-        raise UserError(too_many_nan_steps(nan_steps, args.steps - 1, args))
+class NanSteps:
+    """Steps whose loss or gradient is not finite: skipped on the device, looked at later, so no host waits in a step.
+
+    in_a_row, in_all: how many there were, up to the last look. state: a checkpoint to continue from, or {}.
+    """
+    def __init__(self, args, processes, log, state: dict):
+        self.args, self.processes, self.log, self.last = args, processes, log, None
+        self.in_a_row, self.in_all, self.waiting = state.get("bad", 0), state.get("bad_in_all", 0), []
+        self.row = torch.full((), self.in_a_row, device=processes.device)
+        self.over = torch.zeros((), dtype=torch.bool, device=processes.device)
+
+    def skip(self, is_nan: Tensor, step: int, statistics: Iterable[tuple[Tensor, Tensor]] = (), **batch) -> Tensor:
+        """-> () bool: whether all processes skip this step, because one of them has is_nan (). After too many in a row
+        always, so that the weights wait for the host. statistics: BatchNorm's, and what they were, which they become
+        again, because a NaN would never leave. batch: what to log of a bad one. On a CPU, looks at once."""
+        skip = self.processes.anywhere(is_nan) | self.over
+        self.row = (self.row + 1) * skip
+        self.over = self.over | (self.row >= self.args.max_bad_steps)
+        self.waiting.append((step, skip, batch))
+        for tensor, before in statistics:
+            tensor.copy_(torch.where(skip, before, tensor))
+        if skip.device.type == "cpu":
+            self.look()
+        return skip
+
+    def look(self) -> None:
+        """Logs the bad steps since the last look. After too many in a row, `last` is the last that counts."""
+        waiting, self.waiting = self.waiting, []
+        flags = torch.stack([skip for _, skip, _ in waiting]).tolist() if waiting else []
+        for (step, _, batch), bad in zip(waiting, flags) if self.last is None else ():
+            self.in_a_row, self.in_all = (self.in_a_row + 1) * bad, self.in_all + bad
+            if bad:
+                self.log.write(step + 1, bad_step=True, **{name: part.tolist() if isinstance(part, Tensor) else part
+                                                           for name, part in batch.items()})
+                if self.in_a_row >= self.args.max_bad_steps:
+                    self.last = step
+                    break
+
+    def check(self, look: bool, save: Callable[[int], None]) -> None:
+        """After each step. look: the host may wait. Raises UserError after too many in a row, and calls save(steps) for
+        the state before."""
+        if look:
+            self.look()
+        if self.last is not None:
+            save(self.last)
+            raise UserError(too_many_nan_steps(self.in_a_row, self.last, self.args))
+
+    def check_last(self) -> None:
+        """Raises UserError if the run ends with bad steps: its weights may be the reason, so they are not a result."""
+        self.look()
+        if self.in_a_row:
+            raise UserError(too_many_nan_steps(self.in_a_row, self.args.steps - 1, self.args))
+
+
+def take_step(optimizers: list, scaler, ema: "EMA", skip: Tensor) -> None:
+    """A step of each optimizer and of the averages, unless skip () is true. Gradients are freed.
+
+    AdamW reads skip on the device. With a scaler, which has a reason of its own to skip, and in 8 bits the host does.
+    """
+    on_device = not scaler.is_enabled() and all(getattr(o, "_step_supports_amp_scaling", False) for o in optimizers)
+    taken = on_device or not skip
+    for optimizer in optimizers:
+        if on_device:
+            optimizer.grad_scale, optimizer.found_inf = None, skip.float()
+        if taken:
+            scaler.step(optimizer) if scaler.is_enabled() else optimizer.step()
+        optimizer.zero_grad(set_to_none=True)        # before the averages, which take that memory for a moment
+    if taken:
+        ema.update(*[skip] * on_device)
 
 
 class EMA:
@@ -84,14 +149,29 @@ class EMA:
     def __init__(self, model: nn.Module, decay: float):
         self.live = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.mean = {name: p.detach().clone().float() for name, p in self.live.items()} if decay else {}
-        self.decay, self.updates = decay, 0
+        self.decay = decay
+        self.count = torch.zeros((), device=next((p.device for p in self.live.values()), "cpu"))
 
-    def update(self) -> None:
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        self.updates += 1
-        with torch.no_grad():
-            for name, mean in self.mean.items():
-                mean.lerp_(self.live[name].float(), 1 - decay)
+    @property
+    def updates(self) -> int:
+        return int(self.count)
+
+    @updates.setter
+    def updates(self, number: int) -> None:
+        self.count.fill_(number)
+
+    @torch.no_grad()
+    def update(self, skip: Tensor | None = None) -> None:
+        """skip (): whether to do nothing, on the device. A handful of launches, however many tensors there are."""
+        done = torch.ones_like(self.count) if skip is None else (~skip).float()
+        weight = (9 / (10 + self.count)).clamp(min=1 - self.decay) * done        # 9 / (10 + n) = 1 - (1 + n) / (10 + n)
+        self.count += done
+        if self.mean:
+            means, lives = ([getattr(tensor, "_local_tensor", tensor) for tensor in part.values()]       # of FSDP's
+                            for part in (self.mean, self.live))
+            change = torch._foreach_sub([live.float() for live in lives], means)
+            torch._foreach_mul_(change, weight)
+            torch._foreach_add_(means, change)
 
     def swap(self) -> None:
         """Exchanges averages and live weights. A second call puts them back."""

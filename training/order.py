@@ -250,7 +250,7 @@ def micro_batches(samples: Iterator[dict], args, processes, save: Callable, step
         if step:
             save(step)
         raise failure or SystemExit(2)           # of another process, which says what happened
-    return found
+    return [processes.to_device(batch) for batch in found]
 
 
 class ErrorsAsItems(torch.utils.data.Dataset):

@@ -26,7 +26,7 @@ class Processes:
     def __init__(self, device: str | None = None, minutes: float = 30):
         """minutes: how long a process waits for another before it gives up, for example while rank 0 samples images."""
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.is_main, self.many, self.patient = self.rank == 0, "RANK" in os.environ, None
+        self.is_main, self.many, self.patient, self.host = self.rank == 0, "RANK" in os.environ, None, None
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if device in (None, "cuda") and torch.cuda.is_available():
             device = f"cuda:{self.local_rank}"
@@ -42,10 +42,12 @@ class Processes:
                                     timeout=datetime.timedelta(minutes=minutes))
             # For waiting on the CPU while another process reads indexes of a hundred million images, or downloads.
             self.patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+            if self.device.type == "cuda":       # for flags of the hosts: through the GPUs they would wait for these
+                self.host = dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=minutes))
 
     def close(self) -> None:
         if self.many:
-            self.patient = None
+            self.patient = self.host = None
             dist.destroy_process_group()
 
     def sum(self, values: Tensor) -> Tensor:
@@ -54,21 +56,26 @@ class Processes:
             dist.all_reduce(values)
         return values
 
-    def any(self, flag: bool | Tensor, group=None) -> bool:
+    def any(self, flag: bool, group=None) -> bool:
         """True if the flag is true in any process. All processes get the same answer and take the same branch. If one
         took another, the rest would wait forever. group: self.patient or None."""
-        if not self.many:
-            return bool(flag)
-        value = torch.as_tensor(flag, dtype=torch.float32, device="cpu" if group else self.device)
-        dist.all_reduce(value, group=group)
-        return bool(value > 0)
+        return bool(self.largest(int(flag), group))
 
-    def largest(self, number: int) -> int:
-        """The largest number of all processes."""
-        value = torch.tensor(number, device=self.device)
+    def largest(self, number: int, group=None) -> int:
+        """The largest number of all processes. Nobody waits for a GPU."""
+        value = torch.tensor(number)
         if self.many:
-            dist.all_reduce(value, dist.ReduceOp.MAX)
+            dist.all_reduce(value, dist.ReduceOp.MAX, group or self.host)
         return int(value)
+
+    def anywhere(self, flag: Tensor) -> Tensor:
+        """Whether flag () is true in any process, as a tensor on the device, which the host does not read."""
+        return self.sum(flag.float()) > 0
+
+    def to_device(self, batch: dict) -> dict:
+        """A batch with its tensors on the device. From pinned memory they travel while the host continues."""
+        return {name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+                for name, value in batch.items()}
 
     def wait(self) -> None:
         if self.many:

@@ -41,13 +41,9 @@ class Progress:
 
     def add(self, t: Tensor, raw: Tensor) -> None:
         """Losses raw (B,) of samples at noise levels t (B,), not weighted."""
-        level = (t * 10).long().clamp(max=9)
-        self.sums[0].index_add_(0, level, raw.detach())
-        self.sums[1].index_add_(0, level, torch.ones_like(raw))
-
-    def forget_nan(self) -> None:
-        """After a step whose loss was not finite."""
-        self.sums.nan_to_num_(0, 0, 0)
+        level, raw = (t * 10).long().clamp(max=9), raw.detach()
+        self.sums[0].index_add_(0, level, raw.nan_to_num(0, 0, 0))       # such a step is skipped
+        self.sums[1].index_add_(0, level, raw.isfinite().float())
 
     def values(self, step: int, loss: Tensor) -> dict:
         """What to log after `step` steps; loss () is the last step's. All processes must call this."""
@@ -58,7 +54,8 @@ class Progress:
         on_gpu = self.processes.device.type == "cuda"
         values = dict(loss=loss, smooth_loss=self.smooth, images_per_second=speed,
                       memory_gib=torch.cuda.max_memory_allocated() / 2 ** 30 if on_gpu else None)
-        values |= {f"raw_loss_t_0.{i}": (raw[i] / count[i]).item() for i in range(10) if count[i] > 0}
+        raw = (raw / count).tolist()                                     # 0 / 0 is NaN: no sample had that level
+        values |= {f"raw_loss_t_0.{i}": raw[i] for i in range(10) if not math.isnan(raw[i])}
         self.sums.zero_()
         self.since, self.clock = step, time.time()
         return values
