@@ -393,7 +393,6 @@ def preprocess(images: Tensor, size: int | tuple[int, int] = 768) -> Tensor:
     images = F.interpolate(images, size=size, mode="bilinear", antialias=True, align_corners=False)
     top, left = size[0] % 32 // 2, size[1] % 32 // 2
     images = images[..., top:top + size[0] // 32 * 32, left:left + size[1] // 32 * 32]
-    # Filled there: with new_tensor the numbers would travel to a GPU, and the host wait.
-    mean, std = (torch.cat([images.new_full((1, 1, 1), v) for v in values])            # (3, 1, 1)
+    mean, std = (torch.cat([images.new_full((1, 1, 1), v) for v in values])  # no copy to a GPU
                  for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     return (images - mean) / std                                                   # (B, 3, H', W')

@@ -22,7 +22,7 @@ WAITS = dict(
 # Two steps, and one line of the log: the loss, losses by level, the gradient's norm, and which steps were bad.
 LOG_LINE = {f"sync: {what}": 1 for what in ("_local_scalar_dense training/report.py:values",
                                             "tolist training/report.py:values", "tolist training/optim.py:look")}
-WAITS |= {name: LOG_LINE | {f"sync: _local_scalar_dense {name}.py:main": 1} for name in ("train_a", "train_b", "train_c")}
+WAITS |= {f"train_{x}": LOG_LINE | {f"sync: _local_scalar_dense train_{x}.py:main": 1} for x in "abc"}
 WAITS["train_a"] |= {"sync: tolist train_a.py:main": 1, "sync: _local_scalar_dense training/codebook.py:used": 2}
 
 

@@ -708,8 +708,8 @@ def test_all_processes_skip_the_steps_in_which_one_has_a_nan(options, tmp_path, 
 
 @each_script
 def test_a_host_that_looks_late_finds_the_same(options, tmp_path, monkeypatch, script):
-    """On a GPU bad steps are skipped there, and the host looks when a line of the log is due: the same weights, the same
-    lines, and after too many in a row the state of before them, although the steps went on."""
+    """On a GPU bad steps are skipped there, and the host looks when a line of the log is due: the same weights, the
+    same lines, and after too many in a row the state of before them, although the steps went on."""
     def run(name: str, bad: set, late: bool, *more) -> Path:
         calls = []
         with monkeypatch.context() as patch:

@@ -80,7 +80,7 @@ class CodebookUpdates:
         """All processes must call this once per step. skip (): the step was not taken. The host waits only when unused
         codes are moved."""
         counts, codes = self.processes.sum(self.counts), self.model.codebook.codes           # (K, 1 + C)
-        self.usage += counts[:, 0] * ~skip
+        self.usage += counts[:, 0] * ~torch.as_tensor(skip)
         if self.averages is not None:
             self.averages.update(codes, counts[:, 0], counts[:, 1:], skip)
         if (step + 1) % self.args.revive_every == 0 and not skip:
