@@ -7,6 +7,8 @@ The stage files have the form of a textbook. A sampler calls a network 10 to 60 
 - everything that does not depend on the noise level is computed once: keys and values of the text for each attention
   block, and the products of the semantic latent in Stage B, 18 % of what a step multiplies;
 - inputs are not concatenated: W [x; y] = W_x x + W_y y, each part with its columns of W;
+- on a GPU, where a launch costs more than a small operation, query, key and value are one product, written next to the
+  keys and values of the text; and all blocks' scales and shifts for a noise level are one product (untried on a GPU);
 - on a CPU, where new memory costs time, wide activations are computed in place and Stage A in bands of rows.
 
 bind_c, bind_b and bind_b_v1 return closures that live for one sampling and walk the network's own blocks. They call the
@@ -14,6 +16,7 @@ layers, so a LoRA or int8 counts here too. When a LoRA is added, scaled, switche
 prepared tensors are computed again. Only for sampling: nothing here has a gradient.
 Needs: torch; stage_a.py, stage_b.py, stage_c.py, lora.py, int8.py.
 """
+import functools
 from collections.abc import Callable
 
 import torch
@@ -37,6 +40,13 @@ def gelu_grn(norm: nn.Module, x: Tensor) -> Tensor:
     There new memory costs time, and so does reading x again once it has left the cache: hence 512 rows at a time. In
     bfloat16 torch's norm over positions alone takes three times as long as all of this.
     """
+    if few_launches(x.device) and not torch.compiler.is_compiling() and x.dtype == norm.gamma.dtype:
+        h = F.gelu(x)                          # 6 launches instead of 8
+        dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+        energy = torch.linalg.vector_norm(h, dim=(1, 2), keepdim=True, dtype=dtype)      # (B, 1, 1, C)
+        mean, epsilon, one = constants(x.shape[-1], dtype, x.device)
+        n = (energy / F.linear(energy, mean, epsilon)).to(x.dtype)                       # (B, 1, 1, C)
+        return torch.addcmul(norm.beta, h, torch.addcmul(one.to(x.dtype), norm.gamma, n))
     if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype == torch.float16:
         return norm(F.gelu(x))
     energy = x.new_zeros(len(x), 1, 1, x.shape[-1], dtype=torch.float32)                 # (B, 1, 1, C)
@@ -47,6 +57,73 @@ def gelu_grn(norm: nn.Module, x: Tensor) -> Tensor:
     energy = energy.sqrt_()
     n = energy / (energy.mean(-1, keepdim=True) + 1e-6)                                  # (B, 1, 1, C)
     return torch.addcmul(norm.beta, x, (1 + norm.gamma * n).to(x.dtype), out=x)          # (B, H, W, C)
+
+
+def few_launches(device: torch.device) -> bool:
+    """Whether to save launches. Not on a CPU: there other products would round differently."""
+    return device.type != "cpu"
+
+
+@functools.cache
+def constants(width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """For a mean of `width` numbers plus 1e-6 as one linear layer, its weight and bias; and a 1."""
+    return (torch.full((1, width), 1 / width, dtype=dtype, device=device),
+            torch.full((1,), 1e-6, dtype=dtype, device=device), torch.ones((), dtype=dtype, device=device))
+
+
+def text_kv(block: AttentionBlock, text: Tensor, lean: bool) -> tuple:
+    """block.text_kv, for attend; if lean with the weight and bias of query, key and value as one layer.
+
+    The layers' own become views of these, so nothing is in memory twice.
+    """
+    kv, layers = block.text_kv(text), (block.query, block.key, block.value)
+    if not lean or any(type(layer) is not nn.Linear for layer in layers):
+        return kv
+    weight, bias = (torch.cat([getattr(layer, name).detach() for layer in layers]) for name in ("weight", "bias"))
+    for layer, *own in zip(layers, weight.chunk(3), bias.chunk(3)):
+        layer.weight.data, layer.bias.data = own
+    return torch.cat(kv, dim=-1), weight, bias                                           # (B, N, 2C), (3C, C), (3C,)
+
+
+def attend(block: AttentionBlock, x: Tensor, kv: tuple) -> Tensor:
+    """block.attend(x, kv) for x (B,H,W,C) and kv from text_kv."""
+    if len(kv) == 2:
+        return block.attend(x, kv)
+    text, weight, bias = kv
+    tokens = layer_norm(x, weight.dtype).flatten(1, 2)                                   # (B, n, C)
+    rows, n, c = tokens.shape
+    joint = tokens.new_empty(rows, n + text.shape[1], 3 * c)                             # (B, n + N, 3C)
+    torch.baddbmm(bias, tokens, weight.T.expand(rows, -1, -1), out=joint[:, :n])
+    joint[:, n:, c:] = text
+    q, k, v = (y.unflatten(-1, (block.heads, -1)).transpose(1, 2) for y in joint.chunk(3, dim=-1))
+    h = F.scaled_dot_product_attention(q[:, :, :n], k, v)                                # (B, heads, n, C / heads)
+    return x + block.out(h.transpose(1, 2).flatten(2)).view_as(x)                        # (B, H, W, C)
+
+
+def all_mappers(blocks: list[TimestepBlock], lean: bool) -> tuple | None:
+    """Weight and bias of all blocks' mappers as one layer, first for all scales, then for all shifts; their widths."""
+    layers = [block.mapper for block in blocks]
+    if not lean or any(type(layer) is not nn.Linear for layer in layers):
+        return None
+    weight, bias = (torch.cat([half for i in (0, 1) for layer in layers
+                               for half in getattr(layer, name).chunk(2)[i:i + 1]]) for name in ("weight", "bias"))
+    return weight, bias, [layer.out_features // 2 for layer in layers]
+
+
+def all_scales(blocks: list[TimestepBlock], mappers: tuple | None, t_embedding: Tensor) -> list[Callable]:
+    """-> for each block the function x (B,H,W,C) -> block(x, t_embedding)."""
+    if mappers is None:
+        return [functools.partial(block, t_embedding=t_embedding) for block in blocks]
+    weight, bias, widths = mappers
+    scales, shifts = F.linear(t_embedding, weight, bias)[:, None, None].chunk(2, dim=-1)
+    pairs = zip((scales + 1).split(widths, dim=-1), shifts.split(widths, dim=-1))        # 2 x (B, 1, 1, C_i) each
+    return [lambda x, scale=scale, shift=shift: torch.addcmul(shift, x, scale) for scale, shift in pairs]
+
+
+def timestep_blocks(network: nn.Module) -> list[TimestepBlock]:
+    """In the order in which Stage B's levels run."""
+    levels = (*network.down_blocks, *reversed(network.up_blocks))
+    return [block for level in levels for block in level if isinstance(block, TimestepBlock)]
 
 
 def can_split(layer: nn.Module) -> bool:
@@ -105,7 +182,7 @@ def bind(network: nn.Module, step: Callable, prepare: Callable) -> Callable[[Ten
         now = (x_t.shape[-2:], state())
         if now != before:
             before, prepared = now, prepare(x_t.shape[-2:])
-        return step(network, x_t, t, prepared)
+        return step(network, x_t, t.contiguous(), prepared)         # strides of 0 would be another program
     return forward
 
 
@@ -113,20 +190,23 @@ def bind(network: nn.Module, step: Callable, prepare: Callable) -> Callable[[Ten
 
 def bind_c(network: StageC, text: Tensor, step: Callable | None = None) -> Callable[[Tensor, Tensor], Tensor]:
     """text (B,N,c_cond) -> forward(x_t, t) = network(x_t, t, text), for one sampling. step: step_c or it compiled."""
-    def prepare(size: tuple[int, int]) -> list[tuple[Tensor, Tensor]]:
+    def prepare(size: tuple[int, int]) -> tuple[list[tuple], tuple | None]:
         embedded = network.embed_text(text)                                              # (B, N, C)
-        return [block.text_kv(embedded) for block in network.attention_blocks]           # each 2 x (B, N, C)
+        return ([text_kv(block, embedded, lean) for block in network.attention_blocks],
+                all_mappers(network.timestep_blocks, lean))
+    lean = step in (None, step_c) and few_launches(text.device)         # a compiler joins launches by itself
     return bind(network, step or step_c, prepare)
 
 
-def step_c(network: StageC, x_t: Tensor, t: Tensor, text_kv: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """StageC.forward with the keys and values of the text for each attention block."""
+def step_c(network: StageC, x_t: Tensor, t: Tensor, prepared: tuple[list[tuple], tuple | None]) -> Tensor:
+    """StageC.forward; prepared: keys and values of the text for each attention block, and all_mappers."""
     dtype = next(network.parameters()).dtype
     t_embedding = timestep_embedding(t, network.c_timestep).to(dtype)                    # (B, c_timestep)
     x = widen(network.embed(channels_last(x_t).to(dtype)))                               # (B, h, w, C)
-    for res, timestep, attention, kv in zip(network.res_blocks, network.timestep_blocks, network.attention_blocks,
-                                            text_kv):
-        x = attention.attend(timestep(res_block(res, x), t_embedding), kv)               # (B, h, w, C)
+    kvs, mappers = prepared
+    timesteps = all_scales(network.timestep_blocks, mappers, t_embedding)
+    for res, timestep, attention, kv in zip(network.res_blocks, timesteps, network.attention_blocks, kvs):
+        x = attend(attention, timestep(res_block(res, x)), kv)                           # (B, h, w, C)
     a, b = channels_first(network.head(layer_norm(x, dtype))).to(x_t.dtype).chunk(2, dim=1)        # 2 x (B, 16, h, w)
     return (x_t - a) / ((1 - b).abs() + 1e-5)                                            # (B, 16, h, w)
 
@@ -139,7 +219,7 @@ def bind_b(network: StageB, semantic: Tensor, text: Tensor, step: Callable | Non
 
     keep_shares: False leaves the products of the semantic latent to the steps; at 1024 px they take 0.7 GB in float32.
     """
-    def prepare(size: tuple[int, int]) -> list[tuple]:
+    def prepare(size: tuple[int, int]) -> tuple[list[tuple], tuple | None]:
         embedded = layer_norm(network.embed_text(text))                                  # (B, N, c_cond)
         levels = [*enumerate(zip(network.down_blocks, network.semantic_down))]
         levels += reversed([*enumerate(zip(network.up_blocks, network.semantic_up))])
@@ -149,18 +229,19 @@ def bind_b(network: StageB, semantic: Tensor, text: Tensor, step: Callable | Non
             condition = None if mapper is None else mapper(resize_semantic(semantic, sides))       # (B, H, W, c_cond)
             for block in blocks:
                 if isinstance(block, AttentionBlock):
-                    prepared.append(block.text_kv(embedded))                             # 2 x (B, N, C)
+                    prepared.append(text_kv(block, embedded, lean))
                 elif isinstance(block, ResBlock):
                     expand, share = block.expand, None
                     if condition is not None and keep_shares and can_split(expand):
                         share = part(expand, condition, expand.in_features - condition.shape[-1])  # (B, H, W, 4C)
                     prepared.append((condition if share is None else None, share))
-        return prepared
+        return prepared, all_mappers(timestep_blocks(network), lean)
+    lean = step in (None, step_b) and few_launches(text.device)
     return bind(network, step or step_b, prepare)
 
 
-def step_b(network: StageB, x_t: Tensor, t: Tensor, prepared: list[tuple]) -> Tensor:
-    """StageB.forward; prepared: for each attention block and ResBlock in order, see bind_b."""
+def step_b(network: StageB, x_t: Tensor, t: Tensor, prepared: tuple) -> Tensor:
+    """StageB.forward; prepared: for each attention block and ResBlock in order, see bind_b, and all_mappers."""
     dtype = next(network.parameters()).dtype
     x = network.embed(channels_last(F.pixel_unshuffle(x_t.to(dtype), network.patch_size)))         # (B, h/2, w/2, C0)
     x = u_net(network, layer_norm(x), t, prepared)                                       # (B, h/2, w/2, C0)
@@ -172,15 +253,16 @@ def step_b(network: StageB, x_t: Tensor, t: Tensor, prepared: list[tuple]) -> Te
 def bind_b_v1(network: nn.Module, semantic: Tensor, text: Tensor,
               step: Callable | None = None) -> Callable[[Tensor, Tensor], Tensor]:
     """The same for v1's Stage B: forward(tokens, t) = network(tokens, t, semantic, text), logits."""
-    def prepare(size: tuple[int, int]) -> list[tuple]:
+    def prepare(size: tuple[int, int]) -> tuple[list[tuple], tuple | None]:
         sequence = network.condition(semantic, text)                                     # (B, h'*w' + N, c_cond)
         blocks = (block for level in (*network.down_blocks, *reversed(network.up_blocks)) for block in level)
-        return [block.text_kv(sequence) if isinstance(block, AttentionBlock) else () for block in blocks
-                if not isinstance(block, TimestepBlock)]
+        return ([text_kv(block, sequence, lean) if isinstance(block, AttentionBlock) else () for block in blocks
+                 if not isinstance(block, TimestepBlock)], all_mappers(timestep_blocks(network), lean))
+    lean = step in (None, step_b_v1) and few_launches(text.device)
     return bind(network, step or step_b_v1, prepare)
 
 
-def step_b_v1(network: nn.Module, tokens: Tensor, t: Tensor, prepared: list[tuple]) -> Tensor:
+def step_b_v1(network: nn.Module, tokens: Tensor, t: Tensor, prepared: tuple) -> Tensor:
     """StageBV1.forward; prepared as for step_b."""
     x = channels_first(layer_norm(network.embed_token(tokens)))                          # (B, c_token, h, w)
     x = layer_norm(network.embed(channels_last(F.pixel_unshuffle(x, network.patch_size))))
@@ -189,18 +271,19 @@ def step_b_v1(network: nn.Module, tokens: Tensor, t: Tensor, prepared: list[tupl
     return channels_first(network.classify(layer_norm(channels_last(x))))                # (B, 8192, h, w)
 
 
-def u_net(network: nn.Module, x: Tensor, t: Tensor, prepared: list[tuple]) -> Tensor:
+def u_net(network: nn.Module, x: Tensor, t: Tensor, prepared: tuple) -> Tensor:
     """Down to the coarsest level and up again, as in signal_and_scale in stage_b.py, and the norm before the head:
     x (B,h/2,w/2,C0) -> the same."""
     t_embedding = timestep_embedding(t, network.c_timestep).to(dtype := x.dtype)         # (B, c_timestep)
-    inputs, x = iter(prepared), widen(x)
+    inputs, mappers, x = iter(prepared[0]), prepared[1], widen(x)
+    timesteps = iter(all_scales(timestep_blocks(network), mappers, t_embedding))
 
     def run_level(blocks: nn.ModuleList, x: Tensor, skip: Tensor | None = None) -> Tensor:
         for k, block in enumerate(blocks):
             if isinstance(block, TimestepBlock):
-                x = block(x, t_embedding)
+                x = next(timesteps)(x)
             elif isinstance(block, AttentionBlock):
-                x = block.attend(x, next(inputs))
+                x = attend(block, x, next(inputs))
             else:
                 x = res_block(block, x, skip if k == 0 else None, *next(inputs))
         return x                                                                         # (B, H, W, C_i)
