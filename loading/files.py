@@ -1,11 +1,11 @@
-"""Files of weights and configurations: read piece by piece, written completely or not at all. Knows no model.
+"""Reads and writes files of weights and configurations. Nothing here depends on a model.
 
-  with reading(path): every file that the user or a stranger made is read inside; what goes wrong becomes one line
-  TensorFile(path): names and shapes at once, values one tensor at a time, from .safetensors, .bin or .pt
-  write_atomically(path, write): nobody ever finds half a file, and no file is lost to another of its name
+  with reading(path): wraps code that reads a possibly damaged file; any error becomes a message of one line
+  TensorFile(path): reads names and shapes first, then one tensor at a time, from .safetensors, .bin or .pt
+  write_atomically(path, write): the file is complete or missing, and never overwrites another one by accident
 
-Reading a model takes hardly more memory than the model itself: a file is mapped, not loaded, and freed memory goes
-back to the operating system at once (return_freed_memory). A file that cannot be used is a WeightsError of one line.
+Reading a model takes hardly more memory than the model itself: its file is memory-mapped, and freed memory goes back
+to the operating system at once (return_freed_memory). A file that cannot be used raises WeightsError, in one line.
 Needs: torch and safetensors, imported only where tensors are touched, so that `--help` of a script stays fast.
 """
 from __future__ import annotations
@@ -41,11 +41,11 @@ except ImportError:                   # Windows
 if TYPE_CHECKING:
     from torch import Tensor
 
-STEM = "diffusion_pytorch_model"      # diffusers' name for weight files, and so ours; transformers' are called "model"
+STEM = "diffusion_pytorch_model"      # name of diffusers' and our weight files; transformers' are called "model"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
-OWN_CONFIG = "wuerstchen_config"      # where a lone .safetensors or .pt file holds what is otherwise in config.json
-CHUNK = 128 * 2 ** 20                 # bytes read before a file is mapped again, see TensorFile
-LARGEST = 2 ** 28                     # bytes of a configuration or a list of prompts that is read as a whole
+OWN_CONFIG = "wuerstchen_config"      # key of the configuration in a .safetensors or .pt file without config.json
+CHUNK = 128 * 2 ** 20                 # bytes to read before the file is mapped again, see TensorFile
+LARGEST = 2 ** 28                     # bytes: the largest configuration, or list of prompts, that is read
 EXPLAINED = {RecursionError: "it is nested too deeply", MemoryError: "memory does not suffice for what it contains",
              FileNotFoundError: "there is no such file", IsADirectoryError: "it is a folder, expected a file"}
 
@@ -55,22 +55,22 @@ EXPLAINED = {RecursionError: "it is nested too deeply", MemoryError: "memory doe
 @contextlib.contextmanager
 def reading(path: str | Path, kind: type = UserError, failed: str = "cannot be read", most: float = math.inf,
             advice: str = ""):
-    """Inside, a file is read that the user or a stranger made: whatever goes wrong is one line with its name.
+    """Wraps code that reads a possibly damaged file. Any error becomes a `kind` of one line with the path.
 
-    A pipe or a device, whose reading may never end, is refused before, and so is a file of more than `most` bytes.
-    kind: of the error that is raised. UserErrors pass: they name the file themselves.
+    Files of more than `most` bytes are errors, and so are pipes and devices, because reading them may never end. A
+    UserError raised inside is not changed, because it names the file itself. failed, advice: parts of the message.
     """
     try:
         check_file(path, most)
         yield
     except UserError:
         raise
-    except Exception as error:         # each library raises its own kinds, and a deep or large file its own in each
+    except Exception as error:         # each library raises other classes, also for too deep or large files
         raise kind(f"{path} {failed}: {reason_of(error)}{advice}") from error
 
 
 def check_file(path: str | Path, most: float = math.inf) -> None:
-    """Raises ValueError or OSError, without its name, for what is no file or has more than `most` bytes."""
+    """Raises ValueError or OSError, without the path, unless this is a regular file of at most `most` bytes."""
     state = os.stat(path)
     if stat.S_ISDIR(state.st_mode):
         raise IsADirectoryError
@@ -81,7 +81,7 @@ def check_file(path: str | Path, most: float = math.inf) -> None:
 
 
 def reason_of(error: Exception) -> str:
-    """A library's error in one line. torch's advice to execute the code in a file is left out."""
+    """A library's error in one line. Omits torch's advice to load a file in a way that executes code in it."""
     for explained, text in EXPLAINED.items():
         if isinstance(error, explained) and (not isinstance(error, OSError) or error.errno or not error.args):
             return text
@@ -93,13 +93,13 @@ def reason_of(error: Exception) -> str:
 
 
 def read_text(path: str | Path, kind: type = UserError, failed: str = "cannot be read") -> str:
-    """A text file in UTF-8, with or without a mark at its start."""
+    """The content of a text file in UTF-8, with or without a byte order mark. Raises `kind`."""
     with reading(path, kind, failed, LARGEST):
         return decoded(Path(path).read_bytes())
 
 
 def decoded(content: bytes) -> str:
-    """Text in UTF-8, with or without a mark at its start. Raises ValueError."""
+    """Decodes UTF-8, with or without a byte order mark; line ends become \\n. Raises ValueError."""
     try:
         text = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except ValueError as error:
@@ -110,8 +110,8 @@ def decoded(content: bytes) -> str:
 
 
 def parsed(text: str, finite: bool = False):
-    """JSON -> Python. Raises ValueError, also for a name that is twice in an object, for a text that is nested so
-    deeply that Python gives up and, if `finite`, for numbers that are not finite."""
+    """JSON -> Python. Raises ValueError, also if an object has a key twice, if the nesting is too deep for Python and,
+    if `finite`, for NaN and infinity."""
     try:
         return json.loads(text, object_pairs_hook=no_name_twice, **dict.fromkeys(
             ("parse_float", "parse_constant") if finite else (), finite_number))
@@ -120,7 +120,7 @@ def parsed(text: str, finite: bool = False):
 
 
 def no_name_twice(pairs: list[tuple[str, object]]) -> dict:
-    """A JSON object as a dict, which by itself would keep only the last of two equal names. Raises ValueError."""
+    """The dict of a JSON object. Raises ValueError if a key occurs twice: json would silently keep only the last."""
     if len(found := dict(pairs)) < len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"{max(names, key=names.count)} is in it twice")
@@ -134,7 +134,7 @@ def finite_number(text: str) -> float:
 
 
 def read_json(path: str | Path, kind: type = WeightsError) -> dict:
-    """A JSON file with one object. Raises WeightsError, or errors of another kind."""
+    """The object in a JSON file, as a dict. Raises `kind` if it cannot be read or is not an object."""
     with reading(path, kind, most=LARGEST):
         content = parsed(decoded(Path(path).read_bytes()), finite=True)
     if not isinstance(content, dict):
@@ -160,10 +160,10 @@ def listing(folder: Path) -> str:
 
 
 def pick_weights(names: Iterable[str], stems: tuple[str, ...], half: bool = False) -> str | None:
-    """Of the names of files in one folder, the weight file to read, or the index of its shards; None if none is one.
+    """Chooses from the file names in a folder the weight file to read, or the index of its shards; None: there is none.
 
-    .safetensors before .bin; then by variant, half: fp16 first, otherwise the one without a name; then one file before
-    shards. A variant of another name is taken if there is nothing else.
+    .safetensors is preferred to .bin. Then the variant decides: fp16 first if `half`, otherwise first the file without
+    a variant; unknown variants come last. Then a single file is preferred to shards.
     """
     variants = ("fp16", "bf16", "", "fp32") if half else ("", "fp32", "fp16", "bf16")
     pattern = re.compile(rf"({'|'.join(stems)})(?:\.(\w+))?\.(safetensors|bin)(\.index(?:\.(\w+))?\.json)?")
@@ -178,7 +178,7 @@ def pick_weights(names: Iterable[str], stems: tuple[str, ...], half: bool = Fals
 
 
 def find_file(path: str | Path, stems: tuple[str, ...]) -> Path:
-    """A file itself; in a folder, the one that pick_weights takes."""
+    """The path itself if it is a file; for a folder, the file in it that pick_weights chooses."""
     path = Path(path)
     if path.is_file():
         return path
@@ -191,12 +191,12 @@ def find_file(path: str | Path, stems: tuple[str, ...]) -> Path:
 
 
 def shards(index: Path) -> list[str]:
-    """The files, in the same folder, that an index such as model.safetensors.index.json names. Raises WeightsError."""
+    """The shards, in the same folder, listed in an index such as model.safetensors.index.json. Raises WeightsError."""
     table = read_json(index).get("weight_map")
     if not isinstance(table, dict) or not table or not all(isinstance(name, str) for name in table.values()):
         raise WeightsError(f"{index} is not an index of weight files: expected a weight_map from tensors to files")
     names = sorted(set(table.values()))
-    for name in names:                                   # it may come from a stranger
+    for name in names:                                   # the index may be malicious
         if not re.fullmatch(r"[^/\\]+\.(safetensors|bin)", name):
             raise WeightsError(f"{index} names {name!r}: expected only .safetensors or .bin files in the same folder")
     return names
@@ -207,13 +207,13 @@ reading_weights = functools.partial(
 
 
 class TensorFile:
-    """A .safetensors, .bin or .pt file, or the index of several: names and shapes at once, values one tensor at a time.
+    """A .safetensors, .bin or .pt file, or the index of shards: has names and shapes, and yields one tensor at a time.
 
-    The file is mapped into memory, so only what is read takes space. But what was read stays in memory until the
-    mapping ends. So the file is mapped again after every CHUNK bytes, and readers must copy what they keep.
-    sections: names of tables, if the file may hold several; the first one found is read.
-    Names are without what torch.compile and DDP put before them: module., _orig_mod.
-    Nothing in a file is executed. Raises WeightsError unless it is a complete file of tensors.
+    The file is memory-mapped: tensors take memory only once they are read, but then until the mapping ends. So the
+    file is mapped again after every CHUNK bytes, and callers must copy the tensors that they keep.
+    sections: keys of state dicts, for a file that may hold several; the first key found is read.
+    The prefixes that DDP and torch.compile add to names (module., _orig_mod.) are removed.
+    Code in a file is never executed. Raises WeightsError unless it is a complete file of tensors.
     """
     def __init__(self, path: Path, sections: tuple[str, ...] = ()):
         self.path, self.sections, self.shards, self.shapes, self.in_file = path, sections, [], {}, {}
@@ -233,7 +233,7 @@ class TensorFile:
             self.shapes[name], self.in_file[name] = shape, in_file
 
     def _open(self) -> list[tuple[str, tuple]]:
-        """Maps the file, again if it was mapped before -> (name in the file, shape) of each tensor."""
+        """Maps the file, also a second time -> [(name in the file, shape)] of its tensors."""
         import torch
         with reading_weights(self.path):
             if self.safe:
@@ -253,7 +253,7 @@ class TensorFile:
         return [(name, tuple(tensor.shape)) for name, tensor in content.items()]
 
     def __iter__(self):
-        """(name, tensor) of each tensor. A tensor is valid until the next one is read."""
+        """Yields (name, tensor). A tensor is valid only until the next one is read."""
         for shard in self.shards:
             yield from shard
         if self.shards:
@@ -271,7 +271,7 @@ class TensorFile:
 
 
 def read_tensors(path: str | Path, start: str) -> dict[str, Tensor]:
-    """The tensors of a file whose names begin with `start`, without it: finite copies. Raises WeightsError."""
+    """Copies of the tensors whose names begin with `start`, which is removed. Raises WeightsError, also for NaN."""
     tensors = {name.removeprefix(start): tensor.clone() for name, tensor in TensorFile(Path(path))
                if name.startswith(start)}
     for name, tensor in tensors.items():
@@ -281,8 +281,8 @@ def read_tensors(path: str | Path, start: str) -> dict[str, Tensor]:
 
 
 def is_table(content) -> bool:
-    """Whether a pickle holds tensors under names, and plain ones: with numbers of their own, all that they claim. A few
-    bytes can describe a tensor of terabytes, which repeats one number, or has none."""
+    """Whether an object is a state dict of dense CPU tensors, each with storage for all its values. Without this check,
+    a file of a few bytes could describe a tensor of terabytes that repeats one value, or has no data."""
     import torch
     return isinstance(content, dict) and all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu"
@@ -291,7 +291,7 @@ def is_table(content) -> bool:
 
 
 def own_config(path: Path) -> dict | None:
-    """The configuration that a file of weights holds under OWN_CONFIG; None if it has none or cannot be read."""
+    """The configuration in a weight file, under the key OWN_CONFIG; None if there is none or it cannot be read."""
     import torch
     from safetensors import safe_open
     try:
@@ -300,16 +300,16 @@ def own_config(path: Path) -> dict | None:
                 config = parsed((file.metadata() or {}).get(OWN_CONFIG, "null"), finite=True)
         else:
             config = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get(OWN_CONFIG)
-    except Exception:         # each library raises its own kinds; the reason follows when the tensors are read
+    except Exception:         # each library raises other classes; reading the tensors later reports the reason
         return None
     return config if isinstance(config, dict) else None
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether a file is .safetensors rather than a pickle of torch, by its first bytes. WeightsError if neither."""
+    """Whether the first bytes are those of .safetensors, not of torch's formats. Raises WeightsError if of neither."""
     with reading_weights(path), open(path, "rb") as file:
         start = file.read(512)
-    if start[8:9] == b"{":                               # the header's length, then the header, which is JSON
+    if start[8:9] == b"{":                               # 8 bytes of length, then a header in JSON
         return True
     if start.startswith(b"version https://git-lfs"):
         raise WeightsError(f"{path} is a Git LFS pointer, not the weights: fetch the file itself with `git lfs pull`")
@@ -323,7 +323,7 @@ def is_safetensors(path: Path) -> bool:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """No NaN and no infinity? Minimum and maximum tell, and are found much faster than isfinite() of all values."""
+    """Whether there is no NaN or infinity. Minimum and maximum show it, much faster than isfinite() of all values."""
     import torch
     return tensor.numel() == 0 or torch.stack(torch.aminmax(tensor)).isfinite().all().item()
 
@@ -332,9 +332,9 @@ def is_finite(tensor: Tensor) -> bool:
 def return_freed_memory():
     """Memory allocated inside goes back to the operating system as soon as it is freed.
 
-    glibc keeps freed blocks of up to 32 MB for later, and most weights are smaller. Its heap then fills with holes,
-    gigabytes at official size. Inside, blocks from 1 MB are mapped one by one instead. Other C libraries stay as
-    they are.
+    glibc keeps freed blocks of up to 32 MB for reuse, and most weights are smaller. The heap then becomes fragmented:
+    at official size, gigabytes are wasted. Inside, blocks of 1 MB or more are mapped one by one instead. Does nothing
+    with other C libraries.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:
@@ -344,17 +344,17 @@ def return_freed_memory():
     mallopt(threshold, 2 ** 20)
     try:
         yield
-    finally:                                             # the value glibc's own adjustment ends up with:
-        mallopt(threshold, 32 * 2 ** 20)                 # activations are faster in the heap
+    finally:                                             # glibc adjusts the threshold up to this value by itself.
+        mallopt(threshold, 32 * 2 ** 20)                 # It is better for activations: the heap is faster.
 
 
 # ----- writing -------------------------------------------------------------------------------------------------------
-# While it is written, a file is called .NAME.tmp-HOST-RANDOM.SUFFIX and is locked. So the next program that writes into
-# the folder can tell what a killed one left behind from what a living one is still writing.
+# While a file is written, it is called .NAME.tmp-HOST-RANDOM.SUFFIX and is locked. So the next program that writes into
+# the folder can distinguish the files of a killed program from those of a running one.
 
 def check_output(path: str | Path, *suffixes: str) -> None:
-    """Raises UserError, before any work, for a file that could not be written at its end: it exists, ends in none of
-    these suffixes ("": it may be a folder, also an empty one that exists), or see check_folder."""
+    """Raises UserError if an output path cannot be written, so that a program fails before its work: the path exists,
+    has none of these suffixes ("": may be a folder), or check_folder fails. An existing empty folder is allowed."""
     path = Path(path)
     if path.parent.is_dir():
         sweep(path.parent)
@@ -368,9 +368,9 @@ def check_output(path: str | Path, *suffixes: str) -> None:
 
 
 def check_folder(folder: str | Path, shown: str | Path | None = None) -> None:
-    """Raises UserError unless files can be written to a folder, which need not exist yet. shown: which file."""
+    """Raises UserError unless files can be written to a folder, which need not exist yet. shown: path to report."""
     folder = Path(folder)
-    try:                                     # a file that vanishes when it is closed: this leaves nothing behind
+    try:                                     # a temporary file, which is deleted when it is closed
         with tempfile.TemporaryFile(dir=next(path for path in (folder, *folder.parents) if path.exists())):
             pass
     except OSError as problem:
@@ -379,17 +379,17 @@ def check_folder(folder: str | Path, shown: str | Path | None = None) -> None:
 
 HOST = f"{zlib.crc32(platform.node().encode()):08x}"
 TEMPORARY = re.compile(r"\..+\.tmp-([0-9a-f]{8})-[0-9a-f]{8}(\.\w+)?")
-SWEPT = set()                                            # folders, by this process
+SWEPT = set()                                            # folders that this process has called sweep() for
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object], overwrite: bool = True, size: int = 0,
                      folder: bool = False) -> None:
     """Calls write(temporary_path), then renames: a file is complete or missing, even after a power cut.
 
-    size: bytes that `write` needs, if they are known: if the disk has less, it is not called.
-    folder: `write` gets a new folder, and fills it by write_atomically. Only an empty folder is ever replaced by it.
-    Raises FileExistsError if the file exists, unless `overwrite`; also if it appeared only while `write` was running;
-    and OSError, in one line, if the disk is full.
+    size: bytes that `write` needs, if known: `write` is not called if the disk has less.
+    folder: `write` gets a new folder, and fills it with write_atomically. Only an empty folder is ever replaced.
+    Raises FileExistsError if the path exists and may not be replaced, even if it appeared while `write` was running.
+    Raises OSError, in one line, if the disk is full.
     """
     path, taken = Path(path), f"{path} exists already and will not be overwritten: choose another name, or remove it"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -398,16 +398,16 @@ def write_atomically(path: str | Path, write: Callable[[Path], object], overwrit
         raise FileExistsError(taken)
     with temporary_path(path, folder) as temporary, disk_errors(path, temporary, size):
         usage = shutil.disk_usage(path.parent)
-        if size > usage.free and usage.total:            # some network drives know no sizes
+        if size > usage.free and usage.total:            # some network drives report 0 bytes
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(temporary)
         if folder:
             try:
-                return os.rename(temporary, path)        # fails unless there is nothing, or an empty folder
+                return os.rename(temporary, path)        # fails if `path` exists and is not an empty folder
             except OSError as error:
                 raise FileExistsError(taken) if path.exists() else error from None
         with open(temporary, "rb") as file:
-            os.fsync(file.fileno())                      # the name must not reach the disk before the content
+            os.fsync(file.fileno())                      # the content must reach the disk before the name
         if overwrite:
             os.replace(temporary, path)
         elif not rename_if_unused(temporary, path):
@@ -416,11 +416,11 @@ def write_atomically(path: str | Path, write: Callable[[Path], object], overwrit
 
 @contextlib.contextmanager
 def temporary_path(path: Path, folder: bool = False) -> Iterator[Path]:
-    """A new file, or folder, that will be renamed to `path`. Afterwards it is removed if it is still there."""
+    """Yields the path of a new file or folder, to be renamed to `path`. At the end it is removed if it still exists."""
     while True:
         temporary = path.with_name(f".{path.stem}.tmp-{HOST}-{uuid.uuid4().hex[:8]}{path.suffix}")
         temporary.mkdir() if folder else temporary.touch(exist_ok=False)
-        with contextlib.suppress(FileNotFoundError):     # another program swept it before it was locked: once more
+        with contextlib.suppress(FileNotFoundError):     # another program removed it before it was locked: retry
             opened = lock(temporary, wait=True)
             if opened is None or os.fstat(opened).st_nlink:
                 break
@@ -433,14 +433,14 @@ def temporary_path(path: Path, folder: bool = False) -> Iterator[Path]:
 
 
 def sweep(folder: Path) -> None:
-    """Removes what killed programs left half written in a folder, the first time that this process calls it. Locks of
-    other machines may be invisible here, so what they left must also be an hour old."""
+    """Removes incomplete files of killed programs from a folder, once per process. Locks of other machines may be
+    invisible here, so files of other machines are removed only after an hour."""
     if os.path.abspath(folder) in SWEPT:
         return
     SWEPT.add(os.path.abspath(folder))
     for entry in os.scandir(folder):
         if match := TEMPORARY.fullmatch(entry.name):
-            with contextlib.suppress(OSError):           # somebody else's file, or swept by another process
+            with contextlib.suppress(OSError):           # not our file, or already removed by another process
                 known = match[1] == HOST or time.time() - entry.stat().st_mtime > 3600
                 if known and (opened := lock(Path(entry.path))) is not None:
                     remove(Path(entry.path))
@@ -448,8 +448,8 @@ def sweep(folder: Path) -> None:
 
 
 def lock(path: Path, wait: bool = False) -> int | None:
-    """Opens and locks a file or folder until it is closed or this process ends, however it ends -> its descriptor. None
-    if another program has locked it, or where there are no such locks: Windows, some network drives."""
+    """Opens and locks a file or folder -> its descriptor. The lock ends when that is closed or the process ends or is
+    killed. None: another program has the lock, or there are no such locks (Windows, some network drives)."""
     if fcntl is None:
         return None
     opened = os.open(path, os.O_NOFOLLOW | (os.O_RDONLY if path.is_dir() else os.O_RDWR))
@@ -462,7 +462,7 @@ def lock(path: Path, wait: bool = False) -> int | None:
 
 
 def remove(path: Path) -> None:
-    """A file or a folder, if it exists."""
+    """Removes a file, or a folder with its content, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -471,15 +471,15 @@ def remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def disk_errors(path: Path, temporary: Path | None = None, size: int = 0):
-    """Inside, a file is written. A full disk, for which each library has its own exception, becomes an OSError of one
-    line: which file, how much it needs, how much there is. Of all exceptions only those of the disk are changed."""
+    """Wraps code that writes a file. Each library has its own exception for a full disk; here all become an OSError of
+    one line: the file, the space that it needs and the free space. Exceptions not caused by the disk stay unchanged."""
     try:
         yield
     except Exception as error:
         problem = error
         if not isinstance(error, OSError) and temporary is not None:     # torch.save: "unexpected pos 576 vs 534"
             try:
-                with open(temporary, "ab") as file:      # would more fit into it?
+                with open(temporary, "ab") as file:      # test: is the disk full?
                     file.write(bytes(2 ** 20))
             except OSError as cause:
                 problem = cause
@@ -502,14 +502,14 @@ def bytes_text(number: float) -> str:
 
 
 def rename_if_unused(temporary: Path, path: Path) -> bool:
-    """Gives a file its name unless another has it -> whether it did. Of two programs that try, one succeeds."""
+    """Renames a file unless `path` exists -> whether it did. If two programs try at the same time, one succeeds."""
     try:
         try:
             os.link(temporary, path)                     # unlike os.replace, this fails if the name is taken
         except FileExistsError:
             raise
         except OSError:                                  # no hard links: FAT, some network drives
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))     # an empty file keeps the name for us
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))     # an empty file reserves the name
             os.replace(temporary, path)
     except FileExistsError:
         return False
@@ -517,23 +517,23 @@ def rename_if_unused(temporary: Path, path: Path) -> bool:
 
 
 def write_unused(path: Path, write: Callable[[Path], object], overwrite: bool = False) -> Path:
-    """write_atomically, with the first of the `numbered` names that does not exist -> that name."""
+    """Calls write_atomically with the first path of numbered(path) that does not exist yet -> that path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for name in numbered(path):
-        with contextlib.suppress(FileExistsError):       # perhaps written by another program in this moment
+        with contextlib.suppress(FileExistsError):       # another program may create it at the same time
             write_atomically(name, write, overwrite)
             return name
 
 
 def numbered(path: Path) -> Iterator[Path]:
-    """name.png, name_2.png, name_3.png, ... without end: to find a name that is not used yet."""
+    """Yields name.png, name_2.png, name_3.png, ... without end, to find a name that is not used yet."""
     yield path
     yield from (path.with_stem(f"{path.stem}_{n}") for n in itertools.count(2))
 
 
 def to_half(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """float16 copies on the CPU, like the released weights. Counters stay integers. BatchNorm's running statistics
-    stay float32: they are few, and float16 is worst at holding a small variance.
+    """float16 copies of tensors on the CPU, like the released weights. Integers stay integers. BatchNorm's running
+    statistics keep their type: they are few, and float16 is especially inexact for a small variance.
 
     Raises WeightsError for values that float16 cannot hold.
     """
@@ -549,7 +549,7 @@ def to_half(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def tensors_in(content, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of all tensors in nested dicts and lists."""
+    """Yields (name, tensor) of all tensors in nested dicts and lists; names are joined with dots."""
     if hasattr(content, "untyped_storage"):
         yield name, content
     elif isinstance(content, dict | list | tuple):
@@ -560,26 +560,26 @@ def tensors_in(content, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 def write_tensors(path: str | Path, content: dict, metadata: dict[str, str] | None = None, overwrite: bool = True
                   ) -> None:
-    """A .safetensors file of tensors {name: tensor}, or else a file of torch.save, in which `content` may be nested."""
+    """Writes a .safetensors file of {name: tensor} or, with another suffix, torch.save's file of any `content`."""
     import torch
 
     def write(temporary: Path) -> None:
         if path.suffix == ".safetensors":
             return write_safetensors(temporary, content, metadata or {"format": "pt"})
-        with open(temporary, "wb") as file:              # given a name, torch would store it in front of each tensor's
+        with open(temporary, "wb") as file:              # if given a path, torch would store its name in the file
             torch.save(content, file)
     path = Path(path)
     write_atomically(path, write, overwrite, sum(tensor.nbytes for _, tensor in tensors_in(content)))
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """The file of safetensors' save_file: the header's length in 8 bytes, the header in JSON, the values. Theirs leaves
-    a temporary file of its own if it is killed, which only its owner may read, and orders metadata at random."""
+    """Writes the format of safetensors' save_file: length of the header in 8 bytes, header in JSON, values. save_file
+    itself orders metadata at random, and if it is killed leaves a temporary file that only its owner can read."""
     import torch
     kinds = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
              torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
              torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}
-    names, end = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name)), 0        # so values are aligned
+    names, end = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name)), 0        # keeps values aligned
     header = dict(__metadata__=dict(sorted(metadata.items())))
     for name in names:
         tensor = tensors[name]
@@ -594,7 +594,7 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
 
 
 def write_files(config: dict, tensors: dict[str, Tensor], folder: str | Path, stem: str) -> None:
-    """folder/config.json and folder/{stem}.safetensors, the tensors unchanged."""
+    """Writes folder/config.json and folder/{stem}.safetensors. The tensors are stored unchanged."""
     write_tensors(Path(folder) / f"{stem}.safetensors", tensors)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     write_atomically(Path(folder) / "config.json", lambda path: path.write_text(text, encoding="utf-8"))

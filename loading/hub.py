@@ -1,15 +1,15 @@
 """Fetches the parts of a pipeline from the Hugging Face hub.
 
-  "v2", the parts wanted  -fetch->  part -> its folder or file in the hub's cache (HF_HOME)
+  fetch("v2", parts) -> {part: its folder or file in the hub's cache (HF_HOME)}
 
-Text-to-image needs seven parts of two repositories; encoding an image needs only the image encoder. Of each part
-only the configuration and one weight file are fetched: .safetensors before .bin, half precision if it is wanted and
-offered. Files in the cache are not fetched again, and offline=True (or HF_HUB_OFFLINE=1) fetches nothing.
-Files are taken by name: the published model_index.json files name a module that diffusers has moved since, so
-diffusers itself currently cannot open these folders.
-Anyone's repository is hub:OWNER/NAME, a revision and a place in it hub:OWNER/NAME@REVISION/FOLDER, see Repository.
-Surprise: the cache is huggingface_hub's, which other programs share, but the download is our own (fetch_file). Its
-own starts from nothing in a new process and compares no checksum.
+Text-to-image needs seven parts of two repositories; encoding an image needs only the image encoder. For each part,
+only the configuration and one weight file are fetched: .safetensors rather than .bin, and half precision if it is
+wanted and offered. Files in the cache are not fetched again. offline=True (or HF_HUB_OFFLINE=1) fetches nothing.
+We fetch files by their names and ignore the published model_index.json files. These name a module that diffusers has
+moved since, so diffusers itself currently cannot open the folders.
+Other repositories are written hub:OWNER/NAME or hub:OWNER/NAME@REVISION/FOLDER, see Repository.
+Note: the cache is huggingface_hub's, which other programs share, but the download is our own (fetch_file).
+huggingface_hub's download starts from the beginning in a new process and compares no checksum.
 Needs: huggingface_hub, which comes with transformers.
 
   python -m loading.hub v2                      # fetches v2 for text-to-image and prints where it is
@@ -37,8 +37,8 @@ from loading.errors import WeightsError, exit_on_user_error, printable, tell
 from loading.files import STEM, TOKENIZER_FILES, find_file, parsed, pick_weights, read_json, shards, write_atomically
 from loading.options import Parser
 
-# The revision of each repository: a commit's hash if one is known, "main" where none could be looked up, for
-# repositories whose files have not changed since 2023. --revision overrides.
+# The revision of each repository: a commit's hash, or "main" if the hash could not be looked up. The files of these
+# repositories have not changed since 2023. --revision overrides.
 REVISIONS = {
     "warp-ai/wuerstchen":                        "c3da41406ddd4d9c48c49aa93981a82354351b83",
     "warp-ai/wuerstchen-prior":                  "main",
@@ -46,10 +46,10 @@ REVISIONS = {
     "warp-ai/wuerstchen-prior-model-finetuned":  "main",
     "warp-ai/EfficientNetEncoder":               "main",
     "dome272/wuerstchen":                        "6eb6cf5494fa67472afdbcfd78a31dcb091b0c05",
-    "dome272/wuerstchen (v1)":                   "c9a8af033966c756941168f2a537595a15e0c1a8",   # main once lacked v1's
+    "dome272/wuerstchen (v1)":                   "c9a8af033966c756941168f2a537595a15e0c1a8",   # main once lacked v1
 }
 
-# part -> (repository, folder in it, stem of its weight file; None: all of TOKENIZER_FILES); or (repository, file, "")
+# {part: (repository, folder, stem of the weight file; None: fetch TOKENIZER_FILES)}, or (repository, file, "")
 V2 = {
     "prior":               ("warp-ai/wuerstchen-prior", "prior", STEM),
     "prior_text_encoder":  ("warp-ai/wuerstchen-prior", "text_encoder", "model"),            # CLIP bigG
@@ -59,7 +59,7 @@ V2 = {
     "tokenizer":           ("warp-ai/wuerstchen", "tokenizer", None),
     "vqgan":               ("warp-ai/wuerstchen", "vqgan", STEM),
 }
-# v1 as the authors published it. Its only text encoder, CLIP H, is the one of v2's Stage B.
+# v1 as the authors published it. It has one text encoder, CLIP H, the same as Stage B of v2.
 V1 = {part: V2[part.removeprefix("prior_")] for part in V2} | {
     "prior":               ("dome272/wuerstchen", "model_stage_c_ema.pt", ""),
     "decoder":             ("dome272/wuerstchen", "model_stage_b.pt", ""),
@@ -68,43 +68,43 @@ V1 = {part: V2[part.removeprefix("prior_")] for part in V2} | {
 }
 NAMES = {
     "v1":           V1,                                      # 512 px
-    "v2":           V2,                                      # halfway between the two below: the best for most prompts
-    "v2-base":      V2 | {"prior": ("warp-ai/wuerstchen-prior-model-base", "", STEM)},       # to fine-tune
+    "v2":           V2,                                      # mean of v2-base and v2-aesthetic: best for most prompts
+    "v2-base":      V2 | {"prior": ("warp-ai/wuerstchen-prior-model-base", "", STEM)},       # for fine-tuning
     "v2-aesthetic": V2 | {"prior": ("warp-ai/wuerstchen-prior-model-finetuned", "", STEM)},  # 1024 px only
 }
 NAMES["v2-interpolated"] = NAMES["v2"]
-# Repositories that hold one of these.
+# {repository: the name in NAMES of the weights that it holds}
 OFFICIAL = {"warp-ai/wuerstchen": "v2", "warp-ai/wuerstchen-prior": "v2",
             "warp-ai/wuerstchen-prior-model-base": "v2-base",
             "warp-ai/wuerstchen-prior-model-finetuned": "v2-aesthetic"}
-# The image encoder has a repository of its own, 80 MB. It is also part of the authors' decoder file of 6 GB.
+# The image encoder has its own repository, 80 MB. The authors' decoder file of 6 GB also contains it.
 IMAGE_ENCODER = ("warp-ai/EfficientNetEncoder", "", STEM)
 IMAGE_ENCODER_INSIDE = ("dome272/wuerstchen", "model_v2_stage_b.pt")
-# What else is read in a folder with weights.
+# The other files that are read in a folder of weights.
 SMALL_FILES = ("config.json", "scheduler_config.json", "words.json", *TOKENIZER_FILES)
-# LoRAs in a folder: our own runs' file, peft's, diffusers'; .safetensors rather than .bin.
+# LoRA files to look for in a folder: first of our own training, then of peft, then of diffusers.
 LORA_FILES = ("lora.safetensors", *(f"{stem}{suffix}" for stem in ("adapter_model", "pytorch_lora_weights")
                                     for suffix in (".safetensors", ".bin")))
 REFERENCE = re.compile(r"hub:([\w-][\w.-]*/[\w-][\w.-]*)(?:@(refs/\w+/\w+|[^/@]+))?(?:/(.*?))?/?")
-# In names: control characters, halves of characters, and drives of Windows.
+# Unsafe in file names: control characters, lone surrogates, and a Windows drive at the start.
 UNSAFE = re.compile("[\\0-\\x1f\\x7f-\\x9f\\ud800-\\udfff]|^[A-Za-z]:")
 WAITS = (1, 3, 9)                        # seconds before a busy hub is asked again
-HASHES: dict[str, str] = {}              # what hash_of knows
-LONGEST_WAIT = 300                       # seconds without a byte, for uploads and datasets
-LONGEST_LIST = (2 ** 24, 60)             # bytes and seconds: enough for 50,000 files
-# The parts that a task needs.
+HASHES: dict[str, str] = {}              # {"path size time": sha256}, filled by hash_of
+LONGEST_WAIT = 300                       # seconds without a byte, see limit_waits
+LONGEST_LIST = (2 ** 24, 60)             # bytes and seconds for a list of files: enough for 50,000 files
+# The parts that each task needs.
 TEXT_TO_IMAGE = tuple(V2)
 RECONSTRUCTION = ("image_encoder", "decoder", "text_encoder", "tokenizer", "vqgan")     # encodes and decodes an image
 
 
 def revision_of(repo: str, override: str | None, weights: str = "v2") -> str:
-    """Its revision in REVISIONS, unless the override, "NAME" for all repositories or "REPO=NAME" for one, applies."""
+    """The revision of a repository in REVISIONS, or the override: "NAME" for all repositories, "REPO=NAME" for one."""
     which, _, name = (override or "").rpartition("=")
     return name if name and which in ("", repo) else REVISIONS.get(f"{repo} ({weights})", REVISIONS.get(repo, "main"))
 
 
 def choices(folder: str, stem: str | None, half: bool) -> list[list[str]]:
-    """The files of one part in its repository: of each inner list, the first that exists is fetched."""
+    """The files of one part in its repository. Each inner list is one file's possible names: the first that exists."""
     def inside(name: str) -> str:
         return f"{folder}/{name}" if folder else name
     if stem is None:
@@ -120,13 +120,13 @@ def choices(folder: str, stem: str | None, half: bool) -> list[list[str]]:
 
 def fetch(name: str, parts: tuple[str, ...] = TEXT_TO_IMAGE, half: bool = False, offline: bool = False,
           revision: str | None = None) -> dict[str, Path]:
-    """The parts of the weights called `name`, from the cache or the hub -> part: its folder in the cache.
+    """Fetches the parts of the weights called `name` -> {part: its folder or file in the cache}.
 
-    parts: names of V2, or "image_encoder". half: prefer weight files in float16. revision: overrides REVISIONS, see
-    revision_of. Raises WeightsError, in one line, for everything that goes wrong.
+    parts: keys of V2, or "image_encoder". half: prefer weight files in float16. revision: overrides REVISIONS, see
+    revision_of. Raises WeightsError, with a message of one line, for everything that goes wrong.
     """
     sources = {part: NAMES[name][part] for part in parts if part in NAMES[name]}
-    wanted = {}                                                     # repository -> the lists of choices()
+    wanted = {}                                                     # {repository: the lists of choices()}
     for repo, folder, stem in sources.values():
         wanted.setdefault(repo, []).extend(choices(folder, stem, half))
     chosen = {repo: choose(repo, revision_of(repo, revision, name), files, offline) for repo, files in wanted.items()}
@@ -137,7 +137,7 @@ def fetch(name: str, parts: tuple[str, ...] = TEXT_TO_IMAGE, half: bool = False,
         try:
             chosen[repo] = choose(repo, revision_of(repo, revision), choices(folder, stem, half=False), offline)
             sources["image_encoder"] = IMAGE_ENCODER
-        except WeightsError:                 # not on the hub, or not in the cache: then out of the big file
+        except WeightsError:                 # not on the hub or not in the cache: extract it from the big file
             extract, (repo, file) = True, IMAGE_ENCODER_INSIDE
             chosen[repo] = choose(repo, revision_of(repo, revision), [[file]], offline)
     announce([file for files in chosen.values() for file in files.values()])
@@ -154,11 +154,11 @@ def fetch(name: str, parts: tuple[str, ...] = TEXT_TO_IMAGE, half: bool = False,
 # ----- files of a repository ------------------------------------------------------------------------------------------
 
 class File(NamedTuple):
-    """A file of a repository, as the hub lists it. Size and digest: None if the list does not give them."""
+    """A file of a repository, as the hub lists it. size, digest: None if the list does not contain them."""
     commit: str
     cached: bool
     size: int | None = None          # bytes
-    digest: str | None = None        # sha256; of small files the sha1 by which git knows them
+    digest: str | None = None        # sha256; for small files, git's blob sha1
 
 
 def announce(files: list[File]) -> None:
@@ -171,14 +171,14 @@ def is_offline(offline: bool) -> bool:
 
 
 def is_safe(name: str) -> bool:
-    """Whether a stranger's name, such as a/b.json, stays inside the folder to which it is added, on any system."""
+    """Whether a path from an untrusted source, such as a/b.json, stays inside its folder, on any system."""
     return not (UNSAFE.search(name) or {"", ".", ".."} & set(re.split(r"[/\\]", name)))
 
 
 def list_files(repo: str, revision: str, offline: bool) -> dict[str, File]:
-    """The files of a repository by name, as the hub lists them; offline: those in the cache. Raises WeightsError.
+    """{name: File} of a repository, as the hub lists its files; if offline, of the files in the cache.
 
-    Files whose names could lead out of the cache are left out, so none of them can be asked for."""
+    Files whose names could lead out of the cache are omitted, so they cannot be fetched. Raises WeightsError."""
     if not is_safe(revision):
         raise WeightsError(f"{revision!r} is not a revision of {repo}: expected a branch, tag or commit, such as main")
     snapshots, ref = repo_cache(repo) / "snapshots", repo_cache(repo) / "refs" / revision
@@ -199,14 +199,14 @@ def list_files(repo: str, revision: str, offline: bool) -> dict[str, File]:
     except (TypeError, KeyError, AttributeError) as error:
         raise WeightsError(f"{repo}: the hub's list of files cannot be used: expected a commit and files with names; "
                            "check HF_ENDPOINT") from error
-    with contextlib.suppress(OSError, ValueError):                       # a cache that may only be read
-        if revision != commit and (not ref.is_file() or ref.read_text() != commit):        # which offline=True reads
+    with contextlib.suppress(OSError, ValueError):                       # the cache is read-only
+        if revision != commit and (not ref.is_file() or ref.read_text() != commit):        # read if offline=True
             write_atomically(ref, lambda temporary: temporary.write_text(commit))
     return files
 
 
 def ask_for_list(repo: str, revision: str):
-    """What the hub answers about a repository, limited in time and size. Raises WeightsError."""
+    """The hub's JSON answer about a repository, parsed. Raises WeightsError, also if it is too long or too slow."""
     from huggingface_hub import constants
     (most, seconds), path = LONGEST_LIST, f"/api/models/{repo}/revision/{quote(revision, safe='')}?blobs=true"
 
@@ -230,28 +230,28 @@ def ask_for_list(repo: str, revision: str):
 
 @contextlib.contextmanager
 def request(path: str, timeout: float, **headers: str):
-    """GET of a path on the hub -> the response, whose body is not read yet. Without one, an error of huggingface_hub.
-    The library's own calls wait without limit, for the next byte and for the end of a body."""
+    """GET of a path on the hub -> the response, whose body is not read yet. Raises huggingface_hub's errors.
+    The library's own calls are not used here: they wait without limit, for the next byte and for the end of a body."""
     from huggingface_hub import constants, get_session
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
     with get_session().stream("GET", constants.ENDPOINT + path, headers=build_hf_headers() | headers, timeout=timeout,
                               follow_redirects=True) as response:
-        if response.status_code >= 400:          # a copy without the body, which has no limit
+        if response.status_code >= 400:          # a copy without the body, whose size is not limited
             hf_raise_for_status(type(response)(response.status_code, headers=response.headers,
                                                request=response.request))
         yield response
 
 
 def patiently(call: Callable, progress: Callable[[], int] | None = None):
-    """call(), and again after each of WAITS while the hub is busy or the connection breaks.
+    """The result of call(), which is repeated after each of WAITS while the hub is busy or the connection breaks.
 
-    progress: bytes that are there, for calls that resume; the waits start from the beginning when it grows.
+    progress: for calls that resume, returns the bytes fetched so far. When it changes, the waits start over.
     """
     before, waits = None, list(WAITS)
     while True:
         try:
             return call()
-        except Exception as error:               # the HTTP library's classes, known by name: the library changed twice
+        except Exception as error:               # HTTP errors are recognized by name: the library changed twice
             status, kind = getattr(getattr(error, "response", None), "status_code", None), type(error).__name__
             if not (status in (408, 429, 500, 502, 503, 504) or "Timeout" in kind or kind in (
                     "ReadError", "RemoteProtocolError", "EOFError", *["ConnectError"] * bool(progress))):
@@ -265,14 +265,14 @@ def patiently(call: Callable, progress: Callable[[], int] | None = None):
 
 
 def choose(repo: str, revision: str, files: list[list[str]], offline: bool) -> dict[str, File]:
-    """The files to fetch, by name: of each inner list, the first that exists."""
+    """{name: File} of the files to fetch: of each inner list of names, the first that exists."""
     there = list_files(repo, revision, offline)
     chosen = {}
     for options in files:
         name = next((name for name in options if name in there), None)
         if name is not None:
             chosen[name] = there[name]
-        elif Path(options[0]).name not in TOKENIZER_FILES:          # of a tokenizer's files, some are enough
+        elif Path(options[0]).name not in TOKENIZER_FILES:          # a tokenizer does not need all its files
             raise WeightsError(f"{repo}: {options[0]} is not in the cache {cache_folder()}, and --offline fetches "
                                f"nothing: run once without it" if is_offline(offline)
                                else f"{repo} at revision {revision} holds no {options[0]}")
@@ -280,7 +280,7 @@ def choose(repo: str, revision: str, files: list[list[str]], offline: bool) -> d
 
 
 def download(repo: str, revision: str, files: dict[str, File]) -> Path:
-    """Fetches what is not in the cache -> the folder in it."""
+    """Fetches the files that are not in the cache -> the repository's folder in the cache."""
     with hub_errors(repo, revision):
         for name, file in files.items():
             folder = repo_cache(repo) / "snapshots" / file.commit
@@ -290,10 +290,10 @@ def download(repo: str, revision: str, files: dict[str, File]) -> Path:
 
 
 def fetch_file(repo: str, name: str, file: File) -> None:
-    """One file -> the cache, as huggingface_hub stores it: in blobs/ under its digest, and a link to it in snapshots/.
+    """Fetches one file into the cache, as huggingface_hub stores it: blobs/DIGEST, with a link to it in snapshots/.
 
-    A download that stopped, in any process, resumes where it stopped: what is there of it has a name that depends on
-    nothing but the digest. What was fetched is compared with that digest, once, before it gets its name.
+    An interrupted download can resume in any process, because the name of the partial file depends only on the
+    digest. The complete file is compared with the digest before it gets its final name.
     """
     from huggingface_hub import constants, get_hf_file_metadata
     from huggingface_hub.utils import WeakFileLock
@@ -311,10 +311,10 @@ def fetch_file(repo: str, name: str, file: File) -> None:
     for folder in (blob.parent, pointer.parent, locks):
         folder.mkdir(parents=True, exist_ok=True)
     sweep(blob.parent, locks, keep=partial)
-    with WeakFileLock(locks / f"{file.digest}.lock"):        # huggingface_hub's own: one process fetches, others wait
+    with WeakFileLock(locks / f"{file.digest}.lock"):        # huggingface_hub's lock: one process fetches, others wait
         if pointer.is_file():
             return
-        content = blob if blob.is_file() else partial        # of another commit, or of another program
+        content = blob if blob.is_file() else partial        # another commit or program may have fetched it
         try:
             if content is partial:
                 if file.size - size_of(partial) > shutil.disk_usage(blob.parent).free:
@@ -328,7 +328,7 @@ def fetch_file(repo: str, name: str, file: File) -> None:
                                f"{cache_folder()}, or set HF_HOME to another disk, and run this again") from error
         check_digest(content, file, f"{repo}: {name}")
         os.replace(content, blob)
-        pointer.unlink(missing_ok=True)                      # a link to nothing
+        pointer.unlink(missing_ok=True)                      # it may be a broken link
         try:
             os.symlink(os.path.relpath(blob, pointer.parent), pointer)
         except OSError:                                      # a file system without links
@@ -337,7 +337,7 @@ def fetch_file(repo: str, name: str, file: File) -> None:
 
 
 def resume(path: str, partial: Path, file: File, name: str) -> None:
-    """Fetches what `partial` lacks of a file, and not a byte more."""
+    """Fetches the missing rest of a file and appends it to `partial`. Never writes more than file.size bytes."""
     from huggingface_hub import constants
     from huggingface_hub.utils import tqdm
     start = size_of(partial)
@@ -345,12 +345,12 @@ def resume(path: str, partial: Path, file: File, name: str) -> None:
         return
     wanted = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if 0 < start < file.size else {})
     with request(path, constants.HF_HUB_DOWNLOAD_TIMEOUT, **wanted) as response:
-        start *= response.status_code == 206                 # otherwise the hub sends all of it
+        start *= response.status_code == 206                 # otherwise the hub sends the whole file
         with open(partial, "ab" if start else "wb") as out, tqdm(
                 total=file.size, initial=start, unit="B", unit_scale=True, desc=name[-40:]) as bar:
             for chunk in response.iter_bytes():
                 out.write(chunk[:file.size - out.tell()])
-                out.flush()                                  # so that a kill loses nothing
+                out.flush()                                  # so a killed process loses nothing
                 bar.update(len(chunk))
                 if out.tell() == file.size:
                     return
@@ -359,14 +359,14 @@ def resume(path: str, partial: Path, file: File, name: str) -> None:
 
 
 def check_digest(path: Path, file: File, label: str) -> None:
-    """Raises WeightsError, and removes the file, unless its content is what the hub promised."""
+    """Raises WeightsError, and removes the file, unless its content matches the hub's digest."""
     def git_sha1():
         return hashlib.sha1(f"blob {file.size}\0".encode())
     with open(path, "rb") as content:
         found = hashlib.file_digest(content, "sha256" if len(file.digest) == 64 else git_sha1).hexdigest()
         content.seek(0)
         page = content.read(100).lstrip()[:1] == b"<"
-        os.fsync(content.fileno())               # its name must not reach the disk before its content
+        os.fsync(content.fileno())               # the content must reach the disk before the file's name
     if found != file.digest:
         path.unlink()
         raise WeightsError(f"{label} was damaged on the way{' or is a web page' * page}: expected the checksum "
@@ -374,12 +374,12 @@ def check_digest(path: Path, file: File, label: str) -> None:
 
 
 def sweep(blobs: Path, locks: Path, keep: Path) -> None:
-    """Removes what killed downloads left: huggingface_hub's files DIGEST.NUMBER.incomplete, which nothing resumes,
-    after an hour, ours after a week. Those of living processes are younger, and locked."""
+    """Removes partial files of killed downloads: huggingface_hub's DIGEST.NUMBER.incomplete, which cannot be resumed,
+    after an hour, and ours after a week. Running downloads are safe: their files are newer, and locked."""
     from huggingface_hub.utils import WeakFileLock
     for path in blobs.glob("*.incomplete"):
         digest, *number, _ = path.name.split(".")
-        with contextlib.suppress(OSError):       # in use, or gone
+        with contextlib.suppress(OSError):       # the file is in use, or gone
             if path != keep and time.time() - path.stat().st_mtime > (3600 if number else 7 * 24 * 3600):
                 with WeakFileLock(locks / f"{digest}.lock", timeout=0.1):
                     path.unlink()
@@ -392,21 +392,21 @@ def size_of(path: Path) -> int:
 # ----- anyone's repositories -----------------------------------------------------------------------------------------
 
 def is_reference(name) -> bool:
-    """Whether weights, a part or a LoRA are named as hub:OWNER/NAME."""
+    """Whether a name of weights, of a part or of a LoRA has the form hub:OWNER/NAME."""
     return str(name).startswith("hub:")
 
 
 def hint(name) -> str:
-    """What to add to "there is no such file" if it looks like a repository."""
+    """Advice to add to "there is no such file" if the name looks like a repository; otherwise ""."""
     return f"; a repository of the Hugging Face hub is written hub:{name}" if re.fullmatch(
         r"[\w-][\w.-]*/[\w.-]+", str(name)) and Path(name).suffix not in (".safetensors", ".bin", ".pt") else ""
 
 
 class Repository:
-    """hub:OWNER/NAME, a repository, or hub:OWNER/NAME@REVISION/PATH, a folder or file in it. Its files are listed at
-    once, and fetched by name: only those that are asked for, into the hub's cache.
+    """A repository, hub:OWNER/NAME, or a folder or file in it, hub:OWNER/NAME@REVISION/PATH. The constructor lists its
+    files. Only the files that are asked for are fetched, into the hub's cache.
 
-    names: its files, from that folder on; of a file, itself. Raises WeightsError, in one line, like everything here.
+    names: paths of all files in the folder (for a file: in its parent folder), relative to it. Raises WeightsError.
     """
     def __init__(self, reference: str | Path, offline: bool = False, revision: str | None = None):
         match = REFERENCE.fullmatch(str(reference))
@@ -417,7 +417,7 @@ class Repository:
         self.revision = match[2] or revision_of(self.repo, revision)
         self.files = list_files(self.repo, self.revision, offline)
         self.is_file = self.path in self.files
-        self.folder = self.path.rpartition("/")[0] if self.is_file else self.path        # its names start there
+        self.folder = self.path.rpartition("/")[0] if self.is_file else self.path        # `names` are relative to it
         start = f"{self.folder}/" if self.folder else ""
         self.names = [name.removeprefix(start) for name in self.files if name.startswith(start)]
         if not self.files and is_offline(offline):
@@ -431,7 +431,7 @@ class Repository:
         return {str(parent) for name in self.names for parent in Path(name).parents} - {"."}
 
     def files_of(self, place: str, half: bool = False) -> list[str]:
-        """The files to fetch of a part that is in this folder, or is this file."""
+        """The names of the files to fetch for a part. place: the part's folder, or its weight file."""
         folder, _, file = place.rpartition("/") if place in self.names else (place, "", "")
         start = f"{folder}/" if folder else ""
         inside = [name.removeprefix(start) for name in self.names
@@ -441,7 +441,7 @@ class Repository:
         return [start + name for name in inside if name == best or name in small]
 
     def fetch(self, names: list[str]) -> Path:
-        """Fetches these files -> the folder in the cache that they are in. Of an index, also the files it names."""
+        """Fetches files -> their folder in the cache. If `names` has an index of shards, the shards are fetched too."""
         start = f"{self.folder}/" if self.folder else ""
         files = [start + name for name in dict.fromkeys(names)]
         if not files:
@@ -459,9 +459,9 @@ class Repository:
 
 def fetch_part(reference: str | Path, folders: Iterable[str], more: Iterable[str] = (), half: bool = False,
                offline: bool = False, revision: str | None = None) -> Path:
-    """One part of someone's repository -> its folder or file in the cache.
+    """Fetches one part of any repository -> its folder or file in the cache.
 
-    folders: where it may be, the first with a config.json counts. more: folders of files that belong to it.
+    folders: where the part may be; the first with a config.json is used. more: folders whose files it also needs.
     """
     repo = Repository(reference, offline, revision)
     if repo.is_file:
@@ -477,7 +477,7 @@ def fetch_part(reference: str | Path, folders: Iterable[str], more: Iterable[str
 
 
 def fetch_lora(source: str | Path, offline: bool = False, revision: str | None = None) -> Path:
-    """The LoRA file of someone's repository, in the cache. A source that is no reference stays what it is."""
+    """Fetches the LoRA file of a repository -> its path in the cache. A local path is returned unchanged."""
     if not is_reference(source):
         if not Path(source).exists() and hint(source):
             raise WeightsError(f"{source}: there is no such file or folder{hint(source)}")
@@ -501,15 +501,15 @@ def some(names: Iterable[str]) -> str:
 # ----- errors, hashes, the cache --------------------------------------------------------------------------------------
 
 def limit_waits() -> None:
-    """For calls of huggingface_hub, also by other packages: without this they wait for an answer for ever."""
+    """Limits how long calls of huggingface_hub, also by other packages, wait for an answer: the default is forever."""
     from huggingface_hub import get_session
     get_session().timeout = LONGEST_WAIT
 
 
 @contextlib.contextmanager
 def hub_errors(repo: str, revision: str, what: str = "read"):
-    """For calls of huggingface_hub that read or write: turns its many exceptions into a WeightsError that says what to
-    do."""
+    """Turns the exceptions of huggingface_hub's calls inside into a WeightsError that says what to do.
+    what: "read" or "write", for the message."""
     from huggingface_hub import constants, errors
     limit_waits()
     try:
@@ -547,14 +547,14 @@ def first_line(error: Exception) -> str:
 
 
 def hashes(paths: dict[str, Path | None]) -> dict[str, str]:
-    """part -> digest, to record what an image was made with."""
+    """{part: digest} of the weights in `paths`, to record which weights generated an image."""
     parts = ("prior", "decoder", "vqgan", "image_encoder", "prior_text_encoder", "text_encoder")
     found = {part: digest(paths[part]) for part in parts if paths.get(part) is not None}
-    return {part: value for part, value in found.items() if value}       # not of an encoder that was not needed yet
+    return {part: value for part, value in found.items() if value}       # encoders not needed yet have none
 
 
 def digest(path: str | Path) -> str | None:
-    """The sha256 of a file, or of the weights in a folder; of several files, that of all of theirs. None: no file."""
+    """The sha256 of a file, or of the weight file in a folder; for shards, of their joined hashes. None: no file."""
     try:
         file = find_file(path, (STEM, "model", "pytorch_model"))
         several = [hash_of(file.parent / name) for name in shards(file)] if file.suffix == ".json" else []
@@ -564,8 +564,8 @@ def digest(path: str | Path) -> str | None:
 
 
 def hash_of(path: Path, known: str = "") -> str:
-    """The sha256 of a file's content. For files that take a second or more it is remembered, with size and time.
-    known: found when it was fetched. The name that a file has in the hub's cache proves nothing."""
+    """The sha256 of a file's content. For files of over 100 MB it is stored on disk, with the file's size and time.
+    known: the sha256 found when the file was fetched. The file's name in the hub's cache is not proof of its hash."""
     path, memory_file = path.resolve(), own_cache() / "hashes.json"
     state = path.stat()
     key = f"{path} {state.st_size} {state.st_mtime_ns}"
@@ -593,7 +593,7 @@ def cache_folder() -> str:
 
 
 def own_cache() -> Path:
-    """For files that we make of fetched weights, next to the hub's own cache."""
+    """The folder for files that we derive from fetched weights, next to the hub's own cache."""
     from huggingface_hub import constants
     return Path(constants.HF_HOME) / "wuerstchen"
 

@@ -1,16 +1,16 @@
-"""LoRA files of all programs: read into lora.py's names, and written for other programs.
+"""LoRA files of other programs: reads them into lora.py's names, and writes them for other programs.
 
-All programs store the same two matrices of a layer, under different names. The original code, and programs built on
-it, also have one matrix `in_proj` for the rows of query, key and value. One LoRA there is three here: see fuse, split.
+All programs store the same two matrices for a layer, under different names. The original code, and programs built on
+it, stack query, key and value in one matrix `in_proj`. One LoRA of in_proj is three LoRAs here: see fuse, split.
 
   load_lora(model, source, name, scale)           # like lora.load_lora, for a file of any program
   save_lora(model, path, name, to="kohya")        # or diffusers, comfy, original, ours
   weights, metadata = read_lora(source)           # without a model: {layer's name: LoRAWeights}
 
-A file is read as a whole or not at all. The error has counts and the first names, because loaders that skip what they
-do not know end up loading nothing. With partial=True the layers that are known are read, and a warning lists the rest.
-alpha comes from a layer's own tensor, else from the configuration in the header or next to the file, else it is the
-rank: then a warning says so, because without the right alpha a LoRA has the wrong strength.
+If any tensor of a file is unknown, nothing is loaded, and the error counts and names such tensors: a loader that skips
+them may load nothing at all. With partial=True the known layers are read, and a warning lists the other tensors.
+alpha comes from the layer's own tensor, or else from the configuration in the header or next to the file. If both are
+missing, alpha = rank is assumed, with a warning, because a wrong alpha changes the strength of the LoRA.
 Needs: torch, safetensors, numpy; lora.py, loading/errors.py, loading/files.py.
 """
 import contextlib
@@ -40,15 +40,15 @@ class LoRAWeights(NamedTuple):
     magnitude: Tensor | None = None    # (out,), only in a DoRA
 
 
-# To write: what precedes the layer's name, and which of lora.ROLES' endings follows it.
+# Formats to write: {format: (prefix of the layer's name, index of the ending in lora.ROLES)}.
 FORMATS = {
-    "diffusers": ("prior.", 1),              # alpha in the metadata; in the others, {layer}.alpha
+    "diffusers": ("prior.", 1),              # alpha in the metadata; other formats: {layer}.alpha
     "kohya":     ("lora_unet_", 0),          # with _ instead of . in the layer's name
     "comfy":     ("diffusion_model.", 1),
-    "original":  ("", 0),                    # query, key and value are one layer, in_proj
-    "ours":      ("", 0),                    # our names, for checkpoints
+    "original":  ("", 0),                    # query, key and value stacked in in_proj
+    "ours":      ("", 0),                    # our layers' names, for checkpoints
 }
-# To read: a tensor's name is one of these, the layer's name, one of those.
+# Formats to read: a tensor's name is one of PREFIXES + the layer's name + one of ENDINGS.
 PREFIXES = ("prior.", "diffusion_model.", "lora_unet_", "lora_prior_unet_", "lora_prior_unet.", "unet.",
             "base_model.model.", "")
 ENDINGS = {
@@ -57,14 +57,14 @@ ENDINGS = {
     "alpha":     (".alpha",),
     "magnitude": (".lora_magnitude_vector.weight", ".lora_magnitude_vector"),
 }
-# What compiling, wrapping for several GPUs and peft's names of adapters (lora_A.default.weight) add to names.
+# Parts of names to remove: added by torch.compile, by DDP, and by peft for adapters (lora_A.default.weight).
 WRAPPERS = re.compile(r"(?<![^.])module\.|_orig_mod[._]|(?<=\.lora_[AB])\.(?!weight$)\w+(?=\.weight$)"
                       r"|(?<=\.lora_magnitude_vector)\.(?!weight$)\w+(?=(\.weight)?$)")
 CONFIG = "lora_adapter_metadata"       # diffusers' key in the header: peft's configuration, in JSON
 ALPHAS = ("ss_network_alpha", "network_alpha", "lora_alpha", "alpha")     # other programs' keys in the header
-# With these starts peft changes the base weights before training, so the LoRA does not fit the usual ones.
+# With these init_lora_weights, peft changes the base weights before training, so the LoRA fits only the changed ones.
 OTHER_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# What a file is if it is not read: the first of these patterns that occurs in the unknown names.
+# {pattern: what the file probably is}, for error messages: the first pattern found in the unknown names counts.
 FOREIGN = {
     r"\A(?!.*(lora|lycoris|hada_|lokr_|bundle_emb))": "a whole model, not a LoRA",
     r"hada_|lokr_|oft_|glora": "another method than LoRA (LoHa, LoKr, OFT, ...)",
@@ -83,14 +83,14 @@ FOREIGN = {
 # ----- reading ---------------------------------------------------------------------------------------
 
 def find_lora(path: str | Path) -> Path:
-    """Of a folder, the first of LORA_FILES that is in it; any other path as it is."""
+    """The first of LORA_FILES that exists in a folder. Any other path is returned unchanged."""
     return next((Path(path) / name for name in LORA_FILES if (Path(path) / name).is_file()), Path(path))
 
 
 def open_lora(source: str | Path | dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A file, a folder with one of LORA_FILES, or tensors -> (tensors, metadata). Raises ValueError.
+    """Opens a file, a folder with one of LORA_FILES, or a state dict -> (tensors, metadata). Raises ValueError.
 
-    peft's configuration, in a file of its own, becomes part of the metadata.
+    peft's configuration, which is a separate file, is added to the metadata.
     """
     if isinstance(source, dict):
         return source, {}
@@ -116,7 +116,7 @@ def open_lora(source: str | Path | dict[str, Tensor]) -> tuple[dict[str, Tensor]
 
 
 def read_config(metadata: dict[str, str]) -> dict:
-    """What a file's metadata say about alpha, in peft's keys; empty if nothing. Raises ValueError."""
+    """Metadata -> peft's configuration, which has alpha; {} if there is none. Raises ValueError if it is unusable."""
     config = parsed(metadata.get(CONFIG) or "{}")
     if not isinstance(config, dict):
         raise ValueError(f"its {CONFIG} is not a JSON object")
@@ -130,13 +130,13 @@ def read_config(metadata: dict[str, str]) -> dict:
     if not isinstance(config.get("use_rslora"), bool | None):
         raise ValueError(f"use_rslora is {config['use_rslora']!r}, expected true or false")
     for key in ALPHAS:
-        if not config and re.fullmatch(r"[-+.\deE]+|nan|inf", metadata.get(key, "")):   # not "1 to 8", not "None"
+        if not config and re.fullmatch(r"[-+.\deE]+|nan|inf", metadata.get(key, "")):   # skips "1 to 8" and "None"
             config = dict(lora_alpha=float(metadata[key]))
     return config
 
 
 def aliases(names: dict[str, str]) -> dict[str, tuple[str, ...]]:
-    """{a layer's name in any file, without prefix: (our name,)}. The fused matrix has three of ours.
+    """{a layer's name in any format, without prefix: (our name,)}. The fused matrix in_proj has three of our names.
 
     names: {our name: diffusers' name}.
     """
@@ -144,22 +144,22 @@ def aliases(names: dict[str, str]) -> dict[str, tuple[str, ...]]:
     for name, theirs in names.items():
         block, _, layer = theirs.partition(".attention.")
         same = [name, theirs]
-        if layer == "to_out.0":                          # older diffusers, the original
+        if layer == "to_out.0":                          # older diffusers, original code
             same += [f"{block}.attention.{other}" for other in ("processor.to_out", "to_out", "attn.out_proj")]
-        elif layer in ("to_q", "to_k", "to_v"):          # older diffusers, OneTrainer's thirds of the fused matrix
+        elif layer in ("to_q", "to_k", "to_v"):          # older diffusers, OneTrainer's thirds of in_proj
             third = ("to_q", "to_k", "to_v").index(layer)
             same += [f"{block}.attention.processor.{layer}", f"{block}.attention.attn.in_proj.{third}"]
         lookup |= {alias: (name,) for alias in same}
         if layer == "to_q":
             trio = tuple(name.removesuffix("query") + one for one in ("query", "key", "value"))
             lookup |= {f"{block}.attention.attn.in_proj": trio, f"{block}.attention.attn.in_proj_weight": trio}
-    # kohya flattens names, and "a_b" could be a.b or a_b. So this is a table of all names; nothing is guessed.
+    # kohya writes "." as "_", so "a_b" may be a.b or a_b. A lookup of all known names avoids guessing.
     return {alias.replace(".", "_"): names for alias, names in lookup.items()} | lookup
 
 
 def parse_name(name: str, lookup: dict[str, tuple[str, ...]]) -> tuple[tuple[str, ...] | None, str]:
-    """A tensor's name -> (our layers, "down", "up", "alpha" or "magnitude"), or (None, "") if it is not known."""
-    for name in dict.fromkeys((name, WRAPPERS.sub("", name))):       # as it is first: a model may have such names
+    """A tensor's name -> (our layers' names, "down" | "up" | "alpha" | "magnitude"). Unknown names -> (None, "")."""
+    for name in dict.fromkeys((name, WRAPPERS.sub("", name))):       # unchanged first: a layer may have such a name
         for role, endings in ENDINGS.items():
             for ending in (ending for ending in endings if name.endswith(ending)):
                 for prefix in (prefix for prefix in PREFIXES if name.startswith(prefix)):
@@ -170,11 +170,11 @@ def parse_name(name: str, lookup: dict[str, tuple[str, ...]]) -> tuple[tuple[str
 
 def by_layer(tensors: dict[str, Tensor], lookup: dict,
              partial: bool) -> tuple[dict[tuple[str, ...], dict[str, Tensor]], list[str]]:
-    """Tensors of a file -> ({our layers: {"down": tensor, "up": tensor, ...}}, names of the tensors left out).
+    """Tensors of a file -> ({our layers' names: {"down": tensor, "up": tensor, ...}}, names of the omitted tensors).
 
-    Raises ValueError if one is not known, with `partial` only if none is.
+    Raises ValueError if a tensor is unknown. With `partial`, raises it only if no layer can be loaded.
     """
-    unknown, layers, used = [], {}, {}                   # used: {our layers: names of their tensors}
+    unknown, layers, used = [], {}, {}                   # used: {our layers' names: tensors' names}
     for name, tensor in tensors.items():
         names, role = parse_name(name, lookup)
         if names is None:
@@ -184,7 +184,7 @@ def by_layer(tensors: dict[str, Tensor], lookup: dict,
         else:
             layers[names][role] = tensor
             used.setdefault(names, []).append(name)
-    # A layer with something unknown, such as a dora_scale or a bias, would be another without it.
+    # A layer that also has an unknown tensor, such as a dora_scale or a bias, would be wrong without it: omit it.
     stems = {re.sub(r"[._]lora[._].*|\.alpha$", "", name) for name in unknown}
     stems |= {name.rpartition(".")[0] for name in unknown}
     incomplete = [names for names, of_file in used.items()
@@ -205,13 +205,13 @@ def by_layer(tensors: dict[str, Tensor], lookup: dict,
 
 
 def split(values: dict[str, Tensor], n: int) -> list[dict[str, Tensor]]:
-    """A LoRA of n layers whose rows were stacked into one matrix -> n LoRAs: the same down, and each its rows of up.
+    """Splits the LoRA of a matrix that stacks n layers -> n LoRAs, each with its own rows of `up` and the same `down`.
 
-    Rows of down that only the others use are dropped, so what `fuse` wrote comes back as it was.
+    Rows of `down` that a layer does not use are removed from its LoRA. So split is the inverse of `fuse`.
     """
     down, up, magnitude = (values.get(role) for role in ("down", "up", "magnitude"))
     if n == 1 or down is None or up is None or up.ndim < 2 or not up.shape[1] == len(down) > 0 or len(up) % n:
-        return [values] * n                              # what is wrong is found when it has to fit a layer
+        return [values] * n                              # check_fit reports errors later
     result, magnitudes = [], [None] * n if magnitude is None else magnitude.flatten().chunk(n)
     for up, magnitude in zip(up.chunk(n), magnitudes):                                   # up (out, rank)
         used = up.any(0).flatten() if up.any() else torch.ones(len(down), dtype=torch.bool)        # (rank,)
@@ -222,18 +222,18 @@ def split(values: dict[str, Tensor], n: int) -> list[dict[str, Tensor]]:
 
 
 def read_layers(source, shapes: dict[str, tuple] | None, partial: bool) -> tuple[dict[str, dict], dict[str, str]]:
-    """A LoRA in any format -> ({our layer: {"down": tensor, "up": tensor, "alpha": tensor, ...}}, metadata).
+    """A LoRA in any format -> ({our layer's name: {"down": tensor, "up": tensor, "alpha": tensor, ...}}, metadata).
 
-    shapes: {our layer: its weight's}; None: a Stage C of any size, whose layers are Linear here. The result has the
-    model's order, so that a LoRA that is converted there and back is the same file. Raises ValueError if the file does
-    not fit. Warns if alpha is assumed, and of what `partial` leaves out.
+    shapes: {our layer's name: shape of its weight}; None: a Stage C of any size, whose layers are Linear here. Layers
+    are returned in the model's order, so converting a LoRA there and back gives the same file. Raises ValueError if
+    the file does not fit. Warns if alpha is assumed, and of tensors that `partial` omits.
     """
     tensors, metadata = open_lora(source)
     tensors = {name: tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor     # float8
                for name, tensor in tensors.items()}
     config, label = read_config(metadata), "the LoRA" if isinstance(source, dict) else source
     names = shapes
-    if shapes is None:     # as many blocks as the largest number in the file, mostly too many
+    if shapes is None:     # as many blocks as the largest number in the names: enough
         depth = max(map(int, re.findall(r"\d{1,3}", " ".join(tensors))), default=0) + 1
         groups = itertools.groupby(lora.DIFFUSERS_NAMES, lambda name: name.partition(".{i}")[0])
         names = [name.format(i=i) for _, group in groups for block in [[*group]] for i in range(depth)
@@ -262,7 +262,7 @@ def read_layers(source, shapes: dict[str, tuple] | None, partial: bool) -> tuple
 
 
 def check_fit(layers: dict[str, dict], shapes: dict[str, tuple] | None) -> None:
-    """Raises ValueError if layers of a file do not fit weights of these shapes (None: of any)."""
+    """Raises ValueError if a file's layers do not fit weights of these shapes. None: any shape is accepted."""
     misfits = []
     for name, values in layers.items():
         try:
@@ -284,10 +284,10 @@ def check_fit(layers: dict[str, dict], shapes: dict[str, tuple] | None) -> None:
 
 @contextlib.contextmanager
 def naming_source(source):
-    """Errors inside become a WeightsError that names the file."""
+    """Turns any error raised inside into a WeightsError that names the file."""
     try:
         yield
-    except Exception as error:         # of many kinds: impossible metadata and numbers
+    except Exception as error:         # invalid metadata and numbers raise many classes
         if isinstance(error, WeightsError) and is_reference(source):
             raise
         name, text = "the LoRA" if isinstance(source, dict) else printable(source), reason_of(error)
@@ -297,9 +297,9 @@ def naming_source(source):
 
 def load_lora(model: nn.Module, source: str | Path | dict[str, Tensor], name: str = "default",
               scale: float = 1.0, lora_partial: bool = False) -> list[str]:
-    """lora.load_lora for a file in any format. Raises WeightsError, and then the model is as before.
+    """lora.load_lora for a file in any format. If it raises WeightsError, the model is unchanged.
 
-    lora_partial: load the layers that the model has, and warn of the others, instead of refusing the file.
+    lora_partial: if tensors are unknown, load the known layers and warn, instead of raising an error.
     """
     lora.check_name(model, name)
     with naming_source(source):
@@ -312,7 +312,7 @@ def load_lora(model: nn.Module, source: str | Path | dict[str, Tensor], name: st
 
 def read_lora(source: str | Path | dict[str, Tensor],
               lora_partial: bool = False) -> tuple[dict[str, LoRAWeights], dict[str, str]]:
-    """A LoRA of a Stage C of any size, in any format -> ({our layer's name: LoRAWeights}, metadata)."""
+    """Reads a LoRA in any format, of a Stage C of any size -> ({our layer's name: LoRAWeights}, metadata)."""
     with naming_source(source):
         layers, metadata = read_layers(source, None, lora_partial)
     return {name: LoRAWeights(**values | dict(alpha=float(values["alpha"]) or float(len(values["down"]))))
@@ -322,10 +322,10 @@ def read_lora(source: str | Path | dict[str, Tensor],
 # ----- writing ---------------------------------------------------------------------------------------
 
 def fuse(weights: dict[str, LoRAWeights]) -> dict[str, LoRAWeights]:
-    """diffusers' names -> the original's, where query, key and value are the rows of one matrix, in_proj.
+    """{diffusers' layer name: LoRAWeights} -> the same in the original's names, where in_proj stacks query, key, value.
 
-    Their LoRAs become one, exactly: down = [q; k; v] stacked, up = block diagonal, with the sum of the ranks. If all
-    have the same down, because they came from such a matrix, up = [q; k; v] stacked, with their rank.
+    Their three LoRAs become one exactly. Its `down` stacks theirs, its `up` is block diagonal, and its rank is the sum
+    of theirs. If all have the same `down` (they came from in_proj), only `up` is stacked, and the rank stays.
     """
     result = {}
     for name, one in weights.items():
@@ -334,9 +334,9 @@ def fuse(weights: dict[str, LoRAWeights]) -> dict[str, LoRAWeights]:
         if layer not in ("to_q", "to_k", "to_v"):
             result[f"{block}.attention.attn.out_proj" if layer == "to_out.0" else name] = one
         elif fused not in result:
-            empty = LoRAWeights(one.down[:0], one.up[:, :0], 0.0)                        # rank 0, for one without LoRA
+            empty = LoRAWeights(one.down[:0], one.up[:, :0], 0.0)                        # rank 0: a layer without LoRA
             trio = [weights.get(f"{block}.attention.{third}", empty) for third in ("to_q", "to_k", "to_v")]
-            s = one.alpha / len(one.down)                # one for all three; the rest goes into up
+            s = one.alpha / len(one.down)                # one scale for all three; `up` gets the ratios
             ups = [third.up * (third.alpha / max(len(third.down), 1) / s) for third in trio]       # (out, rank) each
             if all(torch.equal(third.down, one.down) for third in trio):
                 down, up = one.down, torch.cat(ups)                                      # (rank, in), (3 out, rank)
@@ -348,9 +348,9 @@ def fuse(weights: dict[str, LoRAWeights]) -> dict[str, LoRAWeights]:
 
 
 def to_tensors(weights: dict[str, LoRAWeights], names: dict[str, str], to: str) -> tuple[dict, dict]:
-    """{our layer's name: LoRAWeights} -> (tensors of a file, its metadata). names: those of diffusers.
+    """{our layer's name: LoRAWeights} -> (tensors of a file, its metadata). names: {our layer's name: diffusers' name}.
 
-    Raises ValueError for what the format cannot hold.
+    Raises ValueError if the format cannot hold this LoRA.
     """
     if to not in FORMATS:
         raise ValueError(f"{to!r} is not a format: expected one of {', '.join(FORMATS)}")
@@ -371,7 +371,7 @@ def to_tensors(weights: dict[str, LoRAWeights], names: dict[str, str], to: str) 
 
 
 def describe(weights: dict[str, LoRAWeights]) -> dict[str, str]:
-    """Rank, alpha and layers of a LoRA, for metadata and for people."""
+    """Rank, alpha and layers of a LoRA as readable texts, for metadata and messages."""
     def span(numbers) -> str:                            # "8", or "8 to 16" if layers differ
         low, high = min(numbers), max(numbers)
         return f"{low:g}" if low == high else f"{low:g} to {high:g}"
@@ -381,7 +381,7 @@ def describe(weights: dict[str, LoRAWeights]) -> dict[str, str]:
 
 def write_lora(path: str | Path, weights: dict[str, LoRAWeights], names: dict[str, str], to: str,
                metadata: dict, overwrite: bool = True) -> int:
-    """Writes a .safetensors file in one of FORMATS -> the number of its tensors. See save_lora."""
+    """Writes weights as a .safetensors file in one of FORMATS -> the number of tensors. names: see to_tensors."""
     tensors, its_own = to_tensors(weights, names, to)
     metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
     metadata |= dict(format_version="1") | describe(weights) | its_own
@@ -391,7 +391,7 @@ def write_lora(path: str | Path, weights: dict[str, LoRAWeights], names: dict[st
 
 def save_lora(model: nn.Module, path: str | Path, name: str = "default", to: str = "diffusers",
               metadata: dict | None = None) -> None:
-    """Writes one LoRA as a .safetensors file in one of FORMATS. The user's `scale` is not part of it.
+    """Writes one LoRA of a model as a .safetensors file in one of FORMATS. The `scale` given at loading is not stored.
 
     metadata: entries in addition to rank, alpha, targets and format_version. For example
     dict(base_hash=base_hash(model), steps=1000, images=24, trigger_words=["a zorp"]). Raises ValueError if the format
@@ -404,7 +404,7 @@ def save_lora(model: nn.Module, path: str | Path, name: str = "default", to: str
 # ----- which weights a LoRA was trained on -----------------------------------------------------------
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """model.state_dict() without LoRAs, under the names it has without them. Merged LoRAs are in the weights."""
+    """model.state_dict() without the tensors of LoRAs, with the names of a model without LoRAs. Merged LoRAs remain."""
     tensors = model.state_dict()
     for path, _ in lora.lora_layers(model):
         tensors = {f"{path}.{name.removeprefix(f'{path}.base.')}" if name.startswith(f"{path}.base.") else name: tensor
@@ -413,7 +413,7 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def base_hash(model: nn.Module) -> str:
-    """sha256 of the model without LoRA, in float32: the same for float16 weights and for a float32 copy of them."""
+    """sha256 of the model's weights without LoRAs, as float32: the same for float16 weights and a float32 copy."""
     lora.check_unmerged(model)
     digest = hashlib.sha256()
     for name, tensor in sorted(base_state_dict(model).items()):
