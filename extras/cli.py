@@ -1,12 +1,12 @@
-"""The command line of sample.py, except for its everyday options: before torch is imported, and after an image is done.
+"""The command line of sample.py: advanced options, the jobs they describe, and saving images.
 
-  argv -parse_jobs-> jobs, one for each image: all options, its seed, its path -batches-> lists that go into one call
+  argv -parse_jobs-> jobs, one for each image: all options, its seed, its path -batches-> lists of jobs for one call
   image, job -save-> a PNG, JPEG or WebP file with the settings that made it
 
 A job is an argparse.Namespace. Most options are arguments of the same name in Python. Those that change what sample.py
 does (grids, interpolation, reconstruction, latents, previews) are carried out in modes.py.
-Surprise: an option is read from three places, and checked in the same way: the command line, the file of --like,
-and a line of --prompt-file. The last two are turned into options as one would type them, see like.py.
+Note: options come from three sources: the command line, the image of --like, and the lines of --prompt-file. like.py
+turns the last two into command line options, so that all are checked in the same way.
 Needs: the standard library, so that `--help` and error messages appear at once.
 """
 import argparse
@@ -29,7 +29,7 @@ from loading.files import check_folder, numbered
 from loading.options import CELLS, FRAMES, SEED, SIDE, STEPS, Number, integer, nearest_option, positive_int, unit_float
 
 PUBLISHED_STEPS = "DEFAULT_STAGE_C_TIMESTEPS"    # diffusers' name for the levels of Sampling(29, early=True)
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")    # of the images that are saved, see metadata.py
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")    # formats in which images are saved, see metadata.py
 
 SPECIAL = {*COMBINED, "outpaint", "from_latent", "tensors", "save_latent", "preview_every"}      # see modes.py
 CONFLICTS = (("mask", "outpaint"), ("low_memory", "offload"), ("prompt_file", "reconstruct"), ("reconstruct", "init"),
@@ -46,7 +46,7 @@ def error(message: str) -> None:
 
 
 def read_options(p: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
-    """p.parse_args with a hint for what is not an option. Raises ValueError."""
+    """p.parse_args; unknown options raise ValueError with a hint."""
     args, unknown = p.parse_known_args(argv)
     if unknown:
         hint = nearest_option(p, unknown[0])
@@ -57,10 +57,11 @@ def read_options(p: argparse.ArgumentParser, argv: list[str]) -> argparse.Namesp
     return args
 
 
-# ----- values: each function reads what stands after an option -------------------------------------------------------
+# ----- types for argparse: each function parses the value of an option -----------------------------------------------
 
 def comma_list(read_one, *counts: int):
-    """-> a reader of values with commas between. counts: how many are possible; if 1 is, one is not made a list."""
+    """-> a function that parses comma-separated values into a tuple; a single value without a tuple if 1 is in counts.
+    counts: the possible numbers of values; if empty, any number."""
     def read(text: str):
         values = tuple(map(read_one, text.split(",")))
         if counts and len(values) not in counts:
@@ -83,7 +84,7 @@ def steps(text: str) -> int | str | dict | tuple:
     except ValueError:
         forms = f"29 (steps), 2/3:20,0:10 (segments), 1,0.5,0 (noise levels) or {PUBLISHED_STEPS}"
         raise argparse.ArgumentTypeError(f"expected something like {forms}, got {text!r}") from None
-    if len(levels) < len(segments):                  # a dict would only keep the last of two equal ones
+    if len(levels) < len(segments):                  # of two segments with the same end, a dict keeps one
         raise argparse.ArgumentTypeError(f"expected segments that each end at another noise level, got {text!r}")
     return levels
 
@@ -95,7 +96,7 @@ def loras(text: str) -> dict[str, float]:
         file, colon, scale = part.rpartition(":")
         try:
             file, scale = (file, Number()(scale)) if colon and file not in ("", "hub") else (part, 1.0)
-        except argparse.ArgumentTypeError:           # a colon inside the name
+        except argparse.ArgumentTypeError:           # the colon belongs to the name
             file, scale = part, 1.0
         if file in result:
             raise argparse.ArgumentTypeError(f"{file} is given twice, expected once: add up its scales")
@@ -193,14 +194,14 @@ def add_output_options(p: argparse.ArgumentParser) -> None:
 def parse_jobs(p: argparse.ArgumentParser, argv: list[str], run: Run) -> list[argparse.Namespace]:
     """The command line -> a job for each image. Raises ValueError for options, files and paths that cannot be used.
 
-    In a prompt file, lines that cannot be used are reported and skipped, unless there are no others.
+    In a prompt file, lines that cannot be used are reported and skipped, unless no line can be used.
     """
-    bad = {}                                     # number of a line: what is wrong with it
+    bad = {}                                     # {number of a line: what is wrong with the line}
     prompts = parse_args(p, argv, bad)
     jobs = [argparse.Namespace(**vars(args) | dict(seed=None if args.seed is None else args.seed + i))
             for args in prompts for i in range(1 if args.grid else args.num_images)]
     for job, path in zip(jobs, output_paths(jobs) if jobs else ()):
-        job.path, job.preview_path, job.preview = path, files_of(job, path)[-1], None    # preview: the file if written
+        job.path, job.preview_path, job.preview = path, files_of(job, path)[-1], None    # preview: path once written
     for args in prompts:
         if not args.given.isdisjoint(INPUTS):    # before the weights are loaded, which may take minutes
             from extras.modes import check_inputs
@@ -216,9 +217,9 @@ def parse_jobs(p: argparse.ArgumentParser, argv: list[str], run: Run) -> list[ar
 
 
 def parse_args(p: argparse.ArgumentParser, argv: list[str], bad: dict[int, str] | None = None) -> list:
-    """-> the options, once for each prompt: usually a list of one. Raises ValueError for options that make no sense.
+    """-> a list of all options, once for each prompt. Raises ValueError for options that cannot be used.
 
-    bad: collects what is wrong with lines of a prompt file; without it, that is raised as well.
+    bad: a dict that collects errors in lines of a prompt file; if it is None, such errors are raised.
     """
     read, options, hashes = functools.partial(read_options, p), split(p, argv), {}
     args = read(flat(options))
@@ -244,13 +245,13 @@ def random_seed() -> int:
 
 
 def needs_seed(args: argparse.Namespace) -> bool:
-    """A saved latent carries the state of its noise, so it can do without a seed."""
+    """Whether a seed is needed. --from-latent alone needs none, because the file contains the state of the noise."""
     return not args.from_latent or bool(args.to_latent)
 
 
 def read_prompt_file(read: Callable, options: Options, args: argparse.Namespace,
                      bad: dict[int, str] | None) -> list[argparse.Namespace]:
-    """-> the options of each line. Lines that cannot be used are in `bad` instead. Raises ValueError."""
+    """-> the options of each line. Errors in single lines go into `bad` if it is a dict; others raise ValueError."""
     prompts, seed = [], random_seed() if args.seed is None else args.seed
     for number, settings in prompt_lines(Path(args.prompt_file)):
         args.line, first = number, seed
@@ -263,18 +264,18 @@ def read_prompt_file(read: Callable, options: Options, args: argparse.Namespace,
                 line.seed, seed = seed, seed + line.num_images
             check(line)
             prompts.append(line)
-        except ValueError as problem:            # the lines below keep their seeds when it is repaired
+        except ValueError as problem:            # lines below get the seeds they have without the error
             seed += seed == first and settings.get("seed") in (None, "")
             skip_line(args, problem, bad)
     return prompts
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises ValueError for options that cannot be used together, or make no sense. Adds the set args.given."""
+    """Raises ValueError for options that cannot be used. Sets args.given, the set of the options that were given."""
     for name in PER_IMAGE + PER_RUN:
         if re.search("[\ud800-\udfff]", str(getattr(args, name))):
             error(f"{as_option(name)} contains bytes that are not UTF-8 text: check the terminal's encoding")
-    # 0 was given; "" was not.
+    # The number 0 counts as given; None, "" and False do not.
     args.given = {name for name, value in vars(args).items() if value not in (None, "") and value is not False}
     for names in CONFLICTS:
         if args.given.issuperset(names):
@@ -316,7 +317,7 @@ def only_for(name: str) -> None:
 
 
 def check_sampling(args: argparse.Namespace, stage: str) -> None:
-    """check, for the sampling options of one stage."""
+    """Raises ValueError for sampling options of one stage that cannot be used."""
     levels, sampler, interval, eta, start, end = (
         getattr(args, f"{name}_{stage}") for name in ("steps", "sampler", "interval", "eta", "t_start", "t_end"))
     if eta and sampler != "ddim":
@@ -340,7 +341,7 @@ def output_paths(jobs: list[argparse.Namespace]) -> list[Path]:
     args, out, taken = jobs[0], Path(jobs[0].out), {}
     suffixes = (*SUFFIXES, ".gif") if args.interpolate_to or args.to_latent else SUFFIXES
     try:
-        if any(len(os.fsencode(part)) > 200 for part in out.parts):      # file systems take 255, and we add some
+        if any(len(os.fsencode(part)) > 200 for part in out.parts):      # file systems allow 255 bytes; we add suffixes
             raise OSError("the name is too long")
         is_file = out.suffix.lower() in suffixes and not out.is_dir()
         others = (".gif", ".bmp", ".tif", ".tiff", ".jfif", ".avif", ".heic", ".jxl")
@@ -363,7 +364,7 @@ def output_paths(jobs: list[argparse.Namespace]) -> list[Path]:
 
 
 def slug(job: argparse.Namespace) -> str:
-    """How a file name begins: with the prompt, or the name of the file the image is made from."""
+    """The beginning of a file name: from the prompt, or from the name of the file that the image is made from."""
     source = job.prompt or Path(job.init or job.reconstruct or job.from_latent or "image").stem
     return re.sub(r"\W+", "-", source.lower()).strip("-")[:50].strip("-") or "image"
 
@@ -383,7 +384,7 @@ def unused_path(path: Path, job: argparse.Namespace, taken=()) -> Path:
 # ----- what sample.main calls ----------------------------------------------------------------------------------------
 
 def load_options(jobs: list[argparse.Namespace]) -> dict:
-    """Arguments of Wuerstchen.load besides those in sample.py, with no more parts than these jobs need."""
+    """Arguments of Wuerstchen.load that sample.py does not pass itself. `parts`: only the networks these jobs need."""
     from loading import hub
     args = jobs[0]
     parts = hub.RECONSTRUCTION if args.reconstruct else hub.TEXT_TO_IMAGE
@@ -414,7 +415,7 @@ def sampling_options(args: argparse.Namespace, model) -> dict:
     """The sampling options that differ from their defaults, as arguments of the model. Raises ValueError."""
     options = {}
     for name in ("mask", "outpaint"):
-        if not hasattr(model.b, "rescale") and getattr(args, name, None):      # tiny.evaluate has neither
+        if not hasattr(model.b, "rescale") and getattr(args, name, None):      # tiny.evaluate lacks both options
             only_for(name)
     for name in OF_STAGES:
         field, value = name[:-2], getattr(args, name)
@@ -447,7 +448,7 @@ def save(image, job: argparse.Namespace, model) -> Path:
 
 
 def write_image(image, job: argparse.Namespace, path: Path, settings: dict | None) -> None:
-    """All files of an image, or none. Raises OSError; FileExistsError if one of them exists, unless --overwrite."""
+    """Writes all files of an image, or none. Raises OSError; FileExistsError if one exists, unless --overwrite."""
     from extras.images import save_gif
     from extras.metadata import save_image
     latent = None

@@ -1,4 +1,4 @@
-"""Everything that can be done with a loaded model besides a prompt: images, masks, embeddings, latents as input.
+"""Generation from more than a prompt: images, masks, embeddings and latents as input of a loaded model.
 
   generate(model, "a moon", edit=InitImage("apple.png", strength=0.9))            # image to image
   generate(model, "a rose", edit=InitImage("apple.png", mask="mask.png"))         # inpainting: white is new content
@@ -6,8 +6,8 @@
   generate(model, given={"prompt_c": a, "prompt_b": b})                           # embeddings instead of text
   reconstruct(model, "photo.png");  interpolate(model, "a dog", "a cat", frames=12)
 
-`generate` is Wuerstchen.__call__ with more ways in and out; it calls the same steps of the model: encode_text,
-sample_c, sample_b, decode. Images are described in images.py; outpainting is images.enlarge and a mask.
+`generate` is Wuerstchen.__call__ with more kinds of input and output. It calls the same steps: encode_text, sample_c,
+sample_b, decode. images.py reads the images; its function enlarge returns the image and the mask for outpainting.
 Needs: torch; wuerstchen.py, stage_b.py (preprocess), images.py.
 """
 import functools
@@ -31,7 +31,7 @@ EMBEDDINGS = ("prompt_c", "negative_c", "prompt_b", "negative_b")
 LATENTS = ("semantic", "latents_c", "latents_b")
 FORMATS = {"pil": to_pil, "np": lambda images: images.permute(0, 2, 3, 1).cpu().numpy(), "pt": lambda images: images}
 OUTPUTS = (*FORMATS, "semantic", "latents_b")
-LONGEST = 4                      # longer : shorter side of an edited image, and its pixels by the weights' own, at most
+LONGEST = 4                      # by default, an edited image's longer side is at most 4 times its shorter side
 
 
 class Stopped(Exception):
@@ -40,11 +40,12 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class InitImage:
-    """An image to start from. image, mask: anything that images.read_image takes; the mask as large as the image.
+    """An image to start from. image, mask: anything that images.read_image takes, both of the same size.
 
-    strength   the noise level at which Stage C starts from the image's semantic latents: 0 is a reconstruction, 1 keeps
-               nothing. Default 0.6; with a mask 1; without a prompt 0.3, because beyond that nothing holds the object
-    mask       white, or transparent, where new content is generated; outside of it the image stays as it is
+    strength   the noise level to which the image's semantic latents are noised, and at which Stage C starts: 0
+               reconstructs the image, 1 keeps nothing of it. Default: 1 with a mask, else 0.6 with a prompt and 0.3
+               without one, because higher levels lose the object
+    mask       white, or transparent, where new content is generated; elsewhere the image is kept
     Source of image to image: SDEdit, arXiv:2108.01073.
     """
     image: Any
@@ -52,7 +53,7 @@ class InitImage:
     mask: Any = None
 
     def read(self) -> tuple[Tensor, Tensor | None]:
-        """-> the image (3,H,W) and, if there is one, the mask (H,W)."""
+        """-> the image (3,H,W) and the mask (H,W), or None if there is no mask."""
         return (read_image(self.image), None) if self.mask is None else read_pair(self.image, self.mask)
 
     def strength_for(self, silent: bool) -> float:
@@ -62,27 +63,27 @@ class InitImage:
         return 1.0 if self.mask is not None else 0.3 if silent else 0.6
 
 
-# ----- the whole way -------------------------------------------------------------------------------------------------
+# ----- generation ----------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def generate(model: Wuerstchen, prompt: str | list[str] | None = None, negative_prompt: str | list[str] = "", *,
              seed: int | list[int] | Callable = 0, num_images: int = 1, width: int | None = None,
              height: int | None = None, edit: InitImage | None = None, given: dict[str, Tensor] | None = None,
              output: str = "pil", callback: Callable | None = None, progress: bool = False, **sampling):
-    """Wuerstchen.__call__ with these arguments more or wider:
+    """Wuerstchen.__call__, in which these arguments are new or accept more:
 
-    prompt         may be left out if `edit` or `given` specify the image
-    seed           also one for each image; or a source of noise: seed(C, h, w) -> (images or 1,C,h,w)
-                   With `semantic`, seeds skip the noise that Stage C would have drawn, so two calls with the same seed
-                   and settings give the image of one. A source of noise continues where it is
-    width, height  px; default: the weights' own size; for an edited image its shorter side, in its shape up to 4 : 1
+    prompt         may be omitted if `edit` or `given` specify the image
+    seed           one for all images, a list of one per image, or a function seed(C, h, w) -> noise (images or 1,C,h,w)
+                   With given["semantic"], the noise that Stage C would have drawn from the seed is skipped. So Stage C
+                   and B in two calls with the same seed generate the same image as in one call. A function skips none
+    width, height  px; default: the weights' size; if `edit` is given, its shape up to 4 : 1, with that as shorter side
     edit           an InitImage
     given          any of: prompt_c, negative_c, prompt_b, negative_b, embeddings (prompts or 1,N,D) instead of text;
                    semantic, raw latents (images or 1,16,h,w) as output="semantic" returns them, instead of Stage C;
-                   latents_c, latents_b (images or 1,C,h,w), what the stages start from instead of noise
-    output         "pil"; "np" (n,H,W,3) or "pt" (n,3,H,W) in [0, 1]; "semantic" or "latents_b": what C or B generated
+                   latents_c, latents_b (images or 1,C,h,w), from which Stages C and B start instead of noise
+    output         "pil"; "np" (n,H,W,3) or "pt" (n,3,H,W) in [0, 1]; "semantic" or "latents_b": latents of Stage C or B
     callback       may also return False to stop: then the result is []
-    Raises ValueError for arguments that do not fit together, nearly always before the first step.
+    Raises ValueError for arguments that do not fit together, almost always before the first step.
     """
     c, b = model.settings(sampling)
     given, num_images = check_arguments(model, given, edit, output), IMAGES.check("num_images", num_images)
@@ -102,9 +103,9 @@ def generate(model: Wuerstchen, prompt: str | list[str] | None = None, negative_
         c = replace(c, steps=levels)
     elif semantic is None:                                                                 # strength 0: no step at all
         semantic = model.unscale_semantic(known.semantic)
-    skipped = [shape_c] * len(levels) * ("semantic" in given and len(levels) > 1)          # the start and each step
+    skipped = [shape_c] * len(levels) * ("semantic" in given and len(levels) > 1)          # first noise, each step's
     draw_c, draw_b = draws_from(seed, n, model.device, skipped, shape_c, shape_b)
-    # Stage C takes a minute: what is wrong with something for Stage B is reported before.
+    # Stage C may take a minute, so the inputs of Stage B are checked before it.
     fit = functools.partial(fitting, n, model.device)
     semantic = None if semantic is None else fit("semantic", semantic, (16, *size_c))
     latents_b = None if latents_b is None else fit("latents_b", latents_b, shape_b)
@@ -128,7 +129,7 @@ def generate(model: Wuerstchen, prompt: str | list[str] | None = None, negative_
 
 
 def reconstruct(model: Wuerstchen, image, prompt: str = "", **options):
-    """An image -> what is left of it after the way through its semantic latents and back."""
+    """Encodes an image to semantic latents and decodes these with Stages B and A. Returns what generate returns."""
     return generate(model, prompt, edit=InitImage(image, 0.0), **options)
 
 
@@ -137,8 +138,8 @@ def interpolate(model: Wuerstchen, a: str | Tensor, b: str | Tensor, frames: int
                 to_seed: int | None = None, batch: int = 1, **options) -> list:
     """`frames` PIL images on the way from a to b, two prompts or two semantic latents (1,16,h,w); both ends included.
 
-    Embeddings or latents move along a sphere (slerp). to_seed: so does the noise, from that of `seed`. batch: images
-    computed at a time. options: those of generate.
+    Embeddings or latents are interpolated along a sphere (slerp). to_seed: the noise is as well, from the noise of
+    `seed` to the noise of `to_seed`. batch: images computed at a time. options: as for generate.
     """
     frames, batch = FRAMES.check("frames", frames), BATCH.check("batch", batch)
     seed = random_seed() if seed is None else SEED.check("seed", seed)
@@ -159,7 +160,7 @@ def interpolate(model: Wuerstchen, a: str | Tensor, b: str | Tensor, frames: int
         count = dict(num_images=k) if "semantic" in moved else {}
         done = generate(model, seed=FrameNoise(seed, to_seed, part), given=given | moved, **count, **options)
         images += done
-        if len(done) < k:                                                                  # a callback has stopped it
+        if len(done) < k:                                                                  # stopped by a callback
             break
     return images
 
@@ -167,7 +168,7 @@ def interpolate(model: Wuerstchen, a: str | Tensor, b: str | Tensor, frames: int
 # ----- arguments -----------------------------------------------------------------------------------------------------
 
 def check_arguments(model: Wuerstchen, given: dict | None, edit: InitImage | None, output: str) -> dict[str, Tensor]:
-    """-> given, as tensors. Raises ValueError for arguments of generate that are unknown or do not go together."""
+    """-> `given` with tensors as values. Raises ValueError for arguments of generate that cannot be used together."""
     given = check_given(given, edit)
     if output not in OUTPUTS:
         raise ValueError(f"output is {output!r}, expected one of {', '.join(OUTPUTS)}.")
@@ -177,7 +178,7 @@ def check_arguments(model: Wuerstchen, given: dict | None, edit: InitImage | Non
 
 
 def check_given(given: dict | None, edit: InitImage | None) -> dict[str, Tensor]:
-    """The part of check_arguments that is known without a model."""
+    """The checks of check_arguments that need no model. Returns `given` with tensors as values."""
     if not isinstance(given, dict | None) or not isinstance(edit, InitImage | None):
         raise TypeError(f"got given {given!r:.80} and edit {edit!r:.80}, expected {{\"semantic\": tensor}} with any of "
                         f"{', '.join(EMBEDDINGS + LATENTS)}, and InitImage(image, strength, mask).")
@@ -195,8 +196,8 @@ def check_given(given: dict | None, edit: InitImage | None) -> dict[str, Tensor]
 
 
 def prompt_lists(prompt, negative, num_images: int, optional: bool = False) -> tuple[list, list]:
-    """Prompts and negative prompts as given -> one of each per image. Raises ValueError, also for
-    empty prompts unless they are `optional`."""
+    """prompt and negative, each a text or a list -> a list of prompts and a list of negative prompts, one of each per
+    image. Raises ValueError, also for empty prompts unless they are `optional`."""
     prompts, negatives = texts_of("prompt", prompt), texts_of("negative_prompt", negative) or [""]
     negatives = negatives * len(prompts) if len(negatives) == 1 else negatives
     if not prompts or not all(isinstance(p, str) and (optional or p.strip()) for p in prompts):
@@ -212,7 +213,7 @@ def prompt_lists(prompt, negative, num_images: int, optional: bool = False) -> t
 
 
 def seed_list(seed: int | Sequence[int] | None, n: int) -> list[int]:
-    """A seed, or one for each of n images, or None for a random one -> n seeds. Raises ValueError."""
+    """A seed, or a list of one for each of n images, or None for a random seed -> n seeds. Raises ValueError."""
     seed = random_seed() if seed is None else plain(seed)
     expected = f"seed is {seed!r:.80}, expected a whole number, one for each image, a function or None."
     if not isinstance(seed, Integral | Iterable) or isinstance(seed, str):
@@ -226,8 +227,8 @@ def seed_list(seed: int | Sequence[int] | None, n: int) -> list[int]:
 
 
 def draws_from(seed, n: int, device: torch.device, skipped: list[tuple], *shapes: tuple) -> list[Callable]:
-    """A seed, a list of them, or a source of noise -> for each shape, draw() -> checked noise (n, *shape). With seeds,
-    so also at the start of an interpolation's frames, noise of the shapes `skipped` has been drawn already."""
+    """-> for each of `shapes`, a function draw() -> checked noise (n, *shape). seed: a number, a list of seeds or a
+    function. Noise of the shapes `skipped` is drawn and discarded first, except from a function of the user."""
     noise = seed if callable(seed) else Noise(seed_list(seed, n), device)
     for shape in skipped if noise is not seed or isinstance(seed, FrameNoise) else ():
         noise(*shape)
@@ -250,7 +251,7 @@ def fitting(n: int, device: torch.device, name: str, tensor: Tensor, shape: tupl
 
 def image_size(model: Wuerstchen, height: int | None, width: int | None, image: Tensor | None,
                semantic: Tensor | None) -> tuple[int, int]:
-    """Fills in the sides that were left open, see generate, and warns of sizes the weights were not trained on."""
+    """-> (height, width); None is replaced by the default, see generate. Warns of sizes that were not trained."""
     height, width = (None if side is None else SIDE.check(name, side)
                      for name, side in (("height", height), ("width", width)))
     if image is not None:
@@ -266,29 +267,29 @@ def image_size(model: Wuerstchen, height: int | None, width: int | None, image: 
         height, width = (side * 128 // 3 if given is None else given
                          for given, side in zip((height, width), semantic.shape[-2:]))
     height, width = (model.size if side is None else side for side in (height, width))
-    latent_sizes(height, width)                                                            # for its error messages
+    latent_sizes(height, width)                                                            # raises ValueError
     warn_of_size(height, width, model.size)
     return height, width
 
 
 def both_sides(height: int | None, width: int | None, image: Tensor) -> tuple[int, int]:
-    """Fills in the side that was left open, if one was, in the shape of the image (3,H,W), at most LONGEST : 1."""
+    """-> (height, width). A side that is None follows from the other and the image's shape (3,H,W), up to 4 : 1."""
     h, w = image.shape[-2:]
     h, w = min(h, LONGEST * w), min(w, LONGEST * h)
     return round(width * h / w) if height is None else height, round(height * w / h) if width is None else width
 
 
 class PromptBatch:
-    """Text embeddings for the stages: texts("c"), texts("b") -> with and without condition, each (images,N,D).
+    """Text embeddings: texts("c") for Stage C, texts("b") for B -> of prompts and negative prompts, each (images,N,D).
 
-    Prompts and embeddings are checked at once and encoded when they are asked for. rows: the number of prompts.
-    stages: those that will be asked for, "cb" or one of them. optional: an empty prompt will do. silent: it is empty.
+    Everything is checked in __init__; a call encodes the prompts. stages: the stages that will be called, "c", "b" or
+    "cb". optional: prompts may be empty. Attributes: rows, the number of prompts; silent: nothing is prompted.
     """
     def __init__(self, model: Wuerstchen, prompt, negative, embeddings: dict[str, Tensor], num_images: int, stages: str,
                  optional: bool):
         self.model, self.num_images, self.embeddings = model, num_images, dict(embeddings)
         networks = model.networks
-        if networks.get("text_encoder_c") is networks.get("text_encoder_b"):    # one embedding serves both stages
+        if networks.get("text_encoder_c") is networks.get("text_encoder_b"):    # both stages use one encoder
             for name in ("prompt", "negative"):
                 if f"{name}_c" in embeddings:
                     self.embeddings.setdefault(f"{name}_b", embeddings[f"{name}_c"])
@@ -308,7 +309,7 @@ class PromptBatch:
             self.check_width(name, embedding)
 
     def check_given(self, prompt, stages: str, optional: bool) -> None:
-        """Without a prompt: either every stage has its embedding, or none has and that is fine."""
+        """Raises ValueError if prompt is None, unless all stages have embeddings or, if `optional`, no stage has one."""
         missing = [f"prompt_{stage}" for stage in stages if f"prompt_{stage}" not in self.embeddings]
         if prompt is None and missing and {"prompt_c", "prompt_b"} & set(self.embeddings):
             raise ValueError(f"there is no {missing[0]} among the embeddings, and no prompt to make it from: "
@@ -319,7 +320,7 @@ class PromptBatch:
 
     def check_width(self, name: str, embedding: Tensor) -> None:
         stage, key = ("stage_c", "c_cond") if name.endswith("_c") else ("stage_b", "c_text")
-        config = getattr(self.model.networks.get(stage), "config", None)     # a loader may know it as well
+        config = getattr(self.model.networks.get(stage), "config", None)     # of the network or its loader
         if config is not None and embedding.shape[2] != config[key]:
             raise ValueError(f"embeddings {name} have shape {tuple(embedding.shape)}, "
                              f"expected ({rows(self.rows)}, tokens, {config[key]}).")
@@ -348,10 +349,10 @@ def encode_latents(model: Wuerstchen, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode_image(model: Wuerstchen, images: Tensor) -> Tensor:
-    """images (n,3,H,W) in [0, 1] -> raw semantic latents (n,16,h,w) float32, what Stage C would have to generate.
+    """images (n,3,H,W) in [0, 1] -> raw (unscaled) semantic latents (n,16,h,w) float32.
 
-    The images are extended to Stage B's grid and resized to 32 px for each position of the semantic latents: 0.75 of
-    their size, or nearly. Raises ValueError for sides below 64 px, and for weights without an image encoder.
+    The images are extended to Stage B's grid and resized so that each latent position covers 32 x 32 px: to about 0.75
+    of their size. Raises ValueError for sides below 64 px, and for weights without an image encoder.
     """
     encoder = model.part("image_encoder")
     (h, w), (h_b, w_b) = latent_sizes(*images.shape[-2:])
@@ -367,9 +368,9 @@ def extend(images: Tensor, height: int, width: int) -> Tensor:
 
 
 def cut_levels(levels: Tensor, strength: float) -> Tensor:
-    """The part of a schedule below noise level `strength`, which becomes its start: for image to image.
+    """For image to image: cuts a schedule of n + 1 noise levels so that it starts at noise level `strength`.
 
-    Returns (m + 1,), m <= n; for strength 0 or the schedule's end a single level, no step at all.
+    Returns (m + 1,), m <= n. If strength is 0 or below the schedule's last level, returns one level: no step at all.
     """
     strength = plain(strength)
     if not isinstance(strength, Real) or not 0 <= strength <= 1:
@@ -380,7 +381,7 @@ def cut_levels(levels: Tensor, strength: float) -> Tensor:
 
 
 class KnownImage:
-    """An image encoded as a start and, with a mask, as what stays while the rest is generated around it."""
+    """An image encoded as start of Stage C and, with a mask, as the part that both stages keep (inpainting)."""
     def __init__(self, model: Wuerstchen, image: Tensor, mask: Tensor | None, height: int, width: int):
         """image (3,H,W) and mask (H,W), see InitImage.read, are resized and cropped to cover height x width."""
         self.image = cover(image, height, width).to(model.device)                          # (3, height, width)
@@ -391,12 +392,12 @@ class KnownImage:
             return
         self.mask = cover(mask[None], height, width, nearest=True)[0].to(model.device)     # (height, width)
         canvas = extend(self.mask[None, None], 4 * h_b, 4 * w_b)
-        # A latent that has any part in the mask becomes new content.
+        # A latent position that overlaps the mask at all becomes new content.
         self.mask_c, self.mask_b = (F.adaptive_max_pool2d(canvas, size).bool() for size in ((h, w), (h_b, w_b)))
         self.latents = encode_latents(model, extend(self.image[None], 4 * h_b, 4 * w_b))   # (1, 4, h_b, w_b)
 
     def start_c(self, eps: Tensor, t: Tensor) -> Tensor:
-        """Where Stage C starts: noise (n,16,h,w) -> the image's semantic latents at noise level t."""
+        """The start of Stage C: noise (n,16,h,w) -> the image's semantic latents (n,16,h,w) at noise level t."""
         return eps if t == 1 else add_noise(self.semantic.expand_as(eps), eps, t.to(eps.device).expand(len(eps)))
 
     def keep_c(self, eps: Tensor) -> "InpaintMask | None":
@@ -406,17 +407,17 @@ class KnownImage:
         return None if self.mask is None else InpaintMask(self.latents.expand_as(eps), self.mask_b, eps)
 
     def paste(self, images: Tensor) -> Tensor:
-        """The known pixels over the generated ones, with a soft edge inside the mask: outside it nothing changes."""
+        """Puts the known pixels back outside the mask. The blend between old and new pixels lies inside the mask."""
         if self.mask is None:
             return images
         return torch.lerp(self.image.expand_as(images), images, feather(self.mask, min(images.shape[-2:]) // 64))
 
 
 class InpaintMask:
-    """Inpainting, as `keep` of denoise: holds what is known in place while the rest is sampled around it.
+    """Inpainting, as argument `keep` of denoise: resets the known part of x_t to its true value at noise level t.
 
-    known x_0 (B,...); mask, broadcast over it, True where new content goes; eps, the noise that the known part gets:
-    always the same, so that it moves towards x_0 on one straight path, which samplers with a memory need.
+    known: x_0 (B,...). mask: broadcast over x_0, True where new content goes. eps: the noise added to the known part,
+    the same at every step, so that this part moves to x_0 along one path, as multistep samplers (dpm++) require.
     Source: RePaint, arXiv:2201.09865, without its resampling.
     """
     def __init__(self, known: Tensor, mask: Tensor, eps: Tensor):
@@ -428,7 +429,7 @@ class InpaintMask:
 
 
 class FrameNoise:
-    """Source of noise for frames f (n,) of an interpolation: that of `seed`, moving to that of `to_seed` if given."""
+    """Source of noise for frames at f (n,), 0 to 1: noise of `seed`, interpolated to noise of `to_seed` if given."""
     def __init__(self, seed: int, to_seed: int | None, f: Tensor):
         self.f, self.ends = f, [Noise([end] * len(f)) for end in (seed, to_seed) if end is not None]
 
@@ -440,13 +441,13 @@ class FrameNoise:
 def slerp(a: Tensor, b: Tensor, f: float | Tensor) -> Tensor:
     """Spherical interpolation of each row from a (f = 0) to b (f = 1): (B,...), (B,...), f a number or (B,) -> (B,...).
 
-    A straight line between two noises would be too quiet in its middle: the network has only seen unit variance.
+    Linear interpolation of two noise tensors would have too little variance in the middle: the network expects 1.
     Source: Shoemake 1985, "Animating rotation with quaternion curves".
     """
     f = per_row(torch.as_tensor(f, dtype=a.dtype, device=a.device).expand(len(a)), a)
     cosine = F.cosine_similarity(a.flatten(1), b.flatten(1)).view_as(f).clamp(-1, 1)
     angle = cosine.arccos()
-    straight = angle.sin() < 1e-4                            # the same direction: no arc to follow
+    straight = angle.sin() < 1e-4                            # same or opposite direction: no arc
     angle = angle.where(~straight, 1)
     arc = ((1 - f) * angle).sin() / angle.sin() * a + (f * angle).sin() / angle.sin() * b
     return torch.where(straight, torch.lerp(a, b, f), arc)

@@ -1,13 +1,13 @@
-"""Image files: reads them, fits them, blends them and lays them out side by side. Knows no model.
+"""Reads image files; resizes, blends and arranges images. Uses no model.
 
   any file, array or tensor -read_image-> (3,H,W) -cover-> (3,height,width)      the input of the model
   PIL images (wuerstchen.to_pil) -strip, grid-> one image to look at             metadata.py saves it with its settings
 
 Inside, an image is a tensor (3,H,W), float32, 0 black to 1 white. A mask is (H,W), 1 where new content goes.
-Surprise: a plain convert("RGB") gets five kinds of files wrong. Photos lie on their side, because their EXIF data says
-how to turn them. Their colours are off, because their numbers mean Display P3 or Adobe RGB instead of sRGB. Transparent
-pixels turn black, or whatever colour is stored under them. 16 bits are clipped at 255 instead of scaled. 32-bit floats
-from 0 to 1 come out black. See pixels_of.
+Note: a plain convert("RGB") reads five kinds of files wrongly. Photos lie on their side, because it ignores the EXIF
+orientation. Colours are off if the profile is Display P3 or Adobe RGB instead of sRGB. Transparent pixels turn black,
+or whatever colour is stored under them. 16-bit values are clipped at 255 instead of scaled. 32-bit floats from 0 to 1
+come out black. pixels_of reads all five correctly.
 Needs: torch, numpy, pillow (11.3 or newer), loading/files.py.
 """
 import bisect
@@ -29,14 +29,14 @@ from torch import Tensor
 from loading.errors import UserError, warn
 from loading.files import reading, reason_of, write_atomically
 
-# Floats from 0 to 1 leave that range where an image was resized or sharpened, and in highlights. Such numbers, down to
-# DARK and up to BRIGHT, are clipped. Nobody means 0 to 255 by numbers up to 2: it would be a black image.
+# Resizing, sharpening and highlights take float images a little outside of [0, 1], so numbers from DARK to BRIGHT are
+# accepted and clipped. They cannot be meant as 0 to 255: an image with numbers up to 2 would be almost black.
 DARK, BRIGHT = -0.1, 2.0
-LARGEST = 2 ** 30                # bytes of an image file that is read
+LARGEST = 2 ** 30                # largest image file that is read, in bytes
 TURNS = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
-         6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}       # what an orientation in EXIF data asks for
+         6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}       # EXIF orientation: what makes it upright
 PNG, IEND = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"              # how a PNG file begins and ends
-PNG_TEXTS = (b"XML:com.adobe.xmp", b"Raw profile type exif", b"wuerstchen")  # with orientation, and with our settings
+PNG_TEXTS = (b"XML:com.adobe.xmp", b"Raw profile type exif", b"wuerstchen")  # orientation; our settings
 
 
 # ----- reading -------------------------------------------------------------------------------------------------------
@@ -46,8 +46,8 @@ def read_image(source) -> Tensor:
 
     source  a path; a PIL image; a numpy array (H,W), (H,W,3) or (H,W,4), uint8, bool or float in [0, 1];
             or a tensor (3,H,W), (1,3,H,W) or (H,W), float in [0, 1] or bool
-    Of an animation, the first frame. Mode I counts as 16 bits, mode F as 0 to 1 or, with numbers above 2, 0 to 255.
-    Floats that are a little outside of [0, 1], see DARK and BRIGHT, are clipped.
+    Of an animation, the first frame is read. PIL images of mode I are read as 16 bits; of mode F as 0 to 1, or as 0 to
+    255 if any pixel is above 2. Floats that are a little outside of [0, 1], see DARK and BRIGHT, are clipped.
     Raises ValueError, in one line, for files that are missing, cut off or not images, and for other shapes and numbers.
     """
     colours, opacity = _channels(source)
@@ -55,23 +55,23 @@ def read_image(source) -> Tensor:
 
 
 def read_pair(source, mask_source) -> tuple[Tensor, Tensor]:
-    """read_image and read_mask -> (3,H,W) and (H,W). A hole in the image that will get new content is not white but
-    continues its surroundings: else white would shine through at the edge. Raises ValueError, also if sizes differ."""
+    """-> image (3,H,W) and mask (H,W), as read_image and read_mask. Transparent pixels that the mask replaces are not
+    white but continue their surroundings, so that no white edge remains. Raises ValueError, also if sizes differ."""
     colours, opacity = _channels(source)
     mask = read_mask(mask_source)
     if mask.shape != opacity.shape:
         raise ValueError(f"the mask has {mask.shape[1]} x {mask.shape[0]} px, its image {opacity.shape[1]} x "
                          f"{opacity.shape[0]}: they must be the same.")
     image, solid = colours * opacity + (1 - opacity), opacity >= 0.5
-    # Around a hole the image is partly transparent. If all holes get new content, so is everything transparent theirs.
+    # Holes have partly transparent edges. If the mask covers all holes, all transparent pixels belong to them.
     theirs = opacity < 1 if (solid | (mask > 0)).all() else (opacity < 1) & (mask > 0)
     return torch.where(theirs, fill(colours, solid), image), mask
 
 
 def fill(colours: Tensor, known: Tensor) -> Tensor:
-    """colours (3,H,W), which count where known (H,W) is True -> (3,H,W): the rest gets the mean of what is near.
+    """colours (3,H,W), known (H,W) bool -> (3,H,W), in which unknown pixels get the mean of known pixels near them.
 
-    From images of half, a quarter, ... of the size, each the mean of known pixels. White if nothing is known.
+    The means come from images of half, a quarter, ... of the size. If no pixel is known, the result is white.
     """
     if known.all() or not known.any():
         return colours if known.any() else torch.ones_like(colours)
@@ -81,13 +81,13 @@ def fill(colours: Tensor, known: Tensor) -> Tensor:
 
 
 def read_mask(source) -> Tensor:
-    """A mask from the same sources -> (H,W) float32, exactly 1 where new content goes (white, or a hole), else 0.
+    """A mask, from any source of read_image -> (H,W) float32: 1 where new content goes (white, or a hole), else 0.
 
     Raises ValueError for everything read_image rejects, and if nothing is marked.
     """
     colours, opacity = _channels(source, "the mask")
-    # Many editors export a mask as a sheet of one colour, whichever, or as the photo itself, with holes where new
-    # content goes. So if there are holes, opacity decides. The colour stored under full transparency is arbitrary.
+    # Many editors export a mask as an image of one arbitrary colour, or as the photo itself, with transparent holes
+    # where new content goes. So if there are holes, opacity decides. The colour stored in the holes is arbitrary.
     hole = opacity < 0.5                                                # (H, W)
     if hole.any():
         sheet = colours[:, ~hole]                                       # (3, n)
@@ -128,7 +128,7 @@ def _channels(source, what: str = "the image") -> tuple[Tensor, Tensor]:
 
 
 def read_file(path: str | Path) -> np.ndarray:
-    """-> pixels_of the image in a file. Raises UserError."""
+    """Reads an image file -> (H,W,3) or (H,W,4) uint8, see pixels_of. Raises UserError."""
     with reading(path, most=LARGEST), decoding(), open_image(Path(path).read_bytes()) as image:
         return pixels_of(image)
 
@@ -137,7 +137,7 @@ def read_file(path: str | Path) -> np.ndarray:
 def decoding():
     """Turns whatever Pillow raises inside into a ValueError of one line.
 
-    Each of its decoders raises its own kinds for a damaged file: OSError, SyntaxError, struct.error, EOFError, ...
+    Each of Pillow's decoders raises other errors for a damaged file: OSError, SyntaxError, struct.error, EOFError, ...
     """
     try:
         yield
@@ -159,9 +159,9 @@ def open_image(content: bytes) -> Image.Image:
 
 
 def open_header(file: BinaryIO, start: int, end: int, pixels: bool = False) -> Image.Image:
-    """Bytes start to end of a file -> a PIL image with its size, profile and orientation; loadable only with `pixels`.
+    """Bytes `start` to `end` of a file -> a PIL image with its size, profile and orientation.
 
-    Raises whatever Pillow does.
+    pixels: whether its pixels can be loaded; without them, less of a PNG file is read. Raises whatever Pillow raises.
     """
     file.seek(start)
     if file.read(len(PNG)) == PNG:
@@ -173,16 +173,16 @@ def open_header(file: BinaryIO, start: int, end: int, pixels: bool = False) -> I
     except Exception:
         if content[4:11] != b"ftypavi":
             raise
-        # AVIF is decoded as a whole, EXIF data included. An item of an unknown type is ignored, however damaged.
+        # Pillow rejects AVIF files with damaged EXIF data, but ignores items of an unknown type: rename the item.
         return Image.open(io.BytesIO(content.replace(b"Exif", b"none", 1)))
 
 
 def open_png(file: BinaryIO, start: int, end: int, pixels: bool) -> Image.Image:
     """open_header for PNG files.
 
-    EXIF data may follow the pixels: here it comes first, and to find it only a few hundred bytes are read.
-    Pillow rejects a whole file for texts and profiles that are damaged, or larger than 1 MiB when decompressed. Here
-    damaged ones and all texts except PNG_TEXTS are omitted.
+    EXIF data may follow the pixels in the file; here it is moved before them. Finding it takes a few hundred bytes.
+    Pillow rejects the whole file if a text or a profile is damaged, or larger than 1 MiB when decompressed. So damaged
+    profiles, damaged EXIF data and all texts except PNG_TEXTS are omitted here.
     """
     def chunk_at(at: int) -> tuple[int, bytes]:          # length of the content, kind
         file.seek(at)
@@ -193,7 +193,7 @@ def open_png(file: BinaryIO, start: int, end: int, pixels: bool) -> Image.Image:
         length, kind = chunk_at(at)
         size = length + 12                               # with length, kind and checksum
         if kind == b"IDAT" and not pixels:
-            # Encoders cut the pixels into chunks of one length, so the end of their row is found without visiting each.
+            # Encoders write the pixels as chunks of equal length, so a binary search finds the last of these chunks.
             following = range(at + size, end, size)
             at += size * bisect.bisect_left(following, True, key=lambda place: chunk_at(place) != (length, kind))
         elif kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"iCCP", b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
@@ -209,7 +209,7 @@ def open_png(file: BinaryIO, start: int, end: int, pixels: bool) -> Image.Image:
                                                 or content.partition(b"\0")[0] in PNG_TEXTS else False):
                 header += chunk
         at += size
-    end_mark = IEND * (not pixels or kind == b"IEND")    # a file that is cut off stays so
+    end_mark = IEND * (not pixels or kind == b"IEND")    # none if the file is cut off
     image = Image.open(io.BytesIO(b"".join((PNG, header, *data, end_mark))))
     if profile:
         image.info["icc_profile"] = profile
@@ -217,23 +217,23 @@ def open_png(file: BinaryIO, start: int, end: int, pixels: bool) -> Image.Image:
 
 
 def _is_usable(chunks: bytes) -> bool:
-    """Does Pillow accept this beginning of a PNG file?"""
+    """Whether Pillow accepts a PNG file that begins with these chunks."""
     with contextlib.suppress(Exception), Image.open(io.BytesIO(PNG + chunks + IEND)):
         return True
     return False
 
 
 def orientation(image: Image.Image) -> int:
-    """1 to 8, see TURNS, from the EXIF or XMP data of an image; 1 if there is none that can be read."""
-    with contextlib.suppress(Exception):                 # each kind of damage raises its own
-        return Image.Image.getexif(image).get(0x0112, 1)           # that of PNG images decodes the pixels, to find more
+    """The orientation of an image, 1 to 8 (see TURNS), from its EXIF or XMP data; 1 if none can be read."""
+    with contextlib.suppress(Exception):                 # damaged data may raise any error
+        return Image.Image.getexif(image).get(0x0112, 1)           # getexif of PNG images would decode the pixels
     return 1
 
 
 def to_srgb(image: Image.Image) -> ImageCms.ImageCmsTransform | None:
-    """The transform from an image's colour profile to sRGB; None without one, or if the pixels are right as they are.
+    """The transform from an image's colour profile to sRGB; None without a profile, or if the pixels are sRGB already.
 
-    A profile that is damaged, or for other colours than the image's, cannot be used: then they are taken as sRGB.
+    A profile that is damaged, or for another colour space than the image's, is ignored: the pixels count as sRGB.
     """
     profile, mode = image.info.get("icc_profile"), image.mode
     if not isinstance(profile, bytes) or not profile:
@@ -247,17 +247,17 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     with contextlib.suppress(ImageCms.PyCMSError, OSError, ValueError):
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         space = source.profile.xcolor_space.strip()
-        if mode == "L" and space == "RGB":               # a grey image with the profile of three equal channels
+        if mode == "L" and space == "RGB":               # a grey image whose profile expects three equal channels
             mode = "RGB"
         if space != {"L": "GRAY"}.get(mode, mode):
             return None
-        # As in photo editors: white stays white, black stays black, other colours as they are measured.
+        # As in photo editors: white stays white and black stays black.
         transform = ImageCms.buildTransform(
             source, ImageCms.createProfile("sRGB"), mode, "RGB", ImageCms.Intent.RELATIVE_COLORIMETRIC,
             ImageCms.Flags.BLACKPOINTCOMPENSATION)
         if mode == "CMYK":
             return transform
-        # sRGB has many profiles, which differ by rounding: those images keep their pixels, bit for bit.
+        # Many profiles for sRGB exist, which differ by rounding. Images with one of them keep their exact pixels.
         colours = np.indices((16,) * 3).reshape(3, 1, -1).T * 17 if mode == "RGB" else np.arange(256)[None]
         probe = Image.fromarray(colours.astype(np.uint8))
         change = np.asarray(ImageCms.applyTransform(probe, transform), int) - np.asarray(probe.convert("RGB"), int)
@@ -288,9 +288,9 @@ def pixels_of(image: Image.Image) -> np.ndarray:
 def _to_8_bits(image: Image.Image) -> Image.Image:
     """Modes I;16, I and F -> L, scaled; convert("L") would clip them."""
     values = np.asarray(image).astype(np.float64)        # (H, W)
-    low, high = values.min(), values.max()               # NaN if there is one
-    # 16-bit PGM files come as mode I, and so do 16-bit PNG files in older versions of Pillow. Floats do not say what
-    # white is: presumably 1 if all are near, while Pillow converts 8 bits to floats up to 255.
+    low, high = values.min(), values.max()               # NaN if any pixel is NaN
+    # Pillow opens 16-bit PGM files as mode I, and older versions also 16-bit PNG files. For floats, white is taken as 1
+    # if no pixel is above BRIGHT, else as 255: Pillow converts 8-bit images to floats up to 255.
     white = 65535 if image.mode != "F" else 1 if high <= BRIGHT else 255
     least, most = (DARK, BRIGHT) if white == 1 else (0, white)
     if not (low >= least and high <= most):
@@ -337,7 +337,7 @@ def _name(source, otherwise: str) -> str:
 # ----- fitting and blending ------------------------------------------------------------------------------------------
 
 def cover(image: Tensor, height: int, width: int, nearest: bool = False) -> Tensor:
-    """image (C,H,W) -> (C,height,width): resized in its own shape until it covers that, the rest cut off evenly.
+    """image (C,H,W) -> (C,height,width): resized, in its own shape, to cover this size; then cropped to the middle.
 
     nearest: for masks, which stay 0 or 1. An image that has the size already is returned as it is, bit for bit.
     Raises ValueError for other shapes and sizes below 1.
@@ -347,14 +347,14 @@ def cover(image: Tensor, height: int, width: int, nearest: bool = False) -> Tens
                          "expected (C,H,W) and sizes of at least 1")
     scale = max(height / image.shape[1], width / image.shape[2])
     size = max(height, round(image.shape[1] * scale)), max(width, round(image.shape[2] * scale))
-    # Of an image that is far too long, only the middle is resized: as a whole it would fill the memory.
+    # Of a very long image, crop the middle before resizing: the whole image, resized, could fill the memory.
     middle = tuple(min(side, 2 * math.ceil(needed / scale) + 2 + side % 2)
                    for side, needed in zip(image.shape[1:], (height, width)))
     if size[0] * size[1] > 16 * height * width and middle != image.shape[1:]:
         return cover(middle_of(image, *middle), height, width, nearest)
     if size != tuple(image.shape[1:]):
-        # nearest-exact takes the pixel at the centre of the new one, like bilinear. torch's "nearest" takes the one at
-        # its corner, which would shift a mask against its image by up to half a pixel.
+        # nearest-exact samples at the centre of each new pixel, like bilinear. torch's "nearest" samples at its corner,
+        # which would shift a mask against its image by up to half a pixel.
         mode = dict(mode="nearest-exact") if nearest else dict(mode="bilinear", antialias=True, align_corners=False)
         image = F.interpolate(image[None], size, **mode)[0]             # (C, *size)
     return middle_of(image, height, width)                              # (C, height, width)
@@ -404,8 +404,8 @@ def feather(mask: Tensor, radius: int) -> Tensor:
     if mask.ndim != 2 or radius < 0:
         raise ValueError(f"cannot feather a mask of shape {tuple(mask.shape)} by {radius} px: "
                          "expected (H,W) and 0 or more")
-    # The mean of the mask and of what is left after eroding it 1, 2, ... radius times. A blur, clipped so that it is 0
-    # outside, would be quicker, but it wipes out strokes thinner than the radius: here they only stay below 1.
+    # The mean of the mask and of the mask eroded 1, 2, ... radius times. A blur, clipped so that it is 0 outside, would
+    # be faster, but would remove strokes thinner than the radius. Here the weights of such strokes only stay below 1.
     eroded, total = mask.float()[None], mask.float()                    # (1, H, W), (H, W)
     for _ in range(radius):
         # minimum of 3 x 3; max_pool2d pads with -inf, so nothing beyond the border counts
@@ -417,7 +417,7 @@ def feather(mask: Tensor, radius: int) -> Tensor:
 # ----- laying out ----------------------------------------------------------------------------------------------------
 
 def strip(images: list, labels: list[str] | None = None, gap: int = 4) -> Image.Image:
-    """PIL images of equal size -> one row of them, labels above; otherwise like grid."""
+    """PIL images of equal size -> one row of them, with labels above; see grid."""
     return grid(images, len(images), labels, gap=gap)
 
 
@@ -450,7 +450,7 @@ def grid(images: list, columns: int, column_labels: list[str] | None = None, row
     draw = ImageDraw.Draw(sheet)
     for i, image in enumerate(images):
         sheet.paste(image, (left + i % columns * (width + gap), top + i // columns * (height + gap)))
-    # The anchor says which point of the text the position is: "mm" its middle, "rm" the middle of its right end.
+    # The anchor is the point of the text at the given position: "mm" its middle, "rm" the middle of its right end.
     for i, label in enumerate(above):
         draw.text((left + i * (width + gap) + width / 2, line / 2), label, "black", font, anchor="mm")
     for i, label in enumerate(left_of):
@@ -459,7 +459,7 @@ def grid(images: list, columns: int, column_labels: list[str] | None = None, row
 
 
 def save_gif(images: list, path: str | Path, seconds_per_frame: float = 0.15, overwrite: bool = False) -> None:
-    """PIL images of equal size -> a GIF file that loops forever, written whole or not at all.
+    """PIL images of equal size -> a GIF file that loops forever, written completely or not at all.
 
     GIF counts in hundredths of a second, and Pillow joins equal consecutive frames into one that is shown longer.
     Raises FileExistsError unless `overwrite`, and ValueError without images or if their sizes differ.

@@ -1,10 +1,10 @@
-"""A run of sample.py with one job or many: prompt files, progress, and what happens if something goes wrong.
+"""A run of sample.py with one job or many: prompt files, progress, and the handling of errors.
 
   .txt or .jsonl -prompt_lines-> the settings of each line;  with exit_on_error() as run: the whole script
 
-A line of a prompt file that fails is named, and the others continue: exit code 1. All else that a user can repair ends
-the run in one line, exit code 2.
-Surprise: a batch that fails is computed again one by one, because any of its images may be the reason.
+If a line of a prompt file fails, the error names it and the other lines continue: exit code 1. Any other error that a
+user can fix ends the run with a message of one line: exit code 2.
+Note: a batch that fails is computed again image by image, because any of its images may be the reason.
 Needs: the standard library; tqdm once images are computed.
 """
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 from loading.errors import UserError, WeightsError, memory_ran_out, printable, tell
 from loading.files import parsed, read_text
 
-KNOWN = (ValueError, OSError, RuntimeError, MemoryError)             # OSError: files that may not be read
+KNOWN = (ValueError, OSError, RuntimeError, MemoryError)             # OSError: e.g. no permission to read
 
 
 # ----- prompt files --------------------------------------------------------------------------------------------------
@@ -47,7 +47,8 @@ def prompt_lines(path: Path) -> list[tuple[int, dict]]:
 
 
 def without_mark(text: str) -> str:
-    """Some editors begin a text with a byte-order mark; joined files have it anywhere. It would become a token."""
+    """Removes byte-order marks: some editors begin a text with one, joined files have them anywhere. They would become
+    tokens."""
     return text.replace("\ufeff", "")
 
 
@@ -59,12 +60,12 @@ class Run:
         self.jobs, self.saved, self.failed, self.bar = [], [], 0, None
 
     def print(self, *words: str, file=None) -> None:
-        """One line, above the progress bars."""
+        """Prints one line, above the progress bars."""
         with self.bar.external_write_mode() if self.bar else contextlib.nullcontext():
             print(printable(" ".join(words)), file=file, flush=True)
 
     def report(self, message: str) -> None:
-        """Something went wrong, and the run continues."""
+        """Prints and counts an error after which the run continues."""
         self.failed += 1
         self.print("error:", message, file=sys.stderr)
 
@@ -73,7 +74,7 @@ class Run:
         self.print(str(path) if job.seed is None else f"seed {job.seed}: {path}")
 
     def progress(self, batches: Iterable[list]) -> Iterator[list]:
-        """The same batches; if there are several images, with a bar: which prompt, how many images, how long still."""
+        """Yields the batches; for several images with a progress bar: current prompt, finished images, time left."""
         if len(self.jobs) == 1:
             yield from batches
             return
@@ -89,7 +90,7 @@ class Run:
         self.bar = None
 
     def attempt(self, make: Callable[[list], list], batch: list) -> list[tuple]:
-        """-> pairs of a job and its image. Raises what `make` raises, but in a prompt file reports it."""
+        """-> pairs of a job and its image. Raises errors of `make`, but reports them for a line of a prompt file."""
         try:
             return [*zip(batch, make(batch))]
         except KNOWN as problem:
@@ -109,7 +110,7 @@ def place_of(job: argparse.Namespace) -> str:
 
 
 def skip_line(args: argparse.Namespace, problem: ValueError, bad: dict[int, str] | None) -> None:
-    """Notes what is wrong with a line of a prompt file. Raises it if it is not about a line, or cannot be noted."""
+    """Stores what is wrong with a line of a prompt file in `bad`. Raises UserError if there is no line or no `bad`."""
     if not args.line or bad is None:
         raise UserError(place_of(args) + str(problem)) from None
     bad[args.line] = place_of(args) + str(problem)
@@ -117,20 +118,21 @@ def skip_line(args: argparse.Namespace, problem: ValueError, bad: dict[int, str]
 
 @contextlib.contextmanager
 def exit_on_error() -> Iterator[Run]:
-    """Runs the script: exit code 2 and one line for what a user can repair, 130 after Ctrl-C. Bugs keep a traceback.
+    """Context for the whole script: an error that a user can fix becomes one line and exit code 2; Ctrl-C code 130.
 
-    Exit code 1 if something was reported and the rest is finished. Warnings are one line each. No preview stays.
+    Bugs keep a traceback. Exit code 1 if errors were reported and the other images are finished. Each warning is one
+    line. Previews are removed at the end.
     """
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")         # its advice is meant for programmers
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")         # transformers' warnings are for programmers
     run = Run()
     try:
         with warnings.catch_warnings():
-            # Each once, though files are read before the weights are loaded, and again for each batch.
+            # Print each warning once, although files are read before the weights are loaded and again for each batch.
             warn = functools.cache(lambda text: run.print("warning:", *text.split(), file=sys.stderr))
             warnings.showwarning = lambda message, *_: warn(str(message))
             yield run
     except KeyboardInterrupt:
-        print(file=sys.stderr)                           # the bar's line ends
+        print(file=sys.stderr)                           # ends the line of the progress bar
         tell(f"stopped: {len(run.saved)} of {len(run.jobs)} images are finished, each in its file")
         raise SystemExit(130) from None
     except KNOWN as problem:
@@ -146,7 +148,7 @@ def exit_on_error() -> Iterator[Run]:
 
 
 def one_line(problem: Exception) -> str:
-    """What an exception tells a user. Raises it again if it is a bug of ours."""
+    """The message of an exception, for users. RuntimeErrors are bugs and raised again, except if memory ran out."""
     message = " ".join(str(problem).split())
     if memory_ran_out(problem):
         return "memory ran out: generate fewer or smaller images at a time, or try --dtype bf16 or --low-memory"

@@ -1,12 +1,12 @@
-"""The settings of an image: written into its file, and read by --like as options one could have typed.
+"""The settings of an image: written into its file, and read by --like as command line options.
 
   job, model, image -settings_of-> settings -metadata.save_image-> PNG, JPEG or WebP file
-  file -options_like-> {"seed": ["--seed=3"], ...}, with those of the command line over them -flat-> argv
+  file -options_like-> {"seed": ["--seed=3"], ...}, overridden by the command line's options -flat-> argv
 
-Options are a dict from a name to what is typed for it; nothing is typed for an option that "" undoes.
-Surprise: all settings are stored, also those that are only the weights' own defaults, so that the image stays the same
-when defaults change. With other weights, such defaults are left out: nobody asked for them. Paths are stored
-as seen from the working folder, and looked for from all folders above the image: so a folder with its images can move.
+`Options` are {name of an option: its words on the command line}, with an empty list for an option that "" undoes.
+Note: settings are also stored if they are only the weights' defaults, so that the image stays the same when defaults
+change. If --like is used with other weights, those defaults are omitted, because the user did not choose them. Paths
+are stored relative to the working folder and searched from all folders above the image, so that folders can be moved.
 Needs: the standard library; torch to write settings, and for some images to read them.
 """
 import argparse
@@ -25,9 +25,9 @@ SAMPLING = dict(steps=None, sampler=None, guidance=None, interval=(0.0, 1.0), re
 # Parts that can be replaced by a folder or file.
 FILES = dict(prior="Stage C", decoder="Stage B", vqgan="Stage A", image_encoder="the image encoder",
              prior_text_encoder="Stage C's text encoder", text_encoder="Stage B's text encoder")
-# Names of weights whose version is known before they are loaded: whether it is v1.
+# {name of weights: whether they are v1}, for the weights of which this is known before they are loaded.
 NAMED = {None: False, "tiny": False, "tiny-v1": True, "v1": True, "v2": False, "v2-base": False, "v2-aesthetic": False}
-# Options that only one version has, because Stage B of v1 generates tokens; and its samplers.
+# Options that only one version has, because Stage B of v1 generates tokens; then the samplers of the stages.
 ONLY_V1, ONLY_V2 = ("temperature_b",), ("mask", "outpaint", "rescale_b", "eta_b")
 SAMPLERS = dict(c=("ddpm", "ddim", "dpm++"), b=("ddpm", "ddim", "dpm++", "multinomial", "argmax", "quant"))
 INPUTS = ("init", "mask", "reconstruct", "from_latent", "to_latent", "tensors")      # files an image is made from
@@ -48,7 +48,7 @@ Options = dict[str, list[str]]
 # ----- options -------------------------------------------------------------------------------------------------------
 
 def as_text(value) -> str:
-    """A value as one would type it."""
+    """A value in the form in which a user would type it."""
     if isinstance(value, dict):
         return ",".join(f"{as_text(end)}:{count}" for end, count in value.items())
     if isinstance(value, (tuple, list)):
@@ -67,7 +67,7 @@ def typed(settings: dict) -> Options:
 
 
 def split(p: argparse.ArgumentParser, argv: list[str]) -> Options:
-    """argv by the options' names; of two equal ones the last counts. What is no option belongs to the one before."""
+    """argv -> Options. If an option is given twice, the last counts. Other words belong to the option before them."""
     strings = {string: action.dest for action in p._actions for string in action.option_strings}
     options, name = {}, ""
     for word in argv:
@@ -88,27 +88,27 @@ def flat(options: Options) -> list[str]:
 
 
 def is_possible(name: str, args: argparse.Namespace) -> bool:
-    """Whether everything is there that this option depends on."""
+    """Whether the options on which this option depends are set so that it can be used."""
     if needed := next((others for first, *others in REQUIRES if first == name), None):
         return any(getattr(args, other) for other in needed)
     stage = name[-1]
     if name in ("eta_c", "eta_b"):
         return getattr(args, f"sampler_{stage}") == "ddim"
     if name in ("t_start_c", "t_start_b", "t_end_c", "t_end_b"):
-        steps = getattr(args, f"steps_{stage}")              # segments have an end of their own, levels both
+        steps = getattr(args, f"steps_{stage}")              # segments contain the end; levels, both
         return steps is None or isinstance(steps, (int, dict) if "start" in name else int)
     return True
 
 
 def of_other_version(args: argparse.Namespace, v1: bool) -> list[str]:
-    """The options that are given although weights of this version, v1 or v2, cannot have them."""
+    """The options that are given although weights of this version, v1 or v2, cannot use them."""
     names = [name for name in (ONLY_V2 if v1 else ONLY_V1)
              if getattr(args, name) not in (None, "", SAMPLING.get(name[:-2]))]
     return names + ["sampler_b"] * bool(args.sampler_b and (args.sampler_b in SAMPLERS["c"]) == v1)
 
 
 def is_v1(args: argparse.Namespace) -> bool | None:
-    """Whether these weights are of v1, as far as that is known without fetching or loading them; else None."""
+    """Whether the weights in args are v1; None if this is unknown without downloading or loading them."""
     if args.weights in NAMED and not args.decoder:
         return NAMED[args.weights]
     try:
@@ -120,8 +120,8 @@ def is_v1(args: argparse.Namespace) -> bool | None:
 
 
 def merge(read: Callable[[list[str]], argparse.Namespace], base: Options, more: Options) -> Options:
-    """base with `more` over it. What depended on something that `more` changed goes with it: --init "" takes the
-    strength and mask of base along. read: from words to an argparse.Namespace."""
+    """base | more, without options of base that `more` makes impossible: if it removes --init, the strength and mask of
+    base are removed as well. read: parses words to an argparse.Namespace."""
     merged = base | more
     before, after = read(flat(base)), read(flat(merged))
     while gone := [name for name in merged.keys() - more.keys()
@@ -134,13 +134,13 @@ def merge(read: Callable[[list[str]], argparse.Namespace], base: Options, more: 
 # ----- --like --------------------------------------------------------------------------------------------------------
 
 def options_like(read: Callable, args: argparse.Namespace, more: Options) -> tuple[Options, dict[str, str]]:
-    """The options of a command line with --like, with the settings in that image below them; and the hashes of the
-    files it was made from, except for those that the command line replaces. Raises ValueError."""
+    """-> the settings of the image of --like, overridden by `more`, the command line; and the hashes of the files that
+    the image was made from, except for files that the command line replaces. Raises ValueError."""
     from extras.metadata import read_settings
     stored = read_settings(args.like)
     hashes = stored["hashes"] = stored["hashes"] if isinstance(stored.get("hashes"), dict) else {}
     settings = {name: value for name, value in stored.items() if name in PER_IMAGE + PER_RUN}
-    if args.prompt_file:                         # has prompts of its own
+    if args.prompt_file:                         # the file contains the prompts
         settings["prompt"] = None
     elif args.from_latent:                       # the noise continues from its state in the file
         settings["seed"] = None
@@ -148,7 +148,7 @@ def options_like(read: Callable, args: argparse.Namespace, more: Options) -> tup
     if other_weights or more.keys() & {"init", "outpaint", "from_latent"}:
         own = own_defaults(args.like, stored)
         same = {name for name, value in own.items() if as_text(value) == as_text(stored.get(name))}
-        if not same >= {"width", "height"}:      # one setting: a square is no wish, but 256 x 128 is
+        if not same >= {"width", "height"}:      # keep both sides unless both are defaults
             same = same - {"width", "height"}
         settings |= dict.fromkeys(same if other_weights else same & {"width", "height"})
     options = merge(read, typed(settings), more)
@@ -169,7 +169,7 @@ def options_like(read: Callable, args: argparse.Namespace, more: Options) -> tup
 
 
 def own_defaults(image: str, stored: dict) -> dict:
-    """What an image with these settings has if the user asks for nothing: its weights' own size, steps, and so on."""
+    """The defaults of size, steps and so on that applied to an image with the settings `stored`."""
     weights = str(stored.get("weights") or "tiny")
     v1, tiny = "temperature_b" in stored, is_tiny(weights) or is_tiny(Path(image).parent / weights)
     height, width = own_size(image, stored, 128 if tiny else 512 if v1 else 1024)
@@ -180,7 +180,7 @@ def own_defaults(image: str, stored: dict) -> dict:
 
 
 def is_tiny(weights: str | Path) -> bool:
-    """Whether these weights are for 128 px; False if they are gone."""
+    """Whether these weights are for 128 px; False if they cannot be found."""
     if weights in NAMES:
         return False
     try:
@@ -192,7 +192,7 @@ def is_tiny(weights: str | Path) -> bool:
 
 
 def own_size(image: str, stored: dict, size: int) -> tuple[int, int]:
-    """(height, width) by default: the size of the weights, a saved latent's, or the shape of --init."""
+    """The default (height, width) of an image with the settings `stored`: of its saved latent, of its --init, or size."""
     from extras import editing, images, modes
     hashes = stored["hashes"]
     try:
@@ -205,7 +205,7 @@ def own_size(image: str, stored: dict, size: int) -> tuple[int, int]:
         left, top, right, bottom = map(int, str(stored.get("outpaint") or "0,0,0,0").split(","))
         h, w = height + top + bottom, width + left + right
         return images.fitting_size(min(h, editing.LONGEST * w), min(w, editing.LONGEST * h), size)
-    except ValueError:                           # it is gone: presumably what fits the weights was not asked for
+    except ValueError:                           # file missing: a size that fits the weights is taken as the default
         now = stored.get("height"), stored.get("width")
         return now if size in now else (size, size)
 
@@ -213,8 +213,8 @@ def own_size(image: str, stored: dict, size: int) -> tuple[int, int]:
 # ----- paths ---------------------------------------------------------------------------------------------------------
 
 def relative(file: str | Path, folder: Path) -> str:
-    """The path of a file for the settings of an image in `folder`: as seen from the working folder if that is above it,
-    else from the folder. Never absolute. A name of weights stays as it is."""
+    """The path of a file, for the settings of an image in `folder`: relative to the working folder if that contains
+    `folder`, else relative to `folder`. Never absolute. Names of weights are returned unchanged."""
     if is_name(file):
         return file
     folder = Path(os.path.abspath(folder))
@@ -225,8 +225,8 @@ def relative(file: str | Path, folder: Path) -> str:
 
 
 def find(image: str | Path, name: str, stored: str, hashes: dict[str, str]) -> str:
-    """A path in the settings of an image, as seen from its folder, those above it, or the working folder. If it exists
-    more than once, the hash decides. Raises ValueError if it does not exist."""
+    """Finds a file named in the settings of an image: searches the image's folder, the folders above it and the working
+    folder. If several files are found, the hash decides. Raises ValueError if none is found."""
     if is_name(stored):
         return stored
     folders = [*Path(os.path.abspath(image)).parents, Path.cwd()]
@@ -244,7 +244,7 @@ def find(image: str | Path, name: str, stored: str, hashes: dict[str, str]) -> s
 # ----- writing -------------------------------------------------------------------------------------------------------
 
 def settings_of(job: argparse.Namespace, model, image) -> dict:
-    """All that is needed to make the image again, and which files and versions made it.
+    """-> all settings that are needed to generate the image again, and the files and versions that generated it.
 
     Warns if the files are no longer those that made the image of --like.
     """
@@ -267,7 +267,7 @@ def settings_of(job: argparse.Namespace, model, image) -> dict:
     values["dtype"] = next(name for name, dtype in DTYPES.items() if getattr(torch, dtype) == model.dtype)
     if not any(values[name] for name in COMBINED):
         values |= dict(width=image.width, height=image.height)
-    if not job.grid:                             # other images have a file and a seed each
+    if not job.grid:                             # else each image has its own file and seed
         values["num_images"] = None
     if not job.interpolate_to and not job.to_latent:
         values["frames"] = None

@@ -1,4 +1,4 @@
-"""Images that say how they were made: PNG, JPEG and WebP files with their settings, for us and for other programs.
+"""Writes and reads PNG, JPEG and WebP files that contain the settings of their image.
 
   settings {"prompt": ..., "seed": ...} -save_image-> "parameters" (for other programs) and "wuerstchen" (JSON)
   file -read_settings-> the same settings
@@ -6,7 +6,7 @@
   PNG         two texts with these names
   JPEG, WebP  EXIF tag UserComment for "parameters", where other programs expect it; our JSON in XMP
 
-Surprise: PNG has two kinds of text. Every reader understands tEXt, which is Latin-1; all other letters need iTXt.
+Note: PNG has two kinds of text. Every reader understands tEXt, but it contains only Latin-1; other letters need iTXt.
 The "parameters" text follows AUTOMATIC1111's web UI, modules/infotext_utils.py and processing.py.
 Needs: pillow; reading also images.py.
 """
@@ -24,12 +24,12 @@ from loading.errors import warn
 from loading.files import parsed, reading, write_atomically
 
 CHUNK = "wuerstchen"             # name of the PNG text that read_settings reads
-SPACE = "https://arxiv.org/abs/2306.00637"       # of the XMP property that it reads: XMP names have an address
+SPACE = "https://arxiv.org/abs/2306.00637"       # namespace of the XMP property that it reads
 XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/">\
 <rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about="" xmlns:{name}="{space}">\
 <{name}:settings>{json}</{name}:settings></rdf:Description></rdf:RDF></x:xmpmeta><?xpacket end="w"?>"""
 EXIF_IFD, USER_COMMENT = 0x8769, 0x9286
-# How lossy formats are saved: hardly worse than PNG. JPEG with colours in full resolution; WebP has them in half of it.
+# Pillow's options for lossy formats: hardly worse than PNG. JPEG stores colours in full resolution, WebP only in half.
 FORMATS = {".jpg": dict(format="JPEG", quality=95, subsampling="4:4:4", comment=b""),
            ".webp": dict(format="WEBP", quality=95)}
 FORMATS[".jpeg"] = FORMATS[".jpg"]
@@ -37,9 +37,9 @@ LARGEST = {"JPEG": 65500, "WEBP": 16383}         # px per side
 
 
 def save_image(image: Image.Image, path: str | Path, settings: dict | None, overwrite: bool = False) -> None:
-    """A PIL image -> a file with the settings it was made with, written whole or not at all.
+    """A PIL image -> a file with the settings it was made with, written completely or not at all.
 
-    The name decides: .jpg, .jpeg and .webp are those, all others PNG files, see save_png for the rest.
+    The suffix decides the format: .jpg, .jpeg or .webp; with all other suffixes a PNG file, see save_png.
     Settings that are too long for a JPEG file, beyond about 60 kB, are left out with a warning.
     """
     options = FORMATS.get(Path(path).suffix.lower())
@@ -61,9 +61,9 @@ def save_image(image: Image.Image, path: str | Path, settings: dict | None, over
 
 
 def save_png(image: Image.Image, path: str | Path, settings: dict | None, overwrite: bool = False) -> None:
-    """A PIL image -> a PNG file with the settings it was made with as two texts, written whole or not at all.
+    """A PIL image -> a PNG file with the settings it was made with as two texts, written completely or not at all.
 
-    "parameters" is for other programs (parameters_text), "wuerstchen" the same in JSON, complete, for read_settings.
+    "parameters" is for other programs (parameters_text); "wuerstchen" contains all settings as JSON, for read_settings.
     settings: names and plain values; None for no text at all.
     Raises FileExistsError unless `overwrite`, and OSError if the file cannot be written.
     """
@@ -73,13 +73,13 @@ def save_png(image: Image.Image, path: str | Path, settings: dict | None, overwr
                             (CHUNK, json.dumps(settings, ensure_ascii=False, sort_keys=True))):
             latin = all(ord(letter) < 256 for letter in value)
             text.add_text(name, value) if latin else text.add_itxt(name, value)
-    # Level 1: Pillow's own 6 takes 3 to 5 times as long, 1.6 s for 1024 px of grain, and saves a sixth to a quarter.
+    # Level 1: Pillow's default, 6, takes 3 to 5 times as long (1.6 s for 1024 px of noise) to save a sixth to a quarter.
     write_atomically(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=text, compress_level=1),
                      overwrite)
 
 
 def path_for(image: Image.Image, path: Path) -> Path:
-    """The path, or, if its format cannot hold so large an image, that of a PNG file, with a warning."""
+    """The path; if its format cannot hold an image of this size, the path of a PNG file instead, with a warning."""
     kind = FORMATS.get(path.suffix.lower(), {}).get("format")
     if max(image.size) <= LARGEST.get(kind, math.inf):
         return path
@@ -89,7 +89,7 @@ def path_for(image: Image.Image, path: Path) -> Path:
 
 
 def parameters_text(settings: dict) -> str:
-    """Settings in the words of AUTOMATIC1111's web UI, which other programs and Civitai read:
+    """Settings in the format of AUTOMATIC1111's web UI, which other programs and Civitai read:
 
       a cat on a blue background
       Negative prompt: dog
@@ -113,14 +113,14 @@ Version: wuerstchen
               "Version": "wuerstchen"}
     fields = {name: value for name, value in fields.items() if value is not None}
     for name, value in values.items():
-        # A name that readers know keeps the value they expect there; "wuerstchen" contains the other.
+        # setdefault: fields that readers know keep their value; the text "wuerstchen" contains every setting.
         fields.setdefault(name.replace("_", " ").capitalize(), value)
     line = ", ".join(f"{name}: {_quoted(str(value))}" for name, value in fields.items())
     return "\n".join([prompt] * bool(prompt) + [f"Negative prompt: {negative}"] * bool(negative) + [line])
 
 
 def _quoted(value: str) -> str:
-    """As JSON if a reader would take a part of the value for the next field, or quotes in it for its own."""
+    """The value, as a JSON string if it contains characters that have a meaning in the format."""
     return json.dumps(value, ensure_ascii=False) if any(letter in value for letter in ',:"\n') else value
 
 

@@ -1,8 +1,8 @@
-"""What sample.py makes besides images from a prompt: files as input, previews, latents, grids, strips, reconstructions.
+"""The other modes of sample.py: files as input, previews, latents, grids, interpolations, reconstructions.
 
   jobs that differ only in prompt and seed, options of sampling -make_images-> an image for each job
 
-A job is what cli.parse_jobs makes of the command line: all options, the seed and the paths of one image.
+A job contains all options, the seed and the paths of one image; cli.parse_jobs makes jobs from the command line.
 Needs: torch, safetensors; editing.py, images.py, previews.py.
 """
 import argparse
@@ -29,7 +29,7 @@ from wuerstchen import Noise, Wuerstchen, latent_sizes, to_pil
 
 # What --save-latent writes: (1,16,h,w); the state of the random numbers after Stage C (1,bytes); height and width.
 LATENT = ("semantic", "states", "size")
-ORIGIN = "wuerstchen"            # name of its metadata: of which weights it is, see origin_of
+ORIGIN = "wuerstchen"            # key of the file's metadata that names the weights, see origin_of
 
 
 def make_images(model, jobs: list[argparse.Namespace], options: dict) -> list:
@@ -67,14 +67,14 @@ def make_images(model, jobs: list[argparse.Namespace], options: dict) -> list:
 
 
 def save_latent(job: argparse.Namespace, path: Path) -> Path:
-    """-> the path. Raises FileExistsError if it exists, unless --overwrite."""
+    """Writes job.latent -> the path. Raises FileExistsError if it exists, unless --overwrite."""
     metadata = {ORIGIN: json.dumps(job.origin)}
     write_tensors(path, job.latent, metadata, job.overwrite)
     return path
 
 
 def origin_of(model, job: argparse.Namespace) -> dict:
-    """Of which weights a semantic latent is: their name, the kind of its numbers, the hashes of what Stage B needs."""
+    """The weights that generated a semantic latent: name, kind, and hashes of the networks that decode the latent."""
     raw = model.scale_semantic is not Wuerstchen.scale_semantic
     kind = "tiny" if model.size == 128 else "v1" if raw else "v2"        # each has an image encoder of its own
     known = {part: value for part, value in hashes(model.paths).items() if part in ("decoder", "vqgan", "text_encoder")}
@@ -83,13 +83,13 @@ def origin_of(model, job: argparse.Namespace) -> dict:
 
 
 def check_origin(path: str, model, job: argparse.Namespace) -> None:
-    """Warns if a saved latent is of other weights. Raises ValueError if these cannot know what its numbers mean."""
+    """Warns if a saved latent was generated with other weights. Raises ValueError if the model cannot decode it."""
     try:
         with reading(path), safe_open(path, "pt") as file:
             then = parsed((file.metadata() or {})[ORIGIN])
             weights, kind, parts = then["weights"], then["kind"], dict(then["hashes"])
     except UserError:
-        return                                   # an older file, or one that read_tensors reports
+        return                                   # an older file, or a damaged one, which read_tensors reports
     now = origin_of(model, job)
     if kind != now["kind"]:
         raise UserError(f"{path} is a latent of the weights {weights} (kind {kind}), in which {now['weights']} (kind "
@@ -102,7 +102,7 @@ def check_origin(path: str, model, job: argparse.Namespace) -> None:
 # ----- files as input ------------------------------------------------------------------------------------------------
 
 def generate(model, jobs: list[argparse.Namespace], seed, options: dict, semantic: Tensor | None = None):
-    """editing.generate with the files that the jobs name. seed: a list, or a source of noise.
+    """editing.generate with the files that the jobs name. seed: a list of seeds, or a source of noise.
 
     semantic: the output of Stage C, if it has run already.
     """
@@ -148,7 +148,7 @@ def read_inputs(job: argparse.Namespace) -> dict:
 
 
 def check_inputs(job: argparse.Namespace) -> None:
-    """Raises ValueError for files that cannot be used, as far as this is known without weights, which take minutes."""
+    """Raises ValueError for unusable files, as far as this is known without loading the weights, which takes minutes."""
     inputs = read_inputs(job)
     given, edit = inputs["given"], inputs.get("edit")
     try:
@@ -177,7 +177,7 @@ def check_inputs(job: argparse.Namespace) -> None:
 
 
 def read_tensors(path: str, *needed: str) -> dict[str, Tensor]:
-    """A .safetensors file as a dict of tensors. Raises ValueError if it cannot be read, or lacks what is needed."""
+    """A .safetensors file -> {name: tensor}. Raises ValueError if it cannot be read or lacks a tensor in `needed`."""
     with reading(path, failed="cannot be read as a .safetensors file"):
         tensors = load_file(path)
     if not set(needed) <= tensors.keys():
@@ -214,7 +214,7 @@ def check_latent(path: str, latent: dict[str, Tensor]) -> None:
 
 @functools.lru_cache(1)
 def previews_of(model) -> Previews:
-    """One for all batches: without a file to keep them in, its colours take a while to be fitted."""
+    """The Previews of all batches. Made once: fitting the colours takes a while if no file contains them."""
     return Previews(model, None)
 
 
@@ -234,7 +234,7 @@ def write_previews(jobs: list[argparse.Namespace], stage: str, step: int, images
 # ----- one image out of several --------------------------------------------------------------------------------------
 
 def reconstruction(model, job: argparse.Namespace, options: dict):
-    """The original and what the semantic latents kept of it, side by side. Prints how similar they are."""
+    """-> the original and its reconstruction from semantic latents, side by side. Prints their PSNR and compression."""
     result = generate(model, [job], [job.seed], options | dict(output="pt")).cpu()         # (1, 3, height, width)
     height, width = result.shape[-2:]
     original = cover(read_image(job.reconstruct), height, width)[None]                     # (1, 3, height, width)

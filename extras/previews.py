@@ -1,4 +1,4 @@
-"""Previews: a quick look at latents without a decoder, by a linear map from each latent vector to a colour.
+"""Previews: approximate images of latents without a decoder, by a linear map from each latent vector to a colour.
 
   latents (N,C,h,w), their images -fit_linear-> matrix (C+1,3);  latents (B,C,h,w) -apply_linear-> images (B,3,h,w)
   model("a moon", callback=Previews(model, show))          # show("C" or "B", step, images (n,3,h,w)) after every step
@@ -18,7 +18,7 @@ from loading.files import read_json, reading, write_atomically
 
 
 def fit_linear(latents: Tensor, images: Tensor) -> Tensor:
-    """The linear map from latents to colours that fits best.
+    """Fits the linear map from latents to colours by least squares.
 
     latents (N,C,h,w) of images (N,3,H,W) in [0, 1].  Returns (C+1, 3) float32, on the CPU, for apply_linear. It
     minimizes |X matrix - Y|^2: a row of X is a latent vector and a 1, a row of Y is the mean colour of its patch.
@@ -50,7 +50,7 @@ def apply_linear(latents: Tensor, matrix: Tensor) -> Tensor:
 
 
 class Previews:
-    """A callback for the pipeline that shows roughly what the latents will become. Passes on to `callback` if given."""
+    """A callback for the pipeline that shows roughly what the latents will become. Also calls `callback` if given."""
     def __init__(self, model, show: Callable[[str, int, Tensor], None], callback: Callable | None = None):
         self.maps, self.show, self.callback = preview_maps(model), show, callback
 
@@ -62,12 +62,12 @@ class Previews:
 
 @torch.no_grad()
 def preview_maps(model) -> dict[str, Tensor]:
-    """"C": (17,3), "B": (5,3): for each stage, from a latent vector and a 1 to a colour.
+    """{"C": (17,3), "B": (5,3)}: each stage's matrix for apply_linear. "C" only if there is an image encoder.
 
-    Fitted once, on smooth images of random colours, and kept next to the weights. "C" only with an image encoder.
+    Fitted once, on smooth images of random colours, and stored in a file next to the weights.
     """
     if model.preview_file is not None and model.preview_file.is_file():
-        with contextlib.suppress(UserError), reading(model.preview_file):      # of no use: fitted again, and written
+        with contextlib.suppress(UserError), reading(model.preview_file):      # unusable: fit again below
             maps = {stage: torch.tensor(matrix) for stage, matrix in read_json(model.preview_file).items()}
             if maps["B"].shape == (5, 3) and all(matrix.shape[1:] == (3,) for matrix in maps.values()):
                 return maps
@@ -85,6 +85,6 @@ def fit_preview(model, images: Tensor) -> dict[str, Tensor]:
         maps["C"] = fit_linear(torch.cat(semantic), images)
     if model.preview_file is not None:
         rounded = {stage: [[round(v, 5) for v in row] for row in matrix.tolist()] for stage, matrix in maps.items()}
-        with contextlib.suppress(OSError):                   # read-only weights: fitted again next time
+        with contextlib.suppress(OSError):                   # read-only folder: fitted again next time
             write_atomically(model.preview_file, lambda path: path.write_text(json.dumps(rounded) + "\n"))
     return maps
