@@ -309,7 +309,7 @@ class PromptBatch:
             self.check_width(name, embedding)
 
     def check_given(self, prompt, stages: str, optional: bool) -> None:
-        """Raises ValueError if prompt is None, unless all stages have embeddings or, if `optional`, no stage has one."""
+        """Raises ValueError if prompt is None, unless all stages have embeddings or, if `optional`, none has one."""
         missing = [f"prompt_{stage}" for stage in stages if f"prompt_{stage}" not in self.embeddings]
         if prompt is None and missing and {"prompt_c", "prompt_b"} & set(self.embeddings):
             raise ValueError(f"there is no {missing[0]} among the embeddings, and no prompt to make it from: "

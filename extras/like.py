@@ -192,7 +192,7 @@ def is_tiny(weights: str | Path) -> bool:
 
 
 def own_size(image: str, stored: dict, size: int) -> tuple[int, int]:
-    """The default (height, width) of an image with the settings `stored`: of its saved latent, of its --init, or size."""
+    """The default (height, width) of an image with settings `stored`: of its saved latent, of its --init, or `size`."""
     from extras import editing, images, modes
     hashes = stored["hashes"]
     try:

@@ -148,7 +148,7 @@ def read_inputs(job: argparse.Namespace) -> dict:
 
 
 def check_inputs(job: argparse.Namespace) -> None:
-    """Raises ValueError for unusable files, as far as this is known without loading the weights, which takes minutes."""
+    """Raises ValueError for unusable files, as far as this is known without the weights, which take minutes to load."""
     inputs = read_inputs(job)
     given, edit = inputs["given"], inputs.get("edit")
     try:

@@ -1,1 +1,1 @@
-"""What only the bundled model needs: its judge, and the training of its encoders."""
+"""Code for the bundled tiny model only: its judge, and the training of its encoders."""

@@ -9,7 +9,7 @@ Needs: numpy, pillow, torch; wuerstchen.py for sampling.
   python -m tiny.evaluate --real                                      # the judge's own accuracy
   python -m tiny.evaluate --weights tiny --out eval.json --grid eval.png
   python -m tiny.evaluate --weights tiny --prompts 32                 # a quick look
-  python -m tiny.evaluate --weights tiny --seeds 4 --sharp            # how sharp, and which stage loses how much
+  python -m tiny.evaluate --weights tiny --seeds 4 --sharp            # also sharpness, and how much each stage loses
   python -m tiny.evaluate --lora runs/unicorn/lora.safetensors --object unicorn      # did it learn its object?
 """
 import sys
@@ -35,11 +35,11 @@ from training.scenes import (CANVAS, CAPTIONED, COLOURS, OBJECTS, RELATIONS, hel
 # ----- prompts ---------------------------------------------------------------------------------------
 
 def fixed_prompts(seed: int = 0) -> list[dict]:
-    """256 prompts in plain words: 128 held-out pairs, 64 seen pairs, each captioned object by itself.
+    """256 prompts: 128 about held-out pairs, 64 about seen pairs, and one about each of the 64 captioned objects.
 
     Returns dicts of prompt, kind ("pair_held_out", "pair_seen", "single"), objects, relation, size ("small", "large"
-    or None) and colour. The kinds alternate, so the first N prompts are a fair sample; colours and relations are
-    balanced.
+    or None) and colour. The kinds alternate, so the first N prompts contain all kinds in the same shares. Colours and
+    relations are balanced.
     """
     rng = np.random.default_rng(seed)
     pairs = [(a, b) for i, a in enumerate(CAPTIONED) for b in CAPTIONED[i + 1:]]
@@ -63,7 +63,7 @@ def fixed_prompts(seed: int = 0) -> list[dict]:
 
 
 def prompts_of(name: str, seed: int = 0) -> list[dict]:
-    """64 prompts about one object, as fixed_prompts: 24 alone (8 colours, no size, small and large), 40 in a pair."""
+    """64 prompts about one object, in the form of fixed_prompts: 24 of it alone (8 colours x 3 sizes), 40 of pairs."""
     rng = np.random.default_rng(seed)
     others = [other for other in rng.permutation(CAPTIONED).tolist() if other != name][:40]
     sizes, colours = [None, "small", "large"] * 8, sorted(COLOURS) * 8
@@ -76,7 +76,7 @@ def prompts_of(name: str, seed: int = 0) -> list[dict]:
 
 
 def real_image(fact: dict, rng: np.random.Generator) -> np.ndarray:
-    """A true image of a prompt's facts, (128,128,3) uint8: what a perfect model would generate."""
+    """Draws a correct image for a prompt's facts, (128,128,3) uint8, as a perfect model would generate it."""
     if fact["relation"]:
         return render(place_pair(rng, *fact["objects"], fact["relation"], fact["colour"]))
     size = fact["size"] or ("small", "medium", "large")[rng.integers(3)]
@@ -84,7 +84,7 @@ def real_image(fact: dict, rng: np.random.Generator) -> np.ndarray:
 
 
 def degrade(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Slight blur (0.8 px) and noise (sigma 10 of 255), as by a fair but imperfect model."""
+    """Adds slight blur (0.8 px) and noise (sigma 10 of 255), as in images of an imperfect model."""
     blurred = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(0.8)), np.float32)
     return np.clip(blurred + rng.normal(0, 10, blurred.shape), 0, 255).astype(np.uint8)
 
@@ -92,7 +92,7 @@ def degrade(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 # ----- score -----------------------------------------------------------------------------------------
 
 def tally(verdicts: list[dict], facts: list[dict]) -> dict:
-    """{figure: {"right": fraction, "n": images}}, without the figures that have no images."""
+    """-> {name of a figure: {"right": fraction, "n": images}}, without figures that no image counts for."""
     def of(kind, key):
         return [v[key] for v, f in zip(verdicts, facts) if f["kind"] == kind and v[key] is not None]
     figures = {"background": [v["background"] for v in verdicts],
@@ -103,7 +103,7 @@ def tally(verdicts: list[dict], facts: list[dict]) -> dict:
 
 
 def score(images, facts: list[dict], judge: Judge | None = None) -> dict:
-    """Judges images by the facts of their prompts; figures: see tally.
+    """Judges images by the facts of their prompts -> figures, see tally.
 
     images n square uint8 RGB images; facts n dicts of fixed_prompts().
     """
@@ -120,7 +120,7 @@ def print_table(title: str, figures: dict) -> None:
 
 
 def draw_grid(images, facts: list[dict], verdicts: list[dict], columns: int = 8) -> Image.Image:
-    """Images with their prompts below, in green if all of the prompt came true, else in red."""
+    """Images with their prompts below: in green if the image shows everything in the prompt, else in red."""
     width, height = CANVAS + 8, CANVAS + 44
     grid = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
     draw, font = ImageDraw.Draw(grid), ImageFont.load_default(size=10)
@@ -184,7 +184,7 @@ def parse_args(argv=None):
 
 
 def load(args):
-    """-> the model and the sampling options that were given."""
+    """-> the model, and the sampling options that the user gave."""
     from wuerstchen import Wuerstchen                    # only now, so that --help and --real start at once
     model = Wuerstchen.load(args.weights, dtype=args.dtype, int8=args.int8, lora=args.lora)
     return model, sampling_options(argparse.Namespace(**dict.fromkeys(OF_STAGES) | vars(args)), model)
@@ -200,8 +200,8 @@ def sample(args, prompts: list[str]) -> list[Image.Image]:
 
 
 def sharpness_of(args, run: dict, facts: list[dict], judge: Judge) -> dict:
-    """Prints and returns {title: means, see sharpness.summary} of run, {title: images}, and, if these were generated,
-    of what the model's Stages A and B make of true images of the same prompts."""
+    """Prints and returns {title: means, see sharpness.summary} for `run`, {title: images}. Unless --real, also for true
+    images of the same prompts, encoded and decoded by the model's Stages A and B, see sharpness.stages."""
     from tiny.sharpness import stages, summary
     (title, images), rows = *run.items(), {}
     if not args.real:
@@ -225,10 +225,10 @@ def main(args):
         clean = [real_image(fact, rng) for fact in facts]
         runs = {"real scenes": clean, "real scenes, degraded": [degrade(image, rng) for image in clean]}
     else:
-        with exit_on_user_error(), as_user_error():      # weights that cannot be used, settings that do not fit them
+        with exit_on_user_error(), as_user_error():      # unusable weights, or settings that do not fit them
             runs = {args.weights: sample(args, [fact["prompt"] for fact in facts])}
     judge = Judge()
-    # Without the paths that the report is written to: they decide no figure, and a path would tell of a machine.
+    # Without the output paths, which have no influence on the figures and would reveal folders of this machine.
     report = {"settings": {k: v for k, v in vars(args).items() if k not in ("out", "grid")}, "runs": []}
     for title, images in runs.items():
         seen = [judge.find(image) for image in images]
@@ -248,7 +248,7 @@ def main(args):
             report["runs"][-1]["sharpness"] = sharpness_of(args, {title: images}, facts, judge)
     if args.out:
         write_atomically(args.out, lambda path: path.write_text(json.dumps(report, indent=1) + "\n"), overwrite=False)
-    if args.grid:                                        # of the last run
+    if args.grid:                                        # a grid of the last run
         grid = draw_grid(images[:64], facts, verdicts)
         write_atomically(args.grid, grid.save, overwrite=False)
 

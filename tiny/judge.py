@@ -1,10 +1,10 @@
-"""The judge: says which objects an image of the emoji world shows, where they are, and on which background.
+"""The judge: finds out which objects an image of the emoji world shows, where they are, and on which background.
 
 The world of training/scenes.py is known exactly, so no classifier is trained. The judge knows every sprite and finds
 which sprite, at which size and position, explains the image best (maximum likelihood for Gaussian errors).
 In   images, uint8 RGB of any square size
-Out  objects with their sizes and positions, the colour of the background; verdict: what of a prompt came true
-Surprise: an image that shows more than its prompt asks for is wrong.
+Out  objects with their sizes and positions, the colour of the background; verdict: which facts of a prompt are right
+Note: an image that shows more objects than its prompt asks for is wrong.
 Accuracy: right on 512 of 512 real scenes (two seeds), and on 511 of them blurred by 0.8 px with noise of sigma 10/255.
 `python -m tiny.evaluate --real` measures 256 of each again.
 Needs: torch, numpy, pillow, training/scenes.py.
@@ -15,7 +15,7 @@ from PIL import Image
 from training.scenes import COLOURS, OBJECTS, sprite
 
 SIDE = 64                              # px at which images are compared: half of a scene
-# Sizes that are tried, px of SIDE: steps of about 11 %, so a true size is off by 6 % at most.
+# Sizes that are tried, px of SIDE, in steps of about 11 %: the nearest one is at most 6 % from the true size.
 SIZES = (14, 16, 18, 20, 22, 24, 27, 30, 33, 37, 41, 45)
 SLACK = 1                              # px of SIDE by which two found boxes may overlap
 BACKGROUND_TOLERANCE = 40              # RGB distance; the two nearest of COLOURS are 84 apart
@@ -26,17 +26,17 @@ SMALL_UP_TO, LARGE_FROM = 51, 71       # px of a scene; between the size classes
 class Judge:
     """Finds sprites in an image by maximum likelihood.
 
-    With D = image - background, placing a sprite adds R = alpha (T - background), T its colours.
-    It lowers the squared error by   |D|^2 - |D - R|^2 = 2 sum(D R) - sum(R^2),   its gain. The highest gain over all
-    sprites, sizes and positions is the best explanation. Split by R = P - alpha background with P = alpha T, only P
-    and alpha have to be prepared, whatever the background:
+    Let D = image - background. A sprite with colours T adds R = alpha (T - background) to the background. Its gain is
+    how much it lowers the squared error:   |D|^2 - |D - R|^2 = 2 sum(D R) - sum(R^2).   The highest gain over all
+    sprites, sizes and positions is the best explanation. With R = P - alpha background and P = alpha T, only P and
+    alpha have to be prepared, and these do not depend on the background:
       sum(D R) = sum(D P) - background sum(D alpha)           correlations, all positions at once: FFT
       sum(R R) = sum(P P) - 2 background sum(P alpha) + background^2 sum(alpha alpha)
     Objects in a scene do not overlap, so one search finds them all: the best explanation, then the best one next to
     it, and so on.
     """
     def __init__(self, objects=OBJECTS, device="cpu"):
-        import torch                                      # not above, so that --help of evaluate.py answers at once
+        import torch                                      # here, so that --help of evaluate.py need not wait
         self.device, self.objects = device, list(objects)
         self.fft, self.P_P, self.P_alpha, self.alpha_alpha = [], [], [], []    # per size
         for k in SIZES:
@@ -55,8 +55,8 @@ class Judge:
 
         image uint8 RGB, square: array or PIL image.
         Returns (found, colour).  found: up to `most` of (name, size, (x, y), explained), highest gain first, in px of
-        a 128 px scene; explained: gain / sum(R R), 1 for a perfect match.  colour: name of the background, or None if
-        it is near none of COLOURS.
+        a 128 px scene; explained: gain / sum(R R), 1 for a perfect match.  colour: name of the background's colour, or
+        None if it is near none of COLOURS.
         """
         pixels = np.asarray(image)
         if pixels.ndim != 3 or pixels.shape[0] != pixels.shape[1] or pixels.dtype != np.uint8:
@@ -72,23 +72,23 @@ class Judge:
             colour = None
 
         gain, sprite_at, explained = self._search(pixels, background)
-        # Measured on 200 drawn scenes: true sprites explain 48 % or more of their own energy (less between two SIZES),
-        # degraded ones 44 %; bare background gave no positive gain at all. Stains in a bad image lie between; below a
-        # quarter they count as nothing.
+        # Measured on 200 drawn scenes: true sprites explain at least 48 % (least between two SIZES), degraded ones at
+        # least 44 %; plain background had no positive gain. Stains in a bad image lie between; those below 25 % are
+        # ignored.
         gain = np.where(explained >= MIN_EXPLAINED, gain, -np.inf)
         found = []
         while len(found) < most and gain.max() > -np.inf:
             s, y, x = (int(i) for i in np.unravel_index(gain.argmax(), gain.shape))
             k, name = SIZES[s], self.objects[sprite_at[s, y, x]]
             found.append((name, 2 * k, (2 * x + k, 2 * y + k), float(explained[s, y, x])))
-            for s2, k2 in enumerate(SIZES):              # whatever overlaps its box is explained already
+            for s2, k2 in enumerate(SIZES):              # excludes boxes that overlap the found one
                 top, left = max(0, y - k2 + 1 + SLACK), max(0, x - k2 + 1 + SLACK)
                 gain[s2, top:y + k - SLACK, left:x + k - SLACK] = -np.inf
         return found, colour
 
     def _search(self, pixels, background):
-        """Best sprite for each size and position: its gain, its index in self.objects, its explained share; each
-        (S,64,64), position = top left corner of the box, gain -inf where the sprite sticks out."""
+        """The best sprite for each size and position -> gain, index in self.objects, explained; each (S,64,64). The
+        position is the top left corner of the sprite's box; gain is -inf where the box exceeds the image."""
         import torch
         background = torch.from_numpy(background).to(self.device)                    # (3,)
         D = torch.from_numpy(pixels).to(self.device).permute(2, 0, 1) - background[:, None, None]
@@ -96,8 +96,8 @@ class Judge:
         F = torch.cat([F, -(background[:, None, None] * F).sum(0, keepdim=True)])    # (4, 64, 33)
         best = torch.full((3, len(SIZES), SIDE, SIDE), -torch.inf)
         for s, k in enumerate(SIZES):
-            # An FFT correlation wraps around the edges, but not at the positions kept here, where the sprite is
-            # wholly inside: no padding is needed.
+            # An FFT correlation wraps around the edges, but not at positions where the sprite lies inside the image.
+            # Only these are kept, so no padding is needed.
             inside = SIDE - k + 1
             D_R = torch.fft.irfft2((self.fft[s] * F).sum(1))[:, :inside, :inside]    # (N, 65-k, 65-k)
             R_R = (self.P_P[s] - 2 * self.P_alpha[s] @ background
@@ -109,7 +109,7 @@ class Judge:
 
 
 def half_size_sprite(name: str, k: int) -> np.ndarray:
-    """P = alpha T (3 channels) and alpha of a sprite of 2k px, halved like the images: (4,k,k) float32 in [0, 1]."""
+    """P = alpha T (3 channels) and alpha of a sprite of 2k px, at half size: (4,k,k) float32 in [0, 1]."""
     colour, through = sprite(name, 2 * k)                           # (2k, 2k, 3) uint8
     both = np.concatenate([colour, 255 - through[..., :1]], axis=2) / np.float32(255)
     return both.reshape(k, 2, k, 2, 4).mean(axis=(1, 3)).transpose(2, 0, 1)
@@ -124,8 +124,8 @@ def relation_of(first, second) -> str:
 
 
 def verdict(found, colour: str | None, fact: dict) -> dict:
-    """Which facts of a prompt came true: background, objects (the right ones and no other), relation (True only if the
-    objects are right), size (None if the prompt names none)."""
+    """Which facts of a prompt are right: background; objects (exactly those of the prompt); relation and size (None if
+    the prompt names none, True only if the objects are right)."""
     objects = sorted(name for name, *_ in found) == sorted(fact["objects"])
     relation = size = None
     if fact["relation"]:

@@ -1,13 +1,13 @@
-"""How sharp is what the judge calls right? Every object of an image against its own sprite, at the best place and size.
+"""Measures how sharp objects are: compares each object in an image with its sprite at the best position and size.
 
-  image -Judge-> about where -refine, to a quarter of a px-> the sprite there, on its background -> PSNR, distance
+  image -Judge-> rough position -refine-> position to 1/4 px -draw-> the sprite on its background -> PSNR, distance
 
-PSNR is taken within the object's box. It forgives blur, so a distance goes with it, in the form of DISTS
-(arXiv:2004.07728): for every feature map, how alike are its mean (texture) and its variations (structure).
-Their features are VGG's, learned from photographs, whereas these images are drawn; a network of ours would share the
-faults of what it judges. So the maps are derivatives of Gaussians up to the second order at three scales, which is what
-first layers of such networks come to: edges, corners and lines, in each of R, G, B. The distance is 0 for equal images.
-Surprise: an object that the judge did not find has no place and is left out, so read these means next to the judge's.
+PSNR is measured within the object's box. It penalizes blur little, so a second measure is a distance in the form of
+DISTS (arXiv:2004.07728): for each feature map, the similarity of its mean (texture) and its variations (structure).
+DISTS uses VGG's features, learned from photographs, but these images are drawn; a network trained by us would share the
+faults of the model it judges. So the feature maps are derivatives of Gaussians up to the second order at three scales,
+similar to first layers of such networks: edges, corners and lines, in each of R, G, B. Equal images have distance 0.
+Note: objects that the judge did not find are left out of the means, so read the means together with the judge's score.
 Needs: numpy, pillow, torch; stages() also the model's networks.
 """
 import functools
@@ -19,13 +19,13 @@ from PIL import Image
 from training.scenes import CANVAS, CELL, COLOURS, sprite
 
 EDGE = 6               # px around the judge's box, within which the sprite is moved
-VISIBLE = 1e-4         # the square of 1 % of contrast: variations below it count as none
-BEST = 1e-6            # mean squared error of a perfect copy, so that its PSNR is 60 dB rather than infinite
+VISIBLE = 1e-4         # the square of 1 % contrast: weaker variations count little
+BEST = 1e-6            # smallest mean squared error, so that a perfect copy has a PSNR of 60 dB, not infinity
 
 
 @functools.cache
 def _cell(name: str) -> Image.Image:
-    """The sprite as it is stored, with empty space of its own size on all sides."""
+    """The stored sprite, padded on all sides by transparent space of the sprite's size."""
     colour, through = sprite(name, CELL)
     cell = np.concatenate([colour, 255 - through[..., :1]], axis=2)
     cell = np.pad(cell, ((CELL, CELL), (CELL, CELL), (0, 0)))
@@ -33,19 +33,19 @@ def _cell(name: str) -> Image.Image:
 
 
 def draw(name: str, place, colour: str, box) -> np.ndarray:
-    """What `box` (left, top, right, bottom; whole px) of a scene shows if the object has this place (size, x, y), in px
-    and fractions of px, x and y its center: (h,w,3) float32 in [0, 1]."""
+    """Draws the part `box` (left, top, right, bottom; integers) of a scene with one object at `place`: (size, x, y) in
+    px as floats, (x, y) its center -> (h,w,3) float32 in [0, 1]."""
     size, x, y = place
     left, top, right, bottom = box
     source = [(edge - center) * CELL / size + 1.5 * CELL for edge, center in zip(box, (x, y, x, y))]
     rgba = np.asarray(_cell(name).resize((right - left, bottom - top), Image.LANCZOS, box=source), np.float32) / 255
-    # As in scenes.sprite: Lanczos overshoots at edges, and colour times alpha is at most alpha.
+    # As in scenes.sprite: Lanczos overshoots at edges, but colour times alpha cannot exceed alpha.
     alpha = rgba[..., 3:]
     return np.minimum(rgba[..., :3], alpha) + (1 - alpha) * (np.array(COLOURS[colour], np.float32) / 255)
 
 
 def refine(image: np.ndarray, name: str, place, colour: str) -> tuple[float, float, float]:
-    """The place (size, x, y) near a given one where a sprite fits an image (128,128,3) uint8 best: least squares."""
+    """-> the place (size, x, y) near a given one at which a sprite fits an image (128,128,3) uint8 best: least squares."""
     size, x, y = place
     half = size // 2 + EDGE
     box = max(0, x - half), max(0, y - half), min(CANVAS, x + half), min(CANVAS, y + half)
@@ -83,8 +83,8 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def compare(image, found: list, name: str, colour: str) -> dict | None:
-    """One object of an image against its sprite -> its place, psnr in dB and distance. found: what Judge.find found;
-    None if the object is not in it."""
+    """Compares one object in an image with its sprite -> its name, place, psnr in dB and distance; None if the object
+    is not in `found`, the objects that Judge.find returned."""
     image = np.asarray(Image.fromarray(np.asarray(image)).resize((CANVAS, CANVAS), Image.BOX))
     places = [(size, *center) for other, size, center, _ in found if other == name]
     if not places:
@@ -98,7 +98,7 @@ def compare(image, found: list, name: str, colour: str) -> dict | None:
 
 
 def summary(images, found: list[list], facts: list[dict]) -> dict:
-    """Means over all objects that the prompts ask for and the judge found: their number, psnr and distance."""
+    """Mean psnr and distance over the objects in the prompts that the judge found; objects: their number, `of` all."""
     objects = [compare(image, seen, name, fact["colour"])
                for image, seen, fact in zip(images, found, facts) for name in fact["objects"]]
     values = [(o["psnr"], o["distance"]) for o in objects if o]
@@ -106,19 +106,19 @@ def summary(images, found: list[list], facts: list[dict]) -> dict:
     return dict(objects=len(values), of=len(objects), psnr=psnr, distance=far)
 
 
-# ----- what is lost: objects that can hardly be seen, and those that fail most often -----------------
+# ----- difficult objects: those with the least contrast, and those that are found least often --------
 
 @functools.cache
 def contrast(name: str, colour: str) -> float:
-    """Root of the mean squared difference of a sprite's pixels and the background, 0 to 1."""
+    """Root mean squared difference between a sprite's pixels and the background, 0 to 1."""
     image, behind = draw(name, (CELL, 64, 64), colour, (24, 24, 104, 104)), np.array(COLOURS[colour]) / 255
     alpha = 1 - sprite(name, CELL)[1] / 255
     return float(np.sqrt(np.square(image - behind).sum() / alpha.sum()))
 
 
 def worst_tenths(found: list[list], facts: list[dict]) -> dict:
-    """{"least contrast", "worst objects"}: {"right", "n"}, as tally: of the tenth of all objects asked for with the
-    least contrast on their background, and of the tenth of all names that is found least often."""
+    """Figures in the form of tally. least_contrast: of the tenth of all requested objects with the least contrast on
+    their background. worst_objects: of the tenth of the objects' names that the judge finds least often."""
     asked = [(contrast(name, fact["colour"]), name, any(other == name for other, *_ in seen))
              for seen, fact in zip(found, facts) for name in fact["objects"]]
     rates = {}
@@ -134,8 +134,8 @@ def worst_tenths(found: list[list], facts: list[dict]) -> dict:
 # ----- each stage's share ----------------------------------------------------------------------------
 
 def stages(model, facts: list[dict], pixels: np.ndarray, seed: int = 0, batch: int = 32, **options) -> dict:
-    """True images pixels (n,128,128,3) uint8 -> {title: images}: Stage A's round trip, the same through the codebook,
-    and what Stage B makes of their semantic latents and the prompts."""
+    """True images pixels (n,128,128,3) uint8 -> {title: images}: encoded and decoded by Stage A, without and with its
+    codebook, and generated by Stage B from the true images' semantic latents and the prompts."""
     import torch
     from extras.editing import encode_image, generate
     from training.samples import to_tensor

@@ -6,7 +6,7 @@
 
 The loss of Stage B alone teaches an encoder little, because at almost all noise levels Stage B can see the objects in
 x_t. So the encoder first learns to name them. A head, which is thrown away afterwards, gets the 16 numbers of a cell of
-the semantic latent and predicts which object has its center there (the idea of arXiv:1506.02640).
+the semantic latents and predicts which object has its center in the cell (the idea of arXiv:1506.02640).
 `train_b.py --init random --image-encoder OUT/image_encoder` then trains it further, jointly with Stage B.
 Written to --out: image_encoder/, checkpoints/, log.jsonl.
 Needs: torch, numpy, pillow, tqdm.
@@ -67,10 +67,10 @@ NOTHING = len(OBJECTS)           # the number of "no object"
 
 
 def labels_of(scenes: list) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What the head must predict for scenes of EmojiScenes.
+    """Scenes of EmojiScenes -> the labels that the head must predict: objects, places, colours.
 
-    objects (B,9): number of the object whose center is in each cell, row by row, or NOTHING; places (B,9,3): its x and
-    y within the cell and its size, all about 0 to 1; colours (B,): number of the background's colour.
+    objects (B,9): index of the object whose center is in each cell, row by row, or NOTHING; places (B,9,3): its x and
+    y within the cell and its size, all about 0 to 1; colours (B,): index of the background's colour.
     """
     cell = CANVAS / 3                                                                        # px
     objects, places = np.full((len(scenes), 9), NOTHING), np.zeros((len(scenes), 9, 3), np.float32)
@@ -82,7 +82,7 @@ def labels_of(scenes: list) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def build_head() -> nn.Module:
-    """A cell's 16 numbers -> logits of its object (NOTHING last), its place (3,), logits of the background."""
+    """The head: 16 numbers of a cell -> logits of its object (NOTHING last), its place (3,), logits of the colour."""
     return nn.Sequential(nn.Linear(16, 256), nn.GELU(), nn.Linear(256, NOTHING + 1 + 3 + len(COLOURS)))
 
 
@@ -107,7 +107,7 @@ def main(args):
     torch.manual_seed(args.seed)
     scenes = EmojiScenes("all", seed=args.seed + 1)                      # scene i is a function of (seed, i)
     encoder, head = new_model(TinyImageEncoder, args.config).to(device).train(), build_head().to(device)
-    parameters = [p for p in encoder.parameters() if p.requires_grad]    # without its last norm's 42 and -1
+    parameters = [p for p in encoder.parameters() if p.requires_grad]    # not the last norm's fixed 42, -1
     optimizer = torch.optim.AdamW([*parameters, *head.parameters()], lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-3)
     parts, start = dict(model=encoder, head=head, optimizer=optimizer), 0
     if resumed is not None:
@@ -121,8 +121,8 @@ def main(args):
         objects, places, colours = (torch.from_numpy(a).to(device) for a in labels_of(scenes.scenes(first, args.batch)))
         images = to_tensor(scenes.batch(first, args.batch)[0], device)                       # (B, 3, 128, 128)
         latents = scale_semantic(encoder(preprocess(images, 96)))                            # (B, 16, 3, 3)
-        # Noise on the latents makes neighbouring codes mean similar things; Stage C will not hit them exactly. The seed
-        # of each step's noise makes a resumed run equal to an unbroken one.
+        # Noise on the latents makes nearby latents mean similar things, because Stage C will not hit them exactly.
+        # Seeding the noise of each step makes a resumed run equal to an uninterrupted one.
         torch.manual_seed(hash((args.seed, step)) % 2 ** 63)
         noisy = add_noise(latents, torch.randn_like(latents), torch.rand(args.batch, device=device) * 0.3)
         loss, values = head_loss(head(noisy.flatten(2).transpose(1, 2)), objects, places, colours)

@@ -5,9 +5,9 @@
   caption -tokenizer-> ids (B,20) -CLIP text model-> (B,20,D); its vector at the end mark -linear-> predicted latent
 
 CLIP learned to place the vector at a caption's end mark next to the vector of its image (arXiv:2103.00020). This is the
-same idea in its simplest form: a linear layer, which is thrown away afterwards, predicts the semantic latent from that
-vector. So the encoder learns in minutes what objects look like, and that "left of" says where they are. From the loss
-of Stage C, which at most noise levels can see the objects in x_t, it learned half of that in an hour.
+same idea in its simplest form: a linear layer, which is thrown away afterwards, predicts the semantic latents from the
+vector at the end mark. So the encoder learns in minutes what objects look like, and where "left of" places them. With
+Stage C's loss it learned half of that in an hour, because Stage C sees the objects in x_t at most noise levels.
 Written to --out: text_encoder/, tokenizer/, checkpoints/, log.jsonl.
 Needs: torch, tokenizers, numpy, pillow, tqdm.
 """
@@ -64,8 +64,8 @@ from wuerstchen import scale_semantic
 
 
 def learn_merges(words: set[str]) -> list[tuple[str, str]]:
-    """Byte-pair encoding (arXiv:1508.07909): joins the most frequent pair of pieces again and again, until each word is
-    one piece. Ties are decided by spelling, so that the tokenizer is the same on every machine."""
+    """Byte-pair encoding (arXiv:1508.07909): merges the most frequent pair of tokens again and again, until each word
+    is one token. Ties are decided by spelling, so that the tokenizer is the same on every machine."""
     pieces, merges = [[*word[:-1], word[-1] + "</w>"] for word in sorted(words)], []
     while pairs := Counter(pair for word in pieces for pair in zip(word, word[1:])):
         a, b = max(pairs, key=lambda pair: (pairs[pair], pair))
@@ -81,8 +81,8 @@ def new_text_encoder(width: int, depth: int, length: int = 20) -> TextEncoder:
     """An untrained text encoder for captions of emoji scenes.
 
     The tokenizer is a byte-level BPE like CLIP's, so it takes any text. Its merges are learned on the words of 4096
-    captions and all object names: each of these becomes one token, other words become several. length in tokens, both
-    ends included; the longest captions need 18.
+    captions and all object names: each of these words becomes one token, other words become several. length: in tokens,
+    including the start and end tokens; the longest captions need 18.
     """
     texts = EmojiScenes("captioned").batch(0, 4096)[1] + OBJECTS
     merges = learn_merges({word for text in texts for word in text.split()})
