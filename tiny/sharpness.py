@@ -45,7 +45,7 @@ def draw(name: str, place, colour: str, box) -> np.ndarray:
 
 
 def refine(image: np.ndarray, name: str, place, colour: str) -> tuple[float, float, float]:
-    """-> the place (size, x, y) near a given one at which a sprite fits an image (128,128,3) uint8 best: least squares."""
+    """-> the place (size, x, y) near a given one where a sprite fits an image (128,128,3) uint8 best: least squares."""
     size, x, y = place
     half = size // 2 + EDGE
     box = max(0, x - half), max(0, y - half), min(CANVAS, x + half), min(CANVAS, y + half)
