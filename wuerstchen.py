@@ -169,7 +169,7 @@ def denoise(predict: Callable[[Tensor, Tensor, bool], Tensor], x: Tensor,
     x, last, finite, levels, step = x.float(), None, [], sampling.levels, sampling.step_function
     on_device = levels.to(x.device)            # one copy: the host waits for a GPU at each
     for i in progress(range(len(levels) - 1)):
-        t, t_prev = (on_device[k].expand(len(x)) for k in (i, i + 1))              # (B,), (B,)
+        t, t_prev = (on_device[k].repeat(len(x)) for k in (i, i + 1))              # (B,), (B,)
         x = x if keep is None else keep(x, t)
         scale = sampling.guidance_at(levels[i].item())
         eps = predict(x, t, scale != 1).float()                                    # (B or 2B, ...)

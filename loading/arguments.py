@@ -151,12 +151,19 @@ def dtype_of(value, device: torch.device | None = None) -> torch.dtype:
     return dtype
 
 
+def set_tf32(allowed: bool) -> None:
+    """Whether a GPU may round the inputs of float32 products and convolutions to 10 bits. torch's default is no for
+    products and yes for convolutions, so that float32 would be exact only in part."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+
+
 def usable_device(name: str | torch.device | None) -> torch.device:
     """None: cuda if there is one, else cpu. Raises UserError if torch does not know the name or cannot compute there,
     before anything is loaded."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name is None else name
     try:
         torch.ones(1, device=name).tolist()                # "meta" is a device as well, but has no numbers
+        set_tf32(False)                                    # float32 is exact; who wants TF32 sets it afterwards
         return torch.device(name)
     except (RuntimeError, AssertionError, TypeError) as error:        # torch has several for what is not there
         reason = str(error).split("\n")[0].split(". ")[0].rstrip(".")

@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 import sample
 import train_a
@@ -15,6 +16,7 @@ import train_b
 import train_c
 from tiny import train_encoder
 from tiny import train_text
+from loading.arguments import usable_device
 from loading.errors import RESUME_HINT, UserError, exit_on_user_error
 from training import optim
 from training.checkpoints import Log
@@ -156,3 +158,15 @@ def test_pixels_become_tensors_without_rounding():
     tensor = to_tensor(pixels)
     assert tensor.shape == (2, 3, 4, 4)
     assert (tensor * 255).round().byte().permute(0, 2, 3, 1).numpy().tolist() == pixels.tolist()
+
+
+@pytest.mark.parametrize("options, allowed", [([], False), (["--allow-tf32"], True)])
+def test_float32_is_exact_unless_tf32_is_allowed(monkeypatch, options, allowed):
+    """torch allows it in convolutions. On a CPU the flags do nothing, and can be set all the same."""
+    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
+        monkeypatch.setattr(backend, "allow_tf32", not allowed)
+    args = train_c.parse_args(["--data", "x", "--out", "y", *options])
+    usable_device("cpu")                                                       # as loading a pipeline does
+    assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+    optim.set_precision(args, torch.device("cpu"))
+    assert [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32] == [allowed] * 2

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from loading.arguments import dtype_of
+from loading.arguments import set_tf32
 from loading.errors import UserError
 
 
@@ -50,6 +51,7 @@ def learning_rate(step: int, args) -> float:
 
 def set_precision(args, device: torch.device) -> tuple[torch.dtype, torch.autocast]:
     """Fills in args.dtype -> that dtype, and the context of forward passes. For float32 the context does nothing."""
+    set_tf32(args.allow_tf32)
     dtype = dtype_of(args.dtype or ("fp32" if device.type == "cpu" else "bf16"), device)
     args.dtype = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     return dtype, torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

@@ -103,6 +103,8 @@ def add_optimization_options(p, *, steps: int, batch: int | None, lr: float | No
     g.add_argument("--dtype", choices=["fp32", "bf16", "fp16", "auto"],
                    help="dtype of autocast; auto: bf16 where the device has instructions for it, also on a CPU "
                         "(default: bf16 on a GPU, else fp32)")
+    g.add_argument("--allow-tf32", action="store_true", help="on a GPU, let float32 products and convolutions round "
+                   "their inputs to 10 bits: faster, and no longer exact; not tried on a GPU yet")
     if large:
         g.add_argument("--compile", action="store_true", help="torch.compile: minutes at the start, then faster")
         g.add_argument("--fsdp", action="store_true",

@@ -85,7 +85,7 @@ def validate(model, fixed, embed: Callable, weight: Callable, stage, autocast, a
         with autocast:
             semantic, text = model(source), embed([fixed.captions[i]])
         for t in levels.split(stage.LEVELS_AT_ONCE):
-            x_0_t, semantic_t, text_t = (part.expand(len(t), *part.shape[1:]) for part in (x_0, semantic, text))
+            x_0_t, semantic_t, text_t = (part.repeat(len(t), *[1] * (part.ndim - 1)) for part in (x_0, semantic, text))
             drawn = [stage.draw_noise(rng, *x_0.shape[-2:], config) for _ in t]
             noise = {name: torch.stack([item[name] for item in drawn]).to(x_0.device) for name in drawn[0]}
             x_t, target = stage.corrupt(noise, x_0_t, t, blind=False)
