@@ -16,7 +16,7 @@ import train_b
 import train_c
 from tiny import train_encoder
 from tiny import train_text
-from loading.arguments import usable_device
+from loading.arguments import set_tf32, usable_device
 from loading.errors import RESUME_HINT, UserError, exit_on_user_error
 from training import optim
 from training.checkpoints import Log
@@ -161,12 +161,11 @@ def test_pixels_become_tensors_without_rounding():
 
 
 @pytest.mark.parametrize("options, allowed", [([], False), (["--allow-tf32"], True)])
-def test_float32_is_exact_unless_tf32_is_allowed(monkeypatch, options, allowed):
+def test_float32_is_exact_unless_tf32_is_allowed(options, allowed):
     """torch allows it in convolutions. On a CPU the flags do nothing, and can be set all the same."""
-    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
-        monkeypatch.setattr(backend, "allow_tf32", not allowed)
     args = train_c.parse_args(["--data", "x", "--out", "y", *options])
-    usable_device("cpu")                                                       # as loading a pipeline does
-    assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+    set_tf32(not allowed)
     optim.set_precision(args, torch.device("cpu"))
     assert [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32] == [allowed] * 2
+    usable_device("cpu")                                                       # as loading a pipeline does
+    assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
