@@ -240,6 +240,20 @@ def test_a_compiled_step_is_one_graph_for_all_prompts(stage):
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
+@torch.no_grad()
+def test_other_rows_and_sizes_compile_few_programs():
+    """torch keeps 8 and runs the ninth eagerly, without a word. Here are 9 kinds, with t as the sampler has it."""
+    model, counter = network(StageC), torch._dynamo.testing.CompileCounterWithBackend("eager")
+    torch._dynamo.reset()
+    step = torch.compile(fast.step_c, backend=counter)
+    for rows in (1, 2, 4):
+        for size in ((5, 7), (6, 9), (8, 8)):
+            x_t, t, text = torch.randn(rows, 4, *size), torch.tensor([0.5]).expand(rows), torch.randn(rows, 6, 12)
+            assert rel(bind_c(model, text, step)(x_t, t), model(x_t, t, text)) < 1e-5
+    assert counter.frame_count <= 4
+
+
 @pytest.mark.parametrize("stage", [StageC, StageB], ids=lambda stage: stage.__name__)
 @torch.no_grad()
 def test_a_compiled_step_equals_plain(stage):
