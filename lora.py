@@ -19,9 +19,9 @@ same formula with alpha * sqrt(rank) as alpha, and it is stored that way. DoRA: 
   optimizer = torch.optim.AdamW(lora_parameters(model), ...) # float32 in any model; no weight decay
   save_lora(model, "style.safetensors")                      # a file that diffusers loads as well
   load_lora(model, "other.safetensors", "other", scale=0.8)  # several at once, each with a name
-  merge(model); unmerge(model); remove(model)                # into the weights; exactly back; gone
+  merge(model); unmerge(model); remove(model)                # into the weights; exact undo; gone
 
-A LoRALayer takes the place of each layer, visible in print(model). Its forward is the formula.
+A LoRALayer replaces each of these layers, as print(model) shows. Its forward is the formula.
 (Hooks would hide it. A parametrization would build W' in each forward and leave no place for
 dropout.) The price: "query.weight" is called "query.base.weight" until remove(model) restores the
 old layers.
@@ -47,7 +47,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-# `targets` is one of these, or a regular expression, to be found in the layers' names by re.search.
+# `targets` is a name in PRESETS, or a regular expression that re.search looks for in layers' names.
 PRESETS = {
     "attention":     r"(^|\.)(query|key|value|out)$",      # Stage C: 4 layers in each of 32 blocks
     "attention+mlp": r"(^|\.)(query|key|value|out|text_mapper|expand|contract)$",
@@ -103,7 +103,7 @@ class LoRALayer(nn.Module):
     def __init__(self, base: nn.Linear | nn.Conv2d):
         super().__init__()
         self.base, self.adapters = base, nn.ModuleDict()
-        self.original = None     # the base's weight while LoRAs are merged; not in any file
+        self.original = None     # the base's own weight, while LoRAs are merged; never saved
 
     def forward(self, x: Tensor) -> Tensor:
         base = y = self.base(x)                                # (..., out) or (B, out, H', W')
@@ -113,7 +113,7 @@ class LoRALayer(nn.Module):
         return y
 
     def apply_adapter(self, adapter: Adapter, x: Tensor, base: Tensor, y: Tensor) -> Tensor:
-        """y + what one LoRA adds to base = self.base(x). In x's dtype, as the base computes."""
+        """y + the change by one LoRA, in x's dtype. base: self.base(x), without any LoRA."""
         if self.training and adapter.dropout:
             x = F.dropout(x, adapter.dropout)
         down, up = adapter.down.to(x.dtype), adapter.up.to(x.dtype)
@@ -121,11 +121,11 @@ class LoRALayer(nn.Module):
         if isinstance(self.base, nn.Linear):
             h = F.linear(x, down)                                              # (..., rank)
             if adapter.magnitude is None:
-                # Product and sum in one call: on large layers reading and writing is what costs.
+                # Product and sum in one call, because memory traffic dominates on large layers.
                 return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), up.T, alpha=s).view_as(y)
             change = F.linear(h * s, up)                                       # (..., out)
         else:
-            # `down` sees what the base sees and `up` mixes channels. Together they are one
+            # `down` is a convolution like the base, `up` a 1x1 convolution. Together they equal one
             # convolution with the weight up @ down.
             settings = self.base.stride, self.base.padding, self.base.dilation
             h = F.conv2d(x, down, None, *settings)                             # (B, rank, H', W')
@@ -204,7 +204,7 @@ def add_lora(model: nn.Module, rank: int = 8, alpha: float | None = None, dropou
     alpha, new = alpha * math.sqrt(rank) if rslora else alpha, {}
     for path, layer in find_targets(model, targets).items():
         weight = layer.weight.detach()                               # (out, in) or (out, in, k, k)
-        # Kaiming's rule, as nn.Linear has it: uniform in +-1/sqrt(inputs). Drawn on the CPU, so
+        # Initialised like nn.Linear's weight: uniform in +-1/sqrt(inputs). Drawn on the CPU, so
         # that every device starts from the same numbers.
         down = torch.empty(int(rank), *weight.shape[1:], device="cpu", dtype=torch.float32)
         down.uniform_(-1, 1).div_(math.sqrt(weight[0].numel()))
@@ -224,7 +224,7 @@ def check_name(model: nn.Module, name: str) -> None:
 
 
 def inject(model: nn.Module, name: str, new: dict[str, Adapter]) -> None:
-    """Adds adapters, {layer's name: Adapter}, as the LoRA `name`. Freezes everything but LoRAs."""
+    """Adds {layer's name: Adapter} to the model as the LoRA `name`. Freezes all except LoRAs."""
     for path, adapter in new.items():
         layer = model.get_submodule(path)
         if not isinstance(layer, LoRALayer):
@@ -232,7 +232,7 @@ def inject(model: nn.Module, name: str, new: dict[str, Adapter]) -> None:
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, layer)
         layer.adapters[name] = adapter.to(layer.base.weight.device)
-        layer.train(layer.base.training)     # a new module is in training mode, its model maybe not
+        layer.train(layer.base.training)    # new modules are in training mode, models may not be
     for parameter in set(model.parameters()) - set(lora_parameters(model)):
         parameter.requires_grad_(False)
 
@@ -256,12 +256,12 @@ def adapters(model: nn.Module, name: str | None = None) -> list[tuple[str, Adapt
 
 
 def lora_parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
-    """The parameters of one LoRA, or of all: what the optimizer gets."""
+    """The parameters of one LoRA, or of all, for the optimizer."""
     return [parameter for _, adapter in adapters(model, name) for parameter in adapter.parameters()]
 
 
 def signature(model: nn.Module) -> tuple:
-    """Changes whenever a LoRA or a weight does: for code that keeps results of the layers."""
+    """A tuple that changes whenever a LoRA or a weight changes, for code that caches results."""
     states = [(adapter, adapter.scale, adapter.enabled, adapter.merged)
               for _, layer in lora_layers(model) for adapter in layer.adapters.values()]
     # torch counts in-place changes of a tensor, except of tensors made in inference mode.
@@ -320,7 +320,7 @@ def merge(model: nn.Module, name: str | None = None) -> None:
 
 @torch.no_grad()
 def unmerge(model: nn.Module) -> None:
-    """Undoes every merge: the weights get their old bits back, and LoRAs are computed again."""
+    """Undoes every merge: restores the old weights bit for bit; forward applies LoRAs again."""
     for _, layer in lora_layers(model):
         if layer.original is not None:
             layer.base.weight.copy_(layer.original)
@@ -330,7 +330,7 @@ def unmerge(model: nn.Module) -> None:
 
 
 def remove(model: nn.Module, name: str | None = None) -> None:
-    """Undoes every merge and takes one LoRA, or all, off the model. Restores the plain layers.
+    """Undoes every merge and removes one LoRA, or all, from the model. Restores the plain layers.
 
     The weights stay frozen: call model.requires_grad_() to train them.
     """
@@ -345,7 +345,7 @@ def remove(model: nn.Module, name: str | None = None) -> None:
 
 
 def merge_and_unload(model: nn.Module) -> None:
-    """Merges all LoRAs for good: plain layers, without the memory that unmerge would need."""
+    """Merges all LoRAs permanently and restores plain layers. Frees the memory unmerge needs."""
     merge(model)
     for _, layer in lora_layers(model):
         layer.original = None
@@ -353,8 +353,8 @@ def merge_and_unload(model: nn.Module) -> None:
 
 
 # ----- files -------------------------------------------------------------------------------------
-# A file has diffusers' names, where one list holds all blocks: number i of our three kinds is 3 i,
-# 3 i + 1 and 3 i + 2 there. lora_state_dict, for checkpoints, has our names. load_lora reads both.
+# Files have diffusers' names. diffusers has one list of all blocks, in which our blocks i of three
+# kinds are 3 i, 3 i + 1 and 3 i + 2. lora_state_dict has our names. load_lora reads both.
 
 DIFFUSERS_NAMES = {     # for Stage C; other models keep their names
     "embed":                            "projection",
@@ -371,7 +371,7 @@ DIFFUSERS_NAMES = {     # for Stage C; other models keep their names
     "head":                             "out.1",
 }
 CONVOLUTIONS = ("projection", "out.1")     # 1x1 convolutions in diffusers, Linear here
-ROLES = {               # a tensor's name after the layer's: ours, diffusers', others that are read
+ROLES = {               # the end of a tensor's name: ours, diffusers', others that load_lora reads
     "down":      (".lora_down.weight", ".lora_A.weight"),
     "up":        (".lora_up.weight", ".lora_B.weight"),
     "magnitude": (".lora_magnitude_vector",) * 2 + (".lora_magnitude_vector.weight",),
@@ -393,13 +393,13 @@ def diffusers_names(names) -> dict[str, str]:
 
 
 def to_tensors(weights: dict[str, Adapter], prefix: str = "", naming: int = 0) -> dict[str, Tensor]:
-    """{layer's name there: Adapter} -> copies of the tensors. naming: 0 is ours, 1 diffusers'."""
+    """{layer's name to write: Adapter} -> copies of tensors. naming: 0 is ours, 1 diffusers'."""
     tensors = {}
     for layer, a in weights.items():
         ones = (1, 1) if layer in CONVOLUTIONS else a.down.shape[2:]
         values = dict(down=a.down.view(*a.down.shape[:2], *ones),
                       up=a.up.view(*a.up.shape[:2], *(1 for _ in ones)),
-                      alpha=torch.tensor(a.alpha, dtype=torch.float64))        # as exact as Python
+                      alpha=torch.tensor(a.alpha, dtype=torch.float64))        # exact, as in Python
         if a.magnitude is not None:      # (out,), for convolutions (1, out, 1, 1): peft's shapes
             values["magnitude"] = a.magnitude.view((1, -1, 1, 1) if ones else -1)
         tensors |= {prefix + layer + ROLES[role][naming]: x for role, x in values.items()}
@@ -416,8 +416,8 @@ def lora_state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor
 def to_diffusers(weights: dict[str, Adapter]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """{diffusers' name of a layer: Adapter} -> (tensors of the file, its metadata).
 
-    diffusers and peft take alpha from the metadata: that of most layers, and patterns for others.
-    Versions that do not read it take alpha = rank, which is the default here.
+    diffusers and peft read alpha from the metadata: one for most layers, and patterns for others.
+    Versions that do not read the metadata take alpha = rank, which is the default here.
     """
     ranks = {layer: len(a.down) for layer, a in weights.items()}
     alphas = {layer: a.alpha for layer, a in weights.items()}
@@ -433,15 +433,15 @@ def to_diffusers(weights: dict[str, Adapter]) -> tuple[dict[str, Tensor], dict[s
 
 
 def write_file(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str]) -> None:
-    """safetensors' save_file with sorted metadata. Theirs is in random order, so no two files are
-    the same to the byte. A file: the header's length in 8 bytes, the header in JSON, the values."""
+    """Like safetensors' save_file, but with sorted metadata: its random order makes every file
+    different. Format: the header's length in 8 bytes, the header in JSON, the values."""
     from safetensors.torch import save
     data = save(tensors)
     end = 8 + int.from_bytes(data[:8], "little")
     header = dict(__metadata__=dict(sorted(metadata.items()))) | json.loads(data[8:end])
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)                                  # the values start at 8 n bytes
-    half = Path(f"{path}.half")          # so nothing of this name is ever half a file
+    half = Path(f"{path}.half")          # renamed at the end: no file is incomplete
     half.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
     half.replace(path)
 
@@ -454,7 +454,7 @@ def save_lora(model: nn.Module, path: str | Path, name: str = "default") -> None
 
 
 def alpha_from(config: dict, layer: str, rank: int) -> float:
-    """alpha by the configuration that diffusers and peft store; the rank if there is none."""
+    """alpha from the configuration that diffusers and peft store; the rank if it has none."""
     try:
         config = {key.removeprefix("prior."): value for key, value in config.items()}
         patterns = (config.get("alpha_pattern") or {}).items()           # matched as peft does
@@ -491,7 +491,7 @@ def load_lora(model: nn.Module, source: str | Path | dict[str, Tensor], name: st
 
     If the model has a LoRA of this name, its parameters get the new values, to continue training.
     Freezes everything except LoRAs. Returns the names of the LoRA's layers. Raises ValueError if
-    any tensor does not fit, and then the model is as before: half a LoRA is not what was trained.
+    any tensor does not fit; the model is then unchanged, because half a LoRA would be useless.
     """
     check_name(model, name)
     tensors, config = source, {}
@@ -521,7 +521,7 @@ def load_lora(model: nn.Module, source: str | Path | dict[str, Tensor], name: st
         raise ValueError(f"the model's LoRA {name!r} has {len(old)} layers of rank {ranks[0]}, the "
                          f"file {len(new)} of rank {ranks[1]}, and they are not the same: "
                          f"remove(model, {name!r}) first, or choose another name")
-    for path, adapter in old.items():        # copies: the optimizer holds these very parameters
+    for path, adapter in old.items():        # in place: the optimizer holds these parameters
         adapter.load_state_dict(new[path].state_dict())
         adapter.alpha = new[path].alpha
     if not old:

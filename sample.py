@@ -12,11 +12,11 @@
   python sample.py --prompt-file prompts.txt --batch 8
   python sample.py --like out/image.png --seed 8                       # its settings, another seed
 
-For readers: `main` shows the whole way: options become jobs, one for each image; load; generate;
-save. Options, checks and paths are in extras/cli.py, the settings that each file carries in
-extras/like.py, prompt files and what happens after an error in extras/jobs.py, grids,
-interpolation and latents in extras/modes.py. From Python: wuerstchen.py, extras/editing.py.
-Surprise: torch takes seconds to import, so this happens only after the options were checked.
+For readers: `main` shows all steps: options become jobs, one for each image; load; generate;
+save. Options, checks and paths are in extras/cli.py, the settings stored in each file in
+extras/like.py, prompt files and the handling of errors in extras/jobs.py, grids, interpolation
+and latents in extras/modes.py. From Python: wuerstchen.py, extras/editing.py.
+Note: torch takes seconds to import, so it is imported only after the options were checked.
 Needs: what wuerstchen.py needs.
 """
 import argparse
@@ -34,7 +34,7 @@ All options: python sample.py --help"""
 
 
 def parser() -> argparse.ArgumentParser:
-    """Options that people use first, then the others. The weights have defaults of their own."""
+    """The options, those that are used most first. Many defaults depend on the weights."""
     p = argparse.ArgumentParser(usage='python sample.py --prompt "..." [options]',
                                 description=__doc__.partition("\nFor readers")[0],
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -108,8 +108,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Exit code 0; 2 for what a user can repair, in one line; 1 if only lines of a prompt file
-    failed; 130 after Ctrl-C."""
+    """Exit code 0; 2 for an error that a user can fix, printed in one line; 1 if only lines of a
+    prompt file failed; 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv:
         return print(USAGE)

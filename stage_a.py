@@ -2,14 +2,14 @@
 
   caption -CLIP-> (B,77,1280) -[C]-> (B,16,24,24) -[B]-> (B,4,256,256) -[A]-> (B,3,1024,1024)
 
-Stage A is trained first and knows nothing of text or diffusion: an autoencoder whose latents can be
-snapped to a codebook of 8192 vectors of 4 numbers ("tokens"). Würstchen v1 generates the tokens
-themselves; v2, the default, generates the latents *before* snapping, so sampling only decodes.
+Stage A is trained first, without text or diffusion. It is an autoencoder whose latents can be
+quantised to a codebook of 8192 vectors of 4 numbers ("tokens"). Würstchen v1 generates the tokens;
+v2, the default, generates the latents *before* quantisation, so sampling only decodes.
 In   images (B,3,H,W) in [0, 1] (not [-1, 1]), H and W multiples of `downscale` (4)
 Out  latents (B,4,H/4,W/4), roughly unit variance; images come back unclamped
-Surprise: `encode` divides latents by `scale_factor` (0.3764, fixed by the released weights) and
-     `decode` multiplies by it. `decode_indices` starts from the codebook, which is in the undivided
-     units, and does not scale.
+Note: `encode` divides latents by `scale_factor` (0.3764, fixed by the released weights) and
+     `decode` multiplies by it. `decode_indices` starts from the codebook, whose vectors are not
+     divided, and does not scale.
 
 Inside, activations are channels-last, (B,H,W,C): a Linear or a norm then reads C contiguously, and
 a convolution gets its (B,C,H,W) as a view with channels-last strides, which costs nothing.
@@ -73,8 +73,8 @@ class Codebook(nn.Module):
     """Vector quantisation: the nearest of `size` learned vectors replaces every latent vector."""
     def __init__(self, size: int, c: int):
         super().__init__()
-        # As wide as what BatchNorm makes of the latents. Codes that start closer together are a
-        # trap: the outermost few win every latent, move, win again, and the others are never used.
+        # With variance 1, like the latents after BatchNorm. If codes started closer together, the
+        # outermost few would stay the nearest to all latents, and the others would never be used.
         self.codes = nn.Parameter(torch.randn(size, c))                                     # (K, C)
 
     def nearest(self, z: Tensor) -> Tensor:
@@ -149,9 +149,9 @@ class StageA(nn.Module):
         return F.pixel_shuffle(channels_first(self.to_pixels(x)), 2)                  # (B, 3, H, W)
 
     def encode(self, images: Tensor, quantise: bool = False) -> Tensor:
-        """images (B,3,H,W) in [0, 1] -> latents (B,4,H/4,W/4) as Stage B wants them.
+        """images (B,3,H,W) in [0, 1] -> latents (B,4,H/4,W/4) for Stage B.
 
-        quantise=True snaps them to the codebook first. Raises ValueError for impossible shapes."""
+        quantise=True replaces them by the nearest codes. Raises ValueError for wrong shapes."""
         z = self.encode_raw(images)                                                   # (B, h, w, 4)
         if quantise:
             z = F.embedding(self.codebook.nearest(z), self.codebook.codes)

@@ -1,16 +1,16 @@
-"""Stage B, the latent diffusion decoder: turns a small semantic latent into the VQGAN's latents.
+"""Stage B, the latent diffusion decoder: turns small semantic latents into the VQGAN's latents.
 
   caption -CLIP-> (B,77,1280) -[C]-> (B,16,24,24) -[B]-> (B,4,256,256) -[A]-> (B,3,1024,1024)
 
-Stage C has decided what is in the image; Stage B invents the detail that 24 x 24 positions cannot
-hold. It is a diffusion model too: a U-Net, made of Stage C's three kinds of blocks, that predicts
-the noise in the VQGAN's latents and sees the semantic latent at every level except the finest. The
-other half of this file makes that latent from an image: the semantic compressor (EfficientNetV2-S
+Stage C has decided what is in the image; Stage B generates the detail that 24 x 24 positions cannot
+hold. It is also a diffusion model: a U-Net, made of Stage C's three kinds of blocks, that predicts
+the noise in the VQGAN's latents. Every level except the finest gets the semantic latents. The other
+half of this file computes semantic latents from an image: the semantic compressor (EfficientNetV2-S
 and a 16-channel mapper), which the paper trains jointly with Stage B. Stage C later learns to
-produce its output from text.
+generate the compressor's output from text.
 In   x_t (B,4,h,w) noisy latents, h and w multiples of 16; t (B,) noise level, 0 = clean, 1 = noise;
      semantic (B,16,h',w') in raw units (zeros = no guidance); text (B,77,1024) of CLIP-H
-Out  eps (B,4,h,w), the noise in x_t. Surprise: the last layer does not output it directly, see
+Out  eps (B,4,h,w), the noise in x_t. Note: the last layer does not output it directly, see
      StageB.forward.
 
 Inside, activations are channels-last, (B,H,W,C): a Linear or a norm then reads C contiguously, and
@@ -42,18 +42,18 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def layer_norm(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """(...,C) -> (...,C), mean 0 and variance 1 over C. dtype: of the next weights, see widen."""
+    """(...,C) -> (...,C): mean 0, variance 1 over C. dtype: cast to it if it is 16-bit."""
     x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
     return x.to(dtype) if dtype in (torch.float16, torch.bfloat16) else x
 
 
 def widen(x: Tensor) -> Tensor:
-    """float16 -> float32: blocks add up to more than 65504, where float16 ends. Others as is."""
+    """float16 -> float32, because sums of blocks exceed float16's maximum, 65504. Others as is."""
     return x.float() if x.dtype == torch.float16 else x
 
 
 def narrow(x: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """x in float16 for weights of that dtype, at most 65504. For other weights as it is."""
+    """For weights in float16: x clamped to +-65504, in float16. For other weights: x as it is."""
     return x.clamp(-65504, 65504).half() if dtype == torch.float16 != x.dtype else x
 
 
@@ -73,7 +73,7 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
 
 
 class GlobalResponseNorm(nn.Module):
-    """Lets the channels compete: each is scaled by its energy, relative to the mean channel.
+    """Scales each channel by its energy relative to the mean channel, so that channels compete.
 
     y = gamma * (x * n) + beta + x with n = |x| / mean_channels |x|, |.| the L2 norm over H and W.
     |.| grows with the number of positions, so an image must be neither padded nor cut into tiles.
@@ -85,17 +85,17 @@ class GlobalResponseNorm(nn.Module):
         self.beta = nn.Parameter(torch.zeros(c))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B,H,W,C) -> (B,H,W,C) in x's dtype, also under autocast: only the energy is wider."""
+        """x (B,H,W,C) -> (B,H,W,C) in x's dtype, also under autocast; the energy is float32."""
         dtype = torch.float32 if x.dtype.itemsize == 2 else None         # a sum over many positions
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             energy = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=dtype)  # (B,1,1,C)
             n = energy / (energy.mean(-1, keepdim=True) + 1e-6)                      # (B, 1, 1, C)
-            # gamma * (x * n) + x = x * (1 + gamma * n): the small factor first: x is read once.
+            # gamma * (x * n) + x = x * (1 + gamma * n): so the large tensor x is read only once.
             return torch.addcmul(self.beta.to(x.dtype), x, (1 + self.gamma * n).to(x.dtype))
 
 
 class Depthwise(nn.Conv2d):
-    """A convolution in x's type, also with float16 weights: it reads what widen made float32."""
+    """A convolution in x's dtype, also with float16 weights, because widen makes x float32."""
     def forward(self, x: Tensor) -> Tensor:
         """x (B,C,H,W) -> (B,C',H,W)."""
         return self._conv_forward(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
@@ -104,7 +104,7 @@ class Depthwise(nn.Conv2d):
 class ResBlock(nn.Module):
     """x + MLP(norm(depthwise(x))): a convolution mixes positions, then a wide MLP mixes channels.
 
-    The MLP may see more than x: in Stage B a U-Net skip and the semantic latent, as extras.
+    In Stage B the MLP also gets extras: the U-Net's skip connection and the semantic latents.
     Source: the block of ConvNeXt V2, arXiv:2301.00808, with a smaller kernel."""
     def __init__(self, c: int, c_skip: int = 0, kernel_size: int = 3, dropout: float = 0.0):
         super().__init__()
@@ -138,8 +138,8 @@ class TimestepBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Every position attends to all positions and to the text, in one attention.
 
-    Keys and values are those of the normalised image tokens, then those of the text tokens. Padding
-    tokens of the text are not masked: the released weights were trained with them in view."""
+    Keys and values come from the normalised image tokens, then from the text tokens. Padding tokens
+    of the text are not masked, because the released weights were trained without a mask."""
     def __init__(self, c: int, c_text: int, heads: int, dropout: float = 0.0):
         super().__init__()
         self.heads, self.dropout = heads, dropout
@@ -170,15 +170,15 @@ class AttentionBlock(nn.Module):
 def resize_semantic(semantic: Tensor, size: tuple[int, int]) -> Tensor:
     """semantic (B,C,h,w) -> (B,*size,C), bicubic, always in float32, as the weights were trained.
 
-    Interpolation is linear in rows and in columns: two matrix products. Not F.interpolate itself,
-    because torch.compile cannot differentiate it when sizes vary. The matrices are what it makes of
-    unit vectors. No textbook formula gives them: in torch, bicubic with antialias and align_corners
-    follows none of the usual conventions (end points do not map to end points)."""
+    Interpolation is linear in rows and in columns: two matrix products. F.interpolate is not used
+    directly, because torch.compile cannot differentiate it when sizes vary. The matrices are
+    F.interpolate's results for unit vectors, because its bicubic with antialias and align_corners
+    follows no textbook formula (end points do not map to end points)."""
     (h, w), (H, W), device = semantic.shape[2:], size, semantic.device
 
-    def weights(n: int, m: int, width: int) -> Tensor:          # (m, n): the share of n rows in m
+    def weights(n: int, m: int, width: int) -> Tensor:          # (m, n): from n rows to m rows
         units = torch.eye(n, device=device)[None, :, :, None].expand(1, n, n, 2)
-        shape = (m, min(width, 2))                 # torch has other weights for a result of width 1
+        shape = (m, min(width, 2))                 # torch uses other weights for a width of 1
         rows = F.interpolate(units, shape, mode="bicubic", antialias=True, align_corners=True)
         return rows[0, :, :, 0].T
     with torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False):
@@ -193,10 +193,10 @@ class StageB(nn.Module):
     Every list has one entry per resolution, called a level, 0 = finest.
     levels  a pattern of blocks, C = ResBlock, T = TimestepBlock, A = AttentionBlock, which is
             repeated blocks[i] times
-    inject  whether a level's ResBlocks get the semantic latent (the finest does not: it would cost
-            the most there and adds only what the level below already knows)
+    inject  whether a level's ResBlocks get the semantic latents (the finest level does not: there
+            they would cost the most and add only what the level below already has)
     dropout one rate, or one for each level
-    A skip joins the first block of a level on the way up. If that is no ResBlock it is unused."""
+    On the way up, a level's first block gets the skip connection, if that block is a ResBlock."""
     def __init__(self, c_in: int = 4, c_out: int = 4, c_timestep: int = 64, patch_size: int = 2,
                  c_cond: int = 1024, c_hidden=(320, 640, 1280, 1280), heads=(-1, 10, 20, 20),
                  blocks=(4, 4, 14, 4), levels=("CT", "CTA", "CTA", "CTA"),
@@ -239,7 +239,7 @@ class StageB(nn.Module):
             c_skip = c_cond if inject[i] else 0
             self.down_blocks.append(nn.ModuleList(
                 block(letter, i, c_skip) for letter in levels[i] * blocks[i]))
-            # On the way up, the first block of a level also gets what the way down left there.
+            # On the way up, the first block of a level also gets the skip connection.
             self.up_blocks.append(nn.ModuleList(
                 block(letter, i, c_skip + (c_hidden[i] if k == 0 and i < depth - 1 else 0))
                 for k, letter in enumerate(levels[i] * blocks[i])))
@@ -276,7 +276,7 @@ class StageB(nn.Module):
 
     def signal_and_scale(self, x_t: Tensor, t: Tensor, semantic: Tensor,
                          text: Tensor) -> tuple[Tensor, Tensor]:
-        """As forward -> its a and b, 2 x (B,4,h,w): train_b.py can train them one by one."""
+        """Arguments of forward -> its a and b, 2 x (B,4,h,w), so that train_b.py can use each."""
         _, channels, h, w = x_t.shape
         if channels != self.config["c_in"] or h % self.multiple or w % self.multiple:
             raise ValueError(
@@ -297,7 +297,7 @@ class StageB(nn.Module):
             x = self.run_level(self.down_blocks[i], self.semantic_down[i], x, t_embedding, semantic,
                                text)                                               # (B, H, W, C_i)
             skips.append(x)
-        skips[-1] = None                    # the coarsest level starts from its own output: no skip
+        skips[-1] = None                    # the coarsest level continues from x itself: no skip
         for i in reversed(range(depth)):                        # ... and up again
             x = self.run_level(self.up_blocks[i], self.semantic_up[i], x, t_embedding, semantic,
                                text, skips[i])                                     # (B, H, W, C_i)
@@ -326,13 +326,13 @@ class StageB(nn.Module):
         return x
 
 
-# ----- the semantic compressor: an image -> the latent that Stage C learns to produce -------------
+# ----- the semantic compressor: an image -> the latents that Stage C learns to generate -----------
 
 class EfficientNetEncoder(nn.Module):
-    """EfficientNetV2-S features and a 1x1 mapper to 16 channels, 20.2 M parameters; torchvision's.
+    """torchvision's EfficientNetV2-S and a 1x1 mapper to 16 channels, 20.2 M parameters.
 
-    v1 has the large one, efficientnet_v2_l (117 M), for images half as wide. Built without ImageNet
-    weights: the released encoder was trained on, and the constructor must not download. Encode in
+    v1 has efficientnet_v2_l (117 M), for images half as wide. The constructor loads no ImageNet
+    weights, because it must not download, and the released encoder has its own weights. Encode in
     eval() mode: BatchNorm and stochastic depth compute something else in training.
     Source: EfficientNetV2, arXiv:2104.00298."""
     def __init__(self, c_semantic: int = 16, network: str = "efficientnet_v2_s"):
@@ -353,10 +353,10 @@ class EfficientNetEncoder(nn.Module):
 
 
 class TinyImageEncoder(nn.Module):
-    """The same for 128 px images with 7 % of the work: four levels of ResBlocks, no EfficientNet.
+    """An image encoder for 128 px with 7 % of EfficientNet's work: four levels of ResBlocks.
 
-    BatchNorm has a fixed weight of 42 and bias of -1, so that Stage C, which gets (raw + 1) / 42
-    like the released one, sees numbers of mean 0 and variance 1: what diffusion is made for."""
+    BatchNorm has a fixed weight of 42 and bias of -1. So Stage C, whose input is (raw + 1) / 42 as
+    with the released weights, gets numbers of mean 0 and variance 1, as diffusion expects."""
     def __init__(self, c_semantic: int = 16, c_hidden=(32, 64, 128, 256), blocks=(1, 2, 2, 2)):
         super().__init__()
         self.config = dict(c_semantic=c_semantic, c_hidden=tuple(c_hidden), blocks=tuple(blocks))
@@ -384,8 +384,8 @@ def preprocess(images: Tensor, size: int | tuple[int, int] = 768) -> Tensor:
     """images (B,3,H,W) in [0, 1] -> (B,3,H',W') for the image encoders: resized (bilinear,
     antialiased), with ImageNet's mean and standard deviation.
 
-    size in px: of the shorter side, 0.75 of the image's, a multiple of 32 (official 1024 -> 768,
-    tiny 128 -> 96); the longer side keeps the image's shape and is cropped in its middle to a
+    size: px of the shorter side, 0.75 of the image's and a multiple of 32 (official 1024 -> 768,
+    tiny 128 -> 96); the longer side keeps the image's shape and is cropped to its middle, to a
     multiple of 32. Or (height, width)."""
     h, w = images.shape[-2:]
     if isinstance(size, int):                             # rounded down, as in torchvision's Resize

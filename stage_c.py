@@ -1,14 +1,14 @@
-"""Stage C, the prior: turns a caption into a small semantic latent. Read this file first.
+"""Stage C, the prior: turns a caption into small semantic latents. Read this file first.
 
   caption -CLIP-> (B,77,1280) -[C]-> (B,16,24,24) -[B]-> (B,4,256,256) -[A]-> (B,3,1024,1024)
 
 Stage C decides what is in the image; Stages B and A add detail. 1024 px become 24 positions per
 side (42.67 : 1), so it works on 576 positions, needs no U-shape, and is cheap to train: this is the
-whole point of Würstchen. It is a diffusion model: given a noisy latent, the noise level and the
+whole point of Würstchen. It is a diffusion model: given noisy latents, the noise level and the
 text, it predicts the noise. wuerstchen.py starts from pure noise and removes it in about 30 steps.
-In   x_t (B,16,h,w) noisy latent of any size; t (B,) noise level, 0 = clean, 1 = noise;
+In   x_t (B,16,h,w) noisy latents of any size; t (B,) noise level, 0 = clean, 1 = noise;
      text (B,77,1280) of CLIP-bigG
-Out  eps (B,16,h,w), the noise in x_t. Surprise: the last layer does not output it directly, see
+Out  eps (B,16,h,w), the noise in x_t. Note: the last layer does not output it directly, see
      StageC.forward.
 
 Inside, activations are channels-last, (B,H,W,C): a Linear or a norm then reads C contiguously, and
@@ -41,18 +41,18 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def layer_norm(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """(...,C) -> (...,C), mean 0 and variance 1 over C. dtype: of the next weights, see widen."""
+    """(...,C) -> (...,C): mean 0, variance 1 over C. dtype: cast to it if it is 16-bit."""
     x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
     return x.to(dtype) if dtype in (torch.float16, torch.bfloat16) else x
 
 
 def widen(x: Tensor) -> Tensor:
-    """float16 -> float32: blocks add up to more than 65504, where float16 ends. Others as is."""
+    """float16 -> float32, because sums of blocks exceed float16's maximum, 65504. Others as is."""
     return x.float() if x.dtype == torch.float16 else x
 
 
 def narrow(x: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """x in float16 for weights of that dtype, at most 65504. For other weights as it is."""
+    """For weights in float16: x clamped to +-65504, in float16. For other weights: x as it is."""
     return x.clamp(-65504, 65504).half() if dtype == torch.float16 != x.dtype else x
 
 
@@ -72,7 +72,7 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
 
 
 class GlobalResponseNorm(nn.Module):
-    """Lets the channels compete: each is scaled by its energy, relative to the mean channel.
+    """Scales each channel by its energy relative to the mean channel, so that channels compete.
 
     y = gamma * (x * n) + beta + x with n = |x| / mean_channels |x|, |.| the L2 norm over H and W.
     |.| grows with the number of positions, so an image must be neither padded nor cut into tiles.
@@ -84,17 +84,17 @@ class GlobalResponseNorm(nn.Module):
         self.beta = nn.Parameter(torch.zeros(c))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B,H,W,C) -> (B,H,W,C) in x's dtype, also under autocast: only the energy is wider."""
+        """x (B,H,W,C) -> (B,H,W,C) in x's dtype, also under autocast; the energy is float32."""
         dtype = torch.float32 if x.dtype.itemsize == 2 else None         # a sum over many positions
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             energy = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=dtype)  # (B,1,1,C)
             n = energy / (energy.mean(-1, keepdim=True) + 1e-6)                      # (B, 1, 1, C)
-            # gamma * (x * n) + x = x * (1 + gamma * n): the small factor first: x is read once.
+            # gamma * (x * n) + x = x * (1 + gamma * n): so the large tensor x is read only once.
             return torch.addcmul(self.beta.to(x.dtype), x, (1 + self.gamma * n).to(x.dtype))
 
 
 class Depthwise(nn.Conv2d):
-    """A convolution in x's type, also with float16 weights: it reads what widen made float32."""
+    """A convolution in x's dtype, also with float16 weights, because widen makes x float32."""
     def forward(self, x: Tensor) -> Tensor:
         """x (B,C,H,W) -> (B,C',H,W)."""
         return self._conv_forward(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
@@ -103,7 +103,7 @@ class Depthwise(nn.Conv2d):
 class ResBlock(nn.Module):
     """x + MLP(norm(depthwise(x))): a convolution mixes positions, then a wide MLP mixes channels.
 
-    The MLP may see more than x: in Stage B a U-Net skip and the semantic latent, as extras.
+    In Stage B the MLP also gets extras: the U-Net's skip connection and the semantic latents.
     Source: the block of ConvNeXt V2, arXiv:2301.00808, with a smaller kernel."""
     def __init__(self, c: int, c_skip: int = 0, kernel_size: int = 3, dropout: float = 0.0):
         super().__init__()
@@ -137,8 +137,8 @@ class TimestepBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Every position attends to all positions and to the text, in one attention.
 
-    Keys and values are those of the normalised image tokens, then those of the text tokens. Padding
-    tokens of the text are not masked: the released weights were trained with them in view."""
+    Keys and values come from the normalised image tokens, then from the text tokens. Padding tokens
+    of the text are not masked, because the released weights were trained without a mask."""
     def __init__(self, c: int, c_text: int, heads: int, dropout: float = 0.0):
         super().__init__()
         self.heads, self.dropout = heads, dropout
@@ -175,7 +175,7 @@ def keep_products(context, operation, *inputs, **options) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-# What the backward pass computes again: everything inside the blocks, or everything but products.
+# What the backward pass recomputes: everything inside the blocks, or everything except products.
 CHECKPOINTING = dict(blocks={}, products=dict(
     context_fn=functools.partial(create_selective_checkpoint_contexts, keep_products)))
 
@@ -243,5 +243,5 @@ class StageC(nn.Module):
         # With ab = alphas_cumprod, x_t = sqrt(ab) x_0 + sqrt(1 - ab) eps, and therefore
         # eps = (x_t - sqrt(ab) x_0) / sqrt(1 - ab). The head has that form: a is the signal,
         # |1 - b| the noise's scale. It starts at a = b = 0 and returns x_t, which at high noise is
-        # almost the answer. abs() and 1e-5 keep the divisor positive; the sign of 1 - b is unused.
+        # almost eps. abs() and 1e-5 keep the divisor positive; the sign of 1 - b is unused.
         return (x_t - a) / ((1 - b).abs() + 1e-5)                                    # (B, 16, h, w)

@@ -1,4 +1,4 @@
-"""Würstchen, put together: from a prompt to images. Noise schedule, samplers, guidance, pipeline.
+"""The whole of Würstchen, from a prompt to images: noise schedule, samplers, guidance, pipeline.
 
   prompt -CLIP-> (B,77,1280) -[C]-> (B,16,24,24) -[B]-> (B,4,256,256) -[A]-> (B,3,1024,1024)
 
@@ -8,10 +8,10 @@
 
 Two diffusion models in a row, Stages C and B, and one loop for both: `denoise`. It starts from
 Gaussian noise and steps down a list of noise levels; at each, a network predicts the noise in x_t.
-Surprise: noise levels t are real numbers in [0, 1], 0 = clean, 1 = noise, not integers 0..999, and
-the signal's share is a function of t, so any falling list of levels is a schedule. Stage C works on
-(raw + 1) / 42 of the semantic latents that the image encoder produces and Stage B takes.
-Wuerstchen.load puts in the networks' fast forms, speed/fast.py; fast=False keeps the plain ones.
+Note: noise levels t are real numbers in [0, 1], 0 = clean, 1 = noise, not integers 0..999. The
+signal's share is a function of t, so any falling list of levels is a schedule. Stage C works on
+(raw + 1) / 42, with raw the semantic latents that the image encoder produces and Stage B takes.
+Wuerstchen.load makes the networks faster by speed/fast.py; fast=False keeps the plain networks.
 Editing, given embeddings and latents, previews: extras/. Less memory: speed/memory.py. v1: v1/.
 Paper: arXiv:2306.00637.  Needs: torch, numpy, pillow, tqdm; tokenizers.
 """
@@ -33,12 +33,12 @@ LATENT_SHIFT, LATENT_SCALE = 1.0, 42.0     # fixed by the released weights
 
 
 def scale_semantic(raw: Tensor) -> Tensor:
-    """What the image encoder produces -> what Stage C is trained on, about unit variance."""
+    """The image encoder's output -> the latents Stage C is trained on, about unit variance."""
     return (raw + LATENT_SHIFT) / LATENT_SCALE
 
 
 def unscale_semantic(x: Tensor) -> Tensor:
-    """What Stage C produces -> what Stage B takes: the inverse, applied exactly once."""
+    """Stage C's output -> Stage B's input: the inverse of scale_semantic, applied exactly once."""
     return x * LATENT_SCALE - LATENT_SHIFT
 
 
@@ -76,15 +76,15 @@ def add_noise(x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
 
 
 def predict_x_0(x_t: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """add_noise solved for x_0: what is clean if eps is the noise."""
+    """add_noise solved for x_0: the clean x_0 if eps is the noise in x_t."""
     ab = per_row(alphas_cumprod(t), x_t)
     return (x_t - (1 - ab).sqrt() * eps) / ab.sqrt()
 
 
 # ----- samplers: one step from noise level t down to t_prev < t -----------------------------------
 # All take x_t, eps, fresh noise (B,...); t and t_prev (B,); `last` = (t, x_0) of the step before,
-# None in the first; and return float32 (B,...). A new one is a function here and in SAMPLERS; for
-# the command line also a name in extras/cli.py.
+# None in the first; and return float32 (B,...). To add one, write a function and add it to
+# SAMPLERS; for the command line, add its name to SAMPLERS of extras/like.py.
 
 def ddpm_step(x_t: Tensor, eps: Tensor, t: Tensor, t_prev: Tensor, noise: Tensor, last=None):
     """The original model's sampler: remove predicted noise, add a little fresh noise.
@@ -100,7 +100,7 @@ def ddpm_step(x_t: Tensor, eps: Tensor, t: Tensor, t_prev: Tensor, noise: Tensor
 
 
 def ddim_step(x_t: Tensor, eps: Tensor, t: Tensor, t_prev: Tensor, noise=None, last=None, eta=0.0):
-    """Guess x_0, then put the same noise back, less of it.  arXiv:2010.02502, eq. 12 and 16.
+    """Predicts x_0, then adds the same noise again, but less.  arXiv:2010.02502, eq. 12 and 16.
 
     eta 0: deterministic after the start. eta 1: the same distribution as ddpm_step.
     """
@@ -114,12 +114,12 @@ def ddim_step(x_t: Tensor, eps: Tensor, t: Tensor, t_prev: Tensor, noise=None, l
 
 
 def dpm_solver_step(x_t: Tensor, eps: Tensor, t: Tensor, t_prev: Tensor, noise=None, last=None):
-    """DPM-Solver++(2M): DDIM with a memory. The change of x_0 since the last step is extrapolated.
+    """DPM-Solver++(2M): DDIM that also extrapolates the change of x_0 since the last step.
 
-    x_0 is taken at the middle of the step in lam = log(signal / noise), on the line through the
-    last two guesses: an error of second order in the step where DDIM's is of first, so half as many
-    steps do. The first step, and that to t_prev = 0, over which lam changes most, are DDIM's.
-    Source: Lu et al. 2022, arXiv:2211.01095.
+    x_0 is extrapolated to the middle of the step in lam = log(signal / noise), along the line
+    through the last two predictions. The error is of second order in the step, DDIM's of first, so
+    half as many steps suffice. The first step is DDIM's; so is the step to t_prev = 0, over which
+    lam changes most.  Source: Lu et al. 2022, arXiv:2211.01095.
     """
     ab, ab_prev = per_row(alphas_cumprod(t), x_t), per_row(alphas_cumprod(t_prev), x_t)
     lam, lam_prev = (torch.logit(a) / 2 for a in (ab, ab_prev))    # log(sqrt(ab) / sqrt(1 - ab))
@@ -127,7 +127,7 @@ def dpm_solver_step(x_t: Tensor, eps: Tensor, t: Tensor, t_prev: Tensor, noise=N
     if last is not None:
         t_last, x_0_last = last
         h_last = lam - torch.logit(per_row(alphas_cumprod(t_last), x_t)) / 2
-        # Near t = 1 alphas_cumprod is clamped: lam may not have moved, and then there is no slope.
+        # Near t = 1 alphas_cumprod is clamped. If lam is therefore unchanged, there is no slope.
         r = torch.where(h_last > 0, ((lam_prev - lam) / (2 * h_last)).clamp(max=1), 0)
         x_0 = x_0 + r * per_row(t_prev != 0, x_t) * (x_0 - x_0_last)
     shrink = ((1 - ab_prev) / (1 - ab)).sqrt()                     # of the noise, for constant x_0
@@ -140,12 +140,12 @@ SAMPLERS = {"ddpm": ddpm_step, "ddim": ddim_step, "dpm++": dpm_solver_step}
 # ----- guidance and the loop ----------------------------------------------------------------------
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float, rescale: float = 0.0) -> Tensor:
-    """Classifier-free guidance: away from what is likely anyway, towards what the text asks for.
+    """Classifier-free guidance: moves from the unconditional prediction towards the conditional.
 
     scale 0: ignores the text; 1: plain prediction; above: exaggerates.  arXiv:2207.12598,
     where w is our scale - 1. torch.lerp, because the released samplers round like that.
-    rescale: how far the standard deviation, which guidance raises, goes back to that of the
-    conditional prediction, for each image by itself (arXiv:2305.08891, sec. 3.4).
+    rescale: how far to lower each image's standard deviation, which guidance raises, to the
+    conditional prediction's (arXiv:2305.08891, sec. 3.4).
     """
     guided = torch.lerp(unconditional, conditional, scale)
     if rescale == 0:
@@ -164,10 +164,10 @@ def denoise(predict: Callable[[Tensor, Tensor, bool], Tensor], x: Tensor,
               a seed gives the same numbers as in the published pipelines with any sampler
     keep(x_t, t) -> x_t: for inpainting, see extras/editing.py
     callback(i, t, x, x_0) -> None or another x: after step i, with the new x and its noise level
-    Raises FloatingPointError once x is not finite; on a GPU, which would have to wait, at the end.
+    Raises FloatingPointError once x is not finite; on a GPU after the last step, to avoid waiting.
     """
     x, last, finite, levels, step = x.float(), None, [], sampling.levels, sampling.step_function
-    on_device = levels.to(x.device)            # one copy: the host waits for a GPU at each
+    on_device = levels.to(x.device)            # one copy, because the host waits for each
     for i in progress(range(len(levels) - 1)):
         t, t_prev = (on_device[k].repeat(len(x)) for k in (i, i + 1))              # (B,), (B,)
         x = x if keep is None else keep(x, t)
@@ -198,10 +198,10 @@ def check_finite(finite: Tensor, levels: Tensor) -> None:
 class Sampling:
     """How one stage is sampled. Raises ValueError for impossible settings.
 
-    steps      a number, spread evenly over t_start .. t_end or, if `early`, as Stage C's are; or
+    steps      a number, spread evenly over t_start .. t_end or, if `early`, more at high noise; or
                segments {2/3: 20, 0: 10}, the original's form; or the falling noise levels
     sampler    a name in SAMPLERS, or such a function; eta: the randomness of "ddim", 1 is ddpm's
-    guidance   1 is none, in half the time; two numbers: at t = 1 and at t = 0, a line between them
+    guidance   1 is off, in half the time; two numbers: at t = 1 and t = 0, linear in between
     interval   noise levels on which guidance acts (Kynkäänniemi et al. 2024, arXiv:2404.07724)
     rescale    0 to 1: how far to undo the contrast that guidance adds, see `guide`
     """
@@ -253,7 +253,7 @@ class Sampling:
             if not 0 < first < self.steps:
                 return torch.linspace(self.t_start, self.t_end, max(self.steps, 0) + 1)
             segments = {2 / 3: first, self.t_end: self.steps - first}
-        levels = [torch.tensor([self.t_start], dtype=torch.float64)]    # as the published lists
+        levels = [torch.tensor([self.t_start], dtype=torch.float64)]    # as in published lists
         for t_end, steps in segments.items():
             levels.append(torch.linspace(levels[-1][-1], t_end, steps + 1, dtype=torch.float64)[1:])
         return torch.cat(levels).float()
@@ -276,8 +276,8 @@ class Sampling:
 def latent_sizes(height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """Image size in px -> (h, w) of Stage C's latents and of Stage B's: 1024 -> 24 and 256.
 
-    Any size from 64 px: the next grids that cover it. Stage C's positions are 42 2/3 px wide; Stage
-    B's U-Net halves its input up to 4 times, so its sides are multiples of 16, that is 64 px.
+    Any size from 64 px: the smallest grids that cover it. A latent position of Stage C is 42 2/3 px
+    wide. Stage B's U-Net halves its input up to 4 times: sides are multiples of 16, that is 64 px.
     """
     for name, side in (("height", height), ("width", width)):
         if not isinstance(side, Integral) or not 64 <= side <= 2 ** 14:
@@ -293,7 +293,7 @@ class Noise:
     """
     def __init__(self, seeds: Sequence[int], device: str | torch.device = "cpu"):
         if not all(isinstance(seed, Integral) and 0 <= seed < 2 ** 32 for seed in seeds):
-            # torch takes larger ones, but its generator only looks at 32 bits.
+            # torch accepts larger seeds, but its generator uses only 32 bits.
             raise ValueError(f"seeds must lie between 0 and 2^32 - 1 = {2 ** 32 - 1}, "
                              f"got {', '.join(map(str, seeds))}.")
         self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
@@ -301,7 +301,7 @@ class Noise:
 
     def __call__(self, *shape: int) -> Tensor:
         noise = torch.stack([torch.randn(*shape, generator=g) for g in self.generators])
-        if self.device.type == "cuda":         # pinned, it travels while the host continues
+        if self.device.type == "cuda":         # pinned: copied while the host continues
             noise = noise.pin_memory()
         return noise.to(self.device, non_blocking=True)
 
@@ -311,14 +311,14 @@ class Noise:
 class Wuerstchen:
     """Text to images. Every step is a method of its own; __call__ shows them in order.
 
-    networks: stage_a, stage_b, stage_c, text_encoder_c, text_encoder_b, image_encoder, by name: a
-    module each, or a function that loads it when it is first needed. size (px), c and b are the
-    defaults of these weights. What speed/ makes faster or smaller replaces `part`, `predictor`,
-    `bind_c`, `bind_b` or `decode_one` of a loaded model; loading/arguments.py puts checks in front
-    of `accept` and `settings`. The parts are attributes as well: model.stage_c.
+    networks: {name: a module, or a function that loads it when it is first needed}, for stage_a,
+    stage_b, stage_c, text_encoder_c, text_encoder_b, image_encoder. size (px), c and b: defaults of
+    these weights. To make a loaded model faster or smaller, speed/ replaces `part`, `predictor`,
+    `bind_c`, `bind_b` or `decode_one`; loading/arguments.py adds checks to `accept` and `settings`.
+    The networks are attributes as well: model.stage_c.
     """
-    channels_c, channels_b = 16, 4             # of the noise that Stages C and B start from
-    weights, loras, elsewhere = None, {}, {}   # set by load; hints at other names
+    channels_c, channels_b = 16, 4             # of the noise from which Stages C and B start
+    weights, loras, elsewhere = None, {}, {}   # set by load; elsewhere: hints for errors
 
     def __init__(self, networks: dict, size: int = 1024, device="cpu", dtype=torch.float32,
                  c: Sampling = Sampling(29, guidance=4.0, early=True), b: Sampling = Sampling(12)):
@@ -366,7 +366,7 @@ class Wuerstchen:
     def encode_text(self, stage: str, prompts: list[str], negatives: list[str]) -> tuple:
         """-> embeddings for stage "c" or "b" of prompts and of negative prompts, each (n,N,D).
 
-        Each text once and by itself, so that its embedding does not depend on its batch.
+        Each text is encoded once and by itself, so that its embedding does not depend on a batch.
         """
         encoder = self.part(f"text_encoder_{stage}")
         encoded = {text: encoder([text]).to(self.device, self.dtype)               # (1, N, D) each
@@ -398,7 +398,7 @@ class Wuerstchen:
     def sample(self, stage: str, bind: Callable, conditions: list[tuple[Tensor, Tensor]], draw,
                sampling: Sampling, x: Tensor | None = None, keep: Callable | None = None,
                callback: Callable | None = None, progress: bool = False) -> Tensor:
-        """denoise for one stage. conditions: (with, without) each; x: the start, default noise."""
+        """denoise for one stage. conditions: pairs (with, without text); x: start, if not noise."""
         predict = self.predictor(bind, conditions)
         # leave=None: the bar does not stay if it stands below another one, as in sample.py
         bar = functools.partial(tqdm, desc=f"Stage {stage}", unit="step", leave=None)
@@ -413,7 +413,7 @@ class Wuerstchen:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """The VQGAN's latents (n,4,h,w) -> images (n,3,4h,4w) float32 in [0, 1], one at a time,
-        as memory peaks here. Raises ValueError for NaN, which would become a black image."""
+        because memory peaks here. Raises ValueError for NaN, which would become a black image."""
         images = torch.cat([self.decode_one(row).float() for row in latents.split(1)])
         if not images.isfinite().all():
             dtype = next(self.part("stage_a").parameters()).dtype
@@ -433,8 +433,8 @@ class Wuerstchen:
         return network
 
     def predictor(self, bind: Callable, conditions: list[tuple[Tensor, Tensor]]) -> Callable:
-        """-> predict(x_t, t, guided) for denoise. conditions: (with, without) each."""
-        networks = {}                          # the network with its conditions, by `guided`
+        """-> predict(x_t, t, guided) for denoise. conditions: pairs (with, without the text)."""
+        networks = {}                          # {guided: the network with its conditions}
 
         def predict(x: Tensor, t: Tensor, guided: bool) -> Tensor:
             if guided not in networks:         # rows with the text and, if guided, rows without
@@ -458,7 +458,7 @@ class Wuerstchen:
         stage_a = self.part("stage_a")
         return stage_a.decode(latents.to(next(stage_a.parameters()).dtype))
 
-    def __getattr__(self, name: str):          # only called for what is not an attribute
+    def __getattr__(self, name: str):          # called only if there is no such attribute
         if name in self.__dict__.get("networks", ()):
             return self.part(name)
         raise AttributeError(f"Wuerstchen has no {name}: {self.elsewhere.get(name, 'see dir()')}")
@@ -480,7 +480,7 @@ class Wuerstchen:
         return [p for p in prompts for _ in range(num_images)], seed, height, width, callback
 
     def settings(self, given: dict) -> tuple[Sampling, Sampling]:
-        """{"steps_c": 15, ...} -> these weights' settings of Stages C and B, with those changed."""
+        """{"steps_c": 15, ...} -> the weights' settings of Stages C and B with these changes."""
         changes = {"c": {}, "b": {}}
         for name, value in given.items():
             if name[-2:] not in ("_c", "_b") or not hasattr(getattr(self, name[-1]), name[:-2]):
@@ -492,7 +492,7 @@ class Wuerstchen:
 
 
 def nan_advice(dtype: torch.dtype, sampling=None) -> str:
-    """What to do about NaN; nothing that is so already."""
+    """What the user can do about NaN; omits advice that is followed already."""
     larger = {torch.float16: ["use bfloat16 or float32"], torch.bfloat16: ["use float32"]}
     guided = sampling is not None and np.max(sampling.guidance) > 1
     advice = larger.get(dtype, []) + ["use a lower guidance scale"] * bool(guided)
