@@ -232,7 +232,7 @@ def inject(model: nn.Module, name: str, new: dict[str, Adapter]) -> None:
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, layer)
         layer.adapters[name] = adapter.to(layer.base.weight.device)
-        layer.train(layer.base.training)    # new modules are in training mode, models may not be
+        layer.train(layer.base.training)     # new modules are in train mode, models may not be
     for parameter in set(model.parameters()) - set(lora_parameters(model)):
         parameter.requires_grad_(False)
 
