@@ -1,11 +1,11 @@
-"""What people pass to `load` and to a loaded model: brought into one form, checked, and explained if it is not ours.
+"""Arguments of `load` and of a loaded model: converts them to one form, checks them, and explains wrong names.
 
   lora="a.safetensors", dtype="bf16", seed=np.int64(3), steps_c=torch.tensor(15)  ->  what the code takes
   model(prompt, num_inference_steps=15)  ->  TypeError: ... steps_c for Stage C, steps_b for Stage B
 
-`install` puts the checks in front of the methods `accept` and `settings` of a pipeline; wuerstchen.py has them plain.
-Every mistake ends in one sentence, before the first step. DIFFUSERS names what the arguments and methods of diffusers'
-Würstchen pipelines are here; docs/SAMPLING.md has them as a table with an example each.
+`install` wraps the methods `accept` and `settings` of a pipeline with these checks; in wuerstchen.py they have none.
+Every mistake raises an error of one sentence, before the first step. CALL, LOAD and METHODS map names of diffusers'
+Würstchen pipelines to ours; docs/SAMPLING.md has them as a table with examples.
 Needs: torch, numpy; lora.py, lora_formats.py, wuerstchen.py.
 """
 import functools
@@ -32,7 +32,7 @@ DTYPES = dict(fp32="float32", bf16="bfloat16", fp16="float16", float="float32", 
 STEPS = "steps_c for Stage C (also a list of noise levels), steps_b for Stage B"
 CALLBACK = "callback(stage, step, t, latents, x_0), called after each step of both stages"
 GENERATE = "extras.editing.generate(model, prompt, ...), which has it"
-# Names of diffusers (and of generate) -> what to write here.
+# {argument of diffusers, or of generate: what to use here instead}.
 CALL = dict(
     num_inference_steps=STEPS, timesteps=STEPS, prior_num_inference_steps="steps_c", num_images_per_prompt="num_images",
     prior_timesteps="steps_c, which takes noise levels as well", decoder_timesteps="steps_b, which takes noise levels",
@@ -83,18 +83,18 @@ METHODS = dict(
 FIELDS = dict(steps="a number such as 29, a list of noise levels, or {level: number}", guidance="a number, or two",
               sampler="a name", interval="two noise levels", temperature="a number, or two")
 CALL_ITSELF = ("prompt", "negative_prompt", "seed", "num_images", "width", "height", "callback", "progress")
-SENTENCES = ("not needed", "set ", "the result", "one model", "fixed by")     # how hints begin that are no replacement
+SENTENCES = ("not needed", "set ", "the result", "one model", "fixed by")     # starts of hints that name no replacement
 
 
 # ----- values --------------------------------------------------------------------------------------------------------
 
 def advice(hint: str) -> str:
-    """A hint of the tables above, as the end of a sentence."""
+    """A hint from CALL, LOAD or METHODS, as the end of a sentence."""
     return hint if hint.startswith(SENTENCES) else f"use {hint}"
 
 
 def texts_of(name: str, value) -> list:
-    """A text, several, or None -> a list, which may hold other things than texts. Raises TypeError, ValueError."""
+    """A text, several texts, or None -> a list. The items' types are not checked. Raises TypeError, ValueError."""
     if isinstance(value, (dict, bytes)) or not isinstance(value, Iterable | None):
         raise TypeError(f"{name} is {value!r:.80}, expected a text or a list of texts.")
     texts = [] if value is None else [value] if isinstance(value, str) else list(value)
@@ -105,7 +105,7 @@ def texts_of(name: str, value) -> list:
 
 
 def random_seed() -> int:
-    """From torch's generator, so that torch.manual_seed makes it repeatable."""
+    """A random seed from torch's generator, so that torch.manual_seed makes it repeatable."""
     return int(torch.randint(2 ** 31, ()))
 
 
@@ -113,7 +113,7 @@ def tensor_of(name: str, value) -> Tensor:
     """A tensor, an array, or lists of numbers or tensors -> a tensor of real numbers. Raises TypeError."""
     try:
         if isinstance(value, (list, tuple)) and value and all(isinstance(row, Tensor) for row in value):
-            value = torch.cat([*value])              # as diffusers takes them: a list of rows
+            value = torch.cat([*value])              # a list of rows, as diffusers accepts
         if (torch.is_complex if isinstance(value, Tensor) else np.iscomplexobj)(value):
             raise TypeError
         return value if isinstance(value, Tensor) else torch.from_numpy(np.array(value, np.float32))
@@ -130,7 +130,7 @@ def has_bf16(device: torch.device) -> bool:
         return False
     if platform.machine().lower() in ("arm64", "aarch64"):
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    # Not this check here: on x86 it is true for every processor with AVX-512.
+    # _is_mkldnn_bf16_supported is not used on x86: there it is true for every processor with AVX-512.
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
@@ -152,28 +152,28 @@ def dtype_of(value, device: torch.device | None = None) -> torch.dtype:
 
 
 def set_tf32(allowed: bool) -> None:
-    """Whether a GPU may round the inputs of float32 products and convolutions to 10 bits. torch's default is no for
-    products and yes for convolutions, so that float32 would be exact only in part."""
+    """Sets whether a GPU may use TF32: rounds the inputs of float32 products and convolutions to 10 bits. torch's default
+    is no for products and yes for convolutions, so float32 would be exact only in part."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
 
 
 def usable_device(name: str | torch.device | None) -> torch.device:
-    """None: cuda if there is one, else cpu. Raises UserError if torch does not know the name or cannot compute there,
-    before anything is loaded."""
+    """The device to use; for None, cuda if there is one, else cpu. Raises UserError if torch does not know the name or
+    cannot compute on the device."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name is None else name
     try:
-        torch.ones(1, device=name).tolist()                # "meta" is a device as well, but has no numbers
-        set_tf32(False)                                    # float32 is exact; who wants TF32 sets it afterwards
+        torch.ones(1, device=name).tolist()                # fails on "meta", a device without data
+        set_tf32(False)                                    # exact float32; set_tf32(True) later allows TF32
         return torch.device(name)
-    except (RuntimeError, AssertionError, TypeError) as error:        # torch has several for what is not there
+    except (RuntimeError, AssertionError, TypeError) as error:        # torch raises several for missing devices
         reason = str(error).split("\n")[0].split(". ")[0].rstrip(".")
-    if "Expected one of" in reason:                                  # then come all that torch ever had
+    if "Expected one of" in reason:                                  # torch then lists all devices it ever had
         reason = "expected cpu, cuda, cuda:1 or mps"
     raise UserError(f"device {name!r} cannot be used here: {reason}. \"cpu\" always works.")
 
 
 def lora_scales(value) -> dict[str, float]:
-    """None, a file, several, or {file: scale} -> {file: scale}; of a folder, its file. Raises TypeError, ValueError."""
+    """None, a LoRA file or folder, several, or {file: scale} -> {file: scale}. Raises TypeError, ValueError."""
     if value is None or isinstance(value, (str, Path)):
         value = [value] if value else []
     pairs = [*value.items()] if isinstance(value, dict) else [
@@ -183,7 +183,7 @@ def lora_scales(value) -> dict[str, float]:
         if not isinstance(file, (str, Path)) or not isinstance(plain(scale), Real) or not math.isfinite(scale):
             raise TypeError(f"lora is {value!r:.100}, expected a file, a list of files, or {{\"FILE\": scale}}.")
         file = str(find_lora(file))
-        if adapter_name(file) in names:              # it would be put on once
+        if adapter_name(file) in names:              # one adapter per file
             raise WeightsError(f"LoRA {file} is given twice, expected once: add up its scales, {{\"FILE\": 2.0}}")
         scales[file] = float(scale)
         names.add(adapter_name(file))
@@ -191,7 +191,7 @@ def lora_scales(value) -> dict[str, float]:
 
 
 def check_options(weights, files: dict, allowed: Iterable[str], options: Iterable[str]) -> None:
-    """Raises TypeError for an option that `load` does not have, and for weights and files that are not named."""
+    """Raises TypeError if `load` has no such option, or if `weights` or a file is not a text or a path."""
     for name in sorted(files.keys() - set(allowed)):
         if name in LOAD:
             raise TypeError(f"load has no option {name}: {advice(LOAD[name])}.")
@@ -206,7 +206,7 @@ def check_options(weights, files: dict, allowed: Iterable[str], options: Iterabl
 # ----- a call --------------------------------------------------------------------------------------------------------
 
 def install(model, weights, files: dict, loras: dict[str, float], lora_partial: bool) -> None:
-    """Puts `accept` and `settings` below in front of the pipeline's own, and tells it what was loaded."""
+    """Wraps the pipeline's methods with `accept` and `settings` below, and stores in it what was loaded."""
     model.weights = ", ".join([str(weights), *(f"{part} {path}" for part, path in files.items() if path is not None)])
     model.loras, model.lora_partial = loras, lora_partial
     model.elsewhere = {name: advice(hint) for name, hint in METHODS.items()}
@@ -218,7 +218,7 @@ def install(model, weights, files: dict, loras: dict[str, float], lora_partial: 
 
 
 def accept(model, then: Callable, prompt, negative_prompt, seed, num_images, height, width, callback) -> tuple:
-    """Wuerstchen.accept for any form of these values. Raises TypeError or ValueError; warns of sizes."""
+    """Wuerstchen.accept (`then`) for values in any form. Raises TypeError, ValueError; warns of untrained sizes."""
     prompts, num_images = texts_of("prompt", prompt), IMAGES.check("num_images", num_images)
     seed = random_seed() if seed is None else plain(seed)
     if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
@@ -236,7 +236,7 @@ def accept(model, then: Callable, prompt, negative_prompt, seed, num_images, hei
 
 
 def checked(callback: Callable | None, kinds: str = "None", stop: Exception | None = None) -> Callable | None:
-    """A callback whose answers are checked: None, or finite latents of the same shape. stop: raised if it is False."""
+    """Wraps a callback: it must return None or finite latents of the same shape. stop: raised if it returns False."""
     if callback is None:
         return None
     if not callable(callback):
@@ -256,7 +256,7 @@ def checked(callback: Callable | None, kinds: str = "None", stop: Exception | No
 
 
 def settings(model, then: Callable, given: dict) -> tuple:
-    """Wuerstchen.settings for any form of these values, with an error that names ours for names from elsewhere."""
+    """Wuerstchen.settings (`then`) for values in any form. For diffusers' names, the error has ours."""
     given = {name: plain(value) for name, value in given.items()}
     given |= {name: int(value) for name, value in given.items() if isinstance(value, bool) and name[:-2] != "early"}
     for name, value in given.items():
@@ -268,7 +268,7 @@ def settings(model, then: Callable, given: dict) -> tuple:
             then({name: value})
         except (TypeError, ValueError, RuntimeError, AttributeError) as error:
             if isinstance(error, ValueError) and re.search("expected|give", str(error)):
-                continue                             # ours, and perhaps only without the others: see below
+                continue                             # our error; the value may be valid with the others
             if f"no option {name}" in str(error):
                 ours = [f"{field}_{stage}" for stage in "cb" for field in vars(getattr(model, stage))]
                 raise TypeError(f"{error}; {nearest(name, (*CALL_ITSELF, *ours))}".removesuffix("; ")) from None
@@ -289,7 +289,7 @@ def settings(model, then: Callable, given: dict) -> tuple:
 
 
 def check_used(stage: str, sampling, given: dict) -> None:
-    """Raises ValueError for settings that would do nothing next to the others, as the command line does."""
+    """Raises ValueError for settings that other settings make useless. The command line checks the same."""
     if given.get(f"eta_{stage}") and sampling.sampler not in ("ddim", ddim_step):
         raise ValueError(f"eta_{stage} is {given[f'eta_{stage}']!r}, expected sampler_{stage}=\"ddim\" with it: "
                          f"{sampling.sampler!r:.80} has no eta.")
@@ -300,7 +300,7 @@ def check_used(stage: str, sampling, given: dict) -> None:
 
 
 def warn_of_size(height: int, width: int, trained: int) -> None:
-    """Warns of image sizes (px) far from the one that the weights were trained on."""
+    """Warns if the image size (px) is far from the sizes that the weights were trained on."""
     only = trained in (128, 512)               # v2 was trained on many shapes
     if (height, width) != (trained,) * 2 if only else not (
             1024 <= min(height, width) <= 1536 and max(height, width) <= 2048):
@@ -315,17 +315,17 @@ def warn_of_size(height: int, width: int, trained: int) -> None:
 # ----- LoRAs of a loaded model ---------------------------------------------------------------------------------------
 
 def adapter_name(file: str) -> str:
-    """What lora.py calls the LoRA of a file, however its path is written: the same file is never added twice."""
+    """The name of a file's LoRA in lora.py. It depends on the real path, so one file is never added twice."""
     return f"lora_{zlib.crc32(os.path.realpath(file).encode()):08x}"
 
 
 def set_loras(model, loras) -> None:
-    """Gives a loaded model these LoRAs, and no others: None, a file, several files, or {file: scale}.
+    """Replaces the LoRAs of a loaded model by `loras`: None, a file, several files, or {file: scale}.
 
-    New ones are put on Stage C, others get their new scale or are taken off. With int8 or low_memory Stage C is read
-    again with them. The LoRA that belongs to the weights themselves, a folder of train_c.py, stays, at its own scale
-    unless `loras` has another for it.
-    Raises WeightsError for a file that cannot be used; the model is then as before.
+    LoRAs are added to Stage C, removed, or get a new scale. With int8 or low_memory, Stage C is read again instead.
+    If the weights are a folder of train_c.py with a LoRA of their own, that LoRA stays, with scale 1 unless `loras`
+    has another scale for it.
+    Raises WeightsError if a file cannot be used; the model is then unchanged.
     """
     if not isinstance(model, Wuerstchen):
         raise TypeError(f"model is {model!r:.80}, expected a loaded model, and then its LoRAs.")
@@ -358,14 +358,14 @@ def set_loras(model, loras) -> None:
 
 
 def replace_loras(model, loras: dict[str, float]) -> None:
-    """In the same dict, which Stage C's loader reads."""
+    """Changes model.loras in place, because Stage C's loader reads the same dict."""
     model.loras.clear()
     model.loras.update(loras)
 
 
 def read_again(model, loras: dict[str, float]) -> None:
-    """Reads Stage C with these LoRAs. A new function, because speed.memory knows what it holds by its loader."""
+    """Reads Stage C again with these LoRAs. The loader must be a new object: speed.memory compares loaders."""
     replace_loras(model, loras)
     model.networks["stage_c"] = functools.partial(model.load_stage_c)
-    model.networks["stage_c"].config = model.load_stage_c.config         # known before the weights are read
+    model.networks["stage_c"].config = model.load_stage_c.config         # available before the weights are read
     model.part("stage_c")

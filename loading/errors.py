@@ -1,9 +1,9 @@
-"""Errors a user can repair. Each ends a script with one line on stderr instead of a traceback.
+"""Errors that the user can repair. Each ends a script with one line on stderr instead of a traceback.
 
 A UserError says what was wrong, what was expected and what to do. Any other exception except OSError is
 a bug of ours and keeps its traceback. A WeightsError is a UserError about a file or folder of weights.
-Surprise: file names, keys and captions come from strangers, and a terminal obeys some characters in them. So all
-messages are `printable`: errors by themselves, others through `tell` and `warn`.
+Note: file names, keys and captions are not trusted, and may contain control characters that a terminal executes. So
+all messages pass through `printable`: in UserError for errors, in `tell` and `warn` for other messages.
 Needs: the standard library only, so that `--help` stays fast.
 """
 import contextlib
@@ -19,7 +19,7 @@ MEMORY_HINT = "halve --batch and double --grad-accum"
 
 
 class UserError(ValueError):
-    """The user can repair this. Its message is the one line that is shown."""
+    """An error that the user can repair. Scripts show its message as one line."""
     def __str__(self) -> str:
         return printable(super().__str__())
 
@@ -29,20 +29,20 @@ class WeightsError(UserError):
 
 
 def printable(text: str) -> str:
-    """text without what a terminal would obey: control characters from a stranger's file as \\x1b, \\n, ..."""
+    """The text with its control characters, which a terminal would execute, escaped as \\x1b, \\n, ..."""
     text = str(text)
     return text if text.isprintable() else "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def tell(message: str) -> None:
-    """One line for the user, on stderr. Everything that is printed there comes through here."""
-    with contextlib.suppress(OSError):               # stderr goes to a file on a full disk
+    """Prints one line for the user on stderr. All our messages there pass through this function."""
+    with contextlib.suppress(OSError):               # stderr may be a file on a full disk
         print(printable(message), file=sys.stderr, flush=True)
 
 
 def warn(message: str) -> None:
-    """A warning, also for those who call us from Python."""
+    """Issues a Python warning, so that callers from Python also see it."""
     warnings.warn(printable(message), stacklevel=3)
 
 
@@ -58,7 +58,7 @@ def as_user_error():
 
 
 def memory_ran_out(error: Exception) -> bool:
-    """Whether that is what an exception means: each library has its own. The last: a reader whom the system killed."""
+    """Whether an exception means lack of memory. The last text: the system killed a worker that reads data."""
     return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(
         words in str(error) for words in ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED",
                                           "is killed by signal"))
@@ -69,15 +69,15 @@ def exit_on_user_error(hint: str | None = None, memory: str = "close other progr
     """Runs a whole script: a UserError, an OSError or a lack of memory ends it with one line and exit code 2, Ctrl-C
     with code 130, SIGTERM with 143. Warnings are one line each, and each is shown once.
 
-    hint: what to do after Ctrl-C, for example RESUME_HINT. memory: what to do if it runs out.
+    hint: what to do after Ctrl-C, for example RESUME_HINT. memory: what to do if the memory runs out.
     """
     def terminated(number, frame):
         tell("stopped by SIGTERM" + (f": {hint}" if hint else ""))
         sys.exit(143)
     before = None
-    with contextlib.suppress(ValueError):            # not the main thread
+    with contextlib.suppress(ValueError):            # raised outside the main thread
         before = signal.signal(signal.SIGTERM, terminated)
-    # Each once, though a file is read before the models are fetched, and again when they are there.
+    # The cache shows a warning once, although some files are read twice: before and after the models are fetched.
     shown = functools.cache(lambda text: tell(f"warning: {text}"))
     try:
         with warnings.catch_warnings():
@@ -101,6 +101,6 @@ def exit_on_user_error(hint: str | None = None, memory: str = "close other progr
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """A hint at the one of `names` that was probably meant; "" if none was."""
+    """The hint "did you mean X?", where X is the most similar of `names`; "" if none is similar."""
     near = difflib.get_close_matches(name, [*names], 1, cutoff=0.75)
     return f"did you mean {near[0]}?" if near else ""

@@ -1,8 +1,8 @@
-"""Layouts: finds the parts of a pipeline, in a folder of any known layout or under a name such as "v2".
+"""Layouts: finds the parts of a pipeline, in a folder of any known layout or by a name such as "v2".
 
-  "tiny", "v2", "hub:owner/name" or a folder, and the parts wanted  -locate->  {part: its folder or file, or None}
+  locate("tiny", "v2", "hub:owner/name" or a folder, parts=wanted) -> {part: its folder or file, or None}
 
-Names of the hub, and text encoders that a folder of the original files lacks, are fetched by hub.py.
+hub.py fetches weights that are on the hub, and text encoders for a folder of the original files, which has none.
 Needs: the standard library; huggingface_hub when something is fetched.
 """
 import fnmatch
@@ -14,9 +14,9 @@ from loading.files import listing, read_json
 from loading.hub import (NAMES, OFFICIAL, TEXT_TO_IMAGE, V1, Repository, fetch, fetch_part, hint, is_reference, some)
 
 # ----- folders: where each part is -----------------------------------------------------------------------------------
-# The first layout counts whose three models are all present.
+# The first layout of which all three MODELS are present is used.
 
-ONE_FOLDER = dict(                      # ours: one text encoder and one scheduler serve Stages C and B
+ONE_FOLDER = dict(                      # ours: Stages C and B share one text encoder and one scheduler
     prior="prior", prior_text_encoder="text_encoder", prior_tokenizer="tokenizer", prior_scheduler="scheduler",
     decoder="decoder", text_encoder="text_encoder", tokenizer="tokenizer", scheduler="scheduler",
     vqgan="vqgan", image_encoder="image_encoder")
@@ -26,31 +26,31 @@ COMBINED = ONE_FOLDER | dict(           # diffusers' WuerstchenCombinedPipeline
 LAYOUTS = {
     "one folder": ONE_FOLDER,
     "combined pipeline": COMBINED,
-    "published pair": {                 # the two released folders side by side
+    "published pair": {                 # the two released folders in one folder
         part: f"wuerstchen{'-prior' * (part.startswith('prior') or part == 'image_encoder')}/{folder}"
         for part, folder in ONE_FOLDER.items()},
-    "original files": COMBINED | dict(  # the authors' .pt files; they published no text encoders with them
+    "original files": COMBINED | dict(  # the authors' .pt files, published without text encoders
         prior="model_v2_stage_c*.pt", decoder="model_v2_stage_b.pt", vqgan="vqgan_f4_v1_500k.pt",
         image_encoder="model_v2_stage_b.pt"),
     "original files of v1": ONE_FOLDER | dict(
         prior="model_stage_c*.pt", decoder="model_stage_b.pt", vqgan="vqgan_f4_v1_500k.pt",
         image_encoder="model_stage_b.pt"),
 }
-SHIPPED = {name: Path(__file__).parents[1] / "models" / name for name in ("tiny", "tiny-v1")}    # part of this code
+SHIPPED = {name: Path(__file__).parents[1] / "models" / name for name in ("tiny", "tiny-v1")}    # included here
 MODELS = ("prior", "decoder", "vqgan")
 OPTIONAL = ("image_encoder", "scheduler", "prior_scheduler")
 TEXT = ("prior_text_encoder", "prior_tokenizer", "text_encoder", "tokenizer")
-# Parts that a folder with base.json may have; and those of half a pipeline, as diffusers saves it: the rest is v2's.
+# TRAINED: parts that a folder with base.json may have. HALVES: parts of diffusers' partial pipelines; v2 has the rest.
 TRAINED = ("prior", "prior_text_encoder", "prior_tokenizer", "decoder", "image_encoder")
 HALVES = dict(WuerstchenPriorPipeline=("prior", "prior_text_encoder", "prior_tokenizer"),
               WuerstchenDecoderPipeline=("decoder", "text_encoder", "tokenizer", "vqgan"))
 
 
 def find_parts(folder: str | Path, given: Iterable[str] = ()) -> dict[str, Path | None]:
-    """Where the parts of a pipeline are in a folder, by their names in LAYOUTS; None for optional parts that are
-    missing, and next to the original files also for text encoders. given: parts that may be missing.
+    """{part, as named in LAYOUTS: its path} in a folder; None for a missing part that is optional or in `given`. In the
+    layouts of original files, text encoders are optional too.
 
-    Raises WeightsError if the folder follows none of the layouts, or lacks a part that is needed.
+    Raises WeightsError if the folder follows none of the layouts, or lacks a required part.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -61,10 +61,10 @@ def find_parts(folder: str | Path, given: Iterable[str] = ()) -> dict[str, Path 
 
 
 def match_layout(names: set[str], given: Iterable[str], source, found: str) -> dict[str, str | None]:
-    """find_parts for the names of folders and .pt files, which may also be those of a repository."""
+    """find_parts for names of folders and .pt files -> {part: its name or None}. source, found: for messages."""
     def find(pattern: str) -> str | None:
         matches = sorted(fnmatch.filter(names, pattern))
-        if len(matches) > 1:                             # of several versions, the last is the newest
+        if len(matches) > 1:                             # several versions: the last name is the newest
             warn(f"{source} holds several files {pattern}: taking {matches[-1]}")
         return matches[-1] if matches else None
     for name, layout in LAYOUTS.items():
@@ -81,9 +81,9 @@ def match_layout(names: set[str], given: Iterable[str], source, found: str) -> d
 
 
 def check_scheduler(folder: str | Path | None) -> None:
-    """Raises WeightsError if a `scheduler` folder asks for another noise schedule than wuerstchen.py has.
+    """Raises WeightsError if a `scheduler` folder has another noise schedule than wuerstchen.py.
 
-    All released weights use s = 0.008 and scaler = 1. Sampled with another schedule, weights give grey noise.
+    All released weights use s = 0.008 and scaler = 1. With a wrong schedule, images would be grey noise.
     """
     if folder is None:
         return
@@ -97,27 +97,27 @@ def check_scheduler(folder: str | Path | None) -> None:
 # ----- all sources: names, folders, single parts ---------------------------------------------------------------------
 
 def official_name(weights: str | Path) -> str | Path:
-    """The name in NAMES for a repository that holds these weights, "warp-ai/wuerstchen"; anything else as it is."""
+    """The name in NAMES of an official repository such as "warp-ai/wuerstchen". Anything else is returned unchanged."""
     repo = str(weights).removeprefix("hub:")
     if repo == "dome272/wuerstchen" and not Path(weights).exists():
         raise WeightsError(f"{weights} holds both v1 and v2: write v1 or v2 instead")
-    return weights if Path(weights).exists() else OFFICIAL.get(repo, str(weights))       # Path("tiny") is a name
+    return weights if Path(weights).exists() else OFFICIAL.get(repo, str(weights))       # Path("tiny") -> "tiny"
 
 
 def is_name(weights: str | Path) -> bool:
-    """Whether weights, a part or a LoRA are named in a way that means the same on any machine."""
+    """Whether a name of weights, of a part or of a LoRA means the same on any machine: it is not a local path."""
     return weights in NAMES or weights in SHIPPED or is_reference(weights) or official_name(weights) in NAMES
 
 
 def locate(weights: str | Path, files: dict[str, str | Path] | None = None, parts: tuple[str, ...] = TEXT_TO_IMAGE,
            half: bool = False, offline: bool = False, revision: str | None = None,
            named_by: tuple = ()) -> dict[str, Path | None]:
-    """Where the parts of a pipeline are -> part, by its name in LAYOUTS: folder or file; None if missing.
+    """Finds the parts of a pipeline, and fetches them if necessary -> {part: folder or file; None if missing}.
 
-    weights: a name in SHIPPED or NAMES, a folder, or a repository, hub:OWNER/NAME. parts: those that are wanted; only
-    these are fetched, or required of a folder. files: single parts from elsewhere, as paths or hub:OWNER/NAME, which
-    are then not looked for. A text encoder's tokenizer is in the same folder, or next to it in `tokenizer`.
-    half, offline, revision: see hub.fetch. named_by: whose base.json names these weights. Raises WeightsError.
+    weights: a name in SHIPPED or NAMES, a folder, or a repository, hub:OWNER/NAME. parts: the wanted parts; only these
+    are fetched, or required in a folder. files: {part: path or hub:OWNER/NAME} of parts to use instead of those of
+    `weights`. A text encoder's tokenizer is in the same folder, or next to it in `tokenizer`. half, offline, revision:
+    see hub.fetch. named_by: the weights whose base.json led to these, to find circles. Raises WeightsError.
     """
     weights = official_name(weights)
     name, weights = weights, SHIPPED.get(weights, weights)
@@ -132,7 +132,7 @@ def locate(weights: str | Path, files: dict[str, str | Path] | None = None, part
         found = fetch(weights, tuple(part for part in parts if part not in own), **options)
     elif Path(weights).is_dir():
         found = find_parts(weights, given=own.keys() | set(TEXT_TO_IMAGE) - set(parts))
-        # The authors published their .pt files without the text encoders, which are CLIP's own.
+        # The authors' .pt files come without the text encoders, which are CLIP's published ones.
         missing = tuple(part for part in TEXT_TO_IMAGE if part in parts and found[part] is None and part not in own)
         v1 = found["decoder"] is not None and found["decoder"].name == V1["decoder"][1]
         found |= fetch("v1" if v1 else "v2", missing, **options) if missing else {}
@@ -146,7 +146,7 @@ def locate(weights: str | Path, files: dict[str, str | Path] | None = None, part
 
 
 def with_tokenizers(parts: Iterable[str]) -> tuple[str, ...]:
-    """Names of parts, and with each text encoder its tokenizer. Raises WeightsError."""
+    """The names of parts, with the tokenizer of each text encoder added. Raises WeightsError for unknown names."""
     known = (*TEXT_TO_IMAGE, "image_encoder")
     if isinstance(parts, str) or not isinstance(parts, Iterable):
         raise WeightsError(f"parts is {parts!r:.80}, expected a list with some of {', '.join(known)}")
@@ -159,8 +159,8 @@ def with_tokenizers(parts: Iterable[str]) -> tuple[str, ...]:
 
 
 def base_of(folder: Path) -> tuple[dict, tuple[str, ...]] | None:
-    """Of a folder that holds only some parts: base.json, which names the weights of the others, and which parts it may
-    have. None if it is not such a folder. Raises WeightsError."""
+    """For a folder with only some parts: (content of base.json, which names the weights with the other parts; names of
+    the parts that the folder may have). None for other folders. Raises WeightsError."""
     if (folder / "base.json").is_file():
         base = read_json(folder / "base.json")
         files = base.get("files", {})
@@ -169,7 +169,7 @@ def base_of(folder: Path) -> tuple[dict, tuple[str, ...]] | None:
                 or Path(names[1]).name != names[1] or not {*files} <= ONE_FOLDER.keys():
             raise WeightsError(f"{folder / 'base.json'} cannot be used: expected a file that train_b.py or train_c.py "
                                f"wrote, with the names of weights, files and lora")
-        # A LoRA run writes no prior: one that is in its folder is left from another run.
+        # Training a LoRA writes no prior: a prior in its folder was left by another run.
         return base, tuple(part for part in TRAINED if not (base.get("lora") and part.startswith("prior")))
     index = folder / "model_index.json"
     half = HALVES.get(str(read_json(index).get("_class_name"))) if index.is_file() else None
@@ -177,22 +177,22 @@ def base_of(folder: Path) -> tuple[dict, tuple[str, ...]] | None:
 
 
 def locate_trained(folder: Path, own: dict, parts: tuple[str, ...], options: dict, named_by: tuple) -> dict:
-    """The parts that a training wrote into `folder`, and the other parts from the weights named in its base.json.
+    """Like locate: the parts that a training run wrote into `folder`, and other parts from the weights in base.json.
 
-    lora: a LoRA of that training, or of the one it started from; never with a prior that was trained without it.
+    The result has the key "lora" if that run, or the run it started from, trained a LoRA for the prior that is used.
     """
     base, names = base_of(folder)
     start, start_files = base["weights"], base.get("files", {})
     if start in named_by:
         raise WeightsError(f"{folder / 'base.json'} names {start}, which names it again: it needs weights")
-    if is_reference(named_by[-1]):                           # a stranger's file, and a path of another machine
+    if is_reference(named_by[-1]):                           # base.json of another machine: no local paths
         for name in (start, *(file for part, file in start_files.items() if part not in own)):
             if not is_name(name):
                 raise WeightsError(f"{named_by[-1]}: its base.json names {name}, on the machine where it was trained: "
                                    f"name its parts instead, --prior {named_by[-1]} with --weights")
     trained = {part: folder / ONE_FOLDER[part] for part in names if (folder / ONE_FOLDER[part]).is_dir()}
     found = locate(start, start_files | trained | own, parts, **options, named_by=named_by)
-    if "prior" in trained | own:                             # a LoRA belongs to the prior that it was trained on
+    if "prior" in trained | own:                             # another prior than the LoRA was trained on
         found.pop("lora", None)
     elif base.get("lora"):
         found["lora"] = folder / base["lora"]
@@ -200,8 +200,8 @@ def locate_trained(folder: Path, own: dict, parts: tuple[str, ...], options: dic
 
 
 def fetch_repository(reference: str, wanted: set[str], options: dict) -> Path:
-    """Fetches what is needed of a repository, in any layout -> its folder in the cache. Of an image encoder that is not
-    wanted, only the configuration, which gives the size of images."""
+    """Fetches the wanted parts of a repository, in any layout -> its folder in the cache. If the image encoder is not
+    wanted, its configuration is fetched all the same, because the size of images depends on it."""
     repo = Repository(reference, options["offline"], options["revision"])
     names = [name for name in ("base.json", "model_index.json") if name in repo.names]
     base, own = (base_of(repo.fetch(names)) if names else None) or ({}, ())
@@ -221,7 +221,7 @@ def fetch_repository(reference: str, wanted: set[str], options: dict) -> Path:
 
 
 def single_parts(files: dict[str, str | Path | None], options: dict) -> dict[str, Path]:
-    """Parts given one by one, as paths or repositories, and the tokenizers that belong to their text encoders."""
+    """{part: path} of parts given as single paths or repositories, with the tokenizers of their text encoders."""
     own = {part: Path(path) for part, path in files.items() if path is not None}
     for part, path in own.items():
         if is_reference(path):

@@ -2,14 +2,14 @@
 
   "projection.weight" (C,16,1,1), as released  <->  "embed.weight" (C,16), in our StageC
 
-The released weights come in two namings. "original" is the naming of the authors' training code, "diffusers" that
-of the Hugging Face library. They differ in the attention layers, where query, key and value are one fused matrix in
-the first and three matrices in the second, and in the name of the codebook. Our models use a third naming, meant for
-readers ("expand" instead of "channelwise.0"). A table of rules translates: for each part of a model, its name here
-and its name there. Values never change, so the way back gives the same file again.
+The released weights come in two namings: "original", from the authors' training code, and "diffusers", from the
+Hugging Face library. Their attention layers differ: the original has one fused matrix for query, key and value,
+diffusers has three matrices. The name of the codebook differs too. Our models use a third, more readable naming
+("expand" instead of "channelwise.0"). A list of rules maps our name of each layer to diffusers' name. Values never
+change, so translating there and back gives the same file.
 
 Shapes differ in two places, because our models are channels-last: a released 1x1 convolution (D,C,1,1) is a Linear
-(D,C) here, and the released vectors of GlobalResponseNorm are (1,1,1,C), here (C,).
+(D,C) here, and the released parameters of GlobalResponseNorm have the shape (1,1,1,C), here (C,).
 Needs: torch; the stage files.
 """
 from typing import Callable, Iterable, Iterator, NamedTuple
@@ -26,8 +26,8 @@ from v1.stage_b import StageBV1
 
 
 # ----- rules: our name, diffusers' name, and how the shape differs --------------------------------------------------
-# A rule covers one part with all its tensors (weight, bias, running_mean, ...), or a single tensor.
-# Third column: "1x1" is a Linear here and a 1x1 convolution there; "grn" has three leading ones there.
+# A rule covers one layer with all its tensors (weight, bias, running_mean, ...), or a single tensor.
+# Third column: "1x1" is a Linear here and a 1x1 convolution in diffusers; "grn" has the shape (1,1,1,C) in diffusers.
 
 RES_BLOCK = [
     ("depthwise",   "depthwise",          ""),
@@ -55,12 +55,12 @@ BLOCKS = {"C": RES_BLOCK, "T": TIMESTEP_BLOCK, "A": ATTENTION_BLOCK}     # the l
 
 
 def inside(ours: str, theirs: str, block: list) -> list:
-    """The rules of one block, called `ours` here and `theirs` there."""
+    """The rules of one block, called `ours` here and `theirs` in diffusers."""
     return [(f"{ours}.{a}", f"{theirs}.{b}", kind) for a, b, kind in block]
 
 
 def rules_a(levels: int, bottleneck_blocks: int, **_) -> list:
-    """Stage A. There, encoder and decoder are flat lists with the latent layers at one end of each."""
+    """Stage A. In diffusers, encoder and decoder are flat lists, each with the latent layers at one end."""
     encoder = ["block"] + ["downsample", "block"] * (levels - 1)
     decoder = ["block"] * bottleneck_blocks + ["upsample", "block"] * (levels - 1)
     rules = [
@@ -79,8 +79,8 @@ def rules_a(levels: int, bottleneck_blocks: int, **_) -> list:
 
 
 def rules_b(levels, blocks, inject, **_) -> list:
-    """Stage B. There, down- and upsampling layers are elements of the levels' lists of blocks, and the way up is
-    counted from the deepest level, n - 1, to the finest, 0. Here a level keeps its number."""
+    """Stage B. In diffusers, down- and upsampling layers are elements of the levels' lists of blocks, and up_blocks
+    are numbered in reverse: up_blocks.0 is the deepest level. Here up_blocks.i and down_blocks.i are the same level."""
     n = len(levels)
     rules = [
         ("embed",      "embedding.1", "1x1"),        # embedding.0 is PixelUnshuffle
@@ -88,7 +88,7 @@ def rules_b(levels, blocks, inject, **_) -> list:
         ("head",       "clf.1",       "1x1"),        # clf.0 is the norm
     ]
     for i in range(n):
-        up = n - 1 - i                               # level i on the way up, in their numbers
+        up = n - 1 - i                               # diffusers' number of level i in up_blocks
         pattern = levels[i] * blocks[i]
         if inject[i]:
             rules += [(f"semantic_down.{i}", f"effnet_mappers.{i}",      "1x1"),
@@ -104,7 +104,7 @@ def rules_b(levels, blocks, inject, **_) -> list:
 
 
 def rules_b_v1(levels, blocks, **_) -> list:
-    """Stage B of v1. Its U-Net is numbered like v2's. "byt5" is the text encoder it was first planned with."""
+    """Stage B of v1. Its U-Net is numbered like v2's. "byt5" was the text encoder in its first design."""
     unet = rules_b(levels, blocks, inject=[False] * len(levels))
     return [rule for rule in unet if rule[0] != "embed_text"] + [
         ("embed_token",    "in_mapper.0",   ""),     # in_mapper.1 is the norm
@@ -115,7 +115,7 @@ def rules_b_v1(levels, blocks, **_) -> list:
 
 
 def rules_c(depth: int, **_) -> list:
-    """Stage C. There, the three kinds of blocks are one list, in the order in which they run."""
+    """Stage C. In diffusers, the three kinds of blocks are one list, in the order in which they run."""
     rules = [
         ("embed",        "projection",    "1x1"),
         ("embed_text.0", "cond_mapper.0", ""),
@@ -136,10 +136,10 @@ class Format(NamedTuple):
     description: str
     rules: Callable[..., list]     # model.config -> rules
     class_name: str                # in config.json
-    arguments: dict                # ours -> (key in config.json, the default of diffusers' class for a missing key)
-    fixed: dict = {}               # keys our class does not have, each with the only value that is supported
-    signature: tuple = ()          # names of a tensor that only this model has: as released, and here
-    sections: tuple = ()           # the tables that hold it in the original .pt files, averaged weights first
+    arguments: dict                # {our argument: (key in config.json, the default in diffusers)}
+    fixed: dict = {}               # {key in config.json that our class lacks: the only supported value}
+    signature: tuple = ()          # names of a tensor that only this model has: released, ours
+    sections: tuple = ()           # keys of its state dict in the original .pt files, EMA weights first
 
 
 FORMATS = {
@@ -150,7 +150,7 @@ FORMATS = {
             scale_factor=("scale_factor", 0.3764)),
         fixed=dict(in_channels=3, out_channels=3, up_down_scale_factor=2),
         signature=("in_block.1.weight", "codebook.codes"), sections=("state_dict",)),
-    StageBV1: Format(                  # diffusers never had this model: these keys are the authors'
+    StageBV1: Format(                  # diffusers never had this model: the keys are those of the authors' code
         "a v1 Stage B (Paella, a model of tokens)", rules_b_v1, "Paella", dict(
             codebook_size=("num_labels", 8192), c_token=("c_in", 256), c_timestep=("c_r", 64),
             patch_size=("patch_size", 2), c_cond=("c_cond", 1024), c_hidden=("c_hidden", [640, 1280, 1280]),
@@ -166,7 +166,7 @@ FORMATS = {
             inject=("inject_effnet", [False, True, True, True]), c_semantic=("effnet_embd", 16),
             c_text=("clip_embd", 1024), kernel_size=("kernel_size", 3), dropout=("dropout", 0.1)),
         signature=("clip_mapper.weight", "embed_text.weight"), sections=("state_dict",)),
-    StageC: Format(                    # these defaults are not the released sizes; the released files state theirs
+    StageC: Format(                    # these defaults are not the released sizes, which are in config.json
         "a Stage C", rules_c, "WuerstchenPrior", dict(
             c_in=("c_in", 16), c=("c", 1280), c_cond=("c_cond", 1024), c_timestep=("c_r", 64), depth=("depth", 16),
             heads=("nhead", 16), dropout=("dropout", 0.1)),
@@ -178,7 +178,7 @@ FORMATS = {
             c_semantic=("c_latent", 16), network=("effnet", "efficientnet_v2_s")),
         fixed=dict(c_cond=1280), signature=("backbone.0.0.weight",), sections=("effnet_state_dict",)),
     TinyImageEncoder: Format(
-        "a small image encoder",                 # exists only here, so its names are the same everywhere
+        "a small image encoder",                 # exists only in this code, so there is nothing to rename
         lambda **_: [(name, name, "") for name in ("downsample", "blocks", "to_semantic", "norm")],
         "TinyImageEncoder", dict(
             c_semantic=("c_semantic", 16), c_hidden=("c_hidden", [32, 64, 128, 256]), blocks=("blocks", [1, 2, 2, 2]))),
@@ -186,12 +186,12 @@ FORMATS = {
 
 
 def recognise(names: Iterable[str]) -> type | None:
-    """Which of our models a file with these tensor names holds, in any naming; None if none."""
+    """The class of ours whose weights have these tensor names, in any naming; None if there is none."""
     return next((stage for stage, form in FORMATS.items() if any(name in names for name in form.signature)), None)
 
 
 def describe(shapes: dict[str, tuple]) -> str | None:
-    """What a file with these names and shapes probably is, for error messages; None if nothing tells."""
+    """What a file with these tensor names and shapes probably is, for error messages; None if unknown."""
     if any("lora" in name for name in shapes):
         return "a LoRA, which is added to a model and is not a model by itself"
     if any(name.startswith(("clip_txt_mapper.", "clip_txt_pooled_mapper.")) for name in shapes):
@@ -206,14 +206,14 @@ def describe(shapes: dict[str, tuple]) -> str | None:
 
 
 def signature_shape(stage: type, shapes: dict[str, tuple]) -> tuple:
-    """The shape of the tensor that `stage` is recognised by; () if it is missing."""
+    """The shape of the tensor by which `stage` is recognised (Format.signature); () if it is missing."""
     return next((shapes[name] for name in FORMATS[stage].signature if name in shapes), ())
 
 
 # ----- state dicts: from any naming to ours, and back ----------------------------------------------------------------
 
 def name_table(model: nn.Module) -> dict[str, tuple[str, str]]:
-    """For one of our models: the name of each tensor in diffusers' naming -> (our name, "1x1", "grn" or "")."""
+    """{diffusers' name: (our name, "1x1", "grn" or "")} of all tensors of one of our models."""
     parts = {ours: (theirs, kind) for ours, theirs, kind in FORMATS[type(model)].rules(**model.config)}
     table = {}
     for name in model.state_dict():
@@ -227,7 +227,7 @@ def name_table(model: nn.Module) -> dict[str, tuple[str, str]]:
 
 
 def original_to_diffusers(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """nn.MultiheadAttention stacks the rows of query, key and value; diffusers has three layers."""
+    """Splits the matrix of nn.MultiheadAttention, which stacks query, key and value, into diffusers' three layers."""
     result = {}
     for name, tensor in state_dict.items():
         if ".attn.in_proj_" in name:                                                     # (3C, C) or (3C,)
@@ -253,21 +253,21 @@ def diffusers_to_original(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def add_ones(tensor: Tensor, kind: str) -> Tensor:
-    """Our shape -> theirs. The bias of a 1x1 convolution is a vector in both."""
+    """A tensor in our shape -> in diffusers' shape. The bias of a 1x1 convolution is a vector in both."""
     if kind == "1x1" and tensor.ndim == 2:
         return tensor[:, :, None, None]                                                  # (D, C, 1, 1)
     return tensor[None, None, None] if kind == "grn" else tensor                         # (1, 1, 1, C)
 
 
 def in_our_names(names, model: nn.Module) -> bool:
-    """Whether these tensor names are ours rather than diffusers'. Some exist in both, for different tensors."""
+    """Whether more of these names are ours than diffusers'. Some names exist in both, for different tensors."""
     return len(names & model.state_dict().keys()) > len(names & name_table(model).keys())
 
 
 def translate(tensors: Iterable[tuple[str, Tensor]], names, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) pairs in any of the three namings -> pairs with our names and shapes. Tensors are views.
 
-    names: the keys of all pairs, which tell the naming before the first pair is read. They passed check_fit.
+    names: the names of all pairs, to recognise the naming before the first pair is read. Requires check_fit.
     """
     if in_our_names(names, model):
         yield from tensors
@@ -276,11 +276,11 @@ def translate(tensors: Iterable[tuple[str, Tensor]], names, model: nn.Module) ->
     for name, tensor in tensors:
         for theirs, part in original_to_diffusers({name: tensor}).items():
             ours, _ = table[theirs]
-            yield ours, part.reshape(wanted[ours].shape)                                 # drops the ones of add_ones
+            yield ours, part.reshape(wanted[ours].shape)                                 # removes add_ones' dimensions
 
 
 def check_fit(shapes: dict[str, tuple], model: nn.Module) -> None:
-    """Raises WeightsError unless tensors of these names and shapes, in any of the three namings, make up `model`."""
+    """Raises WeightsError unless these tensors, in any of the three namings, are exactly those of `model`."""
     found = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     wanted = model.state_dict()
     if not in_our_names(shapes.keys(), model):
@@ -289,7 +289,7 @@ def check_fit(shapes: dict[str, tuple], model: nn.Module) -> None:
 
 
 def check_names(found: dict[str, tuple], wanted: dict[str, tuple]) -> None:
-    """Both: name -> shape. Raises WeightsError with all differences, the first few of each kind by name."""
+    """Compares two {name: shape}. Raises WeightsError that counts all differences and names the first of each kind."""
     def some(names: list) -> str:
         return f"{len(names)} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
 
@@ -304,12 +304,12 @@ def check_names(found: dict[str, tuple], wanted: dict[str, tuple]) -> None:
 
 
 def to_diffusers(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """A state dict with model's names, for example of EMA weights -> diffusers' naming. Tensors are views."""
+    """A state dict in the names of `model`, for example EMA weights -> in diffusers' naming. Tensors are views."""
     return {theirs: add_ones(state_dict[ours], kind) for theirs, (ours, kind) in name_table(model).items()}
 
 
 def to_original(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """A state dict with model's names -> the original naming."""
+    """A state dict in the names of `model` -> in the original naming."""
     return diffusers_to_original(to_diffusers(state_dict, model))
 
 
@@ -318,7 +318,7 @@ def to_original(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Te
 def config_to_ours(config: dict, stage: type) -> dict:
     """The content of a config.json -> arguments for `stage`. Raises WeightsError for another class or bad values.
 
-    A file of ours, which `tools.weights convert --to ours` writes, has the arguments themselves and no _class_name.
+    The config.json of `tools.weights convert --to ours` has our arguments' names and no _class_name.
     """
     class_name, arguments, fixed = FORMATS[stage].class_name, FORMATS[stage].arguments, FORMATS[stage].fixed
     if in_our_words(config, stage):
@@ -332,7 +332,7 @@ def config_to_ours(config: dict, stage: type) -> dict:
     known = {key for key, _ in arguments.values()} | fixed.keys()
     unknown = [key for key in config if not key.startswith("_") and key not in known]
     if unknown:
-        # Not an error: later versions add options, and an option that changes a tensor is found by its shape.
+        # Only a warning: later versions add options, and check_fit finds options that change a tensor's shape.
         warn(f"config.json of {class_name} has options that are not used here: {', '.join(unknown)}")
     result = {}
     for argument, (key, default) in arguments.items():
@@ -355,14 +355,14 @@ def config_to_ours(config: dict, stage: type) -> dict:
     return result
 
 
-# From and up to which sizes there are models (others: 1 to 2^17). A typo can ask for terabytes, or hours of building.
+# {argument: (smallest, largest value)}; other arguments: 1 to 2^17. A typo could need terabytes, or hours of building.
 RANGES = dict(depth=(1, 1000), blocks=(0, 1000), bottleneck_blocks=(0, 1000), levels=(1, 8), heads=(-1, 2 ** 10),
               dropout=(0, 0.99), scale_factor=(1e-6, 1e6), patch_size=(1, 64), kernel_size=(1, 99), inject=(0, 1),
               c_timestep=(4, 2 ** 17))
 
 
 def check_levels(sizes: dict) -> None:
-    """Raises WeightsError if lists with an entry for each level differ in length, or heads do not divide a width."""
+    """Raises WeightsError if per-level lists differ in length, kernel_size is even, or heads do not divide a width."""
     lists = {name: value for name, value in sizes.items() if isinstance(value, tuple)}
     if len({*map(len, lists.values())}) > 1:
         raise WeightsError("its lists have different lengths, expected one entry for each level: " + ", ".join(
@@ -379,7 +379,7 @@ def check_levels(sizes: dict) -> None:
 
 
 def in_our_words(config: dict, stage: type) -> bool:
-    """Whether a config.json has our names of the arguments of `stage`. Names that others have as well do not tell."""
+    """Whether a config.json has our argument names for `stage`. Keys that diffusers has too are not enough."""
     ours, theirs = FORMATS[stage].arguments.keys(), {key for key, _ in FORMATS[stage].arguments.values()}
     return "_class_name" not in config and 0 < len(config) and config.keys() <= ours \
         and (ours == theirs or not config.keys() <= theirs)

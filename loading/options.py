@@ -1,11 +1,11 @@
-"""What the command lines of all scripts share: the parser, and numbers that know their range.
+"""Command lines of all scripts: the parser, and types for numbers within a range.
 
   p.add_argument("--frames", type=FRAMES)   # argument --frames: expected a whole number from 2 to 1000, got '1'
   FRAMES.check("frames", frames)            # the same range for an argument in Python
 
-A mistake is a UserError, in one line. Upper limits are far above any use: what is beyond is a typing error that would
-take hours.
-Needs: the standard library only, so that --help answers at once.
+A mistake raises UserError, with one line. Upper limits are far above any real use: a larger number is a typing error
+that could cost hours.
+Needs: the standard library only, so that --help is fast.
 """
 import argparse
 import contextlib
@@ -17,7 +17,7 @@ from numbers import Integral, Real
 
 from loading.errors import UserError, nearest
 
-# Options of diffusers' training scripts for Würstchen -> ours. docs/FINETUNE.md explains each.
+# {option of diffusers' training scripts for Würstchen: our option}. docs/FINETUNE.md explains each.
 FROM_DIFFUSERS = dict(
     pretrained_prior_model_name_or_path="weights", pretrained_decoder_model_name_or_path="weights",
     dataset_name="data", train_data_dir="data", max_train_samples="max-samples", validation_prompts="sample-prompt",
@@ -32,7 +32,7 @@ FROM_DIFFUSERS = dict(
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Ends the help of each option that takes a value with its default, unless the text has it already."""
+    """Adds the default to the help of each option that takes a value, unless the text already mentions it."""
     def _get_help_string(self, action):
         if "default" in action.help or action.required or not action.option_strings or action.nargs == 0:
             return action.help
@@ -40,17 +40,17 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 USED_MOST = ("data", "out", "weights", "lora", "steps", "lr", "batch", "resolution", "cache", "resume", "sample_prompt",
-             "sample_every")          # what --help of a training script lists first
+             "sample_every")          # listed first in --help of training scripts
 
 
 class Parser(argparse.ArgumentParser):
-    """Shows the docstring of a script and all defaults in --help. A mistake is a UserError, with the nearest option."""
+    """Shows a script's docstring and all defaults in --help. Mistakes raise UserError, with the most similar option."""
     def __init__(self, docstring: str = "", **more):
         super().__init__(description=docstring, formatter_class=HelpFormatter, **more)
 
     def parse_known_args(self, args=None, namespace=None):
         options = option_strings(self)
-        # Before argparse finds that another one is missing. Subcommands have options of their own.
+        # Checked before argparse complains about a missing option. Not with subcommands, which have other options.
         for word in () if self._subparsers else sys.argv[1:] if args is None else args:
             name = word.partition("=")[0]
             if re.fullmatch(r"--\w[\w-]*", name) and not any(option.startswith(name) for option in options):
@@ -60,11 +60,11 @@ class Parser(argparse.ArgumentParser):
                     if f"--{theirs}" in options else nearest_option(self, name)))
         return super().parse_known_args(args, namespace)
 
-    def error(self, message: str) -> None:       # argparse would print its usage as well
+    def error(self, message: str) -> None:       # argparse would also print the usage
         raise UserError(message)
 
     def format_help(self) -> str:
-        """For training scripts: a usage of one line, and the everyday options first."""
+        """For training scripts: a usage of one line, and the options of USED_MOST first."""
         if any(action.dest == "data" for action in self._actions):
             first = self.add_argument_group("used most")
             first._group_actions = sorted((action for action in self._actions if action.dest in USED_MOST),
@@ -81,7 +81,7 @@ def option_strings(parser: argparse.ArgumentParser) -> list[str]:
 
 
 def nearest_option(parser: argparse.ArgumentParser, unknown: str) -> str:
-    """A hint for an option that `parser` does not have: the one that was probably meant."""
+    """A hint for an unknown option: the most similar option of `parser`, or that --help lists all."""
     name = unknown.partition("=")[0].replace("_", "-")
     return nearest(name, option_strings(parser)) or "--help lists all options"
 
@@ -89,15 +89,15 @@ def nearest_option(parser: argparse.ArgumentParser, unknown: str) -> str:
 # ----- numbers -------------------------------------------------------------------------------------------------------
 
 class NumberError(UserError, argparse.ArgumentTypeError):
-    """Its message is what argparse shows after the name of the option."""
+    """An invalid number. argparse shows the message after the name of the option."""
 
 
 @dataclass(frozen=True)
 class Number:
-    """A range of numbers. Called with a text, as `type` of an option, it reads one.
+    """A range of numbers from `low` to `high`. As `type` of an option, it converts a text to a number in this range.
 
-    whole: whole numbers only; step: only multiples of it; above, below: without `low`, without `high` itself. A range
-    that is not stated is that of float32.
+    whole: whole numbers only. step: only multiples of step. above: `low` itself is excluded; below: `high` is.
+    The default limits are about those of float32.
     """
     low: float = -1e38
     high: float = 1e38
@@ -114,12 +114,12 @@ class Number:
         high = f" to{' below' * self.below} {self.high}" * (self.high < 1e38)
         return f"{kind}{self.unit}{low}{high}".rstrip(",")
 
-    def __contains__(self, value) -> bool:       # false for NaN
+    def __contains__(self, value) -> bool:       # NaN is not in any range
         return (self.low < value if self.above else self.low <= value) and (
             value < self.high if self.below else value <= self.high) and (not self.whole or value % self.step == 0)
 
     def __call__(self, text: str) -> float:
-        """Not int() and Fraction(), which also take 1_000, and forever for 1e-999999999."""
+        """Text -> number. int() and Fraction() are not used: they accept 1_000, and never end for 1e-999999999."""
         text = text.strip()
         value, (top, slash, bottom) = math.nan, text.partition("/")
         with contextlib.suppress(ValueError, ArithmeticError):
@@ -130,7 +130,7 @@ class Number:
         return value
 
     def check(self, name: str, value) -> float:
-        """An argument in Python -> the number. Raises TypeError or ValueError."""
+        """Checks the argument `name` of a Python function -> the number. Raises TypeError, UserError."""
         value = plain(value)
         if not isinstance(value, Integral if self.whole else Real):
             raise TypeError(f"{name} is {value!r:.80}, expected {self}.")
@@ -140,7 +140,7 @@ class Number:
 
 
 def plain(value):
-    """A single number of numpy or torch -> Python's; anything else as it is."""
+    """A single number of numpy or torch -> a Python number. Any other value is returned unchanged."""
     return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
@@ -150,7 +150,7 @@ def integer(low: int, high: int = 10 ** 9, step: int = 1, unit: str = "") -> Num
 
 positive_int, unit_float, below_one = integer(1), Number(0, 1), Number(0, 1, below=True)
 SEED = integer(0, 2 ** 32 - 1)
-IMAGES, BATCH = integer(1, 10_000), integer(1, 10_000)               # of a prompt; at a time
+IMAGES, BATCH = integer(1, 10_000), integer(1, 10_000)               # images of one prompt; images at a time
 SIDE = integer(64, 2 ** 14, unit=" of px")       # of a generated image, see wuerstchen.latent_sizes
-STEPS, FRAMES, CELLS = integer(1, 10_000), integer(2, 1_000), 1_000  # of sampling; of an interpolation; of a grid
-RESOLUTION = integer(128, 2 ** 12, 128)          # px of images that Stages B and C are trained on
+STEPS, FRAMES, CELLS = integer(1, 10_000), integer(2, 1_000), 1_000  # in sampling; an interpolation; a grid
+RESOLUTION = integer(128, 2 ** 12, 128)          # px of training images for Stages B and C

@@ -1,8 +1,8 @@
-"""Loads a whole pipeline: finds the parts, checks that they fit each other, fills the networks, makes them fast.
+"""Loads a whole pipeline: finds the parts, checks that they fit each other, loads the networks, makes them fast.
 
-  a name or a folder -locate-> paths of the parts -weights-> networks -> Wuerstchen or, of v1, WuerstchenV1
+  a name or a folder -locate-> paths of the parts -weights.load-> networks -> Wuerstchen or, for v1, WuerstchenV1
 
-Before the first number is read, names, shapes and widths are compared: files that do not fit end in one line.
+Names, shapes and widths are checked before any tensor is read. Files that do not fit raise an error of one line.
 Needs: torch, safetensors; tokenizers for the text encoders.
 """
 import functools
@@ -24,7 +24,7 @@ from speed.int8 import check as check_int8, one_image_at_a_time, to_int8
 from speed.memory import free_memory, offload as offload_networks, one_at_a_time, tile
 from wuerstchen import Sampling, Wuerstchen
 
-LARGE = 1e8                                    # parameters from which bfloat16 is faster on a CPU
+LARGE = 1e8                                    # with more parameters, bfloat16 is faster on a CPU
 tell_once = functools.cache(tell)
 FILES = ("prior", "decoder", "vqgan", "image_encoder", "prior_text_encoder", "text_encoder")     # `files` of load
 
@@ -34,23 +34,23 @@ def load(weights: str | Path | None = None, device: str | None = None, dtype: to
          fast: bool = True, low_memory: bool | None = None, offload: bool = False, compile: bool = False,
          int8: bool = False, lora: str | Path | list | dict[str | Path, float] | None = None,
          lora_partial: bool = False, **files) -> Wuerstchen:
-    """-> the pipeline, ready to be called.
+    """Loads a pipeline, ready to generate images.
 
     weights     "tiny" and "tiny-v1", which ship with the code; "v1", "v2", "v2-base", "v2-aesthetic", fetched if need
                 be; a folder in any of diffusers' layouts, or of the original .pt files (see layouts.find_parts); or
-                someone's repository, "hub:owner/name" (see hub.Repository)
-    files       single parts from elsewhere, each a folder, a file or "hub:owner/name": prior, decoder, vqgan,
-                image_encoder, prior_text_encoder, text_encoder; the rest comes from `weights`, by default "v2"
+                any repository, "hub:owner/name" (see hub.Repository)
+    files       single parts to use instead of those of `weights`, each a folder, a file or "hub:owner/name": prior,
+                decoder, vqgan, image_encoder, prior_text_encoder, text_encoder; `weights` is then "v2" by default
     device      default cuda if there is one. dtype: torch's, "bf16" or "auto"; default fp32 on CPUs, else bf16
-    parts       what will be needed, and only that is fetched: hub.TEXT_TO_IMAGE (default), hub.RECONSTRUCTION, or some
+    parts       the only parts to load: hub.TEXT_TO_IMAGE (default), hub.RECONSTRUCTION, or a list of names
     offline, revision   see hub.fetch
-    fast        the fast forms of speed/fast.py instead of the plain networks; compile: torch.compile on top
+    fast        use the faster implementations of speed/fast.py; compile: also use torch.compile
     int8        the large layers of Stages B and C in 8 bits, on a CPU: a quarter of their memory, see speed/int8.py
-    low_memory  one network in memory at a time, read again when needed; default: if they do not all fit
-    offload     one network on the device at a time, the others wait in main memory
-    lora        LoRAs for Stage C: a file or "hub:owner/name", a list, or {file: scale}, 1 as trained; later:
-                arguments.set_loras. lora_partial: leave out what does not fit, and warn, instead of refusing the file
-    Raises WeightsError (a ValueError) for files that cannot be used, ValueError for a device that is not there.
+    low_memory  one network in memory at a time, read again when needed; default: if memory does not suffice for all
+    offload     one network on the device at a time, the others in main memory
+    lora        LoRAs for Stage C: a file or "hub:owner/name", a list, or {file: scale}, where 1 is the trained scale;
+                to change later: arguments.set_loras. lora_partial: skip unknown layers with a warning, not an error
+    Raises WeightsError (a ValueError) for files that cannot be used, UserError for a device that is not available.
     """
     check_options(weights, files, FILES, load.__annotations__)
     device = usable_device(device)
@@ -69,17 +69,17 @@ def load(weights: str | Path | None = None, device: str | None = None, dtype: to
         loaders["image_encoder"] = fetch_encoder_later(weights, empty, device, files, offline, revision)
     model = warn_of_unknown_words(pipeline_for(paths, empty, loaders, device, dtype), paths["prior"],
                                   lora or paths.get("lora"))
-    # For extras: where the parts came from, the LoRAs, and where preview colours are kept; None if they do not fit.
+    # For extras: the paths of the parts, the LoRAs, and the file for preview colours (None: not for these weights).
     model.paths, model.int8, model.load_stage_c = paths, int8, loaders.get("stage_c")
     install(model, weights, files, lora, lora_partial)
     model.preview_file = preview_file_of(model, weights, files, paths["vqgan"])
     if low_memory is None and not offload:
-        low_memory = 1.25 * bytes_needed(paths, empty, dtype, int8) > free_memory(device)    # a quarter for activations
+        low_memory = 1.25 * bytes_needed(paths, empty, dtype, int8) > free_memory(device)    # 25 % more for activations
     model.low_memory = bool(low_memory)
     if low_memory:
         one_at_a_time(model)
     else:
-        for name in loaders.keys() - {"image_encoder"}:      # what is wrong with a file is reported now
+        for name in loaders.keys() - {"image_encoder"}:      # loads now, to report damaged files early
             model.part(name)
     if offload:
         offload_networks(model)
@@ -92,7 +92,7 @@ def load(weights: str | Path | None = None, device: str | None = None, dtype: to
 
 
 def choose_dtype(dtype: torch.dtype | str | None, device: torch.device, int8: bool) -> torch.dtype:
-    """Of the networks; see load. float32 by default on a CPU: there a seed gives the same image on every machine."""
+    """The dtype of the networks, see load. On a CPU float32, so that a seed gives the same image on every machine."""
     if dtype is None or int8 and dtype == "auto":
         dtype = "fp32" if device.type == "cpu" else "bf16"
     dtype = dtype_of(dtype, device)
@@ -108,16 +108,16 @@ def suggest_bf16(networks: dict[str, torch.nn.Module]) -> None:
 
 
 def fetch_loras(lora: dict[str, float], partial: bool, offline: bool, revision: str | None) -> dict[str, float]:
-    """{LoRA: scale} -> {its file: scale}. Raises WeightsError for one that cannot be read."""
+    """{LoRA: scale} -> {path of its file: scale}. Raises WeightsError if a LoRA cannot be read."""
     found = {str(hub.fetch_lora(source, offline, revision)): scale for source, scale in lora.items()}
     for file in found:
-        read_lora(file, partial)                 # before 12 GB are fetched; whether it fits is only known later
+        read_lora(file, partial)                 # fails before 12 GB are fetched; load_lora checks the fit
     return found
 
 
 def fetch_encoder_later(weights: str | Path, empty: dict, device: torch.device, files: dict, offline: bool,
                         revision: str | None):
-    """-> a loader for the image encoder, which is fetched when it is needed."""
+    """Returns a loader for the image encoder, which fetches it only when it is needed."""
     if weights in hub.NAMES:
         weights = "v1" if isinstance(empty.get("decoder"), w.StageBV1) else "v2"
     return lambda: w.load_image_encoder(locate(weights, files, ("image_encoder",), offline=offline, revision=revision)
@@ -125,14 +125,14 @@ def fetch_encoder_later(weights: str | Path, empty: dict, device: torch.device, 
 
 
 def warn_of_unused_lora(weights: str | Path, prior: str | Path | None) -> None:
-    """For a LoRA run's folder with another prior than the one that its LoRA was trained on."""
+    """Warns if `weights` is a folder with a LoRA, which is not used because the user gave another prior."""
     if prior and (Path(weights) / "lora.safetensors").is_file():
         warn(f"the LoRA of {weights} is not used, because it was trained on another prior than {prior}: "
              f"to use it all the same, add --lora {weights} (in Python lora=...)")
 
 
 def preview_file_of(model: Wuerstchen, weights: str | Path, files: dict, vqgan: Path | None) -> Path | None:
-    """Where the preview colours of these weights are kept; None if they would not fit."""
+    """The file for the preview colours of these weights. None: parts from elsewhere may need other colours."""
     folder = hub.own_cache() if weights in hub.NAMES else vqgan.parent if vqgan else None
     own = not (files.get("vqgan") or files.get("image_encoder") or hub.is_reference(weights)) and folder is not None
     raw = model.scale_semantic is not Wuerstchen.scale_semantic
@@ -140,7 +140,7 @@ def preview_file_of(model: Wuerstchen, weights: str | Path, files: dict, vqgan: 
 
 
 def build_all(paths: dict) -> dict[str, torch.nn.Module]:
-    """-> "vqgan", "decoder", "prior", those there are, without memory. Raises WeightsError if files do not fit."""
+    """{"vqgan" | "decoder" | "prior": model on the meta device}. Raises WeightsError if the files do not fit."""
     stages = dict(vqgan=w.StageA, decoder=w.stage_b_of(paths["decoder"]) if paths["decoder"] else None, prior=w.StageC)
     empty = {part: w.build_empty(stage, paths[part])[0] for part, stage in stages.items() if paths[part]}
     for part, key, encoder, name in (("prior", "c_cond", "prior_text_encoder", "Stage C"),
@@ -156,20 +156,20 @@ def build_all(paths: dict) -> dict[str, torch.nn.Module]:
 
 def loaders_of(paths: dict, empty: dict, device: torch.device, dtype: torch.dtype, int8: bool, loras: dict,
                lora_partial: bool) -> dict:
-    """-> for each part of a Wuerstchen that there is, a function that loads it onto the device."""
+    """{name of a network in Wuerstchen: function that loads it onto the device}, for the parts that exist."""
     def stage(part: str, int8: bool) -> torch.nn.Module:
-        # Numbers inside the VQGAN can pass 65504, where float16 ends. It is small, so it stays in float32 then.
+        # Activations of the VQGAN can exceed float16's maximum, 65504. It is small, so it is then loaded in float32.
         half = dtype == torch.float16 and part == "vqgan"
         return w.load(type(empty[part]), paths[part], torch.float32 if half else dtype, int8)
 
     def stage_c() -> torch.nn.Module:
         from lora import merge_and_unload
         both = ({str(paths["lora"]): 1.0} if paths.get("lora") else {}) | loras      # set_loras changes `loras`
-        both = {adapter_name(file): (file, scale) for file, scale in both.items()}   # a file with two paths: once
+        both = {adapter_name(file): (file, scale) for file, scale in both.items()}   # load a file with two paths once
         model = stage("prior", int8 and not both)
         for name, (file, scale) in both.items():
             load_lora(model, file, name, scale, lora_partial)
-        if int8 and both:                       # a LoRA works on float weights: merged first, rounded then
+        if int8 and both:                       # a LoRA needs float weights: merge it, then round
             merge_and_unload(model)
             to_int8(model)
         return model.eval()
@@ -186,34 +186,34 @@ def loaders_of(paths: dict, empty: dict, device: torch.device, dtype: torch.dtyp
                  stage_c=("prior", stage_c),
                  text_encoder_c=("prior_text_encoder", lambda: text_encoder("prior_text_encoder", "prior_tokenizer")),
                  text_encoder_b=("text_encoder", lambda: text_encoder("text_encoder", "tokenizer")),
-                 # In float32: BatchNorm's statistics do not survive half precision.
+                 # In float32: half precision is too inexact for BatchNorm's statistics.
                  image_encoder=("image_encoder", lambda: w.load_image_encoder(paths["image_encoder"])))
     loaders = {name: on_device(load) for name, (part, load) in found.items() if paths[part]}
     if shared and "text_encoder_c" in loaders:
         loaders["text_encoder_b"] = loaders["text_encoder_c"]
     for name, part in (("stage_b", "decoder"), ("stage_c", "prior")):
         if part in empty:
-            loaders[name].config = empty[part].config        # known before the numbers are read
+            loaders[name].config = empty[part].config        # available before the weights are read
     return loaders
 
 
 def pipeline_for(paths: dict, empty: dict, loaders: dict, device, dtype) -> Wuerstchen:
-    """The pipeline of these weights' kind, with their own settings."""
+    """A Wuerstchen, or WuerstchenV1 if the decoder is v1's, with default sampling settings for these weights."""
     tiny = bool(paths["image_encoder"]) and w.is_tiny(paths["image_encoder"])
     decoder, prior = empty.get("decoder"), empty.get("prior")
     if not isinstance(decoder, w.StageBV1):
-        # A small Stage B hesitates between objects; guidance makes it follow the semantic latents more decidedly.
+        # A small Stage B tends to mix several objects; guidance makes it follow the semantic latents more closely.
         return Wuerstchen(loaders, 128 if tiny else 1024, device, dtype,
                           b=Sampling(12, guidance=4.0) if tiny else Sampling(12))
     from v1.pipeline import WuerstchenV1
-    # Only the released v1 has texts of CLIP-H's width in both stages; another may stand on v2's scaled latents.
+    # Only the released v1 has the text width of CLIP-H (1024). Other v1 models may use v2's scaled semantic latents.
     raw = (prior.config["c_cond"] if prior else decoder.config["c_text"]) == 1024
     more = {} if raw else dict(c=Sampling(29, guidance=4.0, early=True))
     return WuerstchenV1(loaders, 128 if tiny else 512, device, dtype, raw=raw, **more)
 
 
 def bytes_needed(paths: dict, empty: dict, dtype: torch.dtype, int8: bool) -> float:
-    """What all networks take when they are loaded. Rounds the empty Stages B and C to int8."""
+    """The memory in bytes of all loaded networks. If int8, converts the layers of the empty Stages B and C."""
     for part in ("decoder", "prior"):
         if int8 and part in empty:
             to_int8(empty[part])

@@ -1,10 +1,10 @@
-"""The text encoder, CLIP's text model: turns a prompt into a vector per token, which Stages B and C read.
+"""The text encoder, CLIP's text model: turns a prompt into one vector per token, the condition of Stages B and C.
 
   prompt -Tokenizer-> ids (B,77), mask (B,77) -CLIPTextModel-> (B,77,D)
 
-D is 1280 for Stage C (CLIP-bigG, 32 layers), 1024 for Stage B (CLIP-H, 24 layers). A GPT-like transformer: each token
-sees itself and those before it. CLIP trained it to place a caption's vector next to that of its image; Stages B and C
-read the vectors of all tokens. Module names are those of the published files, so weights load without a table.
+D is 1280 for Stage C (CLIP-bigG, 32 layers), 1024 for Stage B (CLIP-H, 24 layers). It is a GPT-like transformer: each
+token attends to itself and to earlier tokens. CLIP was trained to make one vector per caption similar to its image's
+vector; Stages B and C use the vectors of all tokens. Modules have the names of the published files.
 Paper: arXiv:2103.00020.  Needs: torch, tokenizers.
 """
 import json
@@ -24,10 +24,10 @@ USUAL = dict(tokenizer_class="CLIPTokenizer", bos_token=START, eos_token=END, pa
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
-# ----- text -> numbers -----------------------------------------------------------------------------------------------
+# ----- text -> token ids ---------------------------------------------------------------------------------------------
 
 def byte_pair_encoding(vocabulary: dict[str, int], merges: list[tuple[str, str]]):
-    """CLIP's rules -> a tokenizers.Tokenizer: lower case, words, their bytes; then pairs are merged, by rank."""
+    """CLIP's tokenizers.Tokenizer: lowercases a text, splits it into words, these into bytes, and merges pairs."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, end_of_word_suffix="</w>", unk_token=END))
     tokenizer.normalizer = normalizers.Sequence(
@@ -41,11 +41,11 @@ def byte_pair_encoding(vocabulary: dict[str, int], merges: list[tuple[str, str]]
 
 
 class Tokenizer:
-    """Cuts texts into pieces from a fixed list: n texts -> ids (n,N) and mask (n,N), 1 at tokens and 0 at padding.
-    bpe: see byte_pair_encoding. config: that of tokenizer_config.json; pad_token and model_max_length, N, are used."""
+    """Splits texts into tokens: n texts -> ids (n,N) and mask (n,N), which is 1 at tokens and 0 at padding.
+    bpe: see byte_pair_encoding. config: tokenizer_config.json, of which pad_token and model_max_length, N, are used."""
     def __init__(self, bpe, config: dict):
         self.bpe, self.config, self.length = bpe, USUAL | config, int(config.get("model_max_length", 77))
-        bpe.no_padding()                                          # files may ask for it, and for cuts without a word
+        bpe.no_padding()                                          # a file may turn on padding and silent truncation
         bpe.no_truncation()
         pad = self.config["pad_token"]
         self.pad = bpe.token_to_id(pad["content"] if isinstance(pad, dict) else pad)
@@ -54,11 +54,11 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":
-        """From tokenizer.json, or vocab.json and merges.txt. Raises what their readers raise."""
+        """Reads tokenizer.json, or vocab.json and merges.txt. Invalid files raise errors of json and tokenizers."""
         import tokenizers
         found = {name: (Path(folder) / name).read_text("utf-8") for name in FILES if (Path(folder) / name).is_file()}
         config = json.loads(found.get("tokenizer_config.json", "{}"))
-        if "added_tokens_decoder" not in config:                  # files of before 2023 have their special tokens here
+        if "added_tokens_decoder" not in config:                  # files older than 2023: special tokens are here
             config |= json.loads(found.get("special_tokens_map.json", "{}"))
         if "tokenizer.json" in found:
             return cls(tokenizers.Tokenizer.from_str(found["tokenizer.json"]), config)
@@ -66,17 +66,17 @@ class Tokenizer:
         return cls(byte_pair_encoding(json.loads(found["vocab.json"]), [(a, b) for a, b in lines]), config)
 
     def files(self) -> dict[str, str]:
-        """File name -> content, as transformers reads them, too."""
+        """{file name: content}, in the format that transformers reads."""
         config = json.dumps(self.config, indent=2, sort_keys=True)
         return {"tokenizer.json": self.bpe.to_str(pretty=True), "tokenizer_config.json": f"{config}\n"}
 
     def __call__(self, texts: list[str], length: int | None = None) -> tuple[Tensor, Tensor]:
-        """length: N, if less than the tokenizer's own; of a longer text, the end is cut off with a warning."""
+        """length: N, at most the tokenizer's own N. The end of a longer text is cut off, with a warning."""
         length = min(length or self.length, self.length)
         ids, mask = torch.full((len(texts), length), self.pad), torch.zeros(len(texts), length, dtype=torch.long)
         for i, text in enumerate(texts):
             found = self.bpe.encode(text)
-            tokens = found.ids[:-1][:length - 1] + found.ids[-1:]         # the last place belongs to the end mark
+            tokens = found.ids[:-1][:length - 1] + found.ids[-1:]         # the last token is the end token
             if len(tokens) < len(found):
                 warnings.warn(f"a prompt is longer than the {length} tokens that the text encoder takes; this part "
                               f"was cut off: {text[found.offsets[length - 1][0]:]!r}")
@@ -86,11 +86,11 @@ class Tokenizer:
 
 # ----- the network ---------------------------------------------------------------------------------------------------
 
-ACTIVATIONS = dict(gelu=F.gelu, quick_gelu=lambda x: x * torch.sigmoid(1.702 * x))       # CLIP of OpenAI: the second
+ACTIVATIONS = dict(gelu=F.gelu, quick_gelu=lambda x: x * torch.sigmoid(1.702 * x))       # OpenAI's CLIP: quick_gelu
 
 
 class Attention(nn.Module):
-    """x (B,N,D), visible (B,1,N,N) -> (B,N,D). visible[b,0,i,j]: whether token i may look at token j."""
+    """x (B,N,D), visible (B,1,N,N) -> (B,N,D). visible[b,0,i,j]: whether token i attends to token j."""
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
@@ -115,7 +115,7 @@ class Layer(nn.Module):
 
 
 class CLIPTextModel(nn.Module):
-    """ids (B,N), mask (B,N) -> (B,N,D), normed. Arguments: those of the published config.json that matter."""
+    """ids (B,N), mask (B,N) -> (B,N,D), after the final LayerNorm. Arguments: keys of config.json; **_: unused ones."""
     def __init__(self, vocab_size: int = 49408, hidden_size: int = 512, intermediate_size: int = 2048,
                  num_hidden_layers: int = 12, num_attention_heads: int = 8, max_position_embeddings: int = 77,
                  hidden_act: str = "quick_gelu", layer_norm_eps: float = 1e-5, **_):
@@ -132,7 +132,7 @@ class CLIPTextModel(nn.Module):
         for name, weight in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(weight)
-            elif weight.ndim == 2:                                # as CLIP starts
+            elif weight.ndim == 2:                                # CLIP's initialization
                 std = {"embedding": 0.02, "fc1": (2 * hidden_size) ** -0.5, "out_proj": hidden_size ** -0.5}
                 nn.init.normal_(weight, std=next((std[part] for part in std if part in name),
                                                  (2 * hidden_size * num_hidden_layers) ** -0.5))
@@ -147,7 +147,7 @@ class CLIPTextModel(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """n prompts -> (n,N,D). The mask matters: without it the vectors at padding, which both stages read, are others."""
+    """n prompts -> (n,N,D). The mask also changes the vectors at padding, and both stages use these vectors."""
     def __init__(self, tokenizer: Tokenizer, model: CLIPTextModel):
         super().__init__()
         self.tokenizer, self.model = tokenizer, model

@@ -1,11 +1,11 @@
 """Weights: loads, checks and saves one model at a time, in the released format.
 
   folder/config.json + folder/diffusion_pytorch_model.safetensors  <->  StageA, StageB, StageBV1, StageC, image encoders
-  text_encoder/config.json, model.safetensors; tokenizer/          <->  text encoder, as transformers has it
+  text_encoder/config.json, model.safetensors; tokenizer/          <->  text encoder, in transformers' format
 
-Loading is strict, because weights in the wrong place give images that are merely bad: every tensor must be known,
-present, of the right shape and free of NaN. Whatever is wrong with a file is a WeightsError of one line.
-names.py translates names, files.py reads and writes files. Nothing is downloaded, and nothing in a file is executed.
+Loading is strict, because weights in the wrong place raise no error later but give bad images: every tensor must be
+known, present, of the right shape and free of NaN. Any problem with a file raises WeightsError with one line.
+names.py translates names, files.py reads and writes files. Nothing is downloaded, and code in a file is not executed.
 Needs: torch, safetensors; tokenizers for text encoders.
 """
 import json
@@ -34,7 +34,7 @@ from v1.stage_b import StageBV1
 # ----- loading -------------------------------------------------------------------------------------------------------
 
 class NoStartValues(torch.overrides.TorchFunctionMode):
-    """With torch.device("meta"): the first normal_ or randn, though nothing is drawn there, would import a compiler."""
+    """For torch.device("meta"): skips normal_ and randn. They draw no values there, but would import a compiler."""
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is nn.init.normal_:
             return kwargs["tensor"]
@@ -42,8 +42,8 @@ class NoStartValues(torch.overrides.TorchFunctionMode):
 
 
 def config_of(path: str | Path) -> dict | None:
-    """The config.json in a folder; of a file, what it holds itself, or the config.json next to it, or None. Raises
-    WeightsError."""
+    """The configuration of weights. For a folder: its config.json. For a file: the configuration inside the file, else
+    the config.json next to it, else None. Raises WeightsError."""
     path = Path(path)
     if path.is_dir():
         return read_config(path)
@@ -51,13 +51,13 @@ def config_of(path: str | Path) -> dict | None:
     return own or (read_config(path.parent) if (path.parent / "config.json").is_file() else None)
 
 
-IMPOSSIBLE = (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError)     # what sizes of no model raise
+IMPOSSIBLE = (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError)     # raised for invalid model sizes
 
 
 def new_model(stage: type, config: str | Path | None, **sizes) -> nn.Module:
-    """A model with random weights, of the sizes in `config`, a config.json or its folder; without one, of `sizes`.
+    """A model with random weights. Its sizes are those in `config`, a config.json or its folder; `sizes` override them.
 
-    Raises UserError for sizes that no model has, or for which memory does not suffice.
+    Raises UserError if the sizes are invalid, or the memory does not suffice for them.
     """
     try:
         if config:
@@ -74,7 +74,7 @@ def new_model(stage: type, config: str | Path | None, **sizes) -> nn.Module:
 
 
 def official_sizes(stage: type, shapes: dict[str, tuple]) -> dict:
-    """Arguments for `stage` without a config.json: the defaults, which are v2's sizes, unless a shape is v1's."""
+    """Arguments for `stage` if there is no config.json: {} for v2, whose sizes are the defaults, or v1's sizes."""
     shape = signature_shape(stage, shapes)
     if stage is StageC and shape[1:] == (1024,):
         return dict(c_cond=1024)                             # CLIP-H instead of bigG
@@ -84,10 +84,10 @@ def official_sizes(stage: type, shapes: dict[str, tuple]) -> dict:
 
 
 def build_empty(stage: type, path: str | Path) -> tuple[nn.Module, TensorFile]:
-    """A model on the meta device, and the file that fits it in names and shapes. No value has been read yet.
+    """A model on the meta device, and its file, whose names and shapes fit the model. No value has been read yet.
 
-    path: the model's folder, or a single file. The file itself or a config.json next to it gives the sizes. Without
-    them, as for the original .pt files, they are the official ones, of v1 or v2. Raises WeightsError.
+    path: the model's folder, or a single file. The sizes come from config_of(path). If that is None, as for the
+    original .pt files, the sizes are the official ones of v1 or v2. Raises WeightsError.
     """
     def open_file() -> TensorFile:
         return TensorFile(find_file(path, (STEM, "model")), FORMATS[stage].sections)
@@ -113,8 +113,8 @@ def build_empty(stage: type, path: str | Path) -> tuple[nn.Module, TensorFile]:
 def fill(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> nn.Module:
     """Puts (our name, tensor) pairs, in `dtype`, into a model that was built on the meta device; sets eval mode.
 
-    A model on the meta device has shapes but no memory: no random start values are drawn only to be overwritten.
-    Tensors are converted one at a time, so the file is never in memory next to the model.
+    A model on the meta device has shapes but no memory, so no time is spent on random weights that are overwritten.
+    Tensors are converted one at a time, so the file and the model are never both in memory as a whole.
     Counters (num_batches_tracked) stay integers. Raises WeightsError for NaN or infinity.
     """
     wanted, converted = model.state_dict(), {}
@@ -132,9 +132,9 @@ def fill(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch.d
 
 
 def load(stage: type, path: str | Path, dtype: torch.dtype = torch.float32, int8: bool = False) -> nn.Module:
-    """One model from its folder or file, in eval mode. int8: converts its large layers one by one while reading.
+    """Loads one model from its folder or file, in eval mode. int8: converts its large layers one by one while reading.
 
-    Raises WeightsError, like all functions here.
+    Raises WeightsError.
     """
     model, file = build_empty(stage, path)
     tensors = translate(file, file.shapes.keys(), model)
@@ -153,14 +153,14 @@ load_stage_c = partial(load, StageC)            # the prior, from a `prior` fold
 
 
 def load_image_encoder(path: str | Path, dtype: torch.dtype = torch.float32) -> EfficientNetEncoder | TinyImageEncoder:
-    """The image encoder, from an `image_encoder` folder or a file such as model_v2_stage_b.pt."""
+    """Loads the image encoder from an `image_encoder` folder or a file such as model_v2_stage_b.pt."""
     encoders = {stage.__name__: stage for stage in (EfficientNetEncoder, TinyImageEncoder)}
     config = config_of(path)
     if config is None or in_our_words(config, EfficientNetEncoder):
         name = "EfficientNetEncoder"
     else:
         name = "TinyImageEncoder" if in_our_words(config, TinyImageEncoder) else str(config.get("_class_name"))
-    name = name.removeprefix("Wuerstchen")                   # OneTrainer's name for it
+    name = name.removeprefix("Wuerstchen")                   # OneTrainer adds this prefix
     if name not in encoders:
         raise WeightsError(f"{path}: its config.json describes a {name}, expected one of {', '.join(encoders)}")
     return load(encoders[name], path, dtype)
@@ -168,13 +168,13 @@ def load_image_encoder(path: str | Path, dtype: torch.dtype = torch.float32) -> 
 
 def load_text_encoder(folder: str | Path, tokenizer_folder: str | Path,
                       dtype: torch.dtype = torch.float32) -> TextEncoder:
-    """Two folders as transformers writes them -> a TextEncoder in eval mode.
+    """Loads a TextEncoder, in eval mode, from the two folders that transformers writes.
 
-    In the published files every name starts with "text_model."; transformers 5 leaves that out. Older files also hold
-    `position_ids`, which is 0, 1, 2, ... Raises WeightsError.
+    In the published files every tensor's name starts with "text_model."; transformers 5 omits this prefix. Older files
+    also contain `position_ids`, which is 0, 1, 2, ... and is ignored. Raises WeightsError.
     """
     config, path = read_config(folder), Path(folder) / "config.json"
-    for name, most in CLIP_SIZES.items():                              # a typo can ask for hours of building
+    for name, most in CLIP_SIZES.items():                              # a typo could cost hours of building
         if type(config.get(name, 1)) is not int or not 1 <= config.get(name, 1) <= most:
             raise WeightsError(f"{path} cannot be used: {name} is {config[name]!r:.80}, expected 1 to {most}")
     with reading(path, WeightsError, "cannot be used"), torch.device("meta"), NoStartValues():
@@ -183,14 +183,14 @@ def load_text_encoder(folder: str | Path, tokenizer_folder: str | Path,
         model = CLIPTextModel(**config)
     file = TensorFile(find_file(folder, ("model", "pytorch_model")))
     names = {name: name.removeprefix("text_model.") for name in file.shapes
-             if not name.endswith("embeddings.position_ids")}          # in the file -> here
+             if not name.endswith("embeddings.position_ids")}          # {name in the file: our name}
     try:
         check_names({names[name]: file.shapes[name] for name in names},
                     {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
         fill(model, ((names[name], tensor) for name, tensor in file if name in names), dtype)
     except WeightsError as error:
         raise WeightsError(f"{file.path}: {error}") from error
-    # Has no use, but transformers' model has it: caches of training know a model by its tensors.
+    # Unused, but transformers' model has this buffer, and the caches of training identify a model by its tensors.
     positions = torch.arange(model.config["max_position_embeddings"])[None]                                 # (1, 77)
     model.embeddings.register_buffer("position_ids", positions, persistent=False)
     tokenizer = load_tokenizer(tokenizer_folder)
@@ -208,16 +208,16 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     found = [path for name in TOKENIZER_FILES if (path := Path(folder) / name).exists()]
     if not any(path.name in ("tokenizer.json", "vocab.json") for path in found):
         raise WeightsError(f"{folder} holds no tokenizer: expected tokenizer.json, or vocab.json and merges.txt")
-    for path in found:                             # the library names no file
+    for path in found:                             # the library's errors do not name the file
         read_json(path) if path.suffix == ".json" else read_text(path, WeightsError)
     with reading(found[0], WeightsError, "or a tokenizer's file next to it cannot be read"):
         return Tokenizer.load(folder)
 
 
-# ----- questions about files, answered without reading values ---------------------------------------------------------
+# ----- checks of files, without reading the values of tensors ---------------------------------------------------------
 
 def check_widths(width: int, folder: str | Path, stage: str) -> None:
-    """Raises WeightsError if the text encoder in `folder` gives vectors of another width than a stage takes."""
+    """Raises WeightsError unless the text encoder in `folder` outputs vectors of the width that a stage expects."""
     found = read_config(folder).get("hidden_size")
     if found != width:
         raise WeightsError(f"{stage} takes texts of width {width}, the text encoder {folder} gives {found}: "
@@ -225,7 +225,7 @@ def check_widths(width: int, folder: str | Path, stage: str) -> None:
 
 
 def stage_b_of(path: str | Path) -> type:
-    """StageB or, for a decoder of v1, StageBV1: by its configuration or, without one, by the names of the tensors."""
+    """The class of a decoder, StageB or (v1) StageBV1: from its configuration, or else from its tensors' names."""
     config = config_of(path)
     if config is not None:
         v1 = config.get("_class_name") == FORMATS[StageBV1].class_name or in_our_words(config, StageBV1)
@@ -235,7 +235,7 @@ def stage_b_of(path: str | Path) -> type:
 
 
 def is_tiny(path: str | Path) -> bool:
-    """Whether this image encoder is the small one of models/tiny, for images of 128 px."""
+    """Whether the image encoder is a TinyImageEncoder, the small one of models/tiny, for images of 128 px."""
     config = config_of(path) or {}
     return config.get("_class_name") == "TinyImageEncoder" or in_our_words(config, TinyImageEncoder)
 
@@ -243,32 +243,32 @@ def is_tiny(path: str | Path) -> bool:
 # ----- saving ---------------------------------------------------------------------------------------------------------
 
 def save_model(model: nn.Module, folder: str | Path) -> None:
-    """Writes a stage or an image encoder in float16, in diffusers' names; v1's Stage B in the same form.
+    """Saves a stage or an image encoder in float16, with diffusers' names (for v1's Stage B: the authors' names).
 
     Stage A's scale_factor, which is measured after training, goes into config.json.
     """
     if isinstance(model, StageA):
         assert model.config["scale_factor"] == model.scale_factor, "scale_factor was changed in one place only"
-    tensors = to_half(to_diffusers(model.state_dict(), model))     # an error here leaves the old files
+    tensors = to_half(to_diffusers(model.state_dict(), model))     # before writing, so an error keeps the old files
     write_files(config_to_diffusers(model), tensors, folder, STEM)
 
 
 def extract_image_encoder(file: str | Path, folder: str | Path) -> None:
-    """Copies the image encoder out of the original decoder file, 6 GB, into a folder of 80 MB, bit by bit the same."""
+    """Copies the image encoder, unchanged, from the original decoder file (6 GB) to a folder (80 MB)."""
     model = load_image_encoder(file)
     tensors = {name: tensor.contiguous() for name, tensor in to_diffusers(model.state_dict(), model).items()}
     write_files(config_to_diffusers(model), tensors, folder, STEM)
 
 
 def save_scheduler(folder: str | Path) -> None:
-    """Writes a `scheduler` folder, so that diffusers also finds all parts. There is only one schedule here."""
+    """Writes a `scheduler` folder, which diffusers requires. Our code has only one noise schedule."""
     config = dict(_class_name="DDPMWuerstchenScheduler", s=0.008, scaler=1.0)
     write_atomically(Path(folder) / "scheduler_config.json",
                      lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
 
 
 def save_text_encoder(encoder: TextEncoder, folder: str | Path, tokenizer_folder: str | Path) -> None:
-    """Writes a text encoder, in float16 with the published names, and its tokenizer, as transformers reads them."""
+    """Saves a text encoder, in float16 with the published names, and its tokenizer, in transformers' format."""
     config = dict(architectures=["CLIPTextModel"], model_type="clip_text_model", **encoder.model.config,
                   dtype="float16", torch_dtype="float16")         # for transformers 5 and 4
     tensors = {f"text_model.{name}": tensor for name, tensor in encoder.model.state_dict().items()}

@@ -1,10 +1,10 @@
-"""The words that a small model knows, and a warning for prompts with others.
+"""The words that a small model knows, and a warning for prompts with unknown words.
 
   prior/words.json + "a zebra on a blue background"  ->  warning: the model does not know "zebra"; ...
 
-Any text gives an image, so a model cannot notice by itself that it never saw a word. The file lists the words of all
-captions that Stage C was trained on; train_c.py writes it for emoji scenes. Weights without it, such as v2 or a
-fine-tune on other captions, know words that nobody listed: for them there is no warning, and none with a LoRA.
+A model generates an image for any text, so it cannot detect an unknown word. words.json lists all words of the captions
+that Stage C was trained on; train_c.py writes it for emoji scenes. Other weights, such as v2 or a fine-tune on other
+captions, have no such list, so there is no warning for them. With a LoRA there is none either: it may add words.
 Needs: lora.py; torch.
 """
 import difflib
@@ -19,12 +19,12 @@ from lora import lora_layers
 from wuerstchen import Wuerstchen
 
 FILE = "words.json"            # {"objects": ["red apple", ...], "colours": [...], ...}: phrases by kind
-# Letters and digits, or other signs such as emoji; not punctuation, ASCII or typographic.
+# A word: letters and digits, or symbols such as emoji. Punctuation, ASCII or typographic, is not part of a word.
 WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*|[^\w\s!-~\u2010-\u205e]+")
 
 
 def read_words(prior: Path | None) -> dict[str, list[str]]:
-    """The words that Stage C in this folder knows, by kind; empty if they are not listed. Raises WeightsError."""
+    """{kind: phrases} that Stage C in this folder knows; {} if there is no list. Raises WeightsError."""
     if not prior or not (path := Path(prior) / FILE).exists():
         return {}
     words = read_json(path)
@@ -35,28 +35,28 @@ def read_words(prior: Path | None) -> dict[str, list[str]]:
 
 
 def unknown_words(prompt: str, known: dict[str, list[str]]) -> list[str]:
-    """The words of a prompt, as they are written there, that are not among the known ones."""
+    """The unknown words of a prompt, spelled as in the prompt. Case is ignored for the comparison."""
     words = {word for phrases in known.values() for phrase in phrases for word in phrase.split()}
     return [word for word in dict.fromkeys(WORD.findall(prompt)) if word.lower() not in words]
 
 
 def nearest_phrases(unknown: list[str], known: dict[str, list[str]], n: int = 3) -> list[str]:
-    """n known phrases: those with a word spelled like the unknown ones, then the first objects."""
+    """n known phrases to suggest: first phrases with a word similar to an unknown one, then the first objects."""
     phrase_of = {word: phrase for phrases in reversed(known.values()) for phrase in reversed(phrases)
-                 for word in phrase.split() if len(word) > 2}     # the first one counts; "to" is no help for "two"
+                 for word in phrase.split() if len(word) > 2}     # of two, the first; skip short words: "to"
     near = [phrase_of[match] for word in unknown for match in difflib.get_close_matches(word.lower(), phrase_of, n=1)]
     return list(dict.fromkeys([*near, *known["objects"]]))[:n]
 
 
 def warn_of_unknown_words(model: Wuerstchen, prior: Path | None, loras: dict) -> Wuerstchen:
-    """From now on the model warns of each unknown word once. Returns it. Raises WeightsError."""
+    """Makes the model warn once of each unknown word in a prompt, and returns the model. Raises WeightsError."""
     known, seen, encode_text = read_words(prior), set(), model.encode_text
     if not known or loras:
         return model
 
     def encode_and_check(stage: str, prompts: list[str], negatives: list[str]) -> tuple:
         network = model.networks.get("stage_c")
-        if not (model.loras or isinstance(network, torch.nn.Module) and lora_layers(network)):     # it knows more words
+        if not (model.loras or isinstance(network, torch.nn.Module) and lora_layers(network)):     # adds words
             for text in [*prompts, *negatives]:
                 unknown = [word for word in unknown_words(text, known) if word.lower() not in seen]
                 seen.update(map(str.lower, unknown))
