@@ -152,8 +152,8 @@ def dtype_of(value, device: torch.device | None = None) -> torch.dtype:
 
 
 def set_tf32(allowed: bool) -> None:
-    """Sets whether a GPU may use TF32: rounds the inputs of float32 products and convolutions to 10 bits. torch's default
-    is no for products and yes for convolutions, so float32 would be exact only in part."""
+    """Sets whether a GPU may use TF32, which rounds the inputs of float32 products and convolutions to 10 bits. By
+    default torch allows it for convolutions but not for products, so float32 would be exact only in part."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
 
 
