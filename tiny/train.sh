@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains the bundled model from random weights, in the order of the paper: A, image encoder, B, text encoder, C, B again.
-#   bash tiny/train.sh runs/scratch          # about five hours on two CPU cores; run it again to resume where it stopped
+#   bash tiny/train.sh runs/scratch          # about six hours on two CPU cores; run it again to resume where it stopped
 # docs/TRAINING.md explains the steps. The result is the folder OUT/model, which sample.py --weights takes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
