@@ -1,16 +1,16 @@
-"""Everything that is claimed of GPUs, checked and timed on one within 6 minutes.
+"""Checks and times on a GPU, within 6 minutes, everything that this repository claims about GPUs.
 
   python -m tools.gpu_check                  # prints the sections "GPU" and "GPU equality" for BENCHMARKS.md
-  python -m tools.gpu_check --rehearse       # all of it on the CPU, in sizes that mean nothing: does the script work?
+  python -m tools.gpu_check --rehearse       # tests this script on the CPU, with small sizes; ignore the figures
 
-equality   an image of the small model in float32, compiled, with CUDA graphs, in bfloat16 and float16, next to the CPU
+equality   an image of the small model in float32, compiled, with CUDA graphs, in bfloat16, float16: equal to the CPU's?
 training   a step of a LoRA and of all of Stage C, official size, 512 and 1024 px, bfloat16: seconds and memory
 networks   a step of Stage C and of Stage B, a decoding by Stage A, official size, random weights, 1024 px, batch 1 and
-           8, next to diffusers, eager and, at batch 1, compiled; and from these the time of a whole image
-waiting    the test that no step of a sampling makes the host wait for the GPU
+           8, compared with diffusers, eager and (batch 1) compiled. The time of a whole image is added up.
+waiting    the test that no sampling step makes the host wait for the GPU
 
-Each part is a process of its own with a budget of seconds, and prints each figure as soon as it is known. So a part
-that fails or takes too long costs only its remaining figures, and a line says which.
+Each part runs in its own process with a time budget, and prints each figure as soon as it is known. If a part fails or
+takes too long, only its remaining figures are missing, and a line names them.
 Nothing here has run on a GPU yet. Exit code: 0; 1 if a part failed or an image differs; 2 without a GPU.
 Needs: what wuerstchen.py needs; diffusers and peft for the comparisons; pytest for `waiting`.
 """
@@ -32,14 +32,14 @@ from loading.files import reason_of
 from loading.options import Parser
 from tools.bench.report import PROMPT, ROOT, Row, machine, table, verdict
 
-LIMIT = 350              # seconds of all parts together
+LIMIT = 350              # seconds for all parts together
 BATCHES = (1, 8)
 BUDGETS = {"equality": 75, "training": 45, "Stage C step": 75, "Stage B step": 85, "Stage A decode": 25,
            "Stage C step, 8 images": 50, "Stage B step, 8 images": 60, "waiting": 30}
 FORMS = {"fp32": dict(dtype="fp32"), "bf16": dict(dtype="bf16"), "fp16": dict(dtype="fp16"),
-         # Weights that may move are not recorded, see accelerate: compiled, but without graphs.
+         # With offload, weights may move, so accelerate() compiles without CUDA graphs.
          "compiled": dict(dtype="fp32", compile=True, offload=True), "CUDA graphs": dict(dtype="fp32", compile=True)}
-SMALL = dict(vqgan=dict(c_hidden=16), prior=dict(c=64, heads=2),             # of --rehearse
+SMALL = dict(vqgan=dict(c_hidden=16), prior=dict(c=64, heads=2),             # for --rehearse
              decoder=dict(c_cond=64, c_hidden=(32, 64, 64, 64), heads=(-1, 2, 2, 2)))
 
 
@@ -51,7 +51,7 @@ def parse_args(argv=None):
 
 
 def sizes(rehearse: bool) -> SimpleNamespace:
-    """What tools/bench would get from its command line, and sizes of the other parts."""
+    """The options that tools/bench gets from its command line, and the sizes for the other parts."""
     real = dict(device="cuda", side=1024, depth=32, repeats=3, calls=5, width=1536, sides=(512, 1024), small=None,
                 steps={})
     tiny = dict(device="cpu", side=128, depth=1, repeats=1, calls=1, width=64, sides=(128,), small=SMALL,
@@ -59,7 +59,7 @@ def sizes(rehearse: bool) -> SimpleNamespace:
     return SimpleNamespace(dtype="bf16", compile=True, plain=False, official=False, **(tiny if rehearse else real))
 
 
-# ----- the parts: each yields (section, Row) or, of a network, (name, figures) ----------------------------------------
+# ----- the parts: each yields (section, Row); networks also yield (name, figures) -------------------------------------
 
 def equality(at: SimpleNamespace) -> Iterator[tuple[str, Row]]:
     import numpy as np
@@ -92,7 +92,7 @@ def training(at: SimpleNamespace) -> Iterator[tuple[str, Row]]:
 
 
 def network(title: str, batches: tuple[int, ...], at: SimpleNamespace) -> Iterator[tuple[str, Row | dict]]:
-    """Rows of one network, and its figures for the time of a whole image."""
+    """Yields the rows of one network, and figures from which the time of a whole image is computed."""
     import torch
 
     from tools.bench.measure import Call, compare
@@ -107,8 +107,8 @@ def network(title: str, batches: tuple[int, ...], at: SimpleNamespace) -> Iterat
             with torch.no_grad():
                 call.ours()
             yield "GPU", Row(f"{name}, memory", f"{torch.cuda.max_memory_allocated() / 1e9:.2f} GB", "", float("nan"))
-    for name, call in calls.items():                     # one at a time: what follows may not be in time
-        eager = {"eager": Call(call.eager, None)} if call.eager else {}      # which a compiled one is compared with
+    for name, call in calls.items():                     # one at a time: time may run out
+        eager = {"eager": Call(call.eager, None)} if call.eager else {}      # a compiled call is compared with it
         rows, found, peak = compare(eager | {name: call}, at.repeats, at.device, getattr(torch, DTYPES[at.dtype]),
                                     at.calls)
         yield from (("GPU", row) for row in rows if row.what != "eager")
@@ -138,7 +138,7 @@ def part(name: str, at: SimpleNamespace) -> Iterator[tuple[str, Row | dict]]:
 # ----- all of them ----------------------------------------------------------------------------------------------------
 
 def in_own_process(name: str, seconds: float) -> tuple[list[tuple], str | None]:
-    """-> what the part found, and why it did not find all: None if it did."""
+    """Runs a part in its own process -> (what it yielded, the reason why results are missing; None: complete)."""
     problem = None
     try:
         run = subprocess.run([sys.executable, "-m", "tools.gpu_check", "--part", name], cwd=ROOT, capture_output=True,
@@ -165,7 +165,7 @@ def rehearsed(name: str, _: float) -> tuple[list[tuple], str | None]:
 
 
 def check_all(do: Callable, device: str) -> int:
-    """Prints the sections. -> the exit code."""
+    """Runs all parts with `do` and prints the sections -> the exit code."""
     from statistics import median
 
     from tools.bench.measure import Measured

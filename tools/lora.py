@@ -1,6 +1,6 @@
 """LoRA files on the command line.
 
-  python -m tools.lora info FILE                               # ranks, alphas, layers, and what its trainer wrote
+  python -m tools.lora info FILE                               # ranks, alphas, layers, and the file's metadata
   python -m tools.lora convert IN OUT --to kohya               # or diffusers, comfy, original, ours
   python -m tools.lora merge PRIOR LORA OUT --scale 0.8        # a prior for any program, without LoRA
   python -m tools.lora extract BASE TUNED OUT --rank 16        # the LoRA closest to a full fine-tuning
@@ -20,9 +20,9 @@ from loading.options import Number, Parser, integer
 
 
 def info(file: str) -> str:
-    """What a LoRA file holds, as text."""
+    """The content of a LoRA file, described as text."""
     from loading.lora_formats import describe, open_lora, read_lora
-    weights, metadata = read_lora(file, lora_partial=True)       # a warning lists what --lora-partial would leave out
+    weights, metadata = read_lora(file, lora_partial=True)       # a warning lists what --lora-partial would omit
     tensors, (one, *_) = open_lora(file)[0], weights.values()
     dtype = tensors[max(tensors)].dtype
     metadata |= describe(weights) | dict(tensors=f"{len(tensors)}, {dtype}, for example {max(tensors)}",
@@ -36,14 +36,14 @@ def convert(source: str, target: Path, to: str, lora_partial: bool = False) -> s
     from lora import diffusers_name
     check_output(target, ".safetensors")
     weights, metadata = read_lora(source, lora_partial)
-    metadata.pop("lora_adapter_metadata", None)          # belongs to diffusers' format, and is written again for it
+    metadata.pop("lora_adapter_metadata", None)          # only for diffusers' format, which writes it again
     count = write_lora(target, weights, {name: diffusers_name(name) for name in weights}, to, metadata,
                        overwrite=False)
     return f"{count} tensors for {len(weights)} layers written to {target}"
 
 
 def load_prior(path: str):
-    """A prior, as folder or file in any naming -> (Stage C in float32, {tensor's name: its dtype in the file})."""
+    """Loads a prior, a folder or file in any naming -> (Stage C in float32, {tensor's name: its dtype in the file})."""
     import torch
     from loading.names import translate
     from loading.weights import build_empty, fill
@@ -59,7 +59,7 @@ def load_prior(path: str):
 
 
 def merge(prior: str, lora: str, out: Path, scale: float, lora_partial: bool = False) -> str:
-    """Writes a prior with the LoRA merged: summed in float32, rounded once, to the dtype that the prior had."""
+    """Writes a prior with a LoRA merged. The sum is computed in float32 and rounded once, to the prior's dtype."""
     from loading.files import STEM, write_atomically, write_files, write_tensors
     from loading.lora_formats import base_hash, load_lora, read_lora
     from loading.names import config_to_diffusers, to_diffusers
@@ -85,11 +85,11 @@ def merge(prior: str, lora: str, out: Path, scale: float, lora_partial: bool = F
 
 
 def nearest_lora(base, tuned, rank: int, targets: str) -> tuple[dict, str]:
-    """The LoRA of this rank that is nearest to tuned - base in each layer -> (LoRAWeights, how near it is, as text).
+    """The LoRA of this rank that best approximates tuned - base -> ({layer's name: LoRAWeights}, text on its quality).
 
-    The best approximation of a matrix by one of rank r are its r largest singular values and their vectors (Eckart and
-    Young, 1936). How near it is: the share of the energy, the sum of squares, that they keep. Raises ValueError if the
-    two models do not differ.
+    The best approximation of a matrix by a matrix of rank r consists of its r largest singular values and their vectors
+    (Eckart and Young, 1936). The quality is the share of the energy (sum of squares) that the LoRA keeps. Raises
+    ValueError if the two models do not differ in the target layers.
     """
     import torch
     from loading.lora_formats import LoRAWeights
@@ -105,7 +105,7 @@ def nearest_lora(base, tuned, rank: int, targets: str) -> tuple[dict, str]:
             u, s, v = torch.linalg.svd(difference, full_matrices=False)
             u, s, v = u[:, :rank], s[:rank], v[:rank]                        # (out, rank), (rank,), (rank, in)
             kept[name] = s.double().square().sum().item()
-            # The root of s in both: neither is much larger than the other, as after training.
+            # sqrt(s) goes into both factors, so they have similar sizes, as after training.
             weights[path] = LoRAWeights((s.sqrt()[:, None] * v).view(-1, *shape[1:]),
                                         (u * s.sqrt()).view(*u.shape, *(1,) * (len(shape) - 2)), float(len(s)))
     left = [name for name in energy if energy[name] and name not in kept]
@@ -124,7 +124,7 @@ def nearest_lora(base, tuned, rank: int, targets: str) -> tuple[dict, str]:
 
 
 def extract(base: str, tuned: str, out: Path, rank: int, targets: str) -> str:
-    """Writes the LoRA between two priors. At official size the SVDs take ten minutes on two cores."""
+    """Writes a LoRA of the difference of two priors. At official size the SVDs take ten minutes on two cores."""
     from loading.lora_formats import base_hash, write_lora
     from lora import diffusers_name
     check_output(out, ".safetensors")

@@ -2,10 +2,10 @@
 
   python -m tools.make_example
 
-Unicorns are one of the 64 objects that Stages A and B were trained on without their names: the tiny model can generate
-one, but does not know what it is called. The images show it by itself and next to other objects, on five of the eight
-backgrounds. Each has every plain caption that is true of it, one per line: a word is learned apart from its position in
-the sentence if it stands in several.
+The unicorn is one of the 64 objects that Stages A and B were trained on without captions: the tiny model can generate a
+unicorn, but does not know its name. The images show it alone and next to other objects, on five of the eight
+backgrounds. Each image has several true captions, one per line. They contain the word at several positions of the
+sentence, so the model learns the word independently of its position.
 Needs: numpy, pillow, training/scenes.py.
 """
 import sys

@@ -21,13 +21,13 @@ FILE = ROOT / "assets" / "samples.png"
 
 
 def prompts() -> list[str]:
-    """What README.md says that the image shows."""
+    """The prompts of the sample image: the quoted texts in its caption in README.md."""
     caption = re.search(r"<sub>(.*?)</sub>", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)[1]
     return re.findall('"(.*?)"', caption)
 
 
 def strip(prompts: list[str]):
-    """Their images side by side, a PIL image."""
+    """Generates one image for each prompt -> one PIL image with all of them side by side."""
     from PIL import Image
     from wuerstchen import Wuerstchen
     model = Wuerstchen.load("tiny", "cpu")

@@ -1,14 +1,14 @@
-"""Draws the sprite sheet assets/emoji.png from its table, assets/emoji.json.  Run once, its output is kept.
+"""Draws the sprite sheet assets/emoji.png from its table, assets/emoji.json. The output is part of the repository.
 
   font glyph 109 px -crop to its alpha-> square -LANCZOS-> 80 x 80 RGBA -> cell of a 16 x 8 sheet
 
   python -m tools.make_sprites --font NotoColorEmoji.ttf --out FOLDER
 
-The table names the glyph of each cell; they were chosen by eye to differ in shape and colour even at 30 px. Rows 1 to 4
-are the 64 captioned objects, rows 5 to 8 the 64 uncaptioned ones (training/scenes.py says why).
-The sheet is kept in the repository because another version of the font draws other images, and trained weights
-remember these.
-Surprise: the font holds bitmaps of one size, so 109 is the only size that loads.
+The table names the glyph of each cell. The glyphs were chosen by eye to differ in shape and colour even at 30 px. Rows
+1 to 4 are the 64 captioned objects, rows 5 to 8 the 64 uncaptioned objects (training/scenes.py says why).
+The repository contains the sheet because another version of the font has other images, and the weights were trained on
+these.
+Note: the font contains bitmaps of one size, so it loads only with size 109.
 Needs: numpy, pillow and Noto Color Emoji (Debian: fonts-noto-color-emoji; SIL OFL 1.1, assets/OFL.txt).
 """
 import sys
@@ -30,7 +30,7 @@ FONT_SIZE = 109
 
 
 def draw(codepoint: str, font: ImageFont.FreeTypeFont) -> Image.Image:
-    """One glyph, such as "U+1F680", as an RGBA image of 80 x 80: as large as fits, centred, undistorted."""
+    """Draws one glyph, such as "U+1F680", as an RGBA image of 80 x 80, as large as possible, centred, undistorted."""
     canvas = Image.new("RGBA", (200, 200))
     ImageDraw.Draw(canvas).text((20, 20), chr(int(codepoint[2:], 16)), font=font, embedded_color=True)
     box = canvas.getchannel("A").getbbox()

@@ -2,8 +2,8 @@
 
   python -m tools.weights convert models/tiny/prior prior.pt --to original
 
-Values are copied bit by bit; only names and shapes change, see loading/names.py. With --to ours a copied stage file
-needs nothing else of this repository: StageC(**config).load_state_dict(load_file(...)).
+Values do not change, only names and shapes, see loading/names.py. After --to ours, a copy of a stage's file such as
+stage_c.py can load the weights by itself: StageC(**config).load_state_dict(load_file(...)).
 Needs: torch, safetensors.
 """
 import sys
@@ -21,8 +21,8 @@ from loading.options import Parser
 def convert(source: str | Path, target: str | Path, to: str) -> int:
     """Writes one model in another naming: "ours", "diffusers" or "original". Returns the number of tensors.
 
-    source, target: a folder with config.json, or a file. A .pt target holds one table, like the authors' files; a .bin
-    target only the tensors. A .pt or .safetensors file also carries what would be in config.json. Raises WeightsError.
+    source, target: a folder with config.json, or a file. A .pt target has the state dict under a key, like the authors'
+    files. A .bin target has only tensors; .pt and .safetensors also have the configuration. Raises WeightsError.
     """
     from loading.files import (OWN_CONFIG, STEM, TensorFile, check_output, find_file, write_atomically, write_files,
                                write_tensors)
@@ -41,7 +41,7 @@ def convert(source: str | Path, target: str | Path, to: str) -> int:
     if to != "ours":
         tensors = {"diffusers": to_diffusers, "original": to_original}[to](tensors, model)
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    config = json.loads(json.dumps(model.config if to == "ours" else config_to_diffusers(model)))    # lists, no tuples
+    config = json.loads(json.dumps(model.config if to == "ours" else config_to_diffusers(model)))    # tuples -> lists
     if target.suffix == ".pt":
         write_tensors(target, {FORMATS[stage].sections[0]: tensors, OWN_CONFIG: config}, overwrite=False)
     elif target.suffix in (".bin", ".safetensors"):

@@ -1,27 +1,27 @@
-"""Measures this code on this machine, next to something it can be compared with, and writes BENCHMARKS.md.
+"""Measures this code on this machine, compares it with other code, and writes BENCHMARKS.md.
 
   python -m tools.bench                                  # the bundled weights: start and networks, a few minutes
   python -m tools.bench --repeats 9 --skip-start         # only the networks
   python -m tools.bench --weights PATH --side 128        # other weights, images smaller than their default
   python -m tools.bench --official                       # official size; 9 GB, half an hour on 2 cores
   python -m tools.bench --official --no-compile          # without torch.compile, which needs a C++ compiler on a CPU
-  python -m tools.bench --official --plain               # also the networks as the stage files have them
+  python -m tools.bench --official --plain               # also the plain networks of the stage files
   python -m tools.bench --memory                         # 7 GB of disk, some minutes
   python -m tools.bench --training --repeats 1           # 12 GB of memory, 10 minutes for the LoRA alone
   python -m tools.bench --training --side 1024 --batch 1 --depth 8 --repeats 1     # a quarter of the blocks
   python -m tools.bench --epoch --repeats 1              # 13 GB, 4 minutes
   python -m tools.bench --int8                           # 10 minutes
 
-start      from `python sample.py` to the image on disk, next to a Python that only imports torch and tokenizers'
-           CLIP, the lower bound for any program that uses both; and `--help`
-networks   one step of Stage C (guided: two rows), one of Stage B (one row), one decoding by Stage A, next to diffusers
-           with the same weights and inputs, if it is installed; and 16 images in one batch
+start      the time from `python sample.py` to the image on disk, compared with a Python process that only imports
+           torch and tokenizers, the lower bound for any program that uses both; and the time of `--help`
+networks   one step of Stage C (guided: batch 2), one of Stage B (batch 1), one decoding by Stage A, compared with
+           diffusers with the same weights and inputs, if it is installed; and 16 images in one batch
 
 Our networks run as `Wuerstchen.load` sets them up by default, in their fast form (speed/fast.py).
-Whatever is compared runs in turns, A B A B ..., so that a slow phase of the machine slows both. Times are medians; a
-ratio is the median of the ratios of neighbouring runs. Each command replaces only its own sections of the file.
+Compared calls run in turns, A B A B ..., so that a slow phase of the machine slows both. Times are medians; a ratio
+is the median of the ratios of neighbouring runs. Each command replaces only its own sections of the file.
 Operations are those that torch counts in products and convolutions. The peak is the speed of one large matrix product
-in the same dtype, measured in turns with the rest. Nothing is asserted: a figure belongs to its machine.
+in the same dtype, measured in turns with the networks. No figure fails a test, because figures depend on the machine.
 Needs: what wuerstchen.py needs; diffusers and peft for the comparisons.
 """
 import sys
@@ -81,7 +81,7 @@ def main(argv=None):
     args = parse_args(argv)
     args.typed = sys.argv[1:] if argv is None else list(argv)
     check_folder(args.out.parent, args.out)
-    from loading.arguments import usable_device          # only now, so that --help answers at once
+    from loading.arguments import usable_device          # only now, so that --help is fast
     from tools.bench import int8, memory, networks, official, start, training
     args.device = str(usable_device(args.device))
     answers = dict(memory=memory.measure, training=training.measure, epoch=training.measure_epoch, int8=int8.measure,

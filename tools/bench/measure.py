@@ -1,4 +1,4 @@
-"""How the benchmark measures: actions in turns, functions in processes of their own, networks next to diffusers'."""
+"""How the benchmark measures: runs actions in turns and functions in fresh processes, compares networks."""
 import multiprocessing
 import time
 from collections.abc import Callable, Hashable
@@ -17,7 +17,7 @@ from tools.bench.report import Row
 
 
 def seconds_of(action: Callable, device: str = "cpu") -> float:
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None     # a GPU is done later
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None     # a GPU works in the background
     wait()
     start = time.perf_counter()
     action()
@@ -26,7 +26,7 @@ def seconds_of(action: Callable, device: str = "cpu") -> float:
 
 
 def in_turns(actions: dict[Hashable, Callable], repeats: int) -> dict[Hashable, list[float]]:
-    """Runs all actions once to warm up, then `repeats` times in turns -> the seconds of each."""
+    """Runs all actions once to warm up, then `repeats` times in turns -> {name: the seconds of each run}."""
     seconds = {name: [] for name in actions}
     for repeat in range(repeats + 1):
         for name, action in actions.items():
@@ -37,34 +37,34 @@ def in_turns(actions: dict[Hashable, Callable], repeats: int) -> dict[Hashable, 
 
 
 def ratio(above: list[float], below: list[float]) -> float:
-    """The median of the pairs' ratios: a slow phase of the machine slows both of a pair, and odd pairs are outvoted."""
+    """The median ratio of paired runs: a slow phase of the machine slows both runs of a pair; outliers do not count."""
     return median(a / b for a, b in zip(above, below, strict=True))
 
 
 def in_own_process(function: Callable, *args):
-    """What `function` returns in a fresh process, whose memory is then the function's own."""
+    """The result of function(*args) in a fresh process, so that the memory of the process is the function's own."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
 
 
 def memory(line: str) -> int:
-    """A line of /proc/self/status in bytes: VmRSS is the memory this process holds now, VmHWM the most it has held."""
+    """A line of /proc/self/status in bytes: VmRSS is the current memory of this process, VmHWM its peak memory."""
     status = Path("/proc/self/status").read_text().splitlines()
     return next(int(text.split()[1]) * 1024 for text in status if text.startswith(line))
 
 
 def peak_memory(device: str, before: int) -> int:
-    """The most bytes this process has held: those of a GPU, or those of main memory beyond `before`."""
+    """The peak memory of this process in bytes: on a GPU, or else in main memory minus `before`."""
     return torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else memory("VmHWM") - before
 
 
 # ----- networks --------------------------------------------------------------------------------------
 
 class Call(NamedTuple):
-    """What is measured: our call, diffusers' or None, and whether our products are also timed alone.
+    """A call to measure: ours, diffusers' (or None), and alone: whether our products are also timed by themselves.
 
-    eager: for a compiled call, the call that does the same eagerly. It is compared with, and its operations are
-    counted, because those of a compiled call cannot be.
+    eager: for a compiled call, the same call in eager form. The compiled call is compared with it, and the operations
+    are counted in it, because torch cannot count those of a compiled call.
     """
     ours: Callable
     theirs: Callable | None
@@ -73,8 +73,8 @@ class Call(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Median seconds of our call and of diffusers', the operations of ours, and how far the results are apart: the
-    largest difference relative to the largest value, and relative in the L2 norm."""
+    """Median seconds of our call and of diffusers' call, and the operations of ours. difference: the largest difference
+    of the results relative to the largest value; l2: the relative error in the L2 norm."""
     ours: float
     theirs: float | None
     flops: int
@@ -83,10 +83,10 @@ class Measured(NamedTuple):
 
 
 def products_of(call: Callable) -> Callable:
-    """-> a call that multiplies as many numbers as this one, in the same order, shapes and strides, and nothing else.
+    """A function that runs only the products of `call`, in the same order, with the same shapes and strides.
 
-    It runs the matrix products, the convolutions that are such products (not the depthwise ones) and the attentions, on
-    numbers of its own. Tensors of equal shape are one tensor there, so it is rather too fast than too slow.
+    Products are matrix products, convolutions (except depthwise ones) and attention, here of random numbers. Tensors of
+    equal shape and stride are one tensor, so caches may make the function faster than the products in `call`.
     """
     aten = torch.ops.aten
     attention = [getattr(aten, f"_scaled_dot_product_{name}", None) for name in
@@ -95,7 +95,7 @@ def products_of(call: Callable) -> Callable:
 
     def twin(tensor):
         shape, stride, dtype = key = tensor.shape, tensor.stride(), tensor.dtype
-        if key not in tensors:                           # not zeros, with which some processors are faster
+        if key not in tensors:                           # not zeros: some processors are faster with zeros
             length = 1 + sum((n - 1) * step for n, step in zip(shape, stride))           # a stride may be 0
             tensors[key] = torch.randn(length, device=tensor.device).to(dtype).as_strided(shape, stride)
         return tensors[key]
@@ -118,18 +118,18 @@ def products_of(call: Callable) -> Callable:
 @torch.no_grad()
 def compare(calls: dict[str, Call], repeats: int, device: str, dtype=torch.float32,
             times: int = 1) -> tuple[list[Row], dict[str, Measured], float]:
-    """-> rows; what was measured of each call; and GFLOP/s of a large product in this dtype, all taken in turns.
+    """Measures all calls in turns -> (rows, {name: Measured}, GFLOP/s of a large matrix product in this dtype).
 
-    times: calls per run. Calls that share diffusers' side (the same function) have it measured once, and their ratios
-    are with that one.
+    times: calls per run. If several calls have the same function `theirs`, it is measured once, and all their ratios
+    use this measurement.
     """
-    # Small for half precision on a CPU: one without it takes minutes.
+    # Small for half precision on a CPU: a CPU without instructions for it would take minutes.
     n = 8192 if device.startswith("cuda") else 2048 if dtype == torch.float32 else 256
     a = torch.randn(n, n, device=device, dtype=dtype)
     functions, alone, flops, results = [product := lambda: a @ a], {}, {}, {}
     for what, call in calls.items():
-        # First of all, because a fast form computes in its first call what is the same in all. Cloned because a CUDA
-        # graph overwrites its output.
+        # Called before counting, because the first call of a fast form also computes what later calls reuse. Cloned,
+        # because a CUDA graph overwrites its output.
         results[what] = call.ours().float().clone()
         if call.alone:
             alone[what] = products_of(call.ours)
@@ -139,7 +139,7 @@ def compare(calls: dict[str, Call], repeats: int, device: str, dtype=torch.float
         flops[what] = counter.get_total_flops()
     runs = in_turns({function: partial(seconds_of, lambda f=function: [f() for _ in range(times)], device)
                      for function in functions if function is not None}, repeats)
-    seconds = {function: [run / times for run in of] for function, of in runs.items()}            # of one call
+    seconds = {function: [run / times for run in of] for function, of in runs.items()}            # per call
     peak, rows, found = 2 * n ** 3 / median(seconds[product]) / 1e9, [], {}
     for what, call in calls.items():
         theirs, errors = seconds.get(call.theirs), ()
@@ -154,11 +154,11 @@ def compare(calls: dict[str, Call], repeats: int, device: str, dtype=torch.float
 
 def rows_of(what: str, call: Call, found: Measured, seconds: dict[Hashable, list[float]], alone: list[float] | None,
             peak: float) -> list[Row]:
-    """The rows of one call. alone: the seconds of only its products; peak: GFLOP/s."""
+    """The rows of one call. alone: the seconds of its products by themselves; peak: GFLOP/s."""
     def ms(values: list[float]) -> str:
         return f"{1000 * median(values):.2f} ms"
     ours, theirs, speed, more = seconds[call.ours], seconds.get(call.theirs), found.flops / found.ours / 1e9, []
-    if "int8" not in what:                               # torch does not count its products
+    if "int8" not in what:                               # torch does not count int8 products
         more.append(f"{found.flops / 1e9:.4g} GFLOP, {speed:.0f} GFLOP/s, {speed / peak:.0%} of the peak")
     if theirs:
         more.append(f"differs by {found.difference:.0e}, L2 {found.l2:.0e}")

@@ -1,4 +1,4 @@
-"""How much memory official sizes take: loading Stage C, and a whole image with one part in memory at a time (Linux)."""
+"""Measures memory at official size: for loading Stage C, and for an image with one part in memory at a time (Linux)."""
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +24,7 @@ def measure(args) -> tuple[str, list[Row]]:
         loading, reading = in_own_process(loading_times, folder)
         rows = [Row("loading Stage C, float16, next to reading its file", f"{loading:.2f} s", f"{reading:.2f} s",
                     loading / reading, "from the system's memory of files; medians of 5")]
-        # in float16, so half of the bytes
+        # {part: number of its parameters}: the files are in float16, 2 bytes each.
         files = {path.parent.name: path.stat().st_size / 2 for path in folder.rglob("*.safetensors")}
         for what, action, dtype, parameters, whose in (
                 ("loading Stage C, float16", load_stage_c, torch.float16, files["prior_prior"], "its"),
@@ -42,25 +42,25 @@ def write_official_files(folder: Path) -> None:
     """Random weights with the official names, sizes and folders of diffusers' combined pipeline: float16, 6.3 GB."""
     for part, stage in dict(prior_prior=StageC, decoder=StageB, vqgan=StageA).items():
         weights.save_model(random_network(stage, {}, "cpu", torch.float16), folder / part)
-    tokenizer = weights.load_tokenizer(ROOT / "models" / "tiny" / "tokenizer")                   # any words will do
+    tokenizer = weights.load_tokenizer(ROOT / "models" / "tiny" / "tokenizer")                   # any tokenizer works
     for prefix, *size in (("prior_", 1280, 32, 20), ("", 1024, 24, 16)):
         encoder = TextEncoder(tokenizer, random_text_model(*size, "cpu", torch.float16))
         weights.save_text_encoder(encoder, folder / f"{prefix}text_encoder", folder / f"{prefix}tokenizer")
 
 
-# ----- in processes of their own ---------------------------------------------------------------------
+# ----- functions that run in their own process -------------------------------------------------------
 
 def loading_times(folder: Path) -> list[float]:
     """Median seconds of loading Stage C in float16, and of reading its file."""
     file = next((folder / "prior_prior").glob("*.safetensors"))
-    file.read_bytes()                                    # once from the disk; from then on from memory
+    file.read_bytes()                                    # reads the disk once; later reads come from memory
     times = [(seconds_of(lambda: load_stage_c(folder, "cpu", torch.float16)), seconds_of(file.read_bytes))
              for _ in range(5)]
     return [median(column) for column in zip(*times)]
 
 
 def peak_of(action: Callable, folder: Path, device: str, dtype: torch.dtype) -> int:
-    """Bytes at the peak, beyond what a process needs anyway: imports, and the first product."""
+    """The peak memory of an action in bytes, minus the memory that imports and a first matrix product take."""
     import tokenizers as _
     torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)
     before = memory("VmRSS")

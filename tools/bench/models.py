@@ -1,4 +1,4 @@
-"""The networks that the benchmark compares: ours and diffusers', with the same weights, loaded or random."""
+"""The networks that the benchmark compares: ours and diffusers', with the same random weights."""
 from collections.abc import Callable
 
 import torch
@@ -11,7 +11,7 @@ from speed.int8 import quantised, to_int8
 
 
 def diffusers_classes() -> dict[str, type]:
-    """{"prior", "decoder", "vqgan": diffusers' class}; empty if diffusers is not installed."""
+    """{"prior" | "decoder" | "vqgan": diffusers' class}; {} if diffusers is not installed."""
     try:
         from diffusers.pipelines.deprecated import wuerstchen as theirs
     except ImportError:
@@ -23,14 +23,14 @@ def diffusers_classes() -> dict[str, type]:
 
 @torch.no_grad()
 def random_network(kind: Callable, config: dict, device: str, dtype=torch.float32) -> nn.Module:
-    """kind(**config) with random weights, always the same."""
+    """kind(**config) with random weights, which are the same in every call."""
     with torch.device("meta"), NoStartValues():
         model = kind(**config)
     model.to_empty(device=device).requires_grad_(False)
     torch.manual_seed(0)
     for name, tensor in model.state_dict(keep_vars=True).items():
-        # The output of the last layer is a divisor, see StageC.forward. A head of 1e-3 would return x_t and hide what
-        # is compared; with 0.02 the quotient is ill-conditioned.
+        # StageC.forward divides by part of the head's output. With a std of 1e-3, the result would be almost x_t and
+        # hide differences between the networks; with 0.02, the division is ill-conditioned.
         tensor.normal_(std=5e-3 if "head" in name else 0.02) if tensor.is_floating_point() else tensor.zero_()
         if name.endswith("running_var"):
             tensor.abs_().add_(0.5)
@@ -38,7 +38,7 @@ def random_network(kind: Callable, config: dict, device: str, dtype=torch.float3
 
 
 def random_pair(stage: type, part: str, config: dict, device: str, dtype=torch.float32) -> tuple[nn.Module, nn.Module]:
-    """Ours with random weights, and diffusers' with the very same tensors, which are in memory only once."""
+    """(our network with random weights, diffusers' network with the same tensors, which are in memory only once)."""
     ours = random_network(stage, config, device, dtype)
     with torch.device("meta"):
         theirs = diffusers_classes()[part](**{key: value for key, value in config_to_diffusers(ours).items()
@@ -49,13 +49,13 @@ def random_pair(stage: type, part: str, config: dict, device: str, dtype=torch.f
 
 
 def random_text_model(width: int, layers: int, heads: int, device: str, dtype=torch.float32) -> nn.Module:
-    """A CLIP text model: bigG's size is 1280, 32, 20; H's 1024, 24, 16."""
+    """A CLIP text model. width, layers, heads: 1280, 32, 20 for CLIP-bigG; 1024, 24, 16 for CLIP-H."""
     return random_network(CLIPTextModel, dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
                                               intermediate_size=4 * width, hidden_act="gelu"), device, dtype)
 
 
 def int8_copy(network: nn.Module) -> nn.Module:
-    """The network in int8. What stays in float shares its memory."""
+    """A copy of a network in int8. Layers that stay in float share memory with the original."""
     with torch.device("meta"):
         result = type(network)(**network.config)
     result.load_state_dict(dict(quantised(network.state_dict().items(), to_int8(result))), assign=True)
@@ -63,5 +63,5 @@ def int8_copy(network: nn.Module) -> nn.Module:
 
 
 def noise(device: str, dtype=torch.float32) -> Callable:
-    """-> noise(*shape), the same on all devices and at each call."""
+    """A function noise(*shape) -> random tensor, which is the same on all devices and in every call."""
     return lambda *shape: torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)

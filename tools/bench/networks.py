@@ -1,4 +1,4 @@
-"""How fast the networks of some weights are, call by call next to diffusers, and how fast a batch of images is."""
+"""Measures the networks of given weights: each call, compared with diffusers, and a batch of images."""
 from collections.abc import Callable
 from functools import partial
 from statistics import median
@@ -17,7 +17,7 @@ from wuerstchen import Wuerstchen, latent_sizes
 def measure(args) -> tuple[str, list[Row], str]:
     model = Wuerstchen.load(args.weights, args.device)
     paths = find_parts(ROOT / "models" / "tiny" if args.weights == "tiny" else args.weights)
-    # low_cpu_mem_usage would need another library, and warn about it at length.
+    # low_cpu_mem_usage=False: otherwise diffusers warns that it needs another library (accelerate).
     theirs = {part: kind.from_pretrained(paths[part], torch_dtype=model.dtype, low_cpu_mem_usage=False).to(args.device)
               for part, kind in diffusers_classes().items()}
     rows, _, peak = compare(calls_of(model, theirs, args), args.repeats, args.device, times=args.calls)
@@ -37,7 +37,7 @@ def calls_of(model: Wuerstchen, theirs: dict, args) -> dict[str, Call]:
     networks_c, networks_b, networks_a = ((model.part(ours), theirs.get(part)) for ours, part in (
         ("stage_c", "prior"), ("stage_b", "decoder"), ("stage_a", "vqgan")))
     return {**step_calls("Stage C step", "", args, networks_c, model.bind_c(text_c), x_c, text_c),
-            # Outside the guidance interval nothing unconditional is computed.
+            # Outside the guidance interval there is no unconditional prediction.
             **step_calls("Stage C step, unguided", "", args, networks_c, model.bind_c(text_c[:1]), x_c[:1], text_c[:1]),
             **step_calls("Stage B step", "", args, networks_b, model.bind_b(semantic, text_b), x_b, semantic, text_b),
             **decode_calls("", args, networks_a, model.decode_one, x_b)}
@@ -45,7 +45,7 @@ def calls_of(model: Wuerstchen, theirs: dict, args) -> dict[str, Call]:
 
 def step_calls(title: str, suffix: str, args, networks: tuple[nn.Module, nn.Module | None], fast: Callable, x: Tensor,
                *conditions: Tensor) -> dict[str, Call]:
-    """A step at t = 0.5 in the fast form and, with --plain, in the plain one. networks: ours, diffusers' or None."""
+    """{name: Call} of a step at t = 0.5: fast and, with --plain, plain. networks: ours, and diffusers' or None."""
     (ours, theirs), t = networks, torch.full((len(x),), 0.5, device=args.device)
     other = theirs and partial(theirs, x, t.to(x.dtype), *conditions)
     calls = {title + suffix: Call(partial(fast, x, t), other, args.official)}
@@ -56,7 +56,7 @@ def step_calls(title: str, suffix: str, args, networks: tuple[nn.Module, nn.Modu
 
 def decode_calls(suffix: str, args, networks: tuple[nn.Module, nn.Module | None], fast: Callable,
                  x: Tensor) -> dict[str, Call]:
-    """The same for a decoding by Stage A."""
+    """Like step_calls, for a decoding by Stage A."""
     ours, theirs = networks
     other = theirs and (lambda: theirs.decode(x * ours.scale_factor).sample)
     calls = {f"Stage A decode{suffix}": Call(partial(fast, x), other, args.official)}

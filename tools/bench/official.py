@@ -1,4 +1,4 @@
-"""How fast networks of official size are, with random weights, call by call next to diffusers; and a whole image."""
+"""Measures networks of official size with random weights: each call, compared with diffusers, and a whole image."""
 import gc
 import sys
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ from tools.bench.networks import decode_calls, step_calls
 from tools.bench.report import DTYPES, Row, goals_of
 from wuerstchen import latent_sizes
 
-STEPS = {"Stage C step": 29, "Stage B step": 12, "Stage A decode": 1}        # of an image; those of C are guided
+STEPS = {"Stage C step": 29, "Stage B step": 12, "Stage A decode": 1}        # calls per image; Stage C is guided
 
 
 def suffix_of(n: int) -> str:
@@ -32,7 +32,7 @@ def measure(args) -> tuple[str, list[Row], str]:
     for calls in all_calls(args):
         new_rows, new, peak = compare(calls, args.repeats, args.device, getattr(torch, DTYPES[args.dtype]),
                                       args.calls)
-        print("\n".join(" ".join(map(str, row)) for row in new_rows), file=sys.stderr, flush=True)   # the end is far
+        print("\n".join(" ".join(map(str, row)) for row in new_rows), file=sys.stderr, flush=True)   # shows progress
         rows, found, peaks = rows + new_rows, found | new, peaks + [peak]
         del calls
     if args.dtype == "fp32":
@@ -50,21 +50,21 @@ def measure(args) -> tuple[str, list[Row], str]:
 
 
 def all_calls(args) -> Iterator[dict[str, Call]]:
-    """The calls of Stage C, of Stage B, of Stage A: one network at a time is in memory."""
+    """Yields the calls of Stage C, then of Stage B, then of Stage A. Only one network at a time is in memory."""
     for title in STEPS:
         yield calls_of_stage(title, args)
         gc.collect()
 
 
 def calls_of_stage(title: str, args, small: dict | None = None) -> dict[str, Call]:
-    """title: one of STEPS. small: part -> changes of its official size, to rehearse."""
+    """{name: Call} of a network. title: a key of STEPS. small: {part: arguments to use instead of official sizes}."""
     (size_c, size_b), dtype = latent_sizes(args.side, args.side), getattr(torch, DTYPES[args.dtype])
     random = noise(args.device, dtype)
     blocks = tuple(max(1, n * args.depth // 32) for n in (4, 4, 14, 4))
 
     def pair(stage: type, part: str, **config) -> tuple[nn.Module, nn.Module]:
         return random_pair(stage, part, config | (small or {}).get(part, {}), args.device, dtype)
-    if title == "Stage C step":          # guided, so two rows per image
+    if title == "Stage C step":          # guided, so batch 2 per image
         return calls_of(title, args, bind_c, step_c, lambda n: (random(2 * n, 16, *size_c), random(2 * n, 77, 1280)),
                         pair(StageC, "prior", depth=args.depth))
     if title == "Stage B step":
@@ -80,7 +80,8 @@ def calls_of_stage(title: str, args, small: dict | None = None) -> dict[str, Cal
 @torch.no_grad()
 def calls_of(title: str, args, bind: Callable, step: Callable, inputs: Callable[[int], tuple],
              pair: tuple[nn.Module, nn.Module]) -> dict[str, Call]:
-    """bind, step: see speed/fast.py; inputs(n): x_t and conditions for n images; pair: our network and diffusers'."""
+    """{name: Call} of Stage C or B, in all forms to measure. bind, step: see speed/fast.py. inputs(n): x_t and conditions
+    for n images. pair: our network and diffusers'."""
     def compiled(function: Callable) -> Callable:
         mode = dict(mode="reduce-overhead") if args.device.startswith("cuda") else {}
         return torch.compile(function, dynamic=False, **mode)
@@ -92,7 +93,7 @@ def calls_of(title: str, args, bind: Callable, step: Callable, inputs: Callable[
         calls |= step_calls(title, suffix, args, pair, bind(ours, *conditions), x, *conditions)
         fast = calls[title + suffix]
         if args.compile:
-            other = partial(theirs_compiled, *fast.theirs.args) if n == 1 else None      # it takes minutes
+            other = partial(theirs_compiled, *fast.theirs.args) if n == 1 else None      # compiling takes minutes
             calls[f"{title}, compiled{suffix}"] = Call(
                 partial(bind(ours, *conditions, step_compiled), *fast.ours.args), other, eager=fast.ours)
         if ours_in_int8:
@@ -102,9 +103,9 @@ def calls_of(title: str, args, bind: Callable, step: Callable, inputs: Callable[
 
 
 def whole_images(found: dict[str, Measured], n: int, peak: float) -> list[Row]:
-    """Rows for n images at a time, added up from the measured calls. peak: GFLOP/s."""
+    """Rows for batches of n images, whose times are added up from the measured calls. peak: GFLOP/s."""
     def added(form: str, field: str) -> float:
-        calls = (found.get(f"{title}{form}{suffix}", found[title + suffix]) for title in STEPS)  # A is not compiled
+        calls = (found.get(f"{title}{form}{suffix}", found[title + suffix]) for title in STEPS)  # A: never compiled
         return sum(count * getattr(call, field) for call, count in zip(calls, STEPS.values()))
     suffix, rows = suffix_of(n), []
     theirs = added("", "theirs")

@@ -1,4 +1,4 @@
-"""The report: rows, goals, and the sections of BENCHMARKS.md, each with the command, date and machine it belongs to."""
+"""The report: rows, goals, and the sections of BENCHMARKS.md, each with its command, date and machine."""
 import importlib.metadata
 import math
 import os
@@ -12,10 +12,10 @@ ROOT = Path(__file__).parents[2]
 FILE = ROOT / "BENCHMARKS.md"
 PROMPT = "a red apple on a blue background"
 DTYPES = dict(fp32="float32", bf16="bfloat16", fp16="float16")
-# in the order in which they stand in the file
+# The sections of BENCHMARKS.md, in their order.
 SECTIONS = ("Start", "Networks", "Official size", "GPU", "GPU equality", "Memory", "Training", "Training at 1024 px",
             "Epoch", "Int8")
-# (section, row) -> the row's ratio must be at least, or at most, this. Speeds are for 2 CPU cores in float32.
+# {(section, row): ("at least" or "at most", the goal for the row's ratio)}. Speeds are for 2 CPU cores in float32.
 GOALS = {
     ("Start", "`--help`, seconds"): ("at most", 0.3),
     ("Start", "start to PNG"): ("at most", 1.6),
@@ -52,7 +52,7 @@ GOALS = {
 
 
 class Row(NamedTuple):
-    """A row of a table. ratio: what a goal is about; for a quantity with a unit, such as seconds, that quantity."""
+    """A row of a table. ratio: the number that is compared with a goal; a ratio, or a quantity such as seconds."""
     what: str
     ours: str
     other: str
@@ -61,13 +61,13 @@ class Row(NamedTuple):
 
 
 def goals_of(section: str, but: set[str] = frozenset()) -> list[str]:
-    """A section's goals in words, without those of the rows in `but`."""
+    """The goals of a section as texts, except goals of the rows in `but`."""
     return [f"{what} ({kind} {goal:g})" for (of, what), (kind, goal) in GOALS.items()
             if of == section and what not in but]
 
 
 def verdict(section: str, row: Row) -> tuple[str, str]:
-    """-> the goal in words, and whether it is met; both empty if the row has no goal."""
+    """(the goal as text, "yes" or "**no**": whether it is met); both are "" if the row has no goal."""
     if (section, row.what) not in GOALS:
         return "", ""
     kind, goal = GOALS[section, row.what]
@@ -75,18 +75,18 @@ def verdict(section: str, row: Row) -> tuple[str, str]:
 
 
 def table(section: str, rows: list[Row], note: str = "") -> str:
-    """The section in Markdown, without its title."""
+    """A section as Markdown, without its title: the table, the note, and the goals that were not measured."""
     lines = ["| what | ours | compared with | ratio | goal | met | |", "|---|---:|---:|---:|---:|---|---|"]
     for row in rows:
         number = "" if math.isnan(row.ratio) else f"{row.ratio:.2f}" if row.ratio >= 0.095 else f"{row.ratio:.1e}"
         lines.append(f"| {' | '.join((row.what, row.ours, row.other, number, *verdict(section, row), row.more))} |")
-    missing = goals_of(section, but={row.what for row in rows})          # a renamed row must not hide its goal
+    missing = goals_of(section, but={row.what for row in rows})          # detects renamed rows
     notes = [note] * bool(note) + [f"Goals that were not measured: {', '.join(missing)}."] * bool(missing)
     return "\n\n".join(["\n".join(lines), *notes]) + "\n"
 
 
 def replace_section(text: str, title: str, body: str) -> str:
-    """The file's text with one section, "## title" up to the next one, replaced; or added, in the order of SECTIONS."""
+    """Replaces or adds the section "## title" in the file's text -> the new text, in the order of SECTIONS."""
     head, *parts = re.split(r"(?m)^## ", text)
     sections = dict(part.split("\n", 1) for part in parts) | {title: f"\n{body.strip()}\n"}
     head = head.strip() or ("# Benchmarks\n\nWritten by `python -m tools.bench`; its `--help` says what is measured "
@@ -96,7 +96,7 @@ def replace_section(text: str, title: str, body: str) -> str:
 
 
 def machine(device: str) -> str:
-    """What a figure belongs to: date, processor, load, versions."""
+    """The conditions of a measurement as text: date, processor, load, versions."""
     import torch
     versions = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
     for package in ("transformers", "diffusers", "peft"):
@@ -113,10 +113,10 @@ def machine(device: str) -> str:
 
 
 def write(args, section: str, rows: list[Row], note: str = "") -> None:
-    """Prints a section, and replaces it in the file."""
-    from loading.files import write_atomically           # needs torch
+    """Prints a section, and writes it to the file args.out in place of its old version."""
+    from loading.files import write_atomically           # here, because it imports torch
     command = " ".join(["python -m tools.bench", *args.typed]).split(" --out")[0]
-    medians = "" if section in ("Memory", "Int8") else f"; medians of {args.repeats}"          # these run once
+    medians = "" if section in ("Memory", "Int8") else f"; medians of {args.repeats}"          # Memory, Int8: one run
     body = f"`{command}`, {machine(args.device)}{medians}.\n\n{table(section, rows, note)}"
     print(f"## {section}\n\n{body}", flush=True)
     text = replace_section(args.out.read_text(encoding="utf-8") if args.out.exists() else "", section, body)

@@ -1,4 +1,4 @@
-"""How long a whole program takes: `python sample.py` to the image on disk, its lower bound, and `--help`."""
+"""Measures whole programs: `python sample.py` until the image is on disk, its lower bound (imports), and `--help`."""
 import subprocess
 import sys
 import tempfile

@@ -1,6 +1,6 @@
-"""How long training of Stage C takes, and how much memory: steps next to diffusers and peft, and an epoch (Linux).
+"""Measures time and memory of training Stage C: steps, compared with diffusers and peft, and an epoch (Linux).
 
-Each setting runs in a process of its own, in turns, with random weights.
+Each setting runs in its own process, with random weights. The settings run in turns.
 """
 import sys
 import tempfile
@@ -23,8 +23,8 @@ from tools.bench.report import PROMPT, Row
 
 
 class Run(NamedTuple):
-    """who: "ours" or "diffusers"; full: all of Stage C, or a LoRA of rank 8 on attention; checkpointing: None, "blocks"
-    or, only ours, "products"."""
+    """A setting. who: "ours" or "diffusers". full: train all of Stage C instead of a LoRA of rank 8 on attention.
+    checkpointing: None, "blocks" or (only ours) "products"."""
     who: str
     full: bool
     checkpointing: str | None
@@ -36,7 +36,7 @@ RUNS = [Run(who, full, how) for full in (False, True)
 
 def measure(args) -> tuple[str, list[Row], str]:
     side, results, rows = args.side or 512, {run: [] for run in RUNS}, []
-    # On a CPU, all of Stage C with gradients and moments does not fit next to the rest: fewer blocks, for the ratio.
+    # On a CPU, all of Stage C with gradients and moments does not fit in memory. Fewer blocks are enough for a ratio.
     depths = {False: args.depth, True: max(1, args.depth // 4) if args.device == "cpu" else args.depth}
     for _ in range(args.repeats):
         for run in RUNS:
@@ -44,7 +44,7 @@ def measure(args) -> tuple[str, list[Row], str]:
             print(run, results[run][-1], file=sys.stderr, flush=True)
     for run in RUNS:
         if run.who == "ours":
-            # Our "products" takes as long as a plain step and has no counterpart: diffusers' plain step is next to it.
+            # diffusers has no counterpart of "products". Compare it with diffusers' step without checkpointing.
             how = "blocks" if run.checkpointing == "blocks" else None
             rows += rows_of(run, results[run], results["diffusers", run.full, how])
     note = (f"One step of a LoRA of rank 8 on attention, Stage C of depth {depths[False]}, and one of all of Stage C, "
@@ -53,7 +53,7 @@ def measure(args) -> tuple[str, list[Row], str]:
 
 
 def rows_of(run: Run, ours: list[dict], theirs: list[dict]) -> list[Row]:
-    """The rows of a run of ours and its counterpart."""
+    """The rows that compare a run of ours with its counterpart in diffusers."""
     def both(key: str) -> tuple[list[float], list[float]]:
         return tuple([result[key] for result in results] for results in (ours, theirs))
     title = ("full" if run.full else "LoRA") + f", `--checkpointing {run.checkpointing}`" * bool(run.checkpointing)
@@ -74,7 +74,7 @@ def rows_of(run: Run, ours: list[dict], theirs: list[dict]) -> list[Row]:
 
 
 def measure_epoch(args) -> tuple[str, list[Row], str]:
-    """An epoch of 200 images with and without a cache, added up from its parts: a whole one takes hours on a CPU."""
+    """The time of an epoch, 200 images, with and without a cache: from the time of one step, because an epoch takes hours."""
     side, steps, found = args.side or 768, 200 / args.batch, []
     for _ in range(args.repeats):
         step = in_own_process(fresh_steps, Run("ours", False, None), args.depth, side, args.batch, args.device)
@@ -90,20 +90,20 @@ def measure_epoch(args) -> tuple[str, list[Row], str]:
                            f"batch {args.batch}, image files of {side * 4 // 3} px.")
 
 
-# ----- in processes of their own ---------------------------------------------------------------------
+# ----- functions that run in their own process -------------------------------------------------------
 
 
 def fresh_steps(run: Run, *sizes) -> dict:
-    """training_steps after a step of a small model: what torch and peft load at first use is not memory of a step."""
+    """training_steps after a step of a small model. So the result excludes memory that torch and peft need to start."""
     training_steps(run, 1, 128, 1, sizes[-1], width=64)
     return training_steps(run, *sizes)
 
 
 def training_steps(run: Run, depth: int, side: int, batch: int, device: str, width: int = 1536, steps: int = 3) -> dict:
-    """Optimizer steps as train_c.py and diffusers' training script make them, on random weights.
+    """Runs optimizer steps like train_c.py and diffusers' training script, with random weights.
 
-    -> seconds of the median step after the first; products, the seconds of only the products of ours; the first loss;
-    peak, the most GB held beyond those before; size, the GB of the weights.
+    Returns seconds: the median step, without the first; products: the seconds of the products by themselves (ours);
+    loss: the first loss; peak: the peak memory in GB, minus the memory before; size: the weights in GB.
     """
     before = memory("VmRSS")
     model = build(run, depth, device, width).train()
@@ -134,7 +134,7 @@ def training_steps(run: Run, depth: int, side: int, batch: int, device: str, wid
 
 
 def build(run: Run, depth: int, device: str, width: int) -> nn.Module:
-    """Without dropout, so that both compute the same."""
+    """Our Stage C or diffusers', prepared for a run. Without dropout, so that both compute the same."""
     config = dict(c_in=16, c=width, c_cond=1280, c_timestep=64, depth=depth, heads=width // 64, dropout=0.0)
     ours, theirs = random_pair(StageC, "prior", config, device)
     model = ours if run.who == "ours" else theirs
@@ -155,7 +155,7 @@ def build(run: Run, depth: int, device: str, width: int) -> nn.Module:
 
 @torch.no_grad()
 def encoding(side: int, batch: int, device: str) -> float:
-    """Seconds of what --cache saves in a step: the image encoder and CLIP-bigG, of official size, random weights."""
+    """Seconds that --cache saves in a step: of the image encoder and CLIP-bigG, of official size, random weights."""
     encoder, text_model = EfficientNetEncoder().eval().to(device), random_text_model(1280, 32, 20, device)
     images, ids = torch.rand(batch, 3, side, side, device=device), torch.arange(77, device=device).expand(batch, -1)
     mask = torch.ones_like(ids)
@@ -165,7 +165,7 @@ def encoding(side: int, batch: int, device: str) -> float:
 
 
 def reading(side: int, batch: int, files: int = 64) -> float:
-    """Seconds in which two workers read a batch as train_c.py's loop gets it, from JPEGs a third larger than `side`."""
+    """Seconds per batch when two workers read for train_c.py's loop, from JPEG files a third larger than `side`."""
     import train_c
     from training.data import open_dataset
     from training.order import BatchSampler, batches
@@ -181,6 +181,6 @@ def reading(side: int, batch: int, files: int = 64) -> float:
         dataset.bucket = np.zeros(len(dataset), int)
         samples = train_c.StageCSamples(dataset, [(side, side)], args, {}, {})
         loader = batches(samples, BatchSampler(dataset.bucket, batch, 0), Processes("cpu"), args)
-        for _ in range(8):                               # until the workers run and have used up what they read ahead
+        for _ in range(8):                               # warm up: start the workers, use up prefetched batches
             next(loader)
         return seconds_of(lambda: [next(loader) for _ in range(16)]) / 16
