@@ -1,11 +1,11 @@
-"""Würstchen v1 as a pipeline: the main one, with a Stage B that generates tokens.
+"""The pipeline of Würstchen v1: a Wuerstchen whose Stage B generates tokens.
 
   prompt -CLIP-> (B,77,1024) -[C]-> (B,16,12,12) -[B]-> tokens (B,128,128) -codebook, [A]-> (B,3,512,512)
 
 Two things differ from v2. Stage B is discrete diffusion over the VQGAN's tokens (see stage_b.py), so it has sampling
 settings of its own, TokenSampling. And the released Stage C works on the raw semantic latents, without (raw + 1) / 42.
-Random numbers are normally distributed, as in the main pipeline, and become uniform by the normal distribution's
-integral: so the source of noise is the same for both.
+Both pipelines get normally distributed random numbers. Here the normal distribution's cumulative distribution function
+turns them into uniform numbers.
 Needs: torch; wuerstchen.py, v1/stage_b.py, v1/sampling.py.
 """
 import functools
@@ -27,9 +27,9 @@ DEFAULT_C = Sampling(60, guidance=6.0)                       # the settings of v
 class TokenSampling:
     """How v1's Stage B is sampled. Raises ValueError for impossible settings.
 
-    sampler        "multinomial" draws tokens, "argmax" takes the likeliest, "quant" the nearest to their mean
-    temperature    below 1 keeps to likely tokens, which is cleaner and poorer; two numbers: first and last step
-    the others     as in wuerstchen.Sampling; guidance acts on the logits
+    sampler        "multinomial" draws tokens, "argmax" takes the likeliest, "quant" the nearest to the expected code
+    temperature    below 1, likely tokens get likelier: cleaner images, less detail; two numbers: first and last step
+    other fields   as in wuerstchen.Sampling; guidance acts on the logits
     """
     steps: int | dict[float, int] | Sequence[float] | Tensor = 8
     sampler: str = "multinomial"
@@ -46,13 +46,13 @@ class TokenSampling:
 
     @functools.cached_property
     def continuous(self) -> Sampling:
-        """The settings that it shares with a continuous stage, checked there."""
+        """The settings shared with a continuous stage, as a Sampling, which checks them."""
         return Sampling(self.steps, guidance=self.guidance, interval=self.interval, t_start=self.t_start,
                         t_end=self.t_end)
 
 
 class WuerstchenV1(Wuerstchen):
-    """The pipeline with v1's Stage B. raw: Stage C works on raw semantic latents, as the released one does."""
+    """The pipeline with v1's Stage B. raw: Stage C uses raw semantic latents, like the released Stage C of v1."""
     channels_b = 1                                           # one random number per token
 
     def __init__(self, networks: dict, size: int = 512, device="cpu", dtype=torch.float32, c: Sampling = DEFAULT_C,
@@ -65,9 +65,9 @@ class WuerstchenV1(Wuerstchen):
     def sample_b(self, semantic: Tensor, text: Tensor, unconditional: Tensor, draw: Callable[[], Tensor],
                  sampling: TokenSampling | None = None, x: Tensor | None = None, keep: None = None,
                  callback: Callable | None = None, progress: bool = False) -> Tensor:
-        """As in Wuerstchen, through tokens. draw() -> normally distributed numbers (n,1,h',w').
+        """Like Wuerstchen.sample_b, but samples tokens -> their latents. draw() -> normally distributed (n,1,h',w').
 
-        callback may return other tokens (n,h',w'); x_0 is what it gets as the step's latents.
+        callback gets tokens (n,h',w') instead of latents, and their latents as x_0. It may return other tokens.
         """
         sampling, stage_a, semantic = sampling or self.b, self.part("stage_a"), semantic.to(self.dtype)
         codes, scale_factor = stage_a.codebook.codes.detach().clone(), stage_a.scale_factor

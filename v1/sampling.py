@@ -2,7 +2,7 @@
 
   random tokens (B,h,w) -[predict, choose, replace some at random] x 8-> tokens (B,h,w)
 
-What differs from v2, and why: see the header of v1/stage_b.py.
+The header of v1/stage_b.py explains the differences from v2.
 Paper: arXiv:2211.07292 (Paella).  Needs: torch; stage_b.py.
 """
 import math
@@ -27,13 +27,13 @@ def add_noise(tokens: Tensor, t: Tensor, random_tokens: Tensor, u: Tensor) -> tu
 
 
 def choose(logits: Tensor, mode: str, temperature: float, u: Tensor, codes: Tensor | None = None) -> Tensor:
-    """logits (B,K,h,w) -> tokens (B,h,w).
+    """logits (B,K,h,w) -> tokens (B,h,w). mode:
 
-    multinomial  draws each by its probability, softmax(logits / temperature): low temperatures keep to likely tokens.
-    argmax       takes the likeliest.
-    quant        takes the code nearest to the expected one, the mean of all codes (K,c) by probability: smooth, a
-                 little blurred.
-    u (B,h,w) uniform in [0, 1], for multinomial.
+    multinomial  draws from the probabilities softmax(logits / temperature): low temperatures favour likely tokens.
+    argmax       takes the likeliest token.
+    quant        takes the code nearest to the expected code, the mean of all codes (K,c) weighted by probability:
+                 smooth, slightly blurred images.
+    u (B,h,w): uniform in [0, 1], for multinomial.
     """
     logits = channels_last(logits)                                                       # (B, h, w, K)
     if mode == "argmax":
@@ -42,15 +42,15 @@ def choose(logits: Tensor, mode: str, temperature: float, u: Tensor, codes: Tens
     if mode == "quant":
         mean, codes = scores @ codes.float(), codes.float()                              # (B, h, w, c)
         return (codes.square().sum(1) - 2 * mean @ codes.T).argmin(-1)                   # see Codebook.nearest
-    # One uniform number per position picks the token where the cumulated probability passes it: unlike
-    # torch.multinomial, this asks no generator, so each image of a batch can have its own.
+    # Inverse transform sampling: take the token at which the cumulative probability exceeds u. Unlike
+    # torch.multinomial, this works with given random numbers, so each image of a batch can have its own seed.
     heights = scores.cumsum(-1)                                                          # (B, h, w, K)
     return torch.searchsorted(heights, u[..., None] * heights[..., -1:])[..., 0]         # (B, h, w)
 
 
 def per_step(name: str, value, steps: int) -> list:
-    """One value for all, a pair for the first and the last step with a straight line between, or a list
-    -> a list, one value for each step."""
+    """One value for all steps, a pair (first and last step, linear in between), or a list of one value per step
+    -> a list of one value per step. Raises ValueError for a list of another length."""
     if isinstance(value, (str, float, int)):
         return [value] * steps
     if len(value) == 2 and not isinstance(value[0], str):
@@ -62,7 +62,7 @@ def per_step(name: str, value, steps: int) -> list:
 
 
 def temperatures(value, steps: int) -> list[float]:
-    """The temperature of `sample` -> one for each step. Raises ValueError if one is not above 0."""
+    """The argument `temperature` of sample() -> one number per step. Raises ValueError unless all are above 0."""
     values = per_step("temperature", value, steps)
     if not all(0 < value < math.inf for value in values):
         raise ValueError(f"the temperature is {min(values):g}, expected more than 0, and finite; "
@@ -78,17 +78,17 @@ def sample(predict: Callable[[Tensor, Tensor, bool], Tensor], noise: Tensor, uni
            watch: Callable | None = None, progress: Callable[[Iterable], Iterable] = iter) -> Tensor:
     """Random tokens (B,h,w) -> tokens (B,h,w) of images.
 
-    predict(tokens, t, guided) -> logits (B,K,h,w) with condition; if guided, followed by those without: (2B,K,h,w).
-    uniform() -> random numbers (B,h,w) in [0, 1]; called twice in every step, whether they are used or not.
-    levels            (n + 1,) falling noise levels, the first at most 1: linspace(1, 0, 9) are the original's 8 steps.
+    predict(tokens, t, guided) -> conditional logits (B,K,h,w); if guided, followed by unconditional ones (2B,K,h,w).
+    uniform() -> random numbers (B,h,w) in [0, 1]; called twice in every step, even if they are not used.
+    levels            (n + 1,) falling noise levels, the first at most 1. The original's 8 steps: linspace(1, 0, 9).
     temperature, guidance, mode   see choose; each may change from step to step, see per_step. Guidance acts on logits;
-                      a scale of 1 is none, in half the time.
-    renoise_steps     after so many steps tokens are no longer replaced at random; default all except the last.
+                      scale 1 means no guidance, and takes half the time.
+    renoise_steps     the number of steps that end with random replacement; default: all except the last.
     codes             Stage A's codebook (K,c), for mode quant.
-    start             tokens to start from, instead of the noise, when levels[0] < 1.
-    watch(i, t, tokens) -> None or other tokens: called after step i with the chosen tokens and the level that they
-                      are noised to next.
-    Raises ValueError for impossible settings, FloatingPointError as soon as logits are not finite, on a GPU at the end.
+    start             tokens to start from, instead of `noise`, if levels[0] < 1.
+    watch(i, t, tokens) -> None or other tokens: called after step i with the chosen tokens and the next noise level.
+    Raises ValueError for invalid settings. Raises FloatingPointError if logits are not finite: at once on a CPU, at the
+    end on a GPU.
     """
     steps = len(levels) - 1
     if steps < 1 or not (levels[1:] < levels[:-1]).all() or levels[0] > 1 or levels[-1] < 0:
@@ -108,7 +108,7 @@ def sample(predict: Callable[[Tensor, Tensor, bool], Tensor], noise: Tensor, uni
             conditional, unconditional = logits.chunk(2)
             logits = torch.lerp(unconditional, conditional, guidance[i])                 # (B, K, h, w)
         finite.append(logits.isfinite().all())
-        # Reading from a GPU in every step would leave it idle until the next step arrives: it is read at the end.
+        # Reading a result in every step would leave a GPU idle until the next step arrives. So it is read at the end.
         if (tokens.device.type == "cpu" or i == steps - 1) and not (all_finite := torch.stack(finite)).all():
             k = all_finite.tolist().index(False)
             raise FloatingPointError(f"step {k + 1} of {steps} (t = {levels[k]:.3f})")
@@ -116,6 +116,6 @@ def sample(predict: Callable[[Tensor, Tensor, bool], Tensor], noise: Tensor, uni
         changed = watch(i, levels[i + 1].item(), tokens) if watch is not None else None
         tokens, u = tokens if changed is None else changed.to(tokens), uniform()
         if i < renoise_steps:
-            # The same random tokens every time, as in the original.
+            # The same random tokens (`noise`) in every step, as in the original.
             tokens, _ = add_noise(tokens, t_next, noise, u)
     return tokens

@@ -2,13 +2,13 @@
 
   caption -CLIP-> (B,77,1024) -[C]-> (B,16,12,12) -[B]-> (B,128,128) tokens -[A]-> (B,3,512,512)
 
-The same task as stage_b.py's, as diffusion over something discrete: an image is a grid of tokens, each one of the 8192
-vectors in Stage A's codebook. There is no "a little noise" on a token. Instead noise level t is the share of tokens
-that were replaced by random ones, all of them at t = 1, and nothing marks which. The network does not predict noise
-either: for every position it predicts the probability of each token in the clean image. It is a classifier, trained
-with cross-entropy (losses.py), and so there is no step formula. The sampler (sampling.py) draws all tokens at once from
-these probabilities, which fit each position but not yet each other; replaces a share of them, the next lower t, by
-random ones; and calls the network again. 8 steps are enough. The whole difference, side by side:
+The task is the same as in stage_b.py, but the diffusion is discrete: an image is a grid of tokens, each one of the 8192
+vectors in Stage A's codebook. A token cannot have "a little noise". Instead, the noise level t is the share of tokens
+that were replaced by random tokens, all of them at t = 1. The network does not see which tokens were replaced. It does
+not predict noise either: for every position it predicts the probability of each token in the clean image. It is a
+classifier, trained with cross-entropy (losses.py), so there is no step formula. The sampler (sampling.py) draws all
+tokens at once from these probabilities. The tokens then fit their positions, but not yet each other. So it replaces a
+share of them, the next lower t, by random tokens, and calls the network again. 8 steps are enough. The differences:
 
               v2, continuous                                v1, discrete
   noise       sqrt(ab) x_0 + sqrt(1 - ab) eps               each token random with probability t
@@ -19,8 +19,8 @@ random ones; and calls the network again. 8 steps are enough. The whole differen
 
 In   tokens (B,h,w) int64, h and w multiples of 8; t (B,) noise level, 0 = clean, 1 = noise; semantic
      (B,16,h',w') (zeros = no guidance); text (B,77,1024) of CLIP-H, or None
-Out  logits (B,8192,h,w). Surprise: the semantic latent is not laid over the image as in v2. Its positions are words in
-     front of the words of the text, and each position of the image finds by attention which of them concern it.
+Out  logits (B,8192,h,w). Note: the semantic latent is not added to the image features as in v2. Its positions form a
+     sequence before the text tokens, and each position of the image learns by attention which of them matter for it.
 
 Papers: arXiv:2306.00637v1 (Stage B), arXiv:2211.07292 (Paella).  Needs: torch; stage_b.py, whose blocks it is made of.
 """
@@ -37,9 +37,10 @@ from stage_b import (AttentionBlock, Depthwise, ResBlock, TimestepBlock, channel
 
 
 class SkipResBlock(ResBlock):
-    """A ResBlock whose depthwise convolution also reads a U-Net skip of the same width.
+    """A ResBlock whose depthwise convolution also gets a U-Net skip connection of the same width.
 
-    Its groups are neighbours in (x, skip): output channel g sees channels 2g and 2g + 1 of the 2C, not x_g and skip_g.
+    The convolution's groups are neighbouring channels of (x, skip): output channel g depends on channels 2g and 2g + 1
+    of the 2C, not on x_g and skip_g.
     """
     def __init__(self, c: int, kernel_size: int = 3, dropout: float = 0.0):
         super().__init__(c, 0, kernel_size, dropout)
@@ -69,7 +70,7 @@ class StageBV1(nn.Module):
                            c_cond=c_cond, c_hidden=tuple(c_hidden), heads=tuple(heads), blocks=tuple(blocks),
                            levels=tuple(levels), c_semantic=c_semantic, c_text=c_text, kernel_size=kernel_size,
                            dropout=dropout)
-        self.checkpointing = False             # in training: the backward pass recomputes blocks
+        self.checkpointing = False             # in training: recompute blocks in the backward pass
         depth = len(c_hidden)
         rates = dropout if isinstance(dropout, list | tuple) else [dropout] * depth
         self.patch_size, self.c_timestep, self.codebook_size = patch_size, c_timestep, codebook_size
@@ -91,14 +92,14 @@ class StageBV1(nn.Module):
         self.embed = nn.Linear(c_token * patch_size ** 2, c_hidden[0])
         self.embed_semantic = nn.Linear(c_semantic, c_cond)
         self.embed_text = nn.Linear(c_text, c_cond)
-        # Every list below is indexed by level, 0 = finest; None where a level has no such part.
+        # Every list below is indexed by level, 0 = finest; None if a level has no such part.
         self.downsample = nn.ModuleList(
             nn.Conv2d(c_hidden[i - 1], c_hidden[i], 2, stride=2) if i > 0 else None for i in range(depth))
         self.upsample = nn.ModuleList(
             nn.ConvTranspose2d(c_hidden[i], c_hidden[i - 1], 2, stride=2) if i > 0 else None for i in range(depth))
         self.down_blocks = nn.ModuleList(nn.ModuleList(
             block(letter, i, skip=False) for letter in levels[i] * blocks[i]) for i in range(depth))
-        # On the way up, the first block of a level also gets what the way down left there; the deepest starts from it.
+        # The first up block of a level also gets the level's skip connection, except at the deepest level.
         self.up_blocks = nn.ModuleList(nn.ModuleList(
             block(letter, i, skip=k == 0 and i < depth - 1) for k, letter in enumerate(levels[i] * blocks[i]))
             for i in range(depth))
@@ -108,33 +109,33 @@ class StageBV1(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Starting point for training from scratch; loading weights overwrites all of it."""
+        """Initial values for training from scratch; loading weights overwrites all of them."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.zeros_(self.head.weight)       # the first prediction is then the same for all tokens
+        nn.init.zeros_(self.head.weight)       # so initially all tokens have the same probability
         nn.init.normal_(self.embed_token.weight, std=math.sqrt(1 / self.codebook_size))
-        self.classify.weight.copy_(self.embed_token.weight)      # a score starts as the similarity to the embedding
+        self.classify.weight.copy_(self.embed_token.weight)      # initial score: similarity to the embedding
         for module in self.modules():
-            if isinstance(module, ResBlock):                     # the branches add up to a variance of 1
+            if isinstance(module, ResBlock):                     # so the branches' sum has variance 1
                 module.contract.weight *= math.sqrt(1 / sum(self.config["blocks"]))
             elif isinstance(module, TimestepBlock):
-                nn.init.zeros_(module.mapper.weight)             # all noise levels start with the same output
+                nn.init.zeros_(module.mapper.weight)             # so initially t has no effect
 
     @torch.no_grad()
     def init_tokens(self, codes: Tensor) -> None:
-        """For training from scratch: embeddings that know which tokens look alike. codes (codebook_size,c): Stage A's
-        codebook.
+        """Initial token embeddings for training from scratch: similar for tokens that look alike. codes
+        (codebook_size,c): Stage A's codebook.
 
-        Otherwise no token is more similar to one than to another, and a colour that has 50 tokens must be learned 50
-        times. A token's features are its code z, all products of two of its numbers, and cosines of random projections
-        of z. With z and the products a linear layer can express "near m, give or take s" in any direction, because
-        -|z - m|^2 / (2 s^2) is linear in them. The cosines are for distributions with several likely places (random
-        Fourier features, Rahimi and Recht 2007).
+        With random embeddings, a colour that has 50 tokens would have to be learned 50 times. A token's features are
+        its code z, all products of two components of z, and cosines of random projections of z. From z and the
+        products, a linear layer can compute the logits of a Gaussian around any mean m, because -|z - m|^2 / (2 s^2) is
+        linear in them. The cosines are for distributions with several modes (random Fourier features, Rahimi and Recht
+        2007).
         """
-        codes = codes.float().cpu()                                                      # every device draws the same
+        codes = codes.float().cpu()                                                      # same on every device
         z = (codes - codes.mean(0)) / codes.std(0)                                       # (K, c)
         rows, columns = torch.triu_indices(z.shape[1], z.shape[1])
         exact = torch.cat([z, z[:, rows] * z[:, columns]], dim=1)                        # (K, c + c (c + 1) / 2)
@@ -149,8 +150,8 @@ class StageBV1(nn.Module):
         self.classify.weight.copy_(features)
 
     def condition(self, semantic: Tensor, text: Tensor | None = None) -> Tensor:
-        """semantic (B,16,h',w'), text (B,N,c_text) -> the sequence (B,h'*w' + N,c_cond) that all attention blocks look
-        at, semantic latent first."""
+        """semantic (B,16,h',w'), text (B,N,c_text) -> the sequence (B,h'*w' + N,c_cond) to which all attention blocks
+        attend, with the semantic latent first."""
         sequence = self.embed_semantic(channels_last(semantic).flatten(1, 2))            # (B, h'*w', c_cond)
         if text is not None:
             sequence = torch.cat([sequence, self.embed_text(text)], dim=1)               # (B, h'*w' + N, c_cond)
@@ -190,7 +191,7 @@ class StageBV1(nn.Module):
 
     def run_level(self, blocks: nn.ModuleList, x: Tensor, t_embedding: Tensor, sequence: Tensor,
                   skip: Tensor | None = None) -> Tensor:
-        """The blocks of one level: x (B,H,W,C) -> (B,H,W,C). A SkipResBlock also gets the skip."""
+        """Runs the blocks of one level: x (B,H,W,C) -> (B,H,W,C). skip: skip connection for a SkipResBlock."""
         for block in blocks:
             inputs = ([skip] if isinstance(block, SkipResBlock) else [] if isinstance(block, ResBlock) else
                       [t_embedding if isinstance(block, TimestepBlock) else sequence])

@@ -3,7 +3,7 @@
   image -VQGAN-> tokens x_0 (B,h,w) -some replaced at random-> x_t (B,h,w) -[B]-> logits (B,K,h,w) -> cross-entropy
 
 train_b.py calls the functions of the first part under the same names as its own for v2, so that one loop trains both.
-The second part is for v1 only: a loss that shows attention where each semantic vector belongs.
+The second part is only for v1: a loss that teaches attention at which position of the image each semantic vector is.
 Needs: torch, numpy; stage_b.py, v1/, wuerstchen.py.
 """
 import math
@@ -20,7 +20,7 @@ from v1.stage_b import StageBV1
 from wuerstchen import scale_semantic, unscale_semantic
 
 NETWORK = StageBV1
-LEVELS_AT_ONCE = 1           # noise levels of a validation per forward pass, since logits take much memory
+LEVELS_AT_ONCE = 1           # noise levels per forward pass of validation: logits take much memory
 
 
 def defaults(small: bool) -> dict:
@@ -30,7 +30,7 @@ def defaults(small: bool) -> dict:
 
 
 def match_vqgan(decoder: StageBV1, vqgan, new: bool) -> None:
-    """A new decoder starts from Stage A's codes. Raises ValueError if it is for another number of tokens."""
+    """Initializes a new decoder from Stage A's codes. Raises ValueError if their numbers of tokens differ."""
     codes = vqgan.codebook.codes
     if len(codes) != decoder.codebook_size:
         raise ValueError(f"the VQGAN has {len(codes)} tokens, Stage B is for {decoder.codebook_size}: "
@@ -40,19 +40,19 @@ def match_vqgan(decoder: StageBV1, vqgan, new: bool) -> None:
 
 
 def semantic_scale(decoder: StageBV1) -> tuple:
-    """-> scale and unscale of the semantic latents for Stage C. Only the released v1, which has CLIP-H's texts of width
-    1024, works on raw ones."""
+    """(scale, unscale): functions for the semantic latents of Stage C. Only the released v1, with text of width 1024
+    (CLIP-H), uses raw semantic latents."""
     raw = decoder.config["c_text"] == 1024
     return (lambda x: x,) * 2 if raw else (scale_semantic, unscale_semantic)
 
 
 def pipeline(vqgan, small: bool, device) -> WuerstchenV1:
-    """For samples. Stage B is added by its bind_b."""
+    """A pipeline for sample images, without Stage B: training/sheets.py sets bind_b."""
     return WuerstchenV1(dict(stage_a=vqgan), device=device)
 
 
 def cache_settings(vqgan) -> dict:
-    """Tokens are kept exactly, not in float16: the neighbour of a number means something else."""
+    """Settings of the cache. Tokens are stored as exact integers, not in float16, which would round them."""
     return dict(kind="tokens", dtype="int16" if vqgan.config["codebook_size"] <= 2 ** 15 else "int32")
 
 
@@ -66,29 +66,29 @@ def decode(vqgan, x_0: Tensor) -> Tensor:
 
 
 def draw_noise(rng: np.random.Generator, h: int, w: int, config: dict) -> dict[str, Tensor]:
-    """For one sample: random_tokens (h,w), any of the codes, and u (h,w), uniform, which says where they go."""
+    """Noise for one image: random_tokens (h,w), and uniform u (h,w), which decides where they replace tokens."""
     return dict(random_tokens=torch.from_numpy(rng.integers(config["codebook_size"], size=(h, w))),
                 u=torch.from_numpy(rng.random((h, w), dtype=np.float32)))
 
 
 def noise_levels(chance: Tensor, blind: bool, args) -> Tensor:
-    """chance (B,) in [0, 1) -> t (B,). 7 % train at t = 1, where sampling starts; in blind steps all: random tokens."""
+    """chance (B,) in [0, 1) -> t (B,). 7.5 % of images have t = 1, where sampling starts; in blind steps, all have."""
     t = training_levels(chance)
     return torch.ones_like(t) if blind else 1 - (1 - t) ** args.high_noise
 
 
 def corrupt(batch: dict, x_0: Tensor, t: Tensor, blind: bool) -> tuple[Tensor, Tensor]:
-    """Each token is replaced by a random one with probability t -> x_t (B,h,w), mask (B,h,w) of those that were."""
+    """Replaces each token by a random one with probability t -> x_t (B,h,w), mask (B,h,w) of the replaced tokens."""
     return add_noise(x_0, t, batch["random_tokens"], batch["u"])
 
 
 def forward(decoder: StageBV1, x_t: Tensor, t: Tensor, semantic: Tensor, text: Tensor) -> Tensor:
-    """-> logits (B,K,h,w)."""
+    """The output of Stage B: logits (B,K,h,w)."""
     return decoder(x_t, t, semantic, text)
 
 
 def prediction(logits: Tensor, x_t: Tensor) -> Tensor:
-    """What sampling needs of the output."""
+    """The output in the form that sampling needs: logits in float32."""
     return logits.float()
 
 
@@ -98,7 +98,7 @@ def raw_losses(logits: Tensor, x_0: Tensor, x_t: Tensor, mask: Tensor, t: Tensor
 
 
 def accuracy(logits: Tensor, x_0: Tensor, mask: Tensor) -> Tensor:
-    """Share of the replaced tokens that are found again, (B,)."""
+    """The share of the replaced tokens whose clean token gets the highest score, (B,)."""
     return ((logits.argmax(1) == x_0) & mask).flatten(1).sum(1) / mask.flatten(1).sum(1).clamp(min=1)
 
 
@@ -106,22 +106,22 @@ def compile_decoder(decoder: StageBV1) -> None:
     decoder.compile()
 
 
-# ----- attention is shown where semantic vectors belong ---------------------------------------------------
+# ----- teaching attention the positions of semantic vectors -----------------------------------------------
 
 def share_over(n: int, m: int, device=None) -> Tensor:
-    """(m,n): the share of each of n coarse places in each of m finer ones, linear between centers; rows sum to 1."""
+    """(m,n): weights that interpolate linearly from n coarse positions to m finer ones. Rows sum to 1."""
     centers = ((torch.arange(m, device=device) + 0.5) * n / m - 0.5).clamp(0, n - 1)     # (m,)
     return (1 - (centers[:, None] - torch.arange(n, device=device)).abs()).clamp(min=0)
 
 
 class AttentionGuide:
-    """In training only, shows the attention of Stage B which semantic vector lies over which place.
+    """A loss, only for training: teaches Stage B's attention which semantic vector belongs to which image position.
 
-    To the network, semantic vectors are words without positions. It has to learn from a vector where it belongs, and
-    from the zeros at the borders where a place is, and learns neither as long as it does not know the other. A small
-    network then makes only the background of them. So half of the heads are taught it: cross-entropy between their
-    attention and the vectors over each place, in proportion. It must stay on: without it, attention wanders off again
-    within a few thousand steps. Measurements: docs/TRAINING.md.
+    To the network, semantic vectors are a sequence without positions. It must learn the position of a vector from the
+    vector itself, and the position of an image token from the zero padding at the borders. Neither helps until the
+    other is learned, so a small network uses the vectors only for the background. This loss teaches half of the heads:
+    cross-entropy between their attention and the interpolation weights of the vectors at each position. It must stay
+    on: without it, attention loses the positions again within a few thousand steps. Measurements: docs/TRAINING.md.
     """
     def __init__(self, decoder: StageBV1):
         self.size, self.errors = (0, 0), []
@@ -131,12 +131,12 @@ class AttentionGuide:
                 module.register_forward_pre_hook(self.add)
 
     def begin(self, decoder: StageBV1, inputs: tuple) -> None:
-        """A forward pass begins, with semantic latents (B,16,h',w')."""
+        """Hook before a forward pass: clears the errors, and stores the size of the semantic latents (B,16,h',w')."""
         if torch.is_grad_enabled():
             self.size, self.errors = tuple(inputs[2].shape[2:]), []
 
     def add(self, block: AttentionBlock, inputs: tuple) -> None:
-        """The error of one block, from its x (B,H,W,C) and the condition (B,h'*w' + N,c_cond)."""
+        """Hook before an attention block: adds its error, from x (B,H,W,C) and condition (B,h'*w' + N,c_cond)."""
         if not torch.is_grad_enabled():
             return
         (x, condition), (h, w), heads = inputs, self.size, (block.heads + 1) // 2
@@ -151,5 +151,5 @@ class AttentionGuide:
         self.errors.append(-(log_attention * share).sum(-1).mean())
 
     def loss(self) -> Tensor:
-        """Of the last forward pass: the mean over its attention blocks."""
+        """The loss of the last forward pass: the mean error of its attention blocks, a scalar."""
         return torch.stack(self.errors).mean()

@@ -80,8 +80,8 @@ def calls_of_stage(title: str, args, small: dict | None = None) -> dict[str, Cal
 @torch.no_grad()
 def calls_of(title: str, args, bind: Callable, step: Callable, inputs: Callable[[int], tuple],
              pair: tuple[nn.Module, nn.Module]) -> dict[str, Call]:
-    """{name: Call} of Stage C or B, in all forms to measure. bind, step: see speed/fast.py. inputs(n): x_t and conditions
-    for n images. pair: our network and diffusers'."""
+    """{name: Call} of Stage C or B, in all forms to measure. bind, step: see speed/fast.py.
+    inputs(n): x_t and conditions for n images. pair: our network and diffusers'."""
     def compiled(function: Callable) -> Callable:
         mode = dict(mode="reduce-overhead") if args.device.startswith("cuda") else {}
         return torch.compile(function, dynamic=False, **mode)
