@@ -74,7 +74,7 @@ def rows_of(run: Run, ours: list[dict], theirs: list[dict]) -> list[Row]:
 
 
 def measure_epoch(args) -> tuple[str, list[Row], str]:
-    """The time of 200 images with and without a cache, computed from that of one step: an epoch takes hours on a CPU."""
+    """The time of 200 images with and without a cache, computed from one step: an epoch takes hours on a CPU."""
     side, steps, found = args.side or 768, 200 / args.batch, []
     for _ in range(args.repeats):
         step = in_own_process(fresh_steps, Run("ours", False, None), args.depth, side, args.batch, args.device)
