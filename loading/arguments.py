@@ -1,6 +1,6 @@
 """Arguments of `load` and of a loaded model: converts them to one form, checks them, and explains wrong names.
 
-  lora="a.safetensors", dtype="bf16", seed=np.int64(3), steps_c=torch.tensor(15)  ->  what the code takes
+  lora="a.safetensors", dtype="bf16", seed=np.int64(3), steps_c=torch.tensor(15)  ->  the form that the code uses
   model(prompt, num_inference_steps=15)  ->  TypeError: ... steps_c for Stage C, steps_b for Stage B
 
 `install` wraps the methods `accept` and `settings` of a pipeline with these checks; in wuerstchen.py they have none.
@@ -118,7 +118,7 @@ def tensor_of(name: str, value) -> Tensor:
             raise TypeError
         return value if isinstance(value, Tensor) else torch.from_numpy(np.array(value, np.float32))
     except (TypeError, ValueError, RuntimeError):
-        shown = " ".join(repr(value).split())        # arrays have several lines
+        shown = " ".join(repr(value).split())        # the repr of an array has several lines
         raise TypeError(f"{name} is {shown:.80}, expected a tensor, an array or lists of real numbers.") from None
 
 
@@ -165,7 +165,7 @@ def usable_device(name: str | torch.device | None) -> torch.device:
         torch.ones(1, device=name).tolist()                # fails on "meta", a device without data
         set_tf32(False)                                    # exact float32; set_tf32(True) later allows TF32
         return torch.device(name)
-    except (RuntimeError, AssertionError, TypeError) as error:        # torch raises several for missing devices
+    except (RuntimeError, AssertionError, TypeError) as error:        # torch raises various errors for missing devices
         reason = str(error).split("\n")[0].split(". ")[0].rstrip(".")
     if "Expected one of" in reason:                                  # torch then lists all devices it ever had
         reason = "expected cpu, cuda, cuda:1 or mps"
@@ -230,7 +230,7 @@ def accept(model, then: Callable, prompt, negative_prompt, seed, num_images, hei
     texts_of("negative_prompt", negative_prompt)
     prompts, seed, height, width, callback = then([str(p) for p in prompts], negative_prompt, int(seed),
                                                   num_images, plain(height), plain(width), callback)
-    latent_sizes(height, width)                      # for its error messages
+    latent_sizes(height, width)                      # raises its errors here
     warn_of_size(height, width, model.size)
     return prompts, seed, height, width, checked(callback)
 

@@ -65,7 +65,7 @@ def reading(path: str | Path, kind: type = UserError, failed: str = "cannot be r
         yield
     except UserError:
         raise
-    except Exception as error:         # each library raises other classes, also for too deep or large files
+    except Exception as error:         # each library raises its own classes, also for too deep or large files
         raise kind(f"{path} {failed}: {reason_of(error)}{advice}") from error
 
 
@@ -300,7 +300,7 @@ def own_config(path: Path) -> dict | None:
                 config = parsed((file.metadata() or {}).get(OWN_CONFIG, "null"), finite=True)
         else:
             config = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get(OWN_CONFIG)
-    except Exception:         # each library raises other classes; reading the tensors later reports the reason
+    except Exception:         # each library raises its own classes; reading the tensors reports the reason
         return None
     return config if isinstance(config, dict) else None
 

@@ -90,7 +90,7 @@ REFERENCE = re.compile(r"hub:([\w-][\w.-]*/[\w-][\w.-]*)(?:@(refs/\w+/\w+|[^/@]+
 UNSAFE = re.compile("[\\0-\\x1f\\x7f-\\x9f\\ud800-\\udfff]|^[A-Za-z]:")
 WAITS = (1, 3, 9)                        # seconds before a busy hub is asked again
 HASHES: dict[str, str] = {}              # {"path size time": sha256}, filled by hash_of
-LONGEST_WAIT = 300                       # seconds without a byte, see limit_waits
+LONGEST_WAIT = 300                       # seconds without a received byte, see limit_waits
 LONGEST_LIST = (2 ** 24, 60)             # bytes and seconds for a list of files: enough for 50,000 files
 # The parts that each task needs.
 TEXT_TO_IMAGE = tuple(V2)
@@ -104,7 +104,7 @@ def revision_of(repo: str, override: str | None, weights: str = "v2") -> str:
 
 
 def choices(folder: str, stem: str | None, half: bool) -> list[list[str]]:
-    """The files of one part in its repository. Each inner list is one file's possible names: the first that exists."""
+    """[[possible names of one file, best first], ...] for all files of one part in its repository."""
     def inside(name: str) -> str:
         return f"{folder}/{name}" if folder else name
     if stem is None:
@@ -199,7 +199,7 @@ def list_files(repo: str, revision: str, offline: bool) -> dict[str, File]:
     except (TypeError, KeyError, AttributeError) as error:
         raise WeightsError(f"{repo}: the hub's list of files cannot be used: expected a commit and files with names; "
                            "check HF_ENDPOINT") from error
-    with contextlib.suppress(OSError, ValueError):                       # the cache is read-only
+    with contextlib.suppress(OSError, ValueError):                       # the cache may be read-only
         if revision != commit and (not ref.is_file() or ref.read_text() != commit):        # read if offline=True
             write_atomically(ref, lambda temporary: temporary.write_text(commit))
     return files

@@ -1,6 +1,6 @@
 """Layouts: finds the parts of a pipeline, in a folder of any known layout or by a name such as "v2".
 
-  locate("tiny", "v2", "hub:owner/name" or a folder, parts=wanted) -> {part: its folder or file, or None}
+  "tiny", "v2", "hub:owner/name" or a folder  -locate->  {part: its folder or file, or None}
 
 hub.py fetches weights that are on the hub, and text encoders for a folder of the original files, which has none.
 Needs: the standard library; huggingface_hub when something is fetched.
@@ -26,7 +26,7 @@ COMBINED = ONE_FOLDER | dict(           # diffusers' WuerstchenCombinedPipeline
 LAYOUTS = {
     "one folder": ONE_FOLDER,
     "combined pipeline": COMBINED,
-    "published pair": {                 # the two released folders in one folder
+    "published pair": {                 # the two released repositories as subfolders
         part: f"wuerstchen{'-prior' * (part.startswith('prior') or part == 'image_encoder')}/{folder}"
         for part, folder in ONE_FOLDER.items()},
     "original files": COMBINED | dict(  # the authors' .pt files, published without text encoders
@@ -36,7 +36,7 @@ LAYOUTS = {
         prior="model_stage_c*.pt", decoder="model_stage_b.pt", vqgan="vqgan_f4_v1_500k.pt",
         image_encoder="model_stage_b.pt"),
 }
-SHIPPED = {name: Path(__file__).parents[1] / "models" / name for name in ("tiny", "tiny-v1")}    # included here
+SHIPPED = {name: Path(__file__).parents[1] / "models" / name for name in ("tiny", "tiny-v1")}    # in this repo
 MODELS = ("prior", "decoder", "vqgan")
 OPTIONAL = ("image_encoder", "scheduler", "prior_scheduler")
 TEXT = ("prior_text_encoder", "prior_tokenizer", "text_encoder", "tokenizer")

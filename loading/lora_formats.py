@@ -61,7 +61,7 @@ ENDINGS = {
 WRAPPERS = re.compile(r"(?<![^.])module\.|_orig_mod[._]|(?<=\.lora_[AB])\.(?!weight$)\w+(?=\.weight$)"
                       r"|(?<=\.lora_magnitude_vector)\.(?!weight$)\w+(?=(\.weight)?$)")
 CONFIG = "lora_adapter_metadata"       # diffusers' key in the header: peft's configuration, in JSON
-ALPHAS = ("ss_network_alpha", "network_alpha", "lora_alpha", "alpha")     # other programs' keys in the header
+ALPHAS = ("ss_network_alpha", "network_alpha", "lora_alpha", "alpha")     # other programs' keys of alpha in the header
 # With these init_lora_weights, peft changes the base weights before training, so the LoRA fits only the changed ones.
 OTHER_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # {pattern: what the file probably is}, for error messages: the first pattern found in the unknown names counts.

@@ -134,8 +134,8 @@ def rules_c(depth: int, **_) -> list:
 class Format(NamedTuple):
     """The released form of one model."""
     description: str
-    rules: Callable[..., list]     # model.config -> rules
-    class_name: str                # in config.json
+    rules: Callable[..., list]     # function: model.config -> rules
+    class_name: str                # _class_name in config.json
     arguments: dict                # {our argument: (key in config.json, the default in diffusers)}
     fixed: dict = {}               # {key in config.json that our class lacks: the only supported value}
     signature: tuple = ()          # names of a tensor that only this model has: released, ours

@@ -152,5 +152,5 @@ positive_int, unit_float, below_one = integer(1), Number(0, 1), Number(0, 1, bel
 SEED = integer(0, 2 ** 32 - 1)
 IMAGES, BATCH = integer(1, 10_000), integer(1, 10_000)               # images of one prompt; images at a time
 SIDE = integer(64, 2 ** 14, unit=" of px")       # of a generated image, see wuerstchen.latent_sizes
-STEPS, FRAMES, CELLS = integer(1, 10_000), integer(2, 1_000), 1_000  # in sampling; an interpolation; a grid
+STEPS, FRAMES, CELLS = integer(1, 10_000), integer(2, 1_000), 1_000  # sampling steps; interpolation frames; grid cells
 RESOLUTION = integer(128, 2 ** 12, 128)          # px of training images for Stages B and C

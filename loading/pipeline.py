@@ -36,9 +36,9 @@ def load(weights: str | Path | None = None, device: str | None = None, dtype: to
          lora_partial: bool = False, **files) -> Wuerstchen:
     """Loads a pipeline, ready to generate images.
 
-    weights     "tiny" and "tiny-v1", which ship with the code; "v1", "v2", "v2-base", "v2-aesthetic", fetched if need
-                be; a folder in any of diffusers' layouts, or of the original .pt files (see layouts.find_parts); or
-                any repository, "hub:owner/name" (see hub.Repository)
+    weights     "tiny" and "tiny-v1", which ship with the code; "v1", "v2", "v2-base", "v2-aesthetic", fetched if not
+                in the cache; a folder in any of diffusers' layouts, or of the original .pt files (see
+                layouts.find_parts); or any repository, "hub:owner/name" (see hub.Repository)
     files       single parts to use instead of those of `weights`, each a folder, a file or "hub:owner/name": prior,
                 decoder, vqgan, image_encoder, prior_text_encoder, text_encoder; `weights` is then "v2" by default
     device      default cuda if there is one. dtype: torch's, "bf16" or "auto"; default fp32 on CPUs, else bf16
@@ -164,7 +164,7 @@ def loaders_of(paths: dict, empty: dict, device: torch.device, dtype: torch.dtyp
 
     def stage_c() -> torch.nn.Module:
         from lora import merge_and_unload
-        both = ({str(paths["lora"]): 1.0} if paths.get("lora") else {}) | loras      # set_loras changes `loras`
+        both = ({str(paths["lora"]): 1.0} if paths.get("lora") else {}) | loras      # set_loras may change `loras`
         both = {adapter_name(file): (file, scale) for file, scale in both.items()}   # load a file with two paths once
         model = stage("prior", int8 and not both)
         for name, (file, scale) in both.items():
@@ -202,7 +202,7 @@ def pipeline_for(paths: dict, empty: dict, loaders: dict, device, dtype) -> Wuer
     tiny = bool(paths["image_encoder"]) and w.is_tiny(paths["image_encoder"])
     decoder, prior = empty.get("decoder"), empty.get("prior")
     if not isinstance(decoder, w.StageBV1):
-        # A small Stage B tends to mix several objects; guidance makes it follow the semantic latents more closely.
+        # A small Stage B is often undecided between objects; guidance makes it follow the semantic latents.
         return Wuerstchen(loaders, 128 if tiny else 1024, device, dtype,
                           b=Sampling(12, guidance=4.0) if tiny else Sampling(12))
     from v1.pipeline import WuerstchenV1

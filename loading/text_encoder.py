@@ -58,7 +58,7 @@ class Tokenizer:
         import tokenizers
         found = {name: (Path(folder) / name).read_text("utf-8") for name in FILES if (Path(folder) / name).is_file()}
         config = json.loads(found.get("tokenizer_config.json", "{}"))
-        if "added_tokens_decoder" not in config:                  # files older than 2023: special tokens are here
+        if "added_tokens_decoder" not in config:                  # before 2023, special tokens were in this file
             config |= json.loads(found.get("special_tokens_map.json", "{}"))
         if "tokenizer.json" in found:
             return cls(tokenizers.Tokenizer.from_str(found["tokenizer.json"]), config)

@@ -43,7 +43,7 @@ def unknown_words(prompt: str, known: dict[str, list[str]]) -> list[str]:
 def nearest_phrases(unknown: list[str], known: dict[str, list[str]], n: int = 3) -> list[str]:
     """n known phrases to suggest: first phrases with a word similar to an unknown one, then the first objects."""
     phrase_of = {word: phrase for phrases in reversed(known.values()) for phrase in reversed(phrases)
-                 for word in phrase.split() if len(word) > 2}     # of two, the first; skip short words: "to"
+                 for word in phrase.split() if len(word) > 2}     # the first phrase counts; skip short words: "to"
     near = [phrase_of[match] for word in unknown for match in difflib.get_close_matches(word.lower(), phrase_of, n=1)]
     return list(dict.fromkeys([*near, *known["objects"]]))[:n]
 
@@ -56,7 +56,7 @@ def warn_of_unknown_words(model: Wuerstchen, prior: Path | None, loras: dict) ->
 
     def encode_and_check(stage: str, prompts: list[str], negatives: list[str]) -> tuple:
         network = model.networks.get("stage_c")
-        if not (model.loras or isinstance(network, torch.nn.Module) and lora_layers(network)):     # adds words
+        if not (model.loras or isinstance(network, torch.nn.Module) and lora_layers(network)):     # more words
             for text in [*prompts, *negatives]:
                 unknown = [word for word in unknown_words(text, known) if word.lower() not in seen]
                 seen.update(map(str.lower, unknown))

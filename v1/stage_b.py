@@ -19,8 +19,8 @@ share of them, the next lower t, by random tokens, and calls the network again. 
 
 In   tokens (B,h,w) int64, h and w multiples of 8; t (B,) noise level, 0 = clean, 1 = noise; semantic
      (B,16,h',w') (zeros = no guidance); text (B,77,1024) of CLIP-H, or None
-Out  logits (B,8192,h,w). Note: the semantic latent is not added to the image features as in v2. Its positions form a
-     sequence before the text tokens, and each position of the image learns by attention which of them matter for it.
+Out  logits (B,8192,h,w). Note: v2 resizes the semantic latent to the size of the image features. Here its positions are
+     a sequence before the text tokens, and each image position finds by attention which of them matter for it.
 
 Papers: arXiv:2306.00637v1 (Stage B), arXiv:2211.07292 (Paella).  Needs: torch; stage_b.py, whose blocks it is made of.
 """
@@ -135,7 +135,7 @@ class StageBV1(nn.Module):
         linear in them. The cosines are for distributions with several modes (random Fourier features, Rahimi and Recht
         2007).
         """
-        codes = codes.float().cpu()                                                      # same on every device
+        codes = codes.float().cpu()                                                      # so all devices agree
         z = (codes - codes.mean(0)) / codes.std(0)                                       # (K, c)
         rows, columns = torch.triu_indices(z.shape[1], z.shape[1])
         exact = torch.cat([z, z[:, rows] * z[:, columns]], dim=1)                        # (K, c + c (c + 1) / 2)
@@ -174,13 +174,13 @@ class StageBV1(nn.Module):
         x = widen(layer_norm(self.embed(x)))                                             # (B, h/2, w/2, C0)
 
         skips = []
-        for i, blocks in enumerate(self.down_blocks):                                    # to the coarsest level ...
+        for i, blocks in enumerate(self.down_blocks):                                    # down to the coarsest level
             if i > 0:
                 x = self.downsample[i](channels_first(layer_norm(x, dtype)))
                 x = widen(channels_last(x))                                              # (B, H/2, W/2, C_i)
             x = self.run_level(blocks, x, t_embedding, sequence)
             skips.append(x)
-        for i in reversed(range(len(self.up_blocks))):                                   # ... and up again
+        for i in reversed(range(len(self.up_blocks))):                                   # up to the finest level
             x = self.run_level(self.up_blocks[i], x, t_embedding, sequence, skips[i])
             if i > 0:
                 x = self.upsample[i](channels_first(layer_norm(x, dtype)))

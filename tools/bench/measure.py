@@ -17,7 +17,7 @@ from tools.bench.report import Row
 
 
 def seconds_of(action: Callable, device: str = "cpu") -> float:
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None     # a GPU works in the background
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None     # a GPU computes in the background
     wait()
     start = time.perf_counter()
     action()
@@ -103,7 +103,7 @@ def products_of(call: Callable) -> Callable:
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             kind = function.overloadpacket
-            if kind in products and not (kind is aten.convolution and args[8] > 1):      # groups
+            if kind in products and not (kind is aten.convolution and args[8] > 1):      # depthwise
                 seen.append((function, *tree_map_only(torch.Tensor, twin, (args, kwargs or {}))))
             return function(*args, **(kwargs or {}))
     with Watch():

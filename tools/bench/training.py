@@ -123,7 +123,7 @@ def training_steps(run: Run, depth: int, side: int, batch: int, device: str, wid
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())                       # waits for a GPU
+        losses.append(loss.item())                       # item() waits for a GPU
         seconds.append(time.perf_counter() - start)
     peak, products = peak_memory(device, before), None
     if run.who == "ours" and not run.checkpointing:
