@@ -1,1 +1,1 @@
-"""What the training scripts share: data, processes, checkpoints, logs, reports. No loop stands here."""
+"""What the training scripts share: data, processes, checkpoints, logs, reports. Their loops are in the scripts."""

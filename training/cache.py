@@ -1,16 +1,16 @@
 """On-disk cache of arrays that are expensive to compute and never change: latents and text embeddings.
 
   array = cache.get(key);  if array is None: cache.put(key, array := compute())
-  folder/KIND-HASH/ab/abcdef...npy     one entry; HASH is of the settings and the encoder, so different ones never meet
+  folder/KIND-HASH/ab/abcdef...npy     one entry; HASH is of settings and encoder: others use another folder
   CachedTexts: captions -> embeddings, each computed once
   fill_cache: the latents and embeddings of a whole dataset, each process computes its share
 
-A key is any text that says what the array was computed from. It may be a caption, which is then stored once, however
-many images share it. Or it is an image's hash with everything that was done to it, see latent_key.
+A key is any text that specifies what the array was computed from: a caption, whose embedding is stored once, however
+many images share it; or an image's hash with everything that was done to the image, see latent_key.
 Any number of processes may use a folder at once. An entry is written under another name and then renamed, so it is
-complete or not there at all, and a process that comes second replaces it by the same.
-Surprise: nothing is flushed to the disk (fsync), which would take longer than all the rest. A power cut may leave
-entries of zeros. Each carries a checksum of key and content; if it does not match, the entry is removed and computed
+complete or does not exist. If two processes write the same entry, the second replaces it by the same content.
+Note: nothing is flushed to the disk (fsync), which would take longer than all the rest. A power cut may leave entries
+of zeros. So each entry contains a checksum of key and content. If it does not match, the entry is removed and computed
 again.
 Needs: torch, numpy, tqdm; loading/, training/data.py.
 """
@@ -38,9 +38,9 @@ CHECKSUM = 32    # bytes of a sha256 at the end of an entry; np.load(path) reads
 class Cache:
     """Arrays by key, for one encoder and one set of settings.
 
-    settings   everything else the arrays depend on, in types that JSON has. "kind" names the folder: "latents",
-               "texts", ..., by default "entries". "dtype" is "float16" (the default, half the size) or "float32"; for
-               integers, which are stored exactly, "int16" or "int32".
+    settings   everything else the arrays depend on, as a dict that JSON can represent. "kind" names the folder:
+               "latents", "texts", ..., by default "entries". "dtype" is "float16" (the default, half the size) or
+               "float32"; for integers, which are stored exactly, "int16" or "int32".
     Raises ValueError for another dtype, TypeError for settings that JSON cannot represent.
     """
     def __init__(self, folder: str | Path, encoder_hash: str, settings: dict):
@@ -50,7 +50,7 @@ class Cache:
         self.dtype = np.dtype(settings["dtype"])
         self._identity = json.dumps([encoder_hash, settings], sort_keys=True)
         self.folder = Path(folder) / f"{settings['kind']}-{_sha256(self._identity)[:16]}"
-        self._writing = self.folder / "writing"            # on the same disk, so that a rename is one step
+        self._writing = self.folder / "writing"            # on the same disk, so that renaming is atomic
         self._writing.mkdir(parents=True, exist_ok=True)
         sweep(self._writing)
         if not (self.folder / "info.json").exists():       # for people; the program never reads it
@@ -59,7 +59,7 @@ class Cache:
 
     def path(self, key: str) -> Path:
         name = _sha256(f"{self._identity} {key}")
-        return self.folder / name[:2] / f"{name}.npy"      # 256 folders: file systems are slow with a million in one
+        return self.folder / name[:2] / f"{name}.npy"      # 256 folders, because one with a million files is slow
 
     def get(self, key: str, shape: tuple | None = None) -> np.ndarray | None:
         """The array of this key, or None. A damaged entry, or one not of `shape`, is removed with a warning."""
@@ -68,7 +68,7 @@ class Cache:
             content = path.read_bytes()
         except FileNotFoundError:
             return None
-        except OSError as error:                           # a bad disk; whoever needs the entry computes it again
+        except OSError as error:                           # a bad disk; the caller computes the array again
             warn(f"{path} cannot be read and is computed again: {error}")
             return None
         problem, array = "its checksum does not match", None
@@ -78,20 +78,20 @@ class Cache:
         if problem is None:
             return array
         warn(f"{path} is removed and computed again: {problem}")
-        path.unlink(missing_ok=True)                       # another process may have been quicker
+        path.unlink(missing_ok=True)                       # another process may have removed it
         return None
 
     def put(self, key: str, array: np.ndarray) -> None:
         """Stores an array.
 
-        Raises ValueError for NaN and infinity, also if they only arise from rounding to float16, and for integers that
-        do not fit.
+        Raises ValueError for NaN and infinity, also if rounding to float16 causes them, and for integers that are too
+        large for the dtype.
         """
         with np.errstate(over="ignore"):
             stored = np.asarray(array, self.dtype, order="C")
         problem = self._problem(stored, None)
         if self.dtype.kind == "i" and not np.array_equal(stored, array):
-            problem = f"it contains numbers that do not fit {self.dtype}"        # they would come back as others
+            problem = f"it contains numbers that do not fit {self.dtype}"        # they would be changed
         if problem:
             raise ValueError(f"cannot store {key[:80]!r}: {problem}; its largest number is {np.abs(array).max():g}")
         buffer = io.BytesIO()
@@ -100,10 +100,10 @@ class Cache:
         self._write(path, buffer.getvalue() + _checksum(path, buffer.getvalue()))
 
     def missing(self, keys: list[str]) -> list[str]:
-        """The keys without an entry, each once, in their order.  Damaged entries are only found when they are read."""
+        """The keys without an entry, in their order, without duplicates. Damaged entries are only found by `get`."""
         paths = {key: self.path(key) for key in keys}
         present = set()
-        for folder in {path.parent for path in paths.values()}:      # listing each: far fewer calls than one per key
+        for folder in {path.parent for path in paths.values()}:      # far fewer calls than testing each key
             if folder.exists():
                 present.update(os.listdir(folder))
         return [key for key, path in paths.items() if path.name not in present]
@@ -127,7 +127,7 @@ def _sha256(text: str) -> str:
 
 
 def _checksum(path: Path, content: bytes) -> bytes:
-    """With the name, which stands for the key: so an entry under the wrong name is found as well."""
+    """A hash of the file's name, which depends on the key, and the content. It also detects a wrong name."""
     return hashlib.sha256(path.stem.encode() + content).digest()
 
 
@@ -144,14 +144,13 @@ def hash_of(module: nn.Module) -> str:
 
 
 class CachedTexts:
-    """Captions -> embeddings (B,N,D) float32 on `device`, by a frozen encoder: each caption once, so that no batch
-    changes it.
+    """Captions -> embeddings (B,N,D) float32 on `device`, by a frozen encoder, independent of the batch.
 
-    Captions that are missing are encoded together, and always as many rows at a time, filled up with "": on a GPU 16,
-    on a CPU, which gains little, one. Products of one shape take the same kernel, and it adds up a row in the same
-    order whatever the others are. So an embedding is the same to the bit with any neighbours, on the same kind of
-    device; a varying number of rows would change its rounding. Autocast is off, because some callers are inside it.
-    encoder: a TextEncoder. cache: a Cache. most: captions that the device's memory holds. rows: see above.
+    Captions without an embedding are encoded together, always in the same number of rows, padded with "": 16 on a GPU;
+    1 on a CPU, where more gain little. Matrix products of the same shape use the same kernel, which sums each row in
+    the same order. So an embedding is the same bit for bit, whatever the other rows are, on the same kind of device; a
+    varying number of rows would change its rounding. Autocast is turned off, because some callers use it.
+    encoder: a TextEncoder. cache: a Cache. most: number of embeddings kept in the device's memory. rows: see above.
     """
     def __init__(self, encoder, device: torch.device, cache=None, most: int = 1000, rows: int | None = None):
         self.encoder, self.device, self.cache, self.most, self.memory = encoder, device, cache, most, {}
@@ -169,11 +168,11 @@ class CachedTexts:
         while len(self.memory) > self.most:
             self.memory.pop(next(iter(self.memory)))
         found |= new
-        with torch.autocast(self.device.type, enabled=False):                            # it cannot stack float16
+        with torch.autocast(self.device.type, enabled=False):                            # autocast cannot stack float16
             return torch.stack([found[caption] for caption in captions]).float()         # (B, N, D)
 
     def fill(self, captions: list[str], silent: bool = True) -> None:
-        """Encodes those that the cache does not have yet."""
+        """Encodes the captions that the cache does not contain yet."""
         for start in tqdm(range(0, len(captions), self.rows), desc="caching captions", disable=silent):
             self(captions[start:start + self.rows])
 
@@ -186,7 +185,7 @@ class CachedTexts:
             return embeddings
         for caption, embedding in zip(captions, embeddings):
             self.cache.put("text " + caption, embedding.float().cpu().numpy())
-        return [self._stored(caption) for caption in captions]                           # rounded, as later runs see it
+        return [self._stored(caption) for caption in captions]                           # rounded, as in later runs
 
     def _stored(self, caption: str) -> torch.Tensor | None:
         array = self.cache.get("text " + caption)
@@ -205,17 +204,17 @@ def fill_cache(dataset: ImageDataset, sizes: Callable[[int], list[tuple[int, int
     """Computes the missing latents of all images and embeddings of all captions, each process its share.
 
     sizes     i -> all (height, width) to which image i is cut, centered; flips: also mirrored
-    caches    name -> Cache;  encoders: the same name -> function of pixels (1,h,w,3) uint8 to a latent (1,C,h',w')
+    caches    name -> Cache;  encoders: the same name -> function of pixels (1,h,w,3) uint8 to latents (1,C,h',w')
     texts     a CachedTexts, or None
-    -> for each image that cannot be read, the next one of its bucket (dataset.bucket) or else of all, to be used
-    instead.  Raises ValueError if there is none.
+    -> {image that cannot be read: the image to use instead}, the next in its bucket (dataset.bucket), or else the next
+    of all.  Raises ValueError if no image can be read.
     """
     def keys_of(i: int, sizes: Callable) -> dict[str, tuple]:
         return {latent_key(dataset, i, size, flip): (i, size, flip) for size in sizes(i)
                 for flip in (False, True)[:1 + flips]}
 
     def fill(images: Iterable[int], sizes: Callable) -> set[str]:
-        """Computes what is missing.  -> the keys that still have no entry, because their image cannot be read."""
+        """Computes missing entries.  -> the keys that still have no entry, because their image cannot be read."""
         keys = {key: what for i in images for key, what in keys_of(i, sizes).items()}
         missing = list(dict.fromkeys(key for cache in caches.values() for key in cache.missing([*keys])))
         missing = missing[processes.rank::processes.world]
@@ -234,14 +233,14 @@ def fill_cache(dataset: ImageDataset, sizes: Callable[[int], list[tuple[int, int
         captions = sorted({""} | {caption for i in range(len(dataset)) for caption in dataset.captions(i)})
         texts.fill(captions[processes.rank::processes.world], silent=processes.rank > 0)
     processes.wait()
-    # Counted by image, not by key: copies of a file share their keys.
+    # Count images, not keys, because copies of a file have the same keys.
     broken = [i for i in range(len(dataset)) if missing and not missing.isdisjoint(keys_of(i, sizes))]
     return _replacements(dataset, broken, sizes, fill, processes)
 
 
 def _replacements(dataset: ImageDataset, broken: list[int], sizes: Callable, fill: Callable, processes
                   ) -> dict[int, int]:
-    """Broken image -> what fill_cache returns for it.  Names the broken ones on stderr."""
+    """-> what fill_cache returns: {broken image: the image to use instead}.  Names the broken images on stderr."""
     def first_after(i: int, usable: np.ndarray) -> int:
         return int(usable[np.searchsorted(usable, i) % len(usable)])
 
@@ -256,7 +255,7 @@ def _replacements(dataset: ImageDataset, broken: list[int], sizes: Callable, fil
     for i in broken:
         alike = usable[dataset.bucket[usable] == dataset.bucket[i]]
         replaced[i] = first_after(i, alike if len(alike) else usable)
-        if not len(alike):                       # an image of another shape, which is not yet there in this one
+        if not len(alike):                       # an image of another bucket: not cached in these sizes yet
             others.setdefault(replaced[i], []).extend(sizes(i))
     fill([*others], others.get)
     return replaced

@@ -1,9 +1,9 @@
-"""Checkpoints and the log of a run, so that a run can be stopped after any step and resumed without a trace.
+"""Checkpoints and the log of a run. A run can be stopped after any step, and a resumed run gives the same result.
 
   checkpoints.find(args) -> path;  checkpoints.load(path, ...) -> state -load_full_state-> model, optimizer, ...
   model, optimizer, ... -full_state-> state -checkpoints.save-> out/checkpoints/step_00000100.pt
 
-A checkpoint holds no random state, because all randomness is a function of (seed, step, sample); see order.py.
+A checkpoint contains no random state, because all randomness is a function of (seed, step, sample); see order.py.
 Needs: torch, numpy, pillow; loading/.
 """
 import contextlib
@@ -27,32 +27,32 @@ from loading.files import (check_folder, disk_errors, fcntl, is_finite, parsed, 
 
 FULL = dict(full_state_dict=True, cpu_offload=True)      # gathered from all processes if they are split
 
-# Options that concern only this machine, or are secret: not in checkpoints, cards or services.
+# Options that concern only this machine, or are secret. They are not written to checkpoints, model cards or services.
 PRIVATE = ("out", "resume", "workers", "device", "push_to_hub", "hub_token")
 
 
 def settings_of(args) -> dict:
-    """The options that decide what is learned: without paths and what concerns only this machine."""
+    """All options except PRIVATE ones: those that decide what is learned."""
     return {name: value for name, value in vars(args).items()
             if name not in PRIVATE}
 
 
 def check_finite(content: dict, what: str) -> None:
-    """Raises UserError if one of the tensors in it, at any depth, has NaN or infinity; `what` has them."""
+    """Raises UserError if a tensor in `content`, at any depth, has NaN or infinity. what: its name in the error."""
     for name, tensor in tensors_in(content):
         if not is_finite(tensor):
             raise UserError(f"{what} has NaN or infinity in {name} and is not written: resume from an earlier "
                             f"checkpoint with a lower --lr, or with --dtype bf16 or fp32")
 
 
-LOCKS = weakref.WeakValueDictionary()                    # path -> the open file by which this process has the lock
+LOCKS = weakref.WeakValueDictionary()                    # {path: the open file with which this process holds the lock}
 
 
 def lock_run(out: Path):
-    """Keeps other processes out of a run's folder, also those of other machines, while the returned file is open. A
-    process that ends, in whatever way, gives its lock back. Raises UserError if another one has it.
+    """Locks a run's folder against other processes, also on other machines, while the returned file is open. The lock
+    ends with the process, however that ends. Raises UserError if another process holds it. None if locks do not exist.
 
-    Unlike the locks of loading/files.py, this kind does not pass to workers, which outlive a killed run for seconds.
+    Unlike the locks of loading/files.py, it is not inherited by workers, which outlive a killed run for seconds.
     """
     path = out.resolve() / ".lock"
     if fcntl is None or path in LOCKS:
@@ -78,26 +78,26 @@ def lock_run(out: Path):
 
 
 def remove_unused(out: Path, lock) -> None:
-    """Removes a run's folder that has nothing but the lock, which is held until then: an error came before work."""
+    """Removes a run's folder if it contains only the lock, because the run failed before it wrote anything."""
     with contextlib.suppress(OSError):
         if [path.name for path in out.iterdir()] == [".lock"]:
             (out / ".lock").unlink()
             out.rmdir()
 
 
-# What a checkpoint holds: all, and those of train_a.py, train_b.py and train_c.py.
+# Contents of every checkpoint, and what those of train_a.py, train_b.py and train_c.py have in addition.
 PARTS = dict(settings=dict, step=int, model=dict, optimizer=dict)
 PARTS_OF_THREE = dict(averaged=dict, updates=int, scaler=dict, bad=int, bad_in_all=int)
 
 
 class TornCheckpoint(UserError):
-    """The file is not a whole checkpoint."""
+    """The file is not a complete checkpoint."""
 
 
 class Checkpoints:
-    """out/checkpoints/step_00000100.pt, ...: the newest `keep` of a run. Each file is complete or not there at all.
+    """out/checkpoints/step_00000100.pt, ...: the newest `keep` checkpoints of a run. No file is ever incomplete.
 
-    results: names in --out of what the script leaves in the end, which no other run may overwrite.
+    results: names of the files and folders that the script finally writes to --out; no other run may overwrite them.
     """
     def __init__(self, args, results: tuple[str, ...]):
         self.out, self.folder, self.keep = Path(args.out), Path(args.out) / "checkpoints", args.keep
@@ -112,8 +112,8 @@ class Checkpoints:
         return sorted(self.folder.glob("step_*.pt"))
 
     def find(self, resume: str | None, processes=None) -> Path | None:
-        """The file that --resume means: None, "auto" (the newest, or None if there is none yet), or a file. The folder
-        is this run's from now on, unless it is a dry one.
+        """The checkpoint to resume from, or None. resume: None, "auto" (the newest, if there is one) or a file. Locks
+        the folder for this run, unless it is a dry run.
 
         Raises UserError for a file that does not exist, if a run or its result would be overwritten, and if another run
         is writing there.
@@ -124,7 +124,7 @@ class Checkpoints:
         found, card = self.all(), self.out / "README.md"
         results = [self.out / name for name in self.results if (self.out / name).exists()]
         if card.is_file() and "| `--steps` |" in card.read_text(encoding="utf-8", errors="replace"):
-            results.append(card)         # of any script: the card, log and base.json of two results would be mixed
+            results.append(card)         # of any script: else two results would share card, log and base.json
         if resume is None and found:
             raise UserError(f"{found[-1]} exists already: "
                             f"add --resume auto to continue from it, or choose another --out")
@@ -137,10 +137,10 @@ class Checkpoints:
         return (found[-1] if found else None) if resume in (None, "auto") else Path(resume)
 
     def save(self, step: int, content: dict, rotate: bool = True) -> None:
-        """rotate: False keeps all older checkpoints, because steps come to NaN and this one may be the reason.
+        """Writes a checkpoint. rotate=False keeps all older ones, because steps had NaN and this one may be the reason.
 
-        Raises UserError for weights that are not finite. Checkpoints of later steps are set aside: they are torn, or of
-        a run that was resumed from before them, and would be taken for the newest.
+        Raises UserError for weights that are not finite. Checkpoints of later steps are renamed, because --resume auto
+        would take them for the newest: they are torn, or this run was resumed from an earlier step.
         """
         path = self.folder / f"step_{step:08d}.pt"
         check_finite(content, f"the state after step {step}")
@@ -148,7 +148,7 @@ class Checkpoints:
             for path_or_lora in filter(Path.exists, (later, later.with_suffix(".safetensors"))):
                 path_or_lora.rename(f"{path_or_lora}.old")
             tell(f"{later} is not what this run continues: renamed to {later.name}.old")
-        for half in self.folder.glob(".step_*.pt"):                              # a killed run was writing it
+        for half in self.folder.glob(".step_*.pt"):                              # left by a killed run
             half.unlink(missing_ok=True)
         write_tensors(path, content)
         for old in self.all()[:-self.keep] if rotate else ():
@@ -156,17 +156,17 @@ class Checkpoints:
             old.with_suffix(".safetensors").unlink(missing_ok=True)          # its LoRA, see results.write_lora
 
     def finished(self, resumed: Path | None, steps: int) -> bool:
-        """Whether the run has ended and its result is there: the card, which is written last, names its steps."""
+        """Whether the run has ended and its result exists: the card, written last, contains the number of steps."""
         card = self.out / "README.md"
         return resumed is not None and resumed.name == f"step_{steps:08d}.pt" and card.exists() and \
             f"| `--steps` | {steps} |" in card.read_text(encoding="utf-8", errors="replace") and \
             all((self.out / name).exists() for name in self.results)
 
     def load(self, path: Path, script: str, settings: dict, fixed: tuple[str, ...] = ()) -> dict:
-        """The content of a checkpoint. Settings that differ from those of now are named on stderr.
+        """The content of a checkpoint. Settings that differ from the present ones are named on stderr.
 
-        If the newest one is torn, --resume auto takes the one before. Raises UserError for a torn file, for a
-        checkpoint of another script or of more steps, and if one of the options `fixed` was another.
+        If the newest checkpoint is torn, --resume auto takes the one before it. Raises UserError for a torn file, for a
+        checkpoint of another script or of more steps, and if one of the options `fixed` had another value.
         """
         older = [other for other in self.all() if other.name < path.name] if self.auto else []
         try:
@@ -179,7 +179,7 @@ class Checkpoints:
         then = content["settings"]
         for name in fixed:
             option, before, now = f"--{name.replace('_', '-')}", then.get(name, False), settings[name]
-            if name == "lora_weights":                   # brings rank, alpha and targets; its path may change
+            if name == "lora_weights":                   # it defines rank, alpha and targets; its path may change
                 before, now = bool(before), bool(now)
             if before != now:
                 what = f"with {option} {before}, not {now}: resume with that" if not isinstance(now, bool) else (
@@ -204,7 +204,7 @@ class Checkpoints:
         missing = [part for part, kind in parts.items()
                    if not isinstance(content.get(part), kind) or kind is int and content[part] < 0]
         if not missing:
-            moments = content["optimizer"].get("state")          # of AdamW, or of its 8-bit relative
+            moments = content["optimizer"].get("state")          # of AdamW, or of AdamW8bit
             whole = isinstance(moments, dict) and all(
                 isinstance(state, dict) and ({"exp_avg", "exp_avg_sq", "step"} <= state.keys() or "state1" in state)
                 for state in moments.values()) and (moments or not content.get("updates", 1))
@@ -216,9 +216,9 @@ class Checkpoints:
 
 
 def full_state(model, optimizer, scaler, ema) -> dict:
-    """What a run has learned, for a checkpoint. All processes must call this: each may hold a part of the weights.
+    """The state of a run, for a checkpoint. All processes must call this, because each may hold a part of the weights.
 
-    Frozen parameters are left out. Buffers, such as BatchNorm's statistics, are averages already and have no EMA.
+    Frozen parameters are omitted. Buffers, such as BatchNorm's statistics, have no EMA: they are averages already.
     """
     learned = StateDictOptions(**FULL, ignore_frozen_params=True)
     with ema.applied():                  # a copy, because the tensors may be views of the live weights
@@ -233,7 +233,7 @@ fitting = functools.partial(reading, failed="does not fit", advice=(
 
 
 def check_shapes(now: dict, found: dict) -> None:
-    """Raises ValueError unless both hold tensors of the same names and shapes."""
+    """Raises ValueError unless both contain tensors of the same names and shapes."""
     now, found = ({name: tuple(getattr(tensor, "shape", "?")) for name, tensor in part.items()}
                   for part in (now, found))
     if now != found:
@@ -242,7 +242,7 @@ def check_shapes(now: dict, found: dict) -> None:
 
 
 def check_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Raises ValueError if AdamW's averages do not have the parameters' shapes, which its state does not check."""
+    """Raises ValueError if AdamW's moments do not have the parameters' shapes, which load_state_dict does not check."""
     for parameter, state in optimizer.state.items():
         for name in ("exp_avg", "exp_avg_sq") if "state1" not in state else ():          # bitsandbytes has others
             if state[name].shape != parameter.shape:
@@ -251,7 +251,7 @@ def check_moments(optimizer: torch.optim.Optimizer) -> None:
 
 @contextlib.contextmanager
 def own_options(optimizer: torch.optim.Optimizer):
-    """Inside, a state is loaded, which brings the options it was made with. Afterwards those of this run hold again."""
+    """Context for loading an optimizer's state, which also overwrites its options: restores the options of this run."""
     own = [{name: group[name] for name in ("weight_decay", "share", "betas", "eps") if name in group}
            for group in optimizer.param_groups]
     yield
@@ -260,11 +260,11 @@ def own_options(optimizer: torch.optim.Optimizer):
 
 
 def load_full_state(path: Path, state: dict, model, optimizer, scaler, ema) -> None:
-    """The opposite of full_state. On all processes, whether as many as before or not.
+    """The inverse of full_state. All processes must call this; their number may have changed.
 
-    Raises UserError if other parameters learned than now.
+    Raises UserError if the checkpoint was trained with other parameters frozen.
     """
-    partial = StateDictOptions(**FULL, strict=False)     # frozen parameters are not in it
+    partial = StateDictOptions(**FULL, strict=False)     # frozen parameters are missing
     now = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
     with fitting(path):
         for part in ("model", "averaged"):
@@ -286,20 +286,20 @@ def full_weights(model) -> dict:
 
 
 def state_of(parts: dict, ema=None) -> dict:
-    """The state of parts that every process holds in full: name -> module, optimizer, scaler ..."""
+    """The state of `parts`, {name: module, optimizer, scaler, ...}, each of which every process holds in full."""
     averages = {} if ema is None else dict(averaged=ema.mean, updates=ema.updates)
     return {name: part.state_dict() for name, part in parts.items()} | averages
 
 
 def load_state(path: Path, state: dict, parts: dict, ema=None, **tensors: torch.Tensor) -> None:
-    """The opposite of state_of. Parts that the checkpoint does not have stay as they are, so a part may join a run.
-    tensors: get the values that the checkpoint has for them.
+    """The inverse of state_of. Parts that are not in the checkpoint are left unchanged, so a resumed run may add parts.
+    tensors: changed in place to the values in the checkpoint.
 
     Raises UserError if a part does not fit.
     """
     with fitting(path):
         for name, part in parts.items():
-            if state.get(name) or name in state and name != "scaler":    # a scaler's is empty if only now it is fp16
+            if state.get(name) or name in state and name != "scaler":    # a scaler's is empty if only now in fp16
                 is_optimizer = isinstance(part, torch.optim.Optimizer)
                 with own_options(part) if is_optimizer else contextlib.nullcontext():
                     part.load_state_dict(state[name])
@@ -308,7 +308,7 @@ def load_state(path: Path, state: dict, parts: dict, ema=None, **tensors: torch.
         saved = {name: state[name] for name in tensors}
         if ema is not None:
             ema.updates, tensors = state["updates"], tensors | ema.mean
-            saved |= state["averaged"] or ema.live       # it is empty after a run without averages
+            saved |= state["averaged"] or ema.live       # empty after a run without EMA
         for name, tensor in tensors.items():
             check_shapes({name: tensor}, {name: saved[name]})
             tensor.copy_(saved[name])
@@ -317,8 +317,8 @@ def load_state(path: Path, state: dict, parts: dict, ema=None, **tensors: torch.
 class Log:
     """out/log.jsonl, a line per call, and the service that --report-to names.
 
-    step: where the run starts. Later lines, left by a run that was killed, are dropped, and the evaluation after that
-    step, which is repeated. enabled: False for all processes except the main one; then nothing is written.
+    step: where the run starts. Removes lines of later steps, left by a run that was killed, and the line of the
+    evaluation after `step`, which is repeated. enabled: if False, nothing is written; True on the main process only.
     """
     def __init__(self, out: str | Path, step: int, report_to: str | None = None, settings: dict | None = None,
                  enabled: bool = True):
@@ -356,17 +356,17 @@ class Log:
     def write(self, step: int, **values) -> None:
         if self.enabled:
             with disk_errors(self.path):
-                size = self.path.stat().st_size          # there since __init__
+                size = self.path.stat().st_size          # the file exists: __init__ has written it
                 try:
                     with open(self.path, "a") as file:
                         file.write(json.dumps(dict(step=step, **values)) + "\n")
-                except OSError:                          # a full disk takes a part of it
+                except OSError:                          # a full disk: only a part was written
                     os.truncate(self.path, size)
                     raise
             self.report(values, step)
 
     def images(self, step: int) -> None:
-        """The sheet of samples after `step` steps, if there is one, to the service."""
+        """Sends the sample sheet after `step` steps to the service, if the sheet exists."""
         path = self.path.parent / "samples" / f"step_{step:06d}.png"
         if self.enabled and path.exists():
             with Image.open(path) as image:

@@ -1,7 +1,7 @@
-"""What Stage A's codebook needs in training besides a loss: running means, usage counts, new places for unused codes.
+"""Training of Stage A's codebook, in addition to its loss: running means, usage counts, restarts of unused codes.
 
-A code moves towards the latents that are nearest to it, by a gradient or as their running mean. A code that no latent
-is near has neither and would stay where it is forever; so once in a while such codes are put where latents are.
+A code moves towards the latents that are nearest to it, by a gradient or as their running mean. A code that is nearest
+to no latent would never move. So every --revive-every steps, such codes are replaced by latents.
 Needs: torch; order.py.
 """
 import torch
@@ -11,10 +11,10 @@ from training.order import sample_rng
 
 
 class CodebookAverages(nn.Module):
-    """The other way to train a codebook: each code is the running mean of the latents nearest to it, without gradients.
+    """Trains a codebook without gradients (--codebook ema): each code is the running mean of the latents nearest to it.
 
-    Per code a running number of latents N and their running sum m; the code is m / N. A code then follows its latents
-    at its own speed, whatever the learning rate. Source: arXiv:1711.00937.
+    For each code, N is a running mean of the number of latents and m of their sum; the code is m / N. So codes follow
+    their latents independently of the learning rate. Source: arXiv:1711.00937.
     """
     def __init__(self, codes: Tensor, decay: float = 0.99):
         super().__init__()
@@ -29,14 +29,14 @@ class CodebookAverages(nn.Module):
         skip = torch.as_tensor(skip)
         for mean, new in ((self.sizes, counts), (self.sums, sums)):
             mean.copy_(torch.where(skip, mean, mean.lerp(new, 1 - self.decay)))
-        # Laplace smoothing, as if each code had 1e-5 latents more: otherwise a code without latents divides by 0.
+        # Laplace smoothing, as if each code had 1e-5 latents more, so that a code without latents does not divide by 0.
         total = self.sizes.sum()
         sizes = (self.sizes + 1e-5) * total / (total + len(codes) * 1e-5)                # (K,)
         codes.copy_(torch.where(skip, codes, self.sums / sizes[:, None]))
 
     @torch.no_grad()
     def restart(self, dead: Tensor, latents: Tensor) -> None:
-        """Codes that were moved, dead (K,) bool, restart with the one latent they were moved to, latents (dead,C)."""
+        """Resets the means of codes that were moved, dead (K,) bool: each has one latent, its new value (dead,C)."""
         self.sizes[dead], self.sums[dead] = 1.0, latents
 
 
@@ -48,20 +48,17 @@ def count(z: Tensor, indices: Tensor, size: int) -> Tensor:
 
 
 def perplexity(counts: Tensor) -> Tensor:
-    """How often each code was used, (K,) -> the number of codes, used equally often, that this amounts to: 1 to K.
-
-    It is exp of the entropy.
-    """
+    """How often each code was used, (K,) -> exp of the entropy, 1 to K: n if n codes are used equally often."""
     p = counts / counts.sum()
     return torch.special.entr(p).sum().exp()
 
 
 class CodebookUpdates:
-    """What happens to the codebook of a StageA after each optimizer step: usage is counted, with --codebook ema the
-    codes become running means, and every --revive-every steps unused codes are moved.
+    """Updates the codebook of a StageA after each optimizer step: counts usage, sets codes to running means with
+    --codebook ema, and every --revive-every steps moves unused codes. With --freeze-encoder, only counts usage.
 
-    averages: a CodebookAverages or None. ema: of the weights. usage (2,K): how often each code was used since unused
-    ones were moved, and since a line was logged. With --freeze-encoder usage is counted and nothing moves.
+    averages: a CodebookAverages or None. ema: the EMA of the model's weights. usage (2,K): how often each code was used
+    since unused codes were last moved, and since the last line of the log.
     """
     def __init__(self, model, ema, args, processes):
         self.model, self.ema, self.args, self.processes, self.averages = model, ema, args, processes, None
@@ -72,13 +69,13 @@ class CodebookUpdates:
         self.counts = 0
 
     def add(self, latents: Tensor, indices: Tensor) -> None:
-        """Latents (B,h,w,C) of a micro-step and the codes nearest to them, (B,h,w)."""
+        """Adds the latents (B,h,w,C) of a micro-step and the indices of their nearest codes, (B,h,w)."""
         self.latents.append(latents.detach())
         self.counts = self.counts + count(self.latents[-1], indices, self.usage.shape[1])
 
     def update(self, step: int, skip: Tensor) -> None:
-        """All processes must call this once per step. skip (): the step was not taken. The host waits only when unused
-        codes are moved."""
+        """All processes must call this once per step. skip (): whether the step was skipped. The host waits for the
+        device only when unused codes are moved."""
         counts, codes = self.processes.sum(self.counts), self.model.codebook.codes           # (K, 1 + C)
         self.usage += counts[:, 0] * ~torch.as_tensor(skip)
         if self.averages is not None:
@@ -91,10 +88,11 @@ class CodebookUpdates:
 
     @torch.no_grad()
     def revive(self, step: int, dead: Tensor) -> None:
-        """Codes without latents, dead (K,) bool, are moved to latents of this step, drawn from those of all processes.
+        """Moves unused codes, dead (K,) bool, to latents drawn from this step's latents of all processes.
         Source: Jukebox, arXiv:2005.00341, which restarts codes at random.
 
-        The draw does not depend on how processes and micro-steps share the step: each process adds those it has.
+        The draw does not depend on how processes and micro-steps share the step: each process contributes the drawn
+        latents that it holds, and zeros for the others.
         """
         world, n = self.processes.world, self.latents[0].shape[:3].numel()
         z = torch.cat([part.float().flatten(0, 2) for part in self.latents])                 # (micro-steps * n, C)
@@ -105,11 +103,11 @@ class CodebookUpdates:
         self.model.codebook.codes[dead] = latents
         if self.averages is not None:
             self.averages.restart(dead, latents)
-        if "codebook.codes" in self.ema.mean:        # halfway from the old place to the new one there are no latents
+        if "codebook.codes" in self.ema.mean:        # an average of old and new code would be near no latent
             self.ema.mean["codebook.codes"][dead] = latents
 
     def used(self) -> dict[str, float]:
-        """Entries of the log since the last call."""
+        """-> usage of the codes since the last call, as entries of the log."""
         counts = self.usage[1].clone()
         self.usage[1] = 0
         return dict(codes_used=int((counts > 0).sum()), perplexity=perplexity(counts).item())

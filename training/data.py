@@ -1,14 +1,14 @@
 """Captioned images from any source, each cut to one of a few shapes.
 
   folder | tar shards | pipe:... | tables | hub:... | scenes -open_dataset-> ImageDataset: read(i), captions(i), key(i)
-  sizes (N,2) -nearest_bucket-> buckets (N,): to which of bucket_sizes each image is cut
+  sizes (N,2) -nearest_bucket-> buckets (N,): the index into bucket_sizes of the size to which each image is cut
   read(i) (H,W,3) uint8 -fit-> (h,w,3) uint8;  order.py decides which images make up a training step
 
 A resolution always means pixels of the image. The image encoder sees 0.75 times as many per side.
-Surprise: nothing is dropped silently. Files that cannot be used are counted and named. Files that turn out to be broken
-later are named on stderr and replaced by the next readable one, which depends only on the files, so a resumed run
-replaces them in the same way. A large dataset is read once and then mapped from a folder in index_folder, so that the
-next start takes seconds, and all processes of a machine share one copy.
+Note: nothing is dropped silently. Files that cannot be used are counted and named. Files that turn out to be broken
+later are named on stderr and replaced by the next readable file. The replacement depends only on the files, so a
+resumed run makes the same one. A large dataset is read once and then memory-mapped from a folder in index_folder, so
+that the next start takes seconds, and all processes of a machine share one copy.
 Needs: numpy, pillow; sources.py, extras/; scenes.py for `scenes`.
 """
 import contextlib
@@ -86,7 +86,7 @@ def open_dataset(source: str | Path, *, min_side: int = 64, captions_required: b
         return ImageDataset(text, (), [], folder, stored)
     skipped = [] if skipped is None else skipped
 
-    def kept() -> Iterator[dict]:                # a million samples pass through here one at a time
+    def kept() -> Iterator[dict]:                # a generator, because there may be millions of samples
         for sample in samples_of(parts, folder, found, chosen):
             known.update(sample.get("numbers", ()))
             problem = sample["problem"] or _problem(sample, min_side, captions_required, limits, require_keys)
@@ -107,7 +107,7 @@ def open_dataset(source: str | Path, *, min_side: int = 64, captions_required: b
 
 
 def check_choices(text: str, chosen: Chosen, found: Found, unknown: list[str], known: set[str]) -> None:
-    """Raises ValueError for columns and filters that no image has: a typing error would let everything through."""
+    """Raises ValueError for columns and filter keys that no image has: a typing error would turn the filter off."""
     if unknown:
         raise ValueError(f"{text}: no image has a number {unknown[0]!r} to filter by, "
                          f"found: {', '.join(sorted(known)) or 'none'}")
@@ -119,8 +119,8 @@ def check_choices(text: str, chosen: Chosen, found: Found, unknown: list[str], k
 
 
 def stored_in(folder: Path, options: list, parts: list[tuple[Path, str]]) -> Path | None:
-    """Where the images of these tar files are kept, read with these options. None if there are folders among them, in
-    which any file may have changed."""
+    """The folder that stores what was read from these tar files with these options. None if a part is a folder, because
+    any file in it may have changed."""
     if any(os.path.isdir(path) for path, _ in parts):
         return None
     digest = hashlib.sha256(json.dumps([INDEX_VERSION, options]).encode())
@@ -139,7 +139,7 @@ def read_filters(texts: list[str]) -> dict[str, float]:
 
 
 def read_prompts(file: str | Path) -> list[str]:
-    """A prompt per line of a text file, without empty lines and # comments, as in those of sample.py.
+    """The prompts in a text file, one per line, without empty lines and # comments, as in --prompt-file of sample.py.
 
     Raises ValueError if there are none, or the file cannot be read.
     """
@@ -171,7 +171,7 @@ def _problem(sample: dict, min_side: int, captions_required: bool, limits: dict,
         keys = ", ".join(sample.get("keys", ()))
         return "no caption" + f" among its keys {keys}: --caption-column chooses one" * bool(keys)
     for key, (low, high) in limits.items():
-        value = sample["numbers"].get(key)       # None only if there is none: 0.0 is a number, often the best one
+        value = sample["numbers"].get(key)       # `is None`, because 0.0 is a valid number
         if value is None and require_keys:
             return f"no number {key}"
         if value is not None and not low <= value <= high:
@@ -185,7 +185,8 @@ def _listed(skipped: list[tuple[str, str]], more: int = 0) -> str:
 
 
 def candidates(index: int, others: np.ndarray | Callable[[], np.ndarray]) -> Iterator[int]:
-    """index, then the others (N,) behind it and those before it, which are asked for only if index is not enough."""
+    """Yields index, then the numbers in others (N,) above it, then those below it. A function `others` is only called
+    after index was yielded."""
     yield index
     others = np.asarray(others() if callable(others) else others)
     yield from others[others > index].tolist()
@@ -201,13 +202,14 @@ class ImageDataset:
     """
     def __init__(self, source: str, samples: Iterable[dict], skipped: list[tuple[str, str]], folder: Path | None,
                  stored: Path | None = None):
-        """folder: for keys and the order of large datasets. stored: a folder of `store`, instead of samples."""
+        """folder: where to keep keys and the order of large datasets. stored: a folder written by `store`; then samples
+        are not used."""
         self.source, self.skipped, self.unlisted, self.notes = source, skipped, 0, []
         self.folder, self._stored, self._keys, self._numbers = folder, None, None, None
         if stored:
             return self._map(stored)
-        # All texts in one block of memory, not in a million objects. Looking at a Python object writes its reference
-        # count, so every worker process would sooner or later hold its own copy of them all.
+        # All texts are in one block of memory, not in a million Python objects. Reading a Python object changes its
+        # reference count, so every worker process would in time hold its own copy of all objects.
         there = folder and next(path for path in (folder, *folder.parents) if path.exists())
         records = tempfile.SpooledTemporaryFile(2 ** 28 * bool(folder), dir=there)       # on the disk if it is large
         ends, sizes = array("q", [0]), array("i")
@@ -261,7 +263,7 @@ class ImageDataset:
             self.sizes = self.sizes[self._numbers]
 
     def __getstate__(self) -> dict:
-        """For other processes: they map the same files."""
+        """The state for other processes, without mapped arrays: these processes map the same files."""
         mapped = ("_records", "_ends", "sizes") if self._stored else ()
         return {name: value for name, value in vars(self).items() if name not in mapped}
 
@@ -283,21 +285,21 @@ class ImageDataset:
         return self._record(i)[0]
 
     def captions(self, i: int) -> list[str]:
-        """At least one; [""] for an image without."""
+        """The captions of image i: at least one, [""] for an image without captions."""
         return self._record(i)[2] or [""]
 
     def select(self, numbers: np.ndarray) -> None:
-        """From now on, the images with these numbers are all there are."""
+        """Keeps only the images with these numbers; they are numbered again from 0."""
         self._numbers = numbers if self._numbers is None else self._numbers[numbers]
         self.sizes = self.sizes[numbers]
 
     def key(self, i: int) -> str:
-        """sha256, in hex, of the image's bytes and of what is done to its colours: the name of its pixels in a cache.
+        """sha256, in hex, of the image's bytes and of whether its colours are converted: its key in a cache.
 
-        With an index_folder, unchanged files are read for it only once.
+        With an index_folder, each unchanged file is read only once to compute its key.
         """
         file, offset, length = self._record(i)[1]
-        stat = os.stat(file)         # as make does: same name, size and modification time, same content
+        stat = os.stat(file)         # like make, takes a file of the same name, size and time as unchanged
         version = f"{os.path.abspath(file)} {offset} {length} {stat.st_size} {stat.st_mtime_ns} in sRGB"
         known_as = hashlib.sha256(os.fsencode(version)).hexdigest()[:24]
         key_file = self.folder and self.folder / "keys.txt"
@@ -311,8 +313,8 @@ class ImageDataset:
                 if to_srgb(image):   # latents cached by versions that ignored colour profiles must not be found
                     digest.update(b" in sRGB")
             self._keys[known_as] = digest.hexdigest()
-            if key_file:             # one short write at the end of the file: lines of several processes do not mix
-                with contextlib.suppress(OSError):       # a full disk: computed again next time
+            if key_file:             # appended by one short write, so that lines of several processes do not mix
+                with contextlib.suppress(OSError):       # full disk: computed again next time
                     key_file.parent.mkdir(parents=True, exist_ok=True)
                     with open(key_file, "ab", buffering=0) as out:
                         out.write(f"{known_as} {self._keys[known_as]}\n".encode())
@@ -326,16 +328,17 @@ class ImageDataset:
                 pixels = pixels_of(image)                                      # (H, W, 3 or 4)
         except ValueError as error:
             raise BrokenImage(f"{name} cannot be read: {error}") from error
-        if pixels.shape[2] == 3:     # without the detour through floats: half the time
+        if pixels.shape[2] == 3:     # no conversion to floats takes half the time
             return pixels
         return (read_image(pixels) * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
 
     def read_or_next(self, i: int, allowed: np.ndarray) -> tuple[np.ndarray, int]:
-        """read(i) and i. If that file is broken, the next number in `allowed`, ascending, and from its start again.
+        """-> read(i) and i. If that file is broken, the next readable image in `allowed`, and its number. After the end
+        of `allowed`, the search continues at its start.
 
         The replacement depends only on the files, so all runs agree. The broken file is added to `skipped`, but only in
         this process: with worker processes, compare the number with i. Raises BrokenImage if none can be read.
-        allowed: (n,), or a function that returns it, which is called only if image i is broken.
+        allowed: (n,) ascending numbers, or a function that returns them, which is called only if image i is broken.
         """
         for j in candidates(i, allowed):
             try:
@@ -349,7 +352,7 @@ class ImageDataset:
                           f"size can be read; {_listed(self.skipped, self.unlisted)}")
 
     def read_or_replace(self, i: int, allowed: np.ndarray) -> tuple[np.ndarray, int]:
-        """read_or_next, then among all images. Broken ones are named on stderr, once by each process that meets them.
+        """read_or_next, first among `allowed`, then among all images. Names broken images on stderr, once per process.
 
         Raises BrokenImage if no image at all can be read.
         """
@@ -364,13 +367,13 @@ class ImageDataset:
         return image, j
 
     def describe(self) -> str:
-        """One line: how many, from where, what was taken and what was skipped."""
+        """One line: number of images, source, notes on captions and columns, and what was skipped."""
         return "; ".join([f"{len(self)} images in {self.source}", *self.notes]
                          + [_listed(self.skipped, self.unlisted)] * bool(self.skipped))
 
 
 class SceneDataset(ImageDataset):
-    """Emoji scenes with the same interface; each is drawn when it is requested."""
+    """Emoji scenes with the interface of ImageDataset; each scene is drawn when it is requested."""
     folder = _stored = None
 
     def __init__(self, source: str):
@@ -393,7 +396,7 @@ class SceneDataset(ImageDataset):
         return f"scene {i}", None, [self._scenes.caption(i)]
 
     def select(self, numbers: np.ndarray) -> None:
-        self.sizes = self.sizes[numbers]         # so many scenes; the first are as good as any others
+        self.sizes = self.sizes[numbers]         # keeps the first len(numbers) scenes: all are equally random
 
     def key(self, i: int) -> str:
         return hashlib.sha256(f"scene {self._seed} {self._objects} {i}".encode()).hexdigest()
@@ -407,7 +410,7 @@ class SceneDataset(ImageDataset):
 def bucket_sizes(resolution: int, step: int = 128, max_ratio: float = 2.0) -> list[tuple[int, int]]:
     """(height, width) of the shapes that images are cut to: multiples of `step` px, each of about resolution^2 px.
 
-    128 px, because 0.75 x 128 = 96 = 3 x 32: 3 whole positions of the semantic latent. The longer side is at most
+    128 px, because 0.75 x 128 = 96 = 3 x 32: exactly 3 latent positions of Stage C. The longer side is at most
     max_ratio times the shorter. Shapes whose area differs by more than a quarter are omitted, so that a batch of each
     takes about the same memory; up to 256 px only the square remains.
 
@@ -425,10 +428,10 @@ def bucket_sizes(resolution: int, step: int = 128, max_ratio: float = 2.0) -> li
 
 
 def nearest_bucket(sizes: np.ndarray, buckets: list[tuple[int, int]]) -> np.ndarray:
-    """sizes (N,2) of images -> (N,) which bucket is nearest in shape, in the smallest integers that suffice.
+    """sizes (N,2) of images -> (N,) the index of the bucket nearest in shape, in the smallest sufficient integer dtype.
 
-    By the logarithm of height / width, because a crop removes a share: 1:2 is as far from 1:1 as 2:1. By the ratio
-    itself, 0.5 and 2, wide images would be pushed towards the square.
+    Distances are differences of log(height / width), so that 1:2 is as far from 1:1 as 2:1. Differences of the ratio
+    itself, 0.5 and 2, would favour the square for wide images.
     """
     sizes, targets = np.asarray(sizes), np.log(np.asarray(buckets, float)) @ [1, -1]                 # (N, 2), (M,)
     nearest = np.empty(len(sizes), np.min_scalar_type(len(buckets)))                                 # (N,)
@@ -443,7 +446,7 @@ def fit(image: np.ndarray, size: tuple[int, int], crop: str = "center", flip: bo
     """image (H,W,3) uint8 -> (h,w,3) uint8: the largest crop of that shape, resized, and mirrored if flip is true.
 
     crop  "center", or "random": anywhere along the side that is too long, drawn from rng
-    flip  whether to mirror; any coin toss is the caller's, who may have to remember its result
+    flip  whether to mirror; drawn by the caller, who may need to know it
     Raises ValueError for other crops and arrays.
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
@@ -454,9 +457,9 @@ def fit(image: np.ndarray, size: tuple[int, int], crop: str = "center", flip: bo
     scale = min(height / h, width / w)           # px of the image per px of the result
     box_height, box_width = min(h * scale, height), min(w * scale, width)      # min: h * (height / h) may round up
     where = rng.random(2) if crop == "random" else (0.5, 0.5)
-    # Whole pixels, so that an image of the right scale is cropped and not resampled.
+    # Offsets in whole pixels, so that an image of the right scale is only cropped, not resampled.
     top, left = (int(share * (int(spare) + 1)) for share, spare in zip(where, (height - box_height, width - box_width)))
-    # Pillow's bicubic widens its kernel when it shrinks an image: no pixel is skipped, in any version of any library.
-    # Sharper than bilinear, without most of the ringing of Lanczos.
+    # Pillow's bicubic widens its kernel when it shrinks an image, so no pixel is skipped. It is sharper than bilinear,
+    # without most of the ringing of Lanczos.
     result = Image.fromarray(image).resize((w, h), Image.BICUBIC, box=(left, top, left + box_width, top + box_height))
     return np.ascontiguousarray(np.asarray(result)[:, ::-1] if flip else np.asarray(result))

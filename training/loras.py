@@ -1,7 +1,7 @@
 """The LoRA that train_c.py trains: a new one, or one that continues from a file.
 
-A LoRA run's folder as --weights is refused unless --lora-weights says how to go on: its prior is the one below the
-LoRA, so a training would start without what was learned.
+The folder of a LoRA run as --weights is an error without --lora-weights: its prior does not contain the LoRA, so the
+training would start without what was learned.
 Needs: torch; lora.py, loading/, results.py.
 """
 from pathlib import Path
@@ -16,7 +16,7 @@ from training.results import FILES_C, files_given
 
 
 def check_lora(args) -> None:
-    """Raises UserError for a LoRA's options that do not fit, before anything is loaded. Fills in the default ones."""
+    """Raises UserError for LoRA options that conflict, before anything is loaded. Fills in the default options."""
     own = (args.rank, args.alpha, args.targets, args.rslora or None, args.dora or None)
     if args.lora_weights and not args.lora:
         raise UserError("--lora-weights continues a LoRA: add --lora")
@@ -29,7 +29,8 @@ def check_lora(args) -> None:
 
 
 def locate_start(args, parts: tuple[str, ...]) -> dict[str, Path | None]:
-    """Where the parts are that training starts from, see locate. Raises UserError for a LoRA that would be lost."""
+    """The paths of the parts that training starts from, see locate. Raises UserError if --weights has a LoRA that would
+    be lost."""
     paths = locate(args.weights, files_given(args, FILES_C), parts)
     if paths.get("lora") and args.init == "weights" and not args.lora_weights:
         raise UserError(
@@ -40,7 +41,8 @@ def locate_start(args, parts: tuple[str, ...]) -> dict[str, Path | None]:
 
 
 def start_lora(prior: torch.nn.Module, args) -> None:
-    """Gives Stage C the LoRA to train. Of one that continues, args gets rank, alpha and targets, for the model card."""
+    """Adds the LoRA to train to Stage C. If it continues one, sets rank, alpha, targets and dora of args, for the card.
+    """
     with as_user_error():
         if not args.lora_weights:
             lora.add_lora(prior, args.rank, args.alpha, args.lora_dropout, args.targets, rslora=args.rslora,

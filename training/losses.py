@@ -1,8 +1,8 @@
-"""Loss weights: how much an error counts at which noise level t, for a network that predicts the noise.
+"""Loss weights: how much an error counts at noise level t, for a network that predicts the noise.
 
-The plain squared error of the noise spends most of the training on nearly clean levels, where little is decided.
-  p2       1 - alphas_cumprod: towards noisy levels; the released models were trained with it
-  v        1 / alphas_cumprod: even more so; the error of v-prediction
+The plain squared error of the noise is dominated by almost clean levels, where little of the image is decided.
+  p2       1 - alphas_cumprod: more weight on noisy levels; the released models were trained with it
+  v        1 / alphas_cumprod: even more weight on noisy levels; the error of v-prediction
   min-snr  between the two;  none: the plain error
 All take t (B,) in [0, 1] and return (B,).  Needs: torch; alphas_cumprod.
 """
@@ -21,9 +21,9 @@ def p2_weight(t: Tensor, k: float = 1.0, gamma: float = 1.0) -> Tensor:
 def v_weight(t: Tensor, least: float = 0.01) -> Tensor:
     """1 / alphas_cumprod, capped at 1 / least: the squared error of noise becomes that of v-prediction.
 
-    In terms of the clean x_0 that is an error weight of 1 / (1 - alphas_cumprod), where p2 has alphas_cumprod, which is
-    zero at high noise. There a prediction rests only on the condition, so this weight makes a network listen to its
-    condition early in training.  Source: Salimans & Ho 2022, arXiv:2202.00512 ("SNR+1 weighting").
+    For errors of x_0 the weight is 1 / (1 - alphas_cumprod), with p2 alphas_cumprod, which is zero at high noise. At
+    high noise a prediction depends only on the condition, so this weight makes a network use its condition early in
+    training.  Source: Salimans & Ho 2022, arXiv:2202.00512 ("SNR+1 weighting").
     """
     return 1 / alphas_cumprod(t).clamp(min=least)
 

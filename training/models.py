@@ -1,6 +1,6 @@
 """The networks that train_b.py starts from: Stage B and its image encoder, loaded or with random weights.
 
-The second part is how v2's Stage B is used; v1/training.py has the same for v1, under the same names.
+The second part has the functions that differ between v2 and v1; v1/training.py has those of v1, under the same names.
 Needs: torch; stage_b.py, loading/, wuerstchen.py; torchvision for EfficientNet.
 """
 from pathlib import Path
@@ -22,11 +22,11 @@ from wuerstchen import Sampling, Wuerstchen, scale_semantic, unscale_semantic
 def load_models(args, stage, dtype: torch.dtype, processes) -> tuple:
     """-> Stage B, image encoder, VQGAN, text encoder or None. stage: see train_b.py.
 
-    What is frozen stays in eval mode, or BatchNorm's statistics would change. The VQGAN and the image encoder are in
-    float32: the targets are exact.
+    Frozen networks stay in eval mode, because BatchNorm's statistics must not change. The VQGAN and the image encoder
+    are in float32, so that the targets are exact.
     """
     device, parts = processes.device, ["vqgan"] + ["decoder", "image_encoder"] * (args.init == "weights")
-    parts += ["text_encoder", "tokenizer"] * (args.text_encoder != "none")               # nothing else is fetched
+    parts += ["text_encoder", "tokenizer"] * (args.text_encoder != "none")               # only these are downloaded
     paths = locate(args.weights, files_given(args, FILES_B), tuple(parts))
     if args.init == "weights" and paths["image_encoder"] is None:
         raise UserError(f"{args.weights} has no image encoder: add --image-encoder FOLDER")
@@ -48,7 +48,7 @@ def load_models(args, stage, dtype: torch.dtype, processes) -> tuple:
 
 
 def build_stage_b(args, paths: dict, stage) -> tuple[nn.Module, nn.Module]:
-    """-> Stage B and the image encoder, in float32, because an optimizer's steps are too small for less.
+    """-> Stage B and the image encoder, in float32, because an optimizer's steps are too small for 16 bits.
 
     stage.NETWORK is the class of Stage B, stage.semantic_scale(network) scales its latents for Stage C.
     """
@@ -94,7 +94,7 @@ LEVELS_AT_ONCE = 10          # noise levels of a validation per forward pass
 
 
 def match_vqgan(decoder: StageB, vqgan, new: bool) -> None:
-    """Nothing to do: all VQGANs have latents of 4 channels."""
+    """Does nothing, because all VQGANs have latents of 4 channels. v1/training.py has checks here."""
 
 
 def semantic_scale(decoder: StageB) -> tuple:
@@ -103,8 +103,8 @@ def semantic_scale(decoder: StageB) -> tuple:
 
 
 def pipeline(vqgan, small: bool, device) -> Wuerstchen:
-    """For samples. Stage B is added by its bind_b. A small one hesitates between objects; guidance makes it follow the
-    semantic latents more decidedly."""
+    """The pipeline for samples, without Stage B, which the caller adds by bind_b. For a small Stage B it has guidance,
+    because otherwise objects are ambiguous."""
     return Wuerstchen(dict(stage_a=vqgan), device=device, b=Sampling(12, guidance=4.0 if small else 1.0))
 
 

@@ -1,4 +1,4 @@
-"""Optimizer, learning rate, gradient clipping and averaged weights: the parts that every training loop has.
+"""Optimizer, learning rate, gradient clipping and EMA weights: the parts that every training loop has.
 
 Needs: torch; loading/.
 """
@@ -17,8 +17,8 @@ from loading.errors import UserError
 def build_optimizer(model: nn.Module, args, share: Callable[[str], float] | None = None,
                     betas: tuple[float, float] | None = None) -> torch.optim.Optimizer:
     """AdamW. Weight decay pulls weights to zero, so it is only for matrices: not for norms and biases, nor for a LoRA,
-    which starts at zero. share: the name of a parameter -> its share of the learning rate, group["share"].
-    betas: instead of those of args."""
+    which starts at zero. share: function of a parameter's name -> its factor of the learning rate, group["share"].
+    betas: by default those of args."""
     groups, lora = {}, getattr(args, "lora", False)
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -35,10 +35,10 @@ def build_optimizer(model: nn.Module, args, share: Callable[[str], float] | None
 
 
 def learning_rate(step: int, args) -> float:
-    """Learning rate of a step: linear warm-up, then constant, or down to 0 by one or more cosines, a line, a power of
-    it, or a line in the last fifth (trapezoid). The polynomial ends at 1e-7, as in transformers.
+    """Learning rate of a step: linear warm-up, then args.schedule: constant, or falling to 0 by one or more cosines,
+    linearly, by a power (polynomial, which ends at 1e-7, as in transformers), or in the last fifth only (trapezoid).
 
-    Until that fifth a trapezoid does not depend on args.steps, so a run can be lengthened from any earlier checkpoint.
+    Before its last fifth a trapezoid does not depend on args.steps, so a run can be extended from earlier checkpoints.
     """
     done = max(step - args.warmup, 0) / max(args.steps - args.warmup, 1)
     left, end = max(1 - done, 0.0), min(1e-7 / args.lr, 1.0) if args.lr else 0.0
@@ -50,7 +50,7 @@ def learning_rate(step: int, args) -> float:
 
 
 def set_precision(args, device: torch.device) -> tuple[torch.dtype, torch.autocast]:
-    """Fills in args.dtype -> that dtype, and the context of forward passes. For float32 the context does nothing."""
+    """Sets args.dtype, if it is None -> the dtype, and the autocast context of forward passes (off for float32)."""
     set_tf32(args.allow_tf32)
     dtype = dtype_of(args.dtype or ("fp32" if device.type == "cpu" else "bf16"), device)
     args.dtype = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
@@ -58,10 +58,10 @@ def set_precision(args, device: torch.device) -> tuple[torch.dtype, torch.autoca
 
 
 def clip_gradients(model: nn.Module, limit: float) -> Tensor:
-    """Scales the gradients down if their norm is above limit (0: never). Returns the norm before that, (), over all
-    processes."""
+    """Scales the gradients down if their norm, over all processes, is above limit (0: never). Returns the norm before
+    scaling, ()."""
     norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], limit or math.inf)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm      # FSDP: each process has a part of it
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm      # FSDP: each process has a part of the norm
 
 
 def too_many_nan_steps(count: int, step: int, args) -> str:
@@ -72,9 +72,10 @@ def too_many_nan_steps(count: int, step: int, args) -> str:
 
 
 class NanSteps:
-    """Steps whose loss or gradient is not finite: skipped on the device, looked at later, so no host waits in a step.
+    """Skips steps whose loss or gradient is not finite. The device skips them; the host reads the flags later, in look,
+    so that it need not wait in each step.
 
-    in_a_row, in_all: how many there were, up to the last look. state: a checkpoint to continue from, or {}.
+    in_a_row, in_all: number of skipped steps up to the last look. state: a checkpoint to continue from, or {}.
     """
     def __init__(self, args, processes, log, state: dict):
         self.args, self.processes, self.log, self.last = args, processes, log, None
@@ -83,9 +84,10 @@ class NanSteps:
         self.over = torch.zeros((), dtype=torch.bool, device=processes.device)
 
     def skip(self, is_nan: Tensor, step: int, statistics: Iterable[tuple[Tensor, Tensor]] = (), **batch) -> Tensor:
-        """-> () bool: whether all processes skip this step, because one of them has is_nan (). After too many in a row
-        always, so that the weights wait for the host. statistics: BatchNorm's, and what they were, which they become
-        again, because a NaN would never leave. batch: what to log of a bad one. On a CPU, looks at once."""
+        """-> () bool: whether all processes skip this step, because is_nan () is true in one of them. After too many in
+        a row, all later steps are skipped, so that the weights stay unchanged until the host looks. statistics: pairs
+        of BatchNorm's buffers and their values before the step, which are restored, because a NaN in them would stay
+        forever. batch: what to log of a bad step. On a CPU, calls look at once."""
         skip = self.processes.anywhere(is_nan) | self.over
         self.row = (self.row + 1) * skip
         self.over = self.over | (self.row >= self.args.max_bad_steps)
@@ -97,7 +99,7 @@ class NanSteps:
         return skip
 
     def look(self) -> None:
-        """Logs the bad steps since the last look. After too many in a row, `last` is the last that counts."""
+        """Logs the bad steps since the last look. After too many in a row, sets `last` to the last of them."""
         waiting, self.waiting = self.waiting, []
         flags = torch.stack([skip for _, skip, _ in waiting]).tolist() if waiting else []
         for (step, _, batch), bad in zip(waiting, flags) if self.last is None else ():
@@ -110,8 +112,8 @@ class NanSteps:
                     break
 
     def check(self, look: bool, save: Callable[[int], None]) -> None:
-        """After each step. look: the host may wait. Raises UserError after too many in a row, and calls save(steps) for
-        the state before."""
+        """To be called after each step. look: the host may wait for the device. After too many bad steps in a row,
+        saves the state before the last of them, by save(number of steps), and raises UserError."""
         if look:
             self.look()
         if self.last is not None:
@@ -119,16 +121,16 @@ class NanSteps:
             raise UserError(too_many_nan_steps(self.in_a_row, self.last, self.args))
 
     def check_last(self) -> None:
-        """Raises UserError if the run ends with bad steps: its weights may be the reason, so they are not a result."""
+        """Raises UserError if the run ends with bad steps: the weights may be the reason, so no result is written."""
         self.look()
         if self.in_a_row:
             raise UserError(too_many_nan_steps(self.in_a_row, self.args.steps - 1, self.args))
 
 
 def take_step(optimizers: list, scaler, ema: "EMA", skip: Tensor) -> None:
-    """A step of each optimizer and of the averages, unless skip () is true. Gradients are freed.
+    """A step of each optimizer and of the EMA, unless skip () is true. Gradients are freed.
 
-    AdamW reads skip on the device. With a scaler, which has a reason of its own to skip, and in 8 bits the host does.
+    AdamW reads skip on the device. With a scaler, which may also skip the step, and with AdamW8bit the host reads it.
     """
     on_device = not scaler.is_enabled() and all(getattr(o, "_step_supports_amp_scaling", False) for o in optimizers)
     taken = on_device or not skip
@@ -137,15 +139,15 @@ def take_step(optimizers: list, scaler, ema: "EMA", skip: Tensor) -> None:
             optimizer.grad_scale, optimizer.found_inf = None, skip.float()
         if taken:
             scaler.step(optimizer) if scaler.is_enabled() else optimizer.step()
-        optimizer.zero_grad(set_to_none=True)        # before the averages, which take that memory for a moment
+        optimizer.zero_grad(set_to_none=True)        # first, because the EMA needs that memory for a moment
     if taken:
         ema.update(*[skip] * on_device)
 
 
 class EMA:
-    """Exponential moving averages of the weights that learn. decay 0: none.
+    """Exponential moving averages (EMA) of the weights that learn. decay 0: no averages.
 
-    decay rises with the number of updates, min(decay, (1 + n) / (10 + n)), so that a young average forgets the start.
+    decay rises with the number of updates, min(decay, (1 + n) / (10 + n)), so that initial weights soon count little.
     Source of this formula: TensorFlow's ExponentialMovingAverage with num_updates.
     """
     def __init__(self, model: nn.Module, decay: float):
@@ -164,7 +166,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, skip: Tensor | None = None) -> None:
-        """skip (): whether to do nothing, on the device. A handful of launches, however many tensors there are."""
+        """Updates the averages, unless skip (), a flag on the device, is true. Few kernel launches for all tensors."""
         done = torch.ones_like(self.count) if skip is None else (~skip).float()
         weight = (9 / (10 + self.count)).clamp(min=1 - self.decay) * done        # 9 / (10 + n) = 1 - (1 + n) / (10 + n)
         self.count += done
@@ -176,7 +178,7 @@ class EMA:
             torch._foreach_add_(means, change)
 
     def swap(self) -> None:
-        """Exchanges averages and live weights. A second call puts them back."""
+        """Exchanges averages and live weights. A second call restores them."""
         with torch.no_grad():
             for name, mean in self.mean.items():
                 kept = self.live[name].clone()
@@ -185,7 +187,7 @@ class EMA:
 
     @contextlib.contextmanager
     def applied(self):
-        """Inside, the model has its averaged weights."""
+        """Context in which the model has its EMA weights."""
         self.swap()
         try:
             yield

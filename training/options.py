@@ -1,6 +1,6 @@
-"""Command-line options that the training scripts share, each declared once. What differs is an argument.
+"""Command-line options that the training scripts share, each declared once. Differences are arguments of functions.
 
-A script makes a Parser and adds its own options to the groups that it gets back.
+A script makes a Parser and adds its own options to the groups that these functions return.
 Needs: the standard library only, so that --help answers at once.
 """
 import importlib
@@ -13,10 +13,10 @@ SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_wit
 
 def add_data_options(p, default: str | None = None, what: str = "", crop: str | None = "center", captions: bool = True,
                      cache: str | None = None):
-    """--data and how an image becomes a sample. Returns the group, to which the script adds --resolution.
+    """Adds --data and the options for images and captions. Returns the group, to which the script adds --resolution.
 
-    default: of --data, which is required without one; what: added to its help. captions: the script uses captions and
-    sorts images into buckets by shape. cache: what --cache keeps; None: there is no such option.
+    default: of --data, which is required if this is None; what: added to its help; crop: default of --crop. captions:
+    the script uses captions and sorts images into buckets by shape. cache: what --cache stores; None: no such option.
     """
     g = p.add_argument_group("data")
     g.add_argument("--data", default=default, required=default is None,
@@ -56,7 +56,7 @@ def add_data_options(p, default: str | None = None, what: str = "", crop: str | 
 
 def add_schedule_options(g, steps: int, lr: float | None, schedule: str, warmup: int, lr_note: str = "",
                          epochs: bool = False) -> None:
-    """--steps or, if there are epochs, --epochs; --lr, --schedule, --warmup. lr_note: added to the help of --lr."""
+    """Adds --steps and, if `epochs`, --epochs; --lr, --schedule, --warmup. lr_note: added to the help of --lr."""
     length = g.add_mutually_exclusive_group()
     length.add_argument("--steps", type=positive_int, default=steps,
                         help="optimizer steps in total, resumed ones included")
@@ -75,11 +75,10 @@ def add_schedule_options(g, steps: int, lr: float | None, schedule: str, warmup:
 def add_optimization_options(p, *, steps: int, batch: int | None, lr: float | None, schedule: str, warmup: int,
                              weight_decay: float, ema: float | None, beta2: float = 0.99, lr_note: str = "",
                              large: bool = True, title: str = "optimization", **notes: str):
-    """Optimizer steps, batch, precision, processes. batch_note, ema_note, decay_note: added to the help.
+    """Adds options for optimizer steps, batch, precision and processes. Returns the group.
 
-    beta2: 0.99 suits runs from random weights, because gradients shrink fast at the start, and runs are short.
-
-    large: the script also has --compile and --fsdp. Returns the group.
+    batch_note, ema_note, decay_note: added to the help. beta2: default of --adam-beta2; 0.99 suits short runs from
+    random weights, whose gradients shrink fast at the start. large: the script also has --compile and --fsdp.
     """
     g = p.add_argument_group(title)
     add_schedule_options(g, steps, lr, schedule, warmup, lr_note, epochs=True)
@@ -117,7 +116,7 @@ def add_optimization_options(p, *, steps: int, batch: int | None, lr: float | No
 
 
 def add_checkpoint_options(g, save_every: int, keep: int = 2) -> None:
-    """--resume, --save-every and --keep."""
+    """Adds --resume, --save-every and --keep."""
     g.add_argument("--resume", help="auto: from the newest checkpoint in --out, if there is one; or a file")
     g.add_argument("--save-every", type=positive_int, default=save_every,
                    help="steps between checkpoints; SIGTERM and Ctrl-C save one as well")
@@ -126,10 +125,10 @@ def add_checkpoint_options(g, save_every: int, keep: int = 2) -> None:
 
 def add_output_options(p, *, result: str, save_every: int, log_every: int, val_every: int, val_count: int,
                        sample_every: int, samples: str, val_note: str = "", val_data: str = "", prompts: bool = False):
-    """--out, checkpoints, log, validation, samples. Returns the group.
+    """Adds options for --out, checkpoints, log, validation and samples. Returns the group.
 
-    result: what is in --out in the end; samples: what --sample-every makes; val_note, val_data: added to the help of
-    --val-count and --val-data; prompts: the samples have some.
+    result: what --out contains in the end; samples: what --sample-every makes; val_note, val_data: added to the help of
+    --val-count and --val-data; prompts: whether samples are made from prompts.
     """
     g = p.add_argument_group("output")
     g.add_argument("--out", required=True,
@@ -161,8 +160,8 @@ def add_output_options(p, *, result: str, save_every: int, log_every: int, val_e
 # ----- checks -----------------------------------------------------------------------------------------
 
 def check_services(args) -> None:
-    """Raises UserError for what a run would miss after minutes or at its end: a package, a token, a repository; and for
-    options of the three scripts that do not go together."""
+    """Raises UserError if something is missing that a run needs only after minutes or at its end: a package, a token, a
+    repository; and for options of the three scripts that cannot be used together."""
     if getattr(args, "cache", None):
         check_folder(args.cache)
     if args.adam_8bit and getattr(args, "fsdp", False):

@@ -1,13 +1,14 @@
-"""The order of training: which samples make up which step, and the randomness of each. It has no state.
+"""The order of training: which samples make up which step, and the randomness of each sample. It has no state.
 
   buckets (N,) -BatchSampler-> step k: positions (batch,), indices (batch,), bucket -split-> the samples of one GPU
   (seed, position, purpose) -sample_rng-> the random numbers of one sample, for its crop, caption, noise, ...
   batches: both of them, with a dataset, as an endless stream of micro-batches
 
-Position is a sample's number in the stream of all epochs, index its number in the dataset.
-Surprise: step k is a function of (seed, k), and the randomness of a sample one of (seed, position, purpose). A resumed
-run therefore opens no image to find its place, and two GPUs together see the same step as one, whatever ran before.
-From LARGE images on, the order of an epoch is laid out once per machine, in a file that all its processes map.
+Position is a sample's number in the stream of all epochs; index is its image's number in the dataset.
+Note: step k is a function of (seed, k); the randomness of a sample is a function of (seed, position, purpose). So a
+resumed run need not read any images of earlier steps, and two GPUs together see the same step as one GPU.
+For datasets of LARGE images or more, the order of an epoch is computed once per machine and stored in a file, which all
+processes of the machine map.
 Needs: torch, numpy, loading/.
 """
 import atexit
@@ -30,34 +31,34 @@ import torch
 from loading.errors import UserError
 from loading.files import lock, write_atomically
 
-LARGE = 2 ** 20      # images: from so many on, files instead of the memory of each process; also what is done at once
+LARGE = 2 ** 20      # from this number of images on, files replace each process's memory; also the size of pieces
 
 
 def pieces(n: int, size: int | None = None) -> Iterator[slice]:
-    """0 to n - 1 in slices of at most `size` (LARGE), so that temporary arrays are small however large n is."""
+    """0 to n - 1 in slices of at most `size` (default: LARGE), so that temporary arrays are small for any n."""
     size = size or LARGE
     return (slice(start, min(start + size, n)) for start in range(0, n, size))
 
 
 def sample_rng(seed: int, position: int, purpose: str) -> np.random.Generator:
-    """The randomness of one sample for one purpose ("crop", "caption", "noise", ...), a function of only these three.
+    """The random generator of one sample for one purpose ("crop", "caption", "noise", ...), a function of only these.
 
-    position: the sample's number in the stream of BatchSampler. It differs from visit to visit, and between all samples
-    of a step, so two GPUs never draw the same noise. Drawing more for one purpose changes nothing for the others.
+    position: the sample's number in the stream of BatchSampler. It differs between epochs and between the samples of a
+    step, so two GPUs never draw the same noise. Drawing more for one purpose changes nothing for the others.
     """
     return np.random.Generator(np.random.PCG64([seed, position, zlib.crc32(purpose.encode())]))
 
 
 class BatchSampler:
-    """Which samples make up which optimizer step, without end, as a function of (buckets, batch, seed).
+    """Determines the samples of each optimizer step, in an endless sequence, as a function of (buckets, batch, seed).
 
     The samples of all epochs, each epoch in its own order, form one stream of positions 0, 1, ... Each sample goes to
     the queue of its bucket. A queue with `batch` samples, all of one size, is the next step. Samples left in the queues
-    at the end of an epoch stay there, so nothing is dropped, however rare its shape. The batch is that of the whole
-    step: how many GPUs and micro-steps share it makes no difference, see `split`.
+    at the end of an epoch stay there, so nothing is dropped, however rare its shape. batch: samples of the whole step,
+    whatever the number of GPUs and micro-steps that share the step, see `split`.
 
     buckets (N,) integers, one per image; with one bucket, steps are consecutive pieces of the stream.
-    folder: for files of the order of large datasets, or None. All processes that share it share them.
+    folder: for files with the order of large datasets, or None. Processes with the same folder share the files.
     """
     def __init__(self, buckets: np.ndarray, batch: int, seed: int, folder: Path | None = None):
         buckets = np.asarray(buckets)
@@ -85,10 +86,10 @@ class BatchSampler:
     def step(self, k: int) -> tuple[np.ndarray, np.ndarray, int]:
         """-> positions (batch,) in the stream, ascending; indices (batch,) of the images; the bucket they share.
 
-        Any k is found directly, without computing the steps before it. Every epoch contains the same number of samples
-        of each bucket, `count`. So count * e of them come before epoch e, which makes count * e // batch steps.
+        Step k is found directly, without computing the steps before it. Every epoch contains the same number of samples
+        of each bucket, `count`. So count * e samples of a bucket come before epoch e, and count * e // batch steps.
         """
-        # The last epoch that begins with at most k steps done. The queues hold back less than one step per bucket.
+        # The last epoch with at most k steps before it. The queues hold back less than one step per bucket.
         latest = (k + len(self._buckets) + 1) * self.batch // self._n + 2
         epoch = bisect.bisect_right(range(latest), k, key=self._steps_before) - 1
         _, _, step_buckets, step_numbers = self._epoch(epoch)
@@ -97,7 +98,7 @@ class BatchSampler:
         count, start = self._counts[code], self._starts[code]
         # (batch,) the step's samples, numbered within their bucket from the beginning of training
         members = number * self.batch + np.arange(self.batch)
-        epochs = members // count                # (batch,) several if some were left over from an earlier epoch
+        epochs = members // count                # (batch,) of each sample: queues may hold samples of earlier epochs
         positions, indices = np.empty_like(members), np.empty_like(members)
         for e in range(epochs[0], epochs[-1] + 1):
             order, by_bucket, _, _ = self._epoch(e)
@@ -109,10 +110,10 @@ class BatchSampler:
         return int((epoch * self._counts // self.batch).sum())
 
     def _epoch(self, e: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """-> order (N,), the images of epoch e; by_bucket (N,), places in `order`, one bucket after the other; and, for
-        the steps completed in this epoch, in order, bucket and number (counted per bucket, from the beginning)."""
+        """-> four arrays. order (N,): the images of epoch e. by_bucket (N,): positions in `order`, sorted by bucket.
+        Of each step completed in epoch e: its bucket, and its number among the bucket's steps since the first epoch."""
         if e not in self._epochs:
-            while len(self._epochs) > 3:         # a million samples take 0.3 s to lay out, and 8 MB
+            while len(self._epochs) > 3:         # a million samples take 0.3 s and 8 MB
                 del self._epochs[next(iter(self._epochs))]
             if self._files:
                 with open(self._in_file(e), "rb") as file:
@@ -125,14 +126,14 @@ class BatchSampler:
         return self._epochs[e]
 
     def _parts(self, e: int) -> list[tuple[int, int, np.dtype]]:
-        """Offset, length and type of each array that _epoch returns, in the file of epoch e: widest type first."""
+        """Offset, length and dtype, in the file of epoch e, of each array that _epoch returns; widest dtype first."""
         steps, index = self._steps_before(e + 1) - self._steps_before(e), np.min_scalar_type(self._n)
         code, end = np.min_scalar_type(len(self._buckets)), 8 * steps + 2 * self._n * index.itemsize
         return [(8 * steps, self._n, index), (8 * steps + self._n * index.itemsize, self._n, index),
                 (end, steps, code), (0, steps, np.dtype(np.int64))]
 
     def _in_file(self, e: int) -> Path:
-        """The file of epoch e. The first process that needs it makes it, while others wait for their turn."""
+        """The file of epoch e. The first process that needs the file writes it, while the others wait."""
         path = self._files.with_name(f"{self._files.name}-{e}")
         path.parent.mkdir(parents=True, exist_ok=True)
         opened = lock(path.parent, wait=True)
@@ -150,7 +151,7 @@ class BatchSampler:
         return path
 
     def _lay_out(self, e: int, out) -> None:
-        """Writes the arrays of epoch e into a file, in pieces: those images whose random bits are within a range."""
+        """Writes the arrays of epoch e into a file, in pieces: each has the images whose random bits are in a range."""
         done, written, filled = 0, 0, np.zeros_like(self._counts)
         (at_order, _, index), (at_bucket, _, _), (at_code, _, code), (at_number, _, _) = self._parts(e)
 
@@ -165,19 +166,19 @@ class BatchSampler:
             counts = np.bincount(codes, minlength=len(self._counts))
             ends = np.cumsum(counts)
             write(at_order + done * index.itemsize, order, index)
-            number = np.empty_like(by_bucket)    # of each sample among those of its bucket, from the beginning
+            number = np.empty_like(by_bucket)    # of each sample in its bucket, counted since the first epoch
             for bucket in range(len(counts)):
                 members, before = by_bucket[ends[bucket] - counts[bucket]:ends[bucket]], filled[bucket]
                 write(at_bucket + (self._starts[bucket] + before) * index.itemsize, done + members, index)
                 number[members] = np.arange(before, before + len(members)) + e * self._counts[bucket]
-            full = np.flatnonzero((number + 1) % self.batch == 0)            # a bucket's step n ends with its sample
-            write(at_code + written * code.itemsize, codes[full], code)      # (n + 1) * batch - 1
+            full = np.flatnonzero((number + 1) % self.batch == 0)            # step n of a bucket ends with sample
+            write(at_code + written * code.itemsize, codes[full], code)      # (n + 1) * batch - 1 of the bucket
             write(at_number + written * 8, number[full] // self.batch, np.int64)
             done, written, filled = done + len(order), written + len(full), filled + counts
 
     def _order(self, e: int, low: int, high: int) -> np.ndarray:
         """The images of epoch e whose random bits are from low to high, in the order of these bits."""
-        # Raw bits, sorted: numpy promises never to change those, but not permutation().
+        # Sorts by raw bits, because numpy guarantees that these never change, but not permutation().
         bits, values, indices = sample_rng(self.seed, e, "epoch").bit_generator, [], []
         for piece in pieces(self._n):
             raw = bits.random_raw(piece.stop - piece.start)
@@ -188,9 +189,9 @@ class BatchSampler:
 
 
 def split(positions: np.ndarray, micro: int, rank: int, world: int, micro_batch: int) -> slice:
-    """The samples of a step that one GPU computes in micro-step `micro`: positions[split(...)], (micro_batch,).
+    """The slice of a step's samples that one GPU computes in micro-step `micro`: positions[split(...)], (micro_batch,).
 
-    All parts together are the step, each sample once.  Raises ValueError if they cannot be of the same size.
+    All slices together contain each sample once.  Raises ValueError if they cannot have the same size.
     """
     parts, rest = divmod(len(positions), micro_batch * world)
     if rest or not parts:
@@ -204,12 +205,12 @@ def split(positions: np.ndarray, micro: int, rank: int, world: int, micro_batch:
 
 def batches(samples: torch.utils.data.Dataset, sampler: BatchSampler, processes, args, start: int = 0
             ) -> Iterator[dict]:
-    """This process's micro-batches, args.grad_accum for each step of `sampler` from `start` on, without end.
+    """Yields this process's micro-batches, args.grad_accum for each step of `sampler` from `start` on, without end.
 
-    samples    item (position, index, bucket) -> a dict, a function of only these three and the seed
+    samples    a dataset: samples[position, index, bucket] -> a dict that depends only on these three and the seed
     processes  its rank, world and device; see processes.py
     args       batch (samples of a micro-batch), grad_accum, workers (processes that read; None: default_workers)
-    -> dicts of the same names: strings as a list, everything else stacked to a tensor.
+    -> dicts with the same keys: strings as a list, everything else stacked to a tensor.
     """
     class MicroBatches:
         """The samples of each micro-batch. The steps are the same for any number of processes."""
@@ -223,24 +224,24 @@ def batches(samples: torch.utils.data.Dataset, sampler: BatchSampler, processes,
     found = _checked(iter(torch.utils.data.DataLoader(
         ErrorsAsItems(samples), batch_sampler=MicroBatches(), collate_fn=_stack, num_workers=workers,
         pin_memory=processes.device.type == "cuda", worker_init_fn=_outlive_signals)))
-    # An error that ends the script keeps its frames and so the workers. Python would then send each a SIGTERM, which
-    # they outlive, and wait for them without end.
+    # An error that ends the script keeps its stack frames and so the workers alive. Python would then send each worker
+    # a SIGTERM, which workers ignore once, and wait for them forever. So the workers are ended at exit.
     weak = weakref.ref(found)
     atexit.register(lambda: weak() and weak().close())
     return found
 
 
 def default_workers(device: torch.device) -> int:
-    """How many processes read images for one that trains. On a GPU 2 to 8, one for each core that is left: one reads 65
-    images of 1024 px a second, and an H200 wants 350. On a CPU 2: the others compute."""
+    """The number of worker processes that read images for one training process. On a CPU 2, because the other cores
+    compute. On a GPU 2 to 8, as cores allow: one reads 65 images of 1024 px per second, and an H200 needs 350."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
     return 2 if device.type == "cpu" else min(max(cores // on_this_machine - 1, 2), 8)
 
 
 def micro_batches(samples: Iterator[dict], args, processes, save: Callable, step: int) -> list[dict]:
-    """The micro-batches of a step, from `batches`. If a process cannot read its own, all save what was learned before
-    this step, by save(step), and end."""
+    """The micro-batches of a step, from `batches`. If one process cannot read its own, all processes save the state
+    before this step, by save(step), and end."""
     failure = None
     try:
         found = [next(samples) for _ in range(args.grad_accum)]
@@ -249,12 +250,12 @@ def micro_batches(samples: Iterator[dict], args, processes, save: Callable, step
     if processes.any(failure is not None):
         if step:
             save(step)
-        raise failure or SystemExit(2)           # of another process, which says what happened
+        raise failure or SystemExit(2)           # 2: another process failed and reports why
     return [processes.to_device(batch) for batch in found]
 
 
 class ErrorsAsItems(torch.utils.data.Dataset):
-    """samples, but a UserError is returned: if a worker process raises it, torch adds a traceback to its message."""
+    """`samples`, but a UserError is returned as an item, because torch adds a traceback to errors of workers."""
     def __init__(self, samples: torch.utils.data.Dataset):
         self.samples = samples
 
@@ -276,7 +277,7 @@ def _checked(loader: Iterator) -> Iterator[dict]:
 
 
 def _stack(items: list[dict | UserError]) -> dict | UserError:
-    """Outside batches(), because worker processes that are not forked must find it by its name."""
+    """Collates items to a batch. At module level, because worker processes that are not forked must import it."""
     for item in items:
         if isinstance(item, UserError):
             return item
@@ -286,7 +287,7 @@ def _stack(items: list[dict | UserError]) -> dict | UserError:
 
 
 def _outlive_signals(worker: int) -> None:
-    """A scheduler and Ctrl-C signal all processes of a run. A reader that died of it would break the step that is to be
-    saved. A second SIGTERM ends it, which is how torch stops workers that are stuck."""
+    """Makes a worker ignore Ctrl-C and the first SIGTERM: these are sent to all processes of a run, and a dead worker
+    would break the step that is to be saved. The second SIGTERM ends it: torch stops stuck workers in this way."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

@@ -1,6 +1,6 @@
-"""One process or many: what torchrun started, sums over processes, BatchNorm over all batches, FSDP, a graceful exit.
+"""One process or many: torchrun's processes, sums over them, BatchNorm over all batches, FSDP, a graceful exit.
 
-One process takes the same path as many, so a training loop needs no second version. Nothing here knows a model.
+One process runs the same code as many, so a training loop needs no second version. Works with any model.
 Needs: torch; loading/.
 """
 import contextlib
@@ -21,10 +21,10 @@ from loading.errors import RESUME_HINT, tell
 class Processes:
     """This process among all that torchrun started. Without torchrun it is the only one.
 
-    rank 0 .. world - 1; is_main: rank 0, which writes files; device: this process's own; many: torchrun started it.
+    rank: 0 .. world - 1; is_main: rank 0, which writes files; device: of this process; many: torchrun was used.
     """
     def __init__(self, device: str | None = None, minutes: float = 30):
-        """minutes: how long a process waits for another before it gives up, for example while rank 0 samples images."""
+        """minutes: how long a process waits for another before it fails, for example while rank 0 samples images."""
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.is_main, self.many, self.patient, self.host = self.rank == 0, "RANK" in os.environ, None, None
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -34,15 +34,15 @@ class Processes:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.many:
-            # Imported before there is a group. This module's functions keep the current group as a default argument,
-            # and DistributedDataParallel imports it. If they held ours, gloo's threads would outlive close(), and a
-            # thread that releases a tensor while the interpreter ends aborts the process after all its work.
+            # Imported before a group exists, because functions of this module keep the current group as a default
+            # argument, and DistributedDataParallel imports the module. If they kept our group, gloo's threads would
+            # outlive close(). A thread that releases a tensor while the interpreter ends would abort the process.
             from torch.distributed import nn as _
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo",
                                     timeout=datetime.timedelta(minutes=minutes))
             # For waiting on the CPU while another process reads indexes of a hundred million images, or downloads.
             self.patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
-            if self.device.type == "cuda":       # for flags of the hosts: through the GPUs they would wait for these
+            if self.device.type == "cuda":       # for flags of the hosts, which then need not wait for the GPUs
                 self.host = dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=minutes))
 
     def close(self) -> None:
@@ -57,23 +57,23 @@ class Processes:
         return values
 
     def any(self, flag: bool, group=None) -> bool:
-        """True if the flag is true in any process. All processes get the same answer and take the same branch. If one
-        took another, the rest would wait forever. group: self.patient or None."""
+        """True if the flag is true in any process. All processes get the same answer, so that all take the same branch;
+        otherwise some would wait forever. group: self.patient or None."""
         return bool(self.largest(int(flag), group))
 
     def largest(self, number: int, group=None) -> int:
-        """The largest number of all processes. Nobody waits for a GPU."""
+        """The largest number among all processes. Does not wait for a GPU."""
         value = torch.tensor(number)
         if self.many:
             dist.all_reduce(value, dist.ReduceOp.MAX, group or self.host)
         return int(value)
 
     def anywhere(self, flag: Tensor) -> Tensor:
-        """Whether flag () is true in any process, as a tensor on the device, which the host does not read."""
+        """Whether flag () is true in any process, as a tensor on the device, so that the host need not wait."""
         return self.sum(flag.float()) > 0
 
     def to_device(self, batch: dict) -> dict:
-        """A batch with its tensors on the device. From pinned memory they travel while the host continues."""
+        """A batch with its tensors on the device. They are copied from pinned memory while the host continues."""
         return {name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
                 for name, value in batch.items()}
 
@@ -83,14 +83,14 @@ class Processes:
 
     @contextlib.contextmanager
     def together(self, group=None):
-        """All processes meet at its end. If one fails inside, the others end with code 2 and do not wait in vain."""
+        """Context at whose end all processes wait for each other. If one fails inside, the others end with code 2."""
         try:
             yield
         except Exception:
             self.any(True, group)
             raise
         if self.any(False, group):
-            sys.exit(2)                          # the one that failed says what happened
+            sys.exit(2)                          # the one that failed reports the error
 
     def on_main(self, do: Callable, *args) -> None:
         """Calls do(*args) on the main process while the others wait. If it fails there, the others end with code 2."""
@@ -99,14 +99,15 @@ class Processes:
                 do(*args)
 
     def print(self, message: str) -> None:
-        """To stderr, once."""
+        """Prints a message to stderr, on the main process only."""
         if self.is_main:
             tell(message)
 
     def once_per_node(self, make: Callable):
-        """make()'s result for all processes, by pickle: called in the first process of each machine, rank 0's first.
+        """Calls make() in the first process of each machine, first in rank 0. All its processes get the result.
 
-        For work that leaves its result on disk, such as an index or a download; others wait as long as it takes.
+        For work that leaves its result on disk, such as an index or a download. The result is pickled. The other
+        processes wait as long as it takes.
         """
         made = None
         for turn in (self.is_main, self.local_rank == 0 and not self.is_main):
@@ -122,7 +123,7 @@ class Processes:
     def data_parallel(self, model: nn.Module) -> nn.Module:
         """The module to call in a training step: DistributedDataParallel around model, or model itself for one process.
 
-        Buffers are not broadcast: they are the same everywhere already, BatchNorm's since it is synchronised.
+        Buffers are not broadcast, because they are the same in all processes: BatchNorm is synchronised.
         """
         if not self.many:
             return model
@@ -130,7 +131,7 @@ class Processes:
         return nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
 
     def split_weights(self, model: nn.Module, blocks: Iterable[nn.Module]) -> None:
-        """FSDP: each process holds a part of every tensor. blocks are gathered one at a time, the rest with model."""
+        """FSDP: each process holds a part of every tensor. Each block is gathered when it runs, the rest with model."""
         if self.many:
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard
@@ -141,10 +142,10 @@ class Processes:
 
 @contextlib.contextmanager
 def no_sync(model: nn.Module):
-    """Inside, backward leaves each process its own gradients; the next backward outside averages all of them.
+    """Context in which backward does not average gradients over processes; the next backward outside averages them.
 
-    Forward belongs inside as well: DDP decides in forward whether the coming backward communicates. For one process
-    this does nothing; FSDP has another name for it.
+    Forward must be inside as well: DDP decides in forward whether the following backward communicates. Does nothing for
+    one process. FSDP has another method for it.
     """
     if hasattr(model, "set_requires_gradient_sync"):
         model.set_requires_gradient_sync(False)
@@ -156,8 +157,8 @@ def no_sync(model: nn.Module):
 
 
 class SumOverProcesses(torch.autograd.Function):
-    """The sum over all processes, with a gradient. Each x adds to the result of every process, so its gradient is the
-    sum of all gradients."""
+    """The sum over all processes, with a gradient. Every process's result contains every x, so the gradient of x is the
+    sum of the gradients of all processes."""
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         x = x.clone()
@@ -172,13 +173,13 @@ class SumOverProcesses(torch.autograd.Function):
 class SynchronisedBatchNorm(nn.BatchNorm2d):
     """BatchNorm2d over the batches of all processes. With one process, or in eval mode, it is BatchNorm2d.
 
-    BatchNorm makes the output for an image depend on the images next to it. With separate statistics, each of 64 GPUs
-    with 4 images would train a different and noisier function than the one that is saved, whose running statistics are
-    those of rank 0. torch.nn.SyncBatchNorm does the same, but only on GPUs; this one can be tested without a GPU.
+    BatchNorm makes the output for an image depend on the other images of its batch. With separate statistics, each of
+    64 GPUs with 4 images would train a different and noisier function than the saved one, which has the running
+    statistics of rank 0. torch.nn.SyncBatchNorm does the same, but only on GPUs; this class also works on a CPU.
     """
     @staticmethod
     def convert(model: nn.Module) -> None:
-        """Every BatchNorm2d inside model, in place: the same module and weights, only forward changes."""
+        """Converts every BatchNorm2d inside model in place: the modules and weights stay, only forward changes."""
         for module in model.modules():
             if type(module) is nn.BatchNorm2d:
                 module.__class__ = SynchronisedBatchNorm
@@ -191,8 +192,8 @@ class SynchronisedBatchNorm(nn.BatchNorm2d):
         count = torch.full((1,), x.numel() / x.shape[1], device=x.device)
         sums = SumOverProcesses.apply(torch.cat([wide.sum((0, 2, 3)), count]))               # (C + 1,)
         n, mean = sums[-1], sums[:-1] / sums[-1]                                             # (), (C,)
-        # The variance takes a second message. Sums of squares would need only one, but the difference of two large
-        # numbers loses all digits of a small variance.
+        # The variance needs a second all_reduce. Sums of squares would need only one, but a small variance would lose
+        # all its digits in the difference of two large numbers.
         centred = wide - mean[:, None, None]                                                 # (B, C, H, W)
         variance = SumOverProcesses.apply(centred.square().sum((0, 2, 3))) / n               # (C,)
         with torch.no_grad():
@@ -205,14 +206,14 @@ class SynchronisedBatchNorm(nn.BatchNorm2d):
 
 class GracefulExit:
     """SIGTERM (a scheduler's last warning) and Ctrl-C set `received` to the signal's number, so that a loop can finish
-    its step, save, and leave. Before the loop there is nothing to save.
+    its step, save, and leave. To be made just before the loop, because there is nothing to save earlier.
 
     A second Ctrl-C ends the program at once. restore() brings back the old handlers.
     """
     def __init__(self):
         self.received, self.before = 0, {}
         for name in (signal.SIGTERM, signal.SIGINT):
-            with contextlib.suppress(ValueError):            # not the main thread, as perhaps in a notebook
+            with contextlib.suppress(ValueError):            # not in the main thread, perhaps in a notebook
                 self.before[name] = signal.signal(name, self)
 
     def restore(self) -> None:
@@ -220,8 +221,8 @@ class GracefulExit:
             signal.signal(name, handler)
 
     def leave(self, number: int, step: int, processes: Processes | None = None) -> None:
-        """Ends the program after `step` steps, unfinished, by the code that a shell gives a signal: 143 for SIGTERM,
-        130 for Ctrl-C. So whatever follows the run, by && or in a scheduler, does not take it for finished."""
+        """Ends the program after `step` steps, unfinished, with the exit code that shells use for a signal: 143 for
+        SIGTERM, 130 for Ctrl-C. So a shell's && or a scheduler does not take the run for finished."""
         self.restore()
         if processes is None or processes.is_main:
             tell(f"stopped after step {step} and saved: {RESUME_HINT}")

@@ -1,4 +1,4 @@
-"""What a run shows: its progress, curves of its log, and with --dry-run what it would do.
+"""Output for the user: progress of a run, curves of its log, and with --dry-run what a run would do.
 
 Needs: torch, pillow, tqdm; samples.py, loading/.
 """
@@ -21,14 +21,14 @@ from training.samples import draw_caption
 
 
 def due(every: int, step: int, steps: int) -> bool:
-    """Is it time for something that happens every so many steps (0: never), and after the last one?"""
+    """Whether step is a multiple of `every` or the last of `steps`: time for what happens so often. every=0: never."""
     return bool(every) and (step % every == 0 or step == steps)
 
 
 class Progress:
-    """The progress bar of a run, and what a line of the log says about the steps since the line before.
+    """The progress bar of a run, and the values for the log: of the steps since the last line.
 
-    Iterate over it for the steps that are left. batch: samples per step, of all processes.
+    Iterating over it yields the remaining steps. batch: samples per step, of all processes.
     """
     def __init__(self, title: str, start: int, args, processes, batch: int):
         self.processes, self.batch, self.smooth = processes, batch, None
@@ -40,13 +40,13 @@ class Progress:
         return iter(self.bar)
 
     def add(self, t: Tensor, raw: Tensor) -> None:
-        """Losses raw (B,) of samples at noise levels t (B,), not weighted."""
+        """Adds unweighted losses raw (B,) of samples at noise levels t (B,)."""
         level, raw = (t * 10).long().clamp(max=9), raw.detach()
-        self.sums[0].index_add_(0, level, raw.nan_to_num(0, 0, 0))       # such a step is skipped
+        self.sums[0].index_add_(0, level, raw.nan_to_num(0, 0, 0))       # a step with NaN is skipped
         self.sums[1].index_add_(0, level, raw.isfinite().float())
 
     def values(self, step: int, loss: Tensor) -> dict:
-        """What to log after `step` steps; loss () is the last step's. All processes must call this."""
+        """-> values to log after `step` steps. loss (): of the last step. All processes must call this."""
         loss = (self.processes.sum(loss.clone()) / self.processes.world).item()
         self.smooth = loss if self.smooth is None else 0.9 * self.smooth + 0.1 * loss
         raw, count = self.processes.sum(self.sums.clone())
@@ -54,14 +54,14 @@ class Progress:
         on_gpu = self.processes.device.type == "cuda"
         values = dict(loss=loss, smooth_loss=self.smooth, images_per_second=speed,
                       memory_gib=torch.cuda.max_memory_allocated() / 2 ** 30 if on_gpu else None)
-        raw = (raw / count).tolist()                                     # 0 / 0 is NaN: no sample had that level
+        raw = (raw / count).tolist()                                     # NaN (0 / 0) if no sample had this level
         values |= {f"raw_loss_t_0.{i}": raw[i] for i in range(10) if not math.isnan(raw[i])}
         self.sums.zero_()
         self.since, self.clock = step, time.time()
         return values
 
     def show(self, line: dict, *more: str) -> None:
-        """Puts a line of the log at the end of the bar; more: words between."""
+        """Shows values of a line of the log at the end of the bar, with the texts `more` among them."""
         words = [f"loss {line['smooth_loss']:.4f}", f"|grad| {line['grad_norm']:.2f}", *more, f"lr {line['lr']:.1e}",
                  f"{line['images_per_second']:.1f} images/s"]
         if line["memory_gib"]:
@@ -70,9 +70,9 @@ class Progress:
 
 
 def checkpoint_bytes(args, model, discriminator=None) -> int:
-    """The size of a checkpoint: weights, averaged weights and AdamW's two averages, with about 300 bytes per tensor for
-    its name and place in the file. A LoRA's has its LoRA file next to it. train_a.py's has frozen weights as well, and
-    no averages with --ema 0."""
+    """The size of a checkpoint: weights, EMA weights and AdamW's two moments, with about 300 bytes per tensor for the
+    file's header. For a LoRA it includes the LoRA's own file. A checkpoint of train_a.py also contains frozen weights,
+    and no EMA weights with --ema 0."""
     learned = [p.nbytes + 300 for p in model.parameters() if p.requires_grad]
     other = [p.nbytes + 300 for p in (*model.parameters(), *model.buffers()) if not p.requires_grad]
     if hasattr(args, "fsdp"):
@@ -83,16 +83,16 @@ def checkpoint_bytes(args, model, discriminator=None) -> int:
 
 
 def free_bytes(folder: Path) -> int:
-    """On the disk of a folder, which may not exist yet."""
+    """Free bytes on the disk of a folder, which need not exist yet."""
     folder = folder.resolve()
     return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
 
 
 def outline(args, model, dataset, sizes, order, discriminator=None) -> None:
-    """Prints what would be trained on what: parameters, memory, disk, images, epochs. discriminator: of train_a.py."""
+    """Prints what a run would use: parameters, memory, disk space, images, epochs. discriminator: of train_a.py."""
     learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
-    # Weights, gradients, two moments of AdamW, EMA: five float32 numbers for each parameter that learns.
+    # Weight, gradient, AdamW's two moments, EMA weight: five float32 numbers for each parameter that learns.
     memory = learned * 4 * (5 if args.ema else 4) + frozen
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     print(f"{learned:,} of {sum(p.numel() for p in model.parameters()):,} parameters learn, in {len(names)} tensors: "
@@ -108,7 +108,7 @@ def outline(args, model, dataset, sizes, order, discriminator=None) -> None:
 
 
 def dry_run(args, model, dataset, sizes, order, draw_noise: Callable | None = None) -> None:
-    """Prints the outline, shapes and the first captions. draw_noise: of Stage B, see train_b.py."""
+    """Prints the outline, the latents' shapes and the first captions. draw_noise: of Stage B, see train_b.py."""
     outline(args, model, dataset, sizes, order)
     positions, indices, number = order.step(0)
     h, w = sizes[number]
@@ -127,7 +127,7 @@ def dry_run(args, model, dataset, sizes, order, draw_noise: Callable | None = No
 
 
 def draw_curves(lines: list[dict], names: list[str], path: str | Path, width: int = 560, height: int = 300) -> None:
-    """A PNG with a plot over the steps for each name that occurs in the lines of a log. Loss axes are logarithmic."""
+    """Writes a PNG file with a plot over the steps for each of `names` in a log's lines. Axes of losses are logarithmic."""
     font, plots = ImageFont.load_default(size=12), []
     for name in names:
         points = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), (int, float))

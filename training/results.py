@@ -1,4 +1,4 @@
-"""What a finished run leaves: the folder that sample.py and diffusers open, its model card, the upload to the hub.
+"""The results of a finished run: the folder that sample.py and diffusers open, its model card, the upload to the hub.
 
 Needs: torch; loading/; huggingface_hub for the upload.
 """
@@ -24,7 +24,7 @@ from training.scenes import CAPTIONED, UNCAPTIONED, vocabulary
 
 
 def files_given(args, parts: tuple[str, ...]) -> dict[str, str]:
-    """The parts that come from elsewhere than --weights: {"vqgan": path, ...}."""
+    """The parts that have their own option and do not come from --weights: {"vqgan": path, ...}."""
     return {part: getattr(args, part) for part in parts if getattr(args, part) not in (None, "none")}
 
 
@@ -35,7 +35,7 @@ def is_local(name: str) -> bool:
 
 
 def write_base(args, parts: tuple[str, ...], **more) -> None:
-    """base.json, which tells sample.py --weights OUT where the parts are that this run did not write."""
+    """Writes base.json, from which sample.py --weights OUT reads the paths of the parts that this run did not write."""
     def path(name: str) -> str:
         return str(Path(name).resolve()) if is_local(name) else name
     base = dict(weights=path(args.weights), files={part: path(file) for part, file in files_given(args, parts).items()})
@@ -44,19 +44,19 @@ def write_base(args, parts: tuple[str, ...], **more) -> None:
 
 
 def finished(args) -> None:
-    """For a run that is resumed after its end: says so and leaves the result as it is. --push-to-hub uploads it."""
+    """For a run that is resumed after its end: prints so and keeps the result. With --push-to-hub, uploads it."""
     tell(f"{args.steps} steps are done and the result is in {args.out}: raise --steps to continue")
     if args.push_to_hub:
         push(args)
 
 
-# ----- the card: what others read, so it has no path of this machine -----------------------------------
+# ----- the model card, which is published and therefore contains no path of this machine ---------------
 
 TEXTS = ("trigger", "targets", "sample_prompt", "project")           # options whose "/" does not make them a path
 
 
 def without_folders(name: str, value):
-    """The value of an option as others may read it: of a path its last part, of a command for shards nothing."""
+    """The value of an option as it may be published: the last part of a path; "pipe:" without its command."""
     if isinstance(value, list | tuple):
         return type(value)(without_folders(name, each) for each in value)
     if not isinstance(value, str) or name in TEXTS or value.startswith("hub:") or value in REVISIONS:
@@ -74,43 +74,42 @@ def settings_table(args) -> str:
 
 
 def described(name: str) -> str:
-    """Weights, in the words of a card."""
+    """A description of weights for the card."""
     if is_local(name):
         return "weights in a local folder that is not published"
     return f"`{name}`, the small model that comes with the code" if name in SHIPPED else f"`{name}`"
 
 
 def base_model(args, part: str) -> str:
-    """A line for the head of a card: the repository of the hub with the weights where a part started, if there is one.
-    """
+    """The line base_model for the head of a card: the hub's repository from which `part` started, or "" if none."""
     name = getattr(args, part) or args.weights
     repo = NAMES[name][part][0] if name in NAMES else "/".join(name.removeprefix("hub:").split("@")[0].split("/")[:2])
     return "" if args.init == "random" or name in SHIPPED or is_local(name) else f"base_model: {repo}\n"
 
 
 def place(args, repo: str | None) -> str:
-    """The result, for its users: a repository, or the folder --out wherever it is copied to."""
+    """The name of the result for users: a repository, or the folder of --out without its parents."""
     return f"hub:{repo}" if repo else f"./{Path(args.out).resolve().name}"
 
 
 def is_portable(args, parts: tuple[str, ...]) -> bool:
-    """Whether others have all that base.json names."""
+    """Whether all parts that base.json names are available on other machines."""
     return not any(map(is_local, (args.weights, *files_given(args, parts).values())))
 
 
 def three_prompts(args, dataset) -> list[str]:
-    """Prompts that work: those of the sample sheets, then captions that were trained on."""
+    """Up to three prompts for the card: those of the sample sheets, then captions that were trained on."""
     prompts = list(getattr(args, "sample_prompt", []))
     if getattr(args, "sample_prompts", None):
-        with contextlib.suppress(ValueError):                        # a file that is gone by now costs no result
+        with contextlib.suppress(ValueError):                        # a missing file must not cost the result
             prompts += read_prompts(args.sample_prompts)
     prompts += [dataset.captions(i)[0] for i in range(min(len(dataset), 100))]
     return [prompt for prompt in dict.fromkeys(" ".join(prompt.split()) for prompt in prompts) if prompt][:3]
 
 
 def usage(prompts: list[str], weights: str, **parts: str) -> str:
-    """How to generate images, on the command line and in Python. parts: from elsewhere than weights, or lora. Without
-    prompts: how to reconstruct an image."""
+    """Commands and Python code to generate images; without prompts, to reconstruct an image. parts: options for parts
+    that do not come from `weights`, or for a LoRA."""
     options = "".join(f" --{part.replace('_', '-')} {file}" for part, file in dict(weights=weights, **parts).items())
     load = ", ".join([f'"{weights}"', *(f'{part}="{file}"' for part, file in parts.items())])
     tasks = [f"--prompt {shlex.quote(prompt)}" for prompt in prompts] or ["--reconstruct photo.png"]
@@ -126,7 +125,7 @@ def usage(prompts: list[str], weights: str, **parts: str) -> str:
 
 
 def write_card(args, head: str, *paragraphs: str) -> None:
-    """README.md: head, paragraphs (empty ones are skipped), the newest sample sheet, the settings."""
+    """Writes README.md: head, paragraphs (empty ones are skipped), the newest sample sheet, the settings."""
     out = Path(args.out)
     sheets = sample_sheets(args)
     parts = [f"---\n{head}\n---\n# {place(args, args.push_to_hub).rpartition('/')[2]}", *paragraphs,
@@ -155,7 +154,8 @@ FILES_C = ("prior", "prior_text_encoder", "image_encoder", "decoder", "vqgan", "
 
 
 def write_stage_c(args, model, text_encoder, dataset, processes) -> None:
-    """prior/ or lora.safetensors, base.json, README.md, and --push-to-hub. All processes must call this.
+    """Writes prior/ or lora.safetensors, base.json, README.md; uploads them with --push-to-hub. All processes must call
+    this.
 
     model: has Stage C as model.prior. text_encoder: a TextEncoder, with --train-text the one that was trained.
     """
@@ -201,13 +201,13 @@ def write_card_c(args, dataset) -> None:
                f"{what} {described(start)}: {args.steps} steps on {len(dataset)} images." if args.init == "weights" else
                f"Würstchen's Stage C, trained from random weights: {args.steps} steps on {len(dataset)} images.",
                f"Trigger words: **{args.trigger}**." if args.trigger else "",
-               # A LoRA in it would be added to this one.
+               # without any LoRA, because that LoRA would be added to this one
                how, "FOLDER stands for parts that are not published, without any LoRA." * ("FOLDER" in how),
                f"**Limits.** {LIMITS}" + " The LoRA fits only the weights above and their variants." * args.lora)
 
 
 def write_lora(args, prior, steps: int, images: int, path: Path | None = None) -> None:
-    """The LoRA of Stage C, if there is one, as it is after `steps` steps. Without a path, next to that checkpoint."""
+    """Writes Stage C's LoRA after `steps` steps, if there is one. path: by default next to that step's checkpoint."""
     if not args.lora:
         return
     metadata = dict(base="local" if is_local(args.weights) else args.weights,
@@ -218,11 +218,11 @@ def write_lora(args, prior, steps: int, images: int, path: Path | None = None) -
 
 
 def write_words(args) -> None:
-    """prior/words.json, if all captions were those of emoji scenes: the base's words, if there is one, and theirs."""
+    """Writes prior/words.json, if all captions were those of emoji scenes: their words and those that the base knew."""
     kind, _, rest = args.data.partition(":")
     known, folder = {}, Path(args.out) / "prior"
     if args.init == "weights" and kind == "scenes":
-        with contextlib.suppress(WeightsError):                      # words that cannot be read cost no result
+        with contextlib.suppress(WeightsError):                      # unreadable words must not cost the result
             known = read_words(locate(args.weights, files_given(args, FILES_C), parts=("prior",))["prior"])
     if kind == "scenes" and (known or args.init == "random"):
         learned = vocabulary(UNCAPTIONED if rest.startswith("uncaptioned") else CAPTIONED)
@@ -238,7 +238,7 @@ FILES_B = ("decoder", "image_encoder", "vqgan", "text_encoder")
 
 
 def stage_c_fits(args) -> bool:
-    """Has the frozen image encoder a Stage C, in --weights? It comes from there, or --image-encoder is that one."""
+    """Whether the Stage C of --weights fits the image encoder: it is frozen, and the same as that of --weights."""
     if not args.freeze_encoder or args.init == "weights" or args.weights in NAMES:
         return args.freeze_encoder and args.init == "weights"
     own = locate(args.weights, parts=("image_encoder",))["image_encoder"]
@@ -246,7 +246,7 @@ def stage_c_fits(args) -> bool:
 
 
 def save_encoder(encoder: torch.nn.Module, folder: Path, frozen: bool) -> None:
-    """An image encoder in float16, as released; a frozen one only if rounding does not change it."""
+    """Writes an image encoder in float16, as released; a frozen one in float32 if float16 would change it."""
     tensors = diffusers_tensors(encoder)
     half = to_half(tensors)
     exact = all(torch.equal(half[name].to(tensor.dtype), tensor) for name, tensor in tensors.items())
@@ -254,10 +254,10 @@ def save_encoder(encoder: torch.nn.Module, folder: Path, frozen: bool) -> None:
 
 
 def write_stage_b(args, model, encoder, dataset, log_lines: list[dict], processes) -> None:
-    """decoder/, image_encoder/, README.md, base.json if Stage C still fits, --push-to-hub.
+    """Writes decoder/, image_encoder/, README.md, and base.json if Stage C still fits; uploads them with --push-to-hub.
 
-    model: has Stage B as model.decoder; encoder: the image encoder; log_lines: have the PSNR. All processes must call
-    this.
+    model: has Stage B as model.decoder; encoder: the image encoder; log_lines: contain the PSNR. All processes must
+    call this.
     """
     weights = full_weights(model)
     processes.on_main(write_files_b, args, model.decoder, encoder, weights, dataset, log_lines)
@@ -269,7 +269,7 @@ def write_files_b(args, decoder, encoder, weights: dict, dataset, log_lines: lis
     (out / "README.md").unlink(missing_ok=True)      # written last: where it is, the result is complete
 
     def filled(network: torch.nn.Module, prefix: str) -> torch.nn.Module:
-        """A new one, because under FSDP the network itself holds a part of each tensor."""
+        """A copy of the network with all weights. Under FSDP the network itself holds only a part of each tensor."""
         with torch.device("meta"), NoStartValues():
             new = type(network)(**network.config)
         tensors = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
@@ -310,7 +310,8 @@ def write_card_b(args, dataset, log_lines: list[dict]) -> None:
 
 @torch.no_grad()
 def write_stage_a(args, model, fixed: torch.Tensor, values: dict, images: int) -> None:
-    """vqgan/, README.md, and --push-to-hub. fixed: images of the validation, (N,3,H,W) uint8; values: what it found."""
+    """Writes vqgan/ and README.md; uploads them with --push-to-hub. fixed: the validation's images, (N,3,H,W) uint8;
+    values: its results."""
     check_finite(model.state_dict(), "the result")
     (Path(args.out) / "README.md").unlink(missing_ok=True)       # written last: where it is, the result is complete
     if not args.freeze_encoder:          # the scale of the latents, so that Stage B sees unit variance
@@ -338,8 +339,8 @@ def write_stage_a(args, model, fixed: torch.Tensor, values: dict, images: int) -
 # ----- the upload ----------------------------------------------------------------------------------------
 
 def pushed_files(args) -> dict[str, Path]:
-    """What belongs to the result: {path in the repository: file}. --out may hold more, as caches, logs of services and
-    other runs' parts."""
+    """The files of the result: {path in the repository: file}. --out may contain other files, such as caches, logs of
+    services and parts of other runs."""
     out, names = Path(args.out), ["README.md", "log.jsonl", "curves.png"]
     if hasattr(args, "lora"):                            # of train_c.py
         names += ["lora.safetensors"] if args.lora else ["prior", "scheduler"]
@@ -356,7 +357,7 @@ def pushed_files(args) -> dict[str, Path]:
 
 
 def pushed_card(args) -> str:
-    """README.md for the hub: that of a run without --push-to-hub names the folder instead."""
+    """The text of README.md for the hub: replaces the folder that the card of a run without --push-to-hub names."""
     folder, card = place(args, None), (Path(args.out) / "README.md").read_text(encoding="utf-8")
     for name in (f"{folder}/lora.safetensors", folder):
         card = card.replace(name, place(args, args.push_to_hub))
@@ -364,7 +365,7 @@ def pushed_card(args) -> str:
 
 
 def push(args) -> None:
-    """Uploads the result to the hub. A failure here must not look like a failed training."""
+    """Uploads the result to the hub. A failed upload is only reported, because the training has not failed."""
     from huggingface_hub import CommitOperationAdd, HfApi
     files = pushed_files(args) | {"README.md": pushed_card(args).encode()}
     try:

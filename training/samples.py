@@ -1,7 +1,7 @@
-"""How an image becomes part of a sample: which images make up a step, pixels or cached latents, the caption.
+"""From images to samples: which images make up a step, their pixels or cached latents, their captions.
 
-What else a sample draws (noise, noise level) stands in the script. `rng` here is a function of a purpose, see
-order.sample_rng: everything random is a function of (seed, position in the stream of samples, purpose).
+The scripts add the rest of a sample (noise, noise level). `rng` is a function from a purpose to a random generator, see
+order.sample_rng: all randomness is a function of (seed, position in the stream of samples, purpose).
 Needs: torch, numpy; data.py, order.py, cache.py.
 """
 import math
@@ -28,7 +28,7 @@ def to_tensor(pixels, device="cpu") -> Tensor:
 
 
 def encoder_input(images: Tensor) -> Tensor:
-    """(B,3,H,W) in [0, 1] -> what the image encoder takes, (B,3,3H/4,3W/4)."""
+    """(B,3,H,W) in [0, 1] -> the input of the image encoder, (B,3,3H/4,3W/4)."""
     return preprocess(images, tuple(side * 3 // 4 for side in images.shape[2:]))
 
 
@@ -39,15 +39,15 @@ def semantic_latents(encoder: torch.nn.Module, pixels: Tensor, device) -> Tensor
 
 
 def no_text(config: dict, device: torch.device, captions: list[str]) -> Tensor:
-    """(B,1,c_text): instead of text embeddings, one zero token each."""
+    """(B,1,c_text): one zero token per caption, instead of text embeddings."""
     return torch.zeros(len(captions), 1, config["c_text"], device=device)
 
 
 def open_data(args, processes, captions_required: bool = True, unseen: str | None = None) -> tuple:
-    """--data and --val-data. The default of the latter is --data itself or, for emoji scenes, `unseen` ones.
+    """-> the datasets of --data and --val-data. The default of --val-data is --data; for emoji scenes, it is `unseen`.
 
-    One process of each machine reads indexes, and the others get what it found. With --dry-run, it writes the names and
-    reasons of everything that was skipped.
+    One process of each machine reads indexes, and the others get its result. With --dry-run, writes skipped.tsv, the
+    names of all skipped files with the reasons.
     """
     index, val_data = Path(getattr(args, "cache", None) or args.out) / "index", args.val_data
     if args.data.split(":")[0] == "scenes":
@@ -81,7 +81,7 @@ def open_data(args, processes, captions_required: bool = True, unseen: str | Non
 
 
 def steps_of(args, dataset, processes) -> int:
-    """--steps, or how many steps --epochs are."""
+    """-> --steps, or the number of steps in --epochs."""
     if not args.epochs:
         return args.steps
     batch = args.batch * args.grad_accum * processes.world
@@ -91,30 +91,30 @@ def steps_of(args, dataset, processes) -> int:
 
 
 def open_cache(args, encoder: torch.nn.Module, **settings) -> Cache:
-    """A cache in --cache of what `encoder` computes. settings: kind, its name, and what else the entries depend on."""
+    """A cache in --cache for the outputs of `encoder`. settings: kind, and everything else the entries depend on."""
     dtype = dict(fp16="float16", fp32="float32")[args.cache_dtype]
     return Cache(args.cache, hash_of(encoder), dict(dtype=dtype) | settings)
 
 
 def draw_caption(dataset, index: int, rng: Callable, dropout: float) -> tuple[str, bool]:
-    """One of the captions of image `index`, and whether it is dropped, to be replaced by the empty one.
+    """-> one of the captions of image `index`, and whether the caller should replace it by the empty caption.
     Source of dropping: classifier-free guidance, arXiv:2207.12598."""
     captions = dataset.captions(index)
     return captions[rng("caption").integers(len(captions))], bool(rng("caption dropout").random() < dropout)
 
 
 def embed_once(paths: dict, dtype: torch.dtype, captions: list[str]) -> Tensor:
-    """(B,N,D) by Stage C's text encoder, loaded for this call: for training without it, if a cache lost an entry."""
+    """-> (B,N,D). Loads Stage C's text encoder for this call only, for training from a cache that lost an entry."""
     files = paths["prior_text_encoder"], paths["prior_tokenizer"]
     return load_text_encoder(*files, dtype)(captions)
 
 
 class ImageReader:
-    """(index, size number, rng) -> (index, dict): image `index` cut to sizes[number], or what the caches hold of it.
+    """(index, size number, rng) -> (index, dict): image `index` cut to sizes[number], or its latents from the caches.
 
-    pixels: whether pixels (h,w,3) uint8 are needed. caches: name -> Cache of latents, each an entry of the dict.
-    replaced: see cache.fill_cache. The returned index differs if that image, or what a cache holds of it, cannot be
-    read: the next one of its bucket takes its place, because that must not end a run. The next run computes the entry.
+    pixels: whether the dict has pixels (h,w,3) uint8. caches: {name in the dict: Cache of latents}. replaced: see
+    cache.fill_cache. If the image or a cache's entry cannot be read, the next image of its bucket replaces it, so that
+    the run continues; then the returned index differs. The next run computes the entry again.
     """
     def __init__(self, dataset, sizes: list[tuple[int, int]], args, pixels: bool, caches: dict, replaced: dict):
         self.dataset, self.sizes, self.args, self.pixels = dataset, sizes, args, pixels
@@ -126,7 +126,7 @@ class ImageReader:
         index = self.replaced.get(index, index)
         bucket = self.dataset.bucket
 
-        def others() -> np.ndarray:              # an array as long as the dataset: only if something is broken
+        def others() -> np.ndarray:              # the array may be large: only if something is broken
             return np.flatnonzero(bucket == bucket[index])
         for index in candidates(index, others):
             if self.pixels:
@@ -147,10 +147,10 @@ class ImageReader:
 
 
 class MultiSizeSampler(BatchSampler):
-    """A BatchSampler whose steps have several resolutions. step() returns a number into `sizes` instead of a bucket.
+    """A BatchSampler whose steps have several resolutions. step() returns an index into `sizes` instead of a bucket.
 
-    The resolution of step k is a function of (seed, k). Buckets are those of the largest resolution, which has the
-    most shapes; in the others, each of them goes to the nearest. Size number = resolution * len(shapes) + bucket.
+    The resolution of step k is a function of (seed, k). Buckets are the shapes of the largest resolution, which has the
+    most; smaller resolutions use their nearest shape. Index into sizes = index of resolution * len(shapes) + bucket.
     """
     def __init__(self, image_sizes: np.ndarray, resolutions: list[int], max_ratio: float, batch: int, seed: int,
                  folder: Path | None = None):
@@ -164,7 +164,7 @@ class MultiSizeSampler(BatchSampler):
         super().__init__(self.bucket, batch, seed, folder)
 
     def sizes_of(self, index: int) -> list[tuple[int, int]]:
-        """All sizes in which image `index` may be seen."""
+        """All sizes to which image `index` may be cut, one per resolution."""
         return self.sizes[self.bucket[index]::len(self.shapes)]
 
     def step(self, k: int) -> tuple[np.ndarray, np.ndarray, int]:

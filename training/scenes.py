@@ -11,8 +11,8 @@ of training: a model that draws them correctly has learned to compose, not to re
   8 colours      of the background, exact RGB values in COLOURS
 Out  EmojiScenes.batch(start, n) -> images (n,128,128,3) uint8, RGB; captions, n strings.
 data.py offers them as the dataset `scenes`, like any folder of images.
-Surprise: there is no list of images. Image i depends only on (seed, i), so the set is endless, and a training that
-resumes at image 12800 sees exactly what an unbroken one would have seen.
+Note: there is no list of images. Image i depends only on (seed, i), so the set is endless, and a training that resumes
+at image 12800 sees the same images as an uninterrupted training.
 Emojis: Noto Color Emoji, assets/OFL.txt, sheet made by tools/make_sprites.py.  Needs: numpy, pillow.
 """
 import difflib
@@ -29,7 +29,7 @@ from PIL import Image
 ASSETS = Path(__file__).parents[1] / "assets"
 CANVAS, CELL, COLUMNS = 128, 80, 16       # px of a scene; px and columns of the sprite sheet
 
-# Muted, so that a red apple is visible on red; any two differ by at least 84 in RGB distance.
+# Muted colours, so that a red apple is visible on red; any two are at least 84 apart in RGB distance.
 COLOURS = {"white": (245, 245, 245), "black": (26, 26, 30), "red": (176, 44, 52), "orange": (236, 142, 62),
            "yellow": (250, 222, 110), "green": (84, 158, 92), "blue": (72, 122, 204), "purple": (146, 90, 178)}
 _TABLE = json.loads((ASSETS / "emoji.json").read_text())     # in the order of the sheet's cells
@@ -40,9 +40,10 @@ UNCAPTIONED = [row["name"] for row in _TABLE if not row["captioned"]]
 RELATIONS = ("left of", "right of", "above", "below")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
-# Size class of a single object: smallest and largest px, how far its center strays. Only even sizes: half as many
-# resized sprites to keep (50 MB for all). The gaps between the classes make "small" and "large" unambiguous; captions
-# never call an object medium. Even the smallest are large for Stage B: 40 px are 10 x 10 latents.
+# {size class of a single object: smallest and largest size in px, how far its center strays from the middle}. Sizes are
+# even, which halves the number of cached sprites (50 MB for all). The gaps between the classes make "small" and "large"
+# unambiguous; captions never call an object medium. Even the smallest objects are large for Stage B: 40 px are 10 x 10
+# latent positions.
 SIZE_CLASSES = {"small": (40, 46, 10), "medium": (56, 62, 8), "large": (80, 88, 6)}
 PAIR_SIZES = (50, 58)
 MARGIN = 2         # px at each edge of a scene that always show only the background
@@ -51,7 +52,7 @@ PAIR_STRAY = 5     # px: two centers differ by <= 10 across and >= 50 along thei
 
 @dataclass(frozen=True)
 class Scene:
-    """Objects and their places.  `relation` is from objects[0] to objects[1]; None for a single object."""
+    """Objects and their positions.  relation: of objects[0] to objects[1], or None for a single object."""
     objects: tuple[str, ...]
     sizes: tuple[int, ...]                    # px, of the square that the sprite fills
     centers: tuple[tuple[int, int], ...]      # (x, y) in px, y points down
@@ -82,9 +83,9 @@ def check_name(name: str, known: Sequence[str], kind: str) -> None:
 
 @functools.cache
 def held_out(a: str, b: str) -> bool:
-    """Is this pair held out of training?  A tenth of all pairs is; the order does not matter.
+    """Whether this pair is held out of training, as a tenth of all pairs.  The order of a and b does not matter.
 
-    A checksum, not a random draw: the same pairs for every seed, version and machine.
+    A checksum decides, so the pairs are the same for every seed, version and machine.
     """
     return zlib.crc32(f"{min(a, b)}|{max(a, b)}".encode()) % 10 == 0
 
@@ -123,7 +124,7 @@ def place_single(rng: np.random.Generator, name: str, size_class: str, colour: s
 
 
 def place_pair(rng: np.random.Generator, a: str, b: str, relation: str, colour: str) -> Scene:
-    """A scene "a RELATION b", each in its half of the canvas: their boxes cannot overlap."""
+    """A scene "a RELATION b". Each object is in its own half of the canvas, so their boxes cannot overlap."""
     low, high = PAIR_SIZES
     sizes = (rng.integers(low // 2, high // 2 + 1, size=2) * 2).tolist()
     half = CANVAS // 2
@@ -131,7 +132,7 @@ def place_pair(rng: np.random.Generator, a: str, b: str, relation: str, colour: 
     first = int(rng.integers(MARGIN + sizes[0] // 2, half - sizes[0] // 2 + 1))
     second = int(rng.integers(half + sizes[1] // 2, CANVAS - MARGIN - sizes[1] // 2 + 1))
     across = (half + rng.integers(-PAIR_STRAY, PAIR_STRAY + 1, size=2)).tolist()
-    if relation in ("right of", "below"):     # a belongs in the right or lower half: mirror, sizes are even
+    if relation in ("right of", "below"):     # a is in the right or lower half: mirror (sizes are even)
         first, second = CANVAS - first, CANVAS - second
     centers = ((first, across[0]), (second, across[1]))
     if relation in ("above", "below"):
@@ -143,17 +144,17 @@ def place_pair(rng: np.random.Generator, a: str, b: str, relation: str, colour: 
 
 @functools.cache
 def _sheet() -> Image.Image:
-    # "RGBa" is RGB already multiplied by alpha. Only this may be averaged when resizing: the hidden colour of
-    # transparent pixels then has no weight.
+    # "RGBa" is RGB multiplied by alpha, so that the hidden colour of transparent pixels has no weight when resizing
+    # averages pixels.
     return Image.open(ASSETS / "emoji.png").convert("RGBa")
 
 
 @functools.cache
 def sprite(name: str, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """One object at size x size px: colour times alpha, and its transparency, 255 - alpha, both (size,size,3) uint8."""
+    """One object at size x size px -> colour times alpha, and transparency (255 - alpha), both (size,size,3) uint8."""
     check_name(name, OBJECTS, "object")
     column, row = OBJECTS.index(name) % COLUMNS * CELL, OBJECTS.index(name) // COLUMNS * CELL
-    cell = _sheet().crop((column, row, column + CELL, row + CELL))     # before resizing: neighbours do not bleed in
+    cell = _sheet().crop((column, row, column + CELL, row + CELL))     # before resizing: neighbours must not mix in
     rgba = np.array(cell.resize((size, size), Image.LANCZOS))
     alpha = rgba[..., 3:]
     # Lanczos overshoots at edges; colour <= alpha keeps the sum in render() within 255.
@@ -178,8 +179,8 @@ def render(scene: Scene, size: int = CANVAS) -> np.ndarray:
                              "make it smaller or move it to the middle")
         colour, transparency = sprite(name, k)
         window = image[top:top + k, left:left + k]           # a view: only k x k pixels are touched
-        # v / 255, rounded, is (v + 128 + (v + 128 >> 8)) >> 8 for all v up to 255 * 255: no division per pixel, and
-        # all of it fits in 16 bits.
+        # v / 255, rounded, is (v + 128 + (v + 128 >> 8)) >> 8 for all v up to 255 * 255. This needs no division and
+        # fits in 16 bits.
         behind = np.multiply(window, transparency, dtype=np.uint16) + np.uint16(128)          # (k, k, 3)
         window[:] = colour + (behind + (behind >> 8) >> 8).astype(np.uint8)
     if size != CANVAS:
@@ -191,7 +192,7 @@ def render(scene: Scene, size: int = CANVAS) -> np.ndarray:
 
 # Plain grammar:  a [small|large] OBJECT on a COLOUR background
 #                 a OBJECT left of|right of|above|below a OBJECT on a COLOUR background
-# 15 % of the captions use one of these instead, so that the model understands prompts in other words:
+# 15 % of the captions use one of VARIANTS instead, so that the model understands prompts in other words.
 VARIANT_SHARE = 0.15
 VARIANTS = {
     "left of": ("to the left of", "on the left of"),
@@ -208,7 +209,7 @@ LAYOUT = "{things} on {a_colour} background"
 
 
 def article(words: str) -> str:
-    """"an" before a vowel letter, else "a".  By spelling, except for unicorn."""
+    """words with "an" if they begin with a vowel letter, else with "a".  Only unicorn is an exception."""
     return f"an {words}" if words[0] in "aeiou" and words != "unicorn" else f"a {words}"
 
 
@@ -223,7 +224,7 @@ def plain_caption(objects: Sequence[str], colour: str, relation: str | None = No
 
 
 def vocabulary(objects: Sequence[str] = CAPTIONED) -> dict[str, list[str]]:
-    """All words of the captions of these objects, by kind: what a Stage C trained on them knows."""
+    """All words in captions of these objects, by kind: the words that a Stage C trained on the captions knows."""
     relations = [words for plain in RELATIONS for words in (plain, *VARIANTS[plain])]
     other = " ".join(["a an", LAYOUT, *VARIANTS[LAYOUT]]).split()
     return dict(objects=list(objects), colours=list(COLOURS), sizes=["small", "large"], relations=relations,
@@ -231,7 +232,7 @@ def vocabulary(objects: Sequence[str] = CAPTIONED) -> dict[str, list[str]]:
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A random caption that fits the scene: either object first, with or without size word, variants."""
+    """A random caption that fits the scene: random order of the objects, with or without size word, or a variant."""
     objects, relation, size_word, layout = scene.objects, scene.relation, None, LAYOUT
     if relation is None and scene.size_class != "medium" and rng.random() < 0.5:
         size_word = scene.size_class
@@ -250,8 +251,8 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 class EmojiScenes:
     """An endless, numbered set of scenes.
 
-    objects  "captioned" (to train Stage C), "uncaptioned" (to fine-tune), or "all" (to train Stages A and B). In the
-             last, a scene with an uncaptioned object gets the caption "", so that no stage learns the name too early.
+    objects  "captioned" (to train Stage C), "uncaptioned" (to fine-tune), or "all" (to train Stages A and B). With
+             "all", a scene with an uncaptioned object gets the caption "", so that no stage learns its name too early.
     size     px of the images.  seed  another seed is another, equally endless set.
     """
     def __init__(self, objects: str = "all", size: int = CANVAS, seed: int = 0):

@@ -3,15 +3,14 @@
   source -parts_of-> folders and tar files
   -samples_of-> one dict per image: name, place (file, offset, bytes), size (height, width), captions, numbers;
                 for a file that cannot be used: name and problem
-  place -content_of-> its bytes, in any order
-  Chosen: the columns and keys that the user named; Found: what was there, and which of them were taken
+  place -content_of-> the bytes at that place; places can be read in any order
+  Chosen: the columns and keys that the user named; Found: those that exist, and those that were used
 
-Only headers of images are read here. To everything that follows, a folder and a tar file are the same: names, and the
-places of their content. A tar file's headers are read once, and the result is kept in an index next to it. Sources
-without such places (a pipe, a table such as a parquet file, a dataset of the Hub) are first rewritten as a tar file,
-once.
-Surprise: a tar file has no table of contents, and Python's tarfile takes a damaged header for its end. So half a
-download would pass for a smaller shard; see _tar_places.
+Only headers of images are read here. Later code treats folders and tar files alike: both are names with the places of
+their content. A tar file's headers are read once, and the result is kept in an index next to it. Sources without such
+places (a pipe, a table such as a parquet file, a dataset of the Hub) are first rewritten as a tar file, once.
+Note: a tar file has no table of contents, and Python's tarfile takes a damaged header for the end of the file. So half
+a download would look like a smaller shard; _tar_places detects this.
 Layouts: https://huggingface.co/docs/datasets/image_dataset (folders), https://github.com/webdataset/webdataset (tar).
 Needs: loading/files.py, extras/images.py, tables.py.
 """
@@ -40,11 +39,11 @@ from training.tables import NOT_USABLE, TABLES, Table, hub_table, open_table, wr
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
 HIDDEN = "hidden, as thumbnails of other programs are: rename it if it is meant"
 UNREADABLE = (".heic", ".heif", ".hif", ".jxl", ".jp2", ".jpe", ".apng", ".psd", ".svg", ".tga", ".exr", ".ppm", ".ico",
-              ".dng", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2")      # named, not silently ignored
+              ".dng", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2")      # reported, not just ignored
 # The keys of metadata, .json and tables in which a caption is looked for, in this order, in upper or lower case.
 CAPTION_KEYS = ("text", "caption", "captions", "prompt", "prompts", "description", "txt")
-HEAD = 2 ** 15                   # bytes of an image that are read to learn its size
-SHARDS = 10 ** 6                 # of a source at most: a typing error otherwise, the largest have 200,000
+HEAD = 2 ** 15                   # bytes of an image that are read first to find its size
+SHARDS = 10 ** 6                 # maximum per source; more are a typing error, the largest sources have 200,000
 INDEX_VERSION = 4                # of the index that _tar_samples writes; a new number rebuilds all indexes
 
 Place = tuple[str, int, int]     # file, offset, bytes (-1: up to the end): where something can be read
@@ -52,7 +51,7 @@ Place = tuple[str, int, int]     # file, offset, bytes (-1: up to the end): wher
 
 @dataclass(frozen=True)
 class Chosen:
-    """What the user chose; None: looked for under the usual names."""
+    """Names that the user gave for columns and keys; None: look for the usual names."""
     image: str | None = None     # the column of a table with the images, or the key of metadata with the file names
     caption: str | None = None   # the column, or the key of metadata and .json, with the captions
     config: str | None = None    # the configuration of a dataset of the Hub
@@ -60,15 +59,15 @@ class Chosen:
 
 @dataclass
 class Found:
-    """What a source contains: files, by suffix; images and captions, by the column or key they were taken from."""
+    """Counts of what a source contains: files by suffix; images and captions by the column or key that has them."""
     files: Counter = field(default_factory=Counter)
     images: Counter = field(default_factory=Counter)
     captions: Counter = field(default_factory=Counter)
-    keys: set = field(default_factory=set)       # of samples whose caption was not where it was looked for
+    keys: set = field(default_factory=set)       # of samples without a caption under the key in question
     numbered: set = field(default_factory=set)   # folders such as 10_cat
 
     def notes(self) -> list[str]:
-        """What was taken, in words; nothing for images in folders and captions in .txt files."""
+        """Texts that name the columns and keys that were used; [] for images in folders and captions in .txt files."""
         def listed(counts):
             return ", ".join(f"{name} ({n})" if len(counts) > 1 else name for name, n in counts.most_common())
         notes = [f"images from column {listed(self.images)}"] * bool(self.images)
@@ -80,7 +79,7 @@ class Found:
 
 def samples_of(parts: list[tuple[Path, str]], index_folder: Path | None, found: Found, chosen: Chosen = Chosen()
                ) -> Iterator[dict]:
-    """The samples of what parts_of returns, in fixed order. Raises ValueError, in one line, for what cannot be read."""
+    """The samples in `parts`, see parts_of, in fixed order. Raises ValueError, in one line, for unreadable parts."""
     for path, label in parts:
         if os.path.isdir(path):
             prefix = f"{label}/" if len(parts) > 1 else ""
@@ -93,8 +92,8 @@ def samples_of(parts: list[tuple[Path, str]], index_folder: Path | None, found: 
 
 
 def parts_of(source: str, index_folder: Path | None, chosen: Chosen = Chosen()) -> list[tuple[Path, str]]:
-    """Folders and shards (name, glob, {000..031}), pipe:COMMAND or hub:NAME[:SPLIT] -> the folders of images and tar
-    files there, in fixed order, and how to name them. Tables are made tar files. Raises ValueError, in one line."""
+    """Folders and shards (name, glob, {000..031}), pipe:COMMAND or hub:NAME[:SPLIT] -> [(folder of images or tar file,
+    its name for messages)] in fixed order. Tables are rewritten as tar files. Raises ValueError, in one line."""
     return [(_as_tar(path, index_folder, chosen), label) for part, name in _parts(source, index_folder, chosen)
             for path, label in (_in_folder(part, name) if os.path.isdir(part) else [(part, name)])]
 
@@ -111,9 +110,9 @@ def content_of(place: Place, limit: int = -1) -> bytes:
 # ----- images and the files next to them -----------------------------------------------------------------------------
 
 def _in_folder(folder: Path, label: str) -> list[tuple[Path, str]]:
-    """The folder itself or, if there are no images below it, the shards there."""
+    """The folder itself or, if no images are below it, the shards below it; with names for messages."""
     places, _ = _folder_places(str(folder))
-    if "dataset_dict.json" in places:            # as datasets' save_to_disk writes several splits
+    if "dataset_dict.json" in places:            # written by datasets' save_to_disk for several splits
         splits = sorted({name.split("/")[0] for name in places if name.endswith("/state.json")})
         if "train" not in splits and len(splits) != 1:
             raise ValueError(f"{folder} has the splits {', '.join(splits) or 'none'} and no split train: "
@@ -141,7 +140,7 @@ def _folder_samples(folder: str, found: Found, chosen: Chosen) -> Iterator[dict]
     yield from (dict(name=name, problem=HIDDEN) for name in hidden)
     for sample in _samples(places, chosen):
         parent = posixpath.basename(posixpath.dirname(sample["name"])) or os.path.basename(os.path.abspath(folder))
-        if re.match(r"\d{1,3}_", parent):        # another trainer reads it as: show each image so many times per epoch
+        if re.match(r"\d{1,3}_", parent):        # for another trainer: repetitions of each image per epoch
             found.numbered.add(parent)
         _count(sample, found)
         yield sample
@@ -153,9 +152,9 @@ def _count(sample: dict, found: Found) -> None:
 
 
 def _folder_places(folder: str) -> tuple[dict[str, Place], list[str]]:
-    """-> names, relative to the folder, of all files below it, sorted, with their places; names of dot files that would
-    be images, and of dot folders. macOS and file managers make both, with thumbnails in them."""
-    def stop(error):                             # os.walk on its own skips a folder that it may not read
+    """-> {name relative to the folder: place} of all files below it, sorted; and the names of dot folders, and of dot
+    files that are images. macOS and file managers create these hidden files and folders for thumbnails."""
+    def stop(error):                             # by default, os.walk skips folders without permission to read
         raise error
     places, hidden, seen = {}, [], set()
     for root, folders, names in os.walk(folder, onerror=stop, followlinks=True):
@@ -178,11 +177,11 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _samples(places: dict[str, Place], chosen: Chosen) -> Iterator[dict]:
-    """The images among files, name -> place, each with the files of the same name.
+    """The samples among files, {name: place}: each image with the files of the same name.
 
-    Every sample has a name and a problem, None or why it cannot be used. Without a problem it also has place, size
-    (height, width), captions and numbers; key, from which its captions were taken if not from a text file; keys, if
-    they were not where they were looked for. All of it can be written as JSON.
+    Every sample has a name and a problem: None, or the reason why it cannot be used. Without a problem it also has
+    place, size (height, width), captions and numbers; key, the key with the captions, if they are not from a text file;
+    keys, if the key that was looked for has no caption. All of this can be written as JSON.
     """
     rows, doubled = _metadata_rows(places, chosen.image)
     for name in sorted(rows):
@@ -209,19 +208,19 @@ def _samples(places: dict[str, Place], chosen: Chosen) -> Iterator[dict]:
             continue
         try:
             texts = _texts(stem, by_stem, rows.get(name, {}), chosen.caption)
-        except (ValueError, OSError) as error:   # not UTF-8, not JSON, a link to nowhere
+        except (ValueError, OSError) as error:   # not UTF-8, not JSON, a broken link
             yield dict(name=name, problem=f"its text cannot be read: {reason_of(error)}")
             continue
         yield dict(name=name, problem=None, place=place, size=size, **texts)
 
 
 def _composed(name: str) -> str:
-    """One form for all spellings: macOS writes the e and the accent of "é" as two characters, others as one."""
+    """The name in Unicode form NFC: macOS writes "é" as two characters, letter and accent, other systems as one."""
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def _size_of(place: Place) -> tuple[int, int]:
-    """Height and width as shown, with as little reading as possible.  Raises whatever Pillow does."""
+    """Height and width after EXIF orientation. Reads as little as possible. Raises whatever Pillow raises."""
     file, start, length = place
     check_file(file)
     with open(file, "rb") as handle:
@@ -229,7 +228,7 @@ def _size_of(place: Place) -> tuple[int, int]:
         if end - start > LARGEST:
             raise ValueError(f"it has {end - start} bytes, expected at most {LARGEST}")
         handle.seek(start)
-        # JPEG stores it first, unless a preview or a colour profile precedes it; other formats may at the end.
+        # JPEG stores the size at the start, perhaps after a preview or a colour profile; others maybe at the end.
         short = [min(start + HEAD, end)] * (handle.read(2) == b"\xff\xd8")
         for stop in (*short, end):
             try:
@@ -238,15 +237,15 @@ def _size_of(place: Place) -> tuple[int, int]:
                     # For a TIFF file, newer versions of Pillow return the upright size, so it is taken from the tags.
                     width, height = (image.tag_v2[256], image.tag_v2[257]) if image.format == "TIFF" else image.size
                     return (width, height) if turned else (height, width)
-            except Exception:                    # of many kinds: what the first bytes lack, the whole file may have
+            except Exception:                    # of many kinds: HEAD bytes may be too few, so try the whole file
                 if stop == end:
                     raise
 
 
 def _texts(stem: str, by_stem: dict[tuple[str, str], Place], row: dict, column: str | None) -> dict:
-    """Captions and numbers of an image: from its row of metadata, else .txt, else .caption, else .json.
+    """Captions and numbers of an image. Captions come from its row of metadata, else .txt, else .caption, else .json.
 
-    column: the key with the captions, which then precedes text files, also in .json.
+    column: the key with the captions. If it is given, that key in .json takes precedence over text files.
     """
     def beside(suffix: str) -> str | None:
         place = by_stem.get((stem, suffix)) or by_stem.get((_composed(stem), suffix))
@@ -265,7 +264,7 @@ def _texts(stem: str, by_stem: dict[tuple[str, str], Place], row: dict, column: 
     if not captions:
         key, captions = _captions_in(facts, column)
     for caption in captions:
-        # JSON can hold it, UTF-8 and tokenizers cannot.
+        # JSON may contain half of a surrogate pair, but UTF-8 and tokenizers cannot represent it.
         if half := not caption.isascii() and re.search("[\ud800-\udfff]", caption):
             raise ValueError(f"half a character, \\u{ord(half[0]):04x}, such as half an emoji, in its caption")
     found = dict(captions=captions, numbers={**_numbers_in(facts), **_numbers_in(row)})
@@ -285,14 +284,15 @@ def _text(place: Place, most: int = 2 ** 24) -> str:
 
 
 def _captions_in(row: dict, column: str | None) -> tuple[str | None, list[str]]:
-    """The first key, of column or else CAPTION_KEYS, that has captions, and them; None and [] if there is none."""
-    if not row:                                  # the rule, for two of three calls
+    """-> the first key with captions and these captions, or None and []. column: the only key to try, by default all
+    CAPTION_KEYS."""
+    if not row:                                  # the usual case
         return None, []
     lower = {} if column else {key.lower(): key for key in row}
     for key in [column] if column else [lower.get(key) for key in CAPTION_KEYS]:
         value = row.get(key)
         if isinstance(value, str) and value.startswith("["):
-            with contextlib.suppress(ValueError):          # a list in a column of a CSV file; or a caption with a "["
+            with contextlib.suppress(ValueError):          # a list in a CSV file, or a caption that starts with "["
                 value = parsed(value)
         if captions := _cleaned(value if isinstance(value, list) else [value]):
             return key, captions
@@ -300,12 +300,12 @@ def _captions_in(row: dict, column: str | None) -> tuple[str | None, list[str]]:
 
 
 def _cleaned(captions: list) -> list[str]:
-    """Without empty ones, each on one line with single spaces, as CLIP's tokenizer would make them anyway."""
+    """Removes empty captions; puts each on one line with single spaces, which CLIP's tokenizer would do anyway."""
     return [" ".join(text.split()) for text in captions if isinstance(text, str) and text.strip()]
 
 
 def _numbers_in(row: dict) -> dict[str, float]:
-    """The values that filters can compare: numbers, also as text, as in CSV files.  null and NaN count as missing."""
+    """The values that filters can compare: numbers, also those in text, as in CSV files.  null and NaN are omitted."""
     numbers = {}
     for key, value in row.items():
         with contextlib.suppress(TypeError, ValueError, OverflowError):
@@ -315,13 +315,13 @@ def _numbers_in(row: dict) -> dict[str, float]:
 
 
 def _metadata_rows(places: dict[str, Place], column: str | None) -> tuple[dict[str, dict], list[tuple[str, str]]]:
-    """Name of an image -> its row of the nearest metadata.jsonl, .csv or .parquet above it; under "", the name of that
-    file.  And (name, file) of images with several rows.  column: the key of the file names."""
+    """-> {name of an image: its row in the nearest metadata.jsonl, .csv or .parquet above it}, with the metadata file's
+    name under the key ""; and [(image, metadata file)] of images with several rows.  column: key of file names."""
     rows, doubled, key = {}, [], column or "file_name"
     tables = [name for name in places
               if posixpath.basename(name) in ("metadata.jsonl", "metadata.csv", "metadata.parquet")]
     composed = {_composed(name): name for name in places if not name.isascii()} if tables else {}
-    for table in sorted(tables, key=lambda name: name.count("/")):             # deeper ones later, so that they win
+    for table in sorted(tables, key=lambda name: name.count("/")):            # deeper files last: they take precedence
         folder, number = posixpath.dirname(table), 0
         try:
             for number, row in enumerate(_rows(table, places[table]), 1):
@@ -343,7 +343,7 @@ def _metadata_rows(places: dict[str, Place], column: str | None) -> tuple[dict[s
 
 
 def _rows(table: str, place: Place) -> Iterator[dict | str]:
-    """The rows of a file of metadata, those of a .jsonl as text."""
+    """The rows of a metadata file: as dicts, but the lines of a .jsonl file as text."""
     if table.endswith(".parquet"):
         yield from open_table(io.BytesIO(content_of(place)), table).rows
         return
@@ -358,7 +358,7 @@ def _rows(table: str, place: Place) -> Iterator[dict | str]:
 # ----- shards --------------------------------------------------------------------------------------------------------
 
 def _parts(source: str, index_folder: Path | None, chosen: Chosen) -> list[tuple[Path, str]]:
-    """The folders and shards of a source, in order, and how to name them.  Remote ones are fetched first."""
+    """The folders and shards of a source, in order, with names for messages.  Downloads remote shards first."""
     if chosen.config and not source.startswith("hub:"):
         raise ValueError(f"{source} has no configurations: remove --dataset-config, or give hub:NAME")
     if source.startswith("pipe:"):
@@ -368,7 +368,7 @@ def _parts(source: str, index_folder: Path | None, chosen: Chosen) -> list[tuple
     if source.startswith("hub:"):
         return [(_table_as_tar(source, source[4:], lambda: hub_table(source[4:], chosen.config), index_folder, chosen),
                  source)]
-    if re.match(r"\w+://", source):              # never guessed: which program would fetch it, with which credentials?
+    if re.match(r"\w+://", source):              # not guessed: neither the program to fetch it nor its credentials
         raise ValueError(f"{source} is not on this disk: "
                          f"give the command that fetches it, such as 'pipe:curl -sfL {source}'{_hub_hint(source)}")
     files, missing = [], []
@@ -403,7 +403,7 @@ def _expand(pattern: str) -> list[str]:
 
 
 def _as_tar(path: Path, index_folder: Path | None, chosen: Chosen) -> Path:
-    """A tar file or folder itself; that of a table, with names like 000000012.COLUMN.jpg."""
+    """The path of a tar file or folder itself; for a table, of a tar file with names like 000000012.COLUMN.jpg."""
     with reading(path) if not os.path.isdir(path) else contextlib.nullcontext():
         stat = path.stat()
     if path.suffix.lower() not in TABLES or os.path.isdir(path):
@@ -416,7 +416,7 @@ def _tar_samples(path: Path, label: str, index_folder: Path | None, found: Found
     """The samples of a tar file, from its index if size and modification time of the file are still the same."""
     stat, of_table = path.stat(), path.name.endswith(".table.tar")
     stamp = [INDEX_VERSION, stat.st_size, stat.st_mtime_ns]
-    if chosen.caption or chosen.image:           # which decide about captions, see _texts and _metadata_rows
+    if chosen.caption or chosen.image:           # captions depend on them, see _texts and _metadata_rows
         stamp += [chosen.caption, chosen.image]
     known_as = hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest()[:12]
     index = (index_folder / f"{path.stem}-{known_as}.index.json" if index_folder
@@ -435,7 +435,7 @@ def _tar_samples(path: Path, label: str, index_folder: Path | None, found: Found
                         if name.endswith(NOT_USABLE)]
         kinds = Counter(_split(name)[1] for name in places if not name.endswith(NOT_USABLE))
         content = dict(stamp=stamp, found=kinds, samples=samples)
-        with contextlib.suppress(OSError):       # if nothing may be written there, it is read again next time
+        with contextlib.suppress(OSError):       # without permission to write, the tar file is read again next time
             write_atomically(index, lambda temporary: temporary.write_text(json.dumps(content), encoding="utf-8"))
     found.files.update(content["found"])
     for sample in content["samples"]:
@@ -447,8 +447,8 @@ def _tar_samples(path: Path, label: str, index_folder: Path | None, found: Found
 
 
 def _tar_places(path: Path) -> tuple[dict[str, Place], list[dict], bool]:
-    """Names in an uncompressed tar file -> places of their content; samples that are only a name and a problem, for
-    what cannot be used; is the file whole?"""
+    """-> {name: place of its content} in an uncompressed tar file; samples, only with name and problem, of unusable
+    members; whether the file is complete."""
     with open(path, "rb") as file:
         if file.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):   # gzip, bzip2, xz, zstd
             raise ValueError(f"{path} is compressed, so it could only be read from its beginning: unpack it to a plain "
@@ -475,10 +475,10 @@ def _tar_places(path: Path) -> tuple[dict[str, Place], list[dict], bool]:
                     del places[name]
             end = tar.offset
         file.seek(end)
-        whole = file.read(512) == bytes(512)     # the end is a block of zeros; tarfile also stops at a damaged header
+        whole = file.read(512) == bytes(512)     # a complete file ends with zeros; tarfile also stops at damage
     for name in links:
         target = links[name]
-        for _ in range(40):                      # links to links; more than 40 are a circle, as for Linux
+        for _ in range(40):                      # links to links; more than 40 are a cycle, as in Linux
             target = links.get(target, target)
         places[name] = places[target] if target in places and target not in links else None
         if places[name] is None:
@@ -505,7 +505,7 @@ def _spooled(known_as: str, label: str, folder: Path | None, write: Callable[[Pa
 
 
 def _run(command: str, path: Path) -> None:
-    """A command's output -> a file, which must be a complete tar file: a shell hides a failure of a in a | b."""
+    """Writes a command's output to a file, which must be a complete tar file: shells hide failures of a in a | b."""
     with open(path, "wb") as file:
         done = subprocess.run(command, shell=True, stdout=file, stderr=subprocess.PIPE)
     message = (done.stderr.decode(errors="replace").strip().splitlines() or ["it gave no message"])[-1]

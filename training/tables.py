@@ -1,10 +1,10 @@
 """Tables of images: parquet and arrow files, datasets of the Hub.  Rows are rewritten as a tar file, see write_tar.
 
-  path -open_table-> Table;  "NAME:SPLIT" -hub_table-> Table;  Table -write_tar-> a tar file, a row per image
+  path -open_table-> Table;  "NAME:SPLIT" -hub_table-> Table;  Table -write_tar-> a tar file, an image per row
 
-Surprise: a row may hold only the name of a file. Such a file is not read, because whoever made the table would then
-decide what is read from this disk. It is counted as skipped. The exception are files of the same dataset in the cache,
-where datasets puts the images of one that is itself a folder. A dataset that is made of files of this disk is refused.
+Note: a row may contain only the name of a file. Such a file is not read, because the author of the table would then
+decide what is read from this disk; the row is skipped. An exception are files in the caches of the Hub and of the
+package datasets, which stores images there. A dataset whose data files are on this disk is an error.
 Needs: pyarrow for parquet and arrow files, datasets for the Hub.
 """
 import io
@@ -20,17 +20,17 @@ from loading.files import reason_of
 from loading.hub import limit_waits
 
 TABLES = (".parquet", ".arrow")
-NOT_USABLE = ".skipped"          # suffix of the member of a tar that says why a row has no image
-# Names of the column with the images, in this order; other names are taken if there is only one column of images.
+NOT_USABLE = ".skipped"          # suffix of tar members that contain the reason why a row has no image
+# Names of the column with the images, in order of preference. Another name is possible if only one column has images.
 IMAGE_COLUMNS = ("image", "images", "img", "jpg", "jpeg", "png", "webp", "photo", "picture")
 
 
-PLAIN = (str, int, float, type(None))            # kept of other columns, also in lists: captions and numbers
+PLAIN = (str, int, float, type(None))            # types of values kept from other columns, also in lists
 
 
 @dataclass
 class Table:
-    """Rows, and for each column whether it may hold images. folders: from which files named in rows may be read."""
+    """columns: {name: whether it may contain images}. folders: those from which files named in rows may be read."""
     name: str
     columns: dict[str, bool]
     rows: Iterable[dict]
@@ -38,7 +38,7 @@ class Table:
 
 
 def open_table(file, name: str) -> Table:
-    """A parquet file, or an arrow file as datasets writes it. Raises ValueError."""
+    """Opens a parquet file, or an arrow file written by the package datasets. Raises ValueError if it cannot."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -72,7 +72,7 @@ def open_table(file, name: str) -> Table:
 
 
 def hub_table(name_and_split: str, config: str | None = None) -> Table:
-    """NAME[:SPLIT] of the Hub. Raises ValueError."""
+    """Opens a dataset of the Hub, given as NAME[:SPLIT]. Raises ValueError if it cannot."""
     name, _, split = name_and_split.partition(":")
     try:
         import datasets
@@ -87,13 +87,13 @@ def hub_table(name_and_split: str, config: str | None = None) -> Table:
                 if not re.match("(hf|https?)://", file.split("::")[-1]):
                     raise ValueError(f"it names {printable(file)}, which is not a file of the Hub, and is not read")
         rows = datasets.load_dataset(name, *[config] * bool(config), split=split or "train")
-    except Exception as error:                   # of a dozen kinds: not found, no network, another split, ...
+    except Exception as error:                   # a dozen kinds: not found, no network, unknown split, ...
         configs = re.search(r"available configs: (\[.*?\])", str(error))
         more = f" It has the configurations {configs[1]}: choose one with --dataset-config" if configs else ""
         raise ValueError(f"hub:{name} cannot be loaded: {reason_of(error)}{more}") from error
     columns = {column: isinstance(kind, datasets.Image) or isinstance(kind, dict) and "bytes" in kind
                or getattr(kind, "dtype", None) in ("binary", "large_binary") for column, kind in rows.features.items()}
-    # As they are stored: decoding them, in whichever column, would open files that they name.
+    # Rows as they are stored, because decoding an image column would open files that its cells name.
     stored = (row for batch in rows.with_format("arrow").iter(16) for row in batch.to_pylist())
     caches = [getattr(getattr(datasets, "config", None), cache, None)
               for cache in ("DOWNLOADED_DATASETS_PATH", "EXTRACTED_DATASETS_PATH")]
@@ -102,9 +102,9 @@ def hub_table(name_and_split: str, config: str | None = None) -> Table:
 
 
 def write_tar(table: Table, path: Path, asked: str | None = None) -> None:
-    """A table -> a tar file with NUMBER.COLUMN.jpg and .json for each row, or NUMBER.skipped, which says why not.
+    """A table -> a tar file with NUMBER.COLUMN.jpg and .json for each row, or NUMBER.skipped with the reason.
 
-    asked: the column with the images. Raises ValueError if there is none, or no telling which.
+    asked: the column with the images, or None. Raises ValueError if there is no such column, or several may be it.
     """
     column = image_column(table, asked)
     label = re.sub(r"[^\w-]+", "-", column)
@@ -112,7 +112,7 @@ def write_tar(table: Table, path: Path, asked: str | None = None) -> None:
         for number, row in enumerate(table.rows):
             facts = {key: value for key, value in row.items() if key != column and all(
                 isinstance(item, PLAIN) for item in (value if isinstance(value, list) else [value]))}
-            # Pillow recognizes images by their content, not by their name, so .jpg will do for all.
+            # Pillow recognizes images by their content, not by their name, so all images can be named .jpg.
             try:
                 members = {f".{label}.jpg": content_of_cell(row[column], table.folders),
                            f".{label}.json": json.dumps(facts, default=str).encode()}
@@ -145,7 +145,7 @@ def image_column(table: Table, asked: str | None) -> str:
 
 
 def content_of_cell(cell, folders: list[Path]) -> bytes:
-    """The bytes of an image. Raises ValueError if there are none."""
+    """The bytes of the image in a cell. Raises ValueError if the cell contains no image."""
     path = cell if isinstance(cell, str) else None
     if isinstance(cell, dict):
         cell, path = cell.get("bytes"), cell.get("path")

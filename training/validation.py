@@ -1,7 +1,7 @@
 """The validation: the same images, noise levels and noise every time, so that its values can be compared.
 
-The training loss shows little: at t = 0.05 the raw error is a hundred times that at t = 0.95, so the levels that were
-drawn decide it. Needs: torch, numpy; data.py, order.py, samples.py, wuerstchen.py.
+The training loss shows little: the raw error at t = 0.05 is a hundred times the error at t = 0.95, so the loss mostly
+depends on which levels were drawn. Needs: torch, numpy; data.py, order.py, samples.py, wuerstchen.py.
 """
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ T_GRID = [0.05 + 0.1 * i for i in range(10)]             # noise levels
 
 def random_images(dataset, sizes: list[tuple[int, int]], rng: np.random.Generator,
                   count: int) -> Iterator[tuple[Tensor, str]]:
-    """Pixels (1,h,w,3) uint8, in the nearest of `sizes`, and caption of `count` images that rng draws."""
+    """For each of `count` images that rng draws: pixels (1,h,w,3) uint8, cut to the nearest of `sizes`, and caption."""
     nearest = nearest_bucket(dataset.sizes, sizes)                                       # (N,)
     rng.shuffle(numbers := np.arange(len(dataset), dtype=np.uint32))                     # (N,) like permutation(N)
     for i in numbers[:count].tolist():
@@ -41,8 +41,8 @@ def fixed_noise(i: int, shape: tuple[int, ...], args) -> Tensor:
 
 @torch.no_grad()
 def mean_over(count: int, measure: Callable[[int], Tensor], args, processes, shape: tuple = (len(T_GRID),)) -> Tensor:
-    """The mean of measure(0), ..., measure(count - 1), each of `shape`. Each process computes its share, but under FSDP
-    all of them, because a forward pass needs every process."""
+    """The mean of measure(0), ..., measure(count - 1), each of `shape`. Each process computes its share; under FSDP
+    each computes all, because a forward pass needs every process."""
     values, n = torch.zeros(shape, device=processes.device), torch.zeros((), device=processes.device)
     for i in range(count):
         if args.fsdp or i % processes.world == processes.rank:
@@ -54,17 +54,15 @@ def mean_over(count: int, measure: Callable[[int], Tensor], args, processes, sha
 
 
 def by_level(values: Tensor, name: str) -> dict[str, float]:
-    """Values (10,) at the levels of T_GRID -> entries of the log."""
+    """Values (10,) at the levels of T_GRID -> entries of the log, {name_t_0.05: value, ...}."""
     return {f"{name}_t_{level:.2f}": value for level, value in zip(T_GRID, values.tolist())}
 
 
 # ----- Stage B ------------------------------------------------------------------------------------------
 
 def fixed_set(dataset, side: int, encoders: dict, args, device) -> SimpleNamespace:
-    """The images of train_b.py's validation, as squares: pixels (N,r,r,3) uint8, captions, x_0 (N,...).
-
-    source: raw semantic latents (N,16,h',w') or, for an encoder that is trained, its input (N,3,H,W).
-    """
+    """-> the images of train_b.py's validation, as squares: pixels (N,r,r,3) uint8, captions, x_0 (N,...), and source:
+    raw semantic latents (N,16,h',w') or, for an encoder that is trained, its input (N,3,H,W)."""
     pixels, captions = zip(*fixed_images(dataset, [(side, side)], args))
     x_0 = torch.cat([encoders["x_0"](row) for row in pixels])
     if "stored" in encoders:
@@ -75,8 +73,8 @@ def fixed_set(dataset, side: int, encoders: dict, args, device) -> SimpleNamespa
 
 
 def validate(model, fixed, embed: Callable, weight: Callable, stage, autocast, args, processes) -> dict[str, float]:
-    """Raw loss at each level of T_GRID, its weighted mean, and for v1 the share of tokens that are found. stage: see
-    train_b.py. Nothing is dropped here, and the semantic latents get no noise."""
+    """Raw loss at each level of T_GRID, its weighted mean, and for v1 the share of tokens predicted right. stage: see
+    train_b.py. No captions or semantic latents are dropped, and the semantic latents get no noise."""
     levels, config = torch.tensor(T_GRID, device=processes.device), model.decoder.config         # (10,)
 
     def measure(i: int) -> Tensor:

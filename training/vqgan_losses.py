@@ -1,4 +1,4 @@
-"""Stage A's losses besides those of its own forward: how different images look, and a discriminator, against blur.
+"""Stage A's losses in addition to those of its forward: a perceptual loss, and a discriminator against blur.
 
   images, output -VGGFeatures-> 5 feature maps each -perceptual_loss-> scalar
   output -PatchDiscriminator-> logits -generator_loss x adaptive_weight-> scalar, added to the reconstruction loss
@@ -58,11 +58,11 @@ def read_vgg16(weights: str) -> dict[str, Tensor]:
 
 
 def perceptual_loss(features: list[Tensor], targets: list[Tensor]) -> Tensor:
-    """Distance of two batches of images as a classifier sees them: its activations per layer, each (B,C,h,w) -> scalar.
+    """Distance of two batches of images in a classifier's features: activations per layer, each (B,C,h,w) -> scalar.
 
-    Every position's vector is scaled to length 1, so that loud layers and positions do not drown the others; squared
-    distances are summed over channels, averaged over positions, summed over layers. That is LPIPS (arXiv:1801.03924)
-    with all weights 1; its learned weights are not used.
+    Every position's vector is scaled to length 1, so that large activations do not dominate; squared distances are
+    summed over channels, averaged over positions and images, summed over layers. This is LPIPS (arXiv:1801.03924) with
+    all weights 1; its learned weights are not used.
     """
     def unit(x: Tensor) -> Tensor:
         return x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
@@ -71,7 +71,7 @@ def perceptual_loss(features: list[Tensor], targets: list[Tensor]) -> Tensor:
 
 
 class PatchDiscriminator(nn.Module):
-    """Judges for every patch of 18 x 18 pixels how real it looks. Used in training only.
+    """Predicts for every patch of 18 x 18 pixels how real it looks. Used in training only.
 
     A mean error is smallest for a blurred average of all plausible details; a discriminator rejects blur, because no
     real patch looks like it (PatchGAN, arXiv:1611.07004).
@@ -90,7 +90,7 @@ class PatchDiscriminator(nn.Module):
 
 
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """Hinge loss: real patches above +1, generated ones below -1. Logits of any shape -> scalar.
+    """Hinge loss: pushes logits of real patches above +1, of generated patches below -1. Any shape -> scalar.
 
     Source: Geometric GAN, arXiv:1705.02894. The VQGAN paper writes the logarithmic loss; its code uses this one.
     """
@@ -98,19 +98,19 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 
 
 def generator_loss(fake_logits: Tensor) -> Tensor:
-    """Generated patches should look real. Logits of any shape -> scalar. Source: as for discriminator_loss."""
+    """Lower if generated patches look more real. Logits of any shape -> scalar. Source: as for discriminator_loss."""
     return -fake_logits.mean()
 
 
 def adaptive_weight(reconstruction: Tensor, generator: Tensor, last_layer: Tensor,
                     mean=lambda gradient: gradient) -> Tensor:
-    """The factor with which the generator's loss pulls at the last layer as strongly as the reconstruction does.
+    """The factor that gives the generator's loss a gradient at the last layer as long as the reconstruction loss's.
 
-    Both losses are scalars with a graph, last_layer is the weight that makes the pixels -> scalar without one. Neither
-    a fixed weight nor a discriminator that becomes certain can then push reconstruction aside. Source:
-    arXiv:2012.09841, clamped. mean: averages a gradient over processes, so that all use the same weight.
+    Both losses are scalars with a graph; last_layer is the weight that makes the pixels -> scalar without a graph. So
+    the generator's loss cannot dominate, even if the discriminator becomes certain. Source: arXiv:2012.09841, clamped.
+    mean: averages a gradient over processes, so that all use the same factor.
     """
     lengths = [mean(torch.autograd.grad(loss, last_layer, retain_graph=True)[0]).norm()
                for loss in (reconstruction, generator)]
-    # Under float16 a gradient may be infinite until the loss scale has come down; the step is then skipped anyway.
+    # In float16 a gradient may be infinite until the loss scale is low enough; such a step is skipped anyway.
     return (lengths[0] / (lengths[1] + 1e-6)).nan_to_num(0.0).clamp(0, 1e4).detach()
