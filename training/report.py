@@ -127,7 +127,7 @@ def dry_run(args, model, dataset, sizes, order, draw_noise: Callable | None = No
 
 
 def draw_curves(lines: list[dict], names: list[str], path: str | Path, width: int = 560, height: int = 300) -> None:
-    """Writes a PNG file with a plot over the steps for each of `names` in a log's lines. Axes of losses are logarithmic."""
+    """Writes a PNG file with a plot over steps for each of `names` in a log's lines. Loss axes are logarithmic."""
     font, plots = ImageFont.load_default(size=12), []
     for name in names:
         points = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), (int, float))
