@@ -11,11 +11,11 @@
 
 One pass of the loop at the bottom is one optimizer step, written out in full. The paper trains A
 first, then B with its image encoder (train_b.py), then C (train_c.py). A new encoder of Stage A
-needs a new Stage B; with --freeze-encoder the latents stay the same, and so does Stage B.
-Surprise: half of the images skip quantisation, each drawn separately. v2 decodes latents that were
-never snapped to a code, v1 only snapped ones; a decoder that has seen both is good at both.
+needs a new Stage B; with --freeze-encoder the latents stay the same, so Stage B stays valid.
+Note: half of the images skip quantisation, each drawn separately. v2 decodes latents that were
+never quantised, v1 only quantised ones; a decoder trained on both is good at both.
 All randomness is a function of (seed, position in the stream of samples), so any number of
-processes sees the same work, and a resumed run equals an unbroken one.
+processes sees the same samples, and a resumed run equals an uninterrupted one.
 Paper: arXiv:2306.00637 (Stage A); VQGAN: arXiv:2012.09841.
 Needs: torch, numpy, pillow, tqdm; torchvision for --perceptual.
 """
@@ -117,7 +117,7 @@ CURVES = ["loss", "val_psnr", "val_psnr_quantised", "perplexity", "grad_norm", "
 
 
 def check(args) -> None:
-    """Raises UserError for options that make no sense, before anything is loaded."""
+    """Raises UserError for options that cannot be used together, before anything is loaded."""
     check_services(args)
     if args.perceptual and args.resolution is not None and args.resolution < 16:
         raise UserError(f"--resolution is {args.resolution}, but --perceptual halves images four "
@@ -134,7 +134,7 @@ def check(args) -> None:
 # ----- one sample --------------------------------------------------------------------------------
 
 class StageASamples(torch.utils.data.Dataset):
-    """(position, index, bucket) -> dict: a function of these three and the seed.
+    """(position, index, bucket) -> dict, a function of these three and the seed only.
 
     position: in the endless stream of samples; index: of the image. The dict has pixels (h,w,3)
     uint8; quantise, a bool; position.
@@ -153,7 +153,7 @@ class StageASamples(torch.utils.data.Dataset):
 # ----- the model and its loss --------------------------------------------------------------------
 
 def build_model(args) -> StageA:
-    """Stage A in float32, since the steps of an optimizer are too small for less."""
+    """Stage A in float32, because an optimizer's steps are too small for 16 bits."""
     if args.init:
         model = load_stage_a(args.init)
     elif args.config:
@@ -171,21 +171,21 @@ def build_model(args) -> StageA:
 
 
 def train_mode(model: StageA, step: int, args) -> None:
-    """Train mode. From --norm-steps on, BatchNorm uses its running statistics, as after training.
+    """Sets train mode. From --norm-steps on, BatchNorm uses running statistics, as after training.
 
-    At the start, BatchNorm in train mode fixes the scale of the latents. But it makes each latent
-    depend on its batch, most of all for plain backgrounds, so the decoder learns from latents that
-    it will not see in use. On scenes in batches of 4 that costs 2.9 dB in 3 minutes. It also moves
-    the running statistics, and with them every latent, even if no weight learns: therefore never
-    with --freeze-encoder.
+    At the start, BatchNorm in train mode fixes the scale of the latents. But it makes latents
+    depend on their batch, most of all for plain backgrounds, so the decoder learns from latents
+    that do not occur later. On scenes in batches of 4 that costs 2.9 dB in 3 minutes. It also
+    changes the running statistics, and so all latents, even if the weights are frozen. Therefore
+    BatchNorm is never in train mode with --freeze-encoder.
     """
     model.train()
     model.norm_latent.train(step < args.norm_steps and not args.freeze_encoder)
 
 
 def losses(output: dict, fake, images, vgg, autocast, args) -> tuple:
-    """Output of StageA.forward, its images `fake`, and images, both (B,3,H,W) float32 -> how far
-    they are apart (), the whole loss without a discriminator (), a dict of terms for the log."""
+    """output: of StageA.forward; fake: its images; images: the targets, both (B,3,H,W) float32 ->
+    reconstruction loss (), total loss without a discriminator (), a dict of terms for the log."""
     terms = dict(l1=output["reconstruction"], l2=(fake - images).square().mean(),
                  codebook=output["codebook"], commitment=output["commitment"])
     reconstruction = args.l1 * terms["l1"] + args.l2 * terms["l2"]
@@ -201,12 +201,12 @@ def losses(output: dict, fake, images, vgg, autocast, args) -> tuple:
     return reconstruction, loss, terms
 
 
-# ----- looking at a run --------------------------------------------------------------------------
+# ----- validation and sample sheets --------------------------------------------------------------
 
 @torch.no_grad()
 def validate(model, fixed, args, processes) -> dict[str, float]:
-    """PSNR in dB of the mean squared error over all images fixed (N,3,H,W) uint8, decoded from
-    latents as they are and from quantised ones."""
+    """fixed: images (N,3,H,W) uint8 -> PSNR in dB, of the mean squared error over all of them, with
+    unquantised and with quantised latents; and the usage of the codes."""
     errors = torch.zeros(3, device=processes.device)
     counts = torch.zeros(model.config["codebook_size"], device=processes.device)
     for images in fixed[processes.rank::processes.world].split(args.batch):
@@ -225,7 +225,7 @@ def validate(model, fixed, args, processes) -> dict[str, float]:
 
 @torch.no_grad()
 def sample_sheet(model, fixed, device) -> Image.Image:
-    """Three rows: images, their reconstructions, and those through the codebook."""
+    """Three rows: images, their reconstructions, and their reconstructions with quantisation."""
     images = fixed[:8].to(device).float() / 255
     rows = torch.cat([images, *(model.decode(model.encode(images, q)) for q in (False, True))])
     rows = (rows.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
@@ -264,7 +264,7 @@ def main(args):
     fixed = torch.cat([pixels for pixels, _ in fixed_images(val_data, sizes, args)])
     fixed = fixed.permute(0, 3, 1, 2)                                    # (N, 3, h, w) uint8
 
-    # --- optimizers, averages, and the state of the run ------------------------------------------
+    # --- optimizers, EMA, and the state of the run -----------------------------------------------
     optimizer, d_optimizer = build_optimizer(model, args), None
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
     ema = EMA(model, args.ema)
@@ -294,7 +294,7 @@ def main(args):
         processes.on_main(checkpoints.save, step, state, nan_steps.in_a_row == 0)
 
     def evaluate(step: int) -> None:
-        """Validation and sample sheet, with the averaged weights."""
+        """Validation and sample sheet, with the EMA weights."""
         model.eval()
         with ema.applied():
             if due(args.val_every, step, args.steps):
@@ -323,8 +323,8 @@ def main(args):
         sums, statistics = {}, [buffer.clone() for buffer in model.norm_latent.buffers()]
         for micro, batch in enumerate(micro_batches(samples, args, processes, save, step)):
             images = to_tensor(batch["pixels"], device)                  # (B, 3, H, W)
-            # 2 processes with 4 images do exactly what 1 process does with 8; 2 micro-steps of 4
-            # do not: BatchNorm until --norm-steps, and the GAN's weight, see one pass at a time.
+            # 2 processes with 4 images compute exactly the same as 1 process with 8. 2 micro-steps
+            # of 4 do not: BatchNorm until --norm-steps, and the GAN's weight, see each by itself.
             with contextlib.ExitStack() as stack:
                 if micro < args.grad_accum - 1:      # the last backward averages over processes
                     for module in (parallel, parallel_d) if gan else (parallel,):
@@ -334,7 +334,7 @@ def main(args):
                 fake = output["images"].float()                          # (B, 3, H, W)
                 reconstruction, loss, terms = losses(output, fake, images, vgg, autocast, args)
                 if gan:
-                    discriminator.requires_grad_(False)      # it does not learn from this loss
+                    discriminator.requires_grad_(False)      # no gradients for it from this loss
                     with autocast:
                         g_loss = generator_loss(discriminator(fake).float())
                     gan_weight = args.gan_weight * adaptive_weight(
@@ -357,15 +357,15 @@ def main(args):
         if gan:
             scaler.unscale_(d_optimizer)
             norms = grad_norm + clip_gradients(discriminator, args.clip)
-        # All processes decide together: one that skipped a step alone would leave the others
-        # waiting. Under fp16, the scaler skips steps with infinite gradients and lowers its scale.
+        # All processes decide together: if only one skipped the step, the others would wait for it.
+        # In fp16, the scaler skips steps with infinite gradients and lowers its scale.
         values = torch.stack([*sums.values()])
         is_nan = ~values.isfinite().all() | (~norms.isfinite() & (not scaler.is_enabled()))
         skip = nan_steps.skip(is_nan, step, zip(model.norm_latent.buffers(), statistics),
                               positions=batch["position"])
         take_step([optimizer, d_optimizer] if gan else [optimizer], scaler, ema, skip)
         codebook.update(step, skip)
-        scaler.update()                              # also after a NaN: it has seen the gradients
+        scaler.update()                              # also after NaN: unscale_ read the gradients
         nan_steps.check(due(args.log_every, step + 1, args.steps), save)
 
         done = step + 1

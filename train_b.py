@@ -1,4 +1,4 @@
-"""Trains Stage B, the diffusion decoder, with its image encoder or without. One process or many.
+"""Trains Stage B, the diffusion decoder, with or without its image encoder. One process or many.
 
   python train_b.py --weights tiny --freeze-encoder --data scenes:all:64 --out runs/smoke --steps 20
   python train_b.py --freeze-encoder --data FOLDER --cache CACHE --out runs/domain
@@ -14,13 +14,13 @@
 
 The first command is a smoke run on a CPU; the second adapts Stage B to your images.
 Stage B is a diffusion autoencoder. Its encoder reduces an image to 1/42 of its width and height,
-with 16 channels. To lower the loss it can only put into them what Stage B needs to denoise x_t.
-One pass of the loop at the bottom is one optimizer step. What is drawn for a sample is a function
-of (seed, position in the stream of samples), and dropout in the networks one of (seed, step,
-process). So any number of processes sees the same samples, and a resumed run equals an unbroken
-one. Surprise: with --grad-accum this is exact only with --freeze-encoder, because the encoder's
-BatchNorm sees one forward pass (of all processes) at a time.
-Stage C only works with the encoder it was trained on; if that learns, train Stage C again.
+with 16 channels. The loss makes it encode what Stage B needs to denoise x_t.
+One pass of the loop at the bottom is one optimizer step. The random numbers of a sample are a
+function of (seed, position in the stream of samples), those of dropout of (seed, step, process).
+So any number of processes sees the same samples, and a resumed run equals an uninterrupted one.
+Note: gradient accumulation (--grad-accum) equals a larger batch only with --freeze-encoder, because
+the encoder's BatchNorm sees one forward pass (of all processes) at a time.
+Stage C only works with the encoder it was trained on; if you train the encoder, train C again.
 With --v1, the functions of v1/training.py replace those of the same names here: see `stage`.
 Paper: arXiv:2306.00637 (Stage B).
 Needs: torch, torchvision, numpy, pillow, tqdm; tokenizers for text; training/, loading/, v1/.
@@ -137,7 +137,7 @@ CURVES = ["loss", "val_loss",
 
 
 def check(args) -> None:
-    """Raises UserError for options that make no sense together, before anything is loaded."""
+    """Raises UserError for options that cannot be used together, before anything is loaded."""
     check_services(args)
     new, only_v2 = args.init == "random", ("loss", "loss_weight", "even_contrast")
     only_v2 = [f"--{name.replace('_', '-')}" for name in only_v2 if args.v1 and getattr(args, name)]
@@ -160,7 +160,7 @@ def check(args) -> None:
 
 
 def set_defaults(args, small: bool) -> None:
-    """What suits a small model for emoji scenes (docs/TRAINING.md), or a released one."""
+    """Sets defaults for a small model for emoji scenes (docs/TRAINING.md), or a released model."""
     new = args.init == "random"
     values = dict(resolution=[128 if small else 1024], batch=32 if small else 4,
                   lr=1.5e-3 if small else 1e-4 if new else 1e-5, ema=0.998 if small else 0.999,
@@ -174,12 +174,12 @@ def set_defaults(args, small: bool) -> None:
 # ----- one sample ---------------------------------------------------------------------------------
 
 class StageBSamples(torch.utils.data.Dataset):
-    """(position, index, size number) -> dict: a function of these three and the seed.
+    """(position, index, index into sizes) -> dict, a function of these three and the seed only.
 
     position: in the endless stream of samples; index: of the image. The dict has pixels (h,w,3)
     uint8 or, from caches, x_0 (4,h/4,w/4) and stored (16,h',w'); caption; chance, from which t is
-    made; what draw_noise(rng, h/4, w/4) returns; for the semantic latents t_semantic, the level
-    of their noise eps_semantic (16,h',w') or 0 for none, and dropped: they are zeroed.
+    made; the items of draw_noise(rng, h/4, w/4). For the semantic latents it has their noise
+    eps_semantic (16,h',w'), its level t_semantic (0: no noise), and dropped: whether to zero them.
     """
     def __init__(self, dataset, sizes, args, caches, replaced, draw_noise):
         self.dataset, self.sizes, self.args, self.draw_noise = dataset, sizes, args, draw_noise
@@ -203,20 +203,20 @@ class StageBSamples(torch.utils.data.Dataset):
 # ----- noise and loss of v2; v1/training.py has the same for v1, under the same names -------------
 
 def draw_noise(rng: np.random.Generator, h: int, w: int, config: dict) -> dict:
-    """For one sample: eps (4,h,w)."""
+    """The noise of one sample: {"eps": (4,h,w)}."""
     return dict(eps=torch.from_numpy(rng.standard_normal((config["c_in"], h, w), dtype=np.float32)))
 
 
 def noise_levels(chance, blind: bool, args):
-    """chance (B,) in [0, 1) -> t (B,). A little beyond 1, then clamped: 7 % train at t = 1, where
-    sampling starts. In blind steps medium ones, where the head's `a` is x_0 at a learnable size."""
+    """chance (B,) in [0, 1) -> t (B,). Drawn up to 1.08, then clamped to 1: so 7 % train at t = 1,
+    where sampling starts. In blind steps 0.4 to 0.9, where the head can learn `a` well."""
     t = ((1 - chance) * 1.08 + 0.001).clamp(0.001, 1)
     return 0.4 + 0.5 * chance if blind else 1 - (1 - t) ** args.high_noise
 
 
 def corrupt(batch: dict, x_0, t, blind: bool) -> tuple:
-    """-> x_t and the noise in it, 2 x (B,4,h,w). In blind steps x_t shows nothing: ones, because
-    zeros have no direction for the first norm; the noise is what it would have to be."""
+    """-> x_t and the noise in it, 2 x (B,4,h,w). In blind steps x_t is 1 everywhere (the first norm
+    cannot normalise zeros), and the noise is the eps for which add_noise gives this x_t."""
     if not blind:
         return add_noise(x_0, batch["eps"], t), batch["eps"]
     x_t, ab = torch.ones_like(x_0), per_row(alphas_cumprod(t), x_0)
@@ -229,18 +229,18 @@ def forward(decoder, x_t, t, semantic, text) -> tuple:
 
 
 def prediction(output, x_t):
-    """What sampling needs of the output: eps_hat (B,4,h,w)."""
+    """The outputs of `forward` -> eps_hat (B,4,h,w), as sampling needs it."""
     a, b = output
     return (x_t - a.float()) / b.float()
 
 
 def raw_losses(output, x_0, x_t, eps, t, args):
-    """Mean squared error of each image, (B,), by --loss."""
+    """Mean squared error of each image, (B,), in the form that --loss names."""
     a, b = (part.float() for part in output)
     if args.loss == "eps":
         return ((x_t - a) / b - eps).square().mean(dim=(1, 2, 3))
     # eps = (x_t - a) / b is right for a = sqrt(ab) x_0 and b = sqrt(1 - ab), and both are known.
-    # In eps, any error of b is multiplied by x_t's noise, which drowns what the image can teach.
+    # In the error of eps, x_t's noise multiplies errors of b, which hides the image's gradient.
     # The divisor turns errors of `a` into errors of eps; its minimum limits nearly clean images.
     ab = per_row(alphas_cumprod(t), x_0)                                           # (B, 1, 1, 1)
     squares = (a - ab.sqrt() * x_0).square() + (b - (1 - ab).sqrt()).square()      # (B, 4, h, w)
@@ -248,16 +248,16 @@ def raw_losses(output, x_0, x_t, eps, t, args):
 
 
 def contrast_weight(x_0):
-    """Weight of each image by its contrast: x_0 (B,4,h,w) -> (B,), to be divided by the mean.
+    """Weight of each image by its contrast: x_0 (B,4,h,w) -> (B,), to be divided by its mean.
 
-    The squared error of a wrong object grows with its contrast, how wrong it is does not. The
-    variance within the latents of an emoji scene is 0.04 at least, 0.3 in the median, at most 1.2.
+    The squared error of a wrong object grows with its contrast, although low contrast is as wrong.
+    The variance within the latents of an emoji scene is at least 0.04, at most 1.2, median 0.3.
     """
     return 1 / (x_0.var(dim=(2, 3)).mean(dim=1) + 0.15)        # so 0.3 to 2.2 times the mean
 
 
 def mean_contrast_weight(dataset, sizes, encode_vqgan, args) -> float:
-    """Its mean over 256 images. With the mean of a batch, a weight would depend on other images."""
+    """The mean of contrast_weight over 256 images, so that weights do not depend on the batch."""
     if not args.even_contrast:
         return 1.0
     images = random_images(dataset, sizes, sample_rng(args.seed, 0, "contrast"), 256)
@@ -278,7 +278,7 @@ class EncoderAndDecoder(torch.nn.Module):
         """source: images (B,3,H,W) for the encoder, or raw semantic latents (B,16,h',w'); x_t and t
         (B,), text (B,N,D) -> stage.forward's output; without x_t the raw semantic latents.
 
-        t_semantic (B,): level of their noise eps_semantic (B,16,h',w'); dropped (B,): zeroed ones.
+        t_semantic (B,): level of the noise eps_semantic (B,16,h',w'); dropped (B,): rows to zero.
         """
         semantic = self.encoder(source).float() if source.shape[1] == 3 else source
         if x_t is None:                                                            # (B, 16, h', w')
@@ -291,9 +291,9 @@ class EncoderAndDecoder(torch.nn.Module):
 
 
 def share_of_learning_rate(name: str) -> float:
-    """Adam moves every weight by about the learning rate. Behind semantic latents, which are of
-    size 42, such a step moves the output 42 times as far. 1/42 would even that out; 1/8 learned no
-    worse."""
+    """Adam changes every weight by about the learning rate. Weights multiplied by semantic latents,
+    whose size is about 42, change the output 42 times as much. 1/42 would balance this; 1/8 learned
+    as well."""
     return 1 / 8 if name.startswith("decoder.") and "semantic_" in name[len("decoder."):] else 1.0
 
 
@@ -306,7 +306,7 @@ def main(args):
     dtype, autocast = set_precision(args, device := processes.device)
     torch.manual_seed(args.seed)
 
-    # --- data, before any model is fetched, and models --------------------------------------------
+    # --- data, before any model is downloaded, and models -----------------------------------------
     dataset, val_data = open_data(args, processes, captions_required=False,
                                   unseen=f"scenes:all:{max(args.val_count, 64)}:1000000000")
     stage = v1.training if args.v1 else sys.modules[__name__]          # the same names in both
@@ -353,7 +353,7 @@ def main(args):
     if args.cache and args.freeze_encoder:
         encoder.to("cpu")                # no longer needed on the device
 
-    # --- optimizer, averaged weights, and where the run stands ------------------------------------
+    # --- optimizer, EMA, and the state of the run -------------------------------------------------
     if args.fsdp:
         blocks = [block for level in (*decoder.down_blocks, *decoder.up_blocks) for block in level]
         processes.split_weights(model, blocks if args.freeze_encoder else (*blocks, encoder))
@@ -383,7 +383,7 @@ def main(args):
         processes.on_main(checkpoints.save, step, state, nan_steps.in_a_row == 0)
 
     def evaluate(step: int) -> None:
-        """Validation and reconstructed images, with the averaged weights."""
+        """Validation and reconstructed images, with the EMA weights."""
         model.eval()
         with ema.applied():
             if due(args.val_every, step, args.steps):
@@ -418,10 +418,10 @@ def main(args):
             text = embed(batch["caption"])                                         # (B, N, c_text)
             t = stage.noise_levels(batch["chance"], blind, args)                   # (B,)
             x_t, target = stage.corrupt(batch, x_0, t, blind)                      # (B, 4, h, w)
-            # Dropout is a function of the step, so a resumed run drops the same.
+            # Dropout is a function of the step, so it is the same in a resumed run.
             torch.manual_seed(hash((args.seed, step, micro, processes.rank)) % 2 ** 63)
             # Gradients are averaged over processes once per step, in the last backward. Forward
-            # belongs inside no_sync as well: DDP decides there whether backward communicates.
+            # must be inside no_sync as well: DDP decides in forward whether backward communicates.
             last = micro == args.grad_accum - 1
             with nullcontext() if last else no_sync(parallel):
                 with autocast:
@@ -437,13 +437,13 @@ def main(args):
             progress.add(t, raw)
         scaler.unscale_(optimizer)
         grad_norm = clip_gradients(model, args.clip)
-        # All processes decide together: one that skipped a step would leave the others waiting.
-        # Under fp16, infinite gradients are normal: the scaler skips them and lowers its scale.
+        # All processes decide together: if only one skipped the step, the others would wait for it.
+        # In fp16, infinite gradients are normal: the scaler skips the step and lowers its scale.
         is_nan = ~loss_sum.isfinite() | (~grad_norm.isfinite() & (not scaler.is_enabled()))
         skip = nan_steps.skip(is_nan, step, zip(model.buffers(), statistics),
                               positions=batch["position"], captions=batch["caption"])
         take_step([optimizer], scaler, ema, skip)
-        scaler.update()                  # after a skipped step as well: it has seen the gradients
+        scaler.update()                  # after a skipped step as well: unscale_ read the gradients
         nan_steps.check(due(args.log_every, step + 1, args.steps), save)
 
         # --- log, save, validate, sample ----------------------------------------------------------

@@ -10,14 +10,14 @@
 
   image -image encoder-> raw -(x + 1) / 42-> x_0 (B,16,h,w) -noise-> x_t -[C], text-> eps_hat
 
-The first takes a minute on a CPU; runs/smoke/samples has the prompt without and with the LoRA.
-One pass of the loop at the bottom is one optimizer step, written out in full. Three things decide
-whether a fine-tune is good, and are on by default. 5 % of the captions, each drawn separately, are
-replaced by "", which guidance needs. Noise levels reach t = 1, where sampling starts. Targets come
-from the image encoder in float32.
-What is drawn for a sample is a function of (seed, position in the stream of samples), and dropout
-in the network one of (seed, step, process). So any number of processes sees the same samples, and
-a resumed run equals an unbroken one.
+The first command takes a minute on a CPU; runs/smoke/samples shows images of the prompt without and
+with the LoRA. One pass of the loop at the bottom is one optimizer step, written out in full. Three
+things decide whether a fine-tune is good, and are on by default. 5 % of the captions, each drawn
+separately, are replaced by "", which guidance needs. Noise levels reach t = 1, where sampling
+starts. Targets come from the image encoder in float32.
+The random numbers of a sample are a function of (seed, position in the stream of samples), those of
+dropout of (seed, step, process). So any number of processes sees the same samples, and a resumed
+run equals an uninterrupted one.
 Paper: arXiv:2306.00637 (Stage C).
 Needs: torch, torchvision, tokenizers, numpy, pillow, tqdm; training/, loading/, wuerstchen.py.
 """
@@ -128,9 +128,9 @@ CURVES = ["loss", "val_loss", "grad_norm", *(f"val_loss_t_{t:.2f}" for t in T_GR
 
 
 def check(args) -> None:
-    """Raises UserError for options that make no sense together, before anything is loaded."""
+    """Raises UserError for options that cannot be used together, before anything is loaded."""
     check_services(args)
-    new = args.train_text or args.init == "random"       # then the weights are not what they were
+    new = args.train_text or args.init == "random"       # then weights change
     for conflict, message in (
             (args.lora and new, "--lora leaves all weights unchanged: it does not go with "
              "--train-text or --init random"),
@@ -153,7 +153,7 @@ def check(args) -> None:
 # ----- one sample ---------------------------------------------------------------------------------
 
 class StageCSamples(torch.utils.data.Dataset):
-    """(position, index, bucket) -> dict: a function of these three and the seed.
+    """(position, index, bucket) -> dict, a function of these three and the seed only.
 
     position: in the endless stream of samples; index: of the image. The dict has x_0 (16,h',w')
     from a cache or pixels (h,w,3) uint8; caption, t, eps (16,h',w'), position; for --preserve
@@ -174,8 +174,8 @@ class StageCSamples(torch.utils.data.Dataset):
         eps = rng("noise").standard_normal((16, h * 3 // 128, w * 3 // 128), dtype=np.float32)
         if args.offset_noise:
             eps += args.offset_noise * rng("offset").standard_normal((16, 1, 1), dtype=np.float32)
-        # A little beyond 1, then clamped: 7 % train at t = 1, where sampling starts. In float64,
-        # then float32: bfloat16 would draw only 256 different levels.
+        # Drawn up to 1.08, then clamped to 1: so 7 % train at t = 1, where sampling starts. Drawn
+        # in float64, stored in float32, because bfloat16 would have only 256 different levels.
         t = min(max((1 - rng("timestep").random()) * 1.08 + 0.001, 0.001), 1.0)
         return item | dict(caption="" if dropped else caption, t=np.float32(t),
                            eps=torch.from_numpy(eps), position=position)
@@ -189,7 +189,7 @@ TRAINING_PARTS = ("prior", "prior_text_encoder", "prior_tokenizer", "image_encod
 def load_models(args, paths, dtype, autocast, device) -> tuple:
     """-> Stage C, with its LoRA; the teacher of --preserve; the image encoder; the text encoder.
 
-    The image encoder stays in eval mode and float32: the targets are exact.
+    The image encoder stays in eval mode and in float32, so that the targets are exact.
     """
     prior = build_prior(args, paths["prior"], dtype).to(device)
     text_encoder = load_text_encoder(paths["prior_text_encoder"], paths["prior_tokenizer"],
@@ -207,8 +207,8 @@ def load_models(args, paths, dtype, autocast, device) -> tuple:
 
 
 def build_prior(args, path, dtype) -> StageC:
-    """Stage C in float32, because an optimizer's steps are too small for less. Under a LoRA, which
-    has float32 weights of its own, the frozen weights are in `dtype`: half the memory."""
+    """Stage C in float32, because an optimizer's steps are too small for 16 bits. With a LoRA, whose
+    own weights are float32, the frozen weights are in `dtype`, to save memory."""
     if args.init == "weights":
         return load_stage_c(path, dtype if args.lora else torch.float32)
     return new_model(StageC, args.config)
@@ -229,8 +229,8 @@ class TextAndPrior(torch.nn.Module):
 
 
 def validate(model, fixed, embed, weight, autocast, args, processes) -> dict[str, float]:
-    """Raw loss at each level of T_GRID, and their weighted mean, with images and noise that never
-    change. fixed: x_0 (1,16,h,w) and caption of each image."""
+    """Raw loss at each level of T_GRID, and the weighted mean of these losses, always with the same
+    images and noise. fixed: x_0 (1,16,h,w) and caption of each image."""
     t = torch.tensor(T_GRID, device=processes.device)                              # (10,)
 
     def raw_losses(i: int):
@@ -255,7 +255,7 @@ def main(args):
     dtype, autocast = set_precision(args, device := processes.device)
     torch.manual_seed(args.seed)
 
-    # --- data, before any model is fetched, and models --------------------------------------------
+    # --- data, before any model is downloaded, and models -----------------------------------------
     dataset, val_data = open_data(args, processes)
     args.steps = steps_of(args, dataset, processes)
     if checkpoints.finished(resumed, args.steps):
@@ -297,12 +297,12 @@ def main(args):
     fixed = [(encode(pixels), caption) for pixels, caption in images]
     sheets = SampleSheets(args, model, text_encoder, paths, dataset, autocast, dtype,
                           processes) if args.sample_every else None
-    if args.cache:               # all that training needs is there: free the memory of the encoders
+    if args.cache:               # the cache has all that training needs: free the encoders' memory
         texts.fill([caption for _, caption in fixed] + (preserved.prompts if preserved else []))
         encode = image_encoder = text_encoder = None
         texts.encoder = partial(embed_once, paths, dtype)    # if an entry is damaged
 
-    # --- optimizer, averaged weights, and where the run stands ------------------------------------
+    # --- optimizer, EMA, and the state of the run -------------------------------------------------
     if args.fsdp:
         processes.split_weights(model, (*prior.res_blocks, *prior.attention_blocks))
     optimizer, ema = build_optimizer(model, args), EMA(model, args.ema)
@@ -329,7 +329,7 @@ def main(args):
             processes.on_main(write_lora, args, prior, step, len(dataset))
 
     def evaluate(step: int) -> None:
-        """Validation and sample sheet, with the averaged weights."""
+        """Validation and sample sheet, with the EMA weights."""
         model.eval()
         with ema.applied():
             if due(args.val_every, step, args.steps):
@@ -359,10 +359,10 @@ def main(args):
             x_t, target = add_noise(x_0, eps, t), eps                              # (B, 16, h, w)
             if args.preserve:
                 x_t, target = teacher.replace(batch, x_t, eps, t, text)
-            # Dropout is a function of the step, so a resumed run drops the same.
+            # Dropout is a function of the step, so it is the same in a resumed run.
             torch.manual_seed(hash((args.seed, step, micro, processes.rank)) % 2 ** 63)
             # Gradients are averaged over processes once per step, in the last backward. Forward
-            # belongs inside no_sync as well: DDP decides there whether backward communicates.
+            # must be inside no_sync as well: DDP decides in forward whether backward communicates.
             last = micro == args.grad_accum - 1
             with nullcontext() if last else no_sync(parallel):
                 with autocast:
@@ -374,12 +374,12 @@ def main(args):
             progress.add(t, raw)
         scaler.unscale_(optimizer)
         grad_norm = clip_gradients(model, args.clip)
-        # All processes decide together: one that skipped a step would leave the others waiting.
-        # Under fp16, infinite gradients are normal: the scaler skips them and lowers its scale.
+        # All processes decide together: if only one skipped the step, the others would wait for it.
+        # In fp16, infinite gradients are normal: the scaler skips the step and lowers its scale.
         is_nan = ~loss_sum.isfinite() | (~grad_norm.isfinite() & (not scaler.is_enabled()))
         skip = nan_steps.skip(is_nan, step, positions=batch["position"], captions=batch["caption"])
         take_step([optimizer], scaler, ema, skip)
-        scaler.update()                  # after a skipped step as well: it has seen the gradients
+        scaler.update()                  # after a skipped step as well: unscale_ read the gradients
         nan_steps.check(due(args.log_every, step + 1, args.steps), save)
 
         # --- log, save, validate, sample ----------------------------------------------------------
