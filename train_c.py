@@ -207,7 +207,7 @@ def load_models(args, paths, dtype, autocast, device) -> tuple:
 
 
 def build_prior(args, path, dtype) -> StageC:
-    """Stage C in float32, because an optimizer's steps are too small for 16 bits. With a LoRA, whose
+    """Stage C in float32: an optimizer's steps are too small for 16 bits. Under a LoRA, whose
     own weights are float32, the frozen weights are in `dtype`, to save memory."""
     if args.init == "weights":
         return load_stage_c(path, dtype if args.lora else torch.float32)
