@@ -334,7 +334,7 @@ def remove(model: nn.Module, name: str | None = None) -> None:
 
     The weights stay frozen: call model.requires_grad_() to train them.
     """
-    adapters(model, name)                                # raises ValueError if there is none
+    adapters(model, name)                                # raises ValueError without a LoRA
     unmerge(model)
     for path, layer in lora_layers(model):
         for key in [key for key in layer.adapters if name in (None, key)]:
@@ -353,8 +353,8 @@ def merge_and_unload(model: nn.Module) -> None:
 
 
 # ----- files -------------------------------------------------------------------------------------
-# Files have diffusers' names. diffusers has one list of all blocks, in which our blocks i of three
-# kinds are 3 i, 3 i + 1 and 3 i + 2. lora_state_dict has our names. load_lora reads both.
+# Files have diffusers' names. diffusers has one list of all blocks, in which block i of our three
+# kinds is 3 i, 3 i + 1 or 3 i + 2. lora_state_dict has our names. load_lora reads both.
 
 DIFFUSERS_NAMES = {     # for Stage C; other models keep their names
     "embed":                            "projection",
@@ -440,7 +440,7 @@ def write_file(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str,
     end = 8 + int.from_bytes(data[:8], "little")
     header = dict(__metadata__=dict(sorted(metadata.items()))) | json.loads(data[8:end])
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)                                  # the values start at 8 n bytes
+    text += b" " * (-len(text) % 8)                                # values start at a multiple of 8
     half = Path(f"{path}.half")          # renamed at the end: no file is incomplete
     half.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
     half.replace(path)
@@ -457,7 +457,7 @@ def alpha_from(config: dict, layer: str, rank: int) -> float:
     """alpha from the configuration that diffusers and peft store; the rank if it has none."""
     try:
         config = {key.removeprefix("prior."): value for key, value in config.items()}
-        patterns = (config.get("alpha_pattern") or {}).items()           # matched as peft does
+        patterns = (config.get("alpha_pattern") or {}).items()           # matched as in peft
         alphas = [alpha for pattern, alpha in patterns if re.match(rf"(.*\.)?({pattern})$", layer)]
         alpha = float([*alphas, config.get("lora_alpha", rank)][0])
     except (ValueError, TypeError, AttributeError, OverflowError, re.error) as error:

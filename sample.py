@@ -117,8 +117,8 @@ def main(argv: list[str] | None = None) -> None:
         jobs = cli.parse_jobs(parser(), argv, run)     # one for each image, with its seed and path
         import torch
         from wuerstchen import Wuerstchen
-        args = jobs[0]                                 # what is loaded is the same for all jobs
-        dtype = getattr(torch, cli.DTYPES.get(args.dtype, ""), args.dtype)       # or auto, or None
+        args = jobs[0]                                 # all jobs have the same weights
+        dtype = getattr(torch, cli.DTYPES.get(args.dtype, ""), args.dtype)   # dtype, "auto" or None
         model = Wuerstchen.load(args.weights, args.device, dtype, lora=args.lora,
                                 **cli.load_options(jobs))
         if args.tile:
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
             tile(model, args.tile)
         for batch in run.progress(cli.batches(jobs)):
             for job, image in run.attempt(functools.partial(make_images, model), batch):
-                run.finished(job, cli.save(image, job, model))   # a file with its settings
+                run.finished(job, cli.save(image, job, model))   # with its settings
 
 
 def make_images(model, jobs: list[argparse.Namespace]) -> list:

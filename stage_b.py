@@ -211,7 +211,7 @@ class StageB(nn.Module):
         rates = dropout if isinstance(dropout, list | tuple) else [dropout] * len(c_hidden)
         self.patch_size, self.c_timestep, depth = patch_size, c_timestep, len(c_hidden)
         self.multiple = patch_size * 2 ** (depth - 1)      # x_t's sides must be multiples of this
-        self.checkpointing = False             # in training: the backward pass recomputes blocks
+        self.checkpointing = False             # True: training recomputes blocks in backward
 
         def block(letter: str, level: int, c_skip: int) -> nn.Module:
             if letter == "C":
@@ -393,6 +393,6 @@ def preprocess(images: Tensor, size: int | tuple[int, int] = 768) -> Tensor:
     images = F.interpolate(images, size=size, mode="bilinear", antialias=True, align_corners=False)
     top, left = size[0] % 32 // 2, size[1] % 32 // 2
     images = images[..., top:top + size[0] // 32 * 32, left:left + size[1] // 32 * 32]
-    mean, std = (torch.cat([images.new_full((1, 1, 1), v) for v in values])  # no copy to a GPU
+    mean, std = (torch.cat([images.new_full((1, 1, 1), v) for v in values])  # no copy from CPU
                  for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     return (images - mean) / std                                                   # (B, 3, H', W')

@@ -191,7 +191,7 @@ class StageC(nn.Module):
         self.config = dict(c_in=c_in, c=c, c_cond=c_cond, c_timestep=c_timestep, depth=depth,
                            heads=heads, dropout=dropout)
         self.c_timestep = c_timestep
-        self.checkpointing = None              # in training: None or a name in CHECKPOINTING
+        self.checkpointing = None              # for training: a name in CHECKPOINTING, or None
         self.embed = nn.Linear(c_in, c)
         self.embed_text = nn.Sequential(nn.Linear(c_cond, c), nn.LeakyReLU(0.2), nn.Linear(c, c))
         self.res_blocks = nn.ModuleList(ResBlock(c, dropout=dropout) for _ in range(depth))

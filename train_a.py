@@ -324,7 +324,7 @@ def main(args):
         for micro, batch in enumerate(micro_batches(samples, args, processes, save, step)):
             images = to_tensor(batch["pixels"], device)                  # (B, 3, H, W)
             # 2 processes with 4 images compute exactly the same as 1 process with 8. 2 micro-steps
-            # of 4 do not: BatchNorm until --norm-steps, and the GAN's weight, see each by itself.
+            # of 4 do not: BatchNorm until --norm-steps, and gan_weight, see one micro-step only.
             with contextlib.ExitStack() as stack:
                 if micro < args.grad_accum - 1:      # the last backward averages over processes
                     for module in (parallel, parallel_d) if gan else (parallel,):
@@ -342,7 +342,7 @@ def main(args):
                         lambda gradient: processes.sum(gradient) / processes.world)
                     loss = loss + gan_weight * g_loss
                     discriminator.requires_grad_(True)
-                scaler.scale(loss / args.grad_accum).backward()          # sum of parts = mean
+                scaler.scale(loss / args.grad_accum).backward()          # parts add up to the mean
                 if gan:
                     with autocast:
                         logits = parallel_d(torch.cat([images, fake.detach()])).float()

@@ -283,7 +283,7 @@ class EncoderAndDecoder(torch.nn.Module):
         semantic = self.encoder(source).float() if source.shape[1] == 3 else source
         if x_t is None:                                                            # (B, 16, h', w')
             return semantic
-        if t_semantic is not None:           # noise of variance 1, as the latents have for Stage C
+        if t_semantic is not None:           # noise and scaled latents have variance 1
             noised = self.unscale(add_noise(self.scale(semantic), eps_semantic, t_semantic))
             semantic = torch.where(per_row(t_semantic > 0, semantic), noised, semantic)
             semantic = semantic.masked_fill(per_row(dropped, semantic), 0.0)
@@ -309,7 +309,7 @@ def main(args):
     # --- data, before any model is downloaded, and models -----------------------------------------
     dataset, val_data = open_data(args, processes, captions_required=False,
                                   unseen=f"scenes:all:{max(args.val_count, 64)}:1000000000")
-    stage = v1.training if args.v1 else sys.modules[__name__]          # the same names in both
+    stage = v1.training if args.v1 else sys.modules[__name__]         # both have the same functions
     decoder, encoder, vqgan, text_encoder = load_models(args, stage, dtype, processes)
     set_defaults(args, small := isinstance(encoder, TinyImageEncoder))
     model = EncoderAndDecoder(decoder, None if args.freeze_encoder else encoder, stage)
@@ -329,7 +329,7 @@ def main(args):
         """(B,h,w,3) uint8 -> x_0 (B,4,h/4,w/4) float32, or tokens (B,h/4,w/4) with --v1."""
         return stage.encode(vqgan, to_tensor(pixels, device))
 
-    encode_semantic = partial(semantic_latents, encoder, device=device)            # if it is frozen
+    encode_semantic = partial(semantic_latents, encoder, device=device)       # for a frozen encoder
     encoders, caches, replaced = dict(x_0=encode_vqgan), {}, {}
     if args.freeze_encoder:
         encoders["stored"] = encode_semantic
@@ -396,13 +396,13 @@ def main(args):
         model.train()
         processes.wait()
 
-    nan_steps, state = NanSteps(args, processes, log, state), None           # frees its memory
+    nan_steps, state = NanSteps(args, processes, log, state), None        # frees the state's memory
 
     # --- one pass of this loop is one optimizer step ----------------------------------------------
     stop, progress = GracefulExit(), Progress("Stage B", start, args, processes, order.batch)
     samples = batches(StageBSamples(dataset, order.sizes, args, caches, replaced, draw), order,
                       processes, args, start)
-    evaluate(start)      # the untrained model: shows that validation and sampling are set up right
+    evaluate(start)      # of the untrained model: a test of validation and sampling
     for step in progress:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args) * group["share"]
@@ -432,7 +432,7 @@ def main(args):
                 loss = (raw * weight(t) * contrast).mean()
                 if guide:
                     loss = loss + args.guide_attention * guide.loss()
-                scaler.scale(loss / args.grad_accum).backward()  # sum of parts = gradient of mean
+                scaler.scale(loss / args.grad_accum).backward()  # parts add up to the mean
             loss_sum += loss.detach() / args.grad_accum
             progress.add(t, raw)
         scaler.unscale_(optimizer)

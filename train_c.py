@@ -263,7 +263,7 @@ def main(args):
     parts = (*TEXT_TO_IMAGE, "image_encoder") if args.sample_every else TRAINING_PARTS
     paths = locate_start(args, parts)
     prior, teacher, image_encoder, text_encoder = load_models(args, paths, dtype, autocast, device)
-    settings = settings_of(args)         # with the rank of --lora-weights
+    settings = settings_of(args)         # after load_models, which sets the rank of --lora-weights
     model = TextAndPrior(prior.train(), text_encoder.model if args.train_text else None)
     resolution = args.resolution or (128 if is_tiny(paths["image_encoder"]) else 1024)
     with as_user_error():
@@ -300,7 +300,7 @@ def main(args):
     if args.cache:               # the cache has all that training needs: free the encoders' memory
         texts.fill([caption for _, caption in fixed] + (preserved.prompts if preserved else []))
         encode = image_encoder = text_encoder = None
-        texts.encoder = partial(embed_once, paths, dtype)    # if an entry is damaged
+        texts.encoder = partial(embed_once, paths, dtype)    # used if an entry is damaged
 
     # --- optimizer, EMA, and the state of the run -------------------------------------------------
     if args.fsdp:
@@ -341,13 +341,13 @@ def main(args):
         model.train()
         processes.wait()
 
-    nan_steps, state = NanSteps(args, processes, log, state), None           # frees its memory
+    nan_steps, state = NanSteps(args, processes, log, state), None        # frees the state's memory
 
     # --- one pass of this loop is one optimizer step ----------------------------------------------
     stop, progress = GracefulExit(), Progress("Stage C", start, args, processes, order.batch)
     samples = batches(StageCSamples(dataset, buckets, args, caches, replaced, preserved), order,
                       processes, args, start)
-    evaluate(start)      # the untrained model: shows that validation and sampling are set up right
+    evaluate(start)      # of the untrained model: a test of validation and sampling
     for step in progress:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
@@ -369,7 +369,7 @@ def main(args):
                     eps_hat = parallel(x_t, t, text).float()                       # (B, 16, h, w)
                 raw = (eps_hat - target).square().mean(dim=(1, 2, 3))              # (B,)
                 loss = (raw * weight(t)).mean()
-                scaler.scale(loss / args.grad_accum).backward()  # sum of parts = gradient of mean
+                scaler.scale(loss / args.grad_accum).backward()  # parts add up to the mean
             loss_sum += loss.detach() / args.grad_accum
             progress.add(t, raw)
         scaler.unscale_(optimizer)

@@ -58,7 +58,7 @@ def alphas_cumprod(t: Tensor, s: float = 0.008) -> Tensor:
         found = f"{t.min():g} to {t.max():g}" if on_cpu else t.dtype
         raise ValueError(f"noise levels must lie in [0, 1], got {found}: "
                          f"divide integer timesteps by their number first.")
-    s = torch.full((), s, device=t.device)     # float32 from here on, as the weights were trained
+    s = torch.full((), s, device=t.device)     # float32 from here on, as in training
     start = torch.cos(s / (1 + s) * torch.pi * 0.5) ** 2
     ab = torch.cos((t.float() + s) / (1 + s) * torch.pi * 0.5) ** 2 / start
     return ab.clamp(1e-4, 1 - 1e-4)
@@ -130,7 +130,7 @@ def dpm_solver_step(x_t: Tensor, eps: Tensor, t: Tensor, t_prev: Tensor, noise=N
         # Near t = 1 alphas_cumprod is clamped. If lam is therefore unchanged, there is no slope.
         r = torch.where(h_last > 0, ((lam_prev - lam) / (2 * h_last)).clamp(max=1), 0)
         x_0 = x_0 + r * per_row(t_prev != 0, x_t) * (x_0 - x_0_last)
-    shrink = ((1 - ab_prev) / (1 - ab)).sqrt()                     # of the noise, for constant x_0
+    shrink = ((1 - ab_prev) / (1 - ab)).sqrt()               # factor of the noise, for constant x_0
     return shrink * x_t + (ab_prev.sqrt() - shrink * ab.sqrt()) * x_0
 
 
@@ -317,7 +317,7 @@ class Wuerstchen:
     `bind_c`, `bind_b` or `decode_one`; loading/arguments.py adds checks to `accept` and `settings`.
     The networks are attributes as well: model.stage_c.
     """
-    channels_c, channels_b = 16, 4             # of the noise from which Stages C and B start
+    channels_c, channels_b = 16, 4             # channels of Stage C's and B's first noise
     weights, loras, elsewhere = None, {}, {}   # set by load; elsewhere: hints for errors
 
     def __init__(self, networks: dict, size: int = 1024, device="cpu", dtype=torch.float32,

@@ -103,7 +103,7 @@ def generate(model: Wuerstchen, prompt: str | list[str] | None = None, negative_
         c = replace(c, steps=levels)
     elif semantic is None:                                                                 # strength 0: no step at all
         semantic = model.unscale_semantic(known.semantic)
-    skipped = [shape_c] * len(levels) * ("semantic" in given and len(levels) > 1)          # first noise, each step's
+    skipped = [shape_c] * len(levels) * ("semantic" in given and len(levels) > 1)          # first and each step's noise
     draw_c, draw_b = draws_from(seed, n, model.device, skipped, shape_c, shape_b)
     # Stage C may take a minute, so the inputs of Stage B are checked before it.
     fit = functools.partial(fitting, n, model.device)
@@ -267,7 +267,7 @@ def image_size(model: Wuerstchen, height: int | None, width: int | None, image: 
         height, width = (side * 128 // 3 if given is None else given
                          for given, side in zip((height, width), semantic.shape[-2:]))
     height, width = (model.size if side is None else side for side in (height, width))
-    latent_sizes(height, width)                                                            # raises ValueError
+    latent_sizes(height, width)                                                            # checks the range
     warn_of_size(height, width, model.size)
     return height, width
 
@@ -320,7 +320,7 @@ class PromptBatch:
 
     def check_width(self, name: str, embedding: Tensor) -> None:
         stage, key = ("stage_c", "c_cond") if name.endswith("_c") else ("stage_b", "c_text")
-        config = getattr(self.model.networks.get(stage), "config", None)     # of the network or its loader
+        config = getattr(self.model.networks.get(stage), "config", None)     # network or its loader
         if config is not None and embedding.shape[2] != config[key]:
             raise ValueError(f"embeddings {name} have shape {tuple(embedding.shape)}, "
                              f"expected ({rows(self.rows)}, tokens, {config[key]}).")

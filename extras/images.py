@@ -203,13 +203,13 @@ def open_png(file: BinaryIO, start: int, end: int, pixels: bool) -> Image.Image:
             if kind == b"IDAT":
                 data.append(chunk)
             elif kind == b"iCCP":
-                with contextlib.suppress(zlib.error):    # name, 0, method, data; 64 MiB: far beyond any real profile
+                with contextlib.suppress(zlib.error):    # content: name, 0, method, data. At most 64 MiB
                     profile = zlib.decompressobj().decompress(content.partition(b"\0")[2][1:], 2 ** 26)
             elif kind in (b"IHDR", b"PLTE") or (_is_usable(header + chunk) if kind in (b"tRNS", b"eXIf")
                                                 or content.partition(b"\0")[0] in PNG_TEXTS else False):
                 header += chunk
         at += size
-    end_mark = IEND * (not pixels or kind == b"IEND")    # none if the file is cut off
+    end_mark = IEND * (not pixels or kind == b"IEND")    # "" if the file is cut off
     image = Image.open(io.BytesIO(b"".join((PNG, header, *data, end_mark))))
     if profile:
         image.info["icc_profile"] = profile
@@ -272,7 +272,7 @@ def pixels_of(image: Image.Image) -> np.ndarray:
     image.load()                                         # first: EXIF data may follow the pixels
     transform, turn = to_srgb(image), TURNS.get(orientation(image))
     if turn is not None:
-        image = image.transpose(turn)                    # a copy: the caller's image stays as it is
+        image = image.transpose(turn)                    # a copy: the caller's image does not change
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_8_bits(image)
     pixels = image.convert("RGBA" if image.has_transparency_data else "RGB")
@@ -482,7 +482,7 @@ def _shortened(text: str, width: int, font) -> str:
     if font.getlength(text) <= width:
         return text
     letters = 0
-    # This ends before the text does, because the whole text is wider even without the ellipsis.
+    # The loop ends before the end of the text, because the whole text is too wide even without the ellipsis.
     while font.getlength(f"{text[:letters + 1]}…") <= width:
         letters += 1
     return f"{text[:letters].rstrip()}…" if letters else ""

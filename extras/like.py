@@ -22,7 +22,7 @@ DTYPES = dict(fp32="float32", bf16="bfloat16", fp16="float16")
 # Fields of a stage's sampling settings, with the defaults of their options. None: the weights have their own default.
 SAMPLING = dict(steps=None, sampler=None, guidance=None, interval=(0.0, 1.0), rescale=0.0, eta=0.0, t_start=1.0,
                 t_end=0.0, temperature=None)
-# Parts that can be replaced by a folder or file.
+# {part that can be replaced by a folder or file: its name in texts}
 FILES = dict(prior="Stage C", decoder="Stage B", vqgan="Stage A", image_encoder="the image encoder",
              prior_text_encoder="Stage C's text encoder", text_encoder="Stage B's text encoder")
 # {name of weights: whether they are v1}, for the weights of which this is known before they are loaded.
@@ -41,7 +41,7 @@ PER_RUN = ("reconstruct", "interpolate_to", "to_seed", "frames", "grid", "to_lat
 
 COMBINED = ("reconstruct", "grid", "interpolate_to", "to_latent")            # these make one image out of several
 REQUIRES = (("mask", "init"), ("outpaint", "init"), ("strength", "init"), ("to_latent", "from_latent"),
-            ("to_seed", "interpolate_to", "to_latent"))                      # the first needs one of the others
+            ("to_seed", "interpolate_to", "to_latent"))                      # the first option needs one of the others
 Options = dict[str, list[str]]
 
 
@@ -205,7 +205,7 @@ def own_size(image: str, stored: dict, size: int) -> tuple[int, int]:
         left, top, right, bottom = map(int, str(stored.get("outpaint") or "0,0,0,0").split(","))
         h, w = height + top + bottom, width + left + right
         return images.fitting_size(min(h, editing.LONGEST * w), min(w, editing.LONGEST * h), size)
-    except ValueError:                           # file missing: a size that fits the weights is taken as the default
+    except ValueError:                           # file missing: assume that a size that fits the weights is the default
         now = stored.get("height"), stored.get("width")
         return now if size in now else (size, size)
 
@@ -257,7 +257,7 @@ def settings_of(job: argparse.Namespace, model, image) -> dict:
         paths = ", ".join(str((model.paths | files)[name]) for name in changed)
         warn(f"{', '.join(changed)} changed since {job.like} was made: this is another image ({paths})")
     values = {name: getattr(job, name) for name in PER_IMAGE + PER_RUN}
-    for name in OF_STAGES:                       # the weights' own defaults
+    for name in OF_STAGES:                       # None: store the weights' default
         if values[name] is None:
             values[name] = getattr(model.c if name.endswith("c") else model.b, name[:-2], None)
     values["weights"] = job.weights or ("v2" if any(values[part] for part in FILES) else "tiny")

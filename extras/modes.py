@@ -27,7 +27,7 @@ from loading.hub import hashes
 from loading.pipeline import FILES
 from wuerstchen import Noise, Wuerstchen, latent_sizes, to_pil
 
-# What --save-latent writes: (1,16,h,w); the state of the random numbers after Stage C (1,bytes); height and width.
+# Tensors that --save-latent writes: latents (1,16,h,w); the noise generator's state after Stage C (1,bytes); (H, W).
 LATENT = ("semantic", "states", "size")
 ORIGIN = "wuerstchen"            # key of the file's metadata that names the weights, see origin_of
 
@@ -51,7 +51,7 @@ def make_images(model, jobs: list[argparse.Namespace], options: dict) -> list:
     if not job.save_latent and job.seed is not None:
         return generate(model, jobs, [job.seed for job in jobs], options)
     noise = Noise([job.seed or 0 for job in jobs], model.device)
-    if job.seed is None:                         # continues where the noise of the saved latent stopped
+    if job.seed is None:                         # continues the noise of the saved latent
         state = read_tensors(job.from_latent, *LATENT)["states"][0]
         for generator in noise.generators:
             generator.set_state(state.clone())
@@ -76,7 +76,7 @@ def save_latent(job: argparse.Namespace, path: Path) -> Path:
 def origin_of(model, job: argparse.Namespace) -> dict:
     """The weights that generated a semantic latent: name, kind, and hashes of the networks that decode the latent."""
     raw = model.scale_semantic is not Wuerstchen.scale_semantic
-    kind = "tiny" if model.size == 128 else "v1" if raw else "v2"        # each has an image encoder of its own
+    kind = "tiny" if model.size == 128 else "v1" if raw else "v2"        # three kinds, each with its own image encoder
     known = {part: value for part, value in hashes(model.paths).items() if part in ("decoder", "vqgan", "text_encoder")}
     weights = job.weights or ("v2" if any(getattr(job, part) for part in FILES) else "tiny")
     return dict(weights=Path(weights).name, kind=kind, hashes=known)

@@ -38,7 +38,7 @@ class Judge:
     def __init__(self, objects=OBJECTS, device="cpu"):
         import torch                                      # here, so that --help of evaluate.py need not wait
         self.device, self.objects = device, list(objects)
-        self.fft, self.P_P, self.P_alpha, self.alpha_alpha = [], [], [], []    # per size
+        self.fft, self.P_P, self.P_alpha, self.alpha_alpha = [], [], [], []    # an item for each of SIZES
         for k in SIZES:
             template = torch.zeros(len(objects), 4, SIDE, SIDE)     # P (3 channels) and alpha
             for n, name in enumerate(objects):
@@ -48,7 +48,7 @@ class Judge:
             self.P_alpha.append((P * alpha).sum((2, 3)))            # (N, 3)
             self.alpha_alpha.append(alpha.square().sum((1, 2, 3)))  # (N,)
             F = torch.fft.rfft2(torch.cat([P, alpha], dim=1))       # (N, 4, 64, 33)
-            self.fft.append(F.conj().resolve_conj())                # correlation = conjugate
+            self.fft.append(F.conj().resolve_conj())                # the conjugate gives the correlation
 
     def find(self, image, most: int = 3):
         """The objects in an image and its background.

@@ -63,7 +63,7 @@ from training.samples import to_tensor
 from training.scenes import CANVAS, COLOURS, OBJECTS, EmojiScenes
 from wuerstchen import add_noise, scale_semantic
 
-NOTHING = len(OBJECTS)           # the number of "no object"
+NOTHING = len(OBJECTS)           # the label "no object"
 
 
 def labels_of(scenes: list) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -105,7 +105,7 @@ def main(args):
     resumed, settings = checkpoints.find(args.resume), settings_of(args)
     device = usable_device(args.device)
     torch.manual_seed(args.seed)
-    scenes = EmojiScenes("all", seed=args.seed + 1)                      # scene i is a function of (seed, i)
+    scenes = EmojiScenes("all", seed=args.seed + 1)                      # scene i depends only on (seed, i)
     encoder, head = new_model(TinyImageEncoder, args.config).to(device).train(), build_head().to(device)
     parameters = [p for p in encoder.parameters() if p.requires_grad]    # not the last norm's fixed 42, -1
     optimizer = torch.optim.AdamW([*parameters, *head.parameters()], lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-3)
@@ -133,7 +133,7 @@ def main(args):
         done = step + 1
         if due(args.log_every, done, args.steps):
             log.write(done, lr=learning_rate(step, args), **{name: value.item() for name, value in values.items()})
-        stopping = stop.received             # once: a signal may arrive at any time
+        stopping = stop.received             # read once, because a signal may arrive at any time
         if due(args.save_every, done, args.steps) or stopping:
             checkpoints.save(done, state_of(parts) | dict(script="train_encoder.py", settings=settings, step=done))
         if stopping and done < args.steps:

@@ -102,7 +102,7 @@ def main(args):
     resumed, settings = checkpoints.find(args.resume), settings_of(args)
     device = usable_device(args.device)
     torch.manual_seed(args.seed)
-    scenes = EmojiScenes("captioned", seed=args.seed + 3)                # scene i is a function of (seed, i)
+    scenes = EmojiScenes("captioned", seed=args.seed + 3)                # scene i depends only on (seed, i)
     encoder = load_image_encoder(args.image_encoder).to(device).requires_grad_(False)
     text_encoder = new_text_encoder(args.width, args.depth).to(device).train()
     head = nn.Linear(args.width, 16 * 3 * 3).to(device)
@@ -130,7 +130,7 @@ def main(args):
         done = step + 1
         if due(args.log_every, done, args.steps):
             log.write(done, loss=loss.item(), lr=learning_rate(step, args))
-        stopping = stop.received             # once: a signal may arrive at any time
+        stopping = stop.received             # read once, because a signal may arrive at any time
         if due(args.save_every, done, args.steps) or stopping:
             checkpoints.save(done, state_of(parts) | dict(script="train_text.py", settings=settings, step=done))
         if stopping and done < args.steps:

@@ -91,7 +91,7 @@ class Cache:
             stored = np.asarray(array, self.dtype, order="C")
         problem = self._problem(stored, None)
         if self.dtype.kind == "i" and not np.array_equal(stored, array):
-            problem = f"it contains numbers that do not fit {self.dtype}"        # they would be changed
+            problem = f"it contains numbers that do not fit {self.dtype}"        # storing would change them
         if problem:
             raise ValueError(f"cannot store {key[:80]!r}: {problem}; its largest number is {np.abs(array).max():g}")
         buffer = io.BytesIO()
@@ -218,10 +218,10 @@ def fill_cache(dataset: ImageDataset, sizes: Callable[[int], list[tuple[int, int
         keys = {key: what for i in images for key, what in keys_of(i, sizes).items()}
         missing = list(dict.fromkeys(key for cache in caches.values() for key in cache.missing([*keys])))
         missing = missing[processes.rank::processes.world]
-        processes.wait()                         # all processes have looked before the first entry is written
+        processes.wait()                         # no process writes an entry before all have looked
         for key in tqdm(missing, desc="caching latents", unit="image", disable=processes.rank > 0 or not missing):
             i, size, flip = keys[key]
-            with contextlib.suppress(BrokenImage):         # counted below
+            with contextlib.suppress(BrokenImage):         # broken images are counted below
                 pixels = torch.from_numpy(np.array(fit(dataset.read(i), size, "center", flip)))[None]    # (1, h, w, 3)
                 for name, cache in caches.items():
                     cache.put(key, encoders[name](pixels)[0].cpu().numpy())

@@ -63,7 +63,7 @@ def lock_run(out: Path):
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
-            return None                                  # a file system without locks
+            return None                                  # this file system has no locks
         file.seek(0)
         raise UserError(f"--out {out} is in use by another run, {file.read().strip() or 'which starts just now'}: "
                         f"wait for its end, stop it, or choose another --out") from None
@@ -244,7 +244,7 @@ def check_shapes(now: dict, found: dict) -> None:
 def check_moments(optimizer: torch.optim.Optimizer) -> None:
     """Raises ValueError if AdamW's moments do not have the parameters' shapes, which load_state_dict does not check."""
     for parameter, state in optimizer.state.items():
-        for name in ("exp_avg", "exp_avg_sq") if "state1" not in state else ():          # bitsandbytes has others
+        for name in ("exp_avg", "exp_avg_sq") if "state1" not in state else ():          # AdamW8bit's state differs
             if state[name].shape != parameter.shape:
                 raise ValueError(f"its {name} of {tuple(state[name].shape)} for {tuple(parameter.shape)}")
 

@@ -98,7 +98,7 @@ class CodebookUpdates:
         z = torch.cat([part.float().flatten(0, 2) for part in self.latents])                 # (micro-steps * n, C)
         chosen = sample_rng(self.args.seed, step, "revive").integers(len(z) * world, size=int(dead.sum()))
         chosen = torch.from_numpy(chosen).to(z.device)
-        micro, rank, place = chosen // (n * world), chosen // n % world, chosen % n          # as in order.split
+        micro, rank, place = chosen // (n * world), chosen // n % world, chosen % n          # inverse of order.split
         latents = self.processes.sum(z[micro * n + place] * (rank == self.processes.rank)[:, None])      # (dead, C)
         self.model.codebook.codes[dead] = latents
         if self.averages is not None:

@@ -211,7 +211,7 @@ class ImageDataset:
         # All texts are in one block of memory, not in a million Python objects. Reading a Python object changes its
         # reference count, so every worker process would in time hold its own copy of all objects.
         there = folder and next(path for path in (folder, *folder.parents) if path.exists())
-        records = tempfile.SpooledTemporaryFile(2 ** 28 * bool(folder), dir=there)       # on the disk if it is large
+        records = tempfile.SpooledTemporaryFile(2 ** 28 * bool(folder), dir=there)       # on disk if large
         ends, sizes = array("q", [0]), array("i")
         for sample in samples:
             record = json.dumps([printable(sample["name"]), sample["place"], sample["captions"]]).encode()
@@ -221,13 +221,13 @@ class ImageDataset:
         records.seek(0)
         self._ends, self.sizes = np.array(ends), np.array(sizes, np.int32).reshape(-1, 2)            # (N + 1,), (N, 2)
         if folder and len(self.sizes) >= LARGE:
-            self._records = records              # see store
+            self._records = records              # `store` moves it to a file
         else:
             with records:
                 self._records = np.frombuffer(records.read(), np.uint8)
 
     def store(self, path: Path | None) -> "ImageDataset":
-        """Moves a new dataset, if it is large, to a folder and maps it there. path: None for one named by content."""
+        """Moves a new dataset, if it is large, to the folder `path` and maps it. None: a folder named by content."""
         if not self.folder or len(self) < LARGE:
             return self
 
@@ -244,7 +244,7 @@ class ImageDataset:
                 digest.update(block)
             self._records.seek(0)
             path = self.folder / f"images-{digest.hexdigest()[:16]}"
-        with contextlib.suppress(FileExistsError):         # by an earlier run, or another machine
+        with contextlib.suppress(FileExistsError):         # written by an earlier run or another machine
             write_atomically(path, write, folder=True)
         self._map(path)
         return self
@@ -362,7 +362,7 @@ class ImageDataset:
         except BrokenImage:
             image, j = self.read_or_next(i, lambda: np.arange(len(self)))
         for name, why in self.skipped[known:]:
-            print(file=sys.stderr)               # after a progress bar
+            print(file=sys.stderr)               # ends the line of a progress bar
             tell(f"{name} cannot be read and is replaced: {why}")
         return image, j
 
@@ -416,7 +416,7 @@ def bucket_sizes(resolution: int, step: int = 128, max_ratio: float = 2.0) -> li
 
     Raises ValueError unless step divides resolution.
     """
-    n = resolution // step                       # from here on in units of step
+    n = resolution // step                       # below, lengths are in units of `step`
     if n < 1 or resolution % step:
         raise ValueError(f"a resolution of {resolution} px: expected a multiple of {step}, such as {max(1, n) * step}")
     shapes = {(n, n)}
@@ -455,7 +455,7 @@ def fit(image: np.ndarray, size: tuple[int, int], crop: str = "center", flip: bo
         raise ValueError(f"unknown crop {crop!r}, expected center or random")
     (height, width), (h, w) = image.shape[:2], size
     scale = min(height / h, width / w)           # px of the image per px of the result
-    box_height, box_width = min(h * scale, height), min(w * scale, width)      # min: h * (height / h) may round up
+    box_height, box_width = min(h * scale, height), min(w * scale, width)      # h * (height / h) may round up
     where = rng.random(2) if crop == "random" else (0.5, 0.5)
     # Offsets in whole pixels, so that an image of the right scale is only cropped, not resampled.
     top, left = (int(share * (int(spare) + 1)) for share, spare in zip(where, (height - box_height, width - box_width)))

@@ -40,7 +40,7 @@ def load_models(args, stage, dtype: torch.dtype, processes) -> tuple:
         text_encoder = load_text_encoder(paths["text_encoder"], paths["tokenizer"], dtype)
         text_encoder.to(device).requires_grad_(False)
     encoder.to(device).train(not args.freeze_encoder).requires_grad_(not args.freeze_encoder)
-    encoder.norm.requires_grad_(False)               # its 42 and -1 fix the scale of the latents
+    encoder.norm.requires_grad_(False)               # its weight 42 and bias -1 fix the latents' scale
     if processes.many and not args.freeze_encoder:
         SynchronisedBatchNorm.convert(encoder)
     decoder.checkpointing = args.checkpointing
@@ -90,7 +90,7 @@ def new_encoder(kind: type = EfficientNetEncoder, backbone: str | None = None, u
 # ----- Stage B of v2: it generates latents ------------------------------------------------------------
 
 NETWORK = StageB
-LEVELS_AT_ONCE = 10          # noise levels of a validation per forward pass
+LEVELS_AT_ONCE = 10          # noise levels per forward pass in validation
 
 
 def match_vqgan(decoder: StageB, vqgan, new: bool) -> None:

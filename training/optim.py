@@ -22,7 +22,7 @@ def build_optimizer(model: nn.Module, args, share: Callable[[str], float] | None
     groups, lora = {}, getattr(args, "lora", False)
     for name, p in model.named_parameters():
         if p.requires_grad:
-            decays = p.ndim >= 2 and not lora        # the groups do not depend on --weight-decay, so it may change
+            decays = p.ndim >= 2 and not lora        # groups are the same for any --weight-decay, so it may change
             settings = dict(share=share(name)) if share else {}
             groups.setdefault((decays, *settings.items()), []).append(p)
     groups = [dict(settings, params=params, weight_decay=args.weight_decay if decays else 0.0)
@@ -171,7 +171,7 @@ class EMA:
         weight = (9 / (10 + self.count)).clamp(min=1 - self.decay) * done        # 9 / (10 + n) = 1 - (1 + n) / (10 + n)
         self.count += done
         if self.mean:
-            means, lives = ([getattr(tensor, "_local_tensor", tensor) for tensor in part.values()]       # of FSDP's
+            means, lives = ([getattr(tensor, "_local_tensor", tensor) for tensor in part.values()]       # of FSDP
                             for part in (self.mean, self.live))
             change = torch._foreach_sub([live.float() for live in lives], means)
             torch._foreach_mul_(change, weight)

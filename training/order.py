@@ -74,7 +74,7 @@ class BatchSampler:
         self._buckets, self._counts = np.array(sorted(self.counts.items())).T.copy()
         self._starts = np.cumsum(self._counts) - self._counts
         self._files = folder and self._n >= LARGE and Path(folder) / f"order-{digest.hexdigest()[:16]}"
-        self._epochs = {}                        # the last few, see _epoch
+        self._epochs = {}                        # {epoch: its arrays}, the last few
 
     def epoch_of(self, position: int) -> int:
         return position // self._n
@@ -138,7 +138,7 @@ class BatchSampler:
         path.parent.mkdir(parents=True, exist_ok=True)
         opened = lock(path.parent, wait=True)
         try:
-            with contextlib.suppress(FileExistsError):     # made just now on another machine
+            with contextlib.suppress(FileExistsError):     # just written on another machine
                 if not path.exists():
                     def write(temporary: Path) -> None:
                         with open(temporary, "wb") as out:
@@ -273,7 +273,7 @@ def _checked(loader: Iterator) -> Iterator[dict]:
                 raise batch
             yield batch
     finally:
-        del loader                               # ends the workers
+        del loader                               # this ends the workers
 
 
 def _stack(items: list[dict | UserError]) -> dict | UserError:

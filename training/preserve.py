@@ -100,7 +100,7 @@ class TeacherLatents:
         first = rng("prompt").integers(len(self.prompts))
         if not dropped and rng("preserve").random() >= self.args.preserve:
             return None, torch.zeros(16, size[0] * 3 // 128, size[1] * 3 // 128)
-        for prompt in (*self.prompts[first:], *self.prompts[:first]):    # the next one, if an entry is damaged
+        for prompt in (*self.prompts[first:], *self.prompts[:first]):    # the next prompt, if an entry is damaged
             latents = self.cache.get(self.key(prompt, size))
             if latents is not None:
                 return prompt, torch.from_numpy(latents).float()

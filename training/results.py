@@ -52,7 +52,7 @@ def finished(args) -> None:
 
 # ----- the model card, which is published and therefore contains no path of this machine ---------------
 
-TEXTS = ("trigger", "targets", "sample_prompt", "project")           # options whose "/" does not make them a path
+TEXTS = ("trigger", "targets", "sample_prompt", "project")           # options with texts that are never paths
 
 
 def without_folders(name: str, value):
@@ -314,7 +314,7 @@ def write_stage_a(args, model, fixed: torch.Tensor, values: dict, images: int) -
     values: its results."""
     check_finite(model.state_dict(), "the result")
     (Path(args.out) / "README.md").unlink(missing_ok=True)       # written last: where it is, the result is complete
-    if not args.freeze_encoder:          # the scale of the latents, so that Stage B sees unit variance
+    if not args.freeze_encoder:          # scales the latents to unit variance for Stage B
         device = model.codebook.codes.device
         z = [model.encode_raw(part.to(device).float() / 255) for part in fixed.split(args.batch)]
         model.scale_factor = model.config["scale_factor"] = round(torch.cat(z).std().item(), 4)
@@ -342,11 +342,11 @@ def pushed_files(args) -> dict[str, Path]:
     """The files of the result: {path in the repository: file}. --out may contain other files, such as caches, logs of
     services and parts of other runs."""
     out, names = Path(args.out), ["README.md", "log.jsonl", "curves.png"]
-    if hasattr(args, "lora"):                            # of train_c.py
+    if hasattr(args, "lora"):                            # options of train_c.py
         names += ["lora.safetensors"] if args.lora else ["prior", "scheduler"]
         names += ["text_encoder", "tokenizer"] if args.train_text else []
         names += ["base.json"] if is_portable(args, FILES_C) else []
-    elif hasattr(args, "v1"):                            # of train_b.py
+    elif hasattr(args, "v1"):                            # options of train_b.py
         names += ["decoder", "image_encoder"]
         names += ["base.json"] if stage_c_fits(args) and is_portable(args, FILES_B) else []
     else:

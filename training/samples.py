@@ -126,7 +126,7 @@ class ImageReader:
         index = self.replaced.get(index, index)
         bucket = self.dataset.bucket
 
-        def others() -> np.ndarray:              # the array may be large: only if something is broken
+        def others() -> np.ndarray:              # a large array, so only made if something is broken
             return np.flatnonzero(bucket == bucket[index])
         for index in candidates(index, others):
             if self.pixels:

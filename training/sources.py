@@ -44,7 +44,7 @@ UNREADABLE = (".heic", ".heif", ".hif", ".jxl", ".jp2", ".jpe", ".apng", ".psd",
 CAPTION_KEYS = ("text", "caption", "captions", "prompt", "prompts", "description", "txt")
 HEAD = 2 ** 15                   # bytes of an image that are read first to find its size
 SHARDS = 10 ** 6                 # maximum per source; more are a typing error, the largest sources have 200,000
-INDEX_VERSION = 4                # of the index that _tar_samples writes; a new number rebuilds all indexes
+INDEX_VERSION = 4                # version of the index that _tar_samples writes; a new number rebuilds all indexes
 
 Place = tuple[str, int, int]     # file, offset, bytes (-1: up to the end): where something can be read
 
@@ -63,8 +63,8 @@ class Found:
     files: Counter = field(default_factory=Counter)
     images: Counter = field(default_factory=Counter)
     captions: Counter = field(default_factory=Counter)
-    keys: set = field(default_factory=set)       # of samples without a caption under the key in question
-    numbered: set = field(default_factory=set)   # folders such as 10_cat
+    keys: set = field(default_factory=set)       # keys of samples without a caption under the expected key
+    numbered: set = field(default_factory=set)   # names of folders such as 10_cat
 
     def notes(self) -> list[str]:
         """Texts that name the columns and keys that were used; [] for images in folders and captions in .txt files."""
@@ -121,7 +121,7 @@ def _in_folder(folder: Path, label: str) -> list[tuple[Path, str]]:
     inside = _shards_among(places)
     if not inside or any(_split(name)[1] in SUFFIXES for name in places):
         return [(folder, label)]
-    paths = [folder / name for name in inside                                # without results of datasets' map()
+    paths = [folder / name for name in inside                                # skips files of datasets' map()
              if not re.fullmatch(r"(cache|indices)-.*\.arrow", posixpath.basename(name))]
     return [(path, str(path)) for path in paths]
 
@@ -328,7 +328,7 @@ def _metadata_rows(places: dict[str, Place], column: str | None) -> tuple[dict[s
                 row = parsed(row) if isinstance(row, str) else row
                 if not isinstance(row, dict):
                     raise ValueError("it is not an object")
-                row = {name: value for name, value in row.items() if name is not None}     # more cells than columns
+                row = {name: value for name, value in row.items() if name is not None}   # None: more cells than columns
                 if key not in row:
                     raise ValueError(f"{key!r} is not among its keys {', '.join(row) or '(none)'}, "
                                      "and --image-column names no other")
@@ -336,7 +336,7 @@ def _metadata_rows(places: dict[str, Place], column: str | None) -> tuple[dict[s
                 name = name if name in places else composed.get(_composed(name), name)
                 doubled += [(name, table)] * (rows.get(name, {}).get("") == table)
                 rows[name] = {**row, "": table}
-        except Exception as error:               # csv, pyarrow and deep JSON have kinds of their own
+        except Exception as error:               # csv, pyarrow and deep JSON raise other kinds of errors
             raise ValueError(f"{places[table][0]}, row {number}: {reason_of(error)}; "
                              f"expected {key} and text in each row") from error
     return rows, doubled
@@ -456,7 +456,7 @@ def _tar_places(path: Path) -> tuple[dict[str, Place], list[dict], bool]:
         places, links, unusable, end, size = {}, {}, [], 0, os.fstat(file.fileno()).st_size
         with contextlib.suppress(tarfile.TarError), tarfile.open(path, "r:") as tar:
             while (member := tar.next()) is not None:
-                tar.members.clear()              # tarfile remembers all members it has seen
+                tar.members.clear()              # else tarfile keeps all members in memory
                 name, complete = posixpath.normpath(member.name), member.offset_data + member.size <= size
                 if member.isdir() or not complete:
                     continue

@@ -51,7 +51,7 @@ def open_table(file, name: str) -> Table:
         except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(f"{name} cannot be read as a table: {reason_of(error)}") from error
 
-    def opened() -> Iterator:                    # the schema, then the rows
+    def opened() -> Iterator:                    # yields the schema, then the rows
         if name.lower().endswith(".parquet"):
             table = pyarrow.parquet.ParquetFile(file)
             yield table.schema_arrow
@@ -82,7 +82,7 @@ def hub_table(name_and_split: str, config: str | None = None) -> Table:
     limit_waits()
     try:
         builder = datasets.load_dataset_builder(name, *[config] * bool(config))
-        for files in (getattr(builder.config, "data_files", None) or {}).values():       # of its README or its layout
+        for files in (getattr(builder.config, "data_files", None) or {}).values():       # from README or layout
             for file in files:
                 if not re.match("(hf|https?)://", file.split("::")[-1]):
                     raise ValueError(f"it names {printable(file)}, which is not a file of the Hub, and is not read")

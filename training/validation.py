@@ -15,7 +15,7 @@ from training.order import sample_rng
 from training.samples import encoder_input, to_tensor
 from wuerstchen import unscale_semantic
 
-T_GRID = [0.05 + 0.1 * i for i in range(10)]             # noise levels
+T_GRID = [0.05 + 0.1 * i for i in range(10)]             # noise levels of the validation
 
 
 def random_images(dataset, sizes: list[tuple[int, int]], rng: np.random.Generator,

@@ -27,11 +27,11 @@ class VGGFeatures(nn.Module):
             raise UserError("--perceptual needs a package: pip install torchvision") from None
         try:
             tensors = read_vgg16(weights)
-            with torch.device("meta"):               # the classifier, 90 % of its weights, is never allocated
+            with torch.device("meta"):               # the classifier, 90 % of VGG16's weights, is never allocated
                 self.layers = vgg16().features[:self.LAYERS[-1] + 1]
             names = self.layers.state_dict().keys()
             self.layers.load_state_dict({name: tensors[name].float() for name in names}, assign=True)
-        except Exception as error:                   # each library raises its own kinds
+        except Exception as error:                   # each library raises its own kinds of errors
             raise UserError(f"--perceptual {weights}: {reason_of(error)}; expected vgg16, or a file of torchvision's "
                             f"VGG16 weights (vgg16-397923af.pth); remove the option to train without it") from error
         self.requires_grad_(False)
