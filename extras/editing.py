@@ -73,10 +73,10 @@ def generate(model: Wuerstchen, prompt: str | list[str] | None = None, negative_
     """Wuerstchen.__call__, in which these arguments are new or accept more:
 
     prompt         may be omitted if `edit` or `given` specify the image
-    seed           one for all images, a list of one per image, or a function seed(C, h, w) -> noise (images or 1,C,h,w)
-                   With given["semantic"], the noise that Stage C would have drawn from the seed is skipped. So Stage C
+    seed           as there, or a list of one per image, or a function seed(C, h, w) -> noise (images or 1,C,h,w)
+                   With given["semantic"], the noise that Stage C would have drawn from the seed is skipped. So Stages C
                    and B in two calls with the same seed generate the same image as in one call. A function skips none
-    width, height  px; default: the weights' size; if `edit` is given, its shape up to 4 : 1, with that as shorter side
+    width, height  px; default: the weights' size; with `edit`, the image's shape, up to 4 : 1, and that shorter side
     edit           an InitImage
     given          any of: prompt_c, negative_c, prompt_b, negative_b, embeddings (prompts or 1,N,D) instead of text;
                    semantic, raw latents (images or 1,16,h,w) as output="semantic" returns them, instead of Stage C;
@@ -280,10 +280,10 @@ def both_sides(height: int | None, width: int | None, image: Tensor) -> tuple[in
 
 
 class PromptBatch:
-    """Text embeddings: texts("c") for Stage C, texts("b") for B -> of prompts and negative prompts, each (images,N,D).
+    """Text embeddings for Stages "c" and "b": texts("c") -> of prompts and of negative prompts, each (images,N,D).
 
     Everything is checked in __init__; a call encodes the prompts. stages: the stages that will be called, "c", "b" or
-    "cb". optional: prompts may be empty. Attributes: rows, the number of prompts; silent: nothing is prompted.
+    "cb". optional: prompts may be empty. Attributes: rows, the number of prompts; silent: all prompts are empty.
     """
     def __init__(self, model: Wuerstchen, prompt, negative, embeddings: dict[str, Tensor], num_images: int, stages: str,
                  optional: bool):

@@ -50,7 +50,7 @@ LOCKS = weakref.WeakValueDictionary()                    # {path: the open file 
 
 def lock_run(out: Path):
     """Locks a run's folder against other processes, also on other machines, while the returned file is open. The lock
-    ends with the process, however that ends. Raises UserError if another process holds it. None if locks do not exist.
+    ends with the process, however that ends. Raises UserError if another process holds it. Returns None without locks.
 
     Unlike the locks of loading/files.py, it is not inherited by workers, which outlive a killed run for seconds.
     """

@@ -24,8 +24,8 @@ class CodebookAverages(nn.Module):
 
     @torch.no_grad()
     def update(self, codes: Tensor, counts: Tensor, sums: Tensor, skip: Tensor | bool = False) -> None:
-        """codes (K,C), changed in place; counts (K,) and sums (K,C) of the latents of a step, see `count`; skip ():
-        nothing changes."""
+        """Updates the means, and codes (K,C) in place. counts (K,) and sums (K,C): of a step's latents, see `count`.
+        skip (): change nothing."""
         skip = torch.as_tensor(skip)
         for mean, new in ((self.sizes, counts), (self.sums, sums)):
             mean.copy_(torch.where(skip, mean, mean.lerp(new, 1 - self.decay)))

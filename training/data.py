@@ -352,7 +352,7 @@ class ImageDataset:
                           f"size can be read; {_listed(self.skipped, self.unlisted)}")
 
     def read_or_replace(self, i: int, allowed: np.ndarray) -> tuple[np.ndarray, int]:
-        """read_or_next, first among `allowed`, then among all images. Names broken images on stderr, once per process.
+        """Like read_or_next, but then searches all images as well. Names broken images on stderr, once per process.
 
         Raises BrokenImage if no image at all can be read.
         """

@@ -29,8 +29,7 @@ def check_lora(args) -> None:
 
 
 def locate_start(args, parts: tuple[str, ...]) -> dict[str, Path | None]:
-    """The paths of the parts that training starts from, see locate. Raises UserError if --weights has a LoRA that would
-    be lost."""
+    """The paths of the parts that training starts from, see locate. Raises UserError for a LoRA that would be lost."""
     paths = locate(args.weights, files_given(args, FILES_C), parts)
     if paths.get("lora") and args.init == "weights" and not args.lora_weights:
         raise UserError(
@@ -41,8 +40,7 @@ def locate_start(args, parts: tuple[str, ...]) -> dict[str, Path | None]:
 
 
 def start_lora(prior: torch.nn.Module, args) -> None:
-    """Adds the LoRA to train to Stage C. If it continues one, sets rank, alpha, targets and dora of args, for the card.
-    """
+    """Adds the LoRA to train to Stage C. --lora-weights: sets rank, alpha, targets and dora of args, for the card."""
     with as_user_error():
         if not args.lora_weights:
             lora.add_lora(prior, args.rank, args.alpha, args.lora_dropout, args.targets, rslora=args.rslora,

@@ -47,8 +47,8 @@ class Teacher:
             return eps
 
     def replace(self, batch: dict, x_t: Tensor, eps: Tensor, t: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """x_t and target of a batch, (B,16,h,w) each. In the rows that batch["preserve"] marks, x_t becomes the noised
-        teacher_latents, and the target the teacher's prediction for them."""
+        """-> x_t and target for a batch, (B,16,h,w) each. In the rows that batch["preserve"] marks, x_t is the noised
+        teacher_latents, and the target is the teacher's prediction for this x_t. In other rows, target is eps."""
         rows = batch["preserve"].to(x_t.device).view(-1, 1, 1, 1)                        # (B, 1, 1, 1)
         x_t = torch.where(rows, add_noise(batch["teacher_latents"].to(x_t.device), eps, t), x_t)
         return x_t, torch.where(rows, self(x_t, t, text), eps)

@@ -21,12 +21,12 @@ from training.samples import draw_caption
 
 
 def due(every: int, step: int, steps: int) -> bool:
-    """Whether step is a multiple of `every` or the last of `steps`: time for what happens so often. every=0: never."""
+    """Whether an action is due after step `step` that happens every `every` steps (0: never) and after the last one."""
     return bool(every) and (step % every == 0 or step == steps)
 
 
 class Progress:
-    """The progress bar of a run, and the values for the log: of the steps since the last line.
+    """The progress bar of a run, and values for the log, measured over the steps since its last line.
 
     Iterating over it yields the remaining steps. batch: samples per step, of all processes.
     """

@@ -154,8 +154,7 @@ FILES_C = ("prior", "prior_text_encoder", "image_encoder", "decoder", "vqgan", "
 
 
 def write_stage_c(args, model, text_encoder, dataset, processes) -> None:
-    """Writes prior/ or lora.safetensors, base.json, README.md; uploads them with --push-to-hub. All processes must call
-    this.
+    """Writes prior/ or lora.safetensors, base.json, README.md; --push-to-hub uploads them. All processes call this.
 
     model: has Stage C as model.prior. text_encoder: a TextEncoder, with --train-text the one that was trained.
     """
