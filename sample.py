@@ -121,6 +121,9 @@ def main(argv: list[str] | None = None) -> None:
         dtype = getattr(torch, cli.DTYPES.get(args.dtype, ""), args.dtype)   # dtype, "auto" or None
         model = Wuerstchen.load(args.weights, args.device, dtype, lora=args.lora,
                                 **cli.load_options(jobs))
+        if args.allow_tf32:
+            from loading.arguments import set_tf32
+            set_tf32(True)
         if args.tile:
             from speed.memory import tile
             tile(model, args.tile)

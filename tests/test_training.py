@@ -169,3 +169,12 @@ def test_float32_is_exact_unless_tf32_is_allowed(options, allowed):
     assert [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32] == [allowed] * 2
     usable_device("cpu")                                                       # as loading a pipeline does
     assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+
+
+def test_sampling_allows_tf32_on_request(tmp_path):
+    options = ["--prompt", "a cat", "--seed", "1", "--steps-c", "1", "--steps-b", "1", "--out", str(tmp_path / "a.png")]
+    try:
+        sample.main([*options, "--allow-tf32"])
+        assert torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
+    finally:
+        set_tf32(False)
