@@ -22,7 +22,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 SECONDS, WAIT, BYTES = 60, 300, 2_400_000  # limits: CPU seconds of a notebook, seconds of a cell, size on disk
 # a cell whose output must contain an image
-DRAWS = re.compile(r"\b(pictures|activations)\(|\bplt\.(subplots|figure|plot|scatter|bar|imshow|hist)\(")
+DRAWS = re.compile(r"\b(img_grid|activations)\(|\bplt\.(subplots|figure|plot|scatter|bar|imshow|hist)\(")
 SOLUTION = re.compile(r"<summary>Solution</summary>\n\n```python\n(.*?)```", re.DOTALL)
 TIME = re.compile(r" *\d+(\.\d+)? ?(ms|s|seconds|minutes)\b")                 # what may differ in a text
 

@@ -1,6 +1,6 @@
 """What every notebook starts with, and how it draws: one look for all figures, and rows of images with labels.
 
-  from show import finish, pictures, plt, start, torch
+  from show import finish, img_grid, plt, start, torch
   model = start()                                    # the small model; one thread, no gradients
   plt.plot(x, y, label="loss"); finish("title", "x", "y")
 
@@ -71,7 +71,7 @@ def finish(title=None, xlabel=None, ylabel=None):
     display({"image/png": file.getvalue(), "text/plain": text}, raw=True, metadata={"image/png": {"alt": text}})
 
 
-def pictures(rows, title, columns=None, labels=None, size=None, cmap="RdBu_r", numbers=False):
+def img_grid(rows, title, columns=None, labels=None, size=None, cmap="RdBu_r", numbers=False):
     """Draws rows of images under one title.
 
     rows     a list of images, or of such lists. An image is a PIL image, a tensor (3,H,W) in [0, 1], or a tensor (H,W),

@@ -84,14 +84,14 @@ def sections(notebook: dict) -> list[list[str]]:
 
 
 def badly_labelled(cell: dict) -> bool:
-    """Does a cell draw without saying what? Needs a title, and names for both axes unless it shows pictures."""
+    """Does a cell draw without saying what? Needs a title, and names for both axes unless it shows images."""
     code = run.source(cell)
     if not (run.DRAWS.search(code) or run.images_of(cell)):
         return False
     axes = all(re.search(rf"\b(set_)?{axis}\(|\b{axis}=", code) for axis in ("xlabel", "ylabel"))
     finished = [len(node.args) for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)
                 and getattr(node.func, "id", "") == "finish"]
-    return not (re.search(r"\b(pictures|activations)\(", code) or 3 in finished
+    return not (re.search(r"\b(img_grid|activations)\(", code) or 3 in finished
                 or axes and (re.search(r"title", code) or finished))
 
 
@@ -260,7 +260,7 @@ def wrong_commands(text: str) -> list[str]:
 
 @each_notebook
 def test_committed_outputs_belong_to_the_present_code(path):
-    """Otherwise a reader sees a picture that the code above it never drew."""
+    """Otherwise a reader sees an image that the code above it never drew."""
     notebook = read(path)
     assert notebook["metadata"].get("checksum") == run.checksum(notebook), f"run: python notebooks/run.py {path.name}"
     assert all(cell["outputs"] or not run.DRAWS.search(run.source(cell)) or "download" in run.tags(cell)
@@ -269,7 +269,7 @@ def test_committed_outputs_belong_to_the_present_code(path):
 
 @each_notebook
 def test_committed_outputs_are_whole_and_small(path):
-    """No error, no warning, no empty picture; and a repository is not a place for megabytes."""
+    """No error, no warning, no empty image; and a repository is not a place for megabytes."""
     assert run.problems(read(path)) == []
     assert path.stat().st_size < run.BYTES
 
@@ -283,7 +283,7 @@ def test_a_notebook_starts_with_its_title(path):
 
 @each_notebook
 def test_every_figure_says_what_it_shows(path):
-    """Title and axis labels; pictures a title."""
+    """Title and axis labels; images a title."""
     unclear = [run.source(cell) for cell in run.code_cells(read(path)) if badly_labelled(cell)]
     assert not unclear, unclear[0]
 
@@ -436,7 +436,7 @@ def test_the_checksum_is_of_the_code_and_of_nothing_else():
     ("1 / 0", dict(output_type="error", ename="ZeroDivisionError", evalue="division by zero"),
      "failed: ZeroDivisionError"),
     ("f()", dict(output_type="stream", name="stderr", text=["UserWarning: old"]), "wrote to stderr: UserWarning"),
-    ("pictures(x, 'title')", dict(output_type="stream", name="stdout", text=["done"]), "its output has no image"),
+    ("img_grid(x, 'title')", dict(output_type="stream", name="stdout", text=["done"]), "its output has no image"),
     ("plt.plot(x)", dict(output_type="display_data", data={"image/png": "WHITE"}), "drew an empty image")])
 def test_broken_outputs_are_found(code, output, message):
     """Each in one line that names the cell."""
@@ -525,7 +525,7 @@ def test_a_folded_solution_is_run_and_leaves_nothing_behind(tmp_path):
 
 def test_cells_that_download_are_not_judged():
     """They are not run, so that nothing can be said of their outputs."""
-    notebook = a_notebook("pictures(x, 'title')")
+    notebook = a_notebook("img_grid(x, 'title')")
     notebook["cells"][0]["metadata"] = {"tags": ["download"]}
     assert run.problems(notebook) == []
 
@@ -600,7 +600,7 @@ def test_wrong_commands_are_found(text, wrong, capsys):
                                        ("plt.plot(x); plt.title('a'); plt.xlabel('b')", True),
                                        ("ax.set(xlabel='a', ylabel='b', title='c'); plt.subplots()", False),
                                        ("plt.subplots()", True),
-                                       ("pictures(x, 'title')", False), ("x = 1", False)])
+                                       ("img_grid(x, 'title')", False), ("x = 1", False)])
 def test_figures_without_labels_are_found(code, bad):
     """In both of matplotlib's ways of saying it."""
     assert badly_labelled(a_notebook(code)["cells"][0]) == bad
