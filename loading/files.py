@@ -160,7 +160,7 @@ def listing(folder: Path) -> str:
 
 
 def pick_weights(names: Iterable[str], stems: tuple[str, ...], half: bool = False) -> str | None:
-    """Chooses from the file names in a folder the weight file to read, or the index of its shards; None: there is none.
+    """File names in a folder -> the weight file to read, or the index of its shards; None if there is no such file.
 
     .safetensors is preferred to .bin. Then the variant decides: fp16 first if `half`, otherwise first the file without
     a variant; unknown variants come last. Then a single file is preferred to shards.

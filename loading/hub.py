@@ -46,7 +46,8 @@ REVISIONS = {
     "warp-ai/wuerstchen-prior-model-finetuned":  "main",
     "warp-ai/EfficientNetEncoder":               "main",
     "dome272/wuerstchen":                        "6eb6cf5494fa67472afdbcfd78a31dcb091b0c05",
-    "dome272/wuerstchen (v1)":                   "c9a8af033966c756941168f2a537595a15e0c1a8",   # main once lacked v1
+    # This commit holds v1's files; main did not always hold them.
+    "dome272/wuerstchen (v1)":                   "c9a8af033966c756941168f2a537595a15e0c1a8",
 }
 
 # {part: (repository, folder, stem of the weight file; None: fetch TOKENIZER_FILES)}, or (repository, file, "")

@@ -14,7 +14,7 @@ from loading.files import listing, read_json
 from loading.hub import (NAMES, OFFICIAL, TEXT_TO_IMAGE, V1, Repository, fetch, fetch_part, hint, is_reference, some)
 
 # ----- folders: where each part is -----------------------------------------------------------------------------------
-# The first layout of which all three MODELS are present is used.
+# The first layout whose three MODELS all exist is used.
 
 ONE_FOLDER = dict(                      # ours: Stages C and B share one text encoder and one scheduler
     prior="prior", prior_text_encoder="text_encoder", prior_tokenizer="tokenizer", prior_scheduler="scheduler",
@@ -61,7 +61,7 @@ def find_parts(folder: str | Path, given: Iterable[str] = ()) -> dict[str, Path 
 
 
 def match_layout(names: set[str], given: Iterable[str], source, found: str) -> dict[str, str | None]:
-    """find_parts for names of folders and .pt files -> {part: its name or None}. source, found: for messages."""
+    """Like find_parts, for names of folders and .pt files -> {part: its name or None}. source, found: for messages."""
     def find(pattern: str) -> str | None:
         matches = sorted(fnmatch.filter(names, pattern))
         if len(matches) > 1:                             # several versions: the last name is the newest
@@ -112,12 +112,12 @@ def is_name(weights: str | Path) -> bool:
 def locate(weights: str | Path, files: dict[str, str | Path] | None = None, parts: tuple[str, ...] = TEXT_TO_IMAGE,
            half: bool = False, offline: bool = False, revision: str | None = None,
            named_by: tuple = ()) -> dict[str, Path | None]:
-    """Finds the parts of a pipeline, and fetches them if necessary -> {part: folder or file; None if missing}.
+    """Finds the parts of a pipeline, and fetches them if necessary -> {part: its folder or file; None if missing}.
 
     weights: a name in SHIPPED or NAMES, a folder, or a repository, hub:OWNER/NAME. parts: the wanted parts; only these
     are fetched, or required in a folder. files: {part: path or hub:OWNER/NAME} of parts to use instead of those of
     `weights`. A text encoder's tokenizer is in the same folder, or next to it in `tokenizer`. half, offline, revision:
-    see hub.fetch. named_by: the weights whose base.json led to these, to find circles. Raises WeightsError.
+    see hub.fetch. named_by: the weights whose base.json named `weights`, to detect cycles. Raises WeightsError.
     """
     weights = official_name(weights)
     name, weights = weights, SHIPPED.get(weights, weights)
@@ -159,8 +159,8 @@ def with_tokenizers(parts: Iterable[str]) -> tuple[str, ...]:
 
 
 def base_of(folder: Path) -> tuple[dict, tuple[str, ...]] | None:
-    """For a folder with only some parts: (content of base.json, which names the weights with the other parts; names of
-    the parts that the folder may have). None for other folders. Raises WeightsError."""
+    """Reads base.json of a folder with only some parts -> (its content, which names the weights with the other parts;
+    the parts that the folder may have). Returns None for other folders. Raises WeightsError."""
     if (folder / "base.json").is_file():
         base = read_json(folder / "base.json")
         files = base.get("files", {})
@@ -177,7 +177,7 @@ def base_of(folder: Path) -> tuple[dict, tuple[str, ...]] | None:
 
 
 def locate_trained(folder: Path, own: dict, parts: tuple[str, ...], options: dict, named_by: tuple) -> dict:
-    """Like locate: the parts that a training run wrote into `folder`, and other parts from the weights in base.json.
+    """Like locate: finds the parts that training wrote into `folder`, and the other parts in base.json's weights.
 
     The result has the key "lora" if that run, or the run it started from, trained a LoRA for the prior that is used.
     """
@@ -185,14 +185,15 @@ def locate_trained(folder: Path, own: dict, parts: tuple[str, ...], options: dic
     start, start_files = base["weights"], base.get("files", {})
     if start in named_by:
         raise WeightsError(f"{folder / 'base.json'} names {start}, which names it again: it needs weights")
-    if is_reference(named_by[-1]):                           # base.json of another machine: no local paths
+    # base.json was downloaded from the hub: paths in it belong to another machine, so only names are allowed.
+    if is_reference(named_by[-1]):
         for name in (start, *(file for part, file in start_files.items() if part not in own)):
             if not is_name(name):
                 raise WeightsError(f"{named_by[-1]}: its base.json names {name}, on the machine where it was trained: "
                                    f"name its parts instead, --prior {named_by[-1]} with --weights")
     trained = {part: folder / ONE_FOLDER[part] for part in names if (folder / ONE_FOLDER[part]).is_dir()}
     found = locate(start, start_files | trained | own, parts, **options, named_by=named_by)
-    if "prior" in trained | own:                             # another prior than the LoRA was trained on
+    if "prior" in trained | own:                             # the LoRA was trained on another prior
         found.pop("lora", None)
     elif base.get("lora"):
         found["lora"] = folder / base["lora"]
@@ -200,8 +201,8 @@ def locate_trained(folder: Path, own: dict, parts: tuple[str, ...], options: dic
 
 
 def fetch_repository(reference: str, wanted: set[str], options: dict) -> Path:
-    """Fetches the wanted parts of a repository, in any layout -> its folder in the cache. If the image encoder is not
-    wanted, its configuration is fetched all the same, because the size of images depends on it."""
+    """Fetches the wanted parts of a repository, in any layout -> its folder in the cache. The image encoder's
+    configuration is always fetched, because the size of images depends on it."""
     repo = Repository(reference, options["offline"], options["revision"])
     names = [name for name in ("base.json", "model_index.json") if name in repo.names]
     base, own = (base_of(repo.fetch(names)) if names else None) or ({}, ())

@@ -1,7 +1,7 @@
 """LoRA files of other programs: reads them into lora.py's names, and writes them for other programs.
 
 All programs store the same two matrices for a layer, under different names. The original code, and programs built on
-it, stack query, key and value in one matrix `in_proj`. One LoRA of in_proj is three LoRAs here: see fuse, split.
+it, stack query, key and value in one matrix `in_proj`. One LoRA of in_proj is three LoRAs here: see `fuse` and `split`.
 
   load_lora(model, source, name, scale)           # like lora.load_lora, for a file of any program
   save_lora(model, path, name, to="kohya")        # or diffusers, comfy, original, ours
@@ -42,11 +42,11 @@ class LoRAWeights(NamedTuple):
 
 # Formats to write: {format: (prefix of the layer's name, index of the ending in lora.ROLES)}.
 FORMATS = {
-    "diffusers": ("prior.", 1),              # alpha in the metadata; other formats: {layer}.alpha
+    "diffusers": ("prior.", 1),              # alpha is in the metadata; other formats have a tensor {layer}.alpha
     "kohya":     ("lora_unet_", 0),          # with _ instead of . in the layer's name
     "comfy":     ("diffusion_model.", 1),
-    "original":  ("", 0),                    # query, key and value stacked in in_proj
-    "ours":      ("", 0),                    # our layers' names, for checkpoints
+    "original":  ("", 0),                    # in_proj stacks query, key and value
+    "ours":      ("", 0),                    # our names of the layers, for checkpoints
 }
 # Formats to read: a tensor's name is one of PREFIXES + the layer's name + one of ENDINGS.
 PREFIXES = ("prior.", "diffusion_model.", "lora_unet_", "lora_prior_unet_", "lora_prior_unet.", "unet.",
@@ -88,10 +88,8 @@ def find_lora(path: str | Path) -> Path:
 
 
 def open_lora(source: str | Path | dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Opens a file, a folder with one of LORA_FILES, or a state dict -> (tensors, metadata). Raises ValueError.
-
-    peft's configuration, which is a separate file, is added to the metadata.
-    """
+    """Reads a file, a folder with one of LORA_FILES, or a state dict -> (tensors, metadata). Raises ValueError.
+    peft's configuration, which is a separate file, is added to the metadata."""
     if isinstance(source, dict):
         return source, {}
     path, metadata = find_lora(fetch_lora(source) if is_reference(source) else source), {}
@@ -116,7 +114,7 @@ def open_lora(source: str | Path | dict[str, Tensor]) -> tuple[dict[str, Tensor]
 
 
 def read_config(metadata: dict[str, str]) -> dict:
-    """Metadata -> peft's configuration, which has alpha; {} if there is none. Raises ValueError if it is unusable."""
+    """Returns peft's configuration in the metadata, which has alpha, or {}. Raises ValueError if it cannot be used."""
     config = parsed(metadata.get(CONFIG) or "{}")
     if not isinstance(config, dict):
         raise ValueError(f"its {CONFIG} is not a JSON object")
@@ -158,8 +156,8 @@ def aliases(names: dict[str, str]) -> dict[str, tuple[str, ...]]:
 
 
 def parse_name(name: str, lookup: dict[str, tuple[str, ...]]) -> tuple[tuple[str, ...] | None, str]:
-    """A tensor's name -> (our layers' names, "down" | "up" | "alpha" | "magnitude"). Unknown names -> (None, "")."""
-    for name in dict.fromkeys((name, WRAPPERS.sub("", name))):       # unchanged first: a layer may have such a name
+    """A tensor's name -> (our layers' names, "down" | "up" | "alpha" | "magnitude"); (None, "") if it is unknown."""
+    for name in dict.fromkeys((name, WRAPPERS.sub("", name))):       # first unchanged: a layer may be called "module"
         for role, endings in ENDINGS.items():
             for ending in (ending for ending in endings if name.endswith(ending)):
                 for prefix in (prefix for prefix in PREFIXES if name.startswith(prefix)):
@@ -170,7 +168,7 @@ def parse_name(name: str, lookup: dict[str, tuple[str, ...]]) -> tuple[tuple[str
 
 def by_layer(tensors: dict[str, Tensor], lookup: dict,
              partial: bool) -> tuple[dict[tuple[str, ...], dict[str, Tensor]], list[str]]:
-    """Tensors of a file -> ({our layers' names: {"down": tensor, "up": tensor, ...}}, names of the omitted tensors).
+    """Groups a file's tensors by layer -> ({our layers' names: {"down": tensor, ...}}, names of the omitted tensors).
 
     Raises ValueError if a tensor is unknown. With `partial`, raises it only if no layer can be loaded.
     """
@@ -184,7 +182,8 @@ def by_layer(tensors: dict[str, Tensor], lookup: dict,
         else:
             layers[names][role] = tensor
             used.setdefault(names, []).append(name)
-    # A layer that also has an unknown tensor, such as a dora_scale or a bias, would be wrong without it: omit it.
+    # If a layer also has an unknown tensor, such as a dora_scale or a bias, the rest of its LoRA would give wrong
+    # results: omit the whole layer.
     stems = {re.sub(r"[._]lora[._].*|\.alpha$", "", name) for name in unknown}
     stems |= {name.rpartition(".")[0] for name in unknown}
     incomplete = [names for names, of_file in used.items()
@@ -222,18 +221,18 @@ def split(values: dict[str, Tensor], n: int) -> list[dict[str, Tensor]]:
 
 
 def read_layers(source, shapes: dict[str, tuple] | None, partial: bool) -> tuple[dict[str, dict], dict[str, str]]:
-    """A LoRA in any format -> ({our layer's name: {"down": tensor, "up": tensor, "alpha": tensor, ...}}, metadata).
+    """Reads a LoRA in any format -> ({our layer's name: {"down": tensor, "up": tensor, "alpha": tensor}}, metadata).
 
-    shapes: {our layer's name: shape of its weight}; None: a Stage C of any size, whose layers are Linear here. Layers
-    are returned in the model's order, so converting a LoRA there and back gives the same file. Raises ValueError if
-    the file does not fit. Warns if alpha is assumed, and of tensors that `partial` omits.
+    shapes: {our layer's name: shape of its weight}. None: accept a Stage C of any size; its layers are Linear here.
+    Layers are returned in the model's order, so converting a LoRA there and back gives the same file. Raises ValueError
+    if the file does not fit. Warns if alpha is assumed, or if `partial` omits tensors.
     """
     tensors, metadata = open_lora(source)
     tensors = {name: tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor     # float8
                for name, tensor in tensors.items()}
     config, label = read_config(metadata), "the LoRA" if isinstance(source, dict) else source
     names = shapes
-    if shapes is None:     # as many blocks as the largest number in the names: enough
+    if shapes is None:     # the largest number in the names limits the number of blocks
         depth = max(map(int, re.findall(r"\d{1,3}", " ".join(tensors))), default=0) + 1
         groups = itertools.groupby(lora.DIFFUSERS_NAMES, lambda name: name.partition(".{i}")[0])
         names = [name.format(i=i) for _, group in groups for block in [[*group]] for i in range(depth)
@@ -262,7 +261,7 @@ def read_layers(source, shapes: dict[str, tuple] | None, partial: bool) -> tuple
 
 
 def check_fit(layers: dict[str, dict], shapes: dict[str, tuple] | None) -> None:
-    """Raises ValueError if a file's layers do not fit weights of these shapes. None: any shape is accepted."""
+    """Raises ValueError if a file's layers do not fit weights of these shapes. shapes None: accept any shape."""
     misfits = []
     for name, values in layers.items():
         try:
@@ -322,10 +321,11 @@ def read_lora(source: str | Path | dict[str, Tensor],
 # ----- writing ---------------------------------------------------------------------------------------
 
 def fuse(weights: dict[str, LoRAWeights]) -> dict[str, LoRAWeights]:
-    """{diffusers' layer name: LoRAWeights} -> the same in the original's names, where in_proj stacks query, key, value.
+    """Converts {diffusers' layer name: LoRAWeights} to the original names, where in_proj stacks query, key and value.
 
-    Their three LoRAs become one exactly. Its `down` stacks theirs, its `up` is block diagonal, and its rank is the sum
-    of theirs. If all have the same `down` (they came from in_proj), only `up` is stacked, and the rank stays.
+    The three LoRAs of query, key and value become one LoRA, exactly. Its `down` stacks the three, its `up` is block
+    diagonal, and its rank is their sum. If all three have the same `down` (they came from in_proj), only `up` is
+    stacked, and the rank stays the same.
     """
     result = {}
     for name, one in weights.items():
@@ -348,10 +348,8 @@ def fuse(weights: dict[str, LoRAWeights]) -> dict[str, LoRAWeights]:
 
 
 def to_tensors(weights: dict[str, LoRAWeights], names: dict[str, str], to: str) -> tuple[dict, dict]:
-    """{our layer's name: LoRAWeights} -> (tensors of a file, its metadata). names: {our layer's name: diffusers' name}.
-
-    Raises ValueError if the format cannot hold this LoRA.
-    """
+    """Converts {our name: LoRAWeights} to (tensors of a file, its metadata). names: {our name: diffusers' name}.
+    Raises ValueError if the format cannot hold this LoRA."""
     if to not in FORMATS:
         raise ValueError(f"{to!r} is not a format: expected one of {', '.join(FORMATS)}")
     doras = sum(one.magnitude is not None for one in weights.values())
@@ -371,7 +369,7 @@ def to_tensors(weights: dict[str, LoRAWeights], names: dict[str, str], to: str) 
 
 
 def describe(weights: dict[str, LoRAWeights]) -> dict[str, str]:
-    """Rank, alpha and layers of a LoRA as readable texts, for metadata and messages."""
+    """Returns rank, alpha and layers (targets) of a LoRA as readable texts, for metadata and messages."""
     def span(numbers) -> str:                            # "8", or "8 to 16" if layers differ
         low, high = min(numbers), max(numbers)
         return f"{low:g}" if low == high else f"{low:g} to {high:g}"

@@ -138,8 +138,9 @@ class Format(NamedTuple):
     class_name: str                # _class_name in config.json
     arguments: dict                # {our argument: (key in config.json, the default in diffusers)}
     fixed: dict = {}               # {key in config.json that our class lacks: the only supported value}
-    signature: tuple = ()          # names of a tensor that only this model has: released, ours
-    sections: tuple = ()           # keys of its state dict in the original .pt files, EMA weights first
+    signature: tuple = ()          # (released name, our name) of a tensor that only this model has
+    # Keys under which an original .pt file may hold the state dict; the first one found is read: EMA weights first.
+    sections: tuple = ()
 
 
 FORMATS = {
@@ -178,7 +179,7 @@ FORMATS = {
             c_semantic=("c_latent", 16), network=("effnet", "efficientnet_v2_s")),
         fixed=dict(c_cond=1280), signature=("backbone.0.0.weight",), sections=("effnet_state_dict",)),
     TinyImageEncoder: Format(
-        "a small image encoder",                 # exists only in this code, so there is nothing to rename
+        "a small image encoder",                 # exists only in this repository, so no names differ
         lambda **_: [(name, name, "") for name in ("downsample", "blocks", "to_semantic", "norm")],
         "TinyImageEncoder", dict(
             c_semantic=("c_semantic", 16), c_hidden=("c_hidden", [32, 64, 128, 256]), blocks=("blocks", [1, 2, 2, 2]))),
@@ -186,7 +187,7 @@ FORMATS = {
 
 
 def recognise(names: Iterable[str]) -> type | None:
-    """The class of ours whose weights have these tensor names, in any naming; None if there is none."""
+    """Our class whose weights have these tensor names, in any naming; None if no class has them."""
     return next((stage for stage, form in FORMATS.items() if any(name in names for name in form.signature)), None)
 
 
@@ -253,7 +254,7 @@ def diffusers_to_original(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def add_ones(tensor: Tensor, kind: str) -> Tensor:
-    """A tensor in our shape -> in diffusers' shape. The bias of a 1x1 convolution is a vector in both."""
+    """Converts a tensor from our shape to diffusers' shape. The bias of a 1x1 convolution is a vector in both."""
     if kind == "1x1" and tensor.ndim == 2:
         return tensor[:, :, None, None]                                                  # (D, C, 1, 1)
     return tensor[None, None, None] if kind == "grn" else tensor                         # (1, 1, 1, C)
@@ -265,9 +266,9 @@ def in_our_names(names, model: nn.Module) -> bool:
 
 
 def translate(tensors: Iterable[tuple[str, Tensor]], names, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) pairs in any of the three namings -> pairs with our names and shapes. Tensors are views.
+    """Converts (name, tensor) pairs from any of the three namings to our names and shapes. Tensors are views.
 
-    names: the names of all pairs, to recognise the naming before the first pair is read. Requires check_fit.
+    names: the names of all pairs, to recognise the naming before the first pair is read. Call check_fit before.
     """
     if in_our_names(names, model):
         yield from tensors
@@ -280,7 +281,7 @@ def translate(tensors: Iterable[tuple[str, Tensor]], names, model: nn.Module) ->
 
 
 def check_fit(shapes: dict[str, tuple], model: nn.Module) -> None:
-    """Raises WeightsError unless these tensors, in any of the three namings, are exactly those of `model`."""
+    """Raises WeightsError unless these names, in any of the three namings, and shapes are exactly those of `model`."""
     found = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     wanted = model.state_dict()
     if not in_our_names(shapes.keys(), model):
@@ -304,19 +305,19 @@ def check_names(found: dict[str, tuple], wanted: dict[str, tuple]) -> None:
 
 
 def to_diffusers(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """A state dict in the names of `model`, for example EMA weights -> in diffusers' naming. Tensors are views."""
+    """Converts a state dict of `model`, for example EMA weights, to diffusers' naming. Tensors are views."""
     return {theirs: add_ones(state_dict[ours], kind) for theirs, (ours, kind) in name_table(model).items()}
 
 
 def to_original(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """A state dict in the names of `model` -> in the original naming."""
+    """Converts a state dict of `model` to the original naming."""
     return diffusers_to_original(to_diffusers(state_dict, model))
 
 
 # ----- config.json: our constructor arguments and diffusers' ---------------------------------------------------------
 
 def config_to_ours(config: dict, stage: type) -> dict:
-    """The content of a config.json -> arguments for `stage`. Raises WeightsError for another class or bad values.
+    """Converts a config.json's content to arguments for `stage`. Raises WeightsError for another class or bad values.
 
     The config.json of `tools.weights convert --to ours` has our arguments' names and no _class_name.
     """
@@ -355,7 +356,7 @@ def config_to_ours(config: dict, stage: type) -> dict:
     return result
 
 
-# {argument: (smallest, largest value)}; other arguments: 1 to 2^17. A typo could need terabytes, or hours of building.
+# {argument: (smallest, largest value)}; others: 1 to 2^17. A model with a typing error could take terabytes, or hours.
 RANGES = dict(depth=(1, 1000), blocks=(0, 1000), bottleneck_blocks=(0, 1000), levels=(1, 8), heads=(-1, 2 ** 10),
               dropout=(0, 0.99), scale_factor=(1e-6, 1e6), patch_size=(1, 64), kernel_size=(1, 99), inject=(0, 1),
               c_timestep=(4, 2 ** 17))
@@ -379,14 +380,14 @@ def check_levels(sizes: dict) -> None:
 
 
 def in_our_words(config: dict, stage: type) -> bool:
-    """Whether a config.json has our argument names for `stage`. Keys that diffusers has too are not enough."""
+    """Whether a config.json has our argument names for `stage`. Names that diffusers also uses are not enough."""
     ours, theirs = FORMATS[stage].arguments.keys(), {key for key, _ in FORMATS[stage].arguments.values()}
     return "_class_name" not in config and 0 < len(config) and config.keys() <= ours \
         and (ours == theirs or not config.keys() <= theirs)
 
 
 def config_to_diffusers(model: nn.Module) -> dict:
-    """model.config -> the content of a config.json that diffusers reads."""
+    """Converts model.config to the content of a config.json that diffusers reads."""
     form = FORMATS[type(model)]
     values = {key: model.config[argument] for argument, (key, _) in form.arguments.items()}
     values = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}

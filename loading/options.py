@@ -114,12 +114,13 @@ class Number:
         high = f" to{' below' * self.below} {self.high}" * (self.high < 1e38)
         return f"{kind}{self.unit}{low}{high}".rstrip(",")
 
-    def __contains__(self, value) -> bool:       # NaN is not in any range
+    def __contains__(self, value) -> bool:       # False for NaN
         return (self.low < value if self.above else self.low <= value) and (
             value < self.high if self.below else value <= self.high) and (not self.whole or value % self.step == 0)
 
     def __call__(self, text: str) -> float:
-        """Text -> number. int() and Fraction() are not used: they accept 1_000, and never end for 1e-999999999."""
+        """Text -> number. A pattern is checked first, because int() and float() also accept 1_000. Fraction() is not
+        used: for 1e-999999999 it would practically never end."""
         text = text.strip()
         value, (top, slash, bottom) = math.nan, text.partition("/")
         with contextlib.suppress(ValueError, ArithmeticError):
@@ -130,7 +131,7 @@ class Number:
         return value
 
     def check(self, name: str, value) -> float:
-        """Checks the argument `name` of a Python function -> the number. Raises TypeError, UserError."""
+        """Checks the argument `name` of a Python function, and returns the number. Raises TypeError, UserError."""
         value = plain(value)
         if not isinstance(value, Integral if self.whole else Real):
             raise TypeError(f"{name} is {value!r:.80}, expected {self}.")
@@ -140,7 +141,7 @@ class Number:
 
 
 def plain(value):
-    """A single number of numpy or torch -> a Python number. Any other value is returned unchanged."""
+    """Converts a single number of numpy or torch to a Python number. Any other value is returned unchanged."""
     return value.item() if getattr(value, "ndim", None) == 0 else value
 
 

@@ -34,7 +34,7 @@ from v1.stage_b import StageBV1
 # ----- loading -------------------------------------------------------------------------------------------------------
 
 class NoStartValues(torch.overrides.TorchFunctionMode):
-    """For torch.device("meta"): skips normal_ and randn. They draw no values there, but would import a compiler."""
+    """Skips normal_ and randn. Used with torch.device("meta"), where they draw no values but import a compiler."""
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is nn.init.normal_:
             return kwargs["tensor"]
@@ -55,10 +55,8 @@ IMPOSSIBLE = (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError)
 
 
 def new_model(stage: type, config: str | Path | None, **sizes) -> nn.Module:
-    """A model with random weights. Its sizes are those in `config`, a config.json or its folder; `sizes` override them.
-
-    Raises UserError if the sizes are invalid, or the memory does not suffice for them.
-    """
+    """Returns a model with random weights. `sizes` override the sizes in `config`, a config.json or its folder.
+    Raises UserError if the sizes are invalid, or the memory does not suffice for them."""
     try:
         if config:
             found = read_config(config) if Path(config).is_dir() else read_json(config)
@@ -84,7 +82,7 @@ def official_sizes(stage: type, shapes: dict[str, tuple]) -> dict:
 
 
 def build_empty(stage: type, path: str | Path) -> tuple[nn.Module, TensorFile]:
-    """A model on the meta device, and its file, whose names and shapes fit the model. No value has been read yet.
+    """Builds a model on the meta device -> (model, its file). Checks names and shapes of the file, but reads no values.
 
     path: the model's folder, or a single file. The sizes come from config_of(path). If that is None, as for the
     original .pt files, the sizes are the official ones of v1 or v2. Raises WeightsError.
@@ -111,7 +109,7 @@ def build_empty(stage: type, path: str | Path) -> tuple[nn.Module, TensorFile]:
 
 @return_freed_memory()
 def fill(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> nn.Module:
-    """Puts (our name, tensor) pairs, in `dtype`, into a model that was built on the meta device; sets eval mode.
+    """Fills a model that was built on the meta device with (our name, tensor) pairs, in `dtype`. Sets eval mode.
 
     A model on the meta device has shapes but no memory, so no time is spent on random weights that are overwritten.
     Tensors are converted one at a time, so the file and the model are never both in memory as a whole.
@@ -133,9 +131,7 @@ def fill(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch.d
 
 def load(stage: type, path: str | Path, dtype: torch.dtype = torch.float32, int8: bool = False) -> nn.Module:
     """Loads one model from its folder or file, in eval mode. int8: converts its large layers one by one while reading.
-
-    Raises WeightsError.
-    """
+    Raises WeightsError."""
     model, file = build_empty(stage, path)
     tensors = translate(file, file.shapes.keys(), model)
     if int8:
@@ -174,7 +170,7 @@ def load_text_encoder(folder: str | Path, tokenizer_folder: str | Path,
     also contain `position_ids`, which is 0, 1, 2, ... and is ignored. Raises WeightsError.
     """
     config, path = read_config(folder), Path(folder) / "config.json"
-    for name, most in CLIP_SIZES.items():                              # a typo could cost hours of building
+    for name, most in CLIP_SIZES.items():              # a model with a typing error could take hours to build
         if type(config.get(name, 1)) is not int or not 1 <= config.get(name, 1) <= most:
             raise WeightsError(f"{path} cannot be used: {name} is {config[name]!r:.80}, expected 1 to {most}")
     with reading(path, WeightsError, "cannot be used"), torch.device("meta"), NoStartValues():
@@ -225,7 +221,7 @@ def check_widths(width: int, folder: str | Path, stage: str) -> None:
 
 
 def stage_b_of(path: str | Path) -> type:
-    """The class of a decoder, StageB or (v1) StageBV1: from its configuration, or else from its tensors' names."""
+    """Returns the class of a decoder, StageB or StageBV1: from its configuration, or else from its tensors' names."""
     config = config_of(path)
     if config is not None:
         v1 = config.get("_class_name") == FORMATS[StageBV1].class_name or in_our_words(config, StageBV1)

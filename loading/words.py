@@ -4,7 +4,7 @@
 
 A model generates an image for any text, so it cannot detect an unknown word. words.json lists all words of the captions
 that Stage C was trained on; train_c.py writes it for emoji scenes. Other weights, such as v2 or a fine-tune on other
-captions, have no such list, so there is no warning for them. With a LoRA there is none either: it may add words.
+captions, have no such list, so they cause no warning. A model with a LoRA does not warn: the LoRA may add words.
 Needs: lora.py; torch.
 """
 import difflib
@@ -24,7 +24,7 @@ WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*|[^\w\s!-~\u2010-\u205e]+")
 
 
 def read_words(prior: Path | None) -> dict[str, list[str]]:
-    """{kind: phrases} that Stage C in this folder knows; {} if there is no list. Raises WeightsError."""
+    """Reads words.json in Stage C's folder -> {kind: known phrases}; {} if there is no file. Raises WeightsError."""
     if not prior or not (path := Path(prior) / FILE).exists():
         return {}
     words = read_json(path)
@@ -41,22 +41,23 @@ def unknown_words(prompt: str, known: dict[str, list[str]]) -> list[str]:
 
 
 def nearest_phrases(unknown: list[str], known: dict[str, list[str]], n: int = 3) -> list[str]:
-    """n known phrases to suggest: first phrases with a word similar to an unknown one, then the first objects."""
+    """Suggests up to n known phrases: those that contain a word similar to an unknown word, then objects in the order
+    of their list."""
     phrase_of = {word: phrase for phrases in reversed(known.values()) for phrase in reversed(phrases)
-                 for word in phrase.split() if len(word) > 2}     # the first phrase counts; skip short words: "to"
+                 for word in phrase.split() if len(word) > 2}     # word -> first phrase with it; no short words
     near = [phrase_of[match] for word in unknown for match in difflib.get_close_matches(word.lower(), phrase_of, n=1)]
     return list(dict.fromkeys([*near, *known["objects"]]))[:n]
 
 
 def warn_of_unknown_words(model: Wuerstchen, prior: Path | None, loras: dict) -> Wuerstchen:
-    """Makes the model warn once of each unknown word in a prompt, and returns the model. Raises WeightsError."""
+    """Makes the model warn once for each unknown word in a prompt, and returns the model. Raises WeightsError."""
     known, seen, encode_text = read_words(prior), set(), model.encode_text
     if not known or loras:
         return model
 
     def encode_and_check(stage: str, prompts: list[str], negatives: list[str]) -> tuple:
         network = model.networks.get("stage_c")
-        if not (model.loras or isinstance(network, torch.nn.Module) and lora_layers(network)):     # more words
+        if not (model.loras or isinstance(network, torch.nn.Module) and lora_layers(network)):     # no LoRA
             for text in [*prompts, *negatives]:
                 unknown = [word for word in unknown_words(text, known) if word.lower() not in seen]
                 seen.update(map(str.lower, unknown))

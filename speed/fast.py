@@ -1,18 +1,18 @@
-"""Fast forms of the networks for sampling: the same numbers as stage_a.py, stage_b.py and stage_c.py, in less time.
+"""Fast forms of the networks for sampling: the same outputs as stage_a.py, stage_b.py and stage_c.py, in less time.
 
   accelerate(model)                                          # a Wuerstchen; Wuerstchen.load calls it
   predict = bind_c(stage_c, text); eps = predict(x_t, t)     # = stage_c(x_t, t, text), at every step of a sampling
 
-The stage files have the form of a textbook. A sampler calls a network 10 to 60 times with the same condition, so here
+The stage files are written to be read. A sampler calls a network 10 to 60 times with the same condition. So here:
 - everything that does not depend on the noise level is computed once: keys and values of the text for each attention
-  block, and the products of the semantic latent in Stage B, 18 % of what a step multiplies;
-- inputs are not concatenated: W [x; y] = W_x x + W_y y, each part with its columns of W;
-- on a GPU, where a launch costs more than a small operation, query, key and value are one product, written next to the
-  keys and values of the text; and all blocks' scales and shifts for a noise level are one product (untried on a GPU);
-- on a CPU, where new memory costs time, wide activations are computed in place and Stage A in bands of rows.
+  block, and the products of the semantic latents in Stage B, which are 18 % of a step's multiplications;
+- inputs are not concatenated: W [x; y] = W_x x + W_y y, where W_x and W_y are columns of W;
+- a GPU launches fewer kernels, because a launch takes longer than a small operation: query, key and value are one
+  product, stored next to the text's keys and values; the scales and shifts of all blocks are one (untried on a GPU);
+- on a CPU, where allocation takes time, wide activations are computed in place, and Stage A in bands of rows.
 
-bind_c, bind_b and bind_b_v1 return closures that live for one sampling and walk the network's own blocks. They call the
-layers, so a LoRA or int8 counts here too. When a LoRA is added, scaled, switched or removed between two steps, the
+bind_c, bind_b and bind_b_v1 return functions for one sampling, which run the blocks of the network. They call its
+layers, so LoRAs and int8 layers work as usual. If a LoRA is added, scaled, switched or removed between two steps, the
 prepared tensors are computed again. Only for sampling: nothing here has a gradient.
 Needs: torch; stage_a.py, stage_b.py, stage_c.py, lora.py, int8.py.
 """
@@ -35,10 +35,10 @@ from stage_c import StageC
 # ----- blocks ----------------------------------------------------------------------------------------
 
 def gelu_grn(norm: nn.Module, x: Tensor) -> Tensor:
-    """norm(gelu(x)) for a GlobalResponseNorm and x (B,H,W,C); on a CPU in x's own memory, except in float16.
+    """Computes norm(gelu(x)) for a GlobalResponseNorm and x (B,H,W,C). On a CPU it overwrites x, except in float16.
 
-    There new memory costs time, and so does reading x again once it has left the cache: hence 512 rows at a time. In
-    bfloat16 torch's norm over positions alone takes three times as long as all of this.
+    A CPU needs time to allocate memory, and to read x again once it has left the cache. So it computes in place, 512
+    positions at a time. In bfloat16, torch's norm over positions takes three times as long as this whole function.
     """
     if few_launches(x.device) and not torch.compiler.is_compiling() and x.dtype == norm.gamma.dtype:
         h = F.gelu(x)                          # 6 launches instead of 8
@@ -60,22 +60,20 @@ def gelu_grn(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def few_launches(device: torch.device) -> bool:
-    """Whether to save launches. Not on a CPU: there other products would round differently."""
+    """Whether to launch fewer kernels. Not on a CPU: joined products round differently, so images would change."""
     return device.type != "cpu"
 
 
 @functools.cache
 def constants(width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """For a mean of `width` numbers plus 1e-6 as one linear layer, its weight and bias; and a 1."""
+    """Weight and bias of a linear layer that computes the mean of `width` numbers plus 1e-6, and the number 1."""
     return (torch.full((1, width), 1 / width, dtype=dtype, device=device),
             torch.full((1,), 1e-6, dtype=dtype, device=device), torch.ones((), dtype=dtype, device=device))
 
 
 def text_kv(block: AttentionBlock, text: Tensor, lean: bool) -> tuple:
-    """block.text_kv, for attend; if lean with the weight and bias of query, key and value as one layer.
-
-    The layers' own become views of these, so nothing is in memory twice.
-    """
+    """Returns block.text_kv(text) for `attend`; if lean, also weight and bias that join query, key and value.
+    The layers' own weights and biases become views of the joint ones, so nothing is in memory twice."""
     kv, layers = block.text_kv(text), (block.query, block.key, block.value)
     if not lean or any(type(layer) is not nn.Linear for layer in layers):
         return kv
@@ -86,7 +84,7 @@ def text_kv(block: AttentionBlock, text: Tensor, lean: bool) -> tuple:
 
 
 def attend(block: AttentionBlock, x: Tensor, kv: tuple) -> Tensor:
-    """block.attend(x, kv) for x (B,H,W,C) and kv from text_kv."""
+    """Computes block.attend for x (B,H,W,C) and kv from the function text_kv."""
     if len(kv) == 2:
         return block.attend(x, kv)
     text, weight, bias = kv
@@ -101,7 +99,8 @@ def attend(block: AttentionBlock, x: Tensor, kv: tuple) -> Tensor:
 
 
 def all_mappers(blocks: list[TimestepBlock], lean: bool) -> tuple | None:
-    """Weight and bias of all blocks' mappers as one layer, first for all scales, then for all shifts; their widths."""
+    """Joins the mappers of all blocks -> (weight, bias, widths of the blocks), or None if it does not join them. The
+    weight's first rows compute all scales, the others all shifts."""
     layers = [block.mapper for block in blocks]
     if not lean or any(type(layer) is not nn.Linear for layer in layers):
         return None
@@ -111,7 +110,7 @@ def all_mappers(blocks: list[TimestepBlock], lean: bool) -> tuple | None:
 
 
 def all_scales(blocks: list[TimestepBlock], mappers: tuple | None, t_embedding: Tensor) -> list[Callable]:
-    """-> for each block the function x (B,H,W,C) -> block(x, t_embedding)."""
+    """Returns for each block a function x (B,H,W,C) -> block(x, t_embedding). mappers: from all_mappers."""
     if mappers is None:
         return [functools.partial(block, t_embedding=t_embedding) for block in blocks]
     weight, bias, widths = mappers
@@ -121,18 +120,18 @@ def all_scales(blocks: list[TimestepBlock], mappers: tuple | None, t_embedding: 
 
 
 def timestep_blocks(network: nn.Module) -> list[TimestepBlock]:
-    """In the order in which Stage B's levels run."""
+    """The TimestepBlocks of a Stage B, in the order in which they run."""
     levels = (*network.down_blocks, *reversed(network.up_blocks))
     return [block for level in levels for block in level if isinstance(block, TimestepBlock)]
 
 
 def can_split(layer: nn.Module) -> bool:
-    """Whether a layer's product can be computed in parts. Any other layer, like one with a LoRA, gets all its input."""
+    """Whether `part` works for a layer. Other layers, for example with a LoRA, need their whole input at once."""
     return type(layer) in (nn.Linear, Int8Linear)
 
 
 def part(layer: nn.Linear | Int8Linear, x: Tensor, start: int = 0) -> Tensor:
-    """The share of x (...,C'), columns start to start + C' of the input, in layer(input). The first has the bias."""
+    """The share of layer(input) that comes from x (...,C'), the input's columns from `start` on; bias if start is 0."""
     if isinstance(layer, Int8Linear):
         return layer.part(x, start)
     return F.linear(x, layer.weight[:, start:start + x.shape[-1]], None if start else layer.bias)
@@ -140,7 +139,8 @@ def part(layer: nn.Linear | Int8Linear, x: Tensor, start: int = 0) -> Tensor:
 
 def res_block(block: ResBlock, x: Tensor, skip: Tensor | None = None, condition: Tensor | None = None,
               share: Tensor | None = None) -> Tensor:
-    """block(x, skip, condition) for x (B,H,W,C). share (B,H,W,4C): part(block.expand, condition), if it is known."""
+    """Computes block(x, skip, condition) for x (B,H,W,C). share (B,H,W,4C): the result of `part` for the condition, if
+    it was computed before; condition is then None."""
     extras = [extra for extra in (skip, condition) if extra is not None]
     mixed = x
     if block.depthwise.in_channels > x.shape[-1]:          # v1's SkipResBlock: its convolution reads the skip
@@ -164,14 +164,12 @@ def res_block(block: ResBlock, x: Tensor, skip: Tensor | None = None, condition:
 # ----- one sampling ----------------------------------------------------------------------------------
 
 def bind(network: nn.Module, step: Callable, prepare: Callable) -> Callable[[Tensor, Tensor], Tensor]:
-    """-> forward(x_t, t) = step(network, x_t, t, prepare(size)), where prepare is called only when it must be.
-
-    That is at the first step, which shows the size (h,w) of the latents, and after a change in the network's LoRAs.
-    """
+    """Returns forward(x_t, t) = step(network, x_t, t, prepare(size)), where size is (h,w) of x_t.
+    prepare is called only at the first step, and after a change of the size or of the network's LoRAs."""
     parents = [module for module in network.modules() if module._modules]
     before, prepared = None, None
 
-    def state() -> tuple[list, list]:          # 0.1 ms at official size; children() would take 2 ms
+    def state() -> tuple[list, list]:          # takes 0.1 ms at official size; with children() 2 ms
         layers = [layer for parent in parents for layer in parent._modules.values()]
         loras = [lora for layer in layers if isinstance(layer, LoRALayer) for lora in layer.adapters.values()]
         return layers, [(lora, lora.scale, lora.enabled, lora.merged) for lora in loras]
@@ -182,24 +180,24 @@ def bind(network: nn.Module, step: Callable, prepare: Callable) -> Callable[[Ten
         now = (x_t.shape[-2:], state())
         if now != before:
             before, prepared = now, prepare(x_t.shape[-2:])
-        return step(network, x_t, t.contiguous(), prepared)         # strides of 0 would be another program
+        return step(network, x_t, t.contiguous(), prepared)         # torch.compile would compile again for strides of 0
     return forward
 
 
 # ----- Stage C ---------------------------------------------------------------------------------------
 
 def bind_c(network: StageC, text: Tensor, step: Callable | None = None) -> Callable[[Tensor, Tensor], Tensor]:
-    """text (B,N,c_cond) -> forward(x_t, t) = network(x_t, t, text), for one sampling. step: step_c or it compiled."""
+    """Returns forward(x_t, t) = network(x_t, t, text) for one sampling. text (B,N,c_cond). step: a compiled step_c."""
     def prepare(size: tuple[int, int]) -> tuple[list[tuple], tuple | None]:
         embedded = network.embed_text(text)                                              # (B, N, C)
         return ([text_kv(block, embedded, lean) for block in network.attention_blocks],
                 all_mappers(network.timestep_blocks, lean))
-    lean = step in (None, step_c) and few_launches(text.device)         # a compiler joins launches by itself
+    lean = step in (None, step_c) and few_launches(text.device)         # torch.compile joins kernels by itself
     return bind(network, step or step_c, prepare)
 
 
 def step_c(network: StageC, x_t: Tensor, t: Tensor, prepared: tuple[list[tuple], tuple | None]) -> Tensor:
-    """StageC.forward; prepared: keys and values of the text for each attention block, and all_mappers."""
+    """Computes StageC.forward. prepared: (results of text_kv for all attention blocks, result of all_mappers)."""
     dtype = next(network.parameters()).dtype
     t_embedding = timestep_embedding(t, network.c_timestep).to(dtype)                    # (B, c_timestep)
     x = widen(network.embed(channels_last(x_t).to(dtype)))                               # (B, h, w, C)
@@ -215,9 +213,9 @@ def step_c(network: StageC, x_t: Tensor, t: Tensor, prepared: tuple[list[tuple],
 
 def bind_b(network: StageB, semantic: Tensor, text: Tensor, step: Callable | None = None,
            keep_shares: bool = True) -> Callable[[Tensor, Tensor], Tensor]:
-    """semantic (B,16,h',w'), text (B,N,c_text) -> forward(x_t, t) = network(x_t, t, semantic, text), for one sampling.
+    """Returns forward(x_t, t) = network(x_t, t, semantic, text). semantic (B,16,h',w'), text (B,N,c_text).
 
-    keep_shares: False leaves the products of the semantic latent to the steps; at 1024 px they take 0.7 GB in float32.
+    keep_shares: compute the products of the semantic latents only once. At 1024 px, they take 0.7 GB in float32.
     """
     def prepare(size: tuple[int, int]) -> tuple[list[tuple], tuple | None]:
         embedded = layer_norm(network.embed_text(text))                                  # (B, N, c_cond)
@@ -241,7 +239,8 @@ def bind_b(network: StageB, semantic: Tensor, text: Tensor, step: Callable | Non
 
 
 def step_b(network: StageB, x_t: Tensor, t: Tensor, prepared: tuple) -> Tensor:
-    """StageB.forward; prepared: for each attention block and ResBlock in order, see bind_b, and all_mappers."""
+    """Computes StageB.forward. prepared: (list with an entry for each attention block and ResBlock in the order in
+    which they run, see bind_b; result of all_mappers)."""
     dtype = next(network.parameters()).dtype
     x = network.embed(channels_last(F.pixel_unshuffle(x_t.to(dtype), network.patch_size)))         # (B, h/2, w/2, C0)
     x = u_net(network, layer_norm(x), t, prepared)                                       # (B, h/2, w/2, C0)
@@ -252,7 +251,7 @@ def step_b(network: StageB, x_t: Tensor, t: Tensor, prepared: tuple) -> Tensor:
 
 def bind_b_v1(network: nn.Module, semantic: Tensor, text: Tensor,
               step: Callable | None = None) -> Callable[[Tensor, Tensor], Tensor]:
-    """The same for v1's Stage B: forward(tokens, t) = network(tokens, t, semantic, text), logits."""
+    """Like bind_b, for v1's Stage B: the returned forward(tokens, t) computes logits."""
     def prepare(size: tuple[int, int]) -> tuple[list[tuple], tuple | None]:
         sequence = network.condition(semantic, text)                                     # (B, h'*w' + N, c_cond)
         blocks = (block for level in (*network.down_blocks, *reversed(network.up_blocks)) for block in level)
@@ -263,7 +262,7 @@ def bind_b_v1(network: nn.Module, semantic: Tensor, text: Tensor,
 
 
 def step_b_v1(network: nn.Module, tokens: Tensor, t: Tensor, prepared: tuple) -> Tensor:
-    """StageBV1.forward; prepared as for step_b."""
+    """Computes StageBV1.forward. prepared: as for step_b."""
     x = channels_first(layer_norm(network.embed_token(tokens)))                          # (B, c_token, h, w)
     x = layer_norm(network.embed(channels_last(F.pixel_unshuffle(x, network.patch_size))))
     x = u_net(network, x, t, prepared)                                                   # (B, h/2, w/2, C0)
@@ -272,8 +271,8 @@ def step_b_v1(network: nn.Module, tokens: Tensor, t: Tensor, prepared: tuple) ->
 
 
 def u_net(network: nn.Module, x: Tensor, t: Tensor, prepared: tuple) -> Tensor:
-    """Down to the coarsest level and up again, as in signal_and_scale in stage_b.py, and the norm before the head:
-    x (B,h/2,w/2,C0) -> the same."""
+    """Runs all levels like signal_and_scale in stage_b.py: down, up, and the norm before the head.
+    x (B,h/2,w/2,C0) -> (B,h/2,w/2,C0)."""
     t_embedding = timestep_embedding(t, network.c_timestep).to(dtype := x.dtype)         # (B, c_timestep)
     inputs, mappers, x = iter(prepared[0]), prepared[1], widen(x)
     timesteps = iter(all_scales(timestep_blocks(network), mappers, t_embedding))
@@ -306,29 +305,28 @@ def u_net(network: nn.Module, x: Tensor, t: Tensor, prepared: tuple) -> Tensor:
 
 @torch.no_grad()
 def decode(stage_a: StageA, latents: Tensor) -> Tensor:
-    """stage_a.decode(latents), on a CPU with its blocks in bands of rows: 8 % faster at the official size."""
-    wrong = latents.shape[1] != stage_a.config["c_latent"]                               # for its error message
+    """Computes stage_a.decode(latents). On a CPU, blocks with large inputs are computed in bands of rows: 8 % faster at
+    the official size."""
+    wrong = latents.shape[1] != stage_a.config["c_latent"]                               # decode raises the error
     if wrong or latents.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return stage_a.decode(latents)
     x = stage_a.from_latent(channels_last(latents * stage_a.scale_factor))               # (B, h, w, C)
     for layer in stage_a.decoder:
-        large = isinstance(layer, VQResBlock) and x.numel() > 2 ** 19                    # fewer numbers fit as they are
+        large = isinstance(layer, VQResBlock) and x.numel() > 2 ** 19                    # a smaller x fits the cache
         x = in_bands(layer, x) if large else run(layer, x)
     return F.pixel_shuffle(channels_first(stage_a.to_pixels(x)), 2)                      # (B, 3, H, W)
 
 
 def in_bands(block: VQResBlock, x: Tensor) -> Tensor:
-    """block(x) for x (B,H,W,C), a band of about 2^20 numbers at a time, and 512 positions of it in the MLP.
-
-    What is computed in between then fits the cache, and new memory, which costs time, is allocated once.
-    """
+    """Computes block(x) for x (B,H,W,C) in bands of rows, of about 2^20 numbers, and its MLP for 512 positions at once.
+    So intermediate results fit the cache, and memory is allocated only once, which saves time."""
     height, n = x.shape[1], max(1, 2 ** 20 // x[0, 0].numel())
     y, wide = torch.empty(x.shape, dtype=x.dtype), x.new_empty(512, block.expand.out_features)
     scale, shift, gate = block.gammas[3:]
     for image, result in zip(x, y):
         for top in range(0, height, n):
-            # One more row above and below for the convolution. Beyond the image that is its first or last row, the
-            # same as the convolution's own padding.
+            # The convolution needs one more row above and below the band. At the border of the image, its first or last
+            # row is repeated, which is also how the convolution pads.
             rows = torch.arange(top - 1, min(top + n, height) + 1).clamp(0, height - 1)
             band = block.mix(image[rows][None])[0, 1:-1].flatten(0, 1)                   # (n * W, C)
             for positions, out in zip(band.split(512), result[top:top + n].flatten(0, 1).split(512)):
@@ -341,16 +339,16 @@ def in_bands(block: VQResBlock, x: Tensor) -> Tensor:
 # ----- all of it -------------------------------------------------------------------------------------
 
 def accelerate(model, compile: bool = False, keep_shares: bool = True, offload: bool = False) -> None:
-    """Gives a Wuerstchen the fast forms of its networks: replaces its bind_c, bind_b and decode_one.
+    """Replaces bind_c, bind_b and decode_one of a Wuerstchen by the fast forms in this file.
 
-    Networks are looked up when a sampling begins, because low memory loads them again. compile: torch.compile for the
-    steps of Stages B and C; the first step then takes a minute. New prompts compile nothing. keep_shares: see bind_b.
-    offload: weights move between devices, so a GPU's steps are not recorded: a recording knows weights by address.
+    The networks are looked up when a sampling begins, because with low_memory they are loaded again. compile: use
+    torch.compile for the steps of Stages B and C; the first step then takes a minute, later prompts take no extra time.
+    keep_shares: see bind_b. offload: weights move between devices, so no CUDA graphs: these store addresses of weights.
     """
     steps = dict(c=step_c, b=step_b, b_v1=step_b_v1)
     if compile:
-        # On a GPU a whole step is recorded and replayed as one. Without fullgraph: torch keeps a few programs, for
-        # sizes and LoRA scales. With fullgraph it would end in an error when there are more, not in slower steps.
+        # On a GPU, "reduce-overhead" records a whole step as a CUDA graph. fullgraph is not used: torch keeps only a
+        # few compiled variants, for sizes and LoRA scales. More variants make steps slower; with fullgraph, they fail.
         mode = "reduce-overhead" if model.device.type == "cuda" and not offload else None
         steps = {name: torch.compile(step, mode=mode) for name, step in steps.items()}
 

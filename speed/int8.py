@@ -3,21 +3,21 @@
   model.requires_grad_(False)
   to_int8(model)                           # in place; or before loading, on the meta device: see quantised
 
-A layer's y = W x + b becomes y = s_x s_w (W8 x8) + b. W8 are whole numbers and s_w one scale per output, computed once.
-x8 and s_x, one scale per row (a row is a position of the image), are computed at every call, because activations
-change: "dynamic". If a layer has at least as many inputs as outputs, x8 counts not from 0 but from the row's minimum:
-after GELU, where almost all numbers are above 0, that is twice as fine. Layers in FINE take their input in 16 bits, as
-two planes of 8: twice the work, and only the weight's error remains.
+A layer's y = W x + b becomes y = s_x s_w (W8 x8) + b. W8 are whole numbers, s_w is one scale per output; both are
+computed once. x8 are whole numbers, s_x is one scale per row, that is, per position of the image; both are computed at
+every call ("dynamic quantization"), because activations change. If a layer has at least as many inputs as outputs, the
+smallest x8 stands for the row's minimum. After GELU, where almost all numbers are above 0, this halves the steps.
+Layers in FINE take their input in 16 bits: two products of 8 bits, twice the work, almost no rounding of the input.
 
 In   any module tree of nn.Linear, float32
-Out  the same with an Int8Linear for every nn.Linear with at least `least` inputs and outputs. Small ones stay: they
-     cost nothing, and the first and last layers of a network are small, where rounding hurts most
-Surprise: on some processors weights range from -64 to 64, not 127. Processors with AVX2 but without VNNI add products
-     of 8 bits in pairs, in 16 bits that saturate at 32767: 255 * 127 * 2 does not fit, and the sum is silently wrong;
-     255 * 64 * 2 does. `finest` tries it.
+Out  the same with an Int8Linear for every nn.Linear with at least `least` inputs and outputs. Small layers stay: they
+     take little time, and the first and last layers of a network are small; rounding does most harm there
+Note: on some processors weights range from -64 to 64 instead of 127. Processors with AVX2 but without VNNI add products
+     of 8 bits in pairs, in 16 bits that saturate at 32767. 255 * 127 * 2 is larger, so the sum would be silently wrong;
+     255 * 64 * 2 is not. `finest` tests the processor.
 Only for sampling: int8 weights cannot be trained. Merge LoRAs into the float weights first: lora.merge_and_unload.
-Source of the idea of a scale per row and per output: LLM.int8(), arXiv:2208.07339.
-Needs: torch only, with oneDNN (on x86 it has that). This file works when copied alone.
+One scale per row and one per output are an idea of LLM.int8(), arXiv:2208.07339.
+Needs: torch only, with oneDNN, which torch has on x86. This file needs no other file of this repository.
 """
 import itertools
 import weakref
@@ -27,26 +27,26 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-# Of which networks, by class, which layers take their input in 16 bits. Over Stage C's 32 blocks rounding adds up to
-# 1.2 % with all layers in 8 bits, to 0.9 % with these in 16. Stage B stays at 0.2 % without any.
+# {class of the network: layers whose input is taken in 16 bits instead of 8}. Over Stage C's 32 blocks, the rounding
+# errors add up to 1.2 % if all inputs are in 8 bits, and to 0.9 % if those of these layers are in 16. Stage B has only
+# 0.2 % without such layers.
 FINE = {"StageC": ("expand",)}
-ROWS = 512       # at a time: what is computed between products then stays in the cache
+ROWS = 512       # rows to compute at a time: intermediate results then stay in the processor's cache
 
 
 def pack(weight8: Tensor) -> Tensor:
-    """weight8 (N,K) int8 -> the same in the order that this processor's product reads, opaque; to_dense() is (K,N).
-
-    This takes as long as 0.04 products of 1152 rows with AVX2, 0.5 with AVX-512, 1.1 with VNNI, 4 with AMX: only once.
+    """Reorders weight8 (N,K) int8 for this processor's product. The result is opaque; its to_dense() is (K,N).
+    Done once per weight: it takes as long as 0.04 (AVX2), 0.5 (AVX-512), 1.1 (VNNI) or 4 (AMX) products of 1152 rows.
     """
-    return torch.ops.onednn.qlinear_prepack(weight8.contiguous(), None)                  # it ignores strides
+    return torch.ops.onednn.qlinear_prepack(weight8.contiguous(), None)                  # prepack ignores strides
 
 
 def product(x8: Tensor, weight8: Tensor, scale: Tensor) -> Tensor:
-    """x8 (M,K) uint8, 128 means 0, weight8 (N,K) int8, scale (N,) -> scale * (x8 - 128) @ weight8.T, (M,N) float32.
+    """x8 (M,K) uint8, weight8 (N,K) int8, scale (N,) -> scale * (x8 - 128) @ weight8.T, (M,N) float32.
 
     weight8 may be packed. torch has several int8 products. With AVX2, 1 thread, (256,1536) x (1536,1536), compared to
-    float32: this one is 2.3 times as fast; torch._int_mm 28 times slower; _weight_int8pack_mm 1.3 times slower;
-    quantized.linear_dynamic 2.5 times as fast, but has one scale for all rows, so images would depend on their batch.
+    float32: this one is 2.3 times as fast; torch._int_mm 28 times slower; _weight_int8pack_mm 1.3 times slower.
+    quantized.linear_dynamic is 2.5 times as fast, but has one scale for all rows: an image would depend on its batch.
     """
     packed = weight8 if weight8.is_mkldnn else pack(weight8)
     zero = torch.zeros(len(scale), dtype=torch.int32)
@@ -54,9 +54,9 @@ def product(x8: Tensor, weight8: Tensor, scale: Tensor) -> Tensor:
                                               [], "")
 
 
-# torch.compile gets one operation that it does not look into: inside, the weight is packed when it is first needed. It
-# knows a layer by its number. (The decorator torch.library.custom_op would be one line, but its first call takes
-# seconds.)
+# For torch.compile, the product is one opaque operation, which packs the weight at the first call. The operation gets a
+# layer's number, and finds the layer in LAYERS. (The decorator torch.library.custom_op would be one line, but its first
+# call takes seconds.)
 LAYERS, numbers = weakref.WeakValueDictionary(), itertools.count()
 library = torch.library.Library("wuerstchen", "FRAGMENT")
 library.define("int8_product(Tensor x8, Tensor scale, int layer, int start) -> Tensor")
@@ -66,7 +66,7 @@ library.impl("int8_product", lambda x8, scale, layer, start: scale.new_empty(len
 
 
 def is_exact(n: int) -> bool:
-    """Whether this processor's sums of products are exact for weights from -n to n. Tries the largest possible sums."""
+    """Whether this processor's int8 product is exact for weights from -n to n. Tests the largest possible sums."""
     x8 = torch.tensor([[255] * 64, [0] * 64], dtype=torch.uint8)
     return product(x8, torch.full((64, 64), n, dtype=torch.int8),
                    torch.ones(64))[:, 0].tolist() == [127 * n * 64, -128 * n * 64]
@@ -85,18 +85,18 @@ def finest() -> int:
 
 
 def quantise_weight(weight: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """weight (out,in) -> whole numbers from -n to n, (out,in) int8, and their scales, (out,) float32."""
+    """weight (out,in) -> whole numbers from -n to n, (out,in) int8, and their scales (out,) float32."""
     weight = weight.detach().float()
     scale = weight.abs().amax(1) / n                                                     # (out,)
     return (weight / scale.clamp_min(1e-30)[:, None]).round_().to(torch.int8), scale
 
 
 class Int8Linear(nn.Module):
-    """A Linear with weight (out,in) int8, scale (out,) and bias (out,) float32. Starts empty: see state_of.
+    """A Linear with weight (out,in) int8, scale (out,) and bias (out,) float32. It starts empty; state_of fills it.
 
-    fine: x is taken in 16 bits, in two products.
-    The first product packs the weight, or the columns it needs of it. Once all columns are packed, weight is let go.
-    total (out,), only if in >= out: the sum of each output's weights, to correct that x8 does not count from 0.
+    fine: the input is taken in 16 bits, in two products.
+    The first product packs those columns of the weight that it needs. Once all columns are packed, `weight` is None.
+    total (out,), only if in >= out: the sum of each output's weights. It adds back the row's minimum, see of_rows.
     """
     def __init__(self, in_features: int, out_features: int, bias: bool = True, fine: bool = False, device=None):
         super().__init__()
@@ -123,7 +123,7 @@ class Int8Linear(nn.Module):
     def packed(self, start: int, end: int) -> Tensor:
         """Columns start to end of the weight, packed at the first call."""
         if (start, end) not in self.parts:
-            if self.weight is None:                          # other columns than before
+            if self.weight is None:                          # all was packed, but with other limits of columns
                 self.unpack()
             self.parts[start, end] = pack(self.weight[:, start:end])
             if sum(end - start for start, end in self.parts) >= self.in_features:
@@ -131,7 +131,7 @@ class Int8Linear(nn.Module):
         return self.parts[start, end]
 
     def unpack(self) -> None:
-        """Makes the plain weight again."""
+        """Restores `weight` from its packed columns."""
         if self.weight is None:
             self.weight = torch.cat([self.parts[columns].to_dense().T for columns in sorted(self.parts)], dim=1)
         self.parts = {}
@@ -141,7 +141,7 @@ class Int8Linear(nn.Module):
         return self.part(x, 0)
 
     def part(self, x: Tensor, start: int) -> Tensor:
-        """The share of x (...,C'), columns start to start + C' of the input, in the output. The first has the bias."""
+        """The share of the output that comes from x (...,C'), input columns from `start` on; bias if start is 0."""
         rows = x.flatten(0, -2)                                                          # (M, C')
         if torch.compiler.is_compiling() or len(rows) <= ROWS:
             y = self.of_rows(rows, start)                                                # (M, out)
@@ -152,12 +152,12 @@ class Int8Linear(nn.Module):
         return y.view(*x.shape[:-1], self.out_features)
 
     def of_rows(self, rows: Tensor, start: int) -> Tensor:
-        """part for rows (M,C') -> (M,out)."""
+        """Computes `part` for rows (M,C') -> (M,out)."""
         from_least = self.total is not None and rows.shape[-1] == self.in_features
         least, most = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)             # (M, 1); faster than abs()
-        # A conversion to whole numbers cuts off, so 0.5 is added.
+        # Conversion to integers truncates, so 0.5 is added to round.
         if from_least:
-            # A step is never so small that least / step is inexact.
+            # The second number keeps the step large enough that least / step is accurate.
             step = torch.maximum((most - least) / 255, 1e-6 * least.abs()).clamp_min(1e-30)
             x8 = torch.addcmul(0.5 - least / step, rows, 1 / step)                       # (M, C') in 0..255
         else:
@@ -167,10 +167,10 @@ class Int8Linear(nn.Module):
         product = torch.ops.wuerstchen.int8_product
         y = product(whole, self.scale, self.number, start)                               # (M, out)
         if self.fine:
-            # The rest that was cut off, minus 0.5, in steps of 1 / 256.
+            # The truncated fraction, in steps of 1 / 256. uint8 products subtract 128, which is the 0.5 added above.
             fine = x8.sub_(whole).mul_(256).to(torch.uint8)
             y = y.add_(product(fine, self.scale, self.number, start), alpha=1 / 256)
-        # NaN and infinity in x do not exist in 8 bits; they come back here with the step.
+        # 8 bits cannot hold NaN and infinity of x, but `step` does, and so the output becomes NaN or infinite.
         y = y.mul_(step) if start or self.bias is None else torch.addcmul(self.bias, y, step, out=y)
         if from_least:
             y = y.addcmul_(least + 128 * step, self.total)
@@ -178,23 +178,23 @@ class Int8Linear(nn.Module):
 
 
 def state_of(name: str, weight: Tensor, n: int) -> dict[str, Tensor]:
-    """The weight (out,in) of the linear layer of that name -> an Int8Linear's tensors for it, by full names."""
+    """Converts the weight (out,in) of the linear layer `name` -> {full name: tensor} of an Int8Linear."""
     weight8, scale = quantise_weight(weight, n)
     total = {f"{name}.total": scale * weight8.sum(1)} if weight.shape[1] >= weight.shape[0] else {}
     return {f"{name}.weight": weight8, f"{name}.scale": scale, **total}
 
 
 def large(model: nn.Module, least: int = 128) -> list[str]:
-    """Names of the linear layers with at least that many inputs and outputs."""
+    """Names of the linear layers with at least `least` inputs and `least` outputs."""
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)
             and min(module.in_features, module.out_features) >= least]
 
 
 @torch.no_grad()
 def to_int8(model: nn.Module, least: int = 128) -> list[str]:
-    """Replaces the large linear layers one after another, so only one exists twice at a time -> their names.
+    """Replaces the large linear layers by Int8Linear, and returns their names. One at a time, to save memory.
 
-    A model on the meta device gets empty layers; `quantised` provides their numbers. Raises ValueError.
+    In a model on the meta device, the new layers are empty; fill them with `quantised`. Raises ValueError: see check.
     """
     names, fine = large(model, least), FINE.get(type(model).__name__, ())
     check(model.get_submodule(name).weight.device for name in names)
@@ -212,10 +212,8 @@ def to_int8(model: nn.Module, least: int = 128) -> list[str]:
 
 
 def quantised(tensors: Iterable[tuple[str, Tensor]], names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) pairs for a float model -> for the same with these layers in int8.
-
-    One by one, so the whole float model is never in memory.
-    """
+    """Converts the (name, tensor) pairs of a float model to those of the model with the layers `names` in int8.
+    Pairs are converted one by one, so the whole float model is never in memory."""
     weights, n = {f"{name}.weight": name for name in names}, finest()
     for name, tensor in tensors:
         if name in weights:
@@ -225,29 +223,29 @@ def quantised(tensors: Iterable[tuple[str, Tensor]], names: Iterable[str]) -> It
 
 
 def one_image_at_a_time(model) -> None:
-    """A Wuerstchen's images go through Stages B and C one by one: each is then the same to the bit alone and in any
-    batch. Replaces its predictor.
+    """Makes a Wuerstchen compute Stages B and C for one image at a time, so that an image is the same to the bit in
+    every batch. Replaces its predictor.
 
-    Layers in 8 bits do not depend on the rows next to them, but the float32 products between them do: MKL and oneDNN
-    sum in another order for another number of rows. A last bit that differs may round to another of 255 steps.
+    The rows of an int8 layer do not depend on each other. But the float32 products between these layers depend on the
+    number of rows, because MKL and oneDNN then sum in another order. That may change a rounding to 8 bits.
     """
     plain = model.predictor
 
     def predictor(bind: Callable, conditions: list[tuple[Tensor, Tensor]]) -> Callable:
         rows = zip(*(tensor.split(1) for pair in conditions for tensor in pair))
-        # Copies, because the order of a sum also depends on where in memory a row begins.
+        # Copies, because the order of a sum also depends on the address at which a row begins.
         images = [[tensor.clone() for tensor in row] for row in rows]
         each = [plain(bind, [*zip(image[::2], image[1::2])]) for image in images]
 
         def predict(x: Tensor, t: Tensor, guided: bool) -> Tensor:
             eps = [predict_one(x[i:i + 1].clone(), t[i:i + 1], guided) for i, predict_one in enumerate(each)]
-            return torch.stack(eps, dim=1).flatten(0, 1)                 # first those with text, then those without
+            return torch.stack(eps, dim=1).flatten(0, 1)                 # first all outputs with text, then without
         return predict
     model.predictor = predictor
 
 
 def check(devices: Iterable[torch.device], dtype: torch.dtype = torch.float32) -> None:
-    """Raises ValueError if int8 would not compute, or not exactly. dtype: of everything else."""
+    """Raises ValueError if int8 does not work, or not exactly, on one of `devices`. dtype: of the other layers."""
     if dtype != torch.float32:
         raise ValueError(f"int8 computes in float32 between its products, not in {dtype}: remove one of them.")
     for device in devices:

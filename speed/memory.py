@@ -1,11 +1,11 @@
 """Less memory: one network at a time, networks that wait in main memory, images decoded in tiles.
 
-  one_at_a_time(model)     reads each network again when it is needed and forgets the one before
+  one_at_a_time(model)     keeps one network in memory, and reads each network again when it is needed
   offload(model)           keeps one network on the GPU, the others in main memory
   tile(model, 64)          decodes images in tiles of 64 x 64 latents; None: only when memory is short
 
-Each is called once, on a loaded pipeline, and replaces one of its methods. Loading does that: Wuerstchen.load(...,
-low_memory=True, offload=True). Needs: torch.
+Each function is called once for a loaded pipeline, and replaces one of its methods. Wuerstchen.load(...,
+low_memory=True, offload=True) calls them. Needs: torch.
 """
 import gc
 import math
@@ -18,12 +18,12 @@ from torch import Tensor
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """tensor.to(device). A GPU's host does not wait for the copy."""
+    """tensor.to(device). If the device is a GPU, the CPU does not wait for the copy."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def one_at_a_time(model) -> None:
-    """model.networks holds functions that load: each network is loaded for as long as no other is asked for."""
+    """Keeps only one network in memory: calls the loader in model.networks, and frees the network before it."""
     plain, held = model.part, {}
 
     def part(name: str):
@@ -32,7 +32,7 @@ def one_at_a_time(model) -> None:
             return plain(name)
         if load not in held:
             held.clear()
-            gc.collect()                       # what was loaded may contain reference cycles
+            gc.collect()                       # also frees networks with reference cycles
             if model.device.type == "cuda":
                 torch.cuda.empty_cache()
             held[load] = load()
@@ -41,7 +41,7 @@ def one_at_a_time(model) -> None:
 
 
 def offload(model) -> None:
-    """The network that is asked for goes to the model's device, the one before it back to main memory."""
+    """Moves each requested network to the model's device, and the network before it back to main memory."""
     plain, on_device = model.part, []
 
     def part(name: str):
@@ -58,7 +58,7 @@ def offload(model) -> None:
 def free_memory(device: torch.device) -> float:
     """Bytes that can still be allocated on a device; infinite if there is no way to know."""
     if device.type == "cuda":
-        # and what torch's allocator has reserved, but not given to a tensor
+        # plus the memory that torch's allocator has reserved, but not given to a tensor
         return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
                 - torch.cuda.memory_allocated(device))
     try:
@@ -69,7 +69,7 @@ def free_memory(device: torch.device) -> float:
 
 
 def tile(model, size: int | None) -> None:
-    """Decodes in tiles of size x size latents. None: in tiles of 64 if all at once would not fit into memory."""
+    """Makes the model decode in tiles of size x size latents. None: in tiles of 64 if memory is short, else at once."""
     if size is not None and (not isinstance(size, Integral) or isinstance(size, bool) or size < 1):
         raise ValueError(f"tile is {size!r}, expected at least 1 latent per side; 64 need little memory.")
     plain = model.decode_one
@@ -77,7 +77,7 @@ def tile(model, size: int | None) -> None:
     def decode_one(latents: Tensor) -> Tensor:
         stage_a = model.part("stage_a")
         dtype = next(stage_a.parameters()).dtype
-        # Measured on a CPU, official size: 22 to 30 numbers per channel and latent at the peak, fewer if larger.
+        # Measured on a CPU at official size: at the peak 22 to 30 numbers per channel and latent position.
         needed = 24 * stage_a.config["c_hidden"] * latents[0, 0].numel() * dtype.itemsize
         tiled = size or (64 if needed > 0.8 * free_memory(model.device) else None)
         return plain(latents) if tiled is None else decode_tiled(stage_a, latents.to(dtype), tiled, plain)
@@ -85,13 +85,12 @@ def tile(model, size: int | None) -> None:
 
 
 def decode_tiled(stage_a, latents: Tensor, tile: int = 64, decode: Callable | None = None) -> Tensor:
-    """The same images as stage_a.decode, in tiles of `tile` x `tile` latents: memory as for one tile.
+    """Decodes the same images as stage_a.decode, but in tiles of `tile` x `tile` latents: needs memory for one tile.
 
-    decode: another function that decodes a tile, default stage_a.decode.
-
-    Nothing in the decoder looks at the whole image, so a tile is right if it is decoded with as many neighbours around
-    it as the decoder looks far: one for each block and one for each upsampling. The tiles then fit together without
-    blending, equal to `decode` except for the rounding of larger products.
+    decode: the function that decodes a tile, default stage_a.decode.
+    A pixel depends only on latents near it. So each tile is decoded together with a border of latents as wide as the
+    decoder's receptive field: one latent for each block and one for each upsampling. The tiles then fit together
+    without blending, and equal stage_a.decode except for rounding.
     """
     decode, (h, w) = decode or stage_a.decode, latents.shape[-2:]
     reach, up = len(stage_a.decoder) + 1, stage_a.downscale

@@ -65,8 +65,8 @@ class WuerstchenV1(Wuerstchen):
     def sample_b(self, semantic: Tensor, text: Tensor, unconditional: Tensor, draw: Callable[[], Tensor],
                  sampling: TokenSampling | None = None, x: Tensor | None = None, keep: None = None,
                  callback: Callable | None = None, progress: bool = False) -> Tensor:
-        """Like Wuerstchen.sample_b, but samples tokens -> their latents. draw() -> normally distributed (n,1,h',w').
-
+        """Like Wuerstchen.sample_b, but samples tokens, and returns the latents of these tokens. draw() returns
+        normally distributed noise (n,1,h',w').
         callback gets tokens (n,h',w') instead of latents, and their latents as x_0. It may return other tokens.
         """
         sampling, stage_a, semantic = sampling or self.b, self.part("stage_a"), semantic.to(self.dtype)
