@@ -48,7 +48,8 @@ class Judge:
             self.P_alpha.append((P * alpha).sum((2, 3)))            # (N, 3)
             self.alpha_alpha.append(alpha.square().sum((1, 2, 3)))  # (N,)
             F = torch.fft.rfft2(torch.cat([P, alpha], dim=1))       # (N, 4, 64, 33)
-            self.fft.append(F.conj().resolve_conj())                # the conjugate gives the correlation
+            # Multiplying an image's FFT by this conjugate gives the correlation with the template.
+            self.fft.append(F.conj().resolve_conj())
 
     def find(self, image, most: int = 3):
         """The objects in an image and its background.
@@ -72,9 +73,9 @@ class Judge:
             colour = None
 
         gain, sprite_at, explained = self._search(pixels, background)
-        # Measured on 200 drawn scenes: true sprites explain at least 48 % (least between two SIZES), degraded ones at
-        # least 44 %; plain background had no positive gain. Stains in a bad image lie between; those below 25 % are
-        # ignored.
+        # Measured on 200 drawn scenes: true sprites explain at least 48 % (those between two SIZES explain least), degraded
+        # ones at least 44 %. Plain background had no positive gain. Stains in a bad image lie between: those below 25 %
+        # are ignored.
         gain = np.where(explained >= MIN_EXPLAINED, gain, -np.inf)
         found = []
         while len(found) < most and gain.max() > -np.inf:
@@ -116,7 +117,7 @@ def half_size_sprite(name: str, k: int) -> np.ndarray:
 
 
 def relation_of(first, second) -> str:
-    """Relation from one center (x, y) to another, along the axis of their larger distance."""
+    """The relation of the center `first` (x, y) to the center `second`, along the axis of their larger distance."""
     dx, dy = second[0] - first[0], second[1] - first[1]
     if abs(dx) > abs(dy):
         return "left of" if dx > 0 else "right of"

@@ -25,14 +25,14 @@ from loading.errors import UserError, tell
 from loading.files import (check_folder, disk_errors, fcntl, is_finite, parsed, reading, tensors_in, write_atomically,
                            write_tensors)
 
-FULL = dict(full_state_dict=True, cpu_offload=True)      # gathered from all processes if they are split
+FULL = dict(full_state_dict=True, cpu_offload=True)      # gathered from all processes if FSDP splits the weights
 
 # Options that concern only this machine, or are secret. They are not written to checkpoints, model cards or services.
 PRIVATE = ("out", "resume", "workers", "device", "push_to_hub", "hub_token")
 
 
 def settings_of(args) -> dict:
-    """All options except PRIVATE ones: those that decide what is learned."""
+    """Returns {option: value} of all options except PRIVATE ones. These options decide what is learned."""
     return {name: value for name, value in vars(args).items()
             if name not in PRIVATE}
 
@@ -50,9 +50,11 @@ LOCKS = weakref.WeakValueDictionary()                    # {path: the open file 
 
 def lock_run(out: Path):
     """Locks a run's folder against other processes, also on other machines, while the returned file is open. The lock
-    ends with the process, however that ends. Raises UserError if another process holds it. Returns None without locks.
+    ends with the process, however that ends. Raises UserError if another process holds it. Returns None if the
+    operating system or the file system has no locks.
 
-    Unlike the locks of loading/files.py, it is not inherited by workers, which outlive a killed run for seconds.
+    Worker processes do not inherit this lock, unlike those of loading/files.py: workers may live for seconds after
+    their run was killed.
     """
     path = out.resolve() / ".lock"
     if fcntl is None or path in LOCKS:
@@ -85,7 +87,7 @@ def remove_unused(out: Path, lock) -> None:
             out.rmdir()
 
 
-# Contents of every checkpoint, and what those of train_a.py, train_b.py and train_c.py have in addition.
+# {key: type} of the content of every checkpoint, and of what train_a.py, train_b.py and train_c.py add to it.
 PARTS = dict(settings=dict, step=int, model=dict, optimizer=dict)
 PARTS_OF_THREE = dict(averaged=dict, updates=int, scaler=dict, bad=int, bad_in_all=int)
 
@@ -124,7 +126,7 @@ class Checkpoints:
         found, card = self.all(), self.out / "README.md"
         results = [self.out / name for name in self.results if (self.out / name).exists()]
         if card.is_file() and "| `--steps` |" in card.read_text(encoding="utf-8", errors="replace"):
-            results.append(card)         # of any script: else two results would share card, log and base.json
+            results.append(card)         # a result of any script: two results would share card, log and base.json
         if resume is None and found:
             raise UserError(f"{found[-1]} exists already: "
                             f"add --resume auto to continue from it, or choose another --out")
@@ -137,7 +139,7 @@ class Checkpoints:
         return (found[-1] if found else None) if resume in (None, "auto") else Path(resume)
 
     def save(self, step: int, content: dict, rotate: bool = True) -> None:
-        """Writes a checkpoint. rotate=False keeps all older ones, because steps had NaN and this one may be the reason.
+        """Writes a checkpoint. rotate=False keeps all older ones: if steps had NaN, this one may contain the cause.
 
         Raises UserError for weights that are not finite. Checkpoints of later steps are renamed, because --resume auto
         would take them for the newest: they are torn, or this run was resumed from an earlier step.
@@ -148,22 +150,22 @@ class Checkpoints:
             for path_or_lora in filter(Path.exists, (later, later.with_suffix(".safetensors"))):
                 path_or_lora.rename(f"{path_or_lora}.old")
             tell(f"{later} is not what this run continues: renamed to {later.name}.old")
-        for half in self.folder.glob(".step_*.pt"):                              # left by a killed run
+        for half in self.folder.glob(".step_*.pt"):                              # incomplete, left by a killed run
             half.unlink(missing_ok=True)
         write_tensors(path, content)
         for old in self.all()[:-self.keep] if rotate else ():
             old.unlink()
-            old.with_suffix(".safetensors").unlink(missing_ok=True)          # its LoRA, see results.write_lora
+            old.with_suffix(".safetensors").unlink(missing_ok=True)          # the step's LoRA, see results.write_lora
 
     def finished(self, resumed: Path | None, steps: int) -> bool:
-        """Whether the run has ended and its result exists: the card, written last, contains the number of steps."""
+        """Whether the run has ended and its result exists: README.md, which is written last, names the steps."""
         card = self.out / "README.md"
         return resumed is not None and resumed.name == f"step_{steps:08d}.pt" and card.exists() and \
             f"| `--steps` | {steps} |" in card.read_text(encoding="utf-8", errors="replace") and \
             all((self.out / name).exists() for name in self.results)
 
     def load(self, path: Path, script: str, settings: dict, fixed: tuple[str, ...] = ()) -> dict:
-        """The content of a checkpoint. Settings that differ from the present ones are named on stderr.
+        """Returns the content of a checkpoint. Names on stderr the settings that differ from those of this run.
 
         If the newest checkpoint is torn, --resume auto takes the one before it. Raises UserError for a torn file, for a
         checkpoint of another script or of more steps, and if one of the options `fixed` had another value.
@@ -204,7 +206,7 @@ class Checkpoints:
         missing = [part for part, kind in parts.items()
                    if not isinstance(content.get(part), kind) or kind is int and content[part] < 0]
         if not missing:
-            moments = content["optimizer"].get("state")          # of AdamW, or of AdamW8bit
+            moments = content["optimizer"].get("state")          # the state of AdamW or AdamW8bit
             whole = isinstance(moments, dict) and all(
                 isinstance(state, dict) and ({"exp_avg", "exp_avg_sq", "step"} <= state.keys() or "state1" in state)
                 for state in moments.values()) and (moments or not content.get("updates", 1))
@@ -233,7 +235,7 @@ fitting = functools.partial(reading, failed="does not fit", advice=(
 
 
 def check_shapes(now: dict, found: dict) -> None:
-    """Raises ValueError unless both contain tensors of the same names and shapes."""
+    """Raises ValueError unless the dicts `now` and `found` contain tensors of the same names and shapes."""
     now, found = ({name: tuple(getattr(tensor, "shape", "?")) for name, tensor in part.items()}
                   for part in (now, found))
     if now != found:
@@ -244,14 +246,14 @@ def check_shapes(now: dict, found: dict) -> None:
 def check_moments(optimizer: torch.optim.Optimizer) -> None:
     """Raises ValueError if AdamW's moments do not have the parameters' shapes, which load_state_dict does not check."""
     for parameter, state in optimizer.state.items():
-        for name in ("exp_avg", "exp_avg_sq") if "state1" not in state else ():          # AdamW8bit's state differs
+        for name in ("exp_avg", "exp_avg_sq") if "state1" not in state else ():          # AdamW8bit has state1 instead
             if state[name].shape != parameter.shape:
                 raise ValueError(f"its {name} of {tuple(state[name].shape)} for {tuple(parameter.shape)}")
 
 
 @contextlib.contextmanager
 def own_options(optimizer: torch.optim.Optimizer):
-    """Context for loading an optimizer's state, which also overwrites its options: restores the options of this run."""
+    """Context for loading an optimizer's state. Loading also overwrites its options: restores those of this run."""
     own = [{name: group[name] for name in ("weight_decay", "share", "betas", "eps") if name in group}
            for group in optimizer.param_groups]
     yield
@@ -262,9 +264,9 @@ def own_options(optimizer: torch.optim.Optimizer):
 def load_full_state(path: Path, state: dict, model, optimizer, scaler, ema) -> None:
     """The inverse of full_state. All processes must call this; their number may have changed.
 
-    Raises UserError if the checkpoint was trained with other parameters frozen.
+    Raises UserError if the checkpoint does not fit: it has other sizes, or other parameters were frozen.
     """
-    partial = StateDictOptions(**FULL, strict=False)     # frozen parameters are missing
+    partial = StateDictOptions(**FULL, strict=False)     # the checkpoint has no frozen parameters
     now = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
     with fitting(path):
         for part in ("model", "averaged"):
@@ -272,7 +274,8 @@ def load_full_state(path: Path, state: dict, model, optimizer, scaler, ema) -> N
         with own_options(optimizer):
             set_optimizer_state_dict(model, optimizer, state["optimizer"], options=StateDictOptions(**FULL))
         check_moments(optimizer)
-        if state["scaler"]:              # empty if only this run is in fp16
+        # The scaler's saved state is empty if the saved run did not use fp16: keep the new scaler.
+        if state["scaler"]:
             scaler.load_state_dict(state["scaler"])
         ema.updates = state["updates"]
         set_model_state_dict(model, state["averaged"], options=partial)
@@ -286,7 +289,7 @@ def full_weights(model) -> dict:
 
 
 def state_of(parts: dict, ema=None) -> dict:
-    """The state of `parts`, {name: module, optimizer, scaler, ...}, each of which every process holds in full."""
+    """The state of `parts`, {name: module, optimizer, scaler, ...}. Every process must hold them in full (no FSDP)."""
     averages = {} if ema is None else dict(averaged=ema.mean, updates=ema.updates)
     return {name: part.state_dict() for name, part in parts.items()} | averages
 
@@ -299,7 +302,8 @@ def load_state(path: Path, state: dict, parts: dict, ema=None, **tensors: torch.
     """
     with fitting(path):
         for name, part in parts.items():
-            if state.get(name) or name in state and name != "scaler":    # a scaler's is empty if only now in fp16
+            # The scaler's saved state is empty if the saved run did not use fp16: keep the new scaler.
+            if state.get(name) or name in state and name != "scaler":
                 is_optimizer = isinstance(part, torch.optim.Optimizer)
                 with own_options(part) if is_optimizer else contextlib.nullcontext():
                     part.load_state_dict(state[name])
@@ -308,14 +312,14 @@ def load_state(path: Path, state: dict, parts: dict, ema=None, **tensors: torch.
         saved = {name: state[name] for name in tensors}
         if ema is not None:
             ema.updates, tensors = state["updates"], tensors | ema.mean
-            saved |= state["averaged"] or ema.live       # empty after a run without EMA
+            saved |= state["averaged"] or ema.live       # the saved run may have had no EMA
         for name, tensor in tensors.items():
             check_shapes({name: tensor}, {name: saved[name]})
             tensor.copy_(saved[name])
 
 
 class Log:
-    """out/log.jsonl, a line per call, and the service that --report-to names.
+    """Writes a line per call to out/log.jsonl, and its values to the service that --report-to names.
 
     step: where the run starts. Removes lines of later steps, left by a run that was killed, and the line of the
     evaluation after `step`, which is repeated. enabled: if False, nothing is written; True on the main process only.

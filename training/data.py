@@ -53,7 +53,7 @@ def open_dataset(source: str | Path, *, min_side: int = 64, captions_required: b
     source  FOLDER, with everything below it: NAME.jpg (or another of SUFFIXES) next to NAME.txt (a caption per line),
             NAME.caption (one) or NAME.json; or metadata.jsonl, .csv or .parquet with file_name and text, which take
             precedence.  {a,b} and data/*: several folders
-            data/*.tar, data/{000..031}.tar: uncompressed tar files of the same; also a folder that contains only these
+            data/*.tar, data/{000..031}.tar: uncompressed tar files of the same; also a folder with only such files
             pipe:COMMAND: COMMAND's output is such a tar file; kept in index_folder.  Braces as above
             FILE.parquet, FILE.arrow or a folder of datasets' save_to_disk (need pyarrow), hub:NAME[:SPLIT] (needs
             datasets): rewritten once into index_folder
@@ -66,11 +66,11 @@ def open_dataset(source: str | Path, *, min_side: int = 64, captions_required: b
     caption_column     column or key with the captions, also in .json (default: the first of sources.CAPTION_KEYS that
                        has one)
     dataset_config     configuration of a dataset of the Hub
-    skipped            a list to which (name, reason) of all unusable files is added, also if an error is raised; for
-                       it, a large dataset is read again
+    skipped            a list to which (name, reason) of all unusable files is added, also if an error is raised; then
+                       a large dataset is read again
     filters            min_KEY, max_KEY: inclusive bounds on numbers in .json or metadata, such as max_punsafe=0.99.
                        An image without such a number, or with null, stays unless require_keys.
-    Raises ValueError, in one line, for a source that cannot be read, and, with what was found, if no image is left.
+    Raises ValueError, in one line, if the source cannot be read, or if no image is left; then it says what was found.
     """
     text, folder = str(source), Path(index_folder) if index_folder else None
     limits, found, known = _limits(filters), Found(), set()
@@ -119,8 +119,8 @@ def check_choices(text: str, chosen: Chosen, found: Found, unknown: list[str], k
 
 
 def stored_in(folder: Path, options: list, parts: list[tuple[Path, str]]) -> Path | None:
-    """The folder that stores what was read from these tar files with these options. None if a part is a folder, because
-    any file in it may have changed."""
+    """The folder for the index of these tar files, read with these options. None if a part is a folder, because any
+    file in it may have changed."""
     if any(os.path.isdir(path) for path, _ in parts):
         return None
     digest = hashlib.sha256(json.dumps([INDEX_VERSION, options]).encode())
@@ -163,7 +163,7 @@ def _limits(filters: dict) -> dict[str, tuple[float, float]]:
 
 
 def _problem(sample: dict, min_side: int, captions_required: bool, limits: dict, require_keys: bool) -> str | None:
-    """Why a sample is skipped, or None."""
+    """Returns the reason why a sample is skipped, or None."""
     height, width = sample["size"]
     if min(height, width) < min_side:
         return f"{width} x {height} px, fewer than {min_side}"
@@ -221,13 +221,14 @@ class ImageDataset:
         records.seek(0)
         self._ends, self.sizes = np.array(ends), np.array(sizes, np.int32).reshape(-1, 2)            # (N + 1,), (N, 2)
         if folder and len(self.sizes) >= LARGE:
-            self._records = records              # `store` moves it to a file
+            self._records = records              # `store` moves them to a file
         else:
             with records:
                 self._records = np.frombuffer(records.read(), np.uint8)
 
     def store(self, path: Path | None) -> "ImageDataset":
-        """Moves a new dataset, if it is large, to the folder `path` and maps it. None: a folder named by content."""
+        """Writes the index of a new, large dataset (records, sizes) to the folder `path` and memory-maps it from there;
+        other datasets are left unchanged. path None: a folder whose name is a hash of the content."""
         if not self.folder or len(self) < LARGE:
             return self
 
@@ -299,7 +300,7 @@ class ImageDataset:
         With an index_folder, each unchanged file is read only once to compute its key.
         """
         file, offset, length = self._record(i)[1]
-        stat = os.stat(file)         # like make, takes a file of the same name, size and time as unchanged
+        stat = os.stat(file)         # a file of the same name, size and time counts as unchanged
         version = f"{os.path.abspath(file)} {offset} {length} {stat.st_size} {stat.st_mtime_ns} in sRGB"
         known_as = hashlib.sha256(os.fsencode(version)).hexdigest()[:24]
         key_file = self.folder and self.folder / "keys.txt"
@@ -314,27 +315,27 @@ class ImageDataset:
                     digest.update(b" in sRGB")
             self._keys[known_as] = digest.hexdigest()
             if key_file:             # appended by one short write, so that lines of several processes do not mix
-                with contextlib.suppress(OSError):       # full disk: computed again next time
+                with contextlib.suppress(OSError):       # on a full disk, the key is computed again next time
                     key_file.parent.mkdir(parents=True, exist_ok=True)
                     with open(key_file, "ab", buffering=0) as out:
                         out.write(f"{known_as} {self._keys[known_as]}\n".encode())
         return self._keys[known_as]
 
     def read(self, i: int) -> np.ndarray:
-        """(H,W,3) uint8, sRGB: upright, and over white where it is transparent.  Raises BrokenImage."""
+        """Returns image i as (H,W,3) uint8 in sRGB, upright, with transparent pixels over white. Raises BrokenImage."""
         name, place, _ = self._record(i)
         try:
             with decoding(), open_image(content_of(place)) as image:
                 pixels = pixels_of(image)                                      # (H, W, 3 or 4)
         except ValueError as error:
             raise BrokenImage(f"{name} cannot be read: {error}") from error
-        if pixels.shape[2] == 3:     # no conversion to floats takes half the time
+        if pixels.shape[2] == 3:     # not transparent: without conversion to floats, this takes half the time
             return pixels
         return (read_image(pixels) * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
 
     def read_or_next(self, i: int, allowed: np.ndarray) -> tuple[np.ndarray, int]:
-        """-> read(i) and i. If that file is broken, the next readable image in `allowed`, and its number. After the end
-        of `allowed`, the search continues at its start.
+        """Returns read(i) and i or, if image i is broken, the next readable image in `allowed` and its number. After
+        the end of `allowed`, the search continues at its start.
 
         The replacement depends only on the files, so all runs agree. The broken file is added to `skipped`, but only in
         this process: with worker processes, compare the number with i. Raises BrokenImage if none can be read.
@@ -410,7 +411,7 @@ class SceneDataset(ImageDataset):
 def bucket_sizes(resolution: int, step: int = 128, max_ratio: float = 2.0) -> list[tuple[int, int]]:
     """(height, width) of the shapes that images are cut to: multiples of `step` px, each of about resolution^2 px.
 
-    128 px, because 0.75 x 128 = 96 = 3 x 32: exactly 3 latent positions of Stage C. The longer side is at most
+    step is 128 px, because 0.75 x 128 = 96 = 3 x 32: exactly 3 latent positions of Stage C. The longer side is at most
     max_ratio times the shorter. Shapes whose area differs by more than a quarter are omitted, so that a batch of each
     takes about the same memory; up to 256 px only the square remains.
 

@@ -1,6 +1,6 @@
 """The networks that train_b.py starts from: Stage B and its image encoder, loaded or with random weights.
 
-The second part has the functions that differ between v2 and v1; v1/training.py has those of v1, under the same names.
+The second part has the functions of v2 that are different in v1; v1/training.py has v1's, under the same names.
 Needs: torch; stage_b.py, loading/, wuerstchen.py; torchvision for EfficientNet.
 """
 from pathlib import Path
@@ -26,7 +26,7 @@ def load_models(args, stage, dtype: torch.dtype, processes) -> tuple:
     are in float32, so that the targets are exact.
     """
     device, parts = processes.device, ["vqgan"] + ["decoder", "image_encoder"] * (args.init == "weights")
-    parts += ["text_encoder", "tokenizer"] * (args.text_encoder != "none")               # only these are downloaded
+    parts += ["text_encoder", "tokenizer"] * (args.text_encoder != "none")               # only `parts` are downloaded
     paths = locate(args.weights, files_given(args, FILES_B), tuple(parts))
     if args.init == "weights" and paths["image_encoder"] is None:
         raise UserError(f"{args.weights} has no image encoder: add --image-encoder FOLDER")
@@ -50,7 +50,7 @@ def load_models(args, stage, dtype: torch.dtype, processes) -> tuple:
 def build_stage_b(args, paths: dict, stage) -> tuple[nn.Module, nn.Module]:
     """-> Stage B and the image encoder, in float32, because an optimizer's steps are too small for 16 bits.
 
-    stage.NETWORK is the class of Stage B, stage.semantic_scale(network) scales its latents for Stage C.
+    stage.NETWORK: the class of Stage B. stage.semantic_scale(network): functions that scale and unscale latents for C.
     """
     if args.init == "weights":
         if stage_b_of(paths["decoder"]) is not stage.NETWORK:
@@ -103,8 +103,8 @@ def semantic_scale(decoder: StageB) -> tuple:
 
 
 def pipeline(vqgan, small: bool, device) -> Wuerstchen:
-    """The pipeline for samples, without Stage B, which the caller adds by bind_b. For a small Stage B it has guidance,
-    because otherwise objects are ambiguous."""
+    """The pipeline for samples, without Stage B, which the caller adds by bind_b. A small Stage B is often undecided
+    between objects; guidance makes it follow the semantic latents."""
     return Wuerstchen(dict(stage_a=vqgan), device=device, b=Sampling(12, guidance=4.0 if small else 1.0))
 
 

@@ -2,7 +2,7 @@
 
   buckets (N,) -BatchSampler-> step k: positions (batch,), indices (batch,), bucket -split-> the samples of one GPU
   (seed, position, purpose) -sample_rng-> the random numbers of one sample, for its crop, caption, noise, ...
-  batches: both of them, with a dataset, as an endless stream of micro-batches
+  batches: combines both with a dataset to an endless stream of micro-batches
 
 Position is a sample's number in the stream of all epochs; index is its image's number in the dataset.
 Note: step k is a function of (seed, k); the randomness of a sample is a function of (seed, position, purpose). So a
@@ -31,11 +31,11 @@ import torch
 from loading.errors import UserError
 from loading.files import lock, write_atomically
 
-LARGE = 2 ** 20      # from this number of images on, files replace each process's memory; also the size of pieces
+LARGE = 2 ** 20      # a dataset of so many images is in files, not in each process's memory; also the size of pieces
 
 
 def pieces(n: int, size: int | None = None) -> Iterator[slice]:
-    """0 to n - 1 in slices of at most `size` (default: LARGE), so that temporary arrays are small for any n."""
+    """Yields slices of at most `size` (default: LARGE) that cover 0 to n - 1, so that temporary arrays stay small."""
     size = size or LARGE
     return (slice(start, min(start + size, n)) for start in range(0, n, size))
 
@@ -66,7 +66,8 @@ class BatchSampler:
             raise ValueError(f"got buckets of shape {buckets.shape} and a batch of {batch}: "
                              "expected (N,), one per image, and at least 1")
         self.batch, self.seed, self._n, self._of_image = batch, seed, len(buckets), buckets
-        self.counts, digest = {}, hashlib.sha256(f"{seed} {batch} {buckets.dtype}".encode())     # bucket -> images
+        # counts: {bucket: number of its images}
+        self.counts, digest = {}, hashlib.sha256(f"{seed} {batch} {buckets.dtype}".encode())
         for piece in pieces(self._n):
             digest.update(np.ascontiguousarray(buckets[piece]))
             for bucket, count in zip(*(found.tolist() for found in np.unique(buckets[piece], return_counts=True))):
@@ -74,7 +75,7 @@ class BatchSampler:
         self._buckets, self._counts = np.array(sorted(self.counts.items())).T.copy()
         self._starts = np.cumsum(self._counts) - self._counts
         self._files = folder and self._n >= LARGE and Path(folder) / f"order-{digest.hexdigest()[:16]}"
-        self._epochs = {}                        # {epoch: its arrays}, the last few
+        self._epochs = {}                        # {epoch: its arrays} of the last few epochs
 
     def epoch_of(self, position: int) -> int:
         return position // self._n
@@ -89,7 +90,7 @@ class BatchSampler:
         Step k is found directly, without computing the steps before it. Every epoch contains the same number of samples
         of each bucket, `count`. So count * e samples of a bucket come before epoch e, and count * e // batch steps.
         """
-        # The last epoch with at most k steps before it. The queues hold back less than one step per bucket.
+        # Finds the last epoch with at most k steps before it. The queues hold back less than one step per bucket.
         latest = (k + len(self._buckets) + 1) * self.batch // self._n + 2
         epoch = bisect.bisect_right(range(latest), k, key=self._steps_before) - 1
         _, _, step_buckets, step_numbers = self._epoch(epoch)
@@ -98,7 +99,7 @@ class BatchSampler:
         count, start = self._counts[code], self._starts[code]
         # (batch,) the step's samples, numbered within their bucket from the beginning of training
         members = number * self.batch + np.arange(self.batch)
-        epochs = members // count                # (batch,) of each sample: queues may hold samples of earlier epochs
+        epochs = members // count                # (batch,) each sample's epoch: queues may hold samples of earlier ones
         positions, indices = np.empty_like(members), np.empty_like(members)
         for e in range(epochs[0], epochs[-1] + 1):
             order, by_bucket, _, _ = self._epoch(e)
@@ -111,7 +112,7 @@ class BatchSampler:
 
     def _epoch(self, e: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """-> four arrays. order (N,): the images of epoch e. by_bucket (N,): positions in `order`, sorted by bucket.
-        Of each step completed in epoch e: its bucket, and its number among the bucket's steps since the first epoch."""
+        The other two, (steps,): of each step that epoch e completes, the bucket and the number among its steps."""
         if e not in self._epochs:
             while len(self._epochs) > 3:         # a million samples take 0.3 s and 8 MB
                 del self._epochs[next(iter(self._epochs))]
@@ -151,7 +152,7 @@ class BatchSampler:
         return path
 
     def _lay_out(self, e: int, out) -> None:
-        """Writes the arrays of epoch e into a file, in pieces: each has the images whose random bits are in a range."""
+        """Writes the arrays of epoch e into a file, in pieces. A piece has the images with random bits in one range."""
         done, written, filled = 0, 0, np.zeros_like(self._counts)
         (at_order, _, index), (at_bucket, _, _), (at_code, _, code), (at_number, _, _) = self._parts(e)
 
@@ -166,19 +167,20 @@ class BatchSampler:
             counts = np.bincount(codes, minlength=len(self._counts))
             ends = np.cumsum(counts)
             write(at_order + done * index.itemsize, order, index)
-            number = np.empty_like(by_bucket)    # of each sample in its bucket, counted since the first epoch
+            number = np.empty_like(by_bucket)    # (P,) each sample's number in its bucket, from the first epoch on
             for bucket in range(len(counts)):
                 members, before = by_bucket[ends[bucket] - counts[bucket]:ends[bucket]], filled[bucket]
                 write(at_bucket + (self._starts[bucket] + before) * index.itemsize, done + members, index)
                 number[members] = np.arange(before, before + len(members)) + e * self._counts[bucket]
-            full = np.flatnonzero((number + 1) % self.batch == 0)            # step n of a bucket ends with sample
-            write(at_code + written * code.itemsize, codes[full], code)      # (n + 1) * batch - 1 of the bucket
+            # Step n of a bucket ends with the bucket's sample (n + 1) * batch - 1.
+            full = np.flatnonzero((number + 1) % self.batch == 0)
+            write(at_code + written * code.itemsize, codes[full], code)
             write(at_number + written * 8, number[full] // self.batch, np.int64)
             done, written, filled = done + len(order), written + len(full), filled + counts
 
     def _order(self, e: int, low: int, high: int) -> np.ndarray:
         """The images of epoch e whose random bits are from low to high, in the order of these bits."""
-        # Sorts by raw bits, because numpy guarantees that these never change, but not permutation().
+        # Sorts by raw bits, which never change with numpy's version; results of permutation() may.
         bits, values, indices = sample_rng(self.seed, e, "epoch").bit_generator, [], []
         for piece in pieces(self._n):
             raw = bits.random_raw(piece.stop - piece.start)
@@ -232,8 +234,8 @@ def batches(samples: torch.utils.data.Dataset, sampler: BatchSampler, processes,
 
 
 def default_workers(device: torch.device) -> int:
-    """The number of worker processes that read images for one training process. On a CPU 2, because the other cores
-    compute. On a GPU 2 to 8, as cores allow: one reads 65 images of 1024 px per second, and an H200 needs 350."""
+    """The number of worker processes that read images for one training process: 2 for a CPU, whose other cores compute.
+    For a GPU 2 to 8, by the number of cores: a worker reads 65 images of 1024 px per second, and an H200 needs 350."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
     return 2 if device.type == "cpu" else min(max(cores // on_this_machine - 1, 2), 8)
@@ -255,7 +257,7 @@ def micro_batches(samples: Iterator[dict], args, processes, save: Callable, step
 
 
 class ErrorsAsItems(torch.utils.data.Dataset):
-    """`samples`, but a UserError is returned as an item, because torch adds a traceback to errors of workers."""
+    """Wraps `samples`. A UserError is returned as an item, not raised: torch adds a traceback to errors of workers."""
     def __init__(self, samples: torch.utils.data.Dataset):
         self.samples = samples
 

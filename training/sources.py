@@ -110,7 +110,7 @@ def content_of(place: Place, limit: int = -1) -> bytes:
 # ----- images and the files next to them -----------------------------------------------------------------------------
 
 def _in_folder(folder: Path, label: str) -> list[tuple[Path, str]]:
-    """The folder itself or, if no images are below it, the shards below it; with names for messages."""
+    """Returns the folder itself or, if it contains shards but no images, these shards; with names for messages."""
     places, _ = _folder_places(str(folder))
     if "dataset_dict.json" in places:            # written by datasets' save_to_disk for several splits
         splits = sorted({name.split("/")[0] for name in places if name.endswith("/state.json")})
@@ -121,7 +121,7 @@ def _in_folder(folder: Path, label: str) -> list[tuple[Path, str]]:
     inside = _shards_among(places)
     if not inside or any(_split(name)[1] in SUFFIXES for name in places):
         return [(folder, label)]
-    paths = [folder / name for name in inside                                # skips files of datasets' map()
+    paths = [folder / name for name in inside                                # skips cache files of datasets' map()
              if not re.fullmatch(r"(cache|indices)-.*\.arrow", posixpath.basename(name))]
     return [(path, str(path)) for path in paths]
 
@@ -140,7 +140,8 @@ def _folder_samples(folder: str, found: Found, chosen: Chosen) -> Iterator[dict]
     yield from (dict(name=name, problem=HIDDEN) for name in hidden)
     for sample in _samples(places, chosen):
         parent = posixpath.basename(posixpath.dirname(sample["name"])) or os.path.basename(os.path.abspath(folder))
-        if re.match(r"\d{1,3}_", parent):        # for another trainer: repetitions of each image per epoch
+        # Folder names like "10_cat": another trainer reads the number as repetitions of each image per epoch.
+        if re.match(r"\d{1,3}_", parent):
             found.numbered.add(parent)
         _count(sample, found)
         yield sample
@@ -286,7 +287,7 @@ def _text(place: Place, most: int = 2 ** 24) -> str:
 def _captions_in(row: dict, column: str | None) -> tuple[str | None, list[str]]:
     """-> the first key with captions and these captions, or None and []. column: the only key to try, by default all
     CAPTION_KEYS."""
-    if not row:                                  # the usual case
+    if not row:                                  # the usual case: there is no metadata
         return None, []
     lower = {} if column else {key.lower(): key for key in row}
     for key in [column] if column else [lower.get(key) for key in CAPTION_KEYS]:
@@ -368,7 +369,7 @@ def _parts(source: str, index_folder: Path | None, chosen: Chosen) -> list[tuple
     if source.startswith("hub:"):
         return [(_table_as_tar(source, source[4:], lambda: hub_table(source[4:], chosen.config), index_folder, chosen),
                  source)]
-    if re.match(r"\w+://", source):              # not guessed: neither the program to fetch it nor its credentials
+    if re.match(r"\w+://", source):              # the program that fetches a URL, and credentials, cannot be guessed
         raise ValueError(f"{source} is not on this disk: "
                          f"give the command that fetches it, such as 'pipe:curl -sfL {source}'{_hub_hint(source)}")
     files, missing = [], []
@@ -403,7 +404,7 @@ def _expand(pattern: str) -> list[str]:
 
 
 def _as_tar(path: Path, index_folder: Path | None, chosen: Chosen) -> Path:
-    """The path of a tar file or folder itself; for a table, of a tar file with names like 000000012.COLUMN.jpg."""
+    """Returns path, or for a table the path of a tar file of its rows, with names like 000000012.COLUMN.jpg."""
     with reading(path) if not os.path.isdir(path) else contextlib.nullcontext():
         stat = path.stat()
     if path.suffix.lower() not in TABLES or os.path.isdir(path):
@@ -416,7 +417,7 @@ def _tar_samples(path: Path, label: str, index_folder: Path | None, found: Found
     """The samples of a tar file, from its index if size and modification time of the file are still the same."""
     stat, of_table = path.stat(), path.name.endswith(".table.tar")
     stamp = [INDEX_VERSION, stat.st_size, stat.st_mtime_ns]
-    if chosen.caption or chosen.image:           # captions depend on them, see _texts and _metadata_rows
+    if chosen.caption or chosen.image:           # samples depend on these choices, see _texts and _metadata_rows
         stamp += [chosen.caption, chosen.image]
     known_as = hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest()[:12]
     index = (index_folder / f"{path.stem}-{known_as}.index.json" if index_folder
@@ -494,7 +495,7 @@ def _tar_places(path: Path) -> tuple[dict[str, Place], list[dict], bool]:
 
 def _spooled(known_as: str, label: str, folder: Path | None, write: Callable[[Path], None],
              suffix: str = ".tar") -> Path:
-    """A tar file in `folder`; write(path) makes it unless it exists."""
+    """Returns the path of a tar file in `folder`. If the file does not exist, write(path) writes it."""
     if folder is None:
         raise ValueError(f"{known_as} needs an index_folder, where its content is kept")
     label = re.sub(r"[^\w.-]+", "-", label.removesuffix(".tar"))[-40:].lstrip("-.")
@@ -505,7 +506,7 @@ def _spooled(known_as: str, label: str, folder: Path | None, write: Callable[[Pa
 
 
 def _run(command: str, path: Path) -> None:
-    """Writes a command's output to a file, which must be a complete tar file: shells hide failures of a in a | b."""
+    """Writes a command's output to a file. Checks that it is a whole tar file: shells hide failures of a in a | b."""
     with open(path, "wb") as file:
         done = subprocess.run(command, shell=True, stdout=file, stderr=subprocess.PIPE)
     message = (done.stderr.decode(errors="replace").strip().splitlines() or ["it gave no message"])[-1]
