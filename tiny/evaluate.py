@@ -92,7 +92,7 @@ def degrade(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 # ----- score -----------------------------------------------------------------------------------------
 
 def tally(verdicts: list[dict], facts: list[dict]) -> dict:
-    """-> {name of a figure: {"right": fraction, "n": images}}, without figures that no image counts for."""
+    """-> {name of a figure: {"right": fraction, "n": images}}, without figures of which n would be 0."""
     def of(kind, key):
         return [v[key] for v, f in zip(verdicts, facts) if f["kind"] == kind and v[key] is not None]
     figures = {"background": [v["background"] for v in verdicts],
@@ -103,10 +103,8 @@ def tally(verdicts: list[dict], facts: list[dict]) -> dict:
 
 
 def score(images, facts: list[dict], judge: Judge | None = None) -> dict:
-    """Judges images by the facts of their prompts -> figures, see tally.
-
-    images n square uint8 RGB images; facts n dicts of fixed_prompts().
-    """
+    """Judges images by the facts of their prompts. Returns figures, see tally.
+    images: n square uint8 RGB images; facts: n dicts of fixed_prompts()."""
     if len(images) != len(facts):
         raise ValueError(f"Got {len(images)} images for {len(facts)} prompts; give one per prompt.")
     judge = judge or Judge()
@@ -225,7 +223,7 @@ def main(args):
         clean = [real_image(fact, rng) for fact in facts]
         runs = {"real scenes": clean, "real scenes, degraded": [degrade(image, rng) for image in clean]}
     else:
-        with exit_on_user_error(), as_user_error():      # unusable weights, or settings that do not fit them
+        with exit_on_user_error(), as_user_error():      # errors: unusable weights, or settings that do not fit them
             runs = {args.weights: sample(args, [fact["prompt"] for fact in facts])}
     judge = Judge()
     # Without the output paths, which have no influence on the figures and would reveal folders of this machine.

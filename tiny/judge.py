@@ -73,9 +73,9 @@ class Judge:
             colour = None
 
         gain, sprite_at, explained = self._search(pixels, background)
-        # Measured on 200 drawn scenes: true sprites explain at least 48 % (those between two SIZES explain least), degraded
-        # ones at least 44 %. Plain background had no positive gain. Stains in a bad image lie between: those below 25 %
-        # are ignored.
+        # Measured on 200 drawn scenes: true sprites explain at least 48 % (least: between two SIZES), degraded ones at
+        # least 44 %. Plain background had no positive gain. Stains in a bad image lie between: those below 25 % are
+        # ignored.
         gain = np.where(explained >= MIN_EXPLAINED, gain, -np.inf)
         found = []
         while len(found) < most and gain.max() > -np.inf:

@@ -1,17 +1,17 @@
 """On-disk cache of arrays that are expensive to compute and never change: latents and text embeddings.
 
   array = cache.get(key);  if array is None: cache.put(key, array := compute())
-  folder/KIND-HASH/ab/abcdef...npy     one entry; HASH is of settings and encoder: others use another folder
+  folder/KIND-HASH/ab/abcdef...npy     one entry; HASH: of settings and encoder, so each combination has its own folder
   CachedTexts: captions -> embeddings, each computed once
   fill_cache: the latents and embeddings of a whole dataset, each process computes its share
 
-A key is any text that specifies what the array was computed from: a caption, whose embedding is stored once, however
-many images share it; or an image's hash with everything that was done to the image, see latent_key.
+A key is a text that specifies what the array was computed from: a caption, or an image's hash with everything that was
+done to the image, see latent_key. A caption's embedding is stored once, even if many images have this caption.
 Any number of processes may use a folder at once. An entry is written under another name and then renamed, so it is
 complete or does not exist. If two processes write the same entry, the second replaces it by the same content.
-Note: nothing is flushed to the disk (fsync), which would take longer than all the rest. A power cut may leave entries
-of zeros. So each entry contains a checksum of key and content. If it does not match, the entry is removed and computed
-again.
+Note: entries are not flushed to the disk (fsync), which would take longer than all the rest. A power cut may leave
+entries of zeros. So each entry contains a checksum of key and content. If it does not match, the entry is removed and
+computed again.
 Needs: torch, numpy, tqdm; loading/, training/data.py.
 """
 import contextlib
@@ -59,10 +59,10 @@ class Cache:
 
     def path(self, key: str) -> Path:
         name = _sha256(f"{self._identity} {key}")
-        return self.folder / name[:2] / f"{name}.npy"      # 256 folders, because one with a million files is slow
+        return self.folder / name[:2] / f"{name}.npy"      # 256 folders: one folder with a million files would be slow
 
     def get(self, key: str, shape: tuple | None = None) -> np.ndarray | None:
-        """The array of this key, or None. A damaged entry, or one not of `shape`, is removed with a warning."""
+        """The array of this key, or None. A damaged entry, or one of another shape, is removed with a warning."""
         path = self.path(key)
         try:
             content = path.read_bytes()
@@ -103,7 +103,7 @@ class Cache:
         """The keys without an entry, in their order, without duplicates. Damaged entries are only found by `get`."""
         paths = {key: self.path(key) for key in keys}
         present = set()
-        for folder in {path.parent for path in paths.values()}:      # far fewer calls than testing each key
+        for folder in {path.parent for path in paths.values()}:      # far fewer calls than one test per key
             if folder.exists():
                 present.update(os.listdir(folder))
         return [key for key, path in paths.items() if path.name not in present]
@@ -127,14 +127,14 @@ def _sha256(text: str) -> str:
 
 
 def _checksum(path: Path, content: bytes) -> bytes:
-    """A hash of the file's name, which depends on the key, and the content. It also detects a wrong name."""
+    """A hash of the file's name, which depends on the key, and of the content. So it also detects a renamed file."""
     return hashlib.sha256(path.stem.encode() + content).digest()
 
 
 def hash_of(module: nn.Module) -> str:
     """sha256, in hex, of all parameters and buffers of a model: names, dtypes, shapes and bytes.  About 1 s per GB.
 
-    It is the same on every device. Anything outside tensors, such as train() or eval(), does not count.
+    It does not depend on the device, nor on anything that is not a tensor, such as the mode set by train() or eval().
     """
     digest = hashlib.sha256()
     for name, tensor in sorted([*module.named_parameters(), *module.named_buffers()], key=lambda item: item[0]):
@@ -144,9 +144,9 @@ def hash_of(module: nn.Module) -> str:
 
 
 class CachedTexts:
-    """Captions -> embeddings (B,N,D) float32 on `device`, by a frozen encoder, independent of the batch.
+    """Computes captions' embeddings (B,N,D) float32 on `device` with a frozen encoder. They do not depend on the batch.
 
-    Captions without an embedding are encoded together, always in the same number of rows, padded with "": 16 on a GPU;
+    Captions without an embedding are encoded in batches of always the same number of rows, padded with "": 16 on a GPU,
     1 on a CPU, where more gain little. Matrix products of the same shape use the same kernel, which sums each row in
     the same order. So an embedding is the same bit for bit, whatever the other rows are, on the same kind of device; a
     varying number of rows would change its rounding. Autocast is turned off, because some callers use it.
@@ -180,12 +180,12 @@ class CachedTexts:
     def _encode(self, captions: list[str]) -> list[torch.Tensor]:
         with torch.autocast(self.device.type, enabled=False):
             embeddings = self.encoder(captions + [""] * (self.rows - len(captions)))     # (rows, N, D)
-        embeddings = [row.clone() for row in embeddings[:len(captions)]]                 # a view would hold all rows
+        embeddings = [row.clone() for row in embeddings[:len(captions)]]  # a view would keep all rows in memory
         if self.cache is None:
             return embeddings
         for caption, embedding in zip(captions, embeddings):
             self.cache.put("text " + caption, embedding.float().cpu().numpy())
-        return [self._stored(caption) for caption in captions]                           # rounded, as in later runs
+        return [self._stored(caption) for caption in captions]  # rounded to the cache's dtype, as in later runs
 
     def _stored(self, caption: str) -> torch.Tensor | None:
         array = self.cache.get("text " + caption)
@@ -195,7 +195,7 @@ class CachedTexts:
 # ----- filling a cache before training -------------------------------------------------------------------------------
 
 def latent_key(dataset: ImageDataset, index: int, size: tuple[int, int], flip: bool) -> str:
-    """What a latent was computed from: "3f2a... 1024x768 flipped"."""
+    """The key of an image's latents: its hash, its size, whether it is mirrored: "3f2a... 1024x768 flipped"."""
     return f"{dataset.key(index)} {size[0]}x{size[1]}{' flipped' * flip}"
 
 
@@ -203,11 +203,11 @@ def fill_cache(dataset: ImageDataset, sizes: Callable[[int], list[tuple[int, int
                encoders: dict, texts, processes) -> dict[int, int]:
     """Computes the missing latents of all images and embeddings of all captions, each process its share.
 
-    sizes     i -> all (height, width) to which image i is cut, centered; flips: also mirrored
-    caches    name -> Cache;  encoders: the same name -> function of pixels (1,h,w,3) uint8 to latents (1,C,h',w')
+    sizes     function of i: all (height, width) to which image i is cut, centered; flips: also caches mirrored images
+    caches    {name: Cache};  encoders: {name: function} from pixels (1,h,w,3) uint8 to latents (1,C,h',w')
     texts     a CachedTexts, or None
-    -> {image that cannot be read: the image to use instead}, the next in its bucket (dataset.bucket), or else the next
-    of all.  Raises ValueError if no image can be read.
+    Returns {image that cannot be read: the image to use instead}: the next readable one in its bucket (dataset.bucket)
+    or, if there is none, in the whole dataset.  Raises ValueError if no image can be read.
     """
     def keys_of(i: int, sizes: Callable) -> dict[str, tuple]:
         return {latent_key(dataset, i, size, flip): (i, size, flip) for size in sizes(i)
@@ -218,7 +218,7 @@ def fill_cache(dataset: ImageDataset, sizes: Callable[[int], list[tuple[int, int
         keys = {key: what for i in images for key, what in keys_of(i, sizes).items()}
         missing = list(dict.fromkeys(key for cache in caches.values() for key in cache.missing([*keys])))
         missing = missing[processes.rank::processes.world]
-        processes.wait()                         # no process writes an entry before all have looked
+        processes.wait()                         # no process writes an entry before all have listed the missing ones
         for key in tqdm(missing, desc="caching latents", unit="image", disable=processes.rank > 0 or not missing):
             i, size, flip = keys[key]
             with contextlib.suppress(BrokenImage):         # broken images are counted below
@@ -240,7 +240,7 @@ def fill_cache(dataset: ImageDataset, sizes: Callable[[int], list[tuple[int, int
 
 def _replacements(dataset: ImageDataset, broken: list[int], sizes: Callable, fill: Callable, processes
                   ) -> dict[int, int]:
-    """-> what fill_cache returns: {broken image: the image to use instead}.  Names the broken images on stderr."""
+    """Returns {broken image: the image to use instead}, see fill_cache.  Names the broken images on stderr."""
     def first_after(i: int, usable: np.ndarray) -> int:
         return int(usable[np.searchsorted(usable, i) % len(usable)])
 
@@ -255,7 +255,7 @@ def _replacements(dataset: ImageDataset, broken: list[int], sizes: Callable, fil
     for i in broken:
         alike = usable[dataset.bucket[usable] == dataset.bucket[i]]
         replaced[i] = first_after(i, alike if len(alike) else usable)
-        if not len(alike):                       # an image of another bucket: not cached in these sizes yet
+        if not len(alike):                       # image of another bucket: its latents in these sizes are not cached
             others.setdefault(replaced[i], []).extend(sizes(i))
     fill([*others], others.get)
     return replaced

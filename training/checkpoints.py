@@ -50,11 +50,9 @@ LOCKS = weakref.WeakValueDictionary()                    # {path: the open file 
 
 def lock_run(out: Path):
     """Locks a run's folder against other processes, also on other machines, while the returned file is open. The lock
-    ends with the process, however that ends. Raises UserError if another process holds it. Returns None if the
-    operating system or the file system has no locks.
-
-    Worker processes do not inherit this lock, unlike those of loading/files.py: workers may live for seconds after
-    their run was killed.
+    ends with the process. Raises UserError if another process holds it. Returns None if the operating system or the
+    file system has no locks. Worker processes do not inherit this lock, unlike those of loading/files.py: workers may
+    live for seconds after their run was killed.
     """
     path = out.resolve() / ".lock"
     if fcntl is None or path in LOCKS:
@@ -263,9 +261,7 @@ def own_options(optimizer: torch.optim.Optimizer):
 
 def load_full_state(path: Path, state: dict, model, optimizer, scaler, ema) -> None:
     """The inverse of full_state. All processes must call this; their number may have changed.
-
-    Raises UserError if the checkpoint does not fit: it has other sizes, or other parameters were frozen.
-    """
+    Raises UserError if the checkpoint does not fit: it has other sizes, or other parameters were frozen."""
     partial = StateDictOptions(**FULL, strict=False)     # the checkpoint has no frozen parameters
     now = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
     with fitting(path):
@@ -274,8 +270,7 @@ def load_full_state(path: Path, state: dict, model, optimizer, scaler, ema) -> N
         with own_options(optimizer):
             set_optimizer_state_dict(model, optimizer, state["optimizer"], options=StateDictOptions(**FULL))
         check_moments(optimizer)
-        # The scaler's saved state is empty if the saved run did not use fp16: keep the new scaler.
-        if state["scaler"]:
+        if state["scaler"]:  # the scaler's saved state is empty if the saved run did not use fp16: keep the new scaler
             scaler.load_state_dict(state["scaler"])
         ema.updates = state["updates"]
         set_model_state_dict(model, state["averaged"], options=partial)
@@ -302,8 +297,7 @@ def load_state(path: Path, state: dict, parts: dict, ema=None, **tensors: torch.
     """
     with fitting(path):
         for name, part in parts.items():
-            # The scaler's saved state is empty if the saved run did not use fp16: keep the new scaler.
-            if state.get(name) or name in state and name != "scaler":
+            if state.get(name) or name in state and name != "scaler":    # without fp16, a scaler's saved state is empty
                 is_optimizer = isinstance(part, torch.optim.Optimizer)
                 with own_options(part) if is_optimizer else contextlib.nullcontext():
                     part.load_state_dict(state[name])

@@ -24,8 +24,8 @@ class CodebookAverages(nn.Module):
 
     @torch.no_grad()
     def update(self, codes: Tensor, counts: Tensor, sums: Tensor, skip: Tensor | bool = False) -> None:
-        """Updates the means, and codes (K,C) in place. counts (K,) and sums (K,C): of a step's latents, see `count`.
-        skip (): change nothing."""
+        """Updates the means, and codes (K,C) in place. counts (K,) and sums (K,C) of a step's latents per code, see
+        `count`. skip (): if true, nothing changes."""
         skip = torch.as_tensor(skip)
         for mean, new in ((self.sizes, counts), (self.sums, sums)):
             mean.copy_(torch.where(skip, mean, mean.lerp(new, 1 - self.decay)))
@@ -36,7 +36,7 @@ class CodebookAverages(nn.Module):
 
     @torch.no_grad()
     def restart(self, dead: Tensor, latents: Tensor) -> None:
-        """Resets the means of codes that were moved, dead (K,) bool: each has one latent, its new value (dead,C)."""
+        """Resets the means of moved codes, dead (K,) bool: each gets one latent, its new value in latents (dead,C)."""
         self.sizes[dead], self.sums[dead] = 1.0, latents
 
 
@@ -48,7 +48,7 @@ def count(z: Tensor, indices: Tensor, size: int) -> Tensor:
 
 
 def perplexity(counts: Tensor) -> Tensor:
-    """How often each code was used, (K,) -> exp of the entropy, 1 to K: n if n codes are used equally often."""
+    """counts (K,): how often each code was used -> exp of the entropy, 1 to K: n if n codes are used equally often."""
     p = counts / counts.sum()
     return torch.special.entr(p).sum().exp()
 
@@ -107,7 +107,7 @@ class CodebookUpdates:
             self.ema.mean["codebook.codes"][dead] = latents
 
     def used(self) -> dict[str, float]:
-        """-> usage of the codes since the last call, as entries of the log."""
+        """Returns entries for the log: how many codes were used since the last call, and their perplexity."""
         counts = self.usage[1].clone()
         self.usage[1] = 0
         return dict(codes_used=int((counts > 0).sum()), perplexity=perplexity(counts).item())

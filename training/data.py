@@ -140,9 +140,7 @@ def read_filters(texts: list[str]) -> dict[str, float]:
 
 def read_prompts(file: str | Path) -> list[str]:
     """The prompts in a text file, one per line, without empty lines and # comments, as in --prompt-file of sample.py.
-
-    Raises ValueError if there are none, or the file cannot be read.
-    """
+    Raises ValueError if there are none, or the file cannot be read."""
     prompts = [settings["prompt"].strip() for _, settings in prompt_lines(Path(file)) if settings.get("prompt")]
     if not any(prompts):
         raise ValueError(f"{file} contains no prompts: expected one per line")
@@ -354,9 +352,7 @@ class ImageDataset:
 
     def read_or_replace(self, i: int, allowed: np.ndarray) -> tuple[np.ndarray, int]:
         """Like read_or_next, but then searches all images as well. Names broken images on stderr, once per process.
-
-        Raises BrokenImage if no image at all can be read.
-        """
+        Raises BrokenImage if no image at all can be read."""
         known = len(self.skipped)
         try:
             image, j = self.read_or_next(i, allowed)

@@ -1,7 +1,7 @@
 """The LoRA that train_c.py trains: a new one, or one that continues from a file.
 
-The folder of a LoRA run as --weights is an error without --lora-weights: its prior does not contain the LoRA, so the
-training would start without what was learned.
+If --weights is the folder of a LoRA run, a missing --lora-weights is an error: the prior there does not contain the
+LoRA, so the training would start without what was learned.
 Needs: torch; lora.py, loading/, results.py.
 """
 from pathlib import Path
@@ -40,7 +40,7 @@ def locate_start(args, parts: tuple[str, ...]) -> dict[str, Path | None]:
 
 
 def start_lora(prior: torch.nn.Module, args) -> None:
-    """Adds the LoRA to train to Stage C. --lora-weights: sets rank, alpha, targets and dora of args, for the card."""
+    """Adds the LoRA to train to Stage C. With --lora-weights, sets rank, alpha, targets, dora of args for the card."""
     with as_user_error():
         if not args.lora_weights:
             lora.add_lora(prior, args.rank, args.alpha, args.lora_dropout, args.targets, rslora=args.rslora,

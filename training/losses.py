@@ -21,8 +21,8 @@ def p2_weight(t: Tensor, k: float = 1.0, gamma: float = 1.0) -> Tensor:
 def v_weight(t: Tensor, least: float = 0.01) -> Tensor:
     """1 / alphas_cumprod, capped at 1 / least: the squared error of noise becomes that of v-prediction.
 
-    For errors of x_0 the weight is 1 / (1 - alphas_cumprod), with p2 alphas_cumprod, which is zero at high noise. At
-    high noise a prediction depends only on the condition, so this weight makes a network use its condition early in
+    As a weight of the error of x_0 this is 1 / (1 - alphas_cumprod); p2 is alphas_cumprod, which is zero at high noise.
+    At high noise a prediction depends only on the condition, so this weight makes a network use its condition early in
     training.  Source: Salimans & Ho 2022, arXiv:2202.00512 ("SNR+1 weighting").
     """
     return 1 / alphas_cumprod(t).clamp(min=least)

@@ -17,7 +17,7 @@ from loading.errors import UserError
 def build_optimizer(model: nn.Module, args, share: Callable[[str], float] | None = None,
                     betas: tuple[float, float] | None = None) -> torch.optim.Optimizer:
     """AdamW. Weight decay pulls weights to zero, so it is only for matrices: not for norms and biases, nor for a LoRA,
-    which starts at zero. share: function of a parameter's name -> its factor of the learning rate, group["share"].
+    which starts at zero. share(name of a parameter): a factor of its learning rate, stored as group["share"].
     betas: by default those of args."""
     groups, lora = {}, getattr(args, "lora", False)
     for name, p in model.named_parameters():
@@ -50,7 +50,7 @@ def learning_rate(step: int, args) -> float:
 
 
 def set_precision(args, device: torch.device) -> tuple[torch.dtype, torch.autocast]:
-    """Sets args.dtype, if it is None -> the dtype, and the autocast context of forward passes (off for float32)."""
+    """Returns the dtype and the autocast context of forward passes (off for float32). Sets args.dtype if it is None."""
     set_tf32(args.allow_tf32)
     dtype = dtype_of(args.dtype or ("fp32" if device.type == "cpu" else "bf16"), device)
     args.dtype = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
@@ -65,7 +65,7 @@ def clip_gradients(model: nn.Module, limit: float) -> Tensor:
 
 
 def too_many_nan_steps(count: int, step: int, args) -> str:
-    """The error after `count` steps in a row, up to `step`, whose loss or gradient was not finite."""
+    """The message after `count` steps in a row, up to `step`, whose loss or gradient was not finite."""
     return (f"{count} steps in a row came to NaN or infinity, up to step {step + 1}; the last good state is in "
             f"{args.out}/checkpoints: lower --lr, or use --dtype bf16 or fp32; what was in these batches is in "
             f"{args.out}/log.jsonl")
@@ -139,7 +139,7 @@ def take_step(optimizers: list, scaler, ema: "EMA", skip: Tensor) -> None:
             optimizer.grad_scale, optimizer.found_inf = None, skip.float()
         if taken:
             scaler.step(optimizer) if scaler.is_enabled() else optimizer.step()
-        optimizer.zero_grad(set_to_none=True)        # first, because the EMA needs that memory for a moment
+        optimizer.zero_grad(set_to_none=True)        # before the EMA, which needs that memory for a moment
     if taken:
         ema.update(*[skip] * on_device)
 

@@ -192,9 +192,7 @@ class BatchSampler:
 
 def split(positions: np.ndarray, micro: int, rank: int, world: int, micro_batch: int) -> slice:
     """The slice of a step's samples that one GPU computes in micro-step `micro`: positions[split(...)], (micro_batch,).
-
-    All slices together contain each sample once.  Raises ValueError if they cannot have the same size.
-    """
+    All slices together contain each sample once.  Raises ValueError if they cannot have the same size."""
     parts, rest = divmod(len(positions), micro_batch * world)
     if rest or not parts:
         raise ValueError(f"a step of {len(positions)} samples cannot be shared by {world} GPUs in micro-steps of "

@@ -6,7 +6,7 @@ noise but the original Stage C's predictions: a teacher, as in Learning without 
 without a caption are always replaced: guidance steers away from the unconditional prediction, so that prediction must
 not learn the new images.
 Why not use noised training images, with another prompt, as the teacher's input? The teacher never gets such x_t in
-sampling, and its predictions for them (there is no cat in this unicorn) would only hinder the training.
+sampling, and its predictions for them ("a cat" for an image of a unicorn) would only hinder the training.
 Needs: torch, numpy, tqdm; lora.py, cache.py, data.py, order.py, wuerstchen.py.
 """
 import copy
@@ -27,7 +27,7 @@ from wuerstchen import Sampling, add_noise, denoise
 
 
 class Teacher:
-    """(x_t, t, text) -> eps (B,16,h,w) of the original network. To be made before a LoRA is added or a step is taken.
+    """The original network: (x_t, t, text) -> eps (B,16,h,w). Create it before a LoRA is added or a step is taken.
 
     with_lora: use the network itself, with its LoRA turned off, instead of a copy in `dtype`. identity: hash of the
     network's weights.
@@ -71,7 +71,7 @@ class TeacherLatents:
         """Fills the cache for images of these sizes, each process its share. Returns self."""
         for h, w in sizes:
             missing = set(self.cache.missing([self.key(prompt, (h, w)) for prompt in self.prompts]))
-            processes.wait()                                             # no process writes before all have looked
+            processes.wait()                     # no process writes before all have listed the missing ones
             numbers = [i for i, prompt in enumerate(self.prompts) if self.key(prompt, (h, w)) in missing]
             numbers = numbers[processes.rank::processes.world]
             for start in tqdm(range(0, len(numbers), rows), desc="generating latents to preserve",
@@ -93,7 +93,7 @@ class TeacherLatents:
         return self
 
     def draw(self, rng: Callable, size: tuple[int, int], dropped: bool) -> tuple[str | None, Tensor]:
-        """For one sample: a prompt and its latents (16,h',w'), or None and zeros if the sample is not replaced.
+        """Returns a prompt and its latents (16,h',w') for a sample, or None and zeros if the sample is not replaced.
 
         dropped: the sample has no caption; then it is always replaced.
         """

@@ -21,7 +21,7 @@ from loading.errors import RESUME_HINT, tell
 class Processes:
     """This process among all that torchrun started. Without torchrun it is the only one.
 
-    rank: 0 .. world - 1; is_main: rank 0, which writes files; device: of this process; many: torchrun was used.
+    rank: 0 .. world - 1; is_main: rank 0, which writes files; device: of this process; many: whether torchrun was used.
     """
     def __init__(self, device: str | None = None, minutes: float = 30):
         """minutes: how long a process waits for another before it fails, for example while rank 0 samples images."""
@@ -40,9 +40,9 @@ class Processes:
             from torch.distributed import nn as _
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo",
                                     timeout=datetime.timedelta(minutes=minutes))
-            # For waiting on the CPU while another process reads indexes of a hundred million images, or downloads.
+            # For long waits, on the CPU: another process reads indexes of a hundred million images, or downloads.
             self.patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
-            if self.device.type == "cuda":       # for flags of the hosts, which then need not wait for the GPUs
+            if self.device.type == "cuda":       # for flags: the hosts then need not wait for the GPUs
                 self.host = dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=minutes))
 
     def close(self) -> None:
@@ -51,7 +51,7 @@ class Processes:
             dist.destroy_process_group()
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all processes, in place."""
+        """Sums values over all processes, in place, and returns them."""
         if self.many:
             dist.all_reduce(values)
         return values
@@ -90,7 +90,7 @@ class Processes:
             self.any(True, group)
             raise
         if self.any(False, group):
-            sys.exit(2)                          # the one that failed reports the error
+            sys.exit(2)                          # the process that failed reports the error
 
     def on_main(self, do: Callable, *args) -> None:
         """Calls do(*args) on the main process while the others wait. If it fails there, the others end with code 2."""
@@ -104,7 +104,7 @@ class Processes:
             tell(message)
 
     def once_per_node(self, make: Callable):
-        """Calls make() in the first process of each machine, first in rank 0. All its processes get the result.
+        """Calls make() in one process of each machine, in rank 0 first. All processes of the machine get its result.
 
         For work that leaves its result on disk, such as an index or a download. The result is pickled. The other
         processes wait as long as it takes.
@@ -131,7 +131,7 @@ class Processes:
         return nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
 
     def split_weights(self, model: nn.Module, blocks: Iterable[nn.Module]) -> None:
-        """FSDP: each process holds a part of every tensor. Each block is gathered when it runs, the rest with model."""
+        """FSDP: each process holds a part of every tensor. A block is gathered when it runs, the rest with model."""
         if self.many:
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard
@@ -206,14 +206,14 @@ class SynchronisedBatchNorm(nn.BatchNorm2d):
 
 class GracefulExit:
     """SIGTERM (a scheduler's last warning) and Ctrl-C set `received` to the signal's number, so that a loop can finish
-    its step, save, and leave. To be made just before the loop, because there is nothing to save earlier.
+    its step, save, and leave. Create it just before the loop: earlier, there is nothing to save.
 
     A second Ctrl-C ends the program at once. restore() brings back the old handlers.
     """
     def __init__(self):
         self.received, self.before = 0, {}
         for name in (signal.SIGTERM, signal.SIGINT):
-            with contextlib.suppress(ValueError):            # not in the main thread, perhaps in a notebook
+            with contextlib.suppress(ValueError):            # raised outside the main thread, perhaps in a notebook
                 self.before[name] = signal.signal(name, self)
 
     def restore(self) -> None:

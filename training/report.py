@@ -21,7 +21,7 @@ from training.samples import draw_caption
 
 
 def due(every: int, step: int, steps: int) -> bool:
-    """Whether an action is due after step `step` that happens every `every` steps (0: never) and after the last one."""
+    """Whether an action that happens every `every` steps (0: never) and after the last one is due after step `step`."""
     return bool(every) and (step % every == 0 or step == steps)
 
 
@@ -33,7 +33,7 @@ class Progress:
     def __init__(self, title: str, start: int, args, processes, batch: int):
         self.processes, self.batch, self.smooth = processes, batch, None
         self.since, self.clock = start, time.time()
-        self.sums = torch.zeros(2, 10, device=processes.device)          # by noise level: raw loss, number of samples
+        self.sums = torch.zeros(2, 10, device=processes.device)  # by noise level: sum of raw losses, number of samples
         self.bar = tqdm(range(start, args.steps), title, args.steps, initial=start, disable=not processes.is_main)
 
     def __iter__(self):
@@ -42,7 +42,7 @@ class Progress:
     def add(self, t: Tensor, raw: Tensor) -> None:
         """Adds unweighted losses raw (B,) of samples at noise levels t (B,)."""
         level, raw = (t * 10).long().clamp(max=9), raw.detach()
-        self.sums[0].index_add_(0, level, raw.nan_to_num(0, 0, 0))       # a step with NaN is skipped
+        self.sums[0].index_add_(0, level, raw.nan_to_num(0, 0, 0))       # NaN and infinity are left out
         self.sums[1].index_add_(0, level, raw.isfinite().float())
 
     def values(self, step: int, loss: Tensor) -> dict:
@@ -61,7 +61,7 @@ class Progress:
         return values
 
     def show(self, line: dict, *more: str) -> None:
-        """Shows values of a line of the log at the end of the bar, with the texts `more` among them."""
+        """Shows values of a line of the log, and the texts `more`, at the end of the bar."""
         words = [f"loss {line['smooth_loss']:.4f}", f"|grad| {line['grad_norm']:.2f}", *more, f"lr {line['lr']:.1e}",
                  f"{line['images_per_second']:.1f} images/s"]
         if line["memory_gib"]:
