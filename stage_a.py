@@ -58,7 +58,7 @@ class VQResBlock(nn.Module):
         return torch.addcmul(x, self.contract(h), gate)         # x + gate * contract: (B, H, W, C)
 
     def mix(self, x: Tensor) -> Tensor:
-        """The first half: x (B,H,W,C) -> (B,H,W,C)."""
+        """The first half, which mixes positions: x (B,H,W,C) -> (B,H,W,C)."""
         scale, shift, gate = self.gammas[:3]
         h = self.depthwise(channels_first(self.norm(x, scale, shift)))               # (B, C, H, W)
         return torch.addcmul(x, channels_last(h), gate)                              # (B, H, W, C)
@@ -81,16 +81,16 @@ class Codebook(nn.Module):
         """z (B,H,W,C) -> indices (B,H,W) of the nearest codes, squared Euclidean distance.
 
         |z - c|^2 = |z|^2 - 2 z.c + |c|^2, and |z|^2 is the same for every c, so it is omitted.
-        Always in float32: two of 8192 codes in 4 dimensions are often closer than half precision
-        can tell."""
+        Always in float32, because two of 8192 codes in 4 dimensions are often so close that half
+        precision cannot tell which of them is nearer."""
         z, codes = z.float(), self.codes.float()
         return (codes.square().sum(1) - 2 * z @ codes.T).argmin(-1)                      # (B, H, W)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """z (B,H,W,C) -> quantised z (B,H,W,C), indices (B,H,W), codebook loss, commitment loss.
 
-        The codebook loss pulls codes to the latents, the commitment loss latents to their codes
-        (arXiv:1711.00937). argmin has no gradient, so z + (q - z).detach() passes the
+        The codebook loss moves codes to the latents. The commitment loss moves latents to their
+        codes (arXiv:1711.00937). argmin has no gradient, so z + (q - z).detach() passes the
         decoder's gradient straight through to z."""
         indices = self.nearest(z)                                                        # (B, H, W)
         q = F.embedding(indices, self.codes)                                          # (B, H, W, C)
@@ -99,7 +99,7 @@ class Codebook(nn.Module):
 
 
 def run(layer: nn.Module, x: Tensor) -> Tensor:
-    """One layer of encoder or decoder, a block or a convolution that changes the size of x."""
+    """Applies a layer of the encoder or decoder to x (B,H,W,C): a block, or a convolution."""
     return layer(x) if isinstance(layer, VQResBlock) else channels_last(layer(channels_first(x)))
 
 
@@ -111,7 +111,7 @@ class StageA(nn.Module):
         self.config = dict(levels=levels, bottleneck_blocks=bottleneck_blocks, c_hidden=c_hidden,
                            c_latent=c_latent, codebook_size=codebook_size,
                            scale_factor=scale_factor)
-        self.downscale = 2 ** levels            # pixels per latent position and side
+        self.downscale = 2 ** levels            # width of a latent position in px
         self.scale_factor = scale_factor
         widths = [c_hidden // 2 ** i for i in reversed(range(levels))]          # official: 192, 384
 
@@ -177,12 +177,12 @@ class StageA(nn.Module):
         return self.decode_raw(F.embedding(indices, self.codebook.codes))
 
     def forward(self, images: Tensor, quantise: bool | Tensor = True) -> dict[str, Tensor]:
-        """One training pass: images (B,3,H,W) -> dict of images, indices and losses.
+        """One training pass: images (B,3,H,W) -> dict of images, latents, indices, losses.
 
         quantise: True, False, or one bool for each row (B,). v2 decodes latents that were never
         quantised, so a decoder trained half of the time without quantisation is good at both.
         Returned losses are unweighted: reconstruction (mean |error|), codebook, commitment.
-        latents (B,h,w,4) are not quantised."""
+        The returned latents (B,h,w,4) are not quantised."""
         z = self.encode_raw(images)                                                   # (B, h, w, 4)
         q, indices, codebook_loss, commitment_loss = self.codebook(z)
         rows = torch.as_tensor(quantise, device=z.device).reshape(-1, 1, 1, 1)   # (1 or B, 1, 1, 1)

@@ -42,13 +42,13 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def layer_norm(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """(...,C) -> (...,C): mean 0, variance 1 over C. dtype: cast to it if it is 16-bit."""
+    """(...,C) -> (...,C): mean 0, variance 1 over C. The result has `dtype` if that is 16-bit."""
     x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
     return x.to(dtype) if dtype in (torch.float16, torch.bfloat16) else x
 
 
 def widen(x: Tensor) -> Tensor:
-    """float16 -> float32, because sums of blocks exceed float16's maximum, 65504. Others as is."""
+    """Casts float16 to float32, because sums of blocks exceed float16's maximum, 65504."""
     return x.float() if x.dtype == torch.float16 else x
 
 
@@ -62,8 +62,7 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
 
     Always float32 and always in this order of operations: the angle reaches 10^4, where float32 has
     steps of 1e-3, so any other rounding moves the networks' outputs by 1e-4, and half precision
-    would turn the first columns into noise. The caller casts the result. Source:
-    arXiv:1706.03762."""
+    would make the first columns noise. The caller casts the result. Source: arXiv:1706.03762."""
     half = width // 2
     k = torch.arange(half, device=t.device).float()
     frequencies = (k * -(math.log(10000) / (half - 1))).exp()                        # (width // 2,)
@@ -95,7 +94,7 @@ class GlobalResponseNorm(nn.Module):
 
 
 class Depthwise(nn.Conv2d):
-    """A convolution in x's dtype, also with float16 weights, because widen makes x float32."""
+    """A convolution that casts its weights to x's dtype: widen makes x float32, not the weights."""
     def forward(self, x: Tensor) -> Tensor:
         """x (B,C,H,W) -> (B,C',H,W)."""
         return self._conv_forward(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
@@ -154,7 +153,8 @@ class AttentionBlock(nn.Module):
     def attend(self, x: Tensor, kv: tuple[Tensor, Tensor]) -> Tensor:
         """x (B,H,W,C), kv 2 x (B,N,C) from text_kv -> (B,H,W,C)."""
         tokens = layer_norm(x, kv[0].dtype).flatten(1, 2)                             # (B, H*W, C)
-        # Image and text are projected separately, so a frozen text needs no gradient.
+        # Image and text are projected separately, not after concatenation: if nothing before the
+        # text's keys and values is trained, no gradient is computed for the text.
         k = torch.cat([self.key(tokens), kv[0]], dim=1)                           # (B, H*W + N, C)
         v = torch.cat([self.value(tokens), kv[1]], dim=1)                         # (B, H*W + N, C)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -168,7 +168,7 @@ class AttentionBlock(nn.Module):
 
 
 def resize_semantic(semantic: Tensor, size: tuple[int, int]) -> Tensor:
-    """semantic (B,C,h,w) -> (B,*size,C), bicubic, always in float32, as the weights were trained.
+    """semantic (B,C,h,w) -> (B,*size,C), bicubic, always in float32, as in training.
 
     Interpolation is linear in rows and in columns: two matrix products. F.interpolate is not used
     directly, because torch.compile cannot differentiate it when sizes vary. The matrices are
@@ -176,7 +176,7 @@ def resize_semantic(semantic: Tensor, size: tuple[int, int]) -> Tensor:
     follows no textbook formula (end points do not map to end points)."""
     (h, w), (H, W), device = semantic.shape[2:], size, semantic.device
 
-    def weights(n: int, m: int, width: int) -> Tensor:          # (m, n): from n rows to m rows
+    def weights(n: int, m: int, width: int) -> Tensor:          # (m, n): maps n rows to m rows
         units = torch.eye(n, device=device)[None, :, :, None].expand(1, n, n, 2)
         shape = (m, min(width, 2))                 # torch uses other weights for a width of 1
         rows = F.interpolate(units, shape, mode="bicubic", antialias=True, align_corners=True)
@@ -254,7 +254,7 @@ class StageB(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         for mapper in [self.embed_text, *self.semantic_down, *self.semantic_up]:
-            if mapper is not None:             # semantic latents have a standard deviation of 42
+            if mapper is not None:             # small: semantic latents have a std of 42
                 nn.init.normal_(mapper.weight, std=0.02)
         nn.init.zeros_(self.head.weight)       # the first prediction is 2 x_t for any condition
         for module in self.modules():
@@ -276,7 +276,7 @@ class StageB(nn.Module):
 
     def signal_and_scale(self, x_t: Tensor, t: Tensor, semantic: Tensor,
                          text: Tensor) -> tuple[Tensor, Tensor]:
-        """Arguments of forward -> its a and b, 2 x (B,4,h,w), so that train_b.py can use each."""
+        """Computes a and b of `forward`, 2 x (B,4,h,w). train_b.py uses them separately."""
         _, channels, h, w = x_t.shape
         if channels != self.config["c_in"] or h % self.multiple or w % self.multiple:
             raise ValueError(
@@ -312,7 +312,7 @@ class StageB(nn.Module):
     def run_level(self, blocks: nn.ModuleList, mapper: nn.Linear | None, x: Tensor,
                   t_embedding: Tensor, semantic: Tensor, text: Tensor,
                   skip: Tensor | None = None) -> Tensor:
-        """The blocks of one level: x (B,H,W,C) -> (B,H,W,C). The first block also gets the skip."""
+        """Applies a level's blocks: x (B,H,W,C) -> (B,H,W,C). The first block also gets `skip`."""
         extras = [] if mapper is None else [mapper(resize_semantic(semantic, x.shape[1:3]))]
         for k, block in enumerate(blocks):
             if isinstance(block, ResBlock):
@@ -333,7 +333,7 @@ class EfficientNetEncoder(nn.Module):
 
     v1 has efficientnet_v2_l (117 M), for images half as wide. The constructor loads no ImageNet
     weights, because it must not download, and the released encoder has its own weights. Encode in
-    eval() mode: BatchNorm and stochastic depth compute something else in training.
+    eval() mode: BatchNorm and stochastic depth behave differently in training mode.
     Source: EfficientNetV2, arXiv:2104.00298."""
     def __init__(self, c_semantic: int = 16, network: str = "efficientnet_v2_s"):
         super().__init__()
@@ -343,7 +343,7 @@ class EfficientNetEncoder(nn.Module):
                              f"for v1, efficientnet_v2_l.")
         self.config = dict(c_semantic=c_semantic, network=network)
         backbone = getattr(torchvision.models, network)(weights=None)
-        self.backbone = backbone.features                        # 32 times fewer positions
+        self.backbone = backbone.features                        # -> (B, 1280, H/32, W/32)
         self.to_semantic = nn.Conv2d(1280, c_semantic, 1, bias=False)
         self.norm = nn.BatchNorm2d(c_semantic)
 
@@ -353,7 +353,7 @@ class EfficientNetEncoder(nn.Module):
 
 
 class TinyImageEncoder(nn.Module):
-    """An image encoder for 128 px with 7 % of EfficientNet's work: four levels of ResBlocks.
+    """An image encoder for 128 px: four levels of ResBlocks, with 7 % of EfficientNet's work.
 
     BatchNorm has a fixed weight of 42 and bias of -1. So Stage C, whose input is (raw + 1) / 42 as
     with the released weights, gets numbers of mean 0 and variance 1, as diffusion expects."""
@@ -384,9 +384,9 @@ def preprocess(images: Tensor, size: int | tuple[int, int] = 768) -> Tensor:
     """images (B,3,H,W) in [0, 1] -> (B,3,H',W') for the image encoders: resized (bilinear,
     antialiased), with ImageNet's mean and standard deviation.
 
-    size: px of the shorter side, 0.75 of the image's and a multiple of 32 (official 1024 -> 768,
-    tiny 128 -> 96); the longer side keeps the image's shape and is cropped to its middle, to a
-    multiple of 32. Or (height, width)."""
+    size: the shorter side in px, or (height, width). The shorter side is 0.75 of the image's and a
+    multiple of 32 (official 1024 -> 768, tiny 128 -> 96). The aspect ratio is kept. Sides that are
+    not multiples of 32 are then cropped to the middle."""
     h, w = images.shape[-2:]
     if isinstance(size, int):                             # rounded down, as in torchvision's Resize
         size = (size * h // min(h, w), size * w // min(h, w))

@@ -3,7 +3,7 @@
   caption -CLIP-> (B,77,1280) -[C]-> (B,16,24,24) -[B]-> (B,4,256,256) -[A]-> (B,3,1024,1024)
 
 Stage C decides what is in the image; Stages B and A add detail. 1024 px become 24 positions per
-side (42.67 : 1), so it works on 576 positions, needs no U-shape, and is cheap to train: this is the
+side (42.67 : 1), so it works on 576 positions, needs no U-Net, and is cheap to train: this is the
 whole point of Würstchen. It is a diffusion model: given noisy latents, the noise level and the
 text, it predicts the noise. wuerstchen.py starts from pure noise and removes it in about 30 steps.
 In   x_t (B,16,h,w) noisy latents of any size; t (B,) noise level, 0 = clean, 1 = noise;
@@ -41,13 +41,13 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def layer_norm(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """(...,C) -> (...,C): mean 0, variance 1 over C. dtype: cast to it if it is 16-bit."""
+    """(...,C) -> (...,C): mean 0, variance 1 over C. The result has `dtype` if that is 16-bit."""
     x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
     return x.to(dtype) if dtype in (torch.float16, torch.bfloat16) else x
 
 
 def widen(x: Tensor) -> Tensor:
-    """float16 -> float32, because sums of blocks exceed float16's maximum, 65504. Others as is."""
+    """Casts float16 to float32, because sums of blocks exceed float16's maximum, 65504."""
     return x.float() if x.dtype == torch.float16 else x
 
 
@@ -61,8 +61,7 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
 
     Always float32 and always in this order of operations: the angle reaches 10^4, where float32 has
     steps of 1e-3, so any other rounding moves the networks' outputs by 1e-4, and half precision
-    would turn the first columns into noise. The caller casts the result. Source:
-    arXiv:1706.03762."""
+    would make the first columns noise. The caller casts the result. Source: arXiv:1706.03762."""
     half = width // 2
     k = torch.arange(half, device=t.device).float()
     frequencies = (k * -(math.log(10000) / (half - 1))).exp()                        # (width // 2,)
@@ -94,7 +93,7 @@ class GlobalResponseNorm(nn.Module):
 
 
 class Depthwise(nn.Conv2d):
-    """A convolution in x's dtype, also with float16 weights, because widen makes x float32."""
+    """A convolution that casts its weights to x's dtype: widen makes x float32, not the weights."""
     def forward(self, x: Tensor) -> Tensor:
         """x (B,C,H,W) -> (B,C',H,W)."""
         return self._conv_forward(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
@@ -153,7 +152,8 @@ class AttentionBlock(nn.Module):
     def attend(self, x: Tensor, kv: tuple[Tensor, Tensor]) -> Tensor:
         """x (B,H,W,C), kv 2 x (B,N,C) from text_kv -> (B,H,W,C)."""
         tokens = layer_norm(x, kv[0].dtype).flatten(1, 2)                             # (B, H*W, C)
-        # Image and text are projected separately, so a frozen text needs no gradient.
+        # Image and text are projected separately, not after concatenation: if nothing before the
+        # text's keys and values is trained, no gradient is computed for the text.
         k = torch.cat([self.key(tokens), kv[0]], dim=1)                           # (B, H*W + N, C)
         v = torch.cat([self.value(tokens), kv[1]], dim=1)                         # (B, H*W + N, C)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -175,7 +175,7 @@ def keep_products(context, operation, *inputs, **options) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-# What the backward pass recomputes: everything inside the blocks, or everything except products.
+# {name: options of `checkpoint`}. backward recomputes whole blocks, or all except large products.
 CHECKPOINTING = dict(blocks={}, products=dict(
     context_fn=functools.partial(create_selective_checkpoint_contexts, keep_products)))
 
