@@ -58,7 +58,7 @@ PRESETS = {
 # ----- the layers --------------------------------------------------------------------------------
 
 class Adapter(nn.Module):
-    """One LoRA of one layer. Its parameters are float32 in any model: bfloat16 loses small steps.
+    """One LoRA of one layer. Its parameters are always float32: bfloat16 would lose small steps.
 
     DoRA writes W' = m V / |V| with V = W + s up @ down, where |V| (out,) are the lengths of V's
     rows, and also trains m (out,). |V| counts as constant in the gradient, which saves memory and
@@ -96,14 +96,14 @@ class Adapter(nn.Module):
 
 
 class LoRALayer(nn.Module):
-    """A frozen Linear or Conv2d with its LoRAs, in the shapes of the base: (..., in) -> (..., out).
+    """A frozen Linear or Conv2d with its LoRAs; input and output have the same shapes as without.
 
     y = base(x) + sum_i scale_i (alpha_i / rank_i) up_i(down_i(dropout(x)))
     """
     def __init__(self, base: nn.Linear | nn.Conv2d):
         super().__init__()
         self.base, self.adapters = base, nn.ModuleDict()
-        self.original = None     # the base's own weight, while LoRAs are merged; never saved
+        self.original = None     # the base's weight before a merge; None if not merged
 
     def forward(self, x: Tensor) -> Tensor:
         base = y = self.base(x)                                # (..., out) or (B, out, H', W')
@@ -143,7 +143,7 @@ class LoRALayer(nn.Module):
 # ----- finding layers, adding LoRAs --------------------------------------------------------------
 
 def find_layers(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """-> ({name without LoRA: layer that can have one}, {name: why this layer cannot})."""
+    """-> ({name: layer that can have a LoRA}, {name: why it cannot}); names as without LoRA."""
     fit, unfit = {}, {}
     for path, module in model.named_modules():
         parent = model.get_submodule(path.rpartition(".")[0])
@@ -162,13 +162,13 @@ def find_layers(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]
 
 
 def summary(names) -> str:
-    """Many names in one line: "attention_blocks.N.query x32, ..."."""
+    """Shortens a list of names to one line: "attention_blocks.N.query x32, ..."."""
     counts = Counter(re.sub(r"\d+", "N", name) for name in names)
     return ", ".join(f"{name} x{count}" if count > 1 else name for name, count in counts.items())
 
 
 def find_targets(model: nn.Module, targets: str) -> dict[str, nn.Module]:
-    """{name: layer} of all layers that a preset or regular expression matches, at least one."""
+    """{name: layer} of the layers that `targets` matches. Raises ValueError if there is none."""
     fit, unfit = find_layers(model)
     try:
         pattern = re.compile(PRESETS.get(targets, targets))
@@ -186,7 +186,7 @@ def find_targets(model: nn.Module, targets: str) -> dict[str, nn.Module]:
 def add_lora(model: nn.Module, rank: int = 8, alpha: float | None = None, dropout: float = 0.0,
              targets: str = "attention", name: str = "default", rslora: bool = False,
              dora: bool = False) -> list[str]:
-    """Adds a LoRA to train, freezes everything else, returns the names of the layers: show them.
+    """Adds a LoRA to train and freezes everything else. Returns the names of its layers.
 
     rank: 4 to 16 for a style or an object. alpha: strength, by default `rank`. dropout: share of a
     layer's inputs dropped before `down`, in training. targets: a preset or a regular expression.
@@ -232,7 +232,7 @@ def inject(model: nn.Module, name: str, new: dict[str, Adapter]) -> None:
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, layer)
         layer.adapters[name] = adapter.to(layer.base.weight.device)
-        layer.train(layer.base.training)     # new modules are in train mode, models may not be
+        layer.train(layer.base.training)     # a new module is in train mode, the model may not be
     for parameter in set(model.parameters()) - set(lora_parameters(model)):
         parameter.requires_grad_(False)
 
@@ -294,9 +294,9 @@ disable = functools.partial(enable, on=False)        # disable(model, name=None)
 
 @torch.no_grad()
 def merge(model: nn.Module, name: str | None = None) -> None:
-    """Adds one LoRA, or all that are on, to the weights, at their scales. They then cost no time.
+    """Adds one LoRA, or all that are on, to the weights, at their scales. Merging saves time.
 
-    The sum is made in float32 and rounded once. Subtracting would not give the old bits back, so
+    The sum is made in float32 and rounded once. Subtraction would not restore the old bits, so
     the old weights are kept in CPU memory: 0.6 GB for Stage C's attention in float16.
     Raises ValueError if there is nothing to merge.
     """
@@ -345,7 +345,7 @@ def remove(model: nn.Module, name: str | None = None) -> None:
 
 
 def merge_and_unload(model: nn.Module) -> None:
-    """Merges all LoRAs permanently and restores plain layers. Frees the memory unmerge needs."""
+    """Merges all LoRAs permanently and restores plain layers. Frees the copies of old weights."""
     merge(model)
     for _, layer in lora_layers(model):
         layer.original = None
@@ -380,7 +380,7 @@ ROLES = {               # the end of a tensor's name: ours, diffusers', others t
 
 
 def diffusers_name(name: str) -> str:
-    """A layer of Stage C -> its name in diffusers. Other names stay as they are."""
+    """Our name of a layer of Stage C -> diffusers' name. Other names stay as they are."""
     i = int((re.findall(r"_blocks\.(\d+)\.", name) or [0])[0])
     theirs = DIFFUSERS_NAMES.get(re.sub(r"(?<=_blocks\.)\d+", "{i}", name), name)
     return theirs.format(res=3 * i, time=3 * i + 1, att=3 * i + 2)
@@ -399,7 +399,7 @@ def to_tensors(weights: dict[str, Adapter], prefix: str = "", naming: int = 0) -
         ones = (1, 1) if layer in CONVOLUTIONS else a.down.shape[2:]
         values = dict(down=a.down.view(*a.down.shape[:2], *ones),
                       up=a.up.view(*a.up.shape[:2], *(1 for _ in ones)),
-                      alpha=torch.tensor(a.alpha, dtype=torch.float64))        # exact, as in Python
+                      alpha=torch.tensor(a.alpha, dtype=torch.float64))        # like a float
         if a.magnitude is not None:      # (out,), for convolutions (1, out, 1, 1): peft's shapes
             values["magnitude"] = a.magnitude.view((1, -1, 1, 1) if ones else -1)
         tensors |= {prefix + layer + ROLES[role][naming]: x for role, x in values.items()}
@@ -416,7 +416,7 @@ def lora_state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor
 def to_diffusers(weights: dict[str, Adapter]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """{diffusers' name of a layer: Adapter} -> (tensors of the file, its metadata).
 
-    diffusers and peft read alpha from the metadata: one for most layers, and patterns for others.
+    diffusers and peft read alpha from the metadata: one value for most layers, patterns for others.
     Versions that do not read the metadata take alpha = rank, which is the default here.
     """
     ranks = {layer: len(a.down) for layer, a in weights.items()}
@@ -433,15 +433,15 @@ def to_diffusers(weights: dict[str, Adapter]) -> tuple[dict[str, Tensor], dict[s
 
 
 def write_file(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str]) -> None:
-    """Like safetensors' save_file, but with sorted metadata: its random order makes every file
-    different. Format: the header's length in 8 bytes, the header in JSON, the values."""
+    """Like safetensors' save_file, but with sorted metadata, so that equal contents give equal
+    files. Format: the header's length in 8 bytes, the header in JSON, the values."""
     from safetensors.torch import save
     data = save(tensors)
     end = 8 + int.from_bytes(data[:8], "little")
     header = dict(__metadata__=dict(sorted(metadata.items()))) | json.loads(data[8:end])
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)                                # values start at a multiple of 8
-    half = Path(f"{path}.half")          # renamed at the end: no file is incomplete
+    half = Path(f"{path}.half")          # renamed when complete
     half.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
     half.replace(path)
 
@@ -454,7 +454,7 @@ def save_lora(model: nn.Module, path: str | Path, name: str = "default") -> None
 
 
 def alpha_from(config: dict, layer: str, rank: int) -> float:
-    """alpha from the configuration that diffusers and peft store; the rank if it has none."""
+    """alpha from the configuration that diffusers and peft store; the rank if none is stored."""
     try:
         config = {key.removeprefix("prior."): value for key, value in config.items()}
         patterns = (config.get("alpha_pattern") or {}).items()           # matched as in peft

@@ -34,7 +34,7 @@ All options: python sample.py --help"""
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options, those that are used most first. Many defaults depend on the weights."""
+    """Defines the options, the most used ones first. Many defaults depend on the weights."""
     p = argparse.ArgumentParser(usage='python sample.py --prompt "..." [options]',
                                 description=__doc__.partition("\nFor readers")[0],
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -108,8 +108,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Exit code 0; 2 for an error that a user can fix, printed in one line; 1 if only lines of a
-    prompt file failed; 130 after Ctrl-C."""
+    """Exit codes: 0; 1 if only lines of a prompt file failed; 2 for user errors; 130 for Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv:
         return print(USAGE)
@@ -129,11 +128,11 @@ def main(argv: list[str] | None = None) -> None:
             tile(model, args.tile)
         for batch in run.progress(cli.batches(jobs)):
             for job, image in run.attempt(functools.partial(make_images, model), batch):
-                run.finished(job, cli.save(image, job, model))   # with its settings
+                run.finished(job, cli.save(image, job, model))   # and its settings
 
 
 def make_images(model, jobs: list[argparse.Namespace]) -> list:
-    """-> the images of jobs that differ only in prompt and seed, computed in one batch."""
+    """Generates the images of jobs that differ only in prompt and seed, in one batch."""
     job = jobs[0]
     options = dict(progress=True, **cli.sampling_options(job, model))
     if job.given & cli.SPECIAL:                        # grids, interpolation, latents, previews
@@ -141,7 +140,8 @@ def make_images(model, jobs: list[argparse.Namespace]) -> list:
         return modes.make_images(model, jobs, options)
     if len(jobs) == 1 and not job.given & {"init", "width", "height"}:
         return model(job.prompt, job.negative_prompt, seed=job.seed, **options)
-    from extras.editing import InitImage, generate     # the same steps, with an image to start from
+    # generate is like model(), but also takes one seed per prompt and an image to start from.
+    from extras.editing import InitImage, generate
     edit = InitImage(job.init, job.strength, job.mask or None) if job.init else None
     return generate(model, [job.prompt for job in jobs], [job.negative_prompt for job in jobs],
                     seed=[job.seed for job in jobs], width=job.width, height=job.height, edit=edit,

@@ -45,12 +45,12 @@ def unscale_semantic(x: Tensor) -> Tensor:
 # ----- noise schedule -----------------------------------------------------------------------------
 
 def alphas_cumprod(t: Tensor, s: float = 0.008) -> Tensor:
-    """Share of the variance at noise level t that is still signal: a cosine in continuous time.
+    """Computes the signal's share of the variance at noise level t: a cosine in continuous time.
 
     t any shape, in [0, 1]. Returns float32 of that shape, clamped to [1e-4, 1 - 1e-4] because the
     samplers divide by sqrt(ab) and sqrt(1 - ab): t = 0 is not quite clean, t = 1 not quite noise.
-    Raises ValueError for t outside [0, 1], the usual sign of integer timesteps 0..999; on a GPU,
-    where looking at values would make the host wait, only for integers.
+    Raises ValueError for t outside [0, 1], such as integer timesteps 0..999. On a GPU it only
+    checks that t is not of an integer type, because reading values would make the host wait.
     Source: Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 17.
     """
     on_cpu = t.device.type == "cpu"
@@ -65,7 +65,7 @@ def alphas_cumprod(t: Tensor, s: float = 0.008) -> Tensor:
 
 
 def per_row(values: Tensor, x: Tensor) -> Tensor:
-    """(B,) -> (B,1,1,...), so that row i of x meets value i."""
+    """values (B,) -> (B,1,1,...), so that value i is applied to row i of x."""
     return values.view(-1, *[1] * (x.ndim - 1))
 
 
@@ -82,14 +82,14 @@ def predict_x_0(x_t: Tensor, eps: Tensor, t: Tensor) -> Tensor:
 
 
 # ----- samplers: one step from noise level t down to t_prev < t -----------------------------------
-# All take x_t, eps, fresh noise (B,...); t and t_prev (B,); `last` = (t, x_0) of the step before,
-# None in the first; and return float32 (B,...). To add one, write a function and add it to
-# SAMPLERS; for the command line, add its name to SAMPLERS of extras/like.py.
+# Arguments: x_t, eps, fresh noise (B,...); t, t_prev (B,); `last`, (t, x_0) of the previous step
+# or None in the first step. Returned: x at t_prev, float32 (B,...). To add a sampler, add a
+# function to SAMPLERS; for the command line, add its name to SAMPLERS of extras/like.py.
 
 def ddpm_step(x_t: Tensor, eps: Tensor, t: Tensor, t_prev: Tensor, noise: Tensor, last=None):
-    """The original model's sampler: remove predicted noise, add a little fresh noise.
+    """The original model's sampler: removes predicted noise, adds a little fresh noise.
 
-    The last step, to t_prev = 0, adds none.  Source: arXiv:2006.11239, algorithm 2, with the
+    The last step, to t_prev = 0, adds no noise.  Source: arXiv:2006.11239, algorithm 2, with the
     smaller of its two variances.
     """
     ab, ab_prev = per_row(alphas_cumprod(t), x_t), per_row(alphas_cumprod(t_prev), x_t)
@@ -127,7 +127,7 @@ def dpm_solver_step(x_t: Tensor, eps: Tensor, t: Tensor, t_prev: Tensor, noise=N
     if last is not None:
         t_last, x_0_last = last
         h_last = lam - torch.logit(per_row(alphas_cumprod(t_last), x_t)) / 2
-        # Near t = 1 alphas_cumprod is clamped. If lam is therefore unchanged, there is no slope.
+        # Near t = 1 alphas_cumprod is clamped. Where that leaves lam unchanged, r is 0.
         r = torch.where(h_last > 0, ((lam_prev - lam) / (2 * h_last)).clamp(max=1), 0)
         x_0 = x_0 + r * per_row(t_prev != 0, x_t) * (x_0 - x_0_last)
     shrink = ((1 - ab_prev) / (1 - ab)).sqrt()               # factor of the noise, for constant x_0
@@ -140,10 +140,10 @@ SAMPLERS = {"ddpm": ddpm_step, "ddim": ddim_step, "dpm++": dpm_solver_step}
 # ----- guidance and the loop ----------------------------------------------------------------------
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float, rescale: float = 0.0) -> Tensor:
-    """Classifier-free guidance: moves from the unconditional prediction towards the conditional.
+    """Classifier-free guidance: moves from the unconditional towards the conditional prediction.
 
-    scale 0: ignores the text; 1: plain prediction; above: exaggerates.  arXiv:2207.12598,
-    where w is our scale - 1. torch.lerp, because the released samplers round like that.
+    scale 0: unconditional; 1: conditional; above 1: exaggerates the text's effect. Source:
+    arXiv:2207.12598, whose w is our scale - 1. torch.lerp rounds like the released samplers.
     rescale: how far to lower each image's standard deviation, which guidance raises, to the
     conditional prediction's (arXiv:2305.08891, sec. 3.4).
     """
@@ -157,14 +157,14 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float, rescale: flo
 def denoise(predict: Callable[[Tensor, Tensor, bool], Tensor], x: Tensor,
             draw: Callable[[], Tensor], sampling: "Sampling", keep: Callable | None = None,
             callback: Callable | None = None, progress: Callable[[Iterable], Iterable] = iter):
-    """x (B,...) at the first noise level -> x at the last, in float32 whatever the network uses.
+    """x (B,...) at the first noise level -> x at the last one, always float32.
 
-    predict(x_t, t, guided) -> eps (B,...); if guided, below it eps without the text: (2B,...)
+    predict(x_t, t, guided) -> eps (B,...); if guided, followed by eps without the text: (2B,...)
     draw() -> fresh Gaussian noise (B,...), called in every step whether it is used or not, so that
               a seed gives the same numbers as in the published pipelines with any sampler
     keep(x_t, t) -> x_t: for inpainting, see extras/editing.py
     callback(i, t, x, x_0) -> None or another x: after step i, with the new x and its noise level
-    Raises FloatingPointError once x is not finite; on a GPU after the last step, to avoid waiting.
+    Raises FloatingPointError if x is not finite; on a GPU after the last step, to avoid waiting.
     """
     x, last, finite, levels, step = x.float(), None, [], sampling.levels, sampling.step_function
     on_device = levels.to(x.device)            # one copy, because the host waits for each
@@ -186,7 +186,7 @@ def denoise(predict: Callable[[Tensor, Tensor, bool], Tensor], x: Tensor,
 
 
 def check_finite(finite: Tensor, levels: Tensor) -> None:
-    """finite (steps so far,) bool. Raises FloatingPointError naming the first step that was not."""
+    """Raises FloatingPointError, naming the first step at which finite (steps,) is False."""
     if not finite.all():
         i = finite.tolist().index(False)
         raise FloatingPointError(f"step {i + 1} of {len(levels) - 1} (t = {levels[i]:.3f})")
@@ -246,17 +246,17 @@ class Sampling:
         segments = self.steps
         if isinstance(self.steps, Integral):
             # Early: two thirds of the steps in the noisiest third, which decides what is shown.
-            # 29 are diffusers' DEFAULT_STAGE_C_TIMESTEPS, 30 the authors' {2/3: 20, 0: 10}.
+            # 29 steps give diffusers' DEFAULT_STAGE_C_TIMESTEPS, 30 the authors' {2/3: 20, 0: 10}.
             noisy = max(self.t_start - 2 / 3, 0) * 3 * 19
             rest = max(2 / 3 - self.t_end, 0) * 1.5 * 10
             first = round(self.steps * noisy / (noisy + rest)) if self.early else 0
             if not 0 < first < self.steps:
                 return torch.linspace(self.t_start, self.t_end, max(self.steps, 0) + 1)
             segments = {2 / 3: first, self.t_end: self.steps - first}
-        levels = [torch.tensor([self.t_start], dtype=torch.float64)]    # as in published lists
+        levels = [torch.tensor([self.t_start], dtype=torch.float64)]
         for t_end, steps in segments.items():
             levels.append(torch.linspace(levels[-1][-1], t_end, steps + 1, dtype=torch.float64)[1:])
-        return torch.cat(levels).float()
+        return torch.cat(levels).float()       # float64 until here, like the published lists
 
     @property
     def step_function(self) -> Callable:
@@ -276,8 +276,8 @@ class Sampling:
 def latent_sizes(height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """Image size in px -> (h, w) of Stage C's latents and of Stage B's: 1024 -> 24 and 256.
 
-    Any size from 64 px: the smallest grids that cover it. A latent position of Stage C is 42 2/3 px
-    wide. Stage B's U-Net halves its input up to 4 times: sides are multiples of 16, that is 64 px.
+    The grids are the smallest that cover the image. A latent position of Stage C is 42 2/3 px wide.
+    Stage B's U-Net halves its input up to 4 times: sides are multiples of 16, that is 64 px.
     """
     for name, side in (("height", height), ("width", width)):
         if not isinstance(side, Integral) or not 64 <= side <= 2 ** 14:
@@ -287,9 +287,9 @@ def latent_sizes(height: int, width: int) -> tuple[tuple[int, int], tuple[int, i
 
 
 class Noise:
-    """The random numbers of n images, each from its own generator: noise(C, h, w) -> (n,C,h,w).
+    """Draws noise for n images, each from its own generator: noise(C, h, w) -> (n,C,h,w).
 
-    Drawn on the CPU, so an image depends neither on the images in its batch nor on the device.
+    The CPU draws it, so an image depends neither on the images in its batch nor on the device.
     """
     def __init__(self, seeds: Sequence[int], device: str | torch.device = "cpu"):
         if not all(isinstance(seed, Integral) and 0 <= seed < 2 ** 32 for seed in seeds):
@@ -301,7 +301,7 @@ class Noise:
 
     def __call__(self, *shape: int) -> Tensor:
         noise = torch.stack([torch.randn(*shape, generator=g) for g in self.generators])
-        if self.device.type == "cuda":         # pinned: copied while the host continues
+        if self.device.type == "cuda":         # pinned memory is copied in the background
             noise = noise.pin_memory()
         return noise.to(self.device, non_blocking=True)
 
@@ -312,8 +312,8 @@ class Wuerstchen:
     """Text to images. Every step is a method of its own; __call__ shows them in order.
 
     networks: {name: a module, or a function that loads it when it is first needed}, for stage_a,
-    stage_b, stage_c, text_encoder_c, text_encoder_b, image_encoder. size (px), c and b: defaults of
-    these weights. To make a loaded model faster or smaller, speed/ replaces `part`, `predictor`,
+    stage_b, stage_c, text_encoder_c, text_encoder_b, image_encoder. size (px), c and b: defaults
+    for calls. To make a loaded model faster or smaller, speed/ replaces `part`, `predictor`,
     `bind_c`, `bind_b` or `decode_one`; loading/arguments.py adds checks to `accept` and `settings`.
     The networks are attributes as well: model.stage_c.
     """
@@ -328,7 +328,7 @@ class Wuerstchen:
     @classmethod
     def load(cls, weights=None, device=None, dtype=None, **options) -> "Wuerstchen":
         """weights: "tiny", which ships with the code; "v1", "v2", "v2-base", "v2-aesthetic", which
-        are fetched; or a folder. options: other parts, LoRAs, speed, memory: loading/pipeline.py.
+        are downloaded; or a folder. options: see load in loading/pipeline.py.
         Raises ValueError, in one line, for weights and devices that cannot be used."""
         from loading.pipeline import load
         return load(weights, device, dtype, **options)
@@ -341,7 +341,7 @@ class Wuerstchen:
         """Prompts -> PIL images, num_images for each prompt, in order.
 
         negative_prompt  what guidance steers away from
-        seed             0 to 2^32 - 1; image i uses seed + i; None: a random one
+        seed             0 to 2^32 - 1; image i uses seed + i; None: a random seed
         width, height    px, any from 64; default: what the weights were trained on
         callback         callback("C" or "B", step, t, latents, x_0) after every step -> None or
                          other latents; to stop, raise an exception
@@ -364,7 +364,7 @@ class Wuerstchen:
 
     @torch.no_grad()
     def encode_text(self, stage: str, prompts: list[str], negatives: list[str]) -> tuple:
-        """-> embeddings for stage "c" or "b" of prompts and of negative prompts, each (n,N,D).
+        """Encodes prompts and negatives for stage "c" or "b". Returns two tensors (n,N,D).
 
         Each text is encoded once and by itself, so that its embedding does not depend on a batch.
         """
@@ -398,9 +398,9 @@ class Wuerstchen:
     def sample(self, stage: str, bind: Callable, conditions: list[tuple[Tensor, Tensor]], draw,
                sampling: Sampling, x: Tensor | None = None, keep: Callable | None = None,
                callback: Callable | None = None, progress: bool = False) -> Tensor:
-        """denoise for one stage. conditions: pairs (with, without text); x: start, if not noise."""
+        """Runs denoise for a stage. conditions: pairs (with, without text); x: start, or None."""
         predict = self.predictor(bind, conditions)
-        # leave=None: the bar does not stay if it stands below another one, as in sample.py
+        # leave=None: the finished bar is removed if it is below another bar, as in sample.py
         bar = functools.partial(tqdm, desc=f"Stage {stage}", unit="step", leave=None)
         callback = functools.partial(callback, stage) if callback else None
         try:
@@ -423,7 +423,7 @@ class Wuerstchen:
     # ----- the networks and their input: what speed/, v1/ and loading/ replace --------------------
 
     def part(self, name: str):
-        """A network by its name. Raises ValueError if these weights were loaded without it."""
+        """Returns a network, and loads it if needed. Raises ValueError if there is none."""
         network = self.networks.get(name)
         if network is None:
             raise ValueError(f"{name} is needed for this, but was not loaded.")
@@ -433,7 +433,7 @@ class Wuerstchen:
         return network
 
     def predictor(self, bind: Callable, conditions: list[tuple[Tensor, Tensor]]) -> Callable:
-        """-> predict(x_t, t, guided) for denoise. conditions: pairs (with, without the text)."""
+        """Returns denoise's predict(x_t, t, guided). conditions: pairs (with, without text)."""
         networks = {}                          # {guided: the network with its conditions}
 
         def predict(x: Tensor, t: Tensor, guided: bool) -> Tensor:
@@ -444,12 +444,12 @@ class Wuerstchen:
         return predict
 
     def bind_c(self, text: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-        """Stage C with its condition: (x_t, t) -> eps."""
+        """Returns the function (x_t, t) -> eps of Stage C for this text."""
         stage_c = self.part("stage_c")
         return lambda x, t: stage_c(x, t, text)
 
     def bind_b(self, semantic: Tensor, text: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-        """Stage B with its conditions: (x_t, t) -> eps."""
+        """Returns the function (x_t, t) -> eps of Stage B for these conditions."""
         stage_b = self.part("stage_b")
         return lambda x, t: stage_b(x, t, semantic, text)
 
@@ -492,7 +492,7 @@ class Wuerstchen:
 
 
 def nan_advice(dtype: torch.dtype, sampling=None) -> str:
-    """What the user can do about NaN; omits advice that is followed already."""
+    """Returns advice against NaN for the user; omits what the settings already follow."""
     larger = {torch.float16: ["use bfloat16 or float32"], torch.bfloat16: ["use float32"]}
     guided = sampling is not None and np.max(sampling.guidance) > 1
     advice = larger.get(dtype, []) + ["use a lower guidance scale"] * bool(guided)
@@ -500,7 +500,7 @@ def nan_advice(dtype: torch.dtype, sampling=None) -> str:
 
 
 def crop(images: Tensor, height: int, width: int) -> Tensor:
-    """The middle of images (...,H,W) -> (...,height,width)."""
+    """Cuts out the middle: images (...,H,W) -> (...,height,width)."""
     top, left = (images.shape[-2] - height) // 2, (images.shape[-1] - width) // 2
     return images[..., top:top + height, left:left + width]
 

@@ -35,7 +35,7 @@ LONGEST = 4                      # by default, an edited image's longer side is 
 
 
 class Stopped(Exception):
-    """A callback has asked to stop."""
+    """Raised when a callback asks to stop."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class InitImage:
         return (read_image(self.image), None) if self.mask is None else read_pair(self.image, self.mask)
 
     def strength_for(self, silent: bool) -> float:
-        """The strength, or its default; silent: there is no prompt."""
+        """Returns the strength or, if it is None, its default. silent: there is no prompt."""
         if self.strength is not None:
             return self.strength
         return 1.0 if self.mask is not None else 0.3 if silent else 0.6
@@ -73,10 +73,10 @@ def generate(model: Wuerstchen, prompt: str | list[str] | None = None, negative_
     """Wuerstchen.__call__, in which these arguments are new or accept more:
 
     prompt         may be omitted if `edit` or `given` specify the image
-    seed           as there, or a list of one per image, or a function seed(C, h, w) -> noise (images or 1,C,h,w)
-                   With given["semantic"], the noise that Stage C would have drawn from the seed is skipped. So Stages C
-                   and B in two calls with the same seed generate the same image as in one call. A function skips none
-    width, height  px; default: the weights' size; with `edit`, the image's shape, up to 4 : 1, and that shorter side
+    seed           as in __call__, or a list of seeds, or a function seed(C, h, w) -> noise (images or 1,C,h,w)
+                   With given["semantic"], the noise that Stage C would have drawn from the seed is skipped, unless seed is
+                   a function. So Stages C and B in two calls with the same seed generate the same image as in one call
+    width, height  px; default: the weights' size; with `edit`, this is the shorter side, the shape is the image's
     edit           an InitImage
     given          any of: prompt_c, negative_c, prompt_b, negative_b, embeddings (prompts or 1,N,D) instead of text;
                    semantic, raw latents (images or 1,16,h,w) as output="semantic" returns them, instead of Stage C;
@@ -103,7 +103,7 @@ def generate(model: Wuerstchen, prompt: str | list[str] | None = None, negative_
         c = replace(c, steps=levels)
     elif semantic is None:                                                                 # strength 0: no step at all
         semantic = model.unscale_semantic(known.semantic)
-    skipped = [shape_c] * len(levels) * ("semantic" in given and len(levels) > 1)          # first and each step's noise
+    skipped = [shape_c] * len(levels) * ("semantic" in given and len(levels) > 1)          # of the start and each step
     draw_c, draw_b = draws_from(seed, n, model.device, skipped, shape_c, shape_b)
     # Stage C may take a minute, so the inputs of Stage B are checked before it.
     fit = functools.partial(fitting, n, model.device)
@@ -129,17 +129,18 @@ def generate(model: Wuerstchen, prompt: str | list[str] | None = None, negative_
 
 
 def reconstruct(model: Wuerstchen, image, prompt: str = "", **options):
-    """Encodes an image to semantic latents and decodes these with Stages B and A. Returns what generate returns."""
+    """Encodes an image to semantic latents, decodes the latents with Stages B and A. Returns what generate returns."""
     return generate(model, prompt, edit=InitImage(image, 0.0), **options)
 
 
 @torch.no_grad()
 def interpolate(model: Wuerstchen, a: str | Tensor, b: str | Tensor, frames: int = 8, *, seed: int | None = 0,
                 to_seed: int | None = None, batch: int = 1, **options) -> list:
-    """`frames` PIL images on the way from a to b, two prompts or two semantic latents (1,16,h,w); both ends included.
+    """Returns `frames` PIL images from a to b, both ends included. a, b: prompts, or semantic latents (1,16,h,w).
 
-    Embeddings or latents are interpolated along a sphere (slerp). to_seed: the noise is as well, from the noise of
-    `seed` to the noise of `to_seed`. batch: images computed at a time. options: as for generate.
+    Embeddings or latents are interpolated along a sphere (slerp). to_seed: the noise is also
+    interpolated, from the noise of `seed` to the noise of `to_seed`. batch: images computed at a time.
+    options: as for generate.
     """
     frames, batch = FRAMES.check("frames", frames), BATCH.check("batch", batch)
     seed = random_seed() if seed is None else SEED.check("seed", seed)
@@ -178,7 +179,7 @@ def check_arguments(model: Wuerstchen, given: dict | None, edit: InitImage | Non
 
 
 def check_given(given: dict | None, edit: InitImage | None) -> dict[str, Tensor]:
-    """The checks of check_arguments that need no model. Returns `given` with tensors as values."""
+    """Does the checks of check_arguments that need no model. Returns `given` with tensors as values."""
     if not isinstance(given, dict | None) or not isinstance(edit, InitImage | None):
         raise TypeError(f"got given {given!r:.80} and edit {edit!r:.80}, expected {{\"semantic\": tensor}} with any of "
                         f"{', '.join(EMBEDDINGS + LATENTS)}, and InitImage(image, strength, mask).")
@@ -227,8 +228,9 @@ def seed_list(seed: int | Sequence[int] | None, n: int) -> list[int]:
 
 
 def draws_from(seed, n: int, device: torch.device, skipped: list[tuple], *shapes: tuple) -> list[Callable]:
-    """-> for each of `shapes`, a function draw() -> checked noise (n, *shape). seed: a number, a list of seeds or a
-    function. Noise of the shapes `skipped` is drawn and discarded first, except from a function of the user."""
+    """Returns a function draw() for each of `shapes`, which returns checked noise (n, *shape). seed: a number, a list
+    of seeds or a function. Noise of the shapes `skipped` is drawn and discarded first, but not if seed is a user's
+    function."""
     noise = seed if callable(seed) else Noise(seed_list(seed, n), device)
     for shape in skipped if noise is not seed or isinstance(seed, FrameNoise) else ():
         noise(*shape)
@@ -273,14 +275,14 @@ def image_size(model: Wuerstchen, height: int | None, width: int | None, image: 
 
 
 def both_sides(height: int | None, width: int | None, image: Tensor) -> tuple[int, int]:
-    """-> (height, width). A side that is None follows from the other and the image's shape (3,H,W), up to 4 : 1."""
+    """-> (height, width). A None is computed from the other side and the image's shape (3,H,W), up to 4 : 1."""
     h, w = image.shape[-2:]
     h, w = min(h, LONGEST * w), min(w, LONGEST * h)
     return round(width * h / w) if height is None else height, round(height * w / h) if width is None else width
 
 
 class PromptBatch:
-    """Text embeddings for Stages "c" and "b": texts("c") -> of prompts and of negative prompts, each (images,N,D).
+    """Text embeddings for Stages "c" and "b": texts("c") returns (images,N,D) of the prompts and of the negatives.
 
     Everything is checked in __init__; a call encodes the prompts. stages: the stages that will be called, "c", "b" or
     "cb". optional: prompts may be empty. Attributes: rows, the number of prompts; silent: all prompts are empty.
@@ -309,7 +311,7 @@ class PromptBatch:
             self.check_width(name, embedding)
 
     def check_given(self, prompt, stages: str, optional: bool) -> None:
-        """Raises ValueError if prompt is None, unless all stages have embeddings or, if `optional`, none has one."""
+        """Raises ValueError if prompt is None and a stage lacks embeddings, unless `optional` and no stage has any."""
         missing = [f"prompt_{stage}" for stage in stages if f"prompt_{stage}" not in self.embeddings]
         if prompt is None and missing and {"prompt_c", "prompt_b"} & set(self.embeddings):
             raise ValueError(f"there is no {missing[0]} among the embeddings, and no prompt to make it from: "
@@ -320,7 +322,8 @@ class PromptBatch:
 
     def check_width(self, name: str, embedding: Tensor) -> None:
         stage, key = ("stage_c", "c_cond") if name.endswith("_c") else ("stage_b", "c_text")
-        config = getattr(self.model.networks.get(stage), "config", None)     # network or its loader
+        # The value is a network or a function that loads it. A loader may have no config.
+        config = getattr(self.model.networks.get(stage), "config", None)
         if config is not None and embedding.shape[2] != config[key]:
             raise ValueError(f"embeddings {name} have shape {tuple(embedding.shape)}, "
                              f"expected ({rows(self.rows)}, tokens, {config[key]}).")
@@ -351,8 +354,9 @@ def encode_latents(model: Wuerstchen, images: Tensor) -> Tensor:
 def encode_image(model: Wuerstchen, images: Tensor) -> Tensor:
     """images (n,3,H,W) in [0, 1] -> raw (unscaled) semantic latents (n,16,h,w) float32.
 
-    The images are extended to Stage B's grid and resized so that each latent position covers 32 x 32 px: to about 0.75
-    of their size. Raises ValueError for sides below 64 px, and for weights without an image encoder.
+    The images are extended to Stage B's grid, then resized to about 0.75 of their size, so that each latent position
+    covers 32 x 32 px of the resized image. Raises ValueError for sides below 64 px, and for weights without an image
+    encoder.
     """
     encoder = model.part("image_encoder")
     (h, w), (h_b, w_b) = latent_sizes(*images.shape[-2:])
@@ -361,7 +365,7 @@ def encode_image(model: Wuerstchen, images: Tensor) -> Tensor:
 
 
 def extend(images: Tensor, height: int, width: int) -> Tensor:
-    """(n,C,H,W) -> (n,C,height,width), edges repeated: wuerstchen.crop undoes it."""
+    """(n,C,H,W) -> (n,C,height,width): repeats the pixels at the edges. wuerstchen.crop undoes this."""
     top, left = (height - images.shape[-2]) // 2, (width - images.shape[-1]) // 2
     right, bottom = width - images.shape[-1] - left, height - images.shape[-2] - top
     return F.pad(images, (left, right, top, bottom), mode="replicate")
@@ -392,7 +396,7 @@ class KnownImage:
             return
         self.mask = cover(mask[None], height, width, nearest=True)[0].to(model.device)     # (height, width)
         canvas = extend(self.mask[None, None], 4 * h_b, 4 * w_b)
-        # A latent position that overlaps the mask at all becomes new content.
+        # A latent position becomes new content if any of its pixels is in the mask.
         self.mask_c, self.mask_b = (F.adaptive_max_pool2d(canvas, size).bool() for size in ((h, w), (h_b, w_b)))
         self.latents = encode_latents(model, extend(self.image[None], 4 * h_b, 4 * w_b))   # (1, 4, h_b, w_b)
 
@@ -429,7 +433,7 @@ class InpaintMask:
 
 
 class FrameNoise:
-    """Source of noise for frames at f (n,), 0 to 1: noise of `seed`, interpolated to noise of `to_seed` if given."""
+    """Draws noise for frames at f (n,): 0 is the noise of `seed`, 1 that of `to_seed`. If that is None, f is unused."""
     def __init__(self, seed: int, to_seed: int | None, f: Tensor):
         self.f, self.ends = f, [Noise([end] * len(f)) for end in (seed, to_seed) if end is not None]
 

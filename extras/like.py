@@ -22,10 +22,10 @@ DTYPES = dict(fp32="float32", bf16="bfloat16", fp16="float16")
 # Fields of a stage's sampling settings, with the defaults of their options. None: the weights have their own default.
 SAMPLING = dict(steps=None, sampler=None, guidance=None, interval=(0.0, 1.0), rescale=0.0, eta=0.0, t_start=1.0,
                 t_end=0.0, temperature=None)
-# {part that can be replaced by a folder or file: its name in texts}
+# {part that can be replaced by a folder or file: its name in messages}
 FILES = dict(prior="Stage C", decoder="Stage B", vqgan="Stage A", image_encoder="the image encoder",
              prior_text_encoder="Stage C's text encoder", text_encoder="Stage B's text encoder")
-# {name of weights: whether they are v1}, for the weights of which this is known before they are loaded.
+# {name of weights: whether they are v1}, for weights whose version is known without loading them.
 NAMED = {None: False, "tiny": False, "tiny-v1": True, "v1": True, "v2": False, "v2-base": False, "v2-aesthetic": False}
 # Options that only one version has, because Stage B of v1 generates tokens; then the samplers of the stages.
 ONLY_V1, ONLY_V2 = ("temperature_b",), ("mask", "outpaint", "rescale_b", "eta_b")
@@ -39,7 +39,7 @@ PER_IMAGE = ("prompt", "negative_prompt", "seed", "num_images", "width", "height
 PER_RUN = ("reconstruct", "interpolate_to", "to_seed", "frames", "grid", "to_latent", "weights", *FILES, "lora",
            "lora_partial", "revision", "dtype", "int8", "tile")
 
-COMBINED = ("reconstruct", "grid", "interpolate_to", "to_latent")            # these make one image out of several
+COMBINED = ("reconstruct", "grid", "interpolate_to", "to_latent")            # each file combines several images
 REQUIRES = (("mask", "init"), ("outpaint", "init"), ("strength", "init"), ("to_latent", "from_latent"),
             ("to_seed", "interpolate_to", "to_latent"))                      # the first option needs one of the others
 Options = dict[str, list[str]]
@@ -88,20 +88,20 @@ def flat(options: Options) -> list[str]:
 
 
 def is_possible(name: str, args: argparse.Namespace) -> bool:
-    """Whether the options on which this option depends are set so that it can be used."""
+    """Whether the option `name` can be used together with the other options in `args`."""
     if needed := next((others for first, *others in REQUIRES if first == name), None):
         return any(getattr(args, other) for other in needed)
     stage = name[-1]
     if name in ("eta_c", "eta_b"):
         return getattr(args, f"sampler_{stage}") == "ddim"
     if name in ("t_start_c", "t_start_b", "t_end_c", "t_end_b"):
-        steps = getattr(args, f"steps_{stage}")              # segments contain the end; levels, both
+        steps = getattr(args, f"steps_{stage}")              # segments set the end, levels both ends
         return steps is None or isinstance(steps, (int, dict) if "start" in name else int)
     return True
 
 
 def of_other_version(args: argparse.Namespace, v1: bool) -> list[str]:
-    """The options that are given although weights of this version, v1 or v2, cannot use them."""
+    """Returns the names of given options that weights of v1 (`v1` is True) or v2 (False) cannot use."""
     names = [name for name in (ONLY_V2 if v1 else ONLY_V1)
              if getattr(args, name) not in (None, "", SAMPLING.get(name[:-2]))]
     return names + ["sampler_b"] * bool(args.sampler_b and (args.sampler_b in SAMPLERS["c"]) == v1)
@@ -134,8 +134,8 @@ def merge(read: Callable[[list[str]], argparse.Namespace], base: Options, more: 
 # ----- --like --------------------------------------------------------------------------------------------------------
 
 def options_like(read: Callable, args: argparse.Namespace, more: Options) -> tuple[Options, dict[str, str]]:
-    """-> the settings of the image of --like, overridden by `more`, the command line; and the hashes of the files that
-    the image was made from, except for files that the command line replaces. Raises ValueError."""
+    """Returns the settings of the image of --like, overridden by `more`, the command line's options, and the hashes of
+    the files that the image was made from, except files that the command line replaces. Raises ValueError."""
     from extras.metadata import read_settings
     stored = read_settings(args.like)
     hashes = stored["hashes"] = stored["hashes"] if isinstance(stored.get("hashes"), dict) else {}
@@ -192,7 +192,7 @@ def is_tiny(weights: str | Path) -> bool:
 
 
 def own_size(image: str, stored: dict, size: int) -> tuple[int, int]:
-    """The default (height, width) of an image with settings `stored`: of its saved latent, of its --init, or `size`."""
+    """Returns the default (height, width) for settings `stored`: of the saved latent or --init if any, or `size`."""
     from extras import editing, images, modes
     hashes = stored["hashes"]
     try:
@@ -267,7 +267,7 @@ def settings_of(job: argparse.Namespace, model, image) -> dict:
     values["dtype"] = next(name for name, dtype in DTYPES.items() if getattr(torch, dtype) == model.dtype)
     if not any(values[name] for name in COMBINED):
         values |= dict(width=image.width, height=image.height)
-    if not job.grid:                             # else each image has its own file and seed
+    if not job.grid:                             # without --grid, each image has its own file
         values["num_images"] = None
     if not job.interpolate_to and not job.to_latent:
         values["frames"] = None
