@@ -74,9 +74,9 @@ def generate(model: Wuerstchen, prompt: str | list[str] | None = None, negative_
 
     prompt         may be omitted if `edit` or `given` specify the image
     seed           as in __call__, or a list of seeds, or a function seed(C, h, w) -> noise (images or 1,C,h,w)
-                   With given["semantic"], the noise that Stage C would have drawn from the seed is skipped, unless seed is
-                   a function. So Stages C and B in two calls with the same seed generate the same image as in one call
-    width, height  px; default: the weights' size; with `edit`, this is the shorter side, the shape is the image's
+                   With given["semantic"], Stage C's noise is drawn and discarded, unless seed is a function. So
+                   Stages C and B in two calls with the same seed generate the same image as in one call
+    width, height  px; default: the weights' size; with `edit`: that shorter side, the image's shape up to 4 : 1
     edit           an InitImage
     given          any of: prompt_c, negative_c, prompt_b, negative_b, embeddings (prompts or 1,N,D) instead of text;
                    semantic, raw latents (images or 1,16,h,w) as output="semantic" returns them, instead of Stage C;
@@ -138,9 +138,8 @@ def interpolate(model: Wuerstchen, a: str | Tensor, b: str | Tensor, frames: int
                 to_seed: int | None = None, batch: int = 1, **options) -> list:
     """Returns `frames` PIL images from a to b, both ends included. a, b: prompts, or semantic latents (1,16,h,w).
 
-    Embeddings or latents are interpolated along a sphere (slerp). to_seed: the noise is also
-    interpolated, from the noise of `seed` to the noise of `to_seed`. batch: images computed at a time.
-    options: as for generate.
+    Embeddings or latents are interpolated along a sphere (slerp). to_seed: also interpolate the
+    noise, from that of `seed` to that of `to_seed`. batch: images computed at a time. options: as for generate.
     """
     frames, batch = FRAMES.check("frames", frames), BATCH.check("batch", batch)
     seed = random_seed() if seed is None else SEED.check("seed", seed)
@@ -228,9 +227,8 @@ def seed_list(seed: int | Sequence[int] | None, n: int) -> list[int]:
 
 
 def draws_from(seed, n: int, device: torch.device, skipped: list[tuple], *shapes: tuple) -> list[Callable]:
-    """Returns a function draw() for each of `shapes`, which returns checked noise (n, *shape). seed: a number, a list
-    of seeds or a function. Noise of the shapes `skipped` is drawn and discarded first, but not if seed is a user's
-    function."""
+    """Returns for each of `shapes` a function draw() that returns checked noise (n, *shape). seed: a number, a list or
+    a function. Noise of the shapes `skipped` is drawn and discarded first, except from a function of the user."""
     noise = seed if callable(seed) else Noise(seed_list(seed, n), device)
     for shape in skipped if noise is not seed or isinstance(seed, FrameNoise) else ():
         noise(*shape)
@@ -355,8 +353,7 @@ def encode_image(model: Wuerstchen, images: Tensor) -> Tensor:
     """images (n,3,H,W) in [0, 1] -> raw (unscaled) semantic latents (n,16,h,w) float32.
 
     The images are extended to Stage B's grid, then resized to about 0.75 of their size, so that each latent position
-    covers 32 x 32 px of the resized image. Raises ValueError for sides below 64 px, and for weights without an image
-    encoder.
+    covers 32 x 32 px of the resized image. Raises ValueError for sides below 64 px, and without an image encoder.
     """
     encoder = model.part("image_encoder")
     (h, w), (h_b, w_b) = latent_sizes(*images.shape[-2:])
