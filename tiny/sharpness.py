@@ -45,7 +45,7 @@ def draw(name: str, place, colour: str, box) -> np.ndarray:
 
 
 def refine(image: np.ndarray, name: str, place, colour: str) -> tuple[float, float, float]:
-    """-> the place (size, x, y) near a given one where a sprite fits an image (128,128,3) uint8 best: least squares."""
+    """Returns the (size, x, y) near `place` at which the sprite fits an image (128,128,3) uint8 best: least squares."""
     size, x, y = place
     half = size // 2 + EDGE
     box = max(0, x - half), max(0, y - half), min(CANVAS, x + half), min(CANVAS, y + half)
@@ -98,7 +98,7 @@ def compare(image, found: list, name: str, colour: str) -> dict | None:
 
 
 def summary(images, found: list[list], facts: list[dict]) -> dict:
-    """Mean psnr and distance over the objects in the prompts that the judge found; objects: their number, `of` all."""
+    """Mean psnr and distance of the prompts' objects that the judge found; objects: their number; of: of all."""
     objects = [compare(image, seen, name, fact["colour"])
                for image, seen, fact in zip(images, found, facts) for name in fact["objects"]]
     values = [(o["psnr"], o["distance"]) for o in objects if o]
@@ -117,8 +117,8 @@ def contrast(name: str, colour: str) -> float:
 
 
 def worst_tenths(found: list[list], facts: list[dict]) -> dict:
-    """Figures in the form of tally. least_contrast: of the tenth of all requested objects with the least contrast on
-    their background. worst_objects: of the tenth of the objects' names that the judge finds least often."""
+    """How often the judge finds difficult objects, in the form of tally. least_contrast: the tenth of all requested
+    objects with the least contrast on their background. worst_objects: the tenth of names that it finds least."""
     asked = [(contrast(name, fact["colour"]), name, any(other == name for other, *_ in seen))
              for seen, fact in zip(found, facts) for name in fact["objects"]]
     rates = {}

@@ -9,7 +9,7 @@ out=${1:-runs/scratch}
 dtype=fp32      # bf16 halves the time of Stage B, but only on a CPU that multiplies bfloat16
 if grep -qs avx512_bf16 /proc/cpuinfo; then dtype=bf16; fi
 
-# Stage A. Its encoder stops early, as its latents are then easier for Stage B. Its decoder is trained further.
+# Stage A. Its encoder's training stops early: its latents are then easier for Stage B. Its decoder is trained further.
 python train_a.py --steps 1400 --out "$out/a_1400" --resume auto
 python train_a.py --init "$out/a_1400/vqgan" --freeze-encoder --steps 8000 --out "$out/a" --resume auto
 
@@ -20,7 +20,7 @@ python train_b.py --init random --config models/tiny --vqgan "$out/a_1400/vqgan"
     --out "$out/b" --resume auto
 python -m tiny.train_text --image-encoder "$out/b/image_encoder" --out "$out/text" --resume auto
 
-# Stage C, three times 3000 steps: the learning rate falls at the end of each.
+# Stage C: three runs of 3000 steps. In each run the learning rate falls to 0.
 train_c() {
     python train_c.py --weights tiny "$@" --image-encoder "$out/b/image_encoder" --prior-text-encoder "$out/text/text_encoder" \
         --data scenes:captioned:32000:2 --cache "$out/cache" --batch 64 --steps 3000 --lr 2e-3 --warmup 200 \
@@ -36,7 +36,7 @@ train_b() {
         --text-encoder "$out/text/text_encoder" --freeze-encoder --cache "$out/cache" --loss head --even-contrast \
         --compile --dtype $dtype "${@:2}" --resume auto
 }
-judge() {       # the model with the Stage B of this run: how often is it right, how sharp is it?
+judge() {       # measures how often the model with this run's Stage B is right, and how sharp its images are
     if [ ! -e "$out/$1.json" ]; then
         mkdir -p "$out/model"
         cp -r "$out"/{a/vqgan,"$1"/decoder,b/image_encoder,c_last/prior,c_last/scheduler,text/text_encoder,text/tokenizer} "$out/model"

@@ -107,7 +107,7 @@ def main(args):
     torch.manual_seed(args.seed)
     scenes = EmojiScenes("all", seed=args.seed + 1)                      # scene i depends only on (seed, i)
     encoder, head = new_model(TinyImageEncoder, args.config).to(device).train(), build_head().to(device)
-    parameters = [p for p in encoder.parameters() if p.requires_grad]    # not the last norm's fixed 42, -1
+    parameters = [p for p in encoder.parameters() if p.requires_grad]    # without the last norm's fixed 42, -1
     optimizer = torch.optim.AdamW([*parameters, *head.parameters()], lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-3)
     parts, start = dict(model=encoder, head=head, optimizer=optimizer), 0
     if resumed is not None:
@@ -121,7 +121,7 @@ def main(args):
         objects, places, colours = (torch.from_numpy(a).to(device) for a in labels_of(scenes.scenes(first, args.batch)))
         images = to_tensor(scenes.batch(first, args.batch)[0], device)                       # (B, 3, 128, 128)
         latents = scale_semantic(encoder(preprocess(images, 96)))                            # (B, 16, 3, 3)
-        # Noise on the latents makes nearby latents mean similar things, because Stage C will not hit them exactly.
+        # Noise on the latents makes nearby latents mean similar things, because Stage C will not generate them exactly.
         # Seeding the noise of each step makes a resumed run equal to an uninterrupted one.
         torch.manual_seed(hash((args.seed, step)) % 2 ** 63)
         noisy = add_noise(latents, torch.randn_like(latents), torch.rand(args.batch, device=device) * 0.3)

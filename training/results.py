@@ -29,7 +29,7 @@ def files_given(args, parts: tuple[str, ...]) -> dict[str, str]:
 
 
 def is_local(name: str) -> bool:
-    """Whether weights or a part are a path on this machine, not a name or a repository."""
+    """Whether `name`, of weights or a part, is a path on this machine, not a known name or a repository."""
     return name not in (*SHIPPED, *NAMES) and (
         Path(name).exists() or name not in REVISIONS and not name.startswith("hub:"))
 
@@ -44,7 +44,7 @@ def write_base(args, parts: tuple[str, ...], **more) -> None:
 
 
 def finished(args) -> None:
-    """For a run that is resumed after its end: prints so and keeps the result. With --push-to-hub, uploads it."""
+    """Reports that a resumed run was finished already, and keeps its result. With --push-to-hub, uploads it."""
     tell(f"{args.steps} steps are done and the result is in {args.out}: raise --steps to continue")
     if args.push_to_hub:
         push(args)
@@ -101,7 +101,7 @@ def three_prompts(args, dataset) -> list[str]:
     """Up to three prompts for the card: those of the sample sheets, then captions that were trained on."""
     prompts = list(getattr(args, "sample_prompt", []))
     if getattr(args, "sample_prompts", None):
-        with contextlib.suppress(ValueError):                        # a missing file must not cost the result
+        with contextlib.suppress(ValueError):                        # a missing file must not prevent the result
             prompts += read_prompts(args.sample_prompts)
     prompts += [dataset.captions(i)[0] for i in range(min(len(dataset), 100))]
     return [prompt for prompt in dict.fromkeys(" ".join(prompt.split()) for prompt in prompts) if prompt][:3]
@@ -200,7 +200,7 @@ def write_card_c(args, dataset) -> None:
                f"{what} {described(start)}: {args.steps} steps on {len(dataset)} images." if args.init == "weights" else
                f"Würstchen's Stage C, trained from random weights: {args.steps} steps on {len(dataset)} images.",
                f"Trigger words: **{args.trigger}**." if args.trigger else "",
-               # without any LoRA, because that LoRA would be added to this one
+               # the parts must have no LoRA, because it would be added to this one
                how, "FOLDER stands for parts that are not published, without any LoRA." * ("FOLDER" in how),
                f"**Limits.** {LIMITS}" + " The LoRA fits only the weights above and their variants." * args.lora)
 
@@ -217,11 +217,11 @@ def write_lora(args, prior, steps: int, images: int, path: Path | None = None) -
 
 
 def write_words(args) -> None:
-    """Writes prior/words.json, if all captions were those of emoji scenes: their words and those that the base knew."""
+    """Writes prior/words.json if all captions were of emoji scenes: their words and those that the base model knew."""
     kind, _, rest = args.data.partition(":")
     known, folder = {}, Path(args.out) / "prior"
     if args.init == "weights" and kind == "scenes":
-        with contextlib.suppress(WeightsError):                      # unreadable words must not cost the result
+        with contextlib.suppress(WeightsError):                      # unreadable words must not prevent the result
             known = read_words(locate(args.weights, files_given(args, FILES_C), parts=("prior",))["prior"])
     if kind == "scenes" and (known or args.init == "random"):
         learned = vocabulary(UNCAPTIONED if rest.startswith("uncaptioned") else CAPTIONED)
@@ -237,7 +237,7 @@ FILES_B = ("decoder", "image_encoder", "vqgan", "text_encoder")
 
 
 def stage_c_fits(args) -> bool:
-    """Whether the Stage C of --weights fits the image encoder: it is frozen, and the same as that of --weights."""
+    """Whether the Stage C of --weights fits the image encoder: the encoder is frozen, and the same as in --weights."""
     if not args.freeze_encoder or args.init == "weights" or args.weights in NAMES:
         return args.freeze_encoder and args.init == "weights"
     own = locate(args.weights, parts=("image_encoder",))["image_encoder"]
@@ -245,7 +245,7 @@ def stage_c_fits(args) -> bool:
 
 
 def save_encoder(encoder: torch.nn.Module, folder: Path, frozen: bool) -> None:
-    """Writes an image encoder in float16, as released; a frozen one in float32 if float16 would change it."""
+    """Writes an image encoder in float16, like the released one; in float32 if it is frozen and float16 is inexact."""
     tensors = diffusers_tensors(encoder)
     half = to_half(tensors)
     exact = all(torch.equal(half[name].to(tensor.dtype), tensor) for name, tensor in tensors.items())
@@ -255,8 +255,8 @@ def save_encoder(encoder: torch.nn.Module, folder: Path, frozen: bool) -> None:
 def write_stage_b(args, model, encoder, dataset, log_lines: list[dict], processes) -> None:
     """Writes decoder/, image_encoder/, README.md, and base.json if Stage C still fits; uploads them with --push-to-hub.
 
-    model: has Stage B as model.decoder; encoder: the image encoder; log_lines: contain the PSNR. All processes must
-    call this.
+    model: has Stage B as model.decoder; encoder: the image encoder; log_lines: the lines of the log, with PSNR. All
+    processes must call this.
     """
     weights = full_weights(model)
     processes.on_main(write_files_b, args, model.decoder, encoder, weights, dataset, log_lines)
@@ -310,7 +310,7 @@ def write_card_b(args, dataset, log_lines: list[dict]) -> None:
 @torch.no_grad()
 def write_stage_a(args, model, fixed: torch.Tensor, values: dict, images: int) -> None:
     """Writes vqgan/ and README.md; uploads them with --push-to-hub. fixed: the validation's images, (N,3,H,W) uint8;
-    values: its results."""
+    values: the validation's results."""
     check_finite(model.state_dict(), "the result")
     (Path(args.out) / "README.md").unlink(missing_ok=True)       # written last: where it is, the result is complete
     if not args.freeze_encoder:          # scales the latents to unit variance for Stage B
@@ -356,7 +356,7 @@ def pushed_files(args) -> dict[str, Path]:
 
 
 def pushed_card(args) -> str:
-    """The text of README.md for the hub: replaces the folder that the card of a run without --push-to-hub names."""
+    """The text of README.md for the hub: the folder named in the card of a run without --push-to-hub is replaced."""
     folder, card = place(args, None), (Path(args.out) / "README.md").read_text(encoding="utf-8")
     for name in (f"{folder}/lora.safetensors", folder):
         card = card.replace(name, place(args, args.push_to_hub))

@@ -104,7 +104,7 @@ def draw_caption(dataset, index: int, rng: Callable, dropout: float) -> tuple[st
 
 
 def embed_once(paths: dict, dtype: torch.dtype, captions: list[str]) -> Tensor:
-    """-> (B,N,D). Loads Stage C's text encoder for this call only, for training from a cache that lost an entry."""
+    """Embeds captions that the cache has lost, (B,N,D): loads Stage C's text encoder only for this call."""
     files = paths["prior_text_encoder"], paths["prior_tokenizer"]
     return load_text_encoder(*files, dtype)(captions)
 
@@ -126,7 +126,7 @@ class ImageReader:
         index = self.replaced.get(index, index)
         bucket = self.dataset.bucket
 
-        def others() -> np.ndarray:              # a large array, so only made if something is broken
+        def others() -> np.ndarray:              # a large array: only computed if an image or entry is broken
             return np.flatnonzero(bucket == bucket[index])
         for index in candidates(index, others):
             if self.pixels:
@@ -150,7 +150,8 @@ class MultiSizeSampler(BatchSampler):
     """A BatchSampler whose steps have several resolutions. step() returns an index into `sizes` instead of a bucket.
 
     The resolution of step k is a function of (seed, k). Buckets are the shapes of the largest resolution, which has the
-    most; smaller resolutions use their nearest shape. Index into sizes = index of resolution * len(shapes) + bucket.
+    most shapes; at smaller resolutions, an image gets the nearest shape that exists there.
+    Index into sizes = index of resolution * len(shapes) + bucket.
     """
     def __init__(self, image_sizes: np.ndarray, resolutions: list[int], max_ratio: float, batch: int, seed: int,
                  folder: Path | None = None):

@@ -154,7 +154,7 @@ def sprite(name: str, size: int) -> tuple[np.ndarray, np.ndarray]:
     """One object at size x size px -> colour times alpha, and transparency (255 - alpha), both (size,size,3) uint8."""
     check_name(name, OBJECTS, "object")
     column, row = OBJECTS.index(name) % COLUMNS * CELL, OBJECTS.index(name) // COLUMNS * CELL
-    cell = _sheet().crop((column, row, column + CELL, row + CELL))     # before resizing: neighbours must not mix in
+    cell = _sheet().crop((column, row, column + CELL, row + CELL))     # cut before resizing: no neighbours mix in
     rgba = np.array(cell.resize((size, size), Image.LANCZOS))
     alpha = rgba[..., 3:]
     # Lanczos overshoots at edges; colour <= alpha keeps the sum in render() within 255.
@@ -253,7 +253,7 @@ class EmojiScenes:
 
     objects  "captioned" (to train Stage C), "uncaptioned" (to fine-tune), or "all" (to train Stages A and B). With
              "all", a scene with an uncaptioned object gets the caption "", so that no stage learns its name too early.
-    size     px of the images.  seed  another seed is another, equally endless set.
+    size     px of the images.  seed  each seed gives another endless set.
     """
     def __init__(self, objects: str = "all", size: int = CANVAS, seed: int = 0):
         choices = {"all": OBJECTS, "captioned": CAPTIONED, "uncaptioned": UNCAPTIONED}

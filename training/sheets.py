@@ -97,7 +97,7 @@ class Reconstructions:
 
     @torch.no_grad()
     def write(self, step: int) -> dict[str, float]:
-        """Writes the sheet -> PSNR of each column, for the log. Under FSDP all processes must call this."""
+        """Writes the sheet. Returns the PSNR of each column, for the log. Under FSDP all processes must call this."""
         if not (self.processes.is_main or self.args.fsdp):
             return {}
         own, rows = self.pipeline.b, self.fixed.x_0.split(self.args.batch)

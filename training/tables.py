@@ -25,12 +25,12 @@ NOT_USABLE = ".skipped"          # suffix of tar members that contain the reason
 IMAGE_COLUMNS = ("image", "images", "img", "jpg", "jpeg", "png", "webp", "photo", "picture")
 
 
-PLAIN = (str, int, float, type(None))            # types of values kept from other columns, also in lists
+PLAIN = (str, int, float, type(None))            # values of these types and lists of them are kept from other columns
 
 
 @dataclass
 class Table:
-    """columns: {name: whether it may contain images}. folders: those from which files named in rows may be read."""
+    """columns: {name: whether it may contain images}. folders: files that rows name are only read from these."""
     name: str
     columns: dict[str, bool]
     rows: Iterable[dict]
@@ -102,9 +102,9 @@ def hub_table(name_and_split: str, config: str | None = None) -> Table:
 
 
 def write_tar(table: Table, path: Path, asked: str | None = None) -> None:
-    """A table -> a tar file with NUMBER.COLUMN.jpg and .json for each row, or NUMBER.skipped with the reason.
+    """Writes a table as a tar file: NUMBER.COLUMN.jpg and .json for each row, or NUMBER.skipped with the reason.
 
-    asked: the column with the images, or None. Raises ValueError if there is no such column, or several may be it.
+    asked: the column with the images, or None. Raises ValueError if no column, or several, may have images.
     """
     column = image_column(table, asked)
     label = re.sub(r"[^\w-]+", "-", column)
@@ -125,7 +125,7 @@ def write_tar(table: Table, path: Path, asked: str | None = None) -> None:
 
 
 def image_column(table: Table, asked: str | None) -> str:
-    """The column asked for; else the first of IMAGE_COLUMNS; else the only one that may hold images."""
+    """The name of the column with the images: `asked`, else the first of IMAGE_COLUMNS, else the only possible one."""
     names = ", ".join(table.columns)
     candidates = [name for name, usable in table.columns.items() if usable]
     if asked is not None:

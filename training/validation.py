@@ -20,7 +20,7 @@ T_GRID = [0.05 + 0.1 * i for i in range(10)]             # noise levels of the v
 
 def random_images(dataset, sizes: list[tuple[int, int]], rng: np.random.Generator,
                   count: int) -> Iterator[tuple[Tensor, str]]:
-    """For each of `count` images that rng draws: pixels (1,h,w,3) uint8, cut to the nearest of `sizes`, and caption."""
+    """Yields pixels (1,h,w,3) uint8, cut to the nearest of `sizes`, and caption of `count` images that rng draws."""
     nearest = nearest_bucket(dataset.sizes, sizes)                                       # (N,)
     rng.shuffle(numbers := np.arange(len(dataset), dtype=np.uint32))                     # (N,) like permutation(N)
     for i in numbers[:count].tolist():

@@ -35,7 +35,7 @@ class VGGFeatures(nn.Module):
             raise UserError(f"--perceptual {weights}: {reason_of(error)}; expected vgg16, or a file of torchvision's "
                             f"VGG16 weights (vgg16-397923af.pth); remove the option to train without it") from error
         self.requires_grad_(False)
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))      # ImageNet's
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))      # of ImageNet's images
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -104,7 +104,7 @@ def generator_loss(fake_logits: Tensor) -> Tensor:
 
 def adaptive_weight(reconstruction: Tensor, generator: Tensor, last_layer: Tensor,
                     mean=lambda gradient: gradient) -> Tensor:
-    """The factor that gives the generator's loss a gradient at the last layer as long as the reconstruction loss's.
+    """The factor that makes the generator loss's gradient at the last layer as long as the reconstruction loss's.
 
     Both losses are scalars with a graph; last_layer is the weight that makes the pixels -> scalar without a graph. So
     the generator's loss cannot dominate, even if the discriminator becomes certain. Source: arXiv:2012.09841, clamped.
