@@ -134,9 +134,9 @@ def check(args) -> None:
 # ----- one sample --------------------------------------------------------------------------------
 
 class StageASamples(torch.utils.data.Dataset):
-    """(position, index, bucket) -> dict, a function of these three and the seed only.
+    """(position, index, bucket) -> dict, which depends only on these three and the seed.
 
-    position: in the endless stream of samples; index: of the image. The dict has pixels (h,w,3)
+    position counts samples in an endless stream; index counts images. The dict has pixels (h,w,3)
     uint8; quantise, a bool; position.
     """
     def __init__(self, dataset, sizes, args):
@@ -166,7 +166,7 @@ def build_model(args) -> StageA:
         for part in (model.from_latent, model.decoder, model.to_pixels):
             part.requires_grad_(True)
     elif args.codebook == "ema":
-        model.codebook.requires_grad_(False)         # CodebookAverages moves it
+        model.codebook.requires_grad_(False)         # CodebookAverages updates it
     return model
 
 
@@ -184,7 +184,7 @@ def train_mode(model: StageA, step: int, args) -> None:
 
 
 def losses(output: dict, fake, images, vgg, autocast, args) -> tuple:
-    """output: of StageA.forward; fake: its images; images: the targets, both (B,3,H,W) float32 ->
+    """output: from StageA.forward; fake: its images; images: targets, (B,3,H,W) float32. Returns
     reconstruction loss (), total loss without a discriminator (), a dict of terms for the log."""
     terms = dict(l1=output["reconstruction"], l2=(fake - images).square().mean(),
                  codebook=output["codebook"], commitment=output["commitment"])
@@ -205,8 +205,8 @@ def losses(output: dict, fake, images, vgg, autocast, args) -> tuple:
 
 @torch.no_grad()
 def validate(model, fixed, args, processes) -> dict[str, float]:
-    """fixed: images (N,3,H,W) uint8 -> PSNR in dB, of the mean squared error over all of them, with
-    unquantised and with quantised latents; and the usage of the codes."""
+    """Computes the PSNR in dB (from the mean squared error over all images) with unquantised and
+    with quantised latents, and the usage of the codes. fixed: images (N,3,H,W) uint8."""
     errors = torch.zeros(3, device=processes.device)
     counts = torch.zeros(model.config["codebook_size"], device=processes.device)
     for images in fixed[processes.rank::processes.world].split(args.batch):
@@ -246,7 +246,7 @@ def main(args):
     torch.manual_seed(args.seed)
 
     # --- data and model --------------------------------------------------------------------------
-    unseen = f"scenes:all:{args.val_count}:987654321" if scenes else None        # another seed
+    unseen = f"scenes:all:{args.val_count}:987654321" if scenes else None   # scenes of another seed
     dataset, val_data = open_data(args, processes, captions_required=False, unseen=unseen)
     args.steps = steps_of(args, dataset, processes)
     if checkpoints.finished(resumed, args.steps):
@@ -306,7 +306,7 @@ def main(args):
                     log.images(step)
         processes.wait()
 
-    nan_steps, state = NanSteps(args, processes, log, state), None           # frees its memory
+    nan_steps, state = NanSteps(args, processes, log, state), None        # frees the state's memory
 
     # --- one pass of this loop is one optimizer step ---------------------------------------------
     stop, progress = GracefulExit(), Progress("Stage A", start, args, processes, order.batch)
@@ -326,7 +326,7 @@ def main(args):
             # 2 processes with 4 images compute exactly the same as 1 process with 8. 2 micro-steps
             # of 4 do not: BatchNorm until --norm-steps, and gan_weight, see one micro-step only.
             with contextlib.ExitStack() as stack:
-                if micro < args.grad_accum - 1:      # the last backward averages over processes
+                if micro < args.grad_accum - 1:      # only the last one averages over processes
                     for module in (parallel, parallel_d) if gan else (parallel,):
                         stack.enter_context(no_sync(module))
                 with autocast:
@@ -334,7 +334,7 @@ def main(args):
                 fake = output["images"].float()                          # (B, 3, H, W)
                 reconstruction, loss, terms = losses(output, fake, images, vgg, autocast, args)
                 if gan:
-                    discriminator.requires_grad_(False)      # no gradients for it from this loss
+                    discriminator.requires_grad_(False)      # this loss must not train it
                     with autocast:
                         g_loss = generator_loss(discriminator(fake).float())
                     gan_weight = args.gan_weight * adaptive_weight(
@@ -342,7 +342,7 @@ def main(args):
                         lambda gradient: processes.sum(gradient) / processes.world)
                     loss = loss + gan_weight * g_loss
                     discriminator.requires_grad_(True)
-                scaler.scale(loss / args.grad_accum).backward()          # parts add up to the mean
+                scaler.scale(loss / args.grad_accum).backward()       # micro-steps add up to a mean
                 if gan:
                     with autocast:
                         logits = parallel_d(torch.cat([images, fake.detach()])).float()
@@ -365,7 +365,7 @@ def main(args):
                               positions=batch["position"])
         take_step([optimizer, d_optimizer] if gan else [optimizer], scaler, ema, skip)
         codebook.update(step, skip)
-        scaler.update()                              # also after NaN: unscale_ read the gradients
+        scaler.update()                     # also after a skipped step: unscale_ was called
         nan_steps.check(due(args.log_every, step + 1, args.steps), save)
 
         done = step + 1

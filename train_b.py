@@ -174,9 +174,9 @@ def set_defaults(args, small: bool) -> None:
 # ----- one sample ---------------------------------------------------------------------------------
 
 class StageBSamples(torch.utils.data.Dataset):
-    """(position, index, index into sizes) -> dict, a function of these three and the seed only.
+    """(position, index, index into sizes) -> dict, which depends only on these three and the seed.
 
-    position: in the endless stream of samples; index: of the image. The dict has pixels (h,w,3)
+    position counts samples in an endless stream; index counts images. The dict has pixels (h,w,3)
     uint8 or, from caches, x_0 (4,h/4,w/4) and stored (16,h',w'); caption; chance, from which t is
     made; the items of draw_noise(rng, h/4, w/4). For the semantic latents it has their noise
     eps_semantic (16,h',w'), its level t_semantic (0: no noise), and dropped: whether to zero them.
@@ -191,7 +191,7 @@ class StageBSamples(torch.utils.data.Dataset):
         index, item = self.read(index, number, rng)
         caption, dropped = draw_caption(self.dataset, index, rng, args.caption_dropout)
         item["caption"] = "" if dropped or args.text_encoder == "none" else caption
-        spoil = rng("semantic")      # noise: as in cascaded diffusion, arXiv:2106.15282
+        spoil = rng("semantic")      # noise as in cascaded diffusion, arXiv:2106.15282
         noisy, zeroed = (spoil.random() < p for p in (args.semantic_noise, args.semantic_dropout))
         level, shape = spoil.random() * 0.5, (16, h * 3 // 128, w * 3 // 128)
         eps_semantic = torch.from_numpy(spoil.standard_normal(shape, dtype=np.float32))
@@ -208,8 +208,8 @@ def draw_noise(rng: np.random.Generator, h: int, w: int, config: dict) -> dict:
 
 
 def noise_levels(chance, blind: bool, args):
-    """chance (B,) in [0, 1) -> t (B,). Drawn up to 1.08, then clamped to 1: so 7 % train at t = 1,
-    where sampling starts. In blind steps 0.4 to 0.9, where the head can learn `a` well."""
+    """chance (B,) in [0, 1) -> t (B,): up to 1.08, then clamped to 1, so 7 % train at t = 1, where
+    sampling starts. In blind steps t is 0.4 to 0.9, where the head can learn `a` well."""
     t = ((1 - chance) * 1.08 + 0.001).clamp(0.001, 1)
     return 0.4 + 0.5 * chance if blind else 1 - (1 - t) ** args.high_noise
 
@@ -250,10 +250,10 @@ def raw_losses(output, x_0, x_t, eps, t, args):
 def contrast_weight(x_0):
     """Weight of each image by its contrast: x_0 (B,4,h,w) -> (B,), to be divided by its mean.
 
-    The squared error of a wrong object grows with its contrast, although low contrast is as wrong.
+    The squared error of a wrong object grows with its contrast; this weight compensates for that.
     The variance within the latents of an emoji scene is at least 0.04, at most 1.2, median 0.3.
     """
-    return 1 / (x_0.var(dim=(2, 3)).mean(dim=1) + 0.15)        # so 0.3 to 2.2 times the mean
+    return 1 / (x_0.var(dim=(2, 3)).mean(dim=1) + 0.15)        # 0.3 to 2.2 times the mean
 
 
 def mean_contrast_weight(dataset, sizes, encode_vqgan, args) -> float:
@@ -283,7 +283,7 @@ class EncoderAndDecoder(torch.nn.Module):
         semantic = self.encoder(source).float() if source.shape[1] == 3 else source
         if x_t is None:                                                            # (B, 16, h', w')
             return semantic
-        if t_semantic is not None:           # noise and scaled latents have variance 1
+        if t_semantic is not None:           # scaled, because add_noise expects variance 1
             noised = self.unscale(add_noise(self.scale(semantic), eps_semantic, t_semantic))
             semantic = torch.where(per_row(t_semantic > 0, semantic), noised, semantic)
             semantic = semantic.masked_fill(per_row(dropped, semantic), 0.0)
@@ -291,9 +291,9 @@ class EncoderAndDecoder(torch.nn.Module):
 
 
 def share_of_learning_rate(name: str) -> float:
-    """Adam changes every weight by about the learning rate. Weights multiplied by semantic latents,
-    whose size is about 42, change the output 42 times as much. 1/42 would balance this; 1/8 learned
-    as well."""
+    """Returns 1/8 for weights multiplied by semantic latents, whose size is about 42, else 1. Adam
+    changes every weight by about the learning rate, so these weights would change the output 42
+    times as much. 1/42 would balance this; 1/8 learned as well."""
     return 1 / 8 if name.startswith("decoder.") and "semantic_" in name[len("decoder."):] else 1.0
 
 
@@ -402,7 +402,7 @@ def main(args):
     stop, progress = GracefulExit(), Progress("Stage B", start, args, processes, order.batch)
     samples = batches(StageBSamples(dataset, order.sizes, args, caches, replaced, draw), order,
                       processes, args, start)
-    evaluate(start)      # of the untrained model: a test of validation and sampling
+    evaluate(start)      # at the start as well: an error in validation or sampling shows early
     for step in progress:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args) * group["share"]
@@ -432,7 +432,7 @@ def main(args):
                 loss = (raw * weight(t) * contrast).mean()
                 if guide:
                     loss = loss + args.guide_attention * guide.loss()
-                scaler.scale(loss / args.grad_accum).backward()  # parts add up to the mean
+                scaler.scale(loss / args.grad_accum).backward()  # micro-steps add up to a mean
             loss_sum += loss.detach() / args.grad_accum
             progress.add(t, raw)
         scaler.unscale_(optimizer)
@@ -443,7 +443,7 @@ def main(args):
         skip = nan_steps.skip(is_nan, step, zip(model.buffers(), statistics),
                               positions=batch["position"], captions=batch["caption"])
         take_step([optimizer], scaler, ema, skip)
-        scaler.update()                  # after a skipped step as well: unscale_ read the gradients
+        scaler.update()                  # also after a skipped step: unscale_ was called
         nan_steps.check(due(args.log_every, step + 1, args.steps), save)
 
         # --- log, save, validate, sample ----------------------------------------------------------

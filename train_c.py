@@ -130,7 +130,7 @@ CURVES = ["loss", "val_loss", "grad_norm", *(f"val_loss_t_{t:.2f}" for t in T_GR
 def check(args) -> None:
     """Raises UserError for options that cannot be used together, before anything is loaded."""
     check_services(args)
-    new = args.train_text or args.init == "random"       # then weights change
+    new = args.train_text or args.init == "random"       # original weights change
     for conflict, message in (
             (args.lora and new, "--lora leaves all weights unchanged: it does not go with "
              "--train-text or --init random"),
@@ -153,9 +153,9 @@ def check(args) -> None:
 # ----- one sample ---------------------------------------------------------------------------------
 
 class StageCSamples(torch.utils.data.Dataset):
-    """(position, index, bucket) -> dict, a function of these three and the seed only.
+    """(position, index, bucket) -> dict, which depends only on these three and the seed.
 
-    position: in the endless stream of samples; index: of the image. The dict has x_0 (16,h',w')
+    position counts samples in an endless stream; index counts images. The dict has x_0 (16,h',w')
     from a cache or pixels (h,w,3) uint8; caption, t, eps (16,h',w'), position; for --preserve
     also preserve, a bool, and teacher_latents (16,h',w').
     """
@@ -174,8 +174,8 @@ class StageCSamples(torch.utils.data.Dataset):
         eps = rng("noise").standard_normal((16, h * 3 // 128, w * 3 // 128), dtype=np.float32)
         if args.offset_noise:
             eps += args.offset_noise * rng("offset").standard_normal((16, 1, 1), dtype=np.float32)
-        # Drawn up to 1.08, then clamped to 1: so 7 % train at t = 1, where sampling starts. Drawn
-        # in float64, stored in float32, because bfloat16 would have only 256 different levels.
+        # t is drawn up to 1.08, then clamped to 1, so 7 % train at t = 1, where sampling starts.
+        # It is stored in float32, because bfloat16 has only 8 significant bits.
         t = min(max((1 - rng("timestep").random()) * 1.08 + 0.001, 0.001), 1.0)
         return item | dict(caption="" if dropped else caption, t=np.float32(t),
                            eps=torch.from_numpy(eps), position=position)
@@ -187,7 +187,7 @@ TRAINING_PARTS = ("prior", "prior_text_encoder", "prior_tokenizer", "image_encod
 
 
 def load_models(args, paths, dtype, autocast, device) -> tuple:
-    """-> Stage C, with its LoRA; the teacher of --preserve; the image encoder; the text encoder.
+    """Returns Stage C with its LoRA, --preserve's teacher or None, image encoder, text encoder.
 
     The image encoder stays in eval mode and in float32, so that the targets are exact.
     """
@@ -207,8 +207,8 @@ def load_models(args, paths, dtype, autocast, device) -> tuple:
 
 
 def build_prior(args, path, dtype) -> StageC:
-    """Stage C in float32: an optimizer's steps are too small for 16 bits. Under a LoRA, whose
-    own weights are float32, the frozen weights are in `dtype`, to save memory."""
+    """Returns Stage C in float32: an optimizer's steps are too small for 16 bits. With a LoRA,
+    whose own weights are float32, the frozen weights are in `dtype`, to save memory."""
     if args.init == "weights":
         return load_stage_c(path, dtype if args.lora else torch.float32)
     return new_model(StageC, args.config)
@@ -229,8 +229,8 @@ class TextAndPrior(torch.nn.Module):
 
 
 def validate(model, fixed, embed, weight, autocast, args, processes) -> dict[str, float]:
-    """Raw loss at each level of T_GRID, and the weighted mean of these losses, always with the same
-    images and noise. fixed: x_0 (1,16,h,w) and caption of each image."""
+    """Computes the raw loss at each level of T_GRID, and the weighted mean of these losses, always
+    with the same images and noise. fixed: x_0 (1,16,h,w) and caption of each image."""
     t = torch.tensor(T_GRID, device=processes.device)                              # (10,)
 
     def raw_losses(i: int):
@@ -277,7 +277,7 @@ def main(args):
     encode = partial(semantic_latents, image_encoder, device=device)               # pixels -> x_0
 
     def embed(captions: list[str]):
-        """-> (B,N,D); for a text encoder that is trained, token ids and mask."""
+        """Returns embeddings (B,N,D), or token ids and mask if the text encoder is trained."""
         if not args.train_text:
             return texts(captions)
         return text_encoder.tokens(captions)
@@ -347,7 +347,7 @@ def main(args):
     stop, progress = GracefulExit(), Progress("Stage C", start, args, processes, order.batch)
     samples = batches(StageCSamples(dataset, buckets, args, caches, replaced, preserved), order,
                       processes, args, start)
-    evaluate(start)      # of the untrained model: a test of validation and sampling
+    evaluate(start)      # at the start as well: an error in validation or sampling shows early
     for step in progress:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
@@ -369,7 +369,7 @@ def main(args):
                     eps_hat = parallel(x_t, t, text).float()                       # (B, 16, h, w)
                 raw = (eps_hat - target).square().mean(dim=(1, 2, 3))              # (B,)
                 loss = (raw * weight(t)).mean()
-                scaler.scale(loss / args.grad_accum).backward()  # parts add up to the mean
+                scaler.scale(loss / args.grad_accum).backward()  # micro-steps add up to a mean
             loss_sum += loss.detach() / args.grad_accum
             progress.add(t, raw)
         scaler.unscale_(optimizer)
@@ -379,7 +379,7 @@ def main(args):
         is_nan = ~loss_sum.isfinite() | (~grad_norm.isfinite() & (not scaler.is_enabled()))
         skip = nan_steps.skip(is_nan, step, positions=batch["position"], captions=batch["caption"])
         take_step([optimizer], scaler, ema, skip)
-        scaler.update()                  # after a skipped step as well: unscale_ read the gradients
+        scaler.update()                  # also after a skipped step: unscale_ was called
         nan_steps.check(due(args.log_every, step + 1, args.steps), save)
 
         # --- log, save, validate, sample ----------------------------------------------------------

@@ -46,7 +46,7 @@ def error(message: str) -> None:
 
 
 def read_options(p: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
-    """p.parse_args; unknown options raise ValueError with a hint."""
+    """Like p.parse_args, but raises ValueError with a hint for unknown options."""
     args, unknown = p.parse_known_args(argv)
     if unknown:
         hint = nearest_option(p, unknown[0])
@@ -60,8 +60,8 @@ def read_options(p: argparse.ArgumentParser, argv: list[str]) -> argparse.Namesp
 # ----- types for argparse: each function parses the value of an option -----------------------------------------------
 
 def comma_list(read_one, *counts: int):
-    """-> a function that parses comma-separated values into a tuple; a single value without a tuple if 1 is in counts.
-    counts: the possible numbers of values; if empty, any number."""
+    """Returns a function that parses comma-separated values to a tuple. counts: the possible numbers of values (empty:
+    any number). If 1 is in counts, a single value is returned without a tuple."""
     def read(text: str):
         values = tuple(map(read_one, text.split(",")))
         if counts and len(values) not in counts:
@@ -72,7 +72,7 @@ def comma_list(read_one, *counts: int):
 
 
 def steps(text: str) -> int | str | dict | tuple:
-    """29; 2/3:20,0:10 (segments); 1,0.6,0.3,0 (the levels themselves); or PUBLISHED_STEPS."""
+    """Parses 29; 2/3:20,0:10 (segments); 1,0.6,0.3,0 (the levels themselves); or PUBLISHED_STEPS."""
     try:
         if text == PUBLISHED_STEPS:
             return text
@@ -84,13 +84,13 @@ def steps(text: str) -> int | str | dict | tuple:
     except ValueError:
         forms = f"29 (steps), 2/3:20,0:10 (segments), 1,0.5,0 (noise levels) or {PUBLISHED_STEPS}"
         raise argparse.ArgumentTypeError(f"expected something like {forms}, got {text!r}") from None
-    if len(levels) < len(segments):                  # of two segments with the same end, a dict keeps one
+    if len(levels) < len(segments):                  # a dict keeps only one of two segments with the same end
         raise argparse.ArgumentTypeError(f"expected segments that each end at another noise level, got {text!r}")
     return levels
 
 
 def loras(text: str) -> dict[str, float]:
-    """a.safetensors:0.8,b.safetensors -> {"a.safetensors": 0.8, "b.safetensors": 1.0}."""
+    """Parses a.safetensors:0.8,b.safetensors -> {"a.safetensors": 0.8, "b.safetensors": 1.0}."""
     result = {}
     for part in text.split(","):
         file, colon, scale = part.rpartition(":")
@@ -247,7 +247,7 @@ def random_seed() -> int:
 
 
 def needs_seed(args: argparse.Namespace) -> bool:
-    """Whether a seed is needed. --from-latent alone needs none, because the file contains the state of the noise."""
+    """Whether a seed is needed. --from-latent alone needs no seed: the file contains the noise generator's state."""
     return not args.from_latent or bool(args.to_latent)
 
 
@@ -266,7 +266,7 @@ def read_prompt_file(read: Callable, options: Options, args: argparse.Namespace,
                 line.seed, seed = seed, seed + line.num_images
             check(line)
             prompts.append(line)
-        except ValueError as problem:            # lines below get the seeds they have without the error
+        except ValueError as problem:            # later lines get the seeds they would have without the error
             seed += seed == first and settings.get("seed") in (None, "")
             skip_line(args, problem, bad)
     return prompts
@@ -401,7 +401,7 @@ def load_options(jobs: list[argparse.Namespace]) -> dict:
 
 
 def batches(jobs: list[argparse.Namespace]) -> Iterator[list[argparse.Namespace]]:
-    """Consecutive jobs that differ only in prompt and seed, at most --batch at a time."""
+    """Yields lists of at most --batch consecutive jobs that differ only in prompt and seed."""
     def settings(job: argparse.Namespace) -> dict:
         varied = dict.fromkeys(("prompt", "negative_prompt", "num_images", "line", "path", "preview_path", "preview",
                                 "given"))

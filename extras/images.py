@@ -34,9 +34,9 @@ from loading.files import reading, reason_of, write_atomically
 DARK, BRIGHT = -0.1, 2.0
 LARGEST = 2 ** 30                # largest image file that is read, in bytes
 TURNS = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
-         6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}       # EXIF orientation: what makes it upright
+         6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}       # {EXIF orientation: what undoes it}
 PNG, IEND = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"              # how a PNG file begins and ends
-PNG_TEXTS = (b"XML:com.adobe.xmp", b"Raw profile type exif", b"wuerstchen")  # orientation; our settings
+PNG_TEXTS = (b"XML:com.adobe.xmp", b"Raw profile type exif", b"wuerstchen")  # texts to keep: orientation, our settings
 
 
 # ----- reading -------------------------------------------------------------------------------------------------------
@@ -63,7 +63,7 @@ def read_pair(source, mask_source) -> tuple[Tensor, Tensor]:
         raise ValueError(f"the mask has {mask.shape[1]} x {mask.shape[0]} px, its image {opacity.shape[1]} x "
                          f"{opacity.shape[0]}: they must be the same.")
     image, solid = colours * opacity + (1 - opacity), opacity >= 0.5
-    # Holes have partly transparent edges. If the mask covers all holes, all transparent pixels belong to them.
+    # Holes have partly transparent edges. If the mask covers all holes, all transparent pixels belong to the holes.
     theirs = opacity < 1 if (solid | (mask > 0)).all() else (opacity < 1) & (mask > 0)
     return torch.where(theirs, fill(colours, solid), image), mask
 
@@ -135,7 +135,7 @@ def read_file(path: str | Path) -> np.ndarray:
 
 @contextlib.contextmanager
 def decoding():
-    """Turns whatever Pillow raises inside into a ValueError of one line.
+    """Turns any error that Pillow raises in the `with` block into a ValueError of one line.
 
     Each of Pillow's decoders raises other errors for a damaged file: OSError, SyntaxError, struct.error, EOFError, ...
     """
@@ -152,7 +152,7 @@ def decoding():
 
 
 def open_image(content: bytes) -> Image.Image:
-    """The content of a file -> a PIL image with its pixels. Raises whatever Pillow does."""
+    """The content of a file -> a PIL image with loaded pixels. Raises whatever Pillow raises."""
     image = open_header(io.BytesIO(content), 0, len(content), pixels=True)
     image.load()
     return image
@@ -299,7 +299,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def _array_of(tensor: Tensor) -> np.ndarray:
-    """(3,H,W), (1,3,H,W) or (H,W) -> (H,W,3) or (H,W), float32."""
+    """A tensor (3,H,W), (1,3,H,W) or (H,W) -> an array (H,W,3) or (H,W), float32. Raises ValueError."""
     shape = tuple(tensor.shape)
     if tensor.ndim == 4 and len(tensor) == 1:
         tensor = tensor[0]
@@ -311,7 +311,7 @@ def _array_of(tensor: Tensor) -> np.ndarray:
 
 
 def _checked(array: np.ndarray) -> np.ndarray:
-    """Any array -> (H,W,3) or (H,W,4) float32, from DARK to BRIGHT, or a ValueError."""
+    """An array -> (H,W,3) or (H,W,4) float32, from DARK to BRIGHT. Raises ValueError for other arrays."""
     shape = array.shape
     if array.ndim == 2:
         array = np.repeat(array[..., None], 3, axis=2)   # (H, W, 3)  grey
@@ -337,7 +337,7 @@ def _name(source, otherwise: str) -> str:
 # ----- fitting and blending ------------------------------------------------------------------------------------------
 
 def cover(image: Tensor, height: int, width: int, nearest: bool = False) -> Tensor:
-    """image (C,H,W) -> (C,height,width): resized, in its own shape, to cover this size; then cropped to the middle.
+    """image (C,H,W) -> (C,height,width): resized without distortion to cover this size, then cropped to the middle.
 
     nearest: for masks, which stay 0 or 1. An image that has the size already is returned as it is, bit for bit.
     Raises ValueError for other shapes and sizes below 1.
@@ -347,7 +347,7 @@ def cover(image: Tensor, height: int, width: int, nearest: bool = False) -> Tens
                          "expected (C,H,W) and sizes of at least 1")
     scale = max(height / image.shape[1], width / image.shape[2])
     size = max(height, round(image.shape[1] * scale)), max(width, round(image.shape[2] * scale))
-    # Of a very long image, crop the middle before resizing: the whole image, resized, could fill the memory.
+    # Crop a very long image to its middle before resizing, because the whole resized image could fill the memory.
     middle = tuple(min(side, 2 * math.ceil(needed / scale) + 2 + side % 2)
                    for side, needed in zip(image.shape[1:], (height, width)))
     if size[0] * size[1] > 16 * height * width and middle != image.shape[1:]:
@@ -385,7 +385,7 @@ def fitting_size(height: int, width: int, shorter: int) -> tuple[int, int]:
 def psnr(a: Tensor, b: Tensor) -> float:
     """Peak signal-to-noise ratio of two images in [0, 1], in dB: -10 log10 of the mean squared error; inf if equal.
 
-    Raises ValueError if their shapes differ: broadcasting would compare something else.
+    Raises ValueError if their shapes differ: broadcasting would hide the difference.
     """
     if a.shape != b.shape:
         raise ValueError(f"images of shapes {tuple(a.shape)} and {tuple(b.shape)} cannot be compared: "
@@ -426,7 +426,7 @@ def grid(images: list, columns: int, column_labels: list[str] | None = None, row
     """PIL images of equal size -> one RGB image of them, row by row, with white gaps of `gap` px between them.
 
     Labels stand above the columns and left of the rows, each a gap away. Labels wider than a cell end in an ellipsis.
-    Without labels the cells begin in the top left corner; they always end in the bottom right one.
+    Without labels the cells begin in the top left corner; they always end in the bottom right corner.
     Raises ValueError without images or columns, for sizes that differ, and unless there is one label per column or row.
     """
     width, height = _common_size(images)
@@ -459,7 +459,7 @@ def grid(images: list, columns: int, column_labels: list[str] | None = None, row
 
 
 def save_gif(images: list, path: str | Path, seconds_per_frame: float = 0.15, overwrite: bool = False) -> None:
-    """PIL images of equal size -> a GIF file that loops forever, written completely or not at all.
+    """Writes PIL images of equal size to a GIF file that loops forever; writes it completely or not at all.
 
     GIF counts in hundredths of a second, and Pillow joins equal consecutive frames into one that is shown longer.
     Raises FileExistsError unless `overwrite`, and ValueError without images or if their sizes differ.

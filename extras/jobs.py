@@ -25,7 +25,7 @@ KNOWN = (ValueError, OSError, RuntimeError, MemoryError)             # OSError: 
 # ----- prompt files --------------------------------------------------------------------------------------------------
 
 def prompt_lines(path: Path) -> list[tuple[int, dict]]:
-    """-> for each line that is neither empty nor a # comment: its number and its settings. Raises ValueError."""
+    """Returns (number, settings) of each line that is neither empty nor a # comment. Raises ValueError."""
     text = read_text(path, failed="cannot be read as a text file")
     result, is_json = [], path.suffix.lower() == ".jsonl"
     for i, line in enumerate(without_mark(text).split("\n"), 1):
@@ -47,15 +47,15 @@ def prompt_lines(path: Path) -> list[tuple[int, dict]]:
 
 
 def without_mark(text: str) -> str:
-    """Removes byte-order marks: some editors begin a text with one, joined files have them anywhere. They would become
-    tokens."""
+    """Removes byte-order marks, which would become tokens. Some editors write one at the start of a text. If such files
+    are joined, the marks can be anywhere."""
     return text.replace("\ufeff", "")
 
 
 # ----- the run -------------------------------------------------------------------------------------------------------
 
 class Run:
-    """jobs: all images; saved: the paths of those that are finished; failed: how often `report` was called."""
+    """jobs: one for each image; saved: the paths of finished images; failed: how often `report` was called."""
     def __init__(self):
         self.jobs, self.saved, self.failed, self.bar = [], [], 0, None
 
@@ -90,7 +90,7 @@ class Run:
         self.bar = None
 
     def attempt(self, make: Callable[[list], list], batch: list) -> list[tuple]:
-        """-> pairs of a job and its image. Raises errors of `make`, but reports them for a line of a prompt file."""
+        """Returns pairs (job, image). Raises errors of `make`, but only reports those for a line of a prompt file."""
         try:
             return [*zip(batch, make(batch))]
         except KNOWN as problem:
@@ -105,7 +105,7 @@ class Run:
 
 
 def place_of(job: argparse.Namespace) -> str:
-    """How an error message begins if the job is a line of a prompt file."""
+    """Returns the beginning of an error message: prompt file and line, or "" if the job is not from a file."""
     return f"{job.prompt_file}, line {job.line}: " if job.line else ""
 
 

@@ -67,7 +67,7 @@ def make_images(model, jobs: list[argparse.Namespace], options: dict) -> list:
 
 
 def save_latent(job: argparse.Namespace, path: Path) -> Path:
-    """Writes job.latent -> the path. Raises FileExistsError if it exists, unless --overwrite."""
+    """Writes job.latent and returns the path. Raises FileExistsError if it exists, unless --overwrite."""
     metadata = {ORIGIN: json.dumps(job.origin)}
     write_tensors(path, job.latent, metadata, job.overwrite)
     return path
@@ -214,7 +214,7 @@ def check_latent(path: str, latent: dict[str, Tensor]) -> None:
 
 @functools.lru_cache(1)
 def previews_of(model) -> Previews:
-    """The Previews of all batches. Made once: fitting the colours takes a while if no file contains them."""
+    """Returns the Previews for all batches. Made once, because fitting takes a while if no file has the maps."""
     return Previews(model, None)
 
 
@@ -222,7 +222,7 @@ def write_previews(jobs: list[argparse.Namespace], stage: str, step: int, images
     """Every --preview-every steps, writes NAME_preview.png for each job, about as large as the image will be."""
     if (step + 1) % jobs[0].preview_every:
         return
-    scale = {"C": 128 / 3, "B": 4}[stage]        # px per latent
+    scale = {"C": 128 / 3, "B": 4}[stage]        # width of a latent position in px
     for job, image in zip(jobs, to_pil(images)):
         write = image.resize((round(image.width * scale), round(image.height * scale))).save
         if job.preview is not None:
@@ -246,7 +246,7 @@ def reconstruction(model, job: argparse.Namespace, options: dict):
 
 
 def guidance_grid(model, job: argparse.Namespace, options: dict):
-    """One image: a column for each guidance scale of --grid, a row for each seed."""
+    """Returns one image with a column for each guidance scale of --grid and a row for each seed."""
     seeds, columns = range(job.seed, job.seed + job.num_images), []
     for scale in job.grid:
         columns.append([])
@@ -258,7 +258,7 @@ def guidance_grid(model, job: argparse.Namespace, options: dict):
 
 
 def interpolation(model, job: argparse.Namespace, options: dict):
-    """A strip of --frames images; for a .gif, the list of them."""
+    """Returns a strip of --frames images or, for a .gif, a list of these images."""
     options |= read_inputs(job) | dict(negative_prompt=job.negative_prompt)
     ends = job.prompt, job.interpolate_to
     if job.to_latent:

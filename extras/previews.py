@@ -28,7 +28,7 @@ def fit_linear(latents: Tensor, images: Tensor) -> Tensor:
         raise ValueError(f"got latents of shape {tuple(latents.shape)} for images of shape {tuple(images.shape)}: "
                          "expected (N,C,h,w) and (N,3,H,W)")
     # float64, because squares of latents of very different sizes are summed. On the CPU, whose solver also accepts
-    # linearly dependent columns of X (a channel that is always 0 is one).
+    # linearly dependent columns of X (such as a channel that is always 0).
     colours = F.adaptive_avg_pool2d(images.detach().float(), tuple(latents.shape[2:]))  # (N, 3, h, w)
     X = latents.detach().double().cpu().movedim(1, -1).flatten(0, 2)                    # (N*h*w, C)
     X = torch.cat([X, torch.ones_like(X[:, :1])], dim=1)                                # (N*h*w, C + 1)
@@ -77,7 +77,7 @@ def preview_maps(model) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def fit_preview(model, images: Tensor) -> dict[str, Tensor]:
-    """images (N,3,H,W) in [0, 1] -> maps as preview_maps returns them, written to model.preview_file."""
+    """Fits the maps of preview_maps to images (N,3,H,W) in [0, 1], writes them to model.preview_file, returns them."""
     from extras.editing import encode_image, encode_latents
     maps = {"B": fit_linear(torch.cat([encode_latents(model, image[None]).cpu() for image in images]), images)}
     if model.networks.get("image_encoder") is not None:
