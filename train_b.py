@@ -224,7 +224,7 @@ def corrupt(batch: dict, x_0, t, blind: bool) -> tuple:
 
 
 def forward(decoder, x_t, t, semantic, text) -> tuple:
-    """-> the two outputs of the head, a and b, 2 x (B,4,h,w)."""
+    """Returns the two outputs of the head, a and b, 2 x (B,4,h,w)."""
     return decoder.signal_and_scale(x_t, t, semantic, text)
 
 

@@ -107,7 +107,7 @@ def loras(text: str) -> dict[str, float]:
 # ----- options -------------------------------------------------------------------------------------------------------
 
 def add_input_options(p: argparse.ArgumentParser) -> None:
-    """Advanced options: what an image is made from."""
+    """Adds the advanced options that say what an image is made from."""
     add = p.add_argument_group("several images, and images as input").add_argument
     add("--prompt-file", metavar="FILE", help="many prompts: a text file with one per line, without those that begin "
         'with #; or .jsonl, with an object of settings per line, named like options: {"prompt": "a cat", "seed": 3, '
@@ -143,7 +143,7 @@ def add_input_options(p: argparse.ArgumentParser) -> None:
 
 
 def add_sampling_options(p: argparse.ArgumentParser) -> None:
-    """Advanced options of both stages."""
+    """Adds the advanced sampling options of both stages."""
     add = p.add_argument_group("more about sampling", "-c for Stage C, -b the same for Stage B").add_argument
     for name, read, text in (
             ("interval", comma_list(unit_float, 2), "noise levels LOW,HIGH between which guidance acts; outside of "
@@ -160,7 +160,7 @@ def add_sampling_options(p: argparse.ArgumentParser) -> None:
 
 
 def add_output_options(p: argparse.ArgumentParser) -> None:
-    """Advanced options: which weights, how an image is computed and saved."""
+    """Adds the advanced options for weights, memory, speed and saving."""
     add = p.add_argument_group("more about weights, memory and speed").add_argument
     add("--lora", metavar="FILE:SCALE", type=loras, help="LoRA for Stage C: a file in any of the usual formats, a "
         "folder of a run or of peft, or hub:OWNER/NAME; several with commas; SCALE: how strongly it counts (default 1)")
@@ -219,7 +219,7 @@ def parse_jobs(p: argparse.ArgumentParser, argv: list[str], run: Run) -> list[ar
 
 
 def parse_args(p: argparse.ArgumentParser, argv: list[str], bad: dict[int, str] | None = None) -> list:
-    """-> a list of all options, once for each prompt. Raises ValueError for options that cannot be used.
+    """Returns the options for each prompt, in a list. Raises ValueError for options that cannot be used.
 
     bad: a dict that collects errors in lines of a prompt file; if it is None, such errors are raised.
     """
@@ -253,7 +253,7 @@ def needs_seed(args: argparse.Namespace) -> bool:
 
 def read_prompt_file(read: Callable, options: Options, args: argparse.Namespace,
                      bad: dict[int, str] | None) -> list[argparse.Namespace]:
-    """-> the options of each line. Errors in single lines go into `bad` if it is a dict; others raise ValueError."""
+    """Returns the options of each line. Stores errors of single lines in `bad` if that is a dict, else raises them."""
     prompts, seed = [], random_seed() if args.seed is None else args.seed
     for number, settings in prompt_lines(Path(args.prompt_file)):
         args.line, first = number, seed
@@ -339,7 +339,7 @@ def check_sampling(args: argparse.Namespace, stage: str) -> None:
 # ----- paths ---------------------------------------------------------------------------------------------------------
 
 def output_paths(jobs: list[argparse.Namespace]) -> list[Path]:
-    """The path of each image. Raises ValueError if it cannot be written, before anything is computed."""
+    """Returns the path of each image. Raises ValueError if it cannot be written, before anything is computed."""
     args, out, taken = jobs[0], Path(jobs[0].out), {}
     suffixes = (*SUFFIXES, ".gif") if args.interpolate_to or args.to_latent else SUFFIXES
     try:
@@ -366,19 +366,19 @@ def output_paths(jobs: list[argparse.Namespace]) -> list[Path]:
 
 
 def slug(job: argparse.Namespace) -> str:
-    """The beginning of a file name: from the prompt, or from the name of the file that the image is made from."""
+    """Returns the beginning of a file name, from the prompt or the name of the file that the image is made from."""
     source = job.prompt or Path(job.init or job.reconstruct or job.from_latent or "image").stem
     return re.sub(r"\W+", "-", source.lower()).strip("-")[:50].strip("-") or "image"
 
 
 def files_of(job: argparse.Namespace, path: Path) -> list[Path]:
-    """The files that are written for an image: the image, its latent, its preview."""
+    """Returns the files that are written for an image: the image, its latent, its preview."""
     latent, preview = path.with_suffix(".safetensors"), path.with_name(f"{path.stem}_preview.png")
     return [path] + [latent] * job.save_latent + [preview] * bool(job.preview_every)
 
 
 def unused_path(path: Path, job: argparse.Namespace, taken=()) -> Path:
-    """The path itself, or the first of name_2.png, name_3.png, ... that neither exists nor is taken."""
+    """Returns the path itself, or the first of name_2.png, name_3.png, ... that neither exists nor is taken."""
     return next(p for p in numbered(path) if p not in taken
                 and (job.overwrite or not any(file.exists() for file in files_of(job, p))))
 
@@ -386,7 +386,7 @@ def unused_path(path: Path, job: argparse.Namespace, taken=()) -> Path:
 # ----- what sample.main calls ----------------------------------------------------------------------------------------
 
 def load_options(jobs: list[argparse.Namespace]) -> dict:
-    """Arguments of Wuerstchen.load that sample.py does not pass itself. `parts`: only the networks these jobs need."""
+    """Returns arguments of Wuerstchen.load that sample.py does not pass itself. `parts`: networks these jobs need."""
     from loading import hub
     args = jobs[0]
     parts = hub.RECONSTRUCTION if args.reconstruct else hub.TEXT_TO_IMAGE
@@ -414,7 +414,7 @@ def batches(jobs: list[argparse.Namespace]) -> Iterator[list[argparse.Namespace]
 
 
 def sampling_options(args: argparse.Namespace, model) -> dict:
-    """The sampling options that differ from their defaults, as arguments of the model. Raises ValueError."""
+    """Returns sampling options that differ from their defaults, as arguments of the model. Raises ValueError."""
     options = {}
     for name in ("mask", "outpaint"):
         if not hasattr(model.b, "rescale") and getattr(args, name, None):      # tiny.evaluate lacks both options

@@ -53,7 +53,7 @@ class InitImage:
     mask: Any = None
 
     def read(self) -> tuple[Tensor, Tensor | None]:
-        """-> the image (3,H,W) and the mask (H,W), or None if there is no mask."""
+        """Returns the image (3,H,W) and the mask (H,W), or None if there is no mask."""
         return (read_image(self.image), None) if self.mask is None else read_pair(self.image, self.mask)
 
     def strength_for(self, silent: bool) -> float:
@@ -70,7 +70,7 @@ def generate(model: Wuerstchen, prompt: str | list[str] | None = None, negative_
              seed: int | list[int] | Callable = 0, num_images: int = 1, width: int | None = None,
              height: int | None = None, edit: InitImage | None = None, given: dict[str, Tensor] | None = None,
              output: str = "pil", callback: Callable | None = None, progress: bool = False, **sampling):
-    """Wuerstchen.__call__, in which these arguments are new or accept more:
+    """Like Wuerstchen.__call__. These arguments are new or accept more:
 
     prompt         may be omitted if `edit` or `given` specify the image
     seed           as in __call__, or a list of seeds, or a function seed(C, h, w) -> noise (images or 1,C,h,w)
@@ -168,7 +168,7 @@ def interpolate(model: Wuerstchen, a: str | Tensor, b: str | Tensor, frames: int
 # ----- arguments -----------------------------------------------------------------------------------------------------
 
 def check_arguments(model: Wuerstchen, given: dict | None, edit: InitImage | None, output: str) -> dict[str, Tensor]:
-    """-> `given` with tensors as values. Raises ValueError for arguments of generate that cannot be used together."""
+    """Returns `given` with tensors as values. Raises ValueError for arguments of generate that conflict."""
     given = check_given(given, edit)
     if output not in OUTPUTS:
         raise ValueError(f"output is {output!r}, expected one of {', '.join(OUTPUTS)}.")
@@ -237,7 +237,7 @@ def draws_from(seed, n: int, device: torch.device, skipped: list[tuple], *shapes
 
 
 def rows(n: int) -> str:
-    """How many rows a tensor for n images may have."""
+    """Returns, as text, how many rows a tensor for n images may have."""
     return "1" if n == 1 else f"{n} or 1"
 
 
@@ -251,7 +251,7 @@ def fitting(n: int, device: torch.device, name: str, tensor: Tensor, shape: tupl
 
 def image_size(model: Wuerstchen, height: int | None, width: int | None, image: Tensor | None,
                semantic: Tensor | None) -> tuple[int, int]:
-    """-> (height, width); None is replaced by the default, see generate. Warns of sizes that were not trained."""
+    """Returns (height, width); None is replaced by the default, see generate. Warns of sizes that were not trained."""
     height, width = (None if side is None else SIDE.check(name, side)
                      for name, side in (("height", height), ("width", width)))
     if image is not None:
@@ -273,7 +273,7 @@ def image_size(model: Wuerstchen, height: int | None, width: int | None, image: 
 
 
 def both_sides(height: int | None, width: int | None, image: Tensor) -> tuple[int, int]:
-    """-> (height, width). A None is computed from the other side and the image's shape (3,H,W), up to 4 : 1."""
+    """Returns (height, width). Computes a side that is None from the other and the shape of the image, up to 4 : 1."""
     h, w = image.shape[-2:]
     h, w = min(h, LONGEST * w), min(w, LONGEST * h)
     return round(width * h / w) if height is None else height, round(height * w / h) if width is None else width
@@ -382,7 +382,7 @@ def cut_levels(levels: Tensor, strength: float) -> Tensor:
 
 
 class KnownImage:
-    """An image encoded as start of Stage C and, with a mask, as the part that both stages keep (inpainting)."""
+    """The encoded image: the start of Stage C and, with a mask, the part that both stages keep (inpainting)."""
     def __init__(self, model: Wuerstchen, image: Tensor, mask: Tensor | None, height: int, width: int):
         """image (3,H,W) and mask (H,W), see InitImage.read, are resized and cropped to cover height x width."""
         self.image = cover(image, height, width).to(model.device)                          # (3, height, width)
@@ -440,7 +440,7 @@ class FrameNoise:
 
 
 def slerp(a: Tensor, b: Tensor, f: float | Tensor) -> Tensor:
-    """Spherical interpolation of each row from a (f = 0) to b (f = 1): (B,...), (B,...), f a number or (B,) -> (B,...).
+    """Interpolates each row along a sphere, from a (f = 0) to b (f = 1): a, b (B,...), f a number or (B,) -> (B,...).
 
     Linear interpolation of two noise tensors would have too little variance in the middle: the network expects 1.
     Source: Shoemake 1985, "Animating rotation with quaternion curves".

@@ -105,7 +105,7 @@ def read_mask(source) -> Tensor:
 
 
 def _channels(source, what: str = "the image") -> tuple[Tensor, Tensor]:
-    """-> colours (3,H,W) and opacity (H,W), float32 in [0, 1]."""
+    """Returns colours (3,H,W) and opacity (H,W), float32 in [0, 1]."""
     try:
         if isinstance(source, (str, Path)):
             array = read_file(source)

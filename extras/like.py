@@ -48,7 +48,7 @@ Options = dict[str, list[str]]
 # ----- options -------------------------------------------------------------------------------------------------------
 
 def as_text(value) -> str:
-    """A value in the form in which a user would type it."""
+    """Returns a value as the text that a user would type."""
     if isinstance(value, dict):
         return ",".join(f"{as_text(end)}:{count}" for end, count in value.items())
     if isinstance(value, (tuple, list)):
@@ -120,8 +120,8 @@ def is_v1(args: argparse.Namespace) -> bool | None:
 
 
 def merge(read: Callable[[list[str]], argparse.Namespace], base: Options, more: Options) -> Options:
-    """base | more, without options of base that `more` makes impossible: if it removes --init, the strength and mask of
-    base are removed as well. read: parses words to an argparse.Namespace."""
+    """Returns base | more, without options of base that are then impossible. If `more` removes --init, the strength
+    and mask of base are removed as well. read: parses words to an argparse.Namespace."""
     merged = base | more
     before, after = read(flat(base)), read(flat(merged))
     while gone := [name for name in merged.keys() - more.keys()
@@ -169,7 +169,7 @@ def options_like(read: Callable, args: argparse.Namespace, more: Options) -> tup
 
 
 def own_defaults(image: str, stored: dict) -> dict:
-    """The defaults of size, steps and so on that applied to an image with the settings `stored`."""
+    """Returns the defaults of size, steps and so on that applied to an image with the settings `stored`."""
     weights = str(stored.get("weights") or "tiny")
     v1, tiny = "temperature_b" in stored, is_tiny(weights) or is_tiny(Path(image).parent / weights)
     height, width = own_size(image, stored, 128 if tiny else 512 if v1 else 1024)
@@ -213,7 +213,7 @@ def own_size(image: str, stored: dict, size: int) -> tuple[int, int]:
 # ----- paths ---------------------------------------------------------------------------------------------------------
 
 def relative(file: str | Path, folder: Path) -> str:
-    """The path of a file, for the settings of an image in `folder`: relative to the working folder if that contains
+    """The path of a file for the settings of an image in `folder`: relative to the working folder if that contains
     `folder`, else relative to `folder`. Never absolute. Names of weights are returned unchanged."""
     if is_name(file):
         return file
@@ -244,7 +244,7 @@ def find(image: str | Path, name: str, stored: str, hashes: dict[str, str]) -> s
 # ----- writing -------------------------------------------------------------------------------------------------------
 
 def settings_of(job: argparse.Namespace, model, image) -> dict:
-    """-> all settings that are needed to generate the image again, and the files and versions that generated it.
+    """Returns all settings that are needed to generate the image again, and the files and versions that generated it.
 
     Warns if the files are no longer those that made the image of --like.
     """

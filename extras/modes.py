@@ -33,7 +33,7 @@ ORIGIN = "wuerstchen"            # key of the file's metadata that names the wei
 
 
 def make_images(model, jobs: list[argparse.Namespace], options: dict) -> list:
-    """-> a PIL image for each job or, for a .gif, its frames. options: sampling and progress, for editing.generate."""
+    """Returns a PIL image for each job or, for a .gif, its frames. options: further arguments of editing.generate."""
     job = jobs[0]
     options |= dict(width=job.width, height=job.height)
     for latent in filter(None, (job.from_latent, job.to_latent)):
@@ -102,7 +102,7 @@ def check_origin(path: str, model, job: argparse.Namespace) -> None:
 # ----- files as input ------------------------------------------------------------------------------------------------
 
 def generate(model, jobs: list[argparse.Namespace], seed, options: dict, semantic: Tensor | None = None):
-    """editing.generate with the files that the jobs name. seed: a list of seeds, or a source of noise.
+    """Calls editing.generate with the files that the jobs name. seed: a list of seeds, or a source of noise.
 
     semantic: the output of Stage C, if it has run already.
     """
@@ -120,7 +120,7 @@ def generate(model, jobs: list[argparse.Namespace], seed, options: dict, semanti
 
 
 def read_inputs(job: argparse.Namespace) -> dict:
-    """Arguments of editing.generate from all files that the job names. Raises ValueError if one cannot be read."""
+    """Reads arguments of editing.generate from all files that the job names. Raises ValueError if it cannot."""
     inputs, given = {}, {}
     if job.init or job.reconstruct:
         image, mask = InitImage(job.init or job.reconstruct, mask=job.mask or None).read() # (3, H, W), (H, W) or None
@@ -234,7 +234,7 @@ def write_previews(jobs: list[argparse.Namespace], stage: str, step: int, images
 # ----- one image out of several --------------------------------------------------------------------------------------
 
 def reconstruction(model, job: argparse.Namespace, options: dict):
-    """-> the original and its reconstruction from semantic latents, side by side. Prints their PSNR and compression."""
+    """Returns the original next to its reconstruction from semantic latents. Prints their PSNR and compression."""
     result = generate(model, [job], [job.seed], options | dict(output="pt")).cpu()         # (1, 3, height, width)
     height, width = result.shape[-2:]
     original = cover(read_image(job.reconstruct), height, width)[None]                     # (1, 3, height, width)
