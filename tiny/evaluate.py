@@ -92,7 +92,7 @@ def degrade(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 # ----- score -----------------------------------------------------------------------------------------
 
 def tally(verdicts: list[dict], facts: list[dict]) -> dict:
-    """-> {name of a figure: {"right": fraction, "n": images}}, without figures of which n would be 0."""
+    """Returns {name of a figure: {"right": fraction, "n": images}}, without figures of which n would be 0."""
     def of(kind, key):
         return [v[key] for v, f in zip(verdicts, facts) if f["kind"] == kind and v[key] is not None]
     figures = {"background": [v["background"] for v in verdicts],
@@ -182,8 +182,8 @@ def parse_args(argv=None):
 
 
 def load(args):
-    """-> the model, and the sampling options that the user gave."""
-    from wuerstchen import Wuerstchen                    # only now, so that --help and --real start at once
+    """Returns the model, and the sampling options that the user gave."""
+    from wuerstchen import Wuerstchen                    # imported only now, so that --help and --real start at once
     model = Wuerstchen.load(args.weights, dtype=args.dtype, int8=args.int8, lora=args.lora)
     return model, sampling_options(argparse.Namespace(**dict.fromkeys(OF_STAGES) | vars(args)), model)
 
@@ -246,7 +246,7 @@ def main(args):
             report["runs"][-1]["sharpness"] = sharpness_of(args, {title: images}, facts, judge)
     if args.out:
         write_atomically(args.out, lambda path: path.write_text(json.dumps(report, indent=1) + "\n"), overwrite=False)
-    if args.grid:                                        # a grid of the last run
+    if args.grid:                                        # the grid shows the images of the last run
         grid = draw_grid(images[:64], facts, verdicts)
         write_atomically(args.grid, grid.save, overwrite=False)
 

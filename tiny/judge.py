@@ -19,8 +19,8 @@ SIDE = 64                              # px at which images are compared: half o
 SIZES = (14, 16, 18, 20, 22, 24, 27, 30, 33, 37, 41, 45)
 SLACK = 1                              # px of SIDE by which two found boxes may overlap
 BACKGROUND_TOLERANCE = 40              # RGB distance; the two nearest of COLOURS are 84 apart
-MIN_EXPLAINED = 0.25                   # see Judge.find
-SMALL_UP_TO, LARGE_FROM = 51, 71       # px of a scene; between the size classes of scenes.py
+MIN_EXPLAINED = 0.25                   # minimum of `explained`, see Judge.find
+SMALL_UP_TO, LARGE_FROM = 51, 71       # limits in px of a scene, between the size classes of scenes.py
 
 
 class Judge:
@@ -36,7 +36,7 @@ class Judge:
     it, and so on.
     """
     def __init__(self, objects=OBJECTS, device="cpu"):
-        import torch                                      # here, so that --help of evaluate.py need not wait
+        import torch                                      # imported here, so that --help of evaluate.py need not wait
         self.device, self.objects = device, list(objects)
         self.fft, self.P_P, self.P_alpha, self.alpha_alpha = [], [], [], []    # an item for each of SIZES
         for k in SIZES:

@@ -23,7 +23,7 @@ from loading.options import BATCH, SEED, Parser, positive_int
 from training.options import add_checkpoint_options, add_schedule_options
 
 CONFIG = Path(__file__).parents[1] / "models" / "tiny" / "image_encoder"
-FIRST_SCENE = 5 * 10 ** 8        # scenes that Stage B is not trained on
+FIRST_SCENE = 5 * 10 ** 8        # number of the first scene; Stage B is not trained on these scenes
 
 
 def parse_args(argv=None):

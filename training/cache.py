@@ -53,7 +53,7 @@ class Cache:
         self._writing = self.folder / "writing"            # on the same disk, so that renaming is atomic
         self._writing.mkdir(parents=True, exist_ok=True)
         sweep(self._writing)
-        if not (self.folder / "info.json").exists():       # for people; the program never reads it
+        if not (self.folder / "info.json").exists():       # for people: the program never reads this file
             text = json.dumps({"encoder": encoder_hash, "settings": settings}, indent=2, sort_keys=True)
             self._write(self.folder / "info.json", (text + "\n").encode())
 
@@ -68,7 +68,7 @@ class Cache:
             content = path.read_bytes()
         except FileNotFoundError:
             return None
-        except OSError as error:                           # a bad disk; the caller computes the array again
+        except OSError as error:                           # perhaps a bad disk; the caller computes the array again
             warn(f"{path} cannot be read and is computed again: {error}")
             return None
         problem, array = "its checksum does not match", None

@@ -243,7 +243,7 @@ class ImageDataset:
                 digest.update(block)
             self._records.seek(0)
             path = self.folder / f"images-{digest.hexdigest()[:16]}"
-        with contextlib.suppress(FileExistsError):         # written by an earlier run or another machine
+        with contextlib.suppress(FileExistsError):         # an earlier run or another machine wrote it
             write_atomically(path, write, folder=True)
         self._map(path)
         return self

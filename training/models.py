@@ -20,7 +20,7 @@ from wuerstchen import Sampling, Wuerstchen, scale_semantic, unscale_semantic
 
 
 def load_models(args, stage, dtype: torch.dtype, processes) -> tuple:
-    """-> Stage B, image encoder, VQGAN, text encoder or None. stage: see train_b.py.
+    """Returns Stage B, image encoder, VQGAN, text encoder or None. stage: see train_b.py.
 
     Frozen networks stay in eval mode, because BatchNorm's statistics must not change. The VQGAN and the image encoder
     are in float32, so that the targets are exact.
@@ -48,7 +48,7 @@ def load_models(args, stage, dtype: torch.dtype, processes) -> tuple:
 
 
 def build_stage_b(args, paths: dict, stage) -> tuple[nn.Module, nn.Module]:
-    """-> Stage B and the image encoder, in float32, because an optimizer's steps are too small for 16 bits.
+    """Returns Stage B and the image encoder, in float32, because an optimizer's steps are too small for 16 bits.
 
     stage.NETWORK: the class of Stage B. stage.semantic_scale(network): functions that scale and unscale latents for C.
     """
@@ -98,7 +98,7 @@ def match_vqgan(decoder: StageB, vqgan, new: bool) -> None:
 
 
 def semantic_scale(decoder: StageB) -> tuple:
-    """-> scale and unscale of the semantic latents for Stage C."""
+    """Returns scale and unscale of the semantic latents for Stage C."""
     return scale_semantic, unscale_semantic
 
 

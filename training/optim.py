@@ -171,7 +171,7 @@ class EMA:
         weight = (9 / (10 + self.count)).clamp(min=1 - self.decay) * done        # 9 / (10 + n) = 1 - (1 + n) / (10 + n)
         self.count += done
         if self.mean:
-            means, lives = ([getattr(tensor, "_local_tensor", tensor) for tensor in part.values()]       # of FSDP
+            means, lives = ([getattr(tensor, "_local_tensor", tensor) for tensor in part.values()]  # FSDP's local part
                             for part in (self.mean, self.live))
             change = torch._foreach_sub([live.float() for live in lives], means)
             torch._foreach_mul_(change, weight)

@@ -85,7 +85,7 @@ class BatchSampler:
         return map(self.step, itertools.count(start))
 
     def step(self, k: int) -> tuple[np.ndarray, np.ndarray, int]:
-        """-> positions (batch,) in the stream, ascending; indices (batch,) of the images; the bucket they share.
+        """Returns positions (batch,) in the stream, ascending; indices (batch,) of the images; the bucket they share.
 
         Step k is found directly, without computing the steps before it. Every epoch contains the same number of samples
         of each bucket, `count`. So count * e samples of a bucket come before epoch e, and count * e // batch steps.
@@ -111,7 +111,7 @@ class BatchSampler:
         return int((epoch * self._counts // self.batch).sum())
 
     def _epoch(self, e: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """-> four arrays. order (N,): the images of epoch e. by_bucket (N,): positions in `order`, sorted by bucket.
+        """Four arrays. order (N,): the images of epoch e. by_bucket (N,): positions in `order`, sorted by bucket.
         The other two, (steps,): of each step that epoch e completes, the bucket and the number among its steps."""
         if e not in self._epochs:
             while len(self._epochs) > 3:         # a million samples take 0.3 s and 8 MB
@@ -139,7 +139,7 @@ class BatchSampler:
         path.parent.mkdir(parents=True, exist_ok=True)
         opened = lock(path.parent, wait=True)
         try:
-            with contextlib.suppress(FileExistsError):     # just written on another machine
+            with contextlib.suppress(FileExistsError):     # another machine has just written the file
                 if not path.exists():
                     def write(temporary: Path) -> None:
                         with open(temporary, "wb") as out:

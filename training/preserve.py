@@ -47,7 +47,7 @@ class Teacher:
             return eps
 
     def replace(self, batch: dict, x_t: Tensor, eps: Tensor, t: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """-> x_t and target for a batch, (B,16,h,w) each. In the rows that batch["preserve"] marks, x_t is the noised
+        """x_t and target for a batch, (B,16,h,w) each. In the rows that batch["preserve"] marks, x_t is the noised
         teacher_latents, and the target is the teacher's prediction for this x_t. In other rows, target is eps."""
         rows = batch["preserve"].to(x_t.device).view(-1, 1, 1, 1)                        # (B, 1, 1, 1)
         x_t = torch.where(rows, add_noise(batch["teacher_latents"].to(x_t.device), eps, t), x_t)
@@ -100,7 +100,7 @@ class TeacherLatents:
         first = rng("prompt").integers(len(self.prompts))
         if not dropped and rng("preserve").random() >= self.args.preserve:
             return None, torch.zeros(16, size[0] * 3 // 128, size[1] * 3 // 128)
-        for prompt in (*self.prompts[first:], *self.prompts[:first]):    # the next prompt, if an entry is damaged
+        for prompt in (*self.prompts[first:], *self.prompts[:first]):    # an entry is damaged: uses the next prompt
             latents = self.cache.get(self.key(prompt, size))
             if latents is not None:
                 return prompt, torch.from_numpy(latents).float()

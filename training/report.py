@@ -46,7 +46,7 @@ class Progress:
         self.sums[1].index_add_(0, level, raw.isfinite().float())
 
     def values(self, step: int, loss: Tensor) -> dict:
-        """-> values to log after `step` steps. loss (): of the last step. All processes must call this."""
+        """Returns values to log after `step` steps. loss (): of the last step. All processes must call this."""
         loss = (self.processes.sum(loss.clone()) / self.processes.world).item()
         self.smooth = loss if self.smooth is None else 0.9 * self.smooth + 0.1 * loss
         raw, count = self.processes.sum(self.sums.clone())

@@ -165,7 +165,7 @@ def write_stage_c(args, model, text_encoder, dataset, processes) -> None:
 def write_files_c(args, prior, weights: dict, text_encoder, dataset) -> None:
     check_finite(weights, "the result")
     out, more = Path(args.out), {}
-    (out / "README.md").unlink(missing_ok=True)      # written last: where it is, the result is complete
+    (out / "README.md").unlink(missing_ok=True)      # written last: if it exists, the result is complete
     if args.lora:
         write_lora(args, prior, args.steps, len(dataset), out / "lora.safetensors")
         more["lora"] = "lora.safetensors"
@@ -265,7 +265,7 @@ def write_stage_b(args, model, encoder, dataset, log_lines: list[dict], processe
 def write_files_b(args, decoder, encoder, weights: dict, dataset, log_lines: list[dict]) -> None:
     check_finite(weights, "the result")
     out = Path(args.out)
-    (out / "README.md").unlink(missing_ok=True)      # written last: where it is, the result is complete
+    (out / "README.md").unlink(missing_ok=True)      # written last: if it exists, the result is complete
 
     def filled(network: torch.nn.Module, prefix: str) -> torch.nn.Module:
         """A copy of the network with all weights. Under FSDP the network itself holds only a part of each tensor."""
@@ -312,7 +312,7 @@ def write_stage_a(args, model, fixed: torch.Tensor, values: dict, images: int) -
     """Writes vqgan/ and README.md; uploads them with --push-to-hub. fixed: the validation's images, (N,3,H,W) uint8;
     values: the validation's results."""
     check_finite(model.state_dict(), "the result")
-    (Path(args.out) / "README.md").unlink(missing_ok=True)       # written last: where it is, the result is complete
+    (Path(args.out) / "README.md").unlink(missing_ok=True)       # written last: if it exists, the result is complete
     if not args.freeze_encoder:          # scales the latents to unit variance for Stage B
         device = model.codebook.codes.device
         z = [model.encode_raw(part.to(device).float() / 255) for part in fixed.split(args.batch)]

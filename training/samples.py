@@ -44,7 +44,7 @@ def no_text(config: dict, device: torch.device, captions: list[str]) -> Tensor:
 
 
 def open_data(args, processes, captions_required: bool = True, unseen: str | None = None) -> tuple:
-    """-> the datasets of --data and --val-data. The default of --val-data is --data; for emoji scenes, it is `unseen`.
+    """Opens --data and --val-data, two datasets. The default of --val-data is --data; for emoji scenes, it is `unseen`.
 
     One process of each machine reads indexes, and the others get its result. With --dry-run, writes skipped.tsv, the
     names of all skipped files with the reasons.
@@ -81,7 +81,7 @@ def open_data(args, processes, captions_required: bool = True, unseen: str | Non
 
 
 def steps_of(args, dataset, processes) -> int:
-    """-> --steps, or the number of steps in --epochs."""
+    """Returns --steps, or the number of steps in --epochs."""
     if not args.epochs:
         return args.steps
     batch = args.batch * args.grad_accum * processes.world
@@ -97,7 +97,7 @@ def open_cache(args, encoder: torch.nn.Module, **settings) -> Cache:
 
 
 def draw_caption(dataset, index: int, rng: Callable, dropout: float) -> tuple[str, bool]:
-    """-> one of the captions of image `index`, and whether the caller should replace it by the empty caption.
+    """Returns one of the captions of image `index`, and whether the caller should replace it by the empty caption.
     Source of dropping: classifier-free guidance, arXiv:2207.12598."""
     captions = dataset.captions(index)
     return captions[rng("caption").integers(len(captions))], bool(rng("caption dropout").random() < dropout)

@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 ASSETS = Path(__file__).parents[1] / "assets"
-CANVAS, CELL, COLUMNS = 128, 80, 16       # px of a scene; px and columns of the sprite sheet
+CANVAS, CELL, COLUMNS = 128, 80, 16       # px of a scene; px of a cell and columns of the sprite sheet
 
 # Muted colours, so that a red apple is visible on red; any two are at least 84 apart in RGB distance.
 COLOURS = {"white": (245, 245, 245), "black": (26, 26, 30), "red": (176, 44, 52), "orange": (236, 142, 62),

@@ -39,11 +39,11 @@ from training.tables import NOT_USABLE, TABLES, Table, hub_table, open_table, wr
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
 HIDDEN = "hidden, as thumbnails of other programs are: rename it if it is meant"
 UNREADABLE = (".heic", ".heif", ".hif", ".jxl", ".jp2", ".jpe", ".apng", ".psd", ".svg", ".tga", ".exr", ".ppm", ".ico",
-              ".dng", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2")      # reported, not just ignored
+              ".dng", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2")      # these are named as skipped
 # The keys of metadata, .json and tables in which a caption is looked for, in this order, in upper or lower case.
 CAPTION_KEYS = ("text", "caption", "captions", "prompt", "prompts", "description", "txt")
 HEAD = 2 ** 15                   # bytes of an image that are read first to find its size
-SHARDS = 10 ** 6                 # maximum per source; more are a typing error, the largest sources have 200,000
+SHARDS = 10 ** 6                 # most shards per source; more are a typing error: the largest sources have 200,000
 INDEX_VERSION = 4                # version of the index that _tar_samples writes; a new number rebuilds all indexes
 
 Place = tuple[str, int, int]     # file, offset, bytes (-1: up to the end): where something can be read
@@ -112,7 +112,7 @@ def content_of(place: Place, limit: int = -1) -> bytes:
 def _in_folder(folder: Path, label: str) -> list[tuple[Path, str]]:
     """Returns the folder itself or, if it contains shards but no images, these shards; with names for messages."""
     places, _ = _folder_places(str(folder))
-    if "dataset_dict.json" in places:            # written by datasets' save_to_disk for several splits
+    if "dataset_dict.json" in places:            # datasets' save_to_disk writes this file for several splits
         splits = sorted({name.split("/")[0] for name in places if name.endswith("/state.json")})
         if "train" not in splits and len(splits) != 1:
             raise ValueError(f"{folder} has the splits {', '.join(splits) or 'none'} and no split train: "
@@ -209,7 +209,7 @@ def _samples(places: dict[str, Place], chosen: Chosen) -> Iterator[dict]:
             continue
         try:
             texts = _texts(stem, by_stem, rows.get(name, {}), chosen.caption)
-        except (ValueError, OSError) as error:   # not UTF-8, not JSON, a broken link
+        except (ValueError, OSError) as error:   # the text is not UTF-8 or not JSON, or a broken link
             yield dict(name=name, problem=f"its text cannot be read: {reason_of(error)}")
             continue
         yield dict(name=name, problem=None, place=place, size=size, **texts)
@@ -285,7 +285,7 @@ def _text(place: Place, most: int = 2 ** 24) -> str:
 
 
 def _captions_in(row: dict, column: str | None) -> tuple[str | None, list[str]]:
-    """-> the first key with captions and these captions, or None and []. column: the only key to try, by default all
+    """The first key with captions and these captions, or None and []. column: the only key to try, by default all
     CAPTION_KEYS."""
     if not row:                                  # the usual case: there is no metadata
         return None, []
@@ -423,7 +423,7 @@ def _tar_samples(path: Path, label: str, index_folder: Path | None, found: Found
     index = (index_folder / f"{path.stem}-{known_as}.index.json" if index_folder
              else path.with_name(f"{path.name}.index.json"))
     content = {}
-    with contextlib.suppress(OSError, ValueError):         # no index yet, or an incomplete one
+    with contextlib.suppress(OSError, ValueError):         # there is no index yet, or it is incomplete
         content = parsed(index.read_text(encoding="utf-8"))
     if not isinstance(content, dict) or content.get("stamp") != stamp:
         places, unusable, whole = _tar_places(path)

@@ -63,7 +63,7 @@ def open_table(file, name: str) -> Table:
         for batch in batches:
             yield from batch.to_pylist()
 
-    def may_hold_images(kind) -> bool:           # bytes, or dict(bytes, path) as on the Hub
+    def may_hold_images(kind) -> bool:           # its cells are bytes, or dict(bytes, path) as on the Hub
         if pyarrow.types.is_struct(kind):
             return kind.get_field_index("bytes") >= 0
         return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
@@ -87,7 +87,7 @@ def hub_table(name_and_split: str, config: str | None = None) -> Table:
                 if not re.match("(hf|https?)://", file.split("::")[-1]):
                     raise ValueError(f"it names {printable(file)}, which is not a file of the Hub, and is not read")
         rows = datasets.load_dataset(name, *[config] * bool(config), split=split or "train")
-    except Exception as error:                   # a dozen kinds: not found, no network, unknown split, ...
+    except Exception as error:                   # errors of a dozen kinds: not found, no network, unknown split, ...
         configs = re.search(r"available configs: (\[.*?\])", str(error))
         more = f" It has the configurations {configs[1]}: choose one with --dataset-config" if configs else ""
         raise ValueError(f"hub:{name} cannot be loaded: {reason_of(error)}{more}") from error
@@ -104,7 +104,7 @@ def hub_table(name_and_split: str, config: str | None = None) -> Table:
 def write_tar(table: Table, path: Path, asked: str | None = None) -> None:
     """Writes a table as a tar file: NUMBER.COLUMN.jpg and .json for each row, or NUMBER.skipped with the reason.
 
-    asked: the column with the images, or None. Raises ValueError if no column, or several, may have images.
+    asked: the column with the images, or None. Raises ValueError if it cannot be determined, see image_column.
     """
     column = image_column(table, asked)
     label = re.sub(r"[^\w-]+", "-", column)

@@ -61,7 +61,7 @@ def by_level(values: Tensor, name: str) -> dict[str, float]:
 # ----- Stage B ------------------------------------------------------------------------------------------
 
 def fixed_set(dataset, side: int, encoders: dict, args, device) -> SimpleNamespace:
-    """-> the images of train_b.py's validation, as squares: pixels (N,r,r,3) uint8, captions, x_0 (N,...), and source:
+    """The images of train_b.py's validation, as squares: pixels (N,r,r,3) uint8, captions, x_0 (N,...), and source:
     raw semantic latents (N,16,h',w') or, for an encoder that is trained, its input (N,3,H,W)."""
     pixels, captions = zip(*fixed_images(dataset, [(side, side)], args))
     x_0 = torch.cat([encoders["x_0"](row) for row in pixels])
