@@ -5,7 +5,7 @@
 
 `install` wraps the methods `accept` and `settings` of a pipeline with these checks; in wuerstchen.py they have none.
 Every mistake raises an error of one sentence, before the first step. CALL, LOAD and METHODS map names of diffusers'
-Würstchen pipelines to ours; docs/SAMPLING.md has them as a table with examples.
+Würstchen pipelines to our names; docs/SAMPLING.md has the same table with examples.
 Needs: torch, numpy; lora.py, lora_formats.py, wuerstchen.py.
 """
 import functools
@@ -89,12 +89,12 @@ SENTENCES = ("not needed", "set ", "the result", "one model", "fixed by")     # 
 # ----- values --------------------------------------------------------------------------------------------------------
 
 def advice(hint: str) -> str:
-    """A hint from CALL, LOAD or METHODS, as the end of a sentence."""
+    """Turns a hint from CALL, LOAD or METHODS into the end of a sentence: adds "use" unless it is a sentence."""
     return hint if hint.startswith(SENTENCES) else f"use {hint}"
 
 
 def texts_of(name: str, value) -> list:
-    """A text, several texts, or None -> a list. The items' types are not checked. Raises TypeError, ValueError."""
+    """Turns a text, several texts, or None into a list, of unchecked items. Raises TypeError, ValueError."""
     if isinstance(value, (dict, bytes)) or not isinstance(value, Iterable | None):
         raise TypeError(f"{name} is {value!r:.80}, expected a text or a list of texts.")
     texts = [] if value is None else [value] if isinstance(value, str) else list(value)
@@ -105,12 +105,12 @@ def texts_of(name: str, value) -> list:
 
 
 def random_seed() -> int:
-    """A random seed from torch's generator, so that torch.manual_seed makes it repeatable."""
+    """Draws a random seed with torch's generator, so that torch.manual_seed makes it repeatable."""
     return int(torch.randint(2 ** 31, ()))
 
 
 def tensor_of(name: str, value) -> Tensor:
-    """A tensor, an array, or lists of numbers or tensors -> a tensor of real numbers. Raises TypeError."""
+    """Turns a tensor, an array, or lists of numbers or tensors into a tensor of real numbers. Raises TypeError."""
     try:
         if isinstance(value, (list, tuple)) and value and all(isinstance(row, Tensor) for row in value):
             value = torch.cat([*value])              # a list of rows, as diffusers accepts
@@ -135,9 +135,9 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def dtype_of(value, device: torch.device | None = None) -> torch.dtype:
-    """torch.bfloat16, "bf16", "bfloat16", "torch.bfloat16" -> torch.bfloat16. Raises ValueError.
+    """Turns "bf16", "bfloat16", "torch.bfloat16" or torch.bfloat16 into torch.bfloat16. Raises ValueError.
 
-    With a device also "auto": bf16 where it is fast; otherwise float32 on a CPU, float16 on a GPU.
+    If a device is given, "auto" is allowed: bfloat16 if it is fast there; otherwise float32 on a CPU, float16 on a GPU.
     """
     if device is not None and value == "auto":
         return torch.bfloat16 if has_bf16(device) else torch.float32 if device.type == "cpu" else torch.float16
@@ -158,8 +158,8 @@ def set_tf32(allowed: bool) -> None:
 
 
 def usable_device(name: str | torch.device | None) -> torch.device:
-    """The device to use; for None, cuda if there is one, else cpu. Raises UserError if torch does not know the name or
-    cannot compute on the device."""
+    """Returns the device to use; for None, cuda if it exists, else cpu. Raises UserError if torch does not know the
+    name or cannot compute on the device."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name is None else name
     try:
         torch.ones(1, device=name).tolist()                # fails on "meta", a device without data
@@ -173,7 +173,7 @@ def usable_device(name: str | torch.device | None) -> torch.device:
 
 
 def lora_scales(value) -> dict[str, float]:
-    """None, a LoRA file or folder, several, or {file: scale} -> {file: scale}. Raises TypeError, ValueError."""
+    """Turns None, LoRA files or folders, or {file: scale} into {file: scale}. Raises TypeError, ValueError."""
     if value is None or isinstance(value, (str, Path)):
         value = [value] if value else []
     pairs = [*value.items()] if isinstance(value, dict) else [
@@ -218,7 +218,7 @@ def install(model, weights, files: dict, loras: dict[str, float], lora_partial: 
 
 
 def accept(model, then: Callable, prompt, negative_prompt, seed, num_images, height, width, callback) -> tuple:
-    """Wuerstchen.accept (`then`) for values in any form. Raises TypeError, ValueError; warns of untrained sizes."""
+    """Converts values, calls Wuerstchen.accept (`then`), warns of untrained sizes. Raises TypeError, ValueError."""
     prompts, num_images = texts_of("prompt", prompt), IMAGES.check("num_images", num_images)
     seed = random_seed() if seed is None else plain(seed)
     if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
@@ -236,7 +236,7 @@ def accept(model, then: Callable, prompt, negative_prompt, seed, num_images, hei
 
 
 def checked(callback: Callable | None, kinds: str = "None", stop: Exception | None = None) -> Callable | None:
-    """Wraps a callback: it must return None or finite latents of the same shape. stop: raised if it returns False."""
+    """Wraps a callback to check that it returns None or finite latents of the same shape. stop: raised for False."""
     if callback is None:
         return None
     if not callable(callback):
@@ -256,7 +256,7 @@ def checked(callback: Callable | None, kinds: str = "None", stop: Exception | No
 
 
 def settings(model, then: Callable, given: dict) -> tuple:
-    """Wuerstchen.settings (`then`) for values in any form. For diffusers' names, the error has ours."""
+    """Converts values and calls Wuerstchen.settings (`then`). The error for a name of diffusers contains our name."""
     given = {name: plain(value) for name, value in given.items()}
     given |= {name: int(value) for name, value in given.items() if isinstance(value, bool) and name[:-2] != "early"}
     for name, value in given.items():
@@ -289,7 +289,7 @@ def settings(model, then: Callable, given: dict) -> tuple:
 
 
 def check_used(stage: str, sampling, given: dict) -> None:
-    """Raises ValueError for settings that other settings make useless. The command line checks the same."""
+    """Raises ValueError if other settings make a setting useless. The command line makes the same checks."""
     if given.get(f"eta_{stage}") and sampling.sampler not in ("ddim", ddim_step):
         raise ValueError(f"eta_{stage} is {given[f'eta_{stage}']!r}, expected sampler_{stage}=\"ddim\" with it: "
                          f"{sampling.sampler!r:.80} has no eta.")
@@ -315,7 +315,7 @@ def warn_of_size(height: int, width: int, trained: int) -> None:
 # ----- LoRAs of a loaded model ---------------------------------------------------------------------------------------
 
 def adapter_name(file: str) -> str:
-    """The name of a file's LoRA in lora.py. It depends on the real path, so one file is never added twice."""
+    """Returns the adapter name in lora.py for a file. It depends on the real path, so no file is added twice."""
     return f"lora_{zlib.crc32(os.path.realpath(file).encode()):08x}"
 
 
@@ -358,7 +358,7 @@ def set_loras(model, loras) -> None:
 
 
 def replace_loras(model, loras: dict[str, float]) -> None:
-    """Changes model.loras in place, because Stage C's loader reads the same dict."""
+    """Sets model.loras. Changes the dict in place, because Stage C's loader reads the same dict."""
     model.loras.clear()
     model.loras.update(loras)
 

@@ -29,7 +29,7 @@ class WeightsError(UserError):
 
 
 def printable(text: str) -> str:
-    """The text with its control characters, which a terminal would execute, escaped as \\x1b, \\n, ..."""
+    """Escapes control characters, which a terminal would execute, as \\x1b, \\n, ..."""
     text = str(text)
     return text if text.isprintable() else "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -48,7 +48,7 @@ def warn(message: str) -> None:
 
 @contextlib.contextmanager
 def as_user_error():
-    """Turns each ValueError raised inside into a UserError. For calls that check the user's own values."""
+    """Turns each ValueError raised inside into a UserError. Used around calls that check the user's own values."""
     try:
         yield
     except UserError:
@@ -58,7 +58,7 @@ def as_user_error():
 
 
 def memory_ran_out(error: Exception) -> bool:
-    """Whether an exception means lack of memory. The last text: the system killed a worker that reads data."""
+    """Whether an exception means lack of memory. "is killed by signal": the system killed a worker that reads data."""
     return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(
         words in str(error) for words in ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED",
                                           "is killed by signal"))
@@ -66,8 +66,8 @@ def memory_ran_out(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def exit_on_user_error(hint: str | None = None, memory: str = "close other programs, or use a larger machine"):
-    """Runs a whole script: a UserError, an OSError or a lack of memory ends it with one line and exit code 2, Ctrl-C
-    with code 130, SIGTERM with 143. Warnings are one line each, and each is shown once.
+    """Wraps a whole script. A UserError, an OSError or a lack of memory ends it with one line and exit code 2, Ctrl-C
+    with code 130, SIGTERM with 143. Each warning is shown once, as one line.
 
     hint: what to do after Ctrl-C, for example RESUME_HINT. memory: what to do if the memory runs out.
     """
@@ -75,7 +75,7 @@ def exit_on_user_error(hint: str | None = None, memory: str = "close other progr
         tell("stopped by SIGTERM" + (f": {hint}" if hint else ""))
         sys.exit(143)
     before = None
-    with contextlib.suppress(ValueError):            # raised outside the main thread
+    with contextlib.suppress(ValueError):            # signal.signal raises it outside the main thread
         before = signal.signal(signal.SIGTERM, terminated)
     # The cache shows a warning once, although some files are read twice: before and after the models are fetched.
     shown = functools.cache(lambda text: tell(f"warning: {text}"))
@@ -101,6 +101,6 @@ def exit_on_user_error(hint: str | None = None, memory: str = "close other progr
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """The hint "did you mean X?", where X is the most similar of `names`; "" if none is similar."""
+    """Returns the hint "did you mean X?", where X is the most similar of `names`; "" if no name is similar."""
     near = difflib.get_close_matches(name, [*names], 1, cutoff=0.75)
     return f"did you mean {near[0]}?" if near else ""

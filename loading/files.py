@@ -2,7 +2,7 @@
 
   with reading(path): wraps code that reads a possibly damaged file; any error becomes a message of one line
   TensorFile(path): reads names and shapes first, then one tensor at a time, from .safetensors, .bin or .pt
-  write_atomically(path, write): the file is complete or missing, and never overwrites another one by accident
+  write_atomically(path, write): writes a file that is complete or missing, and overwrites no other file by accident
 
 Reading a model takes hardly more memory than the model itself: its file is memory-mapped, and freed memory goes back
 to the operating system at once (return_freed_memory). A file that cannot be used raises WeightsError, in one line.
@@ -65,7 +65,7 @@ def reading(path: str | Path, kind: type = UserError, failed: str = "cannot be r
         yield
     except UserError:
         raise
-    except Exception as error:         # each library raises its own classes, also for too deep or large files
+    except Exception as error:         # each library raises its own exceptions
         raise kind(f"{path} {failed}: {reason_of(error)}{advice}") from error
 
 
@@ -81,7 +81,7 @@ def check_file(path: str | Path, most: float = math.inf) -> None:
 
 
 def reason_of(error: Exception) -> str:
-    """A library's error in one line. Omits torch's advice to load a file in a way that executes code in it."""
+    """Describes a library's error in one line, without torch's advice to load the file so that its code is executed."""
     for explained, text in EXPLAINED.items():
         if isinstance(error, explained) and (not isinstance(error, OSError) or error.errno or not error.args):
             return text
@@ -110,8 +110,8 @@ def decoded(content: bytes) -> str:
 
 
 def parsed(text: str, finite: bool = False):
-    """JSON -> Python. Raises ValueError, also if an object has a key twice, if the nesting is too deep for Python and,
-    if `finite`, for NaN and infinity."""
+    """Parses JSON. Raises ValueError if the JSON is invalid, an object has a key twice, or the nesting is too deep for
+    Python; if `finite`, also for NaN and infinity."""
     try:
         return json.loads(text, object_pairs_hook=no_name_twice, **dict.fromkeys(
             ("parse_float", "parse_constant") if finite else (), finite_number))
@@ -178,7 +178,7 @@ def pick_weights(names: Iterable[str], stems: tuple[str, ...], half: bool = Fals
 
 
 def find_file(path: str | Path, stems: tuple[str, ...]) -> Path:
-    """The path itself if it is a file; for a folder, the file in it that pick_weights chooses."""
+    """Returns the path itself if it is a file; in a folder, the file that pick_weights chooses. Raises WeightsError."""
     path = Path(path)
     if path.is_file():
         return path
@@ -191,7 +191,7 @@ def find_file(path: str | Path, stems: tuple[str, ...]) -> Path:
 
 
 def shards(index: Path) -> list[str]:
-    """The shards, in the same folder, listed in an index such as model.safetensors.index.json. Raises WeightsError."""
+    """Returns the shards' file names in an index such as model.safetensors.index.json. Raises WeightsError."""
     table = read_json(index).get("weight_map")
     if not isinstance(table, dict) or not table or not all(isinstance(name, str) for name in table.values()):
         raise WeightsError(f"{index} is not an index of weight files: expected a weight_map from tensors to files")
@@ -209,9 +209,9 @@ reading_weights = functools.partial(
 class TensorFile:
     """A .safetensors, .bin or .pt file, or the index of shards: has names and shapes, and yields one tensor at a time.
 
-    The file is memory-mapped: tensors take memory only once they are read, but then until the mapping ends. So the
-    file is mapped again after every CHUNK bytes, and callers must copy the tensors that they keep.
-    sections: keys of state dicts, for a file that may hold several; the first key found is read.
+    The file is memory-mapped. A tensor takes no memory before it is read, and then keeps it until the mapping ends. So
+    the file is mapped again after every CHUNK bytes, and callers must copy the tensors that they keep.
+    sections: keys under which the file may hold the state dict; the first one found is read.
     The prefixes that DDP and torch.compile add to names (module., _orig_mod.) are removed.
     Code in a file is never executed. Raises WeightsError unless it is a complete file of tensors.
     """
@@ -233,7 +233,7 @@ class TensorFile:
             self.shapes[name], self.in_file[name] = shape, in_file
 
     def _open(self) -> list[tuple[str, tuple]]:
-        """Maps the file, also a second time -> [(name in the file, shape)] of its tensors."""
+        """Maps the file, or maps it again -> [(name in the file, shape)] of its tensors."""
         import torch
         with reading_weights(self.path):
             if self.safe:
@@ -271,7 +271,7 @@ class TensorFile:
 
 
 def read_tensors(path: str | Path, start: str) -> dict[str, Tensor]:
-    """Copies of the tensors whose names begin with `start`, which is removed. Raises WeightsError, also for NaN."""
+    """Reads the tensors whose names begin with `start`, which it removes. Raises WeightsError, also for NaN."""
     tensors = {name.removeprefix(start): tensor.clone() for name, tensor in TensorFile(Path(path))
                if name.startswith(start)}
     for name, tensor in tensors.items():
@@ -281,8 +281,8 @@ def read_tensors(path: str | Path, start: str) -> dict[str, Tensor]:
 
 
 def is_table(content) -> bool:
-    """Whether an object is a state dict of dense CPU tensors, each with storage for all its values. Without this check,
-    a file of a few bytes could describe a tensor of terabytes that repeats one value, or has no data."""
+    """Whether an object is a state dict of dense CPU tensors, each with storage for all its values. This check rejects
+    small files that describe tensors of terabytes, which repeat one value or have no data."""
     import torch
     return isinstance(content, dict) and all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu"
@@ -291,7 +291,7 @@ def is_table(content) -> bool:
 
 
 def own_config(path: Path) -> dict | None:
-    """The configuration in a weight file, under the key OWN_CONFIG; None if there is none or it cannot be read."""
+    """Reads the configuration in a weight file, under the key OWN_CONFIG; None if that is missing or cannot be read."""
     import torch
     from safetensors import safe_open
     try:
@@ -300,13 +300,13 @@ def own_config(path: Path) -> dict | None:
                 config = parsed((file.metadata() or {}).get(OWN_CONFIG, "null"), finite=True)
         else:
             config = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get(OWN_CONFIG)
-    except Exception:         # each library raises its own classes; reading the tensors reports the reason
+    except Exception:         # reading the tensors, later, reports the error
         return None
     return config if isinstance(config, dict) else None
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether the first bytes are those of .safetensors, not of torch's formats. Raises WeightsError if of neither."""
+    """Whether a file begins like .safetensors, not like torch's formats. Raises WeightsError if it does neither."""
     with reading_weights(path), open(path, "rb") as file:
         start = file.read(512)
     if start[8:9] == b"{":                               # 8 bytes of length, then a header in JSON
@@ -323,14 +323,14 @@ def is_safetensors(path: Path) -> bool:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether there is no NaN or infinity. Minimum and maximum show it, much faster than isfinite() of all values."""
+    """Whether a tensor has no NaN or infinity. Testing only its minimum and maximum is much faster than all values."""
     import torch
     return tensor.numel() == 0 or torch.stack(torch.aminmax(tensor)).isfinite().all().item()
 
 
 @contextlib.contextmanager
 def return_freed_memory():
-    """Memory allocated inside goes back to the operating system as soon as it is freed.
+    """Context in which freed memory goes back to the operating system at once.
 
     glibc keeps freed blocks of up to 32 MB for reuse, and most weights are smaller. The heap then becomes fragmented:
     at official size, gigabytes are wasted. Inside, blocks of 1 MB or more are mapped one by one instead. Does nothing
@@ -344,8 +344,8 @@ def return_freed_memory():
     mallopt(threshold, 2 ** 20)
     try:
         yield
-    finally:                                             # glibc adjusts the threshold up to this value by itself.
-        mallopt(threshold, 32 * 2 ** 20)                 # It is better for activations: the heap is faster.
+    finally:         # 32 MB is the most that glibc would choose: the heap, which is faster, is better for activations
+        mallopt(threshold, 32 * 2 ** 20)
 
 
 # ----- writing -------------------------------------------------------------------------------------------------------
@@ -353,8 +353,8 @@ def return_freed_memory():
 # the folder can distinguish the files of a killed program from those of a running one.
 
 def check_output(path: str | Path, *suffixes: str) -> None:
-    """Raises UserError if an output path cannot be written, so that a program fails before its work: the path exists,
-    has none of these suffixes ("": may be a folder), or check_folder fails. An existing empty folder is allowed."""
+    """Raises UserError if an output path cannot be written: it exists, has none of these suffixes ("": a folder), or
+    check_folder fails. Called before a program's work. An existing empty folder is allowed."""
     path = Path(path)
     if path.parent.is_dir():
         sweep(path.parent)
@@ -368,7 +368,7 @@ def check_output(path: str | Path, *suffixes: str) -> None:
 
 
 def check_folder(folder: str | Path, shown: str | Path | None = None) -> None:
-    """Raises UserError unless files can be written to a folder, which need not exist yet. shown: path to report."""
+    """Raises UserError unless files can be written to a folder, which may not exist yet. shown: path to report."""
     folder = Path(folder)
     try:                                     # a temporary file, which is deleted when it is closed
         with tempfile.TemporaryFile(dir=next(path for path in (folder, *folder.parents) if path.exists())):
@@ -384,9 +384,9 @@ SWEPT = set()                                            # folders that this pro
 
 def write_atomically(path: str | Path, write: Callable[[Path], object], overwrite: bool = True, size: int = 0,
                      folder: bool = False) -> None:
-    """Calls write(temporary_path), then renames: a file is complete or missing, even after a power cut.
+    """Calls write(temporary_path), then renames the file to `path`. It is complete or missing, even after a power cut.
 
-    size: bytes that `write` needs, if known: `write` is not called if the disk has less.
+    size: bytes that `write` needs, if known. If the disk has less, `write` is not called.
     folder: `write` gets a new folder, and fills it with write_atomically. Only an empty folder is ever replaced.
     Raises FileExistsError if the path exists and may not be replaced, even if it appeared while `write` was running.
     Raises OSError, in one line, if the disk is full.
@@ -448,8 +448,8 @@ def sweep(folder: Path) -> None:
 
 
 def lock(path: Path, wait: bool = False) -> int | None:
-    """Opens and locks a file or folder -> its descriptor. The lock ends when that is closed or the process ends or is
-    killed. None: another program has the lock, or there are no such locks (Windows, some network drives)."""
+    """Opens and locks a file or folder -> its descriptor. Closing the descriptor, or the end of the process, ends the
+    lock. Returns None if another program has the lock, or locks are not supported (Windows, some network drives)."""
     if fcntl is None:
         return None
     opened = os.open(path, os.O_NOFOLLOW | (os.O_RDONLY if path.is_dir() else os.O_RDWR))
@@ -471,8 +471,8 @@ def remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def disk_errors(path: Path, temporary: Path | None = None, size: int = 0):
-    """Wraps code that writes a file. Each library has its own exception for a full disk; here all become an OSError of
-    one line: the file, the space that it needs and the free space. Exceptions not caused by the disk stay unchanged."""
+    """Wraps code that writes a file. Turns every library's exception for a full disk into an OSError of one line: the
+    file, the space that it needs and the free space. Exceptions not caused by the disk stay unchanged."""
     try:
         yield
     except Exception as error:
@@ -502,7 +502,7 @@ def bytes_text(number: float) -> str:
 
 
 def rename_if_unused(temporary: Path, path: Path) -> bool:
-    """Renames a file unless `path` exists -> whether it did. If two programs try at the same time, one succeeds."""
+    """Renames a file unless `path` exists -> whether it was renamed. If two programs try at once, one succeeds."""
     try:
         try:
             os.link(temporary, path)                     # unlike os.replace, this fails if the name is taken
@@ -517,7 +517,7 @@ def rename_if_unused(temporary: Path, path: Path) -> bool:
 
 
 def write_unused(path: Path, write: Callable[[Path], object], overwrite: bool = False) -> Path:
-    """Calls write_atomically with the first path of numbered(path) that does not exist yet -> that path."""
+    """Calls write_atomically with the first path of numbered(path) that does not exist yet. Returns this path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for name in numbered(path):
         with contextlib.suppress(FileExistsError):       # another program may create it at the same time
@@ -532,8 +532,8 @@ def numbered(path: Path) -> Iterator[Path]:
 
 
 def to_half(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """float16 copies of tensors on the CPU, like the released weights. Integers stay integers. BatchNorm's running
-    statistics keep their type: they are few, and float16 is especially inexact for a small variance.
+    """Copies tensors to the CPU in float16, like the released weights. Integers stay integers. BatchNorm's running
+    statistics keep their dtype: they are few, and float16 is too inexact for a small variance.
 
     Raises WeightsError for values that float16 cannot hold.
     """
@@ -560,7 +560,7 @@ def tensors_in(content, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 def write_tensors(path: str | Path, content: dict, metadata: dict[str, str] | None = None, overwrite: bool = True
                   ) -> None:
-    """Writes a .safetensors file of {name: tensor} or, with another suffix, torch.save's file of any `content`."""
+    """Writes a .safetensors file of {name: tensor}. If the path has another suffix, torch.save writes any `content`."""
     import torch
 
     def write(temporary: Path) -> None:
@@ -573,8 +573,8 @@ def write_tensors(path: str | Path, content: dict, metadata: dict[str, str] | No
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes the format of safetensors' save_file: length of the header in 8 bytes, header in JSON, values. save_file
-    itself orders metadata at random, and if it is killed leaves a temporary file that only its owner can read."""
+    """Writes a file like safetensors' save_file: 8 bytes with the header's length, the header in JSON, the values.
+    save_file itself is not used: it orders metadata at random, and leaves a temporary file if it is killed."""
     import torch
     kinds = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
              torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",

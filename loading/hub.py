@@ -5,8 +5,8 @@
 Text-to-image needs seven parts of two repositories; encoding an image needs only the image encoder. For each part,
 only the configuration and one weight file are fetched: .safetensors rather than .bin, and half precision if it is
 wanted and offered. Files in the cache are not fetched again. offline=True (or HF_HUB_OFFLINE=1) fetches nothing.
-We fetch files by their names and ignore the published model_index.json files. These name a module that diffusers has
-moved since, so diffusers itself currently cannot open the folders.
+We fetch files by their names and ignore the published model_index.json files. They contain the old name of a module
+that diffusers has moved, so diffusers itself currently cannot open the folders.
 Other repositories are written hub:OWNER/NAME or hub:OWNER/NAME@REVISION/FOLDER, see Repository.
 Note: the cache is huggingface_hub's, which other programs share, but the download is our own (fetch_file).
 huggingface_hub's download starts from the beginning in a new process and compares no checksum.
@@ -37,8 +37,8 @@ from loading.errors import WeightsError, exit_on_user_error, printable, tell
 from loading.files import STEM, TOKENIZER_FILES, find_file, parsed, pick_weights, read_json, shards, write_atomically
 from loading.options import Parser
 
-# The revision of each repository: a commit's hash, or "main" if the hash could not be looked up. The files of these
-# repositories have not changed since 2023. --revision overrides.
+# {repository: its revision}: a commit's hash, or "main" if the hash could not be looked up. The files of these
+# repositories have not changed since 2023. --revision overrides the revisions.
 REVISIONS = {
     "warp-ai/wuerstchen":                        "c3da41406ddd4d9c48c49aa93981a82354351b83",
     "warp-ai/wuerstchen-prior":                  "main",
@@ -99,13 +99,13 @@ RECONSTRUCTION = ("image_encoder", "decoder", "text_encoder", "tokenizer", "vqga
 
 
 def revision_of(repo: str, override: str | None, weights: str = "v2") -> str:
-    """The revision of a repository in REVISIONS, or the override: "NAME" for all repositories, "REPO=NAME" for one."""
+    """Returns a repository's revision in REVISIONS. override: "NAME" for all repositories, "REPO=NAME" for one."""
     which, _, name = (override or "").rpartition("=")
     return name if name and which in ("", repo) else REVISIONS.get(f"{repo} ({weights})", REVISIONS.get(repo, "main"))
 
 
 def choices(folder: str, stem: str | None, half: bool) -> list[list[str]]:
-    """[[possible names of one file, best first], ...] for all files of one part in its repository."""
+    """Returns [[possible names of one file, best first], ...] for all files that one part needs."""
     def inside(name: str) -> str:
         return f"{folder}/{name}" if folder else name
     if stem is None:
@@ -124,7 +124,7 @@ def fetch(name: str, parts: tuple[str, ...] = TEXT_TO_IMAGE, half: bool = False,
     """Fetches the parts of the weights called `name` -> {part: its folder or file in the cache}.
 
     parts: keys of V2, or "image_encoder". half: prefer weight files in float16. revision: overrides REVISIONS, see
-    revision_of. Raises WeightsError, with a message of one line, for everything that goes wrong.
+    revision_of. Every problem raises WeightsError, with a message of one line.
     """
     sources = {part: NAMES[name][part] for part in parts if part in NAMES[name]}
     wanted = {}                                                     # {repository: the lists of choices()}
@@ -155,7 +155,7 @@ def fetch(name: str, parts: tuple[str, ...] = TEXT_TO_IMAGE, half: bool = False,
 # ----- files of a repository ------------------------------------------------------------------------------------------
 
 class File(NamedTuple):
-    """A file of a repository, as the hub lists it. size, digest: None if the list does not contain them."""
+    """A file of a repository, as listed by the hub. size, digest: None if the list does not contain them."""
     commit: str
     cached: bool
     size: int | None = None          # bytes
@@ -177,7 +177,7 @@ def is_safe(name: str) -> bool:
 
 
 def list_files(repo: str, revision: str, offline: bool) -> dict[str, File]:
-    """{name: File} of a repository, as the hub lists its files; if offline, of the files in the cache.
+    """Returns {name: File} of a repository's files, as listed by the hub; if offline, of the files in the cache.
 
     Files whose names could lead out of the cache are omitted, so they cannot be fetched. Raises WeightsError."""
     if not is_safe(revision):
@@ -201,13 +201,13 @@ def list_files(repo: str, revision: str, offline: bool) -> dict[str, File]:
         raise WeightsError(f"{repo}: the hub's list of files cannot be used: expected a commit and files with names; "
                            "check HF_ENDPOINT") from error
     with contextlib.suppress(OSError, ValueError):                       # the cache may be read-only
-        if revision != commit and (not ref.is_file() or ref.read_text() != commit):        # read if offline=True
+        if revision != commit and (not ref.is_file() or ref.read_text() != commit):        # for offline=True
             write_atomically(ref, lambda temporary: temporary.write_text(commit))
     return files
 
 
 def ask_for_list(repo: str, revision: str):
-    """The hub's JSON answer about a repository, parsed. Raises WeightsError, also if it is too long or too slow."""
+    """Returns the hub's JSON answer about a repository. Raises WeightsError, also if it is too long or too slow."""
     from huggingface_hub import constants
     (most, seconds), path = LONGEST_LIST, f"/api/models/{repo}/revision/{quote(revision, safe='')}?blobs=true"
 
@@ -231,22 +231,22 @@ def ask_for_list(repo: str, revision: str):
 
 @contextlib.contextmanager
 def request(path: str, timeout: float, **headers: str):
-    """GET of a path on the hub -> the response, whose body is not read yet. Raises huggingface_hub's errors.
-    The library's own calls are not used here: they wait without limit, for the next byte and for the end of a body."""
+    """Sends a GET request to the hub and yields the response, whose body is not read yet. Raises huggingface_hub's
+    errors. The library's own calls are not used: they wait without limit, for the next byte and for the whole body."""
     from huggingface_hub import constants, get_session
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
     with get_session().stream("GET", constants.ENDPOINT + path, headers=build_hf_headers() | headers, timeout=timeout,
                               follow_redirects=True) as response:
-        if response.status_code >= 400:          # a copy without the body, whose size is not limited
+        if response.status_code >= 400:          # checks a copy without the body, whose size has no limit
             hf_raise_for_status(type(response)(response.status_code, headers=response.headers,
                                                request=response.request))
         yield response
 
 
 def patiently(call: Callable, progress: Callable[[], int] | None = None):
-    """The result of call(), which is repeated after each of WAITS while the hub is busy or the connection breaks.
+    """Returns the result of call(). Repeats it after each of WAITS while the hub is busy or the connection breaks.
 
-    progress: for calls that resume, returns the bytes fetched so far. When it changes, the waits start over.
+    progress: for downloads that resume, returns the bytes fetched so far. When it changes, the waits start over.
     """
     before, waits = None, list(WAITS)
     while True:
@@ -266,7 +266,7 @@ def patiently(call: Callable, progress: Callable[[], int] | None = None):
 
 
 def choose(repo: str, revision: str, files: list[list[str]], offline: bool) -> dict[str, File]:
-    """{name: File} of the files to fetch: of each inner list of names, the first that exists."""
+    """Returns {name: File} of the files to fetch: from each inner list of names, the first name that exists."""
     there = list_files(repo, revision, offline)
     chosen = {}
     for options in files:
@@ -291,7 +291,7 @@ def download(repo: str, revision: str, files: dict[str, File]) -> Path:
 
 
 def fetch_file(repo: str, name: str, file: File) -> None:
-    """Fetches one file into the cache, as huggingface_hub stores it: blobs/DIGEST, with a link to it in snapshots/.
+    """Fetches one file, and stores it like huggingface_hub: in blobs/DIGEST, with a link to it in snapshots/.
 
     An interrupted download can resume in any process, because the name of the partial file depends only on the
     digest. The complete file is compared with the digest before it gets its final name.
@@ -338,7 +338,7 @@ def fetch_file(repo: str, name: str, file: File) -> None:
 
 
 def resume(path: str, partial: Path, file: File, name: str) -> None:
-    """Fetches the missing rest of a file and appends it to `partial`. Never writes more than file.size bytes."""
+    """Fetches the rest of a file and appends it to `partial`. Never writes more than file.size bytes."""
     from huggingface_hub import constants
     from huggingface_hub.utils import tqdm
     start = size_of(partial)
@@ -375,12 +375,12 @@ def check_digest(path: Path, file: File, label: str) -> None:
 
 
 def sweep(blobs: Path, locks: Path, keep: Path) -> None:
-    """Removes partial files of killed downloads: huggingface_hub's DIGEST.NUMBER.incomplete, which cannot be resumed,
-    after an hour, and ours after a week. Running downloads are safe: their files are newer, and locked."""
+    """Removes partial files of killed downloads: ours after a week, and after an hour huggingface_hub's
+    DIGEST.NUMBER.incomplete, which cannot be resumed. Files of running downloads are newer and locked, so they stay."""
     from huggingface_hub.utils import WeakFileLock
     for path in blobs.glob("*.incomplete"):
         digest, *number, _ = path.name.split(".")
-        with contextlib.suppress(OSError):       # the file is in use, or gone
+        with contextlib.suppress(OSError):       # the file is locked, or was removed
             if path != keep and time.time() - path.stat().st_mtime > (3600 if number else 7 * 24 * 3600):
                 with WeakFileLock(locks / f"{digest}.lock", timeout=0.1):
                     path.unlink()
@@ -404,8 +404,8 @@ def hint(name) -> str:
 
 
 class Repository:
-    """A repository, hub:OWNER/NAME, or a folder or file in it, hub:OWNER/NAME@REVISION/PATH. The constructor lists its
-    files. Only the files that are asked for are fetched, into the hub's cache.
+    """A repository, hub:OWNER/NAME, or a folder or file in it, hub:OWNER/NAME@REVISION/PATH. The constructor only lists
+    the files. The methods fetch the requested files into the hub's cache.
 
     names: paths of all files in the folder (for a file: in its parent folder), relative to it. Raises WeightsError.
     """
@@ -442,7 +442,7 @@ class Repository:
         return [start + name for name in inside if name == best or name in small]
 
     def fetch(self, names: list[str]) -> Path:
-        """Fetches files -> their folder in the cache. If `names` has an index of shards, the shards are fetched too."""
+        """Fetches files -> their folder in the cache. If `names` has an index of shards, also fetches the shards."""
         start = f"{self.folder}/" if self.folder else ""
         files = [start + name for name in dict.fromkeys(names)]
         if not files:
@@ -462,7 +462,7 @@ def fetch_part(reference: str | Path, folders: Iterable[str], more: Iterable[str
                offline: bool = False, revision: str | None = None) -> Path:
     """Fetches one part of any repository -> its folder or file in the cache.
 
-    folders: where the part may be; the first with a config.json is used. more: folders whose files it also needs.
+    folders: where the part may be; the first folder with a config.json is used. more: other folders that it needs.
     """
     repo = Repository(reference, offline, revision)
     if repo.is_file:
@@ -502,7 +502,7 @@ def some(names: Iterable[str]) -> str:
 # ----- errors, hashes, the cache --------------------------------------------------------------------------------------
 
 def limit_waits() -> None:
-    """Limits how long calls of huggingface_hub, also by other packages, wait for an answer: the default is forever."""
+    """Limits how long huggingface_hub waits for answers, also when other packages call it. It has no limit itself."""
     from huggingface_hub import get_session
     get_session().timeout = LONGEST_WAIT
 
@@ -551,11 +551,11 @@ def hashes(paths: dict[str, Path | None]) -> dict[str, str]:
     """{part: digest} of the weights in `paths`, to record which weights generated an image."""
     parts = ("prior", "decoder", "vqgan", "image_encoder", "prior_text_encoder", "text_encoder")
     found = {part: digest(paths[part]) for part in parts if paths.get(part) is not None}
-    return {part: value for part, value in found.items() if value}       # encoders not needed yet have none
+    return {part: value for part, value in found.items() if value}       # no digest: a part not fetched yet
 
 
 def digest(path: str | Path) -> str | None:
-    """The sha256 of a file, or of the weight file in a folder; for shards, of their joined hashes. None: no file."""
+    """Returns the sha256 of a file, or of the weight file in a folder; for shards, of their joined hashes; else None."""
     try:
         file = find_file(path, (STEM, "model", "pytorch_model"))
         several = [hash_of(file.parent / name) for name in shards(file)] if file.suffix == ".json" else []
@@ -565,8 +565,8 @@ def digest(path: str | Path) -> str | None:
 
 
 def hash_of(path: Path, known: str = "") -> str:
-    """The sha256 of a file's content. For files of over 100 MB it is stored on disk, with the file's size and time.
-    known: the sha256 found when the file was fetched. The file's name in the hub's cache is not proof of its hash."""
+    """Returns the sha256 of a file. For files of over 100 MB, it is stored on disk with the file's size and time.
+    known: the sha256 that was checked when the file was fetched. A file's name in the hub's cache proves nothing."""
     path, memory_file = path.resolve(), own_cache() / "hashes.json"
     state = path.stat()
     key = f"{path} {state.st_size} {state.st_mtime_ns}"

@@ -1,6 +1,6 @@
 """Loads a whole pipeline: finds the parts, checks that they fit each other, loads the networks, makes them fast.
 
-  a name or a folder -locate-> paths of the parts -weights.load-> networks -> Wuerstchen or, for v1, WuerstchenV1
+  a name or a folder -locate-> paths of the parts -weights.load-> networks -> Wuerstchen, or WuerstchenV1 for v1
 
 Names, shapes and widths are checked before any tensor is read. Files that do not fit raise an error of one line.
 Needs: torch, safetensors; tokenizers for the text encoders.
@@ -26,7 +26,7 @@ from wuerstchen import Sampling, Wuerstchen
 
 LARGE = 1e8                                    # with more parameters, bfloat16 is faster on a CPU
 tell_once = functools.cache(tell)
-FILES = ("prior", "decoder", "vqgan", "image_encoder", "prior_text_encoder", "text_encoder")     # `files` of load
+FILES = ("prior", "decoder", "vqgan", "image_encoder", "prior_text_encoder", "text_encoder")     # allowed in `files`
 
 
 def load(weights: str | Path | None = None, device: str | None = None, dtype: torch.dtype | str | None = None, *,
@@ -36,10 +36,10 @@ def load(weights: str | Path | None = None, device: str | None = None, dtype: to
          lora_partial: bool = False, **files) -> Wuerstchen:
     """Loads a pipeline, ready to generate images.
 
-    weights     "tiny" and "tiny-v1", which ship with the code; "v1", "v2", "v2-base", "v2-aesthetic", fetched if not
-                in the cache; a folder in any of diffusers' layouts, or of the original .pt files (see
+    weights     "tiny" or "tiny-v1", which ship with the code; "v1", "v2", "v2-base" or "v2-aesthetic", fetched if
+                not in the cache; a folder in any of diffusers' layouts, or with the original .pt files (see
                 layouts.find_parts); or any repository, "hub:owner/name" (see hub.Repository)
-    files       single parts to use instead of those of `weights`, each a folder, a file or "hub:owner/name": prior,
+    files       single parts to use instead of parts of `weights`, each a folder, a file or "hub:owner/name": prior,
                 decoder, vqgan, image_encoder, prior_text_encoder, text_encoder; `weights` is then "v2" by default
     device      default cuda if there is one. dtype: torch's, "bf16" or "auto"; default fp32 on CPUs, else bf16
     parts       the only parts to load: hub.TEXT_TO_IMAGE (default), hub.RECONSTRUCTION, or a list of names
@@ -92,7 +92,7 @@ def load(weights: str | Path | None = None, device: str | None = None, dtype: to
 
 
 def choose_dtype(dtype: torch.dtype | str | None, device: torch.device, int8: bool) -> torch.dtype:
-    """The dtype of the networks, see load. On a CPU float32, so that a seed gives the same image on every machine."""
+    """Returns the dtype for `load`. Default on a CPU: float32, so that a seed gives the same image on every machine."""
     if dtype is None or int8 and dtype == "auto":
         dtype = "fp32" if device.type == "cpu" else "bf16"
     dtype = dtype_of(dtype, device)
@@ -111,7 +111,7 @@ def fetch_loras(lora: dict[str, float], partial: bool, offline: bool, revision: 
     """{LoRA: scale} -> {path of its file: scale}. Raises WeightsError if a LoRA cannot be read."""
     found = {str(hub.fetch_lora(source, offline, revision)): scale for source, scale in lora.items()}
     for file in found:
-        read_lora(file, partial)                 # fails before 12 GB are fetched; load_lora checks the fit
+        read_lora(file, partial)                 # finds errors before 12 GB of weights are fetched
     return found
 
 
@@ -132,7 +132,7 @@ def warn_of_unused_lora(weights: str | Path, prior: str | Path | None) -> None:
 
 
 def preview_file_of(model: Wuerstchen, weights: str | Path, files: dict, vqgan: Path | None) -> Path | None:
-    """The file for the preview colours of these weights. None: parts from elsewhere may need other colours."""
+    """Returns the file for these weights' preview colours; None if parts from elsewhere may need other colours."""
     folder = hub.own_cache() if weights in hub.NAMES else vqgan.parent if vqgan else None
     own = not (files.get("vqgan") or files.get("image_encoder") or hub.is_reference(weights)) and folder is not None
     raw = model.scale_semantic is not Wuerstchen.scale_semantic
@@ -158,7 +158,7 @@ def loaders_of(paths: dict, empty: dict, device: torch.device, dtype: torch.dtyp
                lora_partial: bool) -> dict:
     """{name of a network in Wuerstchen: function that loads it onto the device}, for the parts that exist."""
     def stage(part: str, int8: bool) -> torch.nn.Module:
-        # Activations of the VQGAN can exceed float16's maximum, 65504. It is small, so it is then loaded in float32.
+        # Activations of the VQGAN can exceed float16's maximum, 65504. So instead of float16, it is loaded in float32.
         half = dtype == torch.float16 and part == "vqgan"
         return w.load(type(empty[part]), paths[part], torch.float32 if half else dtype, int8)
 
@@ -198,7 +198,7 @@ def loaders_of(paths: dict, empty: dict, device: torch.device, dtype: torch.dtyp
 
 
 def pipeline_for(paths: dict, empty: dict, loaders: dict, device, dtype) -> Wuerstchen:
-    """A Wuerstchen, or WuerstchenV1 if the decoder is v1's, with default sampling settings for these weights."""
+    """Builds a Wuerstchen, or WuerstchenV1 if the decoder is v1's, with default sampling settings for these weights."""
     tiny = bool(paths["image_encoder"]) and w.is_tiny(paths["image_encoder"])
     decoder, prior = empty.get("decoder"), empty.get("prior")
     if not isinstance(decoder, w.StageBV1):
@@ -213,7 +213,7 @@ def pipeline_for(paths: dict, empty: dict, loaders: dict, device, dtype) -> Wuer
 
 
 def bytes_needed(paths: dict, empty: dict, dtype: torch.dtype, int8: bool) -> float:
-    """The memory in bytes of all loaded networks. If int8, converts the layers of the empty Stages B and C."""
+    """Computes the memory in bytes of all networks. If int8, it converts the layers of the empty Stages B and C."""
     for part in ("decoder", "prior"):
         if int8 and part in empty:
             to_int8(empty[part])

@@ -27,7 +27,7 @@ WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p
 # ----- text -> token ids ---------------------------------------------------------------------------------------------
 
 def byte_pair_encoding(vocabulary: dict[str, int], merges: list[tuple[str, str]]):
-    """CLIP's tokenizers.Tokenizer: lowercases a text, splits it into words, these into bytes, and merges pairs."""
+    """Builds CLIP's tokenizer: it lowercases a text, splits it into words, and words into bytes, and merges pairs."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, end_of_word_suffix="</w>", unk_token=END))
     tokenizer.normalizer = normalizers.Sequence(
@@ -42,7 +42,7 @@ def byte_pair_encoding(vocabulary: dict[str, int], merges: list[tuple[str, str]]
 
 class Tokenizer:
     """Splits texts into tokens: n texts -> ids (n,N) and mask (n,N), which is 1 at tokens and 0 at padding.
-    bpe: see byte_pair_encoding. config: tokenizer_config.json, of which pad_token and model_max_length, N, are used."""
+    bpe: see byte_pair_encoding. config: tokenizer_config.json; only pad_token and model_max_length (N) are used."""
     def __init__(self, bpe, config: dict):
         self.bpe, self.config, self.length = bpe, USUAL | config, int(config.get("model_max_length", 77))
         bpe.no_padding()                                          # a file may turn on padding and silent truncation
@@ -66,12 +66,12 @@ class Tokenizer:
         return cls(byte_pair_encoding(json.loads(found["vocab.json"]), [(a, b) for a, b in lines]), config)
 
     def files(self) -> dict[str, str]:
-        """{file name: content}, in the format that transformers reads."""
+        """Returns {file name: content} in the format that transformers reads."""
         config = json.dumps(self.config, indent=2, sort_keys=True)
         return {"tokenizer.json": self.bpe.to_str(pretty=True), "tokenizer_config.json": f"{config}\n"}
 
     def __call__(self, texts: list[str], length: int | None = None) -> tuple[Tensor, Tensor]:
-        """length: N, at most the tokenizer's own N. The end of a longer text is cut off, with a warning."""
+        """n texts -> ids, mask (n,N). length: N, at most model_max_length. Truncates longer texts, with a warning."""
         length = min(length or self.length, self.length)
         ids, mask = torch.full((len(texts), length), self.pad), torch.zeros(len(texts), length, dtype=torch.long)
         for i, text in enumerate(texts):
@@ -115,7 +115,7 @@ class Layer(nn.Module):
 
 
 class CLIPTextModel(nn.Module):
-    """ids (B,N), mask (B,N) -> (B,N,D), after the final LayerNorm. Arguments: keys of config.json; **_: unused ones."""
+    """ids (B,N), mask (B,N) -> (B,N,D), after the final LayerNorm. Arguments: keys of config.json; **_: unused keys."""
     def __init__(self, vocab_size: int = 49408, hidden_size: int = 512, intermediate_size: int = 2048,
                  num_hidden_layers: int = 12, num_attention_heads: int = 8, max_position_embeddings: int = 77,
                  hidden_act: str = "quick_gelu", layer_norm_eps: float = 1e-5, **_):
@@ -147,7 +147,7 @@ class CLIPTextModel(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """n prompts -> (n,N,D). The mask also changes the vectors at padding, and both stages use these vectors."""
+    """n prompts -> (n,N,D). Both stages also use the vectors at padding tokens, which depend on the mask."""
     def __init__(self, tokenizer: Tokenizer, model: CLIPTextModel):
         super().__init__()
         self.tokenizer, self.model = tokenizer, model

@@ -11,7 +11,7 @@ from stage_b import channels_last
 
 
 def training_levels(u: Tensor) -> Tensor:
-    """Uniform u in [0, 1) -> noise levels for training: 7.5 % are t = 1, where sampling starts; the rest is uniform."""
+    """Uniform u in [0, 1) -> noise levels t for training: 7.5 % are 1, where sampling starts; the rest is uniform."""
     return ((1 - u) * 1.08 + 0.001).clamp(0.001, 1.0)
 
 
@@ -26,8 +26,8 @@ def loss_weight(t: Tensor, mask: Tensor, least: float = 0.3) -> Tensor:
 def training_errors(logits: Tensor, tokens: Tensor, t: Tensor, mask: Tensor, smoothing: float = 0.1) -> Tensor:
     """logits (B,K,h,w) for noised tokens, clean tokens (B,h,w), t (B,), mask (B,h,w) -> error of each image (B,).
 
-    Cross-entropy with label smoothing (arXiv:1512.00567): the target is 0.9 for the true token plus 0.1 spread over all
-    tokens, because many of the 8192 codes look the same. A weighted mean over each image, so images count equally.
+    The error is cross-entropy with label smoothing (arXiv:1512.00567): the target is 0.9 for the true token plus 0.1
+    spread over all tokens, because many of the 8192 codes look the same. The mean over an image uses loss_weight.
     """
     weight = loss_weight(t, mask)                                                        # (B, h, w)
     # channels_last keeps the scores of a position adjacent in memory: cross_entropy takes a quarter of the time.

@@ -4,8 +4,8 @@
 
 Two things differ from v2. Stage B is discrete diffusion over the VQGAN's tokens (see stage_b.py), so it has sampling
 settings of its own, TokenSampling. And the released Stage C works on the raw semantic latents, without (raw + 1) / 42.
-Both pipelines get normally distributed random numbers. Here the normal distribution's cumulative distribution function
-turns them into uniform numbers.
+Both pipelines get normally distributed noise. This one turns it into uniform random numbers, with the cumulative
+distribution function of the normal distribution.
 Needs: torch; wuerstchen.py, v1/stage_b.py, v1/sampling.py.
 """
 import functools
@@ -25,9 +25,9 @@ DEFAULT_C = Sampling(60, guidance=6.0)                       # the settings of v
 
 @dataclass(frozen=True)
 class TokenSampling:
-    """How v1's Stage B is sampled. Raises ValueError for impossible settings.
+    """Settings for sampling v1's Stage B. Raises ValueError for impossible settings.
 
-    sampler        "multinomial" draws tokens, "argmax" takes the likeliest, "quant" the nearest to the expected code
+    sampler        "multinomial" draws tokens, "argmax" takes the likeliest token, "quant" the one nearest to the mean code
     temperature    below 1, likely tokens get likelier: cleaner images, less detail; two numbers: first and last step
     other fields   as in wuerstchen.Sampling; guidance acts on the logits
     """

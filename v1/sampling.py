@@ -17,17 +17,17 @@ MODES = ("multinomial", "argmax", "quant")
 
 
 def add_noise(tokens: Tensor, t: Tensor, random_tokens: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Replaces each token with probability t: tokens and random_tokens (B,h,w), t (B,), uniform u (B,h,w) in [0, 1]
-    -> noised tokens (B,h,w), mask (B,h,w).
+    """Replaces each of `tokens` by one of random_tokens with probability t. tokens, random_tokens (B,h,w), t (B,), u
+    (B,h,w) uniform in [0, 1] -> noised tokens (B,h,w), mask (B,h,w).
 
-    The mask, True where a token was replaced, is for the loss; the network never sees it.
+    The mask is True where a token was replaced. It is for the loss; the network never sees it.
     """
     mask = u <= t[:, None, None]
     return torch.where(mask, random_tokens, tokens), mask
 
 
 def choose(logits: Tensor, mode: str, temperature: float, u: Tensor, codes: Tensor | None = None) -> Tensor:
-    """logits (B,K,h,w) -> tokens (B,h,w). mode:
+    """Chooses tokens (B,h,w) by logits (B,K,h,w). The modes are:
 
     multinomial  draws from the probabilities softmax(logits / temperature): low temperatures favour likely tokens.
     argmax       takes the likeliest token.
@@ -49,8 +49,8 @@ def choose(logits: Tensor, mode: str, temperature: float, u: Tensor, codes: Tens
 
 
 def per_step(name: str, value, steps: int) -> list:
-    """One value for all steps, a pair (first and last step, linear in between), or a list of one value per step
-    -> a list of one value per step. Raises ValueError for a list of another length."""
+    """Returns a list of one value per step. value: one value for all steps, a pair (first and last step, linear in
+    between), or such a list. Raises ValueError for a list of another length."""
     if isinstance(value, (str, float, int)):
         return [value] * steps
     if len(value) == 2 and not isinstance(value[0], str):
@@ -62,7 +62,7 @@ def per_step(name: str, value, steps: int) -> list:
 
 
 def temperatures(value, steps: int) -> list[float]:
-    """The argument `temperature` of sample() -> one number per step. Raises ValueError unless all are above 0."""
+    """Turns the argument `temperature` of sample() into one number per step. Raises ValueError unless all are above 0."""
     values = per_step("temperature", value, steps)
     if not all(0 < value < math.inf for value in values):
         raise ValueError(f"the temperature is {min(values):g}, expected more than 0, and finite; "
@@ -76,17 +76,17 @@ def sample(predict: Callable[[Tensor, Tensor, bool], Tensor], noise: Tensor, uni
            guidance: float | Sequence[float] = 2.0, mode: str | Sequence[str] = "multinomial",
            renoise_steps: int | None = None, codes: Tensor | None = None, start: Tensor | None = None,
            watch: Callable | None = None, progress: Callable[[Iterable], Iterable] = iter) -> Tensor:
-    """Random tokens (B,h,w) -> tokens (B,h,w) of images.
+    """Samples: random tokens `noise` (B,h,w) -> tokens (B,h,w) of images.
 
-    predict(tokens, t, guided) -> conditional logits (B,K,h,w); if guided, followed by unconditional ones (2B,K,h,w).
-    uniform() -> random numbers (B,h,w) in [0, 1]; called twice in every step, even if they are not used.
+    predict(tokens, t, guided) returns conditional logits (B,K,h,w); if guided, also unconditional logits: (2B,K,h,w).
+    uniform() returns random numbers (B,h,w) in [0, 1]. It is called twice in every step, even if they are not used.
     levels            (n + 1,) falling noise levels, the first at most 1. The original's 8 steps: linspace(1, 0, 9).
     temperature, guidance, mode   see choose; each may change from step to step, see per_step. Guidance acts on logits;
                       scale 1 means no guidance, and takes half the time.
     renoise_steps     the number of steps that end with random replacement; default: all except the last.
     codes             Stage A's codebook (K,c), for mode quant.
     start             tokens to start from, instead of `noise`, if levels[0] < 1.
-    watch(i, t, tokens) -> None or other tokens: called after step i with the chosen tokens and the next noise level.
+    watch(i, t, tokens)  called after step i with the next noise level and the chosen tokens; returns None or new tokens.
     Raises ValueError for invalid settings. Raises FloatingPointError if logits are not finite: at once on a CPU, at the
     end on a GPU.
     """
@@ -116,6 +116,6 @@ def sample(predict: Callable[[Tensor, Tensor, bool], Tensor], noise: Tensor, uni
         changed = watch(i, levels[i + 1].item(), tokens) if watch is not None else None
         tokens, u = tokens if changed is None else changed.to(tokens), uniform()
         if i < renoise_steps:
-            # The same random tokens (`noise`) in every step, as in the original.
+            # Every step uses the same random tokens (`noise`), as in the authors' code.
             tokens, _ = add_noise(tokens, t_next, noise, u)
     return tokens

@@ -8,7 +8,7 @@ that were replaced by random tokens, all of them at t = 1. The network does not 
 not predict noise either: for every position it predicts the probability of each token in the clean image. It is a
 classifier, trained with cross-entropy (losses.py), so there is no step formula. The sampler (sampling.py) draws all
 tokens at once from these probabilities. The tokens then fit their positions, but not yet each other. So it replaces a
-share of them, the next lower t, by random tokens, and calls the network again. 8 steps are enough. The differences:
+share of them (the next, lower t) by random tokens, and calls the network again. 8 steps are enough. The differences:
 
               v2, continuous                                v1, discrete
   noise       sqrt(ab) x_0 + sqrt(1 - ab) eps               each token random with probability t
@@ -19,8 +19,8 @@ share of them, the next lower t, by random tokens, and calls the network again. 
 
 In   tokens (B,h,w) int64, h and w multiples of 8; t (B,) noise level, 0 = clean, 1 = noise; semantic
      (B,16,h',w') (zeros = no guidance); text (B,77,1024) of CLIP-H, or None
-Out  logits (B,8192,h,w). Note: v2 resizes the semantic latent to the size of the image features. Here its positions are
-     a sequence before the text tokens, and each image position finds by attention which of them matter for it.
+Out  logits (B,8192,h,w). Note: v2 resizes the semantic latents to the size of the image features. Here they are a
+     sequence before the text tokens, and attention finds which of them matter for an image position.
 
 Papers: arXiv:2306.00637v1 (Stage B), arXiv:2211.07292 (Paella).  Needs: torch; stage_b.py, whose blocks it is made of.
 """
@@ -39,8 +39,8 @@ from stage_b import (AttentionBlock, Depthwise, ResBlock, TimestepBlock, channel
 class SkipResBlock(ResBlock):
     """A ResBlock whose depthwise convolution also gets a U-Net skip connection of the same width.
 
-    The convolution's groups are neighbouring channels of (x, skip): output channel g depends on channels 2g and 2g + 1
-    of the 2C, not on x_g and skip_g.
+    Each group of the convolution is two neighbouring channels of the concatenated (x, skip): output channel g depends
+    on the channels 2g and 2g + 1 of all 2C channels, not on x_g and skip_g.
     """
     def __init__(self, c: int, kernel_size: int = 3, dropout: float = 0.0):
         super().__init__(c, 0, kernel_size, dropout)
@@ -57,9 +57,9 @@ class SkipResBlock(ResBlock):
 class StageBV1(nn.Module):
     """The token model (Paella). Defaults are the official sizes (731 M parameters).
 
-    levels  one pattern per resolution, finest first, repeated blocks[i] times: C = ResBlock, T = TimestepBlock,
-            A = AttentionBlock.
-    dropout one rate, or one for each level.
+    levels  one pattern per resolution, finest first; pattern i is repeated blocks[i] times. C = ResBlock,
+            T = TimestepBlock, A = AttentionBlock.
+    dropout one rate for all levels, or one for each level.
     """
     def __init__(self, codebook_size: int = 8192, c_token: int = 256, c_timestep: int = 64, patch_size: int = 2,
                  c_cond: int = 1024, c_hidden=(640, 1280, 1280), heads=(-1, 16, 16), blocks=(4, 12, 4),
@@ -92,7 +92,7 @@ class StageBV1(nn.Module):
         self.embed = nn.Linear(c_token * patch_size ** 2, c_hidden[0])
         self.embed_semantic = nn.Linear(c_semantic, c_cond)
         self.embed_text = nn.Linear(c_text, c_cond)
-        # Every list below is indexed by level, 0 = finest; None if a level has no such part.
+        # The lists below have an entry for each level, 0 = finest; None if a level has no such layer.
         self.downsample = nn.ModuleList(
             nn.Conv2d(c_hidden[i - 1], c_hidden[i], 2, stride=2) if i > 0 else None for i in range(depth))
         self.upsample = nn.ModuleList(
@@ -109,24 +109,24 @@ class StageBV1(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Initial values for training from scratch; loading weights overwrites all of them."""
+        """Sets initial values for training from scratch. Loading weights overwrites all of them."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.zeros_(self.head.weight)       # so initially all tokens have the same probability
+        nn.init.zeros_(self.head.weight)       # initially, all tokens have the same probability
         nn.init.normal_(self.embed_token.weight, std=math.sqrt(1 / self.codebook_size))
         self.classify.weight.copy_(self.embed_token.weight)      # initial score: similarity to the embedding
         for module in self.modules():
-            if isinstance(module, ResBlock):                     # so the branches' sum has variance 1
+            if isinstance(module, ResBlock):                     # so the sum over all blocks has variance 1
                 module.contract.weight *= math.sqrt(1 / sum(self.config["blocks"]))
             elif isinstance(module, TimestepBlock):
-                nn.init.zeros_(module.mapper.weight)             # so initially t has no effect
+                nn.init.zeros_(module.mapper.weight)             # initially, t has no effect
 
     @torch.no_grad()
     def init_tokens(self, codes: Tensor) -> None:
-        """Initial token embeddings for training from scratch: similar for tokens that look alike. codes
+        """Sets initial token embeddings for training from scratch, which are similar for tokens that look alike. codes
         (codebook_size,c): Stage A's codebook.
 
         With random embeddings, a colour that has 50 tokens would have to be learned 50 times. A token's features are
@@ -151,7 +151,7 @@ class StageBV1(nn.Module):
 
     def condition(self, semantic: Tensor, text: Tensor | None = None) -> Tensor:
         """semantic (B,16,h',w'), text (B,N,c_text) -> the sequence (B,h'*w' + N,c_cond) to which all attention blocks
-        attend, with the semantic latent first."""
+        attend: first the semantic latents, then the text."""
         sequence = self.embed_semantic(channels_last(semantic).flatten(1, 2))            # (B, h'*w', c_cond)
         if text is not None:
             sequence = torch.cat([sequence, self.embed_text(text)], dim=1)               # (B, h'*w' + N, c_cond)

@@ -1,4 +1,4 @@
-"""How train_b.py --v1 trains: v1's Stage B generates the VQGAN's tokens, v2's its latents.
+"""Training of v1's Stage B, by train_b.py --v1. v1's Stage B generates the VQGAN's tokens, v2's generates its latents.
 
   image -VQGAN-> tokens x_0 (B,h,w) -some replaced at random-> x_t (B,h,w) -[B]-> logits (B,K,h,w) -> cross-entropy
 
@@ -24,7 +24,7 @@ LEVELS_AT_ONCE = 1           # noise levels per forward pass of validation: logi
 
 
 def defaults(small: bool) -> dict:
-    """Options whose defaults differ from v2's."""
+    """Returns the options whose defaults differ from v2's."""
     more = {} if small else dict(resolution=[512])
     return dict(blind=0, guide_attention=0.3 if small else 0, high_noise=1.0, loss="ce", loss_weight="none") | more
 
@@ -40,19 +40,19 @@ def match_vqgan(decoder: StageBV1, vqgan, new: bool) -> None:
 
 
 def semantic_scale(decoder: StageBV1) -> tuple:
-    """(scale, unscale): functions for the semantic latents of Stage C. Only the released v1, with text of width 1024
-    (CLIP-H), uses raw semantic latents."""
+    """Returns the functions (scale, unscale) for Stage C's semantic latents. Only the released v1, whose text has width
+    1024 (CLIP-H), uses raw semantic latents."""
     raw = decoder.config["c_text"] == 1024
     return (lambda x: x,) * 2 if raw else (scale_semantic, unscale_semantic)
 
 
 def pipeline(vqgan, small: bool, device) -> WuerstchenV1:
-    """A pipeline for sample images, without Stage B: training/sheets.py sets bind_b."""
+    """Returns a pipeline for sample images, without Stage B: training/sheets.py sets bind_b."""
     return WuerstchenV1(dict(stage_a=vqgan), device=device)
 
 
 def cache_settings(vqgan) -> dict:
-    """Settings of the cache. Tokens are stored as exact integers, not in float16, which would round them."""
+    """Returns the settings of the cache. Tokens are stored as integers, because float16 would round them."""
     return dict(kind="tokens", dtype="int16" if vqgan.config["codebook_size"] <= 2 ** 15 else "int32")
 
 
@@ -66,13 +66,13 @@ def decode(vqgan, x_0: Tensor) -> Tensor:
 
 
 def draw_noise(rng: np.random.Generator, h: int, w: int, config: dict) -> dict[str, Tensor]:
-    """Noise for one image: random_tokens (h,w), and uniform u (h,w), which decides where they replace tokens."""
+    """Draws noise for one image: random_tokens (h,w), and uniform u (h,w), which decides where they replace tokens."""
     return dict(random_tokens=torch.from_numpy(rng.integers(config["codebook_size"], size=(h, w))),
                 u=torch.from_numpy(rng.random((h, w), dtype=np.float32)))
 
 
 def noise_levels(chance: Tensor, blind: bool, args) -> Tensor:
-    """chance (B,) in [0, 1) -> t (B,). 7.5 % of images have t = 1, where sampling starts; in blind steps, all have."""
+    """Uniform chance (B,) in [0, 1) -> t (B,). 7.5 % of t are 1, where sampling starts; in blind steps, all are 1."""
     t = training_levels(chance)
     return torch.ones_like(t) if blind else 1 - (1 - t) ** args.high_noise
 
@@ -109,7 +109,7 @@ def compile_decoder(decoder: StageBV1) -> None:
 # ----- teaching attention the positions of semantic vectors -----------------------------------------------
 
 def share_over(n: int, m: int, device=None) -> Tensor:
-    """(m,n): weights that interpolate linearly from n coarse positions to m finer ones. Rows sum to 1."""
+    """Returns weights (m,n) that interpolate linearly from n coarse positions to m fine positions. Rows sum to 1."""
     centers = ((torch.arange(m, device=device) + 0.5) * n / m - 0.5).clamp(0, n - 1)     # (m,)
     return (1 - (centers[:, None] - torch.arange(n, device=device)).abs()).clamp(min=0)
 
@@ -121,7 +121,7 @@ class AttentionGuide:
     vector itself, and the position of an image token from the zero padding at the borders. Neither helps until the
     other is learned, so a small network uses the vectors only for the background. This loss teaches half of the heads:
     cross-entropy between their attention and the interpolation weights of the vectors at each position. It must stay
-    on: without it, attention loses the positions again within a few thousand steps. Measurements: docs/TRAINING.md.
+    on: without the loss, attention forgets the positions within a few thousand steps. Measurements: docs/TRAINING.md.
     """
     def __init__(self, decoder: StageBV1):
         self.size, self.errors = (0, 0), []
