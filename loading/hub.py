@@ -555,7 +555,7 @@ def hashes(paths: dict[str, Path | None]) -> dict[str, str]:
 
 
 def digest(path: str | Path) -> str | None:
-    """Returns the sha256 of a file, or of the weight file in a folder; for shards, of their joined hashes; else None."""
+    """The sha256 of a file, or of the weight file in a folder; for shards, of their joined hashes. None if no file."""
     try:
         file = find_file(path, (STEM, "model", "pytorch_model"))
         several = [hash_of(file.parent / name) for name in shards(file)] if file.suffix == ".json" else []

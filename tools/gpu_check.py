@@ -1,13 +1,13 @@
-"""Checks and times on a GPU, within 6 minutes, everything that this repository claims about GPUs.
+"""Checks and measures on a GPU, within 6 minutes, everything that this repository claims about GPUs.
 
   python -m tools.gpu_check                  # prints the sections "GPU" and "GPU equality" for BENCHMARKS.md
   python -m tools.gpu_check --rehearse       # tests this script on the CPU, with small sizes; ignore the figures
 
-equality   an image of the small model in float32, compiled, with CUDA graphs, in bfloat16, float16: equal to the CPU's?
-training   a step of a LoRA and of all of Stage C, official size, 512 and 1024 px, bfloat16: seconds and memory
-networks   a step of Stage C and of Stage B, a decoding by Stage A, official size, random weights, 1024 px, batch 1 and
-           8, compared with diffusers, eager and (batch 1) compiled. The time of a whole image is added up.
-waiting    the test that no sampling step makes the host wait for the GPU
+equality   compares an image of the small model with the CPU's: float32, compiled, CUDA graphs, bfloat16, float16
+training   seconds and memory of a training step of a LoRA and of all of Stage C, official size, 512 and 1024 px, bf16
+networks   a step of Stage C and of Stage B, and a decoding by Stage A: official size, random weights, 1024 px, batch 1
+           and 8, compared with diffusers, eager and (batch 1) compiled. Their sum is the time of a whole image.
+waiting    the test that no sampling step makes the CPU wait for the GPU
 
 Each part runs in its own process with a time budget, and prints each figure as soon as it is known. If a part fails or
 takes too long, only its remaining figures are missing, and a line names them.
@@ -51,7 +51,7 @@ def parse_args(argv=None):
 
 
 def sizes(rehearse: bool) -> SimpleNamespace:
-    """The options that tools/bench gets from its command line, and the sizes for the other parts."""
+    """Returns the options that tools/bench gets from its command line, and the sizes for the other parts."""
     real = dict(device="cuda", side=1024, depth=32, repeats=3, calls=5, width=1536, sides=(512, 1024), small=None,
                 steps={})
     tiny = dict(device="cpu", side=128, depth=1, repeats=1, calls=1, width=64, sides=(128,), small=SMALL,
@@ -107,8 +107,8 @@ def network(title: str, batches: tuple[int, ...], at: SimpleNamespace) -> Iterat
             with torch.no_grad():
                 call.ours()
             yield "GPU", Row(f"{name}, memory", f"{torch.cuda.max_memory_allocated() / 1e9:.2f} GB", "", float("nan"))
-    for name, call in calls.items():                     # one at a time: time may run out
-        eager = {"eager": Call(call.eager, None)} if call.eager else {}      # a compiled call is compared with it
+    for name, call in calls.items():                     # one call at a time, because time may run out
+        eager = {"eager": Call(call.eager, None)} if call.eager else {}      # to compare a compiled call with
         rows, found, peak = compare(eager | {name: call}, at.repeats, at.device, getattr(torch, DTYPES[at.dtype]),
                                     at.calls)
         yield from (("GPU", row) for row in rows if row.what != "eager")
@@ -138,7 +138,7 @@ def part(name: str, at: SimpleNamespace) -> Iterator[tuple[str, Row | dict]]:
 # ----- all of them ----------------------------------------------------------------------------------------------------
 
 def in_own_process(name: str, seconds: float) -> tuple[list[tuple], str | None]:
-    """Runs a part in its own process -> (what it yielded, the reason why results are missing; None: complete)."""
+    """Runs a part in its own process -> (its results, the reason why results are missing, or None if all are there)."""
     problem = None
     try:
         run = subprocess.run([sys.executable, "-m", "tools.gpu_check", "--part", name], cwd=ROOT, capture_output=True,
@@ -182,7 +182,7 @@ def check_all(do: Callable, device: str) -> int:
     for n in BATCHES:
         try:
             rows["GPU"] += whole_images(measured, n, median(found["peak"] for found in networks.values()))
-        except (KeyError, TypeError, ValueError):        # a part failed, or there is no diffusers
+        except (KeyError, TypeError, ValueError):        # a part failed, or diffusers is not installed
             problems.append(f"a whole image, batch {n}: one of its networks was not measured next to diffusers")
     for section, of_section in rows.items():
         note = "Ratios: how many times as fast." if section == "GPU" else ""

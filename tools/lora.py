@@ -20,7 +20,7 @@ from loading.options import Number, Parser, integer
 
 
 def info(file: str) -> str:
-    """The content of a LoRA file, described as text."""
+    """Describes the content of a LoRA file as text."""
     from loading.lora_formats import describe, open_lora, read_lora
     weights, metadata = read_lora(file, lora_partial=True)       # a warning lists what --lora-partial would omit
     tensors, (one, *_) = open_lora(file)[0], weights.values()
@@ -36,14 +36,14 @@ def convert(source: str, target: Path, to: str, lora_partial: bool = False) -> s
     from lora import diffusers_name
     check_output(target, ".safetensors")
     weights, metadata = read_lora(source, lora_partial)
-    metadata.pop("lora_adapter_metadata", None)          # only for diffusers' format, which writes it again
+    metadata.pop("lora_adapter_metadata", None)          # write_lora writes it again if `to` is "diffusers"
     count = write_lora(target, weights, {name: diffusers_name(name) for name in weights}, to, metadata,
                        overwrite=False)
     return f"{count} tensors for {len(weights)} layers written to {target}"
 
 
 def load_prior(path: str):
-    """Loads a prior, a folder or file in any naming -> (Stage C in float32, {tensor's name: its dtype in the file})."""
+    """Loads a prior from a folder or file in any naming -> (Stage C in float32, {tensor's name: dtype in the file})."""
     import torch
     from loading.names import translate
     from loading.weights import build_empty, fill
@@ -85,7 +85,7 @@ def merge(prior: str, lora: str, out: Path, scale: float, lora_partial: bool = F
 
 
 def nearest_lora(base, tuned, rank: int, targets: str) -> tuple[dict, str]:
-    """The LoRA of this rank that best approximates tuned - base -> ({layer's name: LoRAWeights}, text on its quality).
+    """Computes the LoRA that best approximates tuned - base -> ({layer's name: LoRAWeights}, a text on its quality).
 
     The best approximation of a matrix by a matrix of rank r consists of its r largest singular values and their vectors
     (Eckart and Young, 1936). The quality is the share of the energy (sum of squares) that the LoRA keeps. Raises
@@ -105,7 +105,7 @@ def nearest_lora(base, tuned, rank: int, targets: str) -> tuple[dict, str]:
             u, s, v = torch.linalg.svd(difference, full_matrices=False)
             u, s, v = u[:, :rank], s[:rank], v[:rank]                        # (out, rank), (rank,), (rank, in)
             kept[name] = s.double().square().sum().item()
-            # sqrt(s) goes into both factors, so they have similar sizes, as after training.
+            # Both factors are multiplied by sqrt(s), so that they have similar norms, as after training.
             weights[path] = LoRAWeights((s.sqrt()[:, None] * v).view(-1, *shape[1:]),
                                         (u * s.sqrt()).view(*u.shape, *(1,) * (len(shape) - 2)), float(len(s)))
     left = [name for name in energy if energy[name] and name not in kept]
@@ -124,7 +124,7 @@ def nearest_lora(base, tuned, rank: int, targets: str) -> tuple[dict, str]:
 
 
 def extract(base: str, tuned: str, out: Path, rank: int, targets: str) -> str:
-    """Writes a LoRA of the difference of two priors. At official size the SVDs take ten minutes on two cores."""
+    """Writes the difference of two priors as a LoRA. At official size, the SVDs take ten minutes on two cores."""
     from loading.lora_formats import base_hash, write_lora
     from lora import diffusers_name
     check_output(out, ".safetensors")

@@ -6,8 +6,8 @@
 
 The table names the glyph of each cell. The glyphs were chosen by eye to differ in shape and colour even at 30 px. Rows
 1 to 4 are the 64 captioned objects, rows 5 to 8 the 64 uncaptioned objects (training/scenes.py says why).
-The repository contains the sheet because another version of the font has other images, and the weights were trained on
-these.
+The repository contains the sheet, because the weights were trained on its images, and other versions of the font have
+other images.
 Note: the font contains bitmaps of one size, so it loads only with size 109.
 Needs: numpy, pillow and Noto Color Emoji (Debian: fonts-noto-color-emoji; SIL OFL 1.1, assets/OFL.txt).
 """

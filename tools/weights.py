@@ -21,8 +21,8 @@ from loading.options import Parser
 def convert(source: str | Path, target: str | Path, to: str) -> int:
     """Writes one model in another naming: "ours", "diffusers" or "original". Returns the number of tensors.
 
-    source, target: a folder with config.json, or a file. A .pt target has the state dict under a key, like the authors'
-    files. A .bin target has only tensors; .pt and .safetensors also have the configuration. Raises WeightsError.
+    source, target: a folder with config.json, or a file. A .pt file has the state dict under a key, like the authors'
+    files. A .bin file has only tensors; .pt and .safetensors files also have the configuration. Raises WeightsError.
     """
     from loading.files import (OWN_CONFIG, STEM, TensorFile, check_output, find_file, write_atomically, write_files,
                                write_tensors)

@@ -27,7 +27,7 @@ DEFAULT_C = Sampling(60, guidance=6.0)                       # the settings of v
 class TokenSampling:
     """Settings for sampling v1's Stage B. Raises ValueError for impossible settings.
 
-    sampler        "multinomial" draws tokens, "argmax" takes the likeliest token, "quant" the one nearest to the mean code
+    sampler        "multinomial" draws tokens, "argmax" takes the likeliest token, "quant" the token nearest to the mean
     temperature    below 1, likely tokens get likelier: cleaner images, less detail; two numbers: first and last step
     other fields   as in wuerstchen.Sampling; guidance acts on the logits
     """

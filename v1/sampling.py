@@ -62,7 +62,7 @@ def per_step(name: str, value, steps: int) -> list:
 
 
 def temperatures(value, steps: int) -> list[float]:
-    """Turns the argument `temperature` of sample() into one number per step. Raises ValueError unless all are above 0."""
+    """Turns the argument `temperature` of sample() into one number per step. Raises ValueError unless all are > 0."""
     values = per_step("temperature", value, steps)
     if not all(0 < value < math.inf for value in values):
         raise ValueError(f"the temperature is {min(values):g}, expected more than 0, and finite; "
@@ -86,7 +86,7 @@ def sample(predict: Callable[[Tensor, Tensor, bool], Tensor], noise: Tensor, uni
     renoise_steps     the number of steps that end with random replacement; default: all except the last.
     codes             Stage A's codebook (K,c), for mode quant.
     start             tokens to start from, instead of `noise`, if levels[0] < 1.
-    watch(i, t, tokens)  called after step i with the next noise level and the chosen tokens; returns None or new tokens.
+    watch(i, t, tokens)  called after step i with the next noise level and the chosen tokens; returns None or tokens.
     Raises ValueError for invalid settings. Raises FloatingPointError if logits are not finite: at once on a CPU, at the
     end on a GPU.
     """

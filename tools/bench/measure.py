@@ -1,4 +1,4 @@
-"""How the benchmark measures: runs actions in turns and functions in fresh processes, compares networks."""
+"""Measuring for the benchmark: runs actions in turns and functions in fresh processes, compares networks."""
 import multiprocessing
 import time
 from collections.abc import Callable, Hashable
@@ -37,34 +37,34 @@ def in_turns(actions: dict[Hashable, Callable], repeats: int) -> dict[Hashable, 
 
 
 def ratio(above: list[float], below: list[float]) -> float:
-    """The median ratio of paired runs: a slow phase of the machine slows both runs of a pair; outliers do not count."""
+    """Returns the median ratio of paired runs, because a slow phase of the machine slows both runs of a pair."""
     return median(a / b for a, b in zip(above, below, strict=True))
 
 
 def in_own_process(function: Callable, *args):
-    """The result of function(*args) in a fresh process, so that the memory of the process is the function's own."""
+    """Returns the result of function(*args) in a fresh process, whose memory is then only the function's."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
 
 
 def memory(line: str) -> int:
-    """A line of /proc/self/status in bytes: VmRSS is the current memory of this process, VmHWM its peak memory."""
+    """Reads memory in bytes from a line of /proc/self/status: VmRSS, of this process now, or VmHWM, its peak."""
     status = Path("/proc/self/status").read_text().splitlines()
     return next(int(text.split()[1]) * 1024 for text in status if text.startswith(line))
 
 
 def peak_memory(device: str, before: int) -> int:
-    """The peak memory of this process in bytes: on a GPU, or else in main memory minus `before`."""
+    """Returns the peak memory of this process in bytes: on a GPU, or in main memory minus `before`."""
     return torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else memory("VmHWM") - before
 
 
 # ----- networks --------------------------------------------------------------------------------------
 
 class Call(NamedTuple):
-    """A call to measure: ours, diffusers' (or None), and alone: whether our products are also timed by themselves.
+    """A call to measure: ours, and theirs (diffusers') or None. alone: whether to also time our products by themselves.
 
-    eager: for a compiled call, the same call in eager form. The compiled call is compared with it, and the operations
-    are counted in it, because torch cannot count those of a compiled call.
+    eager: for a compiled call, the same call in eager form. The compiled call is compared with the eager call, and
+    operations are counted in the eager call, because torch cannot count them in a compiled call.
     """
     ours: Callable
     theirs: Callable | None
@@ -83,7 +83,7 @@ class Measured(NamedTuple):
 
 
 def products_of(call: Callable) -> Callable:
-    """A function that runs only the products of `call`, in the same order, with the same shapes and strides.
+    """Returns a function that runs only the products of `call`, in the same order, with the same shapes and strides.
 
     Products are matrix products, convolutions (except depthwise ones) and attention, here of random numbers. Tensors of
     equal shape and stride are one tensor, so caches may make the function faster than the products in `call`.
@@ -123,13 +123,13 @@ def compare(calls: dict[str, Call], repeats: int, device: str, dtype=torch.float
     times: calls per run. If several calls have the same function `theirs`, it is measured once, and all their ratios
     use this measurement.
     """
-    # Small for half precision on a CPU: a CPU without instructions for it would take minutes.
+    # The matrix is small for half precision on a CPU: without instructions for it, a larger one would take minutes.
     n = 8192 if device.startswith("cuda") else 2048 if dtype == torch.float32 else 256
     a = torch.randn(n, n, device=device, dtype=dtype)
     functions, alone, flops, results = [product := lambda: a @ a], {}, {}, {}
     for what, call in calls.items():
-        # Called before counting, because the first call of a fast form also computes what later calls reuse. Cloned,
-        # because a CUDA graph overwrites its output.
+        # The call comes before counting, because the first call of a fast form also computes tensors that later calls
+        # reuse. The result is cloned, because a CUDA graph overwrites its output.
         results[what] = call.ours().float().clone()
         if call.alone:
             alone[what] = products_of(call.ours)
@@ -154,7 +154,7 @@ def compare(calls: dict[str, Call], repeats: int, device: str, dtype=torch.float
 
 def rows_of(what: str, call: Call, found: Measured, seconds: dict[Hashable, list[float]], alone: list[float] | None,
             peak: float) -> list[Row]:
-    """The rows of one call. alone: the seconds of its products by themselves; peak: GFLOP/s."""
+    """Returns the rows of one call. alone: the seconds of its products by themselves; peak: GFLOP/s."""
     def ms(values: list[float]) -> str:
         return f"{1000 * median(values):.2f} ms"
     ours, theirs, speed, more = seconds[call.ours], seconds.get(call.theirs), found.flops / found.ours / 1e9, []

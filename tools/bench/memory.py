@@ -39,7 +39,7 @@ def measure(args) -> tuple[str, list[Row]]:
 
 
 def write_official_files(folder: Path) -> None:
-    """Random weights with the official names, sizes and folders of diffusers' combined pipeline: float16, 6.3 GB."""
+    """Writes random weights with the names, sizes and folders of diffusers' combined pipeline: float16, 6.3 GB."""
     for part, stage in dict(prior_prior=StageC, decoder=StageB, vqgan=StageA).items():
         weights.save_model(random_network(stage, {}, "cpu", torch.float16), folder / part)
     tokenizer = weights.load_tokenizer(ROOT / "models" / "tiny" / "tokenizer")                   # any tokenizer works
@@ -51,7 +51,7 @@ def write_official_files(folder: Path) -> None:
 # ----- functions that run in their own process -------------------------------------------------------
 
 def loading_times(folder: Path) -> list[float]:
-    """Median seconds of loading Stage C in float16, and of reading its file."""
+    """Measures the median seconds of loading Stage C in float16, and of reading its file."""
     file = next((folder / "prior_prior").glob("*.safetensors"))
     file.read_bytes()                                    # reads the disk once; later reads come from memory
     times = [(seconds_of(lambda: load_stage_c(folder, "cpu", torch.float16)), seconds_of(file.read_bytes))
@@ -60,7 +60,7 @@ def loading_times(folder: Path) -> list[float]:
 
 
 def peak_of(action: Callable, folder: Path, device: str, dtype: torch.dtype) -> int:
-    """The peak memory of an action in bytes, minus the memory that imports and a first matrix product take."""
+    """Measures the peak memory of an action in bytes, without the memory for imports and a first matrix product."""
     import tokenizers as _
     torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)
     before = memory("VmRSS")

@@ -23,7 +23,7 @@ def diffusers_classes() -> dict[str, type]:
 
 @torch.no_grad()
 def random_network(kind: Callable, config: dict, device: str, dtype=torch.float32) -> nn.Module:
-    """kind(**config) with random weights, which are the same in every call."""
+    """Builds kind(**config) with random weights, which are the same in every call."""
     with torch.device("meta"), NoStartValues():
         model = kind(**config)
     model.to_empty(device=device).requires_grad_(False)
@@ -38,7 +38,7 @@ def random_network(kind: Callable, config: dict, device: str, dtype=torch.float3
 
 
 def random_pair(stage: type, part: str, config: dict, device: str, dtype=torch.float32) -> tuple[nn.Module, nn.Module]:
-    """(our network with random weights, diffusers' network with the same tensors, which are in memory only once)."""
+    """Builds (our network with random weights, diffusers' network with the same tensors, in memory only once)."""
     ours = random_network(stage, config, device, dtype)
     with torch.device("meta"):
         theirs = diffusers_classes()[part](**{key: value for key, value in config_to_diffusers(ours).items()
@@ -49,13 +49,13 @@ def random_pair(stage: type, part: str, config: dict, device: str, dtype=torch.f
 
 
 def random_text_model(width: int, layers: int, heads: int, device: str, dtype=torch.float32) -> nn.Module:
-    """A CLIP text model. width, layers, heads: 1280, 32, 20 for CLIP-bigG; 1024, 24, 16 for CLIP-H."""
+    """Builds a CLIP text model. width, layers, heads: 1280, 32, 20 for CLIP-bigG; 1024, 24, 16 for CLIP-H."""
     return random_network(CLIPTextModel, dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
                                               intermediate_size=4 * width, hidden_act="gelu"), device, dtype)
 
 
 def int8_copy(network: nn.Module) -> nn.Module:
-    """A copy of a network in int8. Layers that stay in float share memory with the original."""
+    """Copies a network, in int8. Layers that stay in float share memory with the original."""
     with torch.device("meta"):
         result = type(network)(**network.config)
     result.load_state_dict(dict(quantised(network.state_dict().items(), to_int8(result))), assign=True)
@@ -63,5 +63,5 @@ def int8_copy(network: nn.Module) -> nn.Module:
 
 
 def noise(device: str, dtype=torch.float32) -> Callable:
-    """A function noise(*shape) -> random tensor, which is the same on all devices and in every call."""
+    """Returns a function of a shape that returns random tensors, the same on all devices and in every call."""
     return lambda *shape: torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)

@@ -45,7 +45,8 @@ def calls_of(model: Wuerstchen, theirs: dict, args) -> dict[str, Call]:
 
 def step_calls(title: str, suffix: str, args, networks: tuple[nn.Module, nn.Module | None], fast: Callable, x: Tensor,
                *conditions: Tensor) -> dict[str, Call]:
-    """{name: Call} of a step at t = 0.5: fast and, with --plain, plain. networks: ours, and diffusers' or None."""
+    """Returns {name: Call} of a step at t = 0.5, in fast form; with --plain, also in plain form. networks: our network,
+    and diffusers' or None."""
     (ours, theirs), t = networks, torch.full((len(x),), 0.5, device=args.device)
     other = theirs and partial(theirs, x, t.to(x.dtype), *conditions)
     calls = {title + suffix: Call(partial(fast, x, t), other, args.official)}
@@ -56,7 +57,7 @@ def step_calls(title: str, suffix: str, args, networks: tuple[nn.Module, nn.Modu
 
 def decode_calls(suffix: str, args, networks: tuple[nn.Module, nn.Module | None], fast: Callable,
                  x: Tensor) -> dict[str, Call]:
-    """Like step_calls, for a decoding by Stage A."""
+    """Like step_calls, but for a decoding by Stage A."""
     ours, theirs = networks
     other = theirs and (lambda: theirs.decode(x * ours.scale_factor).sample)
     calls = {f"Stage A decode{suffix}": Call(partial(fast, x), other, args.official)}

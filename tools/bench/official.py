@@ -57,7 +57,7 @@ def all_calls(args) -> Iterator[dict[str, Call]]:
 
 
 def calls_of_stage(title: str, args, small: dict | None = None) -> dict[str, Call]:
-    """{name: Call} of a network. title: a key of STEPS. small: {part: arguments to use instead of official sizes}."""
+    """Returns {name: Call} of a network. title: a key of STEPS. small: {part: arguments that replace official ones}."""
     (size_c, size_b), dtype = latent_sizes(args.side, args.side), getattr(torch, DTYPES[args.dtype])
     random = noise(args.device, dtype)
     blocks = tuple(max(1, n * args.depth // 32) for n in (4, 4, 14, 4))
@@ -80,8 +80,8 @@ def calls_of_stage(title: str, args, small: dict | None = None) -> dict[str, Cal
 @torch.no_grad()
 def calls_of(title: str, args, bind: Callable, step: Callable, inputs: Callable[[int], tuple],
              pair: tuple[nn.Module, nn.Module]) -> dict[str, Call]:
-    """{name: Call} of Stage C or B, in all forms to measure. bind, step: see speed/fast.py.
-    inputs(n): x_t and conditions for n images. pair: our network and diffusers'."""
+    """Returns {name: Call} of Stage C or B, in all forms to measure. bind, step: see speed/fast.py.
+    inputs(n): x_t and conditions for n images. pair: (our network, diffusers' network)."""
     def compiled(function: Callable) -> Callable:
         mode = dict(mode="reduce-overhead") if args.device.startswith("cuda") else {}
         return torch.compile(function, dynamic=False, **mode)
@@ -103,7 +103,7 @@ def calls_of(title: str, args, bind: Callable, step: Callable, inputs: Callable[
 
 
 def whole_images(found: dict[str, Measured], n: int, peak: float) -> list[Row]:
-    """Rows for batches of n images, whose times are added up from the measured calls. peak: GFLOP/s."""
+    """Returns the rows for batches of n images. Their times are sums of measured calls. peak: GFLOP/s."""
     def added(form: str, field: str) -> float:
         calls = (found.get(f"{title}{form}{suffix}", found[title + suffix]) for title in STEPS)  # A: never compiled
         return sum(count * getattr(call, field) for call, count in zip(calls, STEPS.values()))

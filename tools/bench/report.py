@@ -52,7 +52,7 @@ GOALS = {
 
 
 class Row(NamedTuple):
-    """A row of a table. ratio: the number that is compared with a goal; a ratio, or a quantity such as seconds."""
+    """A row of a table. ratio: the number to compare with a goal; a ratio, or a quantity such as seconds."""
     what: str
     ours: str
     other: str
@@ -61,13 +61,13 @@ class Row(NamedTuple):
 
 
 def goals_of(section: str, but: set[str] = frozenset()) -> list[str]:
-    """The goals of a section as texts, except goals of the rows in `but`."""
+    """Returns the goals of a section as texts, except goals of the rows in `but`."""
     return [f"{what} ({kind} {goal:g})" for (of, what), (kind, goal) in GOALS.items()
             if of == section and what not in but]
 
 
 def verdict(section: str, row: Row) -> tuple[str, str]:
-    """(the goal as text, "yes" or "**no**": whether it is met); both are "" if the row has no goal."""
+    """Returns (the goal as text, "yes" or "**no**": whether it is met). Both are "" if the row has no goal."""
     if (section, row.what) not in GOALS:
         return "", ""
     kind, goal = GOALS[section, row.what]
@@ -75,7 +75,7 @@ def verdict(section: str, row: Row) -> tuple[str, str]:
 
 
 def table(section: str, rows: list[Row], note: str = "") -> str:
-    """A section as Markdown, without its title: the table, the note, and the goals that were not measured."""
+    """Returns a section as Markdown, without its title: the table, the note, and the goals that were not measured."""
     lines = ["| what | ours | compared with | ratio | goal | met | |", "|---|---:|---:|---:|---:|---|---|"]
     for row in rows:
         number = "" if math.isnan(row.ratio) else f"{row.ratio:.2f}" if row.ratio >= 0.095 else f"{row.ratio:.1e}"
@@ -96,7 +96,7 @@ def replace_section(text: str, title: str, body: str) -> str:
 
 
 def machine(device: str) -> str:
-    """The conditions of a measurement as text: date, processor, load, versions."""
+    """Describes the conditions of a measurement: date, processor, load, versions."""
     import torch
     versions = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
     for package in ("transformers", "diffusers", "peft"):

@@ -23,7 +23,7 @@ from tools.bench.report import PROMPT, Row
 
 
 class Run(NamedTuple):
-    """A setting. who: "ours" or "diffusers". full: train all of Stage C instead of a LoRA of rank 8 on attention.
+    """A setting to measure. who: "ours" or "diffusers". full: train all of Stage C, not a LoRA of rank 8 on attention.
     checkpointing: None, "blocks" or (only ours) "products"."""
     who: str
     full: bool
@@ -53,7 +53,7 @@ def measure(args) -> tuple[str, list[Row], str]:
 
 
 def rows_of(run: Run, ours: list[dict], theirs: list[dict]) -> list[Row]:
-    """The rows that compare a run of ours with its counterpart in diffusers."""
+    """Returns the rows that compare a run of ours with its counterpart in diffusers."""
     def both(key: str) -> tuple[list[float], list[float]]:
         return tuple([result[key] for result in results] for results in (ours, theirs))
     title = ("full" if run.full else "LoRA") + f", `--checkpointing {run.checkpointing}`" * bool(run.checkpointing)
@@ -74,7 +74,7 @@ def rows_of(run: Run, ours: list[dict], theirs: list[dict]) -> list[Row]:
 
 
 def measure_epoch(args) -> tuple[str, list[Row], str]:
-    """The time of 200 images with and without a cache, computed from one step: an epoch takes hours on a CPU."""
+    """Computes the time of 200 images, with and without a cache, from one step: an epoch takes hours on a CPU."""
     side, steps, found = args.side or 768, 200 / args.batch, []
     for _ in range(args.repeats):
         step = in_own_process(fresh_steps, Run("ours", False, None), args.depth, side, args.batch, args.device)
@@ -94,7 +94,7 @@ def measure_epoch(args) -> tuple[str, list[Row], str]:
 
 
 def fresh_steps(run: Run, *sizes) -> dict:
-    """training_steps after a step of a small model. So the result excludes memory that torch and peft need to start."""
+    """Runs training_steps after a step of a small model, to exclude the memory that torch and peft need to start."""
     training_steps(run, 1, 128, 1, sizes[-1], width=64)
     return training_steps(run, *sizes)
 
@@ -134,7 +134,7 @@ def training_steps(run: Run, depth: int, side: int, batch: int, device: str, wid
 
 
 def build(run: Run, depth: int, device: str, width: int) -> nn.Module:
-    """Our Stage C or diffusers', prepared for a run. Without dropout, so that both compute the same."""
+    """Builds our Stage C or diffusers', prepared for a run. Without dropout, so that both compute the same."""
     config = dict(c_in=16, c=width, c_cond=1280, c_timestep=64, depth=depth, heads=width // 64, dropout=0.0)
     ours, theirs = random_pair(StageC, "prior", config, device)
     model = ours if run.who == "ours" else theirs
@@ -155,7 +155,7 @@ def build(run: Run, depth: int, device: str, width: int) -> nn.Module:
 
 @torch.no_grad()
 def encoding(side: int, batch: int, device: str) -> float:
-    """Seconds that --cache saves in a step: of the image encoder and CLIP-bigG, of official size, random weights."""
+    """Measures the seconds that --cache saves in a step: the time of the image encoder and CLIP-bigG, official size."""
     encoder, text_model = EfficientNetEncoder().eval().to(device), random_text_model(1280, 32, 20, device)
     images, ids = torch.rand(batch, 3, side, side, device=device), torch.arange(77, device=device).expand(batch, -1)
     mask = torch.ones_like(ids)
@@ -165,7 +165,7 @@ def encoding(side: int, batch: int, device: str) -> float:
 
 
 def reading(side: int, batch: int, files: int = 64) -> float:
-    """Seconds per batch when two workers read for train_c.py's loop, from JPEG files a third larger than `side`."""
+    """Measures the seconds per batch when two workers of train_c.py read JPEG files a third larger than `side`."""
     import train_c
     from training.data import open_dataset
     from training.order import BatchSampler, batches
