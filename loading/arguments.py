@@ -83,18 +83,18 @@ METHODS = dict(
 FIELDS = dict(steps="a number such as 29, a list of noise levels, or {level: number}", guidance="a number, or two",
               sampler="a name", interval="two noise levels", temperature="a number, or two")
 CALL_ITSELF = ("prompt", "negative_prompt", "seed", "num_images", "width", "height", "callback", "progress")
-SENTENCES = ("not needed", "set ", "the result", "one model", "fixed by")     # starts of hints that name no replacement
+SENTENCES = ("not needed", "set ", "the result", "one model", "fixed by")     # hints that begin so need no "use"
 
 
 # ----- values --------------------------------------------------------------------------------------------------------
 
 def advice(hint: str) -> str:
-    """Turns a hint from CALL, LOAD or METHODS into the end of a sentence: adds "use" unless it is a sentence."""
+    """Turns a hint from CALL, LOAD or METHODS into the end of a sentence: adds "use" if it names a replacement."""
     return hint if hint.startswith(SENTENCES) else f"use {hint}"
 
 
 def texts_of(name: str, value) -> list:
-    """Turns a text, several texts, or None into a list, of unchecked items. Raises TypeError, ValueError."""
+    """Turns a text, several texts, or None into a list. The items may have any type. Raises TypeError, ValueError."""
     if isinstance(value, (dict, bytes)) or not isinstance(value, Iterable | None):
         raise TypeError(f"{name} is {value!r:.80}, expected a text or a list of texts.")
     texts = [] if value is None else [value] if isinstance(value, str) else list(value)
@@ -183,7 +183,7 @@ def lora_scales(value) -> dict[str, float]:
         if not isinstance(file, (str, Path)) or not isinstance(plain(scale), Real) or not math.isfinite(scale):
             raise TypeError(f"lora is {value!r:.100}, expected a file, a list of files, or {{\"FILE\": scale}}.")
         file = str(find_lora(file))
-        if adapter_name(file) in names:              # one adapter per file
+        if adapter_name(file) in names:              # a file can have only one adapter
             raise WeightsError(f"LoRA {file} is given twice, expected once: add up its scales, {{\"FILE\": 2.0}}")
         scales[file] = float(scale)
         names.add(adapter_name(file))
@@ -268,7 +268,7 @@ def settings(model, then: Callable, given: dict) -> tuple:
             then({name: value})
         except (TypeError, ValueError, RuntimeError, AttributeError) as error:
             if isinstance(error, ValueError) and re.search("expected|give", str(error)):
-                continue                             # our error; the value may be valid with the others
+                continue                             # our error: the value may be valid with the other values
             if f"no option {name}" in str(error):
                 ours = [f"{field}_{stage}" for stage in "cb" for field in vars(getattr(model, stage))]
                 raise TypeError(f"{error}; {nearest(name, (*CALL_ITSELF, *ours))}".removesuffix("; ")) from None

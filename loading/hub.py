@@ -81,7 +81,7 @@ OFFICIAL = {"warp-ai/wuerstchen": "v2", "warp-ai/wuerstchen-prior": "v2",
 # The image encoder has its own repository, 80 MB. The authors' decoder file of 6 GB also contains it.
 IMAGE_ENCODER = ("warp-ai/EfficientNetEncoder", "", STEM)
 IMAGE_ENCODER_INSIDE = ("dome272/wuerstchen", "model_v2_stage_b.pt")
-# The other files that are read in a folder of weights.
+# The files to read in a folder of weights, in addition to the weights.
 SMALL_FILES = ("config.json", "scheduler_config.json", "words.json", *TOKENIZER_FILES)
 # LoRA files to look for in a folder: first of our own training, then of peft, then of diffusers.
 LORA_FILES = ("lora.safetensors", *(f"{stem}{suffix}" for stem in ("adapter_model", "pytorch_lora_weights")
@@ -114,7 +114,7 @@ def choices(folder: str, stem: str | None, half: bool) -> list[list[str]]:
         return [[folder]]
     names = [f"{stem}{half_mark}{suffix}" for suffix in (".safetensors", ".bin")
              for half_mark in ((".fp16", "") if half else ("", ".fp16"))]
-    if stem == "model":                      # transformers names its pickles differently
+    if stem == "model":                      # transformers' .bin files are called pytorch_model
         names = [name.replace("model", "pytorch_model") if name.endswith(".bin") else name for name in names]
     return [[inside("config.json")], [inside(name) for name in names]]
 
@@ -393,7 +393,7 @@ def size_of(path: Path) -> int:
 # ----- anyone's repositories -----------------------------------------------------------------------------------------
 
 def is_reference(name) -> bool:
-    """Whether a name of weights, of a part or of a LoRA has the form hub:OWNER/NAME."""
+    """Whether the name of weights, a part or a LoRA begins with hub:, as in hub:OWNER/NAME."""
     return str(name).startswith("hub:")
 
 

@@ -47,7 +47,7 @@ HALVES = dict(WuerstchenPriorPipeline=("prior", "prior_text_encoder", "prior_tok
 
 
 def find_parts(folder: str | Path, given: Iterable[str] = ()) -> dict[str, Path | None]:
-    """{part, as named in LAYOUTS: its path} in a folder; None for a missing part that is optional or in `given`. In the
+    """Returns {part, as named in LAYOUTS: its path}; None for a missing part that is optional or in `given`. In the
     layouts of original files, text encoders are optional too.
 
     Raises WeightsError if the folder follows none of the layouts, or lacks a required part.
@@ -146,7 +146,7 @@ def locate(weights: str | Path, files: dict[str, str | Path] | None = None, part
 
 
 def with_tokenizers(parts: Iterable[str]) -> tuple[str, ...]:
-    """The names of parts, with the tokenizer of each text encoder added. Raises WeightsError for unknown names."""
+    """Adds the tokenizer of each text encoder to the names of parts. Raises WeightsError for unknown names."""
     known = (*TEXT_TO_IMAGE, "image_encoder")
     if isinstance(parts, str) or not isinstance(parts, Iterable):
         raise WeightsError(f"parts is {parts!r:.80}, expected a list with some of {', '.join(known)}")
@@ -222,7 +222,7 @@ def fetch_repository(reference: str, wanted: set[str], options: dict) -> Path:
 
 
 def single_parts(files: dict[str, str | Path | None], options: dict) -> dict[str, Path]:
-    """{part: path} of parts given as single paths or repositories, with the tokenizers of their text encoders."""
+    """Finds parts given as single paths or repositories, and their text encoders' tokenizers -> {part: path}."""
     own = {part: Path(path) for part, path in files.items() if path is not None}
     for part, path in own.items():
         if is_reference(path):

@@ -142,9 +142,9 @@ def aliases(names: dict[str, str]) -> dict[str, tuple[str, ...]]:
     for name, theirs in names.items():
         block, _, layer = theirs.partition(".attention.")
         same = [name, theirs]
-        if layer == "to_out.0":                          # older diffusers, original code
+        if layer == "to_out.0":                          # names in older diffusers and the original code
             same += [f"{block}.attention.{other}" for other in ("processor.to_out", "to_out", "attn.out_proj")]
-        elif layer in ("to_q", "to_k", "to_v"):          # older diffusers, OneTrainer's thirds of in_proj
+        elif layer in ("to_q", "to_k", "to_v"):          # names in older diffusers; OneTrainer's thirds of in_proj
             third = ("to_q", "to_k", "to_v").index(layer)
             same += [f"{block}.attention.processor.{layer}", f"{block}.attention.attn.in_proj.{third}"]
         lookup |= {alias: (name,) for alias in same}
@@ -411,7 +411,7 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def base_hash(model: nn.Module) -> str:
-    """sha256 of the model's weights without LoRAs, as float32: the same for float16 weights and a float32 copy."""
+    """Returns the sha256 of the weights without LoRAs, in float32: float16 weights and their float32 copy agree."""
     lora.check_unmerged(model)
     digest = hashlib.sha256()
     for name, tensor in sorted(base_state_dict(model).items()):

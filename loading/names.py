@@ -60,7 +60,7 @@ def inside(ours: str, theirs: str, block: list) -> list:
 
 
 def rules_a(levels: int, bottleneck_blocks: int, **_) -> list:
-    """Stage A. In diffusers, encoder and decoder are flat lists, each with the latent layers at one end."""
+    """Rules of Stage A. In diffusers, encoder and decoder are flat lists, each with the latent layers at one end."""
     encoder = ["block"] + ["downsample", "block"] * (levels - 1)
     decoder = ["block"] * bottleneck_blocks + ["upsample", "block"] * (levels - 1)
     rules = [
@@ -93,7 +93,7 @@ def rules_b(levels, blocks, inject, **_) -> list:
         if inject[i]:
             rules += [(f"semantic_down.{i}", f"effnet_mappers.{i}",      "1x1"),
                       (f"semantic_up.{i}",   f"effnet_mappers.{n + up}", "1x1")]
-        if i > 0:                                    # .0.0 and .{last}.0 are norms
+        if i > 0:                                    # the layers .0.0 and .{last}.0 are norms
             rules += [(f"downsample.{i}",    f"down_blocks.{i}.0.1",                ""),
                       (f"upsample.{i}",      f"up_blocks.{up}.{len(pattern)}.1",    "")]
         for k, letter in enumerate(pattern):
@@ -104,7 +104,7 @@ def rules_b(levels, blocks, inject, **_) -> list:
 
 
 def rules_b_v1(levels, blocks, **_) -> list:
-    """Stage B of v1. Its U-Net is numbered like v2's. "byt5" was the text encoder in its first design."""
+    """Rules of v1's Stage B. Its U-Net is numbered like v2's. Its first text encoder was ByT5, hence "byt5"."""
     unet = rules_b(levels, blocks, inject=[False] * len(levels))
     return [rule for rule in unet if rule[0] != "embed_text"] + [
         ("embed_token",    "in_mapper.0",   ""),     # in_mapper.1 is the norm
@@ -115,7 +115,7 @@ def rules_b_v1(levels, blocks, **_) -> list:
 
 
 def rules_c(depth: int, **_) -> list:
-    """Stage C. In diffusers, the three kinds of blocks are one list, in the order in which they run."""
+    """Rules of Stage C. In diffusers, the three kinds of blocks are one list, in the order in which they run."""
     rules = [
         ("embed",        "projection",    "1x1"),
         ("embed_text.0", "cond_mapper.0", ""),
@@ -192,7 +192,7 @@ def recognise(names: Iterable[str]) -> type | None:
 
 
 def describe(shapes: dict[str, tuple]) -> str | None:
-    """What a file with these tensor names and shapes probably is, for error messages; None if unknown."""
+    """Guesses what a file with these tensor names and shapes is, for error messages; None if unknown."""
     if any("lora" in name for name in shapes):
         return "a LoRA, which is added to a model and is not a model by itself"
     if any(name.startswith(("clip_txt_mapper.", "clip_txt_pooled_mapper.")) for name in shapes):
@@ -214,7 +214,7 @@ def signature_shape(stage: type, shapes: dict[str, tuple]) -> tuple:
 # ----- state dicts: from any naming to ours, and back ----------------------------------------------------------------
 
 def name_table(model: nn.Module) -> dict[str, tuple[str, str]]:
-    """{diffusers' name: (our name, "1x1", "grn" or "")} of all tensors of one of our models."""
+    """Returns {diffusers' name: (our name, "1x1", "grn" or "")} of all tensors of one of our models."""
     parts = {ours: (theirs, kind) for ours, theirs, kind in FORMATS[type(model)].rules(**model.config)}
     table = {}
     for name in model.state_dict():

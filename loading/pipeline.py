@@ -108,7 +108,7 @@ def suggest_bf16(networks: dict[str, torch.nn.Module]) -> None:
 
 
 def fetch_loras(lora: dict[str, float], partial: bool, offline: bool, revision: str | None) -> dict[str, float]:
-    """{LoRA: scale} -> {path of its file: scale}. Raises WeightsError if a LoRA cannot be read."""
+    """Fetches LoRAs: {LoRA: scale} -> {path of its file: scale}. Raises WeightsError if a LoRA cannot be read."""
     found = {str(hub.fetch_lora(source, offline, revision)): scale for source, scale in lora.items()}
     for file in found:
         read_lora(file, partial)                 # finds errors before 12 GB of weights are fetched
@@ -140,7 +140,7 @@ def preview_file_of(model: Wuerstchen, weights: str | Path, files: dict, vqgan: 
 
 
 def build_all(paths: dict) -> dict[str, torch.nn.Module]:
-    """{"vqgan" | "decoder" | "prior": model on the meta device}. Raises WeightsError if the files do not fit."""
+    """Builds {"vqgan" | "decoder" | "prior": model on the meta device}. Raises WeightsError if files do not fit."""
     stages = dict(vqgan=w.StageA, decoder=w.stage_b_of(paths["decoder"]) if paths["decoder"] else None, prior=w.StageC)
     empty = {part: w.build_empty(stage, paths[part])[0] for part, stage in stages.items() if paths[part]}
     for part, key, encoder, name in (("prior", "c_cond", "prior_text_encoder", "Stage C"),
@@ -156,7 +156,7 @@ def build_all(paths: dict) -> dict[str, torch.nn.Module]:
 
 def loaders_of(paths: dict, empty: dict, device: torch.device, dtype: torch.dtype, int8: bool, loras: dict,
                lora_partial: bool) -> dict:
-    """{name of a network in Wuerstchen: function that loads it onto the device}, for the parts that exist."""
+    """Returns {name of a network in Wuerstchen: function that loads it onto the device} for the parts in `paths`."""
     def stage(part: str, int8: bool) -> torch.nn.Module:
         # Activations of the VQGAN can exceed float16's maximum, 65504. So instead of float16, it is loaded in float32.
         half = dtype == torch.float16 and part == "vqgan"

@@ -42,8 +42,8 @@ class NoStartValues(torch.overrides.TorchFunctionMode):
 
 
 def config_of(path: str | Path) -> dict | None:
-    """The configuration of weights. For a folder: its config.json. For a file: the configuration inside the file, else
-    the config.json next to it, else None. Raises WeightsError."""
+    """Reads the configuration of weights. For a folder: its config.json. For a file: the configuration in the file, or
+    else the config.json next to it; None if both are missing. Raises WeightsError."""
     path = Path(path)
     if path.is_dir():
         return read_config(path)
@@ -72,7 +72,7 @@ def new_model(stage: type, config: str | Path | None, **sizes) -> nn.Module:
 
 
 def official_sizes(stage: type, shapes: dict[str, tuple]) -> dict:
-    """Arguments for `stage` if there is no config.json: {} for v2, whose sizes are the defaults, or v1's sizes."""
+    """Returns arguments for `stage` if config.json is missing: v1's sizes, or {} for v2's, which are the defaults."""
     shape = signature_shape(stage, shapes)
     if stage is StageC and shape[1:] == (1024,):
         return dict(c_cond=1024)                             # CLIP-H instead of bigG

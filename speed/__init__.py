@@ -1,1 +1,1 @@
-"""What makes the networks faster or smaller; put in by one call when a model is loaded."""
+"""Makes the networks faster or smaller. Loading a model applies each method with one call."""

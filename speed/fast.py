@@ -41,7 +41,7 @@ def gelu_grn(norm: nn.Module, x: Tensor) -> Tensor:
     positions at a time. In bfloat16, torch's norm over positions takes three times as long as this whole function.
     """
     if few_launches(x.device) and not torch.compiler.is_compiling() and x.dtype == norm.gamma.dtype:
-        h = F.gelu(x)                          # 6 launches instead of 8
+        h = F.gelu(x)                          # this branch launches 6 kernels instead of 8
         dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
         energy = torch.linalg.vector_norm(h, dim=(1, 2), keepdim=True, dtype=dtype)      # (B, 1, 1, C)
         mean, epsilon, one = constants(x.shape[-1], dtype, x.device)
@@ -336,7 +336,7 @@ def in_bands(block: VQResBlock, x: Tensor) -> Tensor:
     return y
 
 
-# ----- all of it -------------------------------------------------------------------------------------
+# ----- the whole pipeline ----------------------------------------------------------------------------
 
 def accelerate(model, compile: bool = False, keep_shares: bool = True, offload: bool = False) -> None:
     """Replaces bind_c, bind_b and decode_one of a Wuerstchen by the fast forms in this file.
@@ -354,7 +354,7 @@ def accelerate(model, compile: bool = False, keep_shares: bool = True, offload: 
 
     def bind_b_of_model(semantic: Tensor, text: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         network = model.part("stage_b")
-        if type(network).__name__ == "StageBV1":           # by name, because v1 imports this folder
+        if type(network).__name__ == "StageBV1":           # compares the name: v1 imports this folder
             return bind_b_v1(network, semantic, text, steps["b_v1"])
         return bind_b(network, semantic, text, steps["b"], keep_shares)
 

@@ -48,7 +48,7 @@ def in_own_process(function: Callable, *args):
 
 
 def memory(line: str) -> int:
-    """Reads memory in bytes from a line of /proc/self/status: VmRSS, of this process now, or VmHWM, its peak."""
+    """Returns the memory of this process in bytes, from a line of /proc/self/status: VmRSS is now, VmHWM the peak."""
     status = Path("/proc/self/status").read_text().splitlines()
     return next(int(text.split()[1]) * 1024 for text in status if text.startswith(line))
 

@@ -93,7 +93,7 @@ def calls_of(title: str, args, bind: Callable, step: Callable, inputs: Callable[
         calls |= step_calls(title, suffix, args, pair, bind(ours, *conditions), x, *conditions)
         fast = calls[title + suffix]
         if args.compile:
-            other = partial(theirs_compiled, *fast.theirs.args) if n == 1 else None      # compiling takes minutes
+            other = partial(theirs_compiled, *fast.theirs.args) if n == 1 else None      # once: it takes minutes
             calls[f"{title}, compiled{suffix}"] = Call(
                 partial(bind(ours, *conditions, step_compiled), *fast.ours.args), other, eager=fast.ours)
         if ours_in_int8:
@@ -105,7 +105,7 @@ def calls_of(title: str, args, bind: Callable, step: Callable, inputs: Callable[
 def whole_images(found: dict[str, Measured], n: int, peak: float) -> list[Row]:
     """Returns the rows for batches of n images. Their times are sums of measured calls. peak: GFLOP/s."""
     def added(form: str, field: str) -> float:
-        calls = (found.get(f"{title}{form}{suffix}", found[title + suffix]) for title in STEPS)  # A: never compiled
+        calls = (found.get(f"{title}{form}{suffix}", found[title + suffix]) for title in STEPS)  # A is not compiled
         return sum(count * getattr(call, field) for call, count in zip(calls, STEPS.values()))
     suffix, rows = suffix_of(n), []
     theirs = added("", "theirs")
