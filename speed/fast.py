@@ -72,7 +72,7 @@ def constants(width: int, dtype: torch.dtype, device: torch.device) -> tuple[Ten
 
 
 def text_kv(block: AttentionBlock, text: Tensor, lean: bool) -> tuple:
-    """Returns block.text_kv(text) for `attend`; if lean, also weight and bias that join query, key and value.
+    """Returns block.text_kv(text) for `attend`. If lean, as one tensor with joint weight and bias of query, key, value.
     The layers' own weights and biases become views of the joint ones, so nothing is in memory twice."""
     kv, layers = block.text_kv(text), (block.query, block.key, block.value)
     if not lean or any(type(layer) is not nn.Linear for layer in layers):
@@ -84,7 +84,7 @@ def text_kv(block: AttentionBlock, text: Tensor, lean: bool) -> tuple:
 
 
 def attend(block: AttentionBlock, x: Tensor, kv: tuple) -> Tensor:
-    """Computes block.attend for x (B,H,W,C) and kv from the function text_kv."""
+    """Computes block.attend for x (B,H,W,C) and the result kv of the function text_kv above."""
     if len(kv) == 2:
         return block.attend(x, kv)
     text, weight, bias = kv
