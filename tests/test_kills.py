@@ -30,6 +30,7 @@ from extras.images import save_gif
 from extras.metadata import save_image, save_png
 from extras.modes import save_latent
 from loading import files
+from loading.errors import UserError
 from loading.errors import MEMORY_HINT, exit_on_user_error
 from loading.lora_formats import save_lora
 from loading.weights import save_model
@@ -157,8 +158,11 @@ def in_child(job, folder: Path, operation: int | None = None, size: int | None =
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         try:
-            with contextlib.suppress(FileExistsError, files.WeightsError):       # it was killed after the last rename
+            try:
                 job(folder)
+            except (FileExistsError, UserError) as error:                        # it was killed after the last rename
+                if "exists already" not in str(error):
+                    raise
             os.write(write, b"%d" % count)
             os._exit(0)
         finally:

@@ -24,7 +24,6 @@ ROOMS = {package.parent.name for package in ROOT.glob("*/__init__.py")}
 OURS = {".".join(path.relative_to(ROOT).with_suffix("").parts): path
         for path in [*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))]}
 LINK = re.compile(r"\[([^\]]+)\]\(([^)\s]+)\)")
-SECONDS_OF = {}                      # CPU seconds by file, of those that were run
 each_notebook = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 
 spec = importlib.util.spec_from_file_location("notebooks_run", ROOT / "notebooks" / "run.py")
@@ -619,23 +618,14 @@ def test_broken_links_are_found(link, broken):
 
 @each_notebook
 def test_a_notebook_runs_in_a_fresh_kernel(path):
-    """As a reader would run it: from top to bottom, in notebooks/, within a minute on an idle core; nothing on stderr.
+    """As a reader would run it: from top to bottom, in notebooks/; nothing on stderr.
     Then what it shows is what is stored: a changed example, weight or figure leaves no notebook stale."""
     # the last also makes its list of fonts now, not in the kernel
     for package in ("nbclient", "ipykernel", "matplotlib.pyplot"):
         pytest.importorskip(package, reason=f"{package} is not installed: pip install -r notebooks/requirements.txt")
-    notebook, seconds = run.execute(path)
-    SECONDS_OF[path.name] = seconds
+    notebook, _ = run.execute(path)                      # notebooks/run.py prints the seconds: no test decides by time
     assert run.problems(notebook) == []
     assert run.differences(read(path), notebook) == [], f"run: python notebooks/run.py {path.name}"
-    assert seconds < run.SECONDS
-
-
-def test_all_notebooks_together_take_less_than_six_minutes():
-    """An afternoon is for reading, not for waiting."""
-    if len(SECONDS_OF) < len(FILES):
-        pytest.skip("not all notebooks were run before this test, so there is no sum")
-    assert sum(SECONDS_OF.values()) < 360, SECONDS_OF
 
 
 # ----- docs/WHAT_BREAKS.md ---------------------------------------------------------------------------------
