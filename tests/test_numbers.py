@@ -75,7 +75,8 @@ def test_every_number_knows_its_range(script, monkeypatch):
 
 def test_scripts_that_parse_numbers_use_no_other_types():
     """Also where an argument has no name of its own here: no type=int or type=float in the product."""
-    files = [path for path in ROOT.rglob("*.py") if not {"tests", "notebooks"} & {*path.parts} and "add_argument(" in path.read_text()]
+    files = [path for path in ROOT.rglob("*.py") if not {"tests", "notebooks"} & {*path.parts}
+             and "add_argument(" in path.read_text()]
     assert len(files) >= 10
     assert not [path for path in files for word in ("type=int,", "type=int)", "type=float") if word in path.read_text()]
 
