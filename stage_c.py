@@ -175,7 +175,7 @@ def keep_products(context, operation, *inputs, **options) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-# {name: options of `checkpoint`}. backward recomputes whole blocks, or all except large products.
+# {name: options of `checkpoint`}. Recomputed are whole blocks, or all but products and attention.
 CHECKPOINTING = dict(blocks={}, products=dict(
     context_fn=functools.partial(create_selective_checkpoint_contexts, keep_products)))
 

@@ -83,7 +83,7 @@ METHODS = dict(
 FIELDS = dict(steps="a number such as 29, a list of noise levels, or {level: number}", guidance="a number, or two",
               sampler="a name", interval="two noise levels", temperature="a number, or two")
 CALL_ITSELF = ("prompt", "negative_prompt", "seed", "num_images", "width", "height", "callback", "progress")
-SENTENCES = ("not needed", "set ", "the result", "one model", "fixed by")     # hints that begin so need no "use"
+SENTENCES = ("not needed", "set ", "the result", "one model", "fixed by")     # hints that begin like this get no "use"
 
 
 # ----- values --------------------------------------------------------------------------------------------------------

@@ -404,10 +404,10 @@ def hint(name) -> str:
 
 
 class Repository:
-    """A repository, hub:OWNER/NAME, or a folder or file in it, hub:OWNER/NAME@REVISION/PATH. The constructor only lists
-    the files. The methods fetch the requested files into the hub's cache.
+    """A repository of the hub, or a folder or file in it: hub:OWNER/NAME, then optionally @REVISION and /PATH. The
+    constructor only lists the files. The methods fetch the requested files into the hub's cache.
 
-    names: paths of all files in the folder (for a file: in its parent folder), relative to it. Raises WeightsError.
+    names: paths of all files in the folder (of a file: its parent), relative to it. Raises WeightsError if none.
     """
     def __init__(self, reference: str | Path, offline: bool = False, revision: str | None = None):
         match = REFERENCE.fullmatch(str(reference))

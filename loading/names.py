@@ -356,7 +356,7 @@ def config_to_ours(config: dict, stage: type) -> dict:
     return result
 
 
-# {argument: (smallest, largest value)}; others: 1 to 2^17. A model with a typing error could take terabytes, or hours.
+# {argument: (smallest, largest value)}; other arguments: 1 to 2^17. A model with a typo could take terabytes, or hours.
 RANGES = dict(depth=(1, 1000), blocks=(0, 1000), bottleneck_blocks=(0, 1000), levels=(1, 8), heads=(-1, 2 ** 10),
               dropout=(0, 0.99), scale_factor=(1e-6, 1e6), patch_size=(1, 64), kernel_size=(1, 99), inject=(0, 1),
               c_timestep=(4, 2 ** 17))

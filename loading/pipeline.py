@@ -69,7 +69,7 @@ def load(weights: str | Path | None = None, device: str | None = None, dtype: to
         loaders["image_encoder"] = fetch_encoder_later(weights, empty, device, files, offline, revision)
     model = warn_of_unknown_words(pipeline_for(paths, empty, loaders, device, dtype), paths["prior"],
                                   lora or paths.get("lora"))
-    # For extras: the paths of the parts, the LoRAs, and the file for preview colours (None: not for these weights).
+    # For extras and for LoRAs that are loaded later: paths of the parts, Stage C's loader, the preview colours' file.
     model.paths, model.int8, model.load_stage_c = paths, int8, loaders.get("stage_c")
     install(model, weights, files, lora, lora_partial)
     model.preview_file = preview_file_of(model, weights, files, paths["vqgan"])

@@ -66,7 +66,7 @@ def few_launches(device: torch.device) -> bool:
 
 @functools.cache
 def constants(width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Weight and bias of a linear layer that computes the mean of `width` numbers plus 1e-6, and the number 1."""
+    """Returns weight and bias of a linear layer, (mean of `width` numbers) + 1e-6; and the number 1."""
     return (torch.full((1, width), 1 / width, dtype=dtype, device=device),
             torch.full((1,), 1e-6, dtype=dtype, device=device), torch.ones((), dtype=dtype, device=device))
 
@@ -307,7 +307,7 @@ def u_net(network: nn.Module, x: Tensor, t: Tensor, prepared: tuple) -> Tensor:
 def decode(stage_a: StageA, latents: Tensor) -> Tensor:
     """Computes stage_a.decode(latents). On a CPU, blocks with large inputs are computed in bands of rows: 8 % faster at
     the official size."""
-    wrong = latents.shape[1] != stage_a.config["c_latent"]                               # decode raises the error
+    wrong = latents.shape[1] != stage_a.config["c_latent"]              # stage_a.decode raises the error
     if wrong or latents.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return stage_a.decode(latents)
     x = stage_a.from_latent(channels_last(latents * stage_a.scale_factor))               # (B, h, w, C)

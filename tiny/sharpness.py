@@ -39,7 +39,7 @@ def draw(name: str, place, colour: str, box) -> np.ndarray:
     left, top, right, bottom = box
     source = [(edge - center) * CELL / size + 1.5 * CELL for edge, center in zip(box, (x, y, x, y))]
     rgba = np.asarray(_cell(name).resize((right - left, bottom - top), Image.LANCZOS, box=source), np.float32) / 255
-    # As in scenes.sprite: Lanczos overshoots at edges, but colour times alpha cannot exceed alpha.
+    # As in scenes.sprite: colour times alpha is limited to alpha, because Lanczos overshoots at edges.
     alpha = rgba[..., 3:]
     return np.minimum(rgba[..., :3], alpha) + (1 - alpha) * (np.array(COLOURS[colour], np.float32) / 255)
 

@@ -36,7 +36,7 @@ class CodebookAverages(nn.Module):
 
     @torch.no_grad()
     def restart(self, dead: Tensor, latents: Tensor) -> None:
-        """Resets the means of moved codes, dead (K,) bool: each gets one latent, its new value in latents (dead,C)."""
+        """Restarts the means of codes that were moved, dead (K,) bool, each from its new value in latents (dead,C)."""
         self.sizes[dead], self.sums[dead] = 1.0, latents
 
 
@@ -103,7 +103,7 @@ class CodebookUpdates:
         self.model.codebook.codes[dead] = latents
         if self.averages is not None:
             self.averages.restart(dead, latents)
-        if "codebook.codes" in self.ema.mean:        # an average of old and new code would be near no latent
+        if "codebook.codes" in self.ema.mean:        # set: the mean of old and new code is no latent
             self.ema.mean["codebook.codes"][dead] = latents
 
     def used(self) -> dict[str, float]:

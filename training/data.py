@@ -309,7 +309,7 @@ class ImageDataset:
             content = content_of((file, offset, length))
             digest = hashlib.sha256(content)
             with contextlib.suppress(Exception), open_header(io.BytesIO(content), 0, len(content)) as image:
-                if to_srgb(image):   # latents cached by versions that ignored colour profiles must not be found
+                if to_srgb(image):   # another key: older code ignored colour profiles in its cache
                     digest.update(b" in sRGB")
             self._keys[known_as] = digest.hexdigest()
             if key_file:             # appended by one short write, so that lines of several processes do not mix

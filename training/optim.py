@@ -99,7 +99,7 @@ class NanSteps:
         return skip
 
     def look(self) -> None:
-        """Logs the bad steps since the last look. After too many in a row, sets `last` to the last of them."""
+        """Logs the bad steps since the previous call. If too many in a row were bad, self.last is their last."""
         waiting, self.waiting = self.waiting, []
         flags = torch.stack([skip for _, skip, _ in waiting]).tolist() if waiting else []
         for (step, _, batch), bad in zip(waiting, flags) if self.last is None else ():

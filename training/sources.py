@@ -285,8 +285,8 @@ def _text(place: Place, most: int = 2 ** 24) -> str:
 
 
 def _captions_in(row: dict, column: str | None) -> tuple[str | None, list[str]]:
-    """The first key with captions and these captions, or None and []. column: the only key to try, by default all
-    CAPTION_KEYS."""
+    """Returns the first key that has captions, and its captions; (None, []) if there is none. column: the key to try;
+    None: all CAPTION_KEYS."""
     if not row:                                  # the usual case: there is no metadata
         return None, []
     lower = {} if column else {key.lower(): key for key in row}
@@ -337,7 +337,7 @@ def _metadata_rows(places: dict[str, Place], column: str | None) -> tuple[dict[s
                 name = name if name in places else composed.get(_composed(name), name)
                 doubled += [(name, table)] * (rows.get(name, {}).get("") == table)
                 rows[name] = {**row, "": table}
-        except Exception as error:               # csv, pyarrow and deep JSON raise other kinds of errors
+        except Exception as error:               # not only ValueError: csv, pyarrow and nested JSON have more
             raise ValueError(f"{places[table][0]}, row {number}: {reason_of(error)}; "
                              f"expected {key} and text in each row") from error
     return rows, doubled

@@ -52,7 +52,7 @@ GOALS = {
 
 
 class Row(NamedTuple):
-    """A row of a table. ratio: the number to compare with a goal; a ratio, or a quantity such as seconds."""
+    """A row of a table. ratio: the number that is compared with the goal, sometimes seconds or GB."""
     what: str
     ours: str
     other: str
@@ -80,7 +80,7 @@ def table(section: str, rows: list[Row], note: str = "") -> str:
     for row in rows:
         number = "" if math.isnan(row.ratio) else f"{row.ratio:.2f}" if row.ratio >= 0.095 else f"{row.ratio:.1e}"
         lines.append(f"| {' | '.join((row.what, row.ours, row.other, number, *verdict(section, row), row.more))} |")
-    missing = goals_of(section, but={row.what for row in rows})          # detects renamed rows
+    missing = goals_of(section, but={row.what for row in rows})          # goals without a row, which may be renamed
     notes = [note] * bool(note) + [f"Goals that were not measured: {', '.join(missing)}."] * bool(missing)
     return "\n\n".join(["\n".join(lines), *notes]) + "\n"
 
