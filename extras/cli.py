@@ -177,8 +177,8 @@ def add_output_options(p: argparse.ArgumentParser) -> None:
     add("--offload", action="store_true", help="keep one network on the GPU at a time, the others in main memory")
     add("--compile", action="store_true", help="torch.compile for Stages B and C: a minute or more at the start, then "
         "faster on a GPU; hardly faster on a CPU")
-    add("--allow-tf32", action="store_true", help="on a GPU with --dtype fp32: faster products and convolutions, "
-        "rounded to 10 bits; not tried on a GPU yet")
+    add("--allow-tf32", action="store_true", default=None, help="on a GPU with --dtype fp32: faster, since "
+        "products and convolutions are rounded to 10 bits; not tried on a GPU yet")
     add("--int8", action="store_true", default=None, help="on a CPU: Stages B and C in 8 bits: faster, and about a "
         "quarter of their memory, see BENCHMARKS.md; images differ a little from those in float32")
     add("--tile", metavar="N", type=positive_int, help="decode in tiles of N x N latents, 4 px each (default: all at "

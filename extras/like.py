@@ -37,7 +37,7 @@ OF_STAGES = tuple(f"{name}_{stage}" for stage in "cb" for name in SAMPLING if (n
 PER_IMAGE = ("prompt", "negative_prompt", "seed", "num_images", "width", "height", "init", "strength", "mask",
              "outpaint", "from_latent", "tensors", *OF_STAGES)
 PER_RUN = ("reconstruct", "interpolate_to", "to_seed", "frames", "grid", "to_latent", "weights", *FILES, "lora",
-           "lora_partial", "revision", "dtype", "int8", "tile")
+           "lora_partial", "revision", "dtype", "allow_tf32", "int8", "tile")
 
 COMBINED = ("reconstruct", "grid", "interpolate_to", "to_latent")            # each file combines several images
 REQUIRES = (("mask", "init"), ("outpaint", "init"), ("strength", "init"), ("to_latent", "from_latent"),
