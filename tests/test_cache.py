@@ -284,7 +284,7 @@ def test_missing_captions_are_encoded_together_and_no_neighbour_changes_one(tmp_
 
 
 def test_memory_holds_the_newest_captions(tmp_path):
-    """More in one batch than it holds, too."""
+    """Also with more in one batch than it holds."""
     encoder = lambda captions: torch.tensor([[[float(caption)]] for caption in captions])        # noqa: E731
     texts = CachedTexts(encoder, torch.device("cpu"), most=2)
     assert texts(["1", "2", "3", "1"]).flatten().tolist() == [1, 2, 3, 1] and [*texts.memory] == ["2", "3"]

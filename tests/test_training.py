@@ -108,7 +108,7 @@ def test_an_unknown_folder_ends_a_script_in_one_line(script, options, tmp_path, 
     with pytest.raises(SystemExit) as stop:
         runpy.run_module(script, run_name="__main__")
     assert stop.value.code == 2
-    del stop            # the process would end here; what its frames held has an end, too
+    del stop            # the process would end here, and with it what its frames held
     gc.collect()
     assert "nowhere" in capsys.readouterr().err and not (tmp_path / "out").exists()
 

@@ -113,7 +113,7 @@ def machine(device: str) -> str:
 
 
 def write(args, section: str, rows: list[Row], note: str = "") -> None:
-    """Prints a section, and writes it to the file args.out in place of its old version."""
+    """Prints a section, and writes it to the file args.out instead of its old version."""
     from loading.files import write_atomically           # here, because it imports torch
     command = " ".join(["python -m tools.bench", *args.typed]).split(" --out")[0]
     medians = "" if section in ("Memory", "Int8") else f"; medians of {args.repeats}"          # Memory, Int8: one run
