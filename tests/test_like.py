@@ -19,7 +19,7 @@ FULL = dict(                                     # settings of a PNG in which ev
     mask="mask.png", outpaint="1,2,3,4", from_latent="a.safetensors", tensors="t.safetensors", reconstruct="photo.png",
     interpolate_to="dog", to_seed=9, frames=5, grid="1,2", to_latent="b.safetensors", weights="tiny-v1", prior="p",
     decoder="p", vqgan="p", image_encoder="p", prior_text_encoder="p", text_encoder="p", lora="l.safetensors:0.5",
-    lora_partial=True, revision="main", dtype="bf16", int8=True, tile=20, temperature_b="0.5",
+    lora_partial=True, revision="main", dtype="bf16", allow_tf32=True, int8=True, tile=20, temperature_b="0.5",
     **{f"{name}_{stage}": value for stage in "cb" for name, value in dict(
         steps=5, sampler="ddim", guidance="7,1", interval="0.1,0.9", rescale=0.5, eta=0.3, t_start=0.9,
         t_end=0.1).items()})
