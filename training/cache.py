@@ -1,17 +1,17 @@
 """On-disk cache of arrays that are expensive to compute and never change: latents and text embeddings.
 
   array = cache.get(key);  if array is None: cache.put(key, array := compute())
-  folder/KIND-HASH/ab/abcdef...npy     one entry; HASH: of settings and encoder, so each combination has its own folder
+  folder/KIND-HASH/ab/abcdef...npy     one entry. HASH depends on settings and encoder: each combination has a folder
   CachedTexts: captions -> embeddings, each computed once
   fill_cache: the latents and embeddings of a whole dataset, each process computes its share
 
-A key is a text that specifies what the array was computed from: a caption, or an image's hash with everything that was
-done to the image, see latent_key. A caption's embedding is stored once, even if many images have this caption.
+A key is a text that specifies what the array was computed from: a caption, or an image's hash with the size to which
+the image was cut, see latent_key. A caption's embedding is stored once, even if many images have this caption.
 Any number of processes may use a folder at once. An entry is written under another name and then renamed, so it is
 complete or does not exist. If two processes write the same entry, the second replaces it by the same content.
-Note: entries are not flushed to the disk (fsync), which would take longer than all the rest. A power cut may leave
-entries of zeros. So each entry contains a checksum of key and content. If it does not match, the entry is removed and
-computed again.
+Note: entries are not flushed to the disk (fsync), because that would take longer than everything else. A power cut may
+leave entries of zeros. So each entry contains a checksum of key and content. An entry whose checksum does not match is
+removed and computed again.
 Needs: torch, numpy, tqdm; loading/, training/data.py.
 """
 import contextlib
@@ -32,15 +32,15 @@ from loading.files import disk_errors, sweep, temporary_path
 from speed.memory import to_device
 from training.data import BrokenImage, ImageDataset, fit
 
-CHECKSUM = 32    # bytes of a sha256 at the end of an entry; np.load(path) reads only the array before it
+CHECKSUM = 32    # an entry is a .npy file followed by a sha256 of 32 bytes, which np.load(path) ignores
 
 
 class Cache:
-    """Arrays by key, for one encoder and one set of settings.
+    """Stores arrays on disk under keys (texts), for one encoder and one set of settings.
 
-    settings   everything else the arrays depend on, as a dict that JSON can represent. "kind" names the folder:
-               "latents", "texts", ..., by default "entries". "dtype" is "float16" (the default, half the size) or
-               "float32"; for integers, which are stored exactly, "int16" or "int32".
+    settings   everything except encoder and key that the arrays depend on, as a dict that JSON can represent. "kind"
+               names the folder: "latents", "texts", ..., by default "entries". "dtype" is "float16" (the default, half
+               the size) or "float32"; for integers, which are stored exactly, it is "int16" or "int32".
     Raises ValueError for another dtype, TypeError for settings that JSON cannot represent.
     """
     def __init__(self, folder: str | Path, encoder_hash: str, settings: dict):
@@ -50,25 +50,25 @@ class Cache:
         self.dtype = np.dtype(settings["dtype"])
         self._identity = json.dumps([encoder_hash, settings], sort_keys=True)
         self.folder = Path(folder) / f"{settings['kind']}-{_sha256(self._identity)[:16]}"
-        self._writing = self.folder / "writing"            # on the same disk, so that renaming is atomic
+        self._writing = self.folder / "writing"            # for temporary files; on the same disk: renaming is atomic
         self._writing.mkdir(parents=True, exist_ok=True)
         sweep(self._writing)
-        if not (self.folder / "info.json").exists():       # for people: the program never reads this file
+        if not (self.folder / "info.json").exists():       # info.json is written for people: no code reads it
             text = json.dumps({"encoder": encoder_hash, "settings": settings}, indent=2, sort_keys=True)
             self._write(self.folder / "info.json", (text + "\n").encode())
 
     def path(self, key: str) -> Path:
         name = _sha256(f"{self._identity} {key}")
-        return self.folder / name[:2] / f"{name}.npy"      # 256 folders: one folder with a million files would be slow
+        return self.folder / name[:2] / f"{name}.npy"      # 256 subfolders: a million files in one folder would be slow
 
     def get(self, key: str, shape: tuple | None = None) -> np.ndarray | None:
-        """The array of this key, or None. A damaged entry, or one of another shape, is removed with a warning."""
+        """Returns the array of this key, or None. An entry that is damaged or has another shape is removed."""
         path = self.path(key)
         try:
             content = path.read_bytes()
         except FileNotFoundError:
             return None
-        except OSError as error:                           # perhaps a bad disk; the caller computes the array again
+        except OSError as error:                           # the disk may be bad; the caller computes the array again
             warn(f"{path} cannot be read and is computed again: {error}")
             return None
         problem, array = "its checksum does not match", None
@@ -78,14 +78,14 @@ class Cache:
         if problem is None:
             return array
         warn(f"{path} is removed and computed again: {problem}")
-        path.unlink(missing_ok=True)                       # another process may have removed it
+        path.unlink(missing_ok=True)                       # another process may have removed the entry already
         return None
 
     def put(self, key: str, array: np.ndarray) -> None:
-        """Stores an array.
+        """Stores an array under this key.
 
-        Raises ValueError for NaN and infinity, also if rounding to float16 causes them, and for integers that are too
-        large for the dtype.
+        Raises ValueError if the array contains NaN or infinity, also if rounding to float16 causes them, or integers
+        that are too large for the cache's dtype.
         """
         with np.errstate(over="ignore"):
             stored = np.asarray(array, self.dtype, order="C")
@@ -103,7 +103,7 @@ class Cache:
         """The keys without an entry, in their order, without duplicates. Damaged entries are only found by `get`."""
         paths = {key: self.path(key) for key in keys}
         present = set()
-        for folder in {path.parent for path in paths.values()}:      # far fewer calls than one test per key
+        for folder in {path.parent for path in paths.values()}:      # listing folders is faster than one test per key
             if folder.exists():
                 present.update(os.listdir(folder))
         return [key for key, path in paths.items() if path.name not in present]
@@ -127,14 +127,14 @@ def _sha256(text: str) -> str:
 
 
 def _checksum(path: Path, content: bytes) -> bytes:
-    """A hash of the file's name, which depends on the key, and of the content. So it also detects a renamed file."""
+    """Returns a hash of content and file name. The name depends on the key, so the hash also detects renamed files."""
     return hashlib.sha256(path.stem.encode() + content).digest()
 
 
 def hash_of(module: nn.Module) -> str:
-    """sha256, in hex, of all parameters and buffers of a model: names, dtypes, shapes and bytes.  About 1 s per GB.
+    """Returns the sha256, in hex, of a model's parameters and buffers: names, dtypes, shapes and bytes. 1 s per GB.
 
-    It does not depend on the device, nor on anything that is not a tensor, such as the mode set by train() or eval().
+    The hash does not depend on the device, nor on anything that is not a tensor, such as the mode set by train().
     """
     digest = hashlib.sha256()
     for name, tensor in sorted([*module.named_parameters(), *module.named_buffers()], key=lambda item: item[0]):
@@ -144,13 +144,13 @@ def hash_of(module: nn.Module) -> str:
 
 
 class CachedTexts:
-    """Computes captions' embeddings (B,N,D) float32 on `device` with a frozen encoder. They do not depend on the batch.
+    """Computes captions' embeddings (B,N,D) float32 on `device` with a frozen encoder, and caches them.
 
-    Captions without an embedding are encoded in batches of always the same number of rows, padded with "": 16 on a GPU,
-    1 on a CPU, where more gain little. Matrix products of the same shape use the same kernel, which sums each row in
-    the same order. So an embedding is the same bit for bit, whatever the other rows are, on the same kind of device; a
-    varying number of rows would change its rounding. Autocast is turned off, because some callers use it.
-    encoder: a TextEncoder. cache: a Cache. most: number of embeddings kept in the device's memory. rows: see above.
+    Captions without a cached embedding are encoded in batches of `rows` captions, padded with "". The default is 16 on
+    a GPU and 1 on a CPU, where larger batches gain little. Matrix products of the same shape use the same kernel, which
+    sums each row in the same order. So on the same kind of device an embedding is the same bit for bit, whatever the
+    other rows are; a varying number of rows would change its rounding. Autocast is turned off while encoding.
+    encoder: a TextEncoder. cache: a Cache or None. most: number of embeddings kept in the device's memory.
     """
     def __init__(self, encoder, device: torch.device, cache=None, most: int = 1000, rows: int | None = None):
         self.encoder, self.device, self.cache, self.most, self.memory = encoder, device, cache, most, {}
@@ -168,7 +168,7 @@ class CachedTexts:
         while len(self.memory) > self.most:
             self.memory.pop(next(iter(self.memory)))
         found |= new
-        with torch.autocast(self.device.type, enabled=False):                            # autocast cannot stack float16
+        with torch.autocast(self.device.type, enabled=False):     # torch.stack of float16 tensors fails under autocast
             return torch.stack([found[caption] for caption in captions]).float()         # (B, N, D)
 
     def fill(self, captions: list[str], silent: bool = True) -> None:
@@ -180,12 +180,12 @@ class CachedTexts:
     def _encode(self, captions: list[str]) -> list[torch.Tensor]:
         with torch.autocast(self.device.type, enabled=False):
             embeddings = self.encoder(captions + [""] * (self.rows - len(captions)))     # (rows, N, D)
-        embeddings = [row.clone() for row in embeddings[:len(captions)]]  # a view would keep all rows in memory
+        embeddings = [row.clone() for row in embeddings[:len(captions)]]    # a view would keep all rows in memory
         if self.cache is None:
             return embeddings
         for caption, embedding in zip(captions, embeddings):
             self.cache.put("text " + caption, embedding.float().cpu().numpy())
-        return [self._stored(caption) for caption in captions]  # rounded to the cache's dtype, as in later runs
+        return [self._stored(caption) for caption in captions]    # rounded to the cache's dtype, as later runs get them
 
     def _stored(self, caption: str) -> torch.Tensor | None:
         array = self.cache.get("text " + caption)
@@ -195,33 +195,33 @@ class CachedTexts:
 # ----- filling a cache before training -------------------------------------------------------------------------------
 
 def latent_key(dataset: ImageDataset, index: int, size: tuple[int, int], flip: bool) -> str:
-    """The key of an image's latents: its hash, its size, whether it is mirrored: "3f2a... 1024x768 flipped"."""
+    """Returns the key of an image's latents: hash, height x width, mirrored or not: "3f2a... 1024x768 flipped"."""
     return f"{dataset.key(index)} {size[0]}x{size[1]}{' flipped' * flip}"
 
 
 def fill_cache(dataset: ImageDataset, sizes: Callable[[int], list[tuple[int, int]]], flips: bool, caches: dict,
                encoders: dict, texts, processes) -> dict[int, int]:
-    """Computes the missing latents of all images and embeddings of all captions, each process its share.
+    """Computes the latents of images and embeddings of captions that are not cached yet. Each process does its share.
 
-    sizes     function of i: all (height, width) to which image i is cut, centered; flips: also caches mirrored images
-    caches    {name: Cache};  encoders: {name: function} from pixels (1,h,w,3) uint8 to latents (1,C,h',w')
-    texts     a CachedTexts, or None
-    Returns {image that cannot be read: the image to use instead}: the next readable one in its bucket (dataset.bucket)
-    or, if there is none, in the whole dataset.  Raises ValueError if no image can be read.
+    sizes     a function: sizes(i) is a list of all (height, width) to which image i is cut around its center
+    flips     whether to cache the latents of mirrored images as well;  texts: a CachedTexts, or None
+    caches    {name: Cache};  encoders: {name: function from pixels (1,h,w,3) uint8 to latents (1,C,h',w')}
+    Returns {index of an unreadable image: index of the image to use instead}: the next readable image in the same
+    bucket (dataset.bucket) or, if there is none, in the whole dataset. Raises ValueError if no image can be read.
     """
     def keys_of(i: int, sizes: Callable) -> dict[str, tuple]:
         return {latent_key(dataset, i, size, flip): (i, size, flip) for size in sizes(i)
                 for flip in (False, True)[:1 + flips]}
 
     def fill(images: Iterable[int], sizes: Callable) -> set[str]:
-        """Computes missing entries.  -> the keys that still have no entry, because their image cannot be read."""
+        """Computes missing entries. Returns the keys that still have none because their image cannot be read."""
         keys = {key: what for i in images for key, what in keys_of(i, sizes).items()}
         missing = list(dict.fromkeys(key for cache in caches.values() for key in cache.missing([*keys])))
         missing = missing[processes.rank::processes.world]
         processes.wait()                         # no process writes an entry before all have listed the missing ones
         for key in tqdm(missing, desc="caching latents", unit="image", disable=processes.rank > 0 or not missing):
             i, size, flip = keys[key]
-            with contextlib.suppress(BrokenImage):         # broken images are counted below
+            with contextlib.suppress(BrokenImage):         # a broken image gets no entry, see `broken` below
                 pixels = torch.from_numpy(np.array(fit(dataset.read(i), size, "center", flip)))[None]    # (1, h, w, 3)
                 for name, cache in caches.items():
                     cache.put(key, encoders[name](pixels)[0].cpu().numpy())
@@ -240,7 +240,7 @@ def fill_cache(dataset: ImageDataset, sizes: Callable[[int], list[tuple[int, int
 
 def _replacements(dataset: ImageDataset, broken: list[int], sizes: Callable, fill: Callable, processes
                   ) -> dict[int, int]:
-    """Returns {broken image: the image to use instead}, see fill_cache.  Names the broken images on stderr."""
+    """Returns {index of a broken image: index of the image to use instead}, see fill_cache. Reports broken images."""
     def first_after(i: int, usable: np.ndarray) -> int:
         return int(usable[np.searchsorted(usable, i) % len(usable)])
 
@@ -255,7 +255,7 @@ def _replacements(dataset: ImageDataset, broken: list[int], sizes: Callable, fil
     for i in broken:
         alike = usable[dataset.bucket[usable] == dataset.bucket[i]]
         replaced[i] = first_after(i, alike if len(alike) else usable)
-        if not len(alike):                       # image of another bucket: its latents in these sizes are not cached
+        if not len(alike):               # the latents of an image of another bucket are not cached in these sizes yet
             others.setdefault(replaced[i], []).extend(sizes(i))
     fill([*others], others.get)
     return replaced

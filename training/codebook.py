@@ -1,7 +1,7 @@
-"""Training of Stage A's codebook, in addition to its loss: running means, usage counts, restarts of unused codes.
+"""Training of Stage A's codebook outside the loss: running means, usage counts, restarts of unused codes.
 
-A code moves towards the latents that are nearest to it, by a gradient or as their running mean. A code that is nearest
-to no latent would never move. So every --revive-every steps, such codes are replaced by latents.
+A code moves towards the latents to which it is the nearest code, by a gradient or as their running mean. A code that is
+nearest to no latent would never move. So every --revive-every steps, such codes are replaced by latents.
 Needs: torch; order.py.
 """
 import torch
@@ -13,8 +13,8 @@ from training.order import sample_rng
 class CodebookAverages(nn.Module):
     """Trains a codebook without gradients (--codebook ema): each code is the running mean of the latents nearest to it.
 
-    For each code, N is a running mean of the number of latents and m of their sum; the code is m / N. So codes follow
-    their latents independently of the learning rate. Source: arXiv:1711.00937.
+    For each code, N is a running mean of the number of its latents, m is a running mean of their sum, and the code is
+    m / N. So codes follow their latents independently of the learning rate. Source: arXiv:1711.00937.
     """
     def __init__(self, codes: Tensor, decay: float = 0.99):
         super().__init__()
@@ -24,41 +24,41 @@ class CodebookAverages(nn.Module):
 
     @torch.no_grad()
     def update(self, codes: Tensor, counts: Tensor, sums: Tensor, skip: Tensor | bool = False) -> None:
-        """Updates the means, and codes (K,C) in place. counts (K,) and sums (K,C) of a step's latents per code, see
-        `count`. skip (): if true, nothing changes."""
+        """Updates the running means, and codes (K,C) in place. counts (K,), sums (K,C): number and sum of a step's
+        latents that are nearest to each code, see `count`. If skip () is true, nothing changes."""
         skip = torch.as_tensor(skip)
         for mean, new in ((self.sizes, counts), (self.sums, sums)):
             mean.copy_(torch.where(skip, mean, mean.lerp(new, 1 - self.decay)))
-        # Laplace smoothing, as if each code had 1e-5 latents more, so that a code without latents does not divide by 0.
+        # Laplace smoothing adds 1e-5 latents to each code, so that a code without latents does not cause 0 / 0.
         total = self.sizes.sum()
         sizes = (self.sizes + 1e-5) * total / (total + len(codes) * 1e-5)                # (K,)
         codes.copy_(torch.where(skip, codes, self.sums / sizes[:, None]))
 
     @torch.no_grad()
     def restart(self, dead: Tensor, latents: Tensor) -> None:
-        """Restarts the means of codes that were moved, dead (K,) bool, each from its new value in latents (dead,C)."""
+        """Restarts the running means of the codes that dead (K,) bool marks from their new values, latents (dead,C)."""
         self.sizes[dead], self.sums[dead] = 1.0, latents
 
 
 @torch.no_grad()
 def count(z: Tensor, indices: Tensor, size: int) -> Tensor:
-    """Latents z (..., C) and their nearest codes (...) -> (K, 1 + C): for each code, their number and their sum."""
+    """z (...,C): latents, indices (...): their nearest codes -> (size,1 + C): number and sum of each code's latents."""
     z = torch.cat([torch.ones_like(z[..., :1]), z], dim=-1).float().flatten(0, -2)       # (N, 1 + C)
     return z.new_zeros(size, z.shape[1]).index_add_(0, indices.flatten(), z)
 
 
 def perplexity(counts: Tensor) -> Tensor:
-    """counts (K,): how often each code was used -> exp of the entropy, 1 to K: n if n codes are used equally often."""
+    """Returns exp(entropy) of counts (K,), the uses of each code: from 1 to K; n if n codes are used equally often."""
     p = counts / counts.sum()
     return torch.special.entr(p).sum().exp()
 
 
 class CodebookUpdates:
     """Updates the codebook of a StageA after each optimizer step: counts usage, sets codes to running means with
-    --codebook ema, and every --revive-every steps moves unused codes. With --freeze-encoder, only counts usage.
+    --codebook ema, and every --revive-every steps moves unused codes. With --freeze-encoder, it only counts usage.
 
     averages: a CodebookAverages or None. ema: the EMA of the model's weights. usage (2,K): how often each code was used
-    since unused codes were last moved, and since the last line of the log.
+    since unused codes were last moved (row 0), and since the last line of the log (row 1).
     """
     def __init__(self, model, ema, args, processes):
         self.model, self.ema, self.args, self.processes, self.averages = model, ema, args, processes, None
@@ -74,8 +74,8 @@ class CodebookUpdates:
         self.counts = self.counts + count(self.latents[-1], indices, self.usage.shape[1])
 
     def update(self, step: int, skip: Tensor) -> None:
-        """All processes must call this once per step. skip (): whether the step was skipped. The host waits for the
-        device only when unused codes are moved."""
+        """Updates the codebook after a step; all processes must call this. skip (): whether the step was skipped. The
+        CPU waits for the GPU only when unused codes are moved."""
         counts, codes = self.processes.sum(self.counts), self.model.codebook.codes           # (K, 1 + C)
         self.usage += counts[:, 0] * ~torch.as_tensor(skip)
         if self.averages is not None:
@@ -88,22 +88,22 @@ class CodebookUpdates:
 
     @torch.no_grad()
     def revive(self, step: int, dead: Tensor) -> None:
-        """Moves unused codes, dead (K,) bool, to latents drawn from this step's latents of all processes.
+        """Replaces the codes that dead (K,) bool marks by latents, drawn from this step's latents of all processes.
         Source: Jukebox, arXiv:2005.00341, which restarts codes at random.
 
-        The draw does not depend on how processes and micro-steps share the step: each process contributes the drawn
-        latents that it holds, and zeros for the others.
+        The draw does not depend on how processes and micro-steps share the step. In the sum over processes, each
+        process contributes the drawn latents that it has computed, and zeros for the others.
         """
         world, n = self.processes.world, self.latents[0].shape[:3].numel()
         z = torch.cat([part.float().flatten(0, 2) for part in self.latents])                 # (micro-steps * n, C)
         chosen = sample_rng(self.args.seed, step, "revive").integers(len(z) * world, size=int(dead.sum()))
         chosen = torch.from_numpy(chosen).to(z.device)
-        micro, rank, place = chosen // (n * world), chosen // n % world, chosen % n          # inverse of order.split
+        micro, rank, place = chosen // (n * world), chosen // n % world, chosen % n  # of each latent, as in order.split
         latents = self.processes.sum(z[micro * n + place] * (rank == self.processes.rank)[:, None])      # (dead, C)
         self.model.codebook.codes[dead] = latents
         if self.averages is not None:
             self.averages.restart(dead, latents)
-        if "codebook.codes" in self.ema.mean:        # set: the mean of old and new code is no latent
+        if "codebook.codes" in self.ema.mean:        # the EMA restarts too: a mean of old and new code is not a latent
             self.ema.mean["codebook.codes"][dead] = latents
 
     def used(self) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """The LoRA that train_c.py trains: a new one, or one that continues from a file.
 
-If --weights is the folder of a LoRA run, a missing --lora-weights is an error: the prior there does not contain the
-LoRA, so the training would start without what was learned.
+If --weights is the output folder of a LoRA run, --lora-weights is required: the weights of Stage C that the folder
+refers to do not contain the LoRA, so the training would start without it.
 Needs: torch; lora.py, loading/, results.py.
 """
 from pathlib import Path
@@ -16,7 +16,7 @@ from training.results import FILES_C, files_given
 
 
 def check_lora(args) -> None:
-    """Raises UserError for LoRA options that conflict, before anything is loaded. Fills in the default options."""
+    """Raises UserError for LoRA options that conflict. Sets rank, alpha and targets to their defaults if not given."""
     own = (args.rank, args.alpha, args.targets, args.rslora or None, args.dora or None)
     if args.lora_weights and not args.lora:
         raise UserError("--lora-weights continues a LoRA: add --lora")
@@ -29,7 +29,7 @@ def check_lora(args) -> None:
 
 
 def locate_start(args, parts: tuple[str, ...]) -> dict[str, Path | None]:
-    """The paths of the parts that training starts from, see locate. Raises UserError for a LoRA that would be lost."""
+    """Returns the paths of the parts to start from. Raises UserError if the LoRA in --weights would be ignored."""
     paths = locate(args.weights, files_given(args, FILES_C), parts)
     if paths.get("lora") and args.init == "weights" and not args.lora_weights:
         raise UserError(
@@ -40,7 +40,7 @@ def locate_start(args, parts: tuple[str, ...]) -> dict[str, Path | None]:
 
 
 def start_lora(prior: torch.nn.Module, args) -> None:
-    """Adds the LoRA to train to Stage C. With --lora-weights, sets rank, alpha, targets, dora of args for the card."""
+    """Adds the LoRA to train to Stage C. With --lora-weights, sets args.rank, alpha, targets, dora to the file's."""
     with as_user_error():
         if not args.lora_weights:
             lora.add_lora(prior, args.rank, args.alpha, args.lora_dropout, args.targets, rslora=args.rslora,

@@ -1,9 +1,9 @@
-"""Loss weights: how much an error counts at noise level t, for a network that predicts the noise.
+"""Loss weights: factors of the squared error at noise level t, for a network that predicts the noise.
 
-The plain squared error of the noise is dominated by almost clean levels, where little of the image is decided.
-  p2       1 - alphas_cumprod: more weight on noisy levels; the released models were trained with it
-  v        1 / alphas_cumprod: even more weight on noisy levels; the error of v-prediction
-  min-snr  between the two;  none: the plain error
+Without weights the error is largest at low noise levels, where the image is almost clean and little is left to decide.
+  p2       1 - alphas_cumprod: more weight on high noise levels; the released models were trained with it
+  v        1 / alphas_cumprod: even more weight on high noise levels; equals the error of v-prediction
+  min-snr  between p2 and v;  none: weight 1 at all levels
 All take t (B,) in [0, 1] and return (B,).  Needs: torch; alphas_cumprod.
 """
 import torch
@@ -13,23 +13,23 @@ from wuerstchen import alphas_cumprod
 
 
 def p2_weight(t: Tensor, k: float = 1.0, gamma: float = 1.0) -> Tensor:
-    """(k + SNR)^-gamma; 1 - alphas_cumprod for k = gamma = 1.  Source: Choi et al. 2022, arXiv:2204.00227."""
+    """Returns (k + SNR)^-gamma, or 1 - alphas_cumprod for k = gamma = 1. Source: Choi et al. 2022, arXiv:2204.00227."""
     ab = alphas_cumprod(t)
     return (k + ab / (1 - ab)) ** -gamma
 
 
 def v_weight(t: Tensor, least: float = 0.01) -> Tensor:
-    """1 / alphas_cumprod, capped at 1 / least: the squared error of noise becomes that of v-prediction.
+    """Returns 1 / alphas_cumprod, at most 1 / least: the squared error of the noise becomes that of v-prediction.
 
-    As a weight of the error of x_0 this is 1 / (1 - alphas_cumprod); p2 is alphas_cumprod, which is zero at high noise.
-    At high noise a prediction depends only on the condition, so this weight makes a network use its condition early in
-    training.  Source: Salimans & Ho 2022, arXiv:2202.00512 ("SNR+1 weighting").
+    Expressed as weights of the squared error of x_0, v is 1 / (1 - alphas_cumprod), and p2 is alphas_cumprod, which is
+    almost 0 at high noise. There a prediction can depend only on the condition. So with weight v a network learns early
+    to use its condition. Source: Salimans & Ho 2022, arXiv:2202.00512 ("SNR+1 weighting").
     """
     return 1 / alphas_cumprod(t).clamp(min=least)
 
 
 def min_snr_weight(t: Tensor, gamma: float = 5.0) -> Tensor:
-    """min(SNR, gamma) / SNR.  Source: Hang et al. 2023, arXiv:2303.09556, sec. 3.4, for the prediction of noise."""
+    """Returns min(SNR, gamma) / SNR. Source: Hang et al. 2023, arXiv:2303.09556, sec. 3.4, for noise prediction."""
     snr = alphas_cumprod(t) / (1 - alphas_cumprod(t))
     return snr.clamp(max=gamma) / snr
 

@@ -1,6 +1,6 @@
 """The networks that train_b.py starts from: Stage B and its image encoder, loaded or with random weights.
 
-The second part has the functions of v2 that are different in v1; v1/training.py has v1's, under the same names.
+The second part has the functions that differ between v1 and v2, for v2; v1/training.py has them for v1.
 Needs: torch; stage_b.py, loading/, wuerstchen.py; torchvision for EfficientNet.
 """
 from pathlib import Path
@@ -20,13 +20,13 @@ from wuerstchen import Sampling, Wuerstchen, scale_semantic, unscale_semantic
 
 
 def load_models(args, stage, dtype: torch.dtype, processes) -> tuple:
-    """Returns Stage B, image encoder, VQGAN, text encoder or None. stage: see train_b.py.
+    """Returns (Stage B, image encoder, VQGAN, text encoder or None). stage: the module with the functions of v1 or v2.
 
     Frozen networks stay in eval mode, because BatchNorm's statistics must not change. The VQGAN and the image encoder
-    are in float32, so that the targets are exact.
+    are in float32, so that the latents they compute are exact.
     """
     device, parts = processes.device, ["vqgan"] + ["decoder", "image_encoder"] * (args.init == "weights")
-    parts += ["text_encoder", "tokenizer"] * (args.text_encoder != "none")               # only `parts` are downloaded
+    parts += ["text_encoder", "tokenizer"] * (args.text_encoder != "none")
     paths = locate(args.weights, files_given(args, FILES_B), tuple(parts))
     if args.init == "weights" and paths["image_encoder"] is None:
         raise UserError(f"{args.weights} has no image encoder: add --image-encoder FOLDER")
@@ -48,9 +48,9 @@ def load_models(args, stage, dtype: torch.dtype, processes) -> tuple:
 
 
 def build_stage_b(args, paths: dict, stage) -> tuple[nn.Module, nn.Module]:
-    """Returns Stage B and the image encoder, in float32, because an optimizer's steps are too small for 16 bits.
+    """Returns Stage B and the image encoder in float32: in 16 bits, rounding would swallow the optimizer's small steps.
 
-    stage.NETWORK: the class of Stage B. stage.semantic_scale(network): functions that scale and unscale latents for C.
+    stage.NETWORK: the class of Stage B. stage.semantic_scale(network): scaling of semantic latents, and its inverse.
     """
     if args.init == "weights":
         if stage_b_of(paths["decoder"]) is not stage.NETWORK:
@@ -71,10 +71,10 @@ def build_stage_b(args, paths: dict, stage) -> tuple[nn.Module, nn.Module]:
 
 def new_encoder(kind: type = EfficientNetEncoder, backbone: str | None = None, unscale=unscale_semantic,
                 config: Path | None = None, **sizes):
-    """An image encoder with random weights. backbone: a file of torchvision's efficientnet_v2_s to start from; config,
-    sizes: see new_model.
+    """Returns a new image encoder with random weights, or with those of `backbone`, a file of torchvision's
+    efficientnet_v2_s. config, sizes: see new_model.
 
-    Its last norm is fixed so that Stage C's latents, before `unscale`, have mean 0 and variance 1, as diffusion needs.
+    Its last norm is set so that its latents have mean 0 and variance 1 when scaled for Stage C. unscale: the inverse.
     """
     encoder = new_model(kind, config, **sizes)
     nn.init.constant_(encoder.norm.weight, unscale(1.0) - unscale(0.0))                  # 42
@@ -94,17 +94,17 @@ LEVELS_AT_ONCE = 10          # noise levels per forward pass in validation
 
 
 def match_vqgan(decoder: StageB, vqgan, new: bool) -> None:
-    """Does nothing, because all VQGANs have latents of 4 channels. v1/training.py has checks here."""
+    """Does nothing: every VQGAN fits, because all have latents of 4 channels. For v1, this function checks the fit."""
 
 
 def semantic_scale(decoder: StageB) -> tuple:
-    """Returns scale and unscale of the semantic latents for Stage C."""
+    """Returns two functions: scaling of semantic latents for Stage C, and its inverse."""
     return scale_semantic, unscale_semantic
 
 
 def pipeline(vqgan, small: bool, device) -> Wuerstchen:
-    """The pipeline for samples, without Stage B, which the caller adds by bind_b. A small Stage B is often undecided
-    between objects; guidance makes it follow the semantic latents."""
+    """Returns the pipeline for samples, without Stage B: the caller sets its bind_b. small: Stage B is small and often
+    undecided between objects; guidance makes it follow the semantic latents."""
     return Wuerstchen(dict(stage_a=vqgan), device=device, b=Sampling(12, guidance=4.0 if small else 1.0))
 
 
@@ -113,7 +113,7 @@ def cache_settings(vqgan) -> dict:
 
 
 def encode(vqgan, images):
-    """(B,3,H,W) in [0, 1] -> latents x_0 (B,4,H/4,W/4) float32, never quantised."""
+    """images (B,3,H,W) in [0, 1] -> latents x_0 (B,4,H/4,W/4) float32, not quantised."""
     return vqgan.encode(images)
 
 

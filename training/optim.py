@@ -1,4 +1,4 @@
-"""Optimizer, learning rate, gradient clipping and EMA weights: the parts that every training loop has.
+"""Optimizer, learning rate, gradient clipping, skipped steps and EMA weights, for all training scripts.
 
 Needs: torch; loading/.
 """
@@ -16,13 +16,13 @@ from loading.errors import UserError
 
 def build_optimizer(model: nn.Module, args, share: Callable[[str], float] | None = None,
                     betas: tuple[float, float] | None = None) -> torch.optim.Optimizer:
-    """AdamW. Weight decay pulls weights to zero, so it is only for matrices: not for norms and biases, nor for a LoRA,
-    which starts at zero. share(name of a parameter): a factor of its learning rate, stored as group["share"].
-    betas: by default those of args."""
+    """Returns AdamW. Weight decay applies only to matrices, not to norms, biases and LoRAs.
+
+    share(name of a parameter): a factor of its learning rate, stored as group["share"]. betas: default: from args."""
     groups, lora = {}, getattr(args, "lora", False)
     for name, p in model.named_parameters():
         if p.requires_grad:
-            decays = p.ndim >= 2 and not lora        # groups are the same for any --weight-decay, so it may change
+            decays = p.ndim >= 2 and not lora        # independent of --weight-decay, so a resumed run may change it
             settings = dict(share=share(name)) if share else {}
             groups.setdefault((decays, *settings.items()), []).append(p)
     groups = [dict(settings, params=params, weight_decay=args.weight_decay if decays else 0.0)
@@ -35,10 +35,9 @@ def build_optimizer(model: nn.Module, args, share: Callable[[str], float] | None
 
 
 def learning_rate(step: int, args) -> float:
-    """Learning rate of a step: linear warm-up, then args.schedule: constant, or falling to 0 by one or more cosines,
-    linearly, by a power (polynomial, which ends at 1e-7, as in transformers), or in the last fifth only (trapezoid).
-
-    Before its last fifth a trapezoid does not depend on args.steps, so a run can be extended from earlier checkpoints.
+    """Returns the learning rate of a step: a linear warm-up, then args.schedule, which is constant or falls to 0: by
+    cosines, linearly, by a power (polynomial, which ends at 1e-7, as in transformers), or in the last fifth only
+    (trapezoid). Until its last fifth, a trapezoid does not depend on args.steps, so a run can be extended from there.
     """
     done = max(step - args.warmup, 0) / max(args.steps - args.warmup, 1)
     left, end = max(1 - done, 0.0), min(1e-7 / args.lr, 1.0) if args.lr else 0.0
@@ -50,7 +49,7 @@ def learning_rate(step: int, args) -> float:
 
 
 def set_precision(args, device: torch.device) -> tuple[torch.dtype, torch.autocast]:
-    """Returns the dtype and the autocast context of forward passes (off for float32). Sets args.dtype if it is None."""
+    """Returns dtype and autocast of forward passes (off for float32). Sets TF32 and, if it is None, args.dtype."""
     set_tf32(args.allow_tf32)
     dtype = dtype_of(args.dtype or ("fp32" if device.type == "cpu" else "bf16"), device)
     args.dtype = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
@@ -58,24 +57,24 @@ def set_precision(args, device: torch.device) -> tuple[torch.dtype, torch.autoca
 
 
 def clip_gradients(model: nn.Module, limit: float) -> Tensor:
-    """Scales the gradients down if their norm, over all processes, is above limit (0: never). Returns the norm before
-    scaling, ()."""
+    """Scales the gradients down if their norm, over all processes, is above limit (0: never). Returns the norm () from
+    before."""
     norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], limit or math.inf)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm      # FSDP: each process has a part of the norm
 
 
 def too_many_nan_steps(count: int, step: int, args) -> str:
-    """The message after `count` steps in a row, up to `step`, whose loss or gradient was not finite."""
+    """Returns the error message after `count` steps in a row, up to `step`, whose loss or gradient was not finite."""
     return (f"{count} steps in a row came to NaN or infinity, up to step {step + 1}; the last good state is in "
             f"{args.out}/checkpoints: lower --lr, or use --dtype bf16 or fp32; what was in these batches is in "
             f"{args.out}/log.jsonl")
 
 
 class NanSteps:
-    """Skips steps whose loss or gradient is not finite. The device skips them; the host reads the flags later, in look,
-    so that it need not wait in each step.
+    """Skips steps whose loss or gradient is not finite, and ends the run after too many of them in a row. The GPU skips
+    them; the CPU reads the flags later, in look(), so that it does not wait for the GPU in each step.
 
-    in_a_row, in_all: number of skipped steps up to the last look. state: a checkpoint to continue from, or {}.
+    in_a_row, in_all: number of skipped steps up to the last look(). state: a checkpoint to continue from, or {}.
     """
     def __init__(self, args, processes, log, state: dict):
         self.args, self.processes, self.log, self.last = args, processes, log, None
@@ -84,10 +83,10 @@ class NanSteps:
         self.over = torch.zeros((), dtype=torch.bool, device=processes.device)
 
     def skip(self, is_nan: Tensor, step: int, statistics: Iterable[tuple[Tensor, Tensor]] = (), **batch) -> Tensor:
-        """-> () bool: whether all processes skip this step, because is_nan () is true in one of them. After too many in
-        a row, all later steps are skipped, so that the weights stay unchanged until the host looks. statistics: pairs
-        of BatchNorm's buffers and their values before the step, which are restored, because a NaN in them would stay
-        forever. batch: what to log of a bad step. On a CPU, calls look at once."""
+        """Returns a bool () on the device: whether all processes skip this step, because is_nan () is true in one of
+        them. After too many skipped steps in a row, all later steps are skipped, so that the weights stay unchanged
+        until look() is called. statistics: (buffer of a BatchNorm, its value before the step), restored if the step is
+        skipped, because a NaN in them would stay forever. batch: what to log of a bad step. A CPU calls look() here."""
         skip = self.processes.anywhere(is_nan) | self.over
         self.row = (self.row + 1) * skip
         self.over = self.over | (self.row >= self.args.max_bad_steps)
@@ -99,7 +98,7 @@ class NanSteps:
         return skip
 
     def look(self) -> None:
-        """Logs the bad steps since the previous call. If too many in a row were bad, self.last is their last."""
+        """Logs the bad steps since the previous call. After too many in a row, sets self.last to the last of them."""
         waiting, self.waiting = self.waiting, []
         flags = torch.stack([skip for _, skip, _ in waiting]).tolist() if waiting else []
         for (step, _, batch), bad in zip(waiting, flags) if self.last is None else ():
@@ -112,8 +111,8 @@ class NanSteps:
                     break
 
     def check(self, look: bool, save: Callable[[int], None]) -> None:
-        """To be called after each step. look: the host may wait for the device. After too many bad steps in a row,
-        saves the state before the last of them, by save(number of steps), and raises UserError."""
+        """Ends the run after too many bad steps in a row: saves the state before the last of them, by save(number of
+        steps), and raises UserError. Call it after each step. look: whether the CPU may wait for the GPU's flags."""
         if look:
             self.look()
         if self.last is not None:
@@ -128,9 +127,9 @@ class NanSteps:
 
 
 def take_step(optimizers: list, scaler, ema: "EMA", skip: Tensor) -> None:
-    """A step of each optimizer and of the EMA, unless skip () is true. Gradients are freed.
+    """Takes a step of each optimizer and updates the EMA, unless skip () is true. Frees the gradients.
 
-    AdamW reads skip on the device. With a scaler, which may also skip the step, and with AdamW8bit the host reads it.
+    AdamW reads skip on the GPU. With a scaler, which may also skip the step, and with AdamW8bit, the CPU reads it.
     """
     on_device = not scaler.is_enabled() and all(getattr(o, "_step_supports_amp_scaling", False) for o in optimizers)
     taken = on_device or not skip
@@ -139,16 +138,16 @@ def take_step(optimizers: list, scaler, ema: "EMA", skip: Tensor) -> None:
             optimizer.grad_scale, optimizer.found_inf = None, skip.float()
         if taken:
             scaler.step(optimizer) if scaler.is_enabled() else optimizer.step()
-        optimizer.zero_grad(set_to_none=True)        # before the EMA, which needs that memory for a moment
+        optimizer.zero_grad(set_to_none=True)        # frees memory before the EMA update, which needs temporary tensors
     if taken:
         ema.update(*[skip] * on_device)
 
 
 class EMA:
-    """Exponential moving averages (EMA) of the weights that learn. decay 0: no averages.
+    """Exponential moving averages (EMA) of the trainable weights. With decay 0 there are no averages.
 
-    decay rises with the number of updates, min(decay, (1 + n) / (10 + n)), so that initial weights soon count little.
-    Source of this formula: TensorFlow's ExponentialMovingAverage with num_updates.
+    After n updates, the decay is min(decay, (1 + n) / (10 + n)), so that the initial weights soon count little. This is
+    the formula of TensorFlow's ExponentialMovingAverage with num_updates.
     """
     def __init__(self, model: nn.Module, decay: float):
         self.live = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -166,19 +165,19 @@ class EMA:
 
     @torch.no_grad()
     def update(self, skip: Tensor | None = None) -> None:
-        """Updates the averages, unless skip (), a flag on the device, is true. Few kernel launches for all tensors."""
+        """Updates the averages unless skip () bool, which may be on the GPU, is true."""
         done = torch.ones_like(self.count) if skip is None else (~skip).float()
         weight = (9 / (10 + self.count)).clamp(min=1 - self.decay) * done        # 9 / (10 + n) = 1 - (1 + n) / (10 + n)
         self.count += done
         if self.mean:
-            means, lives = ([getattr(tensor, "_local_tensor", tensor) for tensor in part.values()]  # FSDP's local part
+            means, lives = ([getattr(tensor, "_local_tensor", tensor) for tensor in part.values()]  # FSDP: local shards
                             for part in (self.mean, self.live))
             change = torch._foreach_sub([live.float() for live in lives], means)
             torch._foreach_mul_(change, weight)
             torch._foreach_add_(means, change)
 
     def swap(self) -> None:
-        """Exchanges averages and live weights. A second call restores them."""
+        """Exchanges the model's weights and their averages in place. A second call exchanges them back."""
         with torch.no_grad():
             for name, mean in self.mean.items():
                 kept = self.live[name].clone()
@@ -187,7 +186,7 @@ class EMA:
 
     @contextlib.contextmanager
     def applied(self):
-        """Context in which the model has its EMA weights."""
+        """Context manager in which the model has its EMA weights."""
         self.swap()
         try:
             yield

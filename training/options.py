@@ -1,6 +1,6 @@
-"""Command-line options that the training scripts share, each declared once. Differences are arguments of functions.
+"""Command-line options that the training scripts share. Arguments of these functions say where the scripts differ.
 
-A script makes a Parser and adds its own options to the groups that these functions return.
+A script creates a Parser, calls these functions and adds its own options to the groups that they return.
 Needs: the standard library only, so that --help answers at once.
 """
 import importlib
@@ -15,8 +15,8 @@ def add_data_options(p, default: str | None = None, what: str = "", crop: str | 
                      cache: str | None = None):
     """Adds --data and the options for images and captions. Returns the group, to which the script adds --resolution.
 
-    default: of --data, which is required if this is None; what: added to its help; crop: default of --crop. captions:
-    the script uses captions and sorts images into buckets by shape. cache: what --cache stores; None: no such option.
+    default: default of --data, which is required if this is None. what: text added to the help of --data. crop: default
+    of --crop. captions: whether the script uses captions and buckets. cache: what --cache stores; None: no --cache.
     """
     g = p.add_argument_group("data")
     g.add_argument("--data", default=default, required=default is None,
@@ -56,7 +56,7 @@ def add_data_options(p, default: str | None = None, what: str = "", crop: str | 
 
 def add_schedule_options(g, steps: int, lr: float | None, schedule: str, warmup: int, lr_note: str = "",
                          epochs: bool = False) -> None:
-    """Adds --steps and, if `epochs`, --epochs; --lr, --schedule, --warmup. lr_note: added to the help of --lr."""
+    """Adds --steps, --lr, --schedule, --warmup and, if `epochs`, --epochs. lr_note: text added to the help of --lr."""
     length = g.add_mutually_exclusive_group()
     length.add_argument("--steps", type=positive_int, default=steps,
                         help="optimizer steps in total, resumed ones included")
@@ -127,8 +127,8 @@ def add_output_options(p, *, result: str, save_every: int, log_every: int, val_e
                        sample_every: int, samples: str, val_note: str = "", val_data: str = "", prompts: bool = False):
     """Adds options for --out, checkpoints, log, validation and samples. Returns the group.
 
-    result: what --out contains in the end; samples: what --sample-every makes; val_note, val_data: added to the help of
-    --val-count and --val-data; prompts: whether samples are made from prompts.
+    Texts for the help: result: what --out contains in the end; samples: what --sample-every makes; val_note and
+    val_data: added to --val-count and --val-data. prompts: whether samples are made from prompts.
     """
     g = p.add_argument_group("output")
     g.add_argument("--out", required=True,
@@ -160,8 +160,8 @@ def add_output_options(p, *, result: str, save_every: int, log_every: int, val_e
 # ----- checks -----------------------------------------------------------------------------------------
 
 def check_services(args) -> None:
-    """Raises UserError if something is missing that a run needs only after minutes or at its end: a package, a token, a
-    repository; and for options of the three scripts that cannot be used together."""
+    """Raises UserError if a package, token or repository is missing that the run needs only after minutes or at its
+    end. Also raises UserError for options, shared by the three scripts, that cannot be used together."""
     if getattr(args, "cache", None):
         check_folder(args.cache)
     if args.adam_8bit and getattr(args, "fsdp", False):

@@ -31,7 +31,7 @@ import torch
 from loading.errors import UserError
 from loading.files import lock, write_atomically
 
-LARGE = 2 ** 20      # a dataset of so many images is in files, not in each process's memory; also the size of pieces
+LARGE = 2 ** 20      # for this many images or more, the order is kept in files, not in memory; also the size of pieces
 
 
 def pieces(n: int, size: int | None = None) -> Iterator[slice]:
@@ -41,7 +41,7 @@ def pieces(n: int, size: int | None = None) -> Iterator[slice]:
 
 
 def sample_rng(seed: int, position: int, purpose: str) -> np.random.Generator:
-    """The random generator of one sample for one purpose ("crop", "caption", "noise", ...), a function of only these.
+    """Returns the random generator of one sample for one purpose ("crop", "caption", "noise", ...).
 
     position: the sample's number in the stream of BatchSampler. It differs between epochs and between the samples of a
     step, so two GPUs never draw the same noise. Drawing more for one purpose changes nothing for the others.
@@ -57,8 +57,8 @@ class BatchSampler:
     at the end of an epoch stay there, so nothing is dropped, however rare its shape. batch: samples of the whole step,
     whatever the number of GPUs and micro-steps that share the step, see `split`.
 
-    buckets (N,) integers, one per image; with one bucket, steps are consecutive pieces of the stream.
-    folder: for files with the order of large datasets, or None. Processes with the same folder share the files.
+    buckets (N,): an integer for each image; if all are the same, steps are consecutive slices of the stream.
+    folder: for files with the order of large datasets, shared by all processes; None: the order is kept in memory.
     """
     def __init__(self, buckets: np.ndarray, batch: int, seed: int, folder: Path | None = None):
         buckets = np.asarray(buckets)
@@ -66,7 +66,7 @@ class BatchSampler:
             raise ValueError(f"got buckets of shape {buckets.shape} and a batch of {batch}: "
                              "expected (N,), one per image, and at least 1")
         self.batch, self.seed, self._n, self._of_image = batch, seed, len(buckets), buckets
-        # counts: {bucket: number of its images}
+        # self.counts: {bucket: number of images in it}
         self.counts, digest = {}, hashlib.sha256(f"{seed} {batch} {buckets.dtype}".encode())
         for piece in pieces(self._n):
             digest.update(np.ascontiguousarray(buckets[piece]))
@@ -75,29 +75,29 @@ class BatchSampler:
         self._buckets, self._counts = np.array(sorted(self.counts.items())).T.copy()
         self._starts = np.cumsum(self._counts) - self._counts
         self._files = folder and self._n >= LARGE and Path(folder) / f"order-{digest.hexdigest()[:16]}"
-        self._epochs = {}                        # {epoch: its arrays} of the last few epochs
+        self._epochs = {}                        # {epoch: arrays that _epoch returns}, for the last few epochs
 
     def epoch_of(self, position: int) -> int:
         return position // self._n
 
     def steps(self, start: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-        """step(start), step(start + 1), ... without end."""
+        """Yields step(start), step(start + 1), ... without end."""
         return map(self.step, itertools.count(start))
 
     def step(self, k: int) -> tuple[np.ndarray, np.ndarray, int]:
         """Returns positions (batch,) in the stream, ascending; indices (batch,) of the images; the bucket they share.
 
         Step k is found directly, without computing the steps before it. Every epoch contains the same number of samples
-        of each bucket, `count`. So count * e samples of a bucket come before epoch e, and count * e // batch steps.
+        of each bucket, `count`. So before epoch e, a bucket has count * e samples and count * e // batch steps.
         """
-        # Finds the last epoch with at most k steps before it. The queues hold back less than one step per bucket.
+        # Finds the last epoch with at most k steps before it. latest: a bound, because a queue holds less than a step.
         latest = (k + len(self._buckets) + 1) * self.batch // self._n + 2
         epoch = bisect.bisect_right(range(latest), k, key=self._steps_before) - 1
         _, _, step_buckets, step_numbers = self._epoch(epoch)
         i = k - self._steps_before(epoch)
         code, number = step_buckets[i], step_numbers[i]
         count, start = self._counts[code], self._starts[code]
-        # (batch,) the step's samples, numbered within their bucket from the beginning of training
+        # (batch,) numbers of the step's samples, counted within their bucket from the beginning of training
         members = number * self.batch + np.arange(self.batch)
         epochs = members // count                # (batch,) each sample's epoch: queues may hold samples of earlier ones
         positions, indices = np.empty_like(members), np.empty_like(members)
@@ -111,10 +111,10 @@ class BatchSampler:
         return int((epoch * self._counts // self.batch).sum())
 
     def _epoch(self, e: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Four arrays. order (N,): the images of epoch e. by_bucket (N,): positions in `order`, sorted by bucket.
-        The other two, (steps,): of each step that epoch e completes, the bucket and the number among its steps."""
+        """Returns four arrays. order (N,): images of epoch e. by_bucket (N,): positions in `order`, sorted by bucket.
+        And two (steps,), for the steps that epoch e completes: index of the bucket, number among the bucket's steps."""
         if e not in self._epochs:
-            while len(self._epochs) > 3:         # a million samples take 0.3 s and 8 MB
+            while len(self._epochs) > 3:         # an epoch of a million samples takes 0.3 s and 8 MB
                 del self._epochs[next(iter(self._epochs))]
             if self._files:
                 with open(self._in_file(e), "rb") as file:
@@ -127,14 +127,14 @@ class BatchSampler:
         return self._epochs[e]
 
     def _parts(self, e: int) -> list[tuple[int, int, np.dtype]]:
-        """Offset, length and dtype, in the file of epoch e, of each array that _epoch returns; widest dtype first."""
+        """Returns offset, length and dtype of each array of _epoch in the file of epoch e; int64 is stored first."""
         steps, index = self._steps_before(e + 1) - self._steps_before(e), np.min_scalar_type(self._n)
         code, end = np.min_scalar_type(len(self._buckets)), 8 * steps + 2 * self._n * index.itemsize
         return [(8 * steps, self._n, index), (8 * steps + self._n * index.itemsize, self._n, index),
                 (end, steps, code), (0, steps, np.dtype(np.int64))]
 
     def _in_file(self, e: int) -> Path:
-        """The file of epoch e. The first process that needs the file writes it, while the others wait."""
+        """Returns the file of epoch e. The first process that needs the file writes it, while the others wait."""
         path = self._files.with_name(f"{self._files.name}-{e}")
         path.parent.mkdir(parents=True, exist_ok=True)
         opened = lock(path.parent, wait=True)
@@ -152,7 +152,7 @@ class BatchSampler:
         return path
 
     def _lay_out(self, e: int, out) -> None:
-        """Writes the arrays of epoch e into a file, in pieces. A piece has the images with random bits in one range."""
+        """Writes the arrays of epoch e to the file `out` in parts, each with the images of one range of random bits."""
         done, written, filled = 0, 0, np.zeros_like(self._counts)
         (at_order, _, index), (at_bucket, _, _), (at_code, _, code), (at_number, _, _) = self._parts(e)
 
@@ -167,7 +167,7 @@ class BatchSampler:
             counts = np.bincount(codes, minlength=len(self._counts))
             ends = np.cumsum(counts)
             write(at_order + done * index.itemsize, order, index)
-            number = np.empty_like(by_bucket)    # (P,) each sample's number in its bucket, from the first epoch on
+            number = np.empty_like(by_bucket)    # (P,) each sample's number in its bucket, counted over all epochs
             for bucket in range(len(counts)):
                 members, before = by_bucket[ends[bucket] - counts[bucket]:ends[bucket]], filled[bucket]
                 write(at_bucket + (self._starts[bucket] + before) * index.itemsize, done + members, index)
@@ -179,8 +179,8 @@ class BatchSampler:
             done, written, filled = done + len(order), written + len(full), filled + counts
 
     def _order(self, e: int, low: int, high: int) -> np.ndarray:
-        """The images of epoch e whose random bits are from low to high, in the order of these bits."""
-        # Sorts by raw bits, which never change with numpy's version; results of permutation() may.
+        """Returns the images of epoch e whose random bits are from low to high, sorted by these bits."""
+        # Raw bits are the same in every version of numpy; the results of permutation() may change.
         bits, values, indices = sample_rng(self.seed, e, "epoch").bit_generator, [], []
         for piece in pieces(self._n):
             raw = bits.random_raw(piece.stop - piece.start)
@@ -191,8 +191,8 @@ class BatchSampler:
 
 
 def split(positions: np.ndarray, micro: int, rank: int, world: int, micro_batch: int) -> slice:
-    """The slice of a step's samples that one GPU computes in micro-step `micro`: positions[split(...)], (micro_batch,).
-    All slices together contain each sample once.  Raises ValueError if they cannot have the same size."""
+    """Returns the slice of positions, a step's samples, that process `rank` of `world` computes in micro-step `micro`.
+    All slices together contain each sample once. Raises ValueError if they cannot all have micro_batch samples."""
     parts, rest = divmod(len(positions), micro_batch * world)
     if rest or not parts:
         raise ValueError(f"a step of {len(positions)} samples cannot be shared by {world} GPUs in micro-steps of "
@@ -208,12 +208,12 @@ def batches(samples: torch.utils.data.Dataset, sampler: BatchSampler, processes,
     """Yields this process's micro-batches, args.grad_accum for each step of `sampler` from `start` on, without end.
 
     samples    a dataset: samples[position, index, bucket] -> a dict that depends only on these three and the seed
-    processes  its rank, world and device; see processes.py
+    processes  an object with rank, world and device, see processes.py
     args       batch (samples of a micro-batch), grad_accum, workers (processes that read; None: default_workers)
     -> dicts with the same keys: strings as a list, everything else stacked to a tensor.
     """
     class MicroBatches:
-        """The samples of each micro-batch. The steps are the same for any number of processes."""
+        """A batch sampler for DataLoader: yields the keys in `samples` of each of this process's micro-batches."""
         def __iter__(self):
             for positions, indices, bucket in sampler.steps(start):
                 for micro in range(args.grad_accum):
@@ -224,24 +224,24 @@ def batches(samples: torch.utils.data.Dataset, sampler: BatchSampler, processes,
     found = _checked(iter(torch.utils.data.DataLoader(
         ErrorsAsItems(samples), batch_sampler=MicroBatches(), collate_fn=_stack, num_workers=workers,
         pin_memory=processes.device.type == "cuda", worker_init_fn=_outlive_signals)))
-    # An error that ends the script keeps its stack frames and so the workers alive. Python would then send each worker
-    # a SIGTERM, which workers ignore once, and wait for them forever. So the workers are ended at exit.
+    # An error that ends the script keeps stack frames alive, which keep the workers alive. At exit, Python would send
+    # each worker a SIGTERM, which workers ignore once, and wait for them forever. So atexit closes the iterator first.
     weak = weakref.ref(found)
     atexit.register(lambda: weak() and weak().close())
     return found
 
 
 def default_workers(device: torch.device) -> int:
-    """The number of worker processes that read images for one training process: 2 for a CPU, whose other cores compute.
-    For a GPU 2 to 8, by the number of cores: a worker reads 65 images of 1024 px per second, and an H200 needs 350."""
+    """Returns the number of worker processes that read images for a training process: 2 if it trains on a CPU, which
+    needs its cores; 2 to 8 on a GPU. (A worker reads 65 images of 1024 px per second, and an H200 needs 350.)"""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
     return 2 if device.type == "cpu" else min(max(cores // on_this_machine - 1, 2), 8)
 
 
 def micro_batches(samples: Iterator[dict], args, processes, save: Callable, step: int) -> list[dict]:
-    """The micro-batches of a step, from `batches`. If one process cannot read its own, all processes save the state
-    before this step, by save(step), and end."""
+    """Returns the micro-batches of a step, from samples = batches(...). If one process cannot read its micro-batches,
+    all processes save the state before this step, by save(step), and end."""
     failure = None
     try:
         found = [next(samples) for _ in range(args.grad_accum)]
@@ -250,12 +250,12 @@ def micro_batches(samples: Iterator[dict], args, processes, save: Callable, step
     if processes.any(failure is not None):
         if step:
             save(step)
-        raise failure or SystemExit(2)           # 2: another process failed and reports why
+        raise failure or SystemExit(2)           # exit status 2: another process failed and reports why
     return [processes.to_device(batch) for batch in found]
 
 
 class ErrorsAsItems(torch.utils.data.Dataset):
-    """Wraps `samples`. A UserError is returned as an item, not raised: torch adds a traceback to errors of workers."""
+    """A dataset that returns UserErrors as items: torch would add a traceback to an error raised in a worker."""
     def __init__(self, samples: torch.utils.data.Dataset):
         self.samples = samples
 
@@ -273,11 +273,11 @@ def _checked(loader: Iterator) -> Iterator[dict]:
                 raise batch
             yield batch
     finally:
-        del loader                               # this ends the workers
+        del loader                               # deleting the DataLoader's iterator ends its workers
 
 
 def _stack(items: list[dict | UserError]) -> dict | UserError:
-    """Collates items to a batch. At module level, because worker processes that are not forked must import it."""
+    """Collates samples to a batch, or returns a UserError among them. Not nested: spawned workers must import it."""
     for item in items:
         if isinstance(item, UserError):
             return item
@@ -287,7 +287,7 @@ def _stack(items: list[dict | UserError]) -> dict | UserError:
 
 
 def _outlive_signals(worker: int) -> None:
-    """Makes a worker ignore Ctrl-C and the first SIGTERM: these are sent to all processes of a run, and a dead worker
-    would break the step that is to be saved. The second SIGTERM ends it: torch stops stuck workers in this way."""
+    """Makes a worker ignore Ctrl-C and the first SIGTERM: both are sent to all processes of a run, and without workers
+    the last step before saving would fail. The second SIGTERM ends the worker: torch stops stuck workers with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

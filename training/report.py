@@ -1,4 +1,4 @@
-"""Output for the user: progress of a run, curves of its log, and with --dry-run what a run would do.
+"""Output for the user: the progress bar, curves of the log, and with --dry-run a description of the run.
 
 Needs: torch, pillow, tqdm; samples.py, loading/.
 """
@@ -21,32 +21,32 @@ from training.samples import draw_caption
 
 
 def due(every: int, step: int, steps: int) -> bool:
-    """Whether an action that happens every `every` steps (0: never) and after the last one is due after step `step`."""
+    """Returns whether an action is due after `step` of `steps` steps: every `every` steps (0: never) and at the end."""
     return bool(every) and (step % every == 0 or step == steps)
 
 
 class Progress:
-    """The progress bar of a run, and values for the log, measured over the steps since its last line.
+    """The progress bar of a run. Also computes values for the log, over the steps since the last line of the log.
 
-    Iterating over it yields the remaining steps. batch: samples per step, of all processes.
+    Iterating over it yields the numbers of the remaining steps. batch: samples per step of all processes together.
     """
     def __init__(self, title: str, start: int, args, processes, batch: int):
         self.processes, self.batch, self.smooth = processes, batch, None
         self.since, self.clock = start, time.time()
-        self.sums = torch.zeros(2, 10, device=processes.device)  # by noise level: sum of raw losses, number of samples
+        self.sums = torch.zeros(2, 10, device=processes.device)  # sum of raw losses and number of samples in t's tenths
         self.bar = tqdm(range(start, args.steps), title, args.steps, initial=start, disable=not processes.is_main)
 
     def __iter__(self):
         return iter(self.bar)
 
     def add(self, t: Tensor, raw: Tensor) -> None:
-        """Adds unweighted losses raw (B,) of samples at noise levels t (B,)."""
+        """Adds the unweighted losses raw (B,) of samples at noise levels t (B,) to self.sums."""
         level, raw = (t * 10).long().clamp(max=9), raw.detach()
-        self.sums[0].index_add_(0, level, raw.nan_to_num(0, 0, 0))       # NaN and infinity are left out
+        self.sums[0].index_add_(0, level, raw.nan_to_num(0, 0, 0))       # NaN and infinity do not count
         self.sums[1].index_add_(0, level, raw.isfinite().float())
 
     def values(self, step: int, loss: Tensor) -> dict:
-        """Returns values to log after `step` steps. loss (): of the last step. All processes must call this."""
+        """Returns values to log after `step` steps. loss (): the last step's loss. All processes must call this."""
         loss = (self.processes.sum(loss.clone()) / self.processes.world).item()
         self.smooth = loss if self.smooth is None else 0.9 * self.smooth + 0.1 * loss
         raw, count = self.processes.sum(self.sums.clone())
@@ -54,14 +54,14 @@ class Progress:
         on_gpu = self.processes.device.type == "cuda"
         values = dict(loss=loss, smooth_loss=self.smooth, images_per_second=speed,
                       memory_gib=torch.cuda.max_memory_allocated() / 2 ** 30 if on_gpu else None)
-        raw = (raw / count).tolist()                                     # NaN (0 / 0) if no sample had this level
+        raw = (raw / count).tolist()                                     # NaN (0 / 0) for a level without samples
         values |= {f"raw_loss_t_0.{i}": raw[i] for i in range(10) if not math.isnan(raw[i])}
         self.sums.zero_()
         self.since, self.clock = step, time.time()
         return values
 
     def show(self, line: dict, *more: str) -> None:
-        """Shows values of a line of the log, and the texts `more`, at the end of the bar."""
+        """Shows values of `line`, a line of the log, and the texts `more` at the end of the progress bar."""
         words = [f"loss {line['smooth_loss']:.4f}", f"|grad| {line['grad_norm']:.2f}", *more, f"lr {line['lr']:.1e}",
                  f"{line['images_per_second']:.1f} images/s"]
         if line["memory_gib"]:
@@ -70,9 +70,9 @@ class Progress:
 
 
 def checkpoint_bytes(args, model, discriminator=None) -> int:
-    """The size of a checkpoint: weights, EMA weights and AdamW's two moments, with about 300 bytes per tensor for the
-    file's header. For a LoRA it includes the LoRA's own file. A checkpoint of train_a.py also contains frozen weights,
-    and no EMA weights with --ema 0."""
+    """Returns the size of a checkpoint: weights, EMA weights, AdamW's two moments, and 300 bytes per tensor for the
+    file's header. For a LoRA this includes the separate LoRA file. A checkpoint of train_a.py also contains frozen
+    weights, and no EMA weights with --ema 0."""
     learned = [p.nbytes + 300 for p in model.parameters() if p.requires_grad]
     other = [p.nbytes + 300 for p in (*model.parameters(), *model.buffers()) if not p.requires_grad]
     if hasattr(args, "fsdp"):
@@ -83,16 +83,17 @@ def checkpoint_bytes(args, model, discriminator=None) -> int:
 
 
 def free_bytes(folder: Path) -> int:
-    """Free bytes on the disk of a folder, which need not exist yet."""
+    """Returns the number of free bytes on the disk of a folder, which need not exist yet."""
     folder = folder.resolve()
     return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
 
 
 def outline(args, model, dataset, sizes, order, discriminator=None) -> None:
-    """Prints what a run would use: parameters, memory, disk space, images, epochs. discriminator: of train_a.py."""
+    """Prints a run's numbers of parameters, memory, disk space, images per step and epochs. order: a BatchSampler.
+    sizes: (height, width) of each bucket. discriminator: the one that train_a.py trains, or None."""
     learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
-    # Weight, gradient, AdamW's two moments, EMA weight: five float32 numbers for each parameter that learns.
+    # Weight, gradient, AdamW's two moments and EMA weight: five float32 numbers for each trained parameter.
     memory = learned * 4 * (5 if args.ema else 4) + frozen
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     print(f"{learned:,} of {sum(p.numel() for p in model.parameters()):,} parameters learn, in {len(names)} tensors: "
@@ -108,7 +109,7 @@ def outline(args, model, dataset, sizes, order, discriminator=None) -> None:
 
 
 def dry_run(args, model, dataset, sizes, order, draw_noise: Callable | None = None) -> None:
-    """Prints the outline, the latents' shapes and the first captions. draw_noise: of Stage B, see train_b.py."""
+    """Prints the outline, the shapes of the latents and the first captions. draw_noise: a function, see train_b.py."""
     outline(args, model, dataset, sizes, order)
     positions, indices, number = order.step(0)
     h, w = sizes[number]
@@ -127,7 +128,7 @@ def dry_run(args, model, dataset, sizes, order, draw_noise: Callable | None = No
 
 
 def draw_curves(lines: list[dict], names: list[str], path: str | Path, width: int = 560, height: int = 300) -> None:
-    """Writes a PNG file with a plot over steps for each of `names` in a log's lines. Loss axes are logarithmic."""
+    """Writes a PNG file with a plot over the steps for each of `names`, keys of lines. Loss axes are logarithmic."""
     font, plots = ImageFont.load_default(size=12), []
     for name in names:
         points = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), (int, float))

@@ -1,7 +1,7 @@
-"""From images to samples: which images make up a step, their pixels or cached latents, their captions.
+"""Training samples from images: which images make up a step, their pixels or cached latents, and their captions.
 
 The scripts add the rest of a sample (noise, noise level). `rng` is a function from a purpose to a random generator, see
-order.sample_rng: all randomness is a function of (seed, position in the stream of samples, purpose).
+order.sample_rng: all randomness is derived from (seed, position in the stream of samples, purpose).
 Needs: torch, numpy; data.py, order.py, cache.py.
 """
 import math
@@ -23,7 +23,7 @@ from wuerstchen import scale_semantic
 
 
 def to_tensor(pixels, device="cpu") -> Tensor:
-    """(B,H,W,3) uint8, an array or a tensor -> (B,3,H,W) float32 in [0, 1], in channels-last memory like the pixels."""
+    """pixels (B,H,W,3) uint8, array or tensor -> images (B,3,H,W) float32 in [0, 1], in channels-last memory format."""
     return torch.as_tensor(pixels).to(device).permute(0, 3, 1, 2).float() / 255
 
 
@@ -34,19 +34,19 @@ def encoder_input(images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def semantic_latents(encoder: torch.nn.Module, pixels: Tensor, device) -> Tensor:
-    """(B,H,W,3) uint8 -> the image encoder's latents (B,16,h,w) float32, of about unit variance, as for Stage C."""
+    """pixels (B,H,W,3) uint8 -> semantic latents (B,16,h,w) float32, scaled for Stage C to about unit variance."""
     return scale_semantic(encoder(encoder_input(to_tensor(pixels, device))))
 
 
 def no_text(config: dict, device: torch.device, captions: list[str]) -> Tensor:
-    """(B,1,c_text): one zero token per caption, instead of text embeddings."""
+    """Returns (B,1,c_text), one zero token per caption, instead of text embeddings: for a Stage B without captions."""
     return torch.zeros(len(captions), 1, config["c_text"], device=device)
 
 
 def open_data(args, processes, captions_required: bool = True, unseen: str | None = None) -> tuple:
-    """Opens --data and --val-data, two datasets. The default of --val-data is --data; for emoji scenes, it is `unseen`.
+    """Returns the datasets of --data and --val-data. Default of --val-data: --data or, for emoji scenes, `unseen`.
 
-    One process of each machine reads indexes, and the others get its result. With --dry-run, writes skipped.tsv, the
+    One process of each machine opens them, and the others get its result. With --dry-run, writes skipped.tsv, the
     names of all skipped files with the reasons.
     """
     index, val_data = Path(getattr(args, "cache", None) or args.out) / "index", args.val_data
@@ -91,29 +91,29 @@ def steps_of(args, dataset, processes) -> int:
 
 
 def open_cache(args, encoder: torch.nn.Module, **settings) -> Cache:
-    """A cache in --cache for the outputs of `encoder`. settings: kind, and everything else the entries depend on."""
+    """Returns a Cache in --cache for the outputs of `encoder`. settings: see Cache."""
     dtype = dict(fp16="float16", fp32="float32")[args.cache_dtype]
     return Cache(args.cache, hash_of(encoder), dict(dtype=dtype) | settings)
 
 
 def draw_caption(dataset, index: int, rng: Callable, dropout: float) -> tuple[str, bool]:
     """Returns one of the captions of image `index`, and whether the caller should replace it by the empty caption.
-    Source of dropping: classifier-free guidance, arXiv:2207.12598."""
+    Source of dropping captions: classifier-free guidance, arXiv:2207.12598. dropout: its probability."""
     captions = dataset.captions(index)
     return captions[rng("caption").integers(len(captions))], bool(rng("caption dropout").random() < dropout)
 
 
 def embed_once(paths: dict, dtype: torch.dtype, captions: list[str]) -> Tensor:
-    """Embeds captions that the cache has lost, (B,N,D): loads Stage C's text encoder only for this call."""
+    """Returns embeddings (B,N,D) of captions whose cache entries are lost. Loads Stage C's text encoder each time."""
     files = paths["prior_text_encoder"], paths["prior_tokenizer"]
     return load_text_encoder(*files, dtype)(captions)
 
 
 class ImageReader:
-    """(index, size number, rng) -> (index, dict): image `index` cut to sizes[number], or its latents from the caches.
+    """A function (index, number, rng) -> (index, dict): reads image `index`, cut to sizes[number], or its latents.
 
-    pixels: whether the dict has pixels (h,w,3) uint8. caches: {name in the dict: Cache of latents}. replaced: see
-    cache.fill_cache. If the image or a cache's entry cannot be read, the next image of its bucket replaces it, so that
+    pixels: whether the dict has pixels (h,w,3) uint8. caches: {name in the dict: Cache of latents}. replaced: result of
+    cache.fill_cache. If the image or its entry in a cache cannot be read, the next image of its bucket is used, so that
     the run continues; then the returned index differs. The next run computes the entry again.
     """
     def __init__(self, dataset, sizes: list[tuple[int, int]], args, pixels: bool, caches: dict, replaced: dict):
@@ -126,7 +126,7 @@ class ImageReader:
         index = self.replaced.get(index, index)
         bucket = self.dataset.bucket
 
-        def others() -> np.ndarray:              # a large array: only computed if an image or entry is broken
+        def others() -> np.ndarray:              # a large array, computed only if an image or an entry is broken
             return np.flatnonzero(bucket == bucket[index])
         for index in candidates(index, others):
             if self.pixels:
@@ -147,11 +147,11 @@ class ImageReader:
 
 
 class MultiSizeSampler(BatchSampler):
-    """A BatchSampler whose steps have several resolutions. step() returns an index into `sizes` instead of a bucket.
+    """A BatchSampler that draws a resolution for each step. step() returns an index into `sizes` instead of a bucket.
 
-    The resolution of step k is a function of (seed, k). Buckets are the shapes of the largest resolution, which has the
+    The resolution of step k depends only on (seed, k). Buckets are the shapes of the largest resolution, which has the
     most shapes; at smaller resolutions, an image gets the nearest shape that exists there.
-    Index into sizes = index of resolution * len(shapes) + bucket.
+    Index into sizes = index of the resolution * len(shapes) + bucket.
     """
     def __init__(self, image_sizes: np.ndarray, resolutions: list[int], max_ratio: float, batch: int, seed: int,
                  folder: Path | None = None):
@@ -165,7 +165,7 @@ class MultiSizeSampler(BatchSampler):
         super().__init__(self.bucket, batch, seed, folder)
 
     def sizes_of(self, index: int) -> list[tuple[int, int]]:
-        """All sizes to which image `index` may be cut, one per resolution."""
+        """Returns all (height, width) to which image `index` may be cut, one per resolution."""
         return self.sizes[self.bucket[index]::len(self.shapes)]
 
     def step(self, k: int) -> tuple[np.ndarray, np.ndarray, int]:
