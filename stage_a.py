@@ -6,14 +6,14 @@ Stage A is trained first, without text or diffusion. It is an autoencoder whose 
 quantised to a codebook of 8192 vectors of 4 numbers ("tokens"). Würstchen v1 generates the tokens;
 v2, the default, generates the latents *before* quantisation, so sampling only decodes.
 In   images (B,3,H,W) in [0, 1] (not [-1, 1]), H and W multiples of `downscale` (4)
-Out  latents (B,4,H/4,W/4), roughly unit variance; images come back unclamped
+Out  latents (B,4,H/4,W/4) of variance about 1; decoded images (B,3,H,W), not clamped to [0, 1]
 Note: `encode` divides latents by `scale_factor` (0.3764, fixed by the released weights) and
-     `decode` multiplies by it. `decode_indices` starts from the codebook, whose vectors are not
-     divided, and does not scale.
+     `decode` multiplies by it. `decode_indices` does not, because the vectors of the codebook are
+     not divided by it.
 
 Inside, activations are channels-last, (B,H,W,C): a Linear or a norm then reads C contiguously, and
 a convolution gets its (B,C,H,W) as a view with channels-last strides, which costs nothing.
-Its training: train_a.py, training/vqgan_losses.py, training/codebook.py.
+Training: train_a.py, training/vqgan_losses.py, training/codebook.py.
 Weights: python -m tools.weights convert IN OUT --to ours; StageA(**config).load_state_dict(...)
 Paper: arXiv:2306.00637 (Stage A); VQGAN: arXiv:2012.09841; codebook: arXiv:1711.00937.
 Needs: torch only. This file works when copied alone.
@@ -28,23 +28,23 @@ from torch import Tensor
 
 
 def channels_first(x: Tensor) -> Tensor:
-    """(B,H,W,C) -> (B,C,H,W), a view. Convolutions want this order of dimensions."""
+    """(B,H,W,C) -> (B,C,H,W), a view. Convolutions expect this order of dimensions."""
     return x.permute(0, 3, 1, 2)
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """(B,C,H,W) -> (B,H,W,C), a view. Linear layers and norms want this order of dimensions."""
+    """(B,C,H,W) -> (B,H,W,C), a view. Linear layers and norms expect this order."""
     return x.permute(0, 2, 3, 1)
 
 
 class VQResBlock(nn.Module):
-    """Two residual halves: a depthwise 3x3 mixes positions, an MLP mixes channels.
+    """Two residual branches: a depthwise 3x3 convolution mixes positions, an MLP mixes channels.
 
-    `gammas` are six learned numbers: scale and shift of each half's norm, and how much of each half
-    is added. They start at zero, so an untrained block returns its input."""
+    `gammas` are six learned numbers: for each branch, the scale and shift of its norm and a factor
+    (gate) for its output. They start at zero, so an untrained block returns its input."""
     def __init__(self, c: int):
         super().__init__()
-        # Replicate padding: zeros would give images a dark rim, since this stage makes the pixels.
+        # Replicate padding, because zero padding would make the rim of decoded images dark.
         self.depthwise = nn.Conv2d(c, c, 3, padding=1, groups=c, padding_mode="replicate")
         self.expand = nn.Linear(c, 4 * c)
         self.contract = nn.Linear(4 * c, c)
@@ -58,13 +58,13 @@ class VQResBlock(nn.Module):
         return torch.addcmul(x, self.contract(h), gate)         # x + gate * contract: (B, H, W, C)
 
     def mix(self, x: Tensor) -> Tensor:
-        """The first half, which mixes positions: x (B,H,W,C) -> (B,H,W,C)."""
+        """Applies the first branch, which mixes positions: x (B,H,W,C) -> (B,H,W,C)."""
         scale, shift, gate = self.gammas[:3]
         h = self.depthwise(channels_first(self.norm(x, scale, shift)))               # (B, C, H, W)
         return torch.addcmul(x, channels_last(h), gate)                              # (B, H, W, C)
 
     def norm(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        """x (...,C) -> (...,C): mean 0 and variance 1 over C, then scale and shift, in one pass."""
+        """Normalises x (...,C) to mean 0 and variance 1 over C, then applies scale and shift."""
         c = x.shape[-1:]
         return F.layer_norm(x, c, (1 + scale).expand(c), shift.expand(c), eps=1e-6)
 
@@ -73,21 +73,21 @@ class Codebook(nn.Module):
     """Vector quantisation: the nearest of `size` learned vectors replaces every latent vector."""
     def __init__(self, size: int, c: int):
         super().__init__()
-        # With variance 1, like the latents after BatchNorm. If codes started closer together, the
-        # outermost few would stay the nearest to all latents, and the others would never be used.
+        # Codes start with variance 1, like latents after BatchNorm. If they were closer together,
+        # the outermost few would be the nearest to all latents, and the others would stay unused.
         self.codes = nn.Parameter(torch.randn(size, c))                                     # (K, C)
 
     def nearest(self, z: Tensor) -> Tensor:
-        """z (B,H,W,C) -> indices (B,H,W) of the nearest codes, squared Euclidean distance.
+        """Finds the codes with the smallest Euclidean distance: z (B,H,W,C) -> indices (B,H,W).
 
         |z - c|^2 = |z|^2 - 2 z.c + |c|^2, and |z|^2 is the same for every c, so it is omitted.
-        Always in float32, because two of 8192 codes in 4 dimensions are often so close that half
+        Computed in float32, because two of 8192 codes in 4 dimensions are often so close that half
         precision cannot tell which of them is nearer."""
         z, codes = z.float(), self.codes.float()
         return (codes.square().sum(1) - 2 * z @ codes.T).argmin(-1)                      # (B, H, W)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """z (B,H,W,C) -> quantised z (B,H,W,C), indices (B,H,W), codebook loss, commitment loss.
+        """z (B,H,W,C) -> nearest codes (B,H,W,C), indices (B,H,W), codebook and commitment loss.
 
         The codebook loss moves codes to the latents. The commitment loss moves latents to their
         codes (arXiv:1711.00937). argmin has no gradient, so z + (q - z).detach() passes the
@@ -99,7 +99,7 @@ class Codebook(nn.Module):
 
 
 def run(layer: nn.Module, x: Tensor) -> Tensor:
-    """Applies a layer of the encoder or decoder to x (B,H,W,C): a block, or a convolution."""
+    """Applies one layer of the encoder or decoder, a block or a convolution, to x (B,H,W,C)."""
     return layer(x) if isinstance(layer, VQResBlock) else channels_last(layer(channels_first(x)))
 
 
@@ -111,7 +111,7 @@ class StageA(nn.Module):
         self.config = dict(levels=levels, bottleneck_blocks=bottleneck_blocks, c_hidden=c_hidden,
                            c_latent=c_latent, codebook_size=codebook_size,
                            scale_factor=scale_factor)
-        self.downscale = 2 ** levels            # width of a latent position in px
+        self.downscale = 2 ** levels            # px per latent position, per side
         self.scale_factor = scale_factor
         widths = [c_hidden // 2 ** i for i in reversed(range(levels))]          # official: 192, 384
 
@@ -120,17 +120,17 @@ class StageA(nn.Module):
         for c_in, c in zip(widths, widths[1:]):
             self.encoder += [nn.Conv2d(c_in, c, 4, stride=2, padding=1), VQResBlock(c)]
         self.to_latent = nn.Linear(widths[-1], c_latent, bias=False)
-        self.norm_latent = nn.BatchNorm2d(c_latent)                    # keeps the latents' scale
+        self.norm_latent = nn.BatchNorm2d(c_latent)                    # normalises the latents
         self.codebook = Codebook(codebook_size, c_latent)
         self.from_latent = nn.Linear(c_latent, widths[-1])
-        # Most of the decoder's blocks are at the coarsest level, where they are cheapest.
+        # Most of the decoder's blocks are at the coarsest level, where activations are smallest.
         self.decoder = nn.ModuleList(VQResBlock(widths[-1]) for _ in range(bottleneck_blocks))
         for c_in, c in zip(widths[::-1], widths[-2::-1]):
             self.decoder += [nn.ConvTranspose2d(c_in, c, 4, stride=2, padding=1), VQResBlock(c)]
         self.to_pixels = nn.Linear(widths[0], 3 * 4)                   # before pixel shuffle by 2
 
     def encode_raw(self, images: Tensor) -> Tensor:
-        """images (B,3,H,W) in [0, 1] -> latents (B,h,w,4), in the codebook's units, unquantised."""
+        """images (B,3,H,W) in [0, 1] -> latents (B,h,w,4), neither scaled nor quantised."""
         _, channels, h, w = images.shape
         if channels != 3 or h % self.downscale or w % self.downscale:
             raise ValueError(
@@ -142,7 +142,7 @@ class StageA(nn.Module):
         return channels_last(self.norm_latent(channels_first(self.to_latent(x))))     # (B, h, w, 4)
 
     def decode_raw(self, z: Tensor) -> Tensor:
-        """z (B,h,w,4) in the codebook's units -> images (B,3,H,W), unclamped."""
+        """z (B,h,w,4), not divided by scale_factor -> images (B,3,H,W), not clamped."""
         x = self.from_latent(z)                                                       # (B, h, w, C)
         for layer in self.decoder:
             x = run(layer, x)
@@ -151,7 +151,7 @@ class StageA(nn.Module):
     def encode(self, images: Tensor, quantise: bool = False) -> Tensor:
         """images (B,3,H,W) in [0, 1] -> latents (B,4,H/4,W/4) for Stage B.
 
-        quantise=True replaces them by the nearest codes. Raises ValueError for wrong shapes."""
+        quantise=True replaces latents by the nearest codes. Raises ValueError for wrong shapes."""
         z = self.encode_raw(images)                                                   # (B, h, w, 4)
         if quantise:
             z = F.embedding(self.codebook.nearest(z), self.codebook.codes)
@@ -160,7 +160,7 @@ class StageA(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """latents (B,4,h,w) from Stage B or `encode` -> images (B,3,4h,4w).
 
-        Clamp them to [0, 1] before saving. Raises ValueError for a wrong number of channels."""
+        Clamp images to [0, 1] before saving. Raises ValueError for a wrong number of channels."""
         if latents.shape[1] != self.config["c_latent"]:
             raise ValueError(
                 f"Stage A got latents of shape {tuple(latents.shape)}, expected "
@@ -173,16 +173,16 @@ class StageA(nn.Module):
         return self.codebook.nearest(self.encode_raw(images))
 
     def decode_indices(self, indices: Tensor) -> Tensor:
-        """indices (B,h,w) in [0, codebook_size) -> images (B,3,4h,4w), unclamped."""
+        """indices (B,h,w) in [0, codebook_size) -> images (B,3,4h,4w), not clamped."""
         return self.decode_raw(F.embedding(indices, self.codebook.codes))
 
     def forward(self, images: Tensor, quantise: bool | Tensor = True) -> dict[str, Tensor]:
-        """One training pass: images (B,3,H,W) -> dict of images, latents, indices, losses.
+        """For training. images (B,3,H,W) -> dict of decoded images, latents, indices and losses.
 
-        quantise: True, False, or one bool for each row (B,). v2 decodes latents that were never
-        quantised, so a decoder trained half of the time without quantisation is good at both.
-        Returned losses are unweighted: reconstruction (mean |error|), codebook, commitment.
-        The returned latents (B,h,w,4) are not quantised."""
+        quantise: True, False, or a bool for each image, (B,): whether its latents are quantised.
+        v2 decodes unquantised latents, v1 codes, so train_a.py trains the decoder on both. Losses
+        have no weights: reconstruction (mean absolute error), codebook, commitment. The returned
+        latents (B,h,w,4) are not quantised."""
         z = self.encode_raw(images)                                                   # (B, h, w, 4)
         q, indices, codebook_loss, commitment_loss = self.codebook(z)
         rows = torch.as_tensor(quantise, device=z.device).reshape(-1, 1, 1, 1)   # (1 or B, 1, 1, 1)

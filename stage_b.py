@@ -4,12 +4,12 @@
 
 Stage C has decided what is in the image; Stage B generates the detail that 24 x 24 positions cannot
 hold. It is also a diffusion model: a U-Net, made of Stage C's three kinds of blocks, that predicts
-the noise in the VQGAN's latents. Every level except the finest gets the semantic latents. The other
-half of this file computes semantic latents from an image: the semantic compressor (EfficientNetV2-S
-and a 16-channel mapper), which the paper trains jointly with Stage B. Stage C later learns to
+the noise in the VQGAN's latents. Every level except the finest gets the semantic latents. The rest
+of this file is the semantic compressor (EfficientNetV2-S and a 16-channel mapper): it computes
+semantic latents from an image. The paper trains it jointly with Stage B. Stage C later learns to
 generate the compressor's output from text.
 In   x_t (B,4,h,w) noisy latents, h and w multiples of 16; t (B,) noise level, 0 = clean, 1 = noise;
-     semantic (B,16,h',w') in raw units (zeros = no guidance); text (B,77,1024) of CLIP-H
+     semantic (B,16,h',w') from the compressor, or zeros (none); text (B,77,1024) of CLIP-H
 Out  eps (B,4,h,w), the noise in x_t. Note: the last layer does not output it directly, see
      StageB.forward.
 
@@ -32,36 +32,36 @@ from torch.utils.checkpoint import checkpoint
 
 
 def channels_first(x: Tensor) -> Tensor:
-    """(B,H,W,C) -> (B,C,H,W), a view. Convolutions want this order of dimensions."""
+    """(B,H,W,C) -> (B,C,H,W), a view. Convolutions expect this order of dimensions."""
     return x.permute(0, 3, 1, 2)
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """(B,C,H,W) -> (B,H,W,C), a view. Linear layers and norms want this order of dimensions."""
+    """(B,C,H,W) -> (B,H,W,C), a view. Linear layers and norms expect this order."""
     return x.permute(0, 2, 3, 1)
 
 
 def layer_norm(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """(...,C) -> (...,C): mean 0, variance 1 over C. The result has `dtype` if that is 16-bit."""
+    """Normalises x (...,C) to mean 0, variance 1 over C. Casts it to `dtype` if that is 16-bit."""
     x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
     return x.to(dtype) if dtype in (torch.float16, torch.bfloat16) else x
 
 
 def widen(x: Tensor) -> Tensor:
-    """Casts float16 to float32, because sums of blocks exceed float16's maximum, 65504."""
+    """Casts float16 to float32: residual sums over the blocks exceed float16's maximum, 65504."""
     return x.float() if x.dtype == torch.float16 else x
 
 
 def narrow(x: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """For weights in float16: x clamped to +-65504, in float16. For other weights: x as it is."""
+    """If `dtype` is float16, clamps x to +-65504 and casts it to float16. Else returns x itself."""
     return x.clamp(-65504, 65504).half() if dtype == torch.float16 != x.dtype else x
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
     """Noise levels t (B,) in [0, 1] -> (B,width): sines, then cosines, of t at falling frequencies.
 
-    Always float32 and always in this order of operations: the angle reaches 10^4, where float32 has
-    steps of 1e-3, so any other rounding moves the networks' outputs by 1e-4, and half precision
+    Computed in float32, always in this order of operations. Angles reach 10^4, where float32 has
+    steps of 1e-3: another order would change the networks' outputs by 1e-4, and half precision
     would make the first columns noise. The caller casts the result. Source: arXiv:1706.03762."""
     half = width // 2
     k = torch.arange(half, device=t.device).float()
@@ -72,29 +72,29 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
 
 
 class GlobalResponseNorm(nn.Module):
-    """Scales each channel by its energy relative to the mean channel, so that channels compete.
+    """Scales each channel by its energy relative to the mean energy, so that channels compete.
 
     y = gamma * (x * n) + beta + x with n = |x| / mean_channels |x|, |.| the L2 norm over H and W.
     |.| grows with the number of positions, so an image must be neither padded nor cut into tiles.
     Starts as the identity. Source: ConvNeXt V2, arXiv:2301.00808. Its eq. 2 divides by the sum over
-    channels; its code and the released weights by the mean, which only scales gamma."""
+    channels. Its code and the released weights divide by the mean, which only scales gamma."""
     def __init__(self, c: int):
         super().__init__()
         self.gamma = nn.Parameter(torch.zeros(c))
         self.beta = nn.Parameter(torch.zeros(c))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B,H,W,C) -> (B,H,W,C) in x's dtype, also under autocast; the energy is float32."""
-        dtype = torch.float32 if x.dtype.itemsize == 2 else None         # a sum over many positions
+        """x (B,H,W,C) -> (B,H,W,C) in x's dtype, under autocast too. Energy: float32 or wider."""
+        dtype = torch.float32 if x.dtype.itemsize == 2 else None      # 16 bits are inexact for sums
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             energy = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=dtype)  # (B,1,1,C)
             n = energy / (energy.mean(-1, keepdim=True) + 1e-6)                      # (B, 1, 1, C)
-            # gamma * (x * n) + x = x * (1 + gamma * n): so the large tensor x is read only once.
+            # gamma * (x * n) + x is computed as x * (1 + gamma * n), which reads x only once.
             return torch.addcmul(self.beta.to(x.dtype), x, (1 + self.gamma * n).to(x.dtype))
 
 
 class Depthwise(nn.Conv2d):
-    """A convolution that casts its weights to x's dtype: widen makes x float32, not the weights."""
+    """A convolution that casts its weights to x's dtype, because `widen` makes x float32."""
     def forward(self, x: Tensor) -> Tensor:
         """x (B,C,H,W) -> (B,C',H,W)."""
         return self._conv_forward(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
@@ -103,7 +103,7 @@ class Depthwise(nn.Conv2d):
 class ResBlock(nn.Module):
     """x + MLP(norm(depthwise(x))): a convolution mixes positions, then a wide MLP mixes channels.
 
-    In Stage B the MLP also gets extras: the U-Net's skip connection and the semantic latents.
+    In Stage B the MLP has more inputs, `extras`: skip connection of the U-Net, semantic latents.
     Source: the block of ConvNeXt V2, arXiv:2301.00808, with a smaller kernel."""
     def __init__(self, c: int, c_skip: int = 0, kernel_size: int = 3, dropout: float = 0.0):
         super().__init__()
@@ -135,7 +135,7 @@ class TimestepBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Every position attends to all positions and to the text, in one attention.
+    """Self-attention and cross-attention in one: image positions attend to image and text.
 
     Keys and values come from the normalised image tokens, then from the text tokens. Padding tokens
     of the text are not masked, because the released weights were trained without a mask."""
@@ -153,8 +153,8 @@ class AttentionBlock(nn.Module):
     def attend(self, x: Tensor, kv: tuple[Tensor, Tensor]) -> Tensor:
         """x (B,H,W,C), kv 2 x (B,N,C) from text_kv -> (B,H,W,C)."""
         tokens = layer_norm(x, kv[0].dtype).flatten(1, 2)                             # (B, H*W, C)
-        # Image and text are projected separately, not after concatenation: if nothing before the
-        # text's keys and values is trained, no gradient is computed for the text.
+        # Image and text are projected separately, not after concatenation. So if the layers that
+        # compute the text's keys and values are frozen, no gradient is computed for the text.
         k = torch.cat([self.key(tokens), kv[0]], dim=1)                           # (B, H*W + N, C)
         v = torch.cat([self.value(tokens), kv[1]], dim=1)                         # (B, H*W + N, C)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -168,17 +168,17 @@ class AttentionBlock(nn.Module):
 
 
 def resize_semantic(semantic: Tensor, size: tuple[int, int]) -> Tensor:
-    """semantic (B,C,h,w) -> (B,*size,C), bicubic, always in float32, as in training.
+    """Resizes semantic latents (B,C,h,w) to (B,*size,C), bicubic, computed in float32.
 
-    Interpolation is linear in rows and in columns: two matrix products. F.interpolate is not used
-    directly, because torch.compile cannot differentiate it when sizes vary. The matrices are
-    F.interpolate's results for unit vectors, because its bicubic with antialias and align_corners
-    follows no textbook formula (end points do not map to end points)."""
+    The result equals F.interpolate's, but is computed by two matrix products, one for rows and one
+    for columns, because torch.compile cannot differentiate F.interpolate when sizes vary. Applied
+    to unit vectors, F.interpolate gives these matrices: with antialias and align_corners, its
+    bicubic follows no textbook formula (end points do not map to end points)."""
     (h, w), (H, W), device = semantic.shape[2:], size, semantic.device
 
-    def weights(n: int, m: int, width: int) -> Tensor:          # (m, n): maps n rows to m rows
+    def weights(n: int, m: int, width: int) -> Tensor:      # matrix (m, n): resizes n rows to m
         units = torch.eye(n, device=device)[None, :, :, None].expand(1, n, n, 2)
-        shape = (m, min(width, 2))                 # torch uses other weights for a width of 1
+        shape = (m, min(width, 2))                 # at width 1, torch uses another formula
         rows = F.interpolate(units, shape, mode="bicubic", antialias=True, align_corners=True)
         return rows[0, :, :, 0].T
     with torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False):
@@ -190,13 +190,13 @@ def resize_semantic(semantic: Tensor, size: tuple[int, int]) -> Tensor:
 class StageB(nn.Module):
     """The diffusion decoder (DiffNeXt). Defaults are the official sizes (1055 M parameters).
 
-    Every list has one entry per resolution, called a level, 0 = finest.
-    levels  a pattern of blocks, C = ResBlock, T = TimestepBlock, A = AttentionBlock, which is
-            repeated blocks[i] times
-    inject  whether a level's ResBlocks get the semantic latents (the finest level does not: there
-            they would cost the most and add only what the level below already has)
-    dropout one rate, or one for each level
-    On the way up, a level's first block gets the skip connection, if that block is a ResBlock."""
+    Each list has one entry per level, a resolution of the U-Net. Level 0 is the finest.
+    levels  patterns of blocks: C = ResBlock, T = TimestepBlock, A = AttentionBlock. Level i repeats
+            its pattern blocks[i] times.
+    inject  whether a level's ResBlocks get the semantic latents. The finest level does not: there
+            they would cost the most, and the coarser levels have them already.
+    dropout one rate for all levels, or a list
+    In the up path, a level's first block gets the skip connection if it is a ResBlock."""
     def __init__(self, c_in: int = 4, c_out: int = 4, c_timestep: int = 64, patch_size: int = 2,
                  c_cond: int = 1024, c_hidden=(320, 640, 1280, 1280), heads=(-1, 10, 20, 20),
                  blocks=(4, 4, 14, 4), levels=("CT", "CTA", "CTA", "CTA"),
@@ -211,7 +211,7 @@ class StageB(nn.Module):
         rates = dropout if isinstance(dropout, list | tuple) else [dropout] * len(c_hidden)
         self.patch_size, self.c_timestep, depth = patch_size, c_timestep, len(c_hidden)
         self.multiple = patch_size * 2 ** (depth - 1)      # x_t's sides must be multiples of this
-        self.checkpointing = False             # True: training recomputes blocks in backward
+        self.checkpointing = False             # True: gradient checkpointing of each block
 
         def block(letter: str, level: int, c_skip: int) -> nn.Module:
             if letter == "C":
@@ -239,7 +239,7 @@ class StageB(nn.Module):
             c_skip = c_cond if inject[i] else 0
             self.down_blocks.append(nn.ModuleList(
                 block(letter, i, c_skip) for letter in levels[i] * blocks[i]))
-            # On the way up, the first block of a level also gets the skip connection.
+            # In the up path, a level's first block also gets the skip connection.
             self.up_blocks.append(nn.ModuleList(
                 block(letter, i, c_skip + (c_hidden[i] if k == 0 and i < depth - 1 else 0))
                 for k, letter in enumerate(levels[i] * blocks[i])))
@@ -248,35 +248,35 @@ class StageB(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Starting point for training from scratch; loading weights overwrites all of it."""
+        """Sets initial values for training from scratch. Loading weights overwrites all of them."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         for mapper in [self.embed_text, *self.semantic_down, *self.semantic_up]:
-            if mapper is not None:             # small: semantic latents have a std of 42
+            if mapper is not None:             # small, because semantic latents have std 42
                 nn.init.normal_(mapper.weight, std=0.02)
-        nn.init.zeros_(self.head.weight)       # the first prediction is 2 x_t for any condition
+        nn.init.zeros_(self.head.weight)       # an untrained network then predicts 2 x_t
         for module in self.modules():
-            if isinstance(module, ResBlock):   # all residual branches add up to a variance of 1
+            if isinstance(module, ResBlock):   # the sum of all branches has variance 1
                 module.contract.weight *= math.sqrt(1 / sum(self.config["blocks"]))
-            elif isinstance(module, TimestepBlock):    # all noise levels start with the same output
+            elif isinstance(module, TimestepBlock):    # at first, t has no effect
                 nn.init.zeros_(module.mapper.weight)
 
     def forward(self, x_t: Tensor, t: Tensor, semantic: Tensor, text: Tensor) -> Tensor:
         """x_t (B,4,h,w), t (B,) in [0, 1], semantic (B,16,h',w') of any size, text (B,N,c_text)
-        -> eps (B,4,h,w) in x_t's dtype: float32 also for half-precision weights, because the last
-        line would magnify its rounding. Raises ValueError if h, w are not multiples of `multiple`.
+        -> eps (B,4,h,w) in x_t's dtype. Give x_t in float32 even if weights are in half precision:
+        the last line magnifies rounding errors. Raises ValueError unless `multiple` divides h, w.
         """
         # With ab = alphas_cumprod, x_t = sqrt(ab) x_0 + sqrt(1 - ab) eps, and therefore
-        # eps = (x_t - sqrt(ab) x_0) / sqrt(1 - ab). The head has that form: a is the signal,
-        # b in (0.001, 0.999) the noise's scale.
+        # eps = (x_t - sqrt(ab) x_0) / sqrt(1 - ab). The head's two outputs stand for the unknowns:
+        # a for the signal sqrt(ab) x_0, b in (0.001, 0.999) for the noise scale sqrt(1 - ab).
         a, b = self.signal_and_scale(x_t, t, semantic, text)
         return (x_t - a) / b                                                          # (B, 4, h, w)
 
     def signal_and_scale(self, x_t: Tensor, t: Tensor, semantic: Tensor,
                          text: Tensor) -> tuple[Tensor, Tensor]:
-        """Computes a and b of `forward`, 2 x (B,4,h,w). train_b.py uses them separately."""
+        """Computes the a and b of `forward`, 2 x (B,4,h,w). train_b.py has a loss on each."""
         _, channels, h, w = x_t.shape
         if channels != self.config["c_in"] or h % self.multiple or w % self.multiple:
             raise ValueError(
@@ -290,15 +290,15 @@ class StageB(nn.Module):
         x = widen(layer_norm(self.embed(x)))                                    # (B, h/2, w/2, C0)
 
         skips, depth = [], len(self.down_blocks)
-        for i in range(depth):                                  # down to the coarsest level ...
+        for i in range(depth):                                  # from finest to coarsest level
             if i > 0:
                 x = self.downsample[i](channels_first(layer_norm(x, dtype)))
                 x = widen(channels_last(x))
             x = self.run_level(self.down_blocks[i], self.semantic_down[i], x, t_embedding, semantic,
                                text)                                               # (B, H, W, C_i)
             skips.append(x)
-        skips[-1] = None                    # the coarsest level continues from x itself: no skip
-        for i in reversed(range(depth)):                        # ... and up again
+        skips[-1] = None                    # the coarsest level needs no skip, it continues from x
+        for i in reversed(range(depth)):                        # from coarsest to finest level
             x = self.run_level(self.up_blocks[i], self.semantic_up[i], x, t_embedding, semantic,
                                text, skips[i])                                     # (B, H, W, C_i)
             if i > 0:
@@ -312,7 +312,7 @@ class StageB(nn.Module):
     def run_level(self, blocks: nn.ModuleList, mapper: nn.Linear | None, x: Tensor,
                   t_embedding: Tensor, semantic: Tensor, text: Tensor,
                   skip: Tensor | None = None) -> Tensor:
-        """Applies a level's blocks: x (B,H,W,C) -> (B,H,W,C). The first block also gets `skip`."""
+        """Applies one level's blocks, x (B,H,W,C) -> (B,H,W,C). `skip`: for the first block."""
         extras = [] if mapper is None else [mapper(resize_semantic(semantic, x.shape[1:3]))]
         for k, block in enumerate(blocks):
             if isinstance(block, ResBlock):
@@ -326,18 +326,18 @@ class StageB(nn.Module):
         return x
 
 
-# ----- the semantic compressor: an image -> the latents that Stage C learns to generate -----------
+# ----- the semantic compressor: computes the latents that Stage C learns to generate --------------
 
 class EfficientNetEncoder(nn.Module):
     """torchvision's EfficientNetV2-S and a 1x1 mapper to 16 channels, 20.2 M parameters.
 
-    v1 has efficientnet_v2_l (117 M), for images half as wide. The constructor loads no ImageNet
-    weights, because it must not download, and the released encoder has its own weights. Encode in
-    eval() mode: BatchNorm and stochastic depth behave differently in training mode.
+    v1 has efficientnet_v2_l (117 M), for images half as wide. The constructor does not download
+    ImageNet weights; the released encoder has its own weights. Call eval() before encoding, because
+    BatchNorm and stochastic depth behave differently in training mode.
     Source: EfficientNetV2, arXiv:2104.00298."""
     def __init__(self, c_semantic: int = 16, network: str = "efficientnet_v2_s"):
         super().__init__()
-        import torchvision                     # only here, so that StageB needs only torch
+        import torchvision                     # imported here, so that StageB needs only torch
         if network not in ("efficientnet_v2_s", "efficientnet_v2_l"):
             raise ValueError(f"the image encoder is {network!r}, expected efficientnet_v2_s or, "
                              f"for v1, efficientnet_v2_l.")
@@ -353,10 +353,10 @@ class EfficientNetEncoder(nn.Module):
 
 
 class TinyImageEncoder(nn.Module):
-    """An image encoder for 128 px: four levels of ResBlocks, with 7 % of EfficientNet's work.
+    """A small image encoder for 128 px: four levels of ResBlocks, 7 % of EfficientNet's compute.
 
-    BatchNorm has a fixed weight of 42 and bias of -1. So Stage C, whose input is (raw + 1) / 42 as
-    with the released weights, gets numbers of mean 0 and variance 1, as diffusion expects."""
+    The last BatchNorm has a fixed weight of 42 and bias of -1. So Stage C, which gets (latents + 1)
+    / 42 as with the released weights, gets mean 0 and variance 1, as diffusion expects."""
     def __init__(self, c_semantic: int = 16, c_hidden=(32, 64, 128, 256), blocks=(1, 2, 2, 2)):
         super().__init__()
         self.config = dict(c_semantic=c_semantic, c_hidden=tuple(c_hidden), blocks=tuple(blocks))
@@ -381,18 +381,18 @@ class TinyImageEncoder(nn.Module):
 
 
 def preprocess(images: Tensor, size: int | tuple[int, int] = 768) -> Tensor:
-    """images (B,3,H,W) in [0, 1] -> (B,3,H',W') for the image encoders: resized (bilinear,
-    antialiased), with ImageNet's mean and standard deviation.
+    """Prepares images (B,3,H,W) in [0, 1] for the image encoders -> (B,3,H',W'): resizes them
+    (bilinear, antialiased) and normalises them with ImageNet's mean and standard deviation.
 
-    size: the shorter side in px, or (height, width). The shorter side is 0.75 of the image's and a
-    multiple of 32 (official 1024 -> 768, tiny 128 -> 96). The aspect ratio is kept. Sides that are
-    not multiples of 32 are then cropped to the middle."""
+    size: the shorter side in px, which keeps the aspect ratio, or (height, width). The encoders
+    expect 0.75 of the image's size: official 1024 -> 768, tiny 128 -> 96. A side that is not a
+    multiple of 32 is then cropped at both ends."""
     h, w = images.shape[-2:]
     if isinstance(size, int):                             # rounded down, as in torchvision's Resize
         size = (size * h // min(h, w), size * w // min(h, w))
     images = F.interpolate(images, size=size, mode="bilinear", antialias=True, align_corners=False)
     top, left = size[0] % 32 // 2, size[1] % 32 // 2
     images = images[..., top:top + size[0] // 32 * 32, left:left + size[1] // 32 * 32]
-    mean, std = (torch.cat([images.new_full((1, 1, 1), v) for v in values])  # no copy from CPU
+    mean, std = (torch.cat([images.new_full((1, 1, 1), v) for v in values])  # avoids a CPU copy
                  for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     return (images - mean) / std                                                   # (B, 3, H', W')

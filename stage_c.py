@@ -31,36 +31,36 @@ from torch.utils.checkpoint import (CheckpointPolicy, checkpoint,
 
 
 def channels_first(x: Tensor) -> Tensor:
-    """(B,H,W,C) -> (B,C,H,W), a view. Convolutions want this order of dimensions."""
+    """(B,H,W,C) -> (B,C,H,W), a view. Convolutions expect this order of dimensions."""
     return x.permute(0, 3, 1, 2)
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """(B,C,H,W) -> (B,H,W,C), a view. Linear layers and norms want this order of dimensions."""
+    """(B,C,H,W) -> (B,H,W,C), a view. Linear layers and norms expect this order."""
     return x.permute(0, 2, 3, 1)
 
 
 def layer_norm(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """(...,C) -> (...,C): mean 0, variance 1 over C. The result has `dtype` if that is 16-bit."""
+    """Normalises x (...,C) to mean 0, variance 1 over C. Casts it to `dtype` if that is 16-bit."""
     x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
     return x.to(dtype) if dtype in (torch.float16, torch.bfloat16) else x
 
 
 def widen(x: Tensor) -> Tensor:
-    """Casts float16 to float32, because sums of blocks exceed float16's maximum, 65504."""
+    """Casts float16 to float32: residual sums over the blocks exceed float16's maximum, 65504."""
     return x.float() if x.dtype == torch.float16 else x
 
 
 def narrow(x: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """For weights in float16: x clamped to +-65504, in float16. For other weights: x as it is."""
+    """If `dtype` is float16, clamps x to +-65504 and casts it to float16. Else returns x itself."""
     return x.clamp(-65504, 65504).half() if dtype == torch.float16 != x.dtype else x
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
     """Noise levels t (B,) in [0, 1] -> (B,width): sines, then cosines, of t at falling frequencies.
 
-    Always float32 and always in this order of operations: the angle reaches 10^4, where float32 has
-    steps of 1e-3, so any other rounding moves the networks' outputs by 1e-4, and half precision
+    Computed in float32, always in this order of operations. Angles reach 10^4, where float32 has
+    steps of 1e-3: another order would change the networks' outputs by 1e-4, and half precision
     would make the first columns noise. The caller casts the result. Source: arXiv:1706.03762."""
     half = width // 2
     k = torch.arange(half, device=t.device).float()
@@ -71,29 +71,29 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
 
 
 class GlobalResponseNorm(nn.Module):
-    """Scales each channel by its energy relative to the mean channel, so that channels compete.
+    """Scales each channel by its energy relative to the mean energy, so that channels compete.
 
     y = gamma * (x * n) + beta + x with n = |x| / mean_channels |x|, |.| the L2 norm over H and W.
     |.| grows with the number of positions, so an image must be neither padded nor cut into tiles.
     Starts as the identity. Source: ConvNeXt V2, arXiv:2301.00808. Its eq. 2 divides by the sum over
-    channels; its code and the released weights by the mean, which only scales gamma."""
+    channels. Its code and the released weights divide by the mean, which only scales gamma."""
     def __init__(self, c: int):
         super().__init__()
         self.gamma = nn.Parameter(torch.zeros(c))
         self.beta = nn.Parameter(torch.zeros(c))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B,H,W,C) -> (B,H,W,C) in x's dtype, also under autocast; the energy is float32."""
-        dtype = torch.float32 if x.dtype.itemsize == 2 else None         # a sum over many positions
+        """x (B,H,W,C) -> (B,H,W,C) in x's dtype, under autocast too. Energy: float32 or wider."""
+        dtype = torch.float32 if x.dtype.itemsize == 2 else None      # 16 bits are inexact for sums
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             energy = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=dtype)  # (B,1,1,C)
             n = energy / (energy.mean(-1, keepdim=True) + 1e-6)                      # (B, 1, 1, C)
-            # gamma * (x * n) + x = x * (1 + gamma * n): so the large tensor x is read only once.
+            # gamma * (x * n) + x is computed as x * (1 + gamma * n), which reads x only once.
             return torch.addcmul(self.beta.to(x.dtype), x, (1 + self.gamma * n).to(x.dtype))
 
 
 class Depthwise(nn.Conv2d):
-    """A convolution that casts its weights to x's dtype: widen makes x float32, not the weights."""
+    """A convolution that casts its weights to x's dtype, because `widen` makes x float32."""
     def forward(self, x: Tensor) -> Tensor:
         """x (B,C,H,W) -> (B,C',H,W)."""
         return self._conv_forward(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
@@ -102,7 +102,7 @@ class Depthwise(nn.Conv2d):
 class ResBlock(nn.Module):
     """x + MLP(norm(depthwise(x))): a convolution mixes positions, then a wide MLP mixes channels.
 
-    In Stage B the MLP also gets extras: the U-Net's skip connection and the semantic latents.
+    In Stage B the MLP has more inputs, `extras`: skip connection of the U-Net, semantic latents.
     Source: the block of ConvNeXt V2, arXiv:2301.00808, with a smaller kernel."""
     def __init__(self, c: int, c_skip: int = 0, kernel_size: int = 3, dropout: float = 0.0):
         super().__init__()
@@ -134,7 +134,7 @@ class TimestepBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Every position attends to all positions and to the text, in one attention.
+    """Self-attention and cross-attention in one: image positions attend to image and text.
 
     Keys and values come from the normalised image tokens, then from the text tokens. Padding tokens
     of the text are not masked, because the released weights were trained without a mask."""
@@ -152,8 +152,8 @@ class AttentionBlock(nn.Module):
     def attend(self, x: Tensor, kv: tuple[Tensor, Tensor]) -> Tensor:
         """x (B,H,W,C), kv 2 x (B,N,C) from text_kv -> (B,H,W,C)."""
         tokens = layer_norm(x, kv[0].dtype).flatten(1, 2)                             # (B, H*W, C)
-        # Image and text are projected separately, not after concatenation: if nothing before the
-        # text's keys and values is trained, no gradient is computed for the text.
+        # Image and text are projected separately, not after concatenation. So if the layers that
+        # compute the text's keys and values are frozen, no gradient is computed for the text.
         k = torch.cat([self.key(tokens), kv[0]], dim=1)                           # (B, H*W + N, C)
         v = torch.cat([self.value(tokens), kv[1]], dim=1)                         # (B, H*W + N, C)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -167,15 +167,15 @@ class AttentionBlock(nn.Module):
 
 
 def keep_products(context, operation, *inputs, **options) -> CheckpointPolicy:
-    """For checkpointing "products": keep attention and large matrix products; recompute norms,
-    activations, convolutions and a LoRA's small products. This needs half of the memory."""
+    """Policy of checkpointing "products": keeps results of attention and large matrix products for
+    the backward pass, which recomputes the others (norms, activations, convolutions, LoRA)."""
     name = operation.__name__
     large = name.startswith(("addmm", "mm", "linear")) and min(inputs[-1].shape) >= 128
     keep = large or "scaled_dot_product" in name
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-# {name: options of `checkpoint`}. Recomputed are whole blocks, or all but products and attention.
+# {name: options of `checkpoint`}. "blocks" keeps only the input of each block, see StageC.forward.
 CHECKPOINTING = dict(blocks={}, products=dict(
     context_fn=functools.partial(create_selective_checkpoint_contexts, keep_products)))
 
@@ -191,7 +191,7 @@ class StageC(nn.Module):
         self.config = dict(c_in=c_in, c=c, c_cond=c_cond, c_timestep=c_timestep, depth=depth,
                            heads=heads, dropout=dropout)
         self.c_timestep = c_timestep
-        self.checkpointing = None              # for training: a name in CHECKPOINTING, or None
+        self.checkpointing = None              # in training: a name in CHECKPOINTING or None
         self.embed = nn.Linear(c_in, c)
         self.embed_text = nn.Sequential(nn.Linear(c_cond, c), nn.LeakyReLU(0.2), nn.Linear(c, c))
         self.res_blocks = nn.ModuleList(ResBlock(c, dropout=dropout) for _ in range(depth))
@@ -203,27 +203,27 @@ class StageC(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Starting point for training from scratch; loading weights overwrites all of it."""
+        """Sets initial values for training from scratch. Loading weights overwrites all of them."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.zeros_(self.head.weight)       # the first prediction is then x_t, see forward
-        for block in self.res_blocks:          # `depth` branches add up to a variance of 1
+        nn.init.zeros_(self.head.weight)       # an untrained network then predicts x_t
+        for block in self.res_blocks:          # the sum of `depth` branches has variance 1
             block.contract.weight *= math.sqrt(1 / len(self.res_blocks))
-        for block in self.timestep_blocks:     # all noise levels start with the same output
+        for block in self.timestep_blocks:     # at first, t has no effect
             nn.init.zeros_(block.mapper.weight)
 
     def block(self, i: int, x: Tensor, t_embedding: Tensor, text: Tensor) -> Tensor:
-        """x (B,h,w,C), t_embedding (B,c_timestep), text (B,N,C) -> (B,h,w,C)."""
+        """Applies the three blocks of depth i to x (B,h,w,C), with text (B,N,C) -> (B,h,w,C)."""
         x = self.timestep_blocks[i](self.res_blocks[i](x), t_embedding)              # (B, h, w, C)
         return self.attention_blocks[i](x, text)                                     # (B, h, w, C)
 
     def forward(self, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        """x_t (B,16,h,w), t (B,) in [0, 1], text (B,N,c_cond) -> eps (B,16,h,w) in x_t's dtype:
-        float32 also for half-precision weights, because the last line would magnify its rounding.
+        """x_t (B,16,h,w), t (B,) in [0, 1], text (B,N,c_cond) -> eps (B,16,h,w) in x_t's dtype.
 
-        Raises ValueError for a wrong number of channels."""
+        Give x_t in float32 even if weights are in half precision: the last line magnifies rounding
+        errors. Raises ValueError for a wrong number of channels."""
         if x_t.shape[1] != self.config["c_in"]:
             raise ValueError(
                 f"Stage C got latents of shape {tuple(x_t.shape)}, expected {self.config['c_in']} "
@@ -241,7 +241,7 @@ class StageC(nn.Module):
         x = channels_first(self.head(layer_norm(x, dtype)))                          # (B, 32, h, w)
         a, b = x.to(x_t.dtype).chunk(2, dim=1)                                   # 2 x (B, 16, h, w)
         # With ab = alphas_cumprod, x_t = sqrt(ab) x_0 + sqrt(1 - ab) eps, and therefore
-        # eps = (x_t - sqrt(ab) x_0) / sqrt(1 - ab). The head has that form: a is the signal,
-        # |1 - b| the noise's scale. It starts at a = b = 0 and returns x_t, which at high noise is
-        # almost eps. abs() and 1e-5 keep the divisor positive; the sign of 1 - b is unused.
+        # eps = (x_t - sqrt(ab) x_0) / sqrt(1 - ab). The head's two outputs stand for the unknowns:
+        # a for the signal sqrt(ab) x_0, |1 - b| for the noise scale sqrt(1 - ab). At first
+        # a = b = 0, so eps = x_t, almost right at high noise. abs() and 1e-5 avoid division by 0.
         return (x_t - a) / ((1 - b).abs() + 1e-5)                                    # (B, 16, h, w)
