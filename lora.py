@@ -6,10 +6,10 @@ Why a low rank is enough: fine-tuning adds some D (out, in) to a weight W. Each 
 outer products g x^T of the gradient at the layer's output and the layer's input. Similar images
 give similar products, so D is close to a matrix of low rank. LoRA writes D as one, with rank *
 (in + out) numbers, not in * out. For a 1536 x 1536 layer of Stage C and rank 8 that is 1 %. The
-gradients and the optimizer's two averages shrink as much.
+gradients and the optimizer's two averages shrink to the same share.
 Why up starts at 0: with y = W x + s up h and h = down x, the gradient of up is s g h^T, and that of
 down is s (up^T g) x^T. If both were 0, both gradients would stay 0. So up = 0 and down is random:
-training starts exactly at the base model, up moves in step 1, down from step 2 on.
+training starts exactly at the base model; step 1 changes up, step 2 also changes down.
 s = alpha / rank keeps a learning rate useful when the rank changes. The default is alpha = rank, so
 s = 1. Source: Hu et al., arXiv:2106.09685.
 rsLoRA (arXiv:2312.03732) uses s = alpha / sqrt(rank), which keeps high ranks learning. This is the
@@ -18,14 +18,14 @@ same formula with alpha * sqrt(rank) as alpha, and it is stored that way. DoRA: 
   names = add_lora(model, rank=8, targets="attention")       # 128 layers of Stage C, rest frozen
   optimizer = torch.optim.AdamW(lora_parameters(model), ...) # float32 in any model; no weight decay
   save_lora(model, "style.safetensors")                      # a file that diffusers loads as well
-  load_lora(model, "other.safetensors", "other", scale=0.8)  # several at once, each with a name
-  merge(model); unmerge(model); remove(model)                # into the weights; exact undo; gone
+  load_lora(model, "other.safetensors", "other", scale=0.8)  # a second LoRA, named "other"
+  merge(model); unmerge(model); remove(model)                # add it to the weights; undo; remove
 
-A LoRALayer replaces each of these layers, as print(model) shows. Its forward is the formula.
-(Hooks would hide it. A parametrization would build W' in each forward and leave no place for
-dropout.) The price: "query.weight" is called "query.base.weight" until remove(model) restores the
-old layers.
-Any tree of modules works; only the names in files are about Stage C. Linear and Conv2d can have a
+A LoRALayer replaces each layer that gets a LoRA, as print(model) shows. It computes the formula.
+(Hooks would not show in print(model). A parametrization would build W' in each forward and leave no
+place for dropout.) The price: "query.weight" is called "query.base.weight" until remove(model)
+restores the old layers.
+Any nn.Module works; only the names in files are specific to Stage C. Linear and Conv2d can have a
 LoRA. Grouped convolutions cannot: down and up would mix the groups, which no merge can express.
 
 Other programs' files: loading/lora_formats.py. Command line: python -m tools.lora.
@@ -58,12 +58,12 @@ PRESETS = {
 # ----- the layers --------------------------------------------------------------------------------
 
 class Adapter(nn.Module):
-    """One LoRA of one layer. Its parameters are always float32: bfloat16 would lose small steps.
+    """One LoRA of one layer. Parameters are always float32: bfloat16 would lose small updates.
 
     DoRA writes W' = m V / |V| with V = W + s up @ down, where |V| (out,) are the lengths of V's
     rows, and also trains m (out,). |V| counts as constant in the gradient, which saves memory and
     changes little (arXiv:2402.09353).
-    `scale` is for the user: y = base + scale * (what this LoRA changes). 0 turns off DoRA as well.
+    `scale` is the strength that the user sets: y = base output + scale * (change by this LoRA).
     """
     def __init__(self, down: Tensor, up: Tensor, alpha: float, magnitude: Tensor | None = None,
                  dropout: float = 0.0):
@@ -76,19 +76,19 @@ class Adapter(nn.Module):
                 tensor.detach().to(torch.float32, copy=True)))
 
     def product(self, weight: Tensor) -> Tensor:
-        """s up @ down in the shape of `weight`, in float32 also under autocast."""
+        """Computes s up @ down in the shape of `weight`, in float32 also under autocast."""
         with torch.autocast(weight.device.type, enabled=False):
             product = self.up.flatten(1) @ self.down.flatten(1)                # (out, in * k * k)
             return product.view(weight.shape) * (self.alpha / self.rank)
 
     def gain(self, weight: Tensor) -> Tensor:
-        """DoRA's m / |V|: (out,), or (out, 1, 1) for a convolution."""
+        """Computes DoRA's factors m / |V|, (out,), or (out, 1, 1) for a convolution."""
         with torch.no_grad():
             norms = (weight.float() + self.product(weight)).flatten(1).norm(dim=1)     # (out,)
         return (self.magnitude / norms).view(-1, *(1,) * (weight.ndim - 2))
 
     def delta(self, weight: Tensor) -> Tensor:
-        """W' - W in float32, in the shape of `weight`."""
+        """Computes the change W' - W of `weight`, in its shape and in float32."""
         if self.magnitude is None:
             return self.product(weight)
         weight = weight.float()
@@ -96,14 +96,14 @@ class Adapter(nn.Module):
 
 
 class LoRALayer(nn.Module):
-    """A frozen Linear or Conv2d with its LoRAs; input and output have the same shapes as without.
+    """A frozen Linear or Conv2d with its LoRAs. Shapes of input and output are those of the layer.
 
     y = base(x) + sum_i scale_i (alpha_i / rank_i) up_i(down_i(dropout(x)))
     """
     def __init__(self, base: nn.Linear | nn.Conv2d):
         super().__init__()
         self.base, self.adapters = base, nn.ModuleDict()
-        self.original = None     # the base's weight before a merge; None if not merged
+        self.original = None     # the base weight before a merge; None if not merged
 
     def forward(self, x: Tensor) -> Tensor:
         base = y = self.base(x)                                # (..., out) or (B, out, H', W')
@@ -113,7 +113,7 @@ class LoRALayer(nn.Module):
         return y
 
     def apply_adapter(self, adapter: Adapter, x: Tensor, base: Tensor, y: Tensor) -> Tensor:
-        """y + the change by one LoRA, in x's dtype. base: self.base(x), without any LoRA."""
+        """Adds the change by one LoRA to y, in x's dtype. base: self.base(x), without any LoRA."""
         if self.training and adapter.dropout:
             x = F.dropout(x, adapter.dropout)
         down, up = adapter.down.to(x.dtype), adapter.up.to(x.dtype)
@@ -121,7 +121,7 @@ class LoRALayer(nn.Module):
         if isinstance(self.base, nn.Linear):
             h = F.linear(x, down)                                              # (..., rank)
             if adapter.magnitude is None:
-                # Product and sum in one call, because memory traffic dominates on large layers.
+                # One call for product and sum, because memory traffic dominates on large layers.
                 return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), up.T, alpha=s).view_as(y)
             change = F.linear(h * s, up)                                       # (..., out)
         else:
@@ -132,8 +132,8 @@ class LoRALayer(nn.Module):
             change = F.conv2d(h * s, up)                                       # (B, out, H', W')
         if adapter.magnitude is None:
             return y + change
-        # DoRA: g V x - W x = (g - 1) W x + g s up down x, with g = m / |V|. W x is the base's
-        # output without its bias.
+        # DoRA changes the output by g V x - W x = (g - 1) W x + g s up down x, with g = m / |V|.
+        # W x is the base's output without its bias.
         g = adapter.gain(self.base.weight)                                     # (out,), (out, 1, 1)
         if self.base.bias is not None:
             base = base - self.base.bias.to(base.dtype).view(g.shape)
@@ -143,7 +143,7 @@ class LoRALayer(nn.Module):
 # ----- finding layers, adding LoRAs --------------------------------------------------------------
 
 def find_layers(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """-> ({name: layer that can have a LoRA}, {name: why it cannot}); names as without LoRA."""
+    """Returns {name: layer that can have a LoRA}, {name: why it cannot}. Names have no ".base"."""
     fit, unfit = {}, {}
     for path, module in model.named_modules():
         parent = model.get_submodule(path.rpartition(".")[0])
@@ -168,7 +168,7 @@ def summary(names) -> str:
 
 
 def find_targets(model: nn.Module, targets: str) -> dict[str, nn.Module]:
-    """{name: layer} of the layers that `targets` matches. Raises ValueError if there is none."""
+    """Returns {name: layer} for the layers that `targets` matches. ValueError if none does."""
     fit, unfit = find_layers(model)
     try:
         pattern = re.compile(PRESETS.get(targets, targets))
@@ -186,11 +186,11 @@ def find_targets(model: nn.Module, targets: str) -> dict[str, nn.Module]:
 def add_lora(model: nn.Module, rank: int = 8, alpha: float | None = None, dropout: float = 0.0,
              targets: str = "attention", name: str = "default", rslora: bool = False,
              dora: bool = False) -> list[str]:
-    """Adds a LoRA to train and freezes everything else. Returns the names of its layers.
+    """Adds an untrained LoRA and freezes everything except LoRAs. Returns its layers' names.
 
     rank: 4 to 16 for a style or an object. alpha: strength, by default `rank`. dropout: share of a
     layer's inputs dropped before `down`, in training. targets: a preset or a regular expression.
-    Grouped convolutions are left out. Raises ValueError for impossible settings or no match.
+    Grouped convolutions get no LoRA. Raises ValueError for impossible settings or no match.
     """
     alpha = float(rank if alpha is None else alpha)
     if int(rank) != rank or rank < 1 or not 0 < alpha < math.inf or not 0 <= dropout < 1:
@@ -204,8 +204,8 @@ def add_lora(model: nn.Module, rank: int = 8, alpha: float | None = None, dropou
     alpha, new = alpha * math.sqrt(rank) if rslora else alpha, {}
     for path, layer in find_targets(model, targets).items():
         weight = layer.weight.detach()                               # (out, in) or (out, in, k, k)
-        # Initialised like nn.Linear's weight: uniform in +-1/sqrt(inputs). Drawn on the CPU, so
-        # that every device starts from the same numbers.
+        # `down` starts like nn.Linear's weight, uniform in +-1/sqrt(inputs). It is drawn on the
+        # CPU, so that it is the same on every device.
         down = torch.empty(int(rank), *weight.shape[1:], device="cpu", dtype=torch.float32)
         down.uniform_(-1, 1).div_(math.sqrt(weight[0].numel()))
         up = torch.zeros(len(weight), int(rank), *(1,) * (weight.ndim - 2), device="cpu")
@@ -216,7 +216,7 @@ def add_lora(model: nn.Module, rank: int = 8, alpha: float | None = None, dropou
 
 
 def check_name(model: nn.Module, name: str) -> None:
-    """Raises ValueError if no LoRA of this name can be added now."""
+    """Raises ValueError if `name` cannot name a LoRA, or if a LoRA is merged at the moment."""
     check_unmerged(model)
     if not re.fullmatch(r"[\w-]+", name) or hasattr(nn.ModuleDict(), name):
         raise ValueError(f"{name!r} cannot name a LoRA: use letters, digits, _ and -, and no "
@@ -232,20 +232,20 @@ def inject(model: nn.Module, name: str, new: dict[str, Adapter]) -> None:
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, layer)
         layer.adapters[name] = adapter.to(layer.base.weight.device)
-        layer.train(layer.base.training)     # a new module is in train mode, the model may not be
+        layer.train(layer.base.training)     # new modules start in train mode
     for parameter in set(model.parameters()) - set(lora_parameters(model)):
         parameter.requires_grad_(False)
 
 
-# ----- using them --------------------------------------------------------------------------------
+# ----- using LoRAs -------------------------------------------------------------------------------
 
 def lora_layers(model: nn.Module) -> list[tuple[str, LoRALayer]]:
-    """(name, layer) of every layer that has a LoRA, in the model's order."""
+    """Lists (name, layer) for every layer that has a LoRA, in the model's order."""
     return [(path, layer) for path, layer in model.named_modules() if isinstance(layer, LoRALayer)]
 
 
 def adapters(model: nn.Module, name: str | None = None) -> list[tuple[str, Adapter]]:
-    """(layer's name, adapter) of the LoRA called `name`, or of all. ValueError if there is none."""
+    """Lists (layer's name, adapter) of LoRA `name`, or of all. Raises ValueError if none exists."""
     every = [(path, *item) for path, layer in lora_layers(model) for item in layer.adapters.items()]
     found = [(path, adapter) for path, key, adapter in every if name in (None, key)]
     if not found:
@@ -256,7 +256,7 @@ def adapters(model: nn.Module, name: str | None = None) -> list[tuple[str, Adapt
 
 
 def lora_parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
-    """The parameters of one LoRA, or of all, for the optimizer."""
+    """Lists the parameters of LoRA `name`, or of all LoRAs, for the optimizer."""
     return [parameter for _, adapter in adapters(model, name) for parameter in adapter.parameters()]
 
 
@@ -264,26 +264,26 @@ def signature(model: nn.Module) -> tuple:
     """A tuple that changes whenever a LoRA or a weight changes, for code that caches results."""
     states = [(adapter, adapter.scale, adapter.enabled, adapter.merged)
               for _, layer in lora_layers(model) for adapter in layer.adapters.values()]
-    # torch counts in-place changes of a tensor, except of tensors made in inference mode.
+    # _version counts a tensor's in-place changes; tensors made in inference mode have no count.
     return *states, sum(p._version for p in model.parameters() if not p.is_inference())
 
 
 def check_unmerged(model: nn.Module) -> None:
-    """Raises ValueError while a LoRA is merged: a change would not reach the weights."""
+    """Raises ValueError if a LoRA is merged: changes to it would not change the merged weights."""
     if any(layer.original is not None for _, layer in lora_layers(model)):
         raise ValueError("a LoRA is merged into the weights: call unmerge(model) first, change it, "
                          "and merge again")
 
 
 def set_scale(model: nn.Module, scale: float, name: str | None = None) -> None:
-    """Sets the strength of one LoRA, or of all: 1 is as trained, 0 is off."""
+    """Sets the strength of LoRA `name`, or of all LoRAs: 1 is as trained, 0 is off."""
     check_unmerged(model)
     for _, adapter in adapters(model, name):
         adapter.scale = float(scale)
 
 
 def enable(model: nn.Module, name: str | None = None, on: bool = True) -> None:
-    """Turns one LoRA, or all, on or off. With all off, the output is the base's, bit for bit."""
+    """Turns LoRA `name`, or all, on or off. With all off, the output equals the base model's."""
     check_unmerged(model)
     for _, adapter in adapters(model, name):
         adapter.enabled = on
@@ -294,10 +294,10 @@ disable = functools.partial(enable, on=False)        # disable(model, name=None)
 
 @torch.no_grad()
 def merge(model: nn.Module, name: str | None = None) -> None:
-    """Adds one LoRA, or all that are on, to the weights, at their scales. Merging saves time.
+    """Merges LoRA `name`, or all enabled LoRAs, into the weights, which makes forward faster.
 
-    The sum is made in float32 and rounded once. Subtraction would not restore the old bits, so
-    the old weights are kept in CPU memory: 0.6 GB for Stage C's attention in float16.
+    The sum is computed in float32 and rounded once. Subtraction would not restore the old weights
+    exactly, so they are kept in CPU memory: 0.6 GB for Stage C's attention in float16.
     Raises ValueError if there is nothing to merge.
     """
     chosen = [a for _, a in adapters(model, name) if a.enabled and not a.merged]
@@ -320,7 +320,7 @@ def merge(model: nn.Module, name: str | None = None) -> None:
 
 @torch.no_grad()
 def unmerge(model: nn.Module) -> None:
-    """Undoes every merge: restores the old weights bit for bit; forward applies LoRAs again."""
+    """Restores the weights from before all merges, exactly. forward then applies LoRAs again."""
     for _, layer in lora_layers(model):
         if layer.original is not None:
             layer.base.weight.copy_(layer.original)
@@ -330,11 +330,11 @@ def unmerge(model: nn.Module) -> None:
 
 
 def remove(model: nn.Module, name: str | None = None) -> None:
-    """Undoes every merge and removes one LoRA, or all, from the model. Restores the plain layers.
+    """Undoes all merges and removes LoRA `name`, or all. Layers without LoRAs become plain again.
 
     The weights stay frozen: call model.requires_grad_() to train them.
     """
-    adapters(model, name)                                # raises ValueError without a LoRA
+    adapters(model, name)                                # raises ValueError if there is none
     unmerge(model)
     for path, layer in lora_layers(model):
         for key in [key for key in layer.adapters if name in (None, key)]:
@@ -345,7 +345,7 @@ def remove(model: nn.Module, name: str | None = None) -> None:
 
 
 def merge_and_unload(model: nn.Module) -> None:
-    """Merges all LoRAs permanently and restores plain layers. Frees the copies of old weights."""
+    """Merges all enabled LoRAs permanently, and replaces each LoRALayer by its plain layer."""
     merge(model)
     for _, layer in lora_layers(model):
         layer.original = None
@@ -353,10 +353,10 @@ def merge_and_unload(model: nn.Module) -> None:
 
 
 # ----- files -------------------------------------------------------------------------------------
-# Files have diffusers' names. diffusers has one list of all blocks, in which block i of our three
-# kinds is 3 i, 3 i + 1 or 3 i + 2. lora_state_dict has our names. load_lora reads both.
+# Files use diffusers' names, lora_state_dict ours; load_lora reads both. diffusers has one list of
+# blocks: our res_blocks[i], timestep_blocks[i], attention_blocks[i] are its 3 i, 3 i + 1, 3 i + 2.
 
-DIFFUSERS_NAMES = {     # for Stage C; other models keep their names
+DIFFUSERS_NAMES = {     # {name of a layer of our Stage C: diffusers' name}
     "embed":                            "projection",
     "embed_text.0":                     "cond_mapper.0",
     "embed_text.2":                     "cond_mapper.2",
@@ -371,7 +371,7 @@ DIFFUSERS_NAMES = {     # for Stage C; other models keep their names
     "head":                             "out.1",
 }
 CONVOLUTIONS = ("projection", "out.1")     # 1x1 convolutions in diffusers, Linear here
-ROLES = {               # the end of a tensor's name: ours, diffusers', others that load_lora reads
+ROLES = {               # {role: endings of a tensor's name: ours, diffusers', others to read}
     "down":      (".lora_down.weight", ".lora_A.weight"),
     "up":        (".lora_up.weight", ".lora_B.weight"),
     "magnitude": (".lora_magnitude_vector",) * 2 + (".lora_magnitude_vector.weight",),
@@ -380,27 +380,27 @@ ROLES = {               # the end of a tensor's name: ours, diffusers', others t
 
 
 def diffusers_name(name: str) -> str:
-    """Our name of a layer of Stage C -> diffusers' name. Other names stay as they are."""
+    """Converts our name of a layer of Stage C to diffusers' name. Keeps other names."""
     i = int((re.findall(r"_blocks\.(\d+)\.", name) or [0])[0])
     theirs = DIFFUSERS_NAMES.get(re.sub(r"(?<=_blocks\.)\d+", "{i}", name), name)
     return theirs.format(res=3 * i, time=3 * i + 1, att=3 * i + 2)
 
 
 def diffusers_names(names) -> dict[str, str]:
-    """{our name: diffusers' name} of a model's layers."""
+    """Returns {our name: diffusers' name} for a model's layers. Only names of Stage C differ."""
     stage_c = any(name.startswith("attention_blocks.") for name in names)
     return {name: diffusers_name(name) if stage_c else name for name in names}
 
 
 def to_tensors(weights: dict[str, Adapter], prefix: str = "", naming: int = 0) -> dict[str, Tensor]:
-    """{layer's name to write: Adapter} -> copies of tensors. naming: 0 is ours, 1 diffusers'."""
+    """Converts {layer's name: Adapter} to a state dict. naming: index of endings in ROLES."""
     tensors = {}
     for layer, a in weights.items():
         ones = (1, 1) if layer in CONVOLUTIONS else a.down.shape[2:]
         values = dict(down=a.down.view(*a.down.shape[:2], *ones),
                       up=a.up.view(*a.up.shape[:2], *(1 for _ in ones)),
-                      alpha=torch.tensor(a.alpha, dtype=torch.float64))        # like a float
-        if a.magnitude is not None:      # (out,), for convolutions (1, out, 1, 1): peft's shapes
+                      alpha=torch.tensor(a.alpha, dtype=torch.float64))        # a Python float
+        if a.magnitude is not None:      # in peft's shapes: (out,) or (1, out, 1, 1)
             values["magnitude"] = a.magnitude.view((1, -1, 1, 1) if ones else -1)
         tensors |= {prefix + layer + ROLES[role][naming]: x for role, x in values.items()}
     # Copies, because safetensors refuses tensors that share memory.
@@ -409,14 +409,14 @@ def to_tensors(weights: dict[str, Adapter], prefix: str = "", naming: int = 0) -
 
 
 def lora_state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
-    """Copies of one LoRA's tensors in our names, for a checkpoint. load_lora reads them."""
+    """Returns copies of one LoRA's tensors under our names, for a checkpoint or load_lora."""
     return to_tensors(dict(adapters(model, name)))
 
 
 def to_diffusers(weights: dict[str, Adapter]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """{diffusers' name of a layer: Adapter} -> (tensors of the file, its metadata).
+    """Converts {diffusers' name of a layer: Adapter} to a file's content -> (tensors, metadata).
 
-    diffusers and peft read alpha from the metadata: one value for most layers, patterns for others.
+    diffusers and peft read alpha from the metadata: a default, and patterns for layers that differ.
     Versions that do not read the metadata take alpha = rank, which is the default here.
     """
     ranks = {layer: len(a.down) for layer, a in weights.items()}
@@ -433,31 +433,31 @@ def to_diffusers(weights: dict[str, Adapter]) -> tuple[dict[str, Tensor], dict[s
 
 
 def write_file(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str]) -> None:
-    """Like safetensors' save_file, but with sorted metadata, so that equal contents give equal
-    files. Format: the header's length in 8 bytes, the header in JSON, the values."""
+    """Writes a .safetensors file. The metadata is sorted, so that equal contents give equal files.
+    Format: the header's length in 8 bytes, the header in JSON, the values."""
     from safetensors.torch import save
     data = save(tensors)
     end = 8 + int.from_bytes(data[:8], "little")
     header = dict(__metadata__=dict(sorted(metadata.items()))) | json.loads(data[8:end])
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)                                # values start at a multiple of 8
-    half = Path(f"{path}.half")          # renamed when complete
+    text += b" " * (-len(text) % 8)                                # aligns the values to 8 bytes
+    half = Path(f"{path}.half")          # temporary, so that no incomplete file remains
     half.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
     half.replace(path)
 
 
 def save_lora(model: nn.Module, path: str | Path, name: str = "default") -> None:
-    """Writes one LoRA as a .safetensors file of diffusers. The user's `scale` is not part of it."""
+    """Writes one LoRA as a .safetensors file in diffusers' format. `scale` is not stored."""
     names = diffusers_names(find_layers(model)[0])
     tensors, metadata = to_diffusers({names[layer]: a for layer, a in adapters(model, name)})
     write_file(tensors, path, metadata)
 
 
 def alpha_from(config: dict, layer: str, rank: int) -> float:
-    """alpha from the configuration that diffusers and peft store; the rank if none is stored."""
+    """Reads a layer's alpha from diffusers' or peft's configuration; without one, the rank."""
     try:
         config = {key.removeprefix("prior."): value for key, value in config.items()}
-        patterns = (config.get("alpha_pattern") or {}).items()           # matched as in peft
+        patterns = (config.get("alpha_pattern") or {}).items()           # as peft matches
         alphas = [alpha for pattern, alpha in patterns if re.match(rf"(.*\.)?({pattern})$", layer)]
         alpha = float([*alphas, config.get("lora_alpha", rank)][0])
     except (ValueError, TypeError, AttributeError, OverflowError, re.error) as error:
@@ -467,7 +467,7 @@ def alpha_from(config: dict, layer: str, rank: int) -> float:
 
 
 def to_adapter(layer: str, shape: tuple, values: dict) -> Adapter:
-    """A layer, its weight's shape, {"down": tensor, "up": tensor, "alpha": 8.0} -> its adapter."""
+    """Builds an Adapter from {"down": ..., "up": ..., "alpha": ...} for a weight of `shape`."""
     rank = len(values.get("down", ()))
     shapes = dict(down=(rank, *shape[1:]), up=(shape[0], rank, *(1 for _ in shape[2:])),
                   magnitude=shape[:1])
@@ -476,7 +476,7 @@ def to_adapter(layer: str, shape: tuple, values: dict) -> Adapter:
     valid = alpha.numel() == 1 and bool(alpha.isfinite())
     try:     # reshape: a 1x1 convolution in the file may be a Linear here, or the reverse
         if tensors["up"].shape[1] == rank > 0 and valid:
-            return Adapter(alpha=alpha.item() or rank,                       # 0 means the rank
+            return Adapter(alpha=alpha.item() or rank,                       # files: 0 = rank
                            **{role: x.reshape(shapes[role]) for role, x in tensors.items()})
     except (KeyError, IndexError, RuntimeError):
         pass
@@ -487,11 +487,11 @@ def to_adapter(layer: str, shape: tuple, values: dict) -> Adapter:
 
 def load_lora(model: nn.Module, source: str | Path | dict[str, Tensor], name: str = "default",
               scale: float = 1.0) -> list[str]:
-    """Adds the LoRA in a .safetensors file of diffusers, or in lora_state_dict's tensors.
+    """Adds a LoRA from a .safetensors file in diffusers' format or from lora_state_dict's tensors.
 
     If the model has a LoRA of this name, its parameters get the new values, to continue training.
     Freezes everything except LoRAs. Returns the names of the LoRA's layers. Raises ValueError if
-    any tensor does not fit; the model is then unchanged, because half a LoRA would be useless.
+    any tensor does not fit; the model is then unchanged, because part of a LoRA is useless.
     """
     check_name(model, name)
     tensors, config = source, {}

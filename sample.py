@@ -10,14 +10,14 @@
   python sample.py --prompt "a dog" --interpolate-to "a cat" --frames 12 --out morph.gif
   python sample.py --prompt "a dog" --grid 1,2,4,8 --num-images 3      # seeds x guidance
   python sample.py --prompt-file prompts.txt --batch 8
-  python sample.py --like out/image.png --seed 8                       # its settings, another seed
+  python sample.py --like out/image.png --seed 8                       # that image's settings
 
-For readers: `main` shows all steps: options become jobs, one for each image; load; generate;
-save. Options, checks and paths are in extras/cli.py, the settings stored in each file in
-extras/like.py, prompt files and the handling of errors in extras/jobs.py, grids, interpolation
-and latents in extras/modes.py. From Python: wuerstchen.py, extras/editing.py.
-Note: torch takes seconds to import, so it is imported only after the options were checked.
-Needs: what wuerstchen.py needs.
+For readers: `main` turns the options into jobs, one per image, loads the model, generates the
+images and saves them. extras/cli.py has options, checks and paths; extras/like.py the settings
+stored in each file; extras/jobs.py prompt files and the handling of errors; extras/modes.py
+grids, interpolation and latents. From Python, use wuerstchen.py and extras/editing.py.
+Note: importing torch takes seconds, so it happens only after the options were checked.
+Needs: the packages that wuerstchen.py needs.
 """
 import argparse
 import functools
@@ -34,11 +34,11 @@ All options: python sample.py --help"""
 
 
 def parser() -> argparse.ArgumentParser:
-    """Defines the options, the most used ones first. Many defaults depend on the weights."""
+    """Returns the parser with all options. Many of their defaults depend on the weights."""
     p = argparse.ArgumentParser(usage='python sample.py --prompt "..." [options]',
                                 description=__doc__.partition("\nFor readers")[0],
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.error = cli.error                        # argparse would print its usage as well
+    p.error = cli.error                        # argparse's own also prints the usage
 
     add = p.add_argument_group("used most").add_argument
     add("--prompt", metavar="TEXT", help="a description of the image")
@@ -108,15 +108,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Exit codes: 0; 1 if only lines of a prompt file failed; 2 for user errors; 130 for Ctrl-C."""
+    """Exit codes: 0 success; 1 some lines of a prompt file failed; 2 user error; 130 Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv:
         return print(USAGE)
     with exit_on_error() as run:
-        jobs = cli.parse_jobs(parser(), argv, run)     # one for each image, with its seed and path
+        jobs = cli.parse_jobs(parser(), argv, run)     # one per image, with seed and path
         import torch
         from wuerstchen import Wuerstchen
-        args = jobs[0]                                 # all jobs have the same weights
+        args = jobs[0]                                 # all jobs load the same model
         dtype = getattr(torch, cli.DTYPES.get(args.dtype, ""), args.dtype)   # dtype, "auto" or None
         model = Wuerstchen.load(args.weights, args.device, dtype, lora=args.lora,
                                 **cli.load_options(jobs))
@@ -128,19 +128,19 @@ def main(argv: list[str] | None = None) -> None:
             tile(model, args.tile)
         for batch in run.progress(cli.batches(jobs)):
             for job, image in run.attempt(functools.partial(make_images, model), batch):
-                run.finished(job, cli.save(image, job, model))   # and its settings
+                run.finished(job, cli.save(image, job, model))   # with settings
 
 
 def make_images(model, jobs: list[argparse.Namespace]) -> list:
     """Generates the images of jobs that differ only in prompt and seed, in one batch."""
     job = jobs[0]
     options = dict(progress=True, **cli.sampling_options(job, model))
-    if job.given & cli.SPECIAL:                        # grids, interpolation, latents, previews
+    if job.given & cli.SPECIAL:                        # grid, interpolation, latents, preview
         from extras import modes
         return modes.make_images(model, jobs, options)
     if len(jobs) == 1 and not job.given & {"init", "width", "height"}:
         return model(job.prompt, job.negative_prompt, seed=job.seed, **options)
-    # generate is like model(), but also takes one seed per prompt and an image to start from.
+    # `generate` is like model(...), but also takes a seed per prompt and an image to start from.
     from extras.editing import InitImage, generate
     edit = InitImage(job.init, job.strength, job.mask or None) if job.init else None
     return generate(model, [job.prompt for job in jobs], [job.negative_prompt for job in jobs],
