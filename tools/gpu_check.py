@@ -1,4 +1,4 @@
-"""Checks and measures on a GPU, within 6 minutes, everything that this repository claims about GPUs.
+"""Checks and measures, on a GPU and within 6 minutes, what this repository claims about GPUs.
 
   python -m tools.gpu_check                  # prints the sections "GPU" and "GPU equality" for BENCHMARKS.md
   python -m tools.gpu_check --rehearse       # tests this script on the CPU, with small sizes; ignore the figures
@@ -32,12 +32,12 @@ from loading.files import reason_of
 from loading.options import Parser
 from tools.bench.report import PROMPT, ROOT, Row, machine, table, verdict
 
-LIMIT = 350              # seconds for all parts together
+LIMIT = 350              # seconds for all parts of BUDGETS together
 BATCHES = (1, 8)
 BUDGETS = {"equality": 75, "training": 45, "Stage C step": 75, "Stage B step": 85, "Stage A decode": 25,
            "Stage C step, 8 images": 50, "Stage B step, 8 images": 60, "waiting": 30}
 FORMS = {"fp32": dict(dtype="fp32"), "bf16": dict(dtype="bf16"), "fp16": dict(dtype="fp16"),
-         # With offload, weights may move, so accelerate() compiles without CUDA graphs.
+         # With offload=True, weights move between CPU and GPU, so torch.compile is used without CUDA graphs.
          "compiled": dict(dtype="fp32", compile=True, offload=True), "CUDA graphs": dict(dtype="fp32", compile=True)}
 SMALL = dict(vqgan=dict(c_hidden=16), prior=dict(c=64, heads=2),             # for --rehearse
              decoder=dict(c_cond=64, c_hidden=(32, 64, 64, 64), heads=(-1, 2, 2, 2)))
@@ -51,7 +51,7 @@ def parse_args(argv=None):
 
 
 def sizes(rehearse: bool) -> SimpleNamespace:
-    """Returns the options that tools/bench gets from its command line, and the sizes for the other parts."""
+    """Returns the sizes of all measurements, and the options that tools/bench has on its command line."""
     real = dict(device="cuda", side=1024, depth=32, repeats=3, calls=5, width=1536, sides=(512, 1024), small=None,
                 steps={})
     tiny = dict(device="cpu", side=128, depth=1, repeats=1, calls=1, width=64, sides=(128,), small=SMALL,
@@ -92,7 +92,7 @@ def training(at: SimpleNamespace) -> Iterator[tuple[str, Row]]:
 
 
 def network(title: str, batches: tuple[int, ...], at: SimpleNamespace) -> Iterator[tuple[str, Row | dict]]:
-    """Yields the rows of one network, and figures from which the time of a whole image is computed."""
+    """Measures one network. Yields its rows, and the figures from which the time of a whole image is computed."""
     import torch
 
     from tools.bench.measure import Call, compare
@@ -107,8 +107,8 @@ def network(title: str, batches: tuple[int, ...], at: SimpleNamespace) -> Iterat
             with torch.no_grad():
                 call.ours()
             yield "GPU", Row(f"{name}, memory", f"{torch.cuda.max_memory_allocated() / 1e9:.2f} GB", "", float("nan"))
-    for name, call in calls.items():                     # one call at a time, because time may run out
-        eager = {"eager": Call(call.eager, None)} if call.eager else {}      # to compare a compiled call with
+    for name, call in calls.items():                     # yields after each call, because time may run out
+        eager = {"eager": Call(call.eager, None)} if call.eager else {}      # a compiled call is compared with eager
         rows, found, peak = compare(eager | {name: call}, at.repeats, at.device, getattr(torch, DTYPES[at.dtype]),
                                     at.calls)
         yield from (("GPU", row) for row in rows if row.what != "eager")
@@ -135,10 +135,10 @@ def part(name: str, at: SimpleNamespace) -> Iterator[tuple[str, Row | dict]]:
     return network(title, BATCHES if title == "Stage A decode" else BATCHES[1:] if batch else BATCHES[:1], at)
 
 
-# ----- all of them ----------------------------------------------------------------------------------------------------
+# ----- running all parts ----------------------------------------------------------------------------------------------
 
 def in_own_process(name: str, seconds: float) -> tuple[list[tuple], str | None]:
-    """Runs a part in its own process -> (its results, the reason why results are missing, or None if all are there)."""
+    """Runs a part in its own process. Returns its results, and the reason why some are missing, or None if none are."""
     problem = None
     try:
         run = subprocess.run([sys.executable, "-m", "tools.gpu_check", "--part", name], cwd=ROOT, capture_output=True,
@@ -165,7 +165,7 @@ def rehearsed(name: str, _: float) -> tuple[list[tuple], str | None]:
 
 
 def check_all(do: Callable, device: str) -> int:
-    """Runs all parts with `do` and prints the sections -> the exit code."""
+    """Runs all parts with do(name, seconds) and prints the sections for BENCHMARKS.md. Returns the exit code."""
     from statistics import median
 
     from tools.bench.measure import Measured

@@ -1,4 +1,4 @@
-"""LoRA files on the command line.
+"""Shows, converts, merges and extracts LoRA files.
 
   python -m tools.lora info FILE                               # ranks, alphas, layers, and the file's metadata
   python -m tools.lora convert IN OUT --to kohya               # or diffusers, comfy, original, ours
@@ -36,14 +36,14 @@ def convert(source: str, target: Path, to: str, lora_partial: bool = False) -> s
     from lora import diffusers_name
     check_output(target, ".safetensors")
     weights, metadata = read_lora(source, lora_partial)
-    metadata.pop("lora_adapter_metadata", None)          # write_lora writes it again if `to` is "diffusers"
+    metadata.pop("lora_adapter_metadata", None)          # if `to` is "diffusers", write_lora adds this entry again
     count = write_lora(target, weights, {name: diffusers_name(name) for name in weights}, to, metadata,
                        overwrite=False)
     return f"{count} tensors for {len(weights)} layers written to {target}"
 
 
 def load_prior(path: str):
-    """Loads a prior from a folder or file in any naming -> (Stage C in float32, {tensor's name: dtype in the file})."""
+    """Loads a prior from a folder or file in any naming. Returns Stage C in float32 and {name: dtype in the file}."""
     import torch
     from loading.names import translate
     from loading.weights import build_empty, fill
@@ -85,11 +85,11 @@ def merge(prior: str, lora: str, out: Path, scale: float, lora_partial: bool = F
 
 
 def nearest_lora(base, tuned, rank: int, targets: str) -> tuple[dict, str]:
-    """Computes the LoRA that best approximates tuned - base -> ({layer's name: LoRAWeights}, a text on its quality).
+    """Computes the LoRA that best approximates tuned - base. Returns {layer: LoRAWeights}, its quality as text.
 
     The best approximation of a matrix by a matrix of rank r consists of its r largest singular values and their vectors
-    (Eckart and Young, 1936). The quality is the share of the energy (sum of squares) that the LoRA keeps. Raises
-    ValueError if the two models do not differ in the target layers.
+    (Eckart and Young, 1936). The quality is the share of the energy (sum of squares) of the difference that the LoRA
+    keeps. Raises ValueError if the two models do not differ in the target layers.
     """
     import torch
     from loading.lora_formats import LoRAWeights
@@ -105,7 +105,7 @@ def nearest_lora(base, tuned, rank: int, targets: str) -> tuple[dict, str]:
             u, s, v = torch.linalg.svd(difference, full_matrices=False)
             u, s, v = u[:, :rank], s[:rank], v[:rank]                        # (out, rank), (rank,), (rank, in)
             kept[name] = s.double().square().sum().item()
-            # Both factors are multiplied by sqrt(s), so that they have similar norms, as after training.
+            # Multiplying both factors by sqrt(s) makes their norms similar, like those of a trained LoRA.
             weights[path] = LoRAWeights((s.sqrt()[:, None] * v).view(-1, *shape[1:]),
                                         (u * s.sqrt()).view(*u.shape, *(1,) * (len(shape) - 2)), float(len(s)))
     left = [name for name in energy if energy[name] and name not in kept]

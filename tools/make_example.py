@@ -2,10 +2,10 @@
 
   python -m tools.make_example
 
-The unicorn is one of the 64 objects that Stages A and B were trained on without captions: the tiny model can generate a
-unicorn, but does not know its name. The images show it alone and next to other objects, on five of the eight
-backgrounds. Each image has several true captions, one per line. They contain the word at several positions of the
-sentence, so the model learns the word independently of its position.
+The unicorn is one of the 64 objects that Stages A and B were trained on without captions. So the tiny model can
+generate a unicorn, but does not know its name. The images show a unicorn alone or next to another object, on five of
+the eight backgrounds. Each image has one or two true captions, one per line. In pairs, "unicorn" is the first object of
+one caption and the second of the other, so the model learns the word independently of its position.
 Needs: numpy, pillow, training/scenes.py.
 """
 import sys

@@ -1,4 +1,4 @@
-"""Makes assets/samples.png from the prompts below the image in README.md, with seed 1 and the bundled model.
+"""Generates assets/samples.png from the prompts below that image in README.md, with seed 1 and the bundled model.
 
   python -m tools.make_samples
 
@@ -21,13 +21,13 @@ FILE = ROOT / "assets" / "samples.png"
 
 
 def prompts() -> list[str]:
-    """The prompts of the sample image: the quoted texts in its caption in README.md."""
+    """Returns the prompts of the sample image: the quoted texts below it in README.md."""
     caption = re.search(r"<sub>(.*?)</sub>", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)[1]
     return re.findall('"(.*?)"', caption)
 
 
 def strip(prompts: list[str]):
-    """Generates one image for each prompt -> one PIL image with all of them side by side."""
+    """Generates an image for each prompt. Returns a single PIL image with all of them side by side."""
     from PIL import Image
     from wuerstchen import Wuerstchen
     model = Wuerstchen.load("tiny", "cpu")

@@ -1,13 +1,13 @@
-"""Draws the sprite sheet assets/emoji.png from its table, assets/emoji.json. The output is part of the repository.
+"""Draws the sprite sheet assets/emoji.png from the glyphs that assets/emoji.json lists.
 
   font glyph 109 px -crop to its alpha-> square -LANCZOS-> 80 x 80 RGBA -> cell of a 16 x 8 sheet
 
   python -m tools.make_sprites --font NotoColorEmoji.ttf --out FOLDER
 
-The table names the glyph of each cell. The glyphs were chosen by eye to differ in shape and colour even at 30 px. Rows
-1 to 4 are the 64 captioned objects, rows 5 to 8 the 64 uncaptioned objects (training/scenes.py says why).
-The repository contains the sheet, because the weights were trained on its images, and other versions of the font have
-other images.
+emoji.json lists a glyph for each cell, chosen by eye to differ in shape and colour even at 30 px. Rows 1 to 4 of the
+sheet are the 64 captioned objects, rows 5 to 8 the 64 uncaptioned objects, see training/scenes.py.
+The repository contains the sheet, because the weights were trained on it, and other versions of the font have other
+glyphs.
 Note: the font contains bitmaps of one size, so it loads only with size 109.
 Needs: numpy, pillow and Noto Color Emoji (Debian: fonts-noto-color-emoji; SIL OFL 1.1, assets/OFL.txt).
 """
@@ -30,7 +30,7 @@ FONT_SIZE = 109
 
 
 def draw(codepoint: str, font: ImageFont.FreeTypeFont) -> Image.Image:
-    """Draws one glyph, such as "U+1F680", as an RGBA image of 80 x 80, as large as possible, centred, undistorted."""
+    """Draws one glyph, such as "U+1F680", as large as possible and centred, as an RGBA image of 80 x 80 px."""
     canvas = Image.new("RGBA", (200, 200))
     ImageDraw.Draw(canvas).text((20, 20), chr(int(codepoint[2:], 16)), font=font, embedded_color=True)
     box = canvas.getchannel("A").getbbox()

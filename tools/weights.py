@@ -2,8 +2,8 @@
 
   python -m tools.weights convert models/tiny/prior prior.pt --to original
 
-Values do not change, only names and shapes, see loading/names.py. After --to ours, a copy of a stage's file such as
-stage_c.py can load the weights by itself: StageC(**config).load_state_dict(load_file(...)).
+Values do not change, only names and shapes, see loading/names.py. After --to ours, no other file than stage_c.py is
+needed to load Stage C: StageC(**config).load_state_dict(load_file(...)). The same holds for the other stages.
 Needs: torch, safetensors.
 """
 import sys
@@ -19,10 +19,10 @@ from loading.options import Parser
 
 
 def convert(source: str | Path, target: str | Path, to: str) -> int:
-    """Writes one model in another naming: "ours", "diffusers" or "original". Returns the number of tensors.
+    """Writes one model in the naming `to`: "ours", "diffusers" or "original". Returns the number of tensors.
 
     source, target: a folder with config.json, or a file. A .pt file has the state dict under a key, like the authors'
-    files. A .bin file has only tensors; .pt and .safetensors files also have the configuration. Raises WeightsError.
+    files. A .bin file has only tensors; .pt and .safetensors files also have the configuration.
     """
     from loading.files import (OWN_CONFIG, STEM, TensorFile, check_output, find_file, write_atomically, write_files,
                                write_tensors)

@@ -1,4 +1,4 @@
-"""The results of a finished run: the folder that sample.py and diffusers open, its model card, the upload to the hub.
+"""Writes the result of a finished run: a folder that sample.py and diffusers open, and its model card. Uploads both.
 
 Needs: torch; loading/; huggingface_hub for the upload.
 """
@@ -24,18 +24,18 @@ from training.scenes import CAPTIONED, UNCAPTIONED, vocabulary
 
 
 def files_given(args, parts: tuple[str, ...]) -> dict[str, str]:
-    """The parts that have their own option and do not come from --weights: {"vqgan": path, ...}."""
+    """Returns {part: value of its option}, such as {"vqgan": path}, for `parts` that do not come from --weights."""
     return {part: getattr(args, part) for part in parts if getattr(args, part) not in (None, "none")}
 
 
 def is_local(name: str) -> bool:
-    """Whether `name`, of weights or a part, is a path on this machine, not a known name or a repository."""
+    """Returns whether `name`, a value of --weights or of a part's option, is a path, not a known name or repository."""
     return name not in (*SHIPPED, *NAMES) and (
         Path(name).exists() or name not in REVISIONS and not name.startswith("hub:"))
 
 
 def write_base(args, parts: tuple[str, ...], **more) -> None:
-    """Writes base.json, from which sample.py --weights OUT reads the paths of the parts that this run did not write."""
+    """Writes base.json: the paths of the parts that this run did not write, for sample.py --weights OUT."""
     def path(name: str) -> str:
         return str(Path(name).resolve()) if is_local(name) else name
     base = dict(weights=path(args.weights), files={part: path(file) for part, file in files_given(args, parts).items()})
@@ -56,7 +56,7 @@ TEXTS = ("trigger", "targets", "sample_prompt", "project")           # options w
 
 
 def without_folders(name: str, value):
-    """The value of an option as it may be published: the last part of a path; "pipe:" without its command."""
+    """Returns an option's value for the model card: of a path only the last part, of "pipe:COMMAND" only "pipe:"."""
     if isinstance(value, list | tuple):
         return type(value)(without_folders(name, each) for each in value)
     if not isinstance(value, str) or name in TEXTS or value.startswith("hub:") or value in REVISIONS:
@@ -65,7 +65,7 @@ def without_folders(name: str, value):
 
 
 def settings_table(args) -> str:
-    """The settings of a run as rows of a Markdown table, without those that concern only this machine."""
+    """Returns the settings of a run as rows of a Markdown table, without those that concern only this machine."""
     rows = {name: str(without_folders(name, value)).replace("|", "\\|").replace("\n", " ")
             for name, value in vars(args).items()
             if value not in (None, False, [], "") and name not in (*PRIVATE, "cache")
@@ -74,42 +74,42 @@ def settings_table(args) -> str:
 
 
 def described(name: str) -> str:
-    """A description of weights for the card."""
+    """Returns a description of the weights `name` for the model card."""
     if is_local(name):
         return "weights in a local folder that is not published"
     return f"`{name}`, the small model that comes with the code" if name in SHIPPED else f"`{name}`"
 
 
 def base_model(args, part: str) -> str:
-    """The line base_model for the head of a card: the hub's repository from which `part` started, or "" if none."""
+    """Returns the line "base_model: REPOSITORY", from which `part` started, for the card's head; "" if from no such."""
     name = getattr(args, part) or args.weights
     repo = NAMES[name][part][0] if name in NAMES else "/".join(name.removeprefix("hub:").split("@")[0].split("/")[:2])
     return "" if args.init == "random" or name in SHIPPED or is_local(name) else f"base_model: {repo}\n"
 
 
 def place(args, repo: str | None) -> str:
-    """The name of the result for users: a repository, or the folder of --out without its parents."""
+    """Returns the name of the result for the model card: the repository, or the folder of --out without its parents."""
     return f"hub:{repo}" if repo else f"./{Path(args.out).resolve().name}"
 
 
 def is_portable(args, parts: tuple[str, ...]) -> bool:
-    """Whether all parts that base.json names are available on other machines."""
+    """Returns whether all parts that base.json names are available on other machines."""
     return not any(map(is_local, (args.weights, *files_given(args, parts).values())))
 
 
 def three_prompts(args, dataset) -> list[str]:
-    """Up to three prompts for the card: those of the sample sheets, then captions that were trained on."""
+    """Returns up to three prompts for the model card: first those of the sample sheets, then captions of `dataset`."""
     prompts = list(getattr(args, "sample_prompt", []))
     if getattr(args, "sample_prompts", None):
-        with contextlib.suppress(ValueError):                        # a missing file must not prevent the result
+        with contextlib.suppress(ValueError):                        # if the file is missing, write the card without it
             prompts += read_prompts(args.sample_prompts)
     prompts += [dataset.captions(i)[0] for i in range(min(len(dataset), 100))]
     return [prompt for prompt in dict.fromkeys(" ".join(prompt.split()) for prompt in prompts) if prompt][:3]
 
 
 def usage(prompts: list[str], weights: str, **parts: str) -> str:
-    """Commands and Python code to generate images; without prompts, to reconstruct an image. parts: options for parts
-    that do not come from `weights`, or for a LoRA."""
+    """Returns commands and Python code, for the card, to generate images or, without prompts, to reconstruct an image.
+    weights, parts: the values of sample.py's options --weights, --decoder, --lora, ..."""
     options = "".join(f" --{part.replace('_', '-')} {file}" for part, file in dict(weights=weights, **parts).items())
     load = ", ".join([f'"{weights}"', *(f'{part}="{file}"' for part, file in parts.items())])
     tasks = [f"--prompt {shlex.quote(prompt)}" for prompt in prompts] or ["--reconstruct photo.png"]
@@ -125,7 +125,7 @@ def usage(prompts: list[str], weights: str, **parts: str) -> str:
 
 
 def write_card(args, head: str, *paragraphs: str) -> None:
-    """Writes README.md: head, paragraphs (empty ones are skipped), the newest sample sheet, the settings."""
+    """Writes the model card README.md: head, paragraphs except empty ones, the newest sample sheet, the settings."""
     out = Path(args.out)
     sheets = sample_sheets(args)
     parts = [f"---\n{head}\n---\n# {place(args, args.push_to_hub).rpartition('/')[2]}", *paragraphs,
@@ -141,7 +141,7 @@ def sample_sheets(args) -> list[Path]:
 
 
 def diffusers_tensors(model: torch.nn.Module, tensors: dict | None = None) -> dict[str, torch.Tensor]:
-    """A model's tensors under diffusers' names, ready to be written."""
+    """Returns {diffusers' name: tensor on the CPU} for `tensors`, by default the state dict of `model`."""
     named = to_diffusers(model.state_dict() if tensors is None else tensors, model)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
 
@@ -154,9 +154,9 @@ FILES_C = ("prior", "prior_text_encoder", "image_encoder", "decoder", "vqgan", "
 
 
 def write_stage_c(args, model, text_encoder, dataset, processes) -> None:
-    """Writes prior/ or lora.safetensors, base.json, README.md; --push-to-hub uploads them. All processes call this.
+    """Writes prior/ or lora.safetensors, base.json, README.md. With --push-to-hub, uploads them.
 
-    model: has Stage C as model.prior. text_encoder: a TextEncoder, with --train-text the one that was trained.
+    All processes must call this. model.prior: Stage C. text_encoder: a TextEncoder, trained with --train-text.
     """
     weights = full_weights(model)
     processes.on_main(write_files_c, args, model.prior, weights, text_encoder, dataset)
@@ -165,7 +165,7 @@ def write_stage_c(args, model, text_encoder, dataset, processes) -> None:
 def write_files_c(args, prior, weights: dict, text_encoder, dataset) -> None:
     check_finite(weights, "the result")
     out, more = Path(args.out), {}
-    (out / "README.md").unlink(missing_ok=True)      # written last: if it exists, the result is complete
+    (out / "README.md").unlink(missing_ok=True)      # the card is written last: if it exists, the result is complete
     if args.lora:
         write_lora(args, prior, args.steps, len(dataset), out / "lora.safetensors")
         more["lora"] = "lora.safetensors"
@@ -200,13 +200,13 @@ def write_card_c(args, dataset) -> None:
                f"{what} {described(start)}: {args.steps} steps on {len(dataset)} images." if args.init == "weights" else
                f"Würstchen's Stage C, trained from random weights: {args.steps} steps on {len(dataset)} images.",
                f"Trigger words: **{args.trigger}**." if args.trigger else "",
-               # the parts must have no LoRA, because it would be added to this one
+               # FOLDER must not have a LoRA of its own, because both LoRAs would be added.
                how, "FOLDER stands for parts that are not published, without any LoRA." * ("FOLDER" in how),
                f"**Limits.** {LIMITS}" + " The LoRA fits only the weights above and their variants." * args.lora)
 
 
 def write_lora(args, prior, steps: int, images: int, path: Path | None = None) -> None:
-    """Writes Stage C's LoRA after `steps` steps, if there is one. path: by default next to that step's checkpoint."""
+    """With --lora, writes the LoRA as it is after `steps` steps. path: default: next to the checkpoint of that step."""
     if not args.lora:
         return
     metadata = dict(base="local" if is_local(args.weights) else args.weights,
@@ -217,11 +217,11 @@ def write_lora(args, prior, steps: int, images: int, path: Path | None = None) -
 
 
 def write_words(args) -> None:
-    """Writes prior/words.json if all captions were of emoji scenes: their words and those that the base model knew."""
+    """Writes prior/words.json, the words of emoji scenes that Stage C knows, if all training data were such scenes."""
     kind, _, rest = args.data.partition(":")
     known, folder = {}, Path(args.out) / "prior"
     if args.init == "weights" and kind == "scenes":
-        with contextlib.suppress(WeightsError):                      # unreadable words must not prevent the result
+        with contextlib.suppress(WeightsError):                      # if the base's words are unreadable, omit them
             known = read_words(locate(args.weights, files_given(args, FILES_C), parts=("prior",))["prior"])
     if kind == "scenes" and (known or args.init == "random"):
         learned = vocabulary(UNCAPTIONED if rest.startswith("uncaptioned") else CAPTIONED)
@@ -237,7 +237,7 @@ FILES_B = ("decoder", "image_encoder", "vqgan", "text_encoder")
 
 
 def stage_c_fits(args) -> bool:
-    """Whether the Stage C of --weights fits the image encoder: the encoder is frozen, and the same as in --weights."""
+    """Returns whether the Stage C of --weights fits the image encoder: it is frozen and the same as in --weights."""
     if not args.freeze_encoder or args.init == "weights" or args.weights in NAMES:
         return args.freeze_encoder and args.init == "weights"
     own = locate(args.weights, parts=("image_encoder",))["image_encoder"]
@@ -245,7 +245,7 @@ def stage_c_fits(args) -> bool:
 
 
 def save_encoder(encoder: torch.nn.Module, folder: Path, frozen: bool) -> None:
-    """Writes an image encoder in float16, like the released one; in float32 if it is frozen and float16 is inexact."""
+    """Writes an image encoder in float16, or in float32 if it is frozen and float16 would change its weights."""
     tensors = diffusers_tensors(encoder)
     half = to_half(tensors)
     exact = all(torch.equal(half[name].to(tensor.dtype), tensor) for name, tensor in tensors.items())
@@ -253,10 +253,9 @@ def save_encoder(encoder: torch.nn.Module, folder: Path, frozen: bool) -> None:
 
 
 def write_stage_b(args, model, encoder, dataset, log_lines: list[dict], processes) -> None:
-    """Writes decoder/, image_encoder/, README.md, and base.json if Stage C still fits; uploads them with --push-to-hub.
+    """Writes decoder/, image_encoder/, README.md and, if Stage C still fits, base.json. --push-to-hub uploads them.
 
-    model: has Stage B as model.decoder; encoder: the image encoder; log_lines: the lines of the log, with PSNR. All
-    processes must call this.
+    All processes must call this. model.decoder: Stage B. log_lines: lines of the log; the card quotes their last PSNR.
     """
     weights = full_weights(model)
     processes.on_main(write_files_b, args, model.decoder, encoder, weights, dataset, log_lines)
@@ -265,10 +264,10 @@ def write_stage_b(args, model, encoder, dataset, log_lines: list[dict], processe
 def write_files_b(args, decoder, encoder, weights: dict, dataset, log_lines: list[dict]) -> None:
     check_finite(weights, "the result")
     out = Path(args.out)
-    (out / "README.md").unlink(missing_ok=True)      # written last: if it exists, the result is complete
+    (out / "README.md").unlink(missing_ok=True)      # the card is written last: if it exists, the result is complete
 
     def filled(network: torch.nn.Module, prefix: str) -> torch.nn.Module:
-        """A copy of the network with all weights. Under FSDP the network itself holds only a part of each tensor."""
+        """Returns a copy of the network with full weights: under FSDP, the network has only a part of each tensor."""
         with torch.device("meta"), NoStartValues():
             new = type(network)(**network.config)
         tensors = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
@@ -309,11 +308,11 @@ def write_card_b(args, dataset, log_lines: list[dict]) -> None:
 
 @torch.no_grad()
 def write_stage_a(args, model, fixed: torch.Tensor, values: dict, images: int) -> None:
-    """Writes vqgan/ and README.md; uploads them with --push-to-hub. fixed: the validation's images, (N,3,H,W) uint8;
-    values: the validation's results."""
+    """Writes vqgan/ and README.md. With --push-to-hub, uploads them. fixed: the validation's images, (N,3,H,W) uint8.
+    values: the validation's results. images: number of images trained on."""
     check_finite(model.state_dict(), "the result")
-    (Path(args.out) / "README.md").unlink(missing_ok=True)       # written last: if it exists, the result is complete
-    if not args.freeze_encoder:          # scales the latents to unit variance for Stage B
+    (Path(args.out) / "README.md").unlink(missing_ok=True)       # the card is written last: it marks a complete result
+    if not args.freeze_encoder:          # set the factor that scales the latents to unit variance for Stage B
         device = model.codebook.codes.device
         z = [model.encode_raw(part.to(device).float() / 255) for part in fixed.split(args.batch)]
         model.scale_factor = model.config["scale_factor"] = round(torch.cat(z).std().item(), 4)
@@ -338,8 +337,8 @@ def write_stage_a(args, model, fixed: torch.Tensor, values: dict, images: int) -
 # ----- the upload ----------------------------------------------------------------------------------------
 
 def pushed_files(args) -> dict[str, Path]:
-    """The files of the result: {path in the repository: file}. --out may contain other files, such as caches, logs of
-    services and parts of other runs."""
+    """Returns {path in the repository: file} for the files of the result. --out may contain other files, such as
+    caches, logs of services and parts of other runs."""
     out, names = Path(args.out), ["README.md", "log.jsonl", "curves.png"]
     if hasattr(args, "lora"):                            # options of train_c.py
         names += ["lora.safetensors"] if args.lora else ["prior", "scheduler"]
@@ -356,7 +355,7 @@ def pushed_files(args) -> dict[str, Path]:
 
 
 def pushed_card(args) -> str:
-    """The text of README.md for the hub: the folder named in the card of a run without --push-to-hub is replaced."""
+    """Returns the text of README.md for the hub: a local folder named in it is replaced by the repository."""
     folder, card = place(args, None), (Path(args.out) / "README.md").read_text(encoding="utf-8")
     for name in (f"{folder}/lora.safetensors", folder):
         card = card.replace(name, place(args, args.push_to_hub))

@@ -3,14 +3,14 @@
   (seed, i) -random_scene-> Scene -render-> (128,128,3) uint8     the image
                                   -caption-> "a cat left of a red apple on a blue background"
 
-A scene is one or two emojis on a plain background. This world is small enough to be learned in an hour and rich enough
-to test a text-to-image model: objects, sizes, colours and relations. About a tenth of all pairs of objects is held out
-of training: a model that draws them correctly has learned to compose, not to remember.
-  128 objects    64 captioned (Stage C learns their names), 64 uncaptioned: Stages A and B also see these, Stage C does
-                 not, so they are new words for a later fine-tuning
+A scene is one or two emojis on a plain background. These scenes are simple enough to be learned in an hour and rich
+enough to test a text-to-image model: objects, sizes, colours and relations. About a tenth of all pairs of objects is
+held out of training: a model that generates them correctly has learned to compose, not to remember.
+  128 objects    64 captioned: Stage C learns their names. 64 uncaptioned: only Stages A and B are trained on them, so
+                 their names are new words for a later fine-tuning.
   8 colours      of the background, exact RGB values in COLOURS
 Out  EmojiScenes.batch(start, n) -> images (n,128,128,3) uint8, RGB; captions, n strings.
-data.py offers them as the dataset `scenes`, like any folder of images.
+data.py makes them available as the dataset "scenes:OBJECTS:NUMBER:SEED".
 Note: there is no list of images. Image i depends only on (seed, i), so the set is endless, and a training that resumes
 at image 12800 sees the same images as an uninterrupted training.
 Emojis: Noto Color Emoji, assets/OFL.txt, sheet made by tools/make_sprites.py.  Needs: numpy, pillow.
@@ -29,7 +29,7 @@ from PIL import Image
 ASSETS = Path(__file__).parents[1] / "assets"
 CANVAS, CELL, COLUMNS = 128, 80, 16       # px of a scene; px of a cell and columns of the sprite sheet
 
-# Muted colours, so that a red apple is visible on red; any two are at least 84 apart in RGB distance.
+# The colours are muted, so that a red apple is visible on red. Any two are at least 84 apart in RGB space.
 COLOURS = {"white": (245, 245, 245), "black": (26, 26, 30), "red": (176, 44, 52), "orange": (236, 142, 62),
            "yellow": (250, 222, 110), "green": (84, 158, 92), "blue": (72, 122, 204), "purple": (146, 90, 178)}
 _TABLE = json.loads((ASSETS / "emoji.json").read_text())     # in the order of the sheet's cells
@@ -40,21 +40,21 @@ UNCAPTIONED = [row["name"] for row in _TABLE if not row["captioned"]]
 RELATIONS = ("left of", "right of", "above", "below")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
-# {size class of a single object: smallest and largest size in px, how far its center strays from the middle}. Sizes are
-# even, which halves the number of cached sprites (50 MB for all). The gaps between the classes make "small" and "large"
-# unambiguous; captions never call an object medium. Even the smallest objects are large for Stage B: 40 px are 10 x 10
-# latent positions.
+# {size class of a single object: (smallest size, largest size, largest distance of its center from the middle) in px}.
+# Sizes are even, which halves the number of cached sprites (50 MB for all). The gaps between the classes make "small"
+# and "large" unambiguous; captions never call an object medium. Even the smallest objects, of 40 px, cover 10 x 10
+# latent positions of Stage B.
 SIZE_CLASSES = {"small": (40, 46, 10), "medium": (56, 62, 8), "large": (80, 88, 6)}
 PAIR_SIZES = (50, 58)
 MARGIN = 2         # px at each edge of a scene that always show only the background
-PAIR_STRAY = 5     # px: two centers differ by <= 10 across and >= 50 along their relation's axis
+PAIR_STRAY = 5     # px: two objects' centers differ by >= 50 along their relation's axis and <= 10 across it
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Objects and their positions.  relation: of objects[0] to objects[1], or None for a single object."""
+    """One or two objects, their positions, and the background's colour. relation: that of objects[0] to objects[1]."""
     objects: tuple[str, ...]
-    sizes: tuple[int, ...]                    # px, of the square that the sprite fills
+    sizes: tuple[int, ...]                    # side, in px, of the square that each object fills
     centers: tuple[tuple[int, int], ...]      # (x, y) in px, y points down
     colour: str
     relation: str | None = None
@@ -83,9 +83,9 @@ def check_name(name: str, known: Sequence[str], kind: str) -> None:
 
 @functools.cache
 def held_out(a: str, b: str) -> bool:
-    """Whether this pair is held out of training, as a tenth of all pairs.  The order of a and b does not matter.
+    """Returns whether the pair of objects a, b, in any order, is held out of training, like a tenth of all pairs.
 
-    A checksum decides, so the pairs are the same for every seed, version and machine.
+    A checksum of the names decides, so the held-out pairs are the same for every seed, version and machine.
     """
     return zlib.crc32(f"{min(a, b)}|{max(a, b)}".encode()) % 10 == 0
 
@@ -93,9 +93,9 @@ def held_out(a: str, b: str) -> bool:
 # ----- drawing scenes at random --------------------------------------------------------------------------------------
 
 def random_scene(rng: np.random.Generator, objects: Sequence[str] = CAPTIONED, held_out_pairs: bool = False) -> Scene:
-    """One scene: 40 % a single object, 60 % two different ones.
+    """Draws a scene: a single object with a probability of 40 %, else two different ones that are not held out.
 
-    held_out_pairs=True gives test scenes: always two objects, always a held-out pair.
+    held_out_pairs=True draws test scenes: always two objects, always a held-out pair.
     """
     colour = list(COLOURS)[rng.integers(len(COLOURS))]
     if not held_out_pairs and (len(objects) == 1 or rng.random() < 0.4):
@@ -106,7 +106,7 @@ def random_scene(rng: np.random.Generator, objects: Sequence[str] = CAPTIONED, h
 
 
 def _draw_pair(rng, objects, held_out_pairs) -> tuple[str, str]:
-    for _ in range(10_000):                   # 10 draws are enough on average, even for held-out pairs
+    for _ in range(10_000):                   # about 10 draws are needed for a held-out pair, fewer for others
         a, b = (objects[i] for i in rng.integers(len(objects), size=2))
         if a != b and held_out(a, b) == held_out_pairs:
             return a, b
@@ -115,7 +115,7 @@ def _draw_pair(rng, objects, held_out_pairs) -> tuple[str, str]:
 
 
 def place_single(rng: np.random.Generator, name: str, size_class: str, colour: str) -> Scene:
-    """A scene of one object, with a random size of its class and a random place near the middle."""
+    """Draws a scene of one object, with a random size of its class and a random position near the middle."""
     check_name(size_class, list(SIZE_CLASSES), "size class")
     low, high, stray = SIZE_CLASSES[size_class]
     size = int(rng.integers(low // 2, high // 2 + 1)) * 2
@@ -124,15 +124,15 @@ def place_single(rng: np.random.Generator, name: str, size_class: str, colour: s
 
 
 def place_pair(rng: np.random.Generator, a: str, b: str, relation: str, colour: str) -> Scene:
-    """A scene "a RELATION b". Each object is in its own half of the canvas, so their boxes cannot overlap."""
+    """Draws a scene "a RELATION b". Each object is in its own half of the image, so they cannot overlap."""
     low, high = PAIR_SIZES
     sizes = (rng.integers(low // 2, high // 2 + 1, size=2) * 2).tolist()
     half = CANVAS // 2
-    # Along the axis of the relation: anywhere in the object's own half. Across: near the middle.
+    # Along the axis of the relation, a center is anywhere in the object's own half; across the axis, near the middle.
     first = int(rng.integers(MARGIN + sizes[0] // 2, half - sizes[0] // 2 + 1))
     second = int(rng.integers(half + sizes[1] // 2, CANVAS - MARGIN - sizes[1] // 2 + 1))
     across = (half + rng.integers(-PAIR_STRAY, PAIR_STRAY + 1, size=2)).tolist()
-    if relation in ("right of", "below"):     # a is in the right or lower half: mirror (sizes are even)
+    if relation in ("right of", "below"):     # a must be in the right or lower half: mirror both (sizes are even)
         first, second = CANVAS - first, CANVAS - second
     centers = ((first, across[0]), (second, across[1]))
     if relation in ("above", "below"):
@@ -144,20 +144,20 @@ def place_pair(rng: np.random.Generator, a: str, b: str, relation: str, colour: 
 
 @functools.cache
 def _sheet() -> Image.Image:
-    # "RGBa" is RGB multiplied by alpha, so that the hidden colour of transparent pixels has no weight when resizing
-    # averages pixels.
+    # "RGBa" is RGB multiplied by alpha. So when resizing averages pixels, the hidden colour of transparent pixels does
+    # not count.
     return Image.open(ASSETS / "emoji.png").convert("RGBa")
 
 
 @functools.cache
 def sprite(name: str, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """One object at size x size px -> colour times alpha, and transparency (255 - alpha), both (size,size,3) uint8."""
+    """Returns an object's image of size x size px as colour times alpha and 255 - alpha, both (size,size,3) uint8."""
     check_name(name, OBJECTS, "object")
     column, row = OBJECTS.index(name) % COLUMNS * CELL, OBJECTS.index(name) // COLUMNS * CELL
-    cell = _sheet().crop((column, row, column + CELL, row + CELL))     # cut before resizing: no neighbours mix in
+    cell = _sheet().crop((column, row, column + CELL, row + CELL))     # before resizing, so no neighbours blend in
     rgba = np.array(cell.resize((size, size), Image.LANCZOS))
     alpha = rgba[..., 3:]
-    # Lanczos overshoots at edges; colour <= alpha keeps the sum in render() within 255.
+    # Lanczos overshoots at edges. Clipping colours to alpha keeps the sum in render() within 255.
     return np.minimum(rgba[..., :3], alpha), np.repeat(255 - alpha, 3, axis=2)
 
 
@@ -167,7 +167,7 @@ def _background(colour: str) -> np.ndarray:
 
 
 def render(scene: Scene, size: int = CANVAS) -> np.ndarray:
-    """The image of a scene, (size,size,3) uint8 RGB.  Drawn at 128 px, resized for other sizes.
+    """Returns the image of a scene, (size,size,3) uint8 RGB. It is drawn at 128 px and then resized.
 
     Raises ValueError if an object extends beyond the edge.
     """
@@ -178,9 +178,9 @@ def render(scene: Scene, size: int = CANVAS) -> np.ndarray:
             raise ValueError(f"{name!r} of {k} px at {(x, y)} extends beyond the {CANVAS} px canvas: "
                              "make it smaller or move it to the middle")
         colour, transparency = sprite(name, k)
-        window = image[top:top + k, left:left + k]           # a view: only k x k pixels are touched
-        # v / 255, rounded, is (v + 128 + (v + 128 >> 8)) >> 8 for all v up to 255 * 255. This needs no division and
-        # fits in 16 bits.
+        window = image[top:top + k, left:left + k]           # a view: assigning to it changes `image`
+        # Divides by 255 in 16 bits and without division: round(v / 255) is (v + 128 + (v + 128 >> 8)) >> 8 for all v up
+        # to 255 * 255.
         behind = np.multiply(window, transparency, dtype=np.uint16) + np.uint16(128)          # (k, k, 3)
         window[:] = colour + (behind + (behind >> 8) >> 8).astype(np.uint8)
     if size != CANVAS:
@@ -209,13 +209,13 @@ LAYOUT = "{things} on {a_colour} background"
 
 
 def article(words: str) -> str:
-    """words with "an" if they begin with a vowel letter, else with "a".  Only unicorn is an exception."""
+    """Returns "an WORDS" if `words` begin with a vowel letter, else "a WORDS". The only exception is "a unicorn"."""
     return f"an {words}" if words[0] in "aeiou" and words != "unicorn" else f"a {words}"
 
 
 def plain_caption(objects: Sequence[str], colour: str, relation: str | None = None,
                   size_word: str | None = None, layout: str = LAYOUT) -> str:
-    """The caption of given facts, without randomness.  Lower case, no full stop."""
+    """Returns the caption of a scene with these objects, colour, relation and size, in lower case, not randomized."""
     if relation is None:
         things = article(f"{size_word} {objects[0]}" if size_word else objects[0])
     else:
@@ -224,7 +224,7 @@ def plain_caption(objects: Sequence[str], colour: str, relation: str | None = No
 
 
 def vocabulary(objects: Sequence[str] = CAPTIONED) -> dict[str, list[str]]:
-    """All words in captions of these objects, by kind: the words that a Stage C trained on the captions knows."""
+    """Returns {kind: words}: all words in captions of these objects, which a Stage C trained on the captions knows."""
     relations = [words for plain in RELATIONS for words in (plain, *VARIANTS[plain])]
     other = " ".join(["a an", LAYOUT, *VARIANTS[LAYOUT]]).split()
     return dict(objects=list(objects), colours=list(COLOURS), sizes=["small", "large"], relations=relations,
@@ -232,7 +232,7 @@ def vocabulary(objects: Sequence[str] = CAPTIONED) -> dict[str, list[str]]:
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A random caption that fits the scene: random order of the objects, with or without size word, or a variant."""
+    """Draws a true caption of the scene: random order of the objects, with or without size, plain or variant."""
     objects, relation, size_word, layout = scene.objects, scene.relation, None, LAYOUT
     if relation is None and scene.size_class != "medium" and rng.random() < 0.5:
         size_word = scene.size_class
@@ -249,11 +249,11 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 # ----- dataset -------------------------------------------------------------------------------------------------------
 
 class EmojiScenes:
-    """An endless, numbered set of scenes.
+    """An endless sequence of scenes. Scene i depends only on (seed, i).
 
     objects  "captioned" (to train Stage C), "uncaptioned" (to fine-tune), or "all" (to train Stages A and B). With
-             "all", a scene with an uncaptioned object gets the caption "", so that no stage learns its name too early.
-    size     px of the images.  seed  each seed gives another endless set.
+             "all", a scene with an uncaptioned object gets the caption "", so that no stage learns the object's name.
+    size     width and height of the images in px
     """
     def __init__(self, objects: str = "all", size: int = CANVAS, seed: int = 0):
         choices = {"all": OBJECTS, "captioned": CAPTIONED, "uncaptioned": UNCAPTIONED}
@@ -276,6 +276,6 @@ class EmojiScenes:
         return [self.scene(i) for i in range(start, start + n)]
 
     def batch(self, start: int, n: int) -> tuple[np.ndarray, list[str]]:
-        """Images start .. start + n - 1: (n,size,size,3) uint8 and their n captions."""
+        """Returns the images of scenes start .. start + n - 1, (n,size,size,3) uint8, and their n captions."""
         scenes, captions = zip(*(self._draw(i) for i in range(start, start + n)))
         return np.stack([render(scene, self.size) for scene in scenes]), list(captions)

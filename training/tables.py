@@ -1,10 +1,10 @@
-"""Tables of images: parquet and arrow files, datasets of the Hub.  Rows are rewritten as a tar file, see write_tar.
+"""Tables with an image in each row: parquet and arrow files, datasets of the Hub. They are rewritten as tar files.
 
   path -open_table-> Table;  "NAME:SPLIT" -hub_table-> Table;  Table -write_tar-> a tar file, an image per row
 
-Note: a row may contain only the name of a file. Such a file is not read, because the author of the table would then
-decide what is read from this disk; the row is skipped. An exception are files in the caches of the Hub and of the
-package datasets, which stores images there. A dataset whose data files are on this disk is an error.
+Note: a row may contain the name of an image file instead of an image. Such a row is skipped: reading the file would let
+the table's author choose what is read from this disk. Only files in the caches of the Hub and of the package datasets
+are read, because that package stores images there. A Hub dataset that names local data files is an error.
 Needs: pyarrow for parquet and arrow files, datasets for the Hub.
 """
 import io
@@ -25,12 +25,12 @@ NOT_USABLE = ".skipped"          # suffix of tar members that contain the reason
 IMAGE_COLUMNS = ("image", "images", "img", "jpg", "jpeg", "png", "webp", "photo", "picture")
 
 
-PLAIN = (str, int, float, type(None))            # values of these types and lists of them are kept from other columns
+PLAIN = (str, int, float, type(None))            # of columns without images, these types and lists of them are kept
 
 
 @dataclass
 class Table:
-    """columns: {name: whether it may contain images}. folders: files that rows name are only read from these."""
+    """columns: {name: whether it may contain images}. folders: only from these, files that a row names are read."""
     name: str
     columns: dict[str, bool]
     rows: Iterable[dict]
@@ -38,7 +38,7 @@ class Table:
 
 
 def open_table(file, name: str) -> Table:
-    """Opens a parquet file, or an arrow file written by the package datasets. Raises ValueError if it cannot."""
+    """Opens a parquet file, or an arrow file of the package datasets, as a Table. Raises ValueError if it cannot."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -63,7 +63,7 @@ def open_table(file, name: str) -> Table:
         for batch in batches:
             yield from batch.to_pylist()
 
-    def may_hold_images(kind) -> bool:           # its cells are bytes, or dict(bytes, path) as on the Hub
+    def may_hold_images(kind) -> bool:           # true if the cells are bytes, or dict(bytes, path) as on the Hub
         if pyarrow.types.is_struct(kind):
             return kind.get_field_index("bytes") >= 0
         return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
@@ -72,7 +72,7 @@ def open_table(file, name: str) -> Table:
 
 
 def hub_table(name_and_split: str, config: str | None = None) -> Table:
-    """Opens a dataset of the Hub, given as NAME[:SPLIT]. Raises ValueError if it cannot."""
+    """Opens a dataset of the Hub, given as NAME[:SPLIT], as a Table. Raises ValueError if it cannot."""
     name, _, split = name_and_split.partition(":")
     try:
         import datasets
@@ -82,18 +82,18 @@ def hub_table(name_and_split: str, config: str | None = None) -> Table:
     limit_waits()
     try:
         builder = datasets.load_dataset_builder(name, *[config] * bool(config))
-        for files in (getattr(builder.config, "data_files", None) or {}).values():       # from README or layout
+        for files in (getattr(builder.config, "data_files", None) or {}).values():
             for file in files:
                 if not re.match("(hf|https?)://", file.split("::")[-1]):
                     raise ValueError(f"it names {printable(file)}, which is not a file of the Hub, and is not read")
         rows = datasets.load_dataset(name, *[config] * bool(config), split=split or "train")
-    except Exception as error:                   # errors of a dozen kinds: not found, no network, unknown split, ...
+    except Exception as error:                   # datasets raises many kinds: not found, no network, unknown split, ...
         configs = re.search(r"available configs: (\[.*?\])", str(error))
         more = f" It has the configurations {configs[1]}: choose one with --dataset-config" if configs else ""
         raise ValueError(f"hub:{name} cannot be loaded: {reason_of(error)}{more}") from error
     columns = {column: isinstance(kind, datasets.Image) or isinstance(kind, dict) and "bytes" in kind
                or getattr(kind, "dtype", None) in ("binary", "large_binary") for column, kind in rows.features.items()}
-    # Rows as they are stored, because decoding an image column would open files that its cells name.
+    # Reads the rows without decoding them, because decoding an image column would open files that its cells name.
     stored = (row for batch in rows.with_format("arrow").iter(16) for row in batch.to_pylist())
     caches = [getattr(getattr(datasets, "config", None), cache, None)
               for cache in ("DOWNLOADED_DATASETS_PATH", "EXTRACTED_DATASETS_PATH")]
@@ -102,9 +102,9 @@ def hub_table(name_and_split: str, config: str | None = None) -> Table:
 
 
 def write_tar(table: Table, path: Path, asked: str | None = None) -> None:
-    """Writes a table as a tar file: NUMBER.COLUMN.jpg and .json for each row, or NUMBER.skipped with the reason.
+    """Writes a table as a tar file: a row is NUMBER.COLUMN.jpg and .json or, without an image, NUMBER.skipped (why).
 
-    asked: the column with the images, or None. Raises ValueError if it cannot be determined, see image_column.
+    asked: the name that the user gave for the image column, or None. Raises ValueError, see image_column.
     """
     column = image_column(table, asked)
     label = re.sub(r"[^\w-]+", "-", column)
@@ -125,7 +125,7 @@ def write_tar(table: Table, path: Path, asked: str | None = None) -> None:
 
 
 def image_column(table: Table, asked: str | None) -> str:
-    """The name of the column with the images: `asked`, else the first of IMAGE_COLUMNS, else the only possible one."""
+    """Returns the image column: `asked`, else the first of IMAGE_COLUMNS, else the only one. Or raises ValueError."""
     names = ", ".join(table.columns)
     candidates = [name for name, usable in table.columns.items() if usable]
     if asked is not None:
@@ -145,7 +145,7 @@ def image_column(table: Table, asked: str | None) -> str:
 
 
 def content_of_cell(cell, folders: list[Path]) -> bytes:
-    """The bytes of the image in a cell. Raises ValueError if the cell contains no image."""
+    """Returns the bytes of the image in a cell; reads files only in `folders`. Raises ValueError if there is none."""
     path = cell if isinstance(cell, str) else None
     if isinstance(cell, dict):
         cell, path = cell.get("bytes"), cell.get("path")

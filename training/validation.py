@@ -1,7 +1,7 @@
-"""The validation: the same images, noise levels and noise every time, so that its values can be compared.
+"""Validation: the loss on the same images, noise levels and noise every time, so that its values can be compared.
 
-The training loss shows little: the raw error at t = 0.05 is a hundred times the error at t = 0.95, so the loss mostly
-depends on which levels were drawn. Needs: torch, numpy; data.py, order.py, samples.py, wuerstchen.py.
+The training loss cannot be compared between steps: the raw error at t = 0.05 is a hundred times the error at t = 0.95,
+so it mostly depends on the noise levels drawn. Needs: torch, numpy; data.py, order.py, samples.py, wuerstchen.py.
 """
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -20,29 +20,29 @@ T_GRID = [0.05 + 0.1 * i for i in range(10)]             # noise levels of the v
 
 def random_images(dataset, sizes: list[tuple[int, int]], rng: np.random.Generator,
                   count: int) -> Iterator[tuple[Tensor, str]]:
-    """Yields pixels (1,h,w,3) uint8, cut to the nearest of `sizes`, and caption of `count` images that rng draws."""
+    """Draws `count` images with rng. Yields the pixels (1,h,w,3) uint8, cut to the nearest of `sizes`, and captions."""
     nearest = nearest_bucket(dataset.sizes, sizes)                                       # (N,)
-    rng.shuffle(numbers := np.arange(len(dataset), dtype=np.uint32))                     # (N,) like permutation(N)
+    rng.shuffle(numbers := np.arange(len(dataset), dtype=np.uint32))                     # (N,)
     for i in numbers[:count].tolist():
         pixels, j = dataset.read_or_replace(i, lambda: np.flatnonzero(nearest == nearest[i]))
         yield torch.from_numpy(np.array(fit(pixels, sizes[nearest[i]])))[None], dataset.captions(j)[0]
 
 
 def fixed_images(dataset, sizes: list[tuple[int, int]], args) -> list[tuple[Tensor, str]]:
-    """The images of the validation, always the same ones."""
+    """Returns pixels and caption of the validation's args.val_count images, always the same ones for args.seed."""
     return list(random_images(dataset, sizes, np.random.default_rng([args.seed, 1]), args.val_count))
 
 
 def fixed_noise(i: int, shape: tuple[int, ...], args) -> Tensor:
-    """The noise (10, *shape) of image i, a row for each level of T_GRID."""
+    """Returns the noise (10, *shape) for the validation's image i, a row for each noise level of T_GRID."""
     rng = sample_rng(args.seed, i, "validation")
     return torch.from_numpy(rng.standard_normal((len(T_GRID), *shape), dtype="float32"))
 
 
 @torch.no_grad()
 def mean_over(count: int, measure: Callable[[int], Tensor], args, processes, shape: tuple = (len(T_GRID),)) -> Tensor:
-    """The mean of measure(0), ..., measure(count - 1), each of `shape`. Each process computes its share; under FSDP
-    each computes all, because a forward pass needs every process."""
+    """Returns the mean of measure(0), ..., measure(count - 1), tensors of `shape`. Each process computes its share;
+    under FSDP each computes all, because a forward pass needs every process."""
     values, n = torch.zeros(shape, device=processes.device), torch.zeros((), device=processes.device)
     for i in range(count):
         if args.fsdp or i % processes.world == processes.rank:
@@ -54,15 +54,15 @@ def mean_over(count: int, measure: Callable[[int], Tensor], args, processes, sha
 
 
 def by_level(values: Tensor, name: str) -> dict[str, float]:
-    """Values (10,) at the levels of T_GRID -> entries of the log, {name_t_0.05: value, ...}."""
+    """Values (10,) at the noise levels of T_GRID -> entries of the log, {"NAME_t_0.05": value, ...}."""
     return {f"{name}_t_{level:.2f}": value for level, value in zip(T_GRID, values.tolist())}
 
 
 # ----- Stage B ------------------------------------------------------------------------------------------
 
 def fixed_set(dataset, side: int, encoders: dict, args, device) -> SimpleNamespace:
-    """The images of train_b.py's validation, as squares: pixels (N,r,r,3) uint8, captions, x_0 (N,...), and source:
-    raw semantic latents (N,16,h',w') or, for an encoder that is trained, its input (N,3,H,W)."""
+    """Returns the images of train_b.py's validation, as squares of `side` px: pixels (N,r,r,3) uint8, captions, latents
+    x_0 (N,...), and source: raw semantic latents (N,16,h',w') or, if the encoder is trained, its input (N,3,H,W)."""
     pixels, captions = zip(*fixed_images(dataset, [(side, side)], args))
     x_0 = torch.cat([encoders["x_0"](row) for row in pixels])
     if "stored" in encoders:
@@ -73,8 +73,8 @@ def fixed_set(dataset, side: int, encoders: dict, args, device) -> SimpleNamespa
 
 
 def validate(model, fixed, embed: Callable, weight: Callable, stage, autocast, args, processes) -> dict[str, float]:
-    """Raw loss at each level of T_GRID, its weighted mean, and for v1 the share of tokens predicted right. stage: see
-    train_b.py. No captions or semantic latents are dropped, and the semantic latents get no noise."""
+    """Returns entries of the log: Stage B's unweighted loss at each noise level of T_GRID, its weighted mean and, for
+    v1, the share of correct tokens. No captions or semantic latents are dropped, and semantic latents get no noise."""
     levels, config = torch.tensor(T_GRID, device=processes.device), model.decoder.config         # (10,)
 
     def measure(i: int) -> Tensor:

@@ -1,8 +1,8 @@
-"""Stage A's losses in addition to those of its forward: a perceptual loss, and a discriminator against blur.
+"""Losses of Stage A that need another network: a perceptual loss, and a discriminator against blur.
 
   images, output -VGGFeatures-> 5 feature maps each -perceptual_loss-> scalar
   output -PatchDiscriminator-> logits -generator_loss x adaptive_weight-> scalar, added to the reconstruction loss
-See train_a.py for how they are combined.
+train_a.py combines the losses.
 Papers: VQGAN: arXiv:2012.09841; LPIPS: arXiv:1801.03924.  Needs: torch; torchvision for VGGFeatures.
 """
 import torch
@@ -15,11 +15,11 @@ from loading.files import read_tensors, reason_of
 
 
 class VGGFeatures(nn.Module):
-    """The activations of VGG16 (arXiv:1409.1556) before each halving of the image: five feature maps."""
-    LAYERS = (3, 8, 15, 22, 29)      # relu1_2, 2_2, 3_3, 4_3, 5_3, as in LPIPS
+    """The first layers of VGG16 (arXiv:1409.1556). Computes five feature maps, one before each halving of the image."""
+    LAYERS = (3, 8, 15, 22, 29)      # indices of the same layers as in LPIPS: relu1_2, 2_2, 3_3, 4_3, 5_3
 
     def __init__(self, weights: str):
-        """weights: a file of torchvision's VGG16 weights, or "vgg16", which downloads it. Raises UserError."""
+        """weights: a file of torchvision's VGG16 weights, or "vgg16" to download it. Raises UserError if it cannot."""
         super().__init__()
         try:
             from torchvision.models import vgg16
@@ -35,7 +35,7 @@ class VGGFeatures(nn.Module):
             raise UserError(f"--perceptual {weights}: {reason_of(error)}; expected vgg16, or a file of torchvision's "
                             f"VGG16 weights (vgg16-397923af.pth); remove the option to train without it") from error
         self.requires_grad_(False)
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))      # of ImageNet's images
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))      # of ImageNet's pixels
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -49,7 +49,7 @@ class VGGFeatures(nn.Module):
 
 
 def read_vgg16(weights: str) -> dict[str, Tensor]:
-    """torchvision's tensors of VGG16, see VGGFeatures."""
+    """Returns {name in torchvision: tensor} of VGG16's convolutions. weights: see VGGFeatures."""
     if weights == "vgg16":
         from torchvision.models import VGG16_Weights
         tensors = VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True)
@@ -58,11 +58,11 @@ def read_vgg16(weights: str) -> dict[str, Tensor]:
 
 
 def perceptual_loss(features: list[Tensor], targets: list[Tensor]) -> Tensor:
-    """Distance of two batches of images in a classifier's features: activations per layer, each (B,C,h,w) -> scalar.
+    """Returns the distance, a scalar, of two batches of images in a classifier's feature maps, each (B,C,h,w).
 
-    Every position's vector is scaled to length 1, so that large activations do not dominate; squared distances are
-    summed over channels, averaged over positions and images, summed over layers. This is LPIPS (arXiv:1801.03924) with
-    all weights 1; its learned weights are not used.
+    Each position's vector is scaled to length 1, so that large activations do not dominate. Squared distances are
+    summed over channels, averaged over positions and images, and summed over layers. This is LPIPS (arXiv:1801.03924)
+    with all weights 1, without its learned weights.
     """
     def unit(x: Tensor) -> Tensor:
         return x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
@@ -92,23 +92,23 @@ class PatchDiscriminator(nn.Module):
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """Hinge loss: pushes logits of real patches above +1, of generated patches below -1. Any shape -> scalar.
 
-    Source: Geometric GAN, arXiv:1705.02894. The VQGAN paper writes the logarithmic loss; its code uses this one.
+    Source: Geometric GAN, arXiv:1705.02894. The VQGAN paper states the logarithmic loss; its code uses the hinge loss.
     """
     return 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
 
 
 def generator_loss(fake_logits: Tensor) -> Tensor:
-    """Lower if generated patches look more real. Logits of any shape -> scalar. Source: as for discriminator_loss."""
+    """The generator's loss, lower if generated patches look more real: minus the mean of their logits, of any shape."""
     return -fake_logits.mean()
 
 
 def adaptive_weight(reconstruction: Tensor, generator: Tensor, last_layer: Tensor,
                     mean=lambda gradient: gradient) -> Tensor:
-    """The factor that makes the generator loss's gradient at the last layer as long as the reconstruction loss's.
+    """Returns a factor for the generator loss: with it, the gradients of both losses at last_layer have the same norm.
 
-    Both losses are scalars with a graph; last_layer is the weight that makes the pixels -> scalar without a graph. So
-    the generator's loss cannot dominate, even if the discriminator becomes certain. Source: arXiv:2012.09841, clamped.
-    mean: averages a gradient over processes, so that all use the same factor.
+    So the generator loss cannot dominate, even if the discriminator becomes certain. reconstruction, generator: the
+    losses, scalars with a graph. last_layer: the weight of the layer that outputs the pixels. mean: a function that
+    averages a gradient over processes, so that all use the same factor. Source: arXiv:2012.09841; clamped here.
     """
     lengths = [mean(torch.autograd.grad(loss, last_layer, retain_graph=True)[0]).norm()
                for loss in (reconstruction, generator)]
