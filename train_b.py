@@ -15,13 +15,13 @@
 The first command is a smoke run on a CPU; the second adapts Stage B to your images.
 Stage B is a diffusion autoencoder. Its encoder reduces an image to 1/42 of its width and height,
 with 16 channels. The loss makes it encode what Stage B needs to denoise x_t.
-One pass of the loop at the bottom is one optimizer step. The random numbers of a sample are a
-function of (seed, position in the stream of samples), those of dropout of (seed, step, process).
-So any number of processes sees the same samples, and a resumed run equals an uninterrupted one.
+One pass of the loop at the bottom is one optimizer step. The random numbers of a sample depend only
+on (seed, position in the stream of samples), those of dropout only on (seed, step, process). So any
+number of processes sees the same samples, and a resumed run equals an uninterrupted one.
 Note: gradient accumulation (--grad-accum) equals a larger batch only with --freeze-encoder, because
 the encoder's BatchNorm sees one forward pass (of all processes) at a time.
 Stage C only works with the encoder it was trained on; if you train the encoder, train C again.
-With --v1, the functions of v1/training.py replace those of the same names here: see `stage`.
+With --v1, functions of v1/training.py replace those of the same names here: see `stage` in main.
 Paper: arXiv:2306.00637 (Stage B).
 Needs: torch, torchvision, numpy, pillow, tqdm; tokenizers for text; training/, loading/, v1/.
 """
@@ -96,7 +96,7 @@ def parse_args(argv=None):
     return args
 
 
-if __name__ == "__main__":       # before the imports below, so that --help need not wait for torch
+if __name__ == "__main__":       # stands before the slow imports, so that --help is fast
     from loading.errors import MEMORY_HINT, RESUME_HINT, exit_on_user_error
     with exit_on_user_error(RESUME_HINT, f"{MEMORY_HINT}, or add --checkpointing"):
         args = parse_args()
@@ -174,12 +174,12 @@ def set_defaults(args, small: bool) -> None:
 # ----- one sample ---------------------------------------------------------------------------------
 
 class StageBSamples(torch.utils.data.Dataset):
-    """(position, index, index into sizes) -> dict, which depends only on these three and the seed.
+    """Maps (position, index, number) to a sample, which depends only on these three and the seed.
 
-    position counts samples in an endless stream; index counts images. The dict has pixels (h,w,3)
-    uint8 or, from caches, x_0 (4,h/4,w/4) and stored (16,h',w'); caption; chance, from which t is
-    made; the items of draw_noise(rng, h/4, w/4). For the semantic latents it has their noise
-    eps_semantic (16,h',w'), its level t_semantic (0: no noise), and dropped: whether to zero them.
+    position: of the sample in an endless stream. index: of the image. number: of its size in sizes.
+    The sample is a dict: pixels (h,w,3) uint8 or, from caches, x_0 (4,h/4,w/4) and semantic latents
+    `stored` (16,h',w'); caption; chance, see noise_levels; the items of draw_noise; for semantic
+    latents, noise eps_semantic (16,h',w'), its level t_semantic and dropped (True: zero them).
     """
     def __init__(self, dataset, sizes, args, caches, replaced, draw_noise):
         self.dataset, self.sizes, self.args, self.draw_noise = dataset, sizes, args, draw_noise
@@ -191,7 +191,7 @@ class StageBSamples(torch.utils.data.Dataset):
         index, item = self.read(index, number, rng)
         caption, dropped = draw_caption(self.dataset, index, rng, args.caption_dropout)
         item["caption"] = "" if dropped or args.text_encoder == "none" else caption
-        spoil = rng("semantic")      # noise as in cascaded diffusion, arXiv:2106.15282
+        spoil = rng("semantic")      # conditioning augmentation, arXiv:2106.15282
         noisy, zeroed = (spoil.random() < p for p in (args.semantic_noise, args.semantic_dropout))
         level, shape = spoil.random() * 0.5, (16, h * 3 // 128, w * 3 // 128)
         eps_semantic = torch.from_numpy(spoil.standard_normal(shape, dtype=np.float32))
@@ -200,23 +200,23 @@ class StageBSamples(torch.utils.data.Dataset):
             t_semantic=np.float32(level if noisy else 0), dropped=bool(zeroed), position=position)
 
 
-# ----- noise and loss of v2; v1/training.py has the same for v1, under the same names -------------
+# ----- noise and loss of v2; v1/training.py has functions of the same names for v1 ----------------
 
 def draw_noise(rng: np.random.Generator, h: int, w: int, config: dict) -> dict:
-    """The noise of one sample: {"eps": (4,h,w)}."""
+    """Draws the noise of one sample: {"eps": (4,h,w)}."""
     return dict(eps=torch.from_numpy(rng.standard_normal((config["c_in"], h, w), dtype=np.float32)))
 
 
 def noise_levels(chance, blind: bool, args):
-    """chance (B,) in [0, 1) -> t (B,): up to 1.08, then clamped to 1, so 7 % train at t = 1, where
-    sampling starts. In blind steps t is 0.4 to 0.9, where the head can learn `a` well."""
+    """Converts uniform chance (B,) to noise levels t (B,): uniform up to 1.08, clamped to 1, so 7 %
+    are 1, where sampling starts. In blind steps: 0.4 to 0.9, where the head learns `a` well."""
     t = ((1 - chance) * 1.08 + 0.001).clamp(0.001, 1)
     return 0.4 + 0.5 * chance if blind else 1 - (1 - t) ** args.high_noise
 
 
 def corrupt(batch: dict, x_0, t, blind: bool) -> tuple:
-    """-> x_t and the noise in it, 2 x (B,4,h,w). In blind steps x_t is 1 everywhere (the first norm
-    cannot normalise zeros), and the noise is the eps for which add_noise gives this x_t."""
+    """Adds noise to x_0 -> x_t, eps, 2 x (B,4,h,w). In blind steps, x_t is 1 everywhere (the first
+    norm cannot normalise zeros), and eps is the noise for which add_noise gives this x_t."""
     if not blind:
         return add_noise(x_0, batch["eps"], t), batch["eps"]
     x_t, ab = torch.ones_like(x_0), per_row(alphas_cumprod(t), x_0)
@@ -224,40 +224,40 @@ def corrupt(batch: dict, x_0, t, blind: bool) -> tuple:
 
 
 def forward(decoder, x_t, t, semantic, text) -> tuple:
-    """Returns the two outputs of the head, a and b, 2 x (B,4,h,w)."""
+    """Runs Stage B. Returns the two outputs of its head, a and b, 2 x (B,4,h,w)."""
     return decoder.signal_and_scale(x_t, t, semantic, text)
 
 
 def prediction(output, x_t):
-    """The outputs of `forward` -> eps_hat (B,4,h,w), as sampling needs it."""
+    """Computes the predicted noise (B,4,h,w), for sampling, from the outputs of `forward`."""
     a, b = output
     return (x_t - a.float()) / b.float()
 
 
 def raw_losses(output, x_0, x_t, eps, t, args):
-    """Mean squared error of each image, (B,), in the form that --loss names."""
+    """Computes the mean squared error of each image, (B,): of eps, or for --loss head of a, b."""
     a, b = (part.float() for part in output)
     if args.loss == "eps":
         return ((x_t - a) / b - eps).square().mean(dim=(1, 2, 3))
-    # eps = (x_t - a) / b is right for a = sqrt(ab) x_0 and b = sqrt(1 - ab), and both are known.
-    # In the error of eps, x_t's noise multiplies errors of b, which hides the image's gradient.
-    # The divisor turns errors of `a` into errors of eps; its minimum limits nearly clean images.
+    # eps = (x_t - a) / b is exact for a = sqrt(ab) x_0 and b = sqrt(1 - ab): these are the targets.
+    # (The error of eps contains the noise of x_t times the error of b, which hides the gradient of
+    # `a`.) The divisor scales errors of `a` like errors of eps; clamp limits it for small noise.
     ab = per_row(alphas_cumprod(t), x_0)                                           # (B, 1, 1, 1)
     squares = (a - ab.sqrt() * x_0).square() + (b - (1 - ab).sqrt()).square()      # (B, 4, h, w)
     return (squares / (1 - ab).clamp(min=0.2)).mean(dim=(1, 2, 3))
 
 
 def contrast_weight(x_0):
-    """Weight of each image by its contrast: x_0 (B,4,h,w) -> (B,), to be divided by its mean.
+    """Computes a loss weight for each image, x_0 (B,4,h,w) -> (B,). Divide it by its mean.
 
-    The squared error of a wrong object grows with its contrast; this weight compensates for that.
+    The squared error of a wrong object grows with its contrast. This weight compensates for that.
     The variance within the latents of an emoji scene is at least 0.04, at most 1.2, median 0.3.
     """
-    return 1 / (x_0.var(dim=(2, 3)).mean(dim=1) + 0.15)        # 0.3 to 2.2 times the mean
+    return 1 / (x_0.var(dim=(2, 3)).mean(dim=1) + 0.15)        # 0.3 to 2.2 after division
 
 
 def mean_contrast_weight(dataset, sizes, encode_vqgan, args) -> float:
-    """The mean of contrast_weight over 256 images, so that weights do not depend on the batch."""
+    """Returns the mean of contrast_weight over 256 images, the same divisor for all batches."""
     if not args.even_contrast:
         return 1.0
     images = random_images(dataset, sizes, sample_rng(args.seed, 0, "contrast"), 256)
@@ -278,12 +278,12 @@ class EncoderAndDecoder(torch.nn.Module):
         """source: images (B,3,H,W) for the encoder, or raw semantic latents (B,16,h',w'); x_t and t
         (B,), text (B,N,D) -> stage.forward's output; without x_t the raw semantic latents.
 
-        t_semantic (B,): level of the noise eps_semantic (B,16,h',w'); dropped (B,): rows to zero.
+        t_semantic (B,): level of the noise eps_semantic (B,16,h',w'); dropped (B,): rows set to 0.
         """
         semantic = self.encoder(source).float() if source.shape[1] == 3 else source
         if x_t is None:                                                            # (B, 16, h', w')
             return semantic
-        if t_semantic is not None:           # scaled, because add_noise expects variance 1
+        if t_semantic is not None:           # add_noise expects variance 1, so scale first
             noised = self.unscale(add_noise(self.scale(semantic), eps_semantic, t_semantic))
             semantic = torch.where(per_row(t_semantic > 0, semantic), noised, semantic)
             semantic = semantic.masked_fill(per_row(dropped, semantic), 0.0)
@@ -293,7 +293,7 @@ class EncoderAndDecoder(torch.nn.Module):
 def share_of_learning_rate(name: str) -> float:
     """Returns 1/8 for weights multiplied by semantic latents, whose size is about 42, else 1. Adam
     changes every weight by about the learning rate, so these weights would change the output 42
-    times as much. 1/42 would balance this; 1/8 learned as well."""
+    times as much. 1/42 would compensate for this; 1/8 learned equally well."""
     return 1 / 8 if name.startswith("decoder.") and "semantic_" in name[len("decoder."):] else 1.0
 
 
@@ -309,7 +309,7 @@ def main(args):
     # --- data, before any model is downloaded, and models -----------------------------------------
     dataset, val_data = open_data(args, processes, captions_required=False,
                                   unseen=f"scenes:all:{max(args.val_count, 64)}:1000000000")
-    stage = v1.training if args.v1 else sys.modules[__name__]         # both have the same functions
+    stage = v1.training if args.v1 else sys.modules[__name__]  # both have draw_noise, forward...
     decoder, encoder, vqgan, text_encoder = load_models(args, stage, dtype, processes)
     set_defaults(args, small := isinstance(encoder, TinyImageEncoder))
     model = EncoderAndDecoder(decoder, None if args.freeze_encoder else encoder, stage)
@@ -326,10 +326,10 @@ def main(args):
 
     @torch.no_grad()
     def encode_vqgan(pixels):
-        """(B,h,w,3) uint8 -> x_0 (B,4,h/4,w/4) float32, or tokens (B,h/4,w/4) with --v1."""
+        """Encodes pixels (B,h,w,3) uint8 -> x_0 (B,4,h/4,w/4), with --v1 tokens (B,h/4,w/4)."""
         return stage.encode(vqgan, to_tensor(pixels, device))
 
-    encode_semantic = partial(semantic_latents, encoder, device=device)       # for a frozen encoder
+    encode_semantic = partial(semantic_latents, encoder, device=device)       # if it is frozen
     encoders, caches, replaced = dict(x_0=encode_vqgan), {}, {}
     if args.freeze_encoder:
         encoders["stored"] = encode_semantic
@@ -337,7 +337,7 @@ def main(args):
              partial(no_text, decoder.config, device))
     if args.cache:
         caches["x_0"] = open_cache(args, vqgan, crop="center", **stage.cache_settings(vqgan))
-        if args.freeze_encoder:          # the same entries as train_c.py's
+        if args.freeze_encoder:          # train_c.py uses the same cache entries
             caches["stored"] = open_cache(args, encoder, kind="latents", crop="center")
         if text_encoder:
             embed.cache = open_cache(args, text_encoder.model, kind="texts")
@@ -351,7 +351,7 @@ def main(args):
                                  processes)
     mean_contrast = mean_contrast_weight(dataset, order.shapes, encode_vqgan, args)
     if args.cache and args.freeze_encoder:
-        encoder.to("cpu")                # no longer needed on the device
+        encoder.to("cpu")                # frees the device's memory: the cache replaces it
 
     # --- optimizer, EMA, and the state of the run -------------------------------------------------
     if args.fsdp:
@@ -377,13 +377,13 @@ def main(args):
 
     def save(step: int) -> None:
         nan_steps.look()
-        state = full_state(model, optimizer, scaler, ema)        # all processes take part
+        state = full_state(model, optimizer, scaler, ema)        # every process must call it
         state |= dict(script="train_b.py", settings=settings, step=step,
                       bad=nan_steps.in_a_row, bad_in_all=nan_steps.in_all)
         processes.on_main(checkpoints.save, step, state, nan_steps.in_a_row == 0)
 
     def evaluate(step: int) -> None:
-        """Validation and reconstructed images, with the EMA weights."""
+        """Runs validation and reconstructs images, both with the EMA weights."""
         model.eval()
         with ema.applied():
             if due(args.val_every, step, args.steps):
@@ -396,13 +396,13 @@ def main(args):
         model.train()
         processes.wait()
 
-    nan_steps, state = NanSteps(args, processes, log, state), None        # frees the state's memory
+    nan_steps, state = NanSteps(args, processes, log, state), None        # None frees its memory
 
     # --- one pass of this loop is one optimizer step ----------------------------------------------
     stop, progress = GracefulExit(), Progress("Stage B", start, args, processes, order.batch)
     samples = batches(StageBSamples(dataset, order.sizes, args, caches, replaced, draw), order,
                       processes, args, start)
-    evaluate(start)      # at the start as well: an error in validation or sampling shows early
+    evaluate(start)      # before the first step, to find errors in validation and sampling
     for step in progress:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args) * group["share"]
@@ -418,10 +418,10 @@ def main(args):
             text = embed(batch["caption"])                                         # (B, N, c_text)
             t = stage.noise_levels(batch["chance"], blind, args)                   # (B,)
             x_t, target = stage.corrupt(batch, x_0, t, blind)                      # (B, 4, h, w)
-            # Dropout is a function of the step, so it is the same in a resumed run.
+            # Dropout's seed depends only on the step, so a resumed run draws the same dropout.
             torch.manual_seed(hash((args.seed, step, micro, processes.rank)) % 2 ** 63)
-            # Gradients are averaged over processes once per step, in the last backward. Forward
-            # must be inside no_sync as well: DDP decides in forward whether backward communicates.
+            # Only the last backward of a step averages gradients over processes. no_sync must also
+            # contain forward, because DDP decides in forward whether backward communicates.
             last = micro == args.grad_accum - 1
             with nullcontext() if last else no_sync(parallel):
                 with autocast:
@@ -432,18 +432,18 @@ def main(args):
                 loss = (raw * weight(t) * contrast).mean()
                 if guide:
                     loss = loss + args.guide_attention * guide.loss()
-                scaler.scale(loss / args.grad_accum).backward()  # micro-steps add up to a mean
+                scaler.scale(loss / args.grad_accum).backward()  # the sum is a mean
             loss_sum += loss.detach() / args.grad_accum
             progress.add(t, raw)
         scaler.unscale_(optimizer)
         grad_norm = clip_gradients(model, args.clip)
-        # All processes decide together: if only one skipped the step, the others would wait for it.
+        # All processes skip a step, or none does: if only one did, the others would wait for it.
         # In fp16, infinite gradients are normal: the scaler skips the step and lowers its scale.
         is_nan = ~loss_sum.isfinite() | (~grad_norm.isfinite() & (not scaler.is_enabled()))
         skip = nan_steps.skip(is_nan, step, zip(model.buffers(), statistics),
                               positions=batch["position"], captions=batch["caption"])
         take_step([optimizer], scaler, ema, skip)
-        scaler.update()                  # also after a skipped step: unscale_ was called
+        scaler.update()                  # in a skipped step too, as unscale_ was called
         nan_steps.check(due(args.log_every, step + 1, args.steps), save)
 
         # --- log, save, validate, sample ----------------------------------------------------------

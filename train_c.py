@@ -15,9 +15,9 @@ with the LoRA. One pass of the loop at the bottom is one optimizer step, written
 things decide whether a fine-tune is good, and are on by default. 5 % of the captions, each drawn
 separately, are replaced by "", which guidance needs. Noise levels reach t = 1, where sampling
 starts. Targets come from the image encoder in float32.
-The random numbers of a sample are a function of (seed, position in the stream of samples), those of
-dropout of (seed, step, process). So any number of processes sees the same samples, and a resumed
-run equals an uninterrupted one.
+The random numbers of a sample depend only on (seed, position in the stream of samples), those of
+dropout only on (seed, step, process). So any number of processes sees the same samples, and a
+resumed run equals an uninterrupted one.
 Paper: arXiv:2306.00637 (Stage C).
 Needs: torch, torchvision, tokenizers, numpy, pillow, tqdm; training/, loading/, wuerstchen.py.
 """
@@ -88,7 +88,7 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 
-if __name__ == "__main__":       # before the imports below, so that --help need not wait for torch
+if __name__ == "__main__":       # stands before the slow imports, so that --help is fast
     from loading.errors import MEMORY_HINT, RESUME_HINT, exit_on_user_error
     with exit_on_user_error(RESUME_HINT, f"{MEMORY_HINT}, or add --checkpointing"):
         args = parse_args()
@@ -130,7 +130,7 @@ CURVES = ["loss", "val_loss", "grad_norm", *(f"val_loss_t_{t:.2f}" for t in T_GR
 def check(args) -> None:
     """Raises UserError for options that cannot be used together, before anything is loaded."""
     check_services(args)
-    new = args.train_text or args.init == "random"       # original weights change
+    new = args.train_text or args.init == "random"       # the original is not kept
     for conflict, message in (
             (args.lora and new, "--lora leaves all weights unchanged: it does not go with "
              "--train-text or --init random"),
@@ -153,11 +153,11 @@ def check(args) -> None:
 # ----- one sample ---------------------------------------------------------------------------------
 
 class StageCSamples(torch.utils.data.Dataset):
-    """(position, index, bucket) -> dict, which depends only on these three and the seed.
+    """Maps (position, index, bucket) to a sample, which depends only on these three and the seed.
 
-    position counts samples in an endless stream; index counts images. The dict has x_0 (16,h',w')
-    from a cache or pixels (h,w,3) uint8; caption, t, eps (16,h',w'), position; for --preserve
-    also preserve, a bool, and teacher_latents (16,h',w').
+    position: number of the sample in an endless stream. index: number of its image. The sample is
+    a dict: x_0 (16,h',w') from a cache or pixels (h,w,3) uint8; caption, t, eps (16,h',w'),
+    position; for --preserve also preserve (a bool) and teacher_latents (16,h',w').
     """
     def __init__(self, dataset, buckets, args, caches, replaced, preserved=None):
         self.dataset, self.buckets, self.args, self.preserved = dataset, buckets, args, preserved
@@ -174,8 +174,8 @@ class StageCSamples(torch.utils.data.Dataset):
         eps = rng("noise").standard_normal((16, h * 3 // 128, w * 3 // 128), dtype=np.float32)
         if args.offset_noise:
             eps += args.offset_noise * rng("offset").standard_normal((16, 1, 1), dtype=np.float32)
-        # t is drawn up to 1.08, then clamped to 1, so 7 % train at t = 1, where sampling starts.
-        # It is stored in float32, because bfloat16 has only 8 significant bits.
+        # t is uniform up to 1.08, then clamped to 1, so 7 % are 1, where sampling starts. It stays
+        # in float32, because bfloat16 has only 8 significant bits.
         t = min(max((1 - rng("timestep").random()) * 1.08 + 0.001, 0.001), 1.0)
         return item | dict(caption="" if dropped else caption, t=np.float32(t),
                            eps=torch.from_numpy(eps), position=position)
@@ -187,7 +187,7 @@ TRAINING_PARTS = ("prior", "prior_text_encoder", "prior_tokenizer", "image_encod
 
 
 def load_models(args, paths, dtype, autocast, device) -> tuple:
-    """Returns Stage C with its LoRA, --preserve's teacher or None, image encoder, text encoder.
+    """Returns Stage C with its LoRA, the teacher of --preserve (or None), image and text encoder.
 
     The image encoder stays in eval mode and in float32, so that the targets are exact.
     """
@@ -207,8 +207,8 @@ def load_models(args, paths, dtype, autocast, device) -> tuple:
 
 
 def build_prior(args, path, dtype) -> StageC:
-    """Returns Stage C in float32: an optimizer's steps are too small for 16 bits. With a LoRA,
-    whose own weights are float32, the frozen weights are in `dtype`, to save memory."""
+    """Returns Stage C in float32, because 16 bits would round small updates of weights away. With
+    --lora, Stage C is frozen and therefore in `dtype`, to save memory; the LoRA is in float32."""
     if args.init == "weights":
         return load_stage_c(path, dtype if args.lora else torch.float32)
     return new_model(StageC, args.config)
@@ -297,10 +297,10 @@ def main(args):
     fixed = [(encode(pixels), caption) for pixels, caption in images]
     sheets = SampleSheets(args, model, text_encoder, paths, dataset, autocast, dtype,
                           processes) if args.sample_every else None
-    if args.cache:               # the cache has all that training needs: free the encoders' memory
+    if args.cache:               # the cache replaces the encoders: free their memory
         texts.fill([caption for _, caption in fixed] + (preserved.prompts if preserved else []))
         encode = image_encoder = text_encoder = None
-        texts.encoder = partial(embed_once, paths, dtype)    # used if an entry is damaged
+        texts.encoder = partial(embed_once, paths, dtype)    # for a damaged cache entry
 
     # --- optimizer, EMA, and the state of the run -------------------------------------------------
     if args.fsdp:
@@ -321,7 +321,7 @@ def main(args):
 
     def save(step: int) -> None:
         nan_steps.look()
-        state = full_state(model, optimizer, scaler, ema)        # all processes take part
+        state = full_state(model, optimizer, scaler, ema)        # every process must call it
         state |= dict(script="train_c.py", settings=settings, step=step,
                       bad=nan_steps.in_a_row, bad_in_all=nan_steps.in_all)
         processes.on_main(checkpoints.save, step, state, nan_steps.in_a_row == 0)
@@ -329,7 +329,7 @@ def main(args):
             processes.on_main(write_lora, args, prior, step, len(dataset))
 
     def evaluate(step: int) -> None:
-        """Validation and sample sheet, with the EMA weights."""
+        """Runs validation and draws a sample sheet, both with the EMA weights."""
         model.eval()
         with ema.applied():
             if due(args.val_every, step, args.steps):
@@ -341,45 +341,45 @@ def main(args):
         model.train()
         processes.wait()
 
-    nan_steps, state = NanSteps(args, processes, log, state), None        # frees the state's memory
+    nan_steps, state = NanSteps(args, processes, log, state), None        # None frees its memory
 
     # --- one pass of this loop is one optimizer step ----------------------------------------------
     stop, progress = GracefulExit(), Progress("Stage C", start, args, processes, order.batch)
     samples = batches(StageCSamples(dataset, buckets, args, caches, replaced, preserved), order,
                       processes, args, start)
-    evaluate(start)      # at the start as well: an error in validation or sampling shows early
+    evaluate(start)      # before the first step, to find errors in validation and sampling
     for step in progress:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
         loss_sum = torch.zeros((), device=device)
         for micro, batch in enumerate(micro_batches(samples, args, processes, save, step)):
             x_0 = batch["x_0"] if caches else encode(batch["pixels"])              # (B, 16, h, w)
-            eps, t = batch["eps"], batch["t"]                                      # like x_0; (B,)
+            eps, t = batch["eps"], batch["t"]                                # (B, 16, h, w), (B,)
             text = embed(batch["caption"])                                         # (B, N, D)
             x_t, target = add_noise(x_0, eps, t), eps                              # (B, 16, h, w)
             if args.preserve:
                 x_t, target = teacher.replace(batch, x_t, eps, t, text)
-            # Dropout is a function of the step, so it is the same in a resumed run.
+            # Dropout's seed depends only on the step, so a resumed run draws the same dropout.
             torch.manual_seed(hash((args.seed, step, micro, processes.rank)) % 2 ** 63)
-            # Gradients are averaged over processes once per step, in the last backward. Forward
-            # must be inside no_sync as well: DDP decides in forward whether backward communicates.
+            # Only the last backward of a step averages gradients over processes. no_sync must also
+            # contain forward, because DDP decides in forward whether backward communicates.
             last = micro == args.grad_accum - 1
             with nullcontext() if last else no_sync(parallel):
                 with autocast:
                     eps_hat = parallel(x_t, t, text).float()                       # (B, 16, h, w)
                 raw = (eps_hat - target).square().mean(dim=(1, 2, 3))              # (B,)
                 loss = (raw * weight(t)).mean()
-                scaler.scale(loss / args.grad_accum).backward()  # micro-steps add up to a mean
+                scaler.scale(loss / args.grad_accum).backward()  # the sum is a mean
             loss_sum += loss.detach() / args.grad_accum
             progress.add(t, raw)
         scaler.unscale_(optimizer)
         grad_norm = clip_gradients(model, args.clip)
-        # All processes decide together: if only one skipped the step, the others would wait for it.
+        # All processes skip a step, or none does: if only one did, the others would wait for it.
         # In fp16, infinite gradients are normal: the scaler skips the step and lowers its scale.
         is_nan = ~loss_sum.isfinite() | (~grad_norm.isfinite() & (not scaler.is_enabled()))
         skip = nan_steps.skip(is_nan, step, positions=batch["position"], captions=batch["caption"])
         take_step([optimizer], scaler, ema, skip)
-        scaler.update()                  # also after a skipped step: unscale_ was called
+        scaler.update()                  # in a skipped step too, as unscale_ was called
         nan_steps.check(due(args.log_every, step + 1, args.steps), save)
 
         # --- log, save, validate, sample ----------------------------------------------------------
