@@ -1,1 +1,1 @@
-"""Code for the bundled tiny model only: its judge, and the training of its encoders."""
+"""Code only for the tiny model that ships with this repository: its judge, and the training of its encoders."""

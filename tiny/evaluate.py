@@ -1,16 +1,16 @@
-"""How often does a generated image show what its prompt asks for? 256 fixed prompts, judged by judge.py.
+"""Measures how often a generated image shows what its prompt asks for: 256 fixed prompts, judged by judge.py.
 
   fixed_prompts -> 256 prompts -Wuerstchen-> images -Judge-> objects, positions, colour -> score
 
-Half of the prompts name a pair of objects that no training image shows.
-Out  fractions: background, single_object, pair_seen, pair_held_out (both objects and relation), ...
+Half of the prompts name a pair of objects that no training image shows together (held-out pairs).
+Out  fractions of correct images: background, single_object, pair_seen, pair_held_out (objects and relation), ...
 Needs: numpy, pillow, torch; wuerstchen.py for sampling.
 
   python -m tiny.evaluate --real                                      # the judge's own accuracy
   python -m tiny.evaluate --weights tiny --out eval.json --grid eval.png
-  python -m tiny.evaluate --weights tiny --prompts 32                 # a quick look
+  python -m tiny.evaluate --weights tiny --prompts 32                 # only 32 prompts: faster, less exact
   python -m tiny.evaluate --weights tiny --seeds 4 --sharp            # also sharpness, and how much each stage loses
-  python -m tiny.evaluate --lora runs/unicorn/lora.safetensors --object unicorn      # did it learn its object?
+  python -m tiny.evaluate --lora runs/unicorn/lora.safetensors --object unicorn      # did the LoRA learn its object?
 """
 import sys
 
@@ -63,7 +63,7 @@ def fixed_prompts(seed: int = 0) -> list[dict]:
 
 
 def prompts_of(name: str, seed: int = 0) -> list[dict]:
-    """64 prompts about one object, in the form of fixed_prompts: 24 of it alone (8 colours x 3 sizes), 40 of pairs."""
+    """Returns 64 prompts about one object, like fixed_prompts: 24 of it only (8 colours x 3 sizes), 40 of pairs."""
     rng = np.random.default_rng(seed)
     others = [other for other in rng.permutation(CAPTIONED).tolist() if other != name][:40]
     sizes, colours = [None, "small", "large"] * 8, sorted(COLOURS) * 8
@@ -76,7 +76,7 @@ def prompts_of(name: str, seed: int = 0) -> list[dict]:
 
 
 def real_image(fact: dict, rng: np.random.Generator) -> np.ndarray:
-    """Draws a correct image for a prompt's facts, (128,128,3) uint8, as a perfect model would generate it."""
+    """Draws an image (128,128,3) uint8 that shows exactly what a prompt asks for. fact: a dict of fixed_prompts."""
     if fact["relation"]:
         return render(place_pair(rng, *fact["objects"], fact["relation"], fact["colour"]))
     size = fact["size"] or ("small", "medium", "large")[rng.integers(3)]
@@ -84,7 +84,7 @@ def real_image(fact: dict, rng: np.random.Generator) -> np.ndarray:
 
 
 def degrade(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Adds slight blur (0.8 px) and noise (sigma 10 of 255), as in images of an imperfect model."""
+    """Adds slight blur (0.8 px) and noise (sigma 10 of 255), like the faults of generated images."""
     blurred = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(0.8)), np.float32)
     return np.clip(blurred + rng.normal(0, 10, blurred.shape), 0, 255).astype(np.uint8)
 
@@ -92,7 +92,7 @@ def degrade(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 # ----- score -----------------------------------------------------------------------------------------
 
 def tally(verdicts: list[dict], facts: list[dict]) -> dict:
-    """Returns {name of a figure: {"right": fraction, "n": images}}, without figures of which n would be 0."""
+    """Returns {name of a figure: {"right": share of correct images, "n": number of images}}. Omits n = 0."""
     def of(kind, key):
         return [v[key] for v, f in zip(verdicts, facts) if f["kind"] == kind and v[key] is not None]
     figures = {"background": [v["background"] for v in verdicts],
@@ -103,8 +103,8 @@ def tally(verdicts: list[dict], facts: list[dict]) -> dict:
 
 
 def score(images, facts: list[dict], judge: Judge | None = None) -> dict:
-    """Judges images by the facts of their prompts. Returns figures, see tally.
-    images: n square uint8 RGB images; facts: n dicts of fixed_prompts()."""
+    """Judges whether images show what their prompts ask for. Returns figures, see tally.
+    images: n square uint8 RGB images; facts: the n dicts of fixed_prompts() for them."""
     if len(images) != len(facts):
         raise ValueError(f"Got {len(images)} images for {len(facts)} prompts; give one per prompt.")
     judge = judge or Judge()
@@ -118,7 +118,7 @@ def print_table(title: str, figures: dict) -> None:
 
 
 def draw_grid(images, facts: list[dict], verdicts: list[dict], columns: int = 8) -> Image.Image:
-    """Images with their prompts below: in green if the image shows everything in the prompt, else in red."""
+    """Draws images with their prompts below: in green if the image shows everything in the prompt, else in red."""
     width, height = CANVAS + 8, CANVAS + 44
     grid = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
     draw, font = ImageDraw.Draw(grid), ImageFont.load_default(size=10)
@@ -183,7 +183,7 @@ def parse_args(argv=None):
 
 def load(args):
     """Returns the model, and the sampling options that the user gave."""
-    from wuerstchen import Wuerstchen                    # imported only now, so that --help and --real start at once
+    from wuerstchen import Wuerstchen                    # imported here, so that --help and --real start fast
     model = Wuerstchen.load(args.weights, dtype=args.dtype, int8=args.int8, lora=args.lora)
     return model, sampling_options(argparse.Namespace(**dict.fromkeys(OF_STAGES) | vars(args)), model)
 
@@ -192,14 +192,14 @@ def sample(args, prompts: list[str]) -> list[Image.Image]:
     from tqdm import tqdm
     (model, options), images = load(args), []
     for start in tqdm(range(0, len(prompts), args.batch), desc="sampling", unit="batch"):
-        # Image i of a call starts from the noise of seed + i, so image n of all gets seed + n, whatever --batch is.
+        # In a call, image i has the seed `seed + i`. So the n-th of all images has args.seed + n for any --batch.
         images += model(prompts[start:start + args.batch], seed=args.seed + start, **options)
     return images
 
 
 def sharpness_of(args, run: dict, facts: list[dict], judge: Judge) -> dict:
-    """Prints and returns {title: means, see sharpness.summary} for `run`, {title: images}. Unless --real, also for true
-    images of the same prompts, encoded and decoded by the model's Stages A and B, see sharpness.stages."""
+    """Prints and returns {title: result of sharpness.summary} for `run`, {title: images}. Without --real, it also does
+    so for true images of the same prompts, encoded and decoded by the model's Stages A and B, see sharpness.stages."""
     from tiny.sharpness import stages, summary
     (title, images), rows = *run.items(), {}
     if not args.real:
@@ -223,10 +223,10 @@ def main(args):
         clean = [real_image(fact, rng) for fact in facts]
         runs = {"real scenes": clean, "real scenes, degraded": [degrade(image, rng) for image in clean]}
     else:
-        with exit_on_user_error(), as_user_error():      # errors: unusable weights, or settings that do not fit them
+        with exit_on_user_error(), as_user_error():      # errors of weights and sampling options
             runs = {args.weights: sample(args, [fact["prompt"] for fact in facts])}
     judge = Judge()
-    # Without the output paths, which have no influence on the figures and would reveal folders of this machine.
+    # The settings omit the output paths, which do not influence figures and would reveal folders of this machine.
     report = {"settings": {k: v for k, v in vars(args).items() if k not in ("out", "grid")}, "runs": []}
     for title, images in runs.items():
         seen = [judge.find(image) for image in images]
@@ -246,7 +246,7 @@ def main(args):
             report["runs"][-1]["sharpness"] = sharpness_of(args, {title: images}, facts, judge)
     if args.out:
         write_atomically(args.out, lambda path: path.write_text(json.dumps(report, indent=1) + "\n"), overwrite=False)
-    if args.grid:                                        # the grid shows the images of the last run
+    if args.grid:                                        # draws the images of the last run only
         grid = draw_grid(images[:64], facts, verdicts)
         write_atomically(args.grid, grid.save, overwrite=False)
 

@@ -15,28 +15,28 @@ from PIL import Image
 from training.scenes import COLOURS, OBJECTS, sprite
 
 SIDE = 64                              # px at which images are compared: half of a scene
-# Sizes that are tried, px of SIDE, in steps of about 11 %: the nearest one is at most 6 % from the true size.
+# Sizes at which sprites are searched, in px of SIDE. Steps of about 11 %: the nearest is at most 6 % off the true size.
 SIZES = (14, 16, 18, 20, 22, 24, 27, 30, 33, 37, 41, 45)
-SLACK = 1                              # px of SIDE by which two found boxes may overlap
-BACKGROUND_TOLERANCE = 40              # RGB distance; the two nearest of COLOURS are 84 apart
-MIN_EXPLAINED = 0.25                   # minimum of `explained`, see Judge.find
-SMALL_UP_TO, LARGE_FROM = 51, 71       # limits in px of a scene, between the size classes of scenes.py
+SLACK = 1                              # px of SIDE by which boxes of two objects may overlap
+BACKGROUND_TOLERANCE = 40              # largest RGB distance; the nearest two COLOURS are 84 apart
+MIN_EXPLAINED = 0.25                   # smallest `explained` of an object, see Judge.find
+SMALL_UP_TO, LARGE_FROM = 51, 71       # px of a scene: sizes called small and large in prompts
 
 
 class Judge:
     """Finds sprites in an image by maximum likelihood.
 
     Let D = image - background. A sprite with colours T adds R = alpha (T - background) to the background. Its gain is
-    how much it lowers the squared error:   |D|^2 - |D - R|^2 = 2 sum(D R) - sum(R^2).   The highest gain over all
-    sprites, sizes and positions is the best explanation. With R = P - alpha background and P = alpha T, only P and
-    alpha have to be prepared, and these do not depend on the background:
+    how much it lowers the squared error:   |D|^2 - |D - R|^2 = 2 sum(D R) - sum(R^2).   The sprite, size and position
+    with the highest gain explain the image best. R is computed as P - alpha background with P = alpha T, because P
+    and alpha do not depend on the background, so that their FFTs are computed only once:
       sum(D R) = sum(D P) - background sum(D alpha)           correlations, all positions at once: FFT
       sum(R R) = sum(P P) - 2 background sum(P alpha) + background^2 sum(alpha alpha)
-    Objects in a scene do not overlap, so one search finds them all: the best explanation, then the best one next to
-    it, and so on.
+    Objects in a scene do not overlap, so gains are computed once for all objects: the highest gain is the first object,
+    the highest gain that does not overlap it the second, and so on.
     """
     def __init__(self, objects=OBJECTS, device="cpu"):
-        import torch                                      # imported here, so that --help of evaluate.py need not wait
+        import torch                                      # imported here, so that evaluate.py --help is fast
         self.device, self.objects = device, list(objects)
         self.fft, self.P_P, self.P_alpha, self.alpha_alpha = [], [], [], []    # an item for each of SIZES
         for k in SIZES:
@@ -48,16 +48,16 @@ class Judge:
             self.P_alpha.append((P * alpha).sum((2, 3)))            # (N, 3)
             self.alpha_alpha.append(alpha.square().sum((1, 2, 3)))  # (N,)
             F = torch.fft.rfft2(torch.cat([P, alpha], dim=1))       # (N, 4, 64, 33)
-            # Multiplying an image's FFT by this conjugate gives the correlation with the template.
+            # The product of an image's FFT and this conjugate is the FFT of their correlation.
             self.fft.append(F.conj().resolve_conj())
 
     def find(self, image, most: int = 3):
-        """The objects in an image and its background.
+        """Finds the objects in an image and the colour of its background.
 
-        image uint8 RGB, square: array or PIL image.
-        Returns (found, colour).  found: up to `most` of (name, size, (x, y), explained), highest gain first, in px of
-        a 128 px scene; explained: gain / sum(R R), 1 for a perfect match.  colour: name of the background's colour, or
-        None if it is near none of COLOURS.
+        image: square, uint8 RGB, an array or PIL image.
+        Returns (found, colour).  found: a list of at most `most` tuples (name, size, (x, y), explained), highest gain
+        first; size and center in px of a 128 px scene; explained: gain / sum(R R), 1 for a perfect match.  colour: name
+        of the background's colour, or None if it is near none of COLOURS.
         """
         pixels = np.asarray(image)
         if pixels.ndim != 3 or pixels.shape[0] != pixels.shape[1] or pixels.dtype != np.uint8:
@@ -73,9 +73,9 @@ class Judge:
             colour = None
 
         gain, sprite_at, explained = self._search(pixels, background)
-        # Measured on 200 drawn scenes: true sprites explain at least 48 % (least: between two SIZES), degraded ones at
-        # least 44 %. Plain background had no positive gain. Stains in a bad image lie between: those below 25 % are
-        # ignored.
+        # In 200 drawn scenes, `explained` of true sprites was at least 0.48 (lowest for a size between two SIZES), of
+        # blurred noisy sprites at least 0.44. Plain background had no positive gain. Spots in bad images lie between:
+        # below 0.25 they are ignored.
         gain = np.where(explained >= MIN_EXPLAINED, gain, -np.inf)
         found = []
         while len(found) < most and gain.max() > -np.inf:
@@ -88,8 +88,8 @@ class Judge:
         return found, colour
 
     def _search(self, pixels, background):
-        """The best sprite for each size and position -> gain, index in self.objects, explained; each (S,64,64). The
-        position is the top left corner of the sprite's box; gain is -inf where the box exceeds the image."""
+        """Finds the best sprite for each size and position -> gain, index in self.objects, explained; each (S,64,64).
+        The position is the top left corner of the sprite's box. gain is -inf if the box exceeds the image."""
         import torch
         background = torch.from_numpy(background).to(self.device)                    # (3,)
         D = torch.from_numpy(pixels).to(self.device).permute(2, 0, 1) - background[:, None, None]
@@ -97,8 +97,8 @@ class Judge:
         F = torch.cat([F, -(background[:, None, None] * F).sum(0, keepdim=True)])    # (4, 64, 33)
         best = torch.full((3, len(SIZES), SIDE, SIDE), -torch.inf)
         for s, k in enumerate(SIZES):
-            # An FFT correlation wraps around the edges, but not at positions where the sprite lies inside the image.
-            # Only these are kept, so no padding is needed.
+            # An FFT correlation wraps around the edges, except if the sprite lies inside the image. Only those
+            # positions are kept, so no padding is needed.
             inside = SIDE - k + 1
             D_R = torch.fft.irfft2((self.fft[s] * F).sum(1))[:, :inside, :inside]    # (N, 65-k, 65-k)
             R_R = (self.P_P[s] - 2 * self.P_alpha[s] @ background
@@ -110,14 +110,14 @@ class Judge:
 
 
 def half_size_sprite(name: str, k: int) -> np.ndarray:
-    """P = alpha T (3 channels) and alpha of a sprite of 2k px, at half size: (4,k,k) float32 in [0, 1]."""
+    """Returns P = alpha T (3 channels) and alpha of a sprite of 2k px, halved to k px: (4,k,k) float32 in [0, 1]."""
     colour, through = sprite(name, 2 * k)                           # (2k, 2k, 3) uint8
     both = np.concatenate([colour, 255 - through[..., :1]], axis=2) / np.float32(255)
     return both.reshape(k, 2, k, 2, 4).mean(axis=(1, 3)).transpose(2, 0, 1)
 
 
 def relation_of(first, second) -> str:
-    """The relation of the center `first` (x, y) to the center `second`, along the axis of their larger distance."""
+    """Returns the relation, such as "left of", of center `first` (x, y) to `second`, on the axis of larger distance."""
     dx, dy = second[0] - first[0], second[1] - first[1]
     if abs(dx) > abs(dy):
         return "left of" if dx > 0 else "right of"
@@ -125,8 +125,8 @@ def relation_of(first, second) -> str:
 
 
 def verdict(found, colour: str | None, fact: dict) -> dict:
-    """Which facts of a prompt are right: background; objects (exactly those of the prompt); relation and size (None if
-    the prompt names none, True only if the objects are right)."""
+    """Returns {"background", "objects", "relation", "size": whether the image shows it as in the prompt}. objects: True
+    only without further objects. relation, size: None if the prompt names none, False if the objects are wrong."""
     objects = sorted(name for name, *_ in found) == sorted(fact["objects"])
     relation = size = None
     if fact["relation"]:

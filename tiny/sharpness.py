@@ -6,7 +6,7 @@ PSNR is measured within the object's box. It penalizes blur little, so a second 
 DISTS (arXiv:2004.07728): for each feature map, the similarity of its mean (texture) and its variations (structure).
 DISTS uses VGG's features, learned from photographs, but these images are drawn; a network trained by us would share the
 faults of the model it judges. So the feature maps are derivatives of Gaussians up to the second order at three scales,
-similar to first layers of such networks: edges, corners and lines, in each of R, G, B. Equal images have distance 0.
+which respond to edges, corners and lines like the first layers of such networks. Equal images have distance 0.
 Note: objects that the judge did not find are left out of the means, so read the means together with the judge's score.
 Needs: numpy, pillow, torch; stages() also the model's networks.
 """
@@ -18,14 +18,14 @@ from PIL import Image
 
 from training.scenes import CANVAS, CELL, COLOURS, sprite
 
-EDGE = 6               # px around the judge's box, within which the sprite is moved
-VISIBLE = 1e-4         # the square of 1 % contrast: weaker variations count little
-BEST = 1e-6            # smallest mean squared error, so that a perfect copy has a PSNR of 60 dB, not infinity
+EDGE = 6               # px by which the compared region exceeds the box that the judge found
+VISIBLE = 1e-4         # added to squares of contrasts, so that contrasts below 1 % count little
+BEST = 1e-6            # minimum of the mean squared error: limits PSNR to 60 dB
 
 
 @functools.cache
 def _cell(name: str) -> Image.Image:
-    """The stored sprite, padded on all sides by transparent space of the sprite's size."""
+    """Returns the stored sprite, with a transparent border as wide as the sprite on all sides."""
     colour, through = sprite(name, CELL)
     cell = np.concatenate([colour, 255 - through[..., :1]], axis=2)
     cell = np.pad(cell, ((CELL, CELL), (CELL, CELL), (0, 0)))
@@ -33,19 +33,19 @@ def _cell(name: str) -> Image.Image:
 
 
 def draw(name: str, place, colour: str, box) -> np.ndarray:
-    """Draws the part `box` (left, top, right, bottom; integers) of a scene with one object at `place`: (size, x, y) in
-    px as floats, (x, y) its center -> (h,w,3) float32 in [0, 1]."""
+    """Draws the part `box` (left, top, right, bottom; integers) of a scene of one object -> (h,w,3) float32 in [0, 1].
+    place: (size, x, y) of the object in px, floats; (x, y) is its center. colour: name of the background's colour."""
     size, x, y = place
     left, top, right, bottom = box
     source = [(edge - center) * CELL / size + 1.5 * CELL for edge, center in zip(box, (x, y, x, y))]
     rgba = np.asarray(_cell(name).resize((right - left, bottom - top), Image.LANCZOS, box=source), np.float32) / 255
-    # As in scenes.sprite: colour times alpha is limited to alpha, because Lanczos overshoots at edges.
+    # Lanczos overshoots at edges, so colour times alpha could exceed alpha: it is clamped, as in scenes.sprite.
     alpha = rgba[..., 3:]
     return np.minimum(rgba[..., :3], alpha) + (1 - alpha) * (np.array(COLOURS[colour], np.float32) / 255)
 
 
 def refine(image: np.ndarray, name: str, place, colour: str) -> tuple[float, float, float]:
-    """Returns the (size, x, y) near `place` at which the sprite fits an image (128,128,3) uint8 best: least squares."""
+    """Searches near `place` for the (size, x, y) with the least squared error between sprite and image (128,128,3)."""
     size, x, y = place
     half = size // 2 + EDGE
     box = max(0, x - half), max(0, y - half), min(CANVAS, x + half), min(CANVAS, y + half)
@@ -62,7 +62,7 @@ def refine(image: np.ndarray, name: str, place, colour: str) -> tuple[float, flo
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Two images (h,w,3) in [0, 1] -> their distance, see the header of this file."""
+    """Computes the distance of two images (h,w,3) in [0, 1] that the header of this file describes."""
     import torch
     import torch.nn.functional as F
     x = torch.from_numpy(np.stack([a, b]).astype(np.float32)).permute(0, 3, 1, 2).flatten(0, 1)[:, None]   # (6,1,h,w)
@@ -83,8 +83,8 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def compare(image, found: list, name: str, colour: str) -> dict | None:
-    """Compares one object in an image with its sprite -> its name, place, psnr in dB and distance; None if the object
-    is not in `found`, the objects that Judge.find returned."""
+    """Compares the object `name` in an image with its sprite. Returns a dict: name, place (size, x, y), psnr in dB,
+    distance. Returns None if the object is not in `found`, the objects that Judge.find returned."""
     image = np.asarray(Image.fromarray(np.asarray(image)).resize((CANVAS, CANVAS), Image.BOX))
     places = [(size, *center) for other, size, center, _ in found if other == name]
     if not places:
@@ -98,7 +98,7 @@ def compare(image, found: list, name: str, colour: str) -> dict | None:
 
 
 def summary(images, found: list[list], facts: list[dict]) -> dict:
-    """Mean psnr and distance of the prompts' objects that the judge found; objects: their number; of: of all."""
+    """Returns mean psnr and distance of objects; objects: how many the judge found; of: how many the prompts name."""
     objects = [compare(image, seen, name, fact["colour"])
                for image, seen, fact in zip(images, found, facts) for name in fact["objects"]]
     values = [(o["psnr"], o["distance"]) for o in objects if o]
@@ -110,15 +110,16 @@ def summary(images, found: list[list], facts: list[dict]) -> dict:
 
 @functools.cache
 def contrast(name: str, colour: str) -> float:
-    """Root mean squared difference between a sprite's pixels and the background, 0 to 1."""
+    """Computes the root mean squared difference between a sprite's pixels and a background colour, 0 to 1."""
     image, behind = draw(name, (CELL, 64, 64), colour, (24, 24, 104, 104)), np.array(COLOURS[colour]) / 255
     alpha = 1 - sprite(name, CELL)[1] / 255
     return float(np.sqrt(np.square(image - behind).sum() / alpha.sum()))
 
 
 def worst_tenths(found: list[list], facts: list[dict]) -> dict:
-    """How often the judge finds difficult objects, in the form of tally. least_contrast: the tenth of all requested
-    objects with the least contrast on their background. worst_objects: the tenth of names that it finds least."""
+    """Computes how often the judge finds difficult objects. The result has the form of evaluate.tally. least_contrast:
+    the tenth of all requested objects with the least contrast on their background. worst_objects: all requests for the
+    tenth of the names that the judge finds least often."""
     asked = [(contrast(name, fact["colour"]), name, any(other == name for other, *_ in seen))
              for seen, fact in zip(found, facts) for name in fact["objects"]]
     rates = {}
@@ -131,11 +132,11 @@ def worst_tenths(found: list[list], facts: list[dict]) -> dict:
             "worst_objects": {"right": sum(worst) / len(worst), "n": len(worst), "names": names}}
 
 
-# ----- each stage's share ----------------------------------------------------------------------------
+# ----- how much sharpness each stage loses ------------------------------------------------------------
 
 def stages(model, facts: list[dict], pixels: np.ndarray, seed: int = 0, batch: int = 32, **options) -> dict:
-    """True images pixels (n,128,128,3) uint8 -> {title: images}: encoded and decoded by Stage A, without and with its
-    codebook, and generated by Stage B from the true images' semantic latents and the prompts."""
+    """Returns {title: images} for true images, pixels (n,128,128,3) uint8: encoded and decoded by Stage A, without and
+    with its codebook; and generated by Stage B from the true images' semantic latents and the prompts."""
     import torch
     from extras.editing import encode_image, generate
     from training.samples import to_tensor

@@ -1,12 +1,12 @@
-"""Trains the small image encoder on emoji scenes, before Stage B: it plays the role of EfficientNet's ImageNet weights.
+"""Trains the small image encoder on emoji scenes, before Stage B, like EfficientNet's pre-training on ImageNet.
 
   python -m tiny.train_encoder --out runs/encoder          # 7 minutes on one core
 
   scene (B,3,96,96) -encoder-> (B,16,3,3) -noise, head-> for each of the 9 cells: object, position, size, background
 
 The loss of Stage B alone teaches an encoder little, because at almost all noise levels Stage B can see the objects in
-x_t. So the encoder first learns to name them. A head, which is thrown away afterwards, gets the 16 numbers of a cell of
-the semantic latents and predicts which object has its center in the cell (the idea of arXiv:1506.02640).
+x_t. So the encoder first learns to recognise objects. A head, which is discarded after training, gets the 16 numbers of
+one position (cell) of the semantic latents and predicts which object has its center there (idea: arXiv:1506.02640).
 `train_b.py --init random --image-encoder OUT/image_encoder` then trains it further, jointly with Stage B.
 Written to --out: image_encoder/, checkpoints/, log.jsonl.
 Needs: torch, numpy, pillow, tqdm.
@@ -23,7 +23,7 @@ from loading.options import BATCH, SEED, Parser, positive_int
 from training.options import add_checkpoint_options, add_schedule_options
 
 CONFIG = Path(__file__).parents[1] / "models" / "tiny" / "image_encoder"
-FIRST_SCENE = 5 * 10 ** 8        # number of the first scene; Stage B is not trained on these scenes
+FIRST_SCENE = 5 * 10 ** 8        # number of the first scene; Stage B trains on others
 
 
 def parse_args(argv=None):
@@ -40,7 +40,7 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 
-if __name__ == "__main__":       # before the imports below, so that --help need not wait for torch
+if __name__ == "__main__":       # stands before the slow imports, so that --help is fast
     with exit_on_user_error(RESUME_HINT, "lower --batch"):
         args = parse_args()
         from tiny import train_encoder
@@ -67,10 +67,10 @@ NOTHING = len(OBJECTS)           # the label "no object"
 
 
 def labels_of(scenes: list) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Scenes of EmojiScenes -> the labels that the head must predict: objects, places, colours.
+    """Returns the labels that the head should predict for scenes of EmojiScenes: objects, places, colours.
 
-    objects (B,9): index of the object whose center is in each cell, row by row, or NOTHING; places (B,9,3): its x and
-    y within the cell and its size, all about 0 to 1; colours (B,): index of the background's colour.
+    objects (B,9): index of the object whose center is in each cell, row by row, or NOTHING; places (B,9,3): the
+    object's x and y within the cell and its size, all about 0 to 1; colours (B,): index of the background's colour.
     """
     cell = CANVAS / 3                                                                        # px
     objects, places = np.full((len(scenes), 9), NOTHING), np.zeros((len(scenes), 9, 3), np.float32)
@@ -82,16 +82,16 @@ def labels_of(scenes: list) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def build_head() -> nn.Module:
-    """The head: 16 numbers of a cell -> logits of its object (NOTHING last), its place (3,), logits of the colour."""
+    """Returns the head: 16 numbers of a cell -> logits of its object (NOTHING last), its place (3,), colour logits."""
     return nn.Sequential(nn.Linear(16, 256), nn.GELU(), nn.Linear(256, NOTHING + 1 + 3 + len(COLOURS)))
 
 
 def head_loss(output: Tensor, objects: Tensor, places: Tensor, colours: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """output (B,9,140) of the head and labels -> loss (), and values for the log."""
+    """Computes the loss (), and values for the log, from the head's output (B,9,140) and the labels of labels_of."""
     names, where, background = output.split([NOTHING + 1, 3, len(COLOURS)], dim=-1)
     there = objects != NOTHING                                                               # (B, 9)
     importance = torch.ones(NOTHING + 1, device=output.device)
-    importance[NOTHING] = 0.2                                                                # most cells are empty
+    importance[NOTHING] = 0.2                                                                # less: most are empty
     place_error = (where - places)[there].abs().mean()
     loss = F.cross_entropy(names.flatten(0, 1), objects.flatten(), importance) + 4 * place_error \
         + 0.3 * F.cross_entropy(background.flatten(0, 1), colours.repeat_interleave(9))
@@ -105,9 +105,9 @@ def main(args):
     resumed, settings = checkpoints.find(args.resume), settings_of(args)
     device = usable_device(args.device)
     torch.manual_seed(args.seed)
-    scenes = EmojiScenes("all", seed=args.seed + 1)                      # scene i depends only on (seed, i)
+    scenes = EmojiScenes("all", seed=args.seed + 1)                      # scene i depends only on seed and i
     encoder, head = new_model(TinyImageEncoder, args.config).to(device).train(), build_head().to(device)
-    parameters = [p for p in encoder.parameters() if p.requires_grad]    # without the last norm's fixed 42, -1
+    parameters = [p for p in encoder.parameters() if p.requires_grad]    # not the last norm, which is fixed
     optimizer = torch.optim.AdamW([*parameters, *head.parameters()], lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-3)
     parts, start = dict(model=encoder, head=head, optimizer=optimizer), 0
     if resumed is not None:
@@ -121,8 +121,8 @@ def main(args):
         objects, places, colours = (torch.from_numpy(a).to(device) for a in labels_of(scenes.scenes(first, args.batch)))
         images = to_tensor(scenes.batch(first, args.batch)[0], device)                       # (B, 3, 128, 128)
         latents = scale_semantic(encoder(preprocess(images, 96)))                            # (B, 16, 3, 3)
-        # Noise on the latents makes nearby latents mean similar things, because Stage C will not generate them exactly.
-        # Seeding the noise of each step makes a resumed run equal to an uninterrupted one.
+        # Noise makes nearby latents stand for similar scenes, because Stage C will generate latents with small errors.
+        # Each step seeds its noise, so a resumed run equals an uninterrupted one.
         torch.manual_seed(hash((args.seed, step)) % 2 ** 63)
         noisy = add_noise(latents, torch.randn_like(latents), torch.rand(args.batch, device=device) * 0.3)
         loss, values = head_loss(head(noisy.flatten(2).transpose(1, 2)), objects, places, colours)
@@ -133,7 +133,7 @@ def main(args):
         done = step + 1
         if due(args.log_every, done, args.steps):
             log.write(done, lr=learning_rate(step, args), **{name: value.item() for name, value in values.items()})
-        stopping = stop.received             # read once, because a signal may arrive at any time
+        stopping = stop.received             # read only once: a signal may arrive between two reads
         if due(args.save_every, done, args.steps) or stopping:
             checkpoints.save(done, state_of(parts) | dict(script="train_encoder.py", settings=settings, step=done))
         if stopping and done < args.steps:

@@ -1,13 +1,13 @@
-"""Trains a small text encoder from scratch, for a Stage C from scratch: it plays the role of CLIP's pre-training.
+"""Trains a small text encoder from scratch, before a Stage C from scratch, like the pre-training of CLIP.
 
   python -m tiny.train_text --image-encoder runs/b/image_encoder --out runs/text          # 10 minutes on one core
 
   caption -tokenizer-> ids (B,20) -CLIP text model-> (B,20,D); its vector at the end mark -linear-> predicted latent
 
 CLIP learned to place the vector at a caption's end mark next to the vector of its image (arXiv:2103.00020). This is the
-same idea in its simplest form: a linear layer, which is thrown away afterwards, predicts the semantic latents from the
-vector at the end mark. So the encoder learns in minutes what objects look like, and where "left of" places them. With
-Stage C's loss it learned half of that in an hour, because Stage C sees the objects in x_t at most noise levels.
+same idea in its simplest form: a linear layer, which is discarded after training, predicts the semantic latents from
+the vector at the end mark. So the encoder learns in minutes what objects look like, and where "left of" places them.
+With Stage C's loss it learned half of that in an hour, because at most noise levels Stage C sees the objects in x_t.
 Written to --out: text_encoder/, tokenizer/, checkpoints/, log.jsonl.
 Needs: torch, tokenizers, numpy, pillow, tqdm.
 """
@@ -39,7 +39,7 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 
-if __name__ == "__main__":       # before the imports below, so that --help need not wait for torch
+if __name__ == "__main__":       # stands before the slow imports, so that --help is fast
     with exit_on_user_error(RESUME_HINT, "lower --batch"):
         args = parse_args()
         from tiny import train_text
@@ -64,8 +64,8 @@ from wuerstchen import scale_semantic
 
 
 def learn_merges(words: set[str]) -> list[tuple[str, str]]:
-    """Byte-pair encoding (arXiv:1508.07909): merges the most frequent pair of tokens again and again, until each word
-    is one token. Ties are decided by spelling, so that the tokenizer is the same on every machine."""
+    """Learns byte-pair encoding (arXiv:1508.07909) -> the merged pairs, in order. It merges the most frequent pair of
+    tokens until each word is one token. The spelling decides ties, so the tokenizer is the same on every machine."""
     pieces, merges = [[*word[:-1], word[-1] + "</w>"] for word in sorted(words)], []
     while pairs := Counter(pair for word in pieces for pair in zip(word, word[1:])):
         a, b = max(pairs, key=lambda pair: (pairs[pair], pair))
@@ -78,15 +78,15 @@ def learn_merges(words: set[str]) -> list[tuple[str, str]]:
 
 
 def new_text_encoder(width: int, depth: int, length: int = 20) -> TextEncoder:
-    """An untrained text encoder for captions of emoji scenes.
+    """Returns an untrained text encoder for captions of emoji scenes.
 
     The tokenizer is a byte-level BPE like CLIP's, so it takes any text. Its merges are learned on the words of 4096
-    captions and all object names: each of these words becomes one token, other words become several. length: in tokens,
-    including the start and end tokens; the longest captions need 18.
+    captions and all object names: each of these words becomes one token, other words become several. length: number of
+    tokens of a text, including the start and end tokens; the longest captions need 18.
     """
     texts = EmojiScenes("captioned").batch(0, 4096)[1] + OBJECTS
     merges = learn_merges({word for text in texts for word in text.split()})
-    # CLIP's order: all bytes, all bytes at the end of a word, one token per merge, the two special tokens.
+    # The tokens are in CLIP's order: all bytes, all bytes that end a word, one token per merge, two special tokens.
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*letters, *(letter + "</w>" for letter in letters), *(a + b for a, b in merges),
               "<|startoftext|>", "<|endoftext|>"]
@@ -102,7 +102,7 @@ def main(args):
     resumed, settings = checkpoints.find(args.resume), settings_of(args)
     device = usable_device(args.device)
     torch.manual_seed(args.seed)
-    scenes = EmojiScenes("captioned", seed=args.seed + 3)                # scene i depends only on (seed, i)
+    scenes = EmojiScenes("captioned", seed=args.seed + 3)                # scene i depends only on seed and i
     encoder = load_image_encoder(args.image_encoder).to(device).requires_grad_(False)
     text_encoder = new_text_encoder(args.width, args.depth).to(device).train()
     head = nn.Linear(args.width, 16 * 3 * 3).to(device)
@@ -130,7 +130,7 @@ def main(args):
         done = step + 1
         if due(args.log_every, done, args.steps):
             log.write(done, loss=loss.item(), lr=learning_rate(step, args))
-        stopping = stop.received             # read once, because a signal may arrive at any time
+        stopping = stop.received             # read only once: a signal may arrive between two reads
         if due(args.save_every, done, args.steps) or stopping:
             checkpoints.save(done, state_of(parts) | dict(script="train_text.py", settings=settings, step=done))
         if stopping and done < args.steps:

@@ -1,4 +1,4 @@
-"""The loss of v1's Stage B: cross-entropy with the clean tokens. Tokens that were not replaced have less weight.
+"""The loss of v1's Stage B: cross-entropy with the clean tokens, with less weight for tokens without noise.
 
   tokens -some replaced at random, sampling.add_noise-> (B,h,w) -[B]-> logits (B,K,h,w) -> cross-entropy with tokens
 
@@ -11,26 +11,27 @@ from stage_b import channels_last
 
 
 def training_levels(u: Tensor) -> Tensor:
-    """Uniform u in [0, 1) -> noise levels t for training: 7.5 % are 1, where sampling starts; the rest is uniform."""
+    """Converts uniform u to noise levels for training: 7.5 % are 1, where sampling starts; the rest is uniform."""
     return ((1 - u) * 1.08 + 0.001).clamp(0.001, 1.0)
 
 
 def loss_weight(t: Tensor, mask: Tensor, least: float = 0.3) -> Tensor:
-    """t (B,), mask (B,h,w) of add_noise -> weights (B,h,w): 1 for tokens that were replaced.
+    """Computes the loss weight of each token, (B,h,w), from noise levels t (B,) and the mask (B,h,w) of add_noise.
 
-    The weight of other tokens falls from 1 at t = 1 to `least` at t = 0, because copying the input is easy to learn.
+    Tokens that add_noise replaced have weight 1. The weight of the others falls from 1 at t = 1 to `least` at t = 0,
+    because a network easily learns to copy them.
     """
     return 1 - ~mask * ((1 - t) * (1 - least))[:, None, None]
 
 
 def training_errors(logits: Tensor, tokens: Tensor, t: Tensor, mask: Tensor, smoothing: float = 0.1) -> Tensor:
-    """logits (B,K,h,w) for noised tokens, clean tokens (B,h,w), t (B,), mask (B,h,w) -> error of each image (B,).
+    """Computes the error of each image, (B,). logits (B,K,h,w), clean tokens (B,h,w), t (B,), mask (B,h,w).
 
     The error is cross-entropy with label smoothing (arXiv:1512.00567): the target is 0.9 for the true token plus 0.1
     spread over all tokens, because many of the 8192 codes look the same. The mean over an image uses loss_weight.
     """
     weight = loss_weight(t, mask)                                                        # (B, h, w)
-    # channels_last keeps the scores of a position adjacent in memory: cross_entropy takes a quarter of the time.
+    # channels_last makes the scores of a position adjacent in memory, so cross_entropy takes a quarter of the time.
     scores = channels_last(logits).flatten(0, 2).float()                                 # (B*h*w, K)
     errors = F.cross_entropy(scores, tokens.flatten(), reduction="none", label_smoothing=smoothing)
     return (errors.view_as(weight) * weight).sum(dim=(1, 2)) / weight.sum(dim=(1, 2))    # (B,)

@@ -2,10 +2,10 @@
 
   prompt -CLIP-> (B,77,1024) -[C]-> (B,16,12,12) -[B]-> tokens (B,128,128) -codebook, [A]-> (B,3,512,512)
 
-Two things differ from v2. Stage B is discrete diffusion over the VQGAN's tokens (see stage_b.py), so it has sampling
-settings of its own, TokenSampling. And the released Stage C works on the raw semantic latents, without (raw + 1) / 42.
-Both pipelines get normally distributed noise. This one turns it into uniform random numbers, with the cumulative
-distribution function of the normal distribution.
+Two things differ from v2. Stage B is discrete diffusion over the VQGAN's tokens (see stage_b.py), so it has its own
+sampling settings, TokenSampling. And the released Stage C works on the raw semantic latents, without (raw + 1) / 42.
+Both pipelines get normally distributed noise. Discrete diffusion needs uniform random numbers, so the cumulative
+distribution function of the normal distribution converts the noise.
 Needs: torch; wuerstchen.py, v1/stage_b.py, v1/sampling.py.
 """
 import functools
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from v1.sampling import MODES, sample, temperatures
 from wuerstchen import Sampling, Wuerstchen, nan_advice
 
-DEFAULT_C = Sampling(60, guidance=6.0)                       # the settings of v1's notebook
+DEFAULT_C = Sampling(60, guidance=6.0)                       # as in the authors' notebook for v1
 
 
 @dataclass(frozen=True)

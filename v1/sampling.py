@@ -50,7 +50,7 @@ def choose(logits: Tensor, mode: str, temperature: float, u: Tensor, codes: Tens
 
 def per_step(name: str, value, steps: int) -> list:
     """Returns a list of one value per step. value: one value for all steps, a pair (first and last step, linear in
-    between), or such a list. Raises ValueError for a list of another length."""
+    between), or a list of one value per step. Raises ValueError for a list of another length."""
     if isinstance(value, (str, float, int)):
         return [value] * steps
     if len(value) == 2 and not isinstance(value[0], str):
@@ -108,7 +108,7 @@ def sample(predict: Callable[[Tensor, Tensor, bool], Tensor], noise: Tensor, uni
             conditional, unconditional = logits.chunk(2)
             logits = torch.lerp(unconditional, conditional, guidance[i])                 # (B, K, h, w)
         finite.append(logits.isfinite().all())
-        # Reading a result in every step would leave a GPU idle until the next step arrives. So it is read at the end.
+        # On a GPU, the flags are read only after the last step, because reading makes the CPU wait and the GPU idle.
         if (tokens.device.type == "cpu" or i == steps - 1) and not (all_finite := torch.stack(finite)).all():
             k = all_finite.tolist().index(False)
             raise FloatingPointError(f"step {k + 1} of {steps} (t = {levels[k]:.3f})")

@@ -37,7 +37,7 @@ from stage_b import (AttentionBlock, Depthwise, ResBlock, TimestepBlock, channel
 
 
 class SkipResBlock(ResBlock):
-    """A ResBlock whose depthwise convolution also gets a U-Net skip connection of the same width.
+    """A ResBlock whose first convolution also gets the U-Net's skip connection, which is as wide as x.
 
     Each group of the convolution is two neighbouring channels of the concatenated (x, skip): output channel g depends
     on the channels 2g and 2g + 1 of all 2C channels, not on x_g and skip_g.
@@ -70,7 +70,7 @@ class StageBV1(nn.Module):
                            c_cond=c_cond, c_hidden=tuple(c_hidden), heads=tuple(heads), blocks=tuple(blocks),
                            levels=tuple(levels), c_semantic=c_semantic, c_text=c_text, kernel_size=kernel_size,
                            dropout=dropout)
-        self.checkpointing = False             # in training: recompute blocks in the backward pass
+        self.checkpointing = False             # True: gradient checkpointing of each block
         depth = len(c_hidden)
         rates = dropout if isinstance(dropout, list | tuple) else [dropout] * depth
         self.patch_size, self.c_timestep, self.codebook_size = patch_size, c_timestep, codebook_size
@@ -135,7 +135,7 @@ class StageBV1(nn.Module):
         linear in them. The cosines are for distributions with several modes (random Fourier features, Rahimi and Recht
         2007).
         """
-        codes = codes.float().cpu()                                                      # so all devices agree
+        codes = codes.float().cpu()                                                      # CPU: so all devices agree
         z = (codes - codes.mean(0)) / codes.std(0)                                       # (K, c)
         rows, columns = torch.triu_indices(z.shape[1], z.shape[1])
         exact = torch.cat([z, z[:, rows] * z[:, columns]], dim=1)                        # (K, c + c (c + 1) / 2)
@@ -150,8 +150,8 @@ class StageBV1(nn.Module):
         self.classify.weight.copy_(features)
 
     def condition(self, semantic: Tensor, text: Tensor | None = None) -> Tensor:
-        """semantic (B,16,h',w'), text (B,N,c_text) -> the sequence (B,h'*w' + N,c_cond) to which all attention blocks
-        attend: first the semantic latents, then the text."""
+        """Computes the sequence (B,h'*w' + N,c_cond) to which all attention blocks attend: first the semantic latents
+        (B,16,h',w'), then the text (B,N,c_text)."""
         sequence = self.embed_semantic(channels_last(semantic).flatten(1, 2))            # (B, h'*w', c_cond)
         if text is not None:
             sequence = torch.cat([sequence, self.embed_text(text)], dim=1)               # (B, h'*w' + N, c_cond)
@@ -191,7 +191,7 @@ class StageBV1(nn.Module):
 
     def run_level(self, blocks: nn.ModuleList, x: Tensor, t_embedding: Tensor, sequence: Tensor,
                   skip: Tensor | None = None) -> Tensor:
-        """Runs the blocks of one level: x (B,H,W,C) -> (B,H,W,C). skip: skip connection for a SkipResBlock."""
+        """Applies the blocks of one level: x (B,H,W,C) -> (B,H,W,C). skip: the input for a SkipResBlock."""
         for block in blocks:
             inputs = ([skip] if isinstance(block, SkipResBlock) else [] if isinstance(block, ResBlock) else
                       [t_embedding if isinstance(block, TimestepBlock) else sequence])

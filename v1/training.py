@@ -3,7 +3,7 @@
   image -VQGAN-> tokens x_0 (B,h,w) -some replaced at random-> x_t (B,h,w) -[B]-> logits (B,K,h,w) -> cross-entropy
 
 train_b.py calls the functions of the first part under the same names as its own for v2, so that one loop trains both.
-The second part is only for v1: a loss that teaches attention at which position of the image each semantic vector is.
+The second part is only for v1: a loss that teaches attention to which image position each semantic vector belongs.
 Needs: torch, numpy; stage_b.py, v1/, wuerstchen.py.
 """
 import math
@@ -24,7 +24,7 @@ LEVELS_AT_ONCE = 1           # noise levels per forward pass of validation: logi
 
 
 def defaults(small: bool) -> dict:
-    """Returns the options whose defaults differ from v2's."""
+    """Returns {option of train_b.py: default with --v1} for the options whose default differs from v2's."""
     more = {} if small else dict(resolution=[512])
     return dict(blind=0, guide_attention=0.3 if small else 0, high_noise=1.0, loss="ce", loss_weight="none") | more
 
@@ -57,7 +57,7 @@ def cache_settings(vqgan) -> dict:
 
 
 def encode(vqgan, images: Tensor) -> Tensor:
-    """(B,3,H,W) in [0, 1] -> tokens (B,h,w) int64."""
+    """Encodes images (B,3,H,W) in [0, 1] -> tokens (B,h,w) int64."""
     return vqgan.encode_indices(images)
 
 
@@ -66,13 +66,13 @@ def decode(vqgan, x_0: Tensor) -> Tensor:
 
 
 def draw_noise(rng: np.random.Generator, h: int, w: int, config: dict) -> dict[str, Tensor]:
-    """Draws noise for one image: random_tokens (h,w), and uniform u (h,w), which decides where they replace tokens."""
+    """Draws the noise of one image: random_tokens (h,w), and uniform u (h,w): see v1/sampling.add_noise."""
     return dict(random_tokens=torch.from_numpy(rng.integers(config["codebook_size"], size=(h, w))),
                 u=torch.from_numpy(rng.random((h, w), dtype=np.float32)))
 
 
 def noise_levels(chance: Tensor, blind: bool, args) -> Tensor:
-    """Uniform chance (B,) in [0, 1) -> t (B,). 7.5 % of t are 1, where sampling starts; in blind steps, all are 1."""
+    """Converts uniform chance (B,) to noise levels t (B,). 7.5 % are 1, where sampling starts; in blind steps, all."""
     t = training_levels(chance)
     return torch.ones_like(t) if blind else 1 - (1 - t) ** args.high_noise
 
@@ -83,22 +83,22 @@ def corrupt(batch: dict, x_0: Tensor, t: Tensor, blind: bool) -> tuple[Tensor, T
 
 
 def forward(decoder: StageBV1, x_t: Tensor, t: Tensor, semantic: Tensor, text: Tensor) -> Tensor:
-    """The output of Stage B: logits (B,K,h,w)."""
+    """Runs Stage B. Returns logits (B,K,h,w)."""
     return decoder(x_t, t, semantic, text)
 
 
 def prediction(logits: Tensor, x_t: Tensor) -> Tensor:
-    """The output in the form that sampling needs: logits in float32."""
+    """Converts the logits of `forward` to float32, which sampling needs."""
     return logits.float()
 
 
 def raw_losses(logits: Tensor, x_0: Tensor, x_t: Tensor, mask: Tensor, t: Tensor, args) -> Tensor:
-    """Cross-entropy of each image, (B,)."""
+    """Computes the weighted cross-entropy of each image, (B,), see v1/losses.py."""
     return training_errors(logits, x_0, t, mask)
 
 
 def accuracy(logits: Tensor, x_0: Tensor, mask: Tensor) -> Tensor:
-    """The share of the replaced tokens whose clean token gets the highest score, (B,)."""
+    """Computes for each image, (B,), in which share of the replaced tokens the clean token has the highest logit."""
     return ((logits.argmax(1) == x_0) & mask).flatten(1).sum(1) / mask.flatten(1).sum(1).clamp(min=1)
 
 
@@ -136,7 +136,7 @@ class AttentionGuide:
             self.size, self.errors = tuple(inputs[2].shape[2:]), []
 
     def add(self, block: AttentionBlock, inputs: tuple) -> None:
-        """Hook before an attention block: adds its error, from x (B,H,W,C) and condition (B,h'*w' + N,c_cond)."""
+        """Hook before an attention block: stores its error. inputs: x (B,H,W,C), condition (B,h'*w' + N,c_cond)."""
         if not torch.is_grad_enabled():
             return
         (x, condition), (h, w), heads = inputs, self.size, (block.heads + 1) // 2
@@ -151,5 +151,5 @@ class AttentionGuide:
         self.errors.append(-(log_attention * share).sum(-1).mean())
 
     def loss(self) -> Tensor:
-        """The loss of the last forward pass: the mean error of its attention blocks, a scalar."""
+        """Returns the loss of the last forward pass, a scalar: the mean error of its attention blocks."""
         return torch.stack(self.errors).mean()
