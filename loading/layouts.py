@@ -2,7 +2,7 @@
 
   "tiny", "v2", "hub:owner/name" or a folder  -locate->  {part: its folder or file, or None}
 
-hub.py fetches weights that are on the hub, and text encoders for a folder of the original files, which has none.
+hub.py fetches weights from the hub, and also the text encoders for a folder of original files, which contains none.
 Needs: the standard library; huggingface_hub when something is fetched.
 """
 import fnmatch
@@ -14,7 +14,7 @@ from loading.files import listing, read_json
 from loading.hub import (NAMES, OFFICIAL, TEXT_TO_IMAGE, V1, Repository, fetch, fetch_part, hint, is_reference, some)
 
 # ----- folders: where each part is -----------------------------------------------------------------------------------
-# The first layout whose three MODELS all exist is used.
+# LAYOUTS is {layout: {part: its folder or file}}. The first layout of which all three MODELS exist is used.
 
 ONE_FOLDER = dict(                      # ours: Stages C and B share one text encoder and one scheduler
     prior="prior", prior_text_encoder="text_encoder", prior_tokenizer="tokenizer", prior_scheduler="scheduler",
@@ -36,11 +36,11 @@ LAYOUTS = {
         prior="model_stage_c*.pt", decoder="model_stage_b.pt", vqgan="vqgan_f4_v1_500k.pt",
         image_encoder="model_stage_b.pt"),
 }
-SHIPPED = {name: Path(__file__).parents[1] / "models" / name for name in ("tiny", "tiny-v1")}    # in this repo
+SHIPPED = {name: Path(__file__).parents[1] / "models" / name for name in ("tiny", "tiny-v1")}    # in the code's folder
 MODELS = ("prior", "decoder", "vqgan")
 OPTIONAL = ("image_encoder", "scheduler", "prior_scheduler")
 TEXT = ("prior_text_encoder", "prior_tokenizer", "text_encoder", "tokenizer")
-# TRAINED: parts that a folder with base.json may have. HALVES: parts of diffusers' partial pipelines; v2 has the rest.
+# TRAINED: parts that a folder with base.json may have. HALVES: {diffusers' pipeline: its parts; the others are v2's}.
 TRAINED = ("prior", "prior_text_encoder", "prior_tokenizer", "decoder", "image_encoder")
 HALVES = dict(WuerstchenPriorPipeline=("prior", "prior_text_encoder", "prior_tokenizer"),
               WuerstchenDecoderPipeline=("decoder", "text_encoder", "tokenizer", "vqgan"))
@@ -61,7 +61,7 @@ def find_parts(folder: str | Path, given: Iterable[str] = ()) -> dict[str, Path 
 
 
 def match_layout(names: set[str], given: Iterable[str], source, found: str) -> dict[str, str | None]:
-    """Like find_parts, for names of folders and .pt files -> {part: its name or None}. source, found: for messages."""
+    """Like find_parts, for `names` of folders and .pt files -> {part: its name or None}. source, found: for errors."""
     def find(pattern: str) -> str | None:
         matches = sorted(fnmatch.filter(names, pattern))
         if len(matches) > 1:                             # several versions: the last name is the newest
@@ -97,11 +97,11 @@ def check_scheduler(folder: str | Path | None) -> None:
 # ----- all sources: names, folders, single parts ---------------------------------------------------------------------
 
 def official_name(weights: str | Path) -> str | Path:
-    """The name in NAMES of an official repository such as "warp-ai/wuerstchen". Anything else is returned unchanged."""
+    """Converts an official repository such as "warp-ai/wuerstchen" to its name in NAMES. Keeps any other weights."""
     repo = str(weights).removeprefix("hub:")
     if repo == "dome272/wuerstchen" and not Path(weights).exists():
         raise WeightsError(f"{weights} holds both v1 and v2: write v1 or v2 instead")
-    return weights if Path(weights).exists() else OFFICIAL.get(repo, str(weights))       # Path("tiny") -> "tiny"
+    return weights if Path(weights).exists() else OFFICIAL.get(repo, str(weights))       # also Path("tiny")
 
 
 def is_name(weights: str | Path) -> bool:
@@ -185,7 +185,7 @@ def locate_trained(folder: Path, own: dict, parts: tuple[str, ...], options: dic
     start, start_files = base["weights"], base.get("files", {})
     if start in named_by:
         raise WeightsError(f"{folder / 'base.json'} names {start}, which names it again: it needs weights")
-    # base.json was downloaded from the hub: paths in it belong to another machine, so only names are allowed.
+    # If base.json was downloaded from the hub, its paths belong to another machine, so only names are allowed.
     if is_reference(named_by[-1]):
         for name in (start, *(file for part, file in start_files.items() if part not in own)):
             if not is_name(name):
@@ -193,7 +193,7 @@ def locate_trained(folder: Path, own: dict, parts: tuple[str, ...], options: dic
                                    f"name its parts instead, --prior {named_by[-1]} with --weights")
     trained = {part: folder / ONE_FOLDER[part] for part in names if (folder / ONE_FOLDER[part]).is_dir()}
     found = locate(start, start_files | trained | own, parts, **options, named_by=named_by)
-    if "prior" in trained | own:                             # the LoRA was trained on another prior
+    if "prior" in trained | own:                             # the LoRA belongs to another prior
         found.pop("lora", None)
     elif base.get("lora"):
         found["lora"] = folder / base["lora"]
@@ -201,8 +201,8 @@ def locate_trained(folder: Path, own: dict, parts: tuple[str, ...], options: dic
 
 
 def fetch_repository(reference: str, wanted: set[str], options: dict) -> Path:
-    """Fetches the wanted parts of a repository, in any layout -> its folder in the cache. The image encoder's
-    configuration is always fetched, because the size of images depends on it."""
+    """Fetches the wanted parts of a repository, in any layout -> its folder in the cache. Always fetches
+    the image encoder's configuration, on which the default image size depends."""
     repo = Repository(reference, options["offline"], options["revision"])
     names = [name for name in ("base.json", "model_index.json") if name in repo.names]
     base, own = (base_of(repo.fetch(names)) if names else None) or ({}, ())

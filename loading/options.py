@@ -1,10 +1,10 @@
 """Command lines of all scripts: the parser, and types for numbers within a range.
 
   p.add_argument("--frames", type=FRAMES)   # argument --frames: expected a whole number from 2 to 1000, got '1'
-  FRAMES.check("frames", frames)            # the same range for an argument in Python
+  FRAMES.check("frames", frames)            # checks the same range for an argument in Python
 
-A mistake raises UserError, with one line. Upper limits are far above any real use: a larger number is a typing error
-that could cost hours.
+An invalid value raises UserError, with one line. Upper limits are far above any real use: a larger number is a typing
+error that could cost hours.
 Needs: the standard library only, so that --help is fast.
 """
 import argparse
@@ -44,13 +44,14 @@ USED_MOST = ("data", "out", "weights", "lora", "steps", "lr", "batch", "resoluti
 
 
 class Parser(argparse.ArgumentParser):
-    """Shows a script's docstring and all defaults in --help. Mistakes raise UserError, with the most similar option."""
+    """Shows a script's docstring and all defaults in --help. Raises UserError, which names the most similar option."""
     def __init__(self, docstring: str = "", **more):
         super().__init__(description=docstring, formatter_class=HelpFormatter, **more)
 
     def parse_known_args(self, args=None, namespace=None):
         options = option_strings(self)
-        # Checked before argparse complains about a missing option. Not with subcommands, which have other options.
+        # Reports unknown options before argparse reports missing ones. Skips scripts with subcommands, because these
+        # have options of their own.
         for word in () if self._subparsers else sys.argv[1:] if args is None else args:
             name = word.partition("=")[0]
             if re.fullmatch(r"--\w[\w-]*", name) and not any(option.startswith(name) for option in options):
@@ -60,11 +61,11 @@ class Parser(argparse.ArgumentParser):
                     if f"--{theirs}" in options else nearest_option(self, name)))
         return super().parse_known_args(args, namespace)
 
-    def error(self, message: str) -> None:       # argparse would also print the usage
+    def error(self, message: str) -> None:       # argparse's own also prints the usage
         raise UserError(message)
 
     def format_help(self) -> str:
-        """For training scripts: a usage of one line, and the options of USED_MOST first."""
+        """Formats --help. For training scripts, it starts with a usage of one line and the options of USED_MOST."""
         if any(action.dest == "data" for action in self._actions):
             first = self.add_argument_group("used most")
             first._group_actions = sorted((action for action in self._actions if action.dest in USED_MOST),
@@ -81,7 +82,7 @@ def option_strings(parser: argparse.ArgumentParser) -> list[str]:
 
 
 def nearest_option(parser: argparse.ArgumentParser, unknown: str) -> str:
-    """A hint for an unknown option: the most similar option of `parser`, or that --help lists all."""
+    """Returns a hint for an unknown option: the most similar option of `parser`, or that --help lists all."""
     name = unknown.partition("=")[0].replace("_", "-")
     return nearest(name, option_strings(parser)) or "--help lists all options"
 
@@ -96,8 +97,8 @@ class NumberError(UserError, argparse.ArgumentTypeError):
 class Number:
     """A range of numbers from `low` to `high`. As `type` of an option, it converts a text to a number in this range.
 
-    whole: whole numbers only. step: only multiples of step. above: `low` itself is excluded; below: `high` is.
-    The default limits are about those of float32.
+    whole: whole numbers only. step: only multiples of step. above: excludes `low` itself. below: excludes `high`.
+    The default limits are about those of float32. unit: a text for messages, such as " of px".
     """
     low: float = -1e38
     high: float = 1e38
@@ -119,8 +120,8 @@ class Number:
             value < self.high if self.below else value <= self.high) and (not self.whole or value % self.step == 0)
 
     def __call__(self, text: str) -> float:
-        """Text -> number. A pattern is checked first, because int() and float() also accept 1_000. Fraction() is not
-        used: for 1e-999999999 it would practically never end."""
+        """Converts a text to a number. Checks a pattern first, because int() and float() also accept 1_000. Fraction()
+        is not used, because it would take almost forever for 1e-999999999."""
         text = text.strip()
         value, (top, slash, bottom) = math.nan, text.partition("/")
         with contextlib.suppress(ValueError, ArithmeticError):
@@ -152,6 +153,6 @@ def integer(low: int, high: int = 10 ** 9, step: int = 1, unit: str = "") -> Num
 positive_int, unit_float, below_one = integer(1), Number(0, 1), Number(0, 1, below=True)
 SEED = integer(0, 2 ** 32 - 1)
 IMAGES, BATCH = integer(1, 10_000), integer(1, 10_000)               # images of one prompt; images at a time
-SIDE = integer(64, 2 ** 14, unit=" of px")       # of a generated image, see wuerstchen.latent_sizes
+SIDE = integer(64, 2 ** 14, unit=" of px")       # width or height of a generated image
 STEPS, FRAMES, CELLS = integer(1, 10_000), integer(2, 1_000), 1_000  # sampling steps; interpolation frames; grid cells
 RESOLUTION = integer(128, 2 ** 12, 128)          # px of training images for Stages B and C

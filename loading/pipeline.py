@@ -24,9 +24,9 @@ from speed.int8 import check as check_int8, one_image_at_a_time, to_int8
 from speed.memory import free_memory, offload as offload_networks, one_at_a_time, tile
 from wuerstchen import Sampling, Wuerstchen
 
-LARGE = 1e8                                    # with more parameters, bfloat16 is faster on a CPU
+LARGE = 1e8                                    # models with more parameters than this are faster in bfloat16 on a CPU
 tell_once = functools.cache(tell)
-FILES = ("prior", "decoder", "vqgan", "image_encoder", "prior_text_encoder", "text_encoder")     # allowed in `files`
+FILES = ("prior", "decoder", "vqgan", "image_encoder", "prior_text_encoder", "text_encoder")     # keys of **files
 
 
 def load(weights: str | Path | None = None, device: str | None = None, dtype: torch.dtype | str | None = None, *,
@@ -69,7 +69,7 @@ def load(weights: str | Path | None = None, device: str | None = None, dtype: to
         loaders["image_encoder"] = fetch_encoder_later(weights, empty, device, files, offline, revision)
     model = warn_of_unknown_words(pipeline_for(paths, empty, loaders, device, dtype), paths["prior"],
                                   lora or paths.get("lora"))
-    # For extras and for LoRAs that are loaded later: paths of the parts, Stage C's loader, the preview colours' file.
+    # Attributes for extras/ and set_loras: paths of the parts, Stage C's loader, and below the preview colours' file.
     model.paths, model.int8, model.load_stage_c = paths, int8, loaders.get("stage_c")
     install(model, weights, files, lora, lora_partial)
     model.preview_file = preview_file_of(model, weights, files, paths["vqgan"])
@@ -132,7 +132,7 @@ def warn_of_unused_lora(weights: str | Path, prior: str | Path | None) -> None:
 
 
 def preview_file_of(model: Wuerstchen, weights: str | Path, files: dict, vqgan: Path | None) -> Path | None:
-    """Returns the file for these weights' preview colours; None if parts from elsewhere may need other colours."""
+    """Returns the file for these weights' preview colours; None for mixed weights, which may need other colours."""
     folder = hub.own_cache() if weights in hub.NAMES else vqgan.parent if vqgan else None
     own = not (files.get("vqgan") or files.get("image_encoder") or hub.is_reference(weights)) and folder is not None
     raw = model.scale_semantic is not Wuerstchen.scale_semantic
@@ -140,7 +140,7 @@ def preview_file_of(model: Wuerstchen, weights: str | Path, files: dict, vqgan: 
 
 
 def build_all(paths: dict) -> dict[str, torch.nn.Module]:
-    """Builds {"vqgan" | "decoder" | "prior": model on the meta device}. Raises WeightsError if files do not fit."""
+    """Builds {part: model on the meta device} for Stages A, B and C. Raises WeightsError if files do not fit."""
     stages = dict(vqgan=w.StageA, decoder=w.stage_b_of(paths["decoder"]) if paths["decoder"] else None, prior=w.StageC)
     empty = {part: w.build_empty(stage, paths[part])[0] for part, stage in stages.items() if paths[part]}
     for part, key, encoder, name in (("prior", "c_cond", "prior_text_encoder", "Stage C"),
@@ -164,12 +164,13 @@ def loaders_of(paths: dict, empty: dict, device: torch.device, dtype: torch.dtyp
 
     def stage_c() -> torch.nn.Module:
         from lora import merge_and_unload
-        both = ({str(paths["lora"]): 1.0} if paths.get("lora") else {}) | loras      # set_loras may change `loras`
-        both = {adapter_name(file): (file, scale) for file, scale in both.items()}   # load a file with two paths once
+        # set_loras may change `loras`, so it is read only now. If two paths lead to the same file, it is loaded once.
+        both = ({str(paths["lora"]): 1.0} if paths.get("lora") else {}) | loras
+        both = {adapter_name(file): (file, scale) for file, scale in both.items()}
         model = stage("prior", int8 and not both)
         for name, (file, scale) in both.items():
             load_lora(model, file, name, scale, lora_partial)
-        if int8 and both:                       # a LoRA needs float weights: merge it, then round
+        if int8 and both:                       # LoRAs can only be merged before weights are rounded
             merge_and_unload(model)
             to_int8(model)
         return model.eval()
@@ -186,14 +187,14 @@ def loaders_of(paths: dict, empty: dict, device: torch.device, dtype: torch.dtyp
                  stage_c=("prior", stage_c),
                  text_encoder_c=("prior_text_encoder", lambda: text_encoder("prior_text_encoder", "prior_tokenizer")),
                  text_encoder_b=("text_encoder", lambda: text_encoder("text_encoder", "tokenizer")),
-                 # In float32: half precision is too inexact for BatchNorm's statistics.
+                 # Loaded in float32, because half precision is too inexact for BatchNorm's statistics.
                  image_encoder=("image_encoder", lambda: w.load_image_encoder(paths["image_encoder"])))
     loaders = {name: on_device(load) for name, (part, load) in found.items() if paths[part]}
     if shared and "text_encoder_c" in loaders:
         loaders["text_encoder_b"] = loaders["text_encoder_c"]
     for name, part in (("stage_b", "decoder"), ("stage_c", "prior")):
         if part in empty:
-            loaders[name].config = empty[part].config        # available before the weights are read
+            loaders[name].config = empty[part].config        # readable before the network is loaded
     return loaders
 
 
@@ -213,7 +214,7 @@ def pipeline_for(paths: dict, empty: dict, loaders: dict, device, dtype) -> Wuer
 
 
 def bytes_needed(paths: dict, empty: dict, dtype: torch.dtype, int8: bool) -> float:
-    """Computes the memory in bytes of all networks. If int8, it converts the layers of the empty Stages B and C."""
+    """Computes how many bytes all networks need. With int8, converts the layers of the empty Stages B and C to int8."""
     for part in ("decoder", "prior"):
         if int8 and part in empty:
             to_int8(empty[part])

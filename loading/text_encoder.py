@@ -27,7 +27,7 @@ WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p
 # ----- text -> token ids ---------------------------------------------------------------------------------------------
 
 def byte_pair_encoding(vocabulary: dict[str, int], merges: list[tuple[str, str]]):
-    """Builds CLIP's tokenizer: it lowercases a text, splits it into words, and words into bytes, and merges pairs."""
+    """Builds CLIP's tokenizer. It lowercases a text, splits it into words and words into bytes, and merges pairs."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, end_of_word_suffix="</w>", unk_token=END))
     tokenizer.normalizer = normalizers.Sequence(
@@ -45,7 +45,7 @@ class Tokenizer:
     bpe: see byte_pair_encoding. config: tokenizer_config.json; only pad_token and model_max_length (N) are used."""
     def __init__(self, bpe, config: dict):
         self.bpe, self.config, self.length = bpe, USUAL | config, int(config.get("model_max_length", 77))
-        bpe.no_padding()                                          # a file may turn on padding and silent truncation
+        bpe.no_padding()                                          # tokenizer.json may turn on padding and truncation
         bpe.no_truncation()
         pad = self.config["pad_token"]
         self.pad = bpe.token_to_id(pad["content"] if isinstance(pad, dict) else pad)
@@ -58,7 +58,7 @@ class Tokenizer:
         import tokenizers
         found = {name: (Path(folder) / name).read_text("utf-8") for name in FILES if (Path(folder) / name).is_file()}
         config = json.loads(found.get("tokenizer_config.json", "{}"))
-        if "added_tokens_decoder" not in config:                  # before 2023, special tokens were in this file
+        if "added_tokens_decoder" not in config:                  # older files have the special tokens separately
             config |= json.loads(found.get("special_tokens_map.json", "{}"))
         if "tokenizer.json" in found:
             return cls(tokenizers.Tokenizer.from_str(found["tokenizer.json"]), config)
@@ -71,7 +71,7 @@ class Tokenizer:
         return {"tokenizer.json": self.bpe.to_str(pretty=True), "tokenizer_config.json": f"{config}\n"}
 
     def __call__(self, texts: list[str], length: int | None = None) -> tuple[Tensor, Tensor]:
-        """n texts -> ids, mask (n,N). length: N, at most model_max_length. Truncates longer texts, with a warning."""
+        """Converts n texts to ids and mask (n,N). length: N, at most model_max_length. Warns if it cuts off a text."""
         length = min(length or self.length, self.length)
         ids, mask = torch.full((len(texts), length), self.pad), torch.zeros(len(texts), length, dtype=torch.long)
         for i, text in enumerate(texts):
@@ -90,7 +90,7 @@ ACTIVATIONS = dict(gelu=F.gelu, quick_gelu=lambda x: x * torch.sigmoid(1.702 * x
 
 
 class Attention(nn.Module):
-    """x (B,N,D), visible (B,1,N,N) -> (B,N,D). visible[b,0,i,j]: whether token i attends to token j."""
+    """Self-attention: x (B,N,D), visible (B,1,N,N) -> (B,N,D). visible[b,0,i,j]: whether token i attends to token j."""
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
@@ -115,7 +115,7 @@ class Layer(nn.Module):
 
 
 class CLIPTextModel(nn.Module):
-    """ids (B,N), mask (B,N) -> (B,N,D), after the final LayerNorm. Arguments: keys of config.json; **_: unused keys."""
+    """CLIP's text transformer: token ids (B,N), mask (B,N) -> (B,N,D). Arguments are keys of config.json; _: unused."""
     def __init__(self, vocab_size: int = 49408, hidden_size: int = 512, intermediate_size: int = 2048,
                  num_hidden_layers: int = 12, num_attention_heads: int = 8, max_position_embeddings: int = 77,
                  hidden_act: str = "quick_gelu", layer_norm_eps: float = 1e-5, **_):
@@ -147,12 +147,12 @@ class CLIPTextModel(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """n prompts -> (n,N,D). Both stages also use the vectors at padding tokens, which depend on the mask."""
+    """Tokenizer and text model: n prompts -> (n,N,D). Stages B and C also attend to the vectors at padding tokens."""
     def __init__(self, tokenizer: Tokenizer, model: CLIPTextModel):
         super().__init__()
         self.tokenizer, self.model = tokenizer, model
 
-    def tokens(self, prompts: list[str]) -> tuple[Tensor, Tensor]:                       # on the model's device
+    def tokens(self, prompts: list[str]) -> tuple[Tensor, Tensor]:                     # ids, mask on the device
         places = self.model.embeddings.position_embedding.weight                                          # (N, D)
         return tuple(to_device(tensor, places.device) for tensor in self.tokenizer(prompts, len(places)))
 

@@ -34,7 +34,7 @@ from v1.stage_b import StageBV1
 # ----- loading -------------------------------------------------------------------------------------------------------
 
 class NoStartValues(torch.overrides.TorchFunctionMode):
-    """Skips normal_ and randn. Used with torch.device("meta"), where they draw no values but import a compiler."""
+    """Skips normal_ and randn. On the meta device they draw no values, but make torch import its slow compiler."""
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is nn.init.normal_:
             return kwargs["tensor"]
@@ -72,10 +72,10 @@ def new_model(stage: type, config: str | Path | None, **sizes) -> nn.Module:
 
 
 def official_sizes(stage: type, shapes: dict[str, tuple]) -> dict:
-    """Returns arguments for `stage` if config.json is missing: v1's sizes, or {} for v2's, which are the defaults."""
+    """Guesses arguments for `stage` from shapes if config.json is missing: v1's sizes, or {}, the defaults, for v2."""
     shape = signature_shape(stage, shapes)
     if stage is StageC and shape[1:] == (1024,):
-        return dict(c_cond=1024)                             # CLIP-H instead of bigG
+        return dict(c_cond=1024)                             # the text width of CLIP-H
     if stage is EfficientNetEncoder and shape[:1] == (32,):
         return dict(network="efficientnet_v2_l")
     return {}
@@ -170,7 +170,7 @@ def load_text_encoder(folder: str | Path, tokenizer_folder: str | Path,
     also contain `position_ids`, which is 0, 1, 2, ... and is ignored. Raises WeightsError.
     """
     config, path = read_config(folder), Path(folder) / "config.json"
-    for name, most in CLIP_SIZES.items():              # a model with a typing error could take hours to build
+    for name, most in CLIP_SIZES.items():              # too large sizes are typing errors; building takes hours
         if type(config.get(name, 1)) is not int or not 1 <= config.get(name, 1) <= most:
             raise WeightsError(f"{path} cannot be used: {name} is {config[name]!r:.80}, expected 1 to {most}")
     with reading(path, WeightsError, "cannot be used"), torch.device("meta"), NoStartValues():
@@ -186,7 +186,7 @@ def load_text_encoder(folder: str | Path, tokenizer_folder: str | Path,
         fill(model, ((names[name], tensor) for name, tensor in file if name in names), dtype)
     except WeightsError as error:
         raise WeightsError(f"{file.path}: {error}") from error
-    # Unused, but transformers' model has this buffer, and the caches of training identify a model by its tensors.
+    # The buffer is unused, but transformers' model has it, and caches of training contain a hash of all tensors.
     positions = torch.arange(model.config["max_position_embeddings"])[None]                                 # (1, 77)
     model.embeddings.register_buffer("position_ids", positions, persistent=False)
     tokenizer = load_tokenizer(tokenizer_folder)
@@ -204,7 +204,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     found = [path for name in TOKENIZER_FILES if (path := Path(folder) / name).exists()]
     if not any(path.name in ("tokenizer.json", "vocab.json") for path in found):
         raise WeightsError(f"{folder} holds no tokenizer: expected tokenizer.json, or vocab.json and merges.txt")
-    for path in found:                             # the library's errors do not name the file
+    for path in found:                             # raises errors that name the file, unlike Tokenizer.load
         read_json(path) if path.suffix == ".json" else read_text(path, WeightsError)
     with reading(found[0], WeightsError, "or a tokenizer's file next to it cannot be read"):
         return Tokenizer.load(folder)
@@ -264,9 +264,9 @@ def save_scheduler(folder: str | Path) -> None:
 
 
 def save_text_encoder(encoder: TextEncoder, folder: str | Path, tokenizer_folder: str | Path) -> None:
-    """Saves a text encoder, in float16 with the published names, and its tokenizer, in transformers' format."""
+    """Saves a text encoder in float16, and its tokenizer, with the names and in the format of transformers."""
     config = dict(architectures=["CLIPTextModel"], model_type="clip_text_model", **encoder.model.config,
-                  dtype="float16", torch_dtype="float16")         # for transformers 5 and 4
+                  dtype="float16", torch_dtype="float16")         # keys of transformers 5 and of 4
     tensors = {f"text_model.{name}": tensor for name, tensor in encoder.model.state_dict().items()}
     write_files(config, to_half(tensors), folder, "model")
     for name, content in encoder.tokenizer.files().items():
