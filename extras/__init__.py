@@ -1,1 +1,1 @@
-"""What goes beyond a prompt and an image: image files, editing, the command line of sample.py."""
+"""Generation beyond prompt to image: image files, editing, previews, and the options of sample.py for them."""

@@ -3,10 +3,10 @@
   argv -parse_jobs-> jobs, one for each image: all options, its seed, its path -batches-> lists of jobs for one call
   image, job -save-> a PNG, JPEG or WebP file with the settings that made it
 
-A job is an argparse.Namespace. Most options are arguments of the same name in Python. Those that change what sample.py
-does (grids, interpolation, reconstruction, latents, previews) are carried out in modes.py.
+A job is an argparse.Namespace. Most options are passed on to the pipeline as arguments of the same name. modes.py has
+the code for options that change what sample.py does: grids, interpolation, reconstruction, latents, previews.
 Note: options come from three sources: the command line, the image of --like, and the lines of --prompt-file. like.py
-turns the last two into command line options, so that all are checked in the same way.
+turns options of the last two sources into words of a command line, so that all are checked in the same way.
 Needs: the standard library, so that `--help` and error messages appear at once.
 """
 import argparse
@@ -28,10 +28,10 @@ from loading.errors import UserError
 from loading.files import check_folder, numbered
 from loading.options import CELLS, FRAMES, SEED, SIDE, STEPS, Number, integer, nearest_option, positive_int, unit_float
 
-PUBLISHED_STEPS = "DEFAULT_STAGE_C_TIMESTEPS"    # diffusers' name for the levels of Sampling(29, early=True)
+PUBLISHED_STEPS = "DEFAULT_STAGE_C_TIMESTEPS"    # diffusers' name for the noise levels of Sampling(29, early=True)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")    # formats in which images are saved, see metadata.py
 
-SPECIAL = {*COMBINED, "outpaint", "from_latent", "tensors", "save_latent", "preview_every"}      # see modes.py
+SPECIAL = {*COMBINED, "outpaint", "from_latent", "tensors", "save_latent", "preview_every"}      # options for modes.py
 CONFLICTS = (("mask", "outpaint"), ("low_memory", "offload"), ("prompt_file", "reconstruct"), ("reconstruct", "init"),
              ("reconstruct", "from_latent"), ("grid", "from_latent"), ("interpolate_to", "from_latent"),
              ("save_latent", "from_latent"), ("tensors", "interpolate_to"), *itertools.combinations(COMBINED, 2),
@@ -60,8 +60,8 @@ def read_options(p: argparse.ArgumentParser, argv: list[str]) -> argparse.Namesp
 # ----- types for argparse: each function parses the value of an option -----------------------------------------------
 
 def comma_list(read_one, *counts: int):
-    """Returns a function that parses comma-separated values to a tuple. counts: the possible numbers of values (empty:
-    any number). If 1 is in counts, a single value is returned without a tuple."""
+    """Returns a function that parses comma-separated values to a tuple. read_one: parses one value. counts: the numbers
+    of values that are allowed, by default any. If 1 is in counts, a single value is returned without a tuple."""
     def read(text: str):
         values = tuple(map(read_one, text.split(",")))
         if counts and len(values) not in counts:
@@ -72,7 +72,7 @@ def comma_list(read_one, *counts: int):
 
 
 def steps(text: str) -> int | str | dict | tuple:
-    """Parses 29; 2/3:20,0:10 (segments); 1,0.6,0.3,0 (the levels themselves); or PUBLISHED_STEPS."""
+    """Parses "29" (steps), "2/3:20,0:10" (segments), "1,0.6,0.3,0" (noise levels) or PUBLISHED_STEPS for Sampling."""
     try:
         if text == PUBLISHED_STEPS:
             return text
@@ -84,19 +84,19 @@ def steps(text: str) -> int | str | dict | tuple:
     except ValueError:
         forms = f"29 (steps), 2/3:20,0:10 (segments), 1,0.5,0 (noise levels) or {PUBLISHED_STEPS}"
         raise argparse.ArgumentTypeError(f"expected something like {forms}, got {text!r}") from None
-    if len(levels) < len(segments):                  # a dict keeps only one of two segments with the same end
+    if len(levels) < len(segments):                  # two segments have the same end, so the dict lost one of them
         raise argparse.ArgumentTypeError(f"expected segments that each end at another noise level, got {text!r}")
     return levels
 
 
 def loras(text: str) -> dict[str, float]:
-    """Parses a.safetensors:0.8,b.safetensors -> {"a.safetensors": 0.8, "b.safetensors": 1.0}."""
+    """Parses "a.safetensors:0.8,b.safetensors" to {"a.safetensors": 0.8, "b.safetensors": 1.0}."""
     result = {}
     for part in text.split(","):
         file, colon, scale = part.rpartition(":")
         try:
             file, scale = (file, Number()(scale)) if colon and file not in ("", "hub") else (part, 1.0)
-        except argparse.ArgumentTypeError:           # the colon belongs to the name
+        except argparse.ArgumentTypeError:           # no scale follows the colon, so the colon belongs to the name
             file, scale = part, 1.0
         if file in result:
             raise argparse.ArgumentTypeError(f"{file} is given twice, expected once: add up its scales")
@@ -107,7 +107,7 @@ def loras(text: str) -> dict[str, float]:
 # ----- options -------------------------------------------------------------------------------------------------------
 
 def add_input_options(p: argparse.ArgumentParser) -> None:
-    """Adds the advanced options that say what an image is made from."""
+    """Adds the advanced options for inputs (prompt files, images, latents, embeddings) and for combining images."""
     add = p.add_argument_group("several images, and images as input").add_argument
     add("--prompt-file", metavar="FILE", help="many prompts: a text file with one per line, without those that begin "
         'with #; or .jsonl, with an object of settings per line, named like options: {"prompt": "a cat", "seed": 3, '
@@ -194,18 +194,18 @@ def add_output_options(p: argparse.ArgumentParser) -> None:
 # ----- from the command line to jobs ---------------------------------------------------------------------------------
 
 def parse_jobs(p: argparse.ArgumentParser, argv: list[str], run: Run) -> list[argparse.Namespace]:
-    """The command line -> a job for each image. Raises ValueError for options, files and paths that cannot be used.
+    """Returns a job for each image of the command line argv. Raises ValueError for what cannot be used.
 
-    In a prompt file, lines that cannot be used are reported and skipped, unless no line can be used.
+    In a prompt file, lines that cannot be used are reported by `run` and skipped, unless no line can be used.
     """
-    bad = {}                                     # {number of a line: what is wrong with the line}
+    bad = {}                                     # {number of a line in the prompt file: what is wrong with it}
     prompts = parse_args(p, argv, bad)
     jobs = [argparse.Namespace(**vars(args) | dict(seed=None if args.seed is None else args.seed + i))
             for args in prompts for i in range(1 if args.grid else args.num_images)]
     for job, path in zip(jobs, output_paths(jobs) if jobs else ()):
-        job.path, job.preview_path, job.preview = path, files_of(job, path)[-1], None    # preview: path once written
+        job.path, job.preview_path, job.preview = path, files_of(job, path)[-1], None    # preview: set once written
     for args in prompts:
-        if not args.given.isdisjoint(INPUTS):    # before the weights are loaded, which may take minutes
+        if not args.given.isdisjoint(INPUTS):    # check the input files before loading the weights, which takes long
             from extras.modes import check_inputs
             try:
                 check_inputs(args)
@@ -219,7 +219,7 @@ def parse_jobs(p: argparse.ArgumentParser, argv: list[str], run: Run) -> list[ar
 
 
 def parse_args(p: argparse.ArgumentParser, argv: list[str], bad: dict[int, str] | None = None) -> list:
-    """Returns the options for each prompt, in a list. Raises ValueError for options that cannot be used.
+    """Returns a list with the options of each prompt. Raises ValueError for options that cannot be used.
 
     bad: a dict that collects errors in lines of a prompt file; if it is None, such errors are raised.
     """
@@ -247,13 +247,13 @@ def random_seed() -> int:
 
 
 def needs_seed(args: argparse.Namespace) -> bool:
-    """Whether a seed is needed. --from-latent alone needs no seed: the file contains the noise generator's state."""
+    """Returns whether a seed is needed. For --from-latent without --to-latent, the file has the generator's state."""
     return not args.from_latent or bool(args.to_latent)
 
 
 def read_prompt_file(read: Callable, options: Options, args: argparse.Namespace,
                      bad: dict[int, str] | None) -> list[argparse.Namespace]:
-    """Returns the options of each line. Stores errors of single lines in `bad` if that is a dict, else raises them."""
+    """Returns `options` for each line of the prompt file, overridden by the line. Stores errors of lines in `bad`."""
     prompts, seed = [], random_seed() if args.seed is None else args.seed
     for number, settings in prompt_lines(Path(args.prompt_file)):
         args.line, first = number, seed
@@ -266,7 +266,7 @@ def read_prompt_file(read: Callable, options: Options, args: argparse.Namespace,
                 line.seed, seed = seed, seed + line.num_images
             check(line)
             prompts.append(line)
-        except ValueError as problem:            # later lines get the seeds they would have without the error
+        except ValueError as problem:            # count the seed of this line, so that later seeds stay the same
             seed += seed == first and settings.get("seed") in (None, "")
             skip_line(args, problem, bad)
     return prompts
@@ -313,13 +313,13 @@ def check(args: argparse.Namespace) -> None:
 
 
 def only_for(name: str) -> None:
-    """Raises ValueError for an option that only the other version has."""
+    """Raises ValueError for the given option `name`, which weights of this version (v1 or v2) cannot use."""
     error(f"{as_option(name)} is only for {'v1' if name in ONLY_V1 else 'v2'}, because Stage B of v1 generates "
           f"tokens: remove it")
 
 
 def check_sampling(args: argparse.Namespace, stage: str) -> None:
-    """Raises ValueError for sampling options of one stage that cannot be used."""
+    """Raises ValueError for sampling options of `stage`, "c" or "b", that cannot be used."""
     levels, sampler, interval, eta, start, end = (
         getattr(args, f"{name}_{stage}") for name in ("steps", "sampler", "interval", "eta", "t_start", "t_end"))
     if eta and sampler != "ddim":
@@ -339,11 +339,11 @@ def check_sampling(args: argparse.Namespace, stage: str) -> None:
 # ----- paths ---------------------------------------------------------------------------------------------------------
 
 def output_paths(jobs: list[argparse.Namespace]) -> list[Path]:
-    """Returns the path of each image. Raises ValueError if it cannot be written, before anything is computed."""
+    """Returns the path of each job's image. Raises ValueError if one cannot be written."""
     args, out, taken = jobs[0], Path(jobs[0].out), {}
     suffixes = (*SUFFIXES, ".gif") if args.interpolate_to or args.to_latent else SUFFIXES
     try:
-        if any(len(os.fsencode(part)) > 200 for part in out.parts):      # file systems allow 255 bytes; we add suffixes
+        if any(len(os.fsencode(part)) > 200 for part in out.parts):      # file systems allow 255 with our suffixes
             raise OSError("the name is too long")
         is_file = out.suffix.lower() in suffixes and not out.is_dir()
         others = (".gif", ".bmp", ".tif", ".tiff", ".jfif", ".avif", ".heic", ".jxl")
@@ -366,19 +366,19 @@ def output_paths(jobs: list[argparse.Namespace]) -> list[Path]:
 
 
 def slug(job: argparse.Namespace) -> str:
-    """Returns the beginning of a file name, from the prompt or the name of the file that the image is made from."""
+    """Returns the beginning of an image's file name, made from the prompt or, without one, the input file's name."""
     source = job.prompt or Path(job.init or job.reconstruct or job.from_latent or "image").stem
     return re.sub(r"\W+", "-", source.lower()).strip("-")[:50].strip("-") or "image"
 
 
 def files_of(job: argparse.Namespace, path: Path) -> list[Path]:
-    """Returns the files that are written for an image: the image, its latent, its preview."""
+    """Returns the paths of all files that are written for a job whose image is at `path`: image, latents, preview."""
     latent, preview = path.with_suffix(".safetensors"), path.with_name(f"{path.stem}_preview.png")
     return [path] + [latent] * job.save_latent + [preview] * bool(job.preview_every)
 
 
 def unused_path(path: Path, job: argparse.Namespace, taken=()) -> Path:
-    """Returns the path itself, or the first of name_2.png, name_3.png, ... that neither exists nor is taken."""
+    """Returns `path` or, if it exists or is in `taken`, the first of name_2.png, name_3.png, ... that is unused."""
     return next(p for p in numbered(path) if p not in taken
                 and (job.overwrite or not any(file.exists() for file in files_of(job, p))))
 
@@ -386,7 +386,7 @@ def unused_path(path: Path, job: argparse.Namespace, taken=()) -> Path:
 # ----- what sample.main calls ----------------------------------------------------------------------------------------
 
 def load_options(jobs: list[argparse.Namespace]) -> dict:
-    """Returns arguments of Wuerstchen.load that sample.py does not pass itself. `parts`: networks these jobs need."""
+    """Returns the arguments of Wuerstchen.load for the advanced options, and `parts`, the networks that are needed."""
     from loading import hub
     args = jobs[0]
     parts = hub.RECONSTRUCTION if args.reconstruct else hub.TEXT_TO_IMAGE
@@ -414,10 +414,10 @@ def batches(jobs: list[argparse.Namespace]) -> Iterator[list[argparse.Namespace]
 
 
 def sampling_options(args: argparse.Namespace, model) -> dict:
-    """Returns sampling options that differ from their defaults, as arguments of the model. Raises ValueError."""
+    """Returns {name: value} of sampling options that differ from their default. Raises ValueError for unusable ones."""
     options = {}
     for name in ("mask", "outpaint"):
-        if not hasattr(model.b, "rescale") and getattr(args, name, None):      # tiny.evaluate lacks both options
+        if not hasattr(model.b, "rescale") and getattr(args, name, None):      # args of tiny.evaluate lack both
             only_for(name)
     for name in OF_STAGES:
         field, value = name[:-2], getattr(args, name)
@@ -433,14 +433,14 @@ def sampling_options(args: argparse.Namespace, model) -> dict:
 
 
 def save(image, job: argparse.Namespace, model) -> Path:
-    """Writes an image, or the frames of a GIF, and its latent. Returns its path. Raises ValueError if it cannot."""
+    """Writes an image, or the frames of a GIF, and its latents. Returns the image's path. Raises ValueError."""
     from extras.metadata import path_for
     settings = None if job.no_metadata else settings_of(job, model, image)
     path = wanted = job.path if job.path.suffix.lower() == ".gif" else path_for(image, job.path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for path in numbered(wanted):
-            with contextlib.suppress(FileExistsError):   # written by another program since the paths were chosen
+            with contextlib.suppress(FileExistsError):   # another program has written the file: try the next name
                 write_image(image, job, path, settings)
                 remove_preview(job)
                 return path
@@ -450,7 +450,7 @@ def save(image, job: argparse.Namespace, model) -> Path:
 
 
 def write_image(image, job: argparse.Namespace, path: Path, settings: dict | None) -> None:
-    """Writes all files of an image, or none. Raises OSError; FileExistsError if one exists, unless --overwrite."""
+    """Writes an image and its latents, or neither. Raises OSError, or FileExistsError if one exists (--overwrite)."""
     from extras.images import save_gif
     from extras.metadata import save_image
     latent = None

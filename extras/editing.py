@@ -6,7 +6,7 @@
   generate(model, given={"prompt_c": a, "prompt_b": b})                           # embeddings instead of text
   reconstruct(model, "photo.png");  interpolate(model, "a dog", "a cat", frames=12)
 
-`generate` is Wuerstchen.__call__ with more kinds of input and output. It calls the same steps: encode_text, sample_c,
+`generate` is Wuerstchen.__call__ with more kinds of input and output. It calls the same methods: encode_text, sample_c,
 sample_b, decode. images.py reads the images; its function enlarge returns the image and the mask for outpainting.
 Needs: torch; wuerstchen.py, stage_b.py (preprocess), images.py.
 """
@@ -35,7 +35,7 @@ LONGEST = 4                      # by default, an edited image's longer side is 
 
 
 class Stopped(Exception):
-    """Raised when a callback asks to stop."""
+    """Raised when a callback returns False, to stop the generation."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class InitImage:
     """An image to start from. image, mask: anything that images.read_image takes, both of the same size.
 
     strength   the noise level to which the image's semantic latents are noised, and at which Stage C starts: 0
-               reconstructs the image, 1 keeps nothing of it. Default: 1 with a mask, else 0.6 with a prompt and 0.3
-               without one, because higher levels lose the object
+               reconstructs the image, 1 keeps nothing of it. Default: 1 with a mask; otherwise 0.6 with a prompt, and
+               0.3 without a prompt, because at higher levels the image's object is lost
     mask       white, or transparent, where new content is generated; elsewhere the image is kept
     Source of image to image: SDEdit, arXiv:2108.01073.
     """
@@ -57,7 +57,7 @@ class InitImage:
         return (read_image(self.image), None) if self.mask is None else read_pair(self.image, self.mask)
 
     def strength_for(self, silent: bool) -> float:
-        """Returns the strength or, if it is None, its default. silent: there is no prompt."""
+        """Returns the strength or, if it is None, its default. silent: whether there is no prompt."""
         if self.strength is not None:
             return self.strength
         return 1.0 if self.mask is not None else 0.3 if silent else 0.6
@@ -70,20 +70,21 @@ def generate(model: Wuerstchen, prompt: str | list[str] | None = None, negative_
              seed: int | list[int] | Callable = 0, num_images: int = 1, width: int | None = None,
              height: int | None = None, edit: InitImage | None = None, given: dict[str, Tensor] | None = None,
              output: str = "pil", callback: Callable | None = None, progress: bool = False, **sampling):
-    """Like Wuerstchen.__call__. These arguments are new or accept more:
+    """Generates images like Wuerstchen.__call__. These arguments are new, or accept more values:
 
     prompt         may be omitted if `edit` or `given` specify the image
     seed           as in __call__, or a list of seeds, or a function seed(C, h, w) -> noise (images or 1,C,h,w)
                    With given["semantic"], Stage C's noise is drawn and discarded, unless seed is a function. So
                    Stages C and B in two calls with the same seed generate the same image as in one call
-    width, height  px; default: the weights' size; with `edit`: that shorter side, the image's shape up to 4 : 1
+    width, height  px; default: the weights' size. For an `edit`, this is the shorter side; the shape is the image's,
+                   up to 4 : 1
     edit           an InitImage
-    given          any of: prompt_c, negative_c, prompt_b, negative_b, embeddings (prompts or 1,N,D) instead of text;
-                   semantic, raw latents (images or 1,16,h,w) as output="semantic" returns them, instead of Stage C;
-                   latents_c, latents_b (images or 1,C,h,w), from which Stages C and B start instead of noise
+    given          {name: tensor} for prompt_c, negative_c, prompt_b, negative_b: embeddings (prompts or 1,N,D) instead
+                   of text; semantic: raw latents (images or 1,16,h,w), as from output="semantic", instead of Stage C;
+                   latents_c, latents_b: start of Stages C and B (images or 1,C,h,w) instead of noise
     output         "pil"; "np" (n,H,W,3) or "pt" (n,3,H,W) in [0, 1]; "semantic" or "latents_b": latents of Stage C or B
     callback       may also return False to stop: then the result is []
-    Raises ValueError for arguments that do not fit together, almost always before the first step.
+    Raises ValueError for arguments that do not fit together, in most cases before the first step.
     """
     c, b = model.settings(sampling)
     given, num_images = check_arguments(model, given, edit, output), IMAGES.check("num_images", num_images)
@@ -101,9 +102,9 @@ def generate(model: Wuerstchen, prompt: str | list[str] | None = None, negative_
     levels = c.levels if known is None else cut_levels(c.levels, edit.strength_for(texts.silent))
     if len(levels) > 1:
         c = replace(c, steps=levels)
-    elif semantic is None:                                                                 # strength 0: no step at all
+    elif semantic is None:                                                                 # strength 0: no steps
         semantic = model.unscale_semantic(known.semantic)
-    skipped = [shape_c] * len(levels) * ("semantic" in given and len(levels) > 1)          # of the start and each step
+    skipped = [shape_c] * len(levels) * ("semantic" in given and len(levels) > 1)          # noise: start, each step
     draw_c, draw_b = draws_from(seed, n, model.device, skipped, shape_c, shape_b)
     # Stage C may take a minute, so the inputs of Stage B are checked before it.
     fit = functools.partial(fitting, n, model.device)
@@ -129,7 +130,7 @@ def generate(model: Wuerstchen, prompt: str | list[str] | None = None, negative_
 
 
 def reconstruct(model: Wuerstchen, image, prompt: str = "", **options):
-    """Encodes an image to semantic latents, decodes the latents with Stages B and A. Returns what generate returns."""
+    """Encodes an image to semantic latents, decodes these with Stages B and A. Returns what `generate` returns."""
     return generate(model, prompt, edit=InitImage(image, 0.0), **options)
 
 
@@ -138,8 +139,8 @@ def interpolate(model: Wuerstchen, a: str | Tensor, b: str | Tensor, frames: int
                 to_seed: int | None = None, batch: int = 1, **options) -> list:
     """Returns `frames` PIL images from a to b, both ends included. a, b: prompts, or semantic latents (1,16,h,w).
 
-    Embeddings or latents are interpolated along a sphere (slerp). to_seed: also interpolate the
-    noise, from that of `seed` to that of `to_seed`. batch: images computed at a time. options: as for generate.
+    Embeddings or latents are interpolated along a sphere (slerp). to_seed: the noise is also interpolated, from the
+    noise of `seed` to the noise of `to_seed`. batch: images computed at a time. options: arguments of generate.
     """
     frames, batch = FRAMES.check("frames", frames), BATCH.check("batch", batch)
     seed = random_seed() if seed is None else SEED.check("seed", seed)
@@ -160,7 +161,7 @@ def interpolate(model: Wuerstchen, a: str | Tensor, b: str | Tensor, frames: int
         count = dict(num_images=k) if "semantic" in moved else {}
         done = generate(model, seed=FrameNoise(seed, to_seed, part), given=given | moved, **count, **options)
         images += done
-        if len(done) < k:                                                                  # stopped by a callback
+        if len(done) < k:                                                                  # a callback returned False
             break
     return images
 
@@ -196,8 +197,8 @@ def check_given(given: dict | None, edit: InitImage | None) -> dict[str, Tensor]
 
 
 def prompt_lists(prompt, negative, num_images: int, optional: bool = False) -> tuple[list, list]:
-    """prompt and negative, each a text or a list -> a list of prompts and a list of negative prompts, one of each per
-    image. Raises ValueError, also for empty prompts unless they are `optional`."""
+    """Returns a list of prompts and a list of negative prompts, one of each per image. prompt, negative: a text or a
+    list of texts. Raises ValueError if they cannot be used. optional: whether prompts may be empty."""
     prompts, negatives = texts_of("prompt", prompt), texts_of("negative_prompt", negative) or [""]
     negatives = negatives * len(prompts) if len(negatives) == 1 else negatives
     if not prompts or not all(isinstance(p, str) and (optional or p.strip()) for p in prompts):
@@ -213,7 +214,7 @@ def prompt_lists(prompt, negative, num_images: int, optional: bool = False) -> t
 
 
 def seed_list(seed: int | Sequence[int] | None, n: int) -> list[int]:
-    """A seed, or a list of one for each of n images, or None for a random seed -> n seeds. Raises ValueError."""
+    """Returns n seeds. seed: the first one, or a list of n, or None for random ones. Raises ValueError or TypeError."""
     seed = random_seed() if seed is None else plain(seed)
     expected = f"seed is {seed!r:.80}, expected a whole number, one for each image, a function or None."
     if not isinstance(seed, Integral | Iterable) or isinstance(seed, str):
@@ -227,8 +228,8 @@ def seed_list(seed: int | Sequence[int] | None, n: int) -> list[int]:
 
 
 def draws_from(seed, n: int, device: torch.device, skipped: list[tuple], *shapes: tuple) -> list[Callable]:
-    """Returns for each of `shapes` a function draw() that returns checked noise (n, *shape). seed: a number, a list or
-    a function. Noise of the shapes `skipped` is drawn and discarded first, except from a function of the user."""
+    """Returns a function for each shape in `shapes`: it draws noise (n, *shape). seed: see `generate`. First draws and
+    discards noise of the shapes `skipped`, unless seed is a function of the user."""
     noise = seed if callable(seed) else Noise(seed_list(seed, n), device)
     for shape in skipped if noise is not seed or isinstance(seed, FrameNoise) else ():
         noise(*shape)
@@ -237,12 +238,12 @@ def draws_from(seed, n: int, device: torch.device, skipped: list[tuple], *shapes
 
 
 def rows(n: int) -> str:
-    """Returns, as text, how many rows a tensor for n images may have."""
+    """Returns, as text for error messages, how many rows a tensor for n images may have."""
     return "1" if n == 1 else f"{n} or 1"
 
 
 def fitting(n: int, device: torch.device, name: str, tensor: Tensor, shape: tuple) -> Tensor:
-    """A tensor (n or 1, *shape) -> (n, *shape) float32 on the device. Raises ValueError for another shape."""
+    """Returns `tensor`, (n or 1, *shape), as (n, *shape) float32 on the device. Raises ValueError for other shapes."""
     tensor = tensor_of(name, tensor)
     if tuple(tensor.shape[1:]) != shape or len(tensor) not in (1, n):
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected ({rows(n)}, {', '.join(map(str, shape))}).")
@@ -251,7 +252,7 @@ def fitting(n: int, device: torch.device, name: str, tensor: Tensor, shape: tupl
 
 def image_size(model: Wuerstchen, height: int | None, width: int | None, image: Tensor | None,
                semantic: Tensor | None) -> tuple[int, int]:
-    """Returns (height, width); None is replaced by the default, see generate. Warns of sizes that were not trained."""
+    """Returns (height, width), with defaults instead of None, see `generate`. Warns of sizes that were not trained."""
     height, width = (None if side is None else SIDE.check(name, side)
                      for name, side in (("height", height), ("width", width)))
     if image is not None:
@@ -273,17 +274,17 @@ def image_size(model: Wuerstchen, height: int | None, width: int | None, image: 
 
 
 def both_sides(height: int | None, width: int | None, image: Tensor) -> tuple[int, int]:
-    """Returns (height, width). Computes a side that is None from the other and the shape of the image, up to 4 : 1."""
+    """Returns (height, width). If one is None, computes it from the other and the shape of the image, up to 4 : 1."""
     h, w = image.shape[-2:]
     h, w = min(h, LONGEST * w), min(w, LONGEST * h)
     return round(width * h / w) if height is None else height, round(height * w / h) if width is None else width
 
 
 class PromptBatch:
-    """Text embeddings for Stages "c" and "b": texts("c") returns (images,N,D) of the prompts and of the negatives.
+    """Text embeddings: PromptBatch(...)("c") returns Stage C's of prompts and negative prompts, (images,N,D) each.
 
-    Everything is checked in __init__; a call encodes the prompts. stages: the stages that will be called, "c", "b" or
-    "cb". optional: prompts may be empty. Attributes: rows, the number of prompts; silent: all prompts are empty.
+    __init__ checks all arguments; the call encodes the prompts. stages: those that will be called, "c", "b" or "cb".
+    optional: prompts may be empty. Attributes: rows, the number of prompts; silent: whether all prompts are empty.
     """
     def __init__(self, model: Wuerstchen, prompt, negative, embeddings: dict[str, Tensor], num_images: int, stages: str,
                  optional: bool):
@@ -343,7 +344,7 @@ class PromptBatch:
 
 @torch.no_grad()
 def encode_latents(model: Wuerstchen, images: Tensor) -> Tensor:
-    """images (n,3,H,W) in [0, 1], sides multiples of 4 -> the VQGAN's latents (n,4,H/4,W/4) float32."""
+    """images (n,3,H,W) in [0, 1], with sides that are multiples of 4 -> latents of the VQGAN (n,4,H/4,W/4) float32."""
     stage_a = model.part("stage_a")
     return stage_a.encode(images.to(model.device, next(stage_a.parameters()).dtype)).float()
 
@@ -352,8 +353,8 @@ def encode_latents(model: Wuerstchen, images: Tensor) -> Tensor:
 def encode_image(model: Wuerstchen, images: Tensor) -> Tensor:
     """images (n,3,H,W) in [0, 1] -> raw (unscaled) semantic latents (n,16,h,w) float32.
 
-    The images are extended to Stage B's grid, then resized to about 0.75 of their size, so that each latent position
-    covers 32 x 32 px of the resized image. Raises ValueError for sides below 64 px, and without an image encoder.
+    The images are extended to the size that Stage B generates, then resized to about 3/4, so that each latent position
+    covers 32 x 32 px. Raises ValueError for sides below 64 px, and if the model has no image encoder.
     """
     encoder = model.part("image_encoder")
     (h, w), (h_b, w_b) = latent_sizes(*images.shape[-2:])
@@ -362,7 +363,7 @@ def encode_image(model: Wuerstchen, images: Tensor) -> Tensor:
 
 
 def extend(images: Tensor, height: int, width: int) -> Tensor:
-    """(n,C,H,W) -> (n,C,height,width): repeats the pixels at the edges. wuerstchen.crop undoes this."""
+    """images (n,C,H,W) -> (n,C,height,width), larger: repeats the pixels at the edges. wuerstchen.crop undoes this."""
     top, left = (height - images.shape[-2]) // 2, (width - images.shape[-1]) // 2
     right, bottom = width - images.shape[-1] - left, height - images.shape[-2] - top
     return F.pad(images, (left, right, top, bottom), mode="replicate")
@@ -382,7 +383,7 @@ def cut_levels(levels: Tensor, strength: float) -> Tensor:
 
 
 class KnownImage:
-    """The encoded image: the start of Stage C and, with a mask, the part that both stages keep (inpainting)."""
+    """An encoded InitImage: Stage C starts from it and, with a mask, both stages keep a part of it (inpainting)."""
     def __init__(self, model: Wuerstchen, image: Tensor, mask: Tensor | None, height: int, width: int):
         """image (3,H,W) and mask (H,W), see InitImage.read, are resized and cropped to cover height x width."""
         self.image = cover(image, height, width).to(model.device)                          # (3, height, width)
@@ -398,7 +399,7 @@ class KnownImage:
         self.latents = encode_latents(model, extend(self.image[None], 4 * h_b, 4 * w_b))   # (1, 4, h_b, w_b)
 
     def start_c(self, eps: Tensor, t: Tensor) -> Tensor:
-        """The start of Stage C: noise (n,16,h,w) -> the image's semantic latents (n,16,h,w) at noise level t."""
+        """noise eps (n,16,h,w) -> the image's semantic latents (n,16,h,w) at noise level t (), where Stage C starts."""
         return eps if t == 1 else add_noise(self.semantic.expand_as(eps), eps, t.to(eps.device).expand(len(eps)))
 
     def keep_c(self, eps: Tensor) -> "InpaintMask | None":
@@ -408,16 +409,16 @@ class KnownImage:
         return None if self.mask is None else InpaintMask(self.latents.expand_as(eps), self.mask_b, eps)
 
     def paste(self, images: Tensor) -> Tensor:
-        """Puts the known pixels back outside the mask. The blend between old and new pixels lies inside the mask."""
+        """Replaces the pixels of `images` outside the mask by the known image's. Old and new blend inside the mask."""
         if self.mask is None:
             return images
         return torch.lerp(self.image.expand_as(images), images, feather(self.mask, min(images.shape[-2:]) // 64))
 
 
 class InpaintMask:
-    """Inpainting, as argument `keep` of denoise: resets the known part of x_t to its true value at noise level t.
+    """The argument `keep` of denoise for inpainting: replaces the known part of x_t by known latents at noise level t.
 
-    known: x_0 (B,...). mask: broadcast over x_0, True where new content goes. eps: the noise added to the known part,
+    known: x_0 (B,...). mask: broadcast over x_0, True where new content goes. eps: the noise of the known part. It is
     the same at every step, so that this part moves to x_0 along one path, as multistep samplers (dpm++) require.
     Source: RePaint, arXiv:2201.09865, without its resampling.
     """
@@ -430,7 +431,8 @@ class InpaintMask:
 
 
 class FrameNoise:
-    """Draws noise for frames at f (n,): 0 is the noise of `seed`, 1 that of `to_seed`. If that is None, f is unused."""
+    """Draws noise for n frames, interpolated at f (n,) from the noise of `seed` (f = 0) to the noise of `to_seed`
+    (f = 1). If to_seed is None, all frames get the noise of `seed`."""
     def __init__(self, seed: int, to_seed: int | None, f: Tensor):
         self.f, self.ends = f, [Noise([end] * len(f)) for end in (seed, to_seed) if end is not None]
 
@@ -442,13 +444,13 @@ class FrameNoise:
 def slerp(a: Tensor, b: Tensor, f: float | Tensor) -> Tensor:
     """Interpolates each row along a sphere, from a (f = 0) to b (f = 1): a, b (B,...), f a number or (B,) -> (B,...).
 
-    Linear interpolation of two noise tensors would have too little variance in the middle: the network expects 1.
+    Halfway, a linear interpolation of two noise tensors would have variance 1/2, but the network expects 1.
     Source: Shoemake 1985, "Animating rotation with quaternion curves".
     """
     f = per_row(torch.as_tensor(f, dtype=a.dtype, device=a.device).expand(len(a)), a)
     cosine = F.cosine_similarity(a.flatten(1), b.flatten(1)).view_as(f).clamp(-1, 1)
     angle = cosine.arccos()
-    straight = angle.sin() < 1e-4                            # same or opposite direction: no arc
+    straight = angle.sin() < 1e-4                            # a and b are parallel: interpolate linearly
     angle = angle.where(~straight, 1)
     arc = ((1 - f) * angle).sin() / angle.sin() * a + (f * angle).sin() / angle.sin() * b
     return torch.where(straight, torch.lerp(a, b, f), arc)

@@ -3,11 +3,11 @@
   any file, array or tensor -read_image-> (3,H,W) -cover-> (3,height,width)      the input of the model
   PIL images (wuerstchen.to_pil) -strip, grid-> one image to look at             metadata.py saves it with its settings
 
-Inside, an image is a tensor (3,H,W), float32, 0 black to 1 white. A mask is (H,W), 1 where new content goes.
-Note: a plain convert("RGB") reads five kinds of files wrongly. Photos lie on their side, because it ignores the EXIF
-orientation. Colours are off if the profile is Display P3 or Adobe RGB instead of sRGB. Transparent pixels turn black,
-or whatever colour is stored under them. 16-bit values are clipped at 255 instead of scaled. 32-bit floats from 0 to 1
-come out black. pixels_of reads all five correctly.
+Within this repository, an image is a tensor (3,H,W), float32, 0 black to 1 white; a mask is (H,W), 1 where new content
+goes. Note: Pillow's convert("RGB") reads five kinds of files wrongly. Photos lie on their side, because it ignores the
+EXIF orientation. Colours are wrong if the profile is Display P3 or Adobe RGB instead of sRGB. Transparent pixels get
+the colour that is stored for them, often black. 16-bit values are clipped at 255 instead of scaled. 32-bit floats from
+0 to 1 become black. pixels_of reads all five correctly.
 Needs: torch, numpy, pillow (11.3 or newer), loading/files.py.
 """
 import bisect
@@ -29,20 +29,20 @@ from torch import Tensor
 from loading.errors import UserError, warn
 from loading.files import reading, reason_of, write_atomically
 
-# Resizing, sharpening and highlights take float images a little outside of [0, 1], so numbers from DARK to BRIGHT are
-# accepted and clipped. They cannot be meant as 0 to 255: an image with numbers up to 2 would be almost black.
+# After resizing or sharpening, float images have values a little outside of [0, 1], so values from DARK to BRIGHT are
+# accepted and clipped. Such an image cannot have the range 0 to 255: with values up to 2, it would be almost black.
 DARK, BRIGHT = -0.1, 2.0
 LARGEST = 2 ** 30                # largest image file that is read, in bytes
 TURNS = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
-         6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}       # {EXIF orientation: what undoes it}
-PNG, IEND = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"              # how a PNG file begins and ends
-PNG_TEXTS = (b"XML:com.adobe.xmp", b"Raw profile type exif", b"wuerstchen")  # texts to keep: orientation, our settings
+         6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}       # {EXIF orientation: its inverse}
+PNG, IEND = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"              # first and last bytes of a PNG file
+PNG_TEXTS = (b"XML:com.adobe.xmp", b"Raw profile type exif", b"wuerstchen")  # texts that open_png keeps
 
 
 # ----- reading -------------------------------------------------------------------------------------------------------
 
 def read_image(source) -> Tensor:
-    """An image from any source -> (3,H,W) float32 in [0, 1]: upright, in sRGB, over white where it is transparent.
+    """Reads an image to a tensor (3,H,W) float32 in [0, 1], upright and in sRGB. Transparent pixels become white.
 
     source  a path; a PIL image; a numpy array (H,W), (H,W,3) or (H,W,4), uint8, bool or float in [0, 1];
             or a tensor (3,H,W), (1,3,H,W) or (H,W), float in [0, 1] or bool
@@ -55,7 +55,7 @@ def read_image(source) -> Tensor:
 
 
 def read_pair(source, mask_source) -> tuple[Tensor, Tensor]:
-    """-> image (3,H,W) and mask (H,W), as read_image and read_mask. Transparent pixels that the mask replaces are not
+    """Returns image (3,H,W) and mask (H,W), see read_image and read_mask. Transparent pixels in the mask do not become
     white but continue their surroundings, so that no white edge remains. Raises ValueError, also if sizes differ."""
     colours, opacity = _channels(source)
     mask = read_mask(mask_source)
@@ -63,15 +63,15 @@ def read_pair(source, mask_source) -> tuple[Tensor, Tensor]:
         raise ValueError(f"the mask has {mask.shape[1]} x {mask.shape[0]} px, its image {opacity.shape[1]} x "
                          f"{opacity.shape[0]}: they must be the same.")
     image, solid = colours * opacity + (1 - opacity), opacity >= 0.5
-    # Holes have partly transparent edges. If the mask covers all holes, all transparent pixels belong to the holes.
+    # Holes have partly transparent edges. If the mask covers all holes, all of these edges are filled as well.
     theirs = opacity < 1 if (solid | (mask > 0)).all() else (opacity < 1) & (mask > 0)
     return torch.where(theirs, fill(colours, solid), image), mask
 
 
 def fill(colours: Tensor, known: Tensor) -> Tensor:
-    """colours (3,H,W), known (H,W) bool -> (3,H,W), in which unknown pixels get the mean of known pixels near them.
+    """colours (3,H,W), known (H,W) bool -> (3,H,W), in which unknown pixels have the mean of known pixels near them.
 
-    The means come from images of half, a quarter, ... of the size. If no pixel is known, the result is white.
+    The means are computed in images of half, a quarter, ... of the size. If no pixel is known, the result is white.
     """
     if known.all() or not known.any():
         return colours if known.any() else torch.ones_like(colours)
@@ -81,9 +81,9 @@ def fill(colours: Tensor, known: Tensor) -> Tensor:
 
 
 def read_mask(source) -> Tensor:
-    """A mask, from any source of read_image -> (H,W) float32: 1 where new content goes (white, or a hole), else 0.
+    """Reads a mask to a tensor (H,W) float32: 1 where new content goes (white, or transparent holes), else 0.
 
-    Raises ValueError for everything read_image rejects, and if nothing is marked.
+    source: see read_image. Raises ValueError for sources that read_image rejects, and if nothing is marked.
     """
     colours, opacity = _channels(source, "the mask")
     # Many editors export a mask as an image of one arbitrary colour, or as the photo itself, with transparent holes
@@ -96,7 +96,7 @@ def read_mask(source) -> Tensor:
                  "are the mask, the colours do not count")
         return hole.float()
     red, green, blue = colours * opacity + (1 - opacity)                # 3 x (H, W)
-    # luminance as in Pillow and JPEG: ITU-R BT.601
+    # Luminance, defined by ITU-R BT.601 as in Pillow and JPEG.
     mask = (0.299 * red + 0.587 * green + 0.114 * blue > 0.5).float()
     if not mask.any():
         raise ValueError(f"{_name(source, 'the mask')} marks nothing: "
@@ -105,7 +105,7 @@ def read_mask(source) -> Tensor:
 
 
 def _channels(source, what: str = "the image") -> tuple[Tensor, Tensor]:
-    """Returns colours (3,H,W) and opacity (H,W), float32 in [0, 1]."""
+    """Returns an image's colours (3,H,W) and opacity (H,W), float32 in [0, 1]. source: see read_image."""
     try:
         if isinstance(source, (str, Path)):
             array = read_file(source)
@@ -128,16 +128,16 @@ def _channels(source, what: str = "the image") -> tuple[Tensor, Tensor]:
 
 
 def read_file(path: str | Path) -> np.ndarray:
-    """Reads an image file -> (H,W,3) or (H,W,4) uint8, see pixels_of. Raises UserError."""
+    """Reads an image file to an array (H,W,3) or (H,W,4) uint8, see pixels_of. Raises UserError if it cannot."""
     with reading(path, most=LARGEST), decoding(), open_image(Path(path).read_bytes()) as image:
         return pixels_of(image)
 
 
 @contextlib.contextmanager
 def decoding():
-    """Turns any error that Pillow raises in the `with` block into a ValueError of one line.
+    """Context manager that turns any error of Pillow in its block into a ValueError of one line.
 
-    Each of Pillow's decoders raises other errors for a damaged file: OSError, SyntaxError, struct.error, EOFError, ...
+    For a damaged file, Pillow's decoders raise many kinds of errors: OSError, SyntaxError, struct.error, EOFError, ...
     """
     try:
         yield
@@ -152,16 +152,16 @@ def decoding():
 
 
 def open_image(content: bytes) -> Image.Image:
-    """The content of a file -> a PIL image with loaded pixels. Raises whatever Pillow raises."""
+    """Returns a file's content as a PIL image with loaded pixels. Raises any error that Pillow raises."""
     image = open_header(io.BytesIO(content), 0, len(content), pixels=True)
     image.load()
     return image
 
 
 def open_header(file: BinaryIO, start: int, end: int, pixels: bool = False) -> Image.Image:
-    """Bytes `start` to `end` of a file -> a PIL image with its size, profile and orientation.
+    """Returns bytes `start` to `end` of a file as a PIL image that has at least a size, a profile and an orientation.
 
-    pixels: whether its pixels can be loaded; without them, less of a PNG file is read. Raises whatever Pillow raises.
+    pixels: whether the pixels can also be loaded. If not, less of a PNG file is read. Raises any error of Pillow.
     """
     file.seek(start)
     if file.read(len(PNG)) == PNG:
@@ -173,25 +173,25 @@ def open_header(file: BinaryIO, start: int, end: int, pixels: bool = False) -> I
     except Exception:
         if content[4:11] != b"ftypavi":
             raise
-        # Pillow rejects AVIF files with damaged EXIF data, but ignores items of an unknown type: rename the item.
+        # Pillow rejects AVIF files with damaged EXIF data, but ignores unknown items, so rename the EXIF item.
         return Image.open(io.BytesIO(content.replace(b"Exif", b"none", 1)))
 
 
 def open_png(file: BinaryIO, start: int, end: int, pixels: bool) -> Image.Image:
-    """open_header for PNG files.
+    """Does what open_header does, for PNG files. Gives Pillow a file of the usable chunks.
 
     EXIF data may follow the pixels in the file; here it is moved before them. Finding it takes a few hundred bytes.
     Pillow rejects the whole file if a text or a profile is damaged, or larger than 1 MiB when decompressed. So damaged
     profiles, damaged EXIF data and all texts except PNG_TEXTS are omitted here.
     """
-    def chunk_at(at: int) -> tuple[int, bytes]:          # length of the content, kind
+    def chunk_at(at: int) -> tuple[int, bytes]:          # returns the chunk's length of content and kind
         file.seek(at)
         return struct.unpack(">I4s", file.read(8).ljust(8, b"\0"))
 
     header, data, profile, kind, at = b"", [], None, b"", start + len(PNG)
     while kind != b"IEND" and at < end:
         length, kind = chunk_at(at)
-        size = length + 12                               # with length, kind and checksum
+        size = length + 12                               # size of the whole chunk: also length, kind and checksum
         if kind == b"IDAT" and not pixels:
             # Encoders write the pixels as chunks of equal length, so a binary search finds the last of these chunks.
             following = range(at + size, end, size)
@@ -203,13 +203,13 @@ def open_png(file: BinaryIO, start: int, end: int, pixels: bool) -> Image.Image:
             if kind == b"IDAT":
                 data.append(chunk)
             elif kind == b"iCCP":
-                with contextlib.suppress(zlib.error):    # content: name, 0, method, data. At most 64 MiB
+                with contextlib.suppress(zlib.error):    # content: name, 0, method, data. Decompress at most 64 MiB
                     profile = zlib.decompressobj().decompress(content.partition(b"\0")[2][1:], 2 ** 26)
             elif kind in (b"IHDR", b"PLTE") or (_is_usable(header + chunk) if kind in (b"tRNS", b"eXIf")
                                                 or content.partition(b"\0")[0] in PNG_TEXTS else False):
                 header += chunk
         at += size
-    end_mark = IEND * (not pixels or kind == b"IEND")    # "" if the file is cut off
+    end_mark = IEND * (not pixels or kind == b"IEND")    # empty if the file is cut off, so that Pillow reports it
     image = Image.open(io.BytesIO(b"".join((PNG, header, *data, end_mark))))
     if profile:
         image.info["icc_profile"] = profile
@@ -217,21 +217,21 @@ def open_png(file: BinaryIO, start: int, end: int, pixels: bool) -> Image.Image:
 
 
 def _is_usable(chunks: bytes) -> bool:
-    """Whether Pillow accepts a PNG file that begins with these chunks."""
+    """Returns whether Pillow accepts a PNG file that consists of these chunks."""
     with contextlib.suppress(Exception), Image.open(io.BytesIO(PNG + chunks + IEND)):
         return True
     return False
 
 
 def orientation(image: Image.Image) -> int:
-    """The orientation of an image, 1 to 8 (see TURNS), from its EXIF or XMP data; 1 if none can be read."""
+    """Returns the orientation of an image, 1 to 8 (see TURNS), from its EXIF or XMP data; 1 if none can be read."""
     with contextlib.suppress(Exception):                 # damaged data may raise any error
-        return Image.Image.getexif(image).get(0x0112, 1)           # getexif of PNG images would decode the pixels
+        return Image.Image.getexif(image).get(0x0112, 1)           # PngImageFile.getexif would decode the pixels
     return 1
 
 
 def to_srgb(image: Image.Image) -> ImageCms.ImageCmsTransform | None:
-    """The transform from an image's colour profile to sRGB; None without a profile, or if the pixels are sRGB already.
+    """Returns the transform from an image's colour profile to sRGB, or None if it has no profile or is sRGB already.
 
     A profile that is damaged, or for another colour space than the image's, is ignored: the pixels count as sRGB.
     """
@@ -242,22 +242,22 @@ def to_srgb(image: Image.Image) -> ImageCms.ImageCmsTransform | None:
     return _transform(profile, mode if mode in ("CMYK", "LAB") else "L" if grey else "RGB")
 
 
-@functools.lru_cache(64)                                 # most photos of a data set share a few profiles
+@functools.lru_cache(64)                                 # the images of a dataset usually share a few profiles
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     with contextlib.suppress(ImageCms.PyCMSError, OSError, ValueError):
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         space = source.profile.xcolor_space.strip()
-        if mode == "L" and space == "RGB":               # a grey image whose profile expects three equal channels
+        if mode == "L" and space == "RGB":               # a grey image with an RGB profile: repeat its channel
             mode = "RGB"
         if space != {"L": "GRAY"}.get(mode, mode):
             return None
-        # As in photo editors: white stays white and black stays black.
+        # The same options as in photo editors: white stays white, and black stays black.
         transform = ImageCms.buildTransform(
             source, ImageCms.createProfile("sRGB"), mode, "RGB", ImageCms.Intent.RELATIVE_COLORIMETRIC,
             ImageCms.Flags.BLACKPOINTCOMPENSATION)
         if mode == "CMYK":
             return transform
-        # Many profiles for sRGB exist, which differ by rounding. Images with one of them keep their exact pixels.
+        # Many sRGB profiles exist, which differ by rounding. If the transform changes colours by 2 at most, omit it.
         colours = np.indices((16,) * 3).reshape(3, 1, -1).T * 17 if mode == "RGB" else np.arange(256)[None]
         probe = Image.fromarray(colours.astype(np.uint8))
         change = np.asarray(ImageCms.applyTransform(probe, transform), int) - np.asarray(probe.convert("RGB"), int)
@@ -266,10 +266,10 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 
 
 def pixels_of(image: Image.Image) -> np.ndarray:
-    """A PIL image of any mode -> (H,W,3) uint8, or (H,W,4) if it stores transparency: upright, in sRGB."""
+    """Returns the pixels of a PIL image of any mode, upright and in sRGB: (H,W,3) uint8, or (H,W,4) with opacity."""
     if 0 in image.size:
         raise ValueError(f"it has {image.width} x {image.height} px, expected at least 1 x 1")
-    image.load()                                         # first: EXIF data may follow the pixels
+    image.load()                                         # must come first, because EXIF data may follow the pixels
     transform, turn = to_srgb(image), TURNS.get(orientation(image))
     if turn is not None:
         image = image.transpose(turn)                    # a copy: the caller's image does not change
@@ -286,7 +286,7 @@ def pixels_of(image: Image.Image) -> np.ndarray:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Modes I;16, I and F -> L, scaled; convert("L") would clip them."""
+    """Converts images of mode I;16, I or F to mode L. Scales the values; Pillow's convert("L") would clip them."""
     values = np.asarray(image).astype(np.float64)        # (H, W)
     low, high = values.min(), values.max()               # NaN if any pixel is NaN
     # Pillow opens 16-bit PGM files as mode I, and older versions also 16-bit PNG files. For floats, white is taken as 1
@@ -299,7 +299,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def _array_of(tensor: Tensor) -> np.ndarray:
-    """A tensor (3,H,W), (1,3,H,W) or (H,W) -> an array (H,W,3) or (H,W), float32. Raises ValueError."""
+    """Returns an image tensor (3,H,W), (1,3,H,W) or (H,W) as array (H,W,3) or (H,W), float32. Raises ValueError."""
     shape = tuple(tensor.shape)
     if tensor.ndim == 4 and len(tensor) == 1:
         tensor = tensor[0]
@@ -311,7 +311,7 @@ def _array_of(tensor: Tensor) -> np.ndarray:
 
 
 def _checked(array: np.ndarray) -> np.ndarray:
-    """An array -> (H,W,3) or (H,W,4) float32, from DARK to BRIGHT. Raises ValueError for other arrays."""
+    """Converts an image array to (H,W,3) or (H,W,4) float32 from DARK to BRIGHT. Raises ValueError if it cannot."""
     shape = array.shape
     if array.ndim == 2:
         array = np.repeat(array[..., None], 3, axis=2)   # (H, W, 3)  grey
@@ -321,7 +321,7 @@ def _checked(array: np.ndarray) -> np.ndarray:
         return array.astype(np.float32) / 255
     if array.dtype != bool and not np.issubdtype(array.dtype, np.floating):
         raise ValueError(f"an array of {array.dtype}, expected uint8 from 0 to 255 or floats from 0 to 1")
-    array = array.astype(np.float32)                     # a copy in this machine's byte order, as torch requires
+    array = array.astype(np.float32)                     # also sets this machine's byte order, as torch requires
     if not np.isfinite(array).all():
         raise ValueError("it contains NaN or infinity, expected numbers from 0 to 1")
     if array.min() < DARK or array.max() > BRIGHT:
@@ -337,10 +337,10 @@ def _name(source, otherwise: str) -> str:
 # ----- fitting and blending ------------------------------------------------------------------------------------------
 
 def cover(image: Tensor, height: int, width: int, nearest: bool = False) -> Tensor:
-    """image (C,H,W) -> (C,height,width): resized without distortion to cover this size, then cropped to the middle.
+    """Resizes image (C,H,W), without distortion, to cover height x width. Crops it to the middle, (C,height,width).
 
-    nearest: for masks, which stay 0 or 1. An image that has the size already is returned as it is, bit for bit.
-    Raises ValueError for other shapes and sizes below 1.
+    nearest: interpolation for masks, which keeps the values 0 and 1. An image that already has this size is not changed
+    at all. Raises ValueError for other shapes and for sizes below 1.
     """
     if image.ndim != 3 or min(image.shape) < 1 or min(height, width) < 1:
         raise ValueError(f"cannot bring shape {tuple(image.shape)} to {height} x {width} px: "
@@ -353,7 +353,7 @@ def cover(image: Tensor, height: int, width: int, nearest: bool = False) -> Tens
     if size[0] * size[1] > 16 * height * width and middle != image.shape[1:]:
         return cover(middle_of(image, *middle), height, width, nearest)
     if size != tuple(image.shape[1:]):
-        # nearest-exact samples at the centre of each new pixel, like bilinear. torch's "nearest" samples at its corner,
+        # "nearest-exact" samples at the centre of each new pixel, like bilinear. torch's "nearest" samples at a corner,
         # which would shift a mask against its image by up to half a pixel.
         mode = dict(mode="nearest-exact") if nearest else dict(mode="bilinear", antialias=True, align_corners=False)
         image = F.interpolate(image[None], size, **mode)[0]             # (C, *size)
@@ -366,9 +366,8 @@ def middle_of(image: Tensor, height: int, width: int) -> Tensor:
 
 
 def enlarge(image: Tensor, left: int, top: int, right: int, bottom: int) -> tuple[Tensor, Tensor]:
-    """Adds a border for outpainting: image (3,H,W) -> (3,H',W') with its edges repeated, mask (H',W'), 1 on the border.
-
-    The four widths of the border are in px.  Raises ValueError if nothing is added.
+    """Adds a border for outpainting to image (3,H,W). Returns (3,H',W'), with the edges repeated, and a mask (H',W'),
+    which is 1 on the border. left, top, right, bottom: px to add. Raises ValueError if nothing is added.
     """
     if max(left, top, right, bottom) < 1:
         raise ValueError("nothing is added around the image: at least one side must be larger than 0 px")
@@ -378,14 +377,14 @@ def enlarge(image: Tensor, left: int, top: int, right: int, bottom: int) -> tupl
 
 
 def fitting_size(height: int, width: int, shorter: int) -> tuple[int, int]:
-    """(height, width) scaled so that the shorter side is `shorter` px; the shape is kept up to rounding."""
+    """Returns (height, width), scaled so that the shorter side is `shorter` px. The shape is kept, up to rounding."""
     return round(height * shorter / min(height, width)), round(width * shorter / min(height, width))
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Peak signal-to-noise ratio of two images in [0, 1], in dB: -10 log10 of the mean squared error; inf if equal.
+    """Returns the peak signal-to-noise ratio of two images in [0, 1], in dB: -10 log10 of the mean squared error.
 
-    Raises ValueError if their shapes differ: broadcasting would hide the difference.
+    It is inf for equal images. Raises ValueError if their shapes differ: broadcasting would hide the difference.
     """
     if a.shape != b.shape:
         raise ValueError(f"images of shapes {tuple(a.shape)} and {tuple(b.shape)} cannot be compared: "
@@ -395,20 +394,20 @@ def psnr(a: Tensor, b: Tensor) -> float:
 
 
 def feather(mask: Tensor, radius: int) -> Tensor:
-    """mask (H,W) of 0 and 1 -> weights (H,W) float32, exactly 0 outside the mask, rising to 1 inside it.
+    """mask (H,W) of 0 and 1 -> weights (H,W) float32, 0 outside the mask, rising to 1 inside it, for blending.
 
-    The n-th pixel from the edge gets n / (radius + 1), at most 1. Blending with these weights leaves no seam and never
-    touches unmasked pixels. The borders of the image do not count as edges. radius 0 returns the mask.
-    Raises ValueError for other shapes and negative radii.
+    The n-th pixel from the mask's edge gets n / (radius + 1), at most 1. Blending with these weights leaves no seam and
+    never changes unmasked pixels. The borders of the image do not count as edges. With radius 0, the result is the
+    mask. Raises ValueError for other shapes and negative radii.
     """
     if mask.ndim != 2 or radius < 0:
         raise ValueError(f"cannot feather a mask of shape {tuple(mask.shape)} by {radius} px: "
                          "expected (H,W) and 0 or more")
-    # The mean of the mask and of the mask eroded 1, 2, ... radius times. A blur, clipped so that it is 0 outside, would
-    # be faster, but would remove strokes thinner than the radius. Here the weights of such strokes only stay below 1.
+    # Computes the mean of the mask and of the mask eroded 1, 2, ... radius times. A blur that is clipped to 0 outside
+    # would be faster, but would remove strokes thinner than the radius. Here their weights only stay below 1.
     eroded, total = mask.float()[None], mask.float()                    # (1, H, W), (H, W)
     for _ in range(radius):
-        # minimum of 3 x 3; max_pool2d pads with -inf, so nothing beyond the border counts
+        # Minimum of 3 x 3 pixels. max_pool2d pads with -inf, so pixels beyond the border do not count.
         eroded = -F.max_pool2d(-eroded, 3, stride=1, padding=1)         # (1, H, W)
         total = total + eroded[0]                                       # (H, W)
     return total / (radius + 1)
@@ -417,17 +416,17 @@ def feather(mask: Tensor, radius: int) -> Tensor:
 # ----- laying out ----------------------------------------------------------------------------------------------------
 
 def strip(images: list, labels: list[str] | None = None, gap: int = 4) -> Image.Image:
-    """PIL images of equal size -> one row of them, with labels above; see grid."""
+    """Returns one image with a row of PIL images of equal size and, above them, labels; see grid."""
     return grid(images, len(images), labels, gap=gap)
 
 
 def grid(images: list, columns: int, column_labels: list[str] | None = None, row_labels: list[str] | None = None,
          gap: int = 4) -> Image.Image:
-    """PIL images of equal size -> one RGB image of them, row by row, with white gaps of `gap` px between them.
+    """Returns one RGB image with PIL images of equal size, row by row, and white gaps of `gap` px between them.
 
-    Labels stand above the columns and left of the rows, each a gap away. Labels wider than a cell end in an ellipsis.
-    Without labels the cells begin in the top left corner; they always end in the bottom right corner.
-    Raises ValueError without images or columns, for sizes that differ, and unless there is one label per column or row.
+    Labels stand above the columns and left of the rows, each a gap away. Labels wider than an image end in an ellipsis.
+    Without labels the images begin in the top left corner; they always end in the bottom right corner. Raises
+    ValueError without images or columns, for sizes that differ, and unless there is one label per column or row.
     """
     width, height = _common_size(images)
     if columns < 1:
@@ -437,8 +436,8 @@ def grid(images: list, columns: int, column_labels: list[str] | None = None, row
         if labels is not None and len(labels) != expected:
             raise ValueError(f"got {len(labels)} labels for {expected} {what}, expected one for each")
 
-    # A 24th of the cell's width, so that about 45 letters fit, but at least 11 px: smaller letters are hard to read.
-    # Pillow's own font exists on every machine, but contains little more than ASCII: other letters come out as boxes.
+    # The font size is a 24th of an image's width, so that about 45 letters fit, but at least 11 px, to be readable.
+    # Pillow's own font exists on every machine. It contains little more than ASCII: other letters are drawn as boxes.
     font = ImageFont.load_default(size=max(11, round(width / 24)))
     above = [_shortened(label, width, font) for label in column_labels or []]
     left_of = [_shortened(label, width, font) for label in row_labels or []]
@@ -450,7 +449,7 @@ def grid(images: list, columns: int, column_labels: list[str] | None = None, row
     draw = ImageDraw.Draw(sheet)
     for i, image in enumerate(images):
         sheet.paste(image, (left + i % columns * (width + gap), top + i // columns * (height + gap)))
-    # The anchor is the point of the text at the given position: "mm" its middle, "rm" the middle of its right end.
+    # anchor: the point of the text that is at the given position: "mm" its middle, "rm" the middle of its right edge.
     for i, label in enumerate(above):
         draw.text((left + i * (width + gap) + width / 2, line / 2), label, "black", font, anchor="mm")
     for i, label in enumerate(left_of):
@@ -461,7 +460,7 @@ def grid(images: list, columns: int, column_labels: list[str] | None = None, row
 def save_gif(images: list, path: str | Path, seconds_per_frame: float = 0.15, overwrite: bool = False) -> None:
     """Writes PIL images of equal size to a GIF file that loops forever; writes it completely or not at all.
 
-    GIF counts in hundredths of a second, and Pillow joins equal consecutive frames into one that is shown longer.
+    seconds_per_frame is rounded to 1/100. Pillow joins equal consecutive frames into one that is shown longer.
     Raises FileExistsError unless `overwrite`, and ValueError without images or if their sizes differ.
     """
     _common_size(images)
@@ -478,11 +477,11 @@ def _common_size(images: list) -> tuple[int, int]:
 
 
 def _shortened(text: str, width: int, font) -> str:
-    text = " ".join(text.split())                                       # one line, whatever a prompt contains
+    text = " ".join(text.split())                                       # a prompt may contain line breaks
     if font.getlength(text) <= width:
         return text
     letters = 0
-    # The loop ends before the end of the text, because the whole text is too wide even without the ellipsis.
+    # The loop ends before all letters fit, because the whole text is too wide even without the ellipsis.
     while font.getlength(f"{text[:letters + 1]}…") <= width:
         letters += 1
     return f"{text[:letters].rstrip()}…" if letters else ""

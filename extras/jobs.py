@@ -2,8 +2,8 @@
 
   .txt or .jsonl -prompt_lines-> the settings of each line;  with exit_on_error() as run: the whole script
 
-If a line of a prompt file fails, the error names it and the other lines continue: exit code 1. Any other error that a
-user can fix ends the run with a message of one line: exit code 2.
+If a line of a prompt file fails, the error names the line, the run continues, and the exit code is 1. Any other error
+that a user can fix ends the run with a message of one line and exit code 2.
 Note: a batch that fails is computed again image by image, because any of its images may be the reason.
 Needs: the standard library; tqdm once images are computed.
 """
@@ -19,13 +19,13 @@ from pathlib import Path
 from loading.errors import UserError, WeightsError, memory_ran_out, printable, tell
 from loading.files import parsed, read_text
 
-KNOWN = (ValueError, OSError, RuntimeError, MemoryError)             # OSError: e.g. no permission to read
+KNOWN = (ValueError, OSError, RuntimeError, MemoryError)             # errors that a user may be able to fix
 
 
 # ----- prompt files --------------------------------------------------------------------------------------------------
 
 def prompt_lines(path: Path) -> list[tuple[int, dict]]:
-    """Returns (number, settings) of each line that is neither empty nor a # comment. Raises ValueError."""
+    """Returns [(line number, settings)] of a prompt file, without empty lines and # comments. Raises ValueError."""
     text = read_text(path, failed="cannot be read as a text file")
     result, is_json = [], path.suffix.lower() == ".jsonl"
     for i, line in enumerate(without_mark(text).split("\n"), 1):
@@ -47,15 +47,14 @@ def prompt_lines(path: Path) -> list[tuple[int, dict]]:
 
 
 def without_mark(text: str) -> str:
-    """Removes byte-order marks, which would become tokens. Some editors write one at the start of a text. If such files
-    are joined, the marks can be anywhere."""
+    """Removes byte-order marks, which would become tokens. Some editors write one; joined files have them anywhere."""
     return text.replace("\ufeff", "")
 
 
 # ----- the run -------------------------------------------------------------------------------------------------------
 
 class Run:
-    """jobs: one for each image; saved: the paths of finished images; failed: how often `report` was called."""
+    """The state of a run. jobs: one per image. saved: paths of finished images. failed: number of reported errors."""
     def __init__(self):
         self.jobs, self.saved, self.failed, self.bar = [], [], 0, None
 
@@ -74,7 +73,7 @@ class Run:
         self.print(str(path) if job.seed is None else f"seed {job.seed}: {path}")
 
     def progress(self, batches: Iterable[list]) -> Iterator[list]:
-        """Yields the batches; for several images with a progress bar: current prompt, finished images, time left."""
+        """Yields the batches. For several images, shows a progress bar: current prompt, finished images, time left."""
         if len(self.jobs) == 1:
             yield from batches
             return
@@ -90,12 +89,13 @@ class Run:
         self.bar = None
 
     def attempt(self, make: Callable[[list], list], batch: list) -> list[tuple]:
-        """Returns pairs (job, image). Raises errors of `make`, but only reports those for a line of a prompt file."""
+        """Returns pairs (job, image) for the images of make(batch). An error of `make` is raised or, if the batch is
+        from a prompt file and the weights are not the reason, only reported."""
         try:
             return [*zip(batch, make(batch))]
         except KNOWN as problem:
             message = one_line(problem)
-            if not batch[0].line or isinstance(problem, WeightsError):       # the other lines need the same weights
+            if not batch[0].line or isinstance(problem, WeightsError):       # with bad weights, all lines would fail
                 raise
         if len(batch) > 1:
             return [pair for job in batch for pair in self.attempt(make, [job])]
@@ -110,7 +110,7 @@ def place_of(job: argparse.Namespace) -> str:
 
 
 def skip_line(args: argparse.Namespace, problem: ValueError, bad: dict[int, str] | None) -> None:
-    """Stores what is wrong with a line of a prompt file in `bad`. Raises UserError if there is no line or no `bad`."""
+    """Stores the error `problem` of line args.line of a prompt file in `bad`. Raises it if one of the two is None."""
     if not args.line or bad is None:
         raise UserError(place_of(args) + str(problem)) from None
     bad[args.line] = place_of(args) + str(problem)
@@ -118,16 +118,16 @@ def skip_line(args: argparse.Namespace, problem: ValueError, bad: dict[int, str]
 
 @contextlib.contextmanager
 def exit_on_error() -> Iterator[Run]:
-    """Context for the whole script: an error that a user can fix becomes one line and exit code 2; Ctrl-C code 130.
+    """Context manager for the whole script. Prints an error that a user can fix as one line and exits with code 2.
 
-    Bugs keep a traceback. Exit code 1 if errors were reported and the other images are finished. Each warning is one
-    line. Previews are removed at the end.
+    Other errors keep their traceback. The exit code is 1 if errors were reported and the run continued, 130 after
+    Ctrl-C. Each warning is printed as one line. Previews are removed at the end.
     """
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")         # transformers' warnings are for programmers
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")         # hide transformers' warnings for programmers
     run = Run()
     try:
         with warnings.catch_warnings():
-            # Print each warning once, although files are read before the weights are loaded and again for each batch.
+            # Prints each warning once: input files are read several times, and each time may give the same warning.
             warn = functools.cache(lambda text: run.print("warning:", *text.split(), file=sys.stderr))
             warnings.showwarning = lambda message, *_: warn(str(message))
             yield run
@@ -148,7 +148,7 @@ def exit_on_error() -> Iterator[Run]:
 
 
 def one_line(problem: Exception) -> str:
-    """The message of an exception, for users. RuntimeErrors are bugs and raised again, except if memory ran out."""
+    """Returns the message of an exception as one line. A RuntimeError is a bug and raised, unless memory ran out."""
     message = " ".join(str(problem).split())
     if memory_ran_out(problem):
         return "memory ran out: generate fewer or smaller images at a time, or try --dtype bf16 or --low-memory"

@@ -3,11 +3,11 @@
   job, model, image -settings_of-> settings -metadata.save_image-> PNG, JPEG or WebP file
   file -options_like-> {"seed": ["--seed=3"], ...}, overridden by the command line's options -flat-> argv
 
-`Options` are {name of an option: its words on the command line}, with an empty list for an option that "" undoes.
-Note: settings are also stored if they are only the weights' defaults, so that the image stays the same when defaults
-change. If --like is used with other weights, those defaults are omitted, because the user did not choose them. Paths
-are stored relative to the working folder and searched from all folders above the image, so that folders can be moved.
-Needs: the standard library; torch to write settings, and for some images to read them.
+The type `Options` is {name of an option: its words on the command line}. The list of words is empty if the user typed
+--option "", which removes the option. Note: settings that the user did not choose, the weights' defaults, are also
+stored, so that the image stays the same if defaults change. If --like is used with other weights, those defaults are
+omitted. Paths are stored relative to the working folder and searched from all folders above the image, so that folders
+can be moved. Needs: the standard library; torch to write settings, and for some images to read them.
 """
 import argparse
 import os
@@ -19,27 +19,27 @@ from loading.hub import NAMES, digest, hashes
 from loading.layouts import is_name, locate
 
 DTYPES = dict(fp32="float32", bf16="bfloat16", fp16="float16")
-# Fields of a stage's sampling settings, with the defaults of their options. None: the weights have their own default.
+# {sampling setting of a stage: default of its option}. None: the default depends on the weights.
 SAMPLING = dict(steps=None, sampler=None, guidance=None, interval=(0.0, 1.0), rescale=0.0, eta=0.0, t_start=1.0,
                 t_end=0.0, temperature=None)
-# {part that can be replaced by a folder or file: its name in messages}
+# {part that can be replaced by an option of the same name: the part's name in messages}
 FILES = dict(prior="Stage C", decoder="Stage B", vqgan="Stage A", image_encoder="the image encoder",
              prior_text_encoder="Stage C's text encoder", text_encoder="Stage B's text encoder")
-# {name of weights: whether they are v1}, for weights whose version is known without loading them.
+# {value of --weights: whether they are v1}, for weights whose version is known without loading them.
 NAMED = {None: False, "tiny": False, "tiny-v1": True, "v1": True, "v2": False, "v2-base": False, "v2-aesthetic": False}
-# Options that only one version has, because Stage B of v1 generates tokens; then the samplers of the stages.
+# Options that only one version has, because Stage B of v1 generates tokens. SAMPLERS: {stage: samplers of any version}.
 ONLY_V1, ONLY_V2 = ("temperature_b",), ("mask", "outpaint", "rescale_b", "eta_b")
 SAMPLERS = dict(c=("ddpm", "ddim", "dpm++"), b=("ddpm", "ddim", "dpm++", "multinomial", "argmax", "quant"))
-INPUTS = ("init", "mask", "reconstruct", "from_latent", "to_latent", "tensors")      # files an image is made from
+INPUTS = ("init", "mask", "reconstruct", "from_latent", "to_latent", "tensors")      # options that name input files
 
-# The settings that are saved with an image and read by --like. PER_IMAGE: may differ between lines of --prompt-file.
+# Settings that are saved with an image and read by --like. PER_IMAGE: these may differ between lines of a prompt file.
 OF_STAGES = tuple(f"{name}_{stage}" for stage in "cb" for name in SAMPLING if (name, stage) != ("temperature", "c"))
 PER_IMAGE = ("prompt", "negative_prompt", "seed", "num_images", "width", "height", "init", "strength", "mask",
              "outpaint", "from_latent", "tensors", *OF_STAGES)
 PER_RUN = ("reconstruct", "interpolate_to", "to_seed", "frames", "grid", "to_latent", "weights", *FILES, "lora",
            "lora_partial", "revision", "dtype", "allow_tf32", "int8", "tile")
 
-COMBINED = ("reconstruct", "grid", "interpolate_to", "to_latent")            # each file combines several images
+COMBINED = ("reconstruct", "grid", "interpolate_to", "to_latent")            # the output combines several images
 REQUIRES = (("mask", "init"), ("outpaint", "init"), ("strength", "init"), ("to_latent", "from_latent"),
             ("to_seed", "interpolate_to", "to_latent"))                      # the first option needs one of the others
 Options = dict[str, list[str]]
@@ -48,7 +48,7 @@ Options = dict[str, list[str]]
 # ----- options -------------------------------------------------------------------------------------------------------
 
 def as_text(value) -> str:
-    """Returns a value as the text that a user would type."""
+    """Returns the value of an option as the text that a user would type on the command line."""
     if isinstance(value, dict):
         return ",".join(f"{as_text(end)}:{count}" for end, count in value.items())
     if isinstance(value, (tuple, list)):
@@ -61,19 +61,20 @@ def as_option(name: str) -> str:
 
 
 def typed(settings: dict) -> Options:
-    """{"seed": 3, "int8": True, "mask": ""} -> {"seed": ["--seed=3"], "int8": ["--int8"], "mask": []}, without None."""
+    """Converts settings, except None, to Options: {"seed": 3, "int8": True, "mask": ""} to {"seed": ["--seed=3"],
+    "int8": ["--int8"], "mask": []}."""
     return {name: [] if value == "" else [as_option(name) + ("" if value is True else f"={as_text(value)}")]
             for name, value in settings.items() if value is not None}
 
 
 def split(p: argparse.ArgumentParser, argv: list[str]) -> Options:
-    """argv -> Options. If an option is given twice, the last counts. Other words belong to the option before them."""
+    """Converts argv to Options. If an option is given twice, the last one counts. p: the parser of these options."""
     strings = {string: action.dest for action in p._actions for string in action.option_strings}
     options, name = {}, ""
     for word in argv:
         option, equals, value = word.partition("=")
         names = {strings[string] for string in strings if string.startswith(option)} if option[:2] == "--" else ()
-        if option in strings or len(names) == 1:                             # argparse takes abbreviations
+        if option in strings or len(names) == 1:                             # argparse accepts unique abbreviations
             name = strings.get(option) or names.pop()
             options[name] = [word]
         else:
@@ -88,14 +89,14 @@ def flat(options: Options) -> list[str]:
 
 
 def is_possible(name: str, args: argparse.Namespace) -> bool:
-    """Whether the option `name` can be used together with the other options in `args`."""
+    """Returns whether the option `name` can be used together with the other options in `args`."""
     if needed := next((others for first, *others in REQUIRES if first == name), None):
         return any(getattr(args, other) for other in needed)
     stage = name[-1]
     if name in ("eta_c", "eta_b"):
         return getattr(args, f"sampler_{stage}") == "ddim"
     if name in ("t_start_c", "t_start_b", "t_end_c", "t_end_b"):
-        steps = getattr(args, f"steps_{stage}")              # segments set the end, levels both ends
+        steps = getattr(args, f"steps_{stage}")              # segments (dict) fix the end, levels (tuple) both ends
         return steps is None or isinstance(steps, (int, dict) if "start" in name else int)
     return True
 
@@ -108,7 +109,7 @@ def of_other_version(args: argparse.Namespace, v1: bool) -> list[str]:
 
 
 def is_v1(args: argparse.Namespace) -> bool | None:
-    """Whether the weights in args are v1; None if this is unknown without downloading or loading them."""
+    """Returns whether the weights of args are v1, or None if this is unknown without downloading or loading them."""
     if args.weights in NAMED and not args.decoder:
         return NAMED[args.weights]
     try:
@@ -120,8 +121,8 @@ def is_v1(args: argparse.Namespace) -> bool | None:
 
 
 def merge(read: Callable[[list[str]], argparse.Namespace], base: Options, more: Options) -> Options:
-    """Returns base | more, without options of base that are then impossible. If `more` removes --init, the strength
-    and mask of base are removed as well. read: parses words to an argparse.Namespace."""
+    """Returns base | more, without options of `base` that cannot be used with `more`: if `more` removes --init, --mask
+    of `base` is also removed. read: parses command line words to an argparse.Namespace."""
     merged = base | more
     before, after = read(flat(base)), read(flat(merged))
     while gone := [name for name in merged.keys() - more.keys()
@@ -134,21 +135,21 @@ def merge(read: Callable[[list[str]], argparse.Namespace], base: Options, more: 
 # ----- --like --------------------------------------------------------------------------------------------------------
 
 def options_like(read: Callable, args: argparse.Namespace, more: Options) -> tuple[Options, dict[str, str]]:
-    """Returns the settings of the image of --like, overridden by `more`, the command line's options, and the hashes of
-    the files that the image was made from, except files that the command line replaces. Raises ValueError."""
+    """Returns the settings of the image of --like, overridden by `more`, the command line's options; and the hashes of
+    its input files and weights, except those that the command line replaces. Raises ValueError."""
     from extras.metadata import read_settings
     stored = read_settings(args.like)
     hashes = stored["hashes"] = stored["hashes"] if isinstance(stored.get("hashes"), dict) else {}
     settings = {name: value for name, value in stored.items() if name in PER_IMAGE + PER_RUN}
-    if args.prompt_file:                         # the file contains the prompts
+    if args.prompt_file:                         # the prompts come from the prompt file
         settings["prompt"] = None
-    elif args.from_latent:                       # the noise continues from its state in the file
+    elif args.from_latent:                       # the noise generator's state comes from the file of the latents
         settings["seed"] = None
     other_weights = more.keys() & FILES or "weights" in more and args.weights != stored.get("weights")
     if other_weights or more.keys() & {"init", "outpaint", "from_latent"}:
         own = own_defaults(args.like, stored)
         same = {name for name, value in own.items() if as_text(value) == as_text(stored.get(name))}
-        if not same >= {"width", "height"}:      # keep both sides unless both are defaults
+        if not same >= {"width", "height"}:      # keep width and height unless both have their default
             same = same - {"width", "height"}
         settings |= dict.fromkeys(same if other_weights else same & {"width", "height"})
     options = merge(read, typed(settings), more)
@@ -169,7 +170,7 @@ def options_like(read: Callable, args: argparse.Namespace, more: Options) -> tup
 
 
 def own_defaults(image: str, stored: dict) -> dict:
-    """Returns the defaults of size, steps and so on that applied to an image with the settings `stored`."""
+    """Returns {option: default} for the options whose defaults depend on the weights, for the weights in `stored`."""
     weights = str(stored.get("weights") or "tiny")
     v1, tiny = "temperature_b" in stored, is_tiny(weights) or is_tiny(Path(image).parent / weights)
     height, width = own_size(image, stored, 128 if tiny else 512 if v1 else 1024)
@@ -180,7 +181,7 @@ def own_defaults(image: str, stored: dict) -> dict:
 
 
 def is_tiny(weights: str | Path) -> bool:
-    """Whether these weights are for 128 px; False if they cannot be found."""
+    """Returns whether these weights are of a small model, for 128 px; False if they cannot be found."""
     if weights in NAMES:
         return False
     try:
@@ -192,7 +193,7 @@ def is_tiny(weights: str | Path) -> bool:
 
 
 def own_size(image: str, stored: dict, size: int) -> tuple[int, int]:
-    """Returns the default (height, width) for settings `stored`: of the saved latent or --init if any, or `size`."""
+    """Returns the default (height, width) for settings `stored`: that of the saved latents or --init, or else `size`."""
     from extras import editing, images, modes
     hashes = stored["hashes"]
     try:
@@ -205,7 +206,7 @@ def own_size(image: str, stored: dict, size: int) -> tuple[int, int]:
         left, top, right, bottom = map(int, str(stored.get("outpaint") or "0,0,0,0").split(","))
         h, w = height + top + bottom, width + left + right
         return images.fitting_size(min(h, editing.LONGEST * w), min(w, editing.LONGEST * h), size)
-    except ValueError:                           # file missing: assume that a size that fits the weights is the default
+    except ValueError:                           # the file is missing: a stored size with a side `size` was the default
         now = stored.get("height"), stored.get("width")
         return now if size in now else (size, size)
 
@@ -213,20 +214,20 @@ def own_size(image: str, stored: dict, size: int) -> tuple[int, int]:
 # ----- paths ---------------------------------------------------------------------------------------------------------
 
 def relative(file: str | Path, folder: Path) -> str:
-    """The path of a file for the settings of an image in `folder`: relative to the working folder if that contains
-    `folder`, else relative to `folder`. Never absolute. Names of weights are returned unchanged."""
+    """Returns the path of a file as the settings of an image in `folder` store it: relative to the working folder if
+    that contains `folder`, else to `folder`, and never absolute. Returns names of weights unchanged."""
     if is_name(file):
         return file
     folder = Path(os.path.abspath(folder))
     try:
         return Path(os.path.relpath(file, Path.cwd() if folder.is_relative_to(Path.cwd()) else folder)).as_posix()
-    except ValueError:                           # on another drive of Windows
+    except ValueError:                           # the file is on another drive of Windows
         return Path(file).name
 
 
 def find(image: str | Path, name: str, stored: str, hashes: dict[str, str]) -> str:
-    """Finds a file named in the settings of an image: searches the image's folder, the folders above it and the working
-    folder. If several files are found, the hash decides. Raises ValueError if none is found."""
+    """Finds the file `stored`, named in an image's settings for option `name`, in the image's folder, the folders above
+    and the working folder. If it finds several, prefers the one with the stored hash. Raises ValueError if none."""
     if is_name(stored):
         return stored
     folders = [*Path(os.path.abspath(image)).parents, Path.cwd()]
@@ -244,9 +245,9 @@ def find(image: str | Path, name: str, stored: str, hashes: dict[str, str]) -> s
 # ----- writing -------------------------------------------------------------------------------------------------------
 
 def settings_of(job: argparse.Namespace, model, image) -> dict:
-    """Returns all settings that are needed to generate the image again, and the files and versions that generated it.
+    """Returns all settings that are needed to generate the image again, with hashes of its files and versions.
 
-    Warns if the files are no longer those that made the image of --like.
+    Warns if a file has changed since the image of --like was generated from it.
     """
     from importlib.metadata import version
     import torch
@@ -257,7 +258,7 @@ def settings_of(job: argparse.Namespace, model, image) -> dict:
         paths = ", ".join(str((model.paths | files)[name]) for name in changed)
         warn(f"{', '.join(changed)} changed since {job.like} was made: this is another image ({paths})")
     values = {name: getattr(job, name) for name in PER_IMAGE + PER_RUN}
-    for name in OF_STAGES:                       # None: store the weights' default
+    for name in OF_STAGES:                       # instead of None, store the weights' default
         if values[name] is None:
             values[name] = getattr(model.c if name.endswith("c") else model.b, name[:-2], None)
     values["weights"] = job.weights or ("v2" if any(values[part] for part in FILES) else "tiny")

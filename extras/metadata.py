@@ -3,11 +3,11 @@
   settings {"prompt": ..., "seed": ...} -save_image-> "parameters" (for other programs) and "wuerstchen" (JSON)
   file -read_settings-> the same settings
 
-  PNG         two texts with these names
-  JPEG, WebP  EXIF tag UserComment for "parameters", where other programs expect it; our JSON in XMP
+  PNG         two text chunks with these names
+  JPEG, WebP  "parameters" is the EXIF tag UserComment, where other programs expect it; "wuerstchen" is in XMP
 
 Note: PNG has two kinds of text. Every reader understands tEXt, but it contains only Latin-1; other letters need iTXt.
-The "parameters" text follows AUTOMATIC1111's web UI, modules/infotext_utils.py and processing.py.
+"parameters" has the format of AUTOMATIC1111's web UI, see its modules/infotext_utils.py and processing.py.
 Needs: pillow; reading also images.py.
 """
 import io
@@ -29,18 +29,18 @@ XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmln
 <rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about="" xmlns:{name}="{space}">\
 <{name}:settings>{json}</{name}:settings></rdf:Description></rdf:RDF></x:xmpmeta><?xpacket end="w"?>"""
 EXIF_IFD, USER_COMMENT = 0x8769, 0x9286
-# Pillow's options for lossy formats: hardly worse than PNG. JPEG stores colours in full resolution, WebP only in half.
+# Pillow's options for lossy formats with hardly visible loss. JPEG stores colours in full resolution, WebP in half.
 FORMATS = {".jpg": dict(format="JPEG", quality=95, subsampling="4:4:4", comment=b""),
            ".webp": dict(format="WEBP", quality=95)}
 FORMATS[".jpeg"] = FORMATS[".jpg"]
-LARGEST = {"JPEG": 65500, "WEBP": 16383}         # px per side
+LARGEST = {"JPEG": 65500, "WEBP": 16383}         # {format: longest possible side in px}
 
 
 def save_image(image: Image.Image, path: str | Path, settings: dict | None, overwrite: bool = False) -> None:
-    """Writes a PIL image and the settings it was made with to a file, completely or not at all.
+    """Writes a PIL image, with its settings if not None, to a file; writes it completely or not at all.
 
-    The suffix decides the format: .jpg, .jpeg or .webp; with all other suffixes a PNG file, see save_png.
-    Settings that are too long for a JPEG file, beyond about 60 kB, are left out with a warning.
+    The suffix .jpg, .jpeg or .webp sets the format; with any other suffix the file is PNG, see save_png. Settings that
+    are too long for a JPEG file, beyond about 60 kB, are omitted with a warning.
     """
     options = FORMATS.get(Path(path).suffix.lower())
     if options is None:
@@ -55,16 +55,16 @@ def save_image(image: Image.Image, path: str | Path, settings: dict | None, over
             warn(f"{path}: the settings do not fit the {name.upper()} data of a JPEG file: save a PNG file to "
                  "keep them")
             del info[name]
-    data = io.BytesIO()      # Pillow writes a JPEG file directly, and does not notice if a full disk takes only a part
+    data = io.BytesIO()      # not directly to the file: for JPEG, Pillow would not notice that the disk is full
     image.save(data, **options, **info)
     write_atomically(path, lambda temporary: temporary.write_bytes(data.getvalue()), overwrite, len(data.getvalue()))
 
 
 def save_png(image: Image.Image, path: str | Path, settings: dict | None, overwrite: bool = False) -> None:
-    """Writes a PIL image to a PNG file, completely or not at all. The settings it was made with become two texts.
+    """Writes a PIL image, with its settings as two texts, to a PNG file; writes it completely or not at all.
 
-    "parameters" is for other programs (parameters_text); "wuerstchen" contains all settings as JSON, for read_settings.
-    settings: names and plain values; None for no text at all.
+    "parameters" is for other programs, see parameters_text; "wuerstchen" has all settings as JSON, for read_settings.
+    settings: {name: value that JSON can represent}, or None to write no text.
     Raises FileExistsError unless `overwrite`, and OSError if the file cannot be written.
     """
     text = PngInfo()
@@ -73,13 +73,13 @@ def save_png(image: Image.Image, path: str | Path, settings: dict | None, overwr
                             (CHUNK, json.dumps(settings, ensure_ascii=False, sort_keys=True))):
             latin = all(ord(letter) < 256 for letter in value)
             text.add_text(name, value) if latin else text.add_itxt(name, value)
-    # Level 1: the default 6 takes 3 to 5 times as long (1.6 s for 1024 px of noise); files are 1/6 to 1/4 smaller.
+    # With the default level 6, saving takes 3 to 5 times as long (1.6 s for 1024 px of noise) to save 1/6 to 1/4.
     write_atomically(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=text, compress_level=1),
                      overwrite)
 
 
 def path_for(image: Image.Image, path: Path) -> Path:
-    """The path; if its format cannot hold an image of this size, the path of a PNG file instead, with a warning."""
+    """Returns the path or, if its format cannot store an image of this size, the path of a PNG file, with a warning."""
     kind = FORMATS.get(path.suffix.lower(), {}).get("format")
     if max(image.size) <= LARGEST.get(kind, math.inf):
         return path
@@ -89,7 +89,7 @@ def path_for(image: Image.Image, path: Path) -> Path:
 
 
 def parameters_text(settings: dict) -> str:
-    """Settings in the format of AUTOMATIC1111's web UI, which other programs and Civitai read:
+    """Returns the settings in the format of AUTOMATIC1111's web UI, which other programs and Civitai read:
 
       a cat on a blue background
       Negative prompt: dog
@@ -97,12 +97,12 @@ def parameters_text(settings: dict) -> str:
 Version: wuerstchen
 
     All other settings follow under their own names ("steps_b" as "Steps b"), without lists, dicts, None and empty text.
-    Steps, sampler and CFG scale are Stage C's, which decides what is in the image.
+    Steps, sampler and CFG scale are those of Stage C, because it decides what is in the image.
     """
     values = {name: value for name, value in settings.items() if isinstance(value, (str, int, float)) and value != ""}
     prompt, negative = str(values.pop("prompt", "")), str(values.pop("negative_prompt", ""))
     hashes = settings.get("hashes")
-    fields = {"Steps": values.pop("steps_c", None),      # first: Civitai looks for a line that begins with "Steps: "
+    fields = {"Steps": values.pop("steps_c", None),      # must be first: Civitai looks for a line that begins with it
               "Sampler": str(values.pop("sampler_c", "")).upper() or None,
               "CFG scale": values.pop("guidance_c", None),
               "Seed": values.pop("seed", None),
@@ -113,19 +113,19 @@ Version: wuerstchen
               "Version": "wuerstchen"}
     fields = {name: value for name, value in fields.items() if value is not None}
     for name, value in values.items():
-        # setdefault: fields that readers know keep their value; the text "wuerstchen" contains every setting.
+        # A setting with the name of one of the fields above is omitted: other programs expect the field's meaning.
         fields.setdefault(name.replace("_", " ").capitalize(), value)
     line = ", ".join(f"{name}: {_quoted(str(value))}" for name, value in fields.items())
     return "\n".join([prompt] * bool(prompt) + [f"Negative prompt: {negative}"] * bool(negative) + [line])
 
 
 def _quoted(value: str) -> str:
-    """The value, as a JSON string if it contains characters that have a meaning in the format."""
+    """Returns the value, as a JSON string if it contains characters that have a meaning in this format."""
     return json.dumps(value, ensure_ascii=False) if any(letter in value for letter in ',:"\n') else value
 
 
 def read_settings(path: str | Path) -> dict:
-    """The settings that save_image wrote into a file.  Raises ValueError, in one line, if there are none to read."""
+    """Returns the settings that save_image wrote into a file. Raises ValueError, in one line, if it cannot."""
     from extras.images import LARGEST, decoding, open_image
     with reading(path, most=LARGEST), decoding(), open_image(Path(path).read_bytes()) as image:  # ValueError if cut off
         text = image.text.get(CHUNK) if image.format == "PNG" else _from_xmp(image.info.get("xmp"))
@@ -143,7 +143,7 @@ def read_settings(path: str | Path) -> dict:
 
 
 def _from_xmp(xmp: bytes | None) -> str | None:
-    """Our JSON in XMP data, or None."""
+    """Returns the JSON text of the settings in XMP data, or None if there is none."""
     try:
         return next((element.text for element in ElementTree.fromstring(xmp or b"").iter(f"{{{SPACE}}}settings")), None)
     except (ElementTree.ParseError, ValueError, LookupError):

@@ -1,6 +1,6 @@
-"""The other modes of sample.py: files as input, previews, latents, grids, interpolations, reconstructions.
+"""The modes of sample.py other than prompt to image: input files, previews, latents, grids, interpolations.
 
-  jobs that differ only in prompt and seed, options of sampling -make_images-> an image for each job
+  jobs that differ only in prompt and seed, sampling options -make_images-> an image for each job
 
 A job contains all options, the seed and the paths of one image; cli.parse_jobs makes jobs from the command line.
 Needs: torch, safetensors; editing.py, images.py, previews.py.
@@ -27,9 +27,9 @@ from loading.hub import hashes
 from loading.pipeline import FILES
 from wuerstchen import Noise, Wuerstchen, latent_sizes, to_pil
 
-# Tensors that --save-latent writes: latents (1,16,h,w); the noise generator's state after Stage C (1,bytes); (H, W).
+# --save-latent writes: semantic latents (1,16,h,w); the noise generator's state after Stage C (1,bytes); size (H, W).
 LATENT = ("semantic", "states", "size")
-ORIGIN = "wuerstchen"            # key of the file's metadata that names the weights, see origin_of
+ORIGIN = "wuerstchen"            # key of the file's metadata under which the result of origin_of is stored
 
 
 def make_images(model, jobs: list[argparse.Namespace], options: dict) -> list:
@@ -51,7 +51,7 @@ def make_images(model, jobs: list[argparse.Namespace], options: dict) -> list:
     if not job.save_latent and job.seed is not None:
         return generate(model, jobs, [job.seed for job in jobs], options)
     noise = Noise([job.seed or 0 for job in jobs], model.device)
-    if job.seed is None:                         # continues the noise of the saved latent
+    if job.seed is None:                         # continue with the noise generator's state in the file
         state = read_tensors(job.from_latent, *LATENT)["states"][0]
         for generator in noise.generators:
             generator.set_state(state.clone())
@@ -67,29 +67,29 @@ def make_images(model, jobs: list[argparse.Namespace], options: dict) -> list:
 
 
 def save_latent(job: argparse.Namespace, path: Path) -> Path:
-    """Writes job.latent and returns the path. Raises FileExistsError if it exists, unless --overwrite."""
+    """Writes the tensors job.latent to `path`. Returns path. Raises FileExistsError if it exists, unless --overwrite."""
     metadata = {ORIGIN: json.dumps(job.origin)}
     write_tensors(path, job.latent, metadata, job.overwrite)
     return path
 
 
 def origin_of(model, job: argparse.Namespace) -> dict:
-    """The weights that generated a semantic latent: name, kind, and hashes of the networks that decode the latent."""
+    """Returns the weights that generated semantic latents: name, kind, and hashes of the networks that decode them."""
     raw = model.scale_semantic is not Wuerstchen.scale_semantic
-    kind = "tiny" if model.size == 128 else "v1" if raw else "v2"        # three kinds, each with its own image encoder
+    kind = "tiny" if model.size == 128 else "v1" if raw else "v2"        # latents of one kind have the same meaning
     known = {part: value for part, value in hashes(model.paths).items() if part in ("decoder", "vqgan", "text_encoder")}
     weights = job.weights or ("v2" if any(getattr(job, part) for part in FILES) else "tiny")
     return dict(weights=Path(weights).name, kind=kind, hashes=known)
 
 
 def check_origin(path: str, model, job: argparse.Namespace) -> None:
-    """Warns if a saved latent was generated with other weights. Raises ValueError if the model cannot decode it."""
+    """Warns if the latents in file `path` are from other weights. Raises ValueError if the model cannot decode them."""
     try:
         with reading(path), safe_open(path, "pt") as file:
             then = parsed((file.metadata() or {})[ORIGIN])
             weights, kind, parts = then["weights"], then["kind"], dict(then["hashes"])
     except UserError:
-        return                                   # an older file, or a damaged one, which read_tensors reports
+        return                                   # an older file without ORIGIN; read_tensors reports damaged files
     now = origin_of(model, job)
     if kind != now["kind"]:
         raise UserError(f"{path} is a latent of the weights {weights} (kind {kind}), in which {now['weights']} (kind "
@@ -102,9 +102,9 @@ def check_origin(path: str, model, job: argparse.Namespace) -> None:
 # ----- files as input ------------------------------------------------------------------------------------------------
 
 def generate(model, jobs: list[argparse.Namespace], seed, options: dict, semantic: Tensor | None = None):
-    """Calls editing.generate with the files that the jobs name. seed: a list of seeds, or a source of noise.
+    """Calls editing.generate with the input files of the jobs. seed: a list of seeds, or a Noise.
 
-    semantic: the output of Stage C, if it has run already.
+    semantic: the output of Stage C, if it has run already, or None.
     """
     inputs, n = read_inputs(jobs[0]), len(jobs)
     given = inputs["given"]
@@ -112,7 +112,7 @@ def generate(model, jobs: list[argparse.Namespace], seed, options: dict, semanti
                   if name not in editing.LATENTS}
     prompts = [job.prompt for job in jobs]
     if not jobs[0].prompt and (embeddings or "edit" not in inputs and "semantic" not in given):
-        prompts = None                           # the embeddings are enough; otherwise generate reports what is missing
+        prompts = None                           # embeddings may replace the prompt; else generate reports what lacks
     if semantic is not None:
         given = {name: tensor for name, tensor in given.items() if name != "latents_c"} | dict(semantic=semantic)
     return editing.generate(model, prompts, [job.negative_prompt for job in jobs], seed=seed,
@@ -120,7 +120,7 @@ def generate(model, jobs: list[argparse.Namespace], seed, options: dict, semanti
 
 
 def read_inputs(job: argparse.Namespace) -> dict:
-    """Reads arguments of editing.generate from all files that the job names. Raises ValueError if it cannot."""
+    """Reads all input files of the job. Returns arguments of editing.generate. Raises ValueError if it cannot."""
     inputs, given = {}, {}
     if job.init or job.reconstruct:
         image, mask = InitImage(job.init or job.reconstruct, mask=job.mask or None).read() # (3, H, W), (H, W) or None
@@ -148,7 +148,7 @@ def read_inputs(job: argparse.Namespace) -> dict:
 
 
 def check_inputs(job: argparse.Namespace) -> None:
-    """Raises ValueError for unusable files, as far as this is known without the weights, which take minutes to load."""
+    """Raises ValueError for unusable input files. Checks only what can be checked before the weights are loaded."""
     inputs = read_inputs(job)
     given, edit = inputs["given"], inputs.get("edit")
     try:
@@ -177,7 +177,7 @@ def check_inputs(job: argparse.Namespace) -> None:
 
 
 def read_tensors(path: str, *needed: str) -> dict[str, Tensor]:
-    """A .safetensors file -> {name: tensor}. Raises ValueError if it cannot be read or lacks a tensor in `needed`."""
+    """Reads a .safetensors file to {name: tensor}. Raises ValueError if it cannot, or if a tensor in `needed` lacks."""
     with reading(path, failed="cannot be read as a .safetensors file"):
         tensors = load_file(path)
     if not set(needed) <= tensors.keys():
@@ -189,7 +189,7 @@ def read_tensors(path: str, *needed: str) -> dict[str, Tensor]:
 
 
 def check_latent(path: str, latent: dict[str, Tensor]) -> None:
-    """Raises UserError for a latent that --save-latent did not write."""
+    """Raises UserError if `latent`, the tensors of a file, cannot have been written by --save-latent."""
     semantic, states, size = (latent[name] for name in LATENT)
     found = f"its size and states have shapes {tuple(size.shape)} and {tuple(states.shape)}"
     usable = size.shape == (2,) and states.ndim == 2 and len(states) == 1 and states.dtype == torch.uint8
@@ -214,7 +214,7 @@ def check_latent(path: str, latent: dict[str, Tensor]) -> None:
 
 @functools.lru_cache(1)
 def previews_of(model) -> Previews:
-    """Returns the Previews for all batches. Made once, because fitting takes a while if no file has the maps."""
+    """Returns the Previews of the model, created once, because without a file of matrices they are fitted first."""
     return Previews(model, None)
 
 
@@ -222,7 +222,7 @@ def write_previews(jobs: list[argparse.Namespace], stage: str, step: int, images
     """Every --preview-every steps, writes NAME_preview.png for each job, about as large as the image will be."""
     if (step + 1) % jobs[0].preview_every:
         return
-    scale = {"C": 128 / 3, "B": 4}[stage]        # width of a latent position in px
+    scale = {"C": 128 / 3, "B": 4}[stage]        # px of the image per latent position
     for job, image in zip(jobs, to_pil(images)):
         write = image.resize((round(image.width * scale), round(image.height * scale))).save
         if job.preview is not None:
@@ -234,7 +234,7 @@ def write_previews(jobs: list[argparse.Namespace], stage: str, step: int, images
 # ----- one image out of several --------------------------------------------------------------------------------------
 
 def reconstruction(model, job: argparse.Namespace, options: dict):
-    """Returns the original next to its reconstruction from semantic latents. Prints their PSNR and compression."""
+    """Returns an image: the original next to its reconstruction from semantic latents. Prints PSNR and compression."""
     result = generate(model, [job], [job.seed], options | dict(output="pt")).cpu()         # (1, 3, height, width)
     height, width = result.shape[-2:]
     original = cover(read_image(job.reconstruct), height, width)[None]                     # (1, 3, height, width)

@@ -1,4 +1,4 @@
-"""Previews: approximate images of latents without a decoder, by a linear map from each latent vector to a colour.
+"""Previews: approximate images of latents without a decoder, by a linear map from the latent vector to a colour.
 
   latents (N,C,h,w), their images -fit_linear-> matrix (C+1,3);  latents (B,C,h,w) -apply_linear-> images (B,3,h,w)
   model("a moon", callback=Previews(model, show))          # show("C" or "B", step, images (n,3,h,w)) after every step
@@ -18,17 +18,17 @@ from loading.files import read_json, reading, write_atomically
 
 
 def fit_linear(latents: Tensor, images: Tensor) -> Tensor:
-    """Fits the linear map from latents to colours by least squares.
+    """Fits the linear map from latents (N,C,h,w) to the colours of their images (N,3,H,W) in [0, 1] by least squares.
 
-    latents (N,C,h,w) of images (N,3,H,W) in [0, 1].  Returns (C+1, 3) float32, on the CPU, for apply_linear. It
-    minimizes |X matrix - Y|^2: a row of X is a latent vector and a 1, a row of Y is the mean colour of its patch.
-    Raises ValueError unless there is one image per latent.
+    Returns a matrix (C+1,3) float32, on the CPU, for apply_linear. It minimizes |X matrix - Y|^2: a row of X is the
+    vector of a latent position and a 1, a row of Y is the mean colour of the image patch at this position. Raises
+    ValueError for other shapes.
     """
     if latents.ndim != 4 or images.ndim != 4 or len(latents) != len(images) or images.shape[1] != 3:
         raise ValueError(f"got latents of shape {tuple(latents.shape)} for images of shape {tuple(images.shape)}: "
                          "expected (N,C,h,w) and (N,3,H,W)")
-    # float64, because squares of latents of very different sizes are summed. On the CPU, whose solver also accepts
-    # linearly dependent columns of X (such as a channel that is always 0).
+    # Computes in float64, because squares of numbers of very different sizes are summed, and on the CPU, because only
+    # its solver accepts linearly dependent columns of X, such as a channel that is always 0.
     colours = F.adaptive_avg_pool2d(images.detach().float(), tuple(latents.shape[2:]))  # (N, 3, h, w)
     X = latents.detach().double().cpu().movedim(1, -1).flatten(0, 2)                    # (N*h*w, C)
     X = torch.cat([X, torch.ones_like(X[:, :1])], dim=1)                                # (N*h*w, C + 1)
@@ -50,7 +50,7 @@ def apply_linear(latents: Tensor, matrix: Tensor) -> Tensor:
 
 
 class Previews:
-    """A callback for the pipeline that shows roughly what the latents will become. Also calls `callback` if given."""
+    """A callback for the pipeline: after each step, calls show(stage, step, previews (n,3,h,w)), and `callback`."""
     def __init__(self, model, show: Callable[[str, int, Tensor], None], callback: Callable | None = None):
         self.maps, self.show, self.callback = preview_maps(model), show, callback
 
@@ -62,12 +62,12 @@ class Previews:
 
 @torch.no_grad()
 def preview_maps(model) -> dict[str, Tensor]:
-    """{"C": (17,3), "B": (5,3)}: each stage's matrix for apply_linear. "C" only if there is an image encoder.
+    """Returns {"C": (17,3), "B": (5,3)}, the matrices of the stages for apply_linear; "C" requires an image encoder.
 
-    Fitted once, on smooth images of random colours, and stored in a file next to the weights.
+    They are fitted once, on smooth images of random colours, and stored in a file next to the weights.
     """
     if model.preview_file is not None and model.preview_file.is_file():
-        with contextlib.suppress(UserError), reading(model.preview_file):      # unusable: fit again below
+        with contextlib.suppress(UserError), reading(model.preview_file):      # if the file is unusable, fit again
             maps = {stage: torch.tensor(matrix) for stage, matrix in read_json(model.preview_file).items()}
             if maps["B"].shape == (5, 3) and all(matrix.shape[1:] == (3,) for matrix in maps.values()):
                 return maps
@@ -85,6 +85,6 @@ def fit_preview(model, images: Tensor) -> dict[str, Tensor]:
         maps["C"] = fit_linear(torch.cat(semantic), images)
     if model.preview_file is not None:
         rounded = {stage: [[round(v, 5) for v in row] for row in matrix.tolist()] for stage, matrix in maps.items()}
-        with contextlib.suppress(OSError):                   # read-only folder: fitted again next time
+        with contextlib.suppress(OSError):                   # the folder may be read-only
             write_atomically(model.preview_file, lambda path: path.write_text(json.dumps(rounded) + "\n"))
     return maps
