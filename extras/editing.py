@@ -76,8 +76,7 @@ def generate(model: Wuerstchen, prompt: str | list[str] | None = None, negative_
     seed           as in __call__, or a list of seeds, or a function seed(C, h, w) -> noise (images or 1,C,h,w)
                    With given["semantic"], Stage C's noise is drawn and discarded, unless seed is a function. So
                    Stages C and B in two calls with the same seed generate the same image as in one call
-    width, height  px; default: the weights' size. For an `edit`, this is the shorter side; the shape is the image's,
-                   up to 4 : 1
+    width, height  px; default: the weights' size, for an `edit` as the shorter side of the image's shape, up to 4 : 1
     edit           an InitImage
     given          {name: tensor} for prompt_c, negative_c, prompt_b, negative_b: embeddings (prompts or 1,N,D) instead
                    of text; semantic: raw latents (images or 1,16,h,w), as from output="semantic", instead of Stage C;

@@ -193,7 +193,7 @@ def is_tiny(weights: str | Path) -> bool:
 
 
 def own_size(image: str, stored: dict, size: int) -> tuple[int, int]:
-    """Returns the default (height, width) for settings `stored`: that of the saved latents or --init, or else `size`."""
+    """Returns the default (height, width) for settings `stored`: those of the latents file or --init, or `size`."""
     from extras import editing, images, modes
     hashes = stored["hashes"]
     try:

@@ -67,7 +67,7 @@ def make_images(model, jobs: list[argparse.Namespace], options: dict) -> list:
 
 
 def save_latent(job: argparse.Namespace, path: Path) -> Path:
-    """Writes the tensors job.latent to `path`. Returns path. Raises FileExistsError if it exists, unless --overwrite."""
+    """Writes the tensors job.latent to `path`. Returns path. Raises FileExistsError unless --overwrite is given."""
     metadata = {ORIGIN: json.dumps(job.origin)}
     write_tensors(path, job.latent, metadata, job.overwrite)
     return path
