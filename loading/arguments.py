@@ -3,8 +3,8 @@
   lora="a.safetensors", dtype="bf16", seed=np.int64(3), steps_c=torch.tensor(15)  ->  the form that the code uses
   model(prompt, num_inference_steps=15)  ->  TypeError: ... steps_c for Stage C, steps_b for Stage B
 
-`install` wraps the methods `accept` and `settings` of a pipeline with these checks; in wuerstchen.py they have none.
-Every mistake raises an error of one sentence, before the first step. CALL, LOAD and METHODS map names of diffusers'
+`install` adds these checks to the methods `accept` and `settings` of a pipeline; wuerstchen.py itself has none of them.
+An invalid value raises an error of one sentence, before the first step. CALL, LOAD and METHODS map names of diffusers'
 Würstchen pipelines to our names; docs/SAMPLING.md has the same table with examples.
 Needs: torch, numpy; lora.py, lora_formats.py, wuerstchen.py.
 """
@@ -32,7 +32,7 @@ DTYPES = dict(fp32="float32", bf16="bfloat16", fp16="float16", float="float32", 
 STEPS = "steps_c for Stage C (also a list of noise levels), steps_b for Stage B"
 CALLBACK = "callback(stage, step, t, latents, x_0), called after each step of both stages"
 GENERATE = "extras.editing.generate(model, prompt, ...), which has it"
-# {argument of diffusers, or of generate: what to use here instead}.
+# {argument of diffusers' pipelines, or of extras.editing.generate: what to use in a call instead}.
 CALL = dict(
     num_inference_steps=STEPS, timesteps=STEPS, prior_num_inference_steps="steps_c", num_images_per_prompt="num_images",
     prior_timesteps="steps_c, which takes noise levels as well", decoder_timesteps="steps_b, which takes noise levels",
@@ -113,12 +113,12 @@ def tensor_of(name: str, value) -> Tensor:
     """Turns a tensor, an array, or lists of numbers or tensors into a tensor of real numbers. Raises TypeError."""
     try:
         if isinstance(value, (list, tuple)) and value and all(isinstance(row, Tensor) for row in value):
-            value = torch.cat([*value])              # a list of rows, as diffusers accepts
+            value = torch.cat([*value])              # a list of one tensor per prompt, as in diffusers
         if (torch.is_complex if isinstance(value, Tensor) else np.iscomplexobj)(value):
             raise TypeError
         return value if isinstance(value, Tensor) else torch.from_numpy(np.array(value, np.float32))
     except (TypeError, ValueError, RuntimeError):
-        shown = " ".join(repr(value).split())        # the repr of an array has several lines
+        shown = " ".join(repr(value).split())        # on one line: an array's repr has several
         raise TypeError(f"{name} is {shown:.80}, expected a tensor, an array or lists of real numbers.") from None
 
 
@@ -130,7 +130,7 @@ def has_bf16(device: torch.device) -> bool:
         return False
     if platform.machine().lower() in ("arm64", "aarch64"):
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    # _is_mkldnn_bf16_supported is not used on x86: there it is true for every processor with AVX-512.
+    # On x86, _is_mkldnn_bf16_supported() is not used, because it is true for every processor with AVX-512.
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
@@ -162,12 +162,12 @@ def usable_device(name: str | torch.device | None) -> torch.device:
     name or cannot compute on the device."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name is None else name
     try:
-        torch.ones(1, device=name).tolist()                # fails on "meta", a device without data
+        torch.ones(1, device=name).tolist()                # also fails on "meta", which has no data
         set_tf32(False)                                    # exact float32; set_tf32(True) later allows TF32
         return torch.device(name)
     except (RuntimeError, AssertionError, TypeError) as error:        # torch raises various errors for missing devices
         reason = str(error).split("\n")[0].split(". ")[0].rstrip(".")
-    if "Expected one of" in reason:                                  # torch then lists all devices it ever had
+    if "Expected one of" in reason:                                  # torch's text lists all device types
         reason = "expected cpu, cuda, cuda:1 or mps"
     raise UserError(f"device {name!r} cannot be used here: {reason}. \"cpu\" always works.")
 
@@ -183,7 +183,7 @@ def lora_scales(value) -> dict[str, float]:
         if not isinstance(file, (str, Path)) or not isinstance(plain(scale), Real) or not math.isfinite(scale):
             raise TypeError(f"lora is {value!r:.100}, expected a file, a list of files, or {{\"FILE\": scale}}.")
         file = str(find_lora(file))
-        if adapter_name(file) in names:              # a file can have only one adapter
+        if adapter_name(file) in names:              # each file becomes one adapter
             raise WeightsError(f"LoRA {file} is given twice, expected once: add up its scales, {{\"FILE\": 2.0}}")
         scales[file] = float(scale)
         names.add(adapter_name(file))
@@ -206,7 +206,7 @@ def check_options(weights, files: dict, allowed: Iterable[str], options: Iterabl
 # ----- a call --------------------------------------------------------------------------------------------------------
 
 def install(model, weights, files: dict, loras: dict[str, float], lora_partial: bool) -> None:
-    """Wraps the pipeline's methods with `accept` and `settings` below, and stores in it what was loaded."""
+    """Wraps methods of the pipeline with `accept` and `settings` below. Stores in it the names of what was loaded."""
     model.weights = ", ".join([str(weights), *(f"{part} {path}" for part, path in files.items() if path is not None)])
     model.loras, model.lora_partial = loras, lora_partial
     model.elsewhere = {name: advice(hint) for name, hint in METHODS.items()}
@@ -230,7 +230,7 @@ def accept(model, then: Callable, prompt, negative_prompt, seed, num_images, hei
     texts_of("negative_prompt", negative_prompt)
     prompts, seed, height, width, callback = then([str(p) for p in prompts], negative_prompt, int(seed),
                                                   num_images, plain(height), plain(width), callback)
-    latent_sizes(height, width)                      # raises its errors here
+    latent_sizes(height, width)                      # raises ValueError for impossible sizes
     warn_of_size(height, width, model.size)
     return prompts, seed, height, width, checked(callback)
 
@@ -256,7 +256,7 @@ def checked(callback: Callable | None, kinds: str = "None", stop: Exception | No
 
 
 def settings(model, then: Callable, given: dict) -> tuple:
-    """Converts values and calls Wuerstchen.settings (`then`). The error for a name of diffusers contains our name."""
+    """Converts values, calls Wuerstchen.settings (`then`). For a name of diffusers, raises TypeError with our name."""
     given = {name: plain(value) for name, value in given.items()}
     given |= {name: int(value) for name, value in given.items() if isinstance(value, bool) and name[:-2] != "early"}
     for name, value in given.items():
@@ -268,7 +268,7 @@ def settings(model, then: Callable, given: dict) -> tuple:
             then({name: value})
         except (TypeError, ValueError, RuntimeError, AttributeError) as error:
             if isinstance(error, ValueError) and re.search("expected|give", str(error)):
-                continue                             # our error: the value may be valid with the other values
+                continue                             # Sampling's error: it may depend on the other values
             if f"no option {name}" in str(error):
                 ours = [f"{field}_{stage}" for stage in "cb" for field in vars(getattr(model, stage))]
                 raise TypeError(f"{error}; {nearest(name, (*CALL_ITSELF, *ours))}".removesuffix("; ")) from None
@@ -289,7 +289,7 @@ def settings(model, then: Callable, given: dict) -> tuple:
 
 
 def check_used(stage: str, sampling, given: dict) -> None:
-    """Raises ValueError if other settings make a setting useless. The command line makes the same checks."""
+    """Raises ValueError if a setting has no effect because of other settings. The command line checks the same."""
     if given.get(f"eta_{stage}") and sampling.sampler not in ("ddim", ddim_step):
         raise ValueError(f"eta_{stage} is {given[f'eta_{stage}']!r}, expected sampler_{stage}=\"ddim\" with it: "
                          f"{sampling.sampler!r:.80} has no eta.")
@@ -315,7 +315,7 @@ def warn_of_size(height: int, width: int, trained: int) -> None:
 # ----- LoRAs of a loaded model ---------------------------------------------------------------------------------------
 
 def adapter_name(file: str) -> str:
-    """Returns the adapter name in lora.py for a file. It depends on the real path, so no file is added twice."""
+    """Returns the name of a file's LoRA in the model: a hash of the real path, so that no file is added twice."""
     return f"lora_{zlib.crc32(os.path.realpath(file).encode()):08x}"
 
 
@@ -358,14 +358,14 @@ def set_loras(model, loras) -> None:
 
 
 def replace_loras(model, loras: dict[str, float]) -> None:
-    """Sets model.loras. Changes the dict in place, because Stage C's loader reads the same dict."""
+    """Replaces the content of model.loras, and keeps the dict, because Stage C's loader reads the same dict."""
     model.loras.clear()
     model.loras.update(loras)
 
 
 def read_again(model, loras: dict[str, float]) -> None:
-    """Reads Stage C again with these LoRAs. The loader must be a new object: speed.memory compares loaders."""
+    """Reads Stage C again, with these LoRAs. functools.partial makes a new loader: speed.memory compares loaders."""
     replace_loras(model, loras)
     model.networks["stage_c"] = functools.partial(model.load_stage_c)
-    model.networks["stage_c"].config = model.load_stage_c.config         # available before the weights are read
+    model.networks["stage_c"].config = model.load_stage_c.config         # readable before the network is loaded
     model.part("stage_c")

@@ -83,13 +83,13 @@ FOREIGN = {
 # ----- reading ---------------------------------------------------------------------------------------
 
 def find_lora(path: str | Path) -> Path:
-    """The first of LORA_FILES that exists in a folder. Any other path is returned unchanged."""
+    """Returns the first of LORA_FILES that exists in the folder `path`. Returns any other path unchanged."""
     return next((Path(path) / name for name in LORA_FILES if (Path(path) / name).is_file()), Path(path))
 
 
 def open_lora(source: str | Path | dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Reads a file, a folder with one of LORA_FILES, or a state dict -> (tensors, metadata). Raises ValueError.
-    peft's configuration, which is a separate file, is added to the metadata."""
+    Adds peft's configuration, which is a separate file, to the metadata."""
     if isinstance(source, dict):
         return source, {}
     path, metadata = find_lora(fetch_lora(source) if is_reference(source) else source), {}
@@ -128,13 +128,13 @@ def read_config(metadata: dict[str, str]) -> dict:
     if not isinstance(config.get("use_rslora"), bool | None):
         raise ValueError(f"use_rslora is {config['use_rslora']!r}, expected true or false")
     for key in ALPHAS:
-        if not config and re.fullmatch(r"[-+.\deE]+|nan|inf", metadata.get(key, "")):   # skips "1 to 8" and "None"
+        if not config and re.fullmatch(r"[-+.\deE]+|nan|inf", metadata.get(key, "")):   # not "1 to 8" or "None"
             config = dict(lora_alpha=float(metadata[key]))
     return config
 
 
 def aliases(names: dict[str, str]) -> dict[str, tuple[str, ...]]:
-    """{a layer's name in any format, without prefix: (our name,)}. The fused matrix in_proj has three of our names.
+    """Returns {a layer's name in any format, without prefix: our names}. in_proj stands for three of our layers.
 
     names: {our name: diffusers' name}.
     """
@@ -156,8 +156,8 @@ def aliases(names: dict[str, str]) -> dict[str, tuple[str, ...]]:
 
 
 def parse_name(name: str, lookup: dict[str, tuple[str, ...]]) -> tuple[tuple[str, ...] | None, str]:
-    """A tensor's name -> (our layers' names, "down" | "up" | "alpha" | "magnitude"); (None, "") if it is unknown."""
-    for name in dict.fromkeys((name, WRAPPERS.sub("", name))):       # first unchanged: a layer may be called "module"
+    """Converts a tensor's name -> (our layers' names, "down" | "up" | "alpha" | "magnitude"), or (None, "")."""
+    for name in dict.fromkeys((name, WRAPPERS.sub("", name))):       # a layer may be called "module", so try both
         for role, endings in ENDINGS.items():
             for ending in (ending for ending in endings if name.endswith(ending)):
                 for prefix in (prefix for prefix in PREFIXES if name.startswith(prefix)):
@@ -206,7 +206,7 @@ def by_layer(tensors: dict[str, Tensor], lookup: dict,
 def split(values: dict[str, Tensor], n: int) -> list[dict[str, Tensor]]:
     """Splits the LoRA of a matrix that stacks n layers -> n LoRAs, each with its own rows of `up` and the same `down`.
 
-    Rows of `down` that a layer does not use are removed from its LoRA. So split is the inverse of `fuse`.
+    If a layer's `up` does not use some rows of `down`, its LoRA omits them. So split is the inverse of `fuse`.
     """
     down, up, magnitude = (values.get(role) for role in ("down", "up", "magnitude"))
     if n == 1 or down is None or up is None or up.ndim < 2 or not up.shape[1] == len(down) > 0 or len(up) % n:
@@ -232,7 +232,7 @@ def read_layers(source, shapes: dict[str, tuple] | None, partial: bool) -> tuple
                for name, tensor in tensors.items()}
     config, label = read_config(metadata), "the LoRA" if isinstance(source, dict) else source
     names = shapes
-    if shapes is None:     # the largest number in the names limits the number of blocks
+    if shapes is None:     # the largest number in the names is taken as the number of the last block
         depth = max(map(int, re.findall(r"\d{1,3}", " ".join(tensors))), default=0) + 1
         groups = itertools.groupby(lora.DIFFUSERS_NAMES, lambda name: name.partition(".{i}")[0])
         names = [name.format(i=i) for _, group in groups for block in [[*group]] for i in range(depth)
@@ -296,7 +296,7 @@ def naming_source(source):
 
 def load_lora(model: nn.Module, source: str | Path | dict[str, Tensor], name: str = "default",
               scale: float = 1.0, lora_partial: bool = False) -> list[str]:
-    """lora.load_lora for a file in any format. If it raises WeightsError, the model is unchanged.
+    """Like lora.load_lora, for a file in any format. If it raises WeightsError, the model is unchanged.
 
     lora_partial: if tensors are unknown, load the known layers and warn, instead of raising an error.
     """
@@ -334,9 +334,9 @@ def fuse(weights: dict[str, LoRAWeights]) -> dict[str, LoRAWeights]:
         if layer not in ("to_q", "to_k", "to_v"):
             result[f"{block}.attention.attn.out_proj" if layer == "to_out.0" else name] = one
         elif fused not in result:
-            empty = LoRAWeights(one.down[:0], one.up[:, :0], 0.0)                        # rank 0: a layer without LoRA
+            empty = LoRAWeights(one.down[:0], one.up[:, :0], 0.0)                        # for a layer without LoRA
             trio = [weights.get(f"{block}.attention.{third}", empty) for third in ("to_q", "to_k", "to_v")]
-            s = one.alpha / len(one.down)                # one scale for all three; `up` gets the ratios
+            s = one.alpha / len(one.down)                # of the result; `up` absorbs differences
             ups = [third.up * (third.alpha / max(len(third.down), 1) / s) for third in trio]       # (out, rank) each
             if all(torch.equal(third.down, one.down) for third in trio):
                 down, up = one.down, torch.cat(ups)                                      # (rank, in), (3 out, rank)
@@ -369,7 +369,7 @@ def to_tensors(weights: dict[str, LoRAWeights], names: dict[str, str], to: str) 
 
 
 def describe(weights: dict[str, LoRAWeights]) -> dict[str, str]:
-    """Returns rank, alpha and layers (targets) of a LoRA as readable texts, for metadata and messages."""
+    """Describes a LoRA for metadata and messages: {"rank", "alpha", "targets" (its layers): text}."""
     def span(numbers) -> str:                            # "8", or "8 to 16" if layers differ
         low, high = min(numbers), max(numbers)
         return f"{low:g}" if low == high else f"{low:g} to {high:g}"
@@ -402,7 +402,7 @@ def save_lora(model: nn.Module, path: str | Path, name: str = "default", to: str
 # ----- which weights a LoRA was trained on -----------------------------------------------------------
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """model.state_dict() without the tensors of LoRAs, with the names of a model without LoRAs. Merged LoRAs remain."""
+    """Returns model.state_dict() as if the model had no LoRAs: without their tensors. Merged LoRAs are not undone."""
     tensors = model.state_dict()
     for path, _ in lora.lora_layers(model):
         tensors = {f"{path}.{name.removeprefix(f'{path}.base.')}" if name.startswith(f"{path}.base.") else name: tensor
@@ -411,7 +411,7 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def base_hash(model: nn.Module) -> str:
-    """Returns the sha256 of the weights without LoRAs, in float32: float16 weights and their float32 copy agree."""
+    """Returns the sha256 of the weights without LoRAs, cast to float32: float16 weights and a float32 copy agree."""
     lora.check_unmerged(model)
     digest = hashlib.sha256()
     for name, tensor in sorted(base_state_dict(model).items()):

@@ -55,12 +55,12 @@ BLOCKS = {"C": RES_BLOCK, "T": TIMESTEP_BLOCK, "A": ATTENTION_BLOCK}     # the l
 
 
 def inside(ours: str, theirs: str, block: list) -> list:
-    """The rules of one block, called `ours` here and `theirs` in diffusers."""
+    """Returns the rules of one block, whose name is `ours` here and `theirs` in diffusers. block: such as RES_BLOCK."""
     return [(f"{ours}.{a}", f"{theirs}.{b}", kind) for a, b, kind in block]
 
 
 def rules_a(levels: int, bottleneck_blocks: int, **_) -> list:
-    """Rules of Stage A. In diffusers, encoder and decoder are flat lists, each with the latent layers at one end."""
+    """Returns Stage A's rules. In diffusers, encoder and decoder are flat lists, which also hold the latent layers."""
     encoder = ["block"] + ["downsample", "block"] * (levels - 1)
     decoder = ["block"] * bottleneck_blocks + ["upsample", "block"] * (levels - 1)
     rules = [
@@ -79,8 +79,8 @@ def rules_a(levels: int, bottleneck_blocks: int, **_) -> list:
 
 
 def rules_b(levels, blocks, inject, **_) -> list:
-    """Stage B. In diffusers, down- and upsampling layers are elements of the levels' lists of blocks, and up_blocks
-    are numbered in reverse: up_blocks.0 is the deepest level. Here up_blocks.i and down_blocks.i are the same level."""
+    """Returns Stage B's rules. In diffusers, down- and upsampling layers are elements of the levels' lists of blocks,
+    and up_blocks are numbered in reverse: up_blocks.0 is the deepest level. Here up_blocks.i belongs to level i."""
     n = len(levels)
     rules = [
         ("embed",      "embedding.1", "1x1"),        # embedding.0 is PixelUnshuffle
@@ -104,7 +104,7 @@ def rules_b(levels, blocks, inject, **_) -> list:
 
 
 def rules_b_v1(levels, blocks, **_) -> list:
-    """Rules of v1's Stage B. Its U-Net is numbered like v2's. Its first text encoder was ByT5, hence "byt5"."""
+    """Returns the rules of v1's Stage B, numbered like v2's. "byt5": its first text encoder was ByT5."""
     unet = rules_b(levels, blocks, inject=[False] * len(levels))
     return [rule for rule in unet if rule[0] != "embed_text"] + [
         ("embed_token",    "in_mapper.0",   ""),     # in_mapper.1 is the norm
@@ -115,7 +115,7 @@ def rules_b_v1(levels, blocks, **_) -> list:
 
 
 def rules_c(depth: int, **_) -> list:
-    """Rules of Stage C. In diffusers, the three kinds of blocks are one list, in the order in which they run."""
+    """Returns Stage C's rules. In diffusers, all blocks are in one list, in the order in which they run."""
     rules = [
         ("embed",        "projection",    "1x1"),
         ("embed_text.0", "cond_mapper.0", ""),
@@ -132,14 +132,14 @@ def rules_c(depth: int, **_) -> list:
 # ----- formats: what the released files look like, for each of our models -------------------------------------------
 
 class Format(NamedTuple):
-    """The released form of one model."""
+    """How one model looks in released files: names of its tensors and keys of its config.json."""
     description: str
     rules: Callable[..., list]     # function: model.config -> rules
     class_name: str                # _class_name in config.json
     arguments: dict                # {our argument: (key in config.json, the default in diffusers)}
     fixed: dict = {}               # {key in config.json that our class lacks: the only supported value}
     signature: tuple = ()          # (released name, our name) of a tensor that only this model has
-    # Keys under which an original .pt file may hold the state dict; the first one found is read: EMA weights first.
+    # Keys under which an original .pt file may hold the state dict. The first key found is read: EMA weights, if any.
     sections: tuple = ()
 
 
@@ -187,7 +187,7 @@ FORMATS = {
 
 
 def recognise(names: Iterable[str]) -> type | None:
-    """Our class whose weights have these tensor names, in any naming; None if no class has them."""
+    """Returns our class for weights with these tensor names, in any naming; None if no class fits."""
     return next((stage for stage, form in FORMATS.items() if any(name in names for name in form.signature)), None)
 
 
@@ -207,7 +207,7 @@ def describe(shapes: dict[str, tuple]) -> str | None:
 
 
 def signature_shape(stage: type, shapes: dict[str, tuple]) -> tuple:
-    """The shape of the tensor by which `stage` is recognised (Format.signature); () if it is missing."""
+    """Returns the shape of the tensor by which `stage` is recognised, see Format.signature; () if it is missing."""
     return next((shapes[name] for name in FORMATS[stage].signature if name in shapes), ())
 
 
@@ -261,7 +261,7 @@ def add_ones(tensor: Tensor, kind: str) -> Tensor:
 
 
 def in_our_names(names, model: nn.Module) -> bool:
-    """Whether more of these names are ours than diffusers'. Some names exist in both, for different tensors."""
+    """Whether `names` are our names: more of them are ours than diffusers'. Some names exist in both namings."""
     return len(names & model.state_dict().keys()) > len(names & name_table(model).keys())
 
 
@@ -277,7 +277,7 @@ def translate(tensors: Iterable[tuple[str, Tensor]], names, model: nn.Module) ->
     for name, tensor in tensors:
         for theirs, part in original_to_diffusers({name: tensor}).items():
             ours, _ = table[theirs]
-            yield ours, part.reshape(wanted[ours].shape)                                 # removes add_ones' dimensions
+            yield ours, part.reshape(wanted[ours].shape)                                 # removes dimensions of size 1
 
 
 def check_fit(shapes: dict[str, tuple], model: nn.Module) -> None:
@@ -290,7 +290,7 @@ def check_fit(shapes: dict[str, tuple], model: nn.Module) -> None:
 
 
 def check_names(found: dict[str, tuple], wanted: dict[str, tuple]) -> None:
-    """Compares two {name: shape}. Raises WeightsError that counts all differences and names the first of each kind."""
+    """Raises WeightsError if the {name: shape} differ; it counts the differences and names the first of each kind."""
     def some(names: list) -> str:
         return f"{len(names)} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
 
@@ -356,7 +356,7 @@ def config_to_ours(config: dict, stage: type) -> dict:
     return result
 
 
-# {argument: (smallest, largest value)}; other arguments: 1 to 2^17. A model with a typo could take terabytes, or hours.
+# {argument: (smallest, largest value)}; other arguments: 1 to 2^17. Larger values are typing errors that cost hours.
 RANGES = dict(depth=(1, 1000), blocks=(0, 1000), bottleneck_blocks=(0, 1000), levels=(1, 8), heads=(-1, 2 ** 10),
               dropout=(0, 0.99), scale_factor=(1e-6, 1e6), patch_size=(1, 64), kernel_size=(1, 99), inject=(0, 1),
               c_timestep=(4, 2 ** 17))
