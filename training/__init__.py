@@ -1,1 +1,1 @@
-"""What the training scripts share: data, processes, checkpoints, logs, reports. Their loops are in the scripts."""
+"""Code that the training scripts share: data, processes, checkpoints, logs, reports. The loops are in the scripts."""

@@ -3,7 +3,7 @@
   checkpoints.find(args) -> path;  checkpoints.load(path, ...) -> state -load_full_state-> model, optimizer, ...
   model, optimizer, ... -full_state-> state -checkpoints.save-> out/checkpoints/step_00000100.pt
 
-A checkpoint contains no random state, because all randomness is a function of (seed, step, sample); see order.py.
+A checkpoint contains no random state, because all randomness is derived from (seed, step, sample), see order.py.
 Needs: torch, numpy, pillow; loading/.
 """
 import contextlib
@@ -25,20 +25,20 @@ from loading.errors import UserError, tell
 from loading.files import (check_folder, disk_errors, fcntl, is_finite, parsed, reading, tensors_in, write_atomically,
                            write_tensors)
 
-FULL = dict(full_state_dict=True, cpu_offload=True)      # gathered from all processes if FSDP splits the weights
+FULL = dict(full_state_dict=True, cpu_offload=True)      # gather full weights on the CPU if FSDP splits them
 
-# Options that concern only this machine, or are secret. They are not written to checkpoints, model cards or services.
+# Options that concern only this machine or are secret. They are not written to checkpoints, model cards or services.
 PRIVATE = ("out", "resume", "workers", "device", "push_to_hub", "hub_token")
 
 
 def settings_of(args) -> dict:
-    """Returns {option: value} of all options except PRIVATE ones. These options decide what is learned."""
+    """Returns {option: value} of all options except PRIVATE ones: the options on which the result depends."""
     return {name: value for name, value in vars(args).items()
             if name not in PRIVATE}
 
 
 def check_finite(content: dict, what: str) -> None:
-    """Raises UserError if a tensor in `content`, at any depth, has NaN or infinity. what: its name in the error."""
+    """Raises UserError if a tensor in `content`, at any depth, has NaN or infinity. what: its name in the message."""
     for name, tensor in tensors_in(content):
         if not is_finite(tensor):
             raise UserError(f"{what} has NaN or infinity in {name} and is not written: resume from an earlier "
@@ -49,10 +49,11 @@ LOCKS = weakref.WeakValueDictionary()                    # {path: the open file 
 
 
 def lock_run(out: Path):
-    """Locks a run's folder against other processes, also on other machines, while the returned file is open. The lock
-    ends with the process. Raises UserError if another process holds it. Returns None if the operating system or the
-    file system has no locks. Worker processes do not inherit this lock, unlike those of loading/files.py: workers may
-    live for seconds after their run was killed.
+    """Locks a run's folder against other processes, also on other machines, while the returned file is open.
+
+    The lock ends with the process. Raises UserError if another process holds it. Returns None if the operating system
+    or the file system has no locks. Unlike the locks of loading/files.py, worker processes do not inherit this lock,
+    because they may live for seconds after their run was killed.
     """
     path = out.resolve() / ".lock"
     if fcntl is None or path in LOCKS:
@@ -67,7 +68,7 @@ def lock_run(out: Path):
         file.seek(0)
         raise UserError(f"--out {out} is in use by another run, {file.read().strip() or 'which starts just now'}: "
                         f"wait for its end, stop it, or choose another --out") from None
-    if not os.fstat(file.fileno()).st_nlink:             # another run removed its unused folder just now
+    if not os.fstat(file.fileno()).st_nlink:             # another run has just removed this file: try again
         return lock_run(out)
     with disk_errors(path):
         file.truncate(0)
@@ -78,24 +79,24 @@ def lock_run(out: Path):
 
 
 def remove_unused(out: Path, lock) -> None:
-    """Removes a run's folder if it contains only the lock, because the run failed before it wrote anything."""
+    """Removes a run's folder if it contains only the lock file, because the run failed before it wrote anything."""
     with contextlib.suppress(OSError):
         if [path.name for path in out.iterdir()] == [".lock"]:
             (out / ".lock").unlink()
             out.rmdir()
 
 
-# {key: type} of the content of every checkpoint, and of what train_a.py, train_b.py and train_c.py add to it.
+# {key: type} of every checkpoint's content, and of the entries that train_a.py, train_b.py and train_c.py add to it.
 PARTS = dict(settings=dict, step=int, model=dict, optimizer=dict)
 PARTS_OF_THREE = dict(averaged=dict, updates=int, scaler=dict, bad=int, bad_in_all=int)
 
 
 class TornCheckpoint(UserError):
-    """The file is not a complete checkpoint."""
+    """Raised for a file that is not a complete checkpoint."""
 
 
 class Checkpoints:
-    """out/checkpoints/step_00000100.pt, ...: the newest `keep` checkpoints of a run. No file is ever incomplete.
+    """Manages a run's newest `keep` checkpoints, out/checkpoints/step_00000100.pt, ... Each is written as a whole.
 
     results: names of the files and folders that the script finally writes to --out; no other run may overwrite them.
     """
@@ -112,11 +113,10 @@ class Checkpoints:
         return sorted(self.folder.glob("step_*.pt"))
 
     def find(self, resume: str | None, processes=None) -> Path | None:
-        """The checkpoint to resume from, or None. resume: None, "auto" (the newest, if there is one) or a file. Locks
-        the folder for this run, unless it is a dry run.
+        """Returns the checkpoint to resume from, or None. Locks --out for this run, unless it is a dry run.
 
-        Raises UserError for a file that does not exist, if a run or its result would be overwritten, and if another run
-        is writing there.
+        resume: None, "auto" (the newest checkpoint, if there is one) or a file. Raises UserError for a file that does
+        not exist, if another run or its result would be overwritten, and if another run is writing to --out.
         """
         check_folder(self.out)
         if not self.dry_run:
@@ -124,7 +124,7 @@ class Checkpoints:
         found, card = self.all(), self.out / "README.md"
         results = [self.out / name for name in self.results if (self.out / name).exists()]
         if card.is_file() and "| `--steps` |" in card.read_text(encoding="utf-8", errors="replace"):
-            results.append(card)         # a result of any script: two results would share card, log and base.json
+            results.append(card)         # a card of any script: two results would share card, log and base.json
         if resume is None and found:
             raise UserError(f"{found[-1]} exists already: "
                             f"add --resume auto to continue from it, or choose another --out")
@@ -137,10 +137,10 @@ class Checkpoints:
         return (found[-1] if found else None) if resume in (None, "auto") else Path(resume)
 
     def save(self, step: int, content: dict, rotate: bool = True) -> None:
-        """Writes a checkpoint. rotate=False keeps all older ones: if steps had NaN, this one may contain the cause.
+        """Writes a checkpoint of `content`. rotate=False keeps all older ones, in case this one is the cause of NaNs.
 
-        Raises UserError for weights that are not finite. Checkpoints of later steps are renamed, because --resume auto
-        would take them for the newest: they are torn, or this run was resumed from an earlier step.
+        Raises UserError for weights that are not finite. Renames checkpoints of later steps, because --resume auto
+        would take them for the newest. They exist if they are torn, or if this run was resumed from an earlier step.
         """
         path = self.folder / f"step_{step:08d}.pt"
         check_finite(content, f"the state after step {step}")
@@ -148,24 +148,25 @@ class Checkpoints:
             for path_or_lora in filter(Path.exists, (later, later.with_suffix(".safetensors"))):
                 path_or_lora.rename(f"{path_or_lora}.old")
             tell(f"{later} is not what this run continues: renamed to {later.name}.old")
-        for half in self.folder.glob(".step_*.pt"):                              # incomplete, left by a killed run
+        for half in self.folder.glob(".step_*.pt"):                              # incomplete files of a killed run
             half.unlink(missing_ok=True)
         write_tensors(path, content)
         for old in self.all()[:-self.keep] if rotate else ():
             old.unlink()
-            old.with_suffix(".safetensors").unlink(missing_ok=True)          # the step's LoRA, see results.write_lora
+            old.with_suffix(".safetensors").unlink(missing_ok=True)          # the LoRA of the step, see write_lora
 
     def finished(self, resumed: Path | None, steps: int) -> bool:
-        """Whether the run has ended and its result exists: README.md, which is written last, names the steps."""
+        """Returns whether the run resumed from `resumed` has `steps` steps already and its result exists. README.md,
+        which is written last, states the number of steps."""
         card = self.out / "README.md"
         return resumed is not None and resumed.name == f"step_{steps:08d}.pt" and card.exists() and \
             f"| `--steps` | {steps} |" in card.read_text(encoding="utf-8", errors="replace") and \
             all((self.out / name).exists() for name in self.results)
 
     def load(self, path: Path, script: str, settings: dict, fixed: tuple[str, ...] = ()) -> dict:
-        """Returns the content of a checkpoint. Names on stderr the settings that differ from those of this run.
+        """Returns the content of a checkpoint. Prints the settings that differ from those of this run to stderr.
 
-        If the newest checkpoint is torn, --resume auto takes the one before it. Raises UserError for a torn file, for a
+        If the newest checkpoint is torn, --resume auto uses the previous one. Raises UserError for a torn file, for a
         checkpoint of another script or of more steps, and if one of the options `fixed` had another value.
         """
         older = [other for other in self.all() if other.name < path.name] if self.auto else []
@@ -179,7 +180,7 @@ class Checkpoints:
         then = content["settings"]
         for name in fixed:
             option, before, now = f"--{name.replace('_', '-')}", then.get(name, False), settings[name]
-            if name == "lora_weights":                   # it defines rank, alpha and targets; its path may change
+            if name == "lora_weights":                   # only whether it is given matters: its path may change
                 before, now = bool(before), bool(now)
             if before != now:
                 what = f"with {option} {before}, not {now}: resume with that" if not isinstance(now, bool) else (
@@ -204,7 +205,7 @@ class Checkpoints:
         missing = [part for part, kind in parts.items()
                    if not isinstance(content.get(part), kind) or kind is int and content[part] < 0]
         if not missing:
-            moments = content["optimizer"].get("state")          # the state of AdamW or AdamW8bit
+            moments = content["optimizer"].get("state")          # {parameter: state} of AdamW or AdamW8bit
             whole = isinstance(moments, dict) and all(
                 isinstance(state, dict) and ({"exp_avg", "exp_avg_sq", "step"} <= state.keys() or "state1" in state)
                 for state in moments.values()) and (moments or not content.get("updates", 1))
@@ -216,12 +217,12 @@ class Checkpoints:
 
 
 def full_state(model, optimizer, scaler, ema) -> dict:
-    """The state of a run, for a checkpoint. All processes must call this, because each may hold a part of the weights.
+    """Returns the state of a run for a checkpoint. All processes must call this: each may have a part of the weights.
 
     Frozen parameters are omitted. Buffers, such as BatchNorm's statistics, have no EMA: they are averages already.
     """
     learned = StateDictOptions(**FULL, ignore_frozen_params=True)
-    with ema.applied():                  # a copy, because the tensors may be views of the live weights
+    with ema.applied():                  # clone, because the tensors may be views of weights that swap() changes back
         averaged = {name: tensor.clone() for name, tensor in get_model_state_dict(model, options=learned).items()}
     return dict(model=get_model_state_dict(model, options=learned), averaged=averaged, updates=ema.updates,
                 optimizer=get_optimizer_state_dict(model, optimizer, options=StateDictOptions(**FULL)),
@@ -242,7 +243,7 @@ def check_shapes(now: dict, found: dict) -> None:
 
 
 def check_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Raises ValueError if AdamW's moments do not have the parameters' shapes, which load_state_dict does not check."""
+    """Raises ValueError if AdamW's moments have other shapes than the parameters; load_state_dict does not check it."""
     for parameter, state in optimizer.state.items():
         for name in ("exp_avg", "exp_avg_sq") if "state1" not in state else ():          # AdamW8bit has state1 instead
             if state[name].shape != parameter.shape:
@@ -251,7 +252,7 @@ def check_moments(optimizer: torch.optim.Optimizer) -> None:
 
 @contextlib.contextmanager
 def own_options(optimizer: torch.optim.Optimizer):
-    """Context for loading an optimizer's state. Loading also overwrites its options: restores those of this run."""
+    """Context manager that restores an optimizer's options at its end, because loading a state overwrites them."""
     own = [{name: group[name] for name in ("weight_decay", "share", "betas", "eps") if name in group}
            for group in optimizer.param_groups]
     yield
@@ -260,8 +261,8 @@ def own_options(optimizer: torch.optim.Optimizer):
 
 
 def load_full_state(path: Path, state: dict, model, optimizer, scaler, ema) -> None:
-    """The inverse of full_state. All processes must call this; their number may have changed.
-    Raises UserError if the checkpoint does not fit: it has other sizes, or other parameters were frozen."""
+    """Loads `state`, a result of full_state from the checkpoint `path`. All processes must call this; their number may
+    have changed. Raises UserError if the state does not fit, because of other sizes or other frozen parameters."""
     partial = StateDictOptions(**FULL, strict=False)     # the checkpoint has no frozen parameters
     now = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
     with fitting(path):
@@ -270,7 +271,7 @@ def load_full_state(path: Path, state: dict, model, optimizer, scaler, ema) -> N
         with own_options(optimizer):
             set_optimizer_state_dict(model, optimizer, state["optimizer"], options=StateDictOptions(**FULL))
         check_moments(optimizer)
-        if state["scaler"]:  # the scaler's saved state is empty if the saved run did not use fp16: keep the new scaler
+        if state["scaler"]:              # the saved state is empty if the saved run did not use fp16
             scaler.load_state_dict(state["scaler"])
         ema.updates = state["updates"]
         set_model_state_dict(model, state["averaged"], options=partial)
@@ -279,25 +280,25 @@ def load_full_state(path: Path, state: dict, model, optimizer, scaler, ema) -> N
 
 
 def full_weights(model) -> dict:
-    """All tensors of a model, frozen ones included, gathered from all processes, which must all call this."""
+    """Returns all tensors of a model, with frozen ones, gathered from all processes. All processes must call this."""
     return get_model_state_dict(model, options=StateDictOptions(**FULL))
 
 
 def state_of(parts: dict, ema=None) -> dict:
-    """The state of `parts`, {name: module, optimizer, scaler, ...}. Every process must hold them in full (no FSDP)."""
+    """Returns the state of `parts`, {name: module, optimizer, scaler, ...}, and of the EMA. Does not support FSDP."""
     averages = {} if ema is None else dict(averaged=ema.mean, updates=ema.updates)
     return {name: part.state_dict() for name, part in parts.items()} | averages
 
 
 def load_state(path: Path, state: dict, parts: dict, ema=None, **tensors: torch.Tensor) -> None:
-    """The inverse of state_of. Parts that are not in the checkpoint are left unchanged, so a resumed run may add parts.
-    tensors: changed in place to the values in the checkpoint.
+    """Loads a result of state_of, from checkpoint `path`. Parts that are not in the checkpoint are left unchanged, so a
+    resumed run may add parts. tensors: {name in `state`: tensor that gets the stored values in place}.
 
     Raises UserError if a part does not fit.
     """
     with fitting(path):
         for name, part in parts.items():
-            if state.get(name) or name in state and name != "scaler":    # without fp16, a scaler's saved state is empty
+            if state.get(name) or name in state and name != "scaler":    # a scaler's state without fp16 is empty
                 is_optimizer = isinstance(part, torch.optim.Optimizer)
                 with own_options(part) if is_optimizer else contextlib.nullcontext():
                     part.load_state_dict(state[name])
@@ -313,10 +314,10 @@ def load_state(path: Path, state: dict, parts: dict, ema=None, **tensors: torch.
 
 
 class Log:
-    """Writes a line per call to out/log.jsonl, and its values to the service that --report-to names.
+    """The log of a run: `write` appends a line to out/log.jsonl and sends its values to the service of --report-to.
 
-    step: where the run starts. Removes lines of later steps, left by a run that was killed, and the line of the
-    evaluation after `step`, which is repeated. enabled: if False, nothing is written; True on the main process only.
+    step: the step at which the run starts. __init__ removes lines of later steps, left by a killed run, and the line of
+    the evaluation after `step`, which is repeated. enabled: false on all processes except the main process: no output.
     """
     def __init__(self, out: str | Path, step: int, report_to: str | None = None, settings: dict | None = None,
                  enabled: bool = True):
@@ -343,7 +344,7 @@ class Log:
             raise UserError(f"--report-to {report_to} needs a package: pip install {report_to}") from None
 
     def lines(self) -> list[dict]:
-        """The lines so far; none if not enabled. A last line that was cut off is skipped."""
+        """Returns the lines of the log so far; [] if not enabled. Skips a last line that was cut off."""
         result = []
         for line in self.path.read_text(errors="replace").splitlines() if self.enabled and self.path.exists() else []:
             with contextlib.suppress(ValueError):
@@ -358,13 +359,13 @@ class Log:
                 try:
                     with open(self.path, "a") as file:
                         file.write(json.dumps(dict(step=step, **values)) + "\n")
-                except OSError:                          # a full disk: only a part was written
+                except OSError:                          # the disk is full: remove the part that was written
                     os.truncate(self.path, size)
                     raise
             self.report(values, step)
 
     def images(self, step: int) -> None:
-        """Sends the sample sheet after `step` steps to the service, if the sheet exists."""
+        """Sends the sample sheet of step `step` to the service of --report-to, if the sheet exists."""
         path = self.path.parent / "samples" / f"step_{step:06d}.png"
         if self.enabled and path.exists():
             with Image.open(path) as image:

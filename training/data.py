@@ -1,14 +1,14 @@
-"""Captioned images from any source, each cut to one of a few shapes.
+"""Datasets of captioned images from any source, and the shapes (buckets) to which images are cut.
 
   folder | tar shards | pipe:... | tables | hub:... | scenes -open_dataset-> ImageDataset: read(i), captions(i), key(i)
   sizes (N,2) -nearest_bucket-> buckets (N,): the index into bucket_sizes of the size to which each image is cut
   read(i) (H,W,3) uint8 -fit-> (h,w,3) uint8;  order.py decides which images make up a training step
 
-A resolution always means pixels of the image. The image encoder sees 0.75 times as many per side.
-Note: nothing is dropped silently. Files that cannot be used are counted and named. Files that turn out to be broken
-later are named on stderr and replaced by the next readable file. The replacement depends only on the files, so a
-resumed run makes the same one. A large dataset is read once and then memory-mapped from a folder in index_folder, so
-that the next start takes seconds, and all processes of a machine share one copy.
+A resolution is always in pixels of the image. The input of the image encoder has 3/4 of them per side.
+Note: no file is dropped silently. Files that cannot be used are counted and named. Files that turn out to be broken
+later are named on stderr and replaced by the next readable file. The replacement depends only on the files, so it is
+the same in a resumed run. The index of a large dataset is written once and then memory-mapped from a folder in
+index_folder, so that the next start takes seconds, and all processes of a machine share one copy.
 Needs: numpy, pillow; sources.py, extras/; scenes.py for `scenes`.
 """
 import contextlib
@@ -39,7 +39,7 @@ from training.sources import INDEX_VERSION, SUFFIXES, Chosen, Found, Place, cont
 
 
 class BrokenImage(UserError):
-    """A file that turned out not to be a complete image when it was read; the message names it."""
+    """Raised if a file turns out not to be a complete image when it is read. The message names the file."""
 
 
 # ----- opening -------------------------------------------------------------------------------------------------------
@@ -48,15 +48,15 @@ def open_dataset(source: str | Path, *, min_side: int = 64, captions_required: b
                  index_folder: str | Path | None = None, require_keys: bool = False, image_column: str | None = None,
                  caption_column: str | None = None, dataset_config: str | None = None,
                  skipped: list[tuple[str, str]] | None = None, **filters: float) -> "ImageDataset":
-    """Finds all images of a source and their captions, from headers and text only.
+    """Finds all images of a source and their captions. Reads only headers and text, no pixels.
 
     source  FOLDER, with everything below it: NAME.jpg (or another of SUFFIXES) next to NAME.txt (a caption per line),
             NAME.caption (one) or NAME.json; or metadata.jsonl, .csv or .parquet with file_name and text, which take
             precedence.  {a,b} and data/*: several folders
-            data/*.tar, data/{000..031}.tar: uncompressed tar files of the same; also a folder with only such files
-            pipe:COMMAND: COMMAND's output is such a tar file; kept in index_folder.  Braces as above
+            data/*.tar, data/{000..031}.tar: uncompressed tar files of such files; also a folder with only tar files
+            pipe:COMMAND: COMMAND's output is such a tar file and is stored in index_folder.  Braces as above
             FILE.parquet, FILE.arrow or a folder of datasets' save_to_disk (need pyarrow), hub:NAME[:SPLIT] (needs
-            datasets): rewritten once into index_folder
+            datasets): rewritten once as a tar file in index_folder
             scenes[:captioned|uncaptioned|all][:N][:SEED]: N (24000) emoji scenes.  ./scenes is a folder of that name
     min_side           px: images with a shorter side are skipped
     captions_required  skip images without a caption; False: they get the caption ""
@@ -66,8 +66,8 @@ def open_dataset(source: str | Path, *, min_side: int = 64, captions_required: b
     caption_column     column or key with the captions, also in .json (default: the first of sources.CAPTION_KEYS that
                        has one)
     dataset_config     configuration of a dataset of the Hub
-    skipped            a list to which (name, reason) of all unusable files is added, also if an error is raised; then
-                       a large dataset is read again
+    skipped            a list to which (name, reason) of all unusable files is added, also if an error is raised. With
+                       such a list, a stored index is not used, because it does not contain the names
     filters            min_KEY, max_KEY: inclusive bounds on numbers in .json or metadata, such as max_punsafe=0.99.
                        An image without such a number, or with null, stays unless require_keys.
     Raises ValueError, in one line, if the source cannot be read, or if no image is left; then it says what was found.
@@ -86,7 +86,7 @@ def open_dataset(source: str | Path, *, min_side: int = 64, captions_required: b
         return ImageDataset(text, (), [], folder, stored)
     skipped = [] if skipped is None else skipped
 
-    def kept() -> Iterator[dict]:                # a generator, because there may be millions of samples
+    def kept() -> Iterator[dict]:                # yields the usable samples, of which there may be millions
         for sample in samples_of(parts, folder, found, chosen):
             known.update(sample.get("numbers", ()))
             problem = sample["problem"] or _problem(sample, min_side, captions_required, limits, require_keys)
@@ -107,7 +107,8 @@ def open_dataset(source: str | Path, *, min_side: int = 64, captions_required: b
 
 
 def check_choices(text: str, chosen: Chosen, found: Found, unknown: list[str], known: set[str]) -> None:
-    """Raises ValueError for columns and filter keys that no image has: a typing error would turn the filter off."""
+    """Raises ValueError for columns and filter keys that no image has: with a typing error, a filter would do nothing.
+    unknown: keys of filters that no image has. known: all keys of numbers that images have."""
     if unknown:
         raise ValueError(f"{text}: no image has a number {unknown[0]!r} to filter by, "
                          f"found: {', '.join(sorted(known)) or 'none'}")
@@ -119,8 +120,8 @@ def check_choices(text: str, chosen: Chosen, found: Found, unknown: list[str], k
 
 
 def stored_in(folder: Path, options: list, parts: list[tuple[Path, str]]) -> Path | None:
-    """The folder for the index of these tar files, read with these options. None if a part is a folder, because any
-    file in it may have changed."""
+    """Returns the path of the folder for a dataset's index. Its name is a hash of the options and the tar files.
+    Returns None if a part is a folder of images, because any file in it may have changed."""
     if any(os.path.isdir(path) for path, _ in parts):
         return None
     digest = hashlib.sha256(json.dumps([INDEX_VERSION, options]).encode())
@@ -131,7 +132,7 @@ def stored_in(folder: Path, options: list, parts: list[tuple[Path, str]]) -> Pat
 
 
 def read_filters(texts: list[str]) -> dict[str, float]:
-    """["min_aesthetic=5", ...], the values of --filter -> {"min_aesthetic": 5.0, ...}.  Raises ValueError."""
+    """Parses the values of --filter, ["min_aesthetic=5", ...], to {"min_aesthetic": 5.0, ...}. Raises ValueError."""
     try:
         return {name: Number()(value) for name, _, value in (text.partition("=") for text in texts)}
     except ValueError:
@@ -139,8 +140,7 @@ def read_filters(texts: list[str]) -> dict[str, float]:
 
 
 def read_prompts(file: str | Path) -> list[str]:
-    """The prompts in a text file, one per line, without empty lines and # comments, as in --prompt-file of sample.py.
-    Raises ValueError if there are none, or the file cannot be read."""
+    """Returns the prompts in a text file, one per line, without empty lines and # comments. Raises ValueError."""
     prompts = [settings["prompt"].strip() for _, settings in prompt_lines(Path(file)) if settings.get("prompt")]
     if not any(prompts):
         raise ValueError(f"{file} contains no prompts: expected one per line")
@@ -148,7 +148,7 @@ def read_prompts(file: str | Path) -> list[str]:
 
 
 def _limits(filters: dict) -> dict[str, tuple[float, float]]:
-    """{"max_punsafe": 0.9} -> {"punsafe": (-inf, 0.9)}"""
+    """Converts filters to bounds per key: {"max_punsafe": 0.9} to {"punsafe": (-inf, 0.9)}. Raises ValueError."""
     limits = {}
     for name, bound in filters.items():
         side, _, key = name.partition("_")
@@ -169,7 +169,7 @@ def _problem(sample: dict, min_side: int, captions_required: bool, limits: dict,
         keys = ", ".join(sample.get("keys", ()))
         return "no caption" + f" among its keys {keys}: --caption-column chooses one" * bool(keys)
     for key, (low, high) in limits.items():
-        value = sample["numbers"].get(key)       # `is None`, because 0.0 is a valid number
+        value = sample["numbers"].get(key)       # None if missing; 0.0 is a valid number
         if value is None and require_keys:
             return f"no number {key}"
         if value is not None and not low <= value <= high:
@@ -183,8 +183,8 @@ def _listed(skipped: list[tuple[str, str]], more: int = 0) -> str:
 
 
 def candidates(index: int, others: np.ndarray | Callable[[], np.ndarray]) -> Iterator[int]:
-    """Yields index, then the numbers in others (N,) above it, then those below it. A function `others` is only called
-    after index was yielded."""
+    """Yields index, then the numbers in others (N,) above it, then those below it. others may be a function: it is
+    called only if a second number is requested."""
     yield index
     others = np.asarray(others() if callable(others) else others)
     yield from others[others > index].tolist()
@@ -194,22 +194,22 @@ def candidates(index: int, others: np.ndarray | Callable[[], np.ndarray]) -> Ite
 # ----- images and captions -------------------------------------------------------------------------------------------
 
 class ImageDataset:
-    """Images and captions by number, 0 to N - 1, always in the same order.
+    """Images and captions, numbered from 0 to N - 1 in an order that is always the same.
 
-    sizes (N,2) int32: height and width as shown, after EXIF orientation.  skipped: (name, reason) of unusable files.
+    sizes (N,2) int32: height and width after EXIF orientation.  skipped: (name, reason) of unusable files.
     """
     def __init__(self, source: str, samples: Iterable[dict], skipped: list[tuple[str, str]], folder: Path | None,
                  stored: Path | None = None):
-        """folder: where to keep keys and the order of large datasets. stored: a folder written by `store`; then samples
-        are not used."""
+        """samples: see sources.samples_of. folder: index_folder of open_dataset, or None. stored: a folder written by
+        `store`, which replaces samples."""
         self.source, self.skipped, self.unlisted, self.notes = source, skipped, 0, []
         self.folder, self._stored, self._keys, self._numbers = folder, None, None, None
         if stored:
             return self._map(stored)
-        # All texts are in one block of memory, not in a million Python objects. Reading a Python object changes its
-        # reference count, so every worker process would in time hold its own copy of all objects.
+        # All texts are in one block of memory instead of a million Python objects. Reading a Python object changes its
+        # reference count, which copies its memory page. So every worker process would in time have its own copy of all.
         there = folder and next(path for path in (folder, *folder.parents) if path.exists())
-        records = tempfile.SpooledTemporaryFile(2 ** 28 * bool(folder), dir=there)       # on disk if large
+        records = tempfile.SpooledTemporaryFile(2 ** 28 * bool(folder), dir=there)       # in memory up to 256 MiB
         ends, sizes = array("q", [0]), array("i")
         for sample in samples:
             record = json.dumps([printable(sample["name"]), sample["place"], sample["captions"]]).encode()
@@ -219,14 +219,14 @@ class ImageDataset:
         records.seek(0)
         self._ends, self.sizes = np.array(ends), np.array(sizes, np.int32).reshape(-1, 2)            # (N + 1,), (N, 2)
         if folder and len(self.sizes) >= LARGE:
-            self._records = records              # `store` moves them to a file
+            self._records = records              # the method `store` moves the records to a file
         else:
             with records:
                 self._records = np.frombuffer(records.read(), np.uint8)
 
     def store(self, path: Path | None) -> "ImageDataset":
-        """Writes the index of a new, large dataset (records, sizes) to the folder `path` and memory-maps it from there;
-        other datasets are left unchanged. path None: a folder whose name is a hash of the content."""
+        """If the dataset is large, writes its index (records, sizes) to the folder `path` and memory-maps that. path:
+        default: a folder in index_folder whose name is a hash of the content. Returns self."""
         if not self.folder or len(self) < LARGE:
             return self
 
@@ -243,7 +243,7 @@ class ImageDataset:
                 digest.update(block)
             self._records.seek(0)
             path = self.folder / f"images-{digest.hexdigest()[:16]}"
-        with contextlib.suppress(FileExistsError):         # an earlier run or another machine wrote it
+        with contextlib.suppress(FileExistsError):         # an earlier run or another machine has written it
             write_atomically(path, write, folder=True)
         self._map(path)
         return self
@@ -262,7 +262,7 @@ class ImageDataset:
             self.sizes = self.sizes[self._numbers]
 
     def __getstate__(self) -> dict:
-        """The state for other processes, without mapped arrays: these processes map the same files."""
+        """Returns the state for pickling, without memory-mapped arrays: other processes map the same files."""
         mapped = ("_records", "_ends", "sizes") if self._stored else ()
         return {name: value for name, value in vars(self).items() if name not in mapped}
 
@@ -284,21 +284,21 @@ class ImageDataset:
         return self._record(i)[0]
 
     def captions(self, i: int) -> list[str]:
-        """The captions of image i: at least one, [""] for an image without captions."""
+        """Returns the captions of image i, or [""] if it has none."""
         return self._record(i)[2] or [""]
 
     def select(self, numbers: np.ndarray) -> None:
-        """Keeps only the images with these numbers; they are numbered again from 0."""
+        """Keeps only the images with these numbers (n,) and numbers them again from 0."""
         self._numbers = numbers if self._numbers is None else self._numbers[numbers]
         self.sizes = self.sizes[numbers]
 
     def key(self, i: int) -> str:
-        """sha256, in hex, of the image's bytes and of whether its colours are converted: its key in a cache.
+        """Returns image i's key in a cache: the sha256, in hex, of its bytes and of whether its colours are converted.
 
-        With an index_folder, each unchanged file is read only once to compute its key.
+        Keys are stored in index_folder, if there is one, so that each file is read only once to compute its key.
         """
         file, offset, length = self._record(i)[1]
-        stat = os.stat(file)         # a file of the same name, size and time counts as unchanged
+        stat = os.stat(file)         # a file with the same name, size and time counts as unchanged
         version = f"{os.path.abspath(file)} {offset} {length} {stat.st_size} {stat.st_mtime_ns} in sRGB"
         known_as = hashlib.sha256(os.fsencode(version)).hexdigest()[:24]
         key_file = self.folder and self.folder / "keys.txt"
@@ -309,10 +309,10 @@ class ImageDataset:
             content = content_of((file, offset, length))
             digest = hashlib.sha256(content)
             with contextlib.suppress(Exception), open_header(io.BytesIO(content), 0, len(content)) as image:
-                if to_srgb(image):   # another key: older code ignored colour profiles in its cache
+                if to_srgb(image):   # changes the key, because older code cached latents without this conversion
                     digest.update(b" in sRGB")
             self._keys[known_as] = digest.hexdigest()
-            if key_file:             # appended by one short write, so that lines of several processes do not mix
+            if key_file:             # append it by one short write, so that lines of several processes do not mix
                 with contextlib.suppress(OSError):       # on a full disk, the key is computed again next time
                     key_file.parent.mkdir(parents=True, exist_ok=True)
                     with open(key_file, "ab", buffering=0) as out:
@@ -327,7 +327,7 @@ class ImageDataset:
                 pixels = pixels_of(image)                                      # (H, W, 3 or 4)
         except ValueError as error:
             raise BrokenImage(f"{name} cannot be read: {error}") from error
-        if pixels.shape[2] == 3:     # not transparent: without conversion to floats, this takes half the time
+        if pixels.shape[2] == 3:     # no transparency: skipping the conversion to floats saves half of the time
             return pixels
         return (read_image(pixels) * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
 
@@ -335,9 +335,9 @@ class ImageDataset:
         """Returns read(i) and i or, if image i is broken, the next readable image in `allowed` and its number. After
         the end of `allowed`, the search continues at its start.
 
-        The replacement depends only on the files, so all runs agree. The broken file is added to `skipped`, but only in
-        this process: with worker processes, compare the number with i. Raises BrokenImage if none can be read.
-        allowed: (n,) ascending numbers, or a function that returns them, which is called only if image i is broken.
+        The replacement depends only on the files, so it is the same in all runs. A broken file is added to `skipped`,
+        but only in this process; callers with worker processes compare the number with i. Raises BrokenImage if no
+        image can be read. allowed: (n,) ascending numbers, or a function that returns them, called only if necessary.
         """
         for j in candidates(i, allowed):
             try:
@@ -351,26 +351,26 @@ class ImageDataset:
                           f"size can be read; {_listed(self.skipped, self.unlisted)}")
 
     def read_or_replace(self, i: int, allowed: np.ndarray) -> tuple[np.ndarray, int]:
-        """Like read_or_next, but then searches all images as well. Names broken images on stderr, once per process.
-        Raises BrokenImage if no image at all can be read."""
+        """Does what read_or_next does, but if no image in `allowed` can be read, also searches all other images. Names
+        broken images on stderr, once per process. Raises BrokenImage if no image at all can be read."""
         known = len(self.skipped)
         try:
             image, j = self.read_or_next(i, allowed)
         except BrokenImage:
             image, j = self.read_or_next(i, lambda: np.arange(len(self)))
         for name, why in self.skipped[known:]:
-            print(file=sys.stderr)               # ends the line of a progress bar
+            print(file=sys.stderr)               # end the line of a progress bar
             tell(f"{name} cannot be read and is replaced: {why}")
         return image, j
 
     def describe(self) -> str:
-        """One line: number of images, source, notes on captions and columns, and what was skipped."""
+        """Returns one line: number of images, source, columns and keys that were used, and files that were skipped."""
         return "; ".join([f"{len(self)} images in {self.source}", *self.notes]
                          + [_listed(self.skipped, self.unlisted)] * bool(self.skipped))
 
 
 class SceneDataset(ImageDataset):
-    """Emoji scenes with the interface of ImageDataset; each scene is drawn when it is requested."""
+    """Emoji scenes as a dataset: source is "scenes[:captioned|uncaptioned|all][:N][:SEED]". Draws scenes on request."""
     folder = _stored = None
 
     def __init__(self, source: str):
@@ -393,7 +393,7 @@ class SceneDataset(ImageDataset):
         return f"scene {i}", None, [self._scenes.caption(i)]
 
     def select(self, numbers: np.ndarray) -> None:
-        self.sizes = self.sizes[numbers]         # keeps the first len(numbers) scenes: all are equally random
+        self.sizes = self.sizes[numbers]         # keeps the first len(numbers) scenes, because all are random anyway
 
     def key(self, i: int) -> str:
         return hashlib.sha256(f"scene {self._seed} {self._objects} {i}".encode()).hexdigest()
@@ -405,11 +405,11 @@ class SceneDataset(ImageDataset):
 # ----- shapes --------------------------------------------------------------------------------------------------------
 
 def bucket_sizes(resolution: int, step: int = 128, max_ratio: float = 2.0) -> list[tuple[int, int]]:
-    """(height, width) of the shapes that images are cut to: multiples of `step` px, each of about resolution^2 px.
+    """Returns the (height, width) to which images are cut: multiples of `step` px, each of about resolution^2 px.
 
-    step is 128 px, because 0.75 x 128 = 96 = 3 x 32: exactly 3 latent positions of Stage C. The longer side is at most
-    max_ratio times the shorter. Shapes whose area differs by more than a quarter are omitted, so that a batch of each
-    takes about the same memory; up to 256 px only the square remains.
+    step is 128 px, because the image encoder resizes them to 96 = 3 x 32 px, exactly 3 latent positions of Stage C. The
+    longer side is at most max_ratio times the shorter. Shapes whose area differs by more than a quarter are omitted, so
+    that a batch of each takes about the same memory. Up to a resolution of 256 px, only the square remains.
 
     Raises ValueError unless step divides resolution.
     """
@@ -425,10 +425,10 @@ def bucket_sizes(resolution: int, step: int = 128, max_ratio: float = 2.0) -> li
 
 
 def nearest_bucket(sizes: np.ndarray, buckets: list[tuple[int, int]]) -> np.ndarray:
-    """sizes (N,2) of images -> (N,) the index of the bucket nearest in shape, in the smallest sufficient integer dtype.
+    """sizes (N,2) of images -> (N,) index of the bucket that is nearest in shape, in the smallest sufficient dtype.
 
-    Distances are differences of log(height / width), so that 1:2 is as far from 1:1 as 2:1. Differences of the ratio
-    itself, 0.5 and 2, would favour the square for wide images.
+    Distances are differences of log(height / width), so that 1:2 is as far from 1:1 as 2:1. Differences of the ratios
+    0.5, 1 and 2 would favour the square for wide images.
     """
     sizes, targets = np.asarray(sizes), np.log(np.asarray(buckets, float)) @ [1, -1]                 # (N, 2), (M,)
     nearest = np.empty(len(sizes), np.min_scalar_type(len(buckets)))                                 # (N,)
@@ -440,10 +440,10 @@ def nearest_bucket(sizes: np.ndarray, buckets: list[tuple[int, int]]) -> np.ndar
 
 def fit(image: np.ndarray, size: tuple[int, int], crop: str = "center", flip: bool = False,
         rng: np.random.Generator | None = None) -> np.ndarray:
-    """image (H,W,3) uint8 -> (h,w,3) uint8: the largest crop of that shape, resized, and mirrored if flip is true.
+    """Crops image (H,W,3) uint8 to the largest area with the shape of `size`, (h,w), and resizes it to (h,w,3) uint8.
 
     crop  "center", or "random": anywhere along the side that is too long, drawn from rng
-    flip  whether to mirror; drawn by the caller, who may need to know it
+    flip  whether to mirror the result
     Raises ValueError for other crops and arrays.
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
@@ -454,7 +454,7 @@ def fit(image: np.ndarray, size: tuple[int, int], crop: str = "center", flip: bo
     scale = min(height / h, width / w)           # px of the image per px of the result
     box_height, box_width = min(h * scale, height), min(w * scale, width)      # h * (height / h) may round up
     where = rng.random(2) if crop == "random" else (0.5, 0.5)
-    # Offsets in whole pixels, so that an image of the right scale is only cropped, not resampled.
+    # Offsets are whole pixels, so that an image that already has the right scale is only cropped, not resampled.
     top, left = (int(share * (int(spare) + 1)) for share, spare in zip(where, (height - box_height, width - box_width)))
     # Pillow's bicubic widens its kernel when it shrinks an image, so no pixel is skipped. It is sharper than bilinear,
     # without most of the ringing of Lanczos.

@@ -1,6 +1,6 @@
-"""One process or many: torchrun's processes, sums over them, BatchNorm over all batches, FSDP, a graceful exit.
+"""Training in one or several processes: sums over processes, synchronised BatchNorm, DDP, FSDP, a graceful exit.
 
-One process runs the same code as many, so a training loop needs no second version. Works with any model.
+One process runs the same code as several, so a training loop needs no second version. Works with any model.
 Needs: torch; loading/.
 """
 import contextlib
@@ -19,12 +19,12 @@ from loading.errors import RESUME_HINT, tell
 
 
 class Processes:
-    """This process among all that torchrun started. Without torchrun it is the only one.
+    """This process and its communication with the other processes of torchrun. Without torchrun it is the only process.
 
     rank: 0 .. world - 1; is_main: rank 0, which writes files; device: of this process; many: whether torchrun was used.
     """
     def __init__(self, device: str | None = None, minutes: float = 30):
-        """minutes: how long a process waits for another before it fails, for example while rank 0 samples images."""
+        """minutes: a process that waits longer than this for another, such as one that samples images, fails."""
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.is_main, self.many, self.patient, self.host = self.rank == 0, "RANK" in os.environ, None, None
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -34,15 +34,15 @@ class Processes:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.many:
-            # Imported before a group exists, because functions of this module keep the current group as a default
-            # argument, and DistributedDataParallel imports the module. If they kept our group, gloo's threads would
-            # outlive close(). A thread that releases a tensor while the interpreter ends would abort the process.
+            # This module must be imported before a group exists: its functions keep the current group as a default
+            # argument. If DistributedDataParallel imported it later, the functions would keep our group, and gloo's
+            # threads would outlive close(). A thread that frees a tensor while Python ends aborts the process.
             from torch.distributed import nn as _
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo",
                                     timeout=datetime.timedelta(minutes=minutes))
-            # For long waits, on the CPU: another process reads indexes of a hundred million images, or downloads.
+            # A group on the CPU for long waits, while another process downloads or reads indexes of 100 million images.
             self.patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
-            if self.device.type == "cuda":       # for flags: the hosts then need not wait for the GPUs
+            if self.device.type == "cuda":       # a group for flags on the CPU, so that these need not wait for the GPU
                 self.host = dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=minutes))
 
     def close(self) -> None:
@@ -57,23 +57,23 @@ class Processes:
         return values
 
     def any(self, flag: bool, group=None) -> bool:
-        """True if the flag is true in any process. All processes get the same answer, so that all take the same branch;
-        otherwise some would wait forever. group: self.patient or None."""
+        """Returns whether the flag is true in any process. All processes get the same answer, so that all take the same
+        branch; otherwise some would wait forever. group: self.patient or None."""
         return bool(self.largest(int(flag), group))
 
     def largest(self, number: int, group=None) -> int:
-        """The largest number among all processes. Does not wait for a GPU."""
+        """Returns the largest of all processes' numbers. Does not wait for the GPU. group: self.patient or None."""
         value = torch.tensor(number)
         if self.many:
             dist.all_reduce(value, dist.ReduceOp.MAX, group or self.host)
         return int(value)
 
     def anywhere(self, flag: Tensor) -> Tensor:
-        """Whether flag () is true in any process, as a tensor on the device, so that the host need not wait."""
+        """Returns whether flag () is true in any process, as a tensor on the device: the CPU need not wait for it."""
         return self.sum(flag.float()) > 0
 
     def to_device(self, batch: dict) -> dict:
-        """A batch with its tensors on the device. They are copied from pinned memory while the host continues."""
+        """Returns the batch with its tensors on the device. Pinned memory is copied while the CPU continues."""
         return {name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
                 for name, value in batch.items()}
 
@@ -83,7 +83,7 @@ class Processes:
 
     @contextlib.contextmanager
     def together(self, group=None):
-        """Context at whose end all processes wait for each other. If one fails inside, the others end with code 2."""
+        """Context manager: at its end all processes wait for each other. If one fails in it, the others exit with 2."""
         try:
             yield
         except Exception:
@@ -104,10 +104,10 @@ class Processes:
             tell(message)
 
     def once_per_node(self, make: Callable):
-        """Calls make() in one process of each machine, in rank 0 first. All processes of the machine get its result.
+        """Calls make() in one process of each machine, in rank 0 first. Returns its result in all of their processes.
 
-        For work that leaves its result on disk, such as an index or a download. The result is pickled. The other
-        processes wait as long as it takes.
+        make does work whose result stays on disk, such as an index or a download. The returned value is pickled. The
+        other processes wait as long as it takes.
         """
         made = None
         for turn in (self.is_main, self.local_rank == 0 and not self.is_main):
@@ -121,7 +121,7 @@ class Processes:
         return everywhere[self.rank - self.local_rank]
 
     def data_parallel(self, model: nn.Module) -> nn.Module:
-        """The module to call in a training step: DistributedDataParallel around model, or model itself for one process.
+        """Returns the module to call in a training step: model in DistributedDataParallel or, without torchrun, model.
 
         Buffers are not broadcast, because they are the same in all processes: BatchNorm is synchronised.
         """
@@ -131,7 +131,7 @@ class Processes:
         return nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
 
     def split_weights(self, model: nn.Module, blocks: Iterable[nn.Module]) -> None:
-        """FSDP: each process holds a part of every tensor. A block is gathered when it runs, the rest with model."""
+        """Splits the weights over processes (FSDP). Each of `blocks` is gathered when it runs, the rest with model."""
         if self.many:
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard
@@ -142,10 +142,10 @@ class Processes:
 
 @contextlib.contextmanager
 def no_sync(model: nn.Module):
-    """Context in which backward does not average gradients over processes; the next backward outside averages them.
+    """Context manager in which backward does not average gradients over processes; the next backward outside does.
 
-    Forward must be inside as well: DDP decides in forward whether the following backward communicates. Does nothing for
-    one process. FSDP has another method for it.
+    Forward must be inside as well: DDP decides in forward whether the following backward communicates. FSDP has another
+    method for it. Does nothing for a model in one process.
     """
     if hasattr(model, "set_requires_gradient_sync"):
         model.set_requires_gradient_sync(False)
@@ -157,8 +157,8 @@ def no_sync(model: nn.Module):
 
 
 class SumOverProcesses(torch.autograd.Function):
-    """The sum over all processes, with a gradient. Every process's result contains every x, so the gradient of x is the
-    sum of the gradients of all processes."""
+    """Differentiable sum of x over all processes. The result of every process depends on every x, so the gradient of x
+    is the sum of the gradients of all processes."""
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         x = x.clone()
@@ -171,7 +171,7 @@ class SumOverProcesses(torch.autograd.Function):
 
 
 class SynchronisedBatchNorm(nn.BatchNorm2d):
-    """BatchNorm2d over the batches of all processes. With one process, or in eval mode, it is BatchNorm2d.
+    """BatchNorm2d with statistics over the batches of all processes. Without torchrun or in eval mode, BatchNorm2d.
 
     BatchNorm makes the output for an image depend on the other images of its batch. With separate statistics, each of
     64 GPUs with 4 images would train a different and noisier function than the saved one, which has the running
@@ -179,13 +179,13 @@ class SynchronisedBatchNorm(nn.BatchNorm2d):
     """
     @staticmethod
     def convert(model: nn.Module) -> None:
-        """Converts every BatchNorm2d inside model in place: the modules and weights stay, only forward changes."""
+        """Turns every BatchNorm2d in model into this class. Modules and weights stay the same; only forward changes."""
         for module in model.modules():
             if type(module) is nn.BatchNorm2d:
                 module.__class__ = SynchronisedBatchNorm
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B,C,H,W) -> (B,C,H,W) in the dtype of x; sums are float32."""
+        """x (B,C,H,W) -> (B,C,H,W) in the dtype of x. Computes in float32."""
         if not (self.training and dist.is_initialized()):
             return super().forward(x)
         wide = x.float()
@@ -205,15 +205,15 @@ class SynchronisedBatchNorm(nn.BatchNorm2d):
 
 
 class GracefulExit:
-    """SIGTERM (a scheduler's last warning) and Ctrl-C set `received` to the signal's number, so that a loop can finish
-    its step, save, and leave. Create it just before the loop: earlier, there is nothing to save.
+    """Handles SIGTERM (a scheduler's last warning) and Ctrl-C: sets `received` to the signal's number, so that a loop
+    can finish its step, save, and call `leave`. Create it just before the loop: earlier, there is nothing to save.
 
-    A second Ctrl-C ends the program at once. restore() brings back the old handlers.
+    A second Ctrl-C ends the program at once. restore() sets the previous signal handlers.
     """
     def __init__(self):
         self.received, self.before = 0, {}
         for name in (signal.SIGTERM, signal.SIGINT):
-            with contextlib.suppress(ValueError):            # raised outside the main thread, perhaps in a notebook
+            with contextlib.suppress(ValueError):            # raised outside the main thread: handle no signals there
                 self.before[name] = signal.signal(name, self)
 
     def restore(self) -> None:
@@ -221,8 +221,8 @@ class GracefulExit:
             signal.signal(name, handler)
 
     def leave(self, number: int, step: int, processes: Processes | None = None) -> None:
-        """Ends the program after `step` steps, unfinished, with the exit code that shells use for a signal: 143 for
-        SIGTERM, 130 for Ctrl-C. So a shell's && or a scheduler does not take the run for finished."""
+        """Ends the program after `step` steps because of signal `number`. Its exit code is the one that shells use, 143
+        for SIGTERM or 130 for Ctrl-C, so that a scheduler or a shell's && does not take the run for finished."""
         self.restore()
         if processes is None or processes.is_main:
             tell(f"stopped after step {step} and saved: {RESUME_HINT}")

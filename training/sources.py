@@ -1,16 +1,16 @@
-"""Where captioned images come from: folders, tar shards, pipes, parquet files, the Hub.
+"""Finds captioned images in folders, tar shards, pipes, parquet files and datasets of the Hub.
 
   source -parts_of-> folders and tar files
   -samples_of-> one dict per image: name, place (file, offset, bytes), size (height, width), captions, numbers;
                 for a file that cannot be used: name and problem
   place -content_of-> the bytes at that place; places can be read in any order
-  Chosen: the columns and keys that the user named; Found: those that exist, and those that were used
+  Chosen: columns and keys that the user named; Found: columns and keys that exist or were used
 
-Only headers of images are read here. Later code treats folders and tar files alike: both are names with the places of
-their content. A tar file's headers are read once, and the result is kept in an index next to it. Sources without such
-places (a pipe, a table such as a parquet file, a dataset of the Hub) are first rewritten as a tar file, once.
-Note: a tar file has no table of contents, and Python's tarfile takes a damaged header for the end of the file. So half
-a download would look like a smaller shard; _tar_places detects this.
+Only headers of images are read here. Later code treats folders and tar files alike: both are a dict of file names and
+the places of their content. A tar file is read once, and its places are stored in an index next to it. Sources without
+such places (a pipe, a table such as a parquet file, a dataset of the Hub) are first rewritten as a tar file, once.
+Note: a tar file has no table of contents, and Python's tarfile takes a damaged header for the end of the file. So an
+incomplete download would look like a smaller shard; _tar_places detects this.
 Layouts: https://huggingface.co/docs/datasets/image_dataset (folders), https://github.com/webdataset/webdataset (tar).
 Needs: loading/files.py, extras/images.py, tables.py.
 """
@@ -39,19 +39,19 @@ from training.tables import NOT_USABLE, TABLES, Table, hub_table, open_table, wr
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
 HIDDEN = "hidden, as thumbnails of other programs are: rename it if it is meant"
 UNREADABLE = (".heic", ".heif", ".hif", ".jxl", ".jp2", ".jpe", ".apng", ".psd", ".svg", ".tga", ".exr", ".ppm", ".ico",
-              ".dng", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2")      # these are named as skipped
-# The keys of metadata, .json and tables in which a caption is looked for, in this order, in upper or lower case.
+              ".dng", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2")      # reported as skipped
+# Keys of metadata, .json and tables that may have the captions: the first one that exists is used. Case is ignored.
 CAPTION_KEYS = ("text", "caption", "captions", "prompt", "prompts", "description", "txt")
 HEAD = 2 ** 15                   # bytes of an image that are read first to find its size
-SHARDS = 10 ** 6                 # most shards per source; more are a typing error: the largest sources have 200,000
+SHARDS = 10 ** 6                 # a range of more shards must be a typing error: the largest sources have 200,000
 INDEX_VERSION = 4                # version of the index that _tar_samples writes; a new number rebuilds all indexes
 
-Place = tuple[str, int, int]     # file, offset, bytes (-1: up to the end): where something can be read
+Place = tuple[str, int, int]     # where content can be read: file, offset, number of bytes (-1: up to the file's end)
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """Names that the user gave for columns and keys; None: look for the usual names."""
+    """Names that the user gave for columns and keys. None: use the first usual name that exists."""
     image: str | None = None     # the column of a table with the images, or the key of metadata with the file names
     caption: str | None = None   # the column, or the key of metadata and .json, with the captions
     config: str | None = None    # the configuration of a dataset of the Hub
@@ -67,7 +67,7 @@ class Found:
     numbered: set = field(default_factory=set)   # names of folders such as 10_cat
 
     def notes(self) -> list[str]:
-        """Texts that name the columns and keys that were used; [] for images in folders and captions in .txt files."""
+        """Returns texts that name the columns and keys that were used; [] for image files with .txt files."""
         def listed(counts):
             return ", ".join(f"{name} ({n})" if len(counts) > 1 else name for name, n in counts.most_common())
         notes = [f"images from column {listed(self.images)}"] * bool(self.images)
@@ -79,7 +79,7 @@ class Found:
 
 def samples_of(parts: list[tuple[Path, str]], index_folder: Path | None, found: Found, chosen: Chosen = Chosen()
                ) -> Iterator[dict]:
-    """The samples in `parts`, see parts_of, in fixed order. Raises ValueError, in one line, for unreadable parts."""
+    """Yields the samples of `parts`, see _samples and parts_of, in fixed order. Raises ValueError if it cannot."""
     for path, label in parts:
         if os.path.isdir(path):
             prefix = f"{label}/" if len(parts) > 1 else ""
@@ -92,17 +92,17 @@ def samples_of(parts: list[tuple[Path, str]], index_folder: Path | None, found: 
 
 
 def parts_of(source: str, index_folder: Path | None, chosen: Chosen = Chosen()) -> list[tuple[Path, str]]:
-    """Folders and shards (name, glob, {000..031}), pipe:COMMAND or hub:NAME[:SPLIT] -> [(folder of images or tar file,
-    its name for messages)] in fixed order. Tables are rewritten as tar files. Raises ValueError, in one line."""
+    """Returns [(folder of images or tar file, its name for messages)] for a source: folders, shards (path, glob or
+    {000..031}), pipe:COMMAND, hub:NAME[:SPLIT]. Rewrites tables as tar files. Raises ValueError, in one line."""
     return [(_as_tar(path, index_folder, chosen), label) for part, name in _parts(source, index_folder, chosen)
             for path, label in (_in_folder(part, name) if os.path.isdir(part) else [(part, name)])]
 
 
 def content_of(place: Place, limit: int = -1) -> bytes:
-    """The bytes at a place, or its first `limit` bytes."""
+    """Returns the bytes at a place or, if limit is not negative, at most the first `limit` of them."""
     file, offset, length = place
     check_file(file)
-    with open(file, "rb") as handle:             # opened each time: an open file cannot be passed to worker processes
+    with open(file, "rb") as handle:             # opens it each time: worker processes cannot share an open file
         handle.seek(offset)
         return handle.read(length if limit < 0 else limit if length < 0 else min(limit, length))
 
@@ -110,9 +110,9 @@ def content_of(place: Place, limit: int = -1) -> bytes:
 # ----- images and the files next to them -----------------------------------------------------------------------------
 
 def _in_folder(folder: Path, label: str) -> list[tuple[Path, str]]:
-    """Returns the folder itself or, if it contains shards but no images, these shards; with names for messages."""
+    """Returns [(path, name for messages)] of a folder's shards or, if it has none or also has images, of the folder."""
     places, _ = _folder_places(str(folder))
-    if "dataset_dict.json" in places:            # datasets' save_to_disk writes this file for several splits
+    if "dataset_dict.json" in places:            # save_to_disk of datasets writes this file if there are several splits
         splits = sorted({name.split("/")[0] for name in places if name.endswith("/state.json")})
         if "train" not in splits and len(splits) != 1:
             raise ValueError(f"{folder} has the splits {', '.join(splits) or 'none'} and no split train: "
@@ -121,7 +121,7 @@ def _in_folder(folder: Path, label: str) -> list[tuple[Path, str]]:
     inside = _shards_among(places)
     if not inside or any(_split(name)[1] in SUFFIXES for name in places):
         return [(folder, label)]
-    paths = [folder / name for name in inside                                # skips cache files of datasets' map()
+    paths = [folder / name for name in inside                                # skips files that map() of datasets caches
              if not re.fullmatch(r"(cache|indices)-.*\.arrow", posixpath.basename(name))]
     return [(path, str(path)) for path in paths]
 
@@ -132,7 +132,7 @@ def _shards_among(places: dict[str, Place]) -> list[str]:
 
 
 def _folder_samples(folder: str, found: Found, chosen: Chosen) -> Iterator[dict]:
-    """The images below a folder."""
+    """Yields the samples below a folder, see _samples. Updates `found`."""
     places, hidden = _folder_places(folder)
     found.files.update(Counter(_split(name)[1] for name in places))
     yield from (dict(name=name, problem="a shard next to images: give it as a source of its own")
@@ -140,7 +140,7 @@ def _folder_samples(folder: str, found: Found, chosen: Chosen) -> Iterator[dict]
     yield from (dict(name=name, problem=HIDDEN) for name in hidden)
     for sample in _samples(places, chosen):
         parent = posixpath.basename(posixpath.dirname(sample["name"])) or os.path.basename(os.path.abspath(folder))
-        # Folder names like "10_cat": another trainer reads the number as repetitions of each image per epoch.
+        # In names of folders such as "10_cat", kohya's trainer reads the number as repetitions of each image.
         if re.match(r"\d{1,3}_", parent):
             found.numbered.add(parent)
         _count(sample, found)
@@ -153,9 +153,9 @@ def _count(sample: dict, found: Found) -> None:
 
 
 def _folder_places(folder: str) -> tuple[dict[str, Place], list[str]]:
-    """-> {name relative to the folder: place} of all files below it, sorted; and the names of dot folders, and of dot
-    files that are images. macOS and file managers create these hidden files and folders for thumbnails."""
-    def stop(error):                             # by default, os.walk skips folders without permission to read
+    """Returns {name relative to the folder: place} of all files below it, sorted; and the names of hidden folders and
+    hidden images, whose names begin with a dot. macOS and file managers create them for thumbnails."""
+    def stop(error):                             # without this, os.walk skips folders that it is not allowed to read
         raise error
     places, hidden, seen = {}, [], set()
     for root, folders, names in os.walk(folder, onerror=stop, followlinks=True):
@@ -172,17 +172,17 @@ def _folder_places(folder: str) -> tuple[dict[str, Place], list[str]]:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """"a/B.JPG" -> "a/B", ".jpg" """
+    """Splits "a/B.JPG" into "a/B" and ".jpg"."""
     stem, suffix = posixpath.splitext(name)
     return stem, suffix.lower()
 
 
 def _samples(places: dict[str, Place], chosen: Chosen) -> Iterator[dict]:
-    """The samples among files, {name: place}: each image with the files of the same name.
+    """Yields the samples among files, places = {name: place}: an image with the text files of the same name.
 
-    Every sample has a name and a problem: None, or the reason why it cannot be used. Without a problem it also has
-    place, size (height, width), captions and numbers; key, the key with the captions, if they are not from a text file;
-    keys, if the key that was looked for has no caption. All of this can be written as JSON.
+    A sample is a dict with name and problem: None, or the reason why it cannot be used. If it can, it also has place,
+    size (height, width), captions and numbers; `key`, the key of the captions, if they are not from a text file; and
+    `keys`, all keys, if the expected key has no caption. JSON can represent all values.
     """
     rows, doubled = _metadata_rows(places, chosen.image)
     for name in sorted(rows):
@@ -209,19 +209,19 @@ def _samples(places: dict[str, Place], chosen: Chosen) -> Iterator[dict]:
             continue
         try:
             texts = _texts(stem, by_stem, rows.get(name, {}), chosen.caption)
-        except (ValueError, OSError) as error:   # the text is not UTF-8 or not JSON, or a broken link
+        except (ValueError, OSError) as error:   # the text is not UTF-8 or not JSON, or its file is a broken link
             yield dict(name=name, problem=f"its text cannot be read: {reason_of(error)}")
             continue
         yield dict(name=name, problem=None, place=place, size=size, **texts)
 
 
 def _composed(name: str) -> str:
-    """The name in Unicode form NFC: macOS writes "é" as two characters, letter and accent, other systems as one."""
+    """Returns the name in Unicode form NFC, because macOS writes "é" as two characters, but other systems as one."""
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def _size_of(place: Place) -> tuple[int, int]:
-    """Height and width after EXIF orientation. Reads as little as possible. Raises whatever Pillow raises."""
+    """Returns an image's (height, width) after EXIF orientation. Reads as little as possible. Raises any error."""
     file, start, length = place
     check_file(file)
     with open(file, "rb") as handle:
@@ -229,24 +229,25 @@ def _size_of(place: Place) -> tuple[int, int]:
         if end - start > LARGEST:
             raise ValueError(f"it has {end - start} bytes, expected at most {LARGEST}")
         handle.seek(start)
-        # JPEG stores the size at the start, perhaps after a preview or a colour profile; others maybe at the end.
+        # A JPEG file has the size near its start, after a preview or a colour profile. Other formats may have it later.
         short = [min(start + HEAD, end)] * (handle.read(2) == b"\xff\xd8")
         for stop in (*short, end):
             try:
                 with open_header(handle, start, stop) as image:
                     turned = orientation(image) in (5, 6, 7, 8)
-                    # For a TIFF file, newer versions of Pillow return the upright size, so it is taken from the tags.
+                    # For TIFF, newer versions of Pillow return the size after rotation, so read the stored size.
                     width, height = (image.tag_v2[256], image.tag_v2[257]) if image.format == "TIFF" else image.size
                     return (width, height) if turned else (height, width)
-            except Exception:                    # of many kinds: HEAD bytes may be too few, so try the whole file
+            except Exception:                    # if HEAD bytes are too few (many kinds of errors), try the whole file
                 if stop == end:
                     raise
 
 
 def _texts(stem: str, by_stem: dict[tuple[str, str], Place], row: dict, column: str | None) -> dict:
-    """Captions and numbers of an image. Captions come from its row of metadata, else .txt, else .caption, else .json.
+    """Returns dict(captions, numbers, key, keys) of an image, see _samples. Captions come from its row of metadata,
+    else .txt, else .caption, else .json. With `column`, the user's choice of key, .json comes before .txt.
 
-    column: the key with the captions. If it is given, that key in .json takes precedence over text files.
+    stem: the image's name without suffix. by_stem: {(stem, suffix): place of the file}. Raises ValueError.
     """
     def beside(suffix: str) -> str | None:
         place = by_stem.get((stem, suffix)) or by_stem.get((_composed(stem), suffix))
@@ -265,7 +266,7 @@ def _texts(stem: str, by_stem: dict[tuple[str, str], Place], row: dict, column: 
     if not captions:
         key, captions = _captions_in(facts, column)
     for caption in captions:
-        # JSON may contain half of a surrogate pair, but UTF-8 and tokenizers cannot represent it.
+        # JSON may contain half of a surrogate pair, which UTF-8 and tokenizers cannot represent.
         if half := not caption.isascii() and re.search("[\ud800-\udfff]", caption):
             raise ValueError(f"half a character, \\u{ord(half[0]):04x}, such as half an emoji, in its caption")
     found = dict(captions=captions, numbers={**_numbers_in(facts), **_numbers_in(row)})
@@ -285,15 +286,15 @@ def _text(place: Place, most: int = 2 ** 24) -> str:
 
 
 def _captions_in(row: dict, column: str | None) -> tuple[str | None, list[str]]:
-    """Returns the first key that has captions, and its captions; (None, []) if there is none. column: the key to try;
-    None: all CAPTION_KEYS."""
-    if not row:                                  # the usual case: there is no metadata
+    """Returns the first key of `row` that has captions, and its captions, or (None, []). Tries only the key `column`
+    or, if it is None, all CAPTION_KEYS."""
+    if not row:                                  # the usual case, without metadata, must be fast
         return None, []
     lower = {} if column else {key.lower(): key for key in row}
     for key in [column] if column else [lower.get(key) for key in CAPTION_KEYS]:
         value = row.get(key)
         if isinstance(value, str) and value.startswith("["):
-            with contextlib.suppress(ValueError):          # a list in a CSV file, or a caption that starts with "["
+            with contextlib.suppress(ValueError):          # not a list in a CSV file: a caption that starts with "["
                 value = parsed(value)
         if captions := _cleaned(value if isinstance(value, list) else [value]):
             return key, captions
@@ -301,12 +302,12 @@ def _captions_in(row: dict, column: str | None) -> tuple[str | None, list[str]]:
 
 
 def _cleaned(captions: list) -> list[str]:
-    """Removes empty captions; puts each on one line with single spaces, which CLIP's tokenizer would do anyway."""
+    """Removes empty captions and replaces line breaks and repeated spaces by one space, as CLIP's tokenizer does."""
     return [" ".join(text.split()) for text in captions if isinstance(text, str) and text.strip()]
 
 
 def _numbers_in(row: dict) -> dict[str, float]:
-    """The values that filters can compare: numbers, also those in text, as in CSV files.  null and NaN are omitted."""
+    """Returns the values of `row` that filters can compare: numbers, also as text in CSV files; not null and NaN."""
     numbers = {}
     for key, value in row.items():
         with contextlib.suppress(TypeError, ValueError, OverflowError):
@@ -316,13 +317,13 @@ def _numbers_in(row: dict) -> dict[str, float]:
 
 
 def _metadata_rows(places: dict[str, Place], column: str | None) -> tuple[dict[str, dict], list[tuple[str, str]]]:
-    """-> {name of an image: its row in the nearest metadata.jsonl, .csv or .parquet above it}, with the metadata file's
-    name under the key ""; and [(image, metadata file)] of images with several rows.  column: key of file names."""
+    """Returns {name of an image: its row in the nearest metadata.jsonl, .csv or .parquet above it}, with that file's
+    name under the key "", and [(image, file)] for images with several rows. column: the key of the images' names."""
     rows, doubled, key = {}, [], column or "file_name"
     tables = [name for name in places
               if posixpath.basename(name) in ("metadata.jsonl", "metadata.csv", "metadata.parquet")]
     composed = {_composed(name): name for name in places if not name.isascii()} if tables else {}
-    for table in sorted(tables, key=lambda name: name.count("/")):            # deeper files last: they take precedence
+    for table in sorted(tables, key=lambda name: name.count("/")):            # deeper files are last, so they prevail
         folder, number = posixpath.dirname(table), 0
         try:
             for number, row in enumerate(_rows(table, places[table]), 1):
@@ -337,14 +338,14 @@ def _metadata_rows(places: dict[str, Place], column: str | None) -> tuple[dict[s
                 name = name if name in places else composed.get(_composed(name), name)
                 doubled += [(name, table)] * (rows.get(name, {}).get("") == table)
                 rows[name] = {**row, "": table}
-        except Exception as error:               # not only ValueError: csv, pyarrow and nested JSON have more
+        except Exception as error:               # csv, pyarrow and nested JSON raise other errors than ValueError
             raise ValueError(f"{places[table][0]}, row {number}: {reason_of(error)}; "
                              f"expected {key} and text in each row") from error
     return rows, doubled
 
 
 def _rows(table: str, place: Place) -> Iterator[dict | str]:
-    """The rows of a metadata file: as dicts, but the lines of a .jsonl file as text."""
+    """Yields the rows of a metadata file: dicts or, for .jsonl, lines of text. table: its name."""
     if table.endswith(".parquet"):
         yield from open_table(io.BytesIO(content_of(place)), table).rows
         return
@@ -352,14 +353,14 @@ def _rows(table: str, place: Place) -> Iterator[dict | str]:
     if table.endswith(".csv"):
         yield from csv.DictReader(io.StringIO(text, newline=""))
         return
-    # Not splitlines(): a JSON text may contain U+2028, which splitlines() takes for the end of a line.
+    # splitlines() would also split at U+2028, which a JSON text may contain.
     yield from filter(str.strip, text.split("\n"))
 
 
 # ----- shards --------------------------------------------------------------------------------------------------------
 
 def _parts(source: str, index_folder: Path | None, chosen: Chosen) -> list[tuple[Path, str]]:
-    """The folders and shards of a source, in order, with names for messages.  Downloads remote shards first."""
+    """Returns [(folder or shard, its name for messages)] of a source, in order. Downloads remote shards first."""
     if chosen.config and not source.startswith("hub:"):
         raise ValueError(f"{source} has no configurations: remove --dataset-config, or give hub:NAME")
     if source.startswith("pipe:"):
@@ -369,7 +370,7 @@ def _parts(source: str, index_folder: Path | None, chosen: Chosen) -> list[tuple
     if source.startswith("hub:"):
         return [(_table_as_tar(source, source[4:], lambda: hub_table(source[4:], chosen.config), index_folder, chosen),
                  source)]
-    if re.match(r"\w+://", source):              # the program that fetches a URL, and credentials, cannot be guessed
+    if re.match(r"\w+://", source):              # URLs may need other programs and credentials: only pipe: fetches them
         raise ValueError(f"{source} is not on this disk: "
                          f"give the command that fetches it, such as 'pipe:curl -sfL {source}'{_hub_hint(source)}")
     files, missing = [], []
@@ -388,7 +389,7 @@ def _hub_hint(source: str) -> str:
 
 
 def _expand(pattern: str) -> list[str]:
-    """Expands "a{000..031}.tar" and "{a,b}.tar" like a shell; ${NAME} stays as it is."""
+    """Expands braces as in "a{000..031}.tar" and "{a,b}.tar" like a shell, but not in ${NAME}."""
     match = re.search(r"(?<!\$)\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
     if not match:
         return [pattern]
@@ -404,7 +405,7 @@ def _expand(pattern: str) -> list[str]:
 
 
 def _as_tar(path: Path, index_folder: Path | None, chosen: Chosen) -> Path:
-    """Returns path, or for a table the path of a tar file of its rows, with names like 000000012.COLUMN.jpg."""
+    """Returns path or, for a table, the path of a tar file that has its rows, under names like 000000012.COLUMN.jpg."""
     with reading(path) if not os.path.isdir(path) else contextlib.nullcontext():
         stat = path.stat()
     if path.suffix.lower() not in TABLES or os.path.isdir(path):
@@ -414,7 +415,7 @@ def _as_tar(path: Path, index_folder: Path | None, chosen: Chosen) -> Path:
 
 
 def _tar_samples(path: Path, label: str, index_folder: Path | None, found: Found, chosen: Chosen) -> Iterator[dict]:
-    """The samples of a tar file, from its index if size and modification time of the file are still the same."""
+    """Yields the samples of a tar file, see _samples, from its index. If the index is missing or old, writes it."""
     stat, of_table = path.stat(), path.name.endswith(".table.tar")
     stamp = [INDEX_VERSION, stat.st_size, stat.st_mtime_ns]
     if chosen.caption or chosen.image:           # samples depend on these choices, see _texts and _metadata_rows
@@ -448,8 +449,8 @@ def _tar_samples(path: Path, label: str, index_folder: Path | None, found: Found
 
 
 def _tar_places(path: Path) -> tuple[dict[str, Place], list[dict], bool]:
-    """-> {name: place of its content} in an uncompressed tar file; samples, only with name and problem, of unusable
-    members; whether the file is complete."""
+    """Returns {name: place of its content} for the members of an uncompressed tar file; samples, with only name and
+    problem, of unusable members; and whether the tar file is complete."""
     with open(path, "rb") as file:
         if file.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):   # gzip, bzip2, xz, zstd
             raise ValueError(f"{path} is compressed, so it could only be read from its beginning: unpack it to a plain "
@@ -457,7 +458,7 @@ def _tar_places(path: Path) -> tuple[dict[str, Place], list[dict], bool]:
         places, links, unusable, end, size = {}, {}, [], 0, os.fstat(file.fileno()).st_size
         with contextlib.suppress(tarfile.TarError), tarfile.open(path, "r:") as tar:
             while (member := tar.next()) is not None:
-                tar.members.clear()              # else tarfile keeps all members in memory
+                tar.members.clear()              # tarfile would keep all members in memory
                 name, complete = posixpath.normpath(member.name), member.offset_data + member.size <= size
                 if member.isdir() or not complete:
                     continue
@@ -476,10 +477,10 @@ def _tar_places(path: Path) -> tuple[dict[str, Place], list[dict], bool]:
                     del places[name]
             end = tar.offset
         file.seek(end)
-        whole = file.read(512) == bytes(512)     # a complete file ends with zeros; tarfile also stops at damage
+        whole = file.read(512) == bytes(512)     # where tarfile has stopped, a complete file has zeros
     for name in links:
         target = links[name]
-        for _ in range(40):                      # links to links; more than 40 are a cycle, as in Linux
+        for _ in range(40):                      # follow links to links; more than 40 must be a cycle, as in Linux
             target = links.get(target, target)
         places[name] = places[target] if target in places and target not in links else None
         if places[name] is None:
@@ -495,7 +496,7 @@ def _tar_places(path: Path) -> tuple[dict[str, Place], list[dict], bool]:
 
 def _spooled(known_as: str, label: str, folder: Path | None, write: Callable[[Path], None],
              suffix: str = ".tar") -> Path:
-    """Returns the path of a tar file in `folder`. If the file does not exist, write(path) writes it."""
+    """Returns the path of a tar file in `folder` with content `known_as`. If it is missing, write(path) writes it."""
     if folder is None:
         raise ValueError(f"{known_as} needs an index_folder, where its content is kept")
     label = re.sub(r"[^\w.-]+", "-", label.removesuffix(".tar"))[-40:].lstrip("-.")
@@ -506,7 +507,7 @@ def _spooled(known_as: str, label: str, folder: Path | None, write: Callable[[Pa
 
 
 def _run(command: str, path: Path) -> None:
-    """Writes a command's output to a file. Checks that it is a whole tar file: shells hide failures of a in a | b."""
+    """Writes a command's output to `path`. Raises ValueError unless it is a whole tar file: in a | b, a may fail."""
     with open(path, "wb") as file:
         done = subprocess.run(command, shell=True, stdout=file, stderr=subprocess.PIPE)
     message = (done.stderr.decode(errors="replace").strip().splitlines() or ["it gave no message"])[-1]
@@ -522,7 +523,7 @@ def _run(command: str, path: Path) -> None:
 
 def _table_as_tar(known_as: str, label: str, table: Callable[[], Table], index_folder: Path | None, chosen: Chosen
                   ) -> Path:
-    """A tar file of a table's rows, made once for each choice of column and configuration."""
+    """Returns the path of a tar file of a table's rows, written once for each chosen column and configuration."""
     known_as = " ".join([known_as, *(f"{name} {value}" for name, value in (("image", chosen.image),
                                                                            ("config", chosen.config)) if value)])
     return _spooled(known_as, label, index_folder, lambda tar: write_tar(table(), tar, chosen.image), ".table.tar")
