@@ -143,7 +143,7 @@ class LoRALayer(nn.Module):
 # ----- finding layers, adding LoRAs --------------------------------------------------------------
 
 def find_layers(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """Returns {name: layer that can have a LoRA}, {name: why it cannot}. Names have no ".base"."""
+    """Returns {name: layer that can have a LoRA}, {name: why it cannot}; names as without LoRA."""
     fit, unfit = {}, {}
     for path, module in model.named_modules():
         parent = model.get_submodule(path.rpartition(".")[0])
@@ -261,7 +261,7 @@ def lora_parameters(model: nn.Module, name: str | None = None) -> list[nn.Parame
 
 
 def signature(model: nn.Module) -> tuple:
-    """A tuple that changes whenever a LoRA or a weight changes, for code that caches results."""
+    """Returns a tuple that changes if a LoRA or a weight changes, for code that caches results."""
     states = [(adapter, adapter.scale, adapter.enabled, adapter.merged)
               for _, layer in lora_layers(model) for adapter in layer.adapters.values()]
     # _version counts a tensor's in-place changes; tensors made in inference mode have no count.
@@ -289,7 +289,7 @@ def enable(model: nn.Module, name: str | None = None, on: bool = True) -> None:
         adapter.enabled = on
 
 
-disable = functools.partial(enable, on=False)        # disable(model, name=None)
+disable = functools.partial(enable, on=False)        # call: disable(model, name=None)
 
 
 @torch.no_grad()
@@ -399,7 +399,7 @@ def to_tensors(weights: dict[str, Adapter], prefix: str = "", naming: int = 0) -
         ones = (1, 1) if layer in CONVOLUTIONS else a.down.shape[2:]
         values = dict(down=a.down.view(*a.down.shape[:2], *ones),
                       up=a.up.view(*a.up.shape[:2], *(1 for _ in ones)),
-                      alpha=torch.tensor(a.alpha, dtype=torch.float64))        # a Python float
+                      alpha=torch.tensor(a.alpha, dtype=torch.float64))        # exact for a float
         if a.magnitude is not None:      # in peft's shapes: (out,) or (1, out, 1, 1)
             values["magnitude"] = a.magnitude.view((1, -1, 1, 1) if ones else -1)
         tensors |= {prefix + layer + ROLES[role][naming]: x for role, x in values.items()}
@@ -457,7 +457,7 @@ def alpha_from(config: dict, layer: str, rank: int) -> float:
     """Reads a layer's alpha from diffusers' or peft's configuration; without one, the rank."""
     try:
         config = {key.removeprefix("prior."): value for key, value in config.items()}
-        patterns = (config.get("alpha_pattern") or {}).items()           # as peft matches
+        patterns = (config.get("alpha_pattern") or {}).items()           # matched as in peft
         alphas = [alpha for pattern, alpha in patterns if re.match(rf"(.*\.)?({pattern})$", layer)]
         alpha = float([*alphas, config.get("lora_alpha", rank)][0])
     except (ValueError, TypeError, AttributeError, OverflowError, re.error) as error:
@@ -476,7 +476,7 @@ def to_adapter(layer: str, shape: tuple, values: dict) -> Adapter:
     valid = alpha.numel() == 1 and bool(alpha.isfinite())
     try:     # reshape: a 1x1 convolution in the file may be a Linear here, or the reverse
         if tensors["up"].shape[1] == rank > 0 and valid:
-            return Adapter(alpha=alpha.item() or rank,                       # files: 0 = rank
+            return Adapter(alpha=alpha.item() or rank,                       # 0 means the rank
                            **{role: x.reshape(shapes[role]) for role, x in tensors.items()})
     except (KeyError, IndexError, RuntimeError):
         pass

@@ -128,14 +128,14 @@ def main(argv: list[str] | None = None) -> None:
             tile(model, args.tile)
         for batch in run.progress(cli.batches(jobs)):
             for job, image in run.attempt(functools.partial(make_images, model), batch):
-                run.finished(job, cli.save(image, job, model))   # with settings
+                run.finished(job, cli.save(image, job, model))   # stores settings
 
 
 def make_images(model, jobs: list[argparse.Namespace]) -> list:
     """Generates the images of jobs that differ only in prompt and seed, in one batch."""
     job = jobs[0]
     options = dict(progress=True, **cli.sampling_options(job, model))
-    if job.given & cli.SPECIAL:                        # grid, interpolation, latents, preview
+    if job.given & cli.SPECIAL:                        # options that extras/modes.py handles
         from extras import modes
         return modes.make_images(model, jobs, options)
     if len(jobs) == 1 and not job.given & {"init", "width", "height"}:

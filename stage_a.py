@@ -115,7 +115,7 @@ class StageA(nn.Module):
         self.scale_factor = scale_factor
         widths = [c_hidden // 2 ** i for i in reversed(range(levels))]          # official: 192, 384
 
-        self.embed = nn.Linear(3 * 4, widths[0])                       # after pixel unshuffle by 2
+        self.embed = nn.Linear(3 * 4, widths[0])                       # input: 2 x 2 px, 3 colours
         self.encoder = nn.ModuleList([VQResBlock(widths[0])])
         for c_in, c in zip(widths, widths[1:]):
             self.encoder += [nn.Conv2d(c_in, c, 4, stride=2, padding=1), VQResBlock(c)]
@@ -127,10 +127,10 @@ class StageA(nn.Module):
         self.decoder = nn.ModuleList(VQResBlock(widths[-1]) for _ in range(bottleneck_blocks))
         for c_in, c in zip(widths[::-1], widths[-2::-1]):
             self.decoder += [nn.ConvTranspose2d(c_in, c, 4, stride=2, padding=1), VQResBlock(c)]
-        self.to_pixels = nn.Linear(widths[0], 3 * 4)                   # before pixel shuffle by 2
+        self.to_pixels = nn.Linear(widths[0], 3 * 4)                   # output: 2 x 2 px, 3 colours
 
     def encode_raw(self, images: Tensor) -> Tensor:
-        """images (B,3,H,W) in [0, 1] -> latents (B,h,w,4), neither scaled nor quantised."""
+        """images (B,3,H,W) in [0, 1] -> latents (B,h,w,4), not divided by scale_factor."""
         _, channels, h, w = images.shape
         if channels != 3 or h % self.downscale or w % self.downscale:
             raise ValueError(

@@ -68,7 +68,7 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
     frequencies = (k * -(math.log(10000) / (half - 1))).exp()                        # (width // 2,)
     angles = (t.float() * 10000)[:, None] * frequencies[None]                     # (B, width // 2)
     embedding = torch.cat([angles.sin(), angles.cos()], dim=1)
-    return F.pad(embedding, (0, width % 2))       # (B, width); an odd width ends in a 0
+    return F.pad(embedding, (0, width % 2))       # (B, width); pads with 0 if width is odd
 
 
 class GlobalResponseNorm(nn.Module):
@@ -84,7 +84,7 @@ class GlobalResponseNorm(nn.Module):
         self.beta = nn.Parameter(torch.zeros(c))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B,H,W,C) -> (B,H,W,C) in x's dtype, under autocast too. Energy: float32 or wider."""
+        """x (B,H,W,C) -> (B,H,W,C) in x's dtype, even under autocast."""
         dtype = torch.float32 if x.dtype.itemsize == 2 else None      # 16 bits are inexact for sums
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             energy = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=dtype)  # (B,1,1,C)
@@ -123,7 +123,7 @@ class ResBlock(nn.Module):
 
 
 class TimestepBlock(nn.Module):
-    """Conditions the network on the noise level: a scale and a shift per channel, from t."""
+    """Conditions on the noise level: scales and shifts each channel by numbers computed from t."""
     def __init__(self, c: int, c_timestep: int):
         super().__init__()
         self.mapper = nn.Linear(c_timestep, 2 * c)
@@ -146,12 +146,12 @@ class AttentionBlock(nn.Module):
         self.query, self.key, self.value, self.out = (nn.Linear(c, c) for _ in range(4))
 
     def text_kv(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        """text (B,N,c_text) -> its keys and values, 2 x (B,N,C). They do not depend on x."""
+        """Computes keys and values of text (B,N,c_text), 2 x (B,N,C). They do not depend on x."""
         text = self.text_mapper(F.silu(text))                                           # (B, N, C)
         return self.key(text), self.value(text)
 
     def attend(self, x: Tensor, kv: tuple[Tensor, Tensor]) -> Tensor:
-        """x (B,H,W,C), kv 2 x (B,N,C) from text_kv -> (B,H,W,C)."""
+        """Attention from x (B,H,W,C) to x and text -> (B,H,W,C). kv: from text_kv, 2 x (B,N,C)."""
         tokens = layer_norm(x, kv[0].dtype).flatten(1, 2)                             # (B, H*W, C)
         # Image and text are projected separately, not after concatenation. So if the layers that
         # compute the text's keys and values are frozen, no gradient is computed for the text.
@@ -254,7 +254,7 @@ class StageB(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         for mapper in [self.embed_text, *self.semantic_down, *self.semantic_up]:
-            if mapper is not None:             # small, because semantic latents have std 42
+            if mapper is not None:             # small weights: semantic latents have std 42
                 nn.init.normal_(mapper.weight, std=0.02)
         nn.init.zeros_(self.head.weight)       # an untrained network then predicts 2 x_t
         for module in self.modules():
@@ -343,7 +343,7 @@ class EfficientNetEncoder(nn.Module):
                              f"for v1, efficientnet_v2_l.")
         self.config = dict(c_semantic=c_semantic, network=network)
         backbone = getattr(torchvision.models, network)(weights=None)
-        self.backbone = backbone.features                        # -> (B, 1280, H/32, W/32)
+        self.backbone = backbone.features                        # outputs (B, 1280, H/32, W/32)
         self.to_semantic = nn.Conv2d(1280, c_semantic, 1, bias=False)
         self.norm = nn.BatchNorm2d(c_semantic)
 
@@ -388,11 +388,11 @@ def preprocess(images: Tensor, size: int | tuple[int, int] = 768) -> Tensor:
     expect 0.75 of the image's size: official 1024 -> 768, tiny 128 -> 96. A side that is not a
     multiple of 32 is then cropped at both ends."""
     h, w = images.shape[-2:]
-    if isinstance(size, int):                             # rounded down, as in torchvision's Resize
+    if isinstance(size, int):                            # sides are rounded down, as in torchvision
         size = (size * h // min(h, w), size * w // min(h, w))
     images = F.interpolate(images, size=size, mode="bilinear", antialias=True, align_corners=False)
     top, left = size[0] % 32 // 2, size[1] % 32 // 2
     images = images[..., top:top + size[0] // 32 * 32, left:left + size[1] // 32 * 32]
-    mean, std = (torch.cat([images.new_full((1, 1, 1), v) for v in values])  # avoids a CPU copy
+    mean, std = (torch.cat([images.new_full((1, 1, 1), v) for v in values])  # made on the device
                  for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     return (images - mean) / std                                                   # (B, 3, H', W')

@@ -67,7 +67,7 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
     frequencies = (k * -(math.log(10000) / (half - 1))).exp()                        # (width // 2,)
     angles = (t.float() * 10000)[:, None] * frequencies[None]                     # (B, width // 2)
     embedding = torch.cat([angles.sin(), angles.cos()], dim=1)
-    return F.pad(embedding, (0, width % 2))       # (B, width); an odd width ends in a 0
+    return F.pad(embedding, (0, width % 2))       # (B, width); pads with 0 if width is odd
 
 
 class GlobalResponseNorm(nn.Module):
@@ -83,7 +83,7 @@ class GlobalResponseNorm(nn.Module):
         self.beta = nn.Parameter(torch.zeros(c))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B,H,W,C) -> (B,H,W,C) in x's dtype, under autocast too. Energy: float32 or wider."""
+        """x (B,H,W,C) -> (B,H,W,C) in x's dtype, even under autocast."""
         dtype = torch.float32 if x.dtype.itemsize == 2 else None      # 16 bits are inexact for sums
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             energy = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=dtype)  # (B,1,1,C)
@@ -122,7 +122,7 @@ class ResBlock(nn.Module):
 
 
 class TimestepBlock(nn.Module):
-    """Conditions the network on the noise level: a scale and a shift per channel, from t."""
+    """Conditions on the noise level: scales and shifts each channel by numbers computed from t."""
     def __init__(self, c: int, c_timestep: int):
         super().__init__()
         self.mapper = nn.Linear(c_timestep, 2 * c)
@@ -145,12 +145,12 @@ class AttentionBlock(nn.Module):
         self.query, self.key, self.value, self.out = (nn.Linear(c, c) for _ in range(4))
 
     def text_kv(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        """text (B,N,c_text) -> its keys and values, 2 x (B,N,C). They do not depend on x."""
+        """Computes keys and values of text (B,N,c_text), 2 x (B,N,C). They do not depend on x."""
         text = self.text_mapper(F.silu(text))                                           # (B, N, C)
         return self.key(text), self.value(text)
 
     def attend(self, x: Tensor, kv: tuple[Tensor, Tensor]) -> Tensor:
-        """x (B,H,W,C), kv 2 x (B,N,C) from text_kv -> (B,H,W,C)."""
+        """Attention from x (B,H,W,C) to x and text -> (B,H,W,C). kv: from text_kv, 2 x (B,N,C)."""
         tokens = layer_norm(x, kv[0].dtype).flatten(1, 2)                             # (B, H*W, C)
         # Image and text are projected separately, not after concatenation. So if the layers that
         # compute the text's keys and values are frozen, no gradient is computed for the text.

@@ -246,7 +246,7 @@ def main(args):
     torch.manual_seed(args.seed)
 
     # --- data and model --------------------------------------------------------------------------
-    unseen = f"scenes:all:{args.val_count}:987654321" if scenes else None   # no training scenes
+    unseen = f"scenes:all:{args.val_count}:987654321" if scenes else None   # not trained on
     dataset, val_data = open_data(args, processes, captions_required=False, unseen=unseen)
     args.steps = steps_of(args, dataset, processes)
     if checkpoints.finished(resumed, args.steps):
@@ -306,7 +306,7 @@ def main(args):
                     log.images(step)
         processes.wait()
 
-    nan_steps, state = NanSteps(args, processes, log, state), None        # None frees its memory
+    nan_steps, state = NanSteps(args, processes, log, state), None        # frees memory of state
 
     # --- one pass of this loop is one optimizer step ---------------------------------------------
     stop, progress = GracefulExit(), Progress("Stage A", start, args, processes, order.batch)
@@ -326,7 +326,7 @@ def main(args):
             # 2 processes with 4 images each compute exactly the same as 1 process with 8 images. 2
             # micro-steps of 4 do not: gan_weight and, until --norm-steps, BatchNorm differ in each.
             with contextlib.ExitStack() as stack:
-                if micro < args.grad_accum - 1:      # the last micro-step averages gradients
+                if micro < args.grad_accum - 1:      # only the last syncs gradients of processes
                     for module in (parallel, parallel_d) if gan else (parallel,):
                         stack.enter_context(no_sync(module))
                 with autocast:
@@ -365,7 +365,7 @@ def main(args):
                               positions=batch["position"])
         take_step([optimizer, d_optimizer] if gan else [optimizer], scaler, ema, skip)
         codebook.update(step, skip)
-        scaler.update()                     # in a skipped step too, as unscale_ was called
+        scaler.update()                     # must follow unscale_, even if skipped
         nan_steps.check(due(args.log_every, step + 1, args.steps), save)
 
         done = step + 1

@@ -115,7 +115,7 @@ from stage_b import TinyImageEncoder
 from training.cache import CachedTexts, fill_cache
 from training.checkpoints import Checkpoints, Log, full_state, load_full_state, settings_of
 from training.losses import LOSS_WEIGHTS
-from training.models import (LEVELS_AT_ONCE, NETWORK, cache_settings,         # noqa: F401, `stage`
+from training.models import (LEVELS_AT_ONCE, NETWORK, cache_settings,  # noqa: F401, used by `stage`
                              compile_decoder, decode, encode, load_models, match_vqgan, pipeline,
                              semantic_scale)
 from training.optim import (EMA, NanSteps, build_optimizer, clip_gradients, learning_rate,
@@ -160,7 +160,7 @@ def check(args) -> None:
 
 
 def set_defaults(args, small: bool) -> None:
-    """Sets defaults for a small model for emoji scenes (docs/TRAINING.md), or a released model."""
+    """Sets options not given to defaults for small (emoji scenes) or released (large) models."""
     new = args.init == "random"
     values = dict(resolution=[128 if small else 1024], batch=32 if small else 4,
                   lr=1.5e-3 if small else 1e-4 if new else 1e-5, ema=0.998 if small else 0.999,
@@ -253,7 +253,7 @@ def contrast_weight(x_0):
     The squared error of a wrong object grows with its contrast. This weight compensates for that.
     The variance within the latents of an emoji scene is at least 0.04, at most 1.2, median 0.3.
     """
-    return 1 / (x_0.var(dim=(2, 3)).mean(dim=1) + 0.15)        # 0.3 to 2.2 after division
+    return 1 / (x_0.var(dim=(2, 3)).mean(dim=1) + 0.15)        # divided by the mean: 0.3 to 2.2
 
 
 def mean_contrast_weight(dataset, sizes, encode_vqgan, args) -> float:
@@ -329,7 +329,7 @@ def main(args):
         """Encodes pixels (B,h,w,3) uint8 -> x_0 (B,4,h/4,w/4), with --v1 tokens (B,h/4,w/4)."""
         return stage.encode(vqgan, to_tensor(pixels, device))
 
-    encode_semantic = partial(semantic_latents, encoder, device=device)       # if it is frozen
+    encode_semantic = partial(semantic_latents, encoder, device=device)       # if frozen
     encoders, caches, replaced = dict(x_0=encode_vqgan), {}, {}
     if args.freeze_encoder:
         encoders["stored"] = encode_semantic
@@ -351,7 +351,7 @@ def main(args):
                                  processes)
     mean_contrast = mean_contrast_weight(dataset, order.shapes, encode_vqgan, args)
     if args.cache and args.freeze_encoder:
-        encoder.to("cpu")                # frees the device's memory: the cache replaces it
+        encoder.to("cpu")                # frees device memory: the cache replaces the encoder
 
     # --- optimizer, EMA, and the state of the run -------------------------------------------------
     if args.fsdp:
@@ -396,7 +396,7 @@ def main(args):
         model.train()
         processes.wait()
 
-    nan_steps, state = NanSteps(args, processes, log, state), None        # None frees its memory
+    nan_steps, state = NanSteps(args, processes, log, state), None        # frees memory of state
 
     # --- one pass of this loop is one optimizer step ----------------------------------------------
     stop, progress = GracefulExit(), Progress("Stage B", start, args, processes, order.batch)
@@ -443,7 +443,7 @@ def main(args):
         skip = nan_steps.skip(is_nan, step, zip(model.buffers(), statistics),
                               positions=batch["position"], captions=batch["caption"])
         take_step([optimizer], scaler, ema, skip)
-        scaler.update()                  # in a skipped step too, as unscale_ was called
+        scaler.update()                  # must follow unscale_, even if the step was skipped
         nan_steps.check(due(args.log_every, step + 1, args.steps), save)
 
         # --- log, save, validate, sample ----------------------------------------------------------

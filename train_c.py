@@ -130,7 +130,7 @@ CURVES = ["loss", "val_loss", "grad_norm", *(f"val_loss_t_{t:.2f}" for t in T_GR
 def check(args) -> None:
     """Raises UserError for options that cannot be used together, before anything is loaded."""
     check_services(args)
-    new = args.train_text or args.init == "random"       # the original is not kept
+    new = args.train_text or args.init == "random"       # no part stays the original
     for conflict, message in (
             (args.lora and new, "--lora leaves all weights unchanged: it does not go with "
              "--train-text or --init random"),
@@ -229,7 +229,7 @@ class TextAndPrior(torch.nn.Module):
 
 
 def validate(model, fixed, embed, weight, autocast, args, processes) -> dict[str, float]:
-    """Computes the raw loss at each level of T_GRID, and the weighted mean of these losses, always
+    """Computes the loss at each noise level of T_GRID and the weighted mean of these losses, always
     with the same images and noise. fixed: x_0 (1,16,h,w) and caption of each image."""
     t = torch.tensor(T_GRID, device=processes.device)                              # (10,)
 
@@ -300,7 +300,7 @@ def main(args):
     if args.cache:               # the cache replaces the encoders: free their memory
         texts.fill([caption for _, caption in fixed] + (preserved.prompts if preserved else []))
         encode = image_encoder = text_encoder = None
-        texts.encoder = partial(embed_once, paths, dtype)    # for a damaged cache entry
+        texts.encoder = partial(embed_once, paths, dtype)    # if a cache entry is damaged
 
     # --- optimizer, EMA, and the state of the run -------------------------------------------------
     if args.fsdp:
@@ -341,7 +341,7 @@ def main(args):
         model.train()
         processes.wait()
 
-    nan_steps, state = NanSteps(args, processes, log, state), None        # None frees its memory
+    nan_steps, state = NanSteps(args, processes, log, state), None        # frees memory of state
 
     # --- one pass of this loop is one optimizer step ----------------------------------------------
     stop, progress = GracefulExit(), Progress("Stage C", start, args, processes, order.batch)
@@ -379,7 +379,7 @@ def main(args):
         is_nan = ~loss_sum.isfinite() | (~grad_norm.isfinite() & (not scaler.is_enabled()))
         skip = nan_steps.skip(is_nan, step, positions=batch["position"], captions=batch["caption"])
         take_step([optimizer], scaler, ema, skip)
-        scaler.update()                  # in a skipped step too, as unscale_ was called
+        scaler.update()                  # must follow unscale_, even if the step was skipped
         nan_steps.check(due(args.log_every, step + 1, args.steps), save)
 
         # --- log, save, validate, sample ----------------------------------------------------------

@@ -118,7 +118,7 @@ def tensor_of(name: str, value) -> Tensor:
             raise TypeError
         return value if isinstance(value, Tensor) else torch.from_numpy(np.array(value, np.float32))
     except (TypeError, ValueError, RuntimeError):
-        shown = " ".join(repr(value).split())        # on one line: an array's repr has several
+        shown = " ".join(repr(value).split())        # one line, but an array's repr has several
         raise TypeError(f"{name} is {shown:.80}, expected a tensor, an array or lists of real numbers.") from None
 
 
@@ -301,7 +301,7 @@ def check_used(stage: str, sampling, given: dict) -> None:
 
 def warn_of_size(height: int, width: int, trained: int) -> None:
     """Warns if the image size (px) is far from the sizes that the weights were trained on."""
-    only = trained in (128, 512)               # v2 was trained on many shapes
+    only = trained in (128, 512)               # one size only; v2 was trained on many
     if (height, width) != (trained,) * 2 if only else not (
             1024 <= min(height, width) <= 1536 and max(height, width) <= 2048):
         small = min(height, width)

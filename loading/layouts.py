@@ -16,7 +16,7 @@ from loading.hub import (NAMES, OFFICIAL, TEXT_TO_IMAGE, V1, Repository, fetch, 
 # ----- folders: where each part is -----------------------------------------------------------------------------------
 # LAYOUTS is {layout: {part: its folder or file}}. The first layout of which all three MODELS exist is used.
 
-ONE_FOLDER = dict(                      # ours: Stages C and B share one text encoder and one scheduler
+ONE_FOLDER = dict(                      # our layout: Stages C and B share one text encoder and one scheduler
     prior="prior", prior_text_encoder="text_encoder", prior_tokenizer="tokenizer", prior_scheduler="scheduler",
     decoder="decoder", text_encoder="text_encoder", tokenizer="tokenizer", scheduler="scheduler",
     vqgan="vqgan", image_encoder="image_encoder")
@@ -101,7 +101,7 @@ def official_name(weights: str | Path) -> str | Path:
     repo = str(weights).removeprefix("hub:")
     if repo == "dome272/wuerstchen" and not Path(weights).exists():
         raise WeightsError(f"{weights} holds both v1 and v2: write v1 or v2 instead")
-    return weights if Path(weights).exists() else OFFICIAL.get(repo, str(weights))       # also Path("tiny")
+    return weights if Path(weights).exists() else OFFICIAL.get(repo, str(weights))   # Path("tiny") becomes "tiny"
 
 
 def is_name(weights: str | Path) -> bool:

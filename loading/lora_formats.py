@@ -336,7 +336,7 @@ def fuse(weights: dict[str, LoRAWeights]) -> dict[str, LoRAWeights]:
         elif fused not in result:
             empty = LoRAWeights(one.down[:0], one.up[:, :0], 0.0)                        # for a layer without LoRA
             trio = [weights.get(f"{block}.attention.{third}", empty) for third in ("to_q", "to_k", "to_v")]
-            s = one.alpha / len(one.down)                # of the result; `up` absorbs differences
+            s = one.alpha / len(one.down)                # scale of the result; `up` gets the ratios
             ups = [third.up * (third.alpha / max(len(third.down), 1) / s) for third in trio]       # (out, rank) each
             if all(torch.equal(third.down, one.down) for third in trio):
                 down, up = one.down, torch.cat(ups)                                      # (rank, in), (3 out, rank)

@@ -152,7 +152,7 @@ def integer(low: int, high: int = 10 ** 9, step: int = 1, unit: str = "") -> Num
 
 positive_int, unit_float, below_one = integer(1), Number(0, 1), Number(0, 1, below=True)
 SEED = integer(0, 2 ** 32 - 1)
-IMAGES, BATCH = integer(1, 10_000), integer(1, 10_000)               # images of one prompt; images at a time
+IMAGES, BATCH = integer(1, 10_000), integer(1, 10_000)               # images per prompt; images per batch
 SIDE = integer(64, 2 ** 14, unit=" of px")       # width or height of a generated image
 STEPS, FRAMES, CELLS = integer(1, 10_000), integer(2, 1_000), 1_000  # sampling steps; interpolation frames; grid cells
 RESOLUTION = integer(128, 2 ** 12, 128)          # px of training images for Stages B and C

@@ -152,7 +152,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.tokenizer, self.model = tokenizer, model
 
-    def tokens(self, prompts: list[str]) -> tuple[Tensor, Tensor]:                     # ids, mask on the device
+    def tokens(self, prompts: list[str]) -> tuple[Tensor, Tensor]:              # ids, mask on the model's device
         places = self.model.embeddings.position_embedding.weight                                          # (N, D)
         return tuple(to_device(tensor, places.device) for tensor in self.tokenizer(prompts, len(places)))
 

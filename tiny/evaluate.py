@@ -35,9 +35,9 @@ from training.scenes import (CANVAS, CAPTIONED, COLOURS, OBJECTS, RELATIONS, hel
 # ----- prompts ---------------------------------------------------------------------------------------
 
 def fixed_prompts(seed: int = 0) -> list[dict]:
-    """256 prompts: 128 about held-out pairs, 64 about seen pairs, and one about each of the 64 captioned objects.
+    """Returns 256 prompts: 128 about held-out pairs, 64 about seen pairs, 64 about one captioned object each.
 
-    Returns dicts of prompt, kind ("pair_held_out", "pair_seen", "single"), objects, relation, size ("small", "large"
+    Each is a dict: prompt, kind ("pair_held_out", "pair_seen", "single"), objects, relation, size ("small", "large"
     or None) and colour. The kinds alternate, so the first N prompts contain all kinds in the same shares. Colours and
     relations are balanced.
     """
@@ -63,7 +63,7 @@ def fixed_prompts(seed: int = 0) -> list[dict]:
 
 
 def prompts_of(name: str, seed: int = 0) -> list[dict]:
-    """Returns 64 prompts about one object, like fixed_prompts: 24 of it only (8 colours x 3 sizes), 40 of pairs."""
+    """Returns 64 prompts about one object, like fixed_prompts: 24 of it only (8 colours x 3 sizes), 40 in pairs."""
     rng = np.random.default_rng(seed)
     others = [other for other in rng.permutation(CAPTIONED).tolist() if other != name][:40]
     sizes, colours = [None, "small", "large"] * 8, sorted(COLOURS) * 8

@@ -38,7 +38,7 @@ class Judge:
     def __init__(self, objects=OBJECTS, device="cpu"):
         import torch                                      # imported here, so that evaluate.py --help is fast
         self.device, self.objects = device, list(objects)
-        self.fft, self.P_P, self.P_alpha, self.alpha_alpha = [], [], [], []    # an item for each of SIZES
+        self.fft, self.P_P, self.P_alpha, self.alpha_alpha = [], [], [], []    # lists: an item per size
         for k in SIZES:
             template = torch.zeros(len(objects), 4, SIDE, SIDE)     # P (3 channels) and alpha
             for n, name in enumerate(objects):

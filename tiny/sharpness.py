@@ -98,7 +98,8 @@ def compare(image, found: list, name: str, colour: str) -> dict | None:
 
 
 def summary(images, found: list[list], facts: list[dict]) -> dict:
-    """Returns mean psnr and distance of objects; objects: how many the judge found; of: how many the prompts name."""
+    """Returns the mean psnr and distance of the objects in the prompts that the judge found. objects: the number of
+    these objects; of: the number of all objects in the prompts."""
     objects = [compare(image, seen, name, fact["colour"])
                for image, seen, fact in zip(images, found, facts) for name in fact["objects"]]
     values = [(o["psnr"], o["distance"]) for o in objects if o]

@@ -91,7 +91,7 @@ def head_loss(output: Tensor, objects: Tensor, places: Tensor, colours: Tensor) 
     names, where, background = output.split([NOTHING + 1, 3, len(COLOURS)], dim=-1)
     there = objects != NOTHING                                                               # (B, 9)
     importance = torch.ones(NOTHING + 1, device=output.device)
-    importance[NOTHING] = 0.2                                                                # less: most are empty
+    importance[NOTHING] = 0.2                                                                # most cells are empty
     place_error = (where - places)[there].abs().mean()
     loss = F.cross_entropy(names.flatten(0, 1), objects.flatten(), importance) + 4 * place_error \
         + 0.3 * F.cross_entropy(background.flatten(0, 1), colours.repeat_interleave(9))

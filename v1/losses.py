@@ -38,5 +38,5 @@ def training_errors(logits: Tensor, tokens: Tensor, t: Tensor, mask: Tensor, smo
 
 
 def training_loss(logits: Tensor, tokens: Tensor, t: Tensor, mask: Tensor, smoothing: float = 0.1) -> Tensor:
-    """The mean of training_errors over the images: a scalar."""
+    """Computes the mean of training_errors over the images, a scalar."""
     return training_errors(logits, tokens, t, mask, smoothing).mean()

@@ -46,7 +46,7 @@ class TokenSampling:
 
     @functools.cached_property
     def continuous(self) -> Sampling:
-        """The settings shared with a continuous stage, as a Sampling, which checks them."""
+        """Returns the settings that v2's stages have as well, as a Sampling, which checks their values."""
         return Sampling(self.steps, guidance=self.guidance, interval=self.interval, t_start=self.t_start,
                         t_end=self.t_end)
 

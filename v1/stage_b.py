@@ -119,7 +119,7 @@ class StageBV1(nn.Module):
         nn.init.normal_(self.embed_token.weight, std=math.sqrt(1 / self.codebook_size))
         self.classify.weight.copy_(self.embed_token.weight)      # initial score: similarity to the embedding
         for module in self.modules():
-            if isinstance(module, ResBlock):                     # so the sum over all blocks has variance 1
+            if isinstance(module, ResBlock):                     # then the sum over all blocks has variance 1
                 module.contract.weight *= math.sqrt(1 / sum(self.config["blocks"]))
             elif isinstance(module, TimestepBlock):
                 nn.init.zeros_(module.mapper.weight)             # initially, t has no effect
@@ -135,7 +135,7 @@ class StageBV1(nn.Module):
         linear in them. The cosines are for distributions with several modes (random Fourier features, Rahimi and Recht
         2007).
         """
-        codes = codes.float().cpu()                                                      # CPU: so all devices agree
+        codes = codes.float().cpu()                                       # on the CPU, for equal values on all devices
         z = (codes - codes.mean(0)) / codes.std(0)                                       # (K, c)
         rows, columns = torch.triu_indices(z.shape[1], z.shape[1])
         exact = torch.cat([z, z[:, rows] * z[:, columns]], dim=1)                        # (K, c + c (c + 1) / 2)
