@@ -30,6 +30,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 LATENT_SHIFT, LATENT_SCALE = 1.0, 42.0     # fixed by the released weights
+S = torch.tensor(0.008)                    # of the noise schedule; float32, as in training
+START = torch.cos(S / (1 + S) * torch.pi * 0.5) ** 2
 
 
 def scale_semantic(raw: Tensor) -> Tensor:
@@ -44,7 +46,7 @@ def unscale_semantic(x: Tensor) -> Tensor:
 
 # ----- noise schedule -----------------------------------------------------------------------------
 
-def alphas_cumprod(t: Tensor, s: float = 0.008) -> Tensor:
+def alphas_cumprod(t: Tensor) -> Tensor:
     """Computes the signal's share of the variance at noise level t: a cosine in continuous time.
 
     t any shape, in [0, 1]. Returns float32 of that shape, clamped to [1e-4, 1 - 1e-4] because the
@@ -54,19 +56,17 @@ def alphas_cumprod(t: Tensor, s: float = 0.008) -> Tensor:
     Source: Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 17.
     """
     on_cpu = t.device.type == "cpu"
-    if not (((t >= 0) & (t <= 1)).all() if on_cpu else t.is_floating_point()):
+    if not (all(0 <= v <= 1 for v in t.flatten().tolist()) if on_cpu else t.is_floating_point()):
         found = f"{t.min():g} to {t.max():g}" if on_cpu else t.dtype
         raise ValueError(f"noise levels must lie in [0, 1], got {found}: "
                          f"divide integer timesteps by their number first.")
-    s = torch.full((), s, device=t.device)     # float32 from here on, as in training
-    start = torch.cos(s / (1 + s) * torch.pi * 0.5) ** 2
-    ab = torch.cos((t.float() + s) / (1 + s) * torch.pi * 0.5) ** 2 / start
+    ab = torch.cos((t.float() + S) / (1 + S) * torch.pi * 0.5) ** 2 / START
     return ab.clamp(1e-4, 1 - 1e-4)
 
 
 def per_row(values: Tensor, x: Tensor) -> Tensor:
-    """values (B,) -> (B,1,1,...), so that value i is applied to row i of x."""
-    return values.view(-1, *[1] * (x.ndim - 1))
+    """values (B,) -> (B,1,1,...), so that value i is applied to row i of x; or one number ()."""
+    return values.view(-1, *[1] * (x.ndim - 1)) if values.ndim else values
 
 
 def add_noise(x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
@@ -82,8 +82,8 @@ def predict_x_0(x_t: Tensor, eps: Tensor, t: Tensor) -> Tensor:
 
 
 # ----- samplers: one step from noise level t down to t_prev < t -----------------------------------
-# Arguments: x_t, eps, fresh noise (B,...); t, t_prev (B,); `last`, (t, x_0) of the previous step
-# or None in the first step. Returned: x at t_prev, float32 (B,...). To add a sampler, add a
+# Arguments: x_t, eps, fresh noise (B,...); t, t_prev () or (B,); `last`, (t, x_0) of the previous
+# step or None in the first step. Returned: x at t_prev, float32 (B,...). To add a sampler, add a
 # function to SAMPLERS; for the command line, add its name to SAMPLERS of extras/like.py.
 
 def ddpm_step(x_t: Tensor, eps: Tensor, t: Tensor, t_prev: Tensor, noise: Tensor, last=None):
@@ -167,22 +167,22 @@ def denoise(predict: Callable[[Tensor, Tensor, bool], Tensor], x: Tensor,
     Raises FloatingPointError if x is not finite; on a GPU after the last step, to avoid waiting.
     """
     x, last, finite, levels, step = x.float(), None, [], sampling.levels, sampling.step_function
-    on_device = levels.to(x.device)            # one copy, because the host waits for each
+    rows = levels.to(x.device)[:, None].repeat(1, len(x))    # (n + 1, B): one copy, one wait
     for i in progress(range(len(levels) - 1)):
-        t, t_prev = (on_device[k].repeat(len(x)) for k in (i, i + 1))              # (B,), (B,)
-        x = x if keep is None else keep(x, t)
-        scale = sampling.guidance_at(levels[i].item())
-        eps = predict(x, t, scale != 1).float()                                    # (B or 2B, ...)
+        t, t_prev = levels[i], levels[i + 1]   # on the CPU: constants made of them launch no kernel
+        x = x if keep is None else keep(x, rows[i])
+        scale = sampling.guidance_at(t.item())
+        eps = predict(x, rows[i], scale != 1).float()                              # (B or 2B, ...)
         if scale != 1:
             eps = guide(*eps.chunk(2), scale, sampling.rescale)                    # (B, ...)
         x_0 = predict_x_0(x, eps, t)
         x, last = step(x, eps, t, t_prev, draw(), last), (t, x_0)                  # (B, ...)
-        finite.append(x.isfinite().all())
+        finite.append((x.abs() < torch.inf).all())                                 # NaN is not
         if x.device.type == "cpu" or i == len(levels) - 2:
             check_finite(torch.stack(finite), levels)
-        changed = None if callback is None else callback(i, levels[i + 1].item(), x, x_0)
+        changed = None if callback is None else callback(i, t_prev.item(), x, x_0)
         x = x if changed is None else changed.to(x)
-    return x if keep is None else keep(x, on_device[-1].expand(len(x)))
+    return x if keep is None else keep(x, rows[-1])
 
 
 def check_finite(finite: Tensor, levels: Tensor) -> None:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from loading import weights
 from loading.names import check_fit, config_to_ours, to_original, translate
@@ -205,6 +206,24 @@ def together(count: int, folder: Path, function: Callable, *args, seconds: float
     printed = [(Path(folder) / f"{rank}.txt") for rank in range(count)]
     assert codes == [0] * count, "\n".join([f"exit codes {codes}, None: they waited for {seconds} s",
                                             *(file.read_text()[-3000:] for file in printed if file.exists())])
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that launch a kernel on a GPU. Views and allocations do not. `device` stands for the GPU:
+    with "meta", operations on CPU tensors are not counted."""
+    VIEWS = {"view", "t", "transpose", "permute", "expand", "unsqueeze", "slice", "select", "split", "detach", "alias",
+             "as_strided", "chunk", "_unsafe_view", "squeeze", "split_with_sizes", "new_empty", "empty", "unbind"}
+
+    def __init__(self, device: str = "cpu"):
+        super().__init__()
+        self.device, self.names = device, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result, name = function(*args, **(kwargs or {})), function.overloadpacket.__name__
+        if name not in self.VIEWS and any(isinstance(x, Tensor) and x.device.type == self.device
+                                          for x in tree_iter((args, kwargs, result))):
+            self.names.append(name)
+        return result
 
 
 class HostReads(TorchDispatchMode):

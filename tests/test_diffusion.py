@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from extras.editing import InpaintMask, cut_levels
-from helpers import HostReads, golden, rel
+from helpers import HostReads, Launches, golden, rel
 from training.losses import p2_weight, v_weight
 from wuerstchen import (SAMPLERS, Sampling, add_noise, alphas_cumprod, check_finite, ddim_step, ddpm_step, denoise,
                         dpm_solver_step, guide, per_row, predict_x_0)
@@ -742,6 +742,22 @@ def test_no_step_waits_for_the_numbers_of_another_device(step):
         found = denoise(half, x, lambda: torch.empty_like(x),
                         Sampling(6, step, guidance=(4.0, 2.0), interval=(0.3, 0.8), rescale=0.5), keep=keep)
     assert found.is_meta and reads.count == 1
+
+
+@each_sampler
+def test_a_guided_step_launches_at_most_20_kernels_outside_the_network(step):
+    """It was 84 to 131. The constants of a step are made of numbers on the CPU. Of 20 steps more, so that what is done
+    once does not count; drawing, the copy of the noise and doubling x and t for guidance do."""
+    x, counts = torch.empty(2, 4, 8, 8, device="meta"), []
+
+    def predict(x, t, both):
+        torch.cat([t, t])
+        return torch.cat([x, x])
+    for steps in (10, 30):
+        with HostReads(), Launches("meta") as launches:
+            denoise(predict, x, lambda: torch.empty_like(x), Sampling(steps, step, guidance=4.0))
+        counts.append(len(launches.names))
+    assert 200 < counts[1] - counts[0] <= 400
 
 
 def test_on_a_gpu_a_network_that_overflows_is_named_in_the_end():

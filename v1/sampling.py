@@ -100,14 +100,13 @@ def sample(predict: Callable[[Tensor, Tensor, bool], Tensor], noise: Tensor, uni
     if "quant" in mode and codes is None:
         raise ValueError("mode quant needs Stage A's codebook: give its vectors as codes.")
     renoise_steps = steps - 1 if renoise_steps is None else renoise_steps
-    tokens, on_device, finite = noise if start is None else start, levels.to(noise.device), []
+    tokens, finite, rows = noise if start is None else start, [], levels.to(noise.device)[:, None].repeat(1, len(noise))
     for i in progress(range(steps)):
-        t, t_next = (on_device[k].expand(len(tokens)) for k in (i, i + 1))               # (B,), (B,)
-        logits = predict(tokens, t, guidance[i] != 1)                                    # (B, K, h, w) or (2B, K, h, w)
+        logits = predict(tokens, rows[i], guidance[i] != 1)                              # (B, K, h, w) or (2B, K, h, w)
         if guidance[i] != 1:
             conditional, unconditional = logits.chunk(2)
             logits = torch.lerp(unconditional, conditional, guidance[i])                 # (B, K, h, w)
-        finite.append(logits.isfinite().all())
+        finite.append((logits.abs() < torch.inf).all())                                  # NaN is not
         # On a GPU, the flags are read only after the last step, because reading makes the CPU wait and the GPU idle.
         if (tokens.device.type == "cpu" or i == steps - 1) and not (all_finite := torch.stack(finite)).all():
             k = all_finite.tolist().index(False)
@@ -117,5 +116,5 @@ def sample(predict: Callable[[Tensor, Tensor, bool], Tensor], noise: Tensor, uni
         tokens, u = tokens if changed is None else changed.to(tokens), uniform()
         if i < renoise_steps:
             # Every step uses the same random tokens (`noise`), as in the authors' code.
-            tokens, _ = add_noise(tokens, t_next, noise, u)
+            tokens, _ = add_noise(tokens, rows[i + 1], noise, u)
     return tokens
