@@ -130,7 +130,7 @@ CURVES = ["loss", "val_loss", "grad_norm", *(f"val_loss_t_{t:.2f}" for t in T_GR
 def check(args) -> None:
     """Raises UserError for options that cannot be used together, before anything is loaded."""
     check_services(args)
-    new = args.train_text or args.init == "random"       # no part stays the original
+    new = args.train_text or args.init == "random"       # new embeddings or Stage C
     for conflict, message in (
             (args.lora and new, "--lora leaves all weights unchanged: it does not go with "
              "--train-text or --init random"),
