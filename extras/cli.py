@@ -31,7 +31,7 @@ from loading.options import CELLS, FRAMES, SEED, SIDE, STEPS, Number, integer, n
 PUBLISHED_STEPS = "DEFAULT_STAGE_C_TIMESTEPS"    # diffusers' name for the noise levels of Sampling(29, early=True)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")    # formats in which images are saved, see metadata.py
 
-SPECIAL = {*COMBINED, "outpaint", "from_latent", "tensors", "save_latent", "preview_every"}      # options for modes.py
+SPECIAL = {*COMBINED, "outpaint", "from_latent", "tensors", "save_latent", "preview_every"}      # need modes.py
 CONFLICTS = (("mask", "outpaint"), ("low_memory", "offload"), ("prompt_file", "reconstruct"), ("reconstruct", "init"),
              ("reconstruct", "from_latent"), ("grid", "from_latent"), ("interpolate_to", "from_latent"),
              ("save_latent", "from_latent"), ("tensors", "interpolate_to"), *itertools.combinations(COMBINED, 2),
@@ -46,7 +46,7 @@ def error(message: str) -> None:
 
 
 def read_options(p: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
-    """Like p.parse_args, but raises ValueError with a hint for unknown options."""
+    """Parses argv like p.parse_args, but raises ValueError with a hint for unknown options."""
     args, unknown = p.parse_known_args(argv)
     if unknown:
         hint = nearest_option(p, unknown[0])
@@ -203,7 +203,7 @@ def parse_jobs(p: argparse.ArgumentParser, argv: list[str], run: Run) -> list[ar
     jobs = [argparse.Namespace(**vars(args) | dict(seed=None if args.seed is None else args.seed + i))
             for args in prompts for i in range(1 if args.grid else args.num_images)]
     for job, path in zip(jobs, output_paths(jobs) if jobs else ()):
-        job.path, job.preview_path, job.preview = path, files_of(job, path)[-1], None    # preview: set once written
+        job.path, job.preview_path, job.preview = path, files_of(job, path)[-1], None    # write_previews sets preview
     for args in prompts:
         if not args.given.isdisjoint(INPUTS):    # check the input files before loading the weights, which takes long
             from extras.modes import check_inputs
@@ -343,7 +343,7 @@ def output_paths(jobs: list[argparse.Namespace]) -> list[Path]:
     args, out, taken = jobs[0], Path(jobs[0].out), {}
     suffixes = (*SUFFIXES, ".gif") if args.interpolate_to or args.to_latent else SUFFIXES
     try:
-        if any(len(os.fsencode(part)) > 200 for part in out.parts):      # file systems allow 255 with our suffixes
+        if any(len(os.fsencode(part)) > 200 for part in out.parts):      # file systems allow 255; we add suffixes
             raise OSError("the name is too long")
         is_file = out.suffix.lower() in suffixes and not out.is_dir()
         others = (".gif", ".bmp", ".tif", ".tiff", ".jfif", ".avif", ".heic", ".jxl")
@@ -450,7 +450,7 @@ def save(image, job: argparse.Namespace, model) -> Path:
 
 
 def write_image(image, job: argparse.Namespace, path: Path, settings: dict | None) -> None:
-    """Writes an image and its latents, or neither. Raises OSError, or FileExistsError if one exists (--overwrite)."""
+    """Writes an image and its latents, or neither. Raises OSError; FileExistsError if a file may not be overwritten."""
     from extras.images import save_gif
     from extras.metadata import save_image
     latent = None

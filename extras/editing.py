@@ -103,7 +103,7 @@ def generate(model: Wuerstchen, prompt: str | list[str] | None = None, negative_
         c = replace(c, steps=levels)
     elif semantic is None:                                                                 # strength 0: no steps
         semantic = model.unscale_semantic(known.semantic)
-    skipped = [shape_c] * len(levels) * ("semantic" in given and len(levels) > 1)          # noise: start, each step
+    skipped = [shape_c] * len(levels) * ("semantic" in given and len(levels) > 1)          # Stage C's unused noise
     draw_c, draw_b = draws_from(seed, n, model.device, skipped, shape_c, shape_b)
     # Stage C may take a minute, so the inputs of Stage B are checked before it.
     fit = functools.partial(fitting, n, model.device)
@@ -267,7 +267,7 @@ def image_size(model: Wuerstchen, height: int | None, width: int | None, image: 
         height, width = (side * 128 // 3 if given is None else given
                          for given, side in zip((height, width), semantic.shape[-2:]))
     height, width = (model.size if side is None else side for side in (height, width))
-    latent_sizes(height, width)                                                            # checks the range
+    latent_sizes(height, width)                                                            # raises ValueError
     warn_of_size(height, width, model.size)
     return height, width
 
@@ -280,16 +280,15 @@ def both_sides(height: int | None, width: int | None, image: Tensor) -> tuple[in
 
 
 class PromptBatch:
-    """Text embeddings: PromptBatch(...)("c") returns Stage C's of prompts and negative prompts, (images,N,D) each.
-
-    __init__ checks all arguments; the call encodes the prompts. stages: those that will be called, "c", "b" or "cb".
+    """Embeds prompts. After texts = PromptBatch(...), texts("c") returns embeddings of prompts and negative prompts for
+    Stage C, (images,N,D) each; texts("b") for Stage B. __init__ checks all arguments. stages: "c", "b" or "cb".
     optional: prompts may be empty. Attributes: rows, the number of prompts; silent: whether all prompts are empty.
     """
     def __init__(self, model: Wuerstchen, prompt, negative, embeddings: dict[str, Tensor], num_images: int, stages: str,
                  optional: bool):
         self.model, self.num_images, self.embeddings = model, num_images, dict(embeddings)
         networks = model.networks
-        if networks.get("text_encoder_c") is networks.get("text_encoder_b"):    # both stages use one encoder
+        if networks.get("text_encoder_c") is networks.get("text_encoder_b"):    # the stages share a text encoder
             for name in ("prompt", "negative"):
                 if f"{name}_c" in embeddings:
                     self.embeddings.setdefault(f"{name}_b", embeddings[f"{name}_c"])
@@ -398,7 +397,7 @@ class KnownImage:
         self.latents = encode_latents(model, extend(self.image[None], 4 * h_b, 4 * w_b))   # (1, 4, h_b, w_b)
 
     def start_c(self, eps: Tensor, t: Tensor) -> Tensor:
-        """noise eps (n,16,h,w) -> the image's semantic latents (n,16,h,w) at noise level t (), where Stage C starts."""
+        """Returns the start of Stage C (n,16,h,w): the image's semantic latents with noise eps at noise level t ()."""
         return eps if t == 1 else add_noise(self.semantic.expand_as(eps), eps, t.to(eps.device).expand(len(eps)))
 
     def keep_c(self, eps: Tensor) -> "InpaintMask | None":

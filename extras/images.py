@@ -34,7 +34,7 @@ from loading.files import reading, reason_of, write_atomically
 DARK, BRIGHT = -0.1, 2.0
 LARGEST = 2 ** 30                # largest image file that is read, in bytes
 TURNS = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
-         6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}       # {EXIF orientation: its inverse}
+         6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}       # {EXIF orientation: what undoes it}
 PNG, IEND = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"              # first and last bytes of a PNG file
 PNG_TEXTS = (b"XML:com.adobe.xmp", b"Raw profile type exif", b"wuerstchen")  # texts that open_png keeps
 
@@ -184,7 +184,7 @@ def open_png(file: BinaryIO, start: int, end: int, pixels: bool) -> Image.Image:
     Pillow rejects the whole file if a text or a profile is damaged, or larger than 1 MiB when decompressed. So damaged
     profiles, damaged EXIF data and all texts except PNG_TEXTS are omitted here.
     """
-    def chunk_at(at: int) -> tuple[int, bytes]:          # returns the chunk's length of content and kind
+    def chunk_at(at: int) -> tuple[int, bytes]:          # returns the length of the chunk's content, and its kind
         file.seek(at)
         return struct.unpack(">I4s", file.read(8).ljust(8, b"\0"))
 

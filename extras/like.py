@@ -206,7 +206,7 @@ def own_size(image: str, stored: dict, size: int) -> tuple[int, int]:
         left, top, right, bottom = map(int, str(stored.get("outpaint") or "0,0,0,0").split(","))
         h, w = height + top + bottom, width + left + right
         return images.fitting_size(min(h, editing.LONGEST * w), min(w, editing.LONGEST * h), size)
-    except ValueError:                           # the file is missing: a stored size with a side `size` was the default
+    except ValueError:                           # no file: if one stored side is `size`, assume it was the default
         now = stored.get("height"), stored.get("width")
         return now if size in now else (size, size)
 

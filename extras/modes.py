@@ -112,7 +112,7 @@ def generate(model, jobs: list[argparse.Namespace], seed, options: dict, semanti
                   if name not in editing.LATENTS}
     prompts = [job.prompt for job in jobs]
     if not jobs[0].prompt and (embeddings or "edit" not in inputs and "semantic" not in given):
-        prompts = None                           # embeddings may replace the prompt; else generate reports what lacks
+        prompts = None                           # embeddings may replace prompts; else generate raises an error
     if semantic is not None:
         given = {name: tensor for name, tensor in given.items() if name != "latents_c"} | dict(semantic=semantic)
     return editing.generate(model, prompts, [job.negative_prompt for job in jobs], seed=seed,
@@ -177,7 +177,7 @@ def check_inputs(job: argparse.Namespace) -> None:
 
 
 def read_tensors(path: str, *needed: str) -> dict[str, Tensor]:
-    """Reads a .safetensors file to {name: tensor}. Raises ValueError if it cannot, or if a tensor in `needed` lacks."""
+    """Reads a .safetensors file to {name: tensor}. Raises ValueError if it cannot or if one of `needed` is missing."""
     with reading(path, failed="cannot be read as a .safetensors file"):
         tensors = load_file(path)
     if not set(needed) <= tensors.keys():

@@ -39,7 +39,7 @@ BUDGETS = {"equality": 75, "training": 45, "Stage C step": 75, "Stage B step": 8
 FORMS = {"fp32": dict(dtype="fp32"), "bf16": dict(dtype="bf16"), "fp16": dict(dtype="fp16"),
          # With offload=True, weights move between CPU and GPU, so torch.compile is used without CUDA graphs.
          "compiled": dict(dtype="fp32", compile=True, offload=True), "CUDA graphs": dict(dtype="fp32", compile=True)}
-SMALL = dict(vqgan=dict(c_hidden=16), prior=dict(c=64, heads=2),             # for --rehearse
+SMALL = dict(vqgan=dict(c_hidden=16), prior=dict(c=64, heads=2),             # network sizes for --rehearse
              decoder=dict(c_cond=64, c_hidden=(32, 64, 64, 64), heads=(-1, 2, 2, 2)))
 
 

@@ -41,7 +41,7 @@ def convert(source: str | Path, target: str | Path, to: str) -> int:
     if to != "ours":
         tensors = {"diffusers": to_diffusers, "original": to_original}[to](tensors, model)
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    config = json.loads(json.dumps(model.config if to == "ours" else config_to_diffusers(model)))    # tuples -> lists
+    config = json.loads(json.dumps(model.config if to == "ours" else config_to_diffusers(model)))  # tuples become lists
     if target.suffix == ".pt":
         write_tensors(target, {FORMATS[stage].sections[0]: tensors, OWN_CONFIG: config}, overwrite=False)
     elif target.suffix in (".bin", ".safetensors"):

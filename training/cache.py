@@ -100,7 +100,7 @@ class Cache:
         self._write(path, buffer.getvalue() + _checksum(path, buffer.getvalue()))
 
     def missing(self, keys: list[str]) -> list[str]:
-        """The keys without an entry, in their order, without duplicates. Damaged entries are only found by `get`."""
+        """Returns the keys that have no entry, in their order, without duplicates. Damaged entries count as present."""
         paths = {key: self.path(key) for key in keys}
         present = set()
         for folder in {path.parent for path in paths.values()}:      # listing folders is faster than one test per key
@@ -255,7 +255,7 @@ def _replacements(dataset: ImageDataset, broken: list[int], sizes: Callable, fil
     for i in broken:
         alike = usable[dataset.bucket[usable] == dataset.bucket[i]]
         replaced[i] = first_after(i, alike if len(alike) else usable)
-        if not len(alike):               # the latents of an image of another bucket are not cached in these sizes yet
+        if not len(alike):               # the image is of another bucket: its latents in these sizes are not cached yet
             others.setdefault(replaced[i], []).extend(sizes(i))
     fill([*others], others.get)
     return replaced

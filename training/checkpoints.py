@@ -32,7 +32,7 @@ PRIVATE = ("out", "resume", "workers", "device", "push_to_hub", "hub_token")
 
 
 def settings_of(args) -> dict:
-    """Returns {option: value} of all options except PRIVATE ones: the options on which the result depends."""
+    """Returns {option: value} of all options on which the result may depend: all except the PRIVATE ones."""
     return {name: value for name, value in vars(args).items()
             if name not in PRIVATE}
 
@@ -137,7 +137,7 @@ class Checkpoints:
         return (found[-1] if found else None) if resume in (None, "auto") else Path(resume)
 
     def save(self, step: int, content: dict, rotate: bool = True) -> None:
-        """Writes a checkpoint of `content`. rotate=False keeps all older ones, in case this one is the cause of NaNs.
+        """Writes a checkpoint of `content`. rotate=False keeps all older ones, in case this state causes NaNs.
 
         Raises UserError for weights that are not finite. Renames checkpoints of later steps, because --resume auto
         would take them for the newest. They exist if they are torn, or if this run was resumed from an earlier step.
@@ -156,8 +156,8 @@ class Checkpoints:
             old.with_suffix(".safetensors").unlink(missing_ok=True)          # the LoRA of the step, see write_lora
 
     def finished(self, resumed: Path | None, steps: int) -> bool:
-        """Returns whether the run resumed from `resumed` has `steps` steps already and its result exists. README.md,
-        which is written last, states the number of steps."""
+        """Returns whether a run that resumes from the checkpoint `resumed` has already done `steps` steps and written
+        its result: README.md, the last file of the result, must state this number of steps."""
         card = self.out / "README.md"
         return resumed is not None and resumed.name == f"step_{steps:08d}.pt" and card.exists() and \
             f"| `--steps` | {steps} |" in card.read_text(encoding="utf-8", errors="replace") and \
@@ -180,7 +180,7 @@ class Checkpoints:
         then = content["settings"]
         for name in fixed:
             option, before, now = f"--{name.replace('_', '-')}", then.get(name, False), settings[name]
-            if name == "lora_weights":                   # only whether it is given matters: its path may change
+            if name == "lora_weights":                   # compare only whether it is given: its path may change
                 before, now = bool(before), bool(now)
             if before != now:
                 what = f"with {option} {before}, not {now}: resume with that" if not isinstance(now, bool) else (
@@ -243,7 +243,7 @@ def check_shapes(now: dict, found: dict) -> None:
 
 
 def check_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Raises ValueError if AdamW's moments have other shapes than the parameters; load_state_dict does not check it."""
+    """Raises ValueError if AdamW's moments have other shapes than their parameters, which load_state_dict allows."""
     for parameter, state in optimizer.state.items():
         for name in ("exp_avg", "exp_avg_sq") if "state1" not in state else ():          # AdamW8bit has state1 instead
             if state[name].shape != parameter.shape:
@@ -285,7 +285,7 @@ def full_weights(model) -> dict:
 
 
 def state_of(parts: dict, ema=None) -> dict:
-    """Returns the state of `parts`, {name: module, optimizer, scaler, ...}, and of the EMA. Does not support FSDP."""
+    """Returns {name: state dict} of `parts`, {name: module, optimizer, ...}, and the EMA's state. Not for FSDP."""
     averages = {} if ema is None else dict(averaged=ema.mean, updates=ema.updates)
     return {name: part.state_dict() for name, part in parts.items()} | averages
 

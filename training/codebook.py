@@ -42,7 +42,7 @@ class CodebookAverages(nn.Module):
 
 @torch.no_grad()
 def count(z: Tensor, indices: Tensor, size: int) -> Tensor:
-    """z (...,C): latents, indices (...): their nearest codes -> (size,1 + C): number and sum of each code's latents."""
+    """Returns (size,1 + C): for each code, number and sum of its latents. indices (...): nearest codes of z (...,C)."""
     z = torch.cat([torch.ones_like(z[..., :1]), z], dim=-1).float().flatten(0, -2)       # (N, 1 + C)
     return z.new_zeros(size, z.shape[1]).index_add_(0, indices.flatten(), z)
 
@@ -98,7 +98,7 @@ class CodebookUpdates:
         z = torch.cat([part.float().flatten(0, 2) for part in self.latents])                 # (micro-steps * n, C)
         chosen = sample_rng(self.args.seed, step, "revive").integers(len(z) * world, size=int(dead.sum()))
         chosen = torch.from_numpy(chosen).to(z.device)
-        micro, rank, place = chosen // (n * world), chosen // n % world, chosen % n  # of each latent, as in order.split
+        micro, rank, place = chosen // (n * world), chosen // n % world, chosen % n     # where each drawn latent is
         latents = self.processes.sum(z[micro * n + place] * (rank == self.processes.rank)[:, None])      # (dead, C)
         self.model.codebook.codes[dead] = latents
         if self.averages is not None:

@@ -169,7 +169,7 @@ def _problem(sample: dict, min_side: int, captions_required: bool, limits: dict,
         keys = ", ".join(sample.get("keys", ()))
         return "no caption" + f" among its keys {keys}: --caption-column chooses one" * bool(keys)
     for key, (low, high) in limits.items():
-        value = sample["numbers"].get(key)       # None if missing; 0.0 is a valid number
+        value = sample["numbers"].get(key)       # None if missing
         if value is None and require_keys:
             return f"no number {key}"
         if value is not None and not low <= value <= high:
@@ -207,7 +207,7 @@ class ImageDataset:
         if stored:
             return self._map(stored)
         # All texts are in one block of memory instead of a million Python objects. Reading a Python object changes its
-        # reference count, which copies its memory page. So every worker process would in time have its own copy of all.
+        # reference count, which copies the memory page that a worker process shares: in time, it would copy all pages.
         there = folder and next(path for path in (folder, *folder.parents) if path.exists())
         records = tempfile.SpooledTemporaryFile(2 ** 28 * bool(folder), dir=there)       # in memory up to 256 MiB
         ends, sizes = array("q", [0]), array("i")
@@ -452,7 +452,7 @@ def fit(image: np.ndarray, size: tuple[int, int], crop: str = "center", flip: bo
         raise ValueError(f"unknown crop {crop!r}, expected center or random")
     (height, width), (h, w) = image.shape[:2], size
     scale = min(height / h, width / w)           # px of the image per px of the result
-    box_height, box_width = min(h * scale, height), min(w * scale, width)      # h * (height / h) may round up
+    box_height, box_width = min(h * scale, height), min(w * scale, width)      # rounding may make h * scale > height
     where = rng.random(2) if crop == "random" else (0.5, 0.5)
     # Offsets are whole pixels, so that an image that already has the right scale is only cropped, not resampled.
     top, left = (int(share * (int(spare) + 1)) for share, spare in zip(where, (height - box_height, width - box_width)))

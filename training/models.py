@@ -40,7 +40,7 @@ def load_models(args, stage, dtype: torch.dtype, processes) -> tuple:
         text_encoder = load_text_encoder(paths["text_encoder"], paths["tokenizer"], dtype)
         text_encoder.to(device).requires_grad_(False)
     encoder.to(device).train(not args.freeze_encoder).requires_grad_(not args.freeze_encoder)
-    encoder.norm.requires_grad_(False)               # its weight 42 and bias -1 fix the latents' scale
+    encoder.norm.requires_grad_(False)               # its weight 42 and bias -1 set the scale of the latents
     if processes.many and not args.freeze_encoder:
         SynchronisedBatchNorm.convert(encoder)
     decoder.checkpointing = args.checkpointing
@@ -48,7 +48,7 @@ def load_models(args, stage, dtype: torch.dtype, processes) -> tuple:
 
 
 def build_stage_b(args, paths: dict, stage) -> tuple[nn.Module, nn.Module]:
-    """Returns Stage B and the image encoder in float32: in 16 bits, rounding would swallow the optimizer's small steps.
+    """Returns Stage B and the image encoder in float32: in 16 bits, rounding would undo the optimizer's small steps.
 
     stage.NETWORK: the class of Stage B. stage.semantic_scale(network): scaling of semantic latents, and its inverse.
     """

@@ -57,10 +57,10 @@ def set_precision(args, device: torch.device) -> tuple[torch.dtype, torch.autoca
 
 
 def clip_gradients(model: nn.Module, limit: float) -> Tensor:
-    """Scales the gradients down if their norm, over all processes, is above limit (0: never). Returns the norm () from
-    before."""
+    """Scales the gradients down to norm `limit` if their norm, over all processes, is larger. limit 0: never. Returns
+    the norm () before scaling."""
     norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], limit or math.inf)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm      # FSDP: each process has a part of the norm
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm      # FSDP returns the norm as a DTensor
 
 
 def too_many_nan_steps(count: int, step: int, args) -> str:
@@ -165,7 +165,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, skip: Tensor | None = None) -> None:
-        """Updates the averages unless skip () bool, which may be on the GPU, is true."""
+        """Updates the averages, unless skip () is true. If skip is on the GPU, the CPU does not wait for it."""
         done = torch.ones_like(self.count) if skip is None else (~skip).float()
         weight = (9 / (10 + self.count)).clamp(min=1 - self.decay) * done        # 9 / (10 + n) = 1 - (1 + n) / (10 + n)
         self.count += done

@@ -31,7 +31,7 @@ import torch
 from loading.errors import UserError
 from loading.files import lock, write_atomically
 
-LARGE = 2 ** 20      # for this many images or more, the order is kept in files, not in memory; also the size of pieces
+LARGE = 2 ** 20      # with this many images or more, the order is in files, not in memory; default size in pieces()
 
 
 def pieces(n: int, size: int | None = None) -> Iterator[slice]:
@@ -90,7 +90,7 @@ class BatchSampler:
         Step k is found directly, without computing the steps before it. Every epoch contains the same number of samples
         of each bucket, `count`. So before epoch e, a bucket has count * e samples and count * e // batch steps.
         """
-        # Finds the last epoch with at most k steps before it. latest: a bound, because a queue holds less than a step.
+        # Finds the last epoch with at most k steps before it. It is below `latest`: each queue holds less than a step.
         latest = (k + len(self._buckets) + 1) * self.batch // self._n + 2
         epoch = bisect.bisect_right(range(latest), k, key=self._steps_before) - 1
         _, _, step_buckets, step_numbers = self._epoch(epoch)
@@ -114,7 +114,7 @@ class BatchSampler:
         """Returns four arrays. order (N,): images of epoch e. by_bucket (N,): positions in `order`, sorted by bucket.
         And two (steps,), for the steps that epoch e completes: index of the bucket, number among the bucket's steps."""
         if e not in self._epochs:
-            while len(self._epochs) > 3:         # an epoch of a million samples takes 0.3 s and 8 MB
+            while len(self._epochs) > 3:         # keep 4 epochs: each takes 0.3 s and 8 MB per million samples
                 del self._epochs[next(iter(self._epochs))]
             if self._files:
                 with open(self._in_file(e), "rb") as file:
@@ -152,7 +152,8 @@ class BatchSampler:
         return path
 
     def _lay_out(self, e: int, out) -> None:
-        """Writes the arrays of epoch e to the file `out` in parts, each with the images of one range of random bits."""
+        """Writes the arrays of epoch e to the file `out`, in parts to save memory: a part has the images whose random
+        bits are in one range."""
         done, written, filled = 0, 0, np.zeros_like(self._counts)
         (at_order, _, index), (at_bucket, _, _), (at_code, _, code), (at_number, _, _) = self._parts(e)
 
@@ -277,7 +278,7 @@ def _checked(loader: Iterator) -> Iterator[dict]:
 
 
 def _stack(items: list[dict | UserError]) -> dict | UserError:
-    """Collates samples to a batch, or returns a UserError among them. Not nested: spawned workers must import it."""
+    """Collates samples to a batch or, if one of them is a UserError, returns the error."""
     for item in items:
         if isinstance(item, UserError):
             return item

@@ -83,7 +83,7 @@ class Processes:
 
     @contextlib.contextmanager
     def together(self, group=None):
-        """Context manager: at its end all processes wait for each other. If one fails in it, the others exit with 2."""
+        """Context manager: at its end all processes wait for each other. If one fails, the others exit with code 2."""
         try:
             yield
         except Exception:
@@ -93,7 +93,7 @@ class Processes:
             sys.exit(2)                          # the process that failed reports the error
 
     def on_main(self, do: Callable, *args) -> None:
-        """Calls do(*args) on the main process while the others wait. If it fails there, the others end with code 2."""
+        """Calls do(*args) on the main process while the others wait. If it fails, the others exit with code 2."""
         with self.together():
             if self.is_main:
                 do(*args)

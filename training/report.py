@@ -33,7 +33,7 @@ class Progress:
     def __init__(self, title: str, start: int, args, processes, batch: int):
         self.processes, self.batch, self.smooth = processes, batch, None
         self.since, self.clock = start, time.time()
-        self.sums = torch.zeros(2, 10, device=processes.device)  # sum of raw losses and number of samples in t's tenths
+        self.sums = torch.zeros(2, 10, device=processes.device)  # loss sums and sample counts of 10 ranges of t
         self.bar = tqdm(range(start, args.steps), title, args.steps, initial=start, disable=not processes.is_main)
 
     def __iter__(self):

@@ -44,7 +44,7 @@ def write_base(args, parts: tuple[str, ...], **more) -> None:
 
 
 def finished(args) -> None:
-    """Reports that a resumed run was finished already, and keeps its result. With --push-to-hub, uploads it."""
+    """Tells the user that a resumed run was finished already. With --push-to-hub, uploads its result."""
     tell(f"{args.steps} steps are done and the result is in {args.out}: raise --steps to continue")
     if args.push_to_hub:
         push(args)
@@ -52,7 +52,7 @@ def finished(args) -> None:
 
 # ----- the model card, which is published and therefore contains no path of this machine ---------------
 
-TEXTS = ("trigger", "targets", "sample_prompt", "project")           # options with texts that are never paths
+TEXTS = ("trigger", "targets", "sample_prompt", "project")           # options whose values are texts, never paths
 
 
 def without_folders(name: str, value):
@@ -81,7 +81,7 @@ def described(name: str) -> str:
 
 
 def base_model(args, part: str) -> str:
-    """Returns the line "base_model: REPOSITORY", from which `part` started, for the card's head; "" if from no such."""
+    """Returns the card's line "base_model: REPO" for the hub's repository from which `part` started, or "" if none."""
     name = getattr(args, part) or args.weights
     repo = NAMES[name][part][0] if name in NAMES else "/".join(name.removeprefix("hub:").split("@")[0].split("/")[:2])
     return "" if args.init == "random" or name in SHIPPED or is_local(name) else f"base_model: {repo}\n"
@@ -340,11 +340,11 @@ def pushed_files(args) -> dict[str, Path]:
     """Returns {path in the repository: file} for the files of the result. --out may contain other files, such as
     caches, logs of services and parts of other runs."""
     out, names = Path(args.out), ["README.md", "log.jsonl", "curves.png"]
-    if hasattr(args, "lora"):                            # options of train_c.py
+    if hasattr(args, "lora"):                            # only train_c.py has this option
         names += ["lora.safetensors"] if args.lora else ["prior", "scheduler"]
         names += ["text_encoder", "tokenizer"] if args.train_text else []
         names += ["base.json"] if is_portable(args, FILES_C) else []
-    elif hasattr(args, "v1"):                            # options of train_b.py
+    elif hasattr(args, "v1"):                            # only train_b.py has this option
         names += ["decoder", "image_encoder"]
         names += ["base.json"] if stage_c_fits(args) and is_portable(args, FILES_B) else []
     else:

@@ -28,7 +28,7 @@ def to_tensor(pixels, device="cpu") -> Tensor:
 
 
 def encoder_input(images: Tensor) -> Tensor:
-    """(B,3,H,W) in [0, 1] -> the input of the image encoder, (B,3,3H/4,3W/4)."""
+    """Converts images (B,3,H,W) in [0, 1] to the input of the image encoder, (B,3,3H/4,3W/4)."""
     return preprocess(images, tuple(side * 3 // 4 for side in images.shape[2:]))
 
 
@@ -110,7 +110,7 @@ def embed_once(paths: dict, dtype: torch.dtype, captions: list[str]) -> Tensor:
 
 
 class ImageReader:
-    """A function (index, number, rng) -> (index, dict): reads image `index`, cut to sizes[number], or its latents.
+    """Reads images or their cached latents: (index, number, rng) -> (index, dict) for `index`, cut to sizes[number].
 
     pixels: whether the dict has pixels (h,w,3) uint8. caches: {name in the dict: Cache of latents}. replaced: result of
     cache.fill_cache. If the image or its entry in a cache cannot be read, the next image of its bucket is used, so that

@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 ASSETS = Path(__file__).parents[1] / "assets"
-CANVAS, CELL, COLUMNS = 128, 80, 16       # px of a scene; px of a cell and columns of the sprite sheet
+CANVAS, CELL, COLUMNS = 128, 80, 16       # side of a scene in px; side of a cell in px and columns of the sprite sheet
 
 # The colours are muted, so that a red apple is visible on red. Any two are at least 84 apart in RGB space.
 COLOURS = {"white": (245, 245, 245), "black": (26, 26, 30), "red": (176, 44, 52), "orange": (236, 142, 62),
@@ -68,7 +68,7 @@ class Scene:
 
     @property
     def size_class(self) -> str | None:
-        """"small", "medium" or "large" for a single object, None for two."""
+        """Returns "small", "medium" or "large" for a single object, None for two."""
         if len(self.objects) == 2:
             return None
         return next((name for name, (low, high, _) in SIZE_CLASSES.items() if low <= self.sizes[0] <= high), "medium")

@@ -25,12 +25,12 @@ NOT_USABLE = ".skipped"          # suffix of tar members that contain the reason
 IMAGE_COLUMNS = ("image", "images", "img", "jpg", "jpeg", "png", "webp", "photo", "picture")
 
 
-PLAIN = (str, int, float, type(None))            # of columns without images, these types and lists of them are kept
+PLAIN = (str, int, float, type(None))            # other columns' values are kept if they are of these types, or lists
 
 
 @dataclass
 class Table:
-    """columns: {name: whether it may contain images}. folders: only from these, files that a row names are read."""
+    """columns: {name: whether it may contain images}. folders: files that a row names are only read from these."""
     name: str
     columns: dict[str, bool]
     rows: Iterable[dict]

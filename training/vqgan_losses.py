@@ -71,7 +71,7 @@ def perceptual_loss(features: list[Tensor], targets: list[Tensor]) -> Tensor:
 
 
 class PatchDiscriminator(nn.Module):
-    """Predicts for every patch of 18 x 18 pixels how real it looks. Used in training only.
+    """Predicts for every patch of 18 x 18 pixels how real it looks. It is used only for training.
 
     A mean error is smallest for a blurred average of all plausible details; a discriminator rejects blur, because no
     real patch looks like it (PatchGAN, arXiv:1611.07004).
