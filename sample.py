@@ -3,7 +3,7 @@
   python sample.py --prompt "a red apple on a blue background"
   python sample.py --prompt "a cat left of a red apple" --num-images 4 --seed 7 --out cats
   python sample.py --prompt "an astronaut on a horse" --weights v2 --sampler-c dpm++ --steps-c 14
-  python sample.py --prompt "a moon on a blue background" --init apple.png --strength 0.9
+  python sample.py --prompt "a cat on a blue background" --init apple.png --strength 0.9
   python sample.py --prompt "a rose on a blue background" --init apple.png --mask white-is-new.png
   python sample.py --init apple.png --num-images 4                     # no prompt: variations
   python sample.py --reconstruct photo.png                             # through all stages and back

@@ -1,6 +1,6 @@
 """Generation from more than a prompt: images, masks, embeddings and latents as input of a loaded model.
 
-  generate(model, "a moon", edit=InitImage("apple.png", strength=0.9))            # image to image
+  generate(model, "a cat", edit=InitImage("apple.png", strength=0.9))             # image to image
   generate(model, "a rose", edit=InitImage("apple.png", mask="mask.png"))         # inpainting: white is new content
   generate(model, edit=InitImage("apple.png"))                                    # variations: no prompt
   generate(model, given={"prompt_c": a, "prompt_b": b})                           # embeddings instead of text

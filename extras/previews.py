@@ -1,7 +1,7 @@
 """Previews: approximate images of latents without a decoder, by a linear map from the latent vector to a colour.
 
   latents (N,C,h,w), their images -fit_linear-> matrix (C+1,3);  latents (B,C,h,w) -apply_linear-> images (B,3,h,w)
-  model("a moon", callback=Previews(model, show))          # show("C" or "B", step, images (n,3,h,w)) after every step
+  model("a cat", callback=Previews(model, show))           # show("C" or "B", step, images (n,3,h,w)) after every step
 
 Needs: torch; editing.py.
 """

@@ -1,7 +1,8 @@
 """What every notebook starts with, and how it draws: one look for all figures, and rows of images with labels.
 
-  from show import finish, img_grid, plt, start, torch
+  from show import finish, img_grid, plt, scenes, start, torch
   model = start()                                    # the small model; one thread, no gradients
+  images, captions = scenes(16, seed=8)
   plt.plot(x, y, label="loss"); finish("title", "x", "y")
 
 The background is white, so figures are readable in a dark theme; 9 inches at 100 dpi fit a laptop's window. Each image
@@ -25,7 +26,9 @@ warnings.filterwarnings("ignore", message="IProgress not found")
 warnings.filterwarnings("ignore", message="the model does not know")
 warnings.filterwarnings("ignore", message="guidance_. is below 1")       # on purpose, to see what it does
 
-from wuerstchen import Wuerstchen  # noqa: E402   after the path to it, and without tqdm's warning
+from training.samples import to_tensor  # noqa: E402   after the path to it, and without tqdm's warning
+from training.scenes import EmojiScenes  # noqa: E402
+from wuerstchen import Wuerstchen  # noqa: E402
 
 WIDTH = 9      # inches
 plt.rcParams.update({"figure.dpi": 100, "figure.facecolor": "white", "savefig.facecolor": "white",
@@ -40,6 +43,12 @@ def start(weights="tiny", gradients=False, **options):
     torch.set_num_threads(1)
     torch.set_grad_enabled(gradients)
     return Wuerstchen.load(weights, **options)
+
+
+def scenes(n, seed, kind="captioned"):
+    """-> n images (n, 3, 128, 128) in [0, 1] and their captions. kind: "captioned" or "all" objects."""
+    images, captions = EmojiScenes(kind, seed=seed).batch(0, n)
+    return to_tensor(images), captions
 
 
 def describe(figure):

@@ -22,7 +22,7 @@ from training.samples import to_tensor  # noqa: E402
 from training.scenes import EmojiScenes  # noqa: E402
 from wuerstchen import Wuerstchen, scale_semantic, to_pil  # noqa: E402
 
-PROMPTS = ["a rocket left of a moon on a purple background", "an owl above a guitar on an orange background",
+PROMPTS = ["a cat left of a red apple on a blue background", "an owl above a guitar on an orange background",
            "a frog on a yellow background"]
 
 

@@ -25,7 +25,7 @@ from tools import lora, make_samples
 ROOT = Path(__file__).parents[1]
 PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in
          (ROOT / "README.md", ROOT / "BENCHMARKS.md", *sorted((ROOT / "docs").glob("*.md")),
-          *sorted((ROOT / "models").glob("*/README.md")))}
+          *sorted((ROOT / "models").glob("*/README.md")), ROOT / "notebooks" / "README.md")}
 README, DOCS = PAGES["README.md"], [page for page in PAGES if page.startswith("docs/")]
 PARSERS = {"sample.py": sample.parser().parse_args, "train_a.py": train_a.parse_args, "train_b.py": train_b.parse_args,
            "train_c.py": train_c.parse_args, "tiny.evaluate": evaluate.parse_args,

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from loading.errors import UserError
+from test_docs import anchors
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -54,19 +55,37 @@ def defined_in(path: Path) -> set[str]:
 
 
 def broken_links(text: str) -> list[str]:
-    """Local links to files that are not there, and labels such as `extras/editing.py: generate` that name what the
-    file does not define. A label has the file's whole path."""
-    broken = []
+    """Local links to files that are not there, and labels that name another file than the link, or what the file does
+    not define: `extras/editing.py: generate` (with the whole path), notebook 3. A link to a page names its section."""
+    broken = [f"no link: {mention}" for mention in re.findall(r"(?<!\[)\b[Nn]otebook \d", text)]
     for label, target in LINK.findall(text):
         if re.match(r"https?://|#", target):
             continue
-        file = (ROOT / "notebooks" / target.split("#")[0]).resolve()
-        name = re.fullmatch(r"`([\w/]+\.py): ([\w.]+)`", label)
+        path, _, anchor = target.partition("#")
+        file = (ROOT / "notebooks" / path).resolve()
+        name, number = re.fullmatch(r"`([\w/]+\.py): ([\w.]+)`", label), re.fullmatch(r"[Nn]otebook (\d)", label)
         if not file.exists():
             broken.append(f"there is no {target}")
         elif name and (file != ROOT / name[1] or name[2] not in defined_in(file)):
             broken.append(f"{target} is not {name[1]}, or does not define {name[2]}")
+        elif number and not file.name.startswith(f"0{number[1]}_"):
+            broken.append(f"{target} is not {label}")
+        elif file.suffix == ".md" and (found := anchors(file.read_text())) and anchor not in found:
+            broken.append(f"{target} names no section of that page, expected #one of {', '.join(found)}")
     return broken
+
+
+def unquoted(text: str) -> list[str]:
+    """Decimal numbers in a sentence with a link to a section of a page that are not in this section."""
+    missing = []
+    for sentence in re.split(r"(?<=[.:?])\s", text):
+        for path, anchor in re.findall(r"\]\(([\w./-]+\.md)#([\w-]+)\)", sentence):
+            page = (ROOT / "notebooks" / path).read_text()
+            _, *parts = re.split(r"(?m)^(?=##+ )", page)
+            section = next(part for part in parts if anchors(part) == [anchor])
+            missing += [f"{number} is not in {path}#{anchor}" for number in re.findall(r"\d+\.\d+", sentence)
+                        if number not in section]
+    return missing
 
 
 def sections(notebook: dict) -> list[list[str]]:
@@ -314,7 +333,11 @@ def test_names_that_are_imported_are_used(path):
 @each_notebook
 def test_a_notebook_runs_on_colab_or_says_what_is_missing(path, tmp_path, monkeypatch):
     """The first code cell is the same everywhere; without the rest of the repository it ends in one line."""
-    first = run.source(run.code_cells(read(path))[0])
+    first, *others = [run.source(cell) for cell in run.code_cells(read(path))]
+    setup = "\n".join(others[:[cell["cell_type"] for cell in read(path)["cells"][2:]].index("markdown")])
+    lines = {line for node in ast.parse(setup).body if not isinstance(node, (ast.Import, ast.ImportFrom))
+             for line in range(node.lineno, node.end_lineno + 1)}
+    assert len(first.splitlines()) <= 7 and len(lines) <= 3, "one helper: notebooks/show.py"
     assert first == run.source(run.code_cells(read(FILES[0]))[0])
     assert f"colab.research.google.com/github/OWNER/wuerstchen/blob/main/notebooks/{path.name})" in \
         run.source(read(path)["cells"][0])
@@ -376,8 +399,9 @@ def test_every_section_ends_with_a_question_and_a_folded_answer(path):
 
 @each_notebook
 def test_links_lead_to_files_and_functions_that_exist(path):
-    """A renamed function must be renamed in the text, too."""
-    assert broken_links("\n".join(markdown_cells(read(path)))) == []
+    """A renamed function, section or figure must be renamed in the text as well."""
+    text = "\n".join(markdown_cells(read(path)))
+    assert broken_links(text) == [] and unquoted(text) == []
 
 
 @each_notebook
@@ -404,6 +428,13 @@ def test_cells_that_need_the_official_weights_say_so_and_are_not_alone(path):
             section = []
         elif cell["cell_type"] == "code":
             section.append(cell)
+
+
+def test_the_lessons_follow_the_prompt_of_the_first_command():
+    """One example everywhere: what a reader has generated is what is taken apart."""
+    prompt = re.search('sample.py --prompt "(.*?)"', (ROOT / "README.md").read_text())[1]
+    users = {path.name[:2] for path in FILES if any(prompt in run.source(cell) for cell in run.code_cells(read(path)))}
+    assert {"01", "02", "04", "06", "08"} <= users
 
 
 def test_the_index_names_every_notebook():
@@ -609,9 +640,17 @@ def test_figures_without_labels_are_found(code, bad):
     ("[`wuerstchen.py: ddpm_step`](../wuerstchen.py)", 0), ("[`wuerstchen.py: Wuerstchen.load`](../wuerstchen.py)", 0),
     ("[`extras/editing.py: generate`](../extras/editing.py)", 0), ("[`editing.py: generate`](../extras/editing.py)", 1),
     ("[`wuerstchen.py: ddpm_leap`](../wuerstchen.py)", 1), ("[`wuerstchen.py: guide`](../stage_c.py)", 1),
-    ("[here](../nowhere.py)", 1), ("[paper](https://arxiv.org/abs/2306.00637)", 0)])
+    ("[notebook 3](03_stage_a_vqgan.ipynb)", 0), ("[notebook 4](03_stage_a_vqgan.ipynb)", 1), ("notebook 5", 1),
+    ("[README](../README.md)", 1), ("[README](../README.md#use-it)", 0), ("[README](../README.md#nothing)", 1),
+    ("[breaks](../docs/WHAT_BREAKS.md)", 0), ("[here](../nowhere.py)", 1),
+    ("[paper](https://arxiv.org/abs/2306.00637)", 0)])
 def test_broken_links_are_found(link, broken):
     assert len(broken_links(f"see {link}.")) == broken
+
+
+@pytest.mark.parametrize("number, missing", [("7.30", 0), ("7.4", 1)])
+def test_a_number_that_its_page_does_not_have_is_found(number, missing):
+    assert len(unquoted(f"It is 9.99. It takes {number} GB, see [it](../docs/FINETUNE.md#memory-and-time).")) == missing
 
 
 # ----- do they run? ------------------------------------------------------------------------------------
