@@ -10,6 +10,7 @@ import inspect
 import json
 import re
 import shlex
+import sys
 import types
 from pathlib import Path
 
@@ -344,6 +345,12 @@ def test_a_notebook_runs_on_colab_or_says_what_is_missing(path, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="needs the whole repository: clone it"):
         exec(first, {})
+    ran = []
+    monkeypatch.setattr("os.system", lambda command: ran.append(command))
+    monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
+    (tmp_path / "wuerstchen" / "notebooks").mkdir(parents=True)                           # what git would make
+    exec(first, {})
+    assert [command.split()[0] for command in ran] == ["git", "pip"] and Path.cwd().parent.name == "wuerstchen"
 
 
 @each_notebook
