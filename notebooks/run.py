@@ -1,6 +1,6 @@
 """Executes notebooks in place, in a fresh kernel, and stores a checksum of the code next to its outputs.
 
-  python notebooks/run.py                        # all of them, 4 minutes
+  python notebooks/run.py                        # all of them, 5 minutes
   python notebooks/run.py 04_diffusion.ipynb     # one
 
 The notebooks are committed with their images, so that they can be read without running them. A changed code cell makes
