@@ -1,6 +1,6 @@
 """A run of sample.py with one job or many: prompt files, progress, and the handling of errors.
 
-  .txt or .jsonl -prompt_lines-> the settings of each line;  with exit_on_error() as run: the whole script
+  .txt or .jsonl -prompt_lines-> the settings of each line;  with exit_on_error() as run: wraps the whole script
 
 If a line of a prompt file fails, the error names the line, the run continues, and the exit code is 1. Any other error
 that a user can fix ends the run with a message of one line and exit code 2.

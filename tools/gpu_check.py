@@ -7,11 +7,11 @@ equality   compares an image of the small model with the CPU's: float32, compile
 training   seconds and memory of a training step of a LoRA and of all of Stage C, official size, 512 and 1024 px, bf16
 networks   a step of Stage C and of Stage B, and a decoding by Stage A: official size, random weights, 1024 px, batch 1
            and 8, compared with diffusers, eager and (batch 1) compiled. Their sum is the time of a whole image.
-waiting    the test that no sampling step makes the CPU wait for the GPU
+waiting    runs the test that no sampling step makes the CPU wait for the GPU
 
 Each part runs in its own process with a time budget, and prints each figure as soon as it is known. If a part fails or
 takes too long, only its remaining figures are missing, and a line names them.
-Nothing here has run on a GPU yet. Exit code: 0; 1 if a part failed or an image differs; 2 without a GPU.
+This script has not run on a GPU yet. Exit code: 0; 1 if a part failed or an image differs; 2 without a GPU.
 Needs: what wuerstchen.py needs; diffusers and peft for the comparisons; pytest for `waiting`.
 """
 import sys

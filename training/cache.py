@@ -2,8 +2,8 @@
 
   array = cache.get(key);  if array is None: cache.put(key, array := compute())
   folder/KIND-HASH/ab/abcdef...npy     one entry. HASH depends on settings and encoder: each combination has a folder
-  CachedTexts: captions -> embeddings, each computed once
-  fill_cache: the latents and embeddings of a whole dataset, each process computes its share
+  CachedTexts: embeds captions, each only once
+  fill_cache: computes the latents and embeddings of a whole dataset; each process does its share
 
 A key is a text that specifies what the array was computed from: a caption, or an image's hash with the size to which
 the image was cut, see latent_key. A caption's embedding is stored once, even if many images have this caption.

@@ -4,7 +4,7 @@
   sizes (N,2) -nearest_bucket-> buckets (N,): the index into bucket_sizes of the size to which each image is cut
   read(i) (H,W,3) uint8 -fit-> (h,w,3) uint8;  order.py decides which images make up a training step
 
-A resolution is always in pixels of the image. The input of the image encoder has 3/4 of them per side.
+A resolution is always in pixels of the image. The input of the image encoder has 3/4 of the image's width and height.
 Note: no file is dropped silently. Files that cannot be used are counted and named. Files that turn out to be broken
 later are named on stderr and replaced by the next readable file. The replacement depends only on the files, so it is
 the same in a resumed run. The index of a large dataset is written once and then memory-mapped from a folder in

@@ -5,10 +5,10 @@
   batches: combines both with a dataset to an endless stream of micro-batches
 
 Position is a sample's number in the stream of all epochs; index is its image's number in the dataset.
-Note: step k is a function of (seed, k); the randomness of a sample is a function of (seed, position, purpose). So a
-resumed run need not read any images of earlier steps, and two GPUs together see the same step as one GPU.
+Note: step k depends only on (seed, k), and the randomness of a sample only on (seed, position, purpose). So a resumed
+run need not read any images of earlier steps, and two GPUs together see the same step as one GPU.
 For datasets of LARGE images or more, the order of an epoch is computed once per machine and stored in a file, which all
-processes of the machine map.
+processes of the machine memory-map.
 Needs: torch, numpy, loading/.
 """
 import atexit
