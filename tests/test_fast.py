@@ -11,6 +11,7 @@ import torch._dynamo.testing
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_iter
 
 import lora
 from helpers import Launches, capture, rel
@@ -47,10 +48,10 @@ def network(stage: type) -> nn.Module:
     return model.requires_grad_(False).eval()
 
 
-def inputs(stage: type, rows: int, dtype=torch.float32) -> tuple[Tensor, list[Tensor]]:
+def inputs(stage: type, rows: int, dtype=torch.float32, size: tuple = ()) -> tuple[Tensor, list[Tensor]]:
     """x_t and what the network is conditioned on: text, in front of it for Stage B a semantic latent."""
-    x_t = torch.randint(32, (rows, 8, 12)) if stage is StageBV1 else torch.randn(
-        rows, 4, *((5, 7) if stage is StageC else (16, 24)), dtype=dtype)
+    x_t = torch.randint(32, (rows, *(size or (8, 12)))) if stage is StageBV1 else torch.randn(
+        rows, 4, *(size or ((5, 7) if stage is StageC else (16, 24))), dtype=dtype)
     text, semantic = torch.randn(rows, 6, 12, dtype=dtype), torch.randn(rows, 3, 2, 3, dtype=dtype) * 4
     return x_t, [text] if stage is StageC else [semantic, text]
 
@@ -231,17 +232,60 @@ def test_a_compiled_step_is_one_graph_for_all_prompts(stage):
     assert counter.frame_count == 1
 
 
-@pytest.mark.slow
+@EVERY
 @torch.no_grad()
-def test_other_rows_and_sizes_compile_few_programs():
-    """torch keeps 8 and runs the ninth eagerly, without a word. Here are 9 kinds, with t as the sampler has it."""
-    model, counter = network(StageC), torch._dynamo.testing.CompileCounterWithBackend("eager")
+def test_for_cuda_graphs_prepared_tensors_keep_their_addresses(stage):
+    """From sampling to sampling, with and without guidance. Two samplings at once take turns, so each prepares again.
+    After a third number of rows, only two sets of tensors are kept."""
+    model, used = network(stage), []
+
+    def step(network, x_t, t, prepared):
+        used.append([x.data_ptr() for x in tree_iter(prepared) if isinstance(x, Tensor)])
+        return STEPS[stage](network, x_t, t, prepared)
+    step.fixed = {}
+    samplings = [(inputs(stage, rows), torch.linspace(0.2, 0.8, rows)) for rows in (4, 2, 4, 2)]
+    predicts = [bind(model, conditions, step=step) for (_, conditions), _ in samplings]
+    for i in (0, 1, 0, 1, 2, 3, 2, 0):
+        (x_t, conditions), t = samplings[i]
+        assert rel(predicts[i](x_t, t), model(x_t, t, *conditions)) < 1e-6
+    assert len(used[0]) > 4 and used[0] != used[1] and used == used[:2] * 3 + used[:1] * 2
+    x_t, conditions = inputs(stage, 3)
+    bind(model, conditions, step=step)(x_t, torch.full((3,), 0.5))
+    assert len(step.fixed) == 2
+
+
+@torch.no_grad()
+def test_for_cuda_graphs_only_x_and_t_are_copied_at_each_step():
+    """torch copies all inputs that are not marked as static. On a CPU only the marks can be seen."""
+    static = []
     torch._dynamo.reset()
-    step = torch.compile(fast.step_c, backend=counter)
-    for rows in (1, 2, 4):
-        for size in ((5, 7), (6, 9), (8, 8)):
-            x_t, t, text = torch.randn(rows, 4, *size), torch.tensor([0.5]).expand(rows), torch.randn(rows, 6, 12)
-            assert rel(bind_c(model, text, step)(x_t, t), model(x_t, t, text)) < 1e-5
+
+    def backend(graph, _):
+        static.extend("_dynamo_static_input_type" in node.meta["tensor_dict"] for node in graph.graph.nodes
+                      if node.op == "placeholder")
+        return graph.forward
+    torch.manual_seed(3)
+    model, (x_t, conditions) = StageC(**SIZES[StageC] | dict(depth=1)).eval(), inputs(StageC, 2)
+    step = torch.compile(fast.step_c, backend=backend, fullgraph=True)
+    step.fixed = {}
+    bind(model, conditions, step=step)(x_t, torch.tensor([0.3, 0.8]))
+    assert static.count(False) == 2 and static.count(True) > 2
+
+
+@pytest.mark.slow
+@EVERY
+@torch.no_grad()
+def test_other_rows_and_sizes_compile_few_programs(stage):
+    """torch keeps 8 and runs the ninth eagerly, without a word. Here are 24 kinds: 1 and 3 images with and without
+    guidance, 3 sizes, and t also expanded, with a stride of 0."""
+    model, counter = network(stage), torch._dynamo.testing.CompileCounterWithBackend("eager")
+    torch._dynamo.reset()
+    step = torch.compile(STEPS[stage], backend=counter)
+    for rows in (1, 2, 3, 6):
+        for size in ((5, 7), (6, 9), (8, 8)) if stage is StageC else ((16, 24), (32, 16), (32, 32)):
+            x_t, conditions = inputs(stage, rows, size=size)
+            for t in (torch.full((rows,), 0.5), torch.tensor([0.5]).expand(rows)):
+                assert rel(bind(model, conditions, step=step)(x_t, t), model(x_t, t, *conditions)) < 1e-5
     assert counter.frame_count <= 4
 
 
