@@ -97,7 +97,11 @@ def read_mask(source) -> Tensor:
         return hole.float()
     red, green, blue = colours * opacity + (1 - opacity)                # 3 x (H, W)
     # Luminance, defined by ITU-R BT.601 as in Pillow and JPEG.
-    mask = (0.299 * red + 0.587 * green + 0.114 * blue > 0.5).float()
+    grey = 0.299 * red + 0.587 * green + 0.114 * blue
+    if (grey - 0.5).abs().lt(0.4).float().mean() > 0.25:                # soft edges alone are a smaller share
+        warn(f"{_name(source, 'the mask')} is neither black nor white in many places, like a photo: what is lighter "
+             "than the middle grey counts as white")
+    mask = (grey > 0.5).float()
     if not mask.any():
         raise ValueError(f"{_name(source, 'the mask')} marks nothing: "
                          "expected white where new content goes, black elsewhere")

@@ -18,7 +18,7 @@ Needs: huggingface_hub, which comes with transformers.
 import sys
 
 if __name__ == "__main__" and not __package__:
-    sys.exit("error: run this as: python -m loading.hub")
+    sys.path[0] += "/.."      # run by its path: python loading/hub.py
 
 import contextlib
 import errno

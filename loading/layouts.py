@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Iterable
 
 from loading.errors import WeightsError, warn
-from loading.files import listing, read_json
+from loading.files import is_safetensors, listing, read_config, read_json
 from loading.hub import (NAMES, OFFICIAL, TEXT_TO_IMAGE, V1, Repository, fetch, fetch_part, hint, is_reference, some)
 
 # ----- folders: where each part is -----------------------------------------------------------------------------------
@@ -137,7 +137,8 @@ def locate(weights: str | Path, files: dict[str, str | Path] | None = None, part
         v1 = found["decoder"] is not None and found["decoder"].name == V1["decoder"][1]
         found |= fetch("v1" if v1 else "v2", missing, **options) if missing else {}
     else:
-        raise WeightsError(f"there are no weights called {str(name)!r}, and there is no such folder: expected "
+        found = "it is a file" if Path(weights).is_file() else "there is no such folder"
+        raise WeightsError(f"there are no weights called {str(name)!r}, and {found}: expected "
                            f"{', '.join((*SHIPPED, *NAMES))}, or a folder{hint(name)}")
     for part in ("scheduler", "prior_scheduler"):
         check_scheduler(found.get(part))
@@ -230,6 +231,10 @@ def single_parts(files: dict[str, str | Path | None], options: dict) -> dict[str
                                    ("tokenizer",) * part.endswith("text_encoder"), **options)
         elif not path.exists():
             raise WeightsError(f"{part}: {path}: there is no such file or folder{hint(path)}")
+        elif path.is_dir() and "tokenizer" not in part:      # checked here, before anything is fetched
+            read_config(path)
+        elif path.is_file() and path.suffix != ".json":
+            is_safetensors(path)
     for encoder, tokenizer in (("prior_text_encoder", "prior_tokenizer"), ("text_encoder", "tokenizer")):
         if encoder in own:
             own.setdefault(tokenizer, own[encoder] if (own[encoder] / "tokenizer_config.json").is_file()

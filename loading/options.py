@@ -62,6 +62,8 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> None:       # argparse's own also prints the usage
+        if option := re.fullmatch("argument (--[^/ ]*).*: expected one argument", message):
+            message += f": {self._option_string_actions[option[1]].help}"
         raise UserError(message)
 
     def format_help(self) -> str:

@@ -510,7 +510,7 @@ def test_a_name_that_occurs_twice_in_a_shard_is_counted(tmp_path):
      "a.tar cannot be read as a tar file: expected a folder"),
     (lambda f: (f / "a.tar").write_text(""), "{}/a.tar", "a.tar cannot be read as a tar file"),
     (lambda f: (f / "a.png").write_bytes(encoded(noise_image())), "{}/a.png",
-     "a.png cannot be read as a tar file: expected a folder of images"),
+     "a.png is a single image: expected a folder of images"),
     (lambda f: tar(f / "a.tar", {"x.md": ""}), "{}/a.tar", "no image to train on.*found 1 .md"),
     (lambda f: tar(f / "s-1.tar", pairs(1)), "{}/s-{{0..3}}.tar",
      "s-0.tar: there is no such folder or file, and 2 more of .* are missing"),

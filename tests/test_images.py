@@ -547,6 +547,16 @@ def test_a_mask_that_marks_nothing_is_rejected(tmp_path):
         read_mask(torch.zeros(4, 4))
 
 
+def test_a_photo_as_a_mask_is_reported_and_a_soft_edge_is_not():
+    """Grey counts as black or as white, which hardly anybody means who gives a photo."""
+    ramp = np.linspace(0, 1, 64, dtype=np.float32).repeat(64).reshape(64, 64)
+    with pytest.warns(UserWarning, match="^the mask is neither black nor white in many places, like a photo: what is"):
+        assert read_mask(ramp).sum() == 32 * 64
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_mask((ramp * 8 - 3.5).clip(0, 1)).sum() == 32 * 64
+
+
 # ----- fitting and blending --------------------------------------------------------------------------
 
 def test_cover_returns_the_right_size_bit_for_bit():

@@ -96,6 +96,11 @@ def test_a_typing_error_gets_the_nearest_option(script, typed, meant, capsys):
     assert end.value.code == 2 and len(message.splitlines()) == 1 and typed in message and meant in message
 
 
+def test_an_option_without_its_value_says_what_it_takes():
+    with pytest.raises(UserError, match="^argument --resume: expected one argument: auto, for the newest checkpoint"):
+        train_c.parse_args(["--data", "x", "--resume", "--out", "y"])
+
+
 def test_grad_accum_with_underscores_suggests_the_option(capsys):
     with pytest.raises(SystemExit), exit_on_user_error():
         parse("train_c", "--grad_accum", "2")

@@ -15,7 +15,7 @@ Needs: numpy, pillow, torch; wuerstchen.py for sampling.
 import sys
 
 if __name__ == "__main__" and not __package__:
-    sys.exit("error: run this as: python -m tiny.evaluate")
+    sys.path[0] += "/.."      # run by its path: python tiny/evaluate.py
 
 import argparse
 import json

@@ -14,7 +14,7 @@ Needs: torch, numpy, pillow, tqdm.
 import sys
 
 if __name__ == "__main__" and not __package__:
-    sys.exit("error: run this as: python -m tiny.train_encoder")
+    sys.path[0] += "/.."      # run by its path: python tiny/train_encoder.py
 
 from pathlib import Path
 

@@ -14,7 +14,7 @@ Needs: torch, tokenizers, numpy, pillow, tqdm.
 import sys
 
 if __name__ == "__main__" and not __package__:
-    sys.exit("error: run this as: python -m tiny.train_text")
+    sys.path[0] += "/.."      # run by its path: python tiny/train_text.py
 
 from collections import Counter
 

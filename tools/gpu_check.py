@@ -17,7 +17,7 @@ Needs: what wuerstchen.py needs; diffusers and peft for the comparisons; pytest 
 import sys
 
 if __name__ == "__main__" and not __package__:
-    sys.exit("error: run this as: python -m tools.gpu_check")
+    sys.path[0] += "/.."      # run by its path: python tools/gpu_check.py
 
 import gc
 import json

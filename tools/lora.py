@@ -10,7 +10,7 @@ Needs: torch, safetensors, numpy.
 import sys
 
 if __name__ == "__main__" and not __package__:
-    sys.exit("error: run this as: python -m tools.lora")
+    sys.path[0] += "/.."      # run by its path: python tools/lora.py
 
 from pathlib import Path
 

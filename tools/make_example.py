@@ -11,7 +11,7 @@ Needs: numpy, pillow, training/scenes.py.
 import sys
 
 if __name__ == "__main__" and not __package__:
-    sys.exit("error: run this as: python -m tools.make_example")
+    sys.path[0] += "/.."      # run by its path: python tools/make_example.py
 
 from pathlib import Path
 

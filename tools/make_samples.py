@@ -8,7 +8,7 @@ import re
 import sys
 
 if __name__ == "__main__" and not __package__:
-    sys.exit("error: run this as: python -m tools.make_samples")
+    sys.path[0] += "/.."      # run by its path: python tools/make_samples.py
 
 from pathlib import Path
 

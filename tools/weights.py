@@ -9,7 +9,7 @@ Needs: torch, safetensors.
 import sys
 
 if __name__ == "__main__" and not __package__:
-    sys.exit("error: run this as: python -m tools.weights")
+    sys.path[0] += "/.."      # run by its path: python tools/weights.py
 
 import json
 from pathlib import Path

@@ -117,7 +117,7 @@ def add_optimization_options(p, *, steps: int, batch: int | None, lr: float | No
 
 def add_checkpoint_options(g, save_every: int, keep: int = 2) -> None:
     """Adds --resume, --save-every and --keep."""
-    g.add_argument("--resume", help="auto: from the newest checkpoint in --out, if there is one; or a file")
+    g.add_argument("--resume", help="auto, for the newest checkpoint in --out if there is one, or a file")
     g.add_argument("--save-every", type=positive_int, default=save_every,
                    help="steps between checkpoints; SIGTERM and Ctrl-C save one as well")
     g.add_argument("--keep", type=positive_int, default=keep, help="number of checkpoints to keep")

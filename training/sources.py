@@ -487,7 +487,9 @@ def _tar_places(path: Path) -> tuple[dict[str, Place], list[dict], bool]:
             unusable.append(dict(name=name, problem=f"a link to {target}, which is not in the shard"))
     places = {name: place for name, place in places.items() if place}
     if not places and not whole:
-        raise ValueError(f"{path} cannot be read as a tar file: "
+        image = _split(path.name)[1] in (*SUFFIXES, *UNREADABLE)
+        found = "is a single image" if image else "cannot be read as a tar file"
+        raise ValueError(f"{path} {found}: "
                          "expected a folder of images, a complete .tar or a .parquet file")
     return places, unusable, whole
 

@@ -27,7 +27,7 @@ Needs: what wuerstchen.py needs; diffusers and peft for the comparisons.
 import sys
 
 if __name__ == "__main__" and not __package__:
-    sys.exit("error: run this as: python -m tools.bench")
+    sys.path[0] += "/../.."      # run by its path: python tools/bench
 
 import argparse
 from pathlib import Path
