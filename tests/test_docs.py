@@ -20,7 +20,8 @@ import train_a
 import train_b
 import train_c
 from tiny import evaluate, train_encoder, train_text
-from tools import lora, make_samples
+from extras.images import grid
+from tools import lora, make_images
 
 ROOT = Path(__file__).parents[1]
 PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in
@@ -102,10 +103,10 @@ def test_the_readme_lists_every_file_at_the_top_and_every_room():
 
 
 def test_the_images_at_the_top_are_those_of_the_prompts_below_it():
-    """Three are made again; other machines round differently. `python -m tools.make_samples` makes the file."""
-    prompts = make_samples.prompts()
-    found = make_samples.strip(prompts[:3])
-    with Image.open(make_samples.FILE) as stored:
+    """Three are made again; other machines round differently. `python -m tools.make_images samples` makes it."""
+    prompts = make_images.prompts()
+    found = grid(make_images.generate(prompts[:3]), 3, gap=0)
+    with Image.open(make_images.SAMPLES) as stored:
         assert len(prompts) == 8 and stored.size == (8 * found.height, found.height)
         difference = np.abs(np.asarray(stored.convert("RGB"), float)[:, :found.width] - np.asarray(found, float))
     assert difference.mean() < 2

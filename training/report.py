@@ -62,8 +62,8 @@ class Progress:
 
     def show(self, line: dict, *more: str) -> None:
         """Shows values of `line`, a line of the log, and the texts `more` at the end of the progress bar."""
-        words = [f"mean loss {line['smooth_loss']:.4f}", f"|grad| {line['grad_norm']:.2f}", *more, f"lr {line['lr']:.1e}",
-                 f"{line['images_per_second']:.1f} images/s"]
+        words = [f"mean loss {line['smooth_loss']:.4f}", f"|grad| {line['grad_norm']:.2f}", *more,
+                 f"lr {line['lr']:.1e}", f"{line['images_per_second']:.1f} images/s"]
         if line["memory_gib"]:
             words.append(f"{line['memory_gib']:.1f} GiB")
         self.bar.set_postfix_str(", ".join(words))
