@@ -112,6 +112,18 @@ def test_the_images_at_the_top_are_those_of_the_prompts_below_it():
     assert difference.mean() < 2
 
 
+def test_the_unicorns_are_those_of_the_tool():
+    """One of the first row is made again. The second needs a LoRA that is not in the repository."""
+    captions = {line for file in (ROOT / "examples" / "unicorn").glob("*.txt") for line in file.read_text().split("\n")}
+    assert captions.isdisjoint(make_images.UNICORNS) and len(make_images.UNICORNS) == 8
+    sheet = grid([Image.new("RGB", (128, 128))] * 16, 8, row_labels=["before", "LoRA"])
+    with Image.open(make_images.UNICORN) as stored:
+        assert stored.size == sheet.size
+        cat = stored.convert("RGB").crop((sheet.width - 260, 0, sheet.width - 132, 128))
+    found = make_images.generate(make_images.UNICORNS[6:7])[0]
+    assert np.abs(np.asarray(cat, float) - np.asarray(found, float)).mean() < 2
+
+
 # --- links, commands, names --------------------------------------------------------------------------
 
 @each_doc
