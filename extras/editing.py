@@ -195,9 +195,9 @@ def check_given(given: dict | None, edit: InitImage | None) -> dict[str, Tensor]
     return given
 
 
-def prompt_lists(prompt, negative, num_images: int, optional: bool = False) -> tuple[list, list]:
-    """Returns a list of prompts and a list of negative prompts, one of each per image. prompt, negative: a text or a
-    list of texts. Raises ValueError if they cannot be used. optional: whether prompts may be empty."""
+def prompt_lists(prompt, negative, optional: bool) -> tuple[list[str], list[str]]:
+    """Returns a list of prompts and as many negative prompts. prompt, negative: a text or a list of texts.
+    Raises ValueError if they cannot be used. optional: whether prompts may be empty."""
     prompts, negatives = texts_of("prompt", prompt), texts_of("negative_prompt", negative) or [""]
     negatives = negatives * len(prompts) if len(negatives) == 1 else negatives
     if not prompts or not all(isinstance(p, str) and (optional or p.strip()) for p in prompts):
@@ -208,8 +208,7 @@ def prompt_lists(prompt, negative, num_images: int, optional: bool = False) -> t
     if len(negatives) != len(prompts):
         raise ValueError(f"got {len(negatives)} negative prompts for {len(prompts)} prompts: "
                          f"give one for all, or one for each.")
-    return ([text for text in prompts for _ in range(num_images)],
-            [text for text in negatives for _ in range(num_images)])
+    return prompts, negatives
 
 
 def seed_list(seed: int | Sequence[int] | None, n: int) -> list[int]:
@@ -296,9 +295,7 @@ class PromptBatch:
         if prompt is None:
             prompt = [""] * max([len(e) for e in self.embeddings.values()], default=1)
             optional = True
-        self.prompts, self.negatives = prompt_lists(prompt, negative, 1, optional)
-        if num_images < 1:
-            raise ValueError(f"the number of images must be at least 1, got {num_images}.")
+        self.prompts, self.negatives = prompt_lists(prompt, negative, optional)
         self.rows = len(self.prompts)
         self.silent = not any(p.strip() for p in self.prompts) and not {"prompt_c", "prompt_b"} & set(self.embeddings)
         for name, embedding in self.embeddings.items():

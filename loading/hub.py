@@ -22,6 +22,7 @@ if __name__ == "__main__" and not __package__:
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -50,28 +51,28 @@ REVISIONS = {
     "dome272/wuerstchen (v1)":                   "c9a8af033966c756941168f2a537595a15e0c1a8",
 }
 
-# {part: (repository, folder, stem of the weight file; None: fetch TOKENIZER_FILES)}, or (repository, file, "")
+# {part: (repository, folder or file in it)}; the folder "" is the repository itself
 V2 = {
-    "prior":               ("warp-ai/wuerstchen-prior", "prior", STEM),
-    "prior_text_encoder":  ("warp-ai/wuerstchen-prior", "text_encoder", "model"),            # CLIP bigG
-    "prior_tokenizer":     ("warp-ai/wuerstchen-prior", "tokenizer", None),
-    "decoder":             ("warp-ai/wuerstchen", "decoder", STEM),
-    "text_encoder":        ("warp-ai/wuerstchen", "text_encoder", "model"),                  # CLIP H
-    "tokenizer":           ("warp-ai/wuerstchen", "tokenizer", None),
-    "vqgan":               ("warp-ai/wuerstchen", "vqgan", STEM),
+    "prior":               ("warp-ai/wuerstchen-prior", "prior"),
+    "prior_text_encoder":  ("warp-ai/wuerstchen-prior", "text_encoder"),                     # CLIP bigG
+    "prior_tokenizer":     ("warp-ai/wuerstchen-prior", "tokenizer"),
+    "decoder":             ("warp-ai/wuerstchen", "decoder"),
+    "text_encoder":        ("warp-ai/wuerstchen", "text_encoder"),                           # CLIP H
+    "tokenizer":           ("warp-ai/wuerstchen", "tokenizer"),
+    "vqgan":               ("warp-ai/wuerstchen", "vqgan"),
 }
 # v1 as the authors published it. It has one text encoder, CLIP H, the same as Stage B of v2.
 V1 = {part: V2[part.removeprefix("prior_")] for part in V2} | {
-    "prior":               ("dome272/wuerstchen", "model_stage_c_ema.pt", ""),
-    "decoder":             ("dome272/wuerstchen", "model_stage_b.pt", ""),
-    "vqgan":               ("dome272/wuerstchen", "vqgan_f4_v1_500k.pt", ""),
-    "image_encoder":       ("dome272/wuerstchen", "model_stage_b.pt", ""),
+    "prior":               ("dome272/wuerstchen", "model_stage_c_ema.pt"),
+    "decoder":             ("dome272/wuerstchen", "model_stage_b.pt"),
+    "vqgan":               ("dome272/wuerstchen", "vqgan_f4_v1_500k.pt"),
+    "image_encoder":       ("dome272/wuerstchen", "model_stage_b.pt"),
 }
 NAMES = {
     "v1":           V1,                                      # 512 px
     "v2":           V2,                                      # mean of v2-base and v2-aesthetic: best for most prompts
-    "v2-base":      V2 | {"prior": ("warp-ai/wuerstchen-prior-model-base", "", STEM)},       # for fine-tuning
-    "v2-aesthetic": V2 | {"prior": ("warp-ai/wuerstchen-prior-model-finetuned", "", STEM)},  # 1024 px only
+    "v2-base":      V2 | {"prior": ("warp-ai/wuerstchen-prior-model-base", "")},             # for fine-tuning
+    "v2-aesthetic": V2 | {"prior": ("warp-ai/wuerstchen-prior-model-finetuned", "")},        # 1024 px only
 }
 NAMES["v2-interpolated"] = NAMES["v2"]
 # {repository: the name in NAMES of the weights that it holds}
@@ -79,7 +80,7 @@ OFFICIAL = {"warp-ai/wuerstchen": "v2", "warp-ai/wuerstchen-prior": "v2",
             "warp-ai/wuerstchen-prior-model-base": "v2-base",
             "warp-ai/wuerstchen-prior-model-finetuned": "v2-aesthetic"}
 # The image encoder has its own repository, 80 MB. The authors' decoder file of 6 GB also contains it.
-IMAGE_ENCODER = ("warp-ai/EfficientNetEncoder", "", STEM)
+IMAGE_ENCODER = ("warp-ai/EfficientNetEncoder", "")
 IMAGE_ENCODER_INSIDE = ("dome272/wuerstchen", "model_v2_stage_b.pt")
 # The files to read in a folder of weights, in addition to the weights.
 SMALL_FILES = ("config.json", "scheduler_config.json", "words.json", *TOKENIZER_FILES)
@@ -89,6 +90,7 @@ LORA_FILES = ("lora.safetensors", *(f"{stem}{suffix}" for stem in ("adapter_mode
 REFERENCE = re.compile(r"hub:([\w-][\w.-]*/[\w-][\w.-]*)(?:@(refs/\w+/\w+|[^/@]+))?(?:/(.*?))?/?")
 # Unsafe in file names: control characters, lone surrogates, and a Windows drive at the start.
 UNSAFE = re.compile("[\\0-\\x1f\\x7f-\\x9f\\ud800-\\udfff]|^[A-Za-z]:")
+NOT_CACHED = "is not in the cache {}, and --offline fetches nothing: run once without it"
 WAITS = (1, 3, 9)                        # seconds before a busy hub is asked again
 HASHES: dict[str, str] = {}              # {"path size time": sha256}, filled by hash_of
 LONGEST_WAIT = 300                       # seconds without a received byte, see limit_waits
@@ -104,21 +106,6 @@ def revision_of(repo: str, override: str | None, weights: str = "v2") -> str:
     return name if name and which in ("", repo) else REVISIONS.get(f"{repo} ({weights})", REVISIONS.get(repo, "main"))
 
 
-def choices(folder: str, stem: str | None, half: bool) -> list[list[str]]:
-    """Returns [[possible names of one file, best first], ...] for all files that one part needs."""
-    def inside(name: str) -> str:
-        return f"{folder}/{name}" if folder else name
-    if stem is None:
-        return [[inside(name)] for name in TOKENIZER_FILES]
-    if stem == "":
-        return [[folder]]
-    names = [f"{stem}{half_mark}{suffix}" for suffix in (".safetensors", ".bin")
-             for half_mark in ((".fp16", "") if half else ("", ".fp16"))]
-    if stem == "model":                      # transformers' .bin files are called pytorch_model
-        names = [name.replace("model", "pytorch_model") if name.endswith(".bin") else name for name in names]
-    return [[inside("config.json")], [inside(name) for name in names]]
-
-
 def fetch(name: str, parts: tuple[str, ...] = TEXT_TO_IMAGE, half: bool = False, offline: bool = False,
           revision: str | None = None) -> dict[str, Path]:
     """Fetches the parts of the weights called `name` -> {part: its folder or file in the cache}.
@@ -126,29 +113,33 @@ def fetch(name: str, parts: tuple[str, ...] = TEXT_TO_IMAGE, half: bool = False,
     parts: keys of V2, or "image_encoder". half: prefer weight files in float16. revision: overrides REVISIONS, see
     revision_of. Every problem raises WeightsError, with a message of one line.
     """
-    sources = {part: NAMES[name][part] for part in parts if part in NAMES[name]}
-    wanted = {}                                                     # {repository: the lists of choices()}
-    for repo, folder, stem in sources.values():
-        wanted.setdefault(repo, []).extend(choices(folder, stem, half))
-    chosen = {repo: choose(repo, revision_of(repo, revision, name), files, offline) for repo, files in wanted.items()}
-    extracted = own_cache() / "image_encoder"
-    extract = False
+    sources, chosen = {part: NAMES[name][part] for part in parts if part in NAMES[name]}, {}
+    opened = functools.cache(lambda repo: Repository(f"hub:{repo}", offline, revision_of(repo, revision, name)))
+
+    def choose(repo: str, path: str, half: bool) -> None:
+        names = opened(repo).files_of(path, half)
+        if not any(file.endswith((".safetensors", ".bin", ".pt", "tokenizer.json", "vocab.json")) for file in names):
+            raise WeightsError(f"{repo}: {path or STEM} {NOT_CACHED.format(cache_folder())}" if is_offline(offline)
+                               else f"{repo} at revision {opened(repo).revision} holds no {path or STEM}")
+        chosen.setdefault(repo, {}).update({file: opened(repo).files[file] for file in names})
+    for repo, path in sources.values():
+        choose(repo, path, half)
+    extracted, extract = own_cache() / "image_encoder", False
     if "image_encoder" in parts and "image_encoder" not in sources and not (extracted / "config.json").is_file():
-        repo, folder, stem = IMAGE_ENCODER
         try:
-            chosen[repo] = choose(repo, revision_of(repo, revision), choices(folder, stem, half=False), offline)
+            choose(*IMAGE_ENCODER, half=False)
             sources["image_encoder"] = IMAGE_ENCODER
         except WeightsError:                 # not on the hub or not in the cache: extract it from the big file
-            extract, (repo, file) = True, IMAGE_ENCODER_INSIDE
-            chosen[repo] = choose(repo, revision_of(repo, revision), [[file]], offline)
+            extract = True
+            choose(*IMAGE_ENCODER_INSIDE, half=False)
     announce([file for files in chosen.values() for file in files.values()])
-    snapshots = {repo: download(repo, revision_of(repo, revision, name), files) for repo, files in chosen.items()}
+    snapshots = {repo: download(repo, opened(repo).revision, files) for repo, files in chosen.items()}
     if extract:
         from loading.weights import extract_image_encoder
         repo, file = IMAGE_ENCODER_INSIDE
         extract_image_encoder(snapshots[repo] / file, extracted)
         tell(f"The image encoder is now in {extracted}; {snapshots[repo] / file} is no longer needed")
-    found = {part: snapshots[repo] / folder for part, (repo, folder, _) in sources.items()}
+    found = {part: snapshots[repo] / path for part, (repo, path) in sources.items()}
     return {"image_encoder": extracted} | found if "image_encoder" in parts else found
 
 
@@ -263,21 +254,6 @@ def patiently(call: Callable, progress: Callable[[], int] | None = None):
                 raise
             tell(f"{first_line(error)}: trying again in {waits[0]} s")
             time.sleep(waits.pop(0))
-
-
-def choose(repo: str, revision: str, files: list[list[str]], offline: bool) -> dict[str, File]:
-    """Returns {name: File} of the files to fetch: from each inner list of names, the first name that exists."""
-    there = list_files(repo, revision, offline)
-    chosen = {}
-    for options in files:
-        name = next((name for name in options if name in there), None)
-        if name is not None:
-            chosen[name] = there[name]
-        elif Path(options[0]).name not in TOKENIZER_FILES:          # a tokenizer does not need all its files
-            raise WeightsError(f"{repo}: {options[0]} is not in the cache {cache_folder()}, and --offline fetches "
-                               f"nothing: run once without it" if is_offline(offline)
-                               else f"{repo} at revision {revision} holds no {options[0]}")
-    return chosen
 
 
 def download(repo: str, revision: str, files: dict[str, File]) -> Path:
@@ -419,11 +395,10 @@ class Repository:
         self.files = list_files(self.repo, self.revision, offline)
         self.is_file = self.path in self.files
         self.folder = self.path.rpartition("/")[0] if self.is_file else self.path        # `names` are relative to it
-        start = f"{self.folder}/" if self.folder else ""
-        self.names = [name.removeprefix(start) for name in self.files if name.startswith(start)]
+        self.start = f"{self.folder}/" if self.folder else ""
+        self.names = [name.removeprefix(self.start) for name in self.files if name.startswith(self.start)]
         if not self.files and is_offline(offline):
-            raise WeightsError(f"{reference} is not in the cache {cache_folder()}, and --offline fetches nothing: run "
-                               "once without it")
+            raise WeightsError(f"{reference} {NOT_CACHED.format(cache_folder())}")
         if not self.names:
             raise WeightsError(f"{self.repo} at revision {self.revision} holds no {self.path or 'files'}: "
                                f"found {some(self.files)}")
@@ -443,8 +418,7 @@ class Repository:
 
     def fetch(self, names: list[str]) -> Path:
         """Fetches files -> their folder in the cache. If `names` has an index of shards, also fetches the shards."""
-        start = f"{self.folder}/" if self.folder else ""
-        files = [start + name for name in dict.fromkeys(names)]
+        files = [self.start + name for name in dict.fromkeys(names)]
         if not files:
             raise WeightsError(f"{self.reference} holds nothing that is needed: found {some(self.names)}")
         if indexes := [file for file in files if ".index." in file]:
