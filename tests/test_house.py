@@ -229,5 +229,6 @@ def test_where_there_is_nothing_to_run_nothing_happens(file):
     defines = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
     others = [node for node in TREES[file].body if not isinstance(node, defines)]
     assert ast.get_docstring(TREES[file]) and others.pop(0) is TREES[file].body[0]
-    allowed = ("if __name__ == '__main__':\n    raise SystemExit", "if TYPE_CHECKING:", "try:\n    import fcntl", "library.")
+    allowed = ("if __name__ == '__main__':\n    raise SystemExit", "if TYPE_CHECKING:", "try:\n    import fcntl",
+               "library.")
     assert not [ast.unparse(node) for node in others if not ast.unparse(node).startswith(allowed)]
