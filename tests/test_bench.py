@@ -40,15 +40,22 @@ def test_runs_are_taken_in_turns_after_one_to_warm_up():
     assert order == list("abababab") and [len(values) for values in seconds.values()] == [3, 3]
 
 
-@pytest.mark.parametrize("goal, value, met", [(("at least", 1.4), 1.4, "yes"), (("at least", 1.4), 1.39, "**no**"),
+@pytest.mark.parametrize("goal, value, met", [(("at least", 1.4), 1.4, "yes"), (("at least", 1.4), 1.39, "no"),
                                               (("at most", 0.3), 0.3, "yes"),
-                                              (("at most", 0.3), 0.31, "**no**"),
-                                              (("at least", 1.4), math.nan, "**no**")])
+                                              (("at most", 0.3), 0.31, "no"),
+                                              (("at least", 1.4), math.nan, "no"),
+                                              (("floor at least", 0.9), 2.0, "no")])
 def test_a_goal_is_met_or_not(goal, value, met, monkeypatch):
     """Without diffusers some figures are NaN, which meets no goal."""
     monkeypatch.setitem(GOALS, ("Start", "x"), goal)
     assert verdict("Start", Row("x", "", "", value)) == (f"{goal[0]} {goal[1]}", met)
     assert verdict("Memory", Row("x", "", "", value)) == ("", "")
+
+
+def test_a_goal_for_the_floor_is_met_by_the_floor():
+    """0.91 of our time are products: a goal of 0.9 is met, however slow the other program is."""
+    assert verdict("Official size", Row("Stage A decode", "", "", 3.0, floor=0.91)) == ("floor at least 0.9", "yes")
+    assert verdict("Official size", Row("Stage A decode", "", "", 0.1, floor=0.89))[1] == "no"
 
 
 def test_a_goal_without_a_row_is_reported():
@@ -60,13 +67,15 @@ def test_a_goal_without_a_row_is_reported():
 
 
 def test_a_table_shows_goal_result_and_ratio():
-    rows = [Row("Stage A decode", "10 ms", "15 ms, diffusers", 1.5, "more"),
+    rows = [Row("Stage A decode", "10 ms", "15 ms, diffusers", 0.667, "more", 0.8),
             Row("largest deviation from diffusers", "3e-07", "", 3e-7), Row("other", "1 s", "", math.nan)]
     lines = table("Official size", rows, "A note.").splitlines()
-    assert lines[2:] == ["| Stage A decode | 10 ms | 15 ms, diffusers | 1.50 | at least 1.7 | **no** | more |",
-                         "| largest deviation from diffusers | 3e-07 |  | 3.0e-07 | at most 1e-05 | yes |  |",
-                         "| other | 1 s |  |  |  |  |  |", "", "A note.", "", lines[-1]]
+    assert lines[2:] == ["| Stage A decode | 10 ms | 15 ms, diffusers | 0.67 | 0.80 | floor at least 0.9 | no | more |",
+                         "| largest deviation from diffusers | 3e-07 |  | 3.0e-07 |  | at most 1e-05 | yes |  |",
+                         "| other | 1 s |  |  |  |  |  |  |", "", "A note.", "", lines[-1]]
     assert len({line.count("|") for line in lines[:5]}) == 1
+    without = table("Official size", rows[1:]).splitlines()
+    assert "floor" not in without[0] and {line.count("|") for line in without[:4]} == {8}
 
 
 def test_a_section_is_replaced_and_the_others_stay():
@@ -131,9 +140,11 @@ def test_products_of_a_training_step_include_the_way_back():
 
 
 def test_a_training_step_reports_the_time_of_its_products():
-    plain, blocks = (training_steps(Run("ours", False, how), 1, 128, 1, "cpu", 64, steps=2) for how in (None, "blocks"))
+    plain, blocks, half = (training_steps(Run("ours", False, *how), 1, 128, 1, "cpu", 64, steps=2)
+                           for how in ((None,), ("blocks",), (None, True)))
     assert plain["products"] > 0 and blocks["products"] is None
     assert plain["loss"] == pytest.approx(blocks["loss"], rel=1e-6)
+    assert half["loss"] == pytest.approx(plain["loss"], rel=1e-2) and half["size"] < 0.6 * plain["size"]
 
 
 def test_an_image_is_29_steps_of_c_12_of_b_and_a_decoding():
@@ -145,9 +156,9 @@ def test_an_image_is_29_steps_of_c_12_of_b_and_a_decoding():
              "Stage A decode": Measured(3, 6, 10 ** 9)}
     rows = {row.what: row.ratio for row in whole_images(found, 1, peak=10)}
     ours, theirs, fast, their_fast = 29 + 24 + 3, 58 + 48 + 6, 14.5 + 12 + 3, 29 + 36 + 6
-    assert rows == {"whole image, added up": theirs / ours, "whole image, added up, plain": theirs / (9 * 41 + 3),
-                    "an image, compiled, seconds": fast, "an image, compiled, next to diffusers": theirs / fast,
-                    "an image, compiled, next to diffusers compiled": their_fast / fast,
+    assert rows == {"whole image, added up": ours / theirs, "whole image, added up, plain": (9 * 41 + 3) / theirs,
+                    "an image, compiled, seconds": fast, "an image, compiled, next to diffusers": fast / theirs,
+                    "an image, compiled, next to diffusers compiled": fast / their_fast,
                     "an image, compiled, share of the peak": pytest.approx(42 / fast / 10)}
     four = {f"{title}, 4 images": value for title, value in found.items() if not title.endswith(("compiled", "plain"))}
     assert [row.what for row in whole_images(four, 4, 10)] == ["whole image, added up, 4 images"]
@@ -161,7 +172,7 @@ def test_the_networks_of_the_tiny_weights_are_measured(tmp_path):
     text = (tmp_path / "b.md").read_text()
     assert all(f"| {what} |" in text for what in (
         "Stage C step", "Stage C step, plain", "Stage C step, unguided", "Stage B step", "Stage B step, plain",
-        "Stage A decode", "Stage A decode, plain", "16 images in a batch, per second"))
+        "Stage A decode", "Stage A decode, plain", "an image in a batch of 16, seconds"))
     assert "not measured" not in text
     fast, plain = (float(re.search(rf"\| {what} \|.* ([\d.]+) GFLOP,", text)[1])
                    for what in ("Stage B step", "Stage B step, plain"))
@@ -185,13 +196,15 @@ def test_the_official_measurement_runs_at_any_size(options, tmp_path, monkeypatc
                 str(tmp_path / "b.md"), *options.split()])
     text = (tmp_path / "b.md").read_text()
     assert "## Official size" in text and "**Not the official size: 128 px, depth 1.**" in text
-    assert "| Stage C step, only its products |" in text
+    assert re.search(r"\| Stage C step \|.*; products alone [\d.]+ ms, [\d.]+ of diffusers \|", text)
     if "bf16" in options:
         assert all(what in text for what in ("bfloat16", "| Stage B step, compiled, 2 images |",
                                              "| Stage C step, compiled, next to eager |", "| Stage C step, plain |",
                                              "an image of 2, compiled, share of the peak"))
     else:
-        assert "| Stage B step, int8 |" in text and "| Stage B step, compiled |" not in text
+        assert all(f"| {what} |" in text for what in (
+            "Stage B step, int8", "Stage A decode, bf16", "whole image, added up, bf16", "whole image, added up, int8",
+            "whole image, added up, bf16, next to diffusers in bf16")) and "| Stage B step, compiled |" not in text
         assert "plain" not in text.split("## Official size")[1]
         assert "On a GPU the same command writes a section of its own. Its goals: an image, compiled, seconds " \
                "(at most 0.35); " in text
@@ -205,10 +218,10 @@ def test_an_epoch_is_added_up_from_its_parts(monkeypatch):
     monkeypatch.setattr(training, "in_own_process", lambda function, *args: seconds[function.__name__])
     args = bench.parse_args(["--epoch", "--device", "cpu", "--repeats", "1"])
     _, rows, note = training.measure_epoch(args)
-    assert [(row.what, row.ours, row.ratio) for row in rows] == [("200 images, LoRA, `--cache`", "100 s", 1.25),
+    assert [(row.what, row.ours, row.ratio) for row in rows] == [("200 images, LoRA, `--cache`", "100 s", 0.8),
                                                                  ("reading a batch, 2 workers", "0.250 s", 0.1)]
     assert rows[0].other == "125 s, without" and "768 px, batch 4, image files of 1024 px" in note
-    assert {what for section, what in GOALS if section == "Epoch"} == {row.what for row in rows}
+    assert {what for section, what in GOALS if section == "Epoch"} <= {row.what for row in rows}
 
 
 def test_reading_is_that_of_the_training_loop(monkeypatch):

@@ -83,8 +83,7 @@ def training(at: SimpleNamespace) -> Iterator[tuple[str, Row]]:
         for full in (False, True):
             if at.device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            with torch.autocast(at.device, torch.bfloat16):
-                found = training_steps(Run("ours", full, None), at.depth, side, batch, at.device, at.width)
+            found = training_steps(Run("ours", full, None, True), at.depth, side, batch, at.device, at.width)
             yield "GPU", Row(f"{'full' if full else 'LoRA'} step, {side} px, batch {batch}",
                              f"{found['seconds']:.3f} s", "", float("nan"),
                              f"{found['peak']:.1f} GB at the peak; its products take {found['products']:.3f} s")
@@ -185,10 +184,9 @@ def check_all(do: Callable, device: str) -> int:
         except (KeyError, TypeError, ValueError):        # a part failed, or diffusers is not installed
             problems.append(f"a whole image, batch {n}: one of its networks was not measured next to diffusers")
     for section, of_section in rows.items():
-        note = "Ratios: how many times as fast." if section == "GPU" else ""
         failed = "".join(f"\n- Not measured: {problem}" for problem in problems) if section == "GPU" else ""
         print(f"## {section}\n\n`python -m tools.gpu_check`, {machine(device)}.\n\n"
-              f"{table(section, of_section, note)}{failed}\n", flush=True)
+              f"{table(section, of_section)}{failed}\n", flush=True)
     differs = any("no" in verdict("GPU equality", row)[1] for row in rows["GPU equality"])
     return int(bool(problems) or differs)
 

@@ -1,11 +1,7 @@
 """Measures this code on this machine, compares it with other code, and writes BENCHMARKS.md.
 
   python -m tools.bench                                  # the bundled weights: start and networks, a few minutes
-  python -m tools.bench --repeats 9 --skip-start         # only the networks
-  python -m tools.bench --weights PATH --side 128        # other weights, images smaller than their default
-  python -m tools.bench --official                       # official size; 9 GB, half an hour on 2 cores
-  python -m tools.bench --official --no-compile          # without torch.compile, which needs a C++ compiler on a CPU
-  python -m tools.bench --official --plain               # also the plain networks of the stage files
+  python -m tools.bench --official                       # official size; 9 GB, half an hour on 2 cores, or --no-compile
   python -m tools.bench --memory                         # 7 GB of disk, some minutes
   python -m tools.bench --training --repeats 1           # 12 GB of memory, 10 minutes for the LoRA alone
   python -m tools.bench --training --side 1024 --batch 1 --depth 8 --repeats 1     # a quarter of the blocks
@@ -19,7 +15,8 @@ networks   one step of Stage C (guided: batch 2), one of Stage B (batch 1), one 
 
 Our networks run as `Wuerstchen.load` sets them up by default, in their fast form (speed/fast.py).
 Compared calls run in turns, A B A B ..., so that a slow phase of the machine slows both. Times are medians; a ratio
-is the median of the ratios of neighbouring runs. Each command replaces only its own sections of the file.
+is ours over theirs, the median of neighbouring runs: below 1 is faster, or less memory. The floor is the share of our
+time that matrix products and attention take by themselves. Each command replaces only its own sections of the file.
 Operations are those that torch counts in products and convolutions. The peak is the speed of one large matrix product
 in the same dtype, measured in turns with the networks. No figure fails a test, because figures depend on the machine.
 Needs: what wuerstchen.py needs; diffusers and peft for the comparisons.
@@ -46,8 +43,8 @@ QUESTIONS = {
              "and the encoders; and whether two workers read fast enough",
     "int8": "the weights at official size in int8, and how many of 4 x 256 images tiny/evaluate.py finds right, next "
             "to float32 with the same noise",
-    "official": "networks of official size with random weights at 1024 px; also compiled and in int8; and how much of "
-                "the time matrix products and attention take by themselves",
+    "official": "networks of official size with random weights at 1024 px; also compiled, in bfloat16 and in int8; and "
+                "how much of the time matrix products and attention take by themselves",
 }
 
 

@@ -1,4 +1,5 @@
 """Measuring for the benchmark: runs actions in turns and functions in fresh processes, compares networks."""
+import math
 import multiprocessing
 import time
 from collections.abc import Callable, Hashable
@@ -155,20 +156,19 @@ def compare(calls: dict[str, Call], repeats: int, device: str, dtype=torch.float
 def rows_of(what: str, call: Call, found: Measured, seconds: dict[Hashable, list[float]], alone: list[float] | None,
             peak: float) -> list[Row]:
     """Returns the rows of one call. alone: the seconds of its products by themselves; peak: GFLOP/s."""
-    def ms(values: list[float]) -> str:
-        return f"{1000 * median(values):.2f} ms"
+    def text(values: list[float]) -> str:
+        return f"{median(values):.2f} s" if median(values) >= 1 else f"{1000 * median(values):.2f} ms"
     ours, theirs, speed, more = seconds[call.ours], seconds.get(call.theirs), found.flops / found.ours / 1e9, []
-    if "int8" not in what:                               # torch does not count int8 products
+    if "int8" not in what and "bf16" not in what:        # int8 products are not counted; the peak is another dtype's
         more.append(f"{found.flops / 1e9:.4g} GFLOP, {speed:.0f} GFLOP/s, {speed / peak:.0%} of the peak")
     if theirs:
         more.append(f"differs by {found.difference:.0e}, L2 {found.l2:.0e}")
-    rows = [Row(what, ms(ours), f"{ms(theirs)}, diffusers" if theirs else "",
-                ratio(theirs, ours) if theirs else float("nan"), "; ".join(more))]
+    if alone:
+        more.append(f"products alone {text(alone)}" + (f", {ratio(alone, theirs):.2f} of diffusers" if theirs else ""))
+    rows = [Row(what, text(ours), f"{text(theirs)}, diffusers" if theirs else "",
+                ratio(ours, theirs) if theirs else math.nan, "; ".join(more),
+                ratio(alone, ours) if alone else math.nan)]
     if call.eager:
         eager = seconds[call.eager]
-        rows.append(Row(f"{what}, next to eager", ms(ours), ms(eager), ratio(eager, ours)))
-    if alone:
-        limit = f"; without the rest {ratio(theirs, alone):.2f} times as fast as diffusers" if theirs else ""
-        rows.append(Row(f"{what}, only its products", ms(ours), ms(alone), ratio(alone, ours),
-                        f"share of the time that matrix products and attention take by themselves{limit}"))
+        rows.append(Row(f"{what}, next to eager", text(ours), text(eager), ratio(ours, eager)))
     return rows

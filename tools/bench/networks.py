@@ -23,8 +23,8 @@ def measure(args) -> tuple[str, list[Row], str]:
     rows, _, peak = compare(calls_of(model, theirs, args), args.repeats, args.device, times=args.calls)
     seconds = median(in_turns({"batch": lambda: model(PROMPT, num_images=16, width=args.side, height=args.side)},
                               args.repeats)["batch"])
-    rows.append(Row("16 images in a batch, per second", f"{seconds:.2f} s", "", 16 / seconds))
-    return "Networks", rows, (f"Ratios: how many times as fast. Weights: {args.weights}. Peak {peak:.0f} GFLOP/s."
+    rows.append(Row("an image in a batch of 16, seconds", f"{seconds:.2f} s for all", "", seconds / 16))
+    return "Networks", rows, (f"Weights: {args.weights}. Peak {peak:.0f} GFLOP/s."
                               + " diffusers is not installed, so there is no comparison with it." * (not theirs))
 
 
@@ -49,10 +49,8 @@ def step_calls(title: str, suffix: str, args, networks: tuple[nn.Module, nn.Modu
     and diffusers' or None."""
     (ours, theirs), t = networks, torch.full((len(x),), 0.5, device=args.device)
     other = theirs and partial(theirs, x, t.to(x.dtype), *conditions)
-    calls = {title + suffix: Call(partial(fast, x, t), other, args.official)}
-    if args.plain:
-        calls[f"{title}, plain{suffix}"] = Call(partial(ours, x, t, *conditions), other)
-    return calls
+    plain = {f"{title}, plain{suffix}": Call(partial(ours, x, t, *conditions), other)} if args.plain else {}
+    return {title + suffix: Call(partial(fast, x, t), other, args.official)} | plain
 
 
 def decode_calls(suffix: str, args, networks: tuple[nn.Module, nn.Module | None], fast: Callable,
@@ -60,7 +58,5 @@ def decode_calls(suffix: str, args, networks: tuple[nn.Module, nn.Module | None]
     """Like step_calls, but for a decoding by Stage A."""
     ours, theirs = networks
     other = theirs and (lambda: theirs.decode(x * ours.scale_factor).sample)
-    calls = {f"Stage A decode{suffix}": Call(partial(fast, x), other, args.official)}
-    if args.plain:
-        calls[f"Stage A decode, plain{suffix}"] = Call(partial(ours.decode, x), other)
-    return calls
+    plain = {f"Stage A decode, plain{suffix}": Call(partial(ours.decode, x), other)} if args.plain else {}
+    return {f"Stage A decode{suffix}": Call(partial(fast, x), other, args.official)} | plain

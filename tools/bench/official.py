@@ -1,7 +1,7 @@
 """Measures networks of official size with random weights: each call, compared with diffusers, and a whole image."""
 import gc
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from statistics import median
 
@@ -29,31 +29,25 @@ def measure(args) -> tuple[str, list[Row], str]:
     gpu, rows, found, peaks = args.device.startswith("cuda"), [], {}, []
     args.dtype, args.side = args.dtype or ("bf16" if gpu else "fp32"), args.side or 1024
     args.pictures, args.calls = args.pictures or ([1, 4, 8] if gpu else [1]), args.calls if gpu else 1
-    for calls in all_calls(args):
-        new_rows, new, peak = compare(calls, args.repeats, args.device, getattr(torch, DTYPES[args.dtype]),
-                                      args.calls)
+    for title in STEPS:                                  # only one network at a time is in memory
+        new_rows, new, peak = compare(calls_of_stage(title, args), args.repeats, args.device,
+                                      getattr(torch, DTYPES[args.dtype]), args.calls)
+        gc.collect()
         print("\n".join(" ".join(map(str, row)) for row in new_rows), file=sys.stderr, flush=True)   # shows progress
         rows, found, peaks = rows + new_rows, found | new, peaks + [peak]
-        del calls
     if args.dtype == "fp32":
-        for title, is_int8, field in (("largest deviation from diffusers", False, "difference"),
-                                      ("error of int8, relative L2", True, "l2")):
-            values = [getattr(call, field) for what, call in found.items() if ("int8" in what) == is_int8]
+        for title, form, field in (("largest deviation from diffusers", "", "difference"),
+                                   ("error of int8, relative L2", "int8", "l2")):
+            values = [getattr(call, field) for what, call in found.items()
+                      if form == next((form for form in ("int8", "bf16") if form in what), "")]
             rows += [Row(title, f"{max(values):.0e}", "", max(values))] if values else []
     rows += [row for n in args.pictures for row in whole_images(found, n, median(peaks))]
-    note = f"Ratios: how many times as fast, {DTYPES[args.dtype]}, {args.side} px. Peak {median(peaks):.0f} GFLOP/s."
+    note = f"{DTYPES[args.dtype]}, {args.side} px. Peak {median(peaks):.0f} GFLOP/s."
     if (args.side, args.depth) != (1024, 32):
         note += f" **Not the official size: {args.side} px, depth {args.depth}.**"
     if not gpu:
         note += f"\n\nOn a GPU the same command writes a section of its own. Its goals: {'; '.join(goals_of('GPU'))}."
     return "GPU" if gpu else "Official size", rows, note
-
-
-def all_calls(args) -> Iterator[dict[str, Call]]:
-    """Yields the calls of Stage C, then of Stage B, then of Stage A. Only one network at a time is in memory."""
-    for title in STEPS:
-        yield calls_of_stage(title, args)
-        gc.collect()
 
 
 def calls_of_stage(title: str, args, small: dict | None = None) -> dict[str, Call]:
@@ -62,8 +56,8 @@ def calls_of_stage(title: str, args, small: dict | None = None) -> dict[str, Cal
     random = noise(args.device, dtype)
     blocks = tuple(max(1, n * args.depth // 32) for n in (4, 4, 14, 4))
 
-    def pair(stage: type, part: str, **config) -> tuple[nn.Module, nn.Module]:
-        return random_pair(stage, part, config | (small or {}).get(part, {}), args.device, dtype)
+    def pair(stage: type, part: str, **config) -> Callable[..., tuple[nn.Module, nn.Module]]:
+        return partial(random_pair, stage, part, config | (small or {}).get(part, {}), args.device)
     if title == "Stage C step":          # guided, so batch 2 per image
         return calls_of(title, args, bind_c, step_c, lambda n: (random(2 * n, 16, *size_c), random(2 * n, 77, 1280)),
                         pair(StageC, "prior", depth=args.depth))
@@ -71,27 +65,39 @@ def calls_of_stage(title: str, args, small: dict | None = None) -> dict[str, Cal
         return calls_of(title, args, bind_b, step_b, lambda n: (
             random(n, 4, *size_b), random(n, 16, *size_c) * 42 - 1, random(n, 77, 1024)),
             pair(StageB, "decoder", blocks=blocks))
-    networks = pair(StageA, "vqgan")
-    fast = partial(decode, networks[0])
-    calls = [decode_calls(suffix_of(n), args, networks, fast, random(n, 4, *size_b)) for n in args.pictures]
-    return {name: call for some in calls for name, call in some.items()}
+    calls, build = {}, pair(StageA, "vqgan")
+    for form, dtype in forms_of(args).items():
+        networks = build(dtype)
+        for n in args.pictures:
+            calls |= decode_calls(form + suffix_of(n), args, networks, partial(decode, networks[0]),
+                                  random(n, 4, *size_b).to(dtype))
+    return calls
+
+
+def forms_of(args) -> dict[str, torch.dtype]:
+    """What to measure: args.dtype; if that is float32 on a CPU, also bfloat16."""
+    more = {", bf16": torch.bfloat16} if args.device == "cpu" and args.dtype == "fp32" else {}
+    return {"": getattr(torch, DTYPES[args.dtype])} | more
 
 
 @torch.no_grad()
 def calls_of(title: str, args, bind: Callable, step: Callable, inputs: Callable[[int], tuple],
-             pair: tuple[nn.Module, nn.Module]) -> dict[str, Call]:
+             build: Callable[..., tuple[nn.Module, nn.Module]]) -> dict[str, Call]:
     """Returns {name: Call} of Stage C or B, in all forms to measure. bind, step: see speed/fast.py.
-    inputs(n): x_t and conditions for n images. pair: (our network, diffusers' network)."""
+    inputs(n): x_t and conditions for n images. build(dtype) -> (our network, diffusers' network)."""
     def compiled(function: Callable) -> Callable:
         mode = dict(mode="reduce-overhead") if args.device.startswith("cuda") else {}
         return torch.compile(function, dynamic=False, **mode)
-    ours, theirs = pair
+    forms = {form: (dtype, build(dtype)) for form, dtype in forms_of(args).items()}
+    ours, theirs = forms[""][1]
     calls, step_compiled, theirs_compiled = {}, compiled(step), compiled(theirs)
-    ours_in_int8 = int8_copy(ours) if args.device == "cpu" and args.dtype == "fp32" else None
+    ours_in_int8 = int8_copy(ours) if len(forms) > 1 else None
     for n in args.pictures:
-        (x, *conditions), suffix = inputs(n), suffix_of(n)
-        calls |= step_calls(title, suffix, args, pair, bind(ours, *conditions), x, *conditions)
-        fast = calls[title + suffix]
+        suffix = suffix_of(n)
+        for form, (dtype, pair) in forms.items():
+            x, *conditions = (tensor.to(dtype) for tensor in inputs(n))
+            calls |= step_calls(title + form, suffix, args, pair, bind(pair[0], *conditions), x, *conditions)
+        fast, (_, *conditions) = calls[title + suffix], inputs(n)
         if args.compile:
             other = partial(theirs_compiled, *fast.theirs.args) if n == 1 else None      # once: it takes minutes
             calls[f"{title}, compiled{suffix}"] = Call(
@@ -109,19 +115,20 @@ def whole_images(found: dict[str, Measured], n: int, peak: float) -> list[Row]:
         return sum(count * getattr(call, field) for call, count in zip(calls, STEPS.values()))
     suffix, rows = suffix_of(n), []
     theirs = added("", "theirs")
-    for form in ("", ", plain"):
+    for form, their_form in (("", ""), (", plain", ""), (", int8", ""), (", bf16", ""), (", bf16", ", bf16")):
         if f"Stage C step{form}{suffix}" in found:
-            ours = added(form, "ours")
-            rows.append(Row(f"whole image, added up{form}{suffix}", f"{ours:.3g} s", f"{theirs:.3g} s, diffusers",
-                            theirs / ours, "29 guided steps of C, 12 unguided of B, one decoding"))
+            ours, other = added(form, "ours"), added(their_form, "theirs")
+            what = f"whole image, added up{form}{', next to diffusers in bf16' * bool(their_form)}{suffix}"
+            rows.append(Row(what, f"{ours:.3g} s", f"{other:.3g} s, diffusers", ours / other,
+                            "29 guided steps of C, 12 unguided of B, one decoding" * (form == "")))
     if f"Stage C step, compiled{suffix}" in found:
         ours = added(", compiled", "ours")
         what = "an image, compiled" if n == 1 else f"an image of {n}, compiled"
         rows += [Row(f"{what}, seconds", f"{ours / n:.3g} s", "", ours / n),
-                 Row(f"{what}, next to diffusers", f"{ours:.3g} s", f"{theirs:.3g} s", theirs / ours)]
+                 Row(f"{what}, next to diffusers", f"{ours:.3g} s", f"{theirs:.3g} s", ours / theirs)]
         if n == 1:
             compiled = added(", compiled", "theirs")
             rows.append(Row(f"{what}, next to diffusers compiled", f"{ours:.3g} s", f"{compiled:.3g} s",
-                            compiled / ours))
+                            ours / compiled))
         rows += [Row(f"{what}, share of the peak", "", "", added(", compiled", "flops") / ours / 1e9 / peak)]
     return rows

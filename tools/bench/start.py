@@ -7,8 +7,6 @@ from statistics import median
 from tools.bench.measure import in_turns, ratio
 from tools.bench.report import PROMPT, ROOT, Row
 
-IMPORTS = "import torch, tokenizers"
-
 
 def measure(args) -> tuple[str, list[Row]]:
     def program(*argv: str):
@@ -17,7 +15,8 @@ def measure(args) -> tuple[str, list[Row]]:
     with tempfile.TemporaryDirectory() as folder:
         command = [script, "--prompt", PROMPT, "--seed", "1", "--weights", args.weights, "--device", args.device,
                    "--out", folder, *size]
-        ours, imports, help = in_turns({"ours": lambda: program(*command), "imports": lambda: program("-c", IMPORTS),
+        ours, imports, help = in_turns({"ours": lambda: program(*command),
+                                        "imports": lambda: program("-c", "import torch, tokenizers"),
                                         "help": lambda: program(script, "--help")}, args.repeats).values()
     return "Start", [Row("start to PNG", f"{median(ours):.2f} s", f"{median(imports):.2f} s, imports only",
                          ratio(ours, imports)),

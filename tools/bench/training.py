@@ -2,6 +2,7 @@
 
 Each setting runs in its own process, with random weights. The settings run in turns.
 """
+import math
 import sys
 import tempfile
 import time
@@ -24,14 +25,16 @@ from tools.bench.report import PROMPT, Row
 
 class Run(NamedTuple):
     """A setting to measure. who: "ours" or "diffusers". full: train all of Stage C, not a LoRA of rank 8 on attention.
-    checkpointing: None, "blocks" or (only ours) "products"."""
+    checkpointing: None, "blocks" or (only ours) "products". bf16: ours as with train_c.py --dtype bf16."""
     who: str
     full: bool
     checkpointing: str | None
+    bf16: bool = False
 
 
-RUNS = [Run(who, full, how) for full in (False, True)
-        for who, hows in (("diffusers", (None, "blocks")), ("ours", (None, "products", "blocks"))) for how in hows]
+RUNS = [Run(*run) for full in (False, True) for run in (
+    ("diffusers", full, None), ("diffusers", full, "blocks"), ("ours", full, None), ("ours", full, None, True),
+    ("ours", full, "products"), ("ours", full, "blocks"))]
 
 
 def measure(args) -> tuple[str, list[Row], str]:
@@ -46,31 +49,30 @@ def measure(args) -> tuple[str, list[Row], str]:
         if run.who == "ours":
             # diffusers has no counterpart of "products". Compare it with diffusers' step without checkpointing.
             how = "blocks" if run.checkpointing == "blocks" else None
-            rows += rows_of(run, results[run], results["diffusers", run.full, how])
+            rows += rows_of(run, results[run], results[Run("diffusers", run.full, how)])
     note = (f"One step of a LoRA of rank 8 on attention, Stage C of depth {depths[False]}, and one of all of Stage C, "
-            f"of depth {depths[True]}: {side} px, batch {args.batch}. Ratios: of time and of memory.")
+            f"of depth {depths[True]}: {side} px, batch {args.batch}.")
     return "Training at 1024 px" if side == 1024 else "Training", rows, note
 
 
 def rows_of(run: Run, ours: list[dict], theirs: list[dict]) -> list[Row]:
     """Returns the rows that compare a run of ours with its counterpart in diffusers."""
-    def both(key: str) -> tuple[list[float], list[float]]:
-        return tuple([result[key] for result in results] for results in (ours, theirs))
     title = ("full" if run.full else "LoRA") + f", `--checkpointing {run.checkpointing}`" * bool(run.checkpointing)
+    title += ", bf16" * run.bf16
     other = "diffusers" + " + peft" * (not run.full) + ", checkpointed" * (run.checkpointing == "blocks")
-    (seconds, their_seconds), (peak, their_peak) = both("seconds"), both("peak")
+    seconds, their_seconds, peak, their_peak = ([result[key] for result in results] for key in ("seconds", "peak")
+                                                for results in (ours, theirs))
     size = ours[0]["size"]
     least = f"weights, gradients and moments {4 * size:.2f}" if run.full else f"weights {size:.2f}"
-    rows = [Row(f"{title}, time", f"{median(seconds):.2f} s", f"{median(their_seconds):.2f} s, {other}",
-                ratio(seconds, their_seconds), f"losses {ours[0]['loss']:.6f} and {theirs[0]['loss']:.6f}"),
-            Row(f"{title}, memory", f"{median(peak):.2f} GB", f"{median(their_peak):.2f} GB, {other}",
-                ratio(peak, their_peak), f"of this {least} GB")]
+    more, floor = f"losses {ours[0]['loss']:.6f} and {theirs[0]['loss']:.6f}", math.nan
     if not run.checkpointing:
         products = [result["products"] for result in ours]
-        rows.append(Row(f"{title}, only its products", rows[0].ours, f"{median(products):.2f} s",
-                        ratio(products, seconds), "share of the time that matrix products and attention take by "
-                        f"themselves; without the rest {ratio(products, their_seconds):.2f} of diffusers' time"))
-    return rows
+        more += f"; products alone {median(products):.2f} s, {ratio(products, their_seconds):.2f} of diffusers"
+        floor = ratio(products, seconds)
+    return [Row(f"{title}, time", f"{median(seconds):.2f} s", f"{median(their_seconds):.2f} s, {other}",
+                ratio(seconds, their_seconds), more, floor),
+            Row(f"{title}, memory", f"{median(peak):.2f} GB", f"{median(their_peak):.2f} GB, {other}",
+                ratio(peak, their_peak), f"of this {least} GB")]
 
 
 def measure_epoch(args) -> tuple[str, list[Row], str]:
@@ -82,7 +84,7 @@ def measure_epoch(args) -> tuple[str, list[Row], str]:
                       in_own_process(reading, side, args.batch)))
     step, more, read = (median(values) for values in zip(*found))
     rows = [Row("200 images, LoRA, `--cache`", f"{steps * step:.0f} s", f"{steps * (step + more):.0f} s, without",
-                (step + more) / step, f"the image encoder and CLIP take {more:.2f} s of a step of {step + more:.2f} s, "
+                step / (step + more), f"the image encoder and CLIP take {more:.2f} s of a step of {step + more:.2f} s, "
                 "which is all that a cache can save"),
             Row("reading a batch, 2 workers", f"{read:.3f} s", f"{step + more:.2f} s, a step without a cache",
                 read / (step + more))]
@@ -114,11 +116,15 @@ def training_steps(run: Run, depth: int, side: int, batch: int, device: str, wid
 
     def noise(*shape: int):
         return torch.randn(shape, generator=generator, device=device)
+
+    def loss_of(x_t, t, text, eps) -> torch.Tensor:
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=run.bf16):
+            return (model(x_t, t, text).float() - eps).square().mean()
     for _ in range(steps):
         x_t, eps = noise(*shape), noise(*shape)
         t, text = torch.rand(batch, generator=generator, device=device), noise(batch, 77, 1280)
         start = time.perf_counter()
-        loss = (model(x_t, t, text) - eps).square().mean()
+        loss = loss_of(x_t, t, text, eps)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -127,7 +133,7 @@ def training_steps(run: Run, depth: int, side: int, batch: int, device: str, wid
         seconds.append(time.perf_counter() - start)
     peak, products = peak_memory(device, before), None
     if run.who == "ours" and not run.checkpointing:
-        alone = products_of(lambda: (model(x_t, t, text) - eps).square().mean().backward())
+        alone = products_of(lambda: loss_of(x_t, t, text, eps).backward())
         products = seconds_of(alone, device)
     return dict(seconds=median(seconds[1:]), products=products, loss=losses[0], peak=peak / 1e9,
                 size=sum(p.nbytes for p in model.parameters()) / 1e9)
@@ -136,7 +142,9 @@ def training_steps(run: Run, depth: int, side: int, batch: int, device: str, wid
 def build(run: Run, depth: int, device: str, width: int) -> nn.Module:
     """Builds our Stage C or diffusers', prepared for a run. Without dropout, so that both compute the same."""
     config = dict(c_in=16, c=width, c_cond=1280, c_timestep=64, depth=depth, heads=width // 64, dropout=0.0)
-    ours, theirs = random_pair(StageC, "prior", config, device)
+    # Like train_c.py: weights that a LoRA leaves as they are have the dtype of autocast.
+    ours, theirs = random_pair(StageC, "prior", config, device,
+                               torch.bfloat16 if run.bf16 and not run.full else torch.float32)
     model = ours if run.who == "ours" else theirs
     if run.full:
         model.requires_grad_(True)
