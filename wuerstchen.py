@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 LATENT_SHIFT, LATENT_SCALE = 1.0, 42.0     # fixed by the released weights
-S = torch.tensor(0.008)                    # of the noise schedule; float32, as in training
+S = torch.tensor(0.008, device="cpu")      # of the noise schedule; float32, as in training
 START = torch.cos(S / (1 + S) * torch.pi * 0.5) ** 2
 
 

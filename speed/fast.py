@@ -8,7 +8,7 @@ The stage files are written to be read. A sampler calls a network 10 to 60 times
   block, and the products of the semantic latents in Stage B, which are 18 % of a step's multiplications;
 - inputs are not concatenated: W [x; y] = W_x x + W_y y, where W_x and W_y are columns of W;
 - a GPU launches fewer kernels, because a launch takes longer than a small operation: query, key and value are one
-  product, stored next to the text's keys and values; the scales and shifts of all blocks are one (untried on a GPU);
+  product, stored next to the text's keys and values; scales and shifts of all blocks and steps are one (untried there);
 - on a CPU, where allocation takes time, wide activations are computed in place, and Stage A in bands of rows.
 
 bind_c, bind_b and bind_b_v1 return functions for one sampling, which run the blocks of the network. They call its
@@ -99,23 +99,29 @@ def attend(block: AttentionBlock, x: Tensor, kv: tuple) -> Tensor:
     return x + block.out(h.transpose(1, 2).flatten(2)).view_as(x)                        # (B, H, W, C)
 
 
-def all_mappers(blocks: list[TimestepBlock], lean: bool) -> tuple | None:
-    """Joins the mappers of all blocks -> (weight, bias, widths of the blocks), or None if it does not join them. The
-    weight's first rows compute all scales, the others all shifts."""
+def all_mappers(network: nn.Module, blocks: list[TimestepBlock], lean: bool, levels: Tensor | None) -> tuple | None:
+    """Joins the mappers of all blocks -> (a function t (B,) -> all scales, then all shifts; widths of the blocks), or
+    None if it does not join them. levels: all noise levels of the sampling, if known: then one product computes all."""
     layers = [block.mapper for block in blocks]
     if not lean or any(type(layer) is not nn.Linear for layer in layers):
         return None
     weight, bias = (torch.cat([half for i in (0, 1) for layer in layers
                                for half in getattr(layer, name).chunk(2)[i:i + 1]]) for name in ("weight", "bias"))
-    return weight, bias, [layer.out_features // 2 for layer in layers]
+
+    def joint(t: Tensor) -> Tensor:
+        return F.linear(timestep_embedding(t, network.c_timestep).to(weight.dtype), weight, bias)
+    widths, rising = [layer.out_features // 2 for layer in layers], None if levels is None else levels.flip(0)
+    table = None if levels is None else joint(rising)                                    # (levels, all scales + shifts)
+    return joint if levels is None else lambda t: table[torch.searchsorted(rising, t)], widths
 
 
-def all_scales(blocks: list[TimestepBlock], mappers: tuple | None, t_embedding: Tensor) -> list[Callable]:
-    """Returns for each block a function x (B,H,W,C) -> block(x, t_embedding). mappers: from all_mappers."""
+def all_scales(network: nn.Module, blocks: list[TimestepBlock], mappers: tuple | None, t: Tensor, dtype) -> list:
+    """Returns for each block a function x (B,H,W,C) -> block(x, embedding of t). mappers: from all_mappers."""
     if mappers is None:
+        t_embedding = timestep_embedding(t, network.c_timestep).to(dtype)                # (B, c_timestep)
         return [functools.partial(block, t_embedding=t_embedding) for block in blocks]
-    weight, bias, widths = mappers
-    scales, shifts = F.linear(t_embedding, weight, bias)[:, None, None].chunk(2, dim=-1)
+    joint, widths = mappers
+    scales, shifts = joint(t)[:, None, None].chunk(2, dim=-1)
     pairs = zip((scales + 1).split(widths, dim=-1), shifts.split(widths, dim=-1))        # 2 x (B, 1, 1, C_i) each
     return [lambda x, scale=scale, shift=shift: torch.addcmul(shift, x, scale) for scale, shift in pairs]
 
@@ -207,12 +213,14 @@ def at_fixed(fixed: dict, prepared: tuple) -> tuple:
 
 # ----- Stage C ---------------------------------------------------------------------------------------
 
-def bind_c(network: StageC, text: Tensor, step: Callable | None = None) -> Callable[[Tensor, Tensor], Tensor]:
-    """Returns forward(x_t, t) = network(x_t, t, text) for one sampling. text (B,N,c_cond). step: a compiled step_c."""
+def bind_c(network: StageC, text: Tensor, step: Callable | None = None,
+           levels: Tensor | None = None) -> Callable[[Tensor, Tensor], Tensor]:
+    """Returns forward(x_t, t) = network(x_t, t, text) for one sampling. text (B,N,c_cond). step: a compiled step_c.
+    levels: the noise levels of the sampling, falling; each t must then be one of them."""
     def prepare(size: tuple[int, int]) -> tuple[list[tuple], tuple | None]:
         embedded = network.embed_text(text)                                              # (B, N, C)
         return ([text_kv(block, embedded, lean) for block in network.attention_blocks],
-                all_mappers(network.timestep_blocks, lean))
+                all_mappers(network, network.timestep_blocks, lean, levels))
     lean = step in (None, step_c) and few_launches(text.device)         # torch.compile joins kernels by itself
     return bind(network, step or step_c, prepare)
 
@@ -220,10 +228,9 @@ def bind_c(network: StageC, text: Tensor, step: Callable | None = None) -> Calla
 def step_c(network: StageC, x_t: Tensor, t: Tensor, prepared: tuple[list[tuple], tuple | None]) -> Tensor:
     """Computes StageC.forward. prepared: (results of text_kv for all attention blocks, result of all_mappers)."""
     dtype = next(network.parameters()).dtype
-    t_embedding = timestep_embedding(t, network.c_timestep).to(dtype)                    # (B, c_timestep)
     x = widen(network.embed(channels_last(x_t).to(dtype)))                               # (B, h, w, C)
     kvs, mappers = prepared
-    timesteps = all_scales(network.timestep_blocks, mappers, t_embedding)
+    timesteps = all_scales(network, network.timestep_blocks, mappers, t, dtype)
     for res, timestep, attention, kv in zip(network.res_blocks, timesteps, network.attention_blocks, kvs):
         x = attend(attention, timestep(res_block(res, x)), kv)                           # (B, h, w, C)
     a, b = channels_first(network.head(layer_norm(x, dtype))).to(x_t.dtype).chunk(2, dim=1)        # 2 x (B, 16, h, w)
@@ -233,17 +240,18 @@ def step_c(network: StageC, x_t: Tensor, t: Tensor, prepared: tuple[list[tuple],
 # ----- Stage B, of v2 and of v1 ----------------------------------------------------------------------
 
 def bind_b(network: StageB, semantic: Tensor, text: Tensor, step: Callable | None = None,
-           keep_shares: bool = True) -> Callable[[Tensor, Tensor], Tensor]:
-    """Returns forward(x_t, t) = network(x_t, t, semantic, text). semantic (B,16,h',w'), text (B,N,c_text).
+           keep_shares: bool = True, levels: Tensor | None = None) -> Callable[[Tensor, Tensor], Tensor]:
+    """Returns forward(x_t, t) = network(x_t, t, semantic, text). semantic (B,16,h',w'), text (B,N,c_text). levels: as
+    for bind_c.
 
     keep_shares: compute the products of the semantic latents only once. At 1024 px, they take 0.7 GB in float32.
     """
     def prepare(size: tuple[int, int]) -> tuple[list[tuple], tuple | None]:
         embedded = layer_norm(network.embed_text(text))                                  # (B, N, c_cond)
-        levels = [*enumerate(zip(network.down_blocks, network.semantic_down))]
-        levels += reversed([*enumerate(zip(network.up_blocks, network.semantic_up))])
+        parts = [*enumerate(zip(network.down_blocks, network.semantic_down))]
+        parts += reversed([*enumerate(zip(network.up_blocks, network.semantic_up))])
         prepared = []
-        for i, (blocks, mapper) in levels:
+        for i, (blocks, mapper) in parts:
             sides = tuple(side // network.patch_size // 2 ** i for side in size)
             condition = None if mapper is None else mapper(resize_semantic(semantic, sides))       # (B, H, W, c_cond)
             for block in blocks:
@@ -254,7 +262,7 @@ def bind_b(network: StageB, semantic: Tensor, text: Tensor, step: Callable | Non
                     if condition is not None and keep_shares and can_split(expand):
                         share = part(expand, condition, expand.in_features - condition.shape[-1])  # (B, H, W, 4C)
                     prepared.append((condition if share is None else None, share))
-        return prepared, all_mappers(timestep_blocks(network), lean)
+        return prepared, all_mappers(network, timestep_blocks(network), lean, levels)
     lean = step in (None, step_b) and few_launches(text.device)
     return bind(network, step or step_b, prepare)
 
@@ -277,7 +285,7 @@ def bind_b_v1(network: nn.Module, semantic: Tensor, text: Tensor,
         sequence = network.condition(semantic, text)                                     # (B, h'*w' + N, c_cond)
         blocks = (block for level in (*network.down_blocks, *reversed(network.up_blocks)) for block in level)
         return ([text_kv(block, sequence, lean) if isinstance(block, AttentionBlock) else () for block in blocks
-                 if not isinstance(block, TimestepBlock)], all_mappers(timestep_blocks(network), lean))
+                 if not isinstance(block, TimestepBlock)], all_mappers(network, timestep_blocks(network), lean, None))
     lean = step in (None, step_b_v1) and few_launches(text.device)
     return bind(network, step or step_b_v1, prepare)
 
@@ -294,9 +302,8 @@ def step_b_v1(network: nn.Module, tokens: Tensor, t: Tensor, prepared: tuple) ->
 def u_net(network: nn.Module, x: Tensor, t: Tensor, prepared: tuple) -> Tensor:
     """Runs all levels like signal_and_scale in stage_b.py: down, up, and the norm before the head.
     x (B,h/2,w/2,C0) -> (B,h/2,w/2,C0)."""
-    t_embedding = timestep_embedding(t, network.c_timestep).to(dtype := x.dtype)         # (B, c_timestep)
-    inputs, mappers, x = iter(prepared[0]), prepared[1], widen(x)
-    timesteps = iter(all_scales(timestep_blocks(network), mappers, t_embedding))
+    inputs, dtype, x = iter(prepared[0]), x.dtype, widen(x)
+    timesteps = iter(all_scales(network, timestep_blocks(network), prepared[1], t, dtype))
 
     def run_level(blocks: nn.ModuleList, x: Tensor, skip: Tensor | None = None) -> Tensor:
         for k, block in enumerate(blocks):
@@ -375,14 +382,19 @@ def accelerate(model, compile: bool = False, keep_shares: bool = True, offload: 
         for step in steps.values() if mode else ():
             step.fixed = {}
 
-    def bind_b_of_model(semantic: Tensor, text: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    def bind_b_of_model(semantic: Tensor, text: Tensor, levels=None) -> Callable[[Tensor, Tensor], Tensor]:
         network = model.part("stage_b")
         if type(network).__name__ == "StageBV1":           # compares the name: v1 imports this folder
             return bind_b_v1(network, semantic, text, steps["b_v1"])
-        return bind_b(network, semantic, text, steps["b"], keep_shares)
+        return bind_b(network, semantic, text, steps["b"], keep_shares, levels)
 
     def decode_one(latents: Tensor) -> Tensor:
         stage_a = model.part("stage_a")
         return decode(stage_a, latents.to(next(stage_a.parameters()).dtype))
-    model.bind_c = lambda text: bind_c(model.part("stage_c"), text, steps["c"])
+
+    def sample(stage: str, bind: Callable, conditions: list, draw: Callable, sampling, **options) -> Tensor:
+        bind = functools.partial(bind, levels=sampling.levels.to(model.device))
+        return plain(stage, bind, conditions, draw, sampling, **options)
+    plain, model.sample = model.sample, sample
+    model.bind_c = lambda text, levels=None: bind_c(model.part("stage_c"), text, steps["c"], levels)
     model.bind_b, model.decode_one = bind_b_of_model, decode_one
