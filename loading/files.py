@@ -133,12 +133,12 @@ def finite_number(text: str) -> float:
     return value
 
 
-def read_json(path: str | Path, kind: type = WeightsError) -> dict:
-    """The object in a JSON file, as a dict. Raises `kind` if it cannot be read or is not an object."""
-    with reading(path, kind, most=LARGEST):
+def read_json(path: str | Path) -> dict:
+    """The object in a JSON file, as a dict. Raises WeightsError if it cannot be read or is not an object."""
+    with reading(path, WeightsError, most=LARGEST):
         content = parsed(decoded(Path(path).read_bytes()), finite=True)
     if not isinstance(content, dict):
-        raise kind(f"{path} does not hold a JSON object")
+        raise WeightsError(f"{path} does not hold a JSON object")
     return content
 
 

@@ -148,18 +148,16 @@ load_stage_b_v1 = partial(load, StageBV1)       # the token model of v1, from a 
 load_stage_c = partial(load, StageC)            # the prior, from a `prior` folder or a file
 
 
-def load_image_encoder(path: str | Path, dtype: torch.dtype = torch.float32) -> EfficientNetEncoder | TinyImageEncoder:
+def load_image_encoder(path: str | Path) -> EfficientNetEncoder | TinyImageEncoder:
     """Loads the image encoder from an `image_encoder` folder or a file such as model_v2_stage_b.pt."""
-    encoders = {stage.__name__: stage for stage in (EfficientNetEncoder, TinyImageEncoder)}
-    config = config_of(path)
-    if config is None or in_our_words(config, EfficientNetEncoder):
-        name = "EfficientNetEncoder"
-    else:
-        name = "TinyImageEncoder" if in_our_words(config, TinyImageEncoder) else str(config.get("_class_name"))
-    name = name.removeprefix("Wuerstchen")                   # OneTrainer adds this prefix
+    encoders, config = {stage.__name__: stage for stage in (EfficientNetEncoder, TinyImageEncoder)}, config_of(path)
+    if config is None:
+        return load(EfficientNetEncoder, path)
+    ours = [name for name, stage in encoders.items() if in_our_words(config, stage)]
+    name = ours[0] if ours else str(config.get("_class_name")).removeprefix("Wuerstchen")    # OneTrainer's prefix
     if name not in encoders:
         raise WeightsError(f"{path}: its config.json describes a {name}, expected one of {', '.join(encoders)}")
-    return load(encoders[name], path, dtype)
+    return load(encoders[name], path)
 
 
 def load_text_encoder(folder: str | Path, tokenizer_folder: str | Path,

@@ -33,7 +33,7 @@ from extras.images import decoding, open_header, open_image, pixels_of, read_ima
 from extras.jobs import prompt_lines
 from loading.errors import UserError, printable, tell
 from loading.files import write_atomically
-from loading.options import SEED, Number, integer
+from loading.options import RESOLUTION, SEED, Number, integer
 from training.order import LARGE, pieces
 from training.sources import INDEX_VERSION, SUFFIXES, Chosen, Found, Place, content_of, parts_of, samples_of
 
@@ -404,16 +404,17 @@ class SceneDataset(ImageDataset):
 
 # ----- shapes --------------------------------------------------------------------------------------------------------
 
-def bucket_sizes(resolution: int, step: int = 128, max_ratio: float = 2.0) -> list[tuple[int, int]]:
-    """Returns the (height, width) to which images are cut: multiples of `step` px, each of about resolution^2 px.
+def bucket_sizes(resolution: int, max_ratio: float = 2.0) -> list[tuple[int, int]]:
+    """Returns the (height, width) to which images are cut: multiples of a step, each of about resolution^2 px.
 
-    step is 128 px, because the image encoder resizes them to 96 = 3 x 32 px, exactly 3 latent positions of Stage C. The
+    The step is 128 px, because the image encoder resizes them to 96 = 3 x 32 px, exactly 3 latent positions of Stage C. The
     longer side is at most max_ratio times the shorter. Shapes whose area differs by more than a quarter are omitted, so
     that a batch of each takes about the same memory. Up to a resolution of 256 px, only the square remains.
 
-    Raises ValueError unless step divides resolution.
+    Raises ValueError unless the step divides resolution.
     """
-    n = resolution // step                       # below, lengths are in units of `step`
+    step = RESOLUTION.step
+    n = resolution // step                       # below, lengths are in steps
     if n < 1 or resolution % step:
         raise ValueError(f"a resolution of {resolution} px: expected a multiple of {step}, such as {max(1, n) * step}")
     shapes = {(n, n)}

@@ -98,13 +98,13 @@ def parts_of(source: str, index_folder: Path | None, chosen: Chosen = Chosen()) 
             for path, label in (_in_folder(part, name) if os.path.isdir(part) else [(part, name)])]
 
 
-def content_of(place: Place, limit: int = -1) -> bytes:
-    """Returns the bytes at a place or, if limit is not negative, at most the first `limit` of them."""
+def content_of(place: Place) -> bytes:
+    """Returns the bytes at a place."""
     file, offset, length = place
     check_file(file)
     with open(file, "rb") as handle:             # opens it each time: worker processes cannot share an open file
         handle.seek(offset)
-        return handle.read(length if limit < 0 else limit if length < 0 else min(limit, length))
+        return handle.read(length)
 
 
 # ----- images and the files next to them -----------------------------------------------------------------------------
