@@ -10,7 +10,6 @@ Needs: the standard library; tqdm once images are computed.
 import argparse
 import contextlib
 import functools
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -123,7 +122,6 @@ def exit_on_error() -> Iterator[Run]:
     Other errors keep their traceback. The exit code is 1 if errors were reported and the run continued, 130 after
     Ctrl-C. Each warning is printed as one line. Previews are removed at the end.
     """
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")         # hide transformers' warnings for programmers
     run = Run()
     try:
         with warnings.catch_warnings():
