@@ -407,9 +407,9 @@ class SceneDataset(ImageDataset):
 def bucket_sizes(resolution: int, max_ratio: float = 2.0) -> list[tuple[int, int]]:
     """Returns the (height, width) to which images are cut: multiples of a step, each of about resolution^2 px.
 
-    The step is 128 px: the image encoder resizes it to 96 = 3 x 32 px, exactly 3 latent positions of Stage C. The longer
-    side is at most max_ratio times the shorter. Shapes whose area differs by more than a quarter are omitted, so that
-    a batch of each takes about the same memory. Up to a resolution of 256 px, only the square remains.
+    The step is 128 px: the image encoder resizes it to 96 = 3 x 32 px, exactly 3 latent positions of Stage C. The
+    longer side is at most max_ratio times the shorter. Shapes whose area differs by more than a quarter are omitted, so
+    that a batch of each takes about the same memory. Up to a resolution of 256 px, only the square remains.
 
     Raises ValueError unless the step divides resolution.
     """
