@@ -116,12 +116,12 @@ from training.cache import CachedTexts, fill_cache
 from training.checkpoints import Checkpoints, Log, full_state, load_full_state, settings_of
 from training.losses import LOSS_WEIGHTS
 from training.models import (LEVELS_AT_ONCE, NETWORK, cache_settings,  # noqa: F401, used by `stage`
-                             compile_decoder, decode, encode, load_models, match_vqgan, pipeline,
+                             block_groups, decode, encode, load_models, match_vqgan, pipeline,
                              semantic_scale)
 from training.optim import (EMA, NanSteps, build_optimizer, clip_gradients, learning_rate,
                             set_precision, take_step)
 from training.order import batches, micro_batches, sample_rng
-from training.processes import GracefulExit, Processes, no_sync
+from training.processes import GracefulExit, Processes, compile_blocks, no_sync
 from training.report import Progress, draw_curves, dry_run, due
 from training.results import finished, write_stage_b
 from training.samples import (ImageReader, MultiSizeSampler, draw_caption, encoder_input, no_text,
@@ -354,24 +354,24 @@ def main(args):
         encoder.to("cpu")                # frees device memory: the cache replaces the encoder
 
     # --- optimizer, EMA, and the state of the run -------------------------------------------------
-    if args.fsdp:
-        blocks = [block for level in (*decoder.down_blocks, *decoder.up_blocks) for block in level]
-        processes.split_weights(model, blocks if args.freeze_encoder else (*blocks, encoder))
-    optimizer = build_optimizer(model, args, share=share_of_learning_rate)
-    ema = EMA(model, args.ema)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
     weight, raw_losses = LOSS_WEIGHTS[args.loss_weight], stage.raw_losses
-    start, state = 0, {}
-    if resumed is not None:
-        state = checkpoints.load(resumed, "train_b.py", settings, ("v1", "freeze_encoder"))
-        start = state["step"]
-        load_full_state(resumed, state, model, optimizer, scaler, ema)
-    guide = v1.training.AttentionGuide(decoder) if args.guide_attention else None
     if args.compile:
-        stage.compile_decoder(decoder)
+        compile_blocks(block_groups(decoder))
         raw_losses = torch.compile(raw_losses)
         if not args.freeze_encoder:
             encoder.compile()
+    if args.fsdp:
+        processes.split_weights(model, block_groups(decoder), dtype)
+    optimizer = build_optimizer(model, args, share=share_of_learning_rate)
+    ema = EMA(model, args.ema)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
+    start, state = 0, {}
+    if resumed is not None:
+        state = checkpoints.load(resumed, "train_b.py", settings, ("v1", "freeze_encoder"),
+                                 processes)
+        start = state["step"]
+        load_full_state(resumed, state, model, optimizer, scaler, ema, processes)
+    guide = v1.training.AttentionGuide(decoder) if args.guide_attention else None
     parallel = model if args.fsdp else processes.data_parallel(model)
     log = Log(args.out, start, args.report_to, settings, enabled=processes.is_main)
 

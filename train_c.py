@@ -105,7 +105,7 @@ from loading.errors import UserError, as_user_error
 from loading.hub import TEXT_TO_IMAGE
 from loading.weights import (is_tiny, load_image_encoder, load_stage_c, load_text_encoder,
                              new_model)
-from stage_c import StageC
+from stage_c import CHECKPOINTING, StageC
 from training.cache import CachedTexts, fill_cache
 from training.checkpoints import Checkpoints, Log, full_state, load_full_state, settings_of
 from training.data import bucket_sizes, nearest_bucket
@@ -115,7 +115,7 @@ from training.optim import (EMA, NanSteps, build_optimizer, clip_gradients, lear
                             set_precision, take_step)
 from training.order import BatchSampler, batches, micro_batches, sample_rng
 from training.preserve import Teacher, TeacherLatents
-from training.processes import GracefulExit, Processes, no_sync
+from training.processes import GracefulExit, Processes, compile_blocks, no_sync
 from training.report import Progress, draw_curves, dry_run, due
 from training.results import finished, write_lora, write_stage_c
 from training.samples import (ImageReader, draw_caption, embed_once, open_cache, open_data,
@@ -303,19 +303,23 @@ def main(args):
         texts.encoder = partial(embed_once, paths, dtype)    # if a cache entry is damaged
 
     # --- optimizer, EMA, and the state of the run -------------------------------------------------
+    groups = [*zip(prior.res_blocks, prior.timestep_blocks, prior.attention_blocks)]
+    if args.compile:
+        products = args.checkpointing == "products"      # only the compiler then sees its products
+        prior.checkpointing = None if products else args.checkpointing
+        compile_blocks(groups, CHECKPOINTING["products"] if products else None)
     if args.fsdp:
-        processes.split_weights(model, (*prior.res_blocks, *prior.attention_blocks))
+        processes.split_weights(model, groups, dtype)
     optimizer, ema = build_optimizer(model, args), EMA(model, args.ema)
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
     weight = LOSS_WEIGHTS[args.loss_weight]
     start, state = 0, {}
     if resumed is not None:
         state = checkpoints.load(resumed, "train_c.py", settings, (
-            "lora", "lora_weights", "rank", "alpha", "targets", "rslora", "dora", "train_text"))
+            "lora", "lora_weights", "rank", "alpha", "targets", "rslora", "dora", "train_text"),
+                                 processes)
         start = state["step"]
-        load_full_state(resumed, state, model, optimizer, scaler, ema)
-    if args.compile:
-        prior.compile()
+        load_full_state(resumed, state, model, optimizer, scaler, ema, processes)
     parallel = model if args.fsdp else processes.data_parallel(model)
     log = Log(args.out, start, args.report_to, settings, enabled=processes.is_main)
 

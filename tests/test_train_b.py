@@ -9,6 +9,7 @@ import signal
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -26,6 +27,9 @@ from helpers import count_messages, lines, main_of, newest, same, together
 from stage_a import StageA
 from stage_b import EfficientNetEncoder, StageB, TinyImageEncoder
 from training import models, samples as training_samples
+from training.models import block_groups
+from training.processes import compile_blocks
+from v1.stage_b import StageBV1
 from wuerstchen import add_noise, alphas_cumprod, scale_semantic, unscale_semantic
 
 ROOT = Path(train_b.__file__).parent
@@ -418,6 +422,29 @@ def test_weights_split_over_processes_learn_the_same(folder, new, tmp_path):
     train(folder, split, *options, "--batch", "8", "--resume", "auto", steps=3)
     same(newest(one)["model"], newest(split)["model"], 1e-5)
     same(newest(one)["averaged"], newest(split)["averaged"], 1e-5)
+
+
+@pytest.mark.parametrize("kind", [StageB, StageBV1])
+def test_blocks_of_equal_shape_are_compiled_once(kind):
+    """Three times as many blocks need no more programs: levels, skip connections and semantic latents make shapes."""
+    from torch._dynamo.testing import CompileCounter
+    counts = []
+    for blocks in ((1, 2), (3, 6)):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        network = kind(c_hidden=(8, 16), heads=(-1, 2), blocks=blocks, levels=("CT", "CTA"), c_cond=8, c_text=8,
+                       **(dict(inject=(False, True)) if kind is StageB else dict(codebook_size=16, c_token=8))).eval()
+        groups = block_groups(network)
+        assert [len(group) for group in groups] == 2 * ([2] * blocks[0] + [3] * blocks[1])
+        x_t = torch.randn(1, 4, 8, 8) if kind is StageB else torch.randint(16, (1, 8, 8))
+        given = x_t, torch.rand(1), torch.randn(1, 16, 3, 3), torch.randn(1, 5, 8)
+        counter = CompileCounter()
+        with torch.no_grad(), mock.patch("torch.compile", partial(torch.compile, backend=counter)):
+            plain = network(*given)
+            compile_blocks(groups)
+            torch.testing.assert_close(network(*given), plain)
+        counts.append(counter.frame_count)
+    assert counts == [6, 6]
 
 
 def test_gradients_travel_once_per_step(folder, still, tmp_path):

@@ -2,6 +2,7 @@
 
 All runs use the tiny weights and few steps. What they learn does not matter here, but every bit must be right.
 """
+import ast
 import contextlib
 import gc
 import json
@@ -19,6 +20,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule
 
 from training import data
 import sample
@@ -30,8 +32,10 @@ from loading.layouts import locate
 from loading.text_encoder import CLIPTextModel
 from training import optim
 from training.preserve import Teacher, TeacherLatents
+from training.checkpoints import Checkpoints
 from training.losses import LOSS_WEIGHTS
-from helpers import count_messages, lines, main_of, newest, same, together
+from training.processes import Processes
+from helpers import count_messages, lines, main_of, newest, same, start, together
 from stage_b import TinyImageEncoder
 from stage_c import StageC
 
@@ -298,15 +302,114 @@ def test_one_process_two_processes_and_accumulation_do_the_same_work(folder, tmp
 
 def test_weights_split_over_processes_learn_the_same(folder, tmp_path):
     """--fsdp, for what does not fit on one GPU, with gradients clipped over the norm of all parts, a validation and a
-    sample sheet. Resumed by one process that holds all of it."""
-    one = train(folder, tmp_path / "one", "--batch", "8", "--clip", "0.1", steps=3)
+    sample sheet between the steps. Resumed by one process that holds all of it, and the other way round."""
     (tmp_path / "prompts.txt").write_text("a cat on a red background\n")
-    split = torchrun(2, folder, tmp_path / "split", "--fsdp", "--batch", "2", "--grad-accum", "2", "--clip", "0.1",
-                     "--val-every", "2", "--sample-every", "2", "--sample-prompts", f"{tmp_path}/prompts.txt", steps=2)
+    options = ["--clip", "0.1", "--val-every", "1", "--val-count", "2", "--ema", "0.5"]
+    one = train(folder, tmp_path / "one", *options, "--batch", "8", "--save-every", "1", "--keep", "9", steps=3)
+    split = torchrun(2, folder, tmp_path / "split", *options, "--fsdp", "--batch", "2", "--grad-accum", "2",
+                     "--sample-every", "2", "--sample-prompts", f"{tmp_path}/prompts.txt", steps=2)
     assert len([*(split / "samples").iterdir()]) == 2
-    train(folder, split, "--batch", "8", "--clip", "0.1", "--resume", "auto", steps=3)
-    same(newest(one)["model"], newest(split)["model"], 1e-5)
-    same(newest(one)["averaged"], newest(split)["averaged"], 1e-5)
+    train(folder, split, *options, "--batch", "8", "--resume", "auto", steps=3)
+    back = tmp_path / "back"
+    (back / "checkpoints").mkdir(parents=True)
+    (one / "checkpoints" / "step_00000002.pt").rename(back / "checkpoints" / "step_00000002.pt")
+    torchrun(2, folder, back, *options, "--fsdp", "--batch", "4", "--resume", "auto", steps=3)
+    for run in (split, back):
+        for part in ("model", "averaged"):
+            same(newest(one)[part], newest(run)[part], 1e-5)
+    kinds = ("loss", "val_loss")
+    values = [{(line["step"], kind): line[kind] for line in lines(run) for kind in kinds if kind in line}
+              for run in (one, split)]
+    assert len(values[0]) == 3 + 4 and values[0] == pytest.approx(values[1], abs=1e-5)
+
+
+def look_at_blocks(argv: list[str]) -> None:
+    """main_of train_c, and in the file `seen` FSDP's groups, the dtypes of weights in a block and outside and of
+    inputs, and how many programs were compiled."""
+    from torch._dynamo.testing import CompileCounter
+    split, compiled, counter = Processes.split_weights, torch.compile, CompileCounter()
+    seen = dict(block=set(), head=set(), x_t=set(), t=set())
+
+    def look(self, model, *given):
+        split(self, model, *given)
+        modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        seen.update(groups=len({module._get_fsdp_state() for module in modules}), depth=len(model.prior.res_blocks))
+        model.prior.res_blocks[0].register_forward_hook(lambda block, *_: seen["block"].add(str(block.grn.gamma.dtype)))
+        model.prior.register_forward_hook(lambda prior, given, _: [
+            seen[name].add(str(tensor.dtype))
+            for name, tensor in zip(("head", "x_t", "t"), (prior.head.weight, *given))] and None)
+    Processes.split_weights, torch.compile = look, lambda network: compiled(network, backend=counter)
+    main_of("train_c", argv)
+    if os.environ["RANK"] == "0":
+        Path("seen").write_text(repr(seen | dict(programs=counter.frame_count)))
+
+
+def test_fsdp_gathers_bf16_once_per_block_and_learns_what_autocast_learns(folder, tmp_path):
+    """Blocks are gathered in bfloat16, in one group per (res, timestep, attention), and equal ones are compiled once:
+    three programs in training and three in validation. The network's inputs stay float32, as t must."""
+    options = ["--dtype", "bf16", "--val-every", "2", "--val-count", "1"]
+    one = train(folder, tmp_path / "one", *options, "--batch", "4", steps=3)
+    together(2, tmp_path, look_at_blocks, [*SMALL, *options, "--data", str(folder), "--out", "two", "--batch", "2",
+                                           "--steps", "3", "--fsdp", "--compile"])
+    seen, two = ast.literal_eval((tmp_path / "seen").read_text()), tmp_path / "two"
+    assert seen["groups"] == seen["depth"] + 1 > 2 and seen["programs"] == 6
+    assert (seen["block"], seen["head"]) == ({"torch.bfloat16"}, {"torch.float32"})
+    assert seen["x_t"] == seen["t"] == {"torch.float32"}
+    assert {tensor.dtype for tensor in newest(two)["averaged"].values()} == {torch.float32}
+    first, *rest = zip(*([line[kind] for line in lines(run) for kind in ("loss", "val_loss") if kind in line]
+                         for run in (one, two)))
+    assert first[0] == pytest.approx(first[1], rel=1e-3) and len(rest) == 5        # before the first step
+    assert [a for a, _ in rest] == pytest.approx([b for _, b in rest], rel=1e-2)
+
+
+@pytest.mark.parametrize("more, programs", [(LORA, 6), (["--checkpointing", "products"], 3)], ids=["lora", "products"])
+def test_equal_blocks_are_compiled_once(folder, tmp_path, more, programs):
+    """Three programs for all blocks, not three for each of 32 at the official size, also inside DDP. With a LoRA there
+    are three more: the input of the first block has no gradient."""
+    options = [*more, "--batch", "4"]
+    one = train(folder, tmp_path / "one", *options, steps=2)
+    together(1, tmp_path, look_at_blocks, [*SMALL, *options, "--data", str(folder), "--out", "two", "--steps", "2",
+                                           "--compile"])
+    assert ast.literal_eval((tmp_path / "seen").read_text())["programs"] == programs
+    losses = [[line["loss"] for line in lines(run)] for run in (one, tmp_path / "two")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def resume_and_count(argv: list[str]) -> None:
+    """main_of train_c, and how often this process read a checkpoint, in the file reads0 or reads1."""
+    read, reads = Checkpoints.read, []
+    Checkpoints.read = staticmethod(lambda path, script: reads.append(path.name) or read(path, script))
+    main_of("train_c", argv)
+    Path(f"reads{os.environ['RANK']}").write_text(" ".join(reads))
+
+
+@pytest.mark.parametrize("kind", [LORA, ["--fsdp"]], ids=["lora", "fsdp"])
+def test_only_one_process_reads_the_checkpoint(folder, tmp_path, kind):
+    """At the official size it is 16 GB. If it is torn, all continue from the one before. To the bit."""
+    kind = [*kind, "--batch", "2", "--save-every", "1", "--keep", "9"]
+    unbroken = torchrun(2, folder, tmp_path / "unbroken", *kind, steps=4)
+    out = torchrun(2, folder, tmp_path / "run", *kind, steps=3)
+    path = out / "checkpoints" / "step_00000003.pt"
+    path.write_bytes(path.read_bytes()[:-2000])
+    together(2, tmp_path, resume_and_count, [*SMALL, *kind, "--data", str(folder), "--out", str(out), "--steps", "4",
+                                             "--resume", "auto"])
+    assert [(tmp_path / f"reads{rank}").read_text() for rank in (0, 1)] == ["step_00000003.pt step_00000002.pt", ""]
+    assert "resuming from step_00000002.pt, the one before" in (tmp_path / "0.txt").read_text()
+    same({name: newest(unbroken)[name] for name in LEARNED}, {name: newest(out)[name] for name in LEARNED})
+
+
+def test_if_the_checkpoint_does_not_fit_no_process_waits(folder, tmp_path):
+    """Rank 0 says why, and the other ends as well."""
+    out = train(folder, tmp_path / "run", *LORA, steps=1)
+    path = out / "checkpoints" / "step_00000001.pt"
+    state = torch.load(path, weights_only=True)
+    torch.save(state | dict(averaged=dict([*state["averaged"].items()][1:])), path)
+    runs = start(2, tmp_path, main_of, "train_c", [*SMALL, *LORA, "--data", str(folder), "--out", str(out), "--steps",
+                                                   "2", "--resume", "auto"])
+    for run in runs:
+        run.join(60)
+    assert [run.exitcode for run in runs] == [1, 2]
+    assert "does not fit: " in (tmp_path / "0.txt").read_text()
 
 
 def test_gradients_travel_once_per_step(folder, tmp_path):

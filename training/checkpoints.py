@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
                                                      set_model_state_dict, set_optimizer_state_dict)
@@ -163,12 +164,21 @@ class Checkpoints:
             f"| `--steps` | {steps} |" in card.read_text(encoding="utf-8", errors="replace") and \
             all((self.out / name).exists() for name in self.results)
 
-    def load(self, path: Path, script: str, settings: dict, fixed: tuple[str, ...] = ()) -> dict:
+    def load(self, path: Path, script: str, settings: dict, fixed: tuple[str, ...] = (), processes=None) -> dict:
         """Returns the content of a checkpoint. Prints the settings that differ from those of this run to stderr.
 
         If the newest checkpoint is torn, --resume auto uses the previous one. Raises UserError for a torn file, for a
         checkpoint of another script or of more steps, and if one of the options `fixed` had another value.
+        processes: only rank 0 reads the file; the others get it without the tensors, which load_full_state sends.
         """
+        if processes is not None and processes.many:
+            content = {}
+            with processes.together(processes.patient):
+                if processes.is_main:
+                    content = self.load(path, script, settings, fixed)
+            small = [content | dict(model={}, averaged={}, optimizer={})]
+            dist.broadcast_object_list(small, group=processes.patient)
+            return small[0] | content
         older = [other for other in self.all() if other.name < path.name] if self.auto else []
         try:
             content = self.read(path, script)
@@ -196,7 +206,7 @@ class Checkpoints:
     @staticmethod
     def read(path: Path, script: str) -> dict:
         with reading(path, TornCheckpoint, "cannot be read, it is probably cut off or not a checkpoint"):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)        # mmap would skip the checksums
         found = content.get("script") if isinstance(content, dict) else None
         if not isinstance(found, str) or found != script:
             of = f" but of {found}" if isinstance(found, str) else ""
@@ -260,17 +270,24 @@ def own_options(optimizer: torch.optim.Optimizer):
         group.update(options)
 
 
-def load_full_state(path: Path, state: dict, model, optimizer, scaler, ema) -> None:
+def load_full_state(path: Path, state: dict, model, optimizer, scaler, ema, processes) -> None:
     """Loads `state`, a result of full_state from the checkpoint `path`. All processes must call this; their number may
-    have changed. Raises UserError if the state does not fit, because of other sizes or other frozen parameters."""
-    partial = StateDictOptions(**FULL, strict=False)     # the checkpoint has no frozen parameters
+    have changed, and only rank 0 needs the tensors. Raises UserError if the state does not fit, because of other sizes
+    or other frozen parameters."""
+    sent = dict(full_state_dict=True, broadcast_from_rank0=processes.many)
+    partial = StateDictOptions(**sent, strict=False)     # the checkpoint has no frozen parameters
     now = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
+    learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    with processes.together(), fitting(path):            # checked before, because an error of one would let others wait
+        if processes.is_main:
+            for part in ("model", "averaged"):
+                check_shapes(now, state[part])
+            for moment in ("exp_avg", "exp_avg_sq"):     # AdamW8bit has state1 instead
+                found = {name: part[moment] for name, part in state["optimizer"]["state"].items() if moment in part}
+                check_shapes(found and learned, found)
     with fitting(path):
-        for part in ("model", "averaged"):
-            check_shapes(now, state[part])
         with own_options(optimizer):
-            set_optimizer_state_dict(model, optimizer, state["optimizer"], options=StateDictOptions(**FULL))
-        check_moments(optimizer)
+            set_optimizer_state_dict(model, optimizer, state["optimizer"], options=StateDictOptions(**sent))
         if state["scaler"]:              # the saved state is empty if the saved run did not use fp16
             scaler.load_state_dict(state["scaler"])
         ema.updates = state["updates"]

@@ -87,6 +87,13 @@ def new_encoder(kind: type = EfficientNetEncoder, backbone: str | None = None, u
     return encoder
 
 
+def block_groups(decoder) -> list[list[nn.Module]]:
+    """Stage B's blocks, one list for each repetition of a level's pattern, such as (ResBlock, TimestepBlock,
+    AttentionBlock)."""
+    return [[*level[i:i + len(pattern)]] for part in (decoder.down_blocks, decoder.up_blocks)
+            for level, pattern in zip(part, decoder.config["levels"]) for i in range(0, len(level), len(pattern))]
+
+
 # ----- Stage B of v2: it generates latents ------------------------------------------------------------
 
 NETWORK = StageB
@@ -119,7 +126,3 @@ def encode(vqgan, images):
 
 def decode(vqgan, x_0):
     return vqgan.decode(x_0)
-
-
-def compile_decoder(decoder: StageB) -> None:
-    decoder.signal_and_scale = torch.compile(decoder.signal_and_scale)

@@ -105,9 +105,11 @@ def add_optimization_options(p, *, steps: int, batch: int | None, lr: float | No
     g.add_argument("--allow-tf32", action="store_true", help="on a GPU, let float32 products and convolutions round "
                    "their inputs to 10 bits: faster, and no longer exact; not tried on a GPU yet")
     if large:
-        g.add_argument("--compile", action="store_true", help="torch.compile: minutes at the start, then faster")
+        g.add_argument("--compile", action="store_true", help="torch.compile for the blocks: minutes at the start, "
+                       "then faster; not tried on a GPU yet")
         g.add_argument("--fsdp", action="store_true",
-                       help="split weights and optimizer over the processes, for models that do not fit on one GPU")
+                       help="split weights and optimizer over the processes, for models that do not fit on one GPU; "
+                       "not tried on GPUs yet")
     g.add_argument("--max-bad-steps", type=positive_int, default=10,
                    help="stop after this many steps in a row whose loss or gradient is NaN or infinite")
     g.add_argument("--device", help="cuda, cpu, ... (default: cuda if available)")

@@ -5,6 +5,7 @@ Needs: torch; loading/.
 """
 import contextlib
 import datetime
+import functools
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from loading.arguments import usable_device
 from loading.errors import RESUME_HINT, tell
@@ -130,14 +132,36 @@ class Processes:
         ids = [self.device.index] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
 
-    def split_weights(self, model: nn.Module, blocks: Iterable[nn.Module]) -> None:
-        """Splits the weights over processes (FSDP). Each of `blocks` is gathered when it runs, the rest with model."""
+    def split_weights(self, model: nn.Module, groups: Iterable[Iterable[nn.Module]], dtype: torch.dtype) -> None:
+        """Splits the weights over processes (FSDP), in float32. Each group of blocks is gathered in one message when it
+        runs, in bfloat16 if that is dtype. Gradients are summed in float32.
+
+        Autocast rounds weights to bfloat16 anyway, except GlobalResponseNorm's gamma. What is in no group is gathered
+        in float32: embeddings, BatchNorm, and the weight from which forward takes its dtype.
+        """
         if self.many:
             from torch.distributed.device_mesh import init_device_mesh
-            from torch.distributed.fsdp import fully_shard
+            from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
             mesh = init_device_mesh(self.device.type, (self.world,))
-            for part in (*blocks, model):
-                fully_shard(part, mesh=mesh)
+            narrow = torch.bfloat16 if dtype == torch.bfloat16 else None
+            # Inputs are not cast here: autocast does that for each operation, as with one process.
+            policy = MixedPrecisionPolicy(narrow, reduce_dtype=torch.float32, cast_forward_inputs=False)
+            for group in groups:
+                fully_shard([*group], mesh=mesh, mp_policy=policy)
+            # By default, model would keep what it gathered until a backward pass: after a validation, EMA weights.
+            fully_shard(model, mesh=mesh, reshard_after_forward=True)
+
+
+def compile_blocks(groups: Iterable[Iterable[nn.Module]], checkpointing: dict | None = None) -> None:
+    """Compiles each block by itself, before FSDP splits it. Equal blocks are compiled once; FSDP's hooks stay outside.
+    checkpointing: options of `checkpoint` inside each block, where the compiler sees what to keep."""
+    torch._dynamo.config.recompile_limit = 64    # per kind of block: Stage B has 7 shapes, in training and validation
+    torch._dynamo.config.optimize_ddp = False    # which would cut blocks; `checkpoint` forbids it
+    for block in [block for group in groups for block in group]:
+        forward = block.forward
+        if checkpointing is not None:
+            forward = functools.partial(checkpoint, type(block).forward, block, use_reentrant=False, **checkpointing)
+        block.forward = torch.compile(forward)
 
 
 @contextlib.contextmanager

@@ -102,10 +102,6 @@ def accuracy(logits: Tensor, x_0: Tensor, mask: Tensor) -> Tensor:
     return ((logits.argmax(1) == x_0) & mask).flatten(1).sum(1) / mask.flatten(1).sum(1).clamp(min=1)
 
 
-def compile_decoder(decoder: StageBV1) -> None:
-    decoder.compile()
-
-
 # ----- teaching attention the positions of semantic vectors -----------------------------------------------
 
 def share_over(n: int, m: int, device=None) -> Tensor:
