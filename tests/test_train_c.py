@@ -344,22 +344,21 @@ def look_at_blocks(argv: list[str]) -> None:
         Path("seen").write_text(repr(seen | dict(programs=counter.frame_count)))
 
 
-def test_fsdp_gathers_bf16_once_per_block_and_learns_what_autocast_learns(folder, tmp_path):
-    """Blocks are gathered in bfloat16, in one group per (res, timestep, attention), and equal ones are compiled once:
-    three programs in training and three in validation. The network's inputs stay float32, as t must."""
-    options = ["--dtype", "bf16", "--val-every", "2", "--val-count", "1"]
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_fsdp_gathers_bf16_once_per_block_and_learns_what_autocast_learns(folder, tmp_path, compiled):
+    """Blocks are gathered in bfloat16, in one group per (res, timestep, attention), and equal ones are compiled once.
+    The network's inputs stay float32, as t must."""
+    options = ["--dtype", "bf16"]
     one = train(folder, tmp_path / "one", *options, "--batch", "4", steps=3)
     together(2, tmp_path, look_at_blocks, [*SMALL, *options, "--data", str(folder), "--out", "two", "--batch", "2",
-                                           "--steps", "3", "--fsdp", "--compile"])
+                                           "--steps", "3", "--fsdp", *["--compile"] * compiled])
     seen, two = ast.literal_eval((tmp_path / "seen").read_text()), tmp_path / "two"
-    assert seen["groups"] == seen["depth"] + 1 > 2 and seen["programs"] == 6
+    assert seen["groups"] == seen["depth"] + 1 > 2 and seen["programs"] == 3 * compiled
     assert (seen["block"], seen["head"]) == ({"torch.bfloat16"}, {"torch.float32"})
     assert seen["x_t"] == seen["t"] == {"torch.float32"}
     assert {tensor.dtype for tensor in newest(two)["averaged"].values()} == {torch.float32}
-    first, *rest = zip(*([line[kind] for line in lines(run) for kind in ("loss", "val_loss") if kind in line]
-                         for run in (one, two)))
-    assert first[0] == pytest.approx(first[1], rel=1e-3) and len(rest) == 5        # before the first step
-    assert [a for a, _ in rest] == pytest.approx([b for _, b in rest], rel=1e-2)
+    losses = [[line["loss"] for line in lines(run)] for run in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], rel=5e-3) and len(losses[0]) == 3
 
 
 @pytest.mark.parametrize("more, programs", [(LORA, 6), (["--checkpointing", "products"], 3)], ids=["lora", "products"])
@@ -387,10 +386,11 @@ def resume_and_count(argv: list[str]) -> None:
 def test_only_one_process_reads_the_checkpoint(folder, tmp_path, kind):
     """At the official size it is 16 GB. If it is torn, all continue from the one before. To the bit."""
     kind = [*kind, "--batch", "2", "--save-every", "1", "--keep", "9"]
-    unbroken = torchrun(2, folder, tmp_path / "unbroken", *kind, steps=4)
-    out = torchrun(2, folder, tmp_path / "run", *kind, steps=3)
-    path = out / "checkpoints" / "step_00000003.pt"
-    path.write_bytes(path.read_bytes()[:-2000])
+    unbroken, out = torchrun(2, folder, tmp_path / "unbroken", *kind, steps=4), tmp_path / "run"
+    (out / "checkpoints").mkdir(parents=True)
+    for step, end in ((2, None), (3, -2000)):
+        name = f"checkpoints/step_{step:08d}.pt"
+        (out / name).write_bytes((unbroken / name).read_bytes()[:end])
     together(2, tmp_path, resume_and_count, [*SMALL, *kind, "--data", str(folder), "--out", str(out), "--steps", "4",
                                              "--resume", "auto"])
     assert [(tmp_path / f"reads{rank}").read_text() for rank in (0, 1)] == ["step_00000003.pt step_00000002.pt", ""]
