@@ -291,10 +291,13 @@ class PromptBatch:
             for name in ("prompt", "negative"):
                 if f"{name}_c" in embeddings:
                     self.embeddings.setdefault(f"{name}_b", embeddings[f"{name}_c"])
-        self.check_given(prompt, stages, optional)
         if prompt is None:
+            missing = [f"prompt_{stage}" for stage in stages if f"prompt_{stage}" not in self.embeddings]
+            if missing and {"prompt_c", "prompt_b"} & set(self.embeddings):
+                raise ValueError(f"there is no {missing[0]} among the embeddings, and no prompt to make it from: "
+                                 f"give one of them.")
             prompt = [""] * max([len(e) for e in self.embeddings.values()], default=1)
-            optional = True
+            optional = optional or not missing
         self.prompts, self.negatives = prompt_lists(prompt, negative, optional)
         self.rows = len(self.prompts)
         self.silent = not any(p.strip() for p in self.prompts) and not {"prompt_c", "prompt_b"} & set(self.embeddings)
@@ -303,16 +306,6 @@ class PromptBatch:
                 raise ValueError(f"embeddings {name} have shape {tuple(embedding.shape)}, "
                                  f"expected ({rows(self.rows)}, tokens, width).")
             self.check_width(name, embedding)
-
-    def check_given(self, prompt, stages: str, optional: bool) -> None:
-        """Raises ValueError if prompt is None and a stage lacks embeddings, unless `optional` and no stage has any."""
-        missing = [f"prompt_{stage}" for stage in stages if f"prompt_{stage}" not in self.embeddings]
-        if prompt is None and missing and {"prompt_c", "prompt_b"} & set(self.embeddings):
-            raise ValueError(f"there is no {missing[0]} among the embeddings, and no prompt to make it from: "
-                             f"give one of them.")
-        if prompt is None and missing and not optional:
-            raise ValueError('the prompt is empty: describe the image, '
-                             'for example "a red apple on a blue background".')
 
     def check_width(self, name: str, embedding: Tensor) -> None:
         stage, key = ("stage_c", "c_cond") if name.endswith("_c") else ("stage_b", "c_text")

@@ -191,23 +191,20 @@ def read_tensors(path: str, *needed: str) -> dict[str, Tensor]:
 def check_latent(path: str, latent: dict[str, Tensor]) -> None:
     """Raises UserError if `latent`, the tensors of a file, cannot have been written by --save-latent."""
     semantic, states, size = (latent[name] for name in LATENT)
-    found = f"its size and states have shapes {tuple(size.shape)} and {tuple(states.shape)}"
-    usable = size.shape == (2,) and states.ndim == 2 and len(states) == 1 and states.dtype == torch.uint8
-    if usable:
+    found = "its states are of another kind"
+    if not (size.shape == (2,) and states.ndim == 2 and len(states) == 1 and states.dtype == torch.uint8):
+        found = f"its size and states have shapes {tuple(size.shape)} and {tuple(states.shape)}"
+    elif size.is_floating_point() or size.min() < 64 or size.max() > 2 ** 15:
         found = f"its size is {size.tolist()}"
-        usable = not size.is_floating_point() and 64 <= size.min() and size.max() <= 2 ** 15
-    if usable:
+    elif semantic.shape != (1, 16, *latent_sizes(*size.tolist())[0]) or not semantic.is_floating_point():
         found = f"its semantic latents have shape {tuple(semantic.shape)}"
-        usable = semantic.shape == (1, 16, *latent_sizes(*size.tolist())[0]) and semantic.is_floating_point()
-    if usable:
-        found, usable = "its semantic latents contain NaN or infinity", is_finite(semantic)
-    if usable:
-        found, usable = "its states are of another kind", False
+    elif not is_finite(semantic):
+        found = "its semantic latents contain NaN or infinity"
+    else:
         with contextlib.suppress(RuntimeError):
             torch.Generator().set_state(states[0].clone())
-            usable = True
-    if not usable:
-        raise UserError(f"{path} cannot be used: {found}: was it written by --save-latent?")
+            return
+    raise UserError(f"{path} cannot be used: {found}: was it written by --save-latent?")
 
 
 # ----- previews ------------------------------------------------------------------------------------------------------
