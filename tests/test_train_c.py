@@ -8,6 +8,7 @@ import gc
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -132,7 +133,9 @@ def test_a_prior_never_inherits_the_lora_of_another(tmp_path):
     """A run that started from a LoRA run, with --init random or another prior, has a prior without that LoRA."""
     def run(name: str, weights, lora=None, prior=False, **files) -> Path:
         out = tmp_path / name
-        (out / "prior").mkdir(parents=True) if prior else out.mkdir()
+        out.mkdir()
+        if prior:
+            shutil.copytree(ROOT / "models" / "tiny" / "prior", out / "prior")
         base = dict(weights=str(weights), files={part: str(path) for part, path in files.items()})
         (out / "base.json").write_text(json.dumps(base | (dict(lora=lora) if lora else {})))
         return out
