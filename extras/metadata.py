@@ -127,7 +127,7 @@ def _quoted(value: str) -> str:
 def read_settings(path: str | Path) -> dict:
     """Returns the settings that save_image wrote into a file. Raises ValueError, in one line, if it cannot."""
     from extras.images import LARGEST, decoding, open_image
-    with reading(path, most=LARGEST), decoding(), open_image(Path(path).read_bytes()) as image:  # ValueError if cut off
+    with reading(path, most=LARGEST), decoding(), open_image(Path(path).read_bytes()) as image:
         text = image.text.get(CHUNK) if image.format == "PNG" else _from_xmp(image.info.get("xmp"))
     missing = f"{path} contains no settings of this program"
     if text is None:

@@ -324,7 +324,7 @@ def load_state(path: Path, state: dict, parts: dict, ema=None, **tensors: torch.
         saved = {name: state[name] for name in tensors}
         if ema is not None:
             ema.updates, tensors = state["updates"], tensors | ema.mean
-            saved |= state["averaged"] or ema.live       # the saved run may have had no EMA
+            saved |= state["averaged"] or ema.live       # if the saved run had no EMA, start it from the weights
         for name, tensor in tensors.items():
             check_shapes({name: tensor}, {name: saved[name]})
             tensor.copy_(saved[name])

@@ -173,7 +173,7 @@ class BatchSampler:
                 members, before = by_bucket[ends[bucket] - counts[bucket]:ends[bucket]], filled[bucket]
                 write(at_bucket + (self._starts[bucket] + before) * index.itemsize, done + members, index)
                 number[members] = np.arange(before, before + len(members)) + e * self._counts[bucket]
-            # Step n of a bucket ends with the bucket's sample (n + 1) * batch - 1.
+            # The bucket's sample with the number (n + 1) * batch - 1 completes the bucket's step n.
             full = np.flatnonzero((number + 1) % self.batch == 0)
             write(at_code + written * code.itemsize, codes[full], code)
             write(at_number + written * 8, number[full] // self.batch, np.int64)
