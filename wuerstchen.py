@@ -30,17 +30,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 LATENT_SHIFT, LATENT_SCALE = 1.0, 42.0     # fixed by the released weights
-S = torch.tensor(0.008, device="cpu")      # of the noise schedule; float32, as in training
+S = torch.tensor(0.008, device="cpu")      # offset s of the cosine schedule, float32 as in training
 START = torch.cos(S / (1 + S) * torch.pi * 0.5) ** 2
 
 
 def scale_semantic(raw: Tensor) -> Tensor:
-    """The image encoder's output -> the latents Stage C is trained on, about unit variance."""
+    """Converts the image encoder's output to Stage C's latents, which have about unit variance."""
     return (raw + LATENT_SHIFT) / LATENT_SCALE
 
 
 def unscale_semantic(x: Tensor) -> Tensor:
-    """Stage C's output -> Stage B's input: the inverse of scale_semantic, applied exactly once."""
+    """Converts Stage C's output to Stage B's input. This is the inverse of scale_semantic."""
     return x * LATENT_SCALE - LATENT_SHIFT
 
 
@@ -65,7 +65,7 @@ def alphas_cumprod(t: Tensor) -> Tensor:
 
 
 def per_row(values: Tensor, x: Tensor) -> Tensor:
-    """values (B,) -> (B,1,1,...), so that value i is applied to row i of x; or one number ()."""
+    """Reshapes values (B,) to (B,1,1,...): value i is for row i of x. A number () is unchanged."""
     return values.view(-1, *[1] * (x.ndim - 1)) if values.ndim else values
 
 
@@ -76,7 +76,7 @@ def add_noise(x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
 
 
 def predict_x_0(x_t: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """add_noise solved for x_0: the clean x_0 if eps is the noise in x_t."""
+    """Solves add_noise for x_0. The result is the clean x_0 if eps is the noise in x_t."""
     ab = per_row(alphas_cumprod(t), x_t)
     return (x_t - (1 - ab).sqrt() * eps) / ab.sqrt()
 
@@ -157,7 +157,7 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float, rescale: flo
 def denoise(predict: Callable[[Tensor, Tensor, bool], Tensor], x: Tensor,
             draw: Callable[[], Tensor], sampling: "Sampling", keep: Callable | None = None,
             callback: Callable | None = None, progress: Callable[[Iterable], Iterable] = iter):
-    """x (B,...) at the first noise level -> x at the last one, always float32.
+    """Denoises x (B,...) from the first noise level to the last. Returns float32.
 
     predict(x_t, t, guided) -> eps (B,...); if guided, followed by eps without the text: (2B,...)
     draw() -> fresh Gaussian noise (B,...), called in every step whether it is used or not, so that
@@ -167,9 +167,9 @@ def denoise(predict: Callable[[Tensor, Tensor, bool], Tensor], x: Tensor,
     Raises FloatingPointError if x is not finite; on a GPU after the last step, to avoid waiting.
     """
     x, last, finite, levels, step = x.float(), None, [], sampling.levels, sampling.step_function
-    rows = levels.to(x.device)[:, None].repeat(1, len(x))    # (n + 1, B): one copy, one wait
+    rows = levels.to(x.device)[:, None].repeat(1, len(x))    # (n + 1, B), copied to a GPU once
     for i in progress(range(len(levels) - 1)):
-        t, t_prev = levels[i], levels[i + 1]   # on the CPU: constants made of them launch no kernel
+        t, t_prev = levels[i], levels[i + 1]   # on the CPU: computing with them launches no kernel
         x = x if keep is None else keep(x, rows[i])
         scale = sampling.guidance_at(t.item())
         eps = predict(x, rows[i], scale != 1).float()                              # (B or 2B, ...)
@@ -177,7 +177,7 @@ def denoise(predict: Callable[[Tensor, Tensor, bool], Tensor], x: Tensor,
             eps = guide(*eps.chunk(2), scale, sampling.rescale)                    # (B, ...)
         x_0 = predict_x_0(x, eps, t)
         x, last = step(x, eps, t, t_prev, draw(), last), (t, x_0)                  # (B, ...)
-        finite.append((x.abs() < torch.inf).all())                                 # NaN is not
+        finite.append((x.abs() < torch.inf).all())                                 # false for NaN
         if x.device.type == "cpu" or i == len(levels) - 2:
             check_finite(torch.stack(finite), levels)
         changed = None if callback is None else callback(i, t_prev.item(), x, x_0)
@@ -196,7 +196,7 @@ def check_finite(finite: Tensor, levels: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one stage is sampled. Raises ValueError for impossible settings.
+    """Settings for sampling one stage. Raises ValueError for impossible settings.
 
     steps      a number, spread evenly over t_start .. t_end or, if `early`, more at high noise; or
                segments {2/3: 20, 0: 10}, the original's form; or the falling noise levels
@@ -240,13 +240,13 @@ class Sampling:
 
     @property
     def levels(self) -> Tensor:
-        """The noise levels to visit, (n + 1,) float32 on the CPU."""
+        """Returns the noise levels of n steps, (n + 1,) float32 on the CPU."""
         if not isinstance(self.steps, (Integral, dict)):
             return torch.as_tensor(self.steps, dtype=torch.float32)
         segments = self.steps
         if isinstance(self.steps, Integral):
-            # Early: two thirds of the steps in the noisiest third, which decides what is shown.
-            # 29 steps give diffusers' DEFAULT_STAGE_C_TIMESTEPS, 30 the authors' {2/3: 20, 0: 10}.
+            # If early, two thirds of the steps are in the noisiest third, which decides what is
+            # shown. 29 steps are diffusers' DEFAULT_STAGE_C_TIMESTEPS; 30, the authors' levels.
             noisy = max(self.t_start - 2 / 3, 0) * 3 * 19
             rest = max(2 / 3 - self.t_end, 0) * 1.5 * 10
             first = round(self.steps * noisy / (noisy + rest)) if self.early else 0
@@ -256,16 +256,16 @@ class Sampling:
         levels = [torch.tensor([self.t_start], dtype=torch.float64)]
         for t_end, steps in segments.items():
             levels.append(torch.linspace(levels[-1][-1], t_end, steps + 1, dtype=torch.float64)[1:])
-        return torch.cat(levels).float()       # float64 until here, like the published lists
+        return torch.cat(levels).float()       # computed in float64, to equal the published levels
 
     @property
     def step_function(self) -> Callable:
-        """The sampler as a function."""
+        """Returns the function of the sampler, with eta."""
         step = SAMPLERS.get(self.sampler, self.sampler)
         return functools.partial(step, eta=self.eta) if step is ddim_step else step
 
     def guidance_at(self, t: float) -> float:
-        """The guidance scale at noise level t; 1 outside the interval."""
+        """Returns the guidance scale at noise level t, which is 1 outside the interval."""
         (low, high), scales = self.interval, np.ravel(self.guidance).tolist()
         start, end = scales[0], scales[-1]
         return end + (start - end) * t if low - 1e-6 <= t <= high + 1e-6 else 1.0
@@ -274,7 +274,7 @@ class Sampling:
 # ----- sizes, random numbers, text ----------------------------------------------------------------
 
 def latent_sizes(height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Image size in px -> (h, w) of Stage C's latents and of Stage B's: 1024 -> 24 and 256.
+    """Returns (h, w) of Stage C's latents and of Stage B's for an image: 24 and 256 for 1024 px.
 
     The grids are the smallest that cover the image. A latent position of Stage C is 42 2/3 px wide.
     Stage B's U-Net halves its input up to 4 times: sides are multiples of 16, that is 64 px.
@@ -318,7 +318,7 @@ class Wuerstchen:
     The networks are attributes as well: model.stage_c.
     """
     channels_c, channels_b = 16, 4             # channels of Stage C's and B's first noise
-    weights, loras, elsewhere = None, {}, {}   # set by load; elsewhere: hints for errors
+    weights, loras, elsewhere = None, {}, {}   # set by load; elsewhere: {name: hint for an error}
 
     def __init__(self, networks: dict, size: int = 1024, device="cpu", dtype=torch.float32,
                  c: Sampling = Sampling(29, guidance=4.0, early=True), b: Sampling = Sampling(12)):
@@ -327,8 +327,8 @@ class Wuerstchen:
 
     @classmethod
     def load(cls, weights=None, device=None, dtype=None, **options) -> "Wuerstchen":
-        """weights: "tiny", which ships with the code; "v1", "v2", "v2-base", "v2-aesthetic", which
-        are downloaded; or a folder. options: see load in loading/pipeline.py.
+        """Loads a pipeline. weights: "tiny", which ships with the code; "v1", "v2", "v2-base" or
+        "v2-aesthetic", which are downloaded; or a folder. options: see loading/pipeline.py.
         Raises ValueError, in one line, for weights and devices that cannot be used."""
         from loading.pipeline import load
         return load(weights, device, dtype, **options)
@@ -338,7 +338,7 @@ class Wuerstchen:
                  seed: int | None = 0, num_images: int = 1, width: int | None = None,
                  height: int | None = None, callback: Callable | None = None,
                  progress: bool = False, **sampling) -> list[Image.Image]:
-        """Prompts -> PIL images, num_images for each prompt, in order.
+        """Returns PIL images, num_images for each prompt, in the order of the prompts.
 
         negative_prompt  what guidance steers away from
         seed             0 to 2^32 - 1; image i uses seed + i; None: a random seed
@@ -376,9 +376,9 @@ class Wuerstchen:
     @torch.no_grad()
     def sample_c(self, text: Tensor, unconditional: Tensor, draw: Callable[[], Tensor],
                  sampling: Sampling | None = None, **options) -> Tensor:
-        """Text embeddings, 2 x (n,N,D) -> raw semantic latents (n,16,h,w) for Stage B.
+        """Generates raw semantic latents (n,16,h,w) for Stage B from text embeddings, 2 x (n,N,D).
 
-        draw() -> noise of that shape; options: see `sample`.
+        draw() returns noise (n,16,h,w). options: see `sample`.
         """
         conditions = [(text, unconditional)]
         x = self.sample("C", self.bind_c, conditions, draw, sampling or self.c, **options)
@@ -387,9 +387,9 @@ class Wuerstchen:
     @torch.no_grad()
     def sample_b(self, semantic: Tensor, text: Tensor, unconditional: Tensor,
                  draw: Callable[[], Tensor], sampling: Sampling | None = None, **options) -> Tensor:
-        """Raw semantic latents (n,16,h,w) and text embeddings -> the VQGAN's latents (n,4,h',w').
+        """Generates the VQGAN's latents (n,4,h',w') from raw semantic latents (n,16,h,w) and text.
 
-        Unconditional rows get the negative prompt, and zeros for the semantic latents.
+        The unconditional prediction gets the negative prompt, and zeros as semantic latents.
         """
         semantic = semantic.to(self.dtype)
         conditions = [(semantic, torch.zeros_like(semantic)), (text, unconditional)]
@@ -398,7 +398,7 @@ class Wuerstchen:
     def sample(self, stage: str, bind: Callable, conditions: list[tuple[Tensor, Tensor]], draw,
                sampling: Sampling, x: Tensor | None = None, keep: Callable | None = None,
                callback: Callable | None = None, progress: bool = False) -> Tensor:
-        """Runs denoise for a stage. conditions: pairs (with, without text); x: start, or None."""
+        """Runs denoise for a stage. conditions: pairs (with, without text). x: start, or None."""
         predict = self.predictor(bind, conditions)
         # leave=None: the finished bar is removed if it is below another bar, as in sample.py
         bar = functools.partial(tqdm, desc=f"Stage {stage}", unit="step", leave=None)
@@ -412,8 +412,8 @@ class Wuerstchen:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """The VQGAN's latents (n,4,h,w) -> images (n,3,4h,4w) float32 in [0, 1], one at a time,
-        because memory peaks here. Raises ValueError for NaN, which would become a black image."""
+        """Decodes the VQGAN's latents (n,4,h,w) to images (n,3,4h,4w) float32 in [0, 1], one at a
+        time to save memory. Raises ValueError for NaN, which would become a black image."""
         images = torch.cat([self.decode_one(row).float() for row in latents.split(1)])
         if not images.isfinite().all():
             dtype = next(self.part("stage_a").parameters()).dtype
@@ -434,7 +434,7 @@ class Wuerstchen:
 
     def predictor(self, bind: Callable, conditions: list[tuple[Tensor, Tensor]]) -> Callable:
         """Returns denoise's predict(x_t, t, guided). conditions: pairs (with, without text)."""
-        networks = {}                          # {guided: the network with its conditions}
+        networks = {}                          # {guided: result of bind for its conditions}
 
         def predict(x: Tensor, t: Tensor, guided: bool) -> Tensor:
             if guided not in networks:         # rows with the text and, if guided, rows without
@@ -454,7 +454,7 @@ class Wuerstchen:
         return lambda x, t: stage_b(x, t, semantic, text)
 
     def decode_one(self, latents: Tensor) -> Tensor:
-        """(1,4,h,w) -> (1,3,4h,4w), unclamped."""
+        """Decodes latents (1,4,h,w) to an image (1,3,4h,4w), not clamped to [0, 1]."""
         stage_a = self.part("stage_a")
         return stage_a.decode(latents.to(next(stage_a.parameters()).dtype))
 
@@ -474,13 +474,13 @@ class Wuerstchen:
     unscale_semantic = staticmethod(unscale_semantic)
 
     def accept(self, prompt, negative_prompt, seed, num_images, height, width, callback) -> tuple:
-        """A call's arguments -> a prompt for each image, seed, height, width, callback."""
+        """Returns what __call__ needs: a prompt for each image, seed, height, width, callback."""
         prompts = [prompt] if isinstance(prompt, str) else prompt
         height, width = (self.size if side is None else side for side in (height, width))
         return [p for p in prompts for _ in range(num_images)], seed, height, width, callback
 
     def settings(self, given: dict) -> tuple[Sampling, Sampling]:
-        """{"steps_c": 15, ...} -> the weights' settings of Stages C and B with these changes."""
+        """Returns settings of Stages C and B: the defaults, changed by given, {"steps_c": 15}."""
         changes = {"c": {}, "b": {}}
         for name, value in given.items():
             if name[-2:] not in ("_c", "_b") or not hasattr(getattr(self, name[-1]), name[:-2]):
@@ -500,12 +500,12 @@ def nan_advice(dtype: torch.dtype, sampling=None) -> str:
 
 
 def crop(images: Tensor, height: int, width: int) -> Tensor:
-    """Cuts out the middle: images (...,H,W) -> (...,height,width)."""
+    """Crops images (...,H,W) to their middle (...,height,width)."""
     top, left = (images.shape[-2] - height) // 2, (images.shape[-1] - width) // 2
     return images[..., top:top + height, left:left + width]
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
-    """images (n,3,H,W) in [0, 1] -> PIL images of 8 bits, rounded: truncation would darken."""
+    """Converts images (n,3,H,W) in [0, 1] to PIL images. Rounds, as truncation would darken."""
     images = (images * 255).round().byte().permute(0, 2, 3, 1)                     # (n, H, W, 3)
     return [Image.fromarray(image) for image in images.cpu().numpy()]

@@ -1,8 +1,8 @@
-"""Errors that the user can repair. Each ends a script with one line on stderr instead of a traceback.
+"""Errors that the user can fix, and messages for the user. Such an error ends a script with one line on stderr.
 
-A UserError says what was wrong, what was expected and what to do. Any other exception except OSError is
+The message of a UserError says what was wrong, what was expected and what to do. Any other exception except OSError is
 a bug of ours and keeps its traceback. A WeightsError is a UserError about a file or folder of weights.
-Note: file names, keys and captions are not trusted, and may contain control characters that a terminal executes. So
+Note: file names, keys and captions are not trusted: they may contain control characters that a terminal executes. So
 all messages pass through `printable`: in UserError for errors, in `tell` and `warn` for other messages.
 Needs: the standard library only, so that `--help` stays fast.
 """
@@ -19,24 +19,24 @@ MEMORY_HINT = "halve --batch and double --grad-accum"
 
 
 class UserError(ValueError):
-    """An error that the user can repair. Scripts show its message as one line."""
+    """An error that the user can fix. Scripts show its message as one line, without a traceback."""
     def __str__(self) -> str:
         return printable(super().__str__())
 
 
 class WeightsError(UserError):
-    """A file or folder of weights that cannot be used. The message says what was expected."""
+    """Raised for a file or folder of weights that cannot be used. The message says what was expected."""
 
 
 def printable(text: str) -> str:
-    """Escapes control characters, which a terminal would execute, as \\x1b, \\n, ..."""
+    """Returns text with control characters, which a terminal would execute, escaped as \\x1b, \\n, ..."""
     text = str(text)
     return text if text.isprintable() else "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def tell(message: str) -> None:
-    """Prints one line for the user on stderr. All our messages there pass through this function."""
+    """Prints one line for the user to stderr. All our messages on stderr pass through this function."""
     with contextlib.suppress(OSError):               # stderr may be a file on a full disk
         print(printable(message), file=sys.stderr, flush=True)
 
@@ -48,7 +48,7 @@ def warn(message: str) -> None:
 
 @contextlib.contextmanager
 def as_user_error():
-    """Turns each ValueError raised inside into a UserError. Used around calls that check the user's own values."""
+    """Context manager that turns a ValueError into a UserError. It wraps calls that check values given by the user."""
     try:
         yield
     except UserError:
@@ -58,7 +58,7 @@ def as_user_error():
 
 
 def memory_ran_out(error: Exception) -> bool:
-    """Whether an exception means lack of memory. "is killed by signal": the system killed a worker that reads data."""
+    """Returns whether an exception means that memory ran out. "is killed by signal": the system killed a worker."""
     return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(
         words in str(error) for words in ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED",
                                           "is killed by signal"))
@@ -66,8 +66,8 @@ def memory_ran_out(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def exit_on_user_error(hint: str | None = None, memory: str = "close other programs, or use a larger machine"):
-    """Wraps a whole script. A UserError, an OSError or a lack of memory ends it with one line and exit code 2, Ctrl-C
-    with code 130, SIGTERM with 143. Each warning is shown once, as one line.
+    """Context manager for a whole script. A UserError, an OSError or a lack of memory ends it with one line and exit
+    code 2, Ctrl-C with 130, SIGTERM with 143. Each warning is shown once, as one line.
 
     hint: what to do after Ctrl-C, for example RESUME_HINT. memory: what to do if the memory runs out.
     """
@@ -77,7 +77,7 @@ def exit_on_user_error(hint: str | None = None, memory: str = "close other progr
     before = None
     with contextlib.suppress(ValueError):            # signal.signal raises it outside the main thread
         before = signal.signal(signal.SIGTERM, terminated)
-    # The cache shows a warning once, although some files are read twice: before and after the models are fetched.
+    # functools.cache shows each warning once, although some files are read twice: before and after fetching models.
     shown = functools.cache(lambda text: tell(f"warning: {text}"))
     try:
         with warnings.catch_warnings():

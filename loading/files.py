@@ -1,4 +1,4 @@
-"""Reads and writes files of weights and configurations. Nothing here depends on a model.
+"""Reads and writes files of weights and configurations of any model.
 
   with reading(path): wraps code that reads a possibly damaged file; any error becomes a message of one line
   TensorFile(path): reads names and shapes first, then one tensor at a time, from .safetensors, .bin or .pt
@@ -41,11 +41,11 @@ except ImportError:                   # Windows
 if TYPE_CHECKING:
     from torch import Tensor
 
-STEM = "diffusion_pytorch_model"      # name of diffusers' and our weight files; transformers' are called "model"
+STEM = "diffusion_pytorch_model"      # name of diffusers' and our weight files; transformers' files are called "model"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 OWN_CONFIG = "wuerstchen_config"      # key of the configuration in a .safetensors or .pt file without config.json
-CHUNK = 128 * 2 ** 20                 # bytes to read before the file is mapped again, see TensorFile
-LARGEST = 2 ** 28                     # bytes: the largest configuration, or list of prompts, that is read
+CHUNK = 128 * 2 ** 20                 # number of bytes after which TensorFile maps its file again
+LARGEST = 2 ** 28                     # size in bytes of the largest text file that is read
 EXPLAINED = {RecursionError: "it is nested too deeply", MemoryError: "memory does not suffice for what it contains",
              FileNotFoundError: "there is no such file", IsADirectoryError: "it is a folder, expected a file"}
 
@@ -55,10 +55,10 @@ EXPLAINED = {RecursionError: "it is nested too deeply", MemoryError: "memory doe
 @contextlib.contextmanager
 def reading(path: str | Path, kind: type = UserError, failed: str = "cannot be read", most: float = math.inf,
             advice: str = ""):
-    """Wraps code that reads a possibly damaged file. Any error becomes a `kind` of one line with the path.
+    """Context manager for reading a file that may be damaged. Any error becomes a `kind` of one line with the path.
 
     Files of more than `most` bytes are errors, and so are pipes and devices, because reading them may never end. A
-    UserError raised inside is not changed, because it names the file itself. failed, advice: parts of the message.
+    UserError is not changed, because it names the file already. failed, advice: parts of the message.
     """
     try:
         check_file(path, most)
@@ -70,7 +70,7 @@ def reading(path: str | Path, kind: type = UserError, failed: str = "cannot be r
 
 
 def check_file(path: str | Path, most: float = math.inf) -> None:
-    """Raises ValueError or OSError, without the path, unless this is a regular file of at most `most` bytes."""
+    """Raises ValueError or OSError, without the path in it, unless path is a regular file of at most `most` bytes."""
     state = os.stat(path)
     if stat.S_ISDIR(state.st_mode):
         raise IsADirectoryError
@@ -81,11 +81,11 @@ def check_file(path: str | Path, most: float = math.inf) -> None:
 
 
 def reason_of(error: Exception) -> str:
-    """Describes a library's error in one line, without torch's advice to load the file so that its code is executed."""
+    """Returns a library's error as one line. Omits torch's advice to load a file in a way that executes its code."""
     for explained, text in EXPLAINED.items():
         if isinstance(error, explained) and (not isinstance(error, OSError) or error.errno or not error.args):
             return text
-    if getattr(error, "strerror", None):                 # the operating system's message, such as: permission denied
+    if getattr(error, "strerror", None):                 # the operating system's message, such as "permission denied"
         return error.strerror.lower()
     if "weights only" in str(error).lower().replace("_", " "):
         return "it holds more than tensors and plain values, and nothing in a file is executed"
@@ -93,13 +93,13 @@ def reason_of(error: Exception) -> str:
 
 
 def read_text(path: str | Path, kind: type = UserError, failed: str = "cannot be read") -> str:
-    """The content of a text file in UTF-8, with or without a byte order mark. Raises `kind`."""
+    """Returns the content of a text file in UTF-8, with or without a byte order mark. Raises `kind` if it cannot."""
     with reading(path, kind, failed, LARGEST):
         return decoded(Path(path).read_bytes())
 
 
 def decoded(content: bytes) -> str:
-    """Decodes UTF-8, with or without a byte order mark; line ends become \\n. Raises ValueError."""
+    """Decodes UTF-8, with or without a byte order mark. Line ends become \\n. Raises ValueError if it cannot."""
     try:
         text = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except ValueError as error:
@@ -110,8 +110,8 @@ def decoded(content: bytes) -> str:
 
 
 def parsed(text: str, finite: bool = False):
-    """Parses JSON. Raises ValueError if the JSON is invalid, an object has a key twice, or the nesting is too deep for
-    Python; if `finite`, also for NaN and infinity."""
+    """Returns the value of a JSON text. Raises ValueError if the JSON is invalid, if an object has a key twice, if the
+    nesting is too deep for Python and, if `finite`, for NaN and infinity."""
     try:
         return json.loads(text, object_pairs_hook=no_name_twice, **dict.fromkeys(
             ("parse_float", "parse_constant") if finite else (), finite_number))
@@ -120,7 +120,7 @@ def parsed(text: str, finite: bool = False):
 
 
 def no_name_twice(pairs: list[tuple[str, object]]) -> dict:
-    """The dict of a JSON object. Raises ValueError if a key occurs twice: json would silently keep only the last."""
+    """Returns the dict of a JSON object's pairs. Raises ValueError if a key occurs twice: json would keep the last."""
     if len(found := dict(pairs)) < len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"{max(names, key=names.count)} is in it twice")
@@ -134,7 +134,7 @@ def finite_number(text: str) -> float:
 
 
 def read_json(path: str | Path) -> dict:
-    """The object in a JSON file, as a dict. Raises WeightsError if it cannot be read or is not an object."""
+    """Returns the object in a JSON file as a dict. Raises WeightsError if the file cannot be read or has no object."""
     with reading(path, WeightsError, most=LARGEST):
         content = parsed(decoded(Path(path).read_bytes()), finite=True)
     if not isinstance(content, dict):
@@ -143,7 +143,7 @@ def read_json(path: str | Path) -> dict:
 
 
 def read_config(folder: str | Path) -> dict:
-    """folder/config.json as a dict. Raises WeightsError if it is missing or cannot be read."""
+    """Returns folder/config.json as a dict. Raises WeightsError if the file is missing or cannot be read."""
     folder = Path(folder)
     if not folder.is_dir():
         raise WeightsError(f"{folder} is not a folder: expected one with config.json and the weights")
@@ -154,16 +154,16 @@ def read_config(folder: str | Path) -> dict:
 
 
 def listing(folder: Path) -> str:
-    """The first names in a folder, for error messages."""
+    """Returns the first names in a folder as text, for error messages."""
     names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir() if not path.name.startswith("."))
     return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "") or "nothing in the folder"
 
 
 def pick_weights(names: Iterable[str], stems: tuple[str, ...], half: bool = False) -> str | None:
-    """File names in a folder -> the weight file to read, or the index of its shards; None if there is no such file.
+    """Returns which of the file names in a folder is the weight file to read, or the index of its shards; or None.
 
-    .safetensors is preferred to .bin. Then the variant decides: fp16 first if `half`, otherwise first the file without
-    a variant; unknown variants come last. Then a single file is preferred to shards.
+    Prefers .safetensors to .bin; then, among variants such as fp16, fp16 if `half`, else the file without a variant,
+    and unknown variants last; then a single file to shards. stems: possible names without suffix, best first.
     """
     variants = ("fp16", "bf16", "", "fp32") if half else ("", "fp32", "fp16", "bf16")
     pattern = re.compile(rf"({'|'.join(stems)})(?:\.(\w+))?\.(safetensors|bin)(\.index(?:\.(\w+))?\.json)?")
@@ -196,7 +196,7 @@ def shards(index: Path) -> list[str]:
     if not isinstance(table, dict) or not table or not all(isinstance(name, str) for name in table.values()):
         raise WeightsError(f"{index} is not an index of weight files: expected a weight_map from tensors to files")
     names = sorted(set(table.values()))
-    for name in names:                                   # the index may be malicious
+    for name in names:                                   # a malicious index might name files in other folders
         if not re.fullmatch(r"[^/\\]+\.(safetensors|bin)", name):
             raise WeightsError(f"{index} names {name!r}: expected only .safetensors or .bin files in the same folder")
     return names
@@ -207,11 +207,11 @@ reading_weights = functools.partial(
 
 
 class TensorFile:
-    """A .safetensors, .bin or .pt file, or the index of shards: has names and shapes, and yields one tensor at a time.
+    """Reads a .safetensors, .bin or .pt file, or the index of shards. shapes: {name: shape}. Yields (name, tensor).
 
-    The file is memory-mapped. A tensor takes no memory before it is read, and then keeps it until the mapping ends. So
-    the file is mapped again after every CHUNK bytes, and callers must copy the tensors that they keep.
-    sections: keys under which the file may hold the state dict; the first one found is read.
+    The file is memory-mapped. A tensor takes memory from when it is read until the mapping ends. So the file is mapped
+    again after every CHUNK bytes, and callers must copy the tensors that they keep.
+    sections: keys under which the file may have the state dict; the first key found is used.
     The prefixes that DDP and torch.compile add to names (module., _orig_mod.) are removed.
     Code in a file is never executed. Raises WeightsError unless it is a complete file of tensors.
     """
@@ -233,7 +233,7 @@ class TensorFile:
             self.shapes[name], self.in_file[name] = shape, in_file
 
     def _open(self) -> list[tuple[str, tuple]]:
-        """Maps the file, or maps it again -> [(name in the file, shape)] of its tensors."""
+        """Maps the file, or maps it again. Returns [(name in the file, shape)] of its tensors."""
         import torch
         with reading_weights(self.path):
             if self.safe:
@@ -242,7 +242,7 @@ class TensorFile:
                 return [(name, tuple(self._tensors.get_slice(name).get_shape())) for name in self._tensors.keys()]
             try:
                 content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError:               # files older than 2020 are not zip archives and cannot be mapped
+            except RuntimeError:               # torch's files before 2020 are not zip archives and cannot be mapped
                 content = torch.load(self.path, map_location="cpu", weights_only=True)
         if isinstance(content, dict):
             content = next((content[key] for key in self.sections if isinstance(content.get(key), dict)), content)
@@ -271,7 +271,7 @@ class TensorFile:
 
 
 def read_tensors(path: str | Path, start: str) -> dict[str, Tensor]:
-    """Reads the tensors whose names begin with `start`, which it removes. Raises WeightsError, also for NaN."""
+    """Reads the tensors whose names begin with `start`. Returns {name without start: tensor}. Raises WeightsError."""
     tensors = {name.removeprefix(start): tensor.clone() for name, tensor in TensorFile(Path(path))
                if name.startswith(start)}
     for name, tensor in tensors.items():
@@ -281,8 +281,8 @@ def read_tensors(path: str | Path, start: str) -> dict[str, Tensor]:
 
 
 def is_table(content) -> bool:
-    """Whether an object is a state dict of dense CPU tensors, each with storage for all its values. This check rejects
-    small files that describe tensors of terabytes, which repeat one value or have no data."""
+    """Returns whether content is a state dict of dense CPU tensors, each with storage for all its values. This rejects
+    malicious small files whose tensors of terabytes repeat one value or have no data."""
     import torch
     return isinstance(content, dict) and all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu"
@@ -291,7 +291,7 @@ def is_table(content) -> bool:
 
 
 def own_config(path: Path) -> dict | None:
-    """Reads the configuration in a weight file, under the key OWN_CONFIG; None if that is missing or cannot be read."""
+    """Returns the configuration in a weight file, stored under OWN_CONFIG, or None if it is missing or unreadable."""
     import torch
     from safetensors import safe_open
     try:
@@ -300,22 +300,22 @@ def own_config(path: Path) -> dict | None:
                 config = parsed((file.metadata() or {}).get(OWN_CONFIG, "null"), finite=True)
         else:
             config = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get(OWN_CONFIG)
-    except Exception:         # reading the tensors, later, reports the error
+    except Exception:         # the error is reported later, when the tensors are read
         return None
     return config if isinstance(config, dict) else None
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether a file begins like .safetensors, not like torch's formats. Raises WeightsError if it does neither."""
+    """Returns whether a file begins like .safetensors, or not, like torch's formats. Else raises WeightsError."""
     with reading_weights(path), open(path, "rb") as file:
         start = file.read(512)
-    if start[8:9] == b"{":                               # 8 bytes of length, then a header in JSON
+    if start[8:9] == b"{":                               # .safetensors begins with 8 bytes of length, then JSON
         return True
     if start.startswith(b"version https://git-lfs"):
         raise WeightsError(f"{path} is a Git LFS pointer, not the weights: fetch the file itself with `git lfs pull`")
     if start.lstrip()[:1] == b"<":
         raise WeightsError(f"{path} is a web page, not weights: the download failed, try it again")
-    if start and not start.startswith((b"PK", b"\x80")):         # a zip archive or, before 2020, a pickle
+    if start and not start.startswith((b"PK", b"\x80")):         # torch's files: zip archives; before 2020, pickles
         image = start.startswith((b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF"))
         raise WeightsError(f"{path} is not a file of weights{' but an image' * image}: expected a .safetensors, .bin "
                            "or .pt file")
@@ -323,14 +323,14 @@ def is_safetensors(path: Path) -> bool:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor has no NaN or infinity. Testing only its minimum and maximum is much faster than all values."""
+    """Returns whether a tensor has no NaN or infinity. Tests only its minimum and maximum, which is much faster."""
     import torch
     return tensor.numel() == 0 or torch.stack(torch.aminmax(tensor)).isfinite().all().item()
 
 
 @contextlib.contextmanager
 def return_freed_memory():
-    """Context in which freed memory goes back to the operating system at once.
+    """Context manager in which freed memory goes back to the operating system at once.
 
     glibc keeps freed blocks of up to 32 MB for reuse, and most weights are smaller. The heap then becomes fragmented:
     at official size, gigabytes are wasted. Inside, blocks of 1 MB or more are mapped one by one instead. Does nothing
@@ -344,17 +344,17 @@ def return_freed_memory():
     mallopt(threshold, 2 ** 20)
     try:
         yield
-    finally:         # 32 MB is the most that glibc would choose: the heap, which is faster, is better for activations
+    finally:         # activations should come from the heap again, which is faster: 32 MB is glibc's own maximum
         mallopt(threshold, 32 * 2 ** 20)
 
 
 # ----- writing -------------------------------------------------------------------------------------------------------
-# While a file is written, it is called .NAME.tmp-HOST-RANDOM.SUFFIX and is locked. So the next program that writes into
-# the folder can distinguish the files of a killed program from those of a running one.
+# While a file is written, it has the name .NAME.tmp-HOST-RANDOM.SUFFIX and is locked. So the next program that writes
+# into the folder can distinguish the files of a killed program, which are not locked, from those of a running program.
 
 def check_output(path: str | Path, *suffixes: str) -> None:
-    """Raises UserError if an output path cannot be written: it exists, has none of these suffixes ("": a folder), or
-    check_folder fails. Called before a program's work. An existing empty folder is allowed."""
+    """Raises UserError if an output path exists and is not an empty folder, has none of `suffixes` ("": a folder), or
+    cannot be written. Programs call it before their work."""
     path = Path(path)
     if path.parent.is_dir():
         sweep(path.parent)
@@ -370,7 +370,7 @@ def check_output(path: str | Path, *suffixes: str) -> None:
 def check_folder(folder: str | Path, shown: str | Path | None = None) -> None:
     """Raises UserError unless files can be written to a folder, which may not exist yet. shown: path to report."""
     folder = Path(folder)
-    try:                                     # a temporary file, which is deleted when it is closed
+    try:                                     # TemporaryFile deletes its file when it is closed
         with tempfile.TemporaryFile(dir=next(path for path in (folder, *folder.parents) if path.exists())):
             pass
     except OSError as problem:
@@ -379,15 +379,15 @@ def check_folder(folder: str | Path, shown: str | Path | None = None) -> None:
 
 HOST = f"{zlib.crc32(platform.node().encode()):08x}"
 TEMPORARY = re.compile(r"\..+\.tmp-([0-9a-f]{8})-[0-9a-f]{8}(\.\w+)?")
-SWEPT = set()                                            # folders that this process has called sweep() for
+SWEPT = set()                                            # folders for which this process has called sweep()
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object], overwrite: bool = True, size: int = 0,
                      folder: bool = False) -> None:
-    """Calls write(temporary_path), then renames the file to `path`. It is complete or missing, even after a power cut.
+    """Calls write(temporary_path), then renames the file to `path`: it is complete or missing, even after a power cut.
 
-    size: bytes that `write` needs, if known. If the disk has less, `write` is not called.
-    folder: `write` gets a new folder, and fills it with write_atomically. Only an empty folder is ever replaced.
+    size: bytes that `write` needs, if known. If the disk has less free space, `write` is not called.
+    folder: whether `write` gets a new folder, which it fills by write_atomically. Only empty folders are ever replaced.
     Raises FileExistsError if the path exists and may not be replaced, even if it appeared while `write` was running.
     Raises OSError, in one line, if the disk is full.
     """
@@ -416,11 +416,11 @@ def write_atomically(path: str | Path, write: Callable[[Path], object], overwrit
 
 @contextlib.contextmanager
 def temporary_path(path: Path, folder: bool = False) -> Iterator[Path]:
-    """Yields the path of a new file or folder, to be renamed to `path`. At the end it is removed if it still exists."""
+    """Context manager that yields a new file or folder, to be renamed to `path`. Removes it at the end if not moved."""
     while True:
         temporary = path.with_name(f".{path.stem}.tmp-{HOST}-{uuid.uuid4().hex[:8]}{path.suffix}")
         temporary.mkdir() if folder else temporary.touch(exist_ok=False)
-        with contextlib.suppress(FileNotFoundError):     # another program removed it before it was locked: retry
+        with contextlib.suppress(FileNotFoundError):     # another program's sweep() has removed it: try again
             opened = lock(temporary, wait=True)
             if opened is None or os.fstat(opened).st_nlink:
                 break
@@ -433,14 +433,14 @@ def temporary_path(path: Path, folder: bool = False) -> Iterator[Path]:
 
 
 def sweep(folder: Path) -> None:
-    """Removes incomplete files of killed programs from a folder, once per process. Locks of other machines may be
-    invisible here, so files of other machines are removed only after an hour."""
+    """Removes temporary files of killed programs from a folder, once per process. Locks of other machines may be
+    invisible on this machine, so temporary files of other machines are removed only after an hour."""
     if os.path.abspath(folder) in SWEPT:
         return
     SWEPT.add(os.path.abspath(folder))
     for entry in os.scandir(folder):
         if match := TEMPORARY.fullmatch(entry.name):
-            with contextlib.suppress(OSError):           # not our file, or already removed by another process
+            with contextlib.suppress(OSError):           # we have no permission, or another process has removed it
                 known = match[1] == HOST or time.time() - entry.stat().st_mtime > 3600
                 if known and (opened := lock(Path(entry.path))) is not None:
                     remove(Path(entry.path))
@@ -448,8 +448,8 @@ def sweep(folder: Path) -> None:
 
 
 def lock(path: Path, wait: bool = False) -> int | None:
-    """Opens and locks a file or folder -> its descriptor. Closing the descriptor, or the end of the process, ends the
-    lock. Returns None if another program has the lock, or locks are not supported (Windows, some network drives)."""
+    """Opens and locks a file or folder. Returns its descriptor; closing that, or the end of the process, ends the lock.
+    Returns None if another program has the lock, or locks are not supported (Windows, some network drives)."""
     if fcntl is None:
         return None
     opened = os.open(path, os.O_NOFOLLOW | (os.O_RDONLY if path.is_dir() else os.O_RDWR))
@@ -471,20 +471,20 @@ def remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def disk_errors(path: Path, temporary: Path | None = None, size: int = 0):
-    """Wraps code that writes a file. Turns every library's exception for a full disk into an OSError of one line: the
-    file, the space that it needs and the free space. Exceptions not caused by the disk stay unchanged."""
+    """Context manager for code that writes a file. Turns any library's exception for a full disk into an OSError of one
+    line: the file, the space that it needs and the free space. Exceptions not caused by the disk stay unchanged."""
     try:
         yield
     except Exception as error:
         problem = error
         if not isinstance(error, OSError) and temporary is not None:     # torch.save: "unexpected pos 576 vs 534"
             try:
-                with open(temporary, "ab") as file:      # test: is the disk full?
+                with open(temporary, "ab") as file:      # tests whether the disk is full
                     file.write(bytes(2 ** 20))
             except OSError as cause:
                 problem = cause
         if isinstance(error, OSError) and error.errno is None and str(temporary) in str(error):
-            raise OSError(str(error).replace(str(temporary), str(path))) from error           # a file in a folder
+            raise OSError(str(error).replace(str(temporary), str(path))) from error      # path is a folder
         full = getattr(problem, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         if not full and getattr(problem, "filename", None) != str(temporary):
             raise
@@ -502,13 +502,13 @@ def bytes_text(number: float) -> str:
 
 
 def rename_if_unused(temporary: Path, path: Path) -> bool:
-    """Renames a file unless `path` exists -> whether it was renamed. If two programs try at once, one succeeds."""
+    """Renames a file unless `path` exists. Returns whether it did. If two programs try at once, only one succeeds."""
     try:
         try:
             os.link(temporary, path)                     # unlike os.replace, this fails if the name is taken
         except FileExistsError:
             raise
-        except OSError:                                  # no hard links: FAT, some network drives
+        except OSError:                                  # FAT and some network drives have no hard links
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))     # an empty file reserves the name
             os.replace(temporary, path)
     except FileExistsError:
@@ -517,7 +517,7 @@ def rename_if_unused(temporary: Path, path: Path) -> bool:
 
 
 def write_unused(path: Path, write: Callable[[Path], object], overwrite: bool = False) -> Path:
-    """Calls write_atomically with the first path of numbered(path) that does not exist yet. Returns this path."""
+    """Calls write_atomically with the first path of numbered(path) that does not exist yet. Returns that path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for name in numbered(path):
         with contextlib.suppress(FileExistsError):       # another program may create it at the same time
@@ -566,7 +566,7 @@ def write_tensors(path: str | Path, content: dict, metadata: dict[str, str] | No
     def write(temporary: Path) -> None:
         if path.suffix == ".safetensors":
             return write_safetensors(temporary, content, metadata or {"format": "pt"})
-        with open(temporary, "wb") as file:              # if given a path, torch would store its name in the file
+        with open(temporary, "wb") as file:              # given a path, torch.save would store its name in the file
             torch.save(content, file)
     path = Path(path)
     write_atomically(path, write, overwrite, sum(tensor.nbytes for _, tensor in tensors_in(content)))
@@ -579,7 +579,7 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
     kinds = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
              torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
              torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}
-    names, end = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name)), 0        # keeps values aligned
+    names, end = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name)), 0        # so values are aligned
     header = dict(__metadata__=dict(sorted(metadata.items())))
     for name in names:
         tensor = tensors[name]

@@ -3,8 +3,8 @@
   fetch("v2", parts) -> {part: its folder or file in the hub's cache (HF_HOME)}
 
 Text-to-image needs seven parts of two repositories; encoding an image needs only the image encoder. For each part,
-only the configuration and one weight file are fetched: .safetensors rather than .bin, and half precision if it is
-wanted and offered. Files in the cache are not fetched again. offline=True (or HF_HUB_OFFLINE=1) fetches nothing.
+only the configuration and one weight file are fetched: .safetensors rather than .bin, and float16 if it is requested
+and exists. Files in the cache are not fetched again. offline=True (or HF_HUB_OFFLINE=1) fetches nothing.
 We fetch files by their names and ignore the published model_index.json files. They contain the old name of a module
 that diffusers has moved, so diffusers itself currently cannot open the folders.
 Other repositories are written hub:OWNER/NAME or hub:OWNER/NAME@REVISION/FOLDER, see Repository.
@@ -38,8 +38,8 @@ from loading.errors import WeightsError, exit_on_user_error, printable, tell
 from loading.files import STEM, TOKENIZER_FILES, find_file, parsed, pick_weights, read_json, shards, write_atomically
 from loading.options import Parser
 
-# {repository: its revision}: a commit's hash, or "main" if the hash could not be looked up. The files of these
-# repositories have not changed since 2023. --revision overrides the revisions.
+# {repository: revision to fetch}: a commit's hash or, if we could not look it up, "main". The files of these
+# repositories have not changed since 2023. --revision overrides these revisions.
 REVISIONS = {
     "warp-ai/wuerstchen":                        "c3da41406ddd4d9c48c49aa93981a82354351b83",
     "warp-ai/wuerstchen-prior":                  "main",
@@ -47,11 +47,11 @@ REVISIONS = {
     "warp-ai/wuerstchen-prior-model-finetuned":  "main",
     "warp-ai/EfficientNetEncoder":               "main",
     "dome272/wuerstchen":                        "6eb6cf5494fa67472afdbcfd78a31dcb091b0c05",
-    # This commit holds v1's files; main did not always hold them.
+    # This commit contains v1's files; main did not always contain them.
     "dome272/wuerstchen (v1)":                   "c9a8af033966c756941168f2a537595a15e0c1a8",
 }
 
-# {part: (repository, folder or file in it)}; the folder "" is the repository itself
+# {part: (repository, folder or file in it)}. The folder "" is the top folder of the repository.
 V2 = {
     "prior":               ("warp-ai/wuerstchen-prior", "prior"),
     "prior_text_encoder":  ("warp-ai/wuerstchen-prior", "text_encoder"),                     # CLIP bigG
@@ -61,7 +61,7 @@ V2 = {
     "tokenizer":           ("warp-ai/wuerstchen", "tokenizer"),
     "vqgan":               ("warp-ai/wuerstchen", "vqgan"),
 }
-# v1 as the authors published it. It has one text encoder, CLIP H, the same as Stage B of v2.
+# v1 as the authors published it. It has only one text encoder, CLIP H, which Stage B of v2 also uses.
 V1 = {part: V2[part.removeprefix("prior_")] for part in V2} | {
     "prior":               ("dome272/wuerstchen", "model_stage_c_ema.pt"),
     "decoder":             ("dome272/wuerstchen", "model_stage_b.pt"),
@@ -75,43 +75,43 @@ NAMES = {
     "v2-aesthetic": V2 | {"prior": ("warp-ai/wuerstchen-prior-model-finetuned", "")},        # 1024 px only
 }
 NAMES["v2-interpolated"] = NAMES["v2"]
-# {repository: the name in NAMES of the weights that it holds}
+# {repository: the name in NAMES of its weights}
 OFFICIAL = {"warp-ai/wuerstchen": "v2", "warp-ai/wuerstchen-prior": "v2",
             "warp-ai/wuerstchen-prior-model-base": "v2-base",
             "warp-ai/wuerstchen-prior-model-finetuned": "v2-aesthetic"}
-# The image encoder has its own repository, 80 MB. The authors' decoder file of 6 GB also contains it.
+# The image encoder (80 MB) has its own repository. The authors' decoder file of 6 GB also contains the encoder.
 IMAGE_ENCODER = ("warp-ai/EfficientNetEncoder", "")
 IMAGE_ENCODER_INSIDE = ("dome272/wuerstchen", "model_v2_stage_b.pt")
 # The files to read in a folder of weights, in addition to the weights.
 SMALL_FILES = ("config.json", "scheduler_config.json", "words.json", *TOKENIZER_FILES)
-# LoRA files to look for in a folder: first of our own training, then of peft, then of diffusers.
+# Names of LoRA files to look for in a folder, in this order: those of our own training, of peft, of diffusers.
 LORA_FILES = ("lora.safetensors", *(f"{stem}{suffix}" for stem in ("adapter_model", "pytorch_lora_weights")
                                     for suffix in (".safetensors", ".bin")))
 REFERENCE = re.compile(r"hub:([\w-][\w.-]*/[\w-][\w.-]*)(?:@(refs/\w+/\w+|[^/@]+))?(?:/(.*?))?/?")
-# Unsafe in file names: control characters, lone surrogates, and a Windows drive at the start.
+# What is unsafe in file names: control characters, lone surrogates, and a Windows drive at the start.
 UNSAFE = re.compile("[\\0-\\x1f\\x7f-\\x9f\\ud800-\\udfff]|^[A-Za-z]:")
 NOT_CACHED = "is not in the cache {}, and --offline fetches nothing: run once without it"
 WAITS = (1, 3, 9)                        # seconds before a busy hub is asked again
-HASHES: dict[str, str] = {}              # {"path size time": sha256}, filled by hash_of
-LONGEST_WAIT = 300                       # seconds without a received byte, see limit_waits
-LONGEST_LIST = (2 ** 24, 60)             # bytes and seconds for a list of files: enough for 50,000 files
+HASHES: dict[str, str] = {}              # {"PATH SIZE TIME" of a file: sha256}, filled by hash_of
+LONGEST_WAIT = 300                       # longest time in seconds without a received byte, see limit_waits
+LONGEST_LIST = (2 ** 24, 60)             # limits in bytes and seconds for a list of files: enough for 50,000 files
 # The parts that each task needs.
 TEXT_TO_IMAGE = tuple(V2)
 RECONSTRUCTION = ("image_encoder", "decoder", "text_encoder", "tokenizer", "vqgan")     # encodes and decodes an image
 
 
 def revision_of(repo: str, override: str | None, weights: str = "v2") -> str:
-    """Returns a repository's revision in REVISIONS. override: "NAME" for all repositories, "REPO=NAME" for one."""
+    """Returns a repository's revision: `override`, "NAME" (for all) or "REPO=NAME" (for one), or that in REVISIONS."""
     which, _, name = (override or "").rpartition("=")
     return name if name and which in ("", repo) else REVISIONS.get(f"{repo} ({weights})", REVISIONS.get(repo, "main"))
 
 
 def fetch(name: str, parts: tuple[str, ...] = TEXT_TO_IMAGE, half: bool = False, offline: bool = False,
           revision: str | None = None) -> dict[str, Path]:
-    """Fetches the parts of the weights called `name` -> {part: its folder or file in the cache}.
+    """Fetches parts of the weights `name`, a key of NAMES. Returns {part: its folder or file in the cache}.
 
     parts: keys of V2, or "image_encoder". half: prefer weight files in float16. revision: overrides REVISIONS, see
-    revision_of. Every problem raises WeightsError, with a message of one line.
+    revision_of. Raises WeightsError, in one line, for any problem.
     """
     sources, chosen = {part: NAMES[name][part] for part in parts if part in NAMES[name]}, {}
     opened = functools.cache(lambda repo: Repository(f"hub:{repo}", offline, revision_of(repo, revision, name)))
@@ -129,7 +129,7 @@ def fetch(name: str, parts: tuple[str, ...] = TEXT_TO_IMAGE, half: bool = False,
         try:
             choose(*IMAGE_ENCODER, half=False)
             sources["image_encoder"] = IMAGE_ENCODER
-        except WeightsError:                 # not on the hub or not in the cache: extract it from the big file
+        except WeightsError:                 # if it is not on the hub or in the cache, extract it from the big file
             extract = True
             choose(*IMAGE_ENCODER_INSIDE, half=False)
     announce([file for files in chosen.values() for file in files.values()])
@@ -146,7 +146,7 @@ def fetch(name: str, parts: tuple[str, ...] = TEXT_TO_IMAGE, half: bool = False,
 # ----- files of a repository ------------------------------------------------------------------------------------------
 
 class File(NamedTuple):
-    """A file of a repository, as listed by the hub. size, digest: None if the list does not contain them."""
+    """A file of a repository, as the hub lists it. size, digest: None if the list does not contain them."""
     commit: str
     cached: bool
     size: int | None = None          # bytes
@@ -163,14 +163,14 @@ def is_offline(offline: bool) -> bool:
 
 
 def is_safe(name: str) -> bool:
-    """Whether a path from an untrusted source, such as a/b.json, stays inside its folder, on any system."""
+    """Returns whether a relative path from an untrusted source, such as a/b.json, stays in its folder on any system."""
     return not (UNSAFE.search(name) or {"", ".", ".."} & set(re.split(r"[/\\]", name)))
 
 
 def list_files(repo: str, revision: str, offline: bool) -> dict[str, File]:
-    """Returns {name: File} of a repository's files, as listed by the hub; if offline, of the files in the cache.
+    """Returns {name: File} of a repository's files on the hub or, if offline, in the cache.
 
-    Files whose names could lead out of the cache are omitted, so they cannot be fetched. Raises WeightsError."""
+    Omits files whose names could lead out of the cache, so they are never fetched. Raises WeightsError if it cannot."""
     if not is_safe(revision):
         raise WeightsError(f"{revision!r} is not a revision of {repo}: expected a branch, tag or commit, such as main")
     snapshots, ref = repo_cache(repo) / "snapshots", repo_cache(repo) / "refs" / revision
@@ -192,7 +192,7 @@ def list_files(repo: str, revision: str, offline: bool) -> dict[str, File]:
         raise WeightsError(f"{repo}: the hub's list of files cannot be used: expected a commit and files with names; "
                            "check HF_ENDPOINT") from error
     with contextlib.suppress(OSError, ValueError):                       # the cache may be read-only
-        if revision != commit and (not ref.is_file() or ref.read_text() != commit):        # for offline=True
+        if revision != commit and (not ref.is_file() or ref.read_text() != commit):        # offline=True reads it
             write_atomically(ref, lambda temporary: temporary.write_text(commit))
     return files
 
@@ -222,28 +222,28 @@ def ask_for_list(repo: str, revision: str):
 
 @contextlib.contextmanager
 def request(path: str, timeout: float, **headers: str):
-    """Sends a GET request to the hub and yields the response, whose body is not read yet. Raises huggingface_hub's
-    errors. The library's own calls are not used: they wait without limit, for the next byte and for the whole body."""
+    """Context manager that sends a GET request to the hub and yields the response before its body is read. Raises
+    huggingface_hub's errors. The library's own calls wait without limit, for the next byte and for the whole body."""
     from huggingface_hub import constants, get_session
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
     with get_session().stream("GET", constants.ENDPOINT + path, headers=build_hf_headers() | headers, timeout=timeout,
                               follow_redirects=True) as response:
-        if response.status_code >= 400:          # checks a copy without the body, whose size has no limit
+        if response.status_code >= 400:          # check a copy without the body, which may be too large to read
             hf_raise_for_status(type(response)(response.status_code, headers=response.headers,
                                                request=response.request))
         yield response
 
 
 def patiently(call: Callable, progress: Callable[[], int] | None = None):
-    """Returns the result of call(). Repeats it after each of WAITS while the hub is busy or the connection breaks.
+    """Returns the result of call(). If the hub is busy or the connection breaks, calls it again after each of WAITS.
 
-    progress: for downloads that resume, returns the bytes fetched so far. When it changes, the waits start over.
-    """
+    progress: for downloads that resume, a function that returns the number of bytes fetched so far. If this number has
+    changed, the waits start over."""
     before, waits = None, list(WAITS)
     while True:
         try:
             return call()
-        except Exception as error:               # HTTP errors are recognized by name: the library changed twice
+        except Exception as error:               # HTTP errors are recognized by name, because the library changed twice
             status, kind = getattr(getattr(error, "response", None), "status_code", None), type(error).__name__
             if not (status in (408, 429, 500, 502, 503, 504) or "Timeout" in kind or kind in (
                     "ReadError", "RemoteProtocolError", "EOFError", *["ConnectError"] * bool(progress))):
@@ -257,7 +257,7 @@ def patiently(call: Callable, progress: Callable[[], int] | None = None):
 
 
 def download(repo: str, revision: str, files: dict[str, File]) -> Path:
-    """Fetches the files that are not in the cache -> the repository's folder in the cache."""
+    """Fetches the files that are not in the cache. Returns the repository's folder in the cache."""
     with hub_errors(repo, revision):
         for name, file in files.items():
             folder = repo_cache(repo) / "snapshots" / file.commit
@@ -267,9 +267,9 @@ def download(repo: str, revision: str, files: dict[str, File]) -> Path:
 
 
 def fetch_file(repo: str, name: str, file: File) -> None:
-    """Fetches one file, and stores it like huggingface_hub: in blobs/DIGEST, with a link to it in snapshots/.
+    """Fetches one file and stores it like huggingface_hub: in blobs/DIGEST, with a link to it in snapshots/.
 
-    An interrupted download can resume in any process, because the name of the partial file depends only on the
+    An interrupted download can resume in another process, because the name of the partial file depends only on the
     digest. The complete file is compared with the digest before it gets its final name.
     """
     from huggingface_hub import constants, get_hf_file_metadata
@@ -291,7 +291,7 @@ def fetch_file(repo: str, name: str, file: File) -> None:
     with WeakFileLock(locks / f"{file.digest}.lock"):        # huggingface_hub's lock: one process fetches, others wait
         if pointer.is_file():
             return
-        content = blob if blob.is_file() else partial        # another commit or program may have fetched it
+        content = blob if blob.is_file() else partial        # blob may exist: from another commit or program
         try:
             if content is partial:
                 if file.size - size_of(partial) > shutil.disk_usage(blob.parent).free:
@@ -305,10 +305,10 @@ def fetch_file(repo: str, name: str, file: File) -> None:
                                f"{cache_folder()}, or set HF_HOME to another disk, and run this again") from error
         check_digest(content, file, f"{repo}: {name}")
         os.replace(content, blob)
-        pointer.unlink(missing_ok=True)                      # it may be a broken link
+        pointer.unlink(missing_ok=True)                      # pointer may be a broken link
         try:
             os.symlink(os.path.relpath(blob, pointer.parent), pointer)
-        except OSError:                                      # a file system without links
+        except OSError:                                      # the file system has no links
             os.replace(blob, pointer)
         hash_of(pointer, file.digest)
 
@@ -322,12 +322,12 @@ def resume(path: str, partial: Path, file: File, name: str) -> None:
         return
     wanted = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if 0 < start < file.size else {})
     with request(path, constants.HF_HUB_DOWNLOAD_TIMEOUT, **wanted) as response:
-        start *= response.status_code == 206                 # otherwise the hub sends the whole file
+        start *= response.status_code == 206                 # with another code, the hub sends the whole file
         with open(partial, "ab" if start else "wb") as out, tqdm(
                 total=file.size, initial=start, unit="B", unit_scale=True, desc=name[-40:]) as bar:
             for chunk in response.iter_bytes():
                 out.write(chunk[:file.size - out.tell()])
-                out.flush()                                  # so a killed process loses nothing
+                out.flush()                                  # a killed process then loses nothing
                 bar.update(len(chunk))
                 if out.tell() == file.size:
                     return
@@ -336,7 +336,7 @@ def resume(path: str, partial: Path, file: File, name: str) -> None:
 
 
 def check_digest(path: Path, file: File, label: str) -> None:
-    """Raises WeightsError, and removes the file, unless its content matches the hub's digest."""
+    """Removes the file and raises WeightsError, unless its content matches the hub's digest. label: its name."""
     def git_sha1():
         return hashlib.sha1(f"blob {file.size}\0".encode())
     with open(path, "rb") as content:
@@ -351,12 +351,12 @@ def check_digest(path: Path, file: File, label: str) -> None:
 
 
 def sweep(blobs: Path, locks: Path, keep: Path) -> None:
-    """Removes partial files of killed downloads: ours after a week, and after an hour huggingface_hub's
-    DIGEST.NUMBER.incomplete, which cannot be resumed. Files of running downloads are newer and locked, so they stay."""
+    """Removes partial files of killed downloads: ours after a week, and those of huggingface_hub, which cannot be
+    resumed (DIGEST.NUMBER.incomplete), after an hour. Files of running downloads stay: they are newer and locked."""
     from huggingface_hub.utils import WeakFileLock
     for path in blobs.glob("*.incomplete"):
         digest, *number, _ = path.name.split(".")
-        with contextlib.suppress(OSError):       # the file is locked, or was removed
+        with contextlib.suppress(OSError):       # the file is locked, or has just been removed
             if path != keep and time.time() - path.stat().st_mtime > (3600 if number else 7 * 24 * 3600):
                 with WeakFileLock(locks / f"{digest}.lock", timeout=0.1):
                     path.unlink()
@@ -369,21 +369,21 @@ def size_of(path: Path) -> int:
 # ----- anyone's repositories -----------------------------------------------------------------------------------------
 
 def is_reference(name) -> bool:
-    """Whether the name of weights, a part or a LoRA begins with hub:, as in hub:OWNER/NAME."""
+    """Returns whether `name`, of weights, a part or a LoRA, begins with hub:, as in hub:OWNER/NAME."""
     return str(name).startswith("hub:")
 
 
 def hint(name) -> str:
-    """Advice to add to "there is no such file" if the name looks like a repository; otherwise ""."""
+    """Returns advice to add to "there is no such file" if the name looks like a repository's, else ""."""
     return f"; a repository of the Hugging Face hub is written hub:{name}" if re.fullmatch(
         r"[\w-][\w.-]*/[\w.-]+", str(name)) and Path(name).suffix not in (".safetensors", ".bin", ".pt") else ""
 
 
 class Repository:
     """A repository of the hub, or a folder or file in it: hub:OWNER/NAME, then optionally @REVISION and /PATH. The
-    constructor only lists the files. The methods fetch the requested files into the hub's cache.
+    constructor only lists the files. The method `fetch` fetches files into the hub's cache.
 
-    names: paths of all files in the folder (of a file: its parent), relative to it. Raises WeightsError if none.
+    names: paths of all files in the folder, or next to the file, relative to that folder. Raises WeightsError if none.
     """
     def __init__(self, reference: str | Path, offline: bool = False, revision: str | None = None):
         match = REFERENCE.fullmatch(str(reference))
@@ -407,7 +407,7 @@ class Repository:
         return {str(parent) for name in self.names for parent in Path(name).parents} - {"."}
 
     def files_of(self, place: str, half: bool = False) -> list[str]:
-        """The names of the files to fetch for a part. place: the part's folder, or its weight file."""
+        """Returns the names of the files to fetch for a part. place: the part's folder, or its weight file."""
         folder, _, file = place.rpartition("/") if place in self.names else (place, "", "")
         start = f"{folder}/" if folder else ""
         inside = [name.removeprefix(start) for name in self.names
@@ -417,7 +417,7 @@ class Repository:
         return [start + name for name in inside if name == best or name in small]
 
     def fetch(self, names: list[str]) -> Path:
-        """Fetches files -> their folder in the cache. If `names` has an index of shards, also fetches the shards."""
+        """Fetches files and, for an index among them, its shards. Returns the folder in the cache that has them."""
         files = [self.start + name for name in dict.fromkeys(names)]
         if not files:
             raise WeightsError(f"{self.reference} holds nothing that is needed: found {some(self.names)}")
@@ -434,7 +434,7 @@ class Repository:
 
 def fetch_part(reference: str | Path, folders: Iterable[str], more: Iterable[str] = (), half: bool = False,
                offline: bool = False, revision: str | None = None) -> Path:
-    """Fetches one part of any repository -> its folder or file in the cache.
+    """Fetches one part of any repository. Returns its folder or file in the cache.
 
     folders: where the part may be; the first folder with a config.json is used. more: other folders that it needs.
     """
@@ -452,7 +452,7 @@ def fetch_part(reference: str | Path, folders: Iterable[str], more: Iterable[str
 
 
 def fetch_lora(source: str | Path, offline: bool = False, revision: str | None = None) -> Path:
-    """Fetches the LoRA file of a repository -> its path in the cache. A local path is returned unchanged."""
+    """Fetches the LoRA file of a repository. Returns its path in the cache. Returns a local path unchanged."""
     if not is_reference(source):
         if not Path(source).exists() and hint(source):
             raise WeightsError(f"{source}: there is no such file or folder{hint(source)}")
@@ -476,14 +476,14 @@ def some(names: Iterable[str]) -> str:
 # ----- errors, hashes, the cache --------------------------------------------------------------------------------------
 
 def limit_waits() -> None:
-    """Limits how long huggingface_hub waits for answers, also when other packages call it. It has no limit itself."""
+    """Limits how long huggingface_hub waits for answers, also if other packages call it. By default it has no limit."""
     from huggingface_hub import get_session
     get_session().timeout = LONGEST_WAIT
 
 
 @contextlib.contextmanager
 def hub_errors(repo: str, revision: str, what: str = "read"):
-    """Turns the exceptions of huggingface_hub's calls inside into a WeightsError that says what to do.
+    """Context manager that turns exceptions of huggingface_hub into a WeightsError that says what to do.
     what: "read" or "write", for the message."""
     from huggingface_hub import constants, errors
     limit_waits()
@@ -511,7 +511,7 @@ def hub_errors(repo: str, revision: str, what: str = "read"):
             message = f"the disk is full: make room in {cache_folder()}, or set HF_HOME to another disk"
         elif isinstance(error, OSError) and error.filename is not None:
             message = f"the cache cannot be used: {reason}; make it writable, or set HF_HOME to another folder"
-        else:                                # no network: the exception's class changes with the HTTP library
+        else:                                # no network: each HTTP library raises other exceptions
             message = f"{constants.ENDPOINT} cannot be reached ({reason}): check the network" + (
                 ". With --offline, weights in the cache can be used" if what == "read" else "")
         raise WeightsError(message) from error
@@ -522,14 +522,14 @@ def first_line(error: Exception) -> str:
 
 
 def hashes(paths: dict[str, Path | None]) -> dict[str, str]:
-    """{part: digest} of the weights in `paths`, to record which weights generated an image."""
+    """Returns {part: digest} of the weights in `paths`, to record which weights generated an image."""
     parts = ("prior", "decoder", "vqgan", "image_encoder", "prior_text_encoder", "text_encoder")
     found = {part: digest(paths[part]) for part in parts if paths.get(part) is not None}
-    return {part: value for part, value in found.items() if value}       # no digest: a part not fetched yet
+    return {part: value for part, value in found.items() if value}       # None: the part is not fetched yet
 
 
 def digest(path: str | Path) -> str | None:
-    """The sha256 of a file, or of the weight file in a folder; for shards, of their joined hashes. None if no file."""
+    """Returns the sha256 of a file or a folder's weight file; for shards, of their joined hashes. None if no file."""
     try:
         file = find_file(path, (STEM, "model", "pytorch_model"))
         several = [hash_of(file.parent / name) for name in shards(file)] if file.suffix == ".json" else []
@@ -539,8 +539,8 @@ def digest(path: str | Path) -> str | None:
 
 
 def hash_of(path: Path, known: str = "") -> str:
-    """Returns the sha256 of a file. For files of over 100 MB, it is stored on disk with the file's size and time.
-    known: the sha256 that was checked when the file was fetched. A file's name in the hub's cache proves nothing."""
+    """Returns the sha256 of a file. For files of over 100 MB, stores it on disk with the file's size and time. known:
+    the sha256 that was checked when the file was fetched. Hashes in file names of the hub's cache are not trusted."""
     path, memory_file = path.resolve(), own_cache() / "hashes.json"
     state = path.stat()
     key = f"{path} {state.st_size} {state.st_mtime_ns}"
@@ -568,7 +568,7 @@ def cache_folder() -> str:
 
 
 def own_cache() -> Path:
-    """The folder for files that we derive from fetched weights, next to the hub's own cache."""
+    """Returns the folder for files that we derive from fetched weights, next to the hub's own cache."""
     from huggingface_hub import constants
     return Path(constants.HF_HOME) / "wuerstchen"
 

@@ -3,17 +3,17 @@
   accelerate(model)                                          # a Wuerstchen; Wuerstchen.load calls it
   predict = bind_c(stage_c, text); eps = predict(x_t, t)     # = stage_c(x_t, t, text), at every step of a sampling
 
-The stage files are written to be read. A sampler calls a network 10 to 60 times with the same condition. So here:
+The stage files are simple, not fast. A sampler calls a network 10 to 60 times with the same condition. So here:
 - everything that does not depend on the noise level is computed once: keys and values of the text for each attention
   block, and the products of the semantic latents in Stage B, which are 18 % of a step's multiplications;
 - inputs are not concatenated: W [x; y] = W_x x + W_y y, where W_x and W_y are columns of W;
 - a GPU launches fewer kernels, because a launch takes longer than a small operation: query, key and value are one
-  product, stored next to the text's keys and values; scales and shifts of all blocks and steps are one (untried there);
+  product, stored next to the text's keys and values; all scales and shifts of a sampling are one product (untried);
 - on a CPU, where allocation takes time, wide activations are computed in place, and Stage A in bands of rows.
 
 bind_c, bind_b and bind_b_v1 return functions for one sampling, which run the blocks of the network. They call its
 layers, so LoRAs and int8 layers work as usual. If a LoRA is added, scaled, switched or removed between two steps, the
-prepared tensors are computed again. Only for sampling: nothing here has a gradient.
+prepared tensors are computed again. These functions are only for sampling: they compute no gradients.
 Needs: torch; stage_a.py, stage_b.py, stage_c.py, lora.py, int8.py.
 """
 import functools
@@ -61,20 +61,20 @@ def gelu_grn(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def few_launches(device: torch.device) -> bool:
-    """Whether to launch fewer kernels. Not on a CPU: joined products round differently, so images would change."""
+    """Returns whether to join products to launch fewer kernels: not on a CPU, where rounding would change images."""
     return device.type != "cpu"
 
 
 @functools.cache
 def constants(width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns weight and bias of a linear layer, (mean of `width` numbers) + 1e-6; and the number 1."""
+    """Returns weight and bias of a linear layer that computes (mean of `width` numbers) + 1e-6; and the number 1."""
     return (torch.full((1, width), 1 / width, dtype=dtype, device=device),
             torch.full((1,), 1e-6, dtype=dtype, device=device), torch.ones((), dtype=dtype, device=device))
 
 
 def text_kv(block: AttentionBlock, text: Tensor, lean: bool) -> tuple:
-    """Returns block.text_kv(text) for `attend`. If lean, as one tensor with joint weight and bias of query, key, value.
-    The layers' own weights and biases become views of the joint ones, so nothing is in memory twice."""
+    """Returns the text's keys and values for `attend`. If lean, as one tensor, with joint weight and bias of query, key
+    and value. The layers' weights and biases become views of the joint ones, so nothing is stored twice."""
     kv, layers = block.text_kv(text), (block.query, block.key, block.value)
     if not lean or any(type(layer) is not nn.Linear for layer in layers):
         return kv
@@ -100,8 +100,8 @@ def attend(block: AttentionBlock, x: Tensor, kv: tuple) -> Tensor:
 
 
 def all_mappers(network: nn.Module, blocks: list[TimestepBlock], lean: bool, levels: Tensor | None) -> tuple | None:
-    """Joins the mappers of all blocks -> (a function t (B,) -> all scales, then all shifts; widths of the blocks), or
-    None if it does not join them. levels: all noise levels of the sampling, if known: then one product computes all."""
+    """Joins the linear layers `mapper` of all blocks. Returns (function t (B,) -> all scales and shifts, widths of the
+    blocks), or None if this is not possible. levels: None, or noise levels to compute in advance in one product."""
     layers = [block.mapper for block in blocks]
     if not lean or any(type(layer) is not nn.Linear for layer in layers):
         return None
@@ -127,18 +127,18 @@ def all_scales(network: nn.Module, blocks: list[TimestepBlock], mappers: tuple |
 
 
 def timestep_blocks(network: nn.Module) -> list[TimestepBlock]:
-    """The TimestepBlocks of a Stage B, in the order in which they run."""
+    """Returns the TimestepBlocks of a Stage B, in the order in which they run."""
     levels = (*network.down_blocks, *reversed(network.up_blocks))
     return [block for level in levels for block in level if isinstance(block, TimestepBlock)]
 
 
 def can_split(layer: nn.Module) -> bool:
-    """Whether `part` works for a layer. Other layers, for example with a LoRA, need their whole input at once."""
+    """Returns whether `part` works for a layer. Other layers, such as those with a LoRA, need their whole input."""
     return type(layer) in (nn.Linear, Int8Linear)
 
 
 def part(layer: nn.Linear | Int8Linear, x: Tensor, start: int = 0) -> Tensor:
-    """The share of layer(input) that comes from x (...,C'), the input's columns from `start` on; bias if start is 0."""
+    """Returns the summand of layer(input) that comes from x (...,C'), its columns from `start` on; if 0, plus bias."""
     if isinstance(layer, Int8Linear):
         return layer.part(x, start)
     return F.linear(x, layer.weight[:, start:start + x.shape[-1]], None if start else layer.bias)
@@ -150,7 +150,7 @@ def res_block(block: ResBlock, x: Tensor, skip: Tensor | None = None, condition:
     it was computed before; condition is then None."""
     extras = [extra for extra in (skip, condition) if extra is not None]
     mixed = x
-    if block.depthwise.in_channels > x.shape[-1]:          # v1's SkipResBlock: its convolution reads the skip
+    if block.depthwise.in_channels > x.shape[-1]:          # v1's SkipResBlock: the skip connection is convolved too
         mixed, extras = torch.cat([x, skip], dim=-1), []                                 # (B, H, W, 2C)
     h = channels_last(block.depthwise(channels_first(mixed)))                            # (B, H, W, C)
     h = layer_norm(h, block.grn.gamma.dtype)
@@ -173,11 +173,11 @@ def res_block(block: ResBlock, x: Tensor, skip: Tensor | None = None, condition:
 def bind(network: nn.Module, step: Callable, prepare: Callable) -> Callable[[Tensor, Tensor], Tensor]:
     """Returns forward(x_t, t) = step(network, x_t, t, prepare(size)), where size is (h,w) of x_t.
     prepare is called only at the first step, and after a change of the size or of the network's LoRAs. If step has an
-    attribute `fixed`, a dict, prepared tensors stay at the same addresses from sampling to sampling: see at_fixed."""
+    attribute `fixed`, a dict, prepared tensors have the same addresses in every sampling, see at_fixed."""
     parents = [module for module in network.modules() if module._modules]
     before, prepared, token, fixed = None, None, object(), getattr(step, "fixed", None)
 
-    def state() -> tuple[list, list]:          # takes 0.1 ms at official size; with children() 2 ms
+    def state() -> tuple[list, list]:          # takes 0.1 ms at official size; module.children() would take 2 ms
         layers = [layer for parent in parents for layer in parent._modules.values()]
         loras = [lora for layer in layers if isinstance(layer, LoRALayer) for lora in layer.adapters.values()]
         return layers, [(lora, lora.scale, lora.enabled, lora.merged) for lora in loras]
@@ -186,23 +186,23 @@ def bind(network: nn.Module, step: Callable, prepare: Callable) -> Callable[[Ten
     def forward(x_t: Tensor, t: Tensor) -> Tensor:
         nonlocal before, prepared
         now = (x_t.shape[-2:], state())
-        if now != before or fixed and step.user is not token:         # another sampling has overwritten the tensors
+        if now != before or fixed and step.user is not token:         # another sampling has overwritten `fixed`
             before, prepared = now, prepare(x_t.shape[-2:])
             if fixed is not None:
                 prepared, step.user = at_fixed(fixed, prepared), token
-        return step(network, x_t, t.contiguous(), prepared)         # torch.compile would compile again for strides of 0
+        return step(network, x_t, t.contiguous(), prepared)         # torch.compile would compile again for stride 0
     return forward
 
 
 def at_fixed(fixed: dict, prepared: tuple) -> tuple:
-    """Copies prepared tensors over those of an earlier sampling with the same shapes, which it keeps in `fixed`.
+    """Copies prepared tensors to fixed addresses: over those of an earlier sampling with the same shapes, if any.
 
-    A CUDA graph reads from the addresses at which it was recorded. torch copies other inputs there at every step, at
-    1024 px 0.7 GB for Stage B in float32. These are copied once per sampling. `fixed` keeps the tensors of the last two
-    sets of shapes, for example with and without guidance. Untried on a GPU."""
+    A CUDA graph reads its inputs from the addresses at which it was recorded. torch would copy other inputs there at
+    every step (0.7 GB for Stage B in float32 at 1024 px); this function copies once per sampling. fixed: {shapes: the
+    tensors}, of the last two sets of shapes, such as with and without guidance. Not yet tried on a GPU."""
     tensors = [x for x in tree_iter(prepared) if isinstance(x, Tensor)]
     key = tuple(x.shape for x in tensors)
-    fixed[key] = fixed.pop(key, tensors)                     # at the end, where the last ones are
+    fixed[key] = fixed.pop(key, tensors)                     # moves the key to the end of the dict
     for x, new in zip(fixed[key], tensors):
         torch._dynamo.mark_static_address(x.copy_(new), guard=False)
     for old in [*fixed][:-2]:
@@ -216,7 +216,7 @@ def at_fixed(fixed: dict, prepared: tuple) -> tuple:
 def bind_c(network: StageC, text: Tensor, step: Callable | None = None,
            levels: Tensor | None = None) -> Callable[[Tensor, Tensor], Tensor]:
     """Returns forward(x_t, t) = network(x_t, t, text) for one sampling. text (B,N,c_cond). step: a compiled step_c.
-    levels: the noise levels of the sampling, falling; each t must then be one of them."""
+    levels: None, or the falling noise levels of the sampling: each t must be one of them."""
     def prepare(size: tuple[int, int]) -> tuple[list[tuple], tuple | None]:
         embedded = network.embed_text(text)                                              # (B, N, C)
         return ([text_kv(block, embedded, lean) for block in network.attention_blocks],
@@ -241,8 +241,8 @@ def step_c(network: StageC, x_t: Tensor, t: Tensor, prepared: tuple[list[tuple],
 
 def bind_b(network: StageB, semantic: Tensor, text: Tensor, step: Callable | None = None,
            keep_shares: bool = True, levels: Tensor | None = None) -> Callable[[Tensor, Tensor], Tensor]:
-    """Returns forward(x_t, t) = network(x_t, t, semantic, text). semantic (B,16,h',w'), text (B,N,c_text). levels: as
-    for bind_c.
+    """Returns forward(x_t, t) = network(x_t, t, semantic, text). semantic (B,16,h',w'), text (B,N,c_text). step: a
+    compiled step_b. levels: see bind_c.
 
     keep_shares: compute the products of the semantic latents only once. At 1024 px, they take 0.7 GB in float32.
     """
@@ -280,7 +280,7 @@ def step_b(network: StageB, x_t: Tensor, t: Tensor, prepared: tuple) -> Tensor:
 
 def bind_b_v1(network: nn.Module, semantic: Tensor, text: Tensor,
               step: Callable | None = None) -> Callable[[Tensor, Tensor], Tensor]:
-    """Like bind_b, for v1's Stage B: the returned forward(tokens, t) computes logits."""
+    """Does what bind_b does, for v1's Stage B: returns forward(tokens, t), which computes logits."""
     def prepare(size: tuple[int, int]) -> tuple[list[tuple], tuple | None]:
         sequence = network.condition(semantic, text)                                     # (B, h'*w' + N, c_cond)
         blocks = (block for level in (*network.down_blocks, *reversed(network.up_blocks)) for block in level)
@@ -291,7 +291,7 @@ def bind_b_v1(network: nn.Module, semantic: Tensor, text: Tensor,
 
 
 def step_b_v1(network: nn.Module, tokens: Tensor, t: Tensor, prepared: tuple) -> Tensor:
-    """Computes StageBV1.forward. prepared: as for step_b."""
+    """Computes StageBV1.forward. prepared: the same kind of tuple as for step_b."""
     x = channels_first(layer_norm(network.embed_token(tokens)))                          # (B, c_token, h, w)
     x = layer_norm(network.embed(channels_last(F.pixel_unshuffle(x, network.patch_size))))
     x = u_net(network, x, t, prepared)                                                   # (B, h/2, w/2, C0)
@@ -335,12 +335,12 @@ def u_net(network: nn.Module, x: Tensor, t: Tensor, prepared: tuple) -> Tensor:
 def decode(stage_a: StageA, latents: Tensor) -> Tensor:
     """Computes stage_a.decode(latents). On a CPU, blocks with large inputs are computed in bands of rows: 8 % faster at
     the official size."""
-    wrong = latents.shape[1] != stage_a.config["c_latent"]              # stage_a.decode raises the error
+    wrong = latents.shape[1] != stage_a.config["c_latent"]              # then stage_a.decode raises an error
     if wrong or latents.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return stage_a.decode(latents)
     x = stage_a.from_latent(channels_last(latents * stage_a.scale_factor))               # (B, h, w, C)
     for layer in stage_a.decoder:
-        large = isinstance(layer, VQResBlock) and x.numel() > 2 ** 19                    # a smaller x fits the cache
+        large = isinstance(layer, VQResBlock) and x.numel() > 2 ** 19        # a smaller x fits into the CPU's cache
         x = in_bands(layer, x) if large else run(layer, x)
     return F.pixel_shuffle(channels_first(stage_a.to_pixels(x)), 2)                      # (B, 3, H, W)
 
@@ -384,7 +384,7 @@ def accelerate(model, compile: bool = False, keep_shares: bool = True, offload: 
 
     def bind_b_of_model(semantic: Tensor, text: Tensor, levels=None) -> Callable[[Tensor, Tensor], Tensor]:
         network = model.part("stage_b")
-        if type(network).__name__ == "StageBV1":           # compares the name: v1 imports this folder
+        if type(network).__name__ == "StageBV1":           # v1/ imports speed/, so its class cannot be imported here
             return bind_b_v1(network, semantic, text, steps["b_v1"])
         return bind_b(network, semantic, text, steps["b"], keep_shares, levels)
 

@@ -5,13 +5,13 @@
 
 A layer's y = W x + b becomes y = s_x s_w (W8 x8) + b. W8 are whole numbers, s_w is one scale per output; both are
 computed once. x8 are whole numbers, s_x is one scale per row, that is, per position of the image; both are computed at
-every call ("dynamic quantization"), because activations change. If a layer has at least as many inputs as outputs, the
-smallest x8 stands for the row's minimum. After GELU, where almost all numbers are above 0, this halves the steps.
+every call ("dynamic quantization"), because activations change. If a layer has at least as many inputs as outputs,
+x8 = 0 stands for the row's minimum. After GELU, where almost all numbers are above 0, this halves the rounding errors.
 Layers in FINE take their input in 16 bits: two products of 8 bits, twice the work, almost no rounding of the input.
 
 In   any module tree of nn.Linear, float32
-Out  the same with an Int8Linear for every nn.Linear with at least `least` inputs and outputs. Small layers stay: they
-     take little time, and the first and last layers of a network are small; rounding does most harm there
+Out  the same tree, with an Int8Linear for every nn.Linear with at least `least` inputs and outputs. Small layers stay
+     float32: they take little time, and rounding harms most in the first and last layers of a network, which are small
 Note: on some processors weights range from -64 to 64 instead of 127. Processors with AVX2 but without VNNI add products
      of 8 bits in pairs, in 16 bits that saturate at 32767. 255 * 127 * 2 is larger, so the sum would be silently wrong;
      255 * 64 * 2 is not. `finest` tests the processor.
@@ -35,14 +35,14 @@ ROWS = 512       # rows to compute at a time: intermediate results then stay in 
 
 
 def pack(weight8: Tensor) -> Tensor:
-    """Reorders weight8 (N,K) int8 for this processor's product. The result is opaque; its to_dense() is (K,N).
+    """Reorders weight8 (N,K) int8 for this processor's product. The order is undocumented; to_dense() returns (K,N).
     Done once per weight: it takes as long as 0.04 (AVX2), 0.5 (AVX-512), 1.1 (VNNI) or 4 (AMX) products of 1152 rows.
     """
-    return torch.ops.onednn.qlinear_prepack(weight8.contiguous(), None)                  # prepack ignores strides
+    return torch.ops.onednn.qlinear_prepack(weight8.contiguous(), None)            # qlinear_prepack ignores strides
 
 
 def product(x8: Tensor, weight8: Tensor, scale: Tensor) -> Tensor:
-    """x8 (M,K) uint8, weight8 (N,K) int8, scale (N,) -> scale * (x8 - 128) @ weight8.T, (M,N) float32.
+    """Returns scale * (x8 - 128) @ weight8.T, (M,N) float32, of x8 (M,K) uint8, weight8 (N,K) int8, scale (N,).
 
     weight8 may be packed. torch has several int8 products. With AVX2, 1 thread, (256,1536) x (1536,1536), compared to
     float32: this one is 2.3 times as fast; torch._int_mm 28 times slower; _weight_int8pack_mm 1.3 times slower.
@@ -66,14 +66,14 @@ library.impl("int8_product", lambda x8, scale, layer, start: scale.new_empty(len
 
 
 def is_exact(n: int) -> bool:
-    """Whether this processor's int8 product is exact for weights from -n to n. Tests the largest possible sums."""
+    """Returns whether this processor's int8 product is exact for weights from -n to n. Tests the largest sums."""
     x8 = torch.tensor([[255] * 64, [0] * 64], dtype=torch.uint8)
     return product(x8, torch.full((64, 64), n, dtype=torch.int8),
                    torch.ones(64))[:, 0].tolist() == [127 * n * 64, -128 * n * 64]
 
 
 def finest() -> int:
-    """The largest weight on this processor, 127 or 64. Raises ValueError if int8 is not exact or not available."""
+    """Returns the largest int8 weight that is exact on this processor, 127 or 64. Raises ValueError if none is."""
     try:
         fits = [n for n in (127, 64) if is_exact(n)]
     except (AttributeError, RuntimeError) as error:
@@ -85,7 +85,7 @@ def finest() -> int:
 
 
 def quantise_weight(weight: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """weight (out,in) -> whole numbers from -n to n, (out,in) int8, and their scales (out,) float32."""
+    """Rounds weight (out,in) to whole numbers from -n to n. Returns these, (out,in) int8, and scales (out,) float32."""
     weight = weight.detach().float()
     scale = weight.abs().amax(1) / n                                                     # (out,)
     return (weight / scale.clamp_min(1e-30)[:, None]).round_().to(torch.int8), scale
@@ -94,9 +94,9 @@ def quantise_weight(weight: Tensor, n: int) -> tuple[Tensor, Tensor]:
 class Int8Linear(nn.Module):
     """A Linear with weight (out,in) int8, scale (out,) and bias (out,) float32. It starts empty; state_of fills it.
 
-    fine: the input is taken in 16 bits, in two products.
+    fine: whether the input is taken in 16 bits, by two products of 8 bits.
     The first product packs those columns of the weight that it needs. Once all columns are packed, `weight` is None.
-    total (out,), only if in >= out: the sum of each output's weights. It adds back the row's minimum, see of_rows.
+    total (out,), only if in >= out: the sum of each output's weights, with which of_rows adds back the rows' minimum.
     """
     def __init__(self, in_features: int, out_features: int, bias: bool = True, fine: bool = False, device=None):
         super().__init__()
@@ -107,9 +107,9 @@ class Int8Linear(nn.Module):
         self.register_buffer("bias", torch.empty(out_features, device=device) if bias else None)
         self.__setstate__({})
 
-    def __setstate__(self, state: dict) -> None:             # also called for a copy
+    def __setstate__(self, state: dict) -> None:             # __init__ calls this, and copying a layer
         super().__setstate__(state)
-        self.parts, self.number = {}, next(numbers)          # {(first column, end): packed}
+        self.parts, self.number = {}, next(numbers)          # {(first column, end): packed columns of the weight}
         LAYERS[self.number] = self
 
     def __getstate__(self) -> dict:
@@ -121,9 +121,9 @@ class Int8Linear(nn.Module):
         super()._save_to_state_dict(*args)
 
     def packed(self, start: int, end: int) -> Tensor:
-        """Columns start to end of the weight, packed at the first call."""
+        """Returns columns start to end of the weight, packed. Packs them at the first call."""
         if (start, end) not in self.parts:
-            if self.weight is None:                          # all was packed, but with other limits of columns
+            if self.weight is None:                          # all columns are packed, but in other ranges
                 self.unpack()
             self.parts[start, end] = pack(self.weight[:, start:end])
             if sum(end - start for start, end in self.parts) >= self.in_features:
@@ -141,7 +141,7 @@ class Int8Linear(nn.Module):
         return self.part(x, 0)
 
     def part(self, x: Tensor, start: int) -> Tensor:
-        """The share of the output that comes from x (...,C'), input columns from `start` on; bias if start is 0."""
+        """Returns the summand of the output that comes from x (...,C'), inputs from `start` on; if 0, plus the bias."""
         rows = x.flatten(0, -2)                                                          # (M, C')
         if torch.compiler.is_compiling() or len(rows) <= ROWS:
             y = self.of_rows(rows, start)                                                # (M, out)
@@ -157,7 +157,7 @@ class Int8Linear(nn.Module):
         least, most = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)             # (M, 1); faster than abs()
         # Conversion to integers truncates, so 0.5 is added to round.
         if from_least:
-            # The second number keeps the step large enough that least / step is accurate.
+            # The second argument keeps the step large enough that least / step is accurate.
             step = torch.maximum((most - least) / 255, 1e-6 * least.abs()).clamp_min(1e-30)
             x8 = torch.addcmul(0.5 - least / step, rows, 1 / step)                       # (M, C') in 0..255
         else:
@@ -167,7 +167,7 @@ class Int8Linear(nn.Module):
         product = torch.ops.wuerstchen.int8_product
         y = product(whole, self.scale, self.number, start)                               # (M, out)
         if self.fine:
-            # The truncated fraction, in steps of 1 / 256. uint8 products subtract 128, which is the 0.5 added above.
+            # The truncated fraction in steps of 1 / 256. The product subtracts 128 steps: the 0.5 that was added above.
             fine = x8.sub_(whole).mul_(256).to(torch.uint8)
             y = y.add_(product(fine, self.scale, self.number, start), alpha=1 / 256)
         # 8 bits cannot hold NaN and infinity of x, but `step` does, and so the output becomes NaN or infinite.
@@ -178,21 +178,21 @@ class Int8Linear(nn.Module):
 
 
 def state_of(name: str, weight: Tensor, n: int) -> dict[str, Tensor]:
-    """Converts the weight (out,in) of the linear layer `name` -> {full name: tensor} of an Int8Linear."""
+    """Returns {full name: tensor} of an Int8Linear for weight (out,in) of the linear layer `name`. n: see finest."""
     weight8, scale = quantise_weight(weight, n)
     total = {f"{name}.total": scale * weight8.sum(1)} if weight.shape[1] >= weight.shape[0] else {}
     return {f"{name}.weight": weight8, f"{name}.scale": scale, **total}
 
 
 def large(model: nn.Module, least: int = 128) -> list[str]:
-    """Names of the linear layers with at least `least` inputs and `least` outputs."""
+    """Returns the names of the linear layers with at least `least` inputs and `least` outputs."""
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)
             and min(module.in_features, module.out_features) >= least]
 
 
 @torch.no_grad()
 def to_int8(model: nn.Module, least: int = 128) -> list[str]:
-    """Replaces the large linear layers by Int8Linear, and returns their names. One at a time, to save memory.
+    """Replaces the large linear layers by Int8Linear, one by one to save memory. Returns their names.
 
     In a model on the meta device, the new layers are empty; fill them with `quantised`. Raises ValueError: see check.
     """
@@ -245,7 +245,7 @@ def one_image_at_a_time(model) -> None:
 
 
 def check(devices: Iterable[torch.device], dtype: torch.dtype = torch.float32) -> None:
-    """Raises ValueError if int8 does not work, or not exactly, on one of `devices`. dtype: of the other layers."""
+    """Raises ValueError if int8 does not work exactly on one of `devices`. dtype: the other layers' dtype."""
     if dtype != torch.float32:
         raise ValueError(f"int8 computes in float32 between its products, not in {dtype}: remove one of them.")
     for device in devices:

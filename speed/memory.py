@@ -18,12 +18,12 @@ from torch import Tensor
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """tensor.to(device). If the device is a GPU, the CPU does not wait for the copy."""
+    """Returns tensor.to(device). If the device is a GPU, the CPU does not wait for the copy."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def one_at_a_time(model) -> None:
-    """Keeps only one network in memory: calls the loader in model.networks, and frees the network before it."""
+    """Makes a Wuerstchen keep only one network in memory: frees it when another network is requested and loaded."""
     plain, held = model.part, {}
 
     def part(name: str):
@@ -41,7 +41,7 @@ def one_at_a_time(model) -> None:
 
 
 def offload(model) -> None:
-    """Moves each requested network to the model's device, and the network before it back to main memory."""
+    """Makes a Wuerstchen move each requested network to its device, and the previous network back to main memory."""
     plain, on_device = model.part, []
 
     def part(name: str):
@@ -56,20 +56,20 @@ def offload(model) -> None:
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that can still be allocated on a device; infinite if there is no way to know."""
+    """Returns the number of bytes that can still be allocated on a device; infinity if it is unknown."""
     if device.type == "cuda":
-        # plus the memory that torch's allocator has reserved, but not given to a tensor
+        # Adds the memory that torch's allocator has reserved, but not given to a tensor.
         return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
                 - torch.cuda.memory_allocated(device))
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()       # Linux; "available" includes caches
+        lines = Path("/proc/meminfo").read_text().splitlines()       # on Linux; MemAvailable includes caches
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return math.inf
 
 
 def tile(model, size: int | None) -> None:
-    """Makes the model decode in tiles of size x size latents. None: in tiles of 64 if memory is short, else at once."""
+    """Makes a Wuerstchen decode in tiles of size x size latents. size None: 64 if memory is short, else no tiles."""
     if size is not None and (not isinstance(size, Integral) or isinstance(size, bool) or size < 1):
         raise ValueError(f"tile is {size!r}, expected at least 1 latent per side; 64 need little memory.")
     plain = model.decode_one
@@ -77,7 +77,7 @@ def tile(model, size: int | None) -> None:
     def decode_one(latents: Tensor) -> Tensor:
         stage_a = model.part("stage_a")
         dtype = next(stage_a.parameters()).dtype
-        # Measured on a CPU at official size: at the peak 22 to 30 numbers per channel and latent position.
+        # The peak, measured on a CPU at official size, is 22 to 30 numbers per channel and latent position.
         needed = 24 * stage_a.config["c_hidden"] * latents[0, 0].numel() * dtype.itemsize
         tiled = size or (64 if needed > 0.8 * free_memory(model.device) else None)
         return plain(latents) if tiled is None else decode_tiled(stage_a, latents.to(dtype), tiled, plain)
@@ -85,7 +85,7 @@ def tile(model, size: int | None) -> None:
 
 
 def decode_tiled(stage_a, latents: Tensor, tile: int = 64, decode: Callable | None = None) -> Tensor:
-    """Decodes the same images as stage_a.decode, but in tiles of `tile` x `tile` latents: needs memory for one tile.
+    """Returns the images of stage_a.decode(latents), decoded in tiles of `tile` x `tile` latents to save memory.
 
     decode: the function that decodes a tile, default stage_a.decode.
     A pixel depends only on latents near it. So each tile is decoded together with a border of latents as wide as the

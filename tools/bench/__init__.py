@@ -1,1 +1,1 @@
-"""The benchmark, one file per question: `python -m tools.bench --help`."""
+"""The benchmark, with one file for each kind of measurement: see `python -m tools.bench --help`."""

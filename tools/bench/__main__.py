@@ -10,15 +10,15 @@
 
 start      the time from `python sample.py` to the image on disk, compared with a Python process that only imports
            torch and tokenizers, the lower bound for any program that uses both; and the time of `--help`
-networks   one step of Stage C (guided: batch 2), one of Stage B (batch 1), one decoding by Stage A, compared with
-           diffusers with the same weights and inputs, if it is installed; and 16 images in one batch
+networks   one step of Stage C (guided: batch 2), one of Stage B (batch 1) and one decoding by Stage A, compared with
+           diffusers, if it is installed, with the same weights and inputs; and 16 images in one batch
 
 Our networks run as `Wuerstchen.load` sets them up by default, in their fast form (speed/fast.py).
-Compared calls run in turns, A B A B ..., so that a slow phase of the machine slows both. Times are medians; a ratio
-is ours over theirs, the median of neighbouring runs: below 1 is faster, or less memory. The floor is the share of our
-time that matrix products and attention take by themselves. Each command replaces only its own sections of the file.
+Compared calls run in turns, A B A B ..., so that a slow phase of the machine slows both. Times are medians. A ratio is
+ours over theirs, the median of neighbouring runs: below 1, ours is faster or needs less memory. The floor is the share
+of our time that matrix products and attention take by themselves. Each command replaces only its sections of the file.
 Operations are those that torch counts in products and convolutions. The peak is the speed of one large matrix product
-in the same dtype, measured in turns with the networks. No figure fails a test, because figures depend on the machine.
+in the same dtype, measured in turns with the networks. No test checks the figures, because they depend on the machine.
 Needs: what wuerstchen.py needs; diffusers and peft for the comparisons.
 """
 import sys
@@ -78,7 +78,7 @@ def main(argv=None):
     args = parse_args(argv)
     args.typed = sys.argv[1:] if argv is None else list(argv)
     check_folder(args.out.parent, args.out)
-    from loading.arguments import usable_device          # only now, so that --help is fast
+    from loading.arguments import usable_device          # imported here, so that --help is fast
     from tools.bench import int8, memory, networks, official, start, training
     args.device = str(usable_device(args.device))
     answers = dict(memory=memory.measure, training=training.measure, epoch=training.measure_epoch, int8=int8.measure,

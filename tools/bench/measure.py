@@ -1,4 +1,4 @@
-"""Measuring for the benchmark: runs actions in turns and functions in fresh processes, compares networks."""
+"""Measures time and memory for the benchmark: of actions in turns, functions in fresh processes, and networks."""
 import math
 import multiprocessing
 import time
@@ -18,7 +18,7 @@ from tools.bench.report import Row
 
 
 def seconds_of(action: Callable, device: str = "cpu") -> float:
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None     # a GPU computes in the background
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None     # a GPU computes asynchronously
     wait()
     start = time.perf_counter()
     action()
@@ -27,7 +27,7 @@ def seconds_of(action: Callable, device: str = "cpu") -> float:
 
 
 def in_turns(actions: dict[Hashable, Callable], repeats: int) -> dict[Hashable, list[float]]:
-    """Runs all actions once to warm up, then `repeats` times in turns -> {name: the seconds of each run}."""
+    """Runs all actions once to warm up, then `repeats` times in turns. Returns {name: [seconds of each run]}."""
     seconds = {name: [] for name in actions}
     for repeat in range(repeats + 1):
         for name, action in actions.items():
@@ -62,10 +62,9 @@ def peak_memory(device: str, before: int) -> int:
 # ----- networks --------------------------------------------------------------------------------------
 
 class Call(NamedTuple):
-    """A call to measure: ours, and theirs (diffusers') or None. alone: whether to also time our products by themselves.
-
-    eager: for a compiled call, the same call in eager form. The compiled call is compared with the eager call, and
-    operations are counted in the eager call, because torch cannot count them in a compiled call.
+    """Functions to measure: ours, and theirs (diffusers') or None. alone: whether to also measure products_of(ours).
+    eager: for a compiled function, the same function in eager form. It is compared with the compiled function, and
+    operations are counted in it, because torch cannot count them in a compiled function.
     """
     ours: Callable
     theirs: Callable | None
@@ -74,8 +73,8 @@ class Call(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Median seconds of our call and of diffusers' call, and the operations of ours. difference: the largest difference
-    of the results relative to the largest value; l2: the relative error in the L2 norm."""
+    """ours, theirs: median seconds of our call and of diffusers'. flops: operations of ours. difference: the largest
+    difference of the results relative to the largest value. l2: the relative error in the L2 norm."""
     ours: float
     theirs: float | None
     flops: int
@@ -96,7 +95,7 @@ def products_of(call: Callable) -> Callable:
 
     def twin(tensor):
         shape, stride, dtype = key = tensor.shape, tensor.stride(), tensor.dtype
-        if key not in tensors:                           # not zeros: some processors are faster with zeros
+        if key not in tensors:                           # random numbers, because some processors are faster with zeros
             length = 1 + sum((n - 1) * step for n, step in zip(shape, stride))           # a stride may be 0
             tensors[key] = torch.randn(length, device=tensor.device).to(dtype).as_strided(shape, stride)
         return tensors[key]
@@ -104,7 +103,7 @@ def products_of(call: Callable) -> Callable:
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             kind = function.overloadpacket
-            if kind in products and not (kind is aten.convolution and args[8] > 1):      # depthwise
+            if kind in products and not (kind is aten.convolution and args[8] > 1):      # groups > 1: depthwise
                 seen.append((function, *tree_map_only(torch.Tensor, twin, (args, kwargs or {}))))
             return function(*args, **(kwargs or {}))
     with Watch():
@@ -119,18 +118,18 @@ def products_of(call: Callable) -> Callable:
 @torch.no_grad()
 def compare(calls: dict[str, Call], repeats: int, device: str, dtype=torch.float32,
             times: int = 1) -> tuple[list[Row], dict[str, Measured], float]:
-    """Measures all calls in turns -> (rows, {name: Measured}, GFLOP/s of a large matrix product in this dtype).
+    """Measures all calls in turns. Returns rows, {name: Measured}, and GFLOP/s of a large matrix product in this dtype.
 
     times: calls per run. If several calls have the same function `theirs`, it is measured once, and all their ratios
     use this measurement.
     """
-    # The matrix is small for half precision on a CPU: without instructions for it, a larger one would take minutes.
+    # The matrix is small for 16 bits on a CPU: without instructions for them, a larger product would take minutes.
     n = 8192 if device.startswith("cuda") else 2048 if dtype == torch.float32 else 256
     a = torch.randn(n, n, device=device, dtype=dtype)
     functions, alone, flops, results = [product := lambda: a @ a], {}, {}, {}
     for what, call in calls.items():
-        # The call comes before counting, because the first call of a fast form also computes tensors that later calls
-        # reuse. The result is cloned, because a CUDA graph overwrites its output.
+        # Calls before counting, because the first call of a fast form also computes tensors that later calls reuse.
+        # Clones the result, because a CUDA graph overwrites its output.
         results[what] = call.ours().float().clone()
         if call.alone:
             alone[what] = products_of(call.ours)
@@ -159,7 +158,7 @@ def rows_of(what: str, call: Call, found: Measured, seconds: dict[Hashable, list
     def text(values: list[float]) -> str:
         return f"{median(values):.2f} s" if median(values) >= 1 else f"{1000 * median(values):.2f} ms"
     ours, theirs, speed, more = seconds[call.ours], seconds.get(call.theirs), found.flops / found.ours / 1e9, []
-    if "int8" not in what and "bf16" not in what:        # int8 products are not counted; the peak is another dtype's
+    if "int8" not in what and "bf16" not in what:        # torch counts no int8 products; `peak` is not for bfloat16
         more.append(f"{found.flops / 1e9:.4g} GFLOP, {speed:.0f} GFLOP/s, {speed / peak:.0%} of the peak")
     if theirs:
         more.append(f"differs by {found.difference:.0e}, L2 {found.l2:.0e}")

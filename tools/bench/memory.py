@@ -24,7 +24,7 @@ def measure(args) -> tuple[str, list[Row]]:
         loading, reading = in_own_process(loading_times, folder)
         rows = [Row("loading Stage C, float16, next to reading its file", f"{loading:.2f} s", f"{reading:.2f} s",
                     loading / reading, "from the system's memory of files; medians of 5")]
-        # {part: number of its parameters}: the files are in float16, 2 bytes each.
+        # {part: number of its parameters}. Parameters in the files are in float16, which takes 2 bytes.
         files = {path.parent.name: path.stat().st_size / 2 for path in folder.rglob("*.safetensors")}
         for what, action, dtype, parameters, whose in (
                 ("loading Stage C, float16", load_stage_c, torch.float16, files["prior_prior"], "its"),
@@ -42,7 +42,7 @@ def write_official_files(folder: Path) -> None:
     """Writes random weights with the names, sizes and folders of diffusers' combined pipeline: float16, 6.3 GB."""
     for part, stage in dict(prior_prior=StageC, decoder=StageB, vqgan=StageA).items():
         weights.save_model(random_network(stage, {}, "cpu", torch.float16), folder / part)
-    tokenizer = weights.load_tokenizer(ROOT / "models" / "tiny" / "tokenizer")                   # any tokenizer works
+    tokenizer = weights.load_tokenizer(ROOT / "models" / "tiny" / "tokenizer")           # any tokenizer would do
     for prefix, *size in (("prior_", 1280, 32, 20), ("", 1024, 24, 16)):
         encoder = TextEncoder(tokenizer, random_text_model(*size, "cpu", torch.float16))
         weights.save_text_encoder(encoder, folder / f"{prefix}text_encoder", folder / f"{prefix}tokenizer")
@@ -51,16 +51,16 @@ def write_official_files(folder: Path) -> None:
 # ----- functions that run in their own process -------------------------------------------------------
 
 def loading_times(folder: Path) -> list[float]:
-    """Measures the median seconds of loading Stage C in float16, and of reading its file."""
+    """Returns the median seconds of loading Stage C in float16, and of reading its file."""
     file = next((folder / "prior_prior").glob("*.safetensors"))
-    file.read_bytes()                                    # reads the disk once; later reads come from memory
+    file.read_bytes()                                    # warm up: later reads come from the system's file cache
     times = [(seconds_of(lambda: load_stage_c(folder, "cpu", torch.float16)), seconds_of(file.read_bytes))
              for _ in range(5)]
     return [median(column) for column in zip(*times)]
 
 
 def peak_of(action: Callable, folder: Path, device: str, dtype: torch.dtype) -> int:
-    """Measures the peak memory of an action in bytes, without the memory for imports and a first matrix product."""
+    """Returns the peak memory of an action in bytes, without the memory for imports and a first matrix product."""
     import tokenizers as _
     torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)
     before = memory("VmRSS")

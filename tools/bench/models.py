@@ -11,7 +11,7 @@ from speed.int8 import quantised, to_int8
 
 
 def diffusers_classes() -> dict[str, type]:
-    """{"prior" | "decoder" | "vqgan": diffusers' class}; {} if diffusers is not installed."""
+    """Returns {"prior", "decoder", "vqgan": diffusers' class}, or {} if diffusers is not installed."""
     try:
         from diffusers.pipelines.deprecated import wuerstchen as theirs
     except ImportError:
@@ -38,7 +38,7 @@ def random_network(kind: Callable, config: dict, device: str, dtype=torch.float3
 
 
 def random_pair(stage: type, part: str, config: dict, device: str, dtype=torch.float32) -> tuple[nn.Module, nn.Module]:
-    """Builds (our network with random weights, diffusers' network with the same tensors, in memory only once)."""
+    """Builds our network with random weights, and diffusers' network, which shares its tensors."""
     ours = random_network(stage, config, device, dtype)
     with torch.device("meta"):
         theirs = diffusers_classes()[part](**{key: value for key, value in config_to_diffusers(ours).items()
@@ -55,7 +55,7 @@ def random_text_model(width: int, layers: int, heads: int, device: str, dtype=to
 
 
 def int8_copy(network: nn.Module) -> nn.Module:
-    """Copies a network, in int8. Layers that stay in float share memory with the original."""
+    """Returns a copy of a network with int8 layers. Layers that stay in float32 share memory with the original."""
     with torch.device("meta"):
         result = type(network)(**network.config)
     result.load_state_dict(dict(quantised(network.state_dict().items(), to_int8(result))), assign=True)
@@ -63,5 +63,5 @@ def int8_copy(network: nn.Module) -> nn.Module:
 
 
 def noise(device: str, dtype=torch.float32) -> Callable:
-    """Returns a function of a shape that returns random tensors, the same on all devices and in every call."""
+    """Returns a function: random(*shape) is a tensor of random numbers, the same on all devices and in every call."""
     return lambda *shape: torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)

@@ -17,7 +17,7 @@ from wuerstchen import Wuerstchen, latent_sizes
 def measure(args) -> tuple[str, list[Row], str]:
     model = Wuerstchen.load(args.weights, args.device)
     paths = find_parts(ROOT / "models" / "tiny" if args.weights == "tiny" else args.weights)
-    # low_cpu_mem_usage=False: otherwise diffusers warns that it needs another library (accelerate).
+    # Without low_cpu_mem_usage=False, diffusers warns that it needs the package accelerate.
     theirs = {part: kind.from_pretrained(paths[part], torch_dtype=model.dtype, low_cpu_mem_usage=False).to(args.device)
               for part, kind in diffusers_classes().items()}
     rows, _, peak = compare(calls_of(model, theirs, args), args.repeats, args.device, times=args.calls)
@@ -37,7 +37,7 @@ def calls_of(model: Wuerstchen, theirs: dict, args) -> dict[str, Call]:
     networks_c, networks_b, networks_a = ((model.part(ours), theirs.get(part)) for ours, part in (
         ("stage_c", "prior"), ("stage_b", "decoder"), ("stage_a", "vqgan")))
     return {**step_calls("Stage C step", "", args, networks_c, model.bind_c(text_c), x_c, text_c),
-            # Outside the guidance interval there is no unconditional prediction.
+            # A step outside the guidance interval needs no unconditional prediction.
             **step_calls("Stage C step, unguided", "", args, networks_c, model.bind_c(text_c[:1]), x_c[:1], text_c[:1]),
             **step_calls("Stage B step", "", args, networks_b, model.bind_b(semantic, text_b), x_b, semantic, text_b),
             **decode_calls("", args, networks_a, model.decode_one, x_b)}
@@ -55,7 +55,7 @@ def step_calls(title: str, suffix: str, args, networks: tuple[nn.Module, nn.Modu
 
 def decode_calls(suffix: str, args, networks: tuple[nn.Module, nn.Module | None], fast: Callable,
                  x: Tensor) -> dict[str, Call]:
-    """Like step_calls, but for a decoding by Stage A."""
+    """Does what step_calls does, for a decoding by Stage A."""
     ours, theirs = networks
     other = theirs and (lambda: theirs.decode(x * ours.scale_factor).sample)
     plain = {f"Stage A decode, plain{suffix}": Call(partial(ours.decode, x), other)} if args.plain else {}

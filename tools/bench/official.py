@@ -18,7 +18,7 @@ from tools.bench.networks import decode_calls, step_calls
 from tools.bench.report import DTYPES, Row, goals_of
 from wuerstchen import latent_sizes
 
-STEPS = {"Stage C step": 29, "Stage B step": 12, "Stage A decode": 1}        # calls per image; Stage C is guided
+STEPS = {"Stage C step": 29, "Stage B step": 12, "Stage A decode": 1}        # {name of a call: calls per image}
 
 
 def suffix_of(n: int) -> str:
@@ -29,7 +29,7 @@ def measure(args) -> tuple[str, list[Row], str]:
     gpu, rows, found, peaks = args.device.startswith("cuda"), [], {}, []
     args.dtype, args.side = args.dtype or ("bf16" if gpu else "fp32"), args.side or 1024
     args.pictures, args.calls = args.pictures or ([1, 4, 8] if gpu else [1]), args.calls if gpu else 1
-    for title in STEPS:                                  # only one network at a time is in memory
+    for title in STEPS:                                  # one network at a time, to save memory
         new_rows, new, peak = compare(calls_of_stage(title, args), args.repeats, args.device,
                                       getattr(torch, DTYPES[args.dtype]), args.calls)
         gc.collect()
@@ -58,7 +58,7 @@ def calls_of_stage(title: str, args, small: dict | None = None) -> dict[str, Cal
 
     def pair(stage: type, part: str, **config) -> Callable[..., tuple[nn.Module, nn.Module]]:
         return partial(random_pair, stage, part, config | (small or {}).get(part, {}), args.device)
-    if title == "Stage C step":          # guided, so batch 2 per image
+    if title == "Stage C step":          # with guidance, an image takes 2 rows
         return calls_of(title, args, bind_c, step_c, lambda n: (random(2 * n, 16, *size_c), random(2 * n, 77, 1280)),
                         pair(StageC, "prior", depth=args.depth))
     if title == "Stage B step":
@@ -75,7 +75,7 @@ def calls_of_stage(title: str, args, small: dict | None = None) -> dict[str, Cal
 
 
 def forms_of(args) -> dict[str, torch.dtype]:
-    """What to measure: args.dtype; if that is float32 on a CPU, also bfloat16."""
+    """Returns {suffix of a name: dtype to measure}: args.dtype and, if it is float32 on a CPU, bfloat16."""
     more = {", bf16": torch.bfloat16} if args.device == "cpu" and args.dtype == "fp32" else {}
     return {"": getattr(torch, DTYPES[args.dtype])} | more
 
@@ -84,7 +84,7 @@ def forms_of(args) -> dict[str, torch.dtype]:
 def calls_of(title: str, args, bind: Callable, step: Callable, inputs: Callable[[int], tuple],
              build: Callable[..., tuple[nn.Module, nn.Module]]) -> dict[str, Call]:
     """Returns {name: Call} of Stage C or B, in all forms to measure. bind, step: see speed/fast.py.
-    inputs(n): x_t and conditions for n images. build(dtype) -> (our network, diffusers' network)."""
+    inputs(n): x_t and conditions for n images. build(dtype): our network and diffusers' network."""
     def compiled(function: Callable) -> Callable:
         mode = dict(mode="reduce-overhead") if args.device.startswith("cuda") else {}
         return torch.compile(function, dynamic=False, **mode)
@@ -99,7 +99,7 @@ def calls_of(title: str, args, bind: Callable, step: Callable, inputs: Callable[
             calls |= step_calls(title + form, suffix, args, pair, bind(pair[0], *conditions), x, *conditions)
         fast, (_, *conditions) = calls[title + suffix], inputs(n)
         if args.compile:
-            other = partial(theirs_compiled, *fast.theirs.args) if n == 1 else None      # once: it takes minutes
+            other = partial(theirs_compiled, *fast.theirs.args) if n == 1 else None      # compiling takes minutes
             calls[f"{title}, compiled{suffix}"] = Call(
                 partial(bind(ours, *conditions, step_compiled), *fast.ours.args), other, eager=fast.ours)
         if ours_in_int8:
@@ -111,7 +111,7 @@ def calls_of(title: str, args, bind: Callable, step: Callable, inputs: Callable[
 def whole_images(found: dict[str, Measured], n: int, peak: float) -> list[Row]:
     """Returns the rows for batches of n images. Their times are sums of measured calls. peak: GFLOP/s."""
     def added(form: str, field: str) -> float:
-        calls = (found.get(f"{title}{form}{suffix}", found[title + suffix]) for title in STEPS)  # A is not compiled
+        calls = (found.get(f"{title}{form}{suffix}", found[title + suffix]) for title in STEPS)  # A lacks some forms
         return sum(count * getattr(call, field) for call, count in zip(calls, STEPS.values()))
     suffix, rows = suffix_of(n), []
     theirs = added("", "theirs")

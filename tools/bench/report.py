@@ -1,4 +1,4 @@
-"""The report: rows, goals, and the sections of BENCHMARKS.md, each with its command, date and machine."""
+"""Writes the sections of BENCHMARKS.md, each with its command, date and machine: tables of rows, and goals."""
 import importlib.metadata
 import math
 import os
@@ -12,10 +12,10 @@ ROOT = Path(__file__).parents[2]
 FILE = ROOT / "BENCHMARKS.md"
 PROMPT = "a red apple on a blue background"
 DTYPES = dict(fp32="float32", bf16="bfloat16", fp16="float16")
-# The sections of BENCHMARKS.md, in their order.
+# The titles of the sections of BENCHMARKS.md, in their order.
 SECTIONS = ("Start", "Networks", "Official size", "GPU", "GPU equality", "Memory", "Training", "Training at 1024 px",
             "Epoch", "Int8")
-# {(section, row): ("at least" or "at most", the goal for the row's ratio; or "floor at least", for its floor)}.
+# {(section, row): (kind, goal)}. kind: "at least" or "at most" for the row's ratio, "floor at least" for its floor.
 GOALS = {
     ("Start", "`--help`, seconds"): ("at most", 0.3),
     ("Start", "start to PNG"): ("at most", 1.6),
@@ -72,20 +72,20 @@ def verdict(section: str, row: Row) -> tuple[str, str]:
 
 def table(section: str, rows: list[Row], note: str = "") -> str:
     """Returns a section as Markdown, without its title: the table, the note, and the goals that were not measured."""
-    floor = any(row.floor == row.floor for row in rows)                  # NaN is not equal to itself
+    floor = any(row.floor == row.floor for row in rows)                  # false if all are NaN: NaN != NaN
     lines = [f"| what | ours | compared with | ratio |{' floor |' * floor} goal | met | |",
              f"|---|---:|---:|---:|{'---:|' * floor}---:|---|---|"]
     for row in rows:
         numbers = ("" if math.isnan(x) else f"{x:.2f}" if x >= 0.095 else f"{x:.1e}"
                    for x in (row.ratio, row.floor)[:1 + floor])
         lines.append(f"| {' | '.join((row.what, row.ours, row.other, *numbers, *verdict(section, row), row.more))} |")
-    missing = goals_of(section, but={row.what for row in rows})          # goals without a row, which may be renamed
+    missing = goals_of(section, but={row.what for row in rows})          # goals whose row is missing or was renamed
     notes = [note] * bool(note) + [f"Goals that were not measured: {', '.join(missing)}."] * bool(missing)
     return "\n\n".join(["\n".join(lines), *notes]) + "\n"
 
 
 def replace_section(text: str, title: str, body: str) -> str:
-    """Replaces or adds the section "## title" in the file's text -> the new text, in the order of SECTIONS."""
+    """Replaces or adds the section "## title" in the file's text. Returns the new text, in the order of SECTIONS."""
     head, *parts = re.split(r"(?m)^## ", text)
     sections = dict(part.split("\n", 1) for part in parts) | {title: f"\n{body.strip()}\n"}
     head = head.strip() or ("# Benchmarks\n\nWritten by `python -m tools.bench`; its `--help` says what is measured "
@@ -110,9 +110,9 @@ def machine(device: str) -> str:
 
 def write(args, section: str, rows: list[Row], note: str = "") -> None:
     """Prints a section, and writes it to the file args.out instead of its old version."""
-    from loading.files import write_atomically           # here, because it imports torch
+    from loading.files import write_atomically
     command = " ".join(["python -m tools.bench", *args.typed]).split(" --out")[0]
-    medians = "" if section in ("Memory", "Int8") else f"; medians of {args.repeats}"          # Memory, Int8: one run
+    medians = "" if section in ("Memory", "Int8") else f"; medians of {args.repeats}"          # these have one run
     body = f"`{command}`, {machine(args.device)}{medians}.\n\n{table(section, rows, note)}"
     print(f"## {section}\n\n{body}", flush=True)
     text = replace_section(args.out.read_text(encoding="utf-8") if args.out.exists() else "", section, body)

@@ -24,8 +24,8 @@ from tools.bench.report import PROMPT, Row
 
 
 class Run(NamedTuple):
-    """A setting to measure. who: "ours" or "diffusers". full: train all of Stage C, not a LoRA of rank 8 on attention.
-    checkpointing: None, "blocks" or (only ours) "products". bf16: ours as with train_c.py --dtype bf16."""
+    """A setting to measure. who: "ours" or "diffusers". full: train all of Stage C, else a LoRA of rank 8 on attention.
+    checkpointing: None, "blocks" or (only ours) "products". bf16: whether ours trains like train_c.py --dtype bf16."""
     who: str
     full: bool
     checkpointing: str | None
@@ -56,7 +56,7 @@ def measure(args) -> tuple[str, list[Row], str]:
 
 
 def rows_of(run: Run, ours: list[dict], theirs: list[dict]) -> list[Row]:
-    """Returns the rows that compare a run of ours with its counterpart in diffusers."""
+    """Returns the rows that compare our results of a setting with those of its counterpart in diffusers, theirs."""
     title = ("full" if run.full else "LoRA") + f", `--checkpointing {run.checkpointing}`" * bool(run.checkpointing)
     title += ", bf16" * run.bf16
     other = "diffusers" + " + peft" * (not run.full) + ", checkpointed" * (run.checkpointing == "blocks")
@@ -76,7 +76,7 @@ def rows_of(run: Run, ours: list[dict], theirs: list[dict]) -> list[Row]:
 
 
 def measure_epoch(args) -> tuple[str, list[Row], str]:
-    """Computes the time of 200 images, with and without a cache, from one step: an epoch takes hours on a CPU."""
+    """Computes the time of an epoch of 200 images, with and without --cache, from one step, to save hours on a CPU."""
     side, steps, found = args.side or 768, 200 / args.batch, []
     for _ in range(args.repeats):
         step = in_own_process(fresh_steps, Run("ours", False, None), args.depth, side, args.batch, args.device)
@@ -96,7 +96,7 @@ def measure_epoch(args) -> tuple[str, list[Row], str]:
 
 
 def fresh_steps(run: Run, *sizes) -> dict:
-    """Runs training_steps after a step of a small model, to exclude the memory that torch and peft need to start."""
+    """Runs training_steps after a step of a small model, to exclude the memory that torch and peft use at first."""
     training_steps(run, 1, 128, 1, sizes[-1], width=64)
     return training_steps(run, *sizes)
 
@@ -140,9 +140,9 @@ def training_steps(run: Run, depth: int, side: int, batch: int, device: str, wid
 
 
 def build(run: Run, depth: int, device: str, width: int) -> nn.Module:
-    """Builds our Stage C or diffusers', prepared for a run. Without dropout, so that both compute the same."""
+    """Builds our Stage C or diffusers', prepared for `run`, without dropout, so that both compute the same."""
     config = dict(c_in=16, c=width, c_cond=1280, c_timestep=64, depth=depth, heads=width // 64, dropout=0.0)
-    # Like train_c.py: weights that a LoRA leaves as they are have the dtype of autocast.
+    # In train_c.py as well, weights that a LoRA does not change have the dtype of autocast.
     ours, theirs = random_pair(StageC, "prior", config, device,
                                torch.bfloat16 if run.bf16 and not run.full else torch.float32)
     model = ours if run.who == "ours" else theirs
@@ -163,7 +163,7 @@ def build(run: Run, depth: int, device: str, width: int) -> nn.Module:
 
 @torch.no_grad()
 def encoding(side: int, batch: int, device: str) -> float:
-    """Measures the seconds that --cache saves in a step: the time of the image encoder and CLIP-bigG, official size."""
+    """Returns the seconds that --cache saves in a step: the time of image encoder and CLIP-bigG, at official size."""
     encoder, text_model = EfficientNetEncoder().eval().to(device), random_text_model(1280, 32, 20, device)
     images, ids = torch.rand(batch, 3, side, side, device=device), torch.arange(77, device=device).expand(batch, -1)
     mask = torch.ones_like(ids)
@@ -173,7 +173,7 @@ def encoding(side: int, batch: int, device: str) -> float:
 
 
 def reading(side: int, batch: int, files: int = 64) -> float:
-    """Measures the seconds per batch when two workers of train_c.py read JPEG files a third larger than `side`."""
+    """Returns the seconds per batch when two workers of train_c.py read JPEG files a third larger than `side`."""
     import train_c
     from training.data import open_dataset
     from training.order import BatchSampler, batches
