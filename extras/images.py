@@ -98,7 +98,7 @@ def read_mask(source) -> Tensor:
     red, green, blue = colours * opacity + (1 - opacity)                # 3 x (H, W)
     # Luminance, defined by ITU-R BT.601 as in Pillow and JPEG.
     grey = 0.299 * red + 0.587 * green + 0.114 * blue
-    if (grey - 0.5).abs().lt(0.4).float().mean() > 0.25:                # soft edges alone are a smaller share
+    if (grey - 0.5).abs().lt(0.4).float().mean() > 0.25:                # masks with soft edges have fewer grey pixels
         warn(f"{_name(source, 'the mask')} is neither black nor white in many places, like a photo: what is lighter "
              "than the middle grey counts as white")
     mask = (grey > 0.5).float()

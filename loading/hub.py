@@ -18,7 +18,7 @@ Needs: huggingface_hub, which comes with transformers.
 import sys
 
 if __name__ == "__main__" and not __package__:
-    sys.path[0] += "/.."      # run by its path: python loading/hub.py
+    sys.path[0] += "/.."      # so that `python loading/hub.py` finds our modules
 
 import contextlib
 import errno

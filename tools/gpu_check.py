@@ -17,7 +17,7 @@ Needs: what wuerstchen.py needs; diffusers and peft for the comparisons; pytest 
 import sys
 
 if __name__ == "__main__" and not __package__:
-    sys.path[0] += "/.."      # run by its path: python tools/gpu_check.py
+    sys.path[0] += "/.."      # so that `python tools/gpu_check.py` finds our modules
 
 import gc
 import json

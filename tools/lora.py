@@ -10,7 +10,7 @@ Needs: torch, safetensors, numpy.
 import sys
 
 if __name__ == "__main__" and not __package__:
-    sys.path[0] += "/.."      # run by its path: python tools/lora.py
+    sys.path[0] += "/.."      # so that `python tools/lora.py` finds our modules
 
 from pathlib import Path
 

@@ -1,7 +1,7 @@
-"""Makes images of this repository: those in README.md, and the example of a fine-tuning.
+"""Makes images of this repository: those in README.md, and the images of the fine-tuning example.
 
-  python -m tools.make_images samples                          # assets/samples.png: the prompts below it in README.md
-  python -m tools.make_images unicorn --lora runs/unicorn:1.07 # assets/unicorn.png, before and after docs/FINETUNE.md
+  python -m tools.make_images samples                          # assets/samples.png, from the prompts in README.md
+  python -m tools.make_images unicorn --lora runs/unicorn:1.07 # assets/unicorn.png, without and with this LoRA
   python -m tools.make_images example                          # examples/unicorn, which must not exist yet
 
 examples/unicorn has 24 images of one of the 64 objects that Stages A and B were trained on without captions. So the
@@ -14,7 +14,7 @@ import re
 import sys
 
 if __name__ == "__main__" and not __package__:
-    sys.path[0] += "/.."      # run by its path: python tools/make_images.py
+    sys.path[0] += "/.."      # so that `python tools/make_images.py` finds our modules
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ SAMPLES, UNICORN = ROOT / "assets" / "samples.png", ROOT / "assets" / "unicorn.p
 BACKGROUNDS = ("white", "red", "yellow", "green", "blue")
 COMPANIONS = ("cat", "banana", "house", "star", "tree", "robot", "crab", "key", "gift", "umbrella", "penguin", "moon",
               "frog", "car", "mushroom", "balloon")
-# None of these prompts is a caption of the example. The last two show what the model knew before.
+# Prompts of assets/unicorn.png. None is a caption of the example. The last two show objects that the model knew before.
 UNICORNS = ("a unicorn on an orange background", "a unicorn on a black background",
             "a unicorn left of a rocket on a purple background", "a red apple above a unicorn on a white background",
             "a unicorn above a guitar on a yellow background", "an owl left of a unicorn on a red background",
@@ -46,7 +46,7 @@ def prompts() -> list[str]:
 
 
 def generate(prompts: list[str], **options) -> list:
-    """Generates a PIL image for each prompt. options: of Wuerstchen.load."""
+    """Generates a PIL image for each prompt with the tiny model. options: arguments of Wuerstchen.load."""
     from wuerstchen import Wuerstchen
     model = Wuerstchen.load("tiny", "cpu", **options)
     return [model(prompt, seed=1)[0] for prompt in prompts]

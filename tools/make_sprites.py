@@ -14,7 +14,7 @@ Needs: numpy, pillow and Noto Color Emoji (Debian: fonts-noto-color-emoji; SIL O
 import sys
 
 if __name__ == "__main__" and not __package__:
-    sys.path[0] += "/.."      # run by its path: python tools/make_sprites.py
+    sys.path[0] += "/.."      # so that `python tools/make_sprites.py` finds our modules
 
 import json
 from pathlib import Path

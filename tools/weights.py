@@ -9,7 +9,7 @@ Needs: torch, safetensors.
 import sys
 
 if __name__ == "__main__" and not __package__:
-    sys.path[0] += "/.."      # run by its path: python tools/weights.py
+    sys.path[0] += "/.."      # so that `python tools/weights.py` finds our modules
 
 import json
 from pathlib import Path

@@ -169,7 +169,7 @@ class Checkpoints:
 
         If the newest checkpoint is torn, --resume auto uses the previous one. Raises UserError for a torn file, for a
         checkpoint of another script or of more steps, and if one of the options `fixed` had another value.
-        processes: only rank 0 reads the file; the others get it without the tensors, which load_full_state sends.
+        processes: only rank 0 reads the file; the others get its content without the tensors, see load_full_state.
         """
         if processes is not None and processes.many:
             content = {}
@@ -206,7 +206,7 @@ class Checkpoints:
     @staticmethod
     def read(path: Path, script: str) -> dict:
         with reading(path, TornCheckpoint, "cannot be read, it is probably cut off or not a checkpoint"):
-            content = torch.load(path, map_location="cpu", weights_only=True)        # mmap would skip the checksums
+            content = torch.load(path, map_location="cpu", weights_only=True)        # mmap=True checks no checksums
         found = content.get("script") if isinstance(content, dict) else None
         if not isinstance(found, str) or found != script:
             of = f" but of {found}" if isinstance(found, str) else ""
@@ -278,7 +278,7 @@ def load_full_state(path: Path, state: dict, model, optimizer, scaler, ema, proc
     partial = StateDictOptions(**sent, strict=False)     # the checkpoint has no frozen parameters
     now = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
     learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    with processes.together(), fitting(path):            # checked before, because an error of one would let others wait
+    with processes.together(), fitting(path):            # checks first: later, others would wait for a failed process
         if processes.is_main:
             for part in ("model", "averaged"):
                 check_shapes(now, state[part])

@@ -405,16 +405,16 @@ class SceneDataset(ImageDataset):
 # ----- shapes --------------------------------------------------------------------------------------------------------
 
 def bucket_sizes(resolution: int, max_ratio: float = 2.0) -> list[tuple[int, int]]:
-    """Returns the (height, width) to which images are cut: multiples of a step, each of about resolution^2 px.
+    """Returns the (height, width) to which images are cut: multiples of 128 px, each of about resolution^2 px.
 
-    The step is 128 px: the image encoder resizes it to 96 = 3 x 32 px, exactly 3 latent positions of Stage C. The
+    The image encoder resizes 128 px to 96 = 3 x 32 px, which are exactly 3 latent positions of Stage C. The
     longer side is at most max_ratio times the shorter. Shapes whose area differs by more than a quarter are omitted, so
     that a batch of each takes about the same memory. Up to a resolution of 256 px, only the square remains.
 
-    Raises ValueError unless the step divides resolution.
+    Raises ValueError unless resolution is a multiple of 128.
     """
     step = RESOLUTION.step
-    n = resolution // step                       # below, lengths are in steps
+    n = resolution // step                       # below, lengths are in units of `step`
     if n < 1 or resolution % step:
         raise ValueError(f"a resolution of {resolution} px: expected a multiple of {step}, such as {max(1, n) * step}")
     shapes = {(n, n)}

@@ -88,8 +88,8 @@ def new_encoder(kind: type = EfficientNetEncoder, backbone: str | None = None, u
 
 
 def block_groups(decoder) -> list[list[nn.Module]]:
-    """Stage B's blocks, one list for each repetition of a level's pattern, such as (ResBlock, TimestepBlock,
-    AttentionBlock)."""
+    """Returns Stage B's blocks in groups, one for each repetition of a level's pattern, such as [ResBlock,
+    TimestepBlock, AttentionBlock]."""
     return [[*level[i:i + len(pattern)]] for part in (decoder.down_blocks, decoder.up_blocks)
             for level, pattern in zip(part, decoder.config["levels"]) for i in range(0, len(level), len(pattern))]
 

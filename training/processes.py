@@ -134,9 +134,9 @@ class Processes:
 
     def split_weights(self, model: nn.Module, groups: Iterable[Iterable[nn.Module]], dtype: torch.dtype) -> None:
         """Splits the weights over processes (FSDP), in float32. Each group of blocks is gathered in one message when it
-        runs, in bfloat16 if that is dtype. Gradients are summed in float32.
+        runs, in bfloat16 if dtype is bfloat16. Gradients are summed in float32.
 
-        Autocast rounds weights to bfloat16 anyway, except GlobalResponseNorm's gamma. What is in no group is gathered
+        Autocast rounds weights to bfloat16 anyway, except GlobalResponseNorm's gamma. Weights in no group are gathered
         in float32: embeddings, BatchNorm, and the weight from which forward takes its dtype.
         """
         if self.many:
@@ -148,15 +148,15 @@ class Processes:
             policy = MixedPrecisionPolicy(narrow, reduce_dtype=torch.float32, cast_forward_inputs=False)
             for group in groups:
                 fully_shard([*group], mesh=mesh, mp_policy=policy)
-            # By default, model would keep what it gathered until a backward pass: after a validation, EMA weights.
+            # By default, model would keep gathered weights until a backward pass: after a validation, EMA weights.
             fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
 def compile_blocks(groups: Iterable[Iterable[nn.Module]], checkpointing: dict | None = None) -> None:
-    """Compiles each block by itself, before FSDP splits it. Equal blocks are compiled once; FSDP's hooks stay outside.
-    checkpointing: options of `checkpoint` inside each block, where the compiler sees what to keep."""
+    """Compiles each block by itself. Equal blocks are compiled once. Call this before FSDP splits the weights, so that
+    its hooks are not compiled. checkpointing: options of `checkpoint`, which is compiled with each block, or None."""
     torch._dynamo.config.recompile_limit = 64    # per kind of block: Stage B has 7 shapes, in training and validation
-    torch._dynamo.config.optimize_ddp = False    # which would cut blocks; `checkpoint` forbids it
+    torch._dynamo.config.optimize_ddp = False    # it would split blocks, which `checkpoint` does not allow
     for block in [block for group in groups for block in group]:
         forward = block.forward
         if checkpointing is not None:

@@ -24,7 +24,7 @@ Needs: what wuerstchen.py needs; diffusers and peft for the comparisons.
 import sys
 
 if __name__ == "__main__" and not __package__:
-    sys.path[0] += "/../.."      # run by its path: python tools/bench
+    sys.path[0] += "/../.."      # so that `python tools/bench` finds our modules
 
 import argparse
 from pathlib import Path
