@@ -277,7 +277,7 @@ def latent_sizes(height: int, width: int) -> tuple[tuple[int, int], tuple[int, i
     """Returns (h, w) of Stage C's latents and of Stage B's for an image: 24 and 256 for 1024 px.
 
     The grids are the smallest that cover the image. A latent position of Stage C is 42 2/3 px wide.
-    Stage B's U-Net halves its input up to 4 times: sides are multiples of 16, that is 64 px.
+    Stage B's U-Net halves its latents up to 4 times: their sides are multiples of 16 (64 px).
     """
     for name, side in (("height", height), ("width", width)):
         if not isinstance(side, Integral) or not 64 <= side <= 2 ** 14:
@@ -506,6 +506,6 @@ def crop(images: Tensor, height: int, width: int) -> Tensor:
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
-    """Converts images (n,3,H,W) in [0, 1] to PIL images. Rounds, as truncation would darken."""
+    """Converts images (n,3,H,W) in [0, 1] to PIL images. Rounds: truncation would darken them."""
     images = (images * 255).round().byte().permute(0, 2, 3, 1)                     # (n, H, W, 3)
     return [Image.fromarray(image) for image in images.cpu().numpy()]

@@ -306,7 +306,7 @@ def own_config(path: Path) -> dict | None:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Returns whether a file begins like .safetensors, or not, like torch's formats. Else raises WeightsError."""
+    """Returns true if a file begins like .safetensors, false if like torch's formats. Raises WeightsError otherwise."""
     with reading_weights(path), open(path, "rb") as file:
         start = file.read(512)
     if start[8:9] == b"{":                               # .safetensors begins with 8 bytes of length, then JSON

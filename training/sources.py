@@ -498,7 +498,7 @@ def _tar_places(path: Path) -> tuple[dict[str, Place], list[dict], bool]:
 
 def _spooled(known_as: str, label: str, folder: Path | None, write: Callable[[Path], None],
              suffix: str = ".tar") -> Path:
-    """Returns the path of a tar file in `folder` with content `known_as`. If it is missing, write(path) writes it."""
+    """Returns the path of a tar file in `folder`, whose content known_as describes. If it is missing, calls write."""
     if folder is None:
         raise ValueError(f"{known_as} needs an index_folder, where its content is kept")
     label = re.sub(r"[^\w.-]+", "-", label.removesuffix(".tar"))[-40:].lstrip("-.")
