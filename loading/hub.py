@@ -336,7 +336,7 @@ def resume(path: str, partial: Path, file: File, name: str) -> None:
 
 
 def check_digest(path: Path, file: File, label: str) -> None:
-    """Removes the file and raises WeightsError, unless its content matches the hub's digest. label: name in the error."""
+    """Removes the file and raises WeightsError, unless its content matches the hub's digest. label: name in errors."""
     def git_sha1():
         return hashlib.sha1(f"blob {file.size}\0".encode())
     with open(path, "rb") as content:
