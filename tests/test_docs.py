@@ -220,7 +220,7 @@ def cells(text: str, start: str) -> list[str]:
 
 @pytest.mark.parametrize("page, row, benchmark", [
     ("README.md", "official-size steps, random weights, largest deviation", "largest deviation from diffusers"),
-    ("README.md", "bundled model, program start to image, busy machine", "start to PNG, next to transformers"),
+    ("README.md", "bundled model, start to image, busy machine", "start to PNG, next to transformers"),
     ("README.md", "official size, one image of 1024 px", "whole image, added up"),
     ("README.md", "official size, one LoRA step, time", "LoRA, time"),
     ("README.md", "official size, one LoRA step, memory", "LoRA, memory"),
