@@ -15,7 +15,7 @@ Needs: numpy, pillow, torch; wuerstchen.py for sampling.
 import sys
 
 if __name__ == "__main__" and not __package__:
-    sys.path[0] += "/.."      # run by its path: python tiny/evaluate.py
+    sys.path[0] += "/.."      # so that `python tiny/evaluate.py` finds our modules
 
 import argparse
 import json

@@ -14,7 +14,7 @@ Needs: torch, numpy, pillow, tqdm.
 import sys
 
 if __name__ == "__main__" and not __package__:
-    sys.path[0] += "/.."      # run by its path: python tiny/train_encoder.py
+    sys.path[0] += "/.."      # so that `python tiny/train_encoder.py` finds our modules
 
 from pathlib import Path
 
