@@ -115,7 +115,7 @@ from stage_b import TinyImageEncoder
 from training.cache import CachedTexts, fill_cache
 from training.checkpoints import Checkpoints, Log, full_state, load_full_state, settings_of
 from training.losses import LOSS_WEIGHTS
-from training.models import (LEVELS_AT_ONCE, NETWORK, cache_settings,  # noqa: F401, used by `stage`
+from training.models import (LEVELS_AT_ONCE, NETWORK, cache_settings,  # noqa: F401, as stage.NAME
                              block_groups, decode, encode, load_models, match_vqgan, pipeline,
                              semantic_scale)
 from training.optim import (EMA, NanSteps, build_optimizer, clip_gradients, learning_rate,

@@ -63,7 +63,7 @@ def read_pair(source, mask_source) -> tuple[Tensor, Tensor]:
         raise ValueError(f"the mask has {mask.shape[1]} x {mask.shape[0]} px, its image {opacity.shape[1]} x "
                          f"{opacity.shape[0]}: they must be the same.")
     image, solid = colours * opacity + (1 - opacity), opacity >= 0.5
-    # Holes have partly transparent edges. If the mask covers all holes, all of these edges are filled as well.
+    # Edges of holes are partly transparent. If the mask covers all holes, edges are filled even outside the mask.
     theirs = opacity < 1 if (solid | (mask > 0)).all() else (opacity < 1) & (mask > 0)
     return torch.where(theirs, fill(colours, solid), image), mask
 

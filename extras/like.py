@@ -214,8 +214,8 @@ def own_size(image: str, stored: dict, size: int) -> tuple[int, int]:
 # ----- paths ---------------------------------------------------------------------------------------------------------
 
 def relative(file: str | Path, folder: Path) -> str:
-    """Returns the path of a file as the settings of an image in `folder` store it: relative to the working folder if
-    that contains `folder`, else to `folder`, and never absolute. Returns names of weights unchanged."""
+    """Returns the path of an input file for the settings of an image that is saved in `folder`. The path is relative to
+    the working folder if this contains `folder`, else to `folder`. Names of weights are returned unchanged."""
     if is_name(file):
         return file
     folder = Path(os.path.abspath(folder))

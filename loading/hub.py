@@ -101,7 +101,8 @@ RECONSTRUCTION = ("image_encoder", "decoder", "text_encoder", "tokenizer", "vqga
 
 
 def revision_of(repo: str, override: str | None, weights: str = "v2") -> str:
-    """Returns a repository's revision: `override`, "NAME" (for all) or "REPO=NAME" (for one), or that in REVISIONS."""
+    """Returns the revision of a repository: that of `override`, else that in REVISIONS, else "main". override: "NAME"
+    for all repositories, "REPO=NAME" for one, or None."""
     which, _, name = (override or "").rpartition("=")
     return name if name and which in ("", repo) else REVISIONS.get(f"{repo} ({weights})", REVISIONS.get(repo, "main"))
 
@@ -343,7 +344,7 @@ def check_digest(path: Path, file: File, label: str) -> None:
         found = hashlib.file_digest(content, "sha256" if len(file.digest) == 64 else git_sha1).hexdigest()
         content.seek(0)
         page = content.read(100).lstrip()[:1] == b"<"
-        os.fsync(content.fileno())               # the content must reach the disk before the file's name
+        os.fsync(content.fileno())               # the content must be on the disk before the file is renamed
     if found != file.digest:
         path.unlink()
         raise WeightsError(f"{label} was damaged on the way{' or is a web page' * page}: expected the checksum "
@@ -511,7 +512,7 @@ def hub_errors(repo: str, revision: str, what: str = "read"):
             message = f"the disk is full: make room in {cache_folder()}, or set HF_HOME to another disk"
         elif isinstance(error, OSError) and error.filename is not None:
             message = f"the cache cannot be used: {reason}; make it writable, or set HF_HOME to another folder"
-        else:                                # no network: each HTTP library raises other exceptions
+        else:                                # no network: each HTTP library raises its own exceptions
             message = f"{constants.ENDPOINT} cannot be reached ({reason}): check the network" + (
                 ". With --offline, weights in the cache can be used" if what == "read" else "")
         raise WeightsError(message) from error

@@ -93,7 +93,7 @@ def rules_b(levels, blocks, inject, **_) -> list:
         if inject[i]:
             rules += [(f"semantic_down.{i}", f"effnet_mappers.{i}",      "1x1"),
                       (f"semantic_up.{i}",   f"effnet_mappers.{n + up}", "1x1")]
-        if i > 0:                                    # in diffusers, .0.0 and .{last}.0 are norms
+        if i > 0:                                    # .1 is the convolution; .0 is a norm without weights
             rules += [(f"downsample.{i}",    f"down_blocks.{i}.0.1",                ""),
                       (f"upsample.{i}",      f"up_blocks.{up}.{len(pattern)}.1",    "")]
         for k, letter in enumerate(pattern):

@@ -35,8 +35,8 @@ ROWS = 512       # rows to compute at a time: intermediate results then stay in 
 
 
 def pack(weight8: Tensor) -> Tensor:
-    """Reorders weight8 (N,K) int8 for this processor's product. The order is undocumented; to_dense() returns (K,N).
-    Done once per weight: it takes as long as 0.04 (AVX2), 0.5 (AVX-512), 1.1 (VNNI) or 4 (AMX) products of 1152 rows.
+    """Returns weight8 (N,K) int8 in the order that `product` needs on this processor; its to_dense() is (K,N). Packing
+    is done once per weight. It takes as long as 0.04 (AVX2), 0.5 (AVX-512), 1.1 (VNNI) or 4 (AMX) calls with 1152 rows.
     """
     return torch.ops.onednn.qlinear_prepack(weight8.contiguous(), None)            # qlinear_prepack ignores strides
 

@@ -19,7 +19,7 @@ SIDE = 64                              # px at which images are compared: half o
 SIZES = (14, 16, 18, 20, 22, 24, 27, 30, 33, 37, 41, 45)
 SLACK = 1                              # px of SIDE by which boxes of two objects may overlap
 BACKGROUND_TOLERANCE = 40              # largest RGB distance; the nearest two COLOURS are 84 apart
-MIN_EXPLAINED = 0.25                   # smallest `explained` of an object, see Judge.find
+MIN_EXPLAINED = 0.25                   # smallest gain of an object; 1 is a perfect match's, see Judge.find
 SMALL_UP_TO, LARGE_FROM = 51, 71       # px of a scene: sizes called small and large in prompts
 
 

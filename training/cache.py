@@ -233,7 +233,7 @@ def fill_cache(dataset: ImageDataset, sizes: Callable[[int], list[tuple[int, int
         captions = sorted({""} | {caption for i in range(len(dataset)) for caption in dataset.captions(i)})
         texts.fill(captions[processes.rank::processes.world], silent=processes.rank > 0)
     processes.wait()
-    # Count images, not keys, because copies of a file have the same keys.
+    # List images, not keys, because copies of a file have the same keys.
     broken = [i for i in range(len(dataset)) if missing and not missing.isdisjoint(keys_of(i, sizes))]
     return _replacements(dataset, broken, sizes, fill, processes)
 

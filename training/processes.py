@@ -148,7 +148,8 @@ class Processes:
             policy = MixedPrecisionPolicy(narrow, reduce_dtype=torch.float32, cast_forward_inputs=False)
             for group in groups:
                 fully_shard([*group], mesh=mesh, mp_policy=policy)
-            # By default, model would keep gathered weights until a backward pass: after a validation, EMA weights.
+            # By default, model keeps its gathered weights until a backward pass. Validation has none and uses EMA
+            # weights, so the next training step would compute with them.
             fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 

@@ -128,8 +128,8 @@ def compare(calls: dict[str, Call], repeats: int, device: str, dtype=torch.float
     a = torch.randn(n, n, device=device, dtype=dtype)
     functions, alone, flops, results = [product := lambda: a @ a], {}, {}, {}
     for what, call in calls.items():
-        # Calls before counting, because the first call of a fast form also computes tensors that later calls reuse.
-        # Clones the result, because a CUDA graph overwrites its output.
+        # This call comes before products are counted: the first call in speed/ also computes tensors for later calls.
+        # The result is cloned, because a CUDA graph overwrites its output.
         results[what] = call.ours().float().clone()
         if call.alone:
             alone[what] = products_of(call.ours)
