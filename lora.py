@@ -143,7 +143,7 @@ class LoRALayer(nn.Module):
 # ----- finding layers, adding LoRAs --------------------------------------------------------------
 
 def find_layers(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """Returns {name: layer that can have a LoRA}, {name: why it cannot}; names as without LoRA."""
+    """Returns {name: layer that can get a LoRA}, {name: why not}. Names omit any ".base"."""
     fit, unfit = {}, {}
     for path, module in model.named_modules():
         parent = model.get_submodule(path.rpartition(".")[0])
@@ -168,7 +168,7 @@ def summary(names) -> str:
 
 
 def find_targets(model: nn.Module, targets: str) -> dict[str, nn.Module]:
-    """Returns {name: layer} for the layers that `targets` matches. ValueError if none does."""
+    """Returns {name: layer} for layers that `targets` matches. Raises ValueError if none does."""
     fit, unfit = find_layers(model)
     try:
         pattern = re.compile(PRESETS.get(targets, targets))
@@ -334,7 +334,7 @@ def remove(model: nn.Module, name: str | None = None) -> None:
 
     The weights stay frozen: call model.requires_grad_() to train them.
     """
-    adapters(model, name)                                # raises ValueError if there is none
+    adapters(model, name)                               # raises ValueError if there is no such LoRA
     unmerge(model)
     for path, layer in lora_layers(model):
         for key in [key for key in layer.adapters if name in (None, key)]:
@@ -371,7 +371,7 @@ DIFFUSERS_NAMES = {     # {name of a layer of our Stage C: diffusers' name}
     "head":                             "out.1",
 }
 CONVOLUTIONS = ("projection", "out.1")     # 1x1 convolutions in diffusers, Linear here
-ROLES = {               # {role: endings of a tensor's name: ours, diffusers', others to read}
+ROLES = {           # {role: endings of tensor names: ours, diffusers', others that load_lora reads}
     "down":      (".lora_down.weight", ".lora_A.weight"),
     "up":        (".lora_up.weight", ".lora_B.weight"),
     "magnitude": (".lora_magnitude_vector",) * 2 + (".lora_magnitude_vector.weight",),
@@ -393,14 +393,14 @@ def diffusers_names(names) -> dict[str, str]:
 
 
 def to_tensors(weights: dict[str, Adapter], prefix: str = "", naming: int = 0) -> dict[str, Tensor]:
-    """Converts {layer's name: Adapter} to a state dict. naming: index of endings in ROLES."""
+    """Converts {layer's name: Adapter} to a state dict. naming: 0 ours, 1 diffusers', see ROLES."""
     tensors = {}
     for layer, a in weights.items():
         ones = (1, 1) if layer in CONVOLUTIONS else a.down.shape[2:]
         values = dict(down=a.down.view(*a.down.shape[:2], *ones),
                       up=a.up.view(*a.up.shape[:2], *(1 for _ in ones)),
-                      alpha=torch.tensor(a.alpha, dtype=torch.float64))        # exact for a float
-        if a.magnitude is not None:      # in peft's shapes: (out,) or (1, out, 1, 1)
+                      alpha=torch.tensor(a.alpha, dtype=torch.float64))        # keeps a float exact
+        if a.magnitude is not None:      # peft's shapes: (out,), for a convolution (1, out, 1, 1)
             values["magnitude"] = a.magnitude.view((1, -1, 1, 1) if ones else -1)
         tensors |= {prefix + layer + ROLES[role][naming]: x for role, x in values.items()}
     # Copies, because safetensors refuses tensors that share memory.
@@ -414,7 +414,7 @@ def lora_state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor
 
 
 def to_diffusers(weights: dict[str, Adapter]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Converts {diffusers' name of a layer: Adapter} to a file's content -> (tensors, metadata).
+    """Converts {diffusers' name of a layer: Adapter} to a LoRA file's (tensors, metadata).
 
     diffusers and peft read alpha from the metadata: a default, and patterns for layers that differ.
     Versions that do not read the metadata take alpha = rank, which is the default here.
@@ -454,10 +454,10 @@ def save_lora(model: nn.Module, path: str | Path, name: str = "default") -> None
 
 
 def alpha_from(config: dict, layer: str, rank: int) -> float:
-    """Reads a layer's alpha from diffusers' or peft's configuration; without one, the rank."""
+    """Returns a layer's alpha by diffusers' or peft's configuration, or the rank if it has none."""
     try:
         config = {key.removeprefix("prior."): value for key, value in config.items()}
-        patterns = (config.get("alpha_pattern") or {}).items()           # matched as in peft
+        patterns = (config.get("alpha_pattern") or {}).items()         # {regular expression: alpha}
         alphas = [alpha for pattern, alpha in patterns if re.match(rf"(.*\.)?({pattern})$", layer)]
         alpha = float([*alphas, config.get("lora_alpha", rank)][0])
     except (ValueError, TypeError, AttributeError, OverflowError, re.error) as error:
@@ -476,7 +476,7 @@ def to_adapter(layer: str, shape: tuple, values: dict) -> Adapter:
     valid = alpha.numel() == 1 and bool(alpha.isfinite())
     try:     # reshape: a 1x1 convolution in the file may be a Linear here, or the reverse
         if tensors["up"].shape[1] == rank > 0 and valid:
-            return Adapter(alpha=alpha.item() or rank,                       # 0 means the rank
+            return Adapter(alpha=alpha.item() or rank,                 # alpha 0 stands for the rank
                            **{role: x.reshape(shapes[role]) for role, x in tensors.items()})
     except (KeyError, IndexError, RuntimeError):
         pass
@@ -521,7 +521,7 @@ def load_lora(model: nn.Module, source: str | Path | dict[str, Tensor], name: st
         raise ValueError(f"the model's LoRA {name!r} has {len(old)} layers of rank {ranks[0]}, the "
                          f"file {len(new)} of rank {ranks[1]}, and they are not the same: "
                          f"remove(model, {name!r}) first, or choose another name")
-    for path, adapter in old.items():        # in place: the optimizer holds these parameters
+    for path, adapter in old.items():        # in place: an optimizer may hold these parameters
         adapter.load_state_dict(new[path].state_dict())
         adapter.alpha = new[path].alpha
     if not old:

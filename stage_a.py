@@ -120,7 +120,7 @@ class StageA(nn.Module):
         for c_in, c in zip(widths, widths[1:]):
             self.encoder += [nn.Conv2d(c_in, c, 4, stride=2, padding=1), VQResBlock(c)]
         self.to_latent = nn.Linear(widths[-1], c_latent, bias=False)
-        self.norm_latent = nn.BatchNorm2d(c_latent)                    # normalises the latents
+        self.norm_latent = nn.BatchNorm2d(c_latent)                    # to mean 0 and variance 1
         self.codebook = Codebook(codebook_size, c_latent)
         self.from_latent = nn.Linear(c_latent, widths[-1])
         # Most of the decoder's blocks are at the coarsest level, where activations are smallest.

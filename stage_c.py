@@ -209,9 +209,9 @@ class StageC(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.zeros_(self.head.weight)       # an untrained network then predicts x_t
-        for block in self.res_blocks:          # the sum of `depth` branches has variance 1
+        for block in self.res_blocks:          # so that the sum of all branches has variance 1
             block.contract.weight *= math.sqrt(1 / len(self.res_blocks))
-        for block in self.timestep_blocks:     # at first, t has no effect
+        for block in self.timestep_blocks:     # so that t has no effect at first
             nn.init.zeros_(block.mapper.weight)
 
     def block(self, i: int, x: Tensor, t_embedding: Tensor, text: Tensor) -> Tensor:

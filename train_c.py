@@ -130,7 +130,7 @@ CURVES = ["loss", "val_loss", "grad_norm", *(f"val_loss_t_{t:.2f}" for t in T_GR
 def check(args) -> None:
     """Raises UserError for options that cannot be used together, before anything is loaded."""
     check_services(args)
-    new = args.train_text or args.init == "random"       # new embeddings or Stage C
+    new = args.train_text or args.init == "random"      # the text embeddings or Stage C will be new
     for conflict, message in (
             (args.lora and new, "--lora leaves all weights unchanged: it does not go with "
              "--train-text or --init random"),
@@ -174,8 +174,8 @@ class StageCSamples(torch.utils.data.Dataset):
         eps = rng("noise").standard_normal((16, h * 3 // 128, w * 3 // 128), dtype=np.float32)
         if args.offset_noise:
             eps += args.offset_noise * rng("offset").standard_normal((16, 1, 1), dtype=np.float32)
-        # t is uniform up to 1.08, then clamped to 1, so 7 % are 1, where sampling starts. It stays
-        # in float32, because bfloat16 has only 8 significant bits.
+        # t is uniform up to 1.08, then clamped to 1, so 7.5 % are 1, where sampling starts. It
+        # stays in float32, because bfloat16 has only 8 significant bits.
         t = min(max((1 - rng("timestep").random()) * 1.08 + 0.001, 0.001), 1.0)
         return item | dict(caption="" if dropped else caption, t=np.float32(t),
                            eps=torch.from_numpy(eps), position=position)
@@ -300,12 +300,12 @@ def main(args):
     if args.cache:               # the cache replaces the encoders: free their memory
         texts.fill([caption for _, caption in fixed] + (preserved.prompts if preserved else []))
         encode = image_encoder = text_encoder = None
-        texts.encoder = partial(embed_once, paths, dtype)    # if a cache entry is damaged
+        texts.encoder = partial(embed_once, paths, dtype)    # used only if a cache entry is damaged
 
     # --- optimizer, EMA, and the state of the run -------------------------------------------------
     groups = [*zip(prior.res_blocks, prior.timestep_blocks, prior.attention_blocks)]
     if args.compile:
-        products = args.checkpointing == "products"      # only the compiler then sees its products
+        products = args.checkpointing == "products"    # `checkpoint` is then inside compiled blocks
         prior.checkpointing = None if products else args.checkpointing
         compile_blocks(groups, CHECKPOINTING["products"] if products else None)
     if args.fsdp:
@@ -373,7 +373,7 @@ def main(args):
                     eps_hat = parallel(x_t, t, text).float()                       # (B, 16, h, w)
                 raw = (eps_hat - target).square().mean(dim=(1, 2, 3))              # (B,)
                 loss = (raw * weight(t)).mean()
-                scaler.scale(loss / args.grad_accum).backward()  # the sum is a mean
+                scaler.scale(loss / args.grad_accum).backward()  # so that gradients sum to a mean
             loss_sum += loss.detach() / args.grad_accum
             progress.add(t, raw)
         scaler.unscale_(optimizer)

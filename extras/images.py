@@ -34,7 +34,7 @@ from loading.files import reading, reason_of, write_atomically
 DARK, BRIGHT = -0.1, 2.0
 LARGEST = 2 ** 30                # largest image file that is read, in bytes
 TURNS = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
-         6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}       # {EXIF orientation: what undoes it}
+         6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}    # {EXIF orientation: operation that undoes it}
 PNG, IEND = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"              # first and last bytes of a PNG file
 PNG_TEXTS = (b"XML:com.adobe.xmp", b"Raw profile type exif", b"wuerstchen")  # texts that open_png keeps
 
@@ -182,7 +182,7 @@ def open_header(file: BinaryIO, start: int, end: int, pixels: bool = False) -> I
 
 
 def open_png(file: BinaryIO, start: int, end: int, pixels: bool) -> Image.Image:
-    """Does what open_header does, for PNG files. Gives Pillow a file of the usable chunks.
+    """Does what open_header does, for PNG files. Pillow gets a copy of the file with only the usable chunks.
 
     EXIF data may follow the pixels in the file; here it is moved before them. Finding it takes a few hundred bytes.
     Pillow rejects the whole file if a text or a profile is damaged, or larger than 1 MiB when decompressed. So damaged
@@ -207,7 +207,7 @@ def open_png(file: BinaryIO, start: int, end: int, pixels: bool) -> Image.Image:
             if kind == b"IDAT":
                 data.append(chunk)
             elif kind == b"iCCP":
-                with contextlib.suppress(zlib.error):    # content: name, 0, method, data. Decompress at most 64 MiB
+                with contextlib.suppress(zlib.error):   # content: name, byte 0, method, data. Decompress at most 64 MiB
                     profile = zlib.decompressobj().decompress(content.partition(b"\0")[2][1:], 2 ** 26)
             elif kind in (b"IHDR", b"PLTE") or (_is_usable(header + chunk) if kind in (b"tRNS", b"eXIf")
                                                 or content.partition(b"\0")[0] in PNG_TEXTS else False):
@@ -261,7 +261,7 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
             ImageCms.Flags.BLACKPOINTCOMPENSATION)
         if mode == "CMYK":
             return transform
-        # Many sRGB profiles exist, which differ by rounding. If the transform changes colours by 2 at most, omit it.
+        # Many sRGB profiles exist, which differ by rounding. Omit a transform that changes values by at most 2 of 255.
         colours = np.indices((16,) * 3).reshape(3, 1, -1).T * 17 if mode == "RGB" else np.arange(256)[None]
         probe = Image.fromarray(colours.astype(np.uint8))
         change = np.asarray(ImageCms.applyTransform(probe, transform), int) - np.asarray(probe.convert("RGB"), int)
@@ -273,7 +273,7 @@ def pixels_of(image: Image.Image) -> np.ndarray:
     """Returns the pixels of a PIL image of any mode, upright and in sRGB: (H,W,3) uint8, or (H,W,4) with opacity."""
     if 0 in image.size:
         raise ValueError(f"it has {image.width} x {image.height} px, expected at least 1 x 1")
-    image.load()                                         # must come first, because EXIF data may follow the pixels
+    image.load()                                       # first, because this also reads EXIF data that follow the pixels
     transform, turn = to_srgb(image), TURNS.get(orientation(image))
     if turn is not None:
         image = image.transpose(turn)                    # a copy: the caller's image does not change
@@ -292,7 +292,7 @@ def pixels_of(image: Image.Image) -> np.ndarray:
 def _to_8_bits(image: Image.Image) -> Image.Image:
     """Converts images of mode I;16, I or F to mode L. Scales the values; Pillow's convert("L") would clip them."""
     values = np.asarray(image).astype(np.float64)        # (H, W)
-    low, high = values.min(), values.max()               # NaN if any pixel is NaN
+    low, high = values.min(), values.max()               # both are NaN if any pixel is NaN
     # Pillow opens 16-bit PGM files as mode I, and older versions also 16-bit PNG files. For floats, white is taken as 1
     # if no pixel is above BRIGHT, else as 255: Pillow converts 8-bit images to floats up to 255.
     white = 65535 if image.mode != "F" else 1 if high <= BRIGHT else 255
@@ -343,8 +343,8 @@ def _name(source, otherwise: str) -> str:
 def cover(image: Tensor, height: int, width: int, nearest: bool = False) -> Tensor:
     """Resizes image (C,H,W), without distortion, to cover height x width. Crops it to the middle, (C,height,width).
 
-    nearest: interpolation for masks, which keeps the values 0 and 1. An image that already has this size is not changed
-    at all. Raises ValueError for other shapes and for sizes below 1.
+    nearest: use nearest-neighbour interpolation, which keeps the values 0 and 1 of a mask. An image that already has
+    this size is not changed at all. Raises ValueError for other shapes and for sizes below 1.
     """
     if image.ndim != 3 or min(image.shape) < 1 or min(height, width) < 1:
         raise ValueError(f"cannot bring shape {tuple(image.shape)} to {height} x {width} px: "
@@ -408,7 +408,7 @@ def feather(mask: Tensor, radius: int) -> Tensor:
         raise ValueError(f"cannot feather a mask of shape {tuple(mask.shape)} by {radius} px: "
                          "expected (H,W) and 0 or more")
     # Computes the mean of the mask and of the mask eroded 1, 2, ... radius times. A blur that is clipped to 0 outside
-    # would be faster, but would remove strokes thinner than the radius. Here their weights only stay below 1.
+    # would be faster, but would remove strokes thinner than the radius. The mean keeps them, with weights below 1.
     eroded, total = mask.float()[None], mask.float()                    # (1, H, W), (H, W)
     for _ in range(radius):
         # Minimum of 3 x 3 pixels. max_pool2d pads with -inf, so pixels beyond the border do not count.

@@ -50,7 +50,7 @@ def apply_linear(latents: Tensor, matrix: Tensor) -> Tensor:
 
 
 class Previews:
-    """A callback for the pipeline: after each step, calls show(stage, step, previews (n,3,h,w)), and `callback`."""
+    """A callback for the pipeline: after each step, calls show(stage, step, previews (n,3,h,w)), then `callback`."""
     def __init__(self, model, show: Callable[[str, int, Tensor], None], callback: Callable | None = None):
         self.maps, self.show, self.callback = preview_maps(model), show, callback
 

@@ -27,7 +27,7 @@ from v1.stage_b import StageBV1
 
 # ----- rules: our name, diffusers' name, and how the shape differs --------------------------------------------------
 # A rule covers one layer with all its tensors (weight, bias, running_mean, ...), or a single tensor.
-# Third column: "1x1" is a Linear here and a 1x1 convolution in diffusers; "grn" has the shape (1,1,1,C) in diffusers.
+# Third column: "1x1" is a Linear here, a 1x1 convolution in diffusers; "grn" is (C,) here, (1,1,1,C) in diffusers.
 
 RES_BLOCK = [
     ("depthwise",   "depthwise",          ""),
@@ -51,7 +51,7 @@ VQ_RES_BLOCK = [
     ("contract",    "channelwise.2",      ""),
     ("gammas",      "gammas",             ""),
 ]
-BLOCKS = {"C": RES_BLOCK, "T": TIMESTEP_BLOCK, "A": ATTENTION_BLOCK}     # the letters of Stage B's level patterns
+BLOCKS = {"C": RES_BLOCK, "T": TIMESTEP_BLOCK, "A": ATTENTION_BLOCK}     # {letter in a level's pattern: rules}
 
 
 def inside(ours: str, theirs: str, block: list) -> list:
@@ -60,7 +60,7 @@ def inside(ours: str, theirs: str, block: list) -> list:
 
 
 def rules_a(levels: int, bottleneck_blocks: int, **_) -> list:
-    """Returns Stage A's rules. In diffusers, encoder and decoder are flat lists, which also hold the latent layers."""
+    """Returns Stage A's rules. In diffusers, the lists of blocks also contain to_latent, norm_latent, from_latent."""
     encoder = ["block"] + ["downsample", "block"] * (levels - 1)
     decoder = ["block"] * bottleneck_blocks + ["upsample", "block"] * (levels - 1)
     rules = [
@@ -97,14 +97,14 @@ def rules_b(levels, blocks, inject, **_) -> list:
             rules += [(f"downsample.{i}",    f"down_blocks.{i}.0.1",                ""),
                       (f"upsample.{i}",      f"up_blocks.{up}.{len(pattern)}.1",    "")]
         for k, letter in enumerate(pattern):
-            first = 1 if i > 0 else 0                # the downsampling layer is the level's element 0
+            first = 1 if i > 0 else 0                # diffusers: a level's element 0 is downsampling
             rules += inside(f"down_blocks.{i}.{k}", f"down_blocks.{i}.{first + k}", BLOCKS[letter])
             rules += inside(f"up_blocks.{i}.{k}",   f"up_blocks.{up}.{k}",          BLOCKS[letter])
     return rules
 
 
 def rules_b_v1(levels, blocks, **_) -> list:
-    """Returns the rules of v1's Stage B, numbered like v2's. "byt5": its first text encoder was ByT5."""
+    """Returns the rules of v1's Stage B, numbered like v2's. ByT5, as in "byt5_mapper", was its first text encoder."""
     unet = rules_b(levels, blocks, inject=[False] * len(levels))
     return [rule for rule in unet if rule[0] != "embed_text"] + [
         ("embed_token",    "in_mapper.0",   ""),     # in_mapper.1 is the norm
@@ -132,7 +132,7 @@ def rules_c(depth: int, **_) -> list:
 # ----- formats: what the released files look like, for each of our models -------------------------------------------
 
 class Format(NamedTuple):
-    """How one model looks in released files: names of its tensors and keys of its config.json."""
+    """Describes the released files of one model: names of its tensors and keys of its config.json."""
     description: str
     rules: Callable[..., list]     # function: model.config -> rules
     class_name: str                # _class_name in config.json
@@ -192,7 +192,7 @@ def recognise(names: Iterable[str]) -> type | None:
 
 
 def describe(shapes: dict[str, tuple]) -> str | None:
-    """Guesses what a file with these tensor names and shapes is, for error messages; None if unknown."""
+    """Returns what a file with these tensor names and shapes probably is, for error messages; None if unknown."""
     if any("lora" in name for name in shapes):
         return "a LoRA, which is added to a model and is not a model by itself"
     if any(name.startswith(("clip_txt_mapper.", "clip_txt_pooled_mapper.")) for name in shapes):
@@ -219,7 +219,7 @@ def name_table(model: nn.Module) -> dict[str, tuple[str, str]]:
     table = {}
     for name in model.state_dict():
         part = name
-        while part not in parts:                     # "embed.weight" belongs to the part "embed"
+        while part not in parts:                     # the rule for "embed" covers "embed.weight"
             assert part, f"no rule for {name} in {type(model).__name__}"
             part = part.rpartition(".")[0]
         theirs, kind = parts[part]
@@ -254,14 +254,14 @@ def diffusers_to_original(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def add_ones(tensor: Tensor, kind: str) -> Tensor:
-    """Converts a tensor from our shape to diffusers' shape. The bias of a 1x1 convolution is a vector in both."""
+    """Converts a tensor from our shape to diffusers'. kind: third column of its rule. A bias is a vector in both."""
     if kind == "1x1" and tensor.ndim == 2:
         return tensor[:, :, None, None]                                                  # (D, C, 1, 1)
     return tensor[None, None, None] if kind == "grn" else tensor                         # (1, 1, 1, C)
 
 
 def in_our_names(names, model: nn.Module) -> bool:
-    """Whether `names` are our names: more of them are ours than diffusers'. Some names exist in both namings."""
+    """Returns whether more of `names` are our names than diffusers' names. Some names exist in both namings."""
     return len(names & model.state_dict().keys()) > len(names & name_table(model).keys())
 
 
@@ -319,7 +319,7 @@ def to_original(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Te
 def config_to_ours(config: dict, stage: type) -> dict:
     """Converts a config.json's content to arguments for `stage`. Raises WeightsError for another class or bad values.
 
-    The config.json of `tools.weights convert --to ours` has our arguments' names and no _class_name.
+    A config.json from `tools.weights convert --to ours` has our arguments' names as keys, and no _class_name.
     """
     class_name, arguments, fixed = FORMATS[stage].class_name, FORMATS[stage].arguments, FORMATS[stage].fixed
     if in_our_words(config, stage):
@@ -333,7 +333,7 @@ def config_to_ours(config: dict, stage: type) -> dict:
     known = {key for key, _ in arguments.values()} | fixed.keys()
     unknown = [key for key in config if not key.startswith("_") and key not in known]
     if unknown:
-        # Only a warning: later versions add options, and check_fit finds options that change a tensor's shape.
+        # Only warn: later versions of diffusers add options, and check_fit finds those that change a tensor's shape.
         warn(f"config.json of {class_name} has options that are not used here: {', '.join(unknown)}")
     result = {}
     for argument, (key, default) in arguments.items():
@@ -356,7 +356,7 @@ def config_to_ours(config: dict, stage: type) -> dict:
     return result
 
 
-# {argument: (smallest, largest value)}; other arguments: 1 to 2^17. Larger values are typing errors that cost hours.
+# {argument: (smallest, largest value)}; other arguments: 1 to 2^17. Values outside are rejected as typing errors.
 RANGES = dict(depth=(1, 1000), blocks=(0, 1000), bottleneck_blocks=(0, 1000), levels=(1, 8), heads=(-1, 2 ** 10),
               dropout=(0, 0.99), scale_factor=(1e-6, 1e6), patch_size=(1, 64), kernel_size=(1, 99), inject=(0, 1),
               c_timestep=(4, 2 ** 17))
@@ -380,7 +380,7 @@ def check_levels(sizes: dict) -> None:
 
 
 def in_our_words(config: dict, stage: type) -> bool:
-    """Whether a config.json has our argument names for `stage`. Names that diffusers also uses are not enough."""
+    """Returns whether a config.json has our argument names for `stage`, not only those that diffusers also uses."""
     ours, theirs = FORMATS[stage].arguments.keys(), {key for key, _ in FORMATS[stage].arguments.values()}
     return "_class_name" not in config and 0 < len(config) and config.keys() <= ours \
         and (ours == theirs or not config.keys() <= theirs)

@@ -61,20 +61,20 @@ def gelu_grn(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def few_launches(device: torch.device) -> bool:
-    """Returns whether to join products to launch fewer kernels: not on a CPU, where rounding would change images."""
+    """Returns whether to join products into fewer kernels. Not on a CPU: there, rounding would change images."""
     return device.type != "cpu"
 
 
 @functools.cache
 def constants(width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns weight and bias of a linear layer that computes (mean of `width` numbers) + 1e-6; and the number 1."""
+    """Returns three tensors: weight and bias of a layer that computes (mean of `width` numbers) + 1e-6, and a 1."""
     return (torch.full((1, width), 1 / width, dtype=dtype, device=device),
             torch.full((1,), 1e-6, dtype=dtype, device=device), torch.ones((), dtype=dtype, device=device))
 
 
 def text_kv(block: AttentionBlock, text: Tensor, lean: bool) -> tuple:
-    """Returns the text's keys and values for `attend`. If lean, as one tensor, with joint weight and bias of query, key
-    and value. The layers' weights and biases become views of the joint ones, so nothing is stored twice."""
+    """Returns the text's keys and values for `attend`. If lean, joins them, and appends the joint weight and bias of
+    query, key and value. The layers' weights and biases become views of the joint ones, so nothing is stored twice."""
     kv, layers = block.text_kv(text), (block.query, block.key, block.value)
     if not lean or any(type(layer) is not nn.Linear for layer in layers):
         return kv
@@ -101,7 +101,7 @@ def attend(block: AttentionBlock, x: Tensor, kv: tuple) -> Tensor:
 
 def all_mappers(network: nn.Module, blocks: list[TimestepBlock], lean: bool, levels: Tensor | None) -> tuple | None:
     """Joins the linear layers `mapper` of all blocks. Returns (function t (B,) -> all scales and shifts, widths of the
-    blocks), or None if this is not possible. levels: None, or noise levels to compute in advance in one product."""
+    blocks), or None if not lean or a layer is not a Linear. levels: noise levels to compute in advance, or None."""
     layers = [block.mapper for block in blocks]
     if not lean or any(type(layer) is not nn.Linear for layer in layers):
         return None
@@ -138,7 +138,7 @@ def can_split(layer: nn.Module) -> bool:
 
 
 def part(layer: nn.Linear | Int8Linear, x: Tensor, start: int = 0) -> Tensor:
-    """Returns the summand of layer(input) that comes from x (...,C'), its columns from `start` on; if 0, plus bias."""
+    """Returns a summand of layer(input): weight[:, start:start + C'] x for x (...,C'), plus the bias if start is 0."""
     if isinstance(layer, Int8Linear):
         return layer.part(x, start)
     return F.linear(x, layer.weight[:, start:start + x.shape[-1]], None if start else layer.bias)
@@ -186,11 +186,11 @@ def bind(network: nn.Module, step: Callable, prepare: Callable) -> Callable[[Ten
     def forward(x_t: Tensor, t: Tensor) -> Tensor:
         nonlocal before, prepared
         now = (x_t.shape[-2:], state())
-        if now != before or fixed and step.user is not token:         # another sampling has overwritten `fixed`
+        if now != before or fixed and step.user is not token:     # the latter: another sampling has overwritten `fixed`
             before, prepared = now, prepare(x_t.shape[-2:])
             if fixed is not None:
                 prepared, step.user = at_fixed(fixed, prepared), token
-        return step(network, x_t, t.contiguous(), prepared)         # torch.compile would compile again for stride 0
+        return step(network, x_t, t.contiguous(), prepared)   # for a t with stride 0, torch.compile would compile again
     return forward
 
 
@@ -202,7 +202,7 @@ def at_fixed(fixed: dict, prepared: tuple) -> tuple:
     tensors}, of the last two sets of shapes, such as with and without guidance. Not yet tried on a GPU."""
     tensors = [x for x in tree_iter(prepared) if isinstance(x, Tensor)]
     key = tuple(x.shape for x in tensors)
-    fixed[key] = fixed.pop(key, tensors)                     # moves the key to the end of the dict
+    fixed[key] = fixed.pop(key, tensors)                     # moves the key to the end: most recently used
     for x, new in zip(fixed[key], tensors):
         torch._dynamo.mark_static_address(x.copy_(new), guard=False)
     for old in [*fixed][:-2]:
@@ -221,7 +221,7 @@ def bind_c(network: StageC, text: Tensor, step: Callable | None = None,
         embedded = network.embed_text(text)                                              # (B, N, C)
         return ([text_kv(block, embedded, lean) for block in network.attention_blocks],
                 all_mappers(network, network.timestep_blocks, lean, levels))
-    lean = step in (None, step_c) and few_launches(text.device)         # torch.compile joins kernels by itself
+    lean = step in (None, step_c) and few_launches(text.device)         # not if compiled: torch.compile joins kernels
     return bind(network, step or step_c, prepare)
 
 
@@ -300,7 +300,7 @@ def step_b_v1(network: nn.Module, tokens: Tensor, t: Tensor, prepared: tuple) ->
 
 
 def u_net(network: nn.Module, x: Tensor, t: Tensor, prepared: tuple) -> Tensor:
-    """Runs all levels like signal_and_scale in stage_b.py: down, up, and the norm before the head.
+    """Runs Stage B's U-Net like signal_and_scale in stage_b.py: levels down, levels up, and the norm before the head.
     x (B,h/2,w/2,C0) -> (B,h/2,w/2,C0)."""
     inputs, dtype, x = iter(prepared[0]), x.dtype, widen(x)
     timesteps = iter(all_scales(network, timestep_blocks(network), prepared[1], t, dtype))
@@ -335,12 +335,12 @@ def u_net(network: nn.Module, x: Tensor, t: Tensor, prepared: tuple) -> Tensor:
 def decode(stage_a: StageA, latents: Tensor) -> Tensor:
     """Computes stage_a.decode(latents). On a CPU, blocks with large inputs are computed in bands of rows: 8 % faster at
     the official size."""
-    wrong = latents.shape[1] != stage_a.config["c_latent"]              # then stage_a.decode raises an error
+    wrong = latents.shape[1] != stage_a.config["c_latent"]              # in this case, stage_a.decode raises an error
     if wrong or latents.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return stage_a.decode(latents)
     x = stage_a.from_latent(channels_last(latents * stage_a.scale_factor))               # (B, h, w, C)
     for layer in stage_a.decoder:
-        large = isinstance(layer, VQResBlock) and x.numel() > 2 ** 19        # a smaller x fits into the CPU's cache
+        large = isinstance(layer, VQResBlock) and x.numel() > 2 ** 19   # a smaller x fits the CPU's cache without bands
         x = in_bands(layer, x) if large else run(layer, x)
     return F.pixel_shuffle(channels_first(stage_a.to_pixels(x)), 2)                      # (B, 3, H, W)
 
@@ -371,7 +371,7 @@ def accelerate(model, compile: bool = False, keep_shares: bool = True, offload: 
 
     The networks are looked up when a sampling begins, because with low_memory they are loaded again. compile: use
     torch.compile for the steps of Stages B and C; the first step then takes a minute, later prompts take no extra time.
-    keep_shares: see bind_b. offload: weights move between devices, so no CUDA graphs: these store addresses of weights.
+    keep_shares: see bind_b. offload: weights move between devices, so no CUDA graphs, which store their addresses.
     """
     steps = dict(c=step_c, b=step_b, b_v1=step_b_v1)
     if compile:

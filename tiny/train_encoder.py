@@ -72,7 +72,7 @@ def labels_of(scenes: list) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     objects (B,9): index of the object whose center is in each cell, row by row, or NOTHING; places (B,9,3): the
     object's x and y within the cell and its size, all about 0 to 1; colours (B,): index of the background's colour.
     """
-    cell = CANVAS / 3                                                                        # px
+    cell = CANVAS / 3                                                                        # side of a cell in px
     objects, places = np.full((len(scenes), 9), NOTHING), np.zeros((len(scenes), 9, 3), np.float32)
     for i, scene in enumerate(scenes):
         for name, size, (x, y) in zip(scene.objects, scene.sizes, scene.centers):
@@ -82,7 +82,7 @@ def labels_of(scenes: list) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def build_head() -> nn.Module:
-    """Returns the head: 16 numbers of a cell -> logits of its object (NOTHING last), its place (3,), colour logits."""
+    """Returns the head. It maps a cell's 16 numbers to object logits (NOTHING last), place (3,) and colour logits."""
     return nn.Sequential(nn.Linear(16, 256), nn.GELU(), nn.Linear(256, NOTHING + 1 + 3 + len(COLOURS)))
 
 
@@ -91,7 +91,7 @@ def head_loss(output: Tensor, objects: Tensor, places: Tensor, colours: Tensor) 
     names, where, background = output.split([NOTHING + 1, 3, len(COLOURS)], dim=-1)
     there = objects != NOTHING                                                               # (B, 9)
     importance = torch.ones(NOTHING + 1, device=output.device)
-    importance[NOTHING] = 0.2                                                                # most cells are empty
+    importance[NOTHING] = 0.2                                                        # low, because most cells are empty
     place_error = (where - places)[there].abs().mean()
     loss = F.cross_entropy(names.flatten(0, 1), objects.flatten(), importance) + 4 * place_error \
         + 0.3 * F.cross_entropy(background.flatten(0, 1), colours.repeat_interleave(9))
@@ -107,7 +107,7 @@ def main(args):
     torch.manual_seed(args.seed)
     scenes = EmojiScenes("all", seed=args.seed + 1)                      # scene i depends only on seed and i
     encoder, head = new_model(TinyImageEncoder, args.config).to(device).train(), build_head().to(device)
-    parameters = [p for p in encoder.parameters() if p.requires_grad]    # not the last norm, which is fixed
+    parameters = [p for p in encoder.parameters() if p.requires_grad]    # without the last norm, which is fixed
     optimizer = torch.optim.AdamW([*parameters, *head.parameters()], lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-3)
     parts, start = dict(model=encoder, head=head, optimizer=optimizer), 0
     if resumed is not None:

@@ -74,11 +74,11 @@ def new_encoder(kind: type = EfficientNetEncoder, backbone: str | None = None, u
     """Returns a new image encoder with random weights, or with those of `backbone`, a file of torchvision's
     efficientnet_v2_s. config, sizes: see new_model.
 
-    Its last norm is set so that its latents have mean 0 and variance 1 when scaled for Stage C. unscale: the inverse.
+    Its last norm gives its latents mean 0 and variance 1 once they are scaled for Stage C. unscale: inverse scaling.
     """
     encoder = new_model(kind, config, **sizes)
-    nn.init.constant_(encoder.norm.weight, unscale(1.0) - unscale(0.0))                  # 42
-    nn.init.constant_(encoder.norm.bias, unscale(0.0))                                   # -1
+    nn.init.constant_(encoder.norm.weight, unscale(1.0) - unscale(0.0))                  # 42 by default
+    nn.init.constant_(encoder.norm.bias, unscale(0.0))                                   # -1 by default
     if backbone:
         if kind is not EfficientNetEncoder:
             raise UserError(f"--backbone is for EfficientNetV2-S, --config asks for a {kind.__name__}")

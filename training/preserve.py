@@ -29,7 +29,7 @@ from wuerstchen import Sampling, add_noise, denoise
 class Teacher:
     """The original Stage C: (x_t, t, text) -> eps (B,16,h,w). Create it before a LoRA is added or a step is taken.
 
-    with_lora: a LoRA is trained, so the teacher is the network itself with its LoRA turned off, not a copy in `dtype`.
+    with_lora: if a LoRA is trained, the teacher is the network itself with its LoRA turned off, not a copy in `dtype`.
     identity: hash of the network's weights.
     """
     def __init__(self, network: torch.nn.Module, with_lora: bool, dtype: torch.dtype, autocast):

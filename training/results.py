@@ -56,7 +56,7 @@ TEXTS = ("trigger", "targets", "sample_prompt", "project")           # options w
 
 
 def without_folders(name: str, value):
-    """Returns an option's value for the model card: of a path only the last part, of "pipe:COMMAND" only "pipe:"."""
+    """Returns an option's value for the model card. A path is cut to its last part, "pipe:COMMAND" to "pipe:"."""
     if isinstance(value, list | tuple):
         return type(value)(without_folders(name, each) for each in value)
     if not isinstance(value, str) or name in TEXTS or value.startswith("hub:") or value in REVISIONS:
@@ -206,7 +206,7 @@ def write_card_c(args, dataset) -> None:
 
 
 def write_lora(args, prior, steps: int, images: int, path: Path | None = None) -> None:
-    """With --lora, writes the LoRA as it is after `steps` steps. path: default: next to the checkpoint of that step."""
+    """With --lora, writes the LoRA as it is after `steps` steps. path: by default next to the step's checkpoint."""
     if not args.lora:
         return
     metadata = dict(base="local" if is_local(args.weights) else args.weights,
@@ -221,7 +221,7 @@ def write_words(args) -> None:
     kind, _, rest = args.data.partition(":")
     known, folder = {}, Path(args.out) / "prior"
     if args.init == "weights" and kind == "scenes":
-        with contextlib.suppress(WeightsError):                      # if the base's words are unreadable, omit them
+        with contextlib.suppress(WeightsError):                    # if the base model's words are unreadable, omit them
             known = read_words(locate(args.weights, files_given(args, FILES_C), parts=("prior",))["prior"])
     if kind == "scenes" and (known or args.init == "random"):
         learned = vocabulary(UNCAPTIONED if rest.startswith("uncaptioned") else CAPTIONED)
@@ -355,7 +355,7 @@ def pushed_files(args) -> dict[str, Path]:
 
 
 def pushed_card(args) -> str:
-    """Returns the text of README.md for the hub: a local folder named in it is replaced by the repository."""
+    """Returns the text of README.md for the hub, with the repository's name instead of the local folder."""
     folder, card = place(args, None), (Path(args.out) / "README.md").read_text(encoding="utf-8")
     for name in (f"{folder}/lora.safetensors", folder):
         card = card.replace(name, place(args, args.push_to_hub))

@@ -110,7 +110,7 @@ def embed_once(paths: dict, dtype: torch.dtype, captions: list[str]) -> Tensor:
 
 
 class ImageReader:
-    """Reads images or their cached latents: (index, number, rng) -> (index, dict) for `index`, cut to sizes[number].
+    """Reads image `index` or its cached latents, cut to sizes[number]: (index, number, rng) -> (index, dict).
 
     pixels: whether the dict has pixels (h,w,3) uint8. caches: {name in the dict: Cache of latents}. replaced: result of
     cache.fill_cache. If the image or its entry in a cache cannot be read, the next image of its bucket is used, so that

@@ -35,7 +35,7 @@ class VGGFeatures(nn.Module):
             raise UserError(f"--perceptual {weights}: {reason_of(error)}; expected vgg16, or a file of torchvision's "
                             f"VGG16 weights (vgg16-397923af.pth); remove the option to train without it") from error
         self.requires_grad_(False)
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))      # of ImageNet's pixels
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))      # mean of ImageNet's pixels
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -112,5 +112,5 @@ def adaptive_weight(reconstruction: Tensor, generator: Tensor, last_layer: Tenso
     """
     lengths = [mean(torch.autograd.grad(loss, last_layer, retain_graph=True)[0]).norm()
                for loss in (reconstruction, generator)]
-    # In float16 a gradient may be infinite until the loss scale is low enough; such a step is skipped anyway.
+    # In float16, a gradient may be infinite if the loss scale is high. Then any factor will do: the step is skipped.
     return (lengths[0] / (lengths[1] + 1e-6)).nan_to_num(0.0).clamp(0, 1e4).detach()

@@ -72,7 +72,7 @@ def draw_noise(rng: np.random.Generator, h: int, w: int, config: dict) -> dict[s
 
 
 def noise_levels(chance: Tensor, blind: bool, args) -> Tensor:
-    """Converts uniform chance (B,) to noise levels t (B,). 7.5 % are 1, where sampling starts; in blind steps, all."""
+    """Converts uniform chance (B,) to noise levels t (B,). 7.5 % are 1, where sampling starts; if blind, all are."""
     t = training_levels(chance)
     return torch.ones_like(t) if blind else 1 - (1 - t) ** args.high_noise
 
@@ -127,12 +127,12 @@ class AttentionGuide:
                 module.register_forward_pre_hook(self.add)
 
     def begin(self, decoder: StageBV1, inputs: tuple) -> None:
-        """Hook before a forward pass: clears the errors, and stores the size of the semantic latents (B,16,h',w')."""
+        """Hook before a forward pass: clears the losses, and stores the size of the semantic latents (B,16,h',w')."""
         if torch.is_grad_enabled():
             self.size, self.errors = tuple(inputs[2].shape[2:]), []
 
     def add(self, block: AttentionBlock, inputs: tuple) -> None:
-        """Hook before an attention block: stores its error. inputs: x (B,H,W,C), condition (B,h'*w' + N,c_cond)."""
+        """Hook before an attention block: stores its loss. inputs: x (B,H,W,C), condition (B,h'*w' + N,c_cond)."""
         if not torch.is_grad_enabled():
             return
         (x, condition), (h, w), heads = inputs, self.size, (block.heads + 1) // 2
@@ -147,5 +147,5 @@ class AttentionGuide:
         self.errors.append(-(log_attention * share).sum(-1).mean())
 
     def loss(self) -> Tensor:
-        """Returns the loss of the last forward pass, a scalar: the mean error of its attention blocks."""
+        """Returns the loss of the last forward pass, a scalar: the mean loss of its attention blocks."""
         return torch.stack(self.errors).mean()

@@ -58,7 +58,7 @@ def calls_of_stage(title: str, args, small: dict | None = None) -> dict[str, Cal
 
     def pair(stage: type, part: str, **config) -> Callable[..., tuple[nn.Module, nn.Module]]:
         return partial(random_pair, stage, part, config | (small or {}).get(part, {}), args.device)
-    if title == "Stage C step":          # with guidance, an image takes 2 rows
+    if title == "Stage C step":          # with guidance, an image takes 2 rows of the batch
         return calls_of(title, args, bind_c, step_c, lambda n: (random(2 * n, 16, *size_c), random(2 * n, 77, 1280)),
                         pair(StageC, "prior", depth=args.depth))
     if title == "Stage B step":
@@ -75,7 +75,7 @@ def calls_of_stage(title: str, args, small: dict | None = None) -> dict[str, Cal
 
 
 def forms_of(args) -> dict[str, torch.dtype]:
-    """Returns {suffix of a name: dtype to measure}: args.dtype and, if it is float32 on a CPU, bfloat16."""
+    """Returns {suffix of a call's name: dtype to measure}: args.dtype; if this is float32 on a CPU, also bfloat16."""
     more = {", bf16": torch.bfloat16} if args.device == "cpu" and args.dtype == "fp32" else {}
     return {"": getattr(torch, DTYPES[args.dtype])} | more
 
@@ -83,7 +83,7 @@ def forms_of(args) -> dict[str, torch.dtype]:
 @torch.no_grad()
 def calls_of(title: str, args, bind: Callable, step: Callable, inputs: Callable[[int], tuple],
              build: Callable[..., tuple[nn.Module, nn.Module]]) -> dict[str, Call]:
-    """Returns {name: Call} of Stage C or B, in all forms to measure. bind, step: see speed/fast.py.
+    """Returns {name: Call} of Stage C or B, in all forms to measure, such as int8. bind, step: see speed/fast.py.
     inputs(n): x_t and conditions for n images. build(dtype): our network and diffusers' network."""
     def compiled(function: Callable) -> Callable:
         mode = dict(mode="reduce-overhead") if args.device.startswith("cuda") else {}
@@ -99,7 +99,7 @@ def calls_of(title: str, args, bind: Callable, step: Callable, inputs: Callable[
             calls |= step_calls(title + form, suffix, args, pair, bind(pair[0], *conditions), x, *conditions)
         fast, (_, *conditions) = calls[title + suffix], inputs(n)
         if args.compile:
-            other = partial(theirs_compiled, *fast.theirs.args) if n == 1 else None      # compiling takes minutes
+            other = partial(theirs_compiled, *fast.theirs.args) if n == 1 else None      # once: compiling takes minutes
             calls[f"{title}, compiled{suffix}"] = Call(
                 partial(bind(ours, *conditions, step_compiled), *fast.ours.args), other, eager=fast.ours)
         if ours_in_int8:
@@ -109,9 +109,9 @@ def calls_of(title: str, args, bind: Callable, step: Callable, inputs: Callable[
 
 
 def whole_images(found: dict[str, Measured], n: int, peak: float) -> list[Row]:
-    """Returns the rows for batches of n images. Their times are sums of measured calls. peak: GFLOP/s."""
+    """Returns rows for n images: sums of calls. A form that a call lacks counts as its default. peak: GFLOP/s."""
     def added(form: str, field: str) -> float:
-        calls = (found.get(f"{title}{form}{suffix}", found[title + suffix]) for title in STEPS)  # A lacks some forms
+        calls = (found.get(f"{title}{form}{suffix}", found[title + suffix]) for title in STEPS)
         return sum(count * getattr(call, field) for call, count in zip(calls, STEPS.values()))
     suffix, rows = suffix_of(n), []
     theirs = added("", "theirs")
