@@ -32,7 +32,7 @@ DTYPES = dict(fp32="float32", bf16="bfloat16", fp16="float16", float="float32", 
 STEPS = "steps_c for Stage C (also a list of noise levels), steps_b for Stage B"
 CALLBACK = "callback(stage, step, t, latents, x_0), called after each step of both stages"
 GENERATE = "extras.editing.generate(model, prompt, ...), which has it"
-# {argument of diffusers' pipelines, or of extras.editing.generate: what to use in a call instead}.
+# {argument of diffusers' pipelines, or of extras.editing.generate: what a call of our model takes instead}.
 CALL = dict(
     num_inference_steps=STEPS, timesteps=STEPS, prior_num_inference_steps="steps_c", num_images_per_prompt="num_images",
     prior_timesteps="steps_c, which takes noise levels as well", decoder_timesteps="steps_b, which takes noise levels",
@@ -83,7 +83,7 @@ METHODS = dict(
 FIELDS = dict(steps="a number such as 29, a list of noise levels, or {level: number}", guidance="a number, or two",
               sampler="a name", interval="two noise levels", temperature="a number, or two")
 CALL_ITSELF = ("prompt", "negative_prompt", "seed", "num_images", "width", "height", "callback", "progress")
-SENTENCES = ("not needed", "set ", "the result", "one model", "fixed by")     # hints that begin like this get no "use"
+SENTENCES = ("not needed", "set ", "the result", "one model", "fixed by")     # starts of hints; see advice()
 
 
 # ----- values --------------------------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ def tensor_of(name: str, value) -> Tensor:
             raise TypeError
         return value if isinstance(value, Tensor) else torch.from_numpy(np.array(value, np.float32))
     except (TypeError, ValueError, RuntimeError):
-        shown = " ".join(repr(value).split())        # one line, but an array's repr has several
+        shown = " ".join(repr(value).split())        # in one line; an array's repr has several lines
         raise TypeError(f"{name} is {shown:.80}, expected a tensor, an array or lists of real numbers.") from None
 
 
@@ -130,7 +130,7 @@ def has_bf16(device: torch.device) -> bool:
         return False
     if platform.machine().lower() in ("arm64", "aarch64"):
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    # On x86, _is_mkldnn_bf16_supported() is not used, because it is true for every processor with AVX-512.
+    # On x86, _is_mkldnn_bf16_supported() is no help: with AVX-512, it is true even for processors without bfloat16.
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
@@ -162,12 +162,12 @@ def usable_device(name: str | torch.device | None) -> torch.device:
     name or cannot compute on the device."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name is None else name
     try:
-        torch.ones(1, device=name).tolist()                # also fails on "meta", which has no data
-        set_tf32(False)                                    # exact float32; set_tf32(True) later allows TF32
+        torch.ones(1, device=name).tolist()                # tolist() fails on "meta", which has no data
+        set_tf32(False)                                    # exact float32; callers may allow TF32 later
         return torch.device(name)
     except (RuntimeError, AssertionError, TypeError) as error:        # torch raises various errors for missing devices
         reason = str(error).split("\n")[0].split(". ")[0].rstrip(".")
-    if "Expected one of" in reason:                                  # torch's text lists all device types
+    if "Expected one of" in reason:                                  # torch's message lists all device types
         reason = "expected cpu, cuda, cuda:1 or mps"
     raise UserError(f"device {name!r} cannot be used here: {reason}. \"cpu\" always works.")
 
@@ -183,7 +183,7 @@ def lora_scales(value) -> dict[str, float]:
         if not isinstance(file, (str, Path)) or not isinstance(plain(scale), Real) or not math.isfinite(scale):
             raise TypeError(f"lora is {value!r:.100}, expected a file, a list of files, or {{\"FILE\": scale}}.")
         file = str(find_lora(file))
-        if adapter_name(file) in names:              # each file becomes one adapter
+        if adapter_name(file) in names:              # a model cannot have two LoRAs of the same name
             raise WeightsError(f"LoRA {file} is given twice, expected once: add up its scales, {{\"FILE\": 2.0}}")
         scales[file] = float(scale)
         names.add(adapter_name(file))
@@ -236,7 +236,7 @@ def accept(model, then: Callable, prompt, negative_prompt, seed, num_images, hei
 
 
 def checked(callback: Callable | None, kinds: str = "None", stop: Exception | None = None) -> Callable | None:
-    """Wraps a callback to check that it returns None or finite latents of the same shape. stop: raised for False."""
+    """Wraps a callback: raises ValueError unless it returns None or latents of the same shape; raises `stop` for False."""
     if callback is None:
         return None
     if not callable(callback):
@@ -268,7 +268,7 @@ def settings(model, then: Callable, given: dict) -> tuple:
             then({name: value})
         except (TypeError, ValueError, RuntimeError, AttributeError) as error:
             if isinstance(error, ValueError) and re.search("expected|give", str(error)):
-                continue                             # Sampling's error: it may depend on the other values
+                continue                             # it may be valid with the other values: checked below
             if f"no option {name}" in str(error):
                 ours = [f"{field}_{stage}" for stage in "cb" for field in vars(getattr(model, stage))]
                 raise TypeError(f"{error}; {nearest(name, (*CALL_ITSELF, *ours))}".removesuffix("; ")) from None
@@ -289,7 +289,7 @@ def settings(model, then: Callable, given: dict) -> tuple:
 
 
 def check_used(stage: str, sampling, given: dict) -> None:
-    """Raises ValueError if a setting has no effect because of other settings. The command line checks the same."""
+    """Raises ValueError if another setting makes a setting ineffective. The command line has the same checks."""
     if given.get(f"eta_{stage}") and sampling.sampler not in ("ddim", ddim_step):
         raise ValueError(f"eta_{stage} is {given[f'eta_{stage}']!r}, expected sampler_{stage}=\"ddim\" with it: "
                          f"{sampling.sampler!r:.80} has no eta.")
@@ -301,7 +301,7 @@ def check_used(stage: str, sampling, given: dict) -> None:
 
 def warn_of_size(height: int, width: int, trained: int) -> None:
     """Warns if the image size (px) is far from the sizes that the weights were trained on."""
-    only = trained in (128, 512)               # one size only; v2 was trained on many
+    only = trained in (128, 512)               # these were trained on one size, v2 on many
     if (height, width) != (trained,) * 2 if only else not (
             1024 <= min(height, width) <= 1536 and max(height, width) <= 2048):
         small = min(height, width)
@@ -364,7 +364,7 @@ def replace_loras(model, loras: dict[str, float]) -> None:
 
 
 def read_again(model, loras: dict[str, float]) -> None:
-    """Reads Stage C again, with these LoRAs. functools.partial makes a new loader: speed.memory compares loaders."""
+    """Reads Stage C again, with these LoRAs, by a new loader: speed.memory caches networks by their loader."""
     replace_loras(model, loras)
     model.networks["stage_c"] = functools.partial(model.load_stage_c)
     model.networks["stage_c"].config = model.load_stage_c.config         # readable before the network is loaded

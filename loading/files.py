@@ -35,7 +35,7 @@ from loading.errors import UserError, WeightsError
 
 try:
     import fcntl
-except ImportError:                   # Windows
+except ImportError:                   # Windows has no fcntl
     fcntl = None
 
 if TYPE_CHECKING:
@@ -306,7 +306,7 @@ def own_config(path: Path) -> dict | None:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Returns true if a file begins like .safetensors, false if like torch's formats. Raises WeightsError otherwise."""
+    """Returns whether to read a file as .safetensors. Raises WeightsError if it begins like no format of weights."""
     with reading_weights(path), open(path, "rb") as file:
         start = file.read(512)
     if start[8:9] == b"{":                               # .safetensors begins with 8 bytes of length, then JSON
@@ -315,7 +315,7 @@ def is_safetensors(path: Path) -> bool:
         raise WeightsError(f"{path} is a Git LFS pointer, not the weights: fetch the file itself with `git lfs pull`")
     if start.lstrip()[:1] == b"<":
         raise WeightsError(f"{path} is a web page, not weights: the download failed, try it again")
-    if start and not start.startswith((b"PK", b"\x80")):         # torch's files: zip archives; before 2020, pickles
+    if start and not start.startswith((b"PK", b"\x80")):         # torch writes zip archives, before 2020 pickles
         image = start.startswith((b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF"))
         raise WeightsError(f"{path} is not a file of weights{' but an image' * image}: expected a .safetensors, .bin "
                            "or .pt file")
@@ -344,7 +344,7 @@ def return_freed_memory():
     mallopt(threshold, 2 ** 20)
     try:
         yield
-    finally:         # activations should come from the heap again, which is faster: 32 MB is glibc's own maximum
+    finally:         # 32 MB is glibc's own maximum: activations come from the heap again, which is faster
         mallopt(threshold, 32 * 2 ** 20)
 
 
@@ -353,14 +353,14 @@ def return_freed_memory():
 # into the folder can distinguish the files of a killed program, which are not locked, from those of a running program.
 
 def check_output(path: str | Path, *suffixes: str) -> None:
-    """Raises UserError if an output path exists and is not an empty folder, has none of `suffixes` ("": a folder), or
-    cannot be written. Programs call it before their work."""
+    """Raises UserError if an output path exists and is not an empty folder, cannot be written, or ends in none of
+    `suffixes` ("" for a folder). Programs call it before their work."""
     path = Path(path)
     if path.parent.is_dir():
         sweep(path.parent)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"{path} exists already and will not be overwritten: choose another name, or remove it")
-    suffix = path.suffix.lower() if re.match(r"\.[a-z]", path.suffix.lower()) else ""         # v1.2 is a folder
+    suffix = path.suffix.lower() if re.match(r"\.[a-z]", path.suffix.lower()) else ""       # v1.2 has no suffix
     if suffix not in suffixes:
         expected = " or ".join(kind or "nothing, for a folder" for kind in suffixes)
         raise UserError(f"{path} should end in {expected}: no other kind of file is written")
@@ -384,10 +384,10 @@ SWEPT = set()                                            # folders for which thi
 
 def write_atomically(path: str | Path, write: Callable[[Path], object], overwrite: bool = True, size: int = 0,
                      folder: bool = False) -> None:
-    """Calls write(temporary_path), then renames the file to `path`: it is complete or missing, even after a power cut.
+    """Calls write(temporary_path), then renames the file: `path` is complete or missing, even after a power cut.
 
     size: bytes that `write` needs, if known. If the disk has less free space, `write` is not called.
-    folder: whether `write` gets a new folder, which it fills by write_atomically. Only empty folders are ever replaced.
+    folder: `write` gets a new folder, which it fills by write_atomically. Only an empty folder is ever replaced.
     Raises FileExistsError if the path exists and may not be replaced, even if it appeared while `write` was running.
     Raises OSError, in one line, if the disk is full.
     """
@@ -407,7 +407,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], object], overwrit
             except OSError as error:
                 raise FileExistsError(taken) if path.exists() else error from None
         with open(temporary, "rb") as file:
-            os.fsync(file.fileno())                      # the content must reach the disk before the name
+            os.fsync(file.fileno())                      # writes the content to the disk before the rename
         if overwrite:
             os.replace(temporary, path)
         elif not rename_if_unused(temporary, path):
@@ -416,7 +416,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], object], overwrit
 
 @contextlib.contextmanager
 def temporary_path(path: Path, folder: bool = False) -> Iterator[Path]:
-    """Context manager that yields a new file or folder, to be renamed to `path`. Removes it at the end if not moved."""
+    """Context manager that yields a new file or folder, to be renamed to `path`. At the end, removes it unless renamed."""
     while True:
         temporary = path.with_name(f".{path.stem}.tmp-{HOST}-{uuid.uuid4().hex[:8]}{path.suffix}")
         temporary.mkdir() if folder else temporary.touch(exist_ok=False)
@@ -448,7 +448,7 @@ def sweep(folder: Path) -> None:
 
 
 def lock(path: Path, wait: bool = False) -> int | None:
-    """Opens and locks a file or folder. Returns its descriptor; closing that, or the end of the process, ends the lock.
+    """Opens and locks a file or folder. Returns its descriptor. The lock ends when it is closed or the process ends.
     Returns None if another program has the lock, or locks are not supported (Windows, some network drives)."""
     if fcntl is None:
         return None
@@ -477,14 +477,14 @@ def disk_errors(path: Path, temporary: Path | None = None, size: int = 0):
         yield
     except Exception as error:
         problem = error
-        if not isinstance(error, OSError) and temporary is not None:     # torch.save: "unexpected pos 576 vs 534"
+        if not isinstance(error, OSError) and temporary is not None:     # torch.save raises a RuntimeError
             try:
                 with open(temporary, "ab") as file:      # tests whether the disk is full
                     file.write(bytes(2 ** 20))
             except OSError as cause:
                 problem = cause
         if isinstance(error, OSError) and error.errno is None and str(temporary) in str(error):
-            raise OSError(str(error).replace(str(temporary), str(path))) from error      # path is a folder
+            raise OSError(str(error).replace(str(temporary), str(path))) from error      # `path` is a folder
         full = getattr(problem, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         if not full and getattr(problem, "filename", None) != str(temporary):
             raise
@@ -520,7 +520,7 @@ def write_unused(path: Path, write: Callable[[Path], object], overwrite: bool = 
     """Calls write_atomically with the first path of numbered(path) that does not exist yet. Returns that path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for name in numbered(path):
-        with contextlib.suppress(FileExistsError):       # another program may create it at the same time
+        with contextlib.suppress(FileExistsError):       # if another program has just created it, try the next
             write_atomically(name, write, overwrite)
             return name
 
@@ -566,7 +566,7 @@ def write_tensors(path: str | Path, content: dict, metadata: dict[str, str] | No
     def write(temporary: Path) -> None:
         if path.suffix == ".safetensors":
             return write_safetensors(temporary, content, metadata or {"format": "pt"})
-        with open(temporary, "wb") as file:              # given a path, torch.save would store its name in the file
+        with open(temporary, "wb") as file:              # if given a path, torch.save writes its name into the file
             torch.save(content, file)
     path = Path(path)
     write_atomically(path, write, overwrite, sum(tensor.nbytes for _, tensor in tensors_in(content)))
@@ -579,7 +579,7 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
     kinds = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
              torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
              torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}
-    names, end = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name)), 0        # so values are aligned
+    names, end = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name)), 0  # aligns all values
     header = dict(__metadata__=dict(sorted(metadata.items())))
     for name in names:
         tensor = tensors[name]

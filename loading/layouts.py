@@ -36,11 +36,11 @@ LAYOUTS = {
         prior="model_stage_c*.pt", decoder="model_stage_b.pt", vqgan="vqgan_f4_v1_500k.pt",
         image_encoder="model_stage_b.pt"),
 }
-SHIPPED = {name: Path(__file__).parents[1] / "models" / name for name in ("tiny", "tiny-v1")}    # in the code's folder
+SHIPPED = {name: Path(__file__).parents[1] / "models" / name for name in ("tiny", "tiny-v1")}   # in this repository
 MODELS = ("prior", "decoder", "vqgan")
 OPTIONAL = ("image_encoder", "scheduler", "prior_scheduler")
 TEXT = ("prior_text_encoder", "prior_tokenizer", "text_encoder", "tokenizer")
-# TRAINED: parts that a folder with base.json may have. HALVES: {diffusers' pipeline: its parts; the others are v2's}.
+# TRAINED: parts that training writes, next to base.json. HALVES: {diffusers' pipeline: its parts}; v2 has the others.
 TRAINED = ("prior", "prior_text_encoder", "prior_tokenizer", "decoder", "image_encoder")
 HALVES = dict(WuerstchenPriorPipeline=("prior", "prior_text_encoder", "prior_tokenizer"),
               WuerstchenDecoderPipeline=("decoder", "text_encoder", "tokenizer", "vqgan"))
@@ -64,7 +64,7 @@ def match_layout(names: set[str], given: Iterable[str], source, found: str) -> d
     """Like find_parts, for `names` of folders and .pt files -> {part: its name or None}. source, found: for errors."""
     def find(pattern: str) -> str | None:
         matches = sorted(fnmatch.filter(names, pattern))
-        if len(matches) > 1:                             # several versions: the last name is the newest
+        if len(matches) > 1:                             # several versions of a file: the last name is the newest
             warn(f"{source} holds several files {pattern}: taking {matches[-1]}")
         return matches[-1] if matches else None
     for name, layout in LAYOUTS.items():
@@ -160,8 +160,8 @@ def with_tokenizers(parts: Iterable[str]) -> tuple[str, ...]:
 
 
 def base_of(folder: Path) -> tuple[dict, tuple[str, ...]] | None:
-    """Reads base.json of a folder with only some parts -> (its content, which names the weights with the other parts;
-    the parts that the folder may have). Returns None for other folders. Raises WeightsError."""
+    """Reads base.json of a folder with only some parts. Returns its content, which names the weights with the other
+    parts, and the parts that the folder may have; or None for other folders. Raises WeightsError."""
     if (folder / "base.json").is_file():
         base = read_json(folder / "base.json")
         files = base.get("files", {})
@@ -194,7 +194,7 @@ def locate_trained(folder: Path, own: dict, parts: tuple[str, ...], options: dic
                                    f"name its parts instead, --prior {named_by[-1]} with --weights")
     trained = {part: folder / ONE_FOLDER[part] for part in names if (folder / ONE_FOLDER[part]).is_dir()}
     found = locate(start, start_files | trained | own, parts, **options, named_by=named_by)
-    if "prior" in trained | own:                             # the LoRA belongs to another prior
+    if "prior" in trained | own:                             # the LoRA of base.json's weights does not fit this prior
         found.pop("lora", None)
     elif base.get("lora"):
         found["lora"] = folder / base["lora"]
