@@ -171,8 +171,8 @@ def resize_semantic(semantic: Tensor, size: tuple[int, int]) -> Tensor:
     """Resizes semantic latents (B,C,h,w) to (B,*size,C), bicubic, computed in float32.
 
     The result equals F.interpolate's, but is computed by two matrix products, one for rows and one
-    for columns, because torch.compile cannot differentiate F.interpolate when sizes vary. Applied
-    to unit vectors, F.interpolate gives these matrices: with antialias and align_corners, its
+    for columns, because torch.compile cannot differentiate F.interpolate when sizes vary. The
+    matrices are F.interpolate's result for unit vectors: with antialias and align_corners, its
     bicubic follows no textbook formula (end points do not map to end points)."""
     (h, w), (H, W), device = semantic.shape[2:], size, semantic.device
 
@@ -195,7 +195,7 @@ class StageB(nn.Module):
             its pattern blocks[i] times.
     inject  whether a level's ResBlocks get the semantic latents. The finest level does not: there
             they would cost the most, and the coarser levels have them already.
-    dropout one rate for all levels, or a list
+    dropout one rate for all levels, or one for each level
     In the up path, a level's first block gets the skip connection if it is a ResBlock."""
     def __init__(self, c_in: int = 4, c_out: int = 4, c_timestep: int = 64, patch_size: int = 2,
                  c_cond: int = 1024, c_hidden=(320, 640, 1280, 1280), heads=(-1, 10, 20, 20),
@@ -258,7 +258,7 @@ class StageB(nn.Module):
                 nn.init.normal_(mapper.weight, std=0.02)
         nn.init.zeros_(self.head.weight)       # an untrained network then predicts 2 x_t
         for module in self.modules():
-            if isinstance(module, ResBlock):   # the sum of all branches has variance 1
+            if isinstance(module, ResBlock):   # then the sum of all branches has variance 1
                 module.contract.weight *= math.sqrt(1 / sum(self.config["blocks"]))
             elif isinstance(module, TimestepBlock):    # at first, t has no effect
                 nn.init.zeros_(module.mapper.weight)
@@ -312,7 +312,7 @@ class StageB(nn.Module):
     def run_level(self, blocks: nn.ModuleList, mapper: nn.Linear | None, x: Tensor,
                   t_embedding: Tensor, semantic: Tensor, text: Tensor,
                   skip: Tensor | None = None) -> Tensor:
-        """Applies one level's blocks, x (B,H,W,C) -> (B,H,W,C). `skip`: for the first block."""
+        """Applies one level's blocks, x (B,H,W,C) -> (B,H,W,C). skip: the skip connection."""
         extras = [] if mapper is None else [mapper(resize_semantic(semantic, x.shape[1:3]))]
         for k, block in enumerate(blocks):
             if isinstance(block, ResBlock):
@@ -393,6 +393,6 @@ def preprocess(images: Tensor, size: int | tuple[int, int] = 768) -> Tensor:
     images = F.interpolate(images, size=size, mode="bilinear", antialias=True, align_corners=False)
     top, left = size[0] % 32 // 2, size[1] % 32 // 2
     images = images[..., top:top + size[0] // 32 * 32, left:left + size[1] // 32 * 32]
-    mean, std = (torch.cat([images.new_full((1, 1, 1), v) for v in values])  # made on the device
+    mean, std = (torch.cat([images.new_full((1, 1, 1), v) for v in values])  # no copy from the CPU
                  for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     return (images - mean) / std                                                   # (B, 3, H', W')

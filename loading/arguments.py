@@ -83,7 +83,7 @@ METHODS = dict(
 FIELDS = dict(steps="a number such as 29, a list of noise levels, or {level: number}", guidance="a number, or two",
               sampler="a name", interval="two noise levels", temperature="a number, or two")
 CALL_ITSELF = ("prompt", "negative_prompt", "seed", "num_images", "width", "height", "callback", "progress")
-SENTENCES = ("not needed", "set ", "the result", "one model", "fixed by")     # starts of hints; see advice()
+SENTENCES = ("not needed", "set ", "the result", "one model", "fixed by")     # advice() adds no "use" to such hints
 
 
 # ----- values --------------------------------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ def has_bf16(device: torch.device) -> bool:
         return False
     if platform.machine().lower() in ("arm64", "aarch64"):
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    # On x86, _is_mkldnn_bf16_supported() is no help: with AVX-512, it is true even for processors without bfloat16.
+    # On x86, _is_mkldnn_bf16_supported() is not used: it is true with AVX-512, even without bfloat16 instructions.
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
@@ -236,7 +236,7 @@ def accept(model, then: Callable, prompt, negative_prompt, seed, num_images, hei
 
 
 def checked(callback: Callable | None, kinds: str = "None", stop: Exception | None = None) -> Callable | None:
-    """Wraps a callback: raises ValueError unless it returns None or latents of the same shape; raises `stop` for False."""
+    """Wraps a callback. Raises ValueError unless it returns None or latents of x's shape; raises `stop` for False."""
     if callback is None:
         return None
     if not callable(callback):

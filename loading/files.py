@@ -360,7 +360,7 @@ def check_output(path: str | Path, *suffixes: str) -> None:
         sweep(path.parent)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"{path} exists already and will not be overwritten: choose another name, or remove it")
-    suffix = path.suffix.lower() if re.match(r"\.[a-z]", path.suffix.lower()) else ""       # v1.2 has no suffix
+    suffix = path.suffix.lower() if re.match(r"\.[a-z]", path.suffix.lower()) else ""  # a folder v1.2 has no suffix
     if suffix not in suffixes:
         expected = " or ".join(kind or "nothing, for a folder" for kind in suffixes)
         raise UserError(f"{path} should end in {expected}: no other kind of file is written")
@@ -416,7 +416,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], object], overwrit
 
 @contextlib.contextmanager
 def temporary_path(path: Path, folder: bool = False) -> Iterator[Path]:
-    """Context manager that yields a new file or folder, to be renamed to `path`. At the end, removes it unless renamed."""
+    """Context manager: yields a new file or folder, to be renamed to `path`. At the end, removes it unless renamed."""
     while True:
         temporary = path.with_name(f".{path.stem}.tmp-{HOST}-{uuid.uuid4().hex[:8]}{path.suffix}")
         temporary.mkdir() if folder else temporary.touch(exist_ok=False)
@@ -448,7 +448,7 @@ def sweep(folder: Path) -> None:
 
 
 def lock(path: Path, wait: bool = False) -> int | None:
-    """Opens and locks a file or folder. Returns its descriptor. The lock ends when it is closed or the process ends.
+    """Opens and locks a file or folder. Returns the descriptor; closing it or the end of the process ends the lock.
     Returns None if another program has the lock, or locks are not supported (Windows, some network drives)."""
     if fcntl is None:
         return None
@@ -477,7 +477,7 @@ def disk_errors(path: Path, temporary: Path | None = None, size: int = 0):
         yield
     except Exception as error:
         problem = error
-        if not isinstance(error, OSError) and temporary is not None:     # torch.save raises a RuntimeError
+        if not isinstance(error, OSError) and temporary is not None:     # torch.save: RuntimeError for a full disk
             try:
                 with open(temporary, "ab") as file:      # tests whether the disk is full
                     file.write(bytes(2 ** 20))
@@ -579,7 +579,7 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
     kinds = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
              torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
              torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}
-    names, end = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name)), 0  # aligns all values
+    names, end = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name)), 0  # largest items first, to align
     header = dict(__metadata__=dict(sorted(metadata.items())))
     for name in names:
         tensor = tensors[name]

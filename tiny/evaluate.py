@@ -92,7 +92,7 @@ def degrade(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 # ----- score -----------------------------------------------------------------------------------------
 
 def tally(verdicts: list[dict], facts: list[dict]) -> dict:
-    """Returns {name of a figure: {"right": share of correct images, "n": number of images}}. Omits n = 0."""
+    """Returns {figure: {"right": share of correct images, "n": number of images}}. Omits figures with n = 0."""
     def of(kind, key):
         return [v[key] for v, f in zip(verdicts, facts) if f["kind"] == kind and v[key] is not None]
     figures = {"background": [v["background"] for v in verdicts],
@@ -198,8 +198,8 @@ def sample(args, prompts: list[str]) -> list[Image.Image]:
 
 
 def sharpness_of(args, run: dict, facts: list[dict], judge: Judge) -> dict:
-    """Prints and returns {title: result of sharpness.summary} for `run`, {title: images}. Without --real, it also does
-    so for true images of the same prompts, encoded and decoded by the model's Stages A and B, see sharpness.stages."""
+    """Prints the sharpness of objects in the images of `run`, {title: images}; without --real also in true images after
+    Stages A and B of the model, see sharpness.stages. Returns {title: result of sharpness.summary}."""
     from tiny.sharpness import stages, summary
     (title, images), rows = *run.items(), {}
     if not args.real:
@@ -223,7 +223,7 @@ def main(args):
         clean = [real_image(fact, rng) for fact in facts]
         runs = {"real scenes": clean, "real scenes, degraded": [degrade(image, rng) for image in clean]}
     else:
-        with exit_on_user_error(), as_user_error():      # errors of weights and sampling options
+        with exit_on_user_error(), as_user_error():      # for errors in weights and options
             runs = {args.weights: sample(args, [fact["prompt"] for fact in facts])}
     judge = Judge()
     # The settings omit the output paths, which do not influence figures and would reveal folders of this machine.

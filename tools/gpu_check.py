@@ -91,7 +91,7 @@ def training(at: SimpleNamespace) -> Iterator[tuple[str, Row]]:
 
 
 def network(title: str, batches: tuple[int, ...], at: SimpleNamespace) -> Iterator[tuple[str, Row | dict]]:
-    """Measures one network. Yields its rows, and the figures from which the time of a whole image is computed."""
+    """Measures one network. Yields table rows, and the figures from which the time of a whole image is computed."""
     import torch
 
     from tools.bench.measure import Call, compare
@@ -181,7 +181,7 @@ def check_all(do: Callable, device: str) -> int:
     for n in BATCHES:
         try:
             rows["GPU"] += whole_images(measured, n, median(found["peak"] for found in networks.values()))
-        except (KeyError, TypeError, ValueError):        # a part failed, or diffusers is not installed
+        except (KeyError, TypeError, ValueError):        # no figures: a part failed, or diffusers is not installed
             problems.append(f"a whole image, batch {n}: one of its networks was not measured next to diffusers")
     for section, of_section in rows.items():
         failed = "".join(f"\n- Not measured: {problem}" for problem in problems) if section == "GPU" else ""

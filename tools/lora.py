@@ -97,7 +97,7 @@ def nearest_lora(base, tuned, rank: int, targets: str) -> tuple[dict, str]:
     after = tuned.state_dict()
     energy = {name: (after[name].double() - before.double()).square().sum().item()
               for name, before in base.state_dict().items()}
-    weights, kept = {}, {}                                                               # kept: {tensor's name: energy}
+    weights, kept = {}, {}                                           # kept: {tensor's name: energy that the LoRA keeps}
     for path, layer in find_targets(base, targets).items():
         name, shape = f"{path}.weight", layer.weight.shape                               # (out, in) or (out, in, k, k)
         if energy[name]:

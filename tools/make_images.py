@@ -32,7 +32,7 @@ SAMPLES, UNICORN = ROOT / "assets" / "samples.png", ROOT / "assets" / "unicorn.p
 BACKGROUNDS = ("white", "red", "yellow", "green", "blue")
 COMPANIONS = ("cat", "banana", "house", "star", "tree", "robot", "crab", "key", "gift", "umbrella", "penguin", "moon",
               "frog", "car", "mushroom", "balloon")
-# Prompts of assets/unicorn.png. None is a caption of the example. The last two show objects that the model knew before.
+# Prompts of assets/unicorn.png; none is a caption in examples/unicorn. The last two test what the model knew before.
 UNICORNS = ("a unicorn on an orange background", "a unicorn on a black background",
             "a unicorn left of a rocket on a purple background", "a red apple above a unicorn on a white background",
             "a unicorn above a guitar on a yellow background", "an owl left of a unicorn on a red background",

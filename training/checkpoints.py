@@ -28,7 +28,7 @@ from loading.files import (check_folder, disk_errors, fcntl, is_finite, parsed, 
 
 FULL = dict(full_state_dict=True, cpu_offload=True)      # gather full weights on the CPU if FSDP splits them
 
-# Options that concern only this machine or are secret. They are not written to checkpoints, model cards or services.
+# Options that concern only this machine or are secret. Checkpoints, model cards and --report-to services omit them.
 PRIVATE = ("out", "resume", "workers", "device", "push_to_hub", "hub_token")
 
 
@@ -53,8 +53,8 @@ def lock_run(out: Path):
     """Locks a run's folder against other processes, also on other machines, while the returned file is open.
 
     The lock ends with the process. Raises UserError if another process holds it. Returns None if the operating system
-    or the file system has no locks. Unlike the locks of loading/files.py, worker processes do not inherit this lock,
-    because they may live for seconds after their run was killed.
+    or the file system has no locks. Worker processes, which may live for seconds after their
+    run was killed, do not inherit this lock; they would inherit a lock of loading/files.py.
     """
     path = out.resolve() / ".lock"
     if fcntl is None or path in LOCKS:
@@ -125,7 +125,7 @@ class Checkpoints:
         found, card = self.all(), self.out / "README.md"
         results = [self.out / name for name in self.results if (self.out / name).exists()]
         if card.is_file() and "| `--steps` |" in card.read_text(encoding="utf-8", errors="replace"):
-            results.append(card)         # a card of any script: two results would share card, log and base.json
+            results.append(card)         # a card of any script: else, two runs would share card, log and base.json
         if resume is None and found:
             raise UserError(f"{found[-1]} exists already: "
                             f"add --resume auto to continue from it, or choose another --out")
@@ -206,7 +206,7 @@ class Checkpoints:
     @staticmethod
     def read(path: Path, script: str) -> dict:
         with reading(path, TornCheckpoint, "cannot be read, it is probably cut off or not a checkpoint"):
-            content = torch.load(path, map_location="cpu", weights_only=True)        # mmap=True checks no checksums
+            content = torch.load(path, map_location="cpu", weights_only=True)        # mmap=True would skip checksums
         found = content.get("script") if isinstance(content, dict) else None
         if not isinstance(found, str) or found != script:
             of = f" but of {found}" if isinstance(found, str) else ""
@@ -232,7 +232,7 @@ def full_state(model, optimizer, scaler, ema) -> dict:
     Frozen parameters are omitted. Buffers, such as BatchNorm's statistics, have no EMA: they are averages already.
     """
     learned = StateDictOptions(**FULL, ignore_frozen_params=True)
-    with ema.applied():                  # clone, because the tensors may be views of weights that swap() changes back
+    with ema.applied():                  # cloned: tensors that share memory with the weights change back afterwards
         averaged = {name: tensor.clone() for name, tensor in get_model_state_dict(model, options=learned).items()}
     return dict(model=get_model_state_dict(model, options=learned), averaged=averaged, updates=ema.updates,
                 optimizer=get_optimizer_state_dict(model, optimizer, options=StateDictOptions(**FULL)),
@@ -278,7 +278,7 @@ def load_full_state(path: Path, state: dict, model, optimizer, scaler, ema, proc
     partial = StateDictOptions(**sent, strict=False)     # the checkpoint has no frozen parameters
     now = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
     learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    with processes.together(), fitting(path):            # checks first: later, others would wait for a failed process
+    with processes.together(), fitting(path):            # check first: if one process failed later, others would wait
         if processes.is_main:
             for part in ("model", "averaged"):
                 check_shapes(now, state[part])
@@ -334,7 +334,7 @@ class Log:
     """The log of a run: `write` appends a line to out/log.jsonl and sends its values to the service of --report-to.
 
     step: the step at which the run starts. __init__ removes lines of later steps, left by a killed run, and the line of
-    the evaluation after `step`, which is repeated. enabled: false on all processes except the main process: no output.
+    the evaluation after `step`, which is repeated. enabled: true only on the main process; the others write nothing.
     """
     def __init__(self, out: str | Path, step: int, report_to: str | None = None, settings: dict | None = None,
                  enabled: bool = True):

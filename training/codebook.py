@@ -36,7 +36,7 @@ class CodebookAverages(nn.Module):
 
     @torch.no_grad()
     def restart(self, dead: Tensor, latents: Tensor) -> None:
-        """Restarts the running means of the codes that dead (K,) bool marks from their new values, latents (dead,C)."""
+        """Restarts the running means of the codes marked in dead (K,) bool, from their new values, latents (dead,C)."""
         self.sizes[dead], self.sums[dead] = 1.0, latents
 
 
@@ -88,7 +88,7 @@ class CodebookUpdates:
 
     @torch.no_grad()
     def revive(self, step: int, dead: Tensor) -> None:
-        """Replaces the codes that dead (K,) bool marks by latents, drawn from this step's latents of all processes.
+        """Replaces the codes marked in dead (K,) bool by latents drawn from this step's latents of all processes.
         Source: Jukebox, arXiv:2005.00341, which restarts codes at random.
 
         The draw does not depend on how processes and micro-steps share the step. In the sum over processes, each
@@ -98,7 +98,7 @@ class CodebookUpdates:
         z = torch.cat([part.float().flatten(0, 2) for part in self.latents])                 # (micro-steps * n, C)
         chosen = sample_rng(self.args.seed, step, "revive").integers(len(z) * world, size=int(dead.sum()))
         chosen = torch.from_numpy(chosen).to(z.device)
-        micro, rank, place = chosen // (n * world), chosen // n % world, chosen % n     # where each drawn latent is
+        micro, rank, place = chosen // (n * world), chosen // n % world, chosen % n     # origin of each drawn latent
         latents = self.processes.sum(z[micro * n + place] * (rank == self.processes.rank)[:, None])      # (dead, C)
         self.model.codebook.codes[dead] = latents
         if self.averages is not None:

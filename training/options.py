@@ -1,4 +1,4 @@
-"""Command-line options that the training scripts share. Arguments of these functions say where the scripts differ.
+"""Command-line options that the training scripts share. The functions' arguments set what differs between the scripts.
 
 A script creates a Parser, calls these functions and adds its own options to the groups that they return.
 Needs: the standard library only, so that --help answers at once.

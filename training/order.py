@@ -1,4 +1,4 @@
-"""The order of training: which samples make up which step, and the randomness of each sample. It has no state.
+"""The order of training: which samples make up which step, and the randomness of each sample. Both are stateless.
 
   buckets (N,) -BatchSampler-> step k: positions (batch,), indices (batch,), bucket -split-> the samples of one GPU
   (seed, position, purpose) -sample_rng-> the random numbers of one sample, for its crop, caption, noise, ...
@@ -31,7 +31,7 @@ import torch
 from loading.errors import UserError
 from loading.files import lock, write_atomically
 
-LARGE = 2 ** 20      # with this many images or more, the order is in files, not in memory; default size in pieces()
+LARGE = 2 ** 20      # with this many images or more, the order is stored in files; also the default size of pieces()
 
 
 def pieces(n: int, size: int | None = None) -> Iterator[slice]:
@@ -90,7 +90,7 @@ class BatchSampler:
         Step k is found directly, without computing the steps before it. Every epoch contains the same number of samples
         of each bucket, `count`. So before epoch e, a bucket has count * e samples and count * e // batch steps.
         """
-        # Finds the last epoch with at most k steps before it. It is below `latest`: each queue holds less than a step.
+        # Finds the last epoch that begins after at most k steps. It is below `latest`: a queue holds less than a step.
         latest = (k + len(self._buckets) + 1) * self.batch // self._n + 2
         epoch = bisect.bisect_right(range(latest), k, key=self._steps_before) - 1
         _, _, step_buckets, step_numbers = self._epoch(epoch)
@@ -112,7 +112,7 @@ class BatchSampler:
 
     def _epoch(self, e: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Returns four arrays. order (N,): images of epoch e. by_bucket (N,): positions in `order`, sorted by bucket.
-        And two (steps,), for the steps that epoch e completes: index of the bucket, number among the bucket's steps."""
+        Two arrays (steps,), for the steps that epoch e completes: index of the bucket, number in the bucket's steps."""
         if e not in self._epochs:
             while len(self._epochs) > 3:         # keep 4 epochs: each takes 0.3 s and 8 MB per million samples
                 del self._epochs[next(iter(self._epochs))]
@@ -214,7 +214,7 @@ def batches(samples: torch.utils.data.Dataset, sampler: BatchSampler, processes,
     -> dicts with the same keys: strings as a list, everything else stacked to a tensor.
     """
     class MicroBatches:
-        """A batch sampler for DataLoader: yields the keys in `samples` of each of this process's micro-batches."""
+        """A batch sampler for DataLoader: yields the list of keys in `samples` for each micro-batch of this process."""
         def __iter__(self):
             for positions, indices, bucket in sampler.steps(start):
                 for micro in range(args.grad_accum):

@@ -109,7 +109,7 @@ def outline(args, model, dataset, sizes, order, discriminator=None) -> None:
 
 
 def dry_run(args, model, dataset, sizes, order, draw_noise: Callable | None = None) -> None:
-    """Prints the outline, the shapes of the latents and the first captions. draw_noise: a function, see train_b.py."""
+    """Prints the outline, the shapes of the latents and the first captions. draw_noise(rng, h, w): as in train_b.py."""
     outline(args, model, dataset, sizes, order)
     positions, indices, number = order.step(0)
     h, w = sizes[number]

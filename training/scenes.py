@@ -47,12 +47,12 @@ OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "bel
 SIZE_CLASSES = {"small": (40, 46, 10), "medium": (56, 62, 8), "large": (80, 88, 6)}
 PAIR_SIZES = (50, 58)
 MARGIN = 2         # px at each edge of a scene that always show only the background
-PAIR_STRAY = 5     # px: two objects' centers differ by >= 50 along their relation's axis and <= 10 across it
+PAIR_STRAY = 5     # largest distance in px of a pair's centers from the middle, across the axis of their relation
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One or two objects, their positions, and the background's colour. relation: that of objects[0] to objects[1]."""
+    """One or two objects, their positions, and the background's colour. relation: of objects[0] to objects[1]."""
     objects: tuple[str, ...]
     sizes: tuple[int, ...]                    # side, in px, of the square that each object fills
     centers: tuple[tuple[int, int], ...]      # (x, y) in px, y points down
@@ -154,7 +154,7 @@ def sprite(name: str, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns an object's image of size x size px as colour times alpha and 255 - alpha, both (size,size,3) uint8."""
     check_name(name, OBJECTS, "object")
     column, row = OBJECTS.index(name) % COLUMNS * CELL, OBJECTS.index(name) // COLUMNS * CELL
-    cell = _sheet().crop((column, row, column + CELL, row + CELL))     # before resizing, so no neighbours blend in
+    cell = _sheet().crop((column, row, column + CELL, row + CELL))     # crop first, so that neighbours do not blend in
     rgba = np.array(cell.resize((size, size), Image.LANCZOS))
     alpha = rgba[..., 3:]
     # Lanczos overshoots at edges. Clipping colours to alpha keeps the sum in render() within 255.

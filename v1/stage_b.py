@@ -117,7 +117,7 @@ class StageBV1(nn.Module):
                     nn.init.zeros_(module.bias)
         nn.init.zeros_(self.head.weight)       # initially, all tokens have the same probability
         nn.init.normal_(self.embed_token.weight, std=math.sqrt(1 / self.codebook_size))
-        self.classify.weight.copy_(self.embed_token.weight)      # initial score: similarity to the embedding
+        self.classify.weight.copy_(self.embed_token.weight)      # initial logit: similarity to the token's embedding
         for module in self.modules():
             if isinstance(module, ResBlock):                     # then the sum over all blocks has variance 1
                 module.contract.weight *= math.sqrt(1 / sum(self.config["blocks"]))
@@ -191,7 +191,7 @@ class StageBV1(nn.Module):
 
     def run_level(self, blocks: nn.ModuleList, x: Tensor, t_embedding: Tensor, sequence: Tensor,
                   skip: Tensor | None = None) -> Tensor:
-        """Applies the blocks of one level: x (B,H,W,C) -> (B,H,W,C). skip: the input for a SkipResBlock."""
+        """Applies the blocks of one level: x (B,H,W,C) -> (B,H,W,C). skip: the skip connection, for a SkipResBlock."""
         for block in blocks:
             inputs = ([skip] if isinstance(block, SkipResBlock) else [] if isinstance(block, ResBlock) else
                       [t_embedding if isinstance(block, TimestepBlock) else sequence])

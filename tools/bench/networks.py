@@ -45,8 +45,8 @@ def calls_of(model: Wuerstchen, theirs: dict, args) -> dict[str, Call]:
 
 def step_calls(title: str, suffix: str, args, networks: tuple[nn.Module, nn.Module | None], fast: Callable, x: Tensor,
                *conditions: Tensor) -> dict[str, Call]:
-    """Returns {name: Call} of a step at t = 0.5, in fast form; with --plain, also in plain form. networks: our network,
-    and diffusers' or None."""
+    """Returns {name: Call} of a step at t = 0.5 by `fast`, the function that the pipeline calls; with --plain, also by
+    our network itself. networks: our network, and diffusers' or None."""
     (ours, theirs), t = networks, torch.full((len(x),), 0.5, device=args.device)
     other = theirs and partial(theirs, x, t.to(x.dtype), *conditions)
     plain = {f"{title}, plain{suffix}": Call(partial(ours, x, t, *conditions), other)} if args.plain else {}
@@ -55,7 +55,7 @@ def step_calls(title: str, suffix: str, args, networks: tuple[nn.Module, nn.Modu
 
 def decode_calls(suffix: str, args, networks: tuple[nn.Module, nn.Module | None], fast: Callable,
                  x: Tensor) -> dict[str, Call]:
-    """Does what step_calls does, for a decoding by Stage A."""
+    """Like step_calls, for a decoding of latents x by Stage A."""
     ours, theirs = networks
     other = theirs and (lambda: theirs.decode(x * ours.scale_factor).sample)
     plain = {f"Stage A decode, plain{suffix}": Call(partial(ours.decode, x), other)} if args.plain else {}
