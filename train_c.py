@@ -263,7 +263,7 @@ def main(args):
     parts = (*TEXT_TO_IMAGE, "image_encoder") if args.sample_every else TRAINING_PARTS
     paths = locate_start(args, parts)
     prior, teacher, image_encoder, text_encoder = load_models(args, paths, dtype, autocast, device)
-    settings = settings_of(args)         # after load_models, which sets the rank of --lora-weights
+    settings = settings_of(args)      # after load_models, which reads args.rank from --lora-weights
     model = TextAndPrior(prior.train(), text_encoder.model if args.train_text else None)
     resolution = args.resolution or (128 if is_tiny(paths["image_encoder"]) else 1024)
     with as_user_error():

@@ -195,7 +195,7 @@ def bind(network: nn.Module, step: Callable, prepare: Callable) -> Callable[[Ten
 
 
 def at_fixed(fixed: dict, prepared: tuple) -> tuple:
-    """Copies prepared tensors to fixed addresses: over those of an earlier sampling with the same shapes, if any.
+    """Copies prepared tensors to fixed addresses: over the tensors of an earlier sampling with the same shapes, if any.
 
     A CUDA graph reads its inputs from the addresses at which it was recorded. torch would copy other inputs there at
     every step (0.7 GB for Stage B in float32 at 1024 px); this function copies once per sampling. fixed: {shapes: the

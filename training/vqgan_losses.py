@@ -19,7 +19,7 @@ class VGGFeatures(nn.Module):
     LAYERS = (3, 8, 15, 22, 29)      # indices of the same layers as in LPIPS: relu1_2, 2_2, 3_3, 4_3, 5_3
 
     def __init__(self, weights: str):
-        """weights: a file of torchvision's VGG16 weights, or "vgg16" to download it. Raises UserError if it cannot."""
+        """weights: a file of torchvision's VGG16 weights, or "vgg16": download them. Raises UserError if this fails."""
         super().__init__()
         try:
             from torchvision.models import vgg16
