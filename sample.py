@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(usage='python sample.py --prompt "..." [options]',
                                 description=__doc__.partition("\nFor readers")[0],
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.error = cli.error                        # argparse's own also prints the usage
+    p.error = cli.error                        # argparse's own error() also prints the usage
 
     add = p.add_argument_group("used most").add_argument
     add("--prompt", metavar="TEXT", help="a description of the image")
@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     if not argv:
         return print(USAGE)
     with exit_on_error() as run:
-        jobs = cli.parse_jobs(parser(), argv, run)     # one per image, with seed and path
+        jobs = cli.parse_jobs(parser(), argv, run)     # one job per image, with seed and path
         import torch
         from wuerstchen import Wuerstchen
         args = jobs[0]                                 # all jobs load the same model
@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
             tile(model, args.tile)
         for batch in run.progress(cli.batches(jobs)):
             for job, image in run.attempt(functools.partial(make_images, model), batch):
-                run.finished(job, cli.save(image, job, model))   # stores settings
+                run.finished(job, cli.save(image, job, model))   # also stores the settings
 
 
 def make_images(model, jobs: list[argparse.Namespace]) -> list:

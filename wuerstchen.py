@@ -47,7 +47,7 @@ def unscale_semantic(x: Tensor) -> Tensor:
 # ----- noise schedule -----------------------------------------------------------------------------
 
 def alphas_cumprod(t: Tensor) -> Tensor:
-    """Computes the signal's share of the variance at noise level t: a cosine in continuous time.
+    """Computes ab, the signal's share of the variance at noise level t: a cosine of continuous t.
 
     t any shape, in [0, 1]. Returns float32 of that shape, clamped to [1e-4, 1 - 1e-4] because the
     samplers divide by sqrt(ab) and sqrt(1 - ab): t = 0 is not quite clean, t = 1 not quite noise.
@@ -100,7 +100,7 @@ def ddpm_step(x_t: Tensor, eps: Tensor, t: Tensor, t_prev: Tensor, noise: Tensor
 
 
 def ddim_step(x_t: Tensor, eps: Tensor, t: Tensor, t_prev: Tensor, noise=None, last=None, eta=0.0):
-    """Predicts x_0, then adds the same noise again, but less.  arXiv:2010.02502, eq. 12 and 16.
+    """Predicts x_0, then adds less of the predicted noise again.  arXiv:2010.02502, eq. 12 and 16.
 
     eta 0: deterministic after the start. eta 1: the same distribution as ddpm_step.
     """
@@ -127,10 +127,10 @@ def dpm_solver_step(x_t: Tensor, eps: Tensor, t: Tensor, t_prev: Tensor, noise=N
     if last is not None:
         t_last, x_0_last = last
         h_last = lam - torch.logit(per_row(alphas_cumprod(t_last), x_t)) / 2
-        # Near t = 1 alphas_cumprod is clamped. Where that leaves lam unchanged, r is 0.
+        # Near t = 1 alphas_cumprod is clamped. So h_last may be 0: then nothing is extrapolated.
         r = torch.where(h_last > 0, ((lam_prev - lam) / (2 * h_last)).clamp(max=1), 0)
         x_0 = x_0 + r * per_row(t_prev != 0, x_t) * (x_0 - x_0_last)
-    shrink = ((1 - ab_prev) / (1 - ab)).sqrt()               # factor of the noise, for constant x_0
+    shrink = ((1 - ab_prev) / (1 - ab)).sqrt()           # factor of the noise if x_0 stays the same
     return shrink * x_t + (ab_prev.sqrt() - shrink * ab.sqrt()) * x_0
 
 
@@ -144,7 +144,7 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float, rescale: flo
 
     scale 0: unconditional; 1: conditional; above 1: exaggerates the text's effect. Source:
     arXiv:2207.12598, whose w is our scale - 1. torch.lerp rounds like the released samplers.
-    rescale: how far to lower each image's standard deviation, which guidance raises, to the
+    Guidance raises each image's standard deviation. rescale: how far to lower it again, 1: to the
     conditional prediction's (arXiv:2305.08891, sec. 3.4).
     """
     guided = torch.lerp(unconditional, conditional, scale)
@@ -167,9 +167,9 @@ def denoise(predict: Callable[[Tensor, Tensor, bool], Tensor], x: Tensor,
     Raises FloatingPointError if x is not finite; on a GPU after the last step, to avoid waiting.
     """
     x, last, finite, levels, step = x.float(), None, [], sampling.levels, sampling.step_function
-    rows = levels.to(x.device)[:, None].repeat(1, len(x))    # (n + 1, B), copied to a GPU once
+    rows = levels.to(x.device)[:, None].repeat(1, len(x))    # (n + 1, B), in one copy to a GPU
     for i in progress(range(len(levels) - 1)):
-        t, t_prev = levels[i], levels[i + 1]   # on the CPU: computing with them launches no kernel
+        t, t_prev = levels[i], levels[i + 1]   # on the CPU, where they need no kernel launches
         x = x if keep is None else keep(x, rows[i])
         scale = sampling.guidance_at(t.item())
         eps = predict(x, rows[i], scale != 1).float()                              # (B or 2B, ...)
@@ -177,7 +177,7 @@ def denoise(predict: Callable[[Tensor, Tensor, bool], Tensor], x: Tensor,
             eps = guide(*eps.chunk(2), scale, sampling.rescale)                    # (B, ...)
         x_0 = predict_x_0(x, eps, t)
         x, last = step(x, eps, t, t_prev, draw(), last), (t, x_0)                  # (B, ...)
-        finite.append((x.abs() < torch.inf).all())                                 # false for NaN
+        finite.append((x.abs() < torch.inf).all())                           # NaN < inf is False
         if x.device.type == "cpu" or i == len(levels) - 2:
             check_finite(torch.stack(finite), levels)
         changed = None if callback is None else callback(i, t_prev.item(), x, x_0)
@@ -199,9 +199,9 @@ class Sampling:
     """Settings for sampling one stage. Raises ValueError for impossible settings.
 
     steps      a number, spread evenly over t_start .. t_end or, if `early`, more at high noise; or
-               segments {2/3: 20, 0: 10}, the original's form; or the falling noise levels
-    sampler    a name in SAMPLERS, or such a function; eta: the randomness of "ddim", 1 is ddpm's
-    guidance   1 is off, in half the time; two numbers: at t = 1 and t = 0, linear in between
+               segments {2/3: 20, 0: 10}: 20 steps to 2/3, 10 to 0; or the falling noise levels
+    sampler    a name in SAMPLERS, or such a function; eta: randomness of "ddim", at 1 as in ddpm
+    guidance   1: none, in half the time; two numbers: at t = 1 and t = 0, linear in between
     interval   noise levels on which guidance acts (Kynkäänniemi et al. 2024, arXiv:2404.07724)
     rescale    0 to 1: how far to undo the contrast that guidance adds, see `guide`
     """
@@ -245,8 +245,8 @@ class Sampling:
             return torch.as_tensor(self.steps, dtype=torch.float32)
         segments = self.steps
         if isinstance(self.steps, Integral):
-            # If early, two thirds of the steps are in the noisiest third, which decides what is
-            # shown. 29 steps are diffusers' DEFAULT_STAGE_C_TIMESTEPS; 30, the authors' levels.
+            # If early, 2/3 of the steps are in the noisiest third, which decides what is shown.
+            # 29 steps give diffusers' DEFAULT_STAGE_C_TIMESTEPS, 30 steps the authors' levels.
             noisy = max(self.t_start - 2 / 3, 0) * 3 * 19
             rest = max(2 / 3 - self.t_end, 0) * 1.5 * 10
             first = round(self.steps * noisy / (noisy + rest)) if self.early else 0
@@ -260,7 +260,7 @@ class Sampling:
 
     @property
     def step_function(self) -> Callable:
-        """Returns the function of the sampler, with eta."""
+        """Returns the function that takes one step; for "ddim", with eta set."""
         step = SAMPLERS.get(self.sampler, self.sampler)
         return functools.partial(step, eta=self.eta) if step is ddim_step else step
 
@@ -309,7 +309,7 @@ class Noise:
 # ----- the pipeline -------------------------------------------------------------------------------
 
 class Wuerstchen:
-    """Text to images. Every step is a method of its own; __call__ shows them in order.
+    """Generates images from text. Each step is a method; __call__ calls them in order.
 
     networks: {name: a module, or a function that loads it when it is first needed}, for stage_a,
     stage_b, stage_c, text_encoder_c, text_encoder_b, image_encoder. size (px), c and b: defaults
@@ -317,8 +317,8 @@ class Wuerstchen:
     `bind_c`, `bind_b` or `decode_one`; loading/arguments.py adds checks to `accept` and `settings`.
     The networks are attributes as well: model.stage_c.
     """
-    channels_c, channels_b = 16, 4             # channels of Stage C's and B's first noise
-    weights, loras, elsewhere = None, {}, {}   # set by load; elsewhere: {name: hint for an error}
+    channels_c, channels_b = 16, 4             # channels of the noise that C and B start from
+    weights, loras, elsewhere = None, {}, {}   # load sets these; elsewhere: {missing name: hint}
 
     def __init__(self, networks: dict, size: int = 1024, device="cpu", dtype=torch.float32,
                  c: Sampling = Sampling(29, guidance=4.0, early=True), b: Sampling = Sampling(12)):
@@ -340,9 +340,9 @@ class Wuerstchen:
                  progress: bool = False, **sampling) -> list[Image.Image]:
         """Returns PIL images, num_images for each prompt, in the order of the prompts.
 
-        negative_prompt  what guidance steers away from
+        negative_prompt  a text that guidance steers away from
         seed             0 to 2^32 - 1; image i uses seed + i; None: a random seed
-        width, height    px, any from 64; default: what the weights were trained on
+        width, height    px, any from 64; default: the size in training
         callback         callback("C" or "B", step, t, latents, x_0) after every step -> None or
                          other latents; to stop, raise an exception
         sampling         any field of Sampling for one stage: steps_c=15, guidance_b=2.0, ...
@@ -376,7 +376,7 @@ class Wuerstchen:
     @torch.no_grad()
     def sample_c(self, text: Tensor, unconditional: Tensor, draw: Callable[[], Tensor],
                  sampling: Sampling | None = None, **options) -> Tensor:
-        """Generates raw semantic latents (n,16,h,w) for Stage B from text embeddings, 2 x (n,N,D).
+        """Generates raw semantic latents (n,16,h,w) for Stage B from text embeddings (n,N,D).
 
         draw() returns noise (n,16,h,w). options: see `sample`.
         """
@@ -398,9 +398,9 @@ class Wuerstchen:
     def sample(self, stage: str, bind: Callable, conditions: list[tuple[Tensor, Tensor]], draw,
                sampling: Sampling, x: Tensor | None = None, keep: Callable | None = None,
                callback: Callable | None = None, progress: bool = False) -> Tensor:
-        """Runs denoise for a stage. conditions: pairs (with, without text). x: start, or None."""
+        """Runs denoise for a stage. conditions: pairs (conditional, unconditional). x: start."""
         predict = self.predictor(bind, conditions)
-        # leave=None: the finished bar is removed if it is below another bar, as in sample.py
+        # leave=None removes the finished bar if it is below another bar, as in sample.py.
         bar = functools.partial(tqdm, desc=f"Stage {stage}", unit="step", leave=None)
         callback = functools.partial(callback, stage) if callback else None
         try:
@@ -434,10 +434,10 @@ class Wuerstchen:
 
     def predictor(self, bind: Callable, conditions: list[tuple[Tensor, Tensor]]) -> Callable:
         """Returns denoise's predict(x_t, t, guided). conditions: pairs (with, without text)."""
-        networks = {}                          # {guided: result of bind for its conditions}
+        networks = {}                          # {whether guided: the function from bind}
 
         def predict(x: Tensor, t: Tensor, guided: bool) -> Tensor:
-            if guided not in networks:         # rows with the text and, if guided, rows without
+            if guided not in networks:         # batch: with the text and, if guided, without
                 networks[guided] = bind(*(torch.cat(c) if guided else c[0] for c in conditions))
             x, t = (torch.cat([x, x]), torch.cat([t, t])) if guided else (x, t)
             return networks[guided](x, t)
@@ -458,7 +458,7 @@ class Wuerstchen:
         stage_a = self.part("stage_a")
         return stage_a.decode(latents.to(next(stage_a.parameters()).dtype))
 
-    def __getattr__(self, name: str):          # called only if there is no such attribute
+    def __getattr__(self, name: str):          # Python calls it only for missing attributes
         if name in self.__dict__.get("networks", ()):
             return self.part(name)
         raise AttributeError(f"Wuerstchen has no {name}: {self.elsewhere.get(name, 'see dir()')}")
@@ -480,7 +480,7 @@ class Wuerstchen:
         return [p for p in prompts for _ in range(num_images)], seed, height, width, callback
 
     def settings(self, given: dict) -> tuple[Sampling, Sampling]:
-        """Returns settings of Stages C and B: the defaults, changed by given, {"steps_c": 15}."""
+        """Returns Sampling of Stages C and B: the defaults, changed by given, {"steps_c": 15}."""
         changes = {"c": {}, "b": {}}
         for name, value in given.items():
             if name[-2:] not in ("_c", "_b") or not hasattr(getattr(self, name[-1]), name[:-2]):
@@ -492,7 +492,7 @@ class Wuerstchen:
 
 
 def nan_advice(dtype: torch.dtype, sampling=None) -> str:
-    """Returns advice against NaN for the user; omits what the settings already follow."""
+    """Returns advice against NaN for the user, without advice that the settings already follow."""
     larger = {torch.float16: ["use bfloat16 or float32"], torch.bfloat16: ["use float32"]}
     guided = sampling is not None and np.max(sampling.guidance) > 1
     advice = larger.get(dtype, []) + ["use a lower guidance scale"] * bool(guided)

@@ -31,7 +31,7 @@ from loading.options import CELLS, FRAMES, SEED, SIDE, STEPS, Number, integer, n
 PUBLISHED_STEPS = "DEFAULT_STAGE_C_TIMESTEPS"    # diffusers' name for the noise levels of Sampling(29, early=True)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")    # formats in which images are saved, see metadata.py
 
-SPECIAL = {*COMBINED, "outpaint", "from_latent", "tensors", "save_latent", "preview_every"}      # need modes.py
+SPECIAL = {*COMBINED, "outpaint", "from_latent", "tensors", "save_latent", "preview_every"}    # handled by modes.py
 CONFLICTS = (("mask", "outpaint"), ("low_memory", "offload"), ("prompt_file", "reconstruct"), ("reconstruct", "init"),
              ("reconstruct", "from_latent"), ("grid", "from_latent"), ("interpolate_to", "from_latent"),
              ("save_latent", "from_latent"), ("tensors", "interpolate_to"), *itertools.combinations(COMBINED, 2),
@@ -72,7 +72,7 @@ def comma_list(read_one, *counts: int):
 
 
 def steps(text: str) -> int | str | dict | tuple:
-    """Parses "29" (steps), "2/3:20,0:10" (segments), "1,0.6,0.3,0" (noise levels) or PUBLISHED_STEPS for Sampling."""
+    """Parses "29" (steps), "2/3:20,0:10" (segments), "1,0.6,0.3,0" (levels) or PUBLISHED_STEPS to Sampling.steps."""
     try:
         if text == PUBLISHED_STEPS:
             return text
@@ -84,7 +84,7 @@ def steps(text: str) -> int | str | dict | tuple:
     except ValueError:
         forms = f"29 (steps), 2/3:20,0:10 (segments), 1,0.5,0 (noise levels) or {PUBLISHED_STEPS}"
         raise argparse.ArgumentTypeError(f"expected something like {forms}, got {text!r}") from None
-    if len(levels) < len(segments):                  # two segments have the same end, so the dict lost one of them
+    if len(levels) < len(segments):                  # some segments have the same end, so the dict kept only one
         raise argparse.ArgumentTypeError(f"expected segments that each end at another noise level, got {text!r}")
     return levels
 
@@ -203,9 +203,9 @@ def parse_jobs(p: argparse.ArgumentParser, argv: list[str], run: Run) -> list[ar
     jobs = [argparse.Namespace(**vars(args) | dict(seed=None if args.seed is None else args.seed + i))
             for args in prompts for i in range(1 if args.grid else args.num_images)]
     for job, path in zip(jobs, output_paths(jobs) if jobs else ()):
-        job.path, job.preview_path, job.preview = path, files_of(job, path)[-1], None    # write_previews sets preview
+        job.path, job.preview_path, job.preview = path, files_of(job, path)[-1], None  # write_previews sets job.preview
     for args in prompts:
-        if not args.given.isdisjoint(INPUTS):    # check the input files before loading the weights, which takes long
+        if not args.given.isdisjoint(INPUTS):    # check input files first, because loading the weights takes long
             from extras.modes import check_inputs
             try:
                 check_inputs(args)
@@ -219,7 +219,7 @@ def parse_jobs(p: argparse.ArgumentParser, argv: list[str], run: Run) -> list[ar
 
 
 def parse_args(p: argparse.ArgumentParser, argv: list[str], bad: dict[int, str] | None = None) -> list:
-    """Returns a list with the options of each prompt. Raises ValueError for options that cannot be used.
+    """Returns a list of all options, one item per prompt. Raises ValueError for options that cannot be used.
 
     bad: a dict that collects errors in lines of a prompt file; if it is None, such errors are raised.
     """
@@ -247,13 +247,13 @@ def random_seed() -> int:
 
 
 def needs_seed(args: argparse.Namespace) -> bool:
-    """Returns whether a seed is needed. For --from-latent without --to-latent, the file has the generator's state."""
+    """Returns whether a seed is needed. --from-latent without --to-latent needs none: its file has the state."""
     return not args.from_latent or bool(args.to_latent)
 
 
 def read_prompt_file(read: Callable, options: Options, args: argparse.Namespace,
                      bad: dict[int, str] | None) -> list[argparse.Namespace]:
-    """Returns `options` for each line of the prompt file, overridden by the line. Stores errors of lines in `bad`."""
+    """Returns the options of each line of a prompt file: `options`, changed by the line. Stores errors in `bad`."""
     prompts, seed = [], random_seed() if args.seed is None else args.seed
     for number, settings in prompt_lines(Path(args.prompt_file)):
         args.line, first = number, seed
@@ -266,7 +266,7 @@ def read_prompt_file(read: Callable, options: Options, args: argparse.Namespace,
                 line.seed, seed = seed, seed + line.num_images
             check(line)
             prompts.append(line)
-        except ValueError as problem:            # count the seed of this line, so that later seeds stay the same
+        except ValueError as problem:            # also count this line's seed, so that later lines keep theirs
             seed += seed == first and settings.get("seed") in (None, "")
             skip_line(args, problem, bad)
     return prompts
@@ -277,7 +277,7 @@ def check(args: argparse.Namespace) -> None:
     for name in PER_IMAGE + PER_RUN:
         if re.search("[\ud800-\udfff]", str(getattr(args, name))):
             error(f"{as_option(name)} contains bytes that are not UTF-8 text: check the terminal's encoding")
-    # The number 0 counts as given; None, "" and False do not.
+    # An option counts as given if its value is 0, but not if it is None, "" or False.
     args.given = {name for name, value in vars(args).items() if value not in (None, "") and value is not False}
     for names in CONFLICTS:
         if args.given.issuperset(names):
@@ -343,7 +343,7 @@ def output_paths(jobs: list[argparse.Namespace]) -> list[Path]:
     args, out, taken = jobs[0], Path(jobs[0].out), {}
     suffixes = (*SUFFIXES, ".gif") if args.interpolate_to or args.to_latent else SUFFIXES
     try:
-        if any(len(os.fsencode(part)) > 200 for part in out.parts):      # file systems allow 255; we add suffixes
+        if any(len(os.fsencode(part)) > 200 for part in out.parts):  # limit: 255 bytes, with suffixes added later
             raise OSError("the name is too long")
         is_file = out.suffix.lower() in suffixes and not out.is_dir()
         others = (".gif", ".bmp", ".tif", ".tiff", ".jfif", ".avif", ".heic", ".jxl")
@@ -386,7 +386,7 @@ def unused_path(path: Path, job: argparse.Namespace, taken=()) -> Path:
 # ----- what sample.main calls ----------------------------------------------------------------------------------------
 
 def load_options(jobs: list[argparse.Namespace]) -> dict:
-    """Returns the arguments of Wuerstchen.load for the advanced options, and `parts`, the networks that are needed."""
+    """Returns arguments of Wuerstchen.load: the advanced options, and in `parts` the networks that are needed."""
     from loading import hub
     args = jobs[0]
     parts = hub.RECONSTRUCTION if args.reconstruct else hub.TEXT_TO_IMAGE
@@ -417,7 +417,7 @@ def sampling_options(args: argparse.Namespace, model) -> dict:
     """Returns {name: value} of sampling options that differ from their default. Raises ValueError for unusable ones."""
     options = {}
     for name in ("mask", "outpaint"):
-        if not hasattr(model.b, "rescale") and getattr(args, name, None):      # args of tiny.evaluate lack both
+        if not hasattr(model.b, "rescale") and getattr(args, name, None):      # tiny.evaluate has neither option
             only_for(name)
     for name in OF_STAGES:
         field, value = name[:-2], getattr(args, name)
@@ -433,7 +433,7 @@ def sampling_options(args: argparse.Namespace, model) -> dict:
 
 
 def save(image, job: argparse.Namespace, model) -> Path:
-    """Writes an image, or the frames of a GIF, and its latents. Returns the image's path. Raises ValueError."""
+    """Writes an image, or the frames of a GIF, and its latents. Returns the image's path, or raises ValueError."""
     from extras.metadata import path_for
     settings = None if job.no_metadata else settings_of(job, model, image)
     path = wanted = job.path if job.path.suffix.lower() == ".gif" else path_for(image, job.path)
@@ -450,7 +450,7 @@ def save(image, job: argparse.Namespace, model) -> Path:
 
 
 def write_image(image, job: argparse.Namespace, path: Path, settings: dict | None) -> None:
-    """Writes an image and its latents, or neither. Raises OSError; FileExistsError if a file may not be overwritten."""
+    """Writes an image and its latents, or neither. Raises FileExistsError if one may not be overwritten, or OSError."""
     from extras.images import save_gif
     from extras.metadata import save_image
     latent = None

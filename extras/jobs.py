@@ -109,7 +109,7 @@ def place_of(job: argparse.Namespace) -> str:
 
 
 def skip_line(args: argparse.Namespace, problem: ValueError, bad: dict[int, str] | None) -> None:
-    """Stores the error `problem` of line args.line of a prompt file in `bad`. Raises it if one of the two is None."""
+    """Stores the error `problem` of line args.line of a prompt file in `bad`. Raises it if args.line or bad is None."""
     if not args.line or bad is None:
         raise UserError(place_of(args) + str(problem)) from None
     bad[args.line] = place_of(args) + str(problem)
@@ -146,7 +146,7 @@ def exit_on_error() -> Iterator[Run]:
 
 
 def one_line(problem: Exception) -> str:
-    """Returns the message of an exception as one line. A RuntimeError is a bug and raised, unless memory ran out."""
+    """Returns an exception's message as one line. A RuntimeError is a bug and raised again, unless memory ran out."""
     message = " ".join(str(problem).split())
     if memory_ran_out(problem):
         return "memory ran out: generate fewer or smaller images at a time, or try --dtype bf16 or --low-memory"

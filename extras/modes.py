@@ -29,7 +29,7 @@ from wuerstchen import Noise, Wuerstchen, latent_sizes, to_pil
 
 # --save-latent writes: semantic latents (1,16,h,w); the noise generator's state after Stage C (1,bytes); size (H, W).
 LATENT = ("semantic", "states", "size")
-ORIGIN = "wuerstchen"            # key of the file's metadata under which the result of origin_of is stored
+ORIGIN = "wuerstchen"            # the file's metadata stores the result of origin_of under this key
 
 
 def make_images(model, jobs: list[argparse.Namespace], options: dict) -> list:
@@ -74,9 +74,9 @@ def save_latent(job: argparse.Namespace, path: Path) -> Path:
 
 
 def origin_of(model, job: argparse.Namespace) -> dict:
-    """Returns the weights that generated semantic latents: name, kind, and hashes of the networks that decode them."""
+    """Describes the loaded weights, to store with latents: name, kind, hashes of the networks that decode latents."""
     raw = model.scale_semantic is not Wuerstchen.scale_semantic
-    kind = "tiny" if model.size == 128 else "v1" if raw else "v2"        # latents of one kind have the same meaning
+    kind = "tiny" if model.size == 128 else "v1" if raw else "v2"        # weights of one kind can exchange latents
     known = {part: value for part, value in hashes(model.paths).items() if part in ("decoder", "vqgan", "text_encoder")}
     weights = job.weights or ("v2" if any(getattr(job, part) for part in FILES) else "tiny")
     return dict(weights=Path(weights).name, kind=kind, hashes=known)
@@ -112,7 +112,7 @@ def generate(model, jobs: list[argparse.Namespace], seed, options: dict, semanti
                   if name not in editing.LATENTS}
     prompts = [job.prompt for job in jobs]
     if not jobs[0].prompt and (embeddings or "edit" not in inputs and "semantic" not in given):
-        prompts = None                           # embeddings may replace prompts; else generate raises an error
+        prompts = None                           # without prompts, generate needs embeddings or raises an error
     if semantic is not None:
         given = {name: tensor for name, tensor in given.items() if name != "latents_c"} | dict(semantic=semantic)
     return editing.generate(model, prompts, [job.negative_prompt for job in jobs], seed=seed,
@@ -211,7 +211,7 @@ def check_latent(path: str, latent: dict[str, Tensor]) -> None:
 
 @functools.lru_cache(1)
 def previews_of(model) -> Previews:
-    """Returns the Previews of the model, created once, because without a file of matrices they are fitted first."""
+    """Returns the model's Previews. Creates them only once, because without a file of matrices they are fitted."""
     return Previews(model, None)
 
 

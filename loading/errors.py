@@ -58,7 +58,7 @@ def as_user_error():
 
 
 def memory_ran_out(error: Exception) -> bool:
-    """Returns whether an exception means that memory ran out. "is killed by signal": the system killed a worker."""
+    """Returns whether an exception means that memory ran out, or that the system killed a DataLoader worker."""
     return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(
         words in str(error) for words in ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED",
                                           "is killed by signal"))
@@ -75,7 +75,7 @@ def exit_on_user_error(hint: str | None = None, memory: str = "close other progr
         tell("stopped by SIGTERM" + (f": {hint}" if hint else ""))
         sys.exit(143)
     before = None
-    with contextlib.suppress(ValueError):            # signal.signal raises it outside the main thread
+    with contextlib.suppress(ValueError):            # raised by signal.signal outside the main thread
         before = signal.signal(signal.SIGTERM, terminated)
     # functools.cache shows each warning once, although some files are read twice: before and after fetching models.
     shown = functools.cache(lambda text: tell(f"warning: {text}"))

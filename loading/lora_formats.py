@@ -43,10 +43,10 @@ class LoRAWeights(NamedTuple):
 # Formats to write: {format: (prefix of the layer's name, index of the ending in lora.ROLES)}.
 FORMATS = {
     "diffusers": ("prior.", 1),              # alpha is in the metadata; other formats have a tensor {layer}.alpha
-    "kohya":     ("lora_unet_", 0),          # with _ instead of . in the layer's name
+    "kohya":     ("lora_unet_", 0),          # layers' names have _ instead of .
     "comfy":     ("diffusion_model.", 1),
     "original":  ("", 0),                    # in_proj stacks query, key and value
-    "ours":      ("", 0),                    # our names of the layers, for checkpoints
+    "ours":      ("", 0),                    # layers have our names, as in checkpoints
 }
 # Formats to read: a tensor's name is one of PREFIXES + the layer's name + one of ENDINGS.
 PREFIXES = ("prior.", "diffusion_model.", "lora_unet_", "lora_prior_unet_", "lora_prior_unet.", "unet.",
@@ -60,11 +60,11 @@ ENDINGS = {
 # Parts of names to remove: added by torch.compile, by DDP, and by peft for adapters (lora_A.default.weight).
 WRAPPERS = re.compile(r"(?<![^.])module\.|_orig_mod[._]|(?<=\.lora_[AB])\.(?!weight$)\w+(?=\.weight$)"
                       r"|(?<=\.lora_magnitude_vector)\.(?!weight$)\w+(?=(\.weight)?$)")
-CONFIG = "lora_adapter_metadata"       # diffusers' key in the header: peft's configuration, in JSON
+CONFIG = "lora_adapter_metadata"       # diffusers' header key for peft's configuration in JSON
 ALPHAS = ("ss_network_alpha", "network_alpha", "lora_alpha", "alpha")     # other programs' keys of alpha in the header
 # With these init_lora_weights, peft changes the base weights before training, so the LoRA fits only the changed ones.
 OTHER_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# {pattern: what the file probably is}, for error messages: the first pattern found in the unknown names counts.
+# {pattern: what the file probably is}, for error messages. The first pattern that matches the unknown names counts.
 FOREIGN = {
     r"\A(?!.*(lora|lycoris|hada_|lokr_|bundle_emb))": "a whole model, not a LoRA",
     r"hada_|lokr_|oft_|glora": "another method than LoRA (LoHa, LoKr, OFT, ...)",
@@ -114,7 +114,7 @@ def open_lora(source: str | Path | dict[str, Tensor]) -> tuple[dict[str, Tensor]
 
 
 def read_config(metadata: dict[str, str]) -> dict:
-    """Returns peft's configuration in the metadata, which has alpha, or {}. Raises ValueError if it cannot be used."""
+    """Returns peft's configuration (alpha, ...) in the metadata, or {}. Raises ValueError if it cannot be used."""
     config = parsed(metadata.get(CONFIG) or "{}")
     if not isinstance(config, dict):
         raise ValueError(f"its {CONFIG} is not a JSON object")
@@ -128,7 +128,7 @@ def read_config(metadata: dict[str, str]) -> dict:
     if not isinstance(config.get("use_rslora"), bool | None):
         raise ValueError(f"use_rslora is {config['use_rslora']!r}, expected true or false")
     for key in ALPHAS:
-        if not config and re.fullmatch(r"[-+.\deE]+|nan|inf", metadata.get(key, "")):   # not "1 to 8" or "None"
+        if not config and re.fullmatch(r"[-+.\deE]+|nan|inf", metadata.get(key, "")):   # skips "1 to 8" and "None"
             config = dict(lora_alpha=float(metadata[key]))
     return config
 
@@ -142,22 +142,22 @@ def aliases(names: dict[str, str]) -> dict[str, tuple[str, ...]]:
     for name, theirs in names.items():
         block, _, layer = theirs.partition(".attention.")
         same = [name, theirs]
-        if layer == "to_out.0":                          # names in older diffusers and the original code
+        if layer == "to_out.0":                          # add the names of older diffusers and the original code
             same += [f"{block}.attention.{other}" for other in ("processor.to_out", "to_out", "attn.out_proj")]
-        elif layer in ("to_q", "to_k", "to_v"):          # names in older diffusers; OneTrainer's thirds of in_proj
+        elif layer in ("to_q", "to_k", "to_v"):          # add older diffusers' names and OneTrainer's thirds of in_proj
             third = ("to_q", "to_k", "to_v").index(layer)
             same += [f"{block}.attention.processor.{layer}", f"{block}.attention.attn.in_proj.{third}"]
         lookup |= {alias: (name,) for alias in same}
         if layer == "to_q":
             trio = tuple(name.removesuffix("query") + one for one in ("query", "key", "value"))
             lookup |= {f"{block}.attention.attn.in_proj": trio, f"{block}.attention.attn.in_proj_weight": trio}
-    # kohya writes "." as "_", so "a_b" may be a.b or a_b. A lookup of all known names avoids guessing.
+    # kohya replaces "." by "_", so "a_b" may mean a.b or a_b. Looking up all known names avoids guessing.
     return {alias.replace(".", "_"): names for alias, names in lookup.items()} | lookup
 
 
 def parse_name(name: str, lookup: dict[str, tuple[str, ...]]) -> tuple[tuple[str, ...] | None, str]:
     """Converts a tensor's name -> (our layers' names, "down" | "up" | "alpha" | "magnitude"), or (None, "")."""
-    for name in dict.fromkeys((name, WRAPPERS.sub("", name))):       # a layer may be called "module", so try both
+    for name in dict.fromkeys((name, WRAPPERS.sub("", name))):       # a layer may be called "module", so try both names
         for role, endings in ENDINGS.items():
             for ending in (ending for ending in endings if name.endswith(ending)):
                 for prefix in (prefix for prefix in PREFIXES if name.startswith(prefix)):
@@ -210,7 +210,7 @@ def split(values: dict[str, Tensor], n: int) -> list[dict[str, Tensor]]:
     """
     down, up, magnitude = (values.get(role) for role in ("down", "up", "magnitude"))
     if n == 1 or down is None or up is None or up.ndim < 2 or not up.shape[1] == len(down) > 0 or len(up) % n:
-        return [values] * n                              # check_fit reports errors later
+        return [values] * n                              # check_fit will report the error
     result, magnitudes = [], [None] * n if magnitude is None else magnitude.flatten().chunk(n)
     for up, magnitude in zip(up.chunk(n), magnitudes):                                   # up (out, rank)
         used = up.any(0).flatten() if up.any() else torch.ones(len(down), dtype=torch.bool)        # (rank,)
@@ -223,16 +223,16 @@ def split(values: dict[str, Tensor], n: int) -> list[dict[str, Tensor]]:
 def read_layers(source, shapes: dict[str, tuple] | None, partial: bool) -> tuple[dict[str, dict], dict[str, str]]:
     """Reads a LoRA in any format -> ({our layer's name: {"down": tensor, "up": tensor, "alpha": tensor}}, metadata).
 
-    shapes: {our layer's name: shape of its weight}. None: accept a Stage C of any size; its layers are Linear here.
+    shapes: {our layer's name: shape of its weight}. None: accept a Stage C of any size; 1x1 kernels become matrices.
     Layers are returned in the model's order, so converting a LoRA there and back gives the same file. Raises ValueError
     if the file does not fit. Warns if alpha is assumed, or if `partial` omits tensors.
     """
     tensors, metadata = open_lora(source)
-    tensors = {name: tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor     # float8
+    tensors = {name: tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor  # float8
                for name, tensor in tensors.items()}
     config, label = read_config(metadata), "the LoRA" if isinstance(source, dict) else source
     names = shapes
-    if shapes is None:     # the largest number in the names is taken as the number of the last block
+    if shapes is None:     # assume that the last block has the largest number that is in the names
         depth = max(map(int, re.findall(r"\d{1,3}", " ".join(tensors))), default=0) + 1
         groups = itertools.groupby(lora.DIFFUSERS_NAMES, lambda name: name.partition(".{i}")[0])
         names = [name.format(i=i) for _, group in groups for block in [[*group]] for i in range(depth)
@@ -283,10 +283,10 @@ def check_fit(layers: dict[str, dict], shapes: dict[str, tuple] | None) -> None:
 
 @contextlib.contextmanager
 def naming_source(source):
-    """Turns any error raised inside into a WeightsError that names the file."""
+    """Context manager that turns any error raised inside it into a WeightsError that names the file."""
     try:
         yield
-    except Exception as error:         # invalid metadata and numbers raise many classes
+    except Exception as error:         # invalid files raise errors of many classes
         if isinstance(error, WeightsError) and is_reference(source):
             raise
         name, text = "the LoRA" if isinstance(source, dict) else printable(source), reason_of(error)
@@ -334,9 +334,9 @@ def fuse(weights: dict[str, LoRAWeights]) -> dict[str, LoRAWeights]:
         if layer not in ("to_q", "to_k", "to_v"):
             result[f"{block}.attention.attn.out_proj" if layer == "to_out.0" else name] = one
         elif fused not in result:
-            empty = LoRAWeights(one.down[:0], one.up[:, :0], 0.0)                        # for a layer without LoRA
+            empty = LoRAWeights(one.down[:0], one.up[:, :0], 0.0)                        # stands for a missing layer
             trio = [weights.get(f"{block}.attention.{third}", empty) for third in ("to_q", "to_k", "to_v")]
-            s = one.alpha / len(one.down)                # scale of the result; `up` gets the ratios
+            s = one.alpha / len(one.down)                # scale of the fused LoRA; each `up` gets its own scale / s
             ups = [third.up * (third.alpha / max(len(third.down), 1) / s) for third in trio]       # (out, rank) each
             if all(torch.equal(third.down, one.down) for third in trio):
                 down, up = one.down, torch.cat(ups)                                      # (rank, in), (3 out, rank)
@@ -370,7 +370,7 @@ def to_tensors(weights: dict[str, LoRAWeights], names: dict[str, str], to: str) 
 
 def describe(weights: dict[str, LoRAWeights]) -> dict[str, str]:
     """Describes a LoRA for metadata and messages: {"rank", "alpha", "targets" (its layers): text}."""
-    def span(numbers) -> str:                            # "8", or "8 to 16" if layers differ
+    def span(numbers) -> str:                            # returns "8", or "8 to 16" if layers differ
         low, high = min(numbers), max(numbers)
         return f"{low:g}" if low == high else f"{low:g} to {high:g}"
     return dict(rank=span([len(one.down) for one in weights.values()]),

@@ -26,7 +26,7 @@ from wuerstchen import Sampling, Wuerstchen
 
 LARGE = 1e8                                    # models with more parameters than this are faster in bfloat16 on a CPU
 tell_once = functools.cache(tell)
-FILES = ("prior", "decoder", "vqgan", "image_encoder", "prior_text_encoder", "text_encoder")     # keys of **files
+FILES = ("prior", "decoder", "vqgan", "image_encoder", "prior_text_encoder", "text_encoder")   # names in load's **files
 
 
 def load(weights: str | Path | None = None, device: str | None = None, dtype: torch.dtype | str | None = None, *,
@@ -69,7 +69,7 @@ def load(weights: str | Path | None = None, device: str | None = None, dtype: to
         loaders["image_encoder"] = fetch_encoder_later(weights, empty, device, files, offline, revision)
     model = warn_of_unknown_words(pipeline_for(paths, empty, loaders, device, dtype), paths["prior"],
                                   lora or paths.get("lora"))
-    # Attributes for extras/ and set_loras: paths of the parts, Stage C's loader, and below the preview colours' file.
+    # extras/ and set_loras use these attributes: paths of the parts, Stage C's loader, and preview_file (see below).
     model.paths, model.int8, model.load_stage_c = paths, int8, loaders.get("stage_c")
     install(model, weights, files, lora, lora_partial)
     model.preview_file = preview_file_of(model, weights, files, paths["vqgan"])
@@ -79,7 +79,7 @@ def load(weights: str | Path | None = None, device: str | None = None, dtype: to
     if low_memory:
         one_at_a_time(model)
     else:
-        for name in loaders.keys() - {"image_encoder"}:      # loads now, to report damaged files early
+        for name in loaders.keys() - {"image_encoder"}:      # load networks now, to report damaged files early
             model.part(name)
     if offload:
         offload_networks(model)
@@ -111,7 +111,7 @@ def fetch_loras(lora: dict[str, float], partial: bool, offline: bool, revision: 
     """Fetches LoRAs: {LoRA: scale} -> {path of its file: scale}. Raises WeightsError if a LoRA cannot be read."""
     found = {str(hub.fetch_lora(source, offline, revision)): scale for source, scale in lora.items()}
     for file in found:
-        read_lora(file, partial)                 # finds errors before 12 GB of weights are fetched
+        read_lora(file, partial)                 # report errors before 12 GB of weights are fetched
     return found
 
 
@@ -132,7 +132,7 @@ def warn_of_unused_lora(weights: str | Path, prior: str | Path | None) -> None:
 
 
 def preview_file_of(model: Wuerstchen, weights: str | Path, files: dict, vqgan: Path | None) -> Path | None:
-    """Returns the file for these weights' preview colours; None for mixed weights, which may need other colours."""
+    """Returns the file of these weights' preview colours. None for mixed weights, which may need other colours."""
     folder = hub.own_cache() if weights in hub.NAMES else vqgan.parent if vqgan else None
     own = not (files.get("vqgan") or files.get("image_encoder") or hub.is_reference(weights)) and folder is not None
     raw = model.scale_semantic is not Wuerstchen.scale_semantic
@@ -194,7 +194,7 @@ def loaders_of(paths: dict, empty: dict, device: torch.device, dtype: torch.dtyp
         loaders["text_encoder_b"] = loaders["text_encoder_c"]
     for name, part in (("stage_b", "decoder"), ("stage_c", "prior")):
         if part in empty:
-            loaders[name].config = empty[part].config        # readable before the network is loaded
+            loaders[name].config = empty[part].config        # config can be read before the network is loaded
     return loaders
 
 

@@ -18,7 +18,7 @@ from loading.files import read_json
 from lora import lora_layers
 from wuerstchen import Wuerstchen
 
-FILE = "words.json"            # {"objects": ["red apple", ...], "colours": [...], ...}: phrases by kind
+FILE = "words.json"            # {"objects": ["red apple", ...], "colours": [...], ...}: known phrases by kind
 # A word: letters and digits, or symbols such as emoji. Punctuation, ASCII or typographic, is not part of a word.
 WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*|[^\w\s!-~\u2010-\u205e]+")
 
@@ -35,16 +35,15 @@ def read_words(prior: Path | None) -> dict[str, list[str]]:
 
 
 def unknown_words(prompt: str, known: dict[str, list[str]]) -> list[str]:
-    """The unknown words of a prompt, spelled as in the prompt. Case is ignored for the comparison."""
+    """Returns the unknown words of a prompt, spelled as in the prompt. The comparison with `known` ignores case."""
     words = {word for phrases in known.values() for phrase in phrases for word in phrase.split()}
     return [word for word in dict.fromkeys(WORD.findall(prompt)) if word.lower() not in words]
 
 
 def nearest_phrases(unknown: list[str], known: dict[str, list[str]], n: int = 3) -> list[str]:
-    """Suggests up to n known phrases: those that contain a word similar to an unknown word, then objects in the order
-    of their list."""
+    """Suggests up to n known phrases: phrases with a word similar to an unknown word, then objects in list order."""
     phrase_of = {word: phrase for phrases in reversed(known.values()) for phrase in reversed(phrases)
-                 for word in phrase.split() if len(word) > 2}     # word -> first phrase with it; no short words
+                 for word in phrase.split() if len(word) > 2}     # {word of 3 letters or more: first phrase with it}
     near = [phrase_of[match] for word in unknown for match in difflib.get_close_matches(word.lower(), phrase_of, n=1)]
     return list(dict.fromkeys([*near, *known["objects"]]))[:n]
 
@@ -57,7 +56,7 @@ def warn_of_unknown_words(model: Wuerstchen, prior: Path | None, loras: dict) ->
 
     def encode_and_check(stage: str, prompts: list[str], negatives: list[str]) -> tuple:
         network = model.networks.get("stage_c")
-        if not (model.loras or isinstance(network, torch.nn.Module) and lora_layers(network)):     # no LoRA
+        if not (model.loras or isinstance(network, torch.nn.Module) and lora_layers(network)):     # without LoRA
             for text in [*prompts, *negatives]:
                 unknown = [word for word in unknown_words(text, known) if word.lower() not in seen]
                 seen.update(map(str.lower, unknown))

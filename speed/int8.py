@@ -27,11 +27,11 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-# {class of the network: layers whose input is taken in 16 bits instead of 8}. Over Stage C's 32 blocks, the rounding
-# errors add up to 1.2 % if all inputs are in 8 bits, and to 0.9 % if those of these layers are in 16. Stage B has only
-# 0.2 % without such layers.
+# {class of the network: layers whose input is taken in 16 bits instead of 8}. Over Stage C's 32 blocks, rounding errors
+# add up to 1.2 % if the inputs of all layers are in 8 bits, and to 0.9 % if the inputs of `expand` are in 16 bits.
+# Stage B needs no such layer: its errors add up to only 0.2 %.
 FINE = {"StageC": ("expand",)}
-ROWS = 512       # rows to compute at a time: intermediate results then stay in the processor's cache
+ROWS = 512       # rows to compute at a time: so few that intermediate results stay in the processor's cache
 
 
 def pack(weight8: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ class Int8Linear(nn.Module):
         self.register_buffer("bias", torch.empty(out_features, device=device) if bias else None)
         self.__setstate__({})
 
-    def __setstate__(self, state: dict) -> None:             # __init__ calls this, and copying a layer
+    def __setstate__(self, state: dict) -> None:             # called by __init__ and when a layer is copied
         super().__setstate__(state)
         self.parts, self.number = {}, next(numbers)          # {(first column, end): packed columns of the weight}
         LAYERS[self.number] = self
@@ -121,9 +121,9 @@ class Int8Linear(nn.Module):
         super()._save_to_state_dict(*args)
 
     def packed(self, start: int, end: int) -> Tensor:
-        """Returns columns start to end of the weight, packed. Packs them at the first call."""
+        """Returns columns start to end of the weight in packed form. Packs them at the first call."""
         if (start, end) not in self.parts:
-            if self.weight is None:                          # all columns are packed, but in other ranges
+            if self.weight is None:                          # all columns are already packed, in other ranges
                 self.unpack()
             self.parts[start, end] = pack(self.weight[:, start:end])
             if sum(end - start for start, end in self.parts) >= self.in_features:
@@ -141,7 +141,7 @@ class Int8Linear(nn.Module):
         return self.part(x, 0)
 
     def part(self, x: Tensor, start: int) -> Tensor:
-        """Returns the summand of the output that comes from x (...,C'), inputs from `start` on; if 0, plus the bias."""
+        """Returns what the inputs start to start + C', x (...,C'), add to the output. Adds the bias if start is 0."""
         rows = x.flatten(0, -2)                                                          # (M, C')
         if torch.compiler.is_compiling() or len(rows) <= ROWS:
             y = self.of_rows(rows, start)                                                # (M, out)
@@ -154,10 +154,10 @@ class Int8Linear(nn.Module):
     def of_rows(self, rows: Tensor, start: int) -> Tensor:
         """Computes `part` for rows (M,C') -> (M,out)."""
         from_least = self.total is not None and rows.shape[-1] == self.in_features
-        least, most = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)             # (M, 1); faster than abs()
+        least, most = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)             # (M, 1); rows.abs() is slower
         # Conversion to integers truncates, so 0.5 is added to round.
         if from_least:
-            # The second argument keeps the step large enough that least / step is accurate.
+            # A step below 1e-6 * |least| would make least / step inaccurate.
             step = torch.maximum((most - least) / 255, 1e-6 * least.abs()).clamp_min(1e-30)
             x8 = torch.addcmul(0.5 - least / step, rows, 1 / step)                       # (M, C') in 0..255
         else:
@@ -167,10 +167,10 @@ class Int8Linear(nn.Module):
         product = torch.ops.wuerstchen.int8_product
         y = product(whole, self.scale, self.number, start)                               # (M, out)
         if self.fine:
-            # The truncated fraction in steps of 1 / 256. The product subtracts 128 steps: the 0.5 that was added above.
+            # The fraction that truncation dropped, in 1 / 256. The product subtracts 128 of them: the 0.5 added above.
             fine = x8.sub_(whole).mul_(256).to(torch.uint8)
             y = y.add_(product(fine, self.scale, self.number, start), alpha=1 / 256)
-        # 8 bits cannot hold NaN and infinity of x, but `step` does, and so the output becomes NaN or infinite.
+        # x8 cannot hold NaN or infinity. But `step` is NaN or infinite if x is, and so the output is as well.
         y = y.mul_(step) if start or self.bias is None else torch.addcmul(self.bias, y, step, out=y)
         if from_least:
             y = y.addcmul_(least + 128 * step, self.total)
@@ -233,13 +233,13 @@ def one_image_at_a_time(model) -> None:
 
     def predictor(bind: Callable, conditions: list[tuple[Tensor, Tensor]]) -> Callable:
         rows = zip(*(tensor.split(1) for pair in conditions for tensor in pair))
-        # Copies, because the order of a sum also depends on the address at which a row begins.
+        # The copies are needed, because the order of a sum also depends on the address at which a row begins.
         images = [[tensor.clone() for tensor in row] for row in rows]
         each = [plain(bind, [*zip(image[::2], image[1::2])]) for image in images]
 
         def predict(x: Tensor, t: Tensor, guided: bool) -> Tensor:
             eps = [predict_one(x[i:i + 1].clone(), t[i:i + 1], guided) for i, predict_one in enumerate(each)]
-            return torch.stack(eps, dim=1).flatten(0, 1)                 # first all outputs with text, then without
+            return torch.stack(eps, dim=1).flatten(0, 1)                 # all outputs with text, then all without
         return predict
     model.predictor = predictor
 

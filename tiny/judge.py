@@ -14,13 +14,13 @@ from PIL import Image
 
 from training.scenes import COLOURS, OBJECTS, sprite
 
-SIDE = 64                              # px at which images are compared: half of a scene
-# Sizes at which sprites are searched, in px of SIDE. Steps of about 11 %: the nearest is at most 6 % off the true size.
+SIDE = 64                              # images are compared at SIDE x SIDE px, half of a scene's side
+# Sizes at which sprites are searched, after scaling to SIDE. Steps of about 11 %, so the nearest is at most 6 % off.
 SIZES = (14, 16, 18, 20, 22, 24, 27, 30, 33, 37, 41, 45)
-SLACK = 1                              # px of SIDE by which boxes of two objects may overlap
-BACKGROUND_TOLERANCE = 40              # largest RGB distance; the nearest two COLOURS are 84 apart
-MIN_EXPLAINED = 0.25                   # smallest gain of an object; 1 is a perfect match's, see Judge.find
-SMALL_UP_TO, LARGE_FROM = 51, 71       # px of a scene: sizes called small and large in prompts
+SLACK = 1                              # px, after scaling to SIDE, by which boxes of two objects may overlap
+BACKGROUND_TOLERANCE = 40              # largest RGB distance from one of COLOURS, which are at least 84 apart
+MIN_EXPLAINED = 0.25                   # smallest gain of an object, as a share of a perfect match's gain
+SMALL_UP_TO, LARGE_FROM = 51, 71       # px of a scene: up to 51 is "small" in prompts, from 71 "large"
 
 
 class Judge:
@@ -38,7 +38,7 @@ class Judge:
     def __init__(self, objects=OBJECTS, device="cpu"):
         import torch                                      # imported here, so that evaluate.py --help is fast
         self.device, self.objects = device, list(objects)
-        self.fft, self.P_P, self.P_alpha, self.alpha_alpha = [], [], [], []    # lists: an item per size
+        self.fft, self.P_P, self.P_alpha, self.alpha_alpha = [], [], [], []    # one item per size
         for k in SIZES:
             template = torch.zeros(len(objects), 4, SIDE, SIDE)     # P (3 channels) and alpha
             for n, name in enumerate(objects):
@@ -73,16 +73,16 @@ class Judge:
             colour = None
 
         gain, sprite_at, explained = self._search(pixels, background)
-        # In 200 drawn scenes, `explained` of true sprites was at least 0.48 (lowest for a size between two SIZES), of
-        # blurred noisy sprites at least 0.44. Plain background had no positive gain. Spots in bad images lie between:
-        # below 0.25 they are ignored.
+        # In 200 drawn scenes, true sprites reached at least 0.48 of a perfect match's gain (lowest for a size between
+        # two SIZES), and blurred noisy sprites 0.44. Plain background had no positive gain. In bad images, spots
+        # reach values between these: below 0.25 a spot does not count as an object.
         gain = np.where(explained >= MIN_EXPLAINED, gain, -np.inf)
         found = []
         while len(found) < most and gain.max() > -np.inf:
             s, y, x = (int(i) for i in np.unravel_index(gain.argmax(), gain.shape))
             k, name = SIZES[s], self.objects[sprite_at[s, y, x]]
             found.append((name, 2 * k, (2 * x + k, 2 * y + k), float(explained[s, y, x])))
-            for s2, k2 in enumerate(SIZES):              # excludes boxes that overlap the found one
+            for s2, k2 in enumerate(SIZES):              # exclude boxes that overlap the box just found
                 top, left = max(0, y - k2 + 1 + SLACK), max(0, x - k2 + 1 + SLACK)
                 gain[s2, top:y + k - SLACK, left:x + k - SLACK] = -np.inf
         return found, colour
@@ -97,8 +97,8 @@ class Judge:
         F = torch.cat([F, -(background[:, None, None] * F).sum(0, keepdim=True)])    # (4, 64, 33)
         best = torch.full((3, len(SIZES), SIDE, SIDE), -torch.inf)
         for s, k in enumerate(SIZES):
-            # An FFT correlation wraps around the edges, except if the sprite lies inside the image. Only those
-            # positions are kept, so no padding is needed.
+            # An FFT correlation wraps around at the edges. Positions where the sprite lies inside the image are not
+            # affected, and only these are kept. So no padding is needed.
             inside = SIDE - k + 1
             D_R = torch.fft.irfft2((self.fft[s] * F).sum(1))[:, :inside, :inside]    # (N, 65-k, 65-k)
             R_R = (self.P_P[s] - 2 * self.P_alpha[s] @ background
@@ -117,7 +117,7 @@ def half_size_sprite(name: str, k: int) -> np.ndarray:
 
 
 def relation_of(first, second) -> str:
-    """Returns the relation, such as "left of", of center `first` (x, y) to `second`, on the axis of larger distance."""
+    """Returns the relation, such as "left of", of point `first` (x, y) to `second`, on the axis of larger distance."""
     dx, dy = second[0] - first[0], second[1] - first[1]
     if abs(dx) > abs(dy):
         return "left of" if dx > 0 else "right of"

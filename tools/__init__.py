@@ -1,1 +1,1 @@
-"""Command-line tools: benchmark, LoRA and weight files, makers of assets."""
+"""Command-line tools: benchmark, LoRA and weight files, and scripts that make the assets."""

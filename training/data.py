@@ -70,7 +70,7 @@ def open_dataset(source: str | Path, *, min_side: int = 64, captions_required: b
                        such a list, a stored index is not used, because it does not contain the names
     filters            min_KEY, max_KEY: inclusive bounds on numbers in .json or metadata, such as max_punsafe=0.99.
                        An image without such a number, or with null, stays unless require_keys.
-    Raises ValueError, in one line, if the source cannot be read, or if no image is left; then it says what was found.
+    Raises ValueError, in one line, if the source cannot be read. If no image is left, the error says what was found.
     """
     text, folder = str(source), Path(index_folder) if index_folder else None
     limits, found, known = _limits(filters), Found(), set()
@@ -107,7 +107,7 @@ def open_dataset(source: str | Path, *, min_side: int = 64, captions_required: b
 
 
 def check_choices(text: str, chosen: Chosen, found: Found, unknown: list[str], known: set[str]) -> None:
-    """Raises ValueError for columns and filter keys that no image has: with a typing error, a filter would do nothing.
+    """Raises ValueError for columns and filter keys that no image has: misspelt filters would have no effect.
     unknown: keys of filters that no image has. known: all keys of numbers that images have."""
     if unknown:
         raise ValueError(f"{text}: no image has a number {unknown[0]!r} to filter by, "
@@ -169,7 +169,7 @@ def _problem(sample: dict, min_side: int, captions_required: bool, limits: dict,
         keys = ", ".join(sample.get("keys", ()))
         return "no caption" + f" among its keys {keys}: --caption-column chooses one" * bool(keys)
     for key, (low, high) in limits.items():
-        value = sample["numbers"].get(key)       # None if missing
+        value = sample["numbers"].get(key)       # None if the image has no such number
         if value is None and require_keys:
             return f"no number {key}"
         if value is not None and not low <= value <= high:
@@ -183,7 +183,7 @@ def _listed(skipped: list[tuple[str, str]], more: int = 0) -> str:
 
 
 def candidates(index: int, others: np.ndarray | Callable[[], np.ndarray]) -> Iterator[int]:
-    """Yields index, then the numbers in others (N,) above it, then those below it. others may be a function: it is
+    """Yields index, then the greater numbers in others (N,), then the smaller ones. others may be a function: it is
     called only if a second number is requested."""
     yield index
     others = np.asarray(others() if callable(others) else others)
@@ -225,8 +225,8 @@ class ImageDataset:
                 self._records = np.frombuffer(records.read(), np.uint8)
 
     def store(self, path: Path | None) -> "ImageDataset":
-        """If the dataset is large, writes its index (records, sizes) to the folder `path` and memory-maps that. path:
-        default: a folder in index_folder whose name is a hash of the content. Returns self."""
+        """If the dataset is large, writes its index (records, sizes) to the folder `path` and memory-maps the index.
+        path None: a folder in index_folder whose name is a hash of the content. Returns self."""
         if not self.folder or len(self) < LARGE:
             return self
 
@@ -243,7 +243,7 @@ class ImageDataset:
                 digest.update(block)
             self._records.seek(0)
             path = self.folder / f"images-{digest.hexdigest()[:16]}"
-        with contextlib.suppress(FileExistsError):         # an earlier run or another machine has written it
+        with contextlib.suppress(FileExistsError):         # raised if another run or machine has written the folder
             write_atomically(path, write, folder=True)
         self._map(path)
         return self
@@ -293,7 +293,7 @@ class ImageDataset:
         self.sizes = self.sizes[numbers]
 
     def key(self, i: int) -> str:
-        """Returns image i's key in a cache: the sha256, in hex, of its bytes and of whether its colours are converted.
+        """Returns image i's key in a cache: the sha256, in hex, of its bytes; different if its colours are converted.
 
         Keys are stored in index_folder, if there is one, so that each file is read only once to compute its key.
         """
@@ -309,11 +309,11 @@ class ImageDataset:
             content = content_of((file, offset, length))
             digest = hashlib.sha256(content)
             with contextlib.suppress(Exception), open_header(io.BytesIO(content), 0, len(content)) as image:
-                if to_srgb(image):   # changes the key, because older code cached latents without this conversion
+                if to_srgb(image):   # get another key than older code, which cached latents without this conversion
                     digest.update(b" in sRGB")
             self._keys[known_as] = digest.hexdigest()
-            if key_file:             # append it by one short write, so that lines of several processes do not mix
-                with contextlib.suppress(OSError):       # on a full disk, the key is computed again next time
+            if key_file:             # append the line in one short write, so that lines of several processes do not mix
+                with contextlib.suppress(OSError):       # if the disk is full, the key is computed again next time
                     key_file.parent.mkdir(parents=True, exist_ok=True)
                     with open(key_file, "ab", buffering=0) as out:
                         out.write(f"{known_as} {self._keys[known_as]}\n".encode())
@@ -393,7 +393,7 @@ class SceneDataset(ImageDataset):
         return f"scene {i}", None, [self._scenes.caption(i)]
 
     def select(self, numbers: np.ndarray) -> None:
-        self.sizes = self.sizes[numbers]         # keeps the first len(numbers) scenes, because all are random anyway
+        self.sizes = self.sizes[numbers]         # keep the first len(numbers) scenes: all are random, so any will do
 
     def key(self, i: int) -> str:
         return hashlib.sha256(f"scene {self._seed} {self._objects} {i}".encode()).hexdigest()

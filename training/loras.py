@@ -40,7 +40,7 @@ def locate_start(args, parts: tuple[str, ...]) -> dict[str, Path | None]:
 
 
 def start_lora(prior: torch.nn.Module, args) -> None:
-    """Adds the LoRA to train to Stage C. With --lora-weights, sets args.rank, alpha, targets, dora to the file's."""
+    """Adds the LoRA to train to Stage C. With --lora-weights, sets args.rank, alpha, targets, dora from the file."""
     with as_user_error():
         if not args.lora_weights:
             lora.add_lora(prior, args.rank, args.alpha, args.lora_dropout, args.targets, rslora=args.rslora,

@@ -36,15 +36,15 @@ class Processes:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.many:
-            # This module must be imported before a group exists: its functions keep the current group as a default
+            # Import torch.distributed.nn before a group exists: its functions keep the current group as a default
             # argument. If DistributedDataParallel imported it later, the functions would keep our group, and gloo's
-            # threads would outlive close(). A thread that frees a tensor while Python ends aborts the process.
+            # threads would run on after close(). A thread that frees a tensor while Python ends aborts the process.
             from torch.distributed import nn as _
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo",
                                     timeout=datetime.timedelta(minutes=minutes))
             # A group on the CPU for long waits, while another process downloads or reads indexes of 100 million images.
             self.patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
-            if self.device.type == "cuda":       # a group for flags on the CPU, so that these need not wait for the GPU
+            if self.device.type == "cuda":       # a group for flags on the CPU, so that no flag waits for the GPU
                 self.host = dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=minutes))
 
     def close(self) -> None:
@@ -92,7 +92,7 @@ class Processes:
             self.any(True, group)
             raise
         if self.any(False, group):
-            sys.exit(2)                          # the process that failed reports the error
+            sys.exit(2)                          # only the process that failed reports the error
 
     def on_main(self, do: Callable, *args) -> None:
         """Calls do(*args) on the main process while the others wait. If it fails, the others exit with code 2."""
@@ -106,7 +106,7 @@ class Processes:
             tell(message)
 
     def once_per_node(self, make: Callable):
-        """Calls make() in one process of each machine, in rank 0 first. Returns its result in all of their processes.
+        """Calls make() in one process per machine, first in rank 0. Returns the result in all processes of the machine.
 
         make does work whose result stays on disk, such as an index or a download. The returned value is pickled. The
         other processes wait as long as it takes.
@@ -148,16 +148,16 @@ class Processes:
             policy = MixedPrecisionPolicy(narrow, reduce_dtype=torch.float32, cast_forward_inputs=False)
             for group in groups:
                 fully_shard([*group], mesh=mesh, mp_policy=policy)
-            # By default, model keeps its gathered weights until a backward pass. Validation has none and uses EMA
-            # weights, so the next training step would compute with them.
+            # By default, model would keep gathered weights until a backward pass. A validation has none, and uses EMA
+            # weights. So the next training step would compute with EMA weights.
             fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
 def compile_blocks(groups: Iterable[Iterable[nn.Module]], checkpointing: dict | None = None) -> None:
     """Compiles each block by itself. Equal blocks are compiled once. Call this before FSDP splits the weights, so that
     its hooks are not compiled. checkpointing: options of `checkpoint`, which is compiled with each block, or None."""
-    torch._dynamo.config.recompile_limit = 64    # per kind of block: Stage B has 7 shapes, in training and validation
-    torch._dynamo.config.optimize_ddp = False    # it would split blocks, which `checkpoint` does not allow
+    torch._dynamo.config.recompile_limit = 64    # a block of Stage B gets 7 shapes, in training and in validation
+    torch._dynamo.config.optimize_ddp = False    # DDPOptimizer would split blocks, which `checkpoint` does not allow
     for block in [block for group in groups for block in group]:
         forward = block.forward
         if checkpointing is not None:
@@ -238,7 +238,7 @@ class GracefulExit:
     def __init__(self):
         self.received, self.before = 0, {}
         for name in (signal.SIGTERM, signal.SIGINT):
-            with contextlib.suppress(ValueError):            # raised outside the main thread: handle no signals there
+            with contextlib.suppress(ValueError):            # outside the main thread, signals cannot be handled
                 self.before[name] = signal.signal(name, self)
 
     def restore(self) -> None:

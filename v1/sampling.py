@@ -20,7 +20,7 @@ def add_noise(tokens: Tensor, t: Tensor, random_tokens: Tensor, u: Tensor) -> tu
     """Replaces each of `tokens` by one of random_tokens with probability t. tokens, random_tokens (B,h,w), t (B,), u
     (B,h,w) uniform in [0, 1] -> noised tokens (B,h,w), mask (B,h,w).
 
-    The mask is True where a token was replaced. It is for the loss; the network never sees it.
+    The mask is True where a token was replaced. It is for the loss; the network does not get it.
     """
     mask = u <= t[:, None, None]
     return torch.where(mask, random_tokens, tokens), mask
@@ -41,7 +41,7 @@ def choose(logits: Tensor, mode: str, temperature: float, u: Tensor, codes: Tens
     scores = (logits.float() / temperature).softmax(-1)                                  # (B, h, w, K)
     if mode == "quant":
         mean, codes = scores @ codes.float(), codes.float()                              # (B, h, w, c)
-        return (codes.square().sum(1) - 2 * mean @ codes.T).argmin(-1)                   # see Codebook.nearest
+        return (codes.square().sum(1) - 2 * mean @ codes.T).argmin(-1)          # nearest code, as in Codebook.nearest
     # Inverse transform sampling: take the token at which the cumulative probability exceeds u. Unlike
     # torch.multinomial, this works with given random numbers, so each image of a batch can have its own seed.
     heights = scores.cumsum(-1)                                                          # (B, h, w, K)
@@ -86,7 +86,7 @@ def sample(predict: Callable[[Tensor, Tensor, bool], Tensor], noise: Tensor, uni
     renoise_steps     the number of steps that end with random replacement; default: all except the last.
     codes             Stage A's codebook (K,c), for mode quant.
     start             tokens to start from, instead of `noise`, if levels[0] < 1.
-    watch(i, t, tokens)  called after step i with the next noise level and the chosen tokens; returns None or tokens.
+    watch(i, t, tokens)  called after step i with the next noise level and the chosen tokens; may return others.
     Raises ValueError for invalid settings. Raises FloatingPointError if logits are not finite: at once on a CPU, at the
     end on a GPU.
     """
@@ -106,7 +106,7 @@ def sample(predict: Callable[[Tensor, Tensor, bool], Tensor], noise: Tensor, uni
         if guidance[i] != 1:
             conditional, unconditional = logits.chunk(2)
             logits = torch.lerp(unconditional, conditional, guidance[i])                 # (B, K, h, w)
-        finite.append((logits.abs() < torch.inf).all())                                  # NaN is not
+        finite.append((logits.abs() < torch.inf).all())                                  # NaN < inf is False
         # On a GPU, the flags are read only after the last step, because reading makes the CPU wait and the GPU idle.
         if (tokens.device.type == "cpu" or i == steps - 1) and not (all_finite := torch.stack(finite)).all():
             k = all_finite.tolist().index(False)

@@ -96,14 +96,14 @@ def products_of(call: Callable) -> Callable:
     def twin(tensor):
         shape, stride, dtype = key = tensor.shape, tensor.stride(), tensor.dtype
         if key not in tensors:                           # random numbers, because some processors are faster with zeros
-            length = 1 + sum((n - 1) * step for n, step in zip(shape, stride))           # a stride may be 0
+            length = 1 + sum((n - 1) * step for n, step in zip(shape, stride))   # in memory; a stride may be 0
             tensors[key] = torch.randn(length, device=tensor.device).to(dtype).as_strided(shape, stride)
         return tensors[key]
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             kind = function.overloadpacket
-            if kind in products and not (kind is aten.convolution and args[8] > 1):      # groups > 1: depthwise
+            if kind in products and not (kind is aten.convolution and args[8] > 1):  # args[8]: groups; > 1 is depthwise
                 seen.append((function, *tree_map_only(torch.Tensor, twin, (args, kwargs or {}))))
             return function(*args, **(kwargs or {}))
     with Watch():
@@ -123,12 +123,12 @@ def compare(calls: dict[str, Call], repeats: int, device: str, dtype=torch.float
     times: calls per run. If several calls have the same function `theirs`, it is measured once, and all their ratios
     use this measurement.
     """
-    # The matrix is small for 16 bits on a CPU: without instructions for them, a larger product would take minutes.
+    # In 16 bits on a CPU, n is small: if the CPU has no 16-bit instructions, a larger product would take minutes.
     n = 8192 if device.startswith("cuda") else 2048 if dtype == torch.float32 else 256
     a = torch.randn(n, n, device=device, dtype=dtype)
     functions, alone, flops, results = [product := lambda: a @ a], {}, {}, {}
     for what, call in calls.items():
-        # This call comes before products are counted: the first call in speed/ also computes tensors for later calls.
+        # Calls ours() before operations are counted, because the first call may compute tensors that later calls reuse.
         # The result is cloned, because a CUDA graph overwrites its output.
         results[what] = call.ours().float().clone()
         if call.alone:
@@ -139,7 +139,7 @@ def compare(calls: dict[str, Call], repeats: int, device: str, dtype=torch.float
         flops[what] = counter.get_total_flops()
     runs = in_turns({function: partial(seconds_of, lambda f=function: [f() for _ in range(times)], device)
                      for function in functions if function is not None}, repeats)
-    seconds = {function: [run / times for run in of] for function, of in runs.items()}            # per call
+    seconds = {function: [run / times for run in of] for function, of in runs.items()}         # seconds per call
     peak, rows, found = 2 * n ** 3 / median(seconds[product]) / 1e9, [], {}
     for what, call in calls.items():
         theirs, errors = seconds.get(call.theirs), ()
@@ -154,11 +154,11 @@ def compare(calls: dict[str, Call], repeats: int, device: str, dtype=torch.float
 
 def rows_of(what: str, call: Call, found: Measured, seconds: dict[Hashable, list[float]], alone: list[float] | None,
             peak: float) -> list[Row]:
-    """Returns the rows of one call. alone: the seconds of its products by themselves; peak: GFLOP/s."""
+    """Returns the table rows of one call. alone: seconds of only its products. peak: GFLOP/s of a large product."""
     def text(values: list[float]) -> str:
         return f"{median(values):.2f} s" if median(values) >= 1 else f"{1000 * median(values):.2f} ms"
     ours, theirs, speed, more = seconds[call.ours], seconds.get(call.theirs), found.flops / found.ours / 1e9, []
-    if "int8" not in what and "bf16" not in what:        # torch counts no int8 products; `peak` is not for bfloat16
+    if "int8" not in what and "bf16" not in what:        # torch cannot count int8 products; `peak` is not for bfloat16
         more.append(f"{found.flops / 1e9:.4g} GFLOP, {speed:.0f} GFLOP/s, {speed / peak:.0%} of the peak")
     if theirs:
         more.append(f"differs by {found.difference:.0e}, L2 {found.l2:.0e}")

@@ -62,7 +62,7 @@ def goals_of(section: str, but: set[str] = frozenset()) -> list[str]:
 
 
 def verdict(section: str, row: Row) -> tuple[str, str]:
-    """Returns (the goal as text, "yes" or "no": whether it is met). Both are "" if the row has no goal."""
+    """Returns the goal as text, and "yes" or "no" for whether it is met. Both are "" if the row has no goal."""
     if (section, row.what) not in GOALS:
         return "", ""
     kind, goal = GOALS[section, row.what]
@@ -72,7 +72,7 @@ def verdict(section: str, row: Row) -> tuple[str, str]:
 
 def table(section: str, rows: list[Row], note: str = "") -> str:
     """Returns a section as Markdown, without its title: the table, the note, and the goals that were not measured."""
-    floor = any(row.floor == row.floor for row in rows)                  # false if all are NaN: NaN != NaN
+    floor = any(row.floor == row.floor for row in rows)                  # False if all are NaN: NaN != NaN
     lines = [f"| what | ours | compared with | ratio |{' floor |' * floor} goal | met | |",
              f"|---|---:|---:|---:|{'---:|' * floor}---:|---|---|"]
     for row in rows:
@@ -112,7 +112,7 @@ def write(args, section: str, rows: list[Row], note: str = "") -> None:
     """Prints a section, and writes it to the file args.out instead of its old version."""
     from loading.files import write_atomically
     command = " ".join(["python -m tools.bench", *args.typed]).split(" --out")[0]
-    medians = "" if section in ("Memory", "Int8") else f"; medians of {args.repeats}"          # these have one run
+    medians = "" if section in ("Memory", "Int8") else f"; medians of {args.repeats}"          # these measure once
     body = f"`{command}`, {machine(args.device)}{medians}.\n\n{table(section, rows, note)}"
     print(f"## {section}\n\n{body}", flush=True)
     text = replace_section(args.out.read_text(encoding="utf-8") if args.out.exists() else "", section, body)
