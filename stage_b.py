@@ -223,7 +223,7 @@ class StageB(nn.Module):
             raise ValueError(f"Stage B level pattern {levels[level]!r} has an unknown letter "
                              f"{letter!r}: use C, T and A.")
 
-        def per_level(make) -> nn.ModuleList:              # make(level) -> a module, or None
+        def per_level(make) -> nn.ModuleList:              # make(level) returns a module or None
             return nn.ModuleList(make(i) for i in range(depth))
 
         self.embed = nn.Linear(c_in * patch_size ** 2, c_hidden[0])

@@ -223,7 +223,7 @@ def main(args):
         clean = [real_image(fact, rng) for fact in facts]
         runs = {"real scenes": clean, "real scenes, degraded": [degrade(image, rng) for image in clean]}
     else:
-        with exit_on_user_error(), as_user_error():      # for errors in weights and options
+        with exit_on_user_error(), as_user_error():      # reports wrong weights or options in one line
             runs = {args.weights: sample(args, [fact["prompt"] for fact in facts])}
     judge = Judge()
     # The settings omit the output paths, which do not influence figures and would reveal folders of this machine.

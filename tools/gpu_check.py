@@ -107,7 +107,7 @@ def network(title: str, batches: tuple[int, ...], at: SimpleNamespace) -> Iterat
                 call.ours()
             yield "GPU", Row(f"{name}, memory", f"{torch.cuda.max_memory_allocated() / 1e9:.2f} GB", "", float("nan"))
     for name, call in calls.items():                     # yields after each call, because time may run out
-        eager = {"eager": Call(call.eager, None)} if call.eager else {}      # a compiled call is compared with eager
+        eager = {"eager": Call(call.eager, None)} if call.eager else {}      # compares compiled calls with eager ones
         rows, found, peak = compare(eager | {name: call}, at.repeats, at.device, getattr(torch, DTYPES[at.dtype]),
                                     at.calls)
         yield from (("GPU", row) for row in rows if row.what != "eager")

@@ -22,7 +22,7 @@ from loading.options import Number, Parser, integer
 def info(file: str) -> str:
     """Describes the content of a LoRA file as text."""
     from loading.lora_formats import describe, open_lora, read_lora
-    weights, metadata = read_lora(file, lora_partial=True)       # a warning lists what --lora-partial would omit
+    weights, metadata = read_lora(file, lora_partial=True)       # warns of tensors that --lora-partial would omit
     tensors, (one, *_) = open_lora(file)[0], weights.values()
     dtype = tensors[max(tensors)].dtype
     metadata |= describe(weights) | dict(tensors=f"{len(tensors)}, {dtype}, for example {max(tensors)}",

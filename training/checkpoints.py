@@ -80,7 +80,7 @@ def lock_run(out: Path):
 
 
 def remove_unused(out: Path, lock) -> None:
-    """Removes a run's folder if it contains only the lock file, because the run failed before it wrote anything."""
+    """Removes a run's folder if it contains only the lock file: the run then failed before it wrote anything."""
     with contextlib.suppress(OSError):
         if [path.name for path in out.iterdir()] == [".lock"]:
             (out / ".lock").unlink()

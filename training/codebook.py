@@ -19,8 +19,8 @@ class CodebookAverages(nn.Module):
     def __init__(self, codes: Tensor, decay: float = 0.99):
         super().__init__()
         self.decay = decay
-        self.register_buffer("sizes", torch.ones(len(codes)))                            # (K,)    N
-        self.register_buffer("sums", codes.detach().clone())                             # (K, C)  m
+        self.register_buffer("sizes", torch.ones(len(codes)))   # N (K,): mean number of latents
+        self.register_buffer("sums", codes.detach().clone())    # m (K, C): mean sum of latents
 
     @torch.no_grad()
     def update(self, codes: Tensor, counts: Tensor, sums: Tensor, skip: Tensor | bool = False) -> None:

@@ -32,7 +32,7 @@ CANVAS, CELL, COLUMNS = 128, 80, 16       # side of a scene in px; side of a cel
 # The colours are muted, so that a red apple is visible on red. Any two are at least 84 apart in RGB space.
 COLOURS = {"white": (245, 245, 245), "black": (26, 26, 30), "red": (176, 44, 52), "orange": (236, 142, 62),
            "yellow": (250, 222, 110), "green": (84, 158, 92), "blue": (72, 122, 204), "purple": (146, 90, 178)}
-_TABLE = json.loads((ASSETS / "emoji.json").read_text())     # in the order of the sheet's cells
+_TABLE = json.loads((ASSETS / "emoji.json").read_text())     # a row for each cell of the sheet, in its order
 OBJECTS = [row["name"] for row in _TABLE]
 CAPTIONED = [row["name"] for row in _TABLE if row["captioned"]]
 UNCAPTIONED = [row["name"] for row in _TABLE if not row["captioned"]]

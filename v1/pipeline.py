@@ -53,7 +53,7 @@ class TokenSampling:
 
 class WuerstchenV1(Wuerstchen):
     """The pipeline with v1's Stage B. raw: Stage C uses raw semantic latents, like the released Stage C of v1."""
-    channels_b = 1                                           # one random number per token
+    channels_b = 1                                           # Stage B's noise: one random number per token
 
     def __init__(self, networks: dict, size: int = 512, device="cpu", dtype=torch.float32, c: Sampling = DEFAULT_C,
                  b: TokenSampling | None = None, raw: bool = True):
