@@ -166,7 +166,7 @@ def build_model(args) -> StageA:
         for part in (model.from_latent, model.decoder, model.to_pixels):
             part.requires_grad_(True)
     elif args.codebook == "ema":
-        model.codebook.requires_grad_(False)         # CodebookAverages updates it instead
+        model.codebook.requires_grad_(False)         # no gradient: CodebookAverages updates it
     return model
 
 
@@ -246,7 +246,7 @@ def main(args):
     torch.manual_seed(args.seed)
 
     # --- data and model --------------------------------------------------------------------------
-    unseen = f"scenes:all:{args.val_count}:987654321" if scenes else None   # not trained on
+    unseen = f"scenes:all:{args.val_count}:987654321" if scenes else None  # scenes not trained on
     dataset, val_data = open_data(args, processes, captions_required=False, unseen=unseen)
     args.steps = steps_of(args, dataset, processes)
     if checkpoints.finished(resumed, args.steps):
@@ -306,7 +306,7 @@ def main(args):
                     log.images(step)
         processes.wait()
 
-    nan_steps, state = NanSteps(args, processes, log, state), None        # frees memory of state
+    nan_steps, state = NanSteps(args, processes, log, state), None   # frees the checkpoint's memory
 
     # --- one pass of this loop is one optimizer step ---------------------------------------------
     stop, progress = GracefulExit(), Progress("Stage A", start, args, processes, order.batch)
@@ -326,7 +326,7 @@ def main(args):
             # 2 processes with 4 images each compute exactly the same as 1 process with 8 images. 2
             # micro-steps of 4 do not: gan_weight and, until --norm-steps, BatchNorm differ in each.
             with contextlib.ExitStack() as stack:
-                if micro < args.grad_accum - 1:      # only the last syncs gradients of processes
+                if micro < args.grad_accum - 1:  # only the last micro-step averages gradients
                     for module in (parallel, parallel_d) if gan else (parallel,):
                         stack.enter_context(no_sync(module))
                 with autocast:
@@ -334,7 +334,7 @@ def main(args):
                 fake = output["images"].float()                          # (B, 3, H, W)
                 reconstruction, loss, terms = losses(output, fake, images, vgg, autocast, args)
                 if gan:
-                    discriminator.requires_grad_(False)      # g_loss must not train it
+                    discriminator.requires_grad_(False)  # g_loss must not train the discriminator
                     with autocast:
                         g_loss = generator_loss(discriminator(fake).float())
                     gan_weight = args.gan_weight * adaptive_weight(
@@ -342,7 +342,7 @@ def main(args):
                         lambda gradient: processes.sum(gradient) / processes.world)
                     loss = loss + gan_weight * g_loss
                     discriminator.requires_grad_(True)
-                scaler.scale(loss / args.grad_accum).backward()  # the sum of micro-steps is a mean
+                scaler.scale(loss / args.grad_accum).backward()  # so that micro-steps sum to a mean
                 if gan:
                     with autocast:
                         logits = parallel_d(torch.cat([images, fake.detach()])).float()
@@ -365,7 +365,7 @@ def main(args):
                               positions=batch["position"])
         take_step([optimizer, d_optimizer] if gan else [optimizer], scaler, ema, skip)
         codebook.update(step, skip)
-        scaler.update()                     # must follow unscale_, even if skipped
+        scaler.update()  # GradScaler requires this after unscale_, even in a skipped step
         nan_steps.check(due(args.log_every, step + 1, args.steps), save)
 
         done = step + 1

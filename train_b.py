@@ -176,10 +176,10 @@ def set_defaults(args, small: bool) -> None:
 class StageBSamples(torch.utils.data.Dataset):
     """Maps (position, index, number) to a sample, which depends only on these three and the seed.
 
-    position: of the sample in an endless stream. index: of the image. number: of its size in sizes.
-    The sample is a dict: pixels (h,w,3) uint8 or, from caches, x_0 (4,h/4,w/4) and semantic latents
-    `stored` (16,h',w'); caption; chance, see noise_levels; the items of draw_noise; for semantic
-    latents, noise eps_semantic (16,h',w'), its level t_semantic and dropped (True: zero them).
+    position: the sample's number in an endless stream. index: the image's number. number: index of
+    its size in `sizes`. A sample is a dict: pixels (h,w,3) uint8 or, from caches, x_0 (4,h/4,w/4)
+    and semantic latents `stored` (16,h',w'); caption; chance, see noise_levels; draw_noise's items;
+    for semantic latents, noise eps_semantic (16,h',w'), its level t_semantic, dropped (zero them).
     """
     def __init__(self, dataset, sizes, args, caches, replaced, draw_noise):
         self.dataset, self.sizes, self.args, self.draw_noise = dataset, sizes, args, draw_noise
@@ -191,7 +191,7 @@ class StageBSamples(torch.utils.data.Dataset):
         index, item = self.read(index, number, rng)
         caption, dropped = draw_caption(self.dataset, index, rng, args.caption_dropout)
         item["caption"] = "" if dropped or args.text_encoder == "none" else caption
-        spoil = rng("semantic")      # conditioning augmentation, arXiv:2106.15282
+        spoil = rng("semantic")      # for conditioning augmentation, arXiv:2106.15282
         noisy, zeroed = (spoil.random() < p for p in (args.semantic_noise, args.semantic_dropout))
         level, shape = spoil.random() * 0.5, (16, h * 3 // 128, w * 3 // 128)
         eps_semantic = torch.from_numpy(spoil.standard_normal(shape, dtype=np.float32))
@@ -208,15 +208,15 @@ def draw_noise(rng: np.random.Generator, h: int, w: int, config: dict) -> dict:
 
 
 def noise_levels(chance, blind: bool, args):
-    """Converts uniform chance (B,) to noise levels t (B,): uniform up to 1.08, clamped to 1, so 7 %
-    are 1, where sampling starts. In blind steps: 0.4 to 0.9, where the head learns `a` well."""
+    """Converts uniform random numbers, chance (B,), to noise levels t (B,). 7 % of t are 1, where
+    sampling starts. If blind (see corrupt), t is 0.4 to 0.9: there the head learns `a` well."""
     t = ((1 - chance) * 1.08 + 0.001).clamp(0.001, 1)
     return 0.4 + 0.5 * chance if blind else 1 - (1 - t) ** args.high_noise
 
 
 def corrupt(batch: dict, x_0, t, blind: bool) -> tuple:
-    """Adds noise to x_0 -> x_t, eps, 2 x (B,4,h,w). In blind steps, x_t is 1 everywhere (the first
-    norm cannot normalise zeros), and eps is the noise for which add_noise gives this x_t."""
+    """Adds noise to x_0 -> x_t, eps, 2 x (B,4,h,w). If blind, x_t has no image: it is 1 everywhere
+    (the first norm cannot normalise 0), and eps is the noise that add_noise needs for this x_t."""
     if not blind:
         return add_noise(x_0, batch["eps"], t), batch["eps"]
     x_t, ab = torch.ones_like(x_0), per_row(alphas_cumprod(t), x_0)
@@ -235,29 +235,29 @@ def prediction(output, x_t):
 
 
 def raw_losses(output, x_0, x_t, eps, t, args):
-    """Computes the mean squared error of each image, (B,): of eps, or for --loss head of a, b."""
+    """Computes each image's mean squared error (B,): of eps or, with --loss head, of a and b."""
     a, b = (part.float() for part in output)
     if args.loss == "eps":
         return ((x_t - a) / b - eps).square().mean(dim=(1, 2, 3))
-    # eps = (x_t - a) / b is exact for a = sqrt(ab) x_0 and b = sqrt(1 - ab): these are the targets.
+    # The targets are a = sqrt(ab) x_0 and b = sqrt(1 - ab), because then (x_t - a) / b equals eps.
     # (The error of eps contains the noise of x_t times the error of b, which hides the gradient of
-    # `a`.) The divisor scales errors of `a` like errors of eps; clamp limits it for small noise.
+    # `a`.) The divisor scales errors of `a` like errors of eps, at most by 1 / 0.2 for low noise.
     ab = per_row(alphas_cumprod(t), x_0)                                           # (B, 1, 1, 1)
     squares = (a - ab.sqrt() * x_0).square() + (b - (1 - ab).sqrt()).square()      # (B, 4, h, w)
     return (squares / (1 - ab).clamp(min=0.2)).mean(dim=(1, 2, 3))
 
 
 def contrast_weight(x_0):
-    """Computes a loss weight for each image, x_0 (B,4,h,w) -> (B,). Divide it by its mean.
+    """Computes a loss weight for each image, x_0 (B,4,h,w) -> (B,). Callers divide it by its mean.
 
     The squared error of a wrong object grows with its contrast. This weight compensates for that.
     The variance within the latents of an emoji scene is at least 0.04, at most 1.2, median 0.3.
     """
-    return 1 / (x_0.var(dim=(2, 3)).mean(dim=1) + 0.15)        # divided by the mean: 0.3 to 2.2
+    return 1 / (x_0.var(dim=(2, 3)).mean(dim=1) + 0.15)  # 0.3 to 2.2 times the mean weight
 
 
 def mean_contrast_weight(dataset, sizes, encode_vqgan, args) -> float:
-    """Returns the mean of contrast_weight over 256 images, the same divisor for all batches."""
+    """Returns the mean of contrast_weight over 256 images, or 1 without --even-contrast."""
     if not args.even_contrast:
         return 1.0
     images = random_images(dataset, sizes, sample_rng(args.seed, 0, "contrast"), 256)
@@ -275,8 +275,8 @@ class EncoderAndDecoder(torch.nn.Module):
 
     def forward(self, source, x_t=None, t=None, text=None, t_semantic=None, eps_semantic=None,
                 dropped=None):
-        """source: images (B,3,H,W) for the encoder, or raw semantic latents (B,16,h',w'); x_t and t
-        (B,), text (B,N,D) -> stage.forward's output; without x_t the raw semantic latents.
+        """Encodes source if it is images (B,3,H,W), else takes it as raw semantic latents
+        (B,16,h',w'). Returns these if x_t is None, else stage.forward of x_t, t (B,), text (B,N,D).
 
         t_semantic (B,): level of the noise eps_semantic (B,16,h',w'); dropped (B,): rows set to 0.
         """
@@ -309,7 +309,7 @@ def main(args):
     # --- data, before any model is downloaded, and models -----------------------------------------
     dataset, val_data = open_data(args, processes, captions_required=False,
                                   unseen=f"scenes:all:{max(args.val_count, 64)}:1000000000")
-    stage = v1.training if args.v1 else sys.modules[__name__]  # both have draw_noise, forward...
+    stage = v1.training if args.v1 else sys.modules[__name__]  # two modules with one interface
     decoder, encoder, vqgan, text_encoder = load_models(args, stage, dtype, processes)
     set_defaults(args, small := isinstance(encoder, TinyImageEncoder))
     model = EncoderAndDecoder(decoder, None if args.freeze_encoder else encoder, stage)
@@ -329,7 +329,7 @@ def main(args):
         """Encodes pixels (B,h,w,3) uint8 -> x_0 (B,4,h/4,w/4), with --v1 tokens (B,h/4,w/4)."""
         return stage.encode(vqgan, to_tensor(pixels, device))
 
-    encode_semantic = partial(semantic_latents, encoder, device=device)       # if frozen
+    encode_semantic = partial(semantic_latents, encoder, device=device)       # for --freeze-encoder
     encoders, caches, replaced = dict(x_0=encode_vqgan), {}, {}
     if args.freeze_encoder:
         encoders["stored"] = encode_semantic
@@ -377,7 +377,7 @@ def main(args):
 
     def save(step: int) -> None:
         nan_steps.look()
-        state = full_state(model, optimizer, scaler, ema)        # every process must call it
+        state = full_state(model, optimizer, scaler, ema)        # all processes must call this
         state |= dict(script="train_b.py", settings=settings, step=step,
                       bad=nan_steps.in_a_row, bad_in_all=nan_steps.in_all)
         processes.on_main(checkpoints.save, step, state, nan_steps.in_a_row == 0)
@@ -396,7 +396,7 @@ def main(args):
         model.train()
         processes.wait()
 
-    nan_steps, state = NanSteps(args, processes, log, state), None        # frees memory of state
+    nan_steps, state = NanSteps(args, processes, log, state), None   # frees the checkpoint's memory
 
     # --- one pass of this loop is one optimizer step ----------------------------------------------
     stop, progress = GracefulExit(), Progress("Stage B", start, args, processes, order.batch)
@@ -418,7 +418,7 @@ def main(args):
             text = embed(batch["caption"])                                         # (B, N, c_text)
             t = stage.noise_levels(batch["chance"], blind, args)                   # (B,)
             x_t, target = stage.corrupt(batch, x_0, t, blind)                      # (B, 4, h, w)
-            # Dropout's seed depends only on the step, so a resumed run draws the same dropout.
+            # Dropout's seed does not depend on past steps, so a resumed run has the same dropout.
             torch.manual_seed(hash((args.seed, step, micro, processes.rank)) % 2 ** 63)
             # Only the last backward of a step averages gradients over processes. no_sync must also
             # contain forward, because DDP decides in forward whether backward communicates.
@@ -432,7 +432,7 @@ def main(args):
                 loss = (raw * weight(t) * contrast).mean()
                 if guide:
                     loss = loss + args.guide_attention * guide.loss()
-                scaler.scale(loss / args.grad_accum).backward()  # the sum is a mean
+                scaler.scale(loss / args.grad_accum).backward()  # so that micro-steps sum to a mean
             loss_sum += loss.detach() / args.grad_accum
             progress.add(t, raw)
         scaler.unscale_(optimizer)
@@ -443,7 +443,7 @@ def main(args):
         skip = nan_steps.skip(is_nan, step, zip(model.buffers(), statistics),
                               positions=batch["position"], captions=batch["caption"])
         take_step([optimizer], scaler, ema, skip)
-        scaler.update()                  # must follow unscale_, even if the step was skipped
+        scaler.update()  # GradScaler requires this after unscale_, even in a skipped step
         nan_steps.check(due(args.log_every, step + 1, args.steps), save)
 
         # --- log, save, validate, sample ----------------------------------------------------------

@@ -73,14 +73,14 @@ def generate(model: Wuerstchen, prompt: str | list[str] | None = None, negative_
     """Generates images like Wuerstchen.__call__. These arguments are new, or accept more values:
 
     prompt         may be omitted if `edit` or `given` specify the image
-    seed           as in __call__, or a list of seeds, or a function seed(C, h, w) -> noise (images or 1,C,h,w)
+    seed           as in __call__, or a list of seeds, or a function seed(C, h, w) -> noise (n or 1,C,h,w), n images
                    With given["semantic"], Stage C's noise is drawn and discarded, unless seed is a function. So
                    Stages C and B in two calls with the same seed generate the same image as in one call
-    width, height  px; default: the weights' size, for an `edit` as the shorter side of the image's shape, up to 4 : 1
     edit           an InitImage
-    given          {name: tensor} for prompt_c, negative_c, prompt_b, negative_b: embeddings (prompts or 1,N,D) instead
-                   of text; semantic: raw latents (images or 1,16,h,w), as from output="semantic", instead of Stage C;
-                   latents_c, latents_b: start of Stages C and B (images or 1,C,h,w) instead of noise
+    width, height  in px. Default: the weights' size for the shorter side, the shape of `edit` (up to 4 : 1) or a square
+    given          {name: tensor}. prompt_c, negative_c, prompt_b, negative_b: embeddings (prompts or 1,N,D) instead of
+                   text. semantic: raw latents (n or 1,16,h,w), as from output="semantic", instead of Stage C.
+                   latents_c, latents_b: start of Stages C and B (n or 1,C,h,w) instead of noise
     output         "pil"; "np" (n,H,W,3) or "pt" (n,3,H,W) in [0, 1]; "semantic" or "latents_b": latents of Stage C or B
     callback       may also return False to stop: then the result is []
     Raises ValueError for arguments that do not fit together, in most cases before the first step.
@@ -101,9 +101,9 @@ def generate(model: Wuerstchen, prompt: str | list[str] | None = None, negative_
     levels = c.levels if known is None else cut_levels(c.levels, edit.strength_for(texts.silent))
     if len(levels) > 1:
         c = replace(c, steps=levels)
-    elif semantic is None:                                                                 # strength 0: no steps
+    elif semantic is None:                                                                 # strength 0: skip Stage C
         semantic = model.unscale_semantic(known.semantic)
-    skipped = [shape_c] * len(levels) * ("semantic" in given and len(levels) > 1)          # Stage C's unused noise
+    skipped = [shape_c] * len(levels) * ("semantic" in given and len(levels) > 1)          # noise Stage C would draw
     draw_c, draw_b = draws_from(seed, n, model.device, skipped, shape_c, shape_b)
     # Stage C may take a minute, so the inputs of Stage B are checked before it.
     fit = functools.partial(fitting, n, model.device)
@@ -129,7 +129,7 @@ def generate(model: Wuerstchen, prompt: str | list[str] | None = None, negative_
 
 
 def reconstruct(model: Wuerstchen, image, prompt: str = "", **options):
-    """Encodes an image to semantic latents, decodes these with Stages B and A. Returns what `generate` returns."""
+    """Encodes an image to semantic latents and decodes them with Stages B and A. Returns what `generate` returns."""
     return generate(model, prompt, edit=InitImage(image, 0.0), **options)
 
 
@@ -266,13 +266,13 @@ def image_size(model: Wuerstchen, height: int | None, width: int | None, image: 
         height, width = (side * 128 // 3 if given is None else given
                          for given, side in zip((height, width), semantic.shape[-2:]))
     height, width = (model.size if side is None else side for side in (height, width))
-    latent_sizes(height, width)                                                            # raises ValueError
+    latent_sizes(height, width)                                                            # may raise ValueError
     warn_of_size(height, width, model.size)
     return height, width
 
 
 def both_sides(height: int | None, width: int | None, image: Tensor) -> tuple[int, int]:
-    """Returns (height, width). If one is None, computes it from the other and the shape of the image, up to 4 : 1."""
+    """Returns (height, width). If one is None, computes it from the other and the image's shape, at most 4 : 1."""
     h, w = image.shape[-2:]
     h, w = min(h, LONGEST * w), min(w, LONGEST * h)
     return round(width * h / w) if height is None else height, round(height * w / h) if width is None else width
@@ -281,8 +281,7 @@ def both_sides(height: int | None, width: int | None, image: Tensor) -> tuple[in
 class PromptBatch:
     """Embeds prompts. After texts = PromptBatch(...), texts("c") returns embeddings of prompts and negative prompts for
     Stage C, (images,N,D) each; texts("b") for Stage B. __init__ checks all arguments. stages: "c", "b" or "cb".
-    optional: prompts may be empty. Attributes: rows, the number of prompts; silent: whether all prompts are empty.
-    """
+    optional: prompts may be empty. Attributes: rows, the number of prompts; silent: whether all prompts are empty."""
     def __init__(self, model: Wuerstchen, prompt, negative, embeddings: dict[str, Tensor], num_images: int, stages: str,
                  optional: bool):
         self.model, self.num_images, self.embeddings = model, num_images, dict(embeddings)
@@ -309,7 +308,7 @@ class PromptBatch:
 
     def check_width(self, name: str, embedding: Tensor) -> None:
         stage, key = ("stage_c", "c_cond") if name.endswith("_c") else ("stage_b", "c_text")
-        # The value is a network or a function that loads it. A loader may have no config.
+        # The stage is a network, or a function that loads the network and may have no config.
         config = getattr(self.model.networks.get(stage), "config", None)
         if config is not None and embedding.shape[2] != config[key]:
             raise ValueError(f"embeddings {name} have shape {tuple(embedding.shape)}, "
@@ -332,14 +331,14 @@ class PromptBatch:
 
 @torch.no_grad()
 def encode_latents(model: Wuerstchen, images: Tensor) -> Tensor:
-    """images (n,3,H,W) in [0, 1], with sides that are multiples of 4 -> latents of the VQGAN (n,4,H/4,W/4) float32."""
+    """Encodes images (n,3,H,W) in [0, 1], H and W multiples of 4, to the VQGAN's latents (n,4,H/4,W/4) float32."""
     stage_a = model.part("stage_a")
     return stage_a.encode(images.to(model.device, next(stage_a.parameters()).dtype)).float()
 
 
 @torch.no_grad()
 def encode_image(model: Wuerstchen, images: Tensor) -> Tensor:
-    """images (n,3,H,W) in [0, 1] -> raw (unscaled) semantic latents (n,16,h,w) float32.
+    """Encodes images (n,3,H,W) in [0, 1] to raw (unscaled) semantic latents (n,16,h,w) float32.
 
     The images are extended to the size that Stage B generates, then resized to about 3/4, so that each latent position
     covers 32 x 32 px. Raises ValueError for sides below 64 px, and if the model has no image encoder.
@@ -351,7 +350,7 @@ def encode_image(model: Wuerstchen, images: Tensor) -> Tensor:
 
 
 def extend(images: Tensor, height: int, width: int) -> Tensor:
-    """images (n,C,H,W) -> (n,C,height,width), larger: repeats the pixels at the edges. wuerstchen.crop undoes this."""
+    """Enlarges images to (n,C,height,width) by repeating the pixels at the edges. wuerstchen.crop undoes this."""
     top, left = (height - images.shape[-2]) // 2, (width - images.shape[-1]) // 2
     right, bottom = width - images.shape[-1] - left, height - images.shape[-2] - top
     return F.pad(images, (left, right, top, bottom), mode="replicate")
@@ -360,7 +359,7 @@ def extend(images: Tensor, height: int, width: int) -> Tensor:
 def cut_levels(levels: Tensor, strength: float) -> Tensor:
     """For image to image: cuts a schedule of n + 1 noise levels so that it starts at noise level `strength`.
 
-    Returns (m + 1,), m <= n. If strength is 0 or below the schedule's last level, returns one level: no step at all.
+    Returns m + 1 levels, m <= n. If strength is 0 or below the schedule's last level, returns one level: no steps.
     """
     strength = plain(strength)
     if not isinstance(strength, Real) or not 0 <= strength <= 1:
@@ -397,14 +396,14 @@ class KnownImage:
         return None if self.mask is None else InpaintMask(self.latents.expand_as(eps), self.mask_b, eps)
 
     def paste(self, images: Tensor) -> Tensor:
-        """Replaces the pixels of `images` outside the mask by the known image's. Old and new blend inside the mask."""
+        """Replaces the pixels of `images` outside the mask by the known image's. Both blend inside the mask's edge."""
         if self.mask is None:
             return images
         return torch.lerp(self.image.expand_as(images), images, feather(self.mask, min(images.shape[-2:]) // 64))
 
 
 class InpaintMask:
-    """The argument `keep` of denoise for inpainting: replaces the known part of x_t by known latents at noise level t.
+    """For inpainting: denoise calls it to replace the known part of x_t by the known latents with noise of level t.
 
     known: x_0 (B,...). mask: broadcast over x_0, True where new content goes. eps: the noise of the known part. It is
     the same at every step, so that this part moves to x_0 along one path, as multistep samplers (dpm++) require.

@@ -27,7 +27,7 @@ FILES = dict(prior="Stage C", decoder="Stage B", vqgan="Stage A", image_encoder=
              prior_text_encoder="Stage C's text encoder", text_encoder="Stage B's text encoder")
 # {value of --weights: whether they are v1}, for weights whose version is known without loading them.
 NAMED = {None: False, "tiny": False, "tiny-v1": True, "v1": True, "v2": False, "v2-base": False, "v2-aesthetic": False}
-# Options that only one version has, because Stage B of v1 generates tokens. SAMPLERS: {stage: samplers of any version}.
+# Options for weights of v1 only or of v2 only, whose Stages B differ. SAMPLERS: {stage: samplers of v1 and v2}.
 ONLY_V1, ONLY_V2 = ("temperature_b",), ("mask", "outpaint", "rescale_b", "eta_b")
 SAMPLERS = dict(c=("ddpm", "ddim", "dpm++"), b=("ddpm", "ddim", "dpm++", "multinomial", "argmax", "quant"))
 INPUTS = ("init", "mask", "reconstruct", "from_latent", "to_latent", "tensors")      # options that name input files
@@ -96,7 +96,7 @@ def is_possible(name: str, args: argparse.Namespace) -> bool:
     if name in ("eta_c", "eta_b"):
         return getattr(args, f"sampler_{stage}") == "ddim"
     if name in ("t_start_c", "t_start_b", "t_end_c", "t_end_b"):
-        steps = getattr(args, f"steps_{stage}")              # segments (dict) fix the end, levels (tuple) both ends
+        steps = getattr(args, f"steps_{stage}")              # a dict of steps fixes t_end; a tuple, both ends
         return steps is None or isinstance(steps, (int, dict) if "start" in name else int)
     return True
 
@@ -121,8 +121,8 @@ def is_v1(args: argparse.Namespace) -> bool | None:
 
 
 def merge(read: Callable[[list[str]], argparse.Namespace], base: Options, more: Options) -> Options:
-    """Returns base | more, without options of `base` that cannot be used with `more`: if `more` removes --init, --mask
-    of `base` is also removed. read: parses command line words to an argparse.Namespace."""
+    """Returns base | more, without options of `base` that cannot be used with `more`: if `more` removes --init, the
+    result has no --mask of `base`. read: parses command line words to an argparse.Namespace."""
     merged = base | more
     before, after = read(flat(base)), read(flat(merged))
     while gone := [name for name in merged.keys() - more.keys()
@@ -149,7 +149,7 @@ def options_like(read: Callable, args: argparse.Namespace, more: Options) -> tup
     if other_weights or more.keys() & {"init", "outpaint", "from_latent"}:
         own = own_defaults(args.like, stored)
         same = {name for name, value in own.items() if as_text(value) == as_text(stored.get(name))}
-        if not same >= {"width", "height"}:      # keep width and height unless both have their default
+        if not same >= {"width", "height"}:      # only one side is the default: keep both
             same = same - {"width", "height"}
         settings |= dict.fromkeys(same if other_weights else same & {"width", "height"})
     options = merge(read, typed(settings), more)
@@ -193,7 +193,7 @@ def is_tiny(weights: str | Path) -> bool:
 
 
 def own_size(image: str, stored: dict, size: int) -> tuple[int, int]:
-    """Returns the default (height, width) for settings `stored`: those of the latents file or --init, or `size`."""
+    """Returns the default (height, width) of an image: by its latents file, else the shape of --init, else `size`."""
     from extras import editing, images, modes
     hashes = stored["hashes"]
     try:
@@ -206,7 +206,7 @@ def own_size(image: str, stored: dict, size: int) -> tuple[int, int]:
         left, top, right, bottom = map(int, str(stored.get("outpaint") or "0,0,0,0").split(","))
         h, w = height + top + bottom, width + left + right
         return images.fitting_size(min(h, editing.LONGEST * w), min(w, editing.LONGEST * h), size)
-    except ValueError:                           # no file: if one stored side is `size`, assume it was the default
+    except ValueError:                           # no such file: if a stored side is `size`, both are the default
         now = stored.get("height"), stored.get("width")
         return now if size in now else (size, size)
 
@@ -245,7 +245,7 @@ def find(image: str | Path, name: str, stored: str, hashes: dict[str, str]) -> s
 # ----- writing -------------------------------------------------------------------------------------------------------
 
 def settings_of(job: argparse.Namespace, model, image) -> dict:
-    """Returns all settings that are needed to generate the image again, with hashes of its files and versions.
+    """Returns all settings that are needed to generate the image again, with file hashes and package versions.
 
     Warns if a file has changed since the image of --like was generated from it.
     """
@@ -268,7 +268,7 @@ def settings_of(job: argparse.Namespace, model, image) -> dict:
     values["dtype"] = next(name for name, dtype in DTYPES.items() if getattr(torch, dtype) == model.dtype)
     if not any(values[name] for name in COMBINED):
         values |= dict(width=image.width, height=image.height)
-    if not job.grid:                             # without --grid, each image has its own file
+    if not job.grid:                             # without --grid, each file has one image
         values["num_images"] = None
     if not job.interpolate_to and not job.to_latent:
         values["frames"] = None

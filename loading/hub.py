@@ -69,13 +69,13 @@ V1 = {part: V2[part.removeprefix("prior_")] for part in V2} | {
     "image_encoder":       ("dome272/wuerstchen", "model_stage_b.pt"),
 }
 NAMES = {
-    "v1":           V1,                                      # 512 px
+    "v1":           V1,                                      # for images of 512 px
     "v2":           V2,                                      # mean of v2-base and v2-aesthetic: best for most prompts
     "v2-base":      V2 | {"prior": ("warp-ai/wuerstchen-prior-model-base", "")},             # for fine-tuning
-    "v2-aesthetic": V2 | {"prior": ("warp-ai/wuerstchen-prior-model-finetuned", "")},        # 1024 px only
+    "v2-aesthetic": V2 | {"prior": ("warp-ai/wuerstchen-prior-model-finetuned", "")},        # only for 1024 px
 }
 NAMES["v2-interpolated"] = NAMES["v2"]
-# {repository: the name in NAMES of its weights}
+# {repository: name of its weights, a key of NAMES}
 OFFICIAL = {"warp-ai/wuerstchen": "v2", "warp-ai/wuerstchen-prior": "v2",
             "warp-ai/wuerstchen-prior-model-base": "v2-base",
             "warp-ai/wuerstchen-prior-model-finetuned": "v2-aesthetic"}
@@ -91,13 +91,12 @@ REFERENCE = re.compile(r"hub:([\w-][\w.-]*/[\w-][\w.-]*)(?:@(refs/\w+/\w+|[^/@]+
 # What is unsafe in file names: control characters, lone surrogates, and a Windows drive at the start.
 UNSAFE = re.compile("[\\0-\\x1f\\x7f-\\x9f\\ud800-\\udfff]|^[A-Za-z]:")
 NOT_CACHED = "is not in the cache {}, and --offline fetches nothing: run once without it"
-WAITS = (1, 3, 9)                        # seconds before a busy hub is asked again
+WAITS = (1, 3, 9)                        # seconds to wait before each of three retries if the hub is busy
 HASHES: dict[str, str] = {}              # {"PATH SIZE TIME" of a file: sha256}, filled by hash_of
 LONGEST_WAIT = 300                       # longest time in seconds without a received byte, see limit_waits
 LONGEST_LIST = (2 ** 24, 60)             # limits in bytes and seconds for a list of files: enough for 50,000 files
-# The parts that each task needs.
-TEXT_TO_IMAGE = tuple(V2)
-RECONSTRUCTION = ("image_encoder", "decoder", "text_encoder", "tokenizer", "vqgan")     # encodes and decodes an image
+TEXT_TO_IMAGE = tuple(V2)                # the parts that text-to-image needs
+RECONSTRUCTION = ("image_encoder", "decoder", "text_encoder", "tokenizer", "vqgan")     # to encode and decode images
 
 
 def revision_of(repo: str, override: str | None, weights: str = "v2") -> str:
@@ -130,7 +129,7 @@ def fetch(name: str, parts: tuple[str, ...] = TEXT_TO_IMAGE, half: bool = False,
         try:
             choose(*IMAGE_ENCODER, half=False)
             sources["image_encoder"] = IMAGE_ENCODER
-        except WeightsError:                 # if it is not on the hub or in the cache, extract it from the big file
+        except WeightsError:                 # no files of the encoder only: extract it from the decoder's file
             extract = True
             choose(*IMAGE_ENCODER_INSIDE, half=False)
     announce([file for files in chosen.values() for file in files.values()])
@@ -169,9 +168,9 @@ def is_safe(name: str) -> bool:
 
 
 def list_files(repo: str, revision: str, offline: bool) -> dict[str, File]:
-    """Returns {name: File} of a repository's files on the hub or, if offline, in the cache.
+    """Returns {name: File} of a repository's files on the hub or, if offline, in the cache. Or raises WeightsError.
 
-    Omits files whose names could lead out of the cache, so they are never fetched. Raises WeightsError if it cannot."""
+    Omits files whose names, such as ../x, lead out of the cache, so that they are never fetched."""
     if not is_safe(revision):
         raise WeightsError(f"{revision!r} is not a revision of {repo}: expected a branch, tag or commit, such as main")
     snapshots, ref = repo_cache(repo) / "snapshots", repo_cache(repo) / "refs" / revision
@@ -193,7 +192,7 @@ def list_files(repo: str, revision: str, offline: bool) -> dict[str, File]:
         raise WeightsError(f"{repo}: the hub's list of files cannot be used: expected a commit and files with names; "
                            "check HF_ENDPOINT") from error
     with contextlib.suppress(OSError, ValueError):                       # the cache may be read-only
-        if revision != commit and (not ref.is_file() or ref.read_text() != commit):        # offline=True reads it
+        if revision != commit and (not ref.is_file() or ref.read_text() != commit):  # offline=True reads this file
             write_atomically(ref, lambda temporary: temporary.write_text(commit))
     return files
 
@@ -224,19 +223,19 @@ def ask_for_list(repo: str, revision: str):
 @contextlib.contextmanager
 def request(path: str, timeout: float, **headers: str):
     """Context manager that sends a GET request to the hub and yields the response before its body is read. Raises
-    huggingface_hub's errors. The library's own calls wait without limit, for the next byte and for the whole body."""
+    huggingface_hub's errors. The library's own calls are not used, because they wait for a body without limit."""
     from huggingface_hub import constants, get_session
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
     with get_session().stream("GET", constants.ENDPOINT + path, headers=build_hf_headers() | headers, timeout=timeout,
                               follow_redirects=True) as response:
-        if response.status_code >= 400:          # check a copy without the body, which may be too large to read
+        if response.status_code >= 400:          # raise the error of a copy without the body, which may be huge
             hf_raise_for_status(type(response)(response.status_code, headers=response.headers,
                                                request=response.request))
         yield response
 
 
 def patiently(call: Callable, progress: Callable[[], int] | None = None):
-    """Returns the result of call(). If the hub is busy or the connection breaks, calls it again after each of WAITS.
+    """Returns the result of call(). If the hub is busy or the connection breaks, waits and tries again, see WAITS.
 
     progress: for downloads that resume, a function that returns the number of bytes fetched so far. If this number has
     changed, the waits start over."""
@@ -244,7 +243,7 @@ def patiently(call: Callable, progress: Callable[[], int] | None = None):
     while True:
         try:
             return call()
-        except Exception as error:               # HTTP errors are recognized by name, because the library changed twice
+        except Exception as error:               # compares errors by name: huggingface_hub has changed HTTP libraries
             status, kind = getattr(getattr(error, "response", None), "status_code", None), type(error).__name__
             if not (status in (408, 429, 500, 502, 503, 504) or "Timeout" in kind or kind in (
                     "ReadError", "RemoteProtocolError", "EOFError", *["ConnectError"] * bool(progress))):
@@ -292,7 +291,7 @@ def fetch_file(repo: str, name: str, file: File) -> None:
     with WeakFileLock(locks / f"{file.digest}.lock"):        # huggingface_hub's lock: one process fetches, others wait
         if pointer.is_file():
             return
-        content = blob if blob.is_file() else partial        # blob may exist: from another commit or program
+        content = blob if blob.is_file() else partial        # another commit or program may have stored the blob
         try:
             if content is partial:
                 if file.size - size_of(partial) > shutil.disk_usage(blob.parent).free:
@@ -323,12 +322,12 @@ def resume(path: str, partial: Path, file: File, name: str) -> None:
         return
     wanted = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if 0 < start < file.size else {})
     with request(path, constants.HF_HUB_DOWNLOAD_TIMEOUT, **wanted) as response:
-        start *= response.status_code == 206                 # with another code, the hub sends the whole file
+        start *= response.status_code == 206                 # with a code other than 206, the file is sent whole
         with open(partial, "ab" if start else "wb") as out, tqdm(
                 total=file.size, initial=start, unit="B", unit_scale=True, desc=name[-40:]) as bar:
             for chunk in response.iter_bytes():
                 out.write(chunk[:file.size - out.tell()])
-                out.flush()                                  # a killed process then loses nothing
+                out.flush()                                  # so that a killed process loses no data
                 bar.update(len(chunk))
                 if out.tell() == file.size:
                     return
@@ -337,7 +336,7 @@ def resume(path: str, partial: Path, file: File, name: str) -> None:
 
 
 def check_digest(path: Path, file: File, label: str) -> None:
-    """Removes the file and raises WeightsError, unless its content matches the hub's digest. label: name in errors."""
+    """Removes the file and raises WeightsError, unless its content matches the hub's digest. label: for the error."""
     def git_sha1():
         return hashlib.sha1(f"blob {file.size}\0".encode())
     with open(path, "rb") as content:
@@ -395,7 +394,7 @@ class Repository:
         self.revision = match[2] or revision_of(self.repo, revision)
         self.files = list_files(self.repo, self.revision, offline)
         self.is_file = self.path in self.files
-        self.folder = self.path.rpartition("/")[0] if self.is_file else self.path        # `names` are relative to it
+        self.folder = self.path.rpartition("/")[0] if self.is_file else self.path   # self.names are relative to this
         self.start = f"{self.folder}/" if self.folder else ""
         self.names = [name.removeprefix(self.start) for name in self.files if name.startswith(self.start)]
         if not self.files and is_offline(offline):
@@ -437,7 +436,7 @@ def fetch_part(reference: str | Path, folders: Iterable[str], more: Iterable[str
                offline: bool = False, revision: str | None = None) -> Path:
     """Fetches one part of any repository. Returns its folder or file in the cache.
 
-    folders: where the part may be; the first folder with a config.json is used. more: other folders that it needs.
+    folders: where the part may be; the first folder with a config.json is used. more: other folders to fetch.
     """
     repo = Repository(reference, offline, revision)
     if repo.is_file:
@@ -526,7 +525,7 @@ def hashes(paths: dict[str, Path | None]) -> dict[str, str]:
     """Returns {part: digest} of the weights in `paths`, to record which weights generated an image."""
     parts = ("prior", "decoder", "vqgan", "image_encoder", "prior_text_encoder", "text_encoder")
     found = {part: digest(paths[part]) for part in parts if paths.get(part) is not None}
-    return {part: value for part, value in found.items() if value}       # None: the part is not fetched yet
+    return {part: value for part, value in found.items() if value}       # value: None if the part is not fetched yet
 
 
 def digest(path: str | Path) -> str | None:

@@ -44,7 +44,7 @@ USED_MOST = ("data", "out", "weights", "lora", "steps", "lr", "batch", "resoluti
 
 
 class Parser(argparse.ArgumentParser):
-    """Shows a script's docstring and all defaults in --help. Raises UserError, which names the most similar option."""
+    """Shows a script's docstring and all defaults in --help. For unknown options, its UserError names a similar one."""
     def __init__(self, docstring: str = "", **more):
         super().__init__(description=docstring, formatter_class=HelpFormatter, **more)
 
@@ -61,7 +61,7 @@ class Parser(argparse.ArgumentParser):
                     if f"--{theirs}" in options else nearest_option(self, name)))
         return super().parse_known_args(args, namespace)
 
-    def error(self, message: str) -> None:       # argparse's own also prints the usage
+    def error(self, message: str) -> None:       # argparse's own error() also prints the usage
         if option := re.fullmatch("argument (--[^/ ]*).*: expected one argument", message):
             message += f": {self._option_string_actions[option[1]].help}"
         raise UserError(message)
@@ -84,7 +84,7 @@ def option_strings(parser: argparse.ArgumentParser) -> list[str]:
 
 
 def nearest_option(parser: argparse.ArgumentParser, unknown: str) -> str:
-    """Returns a hint for an unknown option: the most similar option of `parser`, or that --help lists all."""
+    """Returns a hint for an unknown option: the most similar option of `parser`, else the advice to use --help."""
     name = unknown.partition("=")[0].replace("_", "-")
     return nearest(name, option_strings(parser)) or "--help lists all options"
 

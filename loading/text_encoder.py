@@ -76,7 +76,7 @@ class Tokenizer:
         ids, mask = torch.full((len(texts), length), self.pad), torch.zeros(len(texts), length, dtype=torch.long)
         for i, text in enumerate(texts):
             found = self.bpe.encode(text)
-            tokens = found.ids[:-1][:length - 1] + found.ids[-1:]         # the last token is the end token
+            tokens = found.ids[:-1][:length - 1] + found.ids[-1:]         # keeps the last token, the end token
             if len(tokens) < len(found):
                 warnings.warn(f"a prompt is longer than the {length} tokens that the text encoder takes; this part "
                               f"was cut off: {text[found.offsets[length - 1][0]:]!r}")
@@ -86,7 +86,7 @@ class Tokenizer:
 
 # ----- the network ---------------------------------------------------------------------------------------------------
 
-ACTIVATIONS = dict(gelu=F.gelu, quick_gelu=lambda x: x * torch.sigmoid(1.702 * x))       # OpenAI's CLIP: quick_gelu
+ACTIVATIONS = dict(gelu=F.gelu, quick_gelu=lambda x: x * torch.sigmoid(1.702 * x))       # OpenAI's CLIP has quick_gelu
 
 
 class Attention(nn.Module):
@@ -115,7 +115,7 @@ class Layer(nn.Module):
 
 
 class CLIPTextModel(nn.Module):
-    """CLIP's text transformer: token ids (B,N), mask (B,N) -> (B,N,D). Arguments are keys of config.json; _: unused."""
+    """CLIP's text transformer: token ids (B,N), mask (B,N) -> (B,N,D). Arguments are keys of config.json; _: others."""
     def __init__(self, vocab_size: int = 49408, hidden_size: int = 512, intermediate_size: int = 2048,
                  num_hidden_layers: int = 12, num_attention_heads: int = 8, max_position_embeddings: int = 77,
                  hidden_act: str = "quick_gelu", layer_norm_eps: float = 1e-5, **_):
@@ -152,7 +152,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.tokenizer, self.model = tokenizer, model
 
-    def tokens(self, prompts: list[str]) -> tuple[Tensor, Tensor]:              # ids, mask on the model's device
+    def tokens(self, prompts: list[str]) -> tuple[Tensor, Tensor]:              # ids and mask, on the model's device
         places = self.model.embeddings.position_embedding.weight                                          # (N, D)
         return tuple(to_device(tensor, places.device) for tensor in self.tokenizer(prompts, len(places)))
 

@@ -51,12 +51,12 @@ def config_of(path: str | Path) -> dict | None:
     return own or (read_config(path.parent) if (path.parent / "config.json").is_file() else None)
 
 
-IMPOSSIBLE = (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError)     # raised for invalid model sizes
+IMPOSSIBLE = (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError)     # errors due to invalid sizes
 
 
 def new_model(stage: type, config: str | Path | None, **sizes) -> nn.Module:
     """Returns a model with random weights. `sizes` override the sizes in `config`, a config.json or its folder.
-    Raises UserError if the sizes are invalid, or the memory does not suffice for them."""
+    Raises UserError if the sizes are invalid, or if they need more memory than is free."""
     try:
         if config:
             found = read_config(config) if Path(config).is_dir() else read_json(config)
@@ -72,7 +72,7 @@ def new_model(stage: type, config: str | Path | None, **sizes) -> nn.Module:
 
 
 def official_sizes(stage: type, shapes: dict[str, tuple]) -> dict:
-    """Guesses arguments for `stage` from shapes if config.json is missing: v1's sizes, or {}, the defaults, for v2."""
+    """Guesses arguments of `stage` from tensors' shapes, without config.json: v1's, or {} for v2 (the defaults)."""
     shape = signature_shape(stage, shapes)
     if stage is StageC and shape[1:] == (1024,):
         return dict(c_cond=1024)                             # the text width of CLIP-H
@@ -130,7 +130,7 @@ def fill(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch.d
 
 
 def load(stage: type, path: str | Path, dtype: torch.dtype = torch.float32, int8: bool = False) -> nn.Module:
-    """Loads one model from its folder or file, in eval mode. int8: converts its large layers one by one while reading.
+    """Loads one model from its folder or file, in eval mode. int8: converts large layers to int8 while reading.
     Raises WeightsError."""
     model, file = build_empty(stage, path)
     tensors = translate(file, file.shapes.keys(), model)
@@ -154,7 +154,7 @@ def load_image_encoder(path: str | Path) -> EfficientNetEncoder | TinyImageEncod
     if config is None:
         return load(EfficientNetEncoder, path)
     ours = [name for name, stage in encoders.items() if in_our_words(config, stage)]
-    name = ours[0] if ours else str(config.get("_class_name")).removeprefix("Wuerstchen")    # OneTrainer's prefix
+    name = ours[0] if ours else str(config.get("_class_name")).removeprefix("Wuerstchen")  # OneTrainer adds a prefix
     if name not in encoders:
         raise WeightsError(f"{path}: its config.json describes a {name}, expected one of {', '.join(encoders)}")
     return load(encoders[name], path)
@@ -184,7 +184,7 @@ def load_text_encoder(folder: str | Path, tokenizer_folder: str | Path,
         fill(model, ((names[name], tensor) for name, tensor in file if name in names), dtype)
     except WeightsError as error:
         raise WeightsError(f"{file.path}: {error}") from error
-    # The buffer is unused, but transformers' model has it, and caches of training contain a hash of all tensors.
+    # This buffer is unused. With it, the hash that identifies training caches equals that of transformers' model.
     positions = torch.arange(model.config["max_position_embeddings"])[None]                                 # (1, 77)
     model.embeddings.register_buffer("position_ids", positions, persistent=False)
     tokenizer = load_tokenizer(tokenizer_folder)
@@ -229,7 +229,7 @@ def stage_b_of(path: str | Path) -> type:
 
 
 def is_tiny(path: str | Path) -> bool:
-    """Whether the image encoder is a TinyImageEncoder, the small one of models/tiny, for images of 128 px."""
+    """Returns whether the image encoder is a TinyImageEncoder, the one of models/tiny, for images of 128 px."""
     config = config_of(path) or {}
     return config.get("_class_name") == "TinyImageEncoder" or in_our_words(config, TinyImageEncoder)
 
@@ -243,7 +243,7 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
     """
     if isinstance(model, StageA):
         assert model.config["scale_factor"] == model.scale_factor, "scale_factor was changed in one place only"
-    tensors = to_half(to_diffusers(model.state_dict(), model))     # before writing, so an error keeps the old files
+    tensors = to_half(to_diffusers(model.state_dict(), model))     # if this fails, the old files are still there
     write_files(config_to_diffusers(model), tensors, folder, STEM)
 
 
@@ -255,7 +255,7 @@ def extract_image_encoder(file: str | Path, folder: str | Path) -> None:
 
 
 def save_scheduler(folder: str | Path) -> None:
-    """Writes a `scheduler` folder, which diffusers requires. Our code has only one noise schedule."""
+    """Writes a `scheduler` folder, which diffusers requires. Our code has only this noise schedule."""
     config = dict(_class_name="DDPMWuerstchenScheduler", s=0.008, scaler=1.0)
     write_atomically(Path(folder) / "scheduler_config.json",
                      lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))

@@ -50,7 +50,7 @@ class Cache:
         self.dtype = np.dtype(settings["dtype"])
         self._identity = json.dumps([encoder_hash, settings], sort_keys=True)
         self.folder = Path(folder) / f"{settings['kind']}-{_sha256(self._identity)[:16]}"
-        self._writing = self.folder / "writing"            # for temporary files; on the same disk: renaming is atomic
+        self._writing = self.folder / "writing"            # temporary files: renaming is atomic on the same disk
         self._writing.mkdir(parents=True, exist_ok=True)
         sweep(self._writing)
         if not (self.folder / "info.json").exists():       # info.json is written for people: no code reads it
@@ -91,7 +91,7 @@ class Cache:
             stored = np.asarray(array, self.dtype, order="C")
         problem = self._problem(stored, None)
         if self.dtype.kind == "i" and not np.array_equal(stored, array):
-            problem = f"it contains numbers that do not fit {self.dtype}"        # storing would change them
+            problem = f"it contains numbers that do not fit {self.dtype}"        # the cast changed an integer
         if problem:
             raise ValueError(f"cannot store {key[:80]!r}: {problem}; its largest number is {np.abs(array).max():g}")
         buffer = io.BytesIO()
@@ -132,7 +132,7 @@ def _checksum(path: Path, content: bytes) -> bytes:
 
 
 def hash_of(module: nn.Module) -> str:
-    """Returns the sha256, in hex, of a model's parameters and buffers: names, dtypes, shapes and bytes. 1 s per GB.
+    """Returns the sha256, in hex, of a model's parameters and buffers: names, dtypes, shapes, bytes. Takes 1 s per GB.
 
     The hash does not depend on the device, nor on anything that is not a tensor, such as the mode set by train().
     """
@@ -255,7 +255,7 @@ def _replacements(dataset: ImageDataset, broken: list[int], sizes: Callable, fil
     for i in broken:
         alike = usable[dataset.bucket[usable] == dataset.bucket[i]]
         replaced[i] = first_after(i, alike if len(alike) else usable)
-        if not len(alike):               # the image is of another bucket: its latents in these sizes are not cached yet
+        if not len(alike):               # a replacement from another bucket has no cached latents in these sizes yet
             others.setdefault(replaced[i], []).extend(sizes(i))
     fill([*others], others.get)
     return replaced

@@ -18,11 +18,11 @@ def build_optimizer(model: nn.Module, args, share: Callable[[str], float] | None
                     betas: tuple[float, float] | None = None) -> torch.optim.Optimizer:
     """Returns AdamW. Weight decay applies only to matrices, not to norms, biases and LoRAs.
 
-    share(name of a parameter): a factor of its learning rate, stored as group["share"]. betas: default: from args."""
+    share(name of a parameter): a factor of its learning rate, stored as group["share"]. betas: by default from args."""
     groups, lora = {}, getattr(args, "lora", False)
     for name, p in model.named_parameters():
         if p.requires_grad:
-            decays = p.ndim >= 2 and not lora        # independent of --weight-decay, so a resumed run may change it
+            decays = p.ndim >= 2 and not lora        # does not depend on --weight-decay, which a resumed run may change
             settings = dict(share=share(name)) if share else {}
             groups.setdefault((decays, *settings.items()), []).append(p)
     groups = [dict(settings, params=params, weight_decay=args.weight_decay if decays else 0.0)
@@ -49,7 +49,7 @@ def learning_rate(step: int, args) -> float:
 
 
 def set_precision(args, device: torch.device) -> tuple[torch.dtype, torch.autocast]:
-    """Returns dtype and autocast of forward passes (off for float32). Sets TF32 and, if it is None, args.dtype."""
+    """Returns dtype and autocast of forward passes (off for float32). Applies --allow-tf32. Sets args.dtype."""
     set_tf32(args.allow_tf32)
     dtype = dtype_of(args.dtype or ("fp32" if device.type == "cpu" else "bf16"), device)
     args.dtype = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
@@ -57,8 +57,8 @@ def set_precision(args, device: torch.device) -> tuple[torch.dtype, torch.autoca
 
 
 def clip_gradients(model: nn.Module, limit: float) -> Tensor:
-    """Scales the gradients down to norm `limit` if their norm, over all processes, is larger. limit 0: never. Returns
-    the norm () before scaling."""
+    """Scales the gradients down to norm `limit` if their norm, over all processes, is larger. With limit 0, does not
+    scale them. Returns the norm () before scaling."""
     norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], limit or math.inf)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm      # FSDP returns the norm as a DTensor
 
@@ -72,7 +72,7 @@ def too_many_nan_steps(count: int, step: int, args) -> str:
 
 class NanSteps:
     """Skips steps whose loss or gradient is not finite, and ends the run after too many of them in a row. The GPU skips
-    them; the CPU reads the flags later, in look(), so that it does not wait for the GPU in each step.
+    them. The CPU reads later, in look(), which steps were skipped, so that it does not wait for the GPU in each step.
 
     in_a_row, in_all: number of skipped steps up to the last look(). state: a checkpoint to continue from, or {}.
     """
@@ -86,7 +86,7 @@ class NanSteps:
         """Returns a bool () on the device: whether all processes skip this step, because is_nan () is true in one of
         them. After too many skipped steps in a row, all later steps are skipped, so that the weights stay unchanged
         until look() is called. statistics: (buffer of a BatchNorm, its value before the step), restored if the step is
-        skipped, because a NaN in them would stay forever. batch: what to log of a bad step. A CPU calls look() here."""
+        skipped, because a NaN in them would stay forever. batch: what to log of a bad step. On a CPU, calls look()."""
         skip = self.processes.anywhere(is_nan) | self.over
         self.row = (self.row + 1) * skip
         self.over = self.over | (self.row >= self.args.max_bad_steps)

@@ -63,7 +63,7 @@ class Found:
     files: Counter = field(default_factory=Counter)
     images: Counter = field(default_factory=Counter)
     captions: Counter = field(default_factory=Counter)
-    keys: set = field(default_factory=set)       # keys of samples without a caption under the expected key
+    keys: set = field(default_factory=set)       # all keys of samples without a caption under the expected key
     numbered: set = field(default_factory=set)   # names of folders such as 10_cat
 
     def notes(self) -> list[str]:
@@ -79,7 +79,7 @@ class Found:
 
 def samples_of(parts: list[tuple[Path, str]], index_folder: Path | None, found: Found, chosen: Chosen = Chosen()
                ) -> Iterator[dict]:
-    """Yields the samples of `parts`, see _samples and parts_of, in fixed order. Raises ValueError if it cannot."""
+    """Yields the samples of `parts`, see _samples and parts_of, in fixed order. Raises ValueError for bad parts."""
     for path, label in parts:
         if os.path.isdir(path):
             prefix = f"{label}/" if len(parts) > 1 else ""
@@ -110,9 +110,9 @@ def content_of(place: Place) -> bytes:
 # ----- images and the files next to them -----------------------------------------------------------------------------
 
 def _in_folder(folder: Path, label: str) -> list[tuple[Path, str]]:
-    """Returns [(path, name for messages)] of a folder's shards or, if it has none or also has images, of the folder."""
+    """Returns [(path, name for messages)]: a folder's shards or, if it has none or also has images, the folder."""
     places, _ = _folder_places(str(folder))
-    if "dataset_dict.json" in places:            # save_to_disk of datasets writes this file if there are several splits
+    if "dataset_dict.json" in places:            # the package datasets writes this file for several splits
         splits = sorted({name.split("/")[0] for name in places if name.endswith("/state.json")})
         if "train" not in splits and len(splits) != 1:
             raise ValueError(f"{folder} has the splits {', '.join(splits) or 'none'} and no split train: "
@@ -121,7 +121,7 @@ def _in_folder(folder: Path, label: str) -> list[tuple[Path, str]]:
     inside = _shards_among(places)
     if not inside or any(_split(name)[1] in SUFFIXES for name in places):
         return [(folder, label)]
-    paths = [folder / name for name in inside                                # skips files that map() of datasets caches
+    paths = [folder / name for name in inside                                # skips cache files of the package datasets
              if not re.fullmatch(r"(cache|indices)-.*\.arrow", posixpath.basename(name))]
     return [(path, str(path)) for path in paths]
 
@@ -178,7 +178,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _samples(places: dict[str, Place], chosen: Chosen) -> Iterator[dict]:
-    """Yields the samples among files, places = {name: place}: an image with the text files of the same name.
+    """Yields a sample for each image among the files `places`, {name: place}, with captions from files of its name.
 
     A sample is a dict with name and problem: None, or the reason why it cannot be used. If it can, it also has place,
     size (height, width), captions and numbers; `key`, the key of the captions, if they are not from a text file; and
@@ -221,7 +221,7 @@ def _composed(name: str) -> str:
 
 
 def _size_of(place: Place) -> tuple[int, int]:
-    """Returns an image's (height, width) after EXIF orientation. Reads as little as possible. Raises any error."""
+    """Returns an image's (height, width) after EXIF orientation. Reads as little as possible. May raise any error."""
     file, start, length = place
     check_file(file)
     with open(file, "rb") as handle:
@@ -238,7 +238,7 @@ def _size_of(place: Place) -> tuple[int, int]:
                     # For TIFF, newer versions of Pillow return the size after rotation, so read the stored size.
                     width, height = (image.tag_v2[256], image.tag_v2[257]) if image.format == "TIFF" else image.size
                     return (width, height) if turned else (height, width)
-            except Exception:                    # if HEAD bytes are too few (many kinds of errors), try the whole file
+            except Exception:                    # HEAD bytes may be too few (many kinds of errors): try the whole file
                 if stop == end:
                     raise
 
@@ -294,7 +294,7 @@ def _captions_in(row: dict, column: str | None) -> tuple[str | None, list[str]]:
     for key in [column] if column else [lower.get(key) for key in CAPTION_KEYS]:
         value = row.get(key)
         if isinstance(value, str) and value.startswith("["):
-            with contextlib.suppress(ValueError):          # not a list in a CSV file: a caption that starts with "["
+            with contextlib.suppress(ValueError):          # ValueError: a caption that starts with "[", not a list
                 value = parsed(value)
         if captions := _cleaned(value if isinstance(value, list) else [value]):
             return key, captions
@@ -317,8 +317,8 @@ def _numbers_in(row: dict) -> dict[str, float]:
 
 
 def _metadata_rows(places: dict[str, Place], column: str | None) -> tuple[dict[str, dict], list[tuple[str, str]]]:
-    """Returns {name of an image: its row in the nearest metadata.jsonl, .csv or .parquet above it}, with that file's
-    name under the key "", and [(image, file)] for images with several rows. column: the key of the images' names."""
+    """Returns {image: its row in the nearest metadata.jsonl, .csv or .parquet above it}, where row[""] is the name of
+    that file; and [(image, metadata file)] for images with several rows. column: the rows' key of the image names."""
     rows, doubled, key = {}, [], column or "file_name"
     tables = [name for name in places
               if posixpath.basename(name) in ("metadata.jsonl", "metadata.csv", "metadata.parquet")]
@@ -330,7 +330,7 @@ def _metadata_rows(places: dict[str, Place], column: str | None) -> tuple[dict[s
                 row = parsed(row) if isinstance(row, str) else row
                 if not isinstance(row, dict):
                     raise ValueError("it is not an object")
-                row = {name: value for name, value in row.items() if name is not None}   # None: more cells than columns
+                row = {name: value for name, value in row.items() if name is not None}  # None: surplus cells of a row
                 if key not in row:
                     raise ValueError(f"{key!r} is not among its keys {', '.join(row) or '(none)'}, "
                                      "and --image-column names no other")
@@ -345,7 +345,7 @@ def _metadata_rows(places: dict[str, Place], column: str | None) -> tuple[dict[s
 
 
 def _rows(table: str, place: Place) -> Iterator[dict | str]:
-    """Yields the rows of a metadata file: dicts or, for .jsonl, lines of text. table: its name."""
+    """Yields the rows of a metadata file: dicts or, for .jsonl, lines of text. table: the file's name."""
     if table.endswith(".parquet"):
         yield from open_table(io.BytesIO(content_of(place)), table).rows
         return
@@ -469,7 +469,7 @@ def _tar_places(path: Path) -> tuple[dict[str, Place], list[dict], bool]:
                     unusable.append(dict(name=name, problem="twice in the shard, the last one counts"))
                     links.pop(name, None)
                 places[name] = (str(path), member.offset_data, member.size)
-                if member.islnk() or member.issym():       # a hard link names another member, a symbolic one a path
+                if member.islnk() or member.issym():       # a hard link names a member, a symbolic link a relative path
                     folder = posixpath.dirname(name) * member.issym()
                     links[name] = posixpath.normpath(posixpath.join(folder, member.linkname))
                 elif not member.isreg() or member.issparse():
@@ -498,7 +498,7 @@ def _tar_places(path: Path) -> tuple[dict[str, Place], list[dict], bool]:
 
 def _spooled(known_as: str, label: str, folder: Path | None, write: Callable[[Path], None],
              suffix: str = ".tar") -> Path:
-    """Returns the path of a tar file in `folder`, whose content known_as describes. If it is missing, calls write."""
+    """Returns the path of a tar file in `folder`. known_as identifies it. If it is missing, write(path) creates it."""
     if folder is None:
         raise ValueError(f"{known_as} needs an index_folder, where its content is kept")
     label = re.sub(r"[^\w.-]+", "-", label.removesuffix(".tar"))[-40:].lstrip("-.")
@@ -509,7 +509,7 @@ def _spooled(known_as: str, label: str, folder: Path | None, write: Callable[[Pa
 
 
 def _run(command: str, path: Path) -> None:
-    """Writes a command's output to `path`. Raises ValueError unless it is a whole tar file: in a | b, a may fail."""
+    """Writes a command's output to `path`. Raises ValueError if it is no complete tar file: in a | b, a may fail."""
     with open(path, "wb") as file:
         done = subprocess.run(command, shell=True, stdout=file, stderr=subprocess.PIPE)
     message = (done.stderr.decode(errors="replace").strip().splitlines() or ["it gave no message"])[-1]

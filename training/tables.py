@@ -24,13 +24,13 @@ NOT_USABLE = ".skipped"          # suffix of tar members that contain the reason
 # Names of the column with the images, in order of preference. Another name is possible if only one column has images.
 IMAGE_COLUMNS = ("image", "images", "img", "jpg", "jpeg", "png", "webp", "photo", "picture")
 
-
-PLAIN = (str, int, float, type(None))            # other columns' values are kept if they are of these types, or lists
+PLAIN = (str, int, float, type(None))            # types of the values, or of list items, that other columns keep
 
 
 @dataclass
 class Table:
-    """columns: {name: whether it may contain images}. folders: files that a row names are only read from these."""
+    """A table of images. columns: {name: whether the column may contain images}. folders: image files that a row names
+    are read only if they are in these folders."""
     name: str
     columns: dict[str, bool]
     rows: Iterable[dict]
@@ -87,7 +87,7 @@ def hub_table(name_and_split: str, config: str | None = None) -> Table:
                 if not re.match("(hf|https?)://", file.split("::")[-1]):
                     raise ValueError(f"it names {printable(file)}, which is not a file of the Hub, and is not read")
         rows = datasets.load_dataset(name, *[config] * bool(config), split=split or "train")
-    except Exception as error:                   # datasets raises many kinds: not found, no network, unknown split, ...
+    except Exception as error:                   # datasets raises many kinds of errors: not found, no network, ...
         configs = re.search(r"available configs: (\[.*?\])", str(error))
         more = f" It has the configurations {configs[1]}: choose one with --dataset-config" if configs else ""
         raise ValueError(f"hub:{name} cannot be loaded: {reason_of(error)}{more}") from error
@@ -102,7 +102,7 @@ def hub_table(name_and_split: str, config: str | None = None) -> Table:
 
 
 def write_tar(table: Table, path: Path, asked: str | None = None) -> None:
-    """Writes a table as a tar file: a row is NUMBER.COLUMN.jpg and .json or, without an image, NUMBER.skipped (why).
+    """Writes a table as a tar file. A row becomes NUMBER.COLUMN.jpg and .json, or NUMBER.skipped with the reason.
 
     asked: the name that the user gave for the image column, or None. Raises ValueError, see image_column.
     """
@@ -125,7 +125,7 @@ def write_tar(table: Table, path: Path, asked: str | None = None) -> None:
 
 
 def image_column(table: Table, asked: str | None) -> str:
-    """Returns the image column: `asked`, else the first of IMAGE_COLUMNS, else the only one. Or raises ValueError."""
+    """Returns the image column: `asked`, else the first of IMAGE_COLUMNS, else the only one. May raise ValueError."""
     names = ", ".join(table.columns)
     candidates = [name for name, usable in table.columns.items() if usable]
     if asked is not None:

@@ -54,7 +54,7 @@ def mean_over(count: int, measure: Callable[[int], Tensor], args, processes, sha
 
 
 def by_level(values: Tensor, name: str) -> dict[str, float]:
-    """Values (10,) at the noise levels of T_GRID -> entries of the log, {"NAME_t_0.05": value, ...}."""
+    """Returns values (10,) at the noise levels of T_GRID as entries of the log, {"NAME_t_0.05": value, ...}."""
     return {f"{name}_t_{level:.2f}": value for level, value in zip(T_GRID, values.tolist())}
 
 

@@ -56,7 +56,7 @@ def measure(args) -> tuple[str, list[Row], str]:
 
 
 def rows_of(run: Run, ours: list[dict], theirs: list[dict]) -> list[Row]:
-    """Returns the rows that compare our results of a setting with those of its counterpart in diffusers, theirs."""
+    """Returns table rows that compare `ours`, our results for a setting, with `theirs`, the results of diffusers."""
     title = ("full" if run.full else "LoRA") + f", `--checkpointing {run.checkpointing}`" * bool(run.checkpointing)
     title += ", bf16" * run.bf16
     other = "diffusers" + " + peft" * (not run.full) + ", checkpointed" * (run.checkpointing == "blocks")
@@ -104,7 +104,7 @@ def fresh_steps(run: Run, *sizes) -> dict:
 def training_steps(run: Run, depth: int, side: int, batch: int, device: str, width: int = 1536, steps: int = 3) -> dict:
     """Runs optimizer steps like train_c.py and diffusers' training script, with random weights.
 
-    Returns seconds: the median step, without the first; products: the seconds of the products by themselves (ours);
+    Returns seconds: the median step, without the first; products: the seconds of our matrix products and attention;
     loss: the first loss; peak: the peak memory in GB, minus the memory before; size: the weights in GB.
     """
     before = memory("VmRSS")
@@ -142,7 +142,7 @@ def training_steps(run: Run, depth: int, side: int, batch: int, device: str, wid
 def build(run: Run, depth: int, device: str, width: int) -> nn.Module:
     """Builds our Stage C or diffusers', prepared for `run`, without dropout, so that both compute the same."""
     config = dict(c_in=16, c=width, c_cond=1280, c_timestep=64, depth=depth, heads=width // 64, dropout=0.0)
-    # In train_c.py as well, weights that a LoRA does not change have the dtype of autocast.
+    # As in train_c.py, weights that a LoRA does not change have the dtype of autocast.
     ours, theirs = random_pair(StageC, "prior", config, device,
                                torch.bfloat16 if run.bf16 and not run.full else torch.float32)
     model = ours if run.who == "ours" else theirs
