@@ -206,7 +206,7 @@ def losses(output: dict, fake, images, vgg, autocast, args) -> tuple:
 @torch.no_grad()
 def validate(model, fixed, args, processes) -> dict[str, float]:
     """Computes the PSNR in dB (from the mean squared error over all images) with unquantised and
-    with quantised latents, and the usage of the codes. fixed: images (N,3,H,W) uint8."""
+    with quantised latents, and how many codes are used. fixed: images (N,3,H,W) uint8."""
     errors = torch.zeros(3, device=processes.device)
     counts = torch.zeros(model.config["codebook_size"], device=processes.device)
     for images in fixed[processes.rank::processes.world].split(args.batch):

@@ -160,7 +160,7 @@ def check(args) -> None:
 
 
 def set_defaults(args, small: bool) -> None:
-    """Sets options not given to defaults for small (emoji scenes) or released (large) models."""
+    """Gives unset options the defaults for small (emoji scenes) or released (large) models."""
     new = args.init == "random"
     values = dict(resolution=[128 if small else 1024], batch=32 if small else 4,
                   lr=1.5e-3 if small else 1e-4 if new else 1e-5, ema=0.998 if small else 0.999,

@@ -170,7 +170,7 @@ def options_like(read: Callable, args: argparse.Namespace, more: Options) -> tup
 
 
 def own_defaults(image: str, stored: dict) -> dict:
-    """Returns {option: default} for the options whose defaults depend on the weights, for the weights in `stored`."""
+    """Returns {option: its default for the weights in `stored`}, for options whose default depends on the weights."""
     weights = str(stored.get("weights") or "tiny")
     v1, tiny = "temperature_b" in stored, is_tiny(weights) or is_tiny(Path(image).parent / weights)
     height, width = own_size(image, stored, 128 if tiny else 512 if v1 else 1024)

@@ -352,7 +352,7 @@ def check_digest(path: Path, file: File, label: str) -> None:
 
 def sweep(blobs: Path, locks: Path, keep: Path) -> None:
     """Removes partial files of killed downloads: ours after a week, and those of huggingface_hub, which cannot be
-    resumed (DIGEST.NUMBER.incomplete), after an hour. Files of running downloads stay: they are newer and locked."""
+    resumed (DIGEST.NUMBER.incomplete), after an hour. Files of running downloads stay: they are newer or locked."""
     from huggingface_hub.utils import WeakFileLock
     for path in blobs.glob("*.incomplete"):
         digest, *number, _ = path.name.split(".")

@@ -115,7 +115,7 @@ class Layer(nn.Module):
 
 
 class CLIPTextModel(nn.Module):
-    """CLIP's text transformer: token ids (B,N), mask (B,N) -> (B,N,D). Arguments are keys of config.json; _: others."""
+    """CLIP's text transformer: token ids (B,N), mask (B,N) -> (B,N,D). Arguments: keys of config.json; _: the rest."""
     def __init__(self, vocab_size: int = 49408, hidden_size: int = 512, intermediate_size: int = 2048,
                  num_hidden_layers: int = 12, num_attention_heads: int = 8, max_position_embeddings: int = 77,
                  hidden_act: str = "quick_gelu", layer_norm_eps: float = 1e-5, **_):
