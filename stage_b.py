@@ -258,7 +258,7 @@ class StageB(nn.Module):
                 nn.init.normal_(mapper.weight, std=0.02)
         nn.init.zeros_(self.head.weight)       # an untrained network then predicts 2 x_t
         for module in self.modules():
-            if isinstance(module, ResBlock):   # then the sum of all branches has variance 1
+            if isinstance(module, ResBlock):   # so that their sum does not grow with the depth
                 module.contract.weight *= math.sqrt(1 / sum(self.config["blocks"]))
             elif isinstance(module, TimestepBlock):    # at first, t has no effect
                 nn.init.zeros_(module.mapper.weight)

@@ -209,7 +209,7 @@ class StageC(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.zeros_(self.head.weight)       # an untrained network then predicts x_t
-        for block in self.res_blocks:          # so that the sum of all branches has variance 1
+        for block in self.res_blocks:          # so that their sum does not grow with the depth
             block.contract.weight *= math.sqrt(1 / len(self.res_blocks))
         for block in self.timestep_blocks:     # so that t has no effect at first
             nn.init.zeros_(block.mapper.weight)

@@ -239,9 +239,9 @@ def raw_losses(output, x_0, x_t, eps, t, args):
     a, b = (part.float() for part in output)
     if args.loss == "eps":
         return ((x_t - a) / b - eps).square().mean(dim=(1, 2, 3))
-    # The targets are a = sqrt(ab) x_0 and b = sqrt(1 - ab), because then (x_t - a) / b equals eps.
-    # (The error of eps contains the noise of x_t times the error of b, which hides the gradient of
-    # `a`.) The divisor scales errors of `a` like errors of eps, at most by 1 / 0.2 for low noise.
+    # ab is alpha_bar. The targets a = sqrt(ab) x_0, b = sqrt(1 - ab) make (x_t - a) / b equal eps.
+    # (In the loss on eps, errors of b, times the noise in x_t, hide the gradient of `a`.)
+    # Dividing by 1 - ab weights errors of `a` as that loss does, by at most 1 / 0.2 at low noise.
     ab = per_row(alphas_cumprod(t), x_0)                                           # (B, 1, 1, 1)
     squares = (a - ab.sqrt() * x_0).square() + (b - (1 - ab).sqrt()).square()      # (B, 4, h, w)
     return (squares / (1 - ab).clamp(min=0.2)).mean(dim=(1, 2, 3))

@@ -76,7 +76,7 @@ def save_latent(job: argparse.Namespace, path: Path) -> Path:
 def origin_of(model, job: argparse.Namespace) -> dict:
     """Describes the loaded weights, to store with latents: name, kind, hashes of the networks that decode latents."""
     raw = model.scale_semantic is not Wuerstchen.scale_semantic
-    kind = "tiny" if model.size == 128 else "v1" if raw else "v2"        # weights of one kind can exchange latents
+    kind = "tiny" if model.size == 128 else "v1" if raw else "v2"        # a kind decodes its own latents
     known = {part: value for part, value in hashes(model.paths).items() if part in ("decoder", "vqgan", "text_encoder")}
     weights = job.weights or ("v2" if any(getattr(job, part) for part in FILES) else "tiny")
     return dict(weights=Path(weights).name, kind=kind, hashes=known)

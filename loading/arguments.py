@@ -236,7 +236,8 @@ def accept(model, then: Callable, prompt, negative_prompt, seed, num_images, hei
 
 
 def checked(callback: Callable | None, kinds: str = "None", stop: Exception | None = None) -> Callable | None:
-    """Wraps a callback. Raises ValueError unless it returns None or latents of x's shape; raises `stop` for False."""
+    """Wraps a callback to check what it returns: raises ValueError unless that is None or latents of unchanged shape,
+    and `stop`, if given, for False. kinds: what it may return besides latents, for the message."""
     if callback is None:
         return None
     if not callable(callback):

@@ -306,7 +306,7 @@ def own_config(path: Path) -> dict | None:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Returns whether to read a file as .safetensors. Raises WeightsError if it begins like no format of weights."""
+    """Returns whether to read a file as .safetensors. Raises WeightsError if its start fits no format."""
     with reading_weights(path), open(path, "rb") as file:
         start = file.read(512)
     if start[8:9] == b"{":                               # .safetensors begins with 8 bytes of length, then JSON

@@ -129,7 +129,7 @@ def fetch(name: str, parts: tuple[str, ...] = TEXT_TO_IMAGE, half: bool = False,
         try:
             choose(*IMAGE_ENCODER, half=False)
             sources["image_encoder"] = IMAGE_ENCODER
-        except WeightsError:                 # no files of the encoder only: extract it from the decoder's file
+        except WeightsError:                 # its own repository is not available: extract it from the decoder's file
             extract = True
             choose(*IMAGE_ENCODER_INSIDE, half=False)
     announce([file for files in chosen.values() for file in files.values()])

@@ -141,7 +141,7 @@ class Int8Linear(nn.Module):
         return self.part(x, 0)
 
     def part(self, x: Tensor, start: int) -> Tensor:
-        """Returns what the inputs start to start + C', x (...,C'), add to the output. Adds the bias if start is 0."""
+        """Returns what x (...,C'), the C' inputs from index `start`, adds to the output; with the bias if it is 0."""
         rows = x.flatten(0, -2)                                                          # (M, C')
         if torch.compiler.is_compiling() or len(rows) <= ROWS:
             y = self.of_rows(rows, start)                                                # (M, out)
@@ -162,7 +162,7 @@ class Int8Linear(nn.Module):
             x8 = torch.addcmul(0.5 - least / step, rows, 1 / step)                       # (M, C') in 0..255
         else:
             step = torch.maximum(most, -least).clamp_min(1e-30) / 127                    # (M, 1)
-            x8 = torch.addcmul(rows.new_tensor(128.5), rows, 1 / step)                   # (M, C') in 1..255; 128 is 0
+            x8 = torch.addcmul(rows.new_tensor(128.5), rows, 1 / step)                   # (M, C') in 1..255; 128: 0
         whole = x8.to(torch.uint8)
         product = torch.ops.wuerstchen.int8_product
         y = product(whole, self.scale, self.number, start)                               # (M, out)

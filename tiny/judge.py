@@ -20,7 +20,7 @@ SIZES = (14, 16, 18, 20, 22, 24, 27, 30, 33, 37, 41, 45)
 SLACK = 1                              # px, after scaling to SIDE, by which boxes of two objects may overlap
 BACKGROUND_TOLERANCE = 40              # largest RGB distance from one of COLOURS, which are at least 84 apart
 MIN_EXPLAINED = 0.25                   # smallest gain of an object, as a share of a perfect match's gain
-SMALL_UP_TO, LARGE_FROM = 51, 71       # px of a scene: up to 51 is "small" in prompts, from 71 "large"
+SMALL_UP_TO, LARGE_FROM = 51, 71       # an object's px in a scene: up to 51 is "small" in prompts, from 71 "large"
 
 
 class Judge:

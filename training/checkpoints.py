@@ -308,14 +308,14 @@ def state_of(parts: dict, ema=None) -> dict:
 
 
 def load_state(path: Path, state: dict, parts: dict, ema=None, **tensors: torch.Tensor) -> None:
-    """Loads a result of state_of, from checkpoint `path`. Parts that are not in the checkpoint are left unchanged, so a
-    resumed run may add parts. tensors: {name in `state`: tensor that gets the stored values in place}.
+    """Loads `state`, a result of state_of, into `parts`. Parts that are not in it are left unchanged, so a resumed run
+    may add parts. path: its checkpoint, for messages. tensors: {name in `state`: tensor filled with the stored values}.
 
     Raises UserError if a part does not fit.
     """
     with fitting(path):
         for name, part in parts.items():
-            if state.get(name) or name in state and name != "scaler":    # a scaler's state without fp16 is empty
+            if state.get(name) or name in state and name != "scaler":    # a scaler's saved state is empty without fp16
                 is_optimizer = isinstance(part, torch.optim.Optimizer)
                 with own_options(part) if is_optimizer else contextlib.nullcontext():
                     part.load_state_dict(state[name])

@@ -52,7 +52,7 @@ Place = tuple[str, int, int]     # where content can be read: file, offset, numb
 @dataclass(frozen=True)
 class Chosen:
     """Names that the user gave for columns and keys. None: use the first usual name that exists."""
-    image: str | None = None     # the column of a table with the images, or the key of metadata with the file names
+    image: str | None = None     # a table's column with the images, or the metadata's key with the file names
     caption: str | None = None   # the column, or the key of metadata and .json, with the captions
     config: str | None = None    # the configuration of a dataset of the Hub
 

@@ -119,7 +119,7 @@ class StageBV1(nn.Module):
         nn.init.normal_(self.embed_token.weight, std=math.sqrt(1 / self.codebook_size))
         self.classify.weight.copy_(self.embed_token.weight)      # initial logit: similarity to the token's embedding
         for module in self.modules():
-            if isinstance(module, ResBlock):                     # then the sum over all blocks has variance 1
+            if isinstance(module, ResBlock):                     # so that their sum does not grow with depth
                 module.contract.weight *= math.sqrt(1 / sum(self.config["blocks"]))
             elif isinstance(module, TimestepBlock):
                 nn.init.zeros_(module.mapper.weight)             # initially, t has no effect

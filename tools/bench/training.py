@@ -1,6 +1,6 @@
-"""Measures time and memory of training Stage C: steps, compared with diffusers and peft, and an epoch (Linux).
+"""Measures time and memory of training steps of Stage C next to diffusers and peft, and estimates an epoch's time.
 
-Each setting runs in its own process, with random weights. The settings run in turns.
+Only on Linux. Each setting runs in its own process, with random weights. The settings run in turns.
 """
 import math
 import sys
