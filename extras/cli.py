@@ -16,7 +16,6 @@ import itertools
 import os
 import random
 import re
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 

@@ -9,7 +9,6 @@ Pinned memory and asynchronous copies are believed, not tried.
 """
 import collections
 import contextlib
-import itertools
 import json
 import sys
 import traceback

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from unittest import mock
 
@@ -489,6 +490,7 @@ def in_another_process(do) -> tuple[int, int]:
             do()
             os.write(write, b"1")
         except BaseException:
+            traceback.print_exc()
             os.write(write, b"0")
         time.sleep(60)
         os._exit(0)

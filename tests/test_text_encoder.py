@@ -15,7 +15,8 @@ from loading.text_encoder import ACTIVATIONS, CLIPTextModel, Tokenizer
 
 ROOT = TINY.parents[1]
 ODD = ["", "  A  CAT\n\t naïve — NIGHT’s they'll 12345", "<|endoftext|> x <|startoftext|>",
-       "日本語 🦄🏽 e\u0301 ﬁ", "a " * 60, "don't DON'T can't've", "a\u200bb \x00 c", "\u0130stanbul ß ǅ", "\ufeffa cat"]
+       "日本語 🦄🏽 e\u0301 ﬁ", "a " * 60,
+       "don't DON'T can't've", "a\u200bb \x00 c", "\u0130stanbul ß ǅ", "\ufeffa cat"]
 
 
 def any_text(rng: random.Random) -> str:

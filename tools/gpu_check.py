@@ -24,7 +24,6 @@ import json
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from types import SimpleNamespace
 
 from loading.errors import UserError, exit_on_user_error, tell
