@@ -8,8 +8,8 @@ and exists. Files in the cache are not fetched again. offline=True (or HF_HUB_OF
 We fetch files by their names and ignore the published model_index.json files. They contain the old name of a module
 that diffusers has moved, so diffusers itself currently cannot open the folders.
 Other repositories are written hub:OWNER/NAME or hub:OWNER/NAME@REVISION/FOLDER, see Repository.
-Note: the cache is huggingface_hub's, which other programs share, but the download is our own (fetch_file).
-huggingface_hub's download starts from the beginning in a new process and compares no checksum.
+Note: the cache is huggingface_hub's, which other programs share. But we download files ourselves (fetch_file), because
+huggingface_hub restarts an interrupted download from the beginning in a new process, and compares no checksum.
 Needs: huggingface_hub, which comes with transformers.
 
   python -m loading.hub v2                      # fetches v2 for text-to-image and prints where it is
@@ -38,8 +38,8 @@ from loading.errors import WeightsError, exit_on_user_error, printable, tell
 from loading.files import STEM, TOKENIZER_FILES, find_file, parsed, pick_weights, read_json, shards, write_atomically
 from loading.options import Parser
 
-# {repository: revision to fetch}: a commit's hash or, if we could not look it up, "main". The files of these
-# repositories have not changed since 2023. --revision overrides these revisions.
+# {repository: revision to fetch}: a commit's hash, or "main" if we could not look up the hash. main gives the same
+# files, because they have not changed since 2023. --revision overrides these revisions.
 REVISIONS = {
     "warp-ai/wuerstchen":                        "c3da41406ddd4d9c48c49aa93981a82354351b83",
     "warp-ai/wuerstchen-prior":                  "main",
@@ -47,7 +47,7 @@ REVISIONS = {
     "warp-ai/wuerstchen-prior-model-finetuned":  "main",
     "warp-ai/EfficientNetEncoder":               "main",
     "dome272/wuerstchen":                        "6eb6cf5494fa67472afdbcfd78a31dcb091b0c05",
-    # This commit contains v1's files; main did not always contain them.
+    # A commit that contains v1's files; other commits of this repository may lack them.
     "dome272/wuerstchen (v1)":                   "c9a8af033966c756941168f2a537595a15e0c1a8",
 }
 
@@ -61,7 +61,7 @@ V2 = {
     "tokenizer":           ("warp-ai/wuerstchen", "tokenizer"),
     "vqgan":               ("warp-ai/wuerstchen", "vqgan"),
 }
-# v1 as the authors published it. It has only one text encoder, CLIP H, which Stage B of v2 also uses.
+# v1 as the authors published it. Its Stages C and B use the same text encoder, CLIP H, which is that of v2's Stage B.
 V1 = {part: V2[part.removeprefix("prior_")] for part in V2} | {
     "prior":               ("dome272/wuerstchen", "model_stage_c_ema.pt"),
     "decoder":             ("dome272/wuerstchen", "model_stage_b.pt"),
@@ -72,14 +72,14 @@ NAMES = {
     "v1":           V1,                                      # for images of 512 px
     "v2":           V2,                                      # mean of v2-base and v2-aesthetic: best for most prompts
     "v2-base":      V2 | {"prior": ("warp-ai/wuerstchen-prior-model-base", "")},             # for fine-tuning
-    "v2-aesthetic": V2 | {"prior": ("warp-ai/wuerstchen-prior-model-finetuned", "")},        # only for 1024 px
+    "v2-aesthetic": V2 | {"prior": ("warp-ai/wuerstchen-prior-model-finetuned", "")},       # only for images of 1024 px
 }
 NAMES["v2-interpolated"] = NAMES["v2"]
 # {repository: name of its weights, a key of NAMES}
 OFFICIAL = {"warp-ai/wuerstchen": "v2", "warp-ai/wuerstchen-prior": "v2",
             "warp-ai/wuerstchen-prior-model-base": "v2-base",
             "warp-ai/wuerstchen-prior-model-finetuned": "v2-aesthetic"}
-# The image encoder (80 MB) has its own repository. The authors' decoder file of 6 GB also contains the encoder.
+# The image encoder is fetched from its own repository (80 MB), or else extracted from a decoder file (6 GB).
 IMAGE_ENCODER = ("warp-ai/EfficientNetEncoder", "")
 IMAGE_ENCODER_INSIDE = ("dome272/wuerstchen", "model_v2_stage_b.pt")
 # The files to read in a folder of weights, in addition to the weights.
@@ -93,15 +93,15 @@ UNSAFE = re.compile("[\\0-\\x1f\\x7f-\\x9f\\ud800-\\udfff]|^[A-Za-z]:")
 NOT_CACHED = "is not in the cache {}, and --offline fetches nothing: run once without it"
 WAITS = (1, 3, 9)                        # seconds to wait before each of three retries if the hub is busy
 HASHES: dict[str, str] = {}              # {"PATH SIZE TIME" of a file: sha256}, filled by hash_of
-LONGEST_WAIT = 300                       # longest time in seconds without a received byte, see limit_waits
-LONGEST_LIST = (2 ** 24, 60)             # limits in bytes and seconds for a list of files: enough for 50,000 files
+LONGEST_WAIT = 300                       # seconds without a received byte until a request fails, see limit_waits
+LONGEST_LIST = (2 ** 24, 60)             # most bytes and seconds for the hub's list of a repository's files
 TEXT_TO_IMAGE = tuple(V2)                # the parts that text-to-image needs
 RECONSTRUCTION = ("image_encoder", "decoder", "text_encoder", "tokenizer", "vqgan")     # to encode and decode images
 
 
 def revision_of(repo: str, override: str | None, weights: str = "v2") -> str:
-    """Returns the revision of a repository: that of `override`, else that in REVISIONS, else "main". override: "NAME"
-    for all repositories, "REPO=NAME" for one, or None."""
+    """Returns the revision of a repository: the one in `override`, else the one in REVISIONS, else "main".
+    override: "NAME" for all repositories, "REPO=NAME" for one, or None. weights: a key of NAMES; only v1 differs."""
     which, _, name = (override or "").rpartition("=")
     return name if name and which in ("", repo) else REVISIONS.get(f"{repo} ({weights})", REVISIONS.get(repo, "main"))
 
@@ -129,7 +129,7 @@ def fetch(name: str, parts: tuple[str, ...] = TEXT_TO_IMAGE, half: bool = False,
         try:
             choose(*IMAGE_ENCODER, half=False)
             sources["image_encoder"] = IMAGE_ENCODER
-        except WeightsError:                 # its own repository is not available: extract it from the decoder's file
+        except WeightsError:                 # no encoder's repository: extract the encoder from the decoder's file
             extract = True
             choose(*IMAGE_ENCODER_INSIDE, half=False)
     announce([file for files in chosen.values() for file in files.values()])
@@ -146,7 +146,7 @@ def fetch(name: str, parts: tuple[str, ...] = TEXT_TO_IMAGE, half: bool = False,
 # ----- files of a repository ------------------------------------------------------------------------------------------
 
 class File(NamedTuple):
-    """A file of a repository, as the hub lists it. size, digest: None if the list does not contain them."""
+    """An entry in a repository's list of files. cached: it is on disk. size, digest: None if the list lacks them."""
     commit: str
     cached: bool
     size: int | None = None          # bytes
@@ -168,7 +168,7 @@ def is_safe(name: str) -> bool:
 
 
 def list_files(repo: str, revision: str, offline: bool) -> dict[str, File]:
-    """Returns {name: File} of a repository's files on the hub or, if offline, in the cache. Or raises WeightsError.
+    """Returns {name: File} of a repository's files on the hub or, if offline, in the cache. Raises WeightsError.
 
     Omits files whose names, such as ../x, lead out of the cache, so that they are never fetched."""
     if not is_safe(revision):
@@ -191,14 +191,14 @@ def list_files(repo: str, revision: str, offline: bool) -> dict[str, File]:
     except (TypeError, KeyError, AttributeError) as error:
         raise WeightsError(f"{repo}: the hub's list of files cannot be used: expected a commit and files with names; "
                            "check HF_ENDPOINT") from error
-    with contextlib.suppress(OSError, ValueError):                       # the cache may be read-only
-        if revision != commit and (not ref.is_file() or ref.read_text() != commit):  # offline=True reads this file
+    with contextlib.suppress(OSError, ValueError):    # store the commit for offline=True, unless the cache is read-only
+        if revision != commit and (not ref.is_file() or ref.read_text() != commit):
             write_atomically(ref, lambda temporary: temporary.write_text(commit))
     return files
 
 
 def ask_for_list(repo: str, revision: str):
-    """Returns the hub's JSON answer about a repository. Raises WeightsError, also if it is too long or too slow."""
+    """Returns the hub's list of a repository's files, as parsed JSON. Raises WeightsError, also for an endless list."""
     from huggingface_hub import constants
     (most, seconds), path = LONGEST_LIST, f"/api/models/{repo}/revision/{quote(revision, safe='')}?blobs=true"
 
@@ -228,7 +228,7 @@ def request(path: str, timeout: float, **headers: str):
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
     with get_session().stream("GET", constants.ENDPOINT + path, headers=build_hf_headers() | headers, timeout=timeout,
                               follow_redirects=True) as response:
-        if response.status_code >= 400:          # raise the error of a copy without the body, which may be huge
+        if response.status_code >= 400:          # the body may be huge, so raise the error of a copy without a body
             hf_raise_for_status(type(response)(response.status_code, headers=response.headers,
                                                request=response.request))
         yield response
@@ -238,12 +238,12 @@ def patiently(call: Callable, progress: Callable[[], int] | None = None):
     """Returns the result of call(). If the hub is busy or the connection breaks, waits and tries again, see WAITS.
 
     progress: for downloads that resume, a function that returns the number of bytes fetched so far. If this number has
-    changed, the waits start over."""
+    changed since the last failure, all retries are available again."""
     before, waits = None, list(WAITS)
     while True:
         try:
             return call()
-        except Exception as error:               # compares errors by name: huggingface_hub has changed HTTP libraries
+        except Exception as error:  # compared by name, because huggingface_hub's versions use different HTTP libraries
             status, kind = getattr(getattr(error, "response", None), "status_code", None), type(error).__name__
             if not (status in (408, 429, 500, 502, 503, 504) or "Timeout" in kind or kind in (
                     "ReadError", "RemoteProtocolError", "EOFError", *["ConnectError"] * bool(progress))):
@@ -257,7 +257,7 @@ def patiently(call: Callable, progress: Callable[[], int] | None = None):
 
 
 def download(repo: str, revision: str, files: dict[str, File]) -> Path:
-    """Fetches the files that are not in the cache. Returns the repository's folder in the cache."""
+    """Fetches files of one commit, unless they are in the cache. Returns the commit's folder in the cache."""
     with hub_errors(repo, revision):
         for name, file in files.items():
             folder = repo_cache(repo) / "snapshots" / file.commit
@@ -291,7 +291,7 @@ def fetch_file(repo: str, name: str, file: File) -> None:
     with WeakFileLock(locks / f"{file.digest}.lock"):        # huggingface_hub's lock: one process fetches, others wait
         if pointer.is_file():
             return
-        content = blob if blob.is_file() else partial        # another commit or program may have stored the blob
+        content = blob if blob.is_file() else partial        # the blob may be there from another commit or program
         try:
             if content is partial:
                 if file.size - size_of(partial) > shutil.disk_usage(blob.parent).free:
@@ -308,7 +308,7 @@ def fetch_file(repo: str, name: str, file: File) -> None:
         pointer.unlink(missing_ok=True)                      # pointer may be a broken link
         try:
             os.symlink(os.path.relpath(blob, pointer.parent), pointer)
-        except OSError:                                      # the file system has no links
+        except OSError:                                      # without links in the file system, move the file itself
             os.replace(blob, pointer)
         hash_of(pointer, file.digest)
 
@@ -322,7 +322,7 @@ def resume(path: str, partial: Path, file: File, name: str) -> None:
         return
     wanted = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if 0 < start < file.size else {})
     with request(path, constants.HF_HUB_DOWNLOAD_TIMEOUT, **wanted) as response:
-        start *= response.status_code == 206                 # with a code other than 206, the file is sent whole
+        start *= response.status_code == 206                 # unless the status is 206, the server sends the whole file
         with open(partial, "ab" if start else "wb") as out, tqdm(
                 total=file.size, initial=start, unit="B", unit_scale=True, desc=name[-40:]) as bar:
             for chunk in response.iter_bytes():
@@ -336,7 +336,7 @@ def resume(path: str, partial: Path, file: File, name: str) -> None:
 
 
 def check_digest(path: Path, file: File, label: str) -> None:
-    """Removes the file and raises WeightsError, unless its content matches the hub's digest. label: for the error."""
+    """Removes a file and raises WeightsError, unless its content matches file.digest. label: its name for the error."""
     def git_sha1():
         return hashlib.sha1(f"blob {file.size}\0".encode())
     with open(path, "rb") as content:
@@ -352,11 +352,11 @@ def check_digest(path: Path, file: File, label: str) -> None:
 
 def sweep(blobs: Path, locks: Path, keep: Path) -> None:
     """Removes partial files of killed downloads: ours after a week, and those of huggingface_hub, which cannot be
-    resumed (DIGEST.NUMBER.incomplete), after an hour. Files of running downloads stay: they are newer or locked."""
+    resumed (DIGEST.NUMBER.incomplete), after an hour. Keeps `keep`, and newer or locked files, which may be in use."""
     from huggingface_hub.utils import WeakFileLock
     for path in blobs.glob("*.incomplete"):
         digest, *number, _ = path.name.split(".")
-        with contextlib.suppress(OSError):       # the file is locked, or has just been removed
+        with contextlib.suppress(OSError):       # if the file is locked or already removed
             if path != keep and time.time() - path.stat().st_mtime > (3600 if number else 7 * 24 * 3600):
                 with WeakFileLock(locks / f"{digest}.lock", timeout=0.1):
                     path.unlink()
@@ -374,7 +374,7 @@ def is_reference(name) -> bool:
 
 
 def hint(name) -> str:
-    """Returns advice to add to "there is no such file" if the name looks like a repository's, else ""."""
+    """Returns advice for the error "there is no such file" if the name looks like a repository's, else ""."""
     return f"; a repository of the Hugging Face hub is written hub:{name}" if re.fullmatch(
         r"[\w-][\w.-]*/[\w.-]+", str(name)) and Path(name).suffix not in (".safetensors", ".bin", ".pt") else ""
 
@@ -383,7 +383,7 @@ class Repository:
     """A repository of the hub, or a folder or file in it: hub:OWNER/NAME, then optionally @REVISION and /PATH. The
     constructor only lists the files. The method `fetch` fetches files into the hub's cache.
 
-    names: paths of all files in the folder, or next to the file, relative to that folder. Raises WeightsError if none.
+    names: paths of all files in the folder (for a file: its folder), relative to it. Raises WeightsError if none exist.
     """
     def __init__(self, reference: str | Path, offline: bool = False, revision: str | None = None):
         match = REFERENCE.fullmatch(str(reference))
@@ -394,7 +394,7 @@ class Repository:
         self.revision = match[2] or revision_of(self.repo, revision)
         self.files = list_files(self.repo, self.revision, offline)
         self.is_file = self.path in self.files
-        self.folder = self.path.rpartition("/")[0] if self.is_file else self.path   # self.names are relative to this
+        self.folder = self.path.rpartition("/")[0] if self.is_file else self.path   # self.names are relative to it
         self.start = f"{self.folder}/" if self.folder else ""
         self.names = [name.removeprefix(self.start) for name in self.files if name.startswith(self.start)]
         if not self.files and is_offline(offline):
@@ -417,7 +417,7 @@ class Repository:
         return [start + name for name in inside if name == best or name in small]
 
     def fetch(self, names: list[str]) -> Path:
-        """Fetches files and, for an index among them, its shards. Returns the folder in the cache that has them."""
+        """Fetches files. If one is an index of shards, also fetches the shards. Returns their folder in the cache."""
         files = [self.start + name for name in dict.fromkeys(names)]
         if not files:
             raise WeightsError(f"{self.reference} holds nothing that is needed: found {some(self.names)}")
@@ -434,9 +434,9 @@ class Repository:
 
 def fetch_part(reference: str | Path, folders: Iterable[str], more: Iterable[str] = (), half: bool = False,
                offline: bool = False, revision: str | None = None) -> Path:
-    """Fetches one part of any repository. Returns its folder or file in the cache.
+    """Fetches a part from any repository. Returns its path in the cache: a file if `reference` names one, or a folder.
 
-    folders: where the part may be; the first folder with a config.json is used. more: other folders to fetch.
+    folders: where the part may be; the first folder with a config.json is used. more: folders to fetch in addition.
     """
     repo = Repository(reference, offline, revision)
     if repo.is_file:
@@ -476,7 +476,7 @@ def some(names: Iterable[str]) -> str:
 # ----- errors, hashes, the cache --------------------------------------------------------------------------------------
 
 def limit_waits() -> None:
-    """Limits how long huggingface_hub waits for answers, also if other packages call it. By default it has no limit."""
+    """Limits how long huggingface_hub waits for answers, also for other packages. By default, it waits forever."""
     from huggingface_hub import get_session
     get_session().timeout = LONGEST_WAIT
 
@@ -511,7 +511,7 @@ def hub_errors(repo: str, revision: str, what: str = "read"):
             message = f"the disk is full: make room in {cache_folder()}, or set HF_HOME to another disk"
         elif isinstance(error, OSError) and error.filename is not None:
             message = f"the cache cannot be used: {reason}; make it writable, or set HF_HOME to another folder"
-        else:                                # no network: each HTTP library raises its own exceptions
+        else:      # any other exception means no network, because each HTTP library has exceptions of its own for this
             message = f"{constants.ENDPOINT} cannot be reached ({reason}): check the network" + (
                 ". With --offline, weights in the cache can be used" if what == "read" else "")
         raise WeightsError(message) from error
@@ -525,7 +525,7 @@ def hashes(paths: dict[str, Path | None]) -> dict[str, str]:
     """Returns {part: digest} of the weights in `paths`, to record which weights generated an image."""
     parts = ("prior", "decoder", "vqgan", "image_encoder", "prior_text_encoder", "text_encoder")
     found = {part: digest(paths[part]) for part in parts if paths.get(part) is not None}
-    return {part: value for part, value in found.items() if value}       # value: None if the part is not fetched yet
+    return {part: value for part, value in found.items() if value}       # digest() of a part not fetched yet is None
 
 
 def digest(path: str | Path) -> str | None:
@@ -539,8 +539,8 @@ def digest(path: str | Path) -> str | None:
 
 
 def hash_of(path: Path, known: str = "") -> str:
-    """Returns the sha256 of a file. For files of over 100 MB, stores it on disk with the file's size and time. known:
-    the sha256 that was checked when the file was fetched. Hashes in file names of the hub's cache are not trusted."""
+    """Returns the sha256 of a file. For files of over 100 MB, stores it on disk, to compute it only once. known: the
+    sha256 if it was just checked. Hashes in file names of the hub's cache are not trusted, so they are not used."""
     path, memory_file = path.resolve(), own_cache() / "hashes.json"
     state = path.stat()
     key = f"{path} {state.st_size} {state.st_mtime_ns}"

@@ -40,18 +40,16 @@ SHIPPED = {name: Path(__file__).parents[1] / "models" / name for name in ("tiny"
 MODELS = ("prior", "decoder", "vqgan")
 OPTIONAL = ("image_encoder", "scheduler", "prior_scheduler")
 TEXT = ("prior_text_encoder", "prior_tokenizer", "text_encoder", "tokenizer")
-# TRAINED: parts that training writes, next to base.json. HALVES: {diffusers' pipeline: its parts}; v2 has the others.
+# TRAINED: parts that training writes, next to base.json. HALVES: {diffusers' pipeline: its parts}; v2 gives the rest.
 TRAINED = ("prior", "prior_text_encoder", "prior_tokenizer", "decoder", "image_encoder")
 HALVES = dict(WuerstchenPriorPipeline=("prior", "prior_text_encoder", "prior_tokenizer"),
               WuerstchenDecoderPipeline=("decoder", "text_encoder", "tokenizer", "vqgan"))
 
 
 def find_parts(folder: str | Path, given: Iterable[str] = ()) -> dict[str, Path | None]:
-    """Returns {part, as named in LAYOUTS: its path}; None for a missing part that is optional or in `given`. In the
-    layouts of original files, text encoders are optional too.
-
-    Raises WeightsError if the folder follows none of the layouts, or lacks a required part.
-    """
+    """Returns {part, as named in LAYOUTS: its path in the folder, or None if it is missing}. Only parts in OPTIONAL or
+    `given` may be missing and, in the layouts of original files, text encoders. Raises WeightsError if other parts are
+    missing, or if the folder follows none of the layouts."""
     folder = Path(folder)
     if not folder.is_dir():
         raise WeightsError(f"{folder} is not a folder of weights: there is no such folder")
@@ -61,7 +59,7 @@ def find_parts(folder: str | Path, given: Iterable[str] = ()) -> dict[str, Path 
 
 
 def match_layout(names: set[str], given: Iterable[str], source, found: str) -> dict[str, str | None]:
-    """Like find_parts, for `names` of folders and .pt files -> {part: its name or None}. source, found: for errors."""
+    """Returns {part: one of `names` (of folders and .pt files) or None}, like find_parts. source, found: for errors."""
     def find(pattern: str) -> str | None:
         matches = sorted(fnmatch.filter(names, pattern))
         if len(matches) > 1:                             # several versions of a file: the last name is the newest
@@ -97,7 +95,7 @@ def check_scheduler(folder: str | Path | None) -> None:
 # ----- all sources: names, folders, single parts ---------------------------------------------------------------------
 
 def official_name(weights: str | Path) -> str | Path:
-    """Converts an official repository such as "warp-ai/wuerstchen" to its name in NAMES. Keeps any other weights."""
+    """Converts an official repository such as "warp-ai/wuerstchen" to its key in NAMES. Returns others unchanged."""
     repo = str(weights).removeprefix("hub:")
     if repo == "dome272/wuerstchen" and not Path(weights).exists():
         raise WeightsError(f"{weights} holds both v1 and v2: write v1 or v2 instead")
@@ -105,25 +103,25 @@ def official_name(weights: str | Path) -> str | Path:
 
 
 def is_name(weights: str | Path) -> bool:
-    """Whether a name of weights, of a part or of a LoRA means the same on any machine: it is not a local path."""
+    """Returns whether a name of weights, a part or a LoRA means the same on any machine, unlike a local path."""
     return weights in NAMES or weights in SHIPPED or is_reference(weights) or official_name(weights) in NAMES
 
 
 def locate(weights: str | Path, files: dict[str, str | Path] | None = None, parts: tuple[str, ...] = TEXT_TO_IMAGE,
            half: bool = False, offline: bool = False, revision: str | None = None,
            named_by: tuple = ()) -> dict[str, Path | None]:
-    """Finds the parts of a pipeline, and fetches them if necessary -> {part: its folder or file; None if missing}.
+    """Finds the parts of a pipeline, and fetches them if necessary. Returns {part: its folder or file, or None}.
 
     weights: a name in SHIPPED or NAMES, a folder, or a repository, hub:OWNER/NAME. parts: the wanted parts; only these
     are fetched, or required in a folder. files: {part: path or hub:OWNER/NAME} of parts to use instead of those of
-    `weights`. A text encoder's tokenizer is in the same folder, or next to it in `tokenizer`. half, offline, revision:
+    `weights`; the tokenizer of a text encoder is in its folder, or next to it in `tokenizer`. half, offline, revision:
     see hub.fetch. named_by: the weights whose base.json named `weights`, to detect cycles. Raises WeightsError.
     """
     weights = official_name(weights)
     name, weights = weights, SHIPPED.get(weights, weights)
     options = dict(half=half, offline=offline, revision=revision)
     parts = with_tokenizers(parts)
-    own = single_parts(files or {}, options)                 # checked before anything else is fetched
+    own = single_parts(files or {}, options)         # first, so that errors in them come before a download
     if is_reference(weights):
         weights = fetch_repository(str(weights), set(parts) - own.keys(), options)
     if weights not in NAMES and base_of(Path(weights)):
@@ -132,7 +130,7 @@ def locate(weights: str | Path, files: dict[str, str | Path] | None = None, part
         found = fetch(weights, tuple(part for part in parts if part not in own), **options)
     elif Path(weights).is_dir():
         found = find_parts(weights, given=own.keys() | set(TEXT_TO_IMAGE) - set(parts))
-        # The authors' .pt files come without the text encoders, which are CLIP's published ones.
+        # The authors published .pt files without the text encoders, which are CLIP's: fetch these from the hub.
         missing = tuple(part for part in TEXT_TO_IMAGE if part in parts and found[part] is None and part not in own)
         v1 = found["decoder"] is not None and found["decoder"].name == V1["decoder"][1]
         found |= fetch("v1" if v1 else "v2", missing, **options) if missing else {}
@@ -147,7 +145,7 @@ def locate(weights: str | Path, files: dict[str, str | Path] | None = None, part
 
 
 def with_tokenizers(parts: Iterable[str]) -> tuple[str, ...]:
-    """Adds the tokenizer of each text encoder to the names of parts. Raises WeightsError for unknown names."""
+    """Returns names of parts, with the tokenizer of each text encoder added. Raises WeightsError for unknown names."""
     known = (*TEXT_TO_IMAGE, "image_encoder")
     if isinstance(parts, str) or not isinstance(parts, Iterable):
         raise WeightsError(f"parts is {parts!r:.80}, expected a list with some of {', '.join(known)}")
@@ -160,8 +158,9 @@ def with_tokenizers(parts: Iterable[str]) -> tuple[str, ...]:
 
 
 def base_of(folder: Path) -> tuple[dict, tuple[str, ...]] | None:
-    """Reads base.json of a folder with only some parts. Returns its content, which names the weights with the other
-    parts, and the parts that the folder may have; or None for other folders. Raises WeightsError."""
+    """Returns (content of base.json, parts that the folder may have). The content names the weights with the other
+    parts. A folder with one of diffusers' HALVES has no base.json, so its content is dict(weights="v2").
+    Returns None for other folders. Raises WeightsError."""
     if (folder / "base.json").is_file():
         base = read_json(folder / "base.json")
         files = base.get("files", {})
@@ -170,7 +169,7 @@ def base_of(folder: Path) -> tuple[dict, tuple[str, ...]] | None:
                 or Path(names[1]).name != names[1] or not {*files} <= ONE_FOLDER.keys():
             raise WeightsError(f"{folder / 'base.json'} cannot be used: expected a file that train_b.py or train_c.py "
                                f"wrote, with the names of weights, files and lora")
-        # Training a LoRA writes no prior: a prior in its folder was left by another run.
+        # Training a LoRA writes no prior. So a prior in its folder was left by another run, and is ignored.
         return base, tuple(part for part in TRAINED if not (base.get("lora") and part.startswith("prior")))
     index = folder / "model_index.json"
     half = HALVES.get(str(read_json(index).get("_class_name"))) if index.is_file() else None
@@ -178,9 +177,9 @@ def base_of(folder: Path) -> tuple[dict, tuple[str, ...]] | None:
 
 
 def locate_trained(folder: Path, own: dict, parts: tuple[str, ...], options: dict, named_by: tuple) -> dict:
-    """Like locate: finds the parts that training wrote into `folder`, and the other parts in base.json's weights.
+    """Like locate, returns {part: path}. Parts are from `folder` or else from the weights in base.json.
 
-    The result has the key "lora" if that run, or the run it started from, trained a LoRA for the prior that is used.
+    Adds the key "lora" if that run, or the run it started from, trained a LoRA for the prior that is used.
     """
     base, names = base_of(folder)
     start, start_files = base["weights"], base.get("files", {})
@@ -194,7 +193,7 @@ def locate_trained(folder: Path, own: dict, parts: tuple[str, ...], options: dic
                                    f"name its parts instead, --prior {named_by[-1]} with --weights")
     trained = {part: folder / ONE_FOLDER[part] for part in names if (folder / ONE_FOLDER[part]).is_dir()}
     found = locate(start, start_files | trained | own, parts, **options, named_by=named_by)
-    if "prior" in trained | own:                             # the LoRA of base.json's weights does not fit this prior
+    if "prior" in trained | own:                             # a LoRA of base.json's weights fits only their prior
         found.pop("lora", None)
     elif base.get("lora"):
         found["lora"] = folder / base["lora"]
@@ -202,8 +201,8 @@ def locate_trained(folder: Path, own: dict, parts: tuple[str, ...], options: dic
 
 
 def fetch_repository(reference: str, wanted: set[str], options: dict) -> Path:
-    """Fetches the wanted parts of a repository, in any layout -> its folder in the cache. Always fetches
-    the image encoder's configuration, on which the default image size depends."""
+    """Fetches the wanted parts of a repository in any layout. Returns its folder in the cache. Always fetches the
+    schedulers, to check them, and the image encoder's configuration, on which the default image size depends."""
     repo = Repository(reference, options["offline"], options["revision"])
     names = [name for name in ("base.json", "model_index.json") if name in repo.names]
     base, own = (base_of(repo.fetch(names)) if names else None) or ({}, ())
@@ -223,7 +222,7 @@ def fetch_repository(reference: str, wanted: set[str], options: dict) -> Path:
 
 
 def single_parts(files: dict[str, str | Path | None], options: dict) -> dict[str, Path]:
-    """Finds parts given as single paths or repositories, and their text encoders' tokenizers -> {part: path}."""
+    """Converts {part: path or hub:OWNER/NAME} to {part: path}, and adds the tokenizer of each text encoder in it."""
     own = {part: Path(path) for part, path in files.items() if path is not None}
     for part, path in own.items():
         if is_reference(path):
@@ -231,7 +230,7 @@ def single_parts(files: dict[str, str | Path | None], options: dict) -> dict[str
                                    ("tokenizer",) * part.endswith("text_encoder"), **options)
         elif not path.exists():
             raise WeightsError(f"{part}: {path}: there is no such file or folder{hint(path)}")
-        elif path.is_dir() and "tokenizer" not in part:      # checked here, before anything is fetched
+        elif path.is_dir() and "tokenizer" not in part:      # report errors before other parts are fetched
             read_config(path)
         elif path.is_file() and path.suffix != ".json":
             is_safetensors(path)

@@ -1,14 +1,14 @@
 """LoRA files of other programs: reads them into lora.py's names, and writes them for other programs.
 
 All programs store the same two matrices for a layer, under different names. The original code, and programs built on
-it, stack query, key and value in one matrix `in_proj`. One LoRA of in_proj is three LoRAs here: see `fuse` and `split`.
+it, stack query, key and value in one matrix `in_proj`. We `split` its LoRA into three LoRAs, and `fuse` them again.
 
   load_lora(model, source, name, scale)           # like lora.load_lora, for a file of any program
   save_lora(model, path, name, to="kohya")        # or diffusers, comfy, original, ours
   weights, metadata = read_lora(source)           # without a model: {layer's name: LoRAWeights}
 
-If any tensor of a file is unknown, nothing is loaded, and the error counts and names such tensors: a loader that skips
-them may load nothing at all. With partial=True the known layers are read, and a warning lists the other tensors.
+If any tensor of a file is unknown, nothing is loaded, and the error counts and names such tensors. If we skipped them,
+a LoRA might have no effect. With lora_partial=True the known layers are read, and a warning lists the other tensors.
 alpha comes from the layer's own tensor, or else from the configuration in the header or next to the file. If both are
 missing, alpha = rank is assumed, with a warning, because a wrong alpha changes the strength of the LoRA.
 Needs: torch, safetensors, numpy; lora.py, loading/errors.py, loading/files.py.
@@ -40,12 +40,12 @@ class LoRAWeights(NamedTuple):
     magnitude: Tensor | None = None    # (out,), only in a DoRA
 
 
-# Formats to write: {format: (prefix of the layer's name, index of the ending in lora.ROLES)}.
+# Formats to write: {format: (prefix of the layers' names, index of the tensors' endings in lora.ROLES)}.
 FORMATS = {
     "diffusers": ("prior.", 1),              # alpha is in the metadata; other formats have a tensor {layer}.alpha
     "kohya":     ("lora_unet_", 0),          # layers' names have _ instead of .
     "comfy":     ("diffusion_model.", 1),
-    "original":  ("", 0),                    # in_proj stacks query, key and value
+    "original":  ("", 0),                    # query, key and value are stacked in one layer, in_proj
     "ours":      ("", 0),                    # layers have our names, as in checkpoints
 }
 # Formats to read: a tensor's name is one of PREFIXES + the layer's name + one of ENDINGS.
@@ -61,7 +61,7 @@ ENDINGS = {
 WRAPPERS = re.compile(r"(?<![^.])module\.|_orig_mod[._]|(?<=\.lora_[AB])\.(?!weight$)\w+(?=\.weight$)"
                       r"|(?<=\.lora_magnitude_vector)\.(?!weight$)\w+(?=(\.weight)?$)")
 CONFIG = "lora_adapter_metadata"       # diffusers' header key for peft's configuration in JSON
-ALPHAS = ("ss_network_alpha", "network_alpha", "lora_alpha", "alpha")     # other programs' keys of alpha in the header
+ALPHAS = ("ss_network_alpha", "network_alpha", "lora_alpha", "alpha")     # keys for alpha in other programs' headers
 # With these init_lora_weights, peft changes the base weights before training, so the LoRA fits only the changed ones.
 OTHER_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # {pattern: what the file probably is}, for error messages. The first pattern that matches the unknown names counts.
@@ -88,8 +88,8 @@ def find_lora(path: str | Path) -> Path:
 
 
 def open_lora(source: str | Path | dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Reads a file, a folder with one of LORA_FILES, or a state dict -> (tensors, metadata). Raises ValueError.
-    Adds peft's configuration, which is a separate file, to the metadata."""
+    """Returns (tensors, metadata) of a LoRA. source: a file, a folder with one of LORA_FILES, "hub:owner/name", or a
+    state dict. Adds peft's configuration, which is a separate file, to the metadata. Raises ValueError."""
     if isinstance(source, dict):
         return source, {}
     path, metadata = find_lora(fetch_lora(source) if is_reference(source) else source), {}
@@ -128,16 +128,16 @@ def read_config(metadata: dict[str, str]) -> dict:
     if not isinstance(config.get("use_rslora"), bool | None):
         raise ValueError(f"use_rslora is {config['use_rslora']!r}, expected true or false")
     for key in ALPHAS:
-        if not config and re.fullmatch(r"[-+.\deE]+|nan|inf", metadata.get(key, "")):   # skips "1 to 8" and "None"
+        if not config and re.fullmatch(r"[-+.\deE]+|nan|inf", metadata.get(key, "")):   # ignores "1 to 8", "None"
             config = dict(lora_alpha=float(metadata[key]))
     return config
 
 
 def aliases(names: dict[str, str]) -> dict[str, tuple[str, ...]]:
-    """Returns {a layer's name in any format, without prefix: our names}. in_proj stands for three of our layers.
+    """Returns {a layer's name in any format, without prefix: tuple of our names}. The tuple has one name, or three for
+    in_proj, which stacks three of our layers.
 
-    names: {our name: diffusers' name}.
-    """
+    names: {our name: diffusers' name}."""
     lookup = {}
     for name, theirs in names.items():
         block, _, layer = theirs.partition(".attention.")
@@ -156,8 +156,8 @@ def aliases(names: dict[str, str]) -> dict[str, tuple[str, ...]]:
 
 
 def parse_name(name: str, lookup: dict[str, tuple[str, ...]]) -> tuple[tuple[str, ...] | None, str]:
-    """Converts a tensor's name -> (our layers' names, "down" | "up" | "alpha" | "magnitude"), or (None, "")."""
-    for name in dict.fromkeys((name, WRAPPERS.sub("", name))):       # a layer may be called "module", so try both names
+    """Returns (our layers' names, "down" or another key of ENDINGS) for a tensor's name, or (None, "") if unknown."""
+    for name in dict.fromkeys((name, WRAPPERS.sub("", name))):       # a layer's own name may be "module", so try both
         for role, endings in ENDINGS.items():
             for ending in (ending for ending in endings if name.endswith(ending)):
                 for prefix in (prefix for prefix in PREFIXES if name.startswith(prefix)):
@@ -168,11 +168,11 @@ def parse_name(name: str, lookup: dict[str, tuple[str, ...]]) -> tuple[tuple[str
 
 def by_layer(tensors: dict[str, Tensor], lookup: dict,
              partial: bool) -> tuple[dict[tuple[str, ...], dict[str, Tensor]], list[str]]:
-    """Groups a file's tensors by layer -> ({our layers' names: {"down": tensor, ...}}, names of the omitted tensors).
+    """Groups a file's tensors by layer. Returns {our layers' names: {"down": tensor, ...}}, names of omitted tensors.
 
-    Raises ValueError if a tensor is unknown. With `partial`, raises it only if no layer can be loaded.
+    lookup: see aliases. Raises ValueError if a tensor is unknown or, with `partial`, only if no layer can be loaded.
     """
-    unknown, layers, used = [], {}, {}                   # used: {our layers' names: tensors' names}
+    unknown, layers, used = [], {}, {}                   # used: {our layers' names: names of their tensors in the file}
     for name, tensor in tensors.items():
         names, role = parse_name(name, lookup)
         if names is None:
@@ -182,8 +182,8 @@ def by_layer(tensors: dict[str, Tensor], lookup: dict,
         else:
             layers[names][role] = tensor
             used.setdefault(names, []).append(name)
-    # If a layer also has an unknown tensor, such as a dora_scale or a bias, the rest of its LoRA would give wrong
-    # results: omit the whole layer.
+    # If a layer also has an unknown tensor, such as a dora_scale or a bias, its known tensors alone would give wrong
+    # results. So omit the whole layer.
     stems = {re.sub(r"[._]lora[._].*|\.alpha$", "", name) for name in unknown}
     stems |= {name.rpartition(".")[0] for name in unknown}
     incomplete = [names for names, of_file in used.items()
@@ -204,13 +204,13 @@ def by_layer(tensors: dict[str, Tensor], lookup: dict,
 
 
 def split(values: dict[str, Tensor], n: int) -> list[dict[str, Tensor]]:
-    """Splits the LoRA of a matrix that stacks n layers -> n LoRAs, each with its own rows of `up` and the same `down`.
+    """Splits the LoRA of a matrix that stacks n layers into n LoRAs. Each gets its layer's rows of `up`, and `down`.
 
-    If a layer's `up` does not use some rows of `down`, its LoRA omits them. So split is the inverse of `fuse`.
+    Rows of `down` that a layer's `up` multiplies by 0 are omitted from its LoRA. So split is the inverse of `fuse`.
     """
     down, up, magnitude = (values.get(role) for role in ("down", "up", "magnitude"))
     if n == 1 or down is None or up is None or up.ndim < 2 or not up.shape[1] == len(down) > 0 or len(up) % n:
-        return [values] * n                              # check_fit will report the error
+        return [values] * n                              # n is 1, or tensors are invalid, which check_fit will report
     result, magnitudes = [], [None] * n if magnitude is None else magnitude.flatten().chunk(n)
     for up, magnitude in zip(up.chunk(n), magnitudes):                                   # up (out, rank)
         used = up.any(0).flatten() if up.any() else torch.ones(len(down), dtype=torch.bool)        # (rank,)
@@ -221,14 +221,14 @@ def split(values: dict[str, Tensor], n: int) -> list[dict[str, Tensor]]:
 
 
 def read_layers(source, shapes: dict[str, tuple] | None, partial: bool) -> tuple[dict[str, dict], dict[str, str]]:
-    """Reads a LoRA in any format -> ({our layer's name: {"down": tensor, "up": tensor, "alpha": tensor}}, metadata).
+    """Reads a LoRA in any format. Returns {our layer's name: {"down": tensor, "up": ..., "alpha": ...}}, metadata.
 
     shapes: {our layer's name: shape of its weight}. None: accept a Stage C of any size; 1x1 kernels become matrices.
     Layers are returned in the model's order, so converting a LoRA there and back gives the same file. Raises ValueError
     if the file does not fit. Warns if alpha is assumed, or if `partial` omits tensors.
     """
     tensors, metadata = open_lora(source)
-    tensors = {name: tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor  # float8
+    tensors = {name: tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor  # of float8
                for name, tensor in tensors.items()}
     config, label = read_config(metadata), "the LoRA" if isinstance(source, dict) else source
     names = shapes
@@ -261,7 +261,7 @@ def read_layers(source, shapes: dict[str, tuple] | None, partial: bool) -> tuple
 
 
 def check_fit(layers: dict[str, dict], shapes: dict[str, tuple] | None) -> None:
-    """Raises ValueError if a file's layers do not fit weights of these shapes. shapes None: accept any shape."""
+    """Raises ValueError if layers contain NaN or do not fit weights of these shapes. shapes None: accept any shape."""
     misfits = []
     for name, values in layers.items():
         try:
@@ -296,9 +296,9 @@ def naming_source(source):
 
 def load_lora(model: nn.Module, source: str | Path | dict[str, Tensor], name: str = "default",
               scale: float = 1.0, lora_partial: bool = False) -> list[str]:
-    """Like lora.load_lora, for a file in any format. If it raises WeightsError, the model is unchanged.
+    """Like lora.load_lora, adds a LoRA to a model and returns its layers' names, but from a file in any format.
 
-    lora_partial: if tensors are unknown, load the known layers and warn, instead of raising an error.
+    lora_partial: load the known layers, and warn of unknown tensors. Raises WeightsError; the model is then unchanged.
     """
     lora.check_name(model, name)
     with naming_source(source):
@@ -311,7 +311,7 @@ def load_lora(model: nn.Module, source: str | Path | dict[str, Tensor], name: st
 
 def read_lora(source: str | Path | dict[str, Tensor],
               lora_partial: bool = False) -> tuple[dict[str, LoRAWeights], dict[str, str]]:
-    """Reads a LoRA in any format, of a Stage C of any size -> ({our layer's name: LoRAWeights}, metadata)."""
+    """Reads a LoRA in any format, for a Stage C of any size. Returns {our layer's name: LoRAWeights}, metadata."""
     with naming_source(source):
         layers, metadata = read_layers(source, None, lora_partial)
     return {name: LoRAWeights(**values | dict(alpha=float(values["alpha"]) or float(len(values["down"]))))
@@ -323,9 +323,9 @@ def read_lora(source: str | Path | dict[str, Tensor],
 def fuse(weights: dict[str, LoRAWeights]) -> dict[str, LoRAWeights]:
     """Converts {diffusers' layer name: LoRAWeights} to the original names, where in_proj stacks query, key and value.
 
-    The three LoRAs of query, key and value become one LoRA, exactly. Its `down` stacks the three, its `up` is block
-    diagonal, and its rank is their sum. If all three have the same `down` (they came from in_proj), only `up` is
-    stacked, and the rank stays the same.
+    The three LoRAs of query, key and value become one LoRA, exactly. Its `down` stacks their `down`, its `up` is block
+    diagonal, and its rank is the sum of the ranks. If all three have the same `down` (they came from in_proj), only
+    `up` is stacked, and the rank stays the same.
     """
     result = {}
     for name, one in weights.items():
@@ -334,9 +334,9 @@ def fuse(weights: dict[str, LoRAWeights]) -> dict[str, LoRAWeights]:
         if layer not in ("to_q", "to_k", "to_v"):
             result[f"{block}.attention.attn.out_proj" if layer == "to_out.0" else name] = one
         elif fused not in result:
-            empty = LoRAWeights(one.down[:0], one.up[:, :0], 0.0)                        # stands for a missing layer
+            empty = LoRAWeights(one.down[:0], one.up[:, :0], 0.0)                       # of rank 0, for a missing layer
             trio = [weights.get(f"{block}.attention.{third}", empty) for third in ("to_q", "to_k", "to_v")]
-            s = one.alpha / len(one.down)                # scale of the fused LoRA; each `up` gets its own scale / s
+            s = one.alpha / len(one.down)    # alpha / rank of the fused LoRA; other layers' `up` is scaled to match it
             ups = [third.up * (third.alpha / max(len(third.down), 1) / s) for third in trio]       # (out, rank) each
             if all(torch.equal(third.down, one.down) for third in trio):
                 down, up = one.down, torch.cat(ups)                                      # (rank, in), (3 out, rank)
@@ -349,7 +349,7 @@ def fuse(weights: dict[str, LoRAWeights]) -> dict[str, LoRAWeights]:
 
 def to_tensors(weights: dict[str, LoRAWeights], names: dict[str, str], to: str) -> tuple[dict, dict]:
     """Converts {our name: LoRAWeights} to (tensors of a file, its metadata). names: {our name: diffusers' name}.
-    Raises ValueError if the format cannot hold this LoRA."""
+    to: a key of FORMATS. Raises ValueError if this format cannot hold the LoRA."""
     if to not in FORMATS:
         raise ValueError(f"{to!r} is not a format: expected one of {', '.join(FORMATS)}")
     doras = sum(one.magnitude is not None for one in weights.values())
@@ -369,7 +369,7 @@ def to_tensors(weights: dict[str, LoRAWeights], names: dict[str, str], to: str) 
 
 
 def describe(weights: dict[str, LoRAWeights]) -> dict[str, str]:
-    """Describes a LoRA for metadata and messages: {"rank", "alpha", "targets" (its layers): text}."""
+    """Describes a LoRA for metadata and messages. Returns {"rank": text, "alpha": text, "targets": names of layers}."""
     def span(numbers) -> str:                            # returns "8", or "8 to 16" if layers differ
         low, high = min(numbers), max(numbers)
         return f"{low:g}" if low == high else f"{low:g} to {high:g}"
@@ -379,7 +379,7 @@ def describe(weights: dict[str, LoRAWeights]) -> dict[str, str]:
 
 def write_lora(path: str | Path, weights: dict[str, LoRAWeights], names: dict[str, str], to: str,
                metadata: dict, overwrite: bool = True) -> int:
-    """Writes weights as a .safetensors file in one of FORMATS -> the number of tensors. names: see to_tensors."""
+    """Writes a LoRA as a .safetensors file. Returns the number of tensors. names, to: see to_tensors."""
     tensors, its_own = to_tensors(weights, names, to)
     metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
     metadata |= dict(format_version="1") | describe(weights) | its_own
@@ -402,7 +402,7 @@ def save_lora(model: nn.Module, path: str | Path, name: str = "default", to: str
 # ----- which weights a LoRA was trained on -----------------------------------------------------------
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Returns model.state_dict() as if the model had no LoRAs: without their tensors. Merged LoRAs are not undone."""
+    """Returns model.state_dict() without the LoRAs' tensors, under the base model's names. Does not undo merges."""
     tensors = model.state_dict()
     for path, _ in lora.lora_layers(model):
         tensors = {f"{path}.{name.removeprefix(f'{path}.base.')}" if name.startswith(f"{path}.base.") else name: tensor
@@ -411,7 +411,7 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def base_hash(model: nn.Module) -> str:
-    """Returns the sha256 of the weights without LoRAs, cast to float32: float16 weights and a float32 copy agree."""
+    """Returns the sha256 of the weights in float32, without LoRAs: equal for float16 weights and their float32 copy."""
     lora.check_unmerged(model)
     digest = hashlib.sha256()
     for name, tensor in sorted(base_state_dict(model).items()):

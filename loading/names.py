@@ -31,27 +31,27 @@ from v1.stage_b import StageBV1
 
 RES_BLOCK = [
     ("depthwise",   "depthwise",          ""),
-    ("expand",      "channelwise.0",      ""),       # channelwise.1 is GELU
-    ("grn",         "channelwise.2",      "grn"),    # channelwise.3 is Dropout
+    ("expand",      "channelwise.0",      ""),       # channelwise.1, GELU, has no weights
+    ("grn",         "channelwise.2",      "grn"),    # channelwise.3, Dropout, has no weights
     ("contract",    "channelwise.4",      ""),
 ]
 TIMESTEP_BLOCK = [
     ("mapper",      "mapper",             ""),
 ]
 ATTENTION_BLOCK = [
-    ("text_mapper", "kv_mapper.1",        ""),       # kv_mapper.0 is SiLU
+    ("text_mapper", "kv_mapper.1",        ""),       # kv_mapper.0, SiLU, has no weights
     ("query",       "attention.to_q",     ""),
     ("key",         "attention.to_k",     ""),
     ("value",       "attention.to_v",     ""),
-    ("out",         "attention.to_out.0", ""),       # to_out.1 is Dropout
+    ("out",         "attention.to_out.0", ""),       # to_out.1, Dropout, has no weights
 ]
 VQ_RES_BLOCK = [
-    ("depthwise",   "depthwise.1",        ""),       # depthwise.0 is the padding
+    ("depthwise",   "depthwise.1",        ""),       # depthwise.0, the padding, has no weights
     ("expand",      "channelwise.0",      ""),
     ("contract",    "channelwise.2",      ""),
     ("gammas",      "gammas",             ""),
 ]
-BLOCKS = {"C": RES_BLOCK, "T": TIMESTEP_BLOCK, "A": ATTENTION_BLOCK}     # {letter in a level's pattern: rules}
+BLOCKS = {"C": RES_BLOCK, "T": TIMESTEP_BLOCK, "A": ATTENTION_BLOCK}     # {letter in a pattern such as "CTA": rules}
 
 
 def inside(ours: str, theirs: str, block: list) -> list:
@@ -64,7 +64,7 @@ def rules_a(levels: int, bottleneck_blocks: int, **_) -> list:
     encoder = ["block"] + ["downsample", "block"] * (levels - 1)
     decoder = ["block"] * bottleneck_blocks + ["upsample", "block"] * (levels - 1)
     rules = [
-        ("embed",          "in_block.1",                    "1x1"),      # in_block.0 is PixelUnshuffle
+        ("embed",          "in_block.1",                    "1x1"),      # in_block.0, PixelUnshuffle, has no weights
         ("to_latent",      f"down_blocks.{len(encoder)}.0", "1x1"),
         ("norm_latent",    f"down_blocks.{len(encoder)}.1", ""),
         ("codebook.codes", "vquantizer.embedding.weight",   ""),
@@ -83,9 +83,9 @@ def rules_b(levels, blocks, inject, **_) -> list:
     and up_blocks are numbered in reverse: up_blocks.0 is the deepest level. Here up_blocks.i belongs to level i."""
     n = len(levels)
     rules = [
-        ("embed",      "embedding.1", "1x1"),        # embedding.0 is PixelUnshuffle
+        ("embed",      "embedding.1", "1x1"),        # embedding.0, PixelUnshuffle, has no weights
         ("embed_text", "clip_mapper", ""),
-        ("head",       "clf.1",       "1x1"),        # clf.0 is the norm
+        ("head",       "clf.1",       "1x1"),        # clf.0, the norm, has no weights
     ]
     for i in range(n):
         up = n - 1 - i                               # diffusers' number of level i in up_blocks
@@ -93,24 +93,24 @@ def rules_b(levels, blocks, inject, **_) -> list:
         if inject[i]:
             rules += [(f"semantic_down.{i}", f"effnet_mappers.{i}",      "1x1"),
                       (f"semantic_up.{i}",   f"effnet_mappers.{n + up}", "1x1")]
-        if i > 0:                                    # .1 is the convolution; .0 is a norm without weights
+        if i > 0:                                    # diffusers: element 0 is a norm without weights, 1 is our layer
             rules += [(f"downsample.{i}",    f"down_blocks.{i}.0.1",                ""),
                       (f"upsample.{i}",      f"up_blocks.{up}.{len(pattern)}.1",    "")]
         for k, letter in enumerate(pattern):
-            first = 1 if i > 0 else 0                # diffusers: a level's element 0 is downsampling
+            first = 1 if i > 0 else 0                # in diffusers, element 0 of levels 1, 2, ... is the downsampling
             rules += inside(f"down_blocks.{i}.{k}", f"down_blocks.{i}.{first + k}", BLOCKS[letter])
             rules += inside(f"up_blocks.{i}.{k}",   f"up_blocks.{up}.{k}",          BLOCKS[letter])
     return rules
 
 
 def rules_b_v1(levels, blocks, **_) -> list:
-    """Returns the rules of v1's Stage B, numbered like v2's. ByT5, as in "byt5_mapper", was its first text encoder."""
+    """Returns the rules of v1's Stage B, numbered like v2's. "byt5_mapper" is named after an earlier text encoder."""
     unet = rules_b(levels, blocks, inject=[False] * len(levels))
     return [rule for rule in unet if rule[0] != "embed_text"] + [
-        ("embed_token",    "in_mapper.0",   ""),     # in_mapper.1 is the norm
+        ("embed_token",    "in_mapper.0",   ""),     # in_mapper.1, the norm, has no weights
         ("embed_semantic", "effnet_mapper", ""),
         ("embed_text",     "byt5_mapper",   ""),
-        ("classify",       "out_mapper.1",  "1x1"),  # out_mapper.0 is the norm
+        ("classify",       "out_mapper.1",  "1x1"),  # out_mapper.0, the norm, has no weights
     ]
 
 
@@ -120,7 +120,7 @@ def rules_c(depth: int, **_) -> list:
         ("embed",        "projection",    "1x1"),
         ("embed_text.0", "cond_mapper.0", ""),
         ("embed_text.2", "cond_mapper.2", ""),
-        ("head",         "out.1",         "1x1"),    # out.0 is the norm
+        ("head",         "out.1",         "1x1"),    # out.0, the norm, has no weights
     ]
     for i in range(depth):
         rules += inside(f"res_blocks.{i}",       f"blocks.{3 * i}",     RES_BLOCK)
@@ -134,7 +134,7 @@ def rules_c(depth: int, **_) -> list:
 class Format(NamedTuple):
     """Describes the released files of one model: names of its tensors and keys of its config.json."""
     description: str
-    rules: Callable[..., list]     # function: model.config -> rules
+    rules: Callable[..., list]     # rules(**model.config) returns the list of rules
     class_name: str                # _class_name in config.json
     arguments: dict                # {our argument: (key in config.json, the default in diffusers)}
     fixed: dict = {}               # {key in config.json that our class lacks: the only supported value}
@@ -151,7 +151,7 @@ FORMATS = {
             scale_factor=("scale_factor", 0.3764)),
         fixed=dict(in_channels=3, out_channels=3, up_down_scale_factor=2),
         signature=("in_block.1.weight", "codebook.codes"), sections=("state_dict",)),
-    StageBV1: Format(                  # diffusers never had this model: the keys are those of the authors' code
+    StageBV1: Format(                  # diffusers never had this model, so these are the keys of the authors' code
         "a v1 Stage B (Paella, a model of tokens)", rules_b_v1, "Paella", dict(
             codebook_size=("num_labels", 8192), c_token=("c_in", 256), c_timestep=("c_r", 64),
             patch_size=("patch_size", 2), c_cond=("c_cond", 1024), c_hidden=("c_hidden", [640, 1280, 1280]),
@@ -173,7 +173,7 @@ FORMATS = {
             heads=("nhead", 16), dropout=("dropout", 0.1)),
         signature=("cond_mapper.0.weight", "embed_text.0.weight"), sections=("ema_state_dict", "state_dict")),
     EfficientNetEncoder: Format(
-        "an image encoder (EfficientNet)",       # `backbone` is torchvision's and keeps its names
+        "an image encoder (EfficientNet)",       # `backbone` is torchvision's network, whose names we keep
         lambda **_: [("backbone", "backbone", ""), ("to_semantic", "mapper.0", ""), ("norm", "mapper.1", "")],
         "EfficientNetEncoder", dict(
             c_semantic=("c_latent", 16), network=("effnet", "efficientnet_v2_s")),
@@ -214,7 +214,7 @@ def signature_shape(stage: type, shapes: dict[str, tuple]) -> tuple:
 # ----- state dicts: from any naming to ours, and back ----------------------------------------------------------------
 
 def name_table(model: nn.Module) -> dict[str, tuple[str, str]]:
-    """Returns {diffusers' name: (our name, "1x1", "grn" or "")} of all tensors of one of our models."""
+    """Returns {diffusers' name: (our name, third column of its rule)} of all tensors of one of our models."""
     parts = {ours: (theirs, kind) for ours, theirs, kind in FORMATS[type(model)].rules(**model.config)}
     table = {}
     for name in model.state_dict():
@@ -228,7 +228,7 @@ def name_table(model: nn.Module) -> dict[str, tuple[str, str]]:
 
 
 def original_to_diffusers(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Splits the matrix of nn.MultiheadAttention, which stacks query, key and value, into diffusers' three layers."""
+    """Converts the original naming to diffusers'. Splits the stack of query, key and value into three matrices."""
     result = {}
     for name, tensor in state_dict.items():
         if ".attn.in_proj_" in name:                                                     # (3C, C) or (3C,)
@@ -254,21 +254,21 @@ def diffusers_to_original(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def add_ones(tensor: Tensor, kind: str) -> Tensor:
-    """Converts a tensor from our shape to diffusers'. kind: third column of its rule. A bias is a vector in both."""
+    """Converts a tensor from our shape to diffusers'. kind: third column of its rule. Biases stay vectors."""
     if kind == "1x1" and tensor.ndim == 2:
         return tensor[:, :, None, None]                                                  # (D, C, 1, 1)
     return tensor[None, None, None] if kind == "grn" else tensor                         # (1, 1, 1, C)
 
 
 def in_our_names(names, model: nn.Module) -> bool:
-    """Returns whether more of `names` are our names than diffusers' names. Some names exist in both namings."""
+    """Returns whether more of `names` are our names than diffusers'. Counts them, because some are the same in both."""
     return len(names & model.state_dict().keys()) > len(names & name_table(model).keys())
 
 
 def translate(tensors: Iterable[tuple[str, Tensor]], names, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Converts (name, tensor) pairs from any of the three namings to our names and shapes. Tensors are views.
 
-    names: the names of all pairs, to recognise the naming before the first pair is read. Call check_fit before.
+    names: the names of all pairs, to recognise the naming before the first pair is read. They must pass check_fit.
     """
     if in_our_names(names, model):
         yield from tensors
@@ -290,7 +290,7 @@ def check_fit(shapes: dict[str, tuple], model: nn.Module) -> None:
 
 
 def check_names(found: dict[str, tuple], wanted: dict[str, tuple]) -> None:
-    """Raises WeightsError if the {name: shape} differ; it counts the differences and names the first of each kind."""
+    """Raises WeightsError if the {name: shape} differ, with the number and first names of tensors that do not match."""
     def some(names: list) -> str:
         return f"{len(names)} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
 
@@ -319,7 +319,7 @@ def to_original(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Te
 def config_to_ours(config: dict, stage: type) -> dict:
     """Converts a config.json's content to arguments for `stage`. Raises WeightsError for another class or bad values.
 
-    A config.json from `tools.weights convert --to ours` has our arguments' names as keys, and no _class_name.
+    A config.json of `tools.weights convert --to ours` is accepted too: its keys are our arguments, without _class_name.
     """
     class_name, arguments, fixed = FORMATS[stage].class_name, FORMATS[stage].arguments, FORMATS[stage].fixed
     if in_our_words(config, stage):
@@ -380,7 +380,7 @@ def check_levels(sizes: dict) -> None:
 
 
 def in_our_words(config: dict, stage: type) -> bool:
-    """Returns whether a config.json has our argument names for `stage`, not only those that diffusers also uses."""
+    """Returns whether the keys of a config.json are our argument names for `stage`, rather than diffusers' keys."""
     ours, theirs = FORMATS[stage].arguments.keys(), {key for key, _ in FORMATS[stage].arguments.values()}
     return "_class_name" not in config and 0 < len(config) and config.keys() <= ours \
         and (ours == theirs or not config.keys() <= theirs)

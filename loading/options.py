@@ -3,8 +3,8 @@
   p.add_argument("--frames", type=FRAMES)   # argument --frames: expected a whole number from 2 to 1000, got '1'
   FRAMES.check("frames", frames)            # checks the same range for an argument in Python
 
-An invalid value raises UserError, with one line. Upper limits are far above any real use: a larger number is a typing
-error that could cost hours.
+An invalid value raises UserError, with one line. Upper limits are far above any real use. They reject typing errors
+that could cost hours.
 Needs: the standard library only, so that --help is fast.
 """
 import argparse
@@ -44,14 +44,14 @@ USED_MOST = ("data", "out", "weights", "lora", "steps", "lr", "batch", "resoluti
 
 
 class Parser(argparse.ArgumentParser):
-    """Shows a script's docstring and all defaults in --help. For unknown options, its UserError names a similar one."""
+    """A parser whose --help shows the docstring and all defaults, and whose UserErrors suggest a similar option."""
     def __init__(self, docstring: str = "", **more):
         super().__init__(description=docstring, formatter_class=HelpFormatter, **more)
 
     def parse_known_args(self, args=None, namespace=None):
         options = option_strings(self)
-        # Reports unknown options before argparse reports missing ones. Skips scripts with subcommands, because these
-        # have options of their own.
+        # Reports unknown options first, because argparse would report a misspelled required option only as missing.
+        # Skips parsers with subcommands: they do not know the subcommands' options.
         for word in () if self._subparsers else sys.argv[1:] if args is None else args:
             name = word.partition("=")[0]
             if re.fullmatch(r"--\w[\w-]*", name) and not any(option.startswith(name) for option in options):
@@ -61,7 +61,7 @@ class Parser(argparse.ArgumentParser):
                     if f"--{theirs}" in options else nearest_option(self, name)))
         return super().parse_known_args(args, namespace)
 
-    def error(self, message: str) -> None:       # argparse's own error() also prints the usage
+    def error(self, message: str) -> None:       # replaces argparse's error(), which also prints the usage
         if option := re.fullmatch("argument (--[^/ ]*).*: expected one argument", message):
             message += f": {self._option_string_actions[option[1]].help}"
         raise UserError(message)
@@ -92,7 +92,7 @@ def nearest_option(parser: argparse.ArgumentParser, unknown: str) -> str:
 # ----- numbers -------------------------------------------------------------------------------------------------------
 
 class NumberError(UserError, argparse.ArgumentTypeError):
-    """An invalid number. argparse shows the message after the name of the option."""
+    """An invalid number. As this is an ArgumentTypeError, argparse adds the name of the option to the message."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Number:
         return value
 
     def check(self, name: str, value) -> float:
-        """Checks the argument `name` of a Python function, and returns the number. Raises TypeError, UserError."""
+        """Returns `value` as a Python number. Raises TypeError, or UserError outside the range. name: for the error."""
         value = plain(value)
         if not isinstance(value, Integral if self.whole else Real):
             raise TypeError(f"{name} is {value!r:.80}, expected {self}.")

@@ -41,12 +41,12 @@ def load(weights: str | Path | None = None, device: str | None = None, dtype: to
                 layouts.find_parts); or any repository, "hub:owner/name" (see hub.Repository)
     files       single parts to use instead of parts of `weights`, each a folder, a file or "hub:owner/name": prior,
                 decoder, vqgan, image_encoder, prior_text_encoder, text_encoder; `weights` is then "v2" by default
-    device      default cuda if there is one. dtype: torch's, "bf16" or "auto"; default fp32 on CPUs, else bf16
+    device      default cuda if there is one. dtype: such as "bf16", or "auto" (fast); default fp32 on CPUs, else bf16
     parts       the only parts to load: hub.TEXT_TO_IMAGE (default), hub.RECONSTRUCTION, or a list of names
     offline, revision   see hub.fetch
     fast        use the faster implementations of speed/fast.py; compile: also use torch.compile
     int8        the large layers of Stages B and C in 8 bits, on a CPU: a quarter of their memory, see speed/int8.py
-    low_memory  one network in memory at a time, read again when needed; default: if memory does not suffice for all
+    low_memory  one network in memory at a time, read again when needed; default: only if memory cannot hold all
     offload     one network on the device at a time, the others in main memory
     lora        LoRAs for Stage C: a file or "hub:owner/name", a list, or {file: scale}, where 1 is the trained scale;
                 to change later: arguments.set_loras. lora_partial: skip unknown layers with a warning, not an error
@@ -69,7 +69,7 @@ def load(weights: str | Path | None = None, device: str | None = None, dtype: to
         loaders["image_encoder"] = fetch_encoder_later(weights, empty, device, files, offline, revision)
     model = warn_of_unknown_words(pipeline_for(paths, empty, loaders, device, dtype), paths["prior"],
                                   lora or paths.get("lora"))
-    # extras/ and set_loras use these attributes: paths of the parts, Stage C's loader, and preview_file (see below).
+    # extras/ and arguments.set_loras use these attributes. load_stage_c: the function that loads Stage C, or None.
     model.paths, model.int8, model.load_stage_c = paths, int8, loaders.get("stage_c")
     install(model, weights, files, lora, lora_partial)
     model.preview_file = preview_file_of(model, weights, files, paths["vqgan"])
@@ -92,7 +92,7 @@ def load(weights: str | Path | None = None, device: str | None = None, dtype: to
 
 
 def choose_dtype(dtype: torch.dtype | str | None, device: torch.device, int8: bool) -> torch.dtype:
-    """Returns the dtype for `load`. Default on a CPU: float32, so that a seed gives the same image on every machine."""
+    """Returns the dtype for `load`. Default on a CPU: float32, so that a seed's image depends little on the machine."""
     if dtype is None or int8 and dtype == "auto":
         dtype = "fp32" if device.type == "cpu" else "bf16"
     dtype = dtype_of(dtype, device)
@@ -108,7 +108,7 @@ def suggest_bf16(networks: dict[str, torch.nn.Module]) -> None:
 
 
 def fetch_loras(lora: dict[str, float], partial: bool, offline: bool, revision: str | None) -> dict[str, float]:
-    """Fetches LoRAs: {LoRA: scale} -> {path of its file: scale}. Raises WeightsError if a LoRA cannot be read."""
+    """Fetches the LoRAs in {LoRA: scale}. Returns {path of its file: scale}. Raises WeightsError for invalid files."""
     found = {str(hub.fetch_lora(source, offline, revision)): scale for source, scale in lora.items()}
     for file in found:
         read_lora(file, partial)                 # report errors before 12 GB of weights are fetched
@@ -117,7 +117,7 @@ def fetch_loras(lora: dict[str, float], partial: bool, offline: bool, revision: 
 
 def fetch_encoder_later(weights: str | Path, empty: dict, device: torch.device, files: dict, offline: bool,
                         revision: str | None):
-    """Returns a loader for the image encoder, which fetches it only when it is needed."""
+    """Returns a function that fetches and loads the image encoder. It is called only if the encoder is needed."""
     if weights in hub.NAMES:
         weights = "v1" if isinstance(empty.get("decoder"), w.StageBV1) else "v2"
     return lambda: w.load_image_encoder(locate(weights, files, ("image_encoder",), offline=offline, revision=revision)
@@ -132,7 +132,7 @@ def warn_of_unused_lora(weights: str | Path, prior: str | Path | None) -> None:
 
 
 def preview_file_of(model: Wuerstchen, weights: str | Path, files: dict, vqgan: Path | None) -> Path | None:
-    """Returns the file of these weights' preview colours. None for mixed weights, which may need other colours."""
+    """Returns the file for the preview matrices of these weights (extras/previews.py), or None for mixed weights."""
     folder = hub.own_cache() if weights in hub.NAMES else vqgan.parent if vqgan else None
     own = not (files.get("vqgan") or files.get("image_encoder") or hub.is_reference(weights)) and folder is not None
     raw = model.scale_semantic is not Wuerstchen.scale_semantic
@@ -164,13 +164,13 @@ def loaders_of(paths: dict, empty: dict, device: torch.device, dtype: torch.dtyp
 
     def stage_c() -> torch.nn.Module:
         from lora import merge_and_unload
-        # set_loras may change `loras`, so it is read only now. If two paths lead to the same file, it is loaded once.
+        # Read `loras` only now: set_loras may change it. A file in both dicts is loaded once, at its scale in `loras`.
         both = ({str(paths["lora"]): 1.0} if paths.get("lora") else {}) | loras
         both = {adapter_name(file): (file, scale) for file, scale in both.items()}
         model = stage("prior", int8 and not both)
         for name, (file, scale) in both.items():
             load_lora(model, file, name, scale, lora_partial)
-        if int8 and both:                       # LoRAs can only be merged before weights are rounded
+        if int8 and both:                       # LoRAs can only be merged before weights are rounded to int8
             merge_and_unload(model)
             to_int8(model)
         return model.eval()
@@ -187,14 +187,14 @@ def loaders_of(paths: dict, empty: dict, device: torch.device, dtype: torch.dtyp
                  stage_c=("prior", stage_c),
                  text_encoder_c=("prior_text_encoder", lambda: text_encoder("prior_text_encoder", "prior_tokenizer")),
                  text_encoder_b=("text_encoder", lambda: text_encoder("text_encoder", "tokenizer")),
-                 # Loaded in float32, because half precision is too inexact for BatchNorm's statistics.
+                 # The image encoder stays in float32: half precision is too inexact for BatchNorm's statistics.
                  image_encoder=("image_encoder", lambda: w.load_image_encoder(paths["image_encoder"])))
     loaders = {name: on_device(load) for name, (part, load) in found.items() if paths[part]}
     if shared and "text_encoder_c" in loaders:
         loaders["text_encoder_b"] = loaders["text_encoder_c"]
     for name, part in (("stage_b", "decoder"), ("stage_c", "prior")):
         if part in empty:
-            loaders[name].config = empty[part].config        # config can be read before the network is loaded
+            loaders[name].config = empty[part].config        # so that config can be read before the network is loaded
     return loaders
 
 
@@ -203,11 +203,11 @@ def pipeline_for(paths: dict, empty: dict, loaders: dict, device, dtype) -> Wuer
     tiny = bool(paths["image_encoder"]) and w.is_tiny(paths["image_encoder"])
     decoder, prior = empty.get("decoder"), empty.get("prior")
     if not isinstance(decoder, w.StageBV1):
-        # A small Stage B is often undecided between objects; guidance makes it follow the semantic latents.
+        # A small Stage B often fails to decide between two objects. Guidance makes it follow the semantic latents.
         return Wuerstchen(loaders, 128 if tiny else 1024, device, dtype,
                           b=Sampling(12, guidance=4.0) if tiny else Sampling(12))
     from v1.pipeline import WuerstchenV1
-    # Only the released v1 has the text width of CLIP-H (1024). Other v1 models may use v2's scaled semantic latents.
+    # The released v1 (text width 1024, CLIP H) works on raw semantic latents. Other v1 models may use v2's scaled ones.
     raw = (prior.config["c_cond"] if prior else decoder.config["c_text"]) == 1024
     more = {} if raw else dict(c=Sampling(29, guidance=4.0, early=True))
     return WuerstchenV1(loaders, 128 if tiny else 512, device, dtype, raw=raw, **more)
