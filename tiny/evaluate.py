@@ -35,12 +35,11 @@ from training.scenes import (CANVAS, CAPTIONED, COLOURS, OBJECTS, RELATIONS, hel
 # ----- prompts ---------------------------------------------------------------------------------------
 
 def fixed_prompts(seed: int = 0) -> list[dict]:
-    """Returns 256 prompts: 128 about held-out pairs, 64 about seen pairs, 64 about one captioned object each.
+    """Returns 256 prompts: 128 about pairs that are held out of training, 64 about other pairs, 64 about one object.
 
-    Each is a dict: prompt, kind ("pair_held_out", "pair_seen", "single"), objects, relation, size ("small", "large"
-    or None) and colour. The kinds alternate, so the first N prompts contain all kinds in the same shares. Colours and
-    relations are balanced.
-    """
+    Each prompt is a dict: prompt (the text), kind ("pair_held_out", "pair_seen", "single"), objects (names in
+    CAPTIONED), relation (None for "single"), size ("small", "large" or None) and colour. The kinds alternate, so the
+    first N prompts contain all kinds in the same shares. Colours and relations are balanced."""
     rng = np.random.default_rng(seed)
     pairs = [(a, b) for i, a in enumerate(CAPTIONED) for b in CAPTIONED[i + 1:]]
     pairs = [pairs[i] for i in rng.permutation(len(pairs))]
@@ -63,7 +62,7 @@ def fixed_prompts(seed: int = 0) -> list[dict]:
 
 
 def prompts_of(name: str, seed: int = 0) -> list[dict]:
-    """Returns 64 prompts about one object, like fixed_prompts: 24 of it only (8 colours x 3 sizes), 40 in pairs."""
+    """Returns 64 prompts about one object, dicts as in fixed_prompts: 24 only of it (8 colours x 3 sizes), 40 pairs."""
     rng = np.random.default_rng(seed)
     others = [other for other in rng.permutation(CAPTIONED).tolist() if other != name][:40]
     sizes, colours = [None, "small", "large"] * 8, sorted(COLOURS) * 8
@@ -76,7 +75,7 @@ def prompts_of(name: str, seed: int = 0) -> list[dict]:
 
 
 def real_image(fact: dict, rng: np.random.Generator) -> np.ndarray:
-    """Draws an image (128,128,3) uint8 that shows exactly what a prompt asks for. fact: a dict of fixed_prompts."""
+    """Draws an image (128,128,3) uint8 that shows what a prompt asks for. fact: the prompt, a dict of fixed_prompts."""
     if fact["relation"]:
         return render(place_pair(rng, *fact["objects"], fact["relation"], fact["colour"]))
     size = fact["size"] or ("small", "medium", "large")[rng.integers(3)]
@@ -92,7 +91,8 @@ def degrade(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 # ----- score -----------------------------------------------------------------------------------------
 
 def tally(verdicts: list[dict], facts: list[dict]) -> dict:
-    """Returns {figure: {"right": share of correct images, "n": number of images}}. Omits figures with n = 0."""
+    """Returns {figure, such as "pair_seen": {"right": share of correct images, "n": number of images}}. Omits figures
+    with n = 0. verdicts, facts: for each image, the result of judge.verdict and the prompt's dict."""
     def of(kind, key):
         return [v[key] for v, f in zip(verdicts, facts) if f["kind"] == kind and v[key] is not None]
     figures = {"background": [v["background"] for v in verdicts],
@@ -103,8 +103,8 @@ def tally(verdicts: list[dict], facts: list[dict]) -> dict:
 
 
 def score(images, facts: list[dict], judge: Judge | None = None) -> dict:
-    """Judges whether images show what their prompts ask for. Returns figures, see tally.
-    images: n square uint8 RGB images; facts: the n dicts of fixed_prompts() for them."""
+    """Judges whether images show what their prompts ask for. Returns the shares of correct images, see tally.
+    images: n square uint8 RGB images; facts: their n prompts, dicts of fixed_prompts()."""
     if len(images) != len(facts):
         raise ValueError(f"Got {len(images)} images for {len(facts)} prompts; give one per prompt.")
     judge = judge or Judge()
@@ -192,14 +192,14 @@ def sample(args, prompts: list[str]) -> list[Image.Image]:
     from tqdm import tqdm
     (model, options), images = load(args), []
     for start in tqdm(range(0, len(prompts), args.batch), desc="sampling", unit="batch"):
-        # In a call, image i has the seed `seed + i`. So the n-th of all images has args.seed + n for any --batch.
+        # In each call, the model uses the seed `seed + i` for image i. So --batch does not change an image's seed.
         images += model(prompts[start:start + args.batch], seed=args.seed + start, **options)
     return images
 
 
 def sharpness_of(args, run: dict, facts: list[dict], judge: Judge) -> dict:
-    """Prints the sharpness of objects in the images of `run`, {title: images}; without --real also in true images after
-    Stages A and B of the model, see sharpness.stages. Returns {title: result of sharpness.summary}."""
+    """Prints and returns {title: result of sharpness.summary}, the sharpness of objects, for the images of `run`, which
+    is {title: images}. Without --real, also for true images after Stage A and after Stage B, see sharpness.stages."""
     from tiny.sharpness import stages, summary
     (title, images), rows = *run.items(), {}
     if not args.real:
@@ -246,7 +246,7 @@ def main(args):
             report["runs"][-1]["sharpness"] = sharpness_of(args, {title: images}, facts, judge)
     if args.out:
         write_atomically(args.out, lambda path: path.write_text(json.dumps(report, indent=1) + "\n"), overwrite=False)
-    if args.grid:                                        # draws the images of the last run only
+    if args.grid:                                        # --real has two runs; the grid shows the last one
         grid = draw_grid(images[:64], facts, verdicts)
         write_atomically(args.grid, grid.save, overwrite=False)
 

@@ -1,12 +1,12 @@
-"""The judge: finds out which objects an image of the emoji world shows, where they are, and on which background.
+"""The judge: finds out which objects an emoji scene shows, where they are, and which colour the background has.
 
-The world of training/scenes.py is known exactly, so no classifier is trained. The judge knows every sprite and finds
-which sprite, at which size and position, explains the image best (maximum likelihood for Gaussian errors).
+Scenes are drawn from the sprites of training/scenes.py, so no classifier is trained. The judge knows every sprite and
+finds which sprite, at which size and position, explains the image best (maximum likelihood for Gaussian errors).
 In   images, uint8 RGB of any square size
-Out  objects with their sizes and positions, the colour of the background; verdict: which facts of a prompt are right
+Out  objects with their sizes and positions, the colour of the background; verdict() compares them with a prompt
 Note: an image that shows more objects than its prompt asks for is wrong.
-Accuracy: right on 512 of 512 real scenes (two seeds), and on 511 of them blurred by 0.8 px with noise of sigma 10/255.
-`python -m tiny.evaluate --real` measures 256 of each again.
+Accuracy: right on 512 of 512 real scenes (two seeds), and on 511 of them after a blur of 0.8 px and noise of sigma
+10/255. `python -m tiny.evaluate --real` repeats the measurement with 256 scenes.
 Needs: torch, numpy, pillow, training/scenes.py.
 """
 import numpy as np
@@ -15,12 +15,12 @@ from PIL import Image
 from training.scenes import COLOURS, OBJECTS, sprite
 
 SIDE = 64                              # images are compared at SIDE x SIDE px, half of a scene's side
-# Sizes at which sprites are searched, after scaling to SIDE. Steps of about 11 %, so the nearest is at most 6 % off.
+# Sizes at which sprites are searched, in px at SIDE. Steps are 9 to 14 %, so the nearest size is at most 7 % off.
 SIZES = (14, 16, 18, 20, 22, 24, 27, 30, 33, 37, 41, 45)
 SLACK = 1                              # px, after scaling to SIDE, by which boxes of two objects may overlap
-BACKGROUND_TOLERANCE = 40              # largest RGB distance from one of COLOURS, which are at least 84 apart
+BACKGROUND_TOLERANCE = 40              # largest RGB distance of a background to its colour; COLOURS are >= 84 apart
 MIN_EXPLAINED = 0.25                   # smallest gain of an object, as a share of a perfect match's gain
-SMALL_UP_TO, LARGE_FROM = 51, 71       # an object's px in a scene: up to 51 is "small" in prompts, from 71 "large"
+SMALL_UP_TO, LARGE_FROM = 51, 71       # side of an object in a scene: to 51 px "small" in prompts, from 71 px "large"
 
 
 class Judge:
@@ -32,15 +32,15 @@ class Judge:
     and alpha do not depend on the background, so that their FFTs are computed only once:
       sum(D R) = sum(D P) - background sum(D alpha)           correlations, all positions at once: FFT
       sum(R R) = sum(P P) - 2 background sum(P alpha) + background^2 sum(alpha alpha)
-    Objects in a scene do not overlap, so gains are computed once for all objects: the highest gain is the first object,
-    the highest gain that does not overlap it the second, and so on.
+    Objects in a scene do not overlap, so gains are computed only once: the sprite with the highest gain is the first
+    object, the sprite with the highest gain that does not overlap the first is the second, and so on.
     """
     def __init__(self, objects=OBJECTS, device="cpu"):
         import torch                                      # imported here, so that evaluate.py --help is fast
         self.device, self.objects = device, list(objects)
         self.fft, self.P_P, self.P_alpha, self.alpha_alpha = [], [], [], []    # one item per size
         for k in SIZES:
-            template = torch.zeros(len(objects), 4, SIDE, SIDE)     # P (3 channels) and alpha
+            template = torch.zeros(len(objects), 4, SIDE, SIDE)     # channels: colour times alpha (3), alpha (1)
             for n, name in enumerate(objects):
                 template[n, :, :k, :k] = torch.from_numpy(half_size_sprite(name, k))
             P, alpha = template.to(device).split([3, 1], dim=1)     # (N,3,64,64), (N,1,64,64)
@@ -48,16 +48,16 @@ class Judge:
             self.P_alpha.append((P * alpha).sum((2, 3)))            # (N, 3)
             self.alpha_alpha.append(alpha.square().sum((1, 2, 3)))  # (N,)
             F = torch.fft.rfft2(torch.cat([P, alpha], dim=1))       # (N, 4, 64, 33)
-            # The product of an image's FFT and this conjugate is the FFT of their correlation.
+            # The product of an image's FFT and this conjugate is the FFT of the correlation of image and sprite.
             self.fft.append(F.conj().resolve_conj())
 
     def find(self, image, most: int = 3):
         """Finds the objects in an image and the colour of its background.
 
         image: square, uint8 RGB, an array or PIL image.
-        Returns (found, colour).  found: a list of at most `most` tuples (name, size, (x, y), explained), highest gain
-        first; size and center in px of a 128 px scene; explained: gain / sum(R R), 1 for a perfect match.  colour: name
-        of the background's colour, or None if it is near none of COLOURS.
+        Returns (found, colour).  found: a list of at most `most` tuples (name, size, (x, y), explained), best match
+        first; size and center (x, y) in px of a 128 px scene; explained: the gain as a share of a perfect match's gain.
+        colour: name of the background's colour, or None if it is near none of COLOURS.
         """
         pixels = np.asarray(image)
         if pixels.ndim != 3 or pixels.shape[0] != pixels.shape[1] or pixels.dtype != np.uint8:
@@ -73,9 +73,9 @@ class Judge:
             colour = None
 
         gain, sprite_at, explained = self._search(pixels, background)
-        # In 200 drawn scenes, true sprites reached at least 0.48 of a perfect match's gain (lowest for a size between
-        # two SIZES), and blurred noisy sprites 0.44. Plain background had no positive gain. In bad images, spots
-        # reach values between these: below 0.25 a spot does not count as an object.
+        # In 200 drawn scenes, true sprites reached at least 0.48 of a perfect match's gain (least for a size between
+        # two SIZES), and after blur and noise at least 0.44. Plain background had no positive gain. In bad images, a
+        # spot without an object can also have some gain, so a share below 0.25 does not count as an object.
         gain = np.where(explained >= MIN_EXPLAINED, gain, -np.inf)
         found = []
         while len(found) < most and gain.max() > -np.inf:
@@ -88,8 +88,8 @@ class Judge:
         return found, colour
 
     def _search(self, pixels, background):
-        """Finds the best sprite for each size and position -> gain, index in self.objects, explained; each (S,64,64).
-        The position is the top left corner of the sprite's box. gain is -inf if the box exceeds the image."""
+        """Finds the best sprite for each of S sizes and each top left corner of its box. Returns, each (S,64,64): its
+        gain (-inf if the box exceeds the image), its index in self.objects, its share of a perfect match's gain."""
         import torch
         background = torch.from_numpy(background).to(self.device)                    # (3,)
         D = torch.from_numpy(pixels).to(self.device).permute(2, 0, 1) - background[:, None, None]
@@ -110,14 +110,14 @@ class Judge:
 
 
 def half_size_sprite(name: str, k: int) -> np.ndarray:
-    """Returns P = alpha T (3 channels) and alpha of a sprite of 2k px, halved to k px: (4,k,k) float32 in [0, 1]."""
+    """Returns a sprite of 2k px, halved to k px: colour times alpha (3 channels), alpha; (4,k,k) float32 in [0, 1]."""
     colour, through = sprite(name, 2 * k)                           # (2k, 2k, 3) uint8
     both = np.concatenate([colour, 255 - through[..., :1]], axis=2) / np.float32(255)
     return both.reshape(k, 2, k, 2, 4).mean(axis=(1, 3)).transpose(2, 0, 1)
 
 
 def relation_of(first, second) -> str:
-    """Returns the relation, such as "left of", of point `first` (x, y) to `second`, on the axis of larger distance."""
+    """Returns where `first` (x, y) is relative to `second`, such as "left of", on the axis with the larger distance."""
     dx, dy = second[0] - first[0], second[1] - first[1]
     if abs(dx) > abs(dy):
         return "left of" if dx > 0 else "right of"
@@ -125,8 +125,8 @@ def relation_of(first, second) -> str:
 
 
 def verdict(found, colour: str | None, fact: dict) -> dict:
-    """Returns {"background", "objects", "relation", "size": whether the image shows it as in the prompt}. objects: True
-    only without further objects. relation, size: None if the prompt names none, False if the objects are wrong."""
+    """Compares Judge.find's result with a prompt. Returns {"background", "objects", "relation", "size": whether right}.
+    objects: all of them and no others. relation, size: None if not in the prompt, False if the objects are wrong."""
     objects = sorted(name for name, *_ in found) == sorted(fact["objects"])
     relation = size = None
     if fact["relation"]:

@@ -4,9 +4,9 @@
 
 PSNR is measured within the object's box. It penalizes blur little, so a second measure is a distance in the form of
 DISTS (arXiv:2004.07728): for each feature map, the similarity of its mean (texture) and its variations (structure).
-DISTS uses VGG's features, learned from photographs, but these images are drawn; a network trained by us would share the
-faults of the model it judges. So the feature maps are derivatives of Gaussians up to the second order at three scales,
-which respond to edges, corners and lines like the first layers of such networks. Equal images have distance 0.
+DISTS uses VGG's features. VGG learned from photographs, but these images are drawn. Features that we train could share
+the faults of the model they judge. So the feature maps are derivatives of Gaussians up to the second order at three
+scales, which respond to edges, corners and lines like VGG's first layers. Equal images have distance 0.
 Note: objects that the judge did not find are left out of the means, so read the means together with the judge's score.
 Needs: numpy, pillow, torch; stages() also the model's networks.
 """
@@ -39,13 +39,13 @@ def draw(name: str, place, colour: str, box) -> np.ndarray:
     left, top, right, bottom = box
     source = [(edge - center) * CELL / size + 1.5 * CELL for edge, center in zip(box, (x, y, x, y))]
     rgba = np.asarray(_cell(name).resize((right - left, bottom - top), Image.LANCZOS, box=source), np.float32) / 255
-    # Lanczos overshoots at edges, so colour times alpha could exceed alpha. So clamp it, as in scenes.sprite.
+    # Lanczos resampling overshoots at edges. Colour times alpha must not exceed alpha, so it is clamped to alpha.
     alpha = rgba[..., 3:]
     return np.minimum(rgba[..., :3], alpha) + (1 - alpha) * (np.array(COLOURS[colour], np.float32) / 255)
 
 
 def refine(image: np.ndarray, name: str, place, colour: str) -> tuple[float, float, float]:
-    """Searches near `place` for the (size, x, y) with the least squared error between sprite and image (128,128,3)."""
+    """Returns the (size, x, y) near `place` at which the sprite has the least squared error to image (128,128,3)."""
     size, x, y = place
     half = size // 2 + EDGE
     box = max(0, x - half), max(0, y - half), min(CANVAS, x + half), min(CANVAS, y + half)
@@ -62,7 +62,7 @@ def refine(image: np.ndarray, name: str, place, colour: str) -> tuple[float, flo
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Computes the distance between two images (h,w,3) in [0, 1] in the form of DISTS, see the header of this file."""
+    """Computes a distance like DISTS of images a, b (h,w,3) in [0, 1]; 0 if equal. See the header of this file."""
     import torch
     import torch.nn.functional as F
     x = torch.from_numpy(np.stack([a, b]).astype(np.float32)).permute(0, 3, 1, 2).flatten(0, 1)[:, None]   # (6,1,h,w)
@@ -98,8 +98,8 @@ def compare(image, found: list, name: str, colour: str) -> dict | None:
 
 
 def summary(images, found: list[list], facts: list[dict]) -> dict:
-    """Returns a dict. psnr, distance: means over the prompts' objects that the judge found. objects: the number of
-    objects that it found. of: the number of all objects in the prompts."""
+    """Returns a dict: psnr and distance, means over the objects that the judge found; objects, their number; of, the
+    number of all objects that the prompts ask for. found: for each image, the objects that Judge.find returned."""
     objects = [compare(image, seen, name, fact["colour"])
                for image, seen, fact in zip(images, found, facts) for name in fact["objects"]]
     values = [(o["psnr"], o["distance"]) for o in objects if o]
@@ -118,9 +118,9 @@ def contrast(name: str, colour: str) -> float:
 
 
 def worst_tenths(found: list[list], facts: list[dict]) -> dict:
-    """Computes how often the judge finds difficult objects. The result has the form of evaluate.tally. least_contrast:
-    the tenth of all requested objects with the least contrast on their background. worst_objects: all requests for the
-    tenth of the names that the judge finds least often."""
+    """Computes how often the judge found difficult objects, in the form of evaluate.tally, for two figures.
+    least_contrast: the tenth of all objects in the prompts that has the least contrast to its background.
+    worst_objects: all objects in the prompts whose name is in the tenth of the names that was found least often."""
     asked = [(contrast(name, fact["colour"]), name, any(other == name for other, *_ in seen))
              for seen, fact in zip(found, facts) for name in fact["objects"]]
     rates = {}
@@ -136,8 +136,8 @@ def worst_tenths(found: list[list], facts: list[dict]) -> dict:
 # ----- how much sharpness each stage loses ------------------------------------------------------------
 
 def stages(model, facts: list[dict], pixels: np.ndarray, seed: int = 0, batch: int = 32, **options) -> dict:
-    """Returns {title: n images}. Two lists contain the true images, pixels (n,128,128,3) uint8, encoded and decoded by
-    Stage A, without and with its codebook. For the third, Stage B decodes the true images' semantic latents."""
+    """Encodes true images, pixels (n,128,128,3) uint8, and decodes them in three ways. Returns {title: n images}: from
+    Stage A's latents, from its quantised latents, and from semantic latents by Stage B. options: of the sampling."""
     import torch
     from extras.editing import encode_image, generate
     from training.samples import to_tensor

@@ -4,10 +4,10 @@
 
   scene (B,3,96,96) -encoder-> (B,16,3,3) -noise, head-> for each of the 9 cells: object, position, size, background
 
-The loss of Stage B alone teaches an encoder little, because at almost all noise levels Stage B can see the objects in
+Stage B's loss by itself teaches an encoder little, because at almost all noise levels Stage B can see the objects in
 x_t. So the encoder first learns to recognise objects. A head, which is discarded after training, gets the 16 numbers of
-one position (cell) of the semantic latents and predicts which object has its center there (idea: arXiv:1506.02640).
-`train_b.py --init random --image-encoder OUT/image_encoder` then trains it further, jointly with Stage B.
+one position (cell) of the semantic latents and predicts which object has its center there (as YOLO, arXiv:1506.02640).
+`train_b.py --init random --image-encoder OUT/image_encoder` then trains the encoder further, jointly with Stage B.
 Written to --out: image_encoder/, checkpoints/, log.jsonl.
 Needs: torch, numpy, pillow, tqdm.
 """
@@ -23,7 +23,7 @@ from loading.options import BATCH, SEED, Parser, positive_int
 from training.options import add_checkpoint_options, add_schedule_options
 
 CONFIG = Path(__file__).parents[1] / "models" / "tiny" / "image_encoder"
-FIRST_SCENE = 5 * 10 ** 8        # number of the first scene; Stage B trains on others
+FIRST_SCENE = 5 * 10 ** 8        # number of the first scene: high, so that Stage B trains on others
 
 
 def parse_args(argv=None):
@@ -63,14 +63,14 @@ from training.samples import to_tensor
 from training.scenes import CANVAS, COLOURS, OBJECTS, EmojiScenes
 from wuerstchen import add_noise, scale_semantic
 
-NOTHING = len(OBJECTS)           # the label "no object"
+NOTHING = len(OBJECTS)           # the label of a cell without an object
 
 
 def labels_of(scenes: list) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns the labels that the head should predict for scenes of EmojiScenes: objects, places, colours.
 
-    objects (B,9): index of the object whose center is in each cell, row by row, or NOTHING; places (B,9,3): the
-    object's x and y within the cell and its size, all about 0 to 1; colours (B,): index of the background's colour.
+    objects (B,9): index of the object whose center is in each cell, row by row, or NOTHING; places (B,9,3): x and y of
+    that center within the cell, from 0 to 1, and size / 64; colours (B,): index of the background's colour.
     """
     cell = CANVAS / 3                                                                        # side of a cell in px
     objects, places = np.full((len(scenes), 9), NOTHING), np.zeros((len(scenes), 9, 3), np.float32)
@@ -82,7 +82,7 @@ def labels_of(scenes: list) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def build_head() -> nn.Module:
-    """Returns the head. It maps a cell's 16 numbers to object logits (NOTHING last), place (3,) and colour logits."""
+    """Returns the head: a cell's 16 numbers -> a vector of object logits (last: NOTHING), place and colour logits."""
     return nn.Sequential(nn.Linear(16, 256), nn.GELU(), nn.Linear(256, NOTHING + 1 + 3 + len(COLOURS)))
 
 
@@ -121,8 +121,8 @@ def main(args):
         objects, places, colours = (torch.from_numpy(a).to(device) for a in labels_of(scenes.scenes(first, args.batch)))
         images = to_tensor(scenes.batch(first, args.batch)[0], device)                       # (B, 3, 128, 128)
         latents = scale_semantic(encoder(preprocess(images, 96)))                            # (B, 16, 3, 3)
-        # Noise makes nearby latents stand for similar scenes, because Stage C will generate latents with small errors.
-        # Each step seeds its noise, so a resumed run equals an uninterrupted one.
+        # Stage C will generate latents with small errors. Noise in training gives similar scenes nearby latents, so
+        # these errors change little. Each step seeds its noise, so a resumed run equals an uninterrupted one.
         torch.manual_seed(hash((args.seed, step)) % 2 ** 63)
         noisy = add_noise(latents, torch.randn_like(latents), torch.rand(args.batch, device=device) * 0.3)
         loss, values = head_loss(head(noisy.flatten(2).transpose(1, 2)), objects, places, colours)

@@ -2,12 +2,12 @@
 
   python -m tiny.train_text --image-encoder runs/b/image_encoder --out runs/text          # 10 minutes on one core
 
-  caption -tokenizer-> ids (B,20) -CLIP text model-> (B,20,D); its vector at the end mark -linear-> predicted latent
+  caption -tokenizer-> ids (B,20) -CLIP text model-> (B,20,D); its vector at the end token -linear-> predicted latents
 
-CLIP learned to place the vector at a caption's end mark next to the vector of its image (arXiv:2103.00020). This is the
-same idea in its simplest form: a linear layer, which is discarded after training, predicts the semantic latents from
-the vector at the end mark. So the encoder learns in minutes what objects look like, and where "left of" places them.
-With Stage C's loss it learned half of that in an hour, because at most noise levels Stage C sees the objects in x_t.
+CLIP learned to make the vector at a caption's end token similar to the vector of its image (arXiv:2103.00020). This is
+the same idea in its simplest form: a linear layer, which is discarded after training, predicts the semantic latents
+from the vector at the end token. So the encoder learns in minutes how objects look and where "left of" places them.
+With Stage C's loss it learned half as much in an hour, because at most noise levels Stage C sees the objects in x_t.
 Written to --out: text_encoder/, tokenizer/, checkpoints/, log.jsonl.
 Needs: torch, tokenizers, numpy, pillow, tqdm.
 """
@@ -64,8 +64,8 @@ from wuerstchen import scale_semantic
 
 
 def learn_merges(words: set[str]) -> list[tuple[str, str]]:
-    """Learns byte-pair encoding (arXiv:1508.07909) -> the merged pairs, in order. It merges the most frequent pair of
-    tokens until each word is one token. The spelling decides ties, so the tokenizer is the same on every machine."""
+    """Learns a byte-pair encoding (arXiv:1508.07909). Returns the pairs of tokens to merge, in order. The most frequent
+    pair is merged until each word is one token; of equally frequent ones the alphabetically last, on every machine."""
     pieces, merges = [[*word[:-1], word[-1] + "</w>"] for word in sorted(words)], []
     while pairs := Counter(pair for word in pieces for pair in zip(word, word[1:])):
         a, b = max(pairs, key=lambda pair: (pairs[pair], pair))
