@@ -50,7 +50,7 @@ def parse_args(argv=None):
 
 
 def sizes(rehearse: bool) -> SimpleNamespace:
-    """Returns the sizes of all measurements, and the options that tools/bench has on its command line."""
+    """Returns the sizes of all measurements, and the options of tools/bench that its functions read."""
     real = dict(device="cuda", side=1024, depth=32, repeats=3, calls=5, width=1536, sides=(512, 1024), small=None,
                 steps={})
     tiny = dict(device="cpu", side=128, depth=1, repeats=1, calls=1, width=64, sides=(128,), small=SMALL,
@@ -90,7 +90,7 @@ def training(at: SimpleNamespace) -> Iterator[tuple[str, Row]]:
 
 
 def network(title: str, batches: tuple[int, ...], at: SimpleNamespace) -> Iterator[tuple[str, Row | dict]]:
-    """Measures one network. Yields table rows, and the figures from which the time of a whole image is computed."""
+    """Measures a network, for example "Stage C step". Yields ("GPU", Row), and (name, figures) for whole_images."""
     import torch
 
     from tools.bench.measure import Call, compare
@@ -105,7 +105,7 @@ def network(title: str, batches: tuple[int, ...], at: SimpleNamespace) -> Iterat
             with torch.no_grad():
                 call.ours()
             yield "GPU", Row(f"{name}, memory", f"{torch.cuda.max_memory_allocated() / 1e9:.2f} GB", "", float("nan"))
-    for name, call in calls.items():                     # yields after each call, because time may run out
+    for name, call in calls.items():                     # one at a time: if time runs out, the first are kept
         eager = {"eager": Call(call.eager, None)} if call.eager else {}      # compares compiled calls with eager ones
         rows, found, peak = compare(eager | {name: call}, at.repeats, at.device, getattr(torch, DTYPES[at.dtype]),
                                     at.calls)
@@ -136,7 +136,7 @@ def part(name: str, at: SimpleNamespace) -> Iterator[tuple[str, Row | dict]]:
 # ----- running all parts ----------------------------------------------------------------------------------------------
 
 def in_own_process(name: str, seconds: float) -> tuple[list[tuple], str | None]:
-    """Runs a part in its own process. Returns its results, and the reason why some are missing, or None if none are."""
+    """Runs a part in its own process. Returns its results, and the reason why some are missing, or None if complete."""
     problem = None
     try:
         run = subprocess.run([sys.executable, "-m", "tools.gpu_check", "--part", name], cwd=ROOT, capture_output=True,
@@ -163,7 +163,7 @@ def rehearsed(name: str, _: float) -> tuple[list[tuple], str | None]:
 
 
 def check_all(do: Callable, device: str) -> int:
-    """Runs all parts with do(name, seconds) and prints the sections for BENCHMARKS.md. Returns the exit code."""
+    """Runs all parts by do(name, seconds), such as in_own_process. Prints their sections. Returns the exit code."""
     from statistics import median
 
     from tools.bench.measure import Measured

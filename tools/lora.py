@@ -2,7 +2,7 @@
 
   python -m tools.lora info FILE                               # ranks, alphas, layers, and the file's metadata
   python -m tools.lora convert IN OUT --to kohya               # or diffusers, comfy, original, ours
-  python -m tools.lora merge PRIOR LORA OUT --scale 0.8        # a prior for any program, without LoRA
+  python -m tools.lora merge PRIOR LORA OUT --scale 0.8        # adds the LoRA to the weights of the prior
   python -m tools.lora extract BASE TUNED OUT --rank 16        # the LoRA closest to a full fine-tuning
 
 Needs: torch, safetensors, numpy.
@@ -22,7 +22,7 @@ from loading.options import Number, Parser, integer
 def info(file: str) -> str:
     """Describes the content of a LoRA file as text."""
     from loading.lora_formats import describe, open_lora, read_lora
-    weights, metadata = read_lora(file, lora_partial=True)       # warns of tensors that --lora-partial would omit
+    weights, metadata = read_lora(file, lora_partial=True)       # True: unknown tensors cause only a warning
     tensors, (one, *_) = open_lora(file)[0], weights.values()
     dtype = tensors[max(tensors)].dtype
     metadata |= describe(weights) | dict(tensors=f"{len(tensors)}, {dtype}, for example {max(tensors)}",
@@ -31,12 +31,12 @@ def info(file: str) -> str:
 
 
 def convert(source: str, target: Path, to: str, lora_partial: bool = False) -> str:
-    """Writes a LoRA of Stage C in another format. The values of its matrices do not change."""
+    """Writes a LoRA of Stage C in another format. What it adds to the weights does not change."""
     from loading.lora_formats import read_lora, write_lora
     from lora import diffusers_name
     check_output(target, ".safetensors")
     weights, metadata = read_lora(source, lora_partial)
-    metadata.pop("lora_adapter_metadata", None)          # if `to` is "diffusers", write_lora adds this entry again
+    metadata.pop("lora_adapter_metadata", None)          # only for diffusers: write_lora adds it again if needed
     count = write_lora(target, weights, {name: diffusers_name(name) for name in weights}, to, metadata,
                        overwrite=False)
     return f"{count} tensors for {len(weights)} layers written to {target}"
@@ -105,7 +105,7 @@ def nearest_lora(base, tuned, rank: int, targets: str) -> tuple[dict, str]:
             u, s, v = torch.linalg.svd(difference, full_matrices=False)
             u, s, v = u[:, :rank], s[:rank], v[:rank]                        # (out, rank), (rank,), (rank, in)
             kept[name] = s.double().square().sum().item()
-            # Multiplying both factors by sqrt(s) makes their norms similar, like those of a trained LoRA.
+            # Each factor is multiplied by sqrt(s), so that both have the same norm.
             weights[path] = LoRAWeights((s.sqrt()[:, None] * v).view(-1, *shape[1:]),
                                         (u * s.sqrt()).view(*u.shape, *(1,) * (len(shape) - 2)), float(len(s)))
     left = [name for name in energy if energy[name] and name not in kept]

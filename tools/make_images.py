@@ -6,7 +6,7 @@
 
 examples/unicorn has 24 images of one of the 64 objects that Stages A and B were trained on without captions. So the
 tiny model can generate a unicorn, but does not know its name. The images show a unicorn alone or next to another
-object, on five of the eight backgrounds. Each image has one or two true captions, one per line. In pairs, "unicorn" is
+object, on five of the eight backgrounds. Each image has one or two captions, one per line. In pairs, "unicorn" is
 the first object of one caption and the second of the other, so the model learns the word independently of its position.
 Needs: what wuerstchen.py needs.
 """

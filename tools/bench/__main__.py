@@ -1,9 +1,9 @@
 """Measures this code on this machine, compares it with other code, and writes BENCHMARKS.md.
 
   python -m tools.bench                                  # the bundled weights: start and networks, a few minutes
-  python -m tools.bench --official                       # official size; 9 GB, half an hour on 2 cores, or --no-compile
+  python -m tools.bench --official                       # official size; 9 GB; 30 min on 2 cores, less by --no-compile
   python -m tools.bench --memory                         # 7 GB of disk, some minutes
-  python -m tools.bench --training --repeats 1           # 12 GB of memory, 10 minutes for the LoRA alone
+  python -m tools.bench --training --repeats 1           # 12 GB of memory; its LoRA part takes 10 minutes
   python -m tools.bench --training --side 1024 --batch 1 --depth 8 --repeats 1     # a quarter of the blocks
   python -m tools.bench --epoch --repeats 1              # 13 GB, 4 minutes
   python -m tools.bench --int8                           # 10 minutes
@@ -15,8 +15,8 @@ networks   one step of Stage C (guided: batch 2), one of Stage B (batch 1) and o
 
 Our networks run as `Wuerstchen.load` sets them up by default, in their fast form (speed/fast.py).
 Compared calls run in turns, A B A B ..., so that a slow phase of the machine slows both. Times are medians. A ratio is
-ours over theirs, the median of neighbouring runs: below 1, ours is faster or needs less memory. The floor is the share
-of our time that matrix products and attention take by themselves. Each command replaces only its sections of the file.
+ours / theirs, the median over pairs of neighbouring runs; below 1, ours is faster or needs less memory. The floor is
+the share of our time that matrix products and attention take by themselves. Each command replaces only its sections.
 Operations are those that torch counts in products and convolutions. The peak is the speed of one large matrix product
 in the same dtype, measured in turns with the networks. No test checks the figures, because they depend on the machine.
 Needs: what wuerstchen.py needs; diffusers and peft for the comparisons.

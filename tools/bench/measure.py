@@ -18,7 +18,7 @@ from tools.bench.report import Row
 
 
 def seconds_of(action: Callable, device: str = "cpu") -> float:
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None     # a GPU computes asynchronously
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None     # waits until the GPU is done
     wait()
     start = time.perf_counter()
     action()
@@ -38,24 +38,24 @@ def in_turns(actions: dict[Hashable, Callable], repeats: int) -> dict[Hashable, 
 
 
 def ratio(above: list[float], below: list[float]) -> float:
-    """Returns the median ratio of paired runs, because a slow phase of the machine slows both runs of a pair."""
+    """Returns the median of above / below over pairs of runs: a slow phase of the machine slows both runs of a pair."""
     return median(a / b for a, b in zip(above, below, strict=True))
 
 
 def in_own_process(function: Callable, *args):
-    """Returns the result of function(*args) in a fresh process, whose memory is then only the function's."""
+    """Runs function(*args) in a fresh process, so that its peak memory is only the function's. Returns its result."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
 
 
 def memory(line: str) -> int:
-    """Returns the memory of this process in bytes, from a line of /proc/self/status: VmRSS is now, VmHWM the peak."""
+    """Returns this process's memory in bytes. line: of /proc/self/status, "VmRSS" (now) or "VmHWM" (the peak)."""
     status = Path("/proc/self/status").read_text().splitlines()
     return next(int(text.split()[1]) * 1024 for text in status if text.startswith(line))
 
 
 def peak_memory(device: str, before: int) -> int:
-    """Returns the peak memory of this process in bytes: on a GPU, or in main memory minus `before`."""
+    """Returns the peak memory of this process in bytes: the GPU's if device is one, else main memory minus `before`."""
     return torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else memory("VmHWM") - before
 
 
@@ -63,8 +63,8 @@ def peak_memory(device: str, before: int) -> int:
 
 class Call(NamedTuple):
     """Functions to measure: ours, and theirs (diffusers') or None. alone: whether to also measure products_of(ours).
-    eager: for a compiled function, the same function in eager form. It is compared with the compiled function, and
-    operations are counted in it, because torch cannot count them in a compiled function.
+    eager: if ours is compiled, the same function in eager form, which is also measured for comparison. Operations are
+    counted in the eager form, because torch cannot count them in a compiled function.
     """
     ours: Callable
     theirs: Callable | None
@@ -73,8 +73,8 @@ class Call(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """ours, theirs: median seconds of our call and of diffusers'. flops: operations of ours. difference: the largest
-    difference of the results relative to the largest value. l2: the relative error in the L2 norm."""
+    """ours, theirs: median seconds of our call and of diffusers'. flops: operations of our call. difference: largest
+    difference of the two results, relative to the largest value. l2: their relative difference in the L2 norm."""
     ours: float
     theirs: float | None
     flops: int
@@ -85,8 +85,8 @@ class Measured(NamedTuple):
 def products_of(call: Callable) -> Callable:
     """Returns a function that runs only the products of `call`, in the same order, with the same shapes and strides.
 
-    Products are matrix products, convolutions (except depthwise ones) and attention, here of random numbers. Tensors of
-    equal shape and stride are one tensor, so caches may make the function faster than the products in `call`.
+    Products are matrix products, convolutions (except depthwise ones) and attention. Their inputs are random numbers.
+    Inputs of equal shape and stride are the same tensor, so the processor's caches may make them faster than in `call`.
     """
     aten = torch.ops.aten
     attention = [getattr(aten, f"_scaled_dot_product_{name}", None) for name in
@@ -96,14 +96,14 @@ def products_of(call: Callable) -> Callable:
     def twin(tensor):
         shape, stride, dtype = key = tensor.shape, tensor.stride(), tensor.dtype
         if key not in tensors:                           # random numbers, because some processors are faster with zeros
-            length = 1 + sum((n - 1) * step for n, step in zip(shape, stride))   # in memory; a stride may be 0
+            length = 1 + sum((n - 1) * step for n, step in zip(shape, stride))   # elements in memory
             tensors[key] = torch.randn(length, device=tensor.device).to(dtype).as_strided(shape, stride)
         return tensors[key]
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             kind = function.overloadpacket
-            if kind in products and not (kind is aten.convolution and args[8] > 1):  # args[8]: groups; > 1 is depthwise
+            if kind in products and not (kind is aten.convolution and args[8] > 1):  # args[8]: groups, > 1 if depthwise
                 seen.append((function, *tree_map_only(torch.Tensor, twin, (args, kwargs or {}))))
             return function(*args, **(kwargs or {}))
     with Watch():
@@ -118,7 +118,7 @@ def products_of(call: Callable) -> Callable:
 @torch.no_grad()
 def compare(calls: dict[str, Call], repeats: int, device: str, dtype=torch.float32,
             times: int = 1) -> tuple[list[Row], dict[str, Measured], float]:
-    """Measures all calls in turns. Returns rows, {name: Measured}, and GFLOP/s of a large matrix product in this dtype.
+    """Measures all calls in turns. Returns table rows, {name: Measured}, and the GFLOP/s of a large product in dtype.
 
     times: calls per run. If several calls have the same function `theirs`, it is measured once, and all their ratios
     use this measurement.
@@ -154,11 +154,11 @@ def compare(calls: dict[str, Call], repeats: int, device: str, dtype=torch.float
 
 def rows_of(what: str, call: Call, found: Measured, seconds: dict[Hashable, list[float]], alone: list[float] | None,
             peak: float) -> list[Row]:
-    """Returns the table rows of one call. alone: seconds of only its products. peak: GFLOP/s of a large product."""
+    """Returns the table rows of call `what`. alone: seconds of only its products. peak: GFLOP/s of a large product."""
     def text(values: list[float]) -> str:
         return f"{median(values):.2f} s" if median(values) >= 1 else f"{1000 * median(values):.2f} ms"
     ours, theirs, speed, more = seconds[call.ours], seconds.get(call.theirs), found.flops / found.ours / 1e9, []
-    if "int8" not in what and "bf16" not in what:        # torch cannot count int8 products; `peak` is not for bfloat16
+    if "int8" not in what and "bf16" not in what:        # torch cannot count int8 products; `peak` is float32's
         more.append(f"{found.flops / 1e9:.4g} GFLOP, {speed:.0f} GFLOP/s, {speed / peak:.0%} of the peak")
     if theirs:
         more.append(f"differs by {found.difference:.0e}, L2 {found.l2:.0e}")

@@ -24,7 +24,7 @@ def measure(args) -> tuple[str, list[Row]]:
         loading, reading = in_own_process(loading_times, folder)
         rows = [Row("loading Stage C, float16, next to reading its file", f"{loading:.2f} s", f"{reading:.2f} s",
                     loading / reading, "from the system's memory of files; medians of 5")]
-        # {part: number of its parameters}. Parameters in the files are in float16, which takes 2 bytes.
+        # {part: number of its parameters}: the size of its file / 2, because a float16 parameter takes 2 bytes.
         files = {path.parent.name: path.stat().st_size / 2 for path in folder.rglob("*.safetensors")}
         for what, action, dtype, parameters, whose in (
                 ("loading Stage C, float16", load_stage_c, torch.float16, files["prior_prior"], "its"),

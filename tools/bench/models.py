@@ -29,8 +29,8 @@ def random_network(kind: Callable, config: dict, device: str, dtype=torch.float3
     model.to_empty(device=device).requires_grad_(False)
     torch.manual_seed(0)
     for name, tensor in model.state_dict(keep_vars=True).items():
-        # StageC.forward divides by part of the head's output. With a std of 1e-3, the result would be almost x_t and
-        # hide differences between the networks; with 0.02, the division is ill-conditioned.
+        # StageC.forward divides by part of the head's output. If the head's weights had a std of 1e-3, the result would
+        # be almost x_t and hide differences between networks; with 0.02, the division would be ill-conditioned.
         tensor.normal_(std=5e-3 if "head" in name else 0.02) if tensor.is_floating_point() else tensor.zero_()
         if name.endswith("running_var"):
             tensor.abs_().add_(0.5)
@@ -38,7 +38,7 @@ def random_network(kind: Callable, config: dict, device: str, dtype=torch.float3
 
 
 def random_pair(stage: type, part: str, config: dict, device: str, dtype=torch.float32) -> tuple[nn.Module, nn.Module]:
-    """Builds our network with random weights, and diffusers' network, which shares its tensors."""
+    """Builds our network `stage` with random weights, and diffusers' network `part`, which shares these weights."""
     ours = random_network(stage, config, device, dtype)
     with torch.device("meta"):
         theirs = diffusers_classes()[part](**{key: value for key, value in config_to_diffusers(ours).items()
@@ -63,5 +63,5 @@ def int8_copy(network: nn.Module) -> nn.Module:
 
 
 def noise(device: str, dtype=torch.float32) -> Callable:
-    """Returns a function: random(*shape) is a tensor of random numbers, the same on all devices and in every call."""
+    """Returns a function: random(*shape) draws a tensor, always with the same random numbers, on every device."""
     return lambda *shape: torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)

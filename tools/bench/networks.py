@@ -37,7 +37,7 @@ def calls_of(model: Wuerstchen, theirs: dict, args) -> dict[str, Call]:
     networks_c, networks_b, networks_a = ((model.part(ours), theirs.get(part)) for ours, part in (
         ("stage_c", "prior"), ("stage_b", "decoder"), ("stage_a", "vqgan")))
     return {**step_calls("Stage C step", "", args, networks_c, model.bind_c(text_c), x_c, text_c),
-            # A step outside the guidance interval needs no unconditional prediction.
+            # A step outside the guidance interval needs no unconditional prediction, so its batch is 1 instead of 2.
             **step_calls("Stage C step, unguided", "", args, networks_c, model.bind_c(text_c[:1]), x_c[:1], text_c[:1]),
             **step_calls("Stage B step", "", args, networks_b, model.bind_b(semantic, text_b), x_b, semantic, text_b),
             **decode_calls("", args, networks_a, model.decode_one, x_b)}
@@ -45,8 +45,8 @@ def calls_of(model: Wuerstchen, theirs: dict, args) -> dict[str, Call]:
 
 def step_calls(title: str, suffix: str, args, networks: tuple[nn.Module, nn.Module | None], fast: Callable, x: Tensor,
                *conditions: Tensor) -> dict[str, Call]:
-    """Returns {name: Call} of a step at t = 0.5 by `fast`, the function that the pipeline calls; with --plain, also by
-    our network itself. networks: our network, and diffusers' or None."""
+    """Returns {name: Call} for a step at t = 0.5 by `fast`, the function that the pipeline calls, and, with --plain, by
+    our network itself. networks: our network, and diffusers' or None. conditions: inputs after x and t."""
     (ours, theirs), t = networks, torch.full((len(x),), 0.5, device=args.device)
     other = theirs and partial(theirs, x, t.to(x.dtype), *conditions)
     plain = {f"{title}, plain{suffix}": Call(partial(ours, x, t, *conditions), other)} if args.plain else {}
@@ -55,7 +55,7 @@ def step_calls(title: str, suffix: str, args, networks: tuple[nn.Module, nn.Modu
 
 def decode_calls(suffix: str, args, networks: tuple[nn.Module, nn.Module | None], fast: Callable,
                  x: Tensor) -> dict[str, Call]:
-    """Like step_calls, for a decoding of latents x by Stage A."""
+    """Returns {name: Call} for decoding latents x by Stage A. Arguments as for step_calls."""
     ours, theirs = networks
     other = theirs and (lambda: theirs.decode(x * ours.scale_factor).sample)
     plain = {f"Stage A decode, plain{suffix}": Call(partial(ours.decode, x), other)} if args.plain else {}

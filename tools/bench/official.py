@@ -51,7 +51,7 @@ def measure(args) -> tuple[str, list[Row], str]:
 
 
 def calls_of_stage(title: str, args, small: dict | None = None) -> dict[str, Call]:
-    """Returns {name: Call} of a network. title: a key of STEPS. small: {part: arguments that replace official ones}."""
+    """Returns {name: Call} of a network. title: a key of STEPS. small: {part: sizes instead of the official ones}."""
     (size_c, size_b), dtype = latent_sizes(args.side, args.side), getattr(torch, DTYPES[args.dtype])
     random = noise(args.device, dtype)
     blocks = tuple(max(1, n * args.depth // 32) for n in (4, 4, 14, 4))
@@ -75,7 +75,7 @@ def calls_of_stage(title: str, args, small: dict | None = None) -> dict[str, Cal
 
 
 def forms_of(args) -> dict[str, torch.dtype]:
-    """Returns {suffix of a call's name: dtype to measure}: args.dtype; if this is float32 on a CPU, also bfloat16."""
+    """Returns {suffix of a call's name: dtype to measure}: args.dtype and, if that is float32 on a CPU, bfloat16."""
     more = {", bf16": torch.bfloat16} if args.device == "cpu" and args.dtype == "fp32" else {}
     return {"": getattr(torch, DTYPES[args.dtype])} | more
 
@@ -83,8 +83,8 @@ def forms_of(args) -> dict[str, torch.dtype]:
 @torch.no_grad()
 def calls_of(title: str, args, bind: Callable, step: Callable, inputs: Callable[[int], tuple],
              build: Callable[..., tuple[nn.Module, nn.Module]]) -> dict[str, Call]:
-    """Returns {name: Call} of Stage C or B, in all forms to measure, such as int8. bind, step: see speed/fast.py.
-    inputs(n): x_t and conditions for n images. build(dtype): our network and diffusers' network."""
+    """Returns {name: Call} of Stage C or B, in all forms to measure, such as int8. bind, step: the stage's functions in
+    speed/fast.py. inputs(n): x_t and conditions for n images. build(dtype): our network and diffusers' network."""
     def compiled(function: Callable) -> Callable:
         mode = dict(mode="reduce-overhead") if args.device.startswith("cuda") else {}
         return torch.compile(function, dynamic=False, **mode)
@@ -99,7 +99,7 @@ def calls_of(title: str, args, bind: Callable, step: Callable, inputs: Callable[
             calls |= step_calls(title + form, suffix, args, pair, bind(pair[0], *conditions), x, *conditions)
         fast, (_, *conditions) = calls[title + suffix], inputs(n)
         if args.compile:
-            other = partial(theirs_compiled, *fast.theirs.args) if n == 1 else None      # once: compiling takes minutes
+            other = partial(theirs_compiled, *fast.theirs.args) if n == 1 else None      # only n = 1: compiling is slow
             calls[f"{title}, compiled{suffix}"] = Call(
                 partial(bind(ours, *conditions, step_compiled), *fast.ours.args), other, eager=fast.ours)
         if ours_in_int8:
@@ -109,7 +109,7 @@ def calls_of(title: str, args, bind: Callable, step: Callable, inputs: Callable[
 
 
 def whole_images(found: dict[str, Measured], n: int, peak: float) -> list[Row]:
-    """Returns rows for n images: sums of calls. A form that a call lacks counts as its default. peak: GFLOP/s."""
+    """Returns rows for n images, added up from calls. Calls without a form, such as int8, count in the default form."""
     def added(form: str, field: str) -> float:
         calls = (found.get(f"{title}{form}{suffix}", found[title + suffix]) for title in STEPS)
         return sum(count * getattr(call, field) for call, count in zip(calls, STEPS.values()))

@@ -1,4 +1,4 @@
-"""Writes the sections of BENCHMARKS.md, each with its command, date and machine: tables of rows, and goals."""
+"""Writes the sections of BENCHMARKS.md: a table of figures and goals, with the command, date and machine."""
 import importlib.metadata
 import math
 import os
@@ -45,8 +45,8 @@ GOALS = {
 
 
 class Row(NamedTuple):
-    """A row of a table. ratio: ours over theirs, or another number that is compared with the goal.
-    floor: the share of our time that matrix products and attention take by themselves."""
+    """A row of a table. ours, other: two values as text. ratio: ours / other, or another number that has a goal. more:
+    remarks. floor: the share of our time that matrix products and attention take by themselves."""
     what: str
     ours: str
     other: str
@@ -72,7 +72,7 @@ def verdict(section: str, row: Row) -> tuple[str, str]:
 
 def table(section: str, rows: list[Row], note: str = "") -> str:
     """Returns a section as Markdown, without its title: the table, the note, and the goals that were not measured."""
-    floor = any(row.floor == row.floor for row in rows)                  # False if all are NaN: NaN != NaN
+    floor = any(row.floor == row.floor for row in rows)                  # whether any is a number: NaN != NaN
     lines = [f"| what | ours | compared with | ratio |{' floor |' * floor} goal | met | |",
              f"|---|---:|---:|---:|{'---:|' * floor}---:|---|---|"]
     for row in rows:
@@ -85,7 +85,7 @@ def table(section: str, rows: list[Row], note: str = "") -> str:
 
 
 def replace_section(text: str, title: str, body: str) -> str:
-    """Replaces or adds the section "## title" in the file's text. Returns the new text, in the order of SECTIONS."""
+    """Replaces or adds the section "## title" in the text. Returns the new text, with sections in order of SECTIONS."""
     head, *parts = re.split(r"(?m)^## ", text)
     sections = dict(part.split("\n", 1) for part in parts) | {title: f"\n{body.strip()}\n"}
     head = head.strip() or ("# Benchmarks\n\nWritten by `python -m tools.bench`; its `--help` says what is measured "
@@ -103,7 +103,7 @@ def machine(device: str) -> str:
     cpus = Path("/proc/cpuinfo")
     cpu = re.search(r"model name\s*: (.*)", cpus.read_text()) if cpus.exists() else None
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu[1] if cpu else platform.machine()
-    load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""      # Windows has none
+    load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""      # Windows has no load
     return (f"{date.today()}; {name}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads{load}; "
             f"{', '.join(versions)}")
 
@@ -112,7 +112,7 @@ def write(args, section: str, rows: list[Row], note: str = "") -> None:
     """Prints a section, and writes it to the file args.out instead of its old version."""
     from loading.files import write_atomically
     command = " ".join(["python -m tools.bench", *args.typed]).split(" --out")[0]
-    medians = "" if section in ("Memory", "Int8") else f"; medians of {args.repeats}"          # these measure once
+    medians = "" if section in ("Memory", "Int8") else f"; medians of {args.repeats}"          # these ignore --repeats
     body = f"`{command}`, {machine(args.device)}{medians}.\n\n{table(section, rows, note)}"
     print(f"## {section}\n\n{body}", flush=True)
     text = replace_section(args.out.read_text(encoding="utf-8") if args.out.exists() else "", section, body)

@@ -47,7 +47,7 @@ def measure(args) -> tuple[str, list[Row], str]:
             print(run, results[run][-1], file=sys.stderr, flush=True)
     for run in RUNS:
         if run.who == "ours":
-            # diffusers has no counterpart of "products". Compare it with diffusers' step without checkpointing.
+            # diffusers has no checkpointing like "products", so that is compared with its step without checkpointing.
             how = "blocks" if run.checkpointing == "blocks" else None
             rows += rows_of(run, results[run], results[Run("diffusers", run.full, how)])
     note = (f"One step of a LoRA of rank 8 on attention, Stage C of depth {depths[False]}, and one of all of Stage C, "
@@ -96,7 +96,7 @@ def measure_epoch(args) -> tuple[str, list[Row], str]:
 
 
 def fresh_steps(run: Run, *sizes) -> dict:
-    """Runs training_steps after a step of a small model, to exclude the memory that torch and peft use at first."""
+    """Runs training_steps, first for a small model, so that memory torch and peft allocate once is not measured."""
     training_steps(run, 1, 128, 1, sizes[-1], width=64)
     return training_steps(run, *sizes)
 
@@ -104,8 +104,8 @@ def fresh_steps(run: Run, *sizes) -> dict:
 def training_steps(run: Run, depth: int, side: int, batch: int, device: str, width: int = 1536, steps: int = 3) -> dict:
     """Runs optimizer steps like train_c.py and diffusers' training script, with random weights.
 
-    Returns seconds: the median step, without the first; products: the seconds of our matrix products and attention;
-    loss: the first loss; peak: the peak memory in GB, minus the memory before; size: the weights in GB.
+    Returns a dict. seconds: the median step, without the first; products: seconds of our matrix products and attention,
+    or None; loss: the first loss; peak: the peak memory in GB, minus the memory before; size: the weights in GB.
     """
     before = memory("VmRSS")
     model = build(run, depth, device, width).train()
@@ -129,7 +129,7 @@ def training_steps(run: Run, depth: int, side: int, batch: int, device: str, wid
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())                       # item() waits for a GPU
+        losses.append(loss.item())                       # waits for the GPU, so that the step's time is complete
         seconds.append(time.perf_counter() - start)
     peak, products = peak_memory(device, before), None
     if run.who == "ours" and not run.checkpointing:
