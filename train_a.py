@@ -136,9 +136,9 @@ def check(args) -> None:
 class StageASamples(torch.utils.data.Dataset):
     """Maps (position, index, bucket) to a sample, which depends only on these three and the seed.
 
-    position: number of the sample in an endless stream. index: number of its image. The sample is
-    a dict of pixels (h,w,3) uint8, quantise (a bool) and position.
-    """
+    position: number of the sample in an endless stream. index: number of its image. bucket: index
+    of its size in `sizes`. The sample is a dict of pixels (h,w,3) uint8, position, and quantise (a
+    bool: whether the decoder gets quantised latents)."""
     def __init__(self, dataset, sizes, args):
         self.args, self.read = args, ImageReader(dataset, sizes, args, True, {}, {})
 
@@ -185,7 +185,7 @@ def train_mode(model: StageA, step: int, args) -> None:
 
 def losses(output: dict, fake, images, vgg, autocast, args) -> tuple:
     """Computes the reconstruction loss (), the total loss without the discriminator's (), and a
-    dict of terms to log. output: of StageA.forward; fake: its images; images: the targets."""
+    dict of losses to log. output: of StageA.forward; fake: images in it; images: the targets."""
     terms = dict(l1=output["reconstruction"], l2=(fake - images).square().mean(),
                  codebook=output["codebook"], commitment=output["commitment"])
     reconstruction = args.l1 * terms["l1"] + args.l2 * terms["l2"]
@@ -323,8 +323,8 @@ def main(args):
         sums, statistics = {}, [buffer.clone() for buffer in model.norm_latent.buffers()]
         for micro, batch in enumerate(micro_batches(samples, args, processes, save, step)):
             images = to_tensor(batch["pixels"], device)                  # (B, 3, H, W)
-            # 2 processes with 4 images each compute exactly the same as 1 process with 8 images. 2
-            # micro-steps of 4 do not: gan_weight and, until --norm-steps, BatchNorm differ in each.
+            # 2 processes with 4 images each compute the same as 1 process with 8. 2 micro-steps of
+            # 4 do not: each has its own gan_weight and, until --norm-steps, BatchNorm statistics.
             with contextlib.ExitStack() as stack:
                 if micro < args.grad_accum - 1:  # only the last micro-step averages gradients
                     for module in (parallel, parallel_d) if gan else (parallel,):
@@ -342,7 +342,7 @@ def main(args):
                         lambda gradient: processes.sum(gradient) / processes.world)
                     loss = loss + gan_weight * g_loss
                     discriminator.requires_grad_(True)
-                scaler.scale(loss / args.grad_accum).backward()  # so that micro-steps sum to a mean
+                scaler.scale(loss / args.grad_accum).backward()  # so that gradients sum to a mean
                 if gan:
                     with autocast:
                         logits = parallel_d(torch.cat([images, fake.detach()])).float()
@@ -358,7 +358,7 @@ def main(args):
             scaler.unscale_(d_optimizer)
             norms = grad_norm + clip_gradients(discriminator, args.clip)
         # All processes skip a step, or none does: if only one did, the others would wait for it.
-        # In fp16, the scaler skips steps with infinite gradients and lowers its scale.
+        # In fp16, infinite gradients do not count: the scaler skips the step and lowers its scale.
         values = torch.stack([*sums.values()])
         is_nan = ~values.isfinite().all() | (~norms.isfinite() & (not scaler.is_enabled()))
         skip = nan_steps.skip(is_nan, step, zip(model.norm_latent.buffers(), statistics),

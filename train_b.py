@@ -115,9 +115,9 @@ from stage_b import TinyImageEncoder
 from training.cache import CachedTexts, fill_cache
 from training.checkpoints import Checkpoints, Log, full_state, load_full_state, settings_of
 from training.losses import LOSS_WEIGHTS
-from training.models import (LEVELS_AT_ONCE, NETWORK, cache_settings,  # noqa: F401, as stage.NAME
+from training.models import (LEVELS_AT_ONCE, NETWORK, cache_settings,  # noqa: F401
                              block_groups, decode, encode, load_models, match_vqgan, pipeline,
-                             semantic_scale)
+                             semantic_scale)              # most are used only as stage.NAME
 from training.optim import (EMA, NanSteps, build_optimizer, clip_gradients, learning_rate,
                             set_precision, take_step)
 from training.order import batches, micro_batches, sample_rng
@@ -176,11 +176,11 @@ def set_defaults(args, small: bool) -> None:
 class StageBSamples(torch.utils.data.Dataset):
     """Maps (position, index, number) to a sample, which depends only on these three and the seed.
 
-    position: the sample's number in an endless stream. index: the image's number. number: index of
-    its size in `sizes`. A sample is a dict: pixels (h,w,3) uint8 or, from caches, x_0 (4,h/4,w/4)
-    and semantic latents `stored` (16,h',w'); caption; chance, see noise_levels; draw_noise's items;
-    for semantic latents, noise eps_semantic (16,h',w'), its level t_semantic, dropped (zero them).
-    """
+    position: number of the sample in an endless stream. index: number of its image. number: index
+    of its size in `sizes`. The sample is a dict: from caches x_0 (4,h/4,w/4) and semantic latents
+    `stored` (16,h',w'), and without `stored` pixels (h,w,3) uint8; caption; position; chance, from
+    which noise_levels computes t; the noise of draw_noise; and, for the semantic latents, noise
+    eps_semantic (16,h',w'), its level t_semantic (0: none), dropped (a bool: set them to 0)."""
     def __init__(self, dataset, sizes, args, caches, replaced, draw_noise):
         self.dataset, self.sizes, self.args, self.draw_noise = dataset, sizes, args, draw_noise
         self.read = ImageReader(dataset, sizes, args, "stored" not in caches, caches, replaced)
@@ -208,15 +208,15 @@ def draw_noise(rng: np.random.Generator, h: int, w: int, config: dict) -> dict:
 
 
 def noise_levels(chance, blind: bool, args):
-    """Converts uniform random numbers, chance (B,), to noise levels t (B,). 7 % of t are 1, where
-    sampling starts. If blind (see corrupt), t is 0.4 to 0.9: there the head learns `a` well."""
+    """Converts uniform random numbers, chance (B,), to noise levels t (B,). 7.5 % of t are 1, where
+    sampling starts. If blind (see corrupt), t is 0.4 to 0.9, where the head learns `a` well."""
     t = ((1 - chance) * 1.08 + 0.001).clamp(0.001, 1)
     return 0.4 + 0.5 * chance if blind else 1 - (1 - t) ** args.high_noise
 
 
 def corrupt(batch: dict, x_0, t, blind: bool) -> tuple:
-    """Adds noise to x_0 -> x_t, eps, 2 x (B,4,h,w). If blind, x_t has no image: it is 1 everywhere
-    (the first norm cannot normalise 0), and eps is the noise that add_noise needs for this x_t."""
+    """Adds noise to x_0. Returns x_t, eps, 2 x (B,4,h,w). If blind, x_t hides x_0: it is all 1 (the
+    first norm cannot normalise 0), and eps is the noise with which add_noise gives this x_t."""
     if not blind:
         return add_noise(x_0, batch["eps"], t), batch["eps"]
     x_t, ab = torch.ones_like(x_0), per_row(alphas_cumprod(t), x_0)
@@ -224,7 +224,7 @@ def corrupt(batch: dict, x_0, t, blind: bool) -> tuple:
 
 
 def forward(decoder, x_t, t, semantic, text) -> tuple:
-    """Runs Stage B. Returns the two outputs of its head, a and b, 2 x (B,4,h,w)."""
+    """Runs Stage B. Returns its outputs a, b, 2 x (B,4,h,w): the predicted eps is (x_t - a) / b."""
     return decoder.signal_and_scale(x_t, t, semantic, text)
 
 
@@ -240,8 +240,8 @@ def raw_losses(output, x_0, x_t, eps, t, args):
     if args.loss == "eps":
         return ((x_t - a) / b - eps).square().mean(dim=(1, 2, 3))
     # ab is alpha_bar. The targets a = sqrt(ab) x_0, b = sqrt(1 - ab) make (x_t - a) / b equal eps.
-    # (In the loss on eps, errors of b, times the noise in x_t, hide the gradient of `a`.)
-    # Dividing by 1 - ab weights errors of `a` as that loss does, by at most 1 / 0.2 at low noise.
+    # (The loss on eps multiplies errors of b by the noise in x_t, which hides the gradient of `a`.)
+    # Dividing by 1 - ab weights errors of `a` like the loss on eps, but by at most 1 / 0.2.
     ab = per_row(alphas_cumprod(t), x_0)                                           # (B, 1, 1, 1)
     squares = (a - ab.sqrt() * x_0).square() + (b - (1 - ab).sqrt()).square()      # (B, 4, h, w)
     return (squares / (1 - ab).clamp(min=0.2)).mean(dim=(1, 2, 3))
@@ -276,10 +276,10 @@ class EncoderAndDecoder(torch.nn.Module):
     def forward(self, source, x_t=None, t=None, text=None, t_semantic=None, eps_semantic=None,
                 dropped=None):
         """Encodes source if it is images (B,3,H,W), else takes it as raw semantic latents
-        (B,16,h',w'). Returns these if x_t is None, else stage.forward of x_t, t (B,), text (B,N,D).
+        (B,16,h',w'). Returns the semantic latents if x_t is None, else the output of stage.forward.
 
-        t_semantic (B,): level of the noise eps_semantic (B,16,h',w'); dropped (B,): rows set to 0.
-        """
+        t (B,), text (B,N,D): other inputs of Stage B. eps_semantic (B,16,h',w'), t_semantic (B,):
+        noise and its level (0: none) for the semantic latents. dropped (B,): which are set to 0."""
         semantic = self.encoder(source).float() if source.shape[1] == 3 else source
         if x_t is None:                                                            # (B, 16, h', w')
             return semantic
@@ -291,9 +291,9 @@ class EncoderAndDecoder(torch.nn.Module):
 
 
 def share_of_learning_rate(name: str) -> float:
-    """Returns 1/8 for weights multiplied by semantic latents, whose size is about 42, else 1. Adam
-    changes every weight by about the learning rate, so these weights would change the output 42
-    times as much. 1/42 would compensate for this; 1/8 learned equally well."""
+    """Returns a factor of a weight's learning rate: 1/8 if it multiplies semantic latents, else 1.
+    Adam changes weights by about the learning rate. Semantic latents are about 42 in size, so these
+    weights would change the output 42 times as much. 1/42 would compensate; 1/8 was as good."""
     return 1 / 8 if name.startswith("decoder.") and "semantic_" in name[len("decoder."):] else 1.0
 
 
@@ -309,7 +309,7 @@ def main(args):
     # --- data, before any model is downloaded, and models -----------------------------------------
     dataset, val_data = open_data(args, processes, captions_required=False,
                                   unseen=f"scenes:all:{max(args.val_count, 64)}:1000000000")
-    stage = v1.training if args.v1 else sys.modules[__name__]  # two modules with one interface
+    stage = v1.training if args.v1 else sys.modules[__name__]  # modules with the same functions
     decoder, encoder, vqgan, text_encoder = load_models(args, stage, dtype, processes)
     set_defaults(args, small := isinstance(encoder, TinyImageEncoder))
     model = EncoderAndDecoder(decoder, None if args.freeze_encoder else encoder, stage)
@@ -329,7 +329,7 @@ def main(args):
         """Encodes pixels (B,h,w,3) uint8 -> x_0 (B,4,h/4,w/4), with --v1 tokens (B,h/4,w/4)."""
         return stage.encode(vqgan, to_tensor(pixels, device))
 
-    encode_semantic = partial(semantic_latents, encoder, device=device)       # for --freeze-encoder
+    encode_semantic = partial(semantic_latents, encoder, device=device)  # with --freeze-encoder
     encoders, caches, replaced = dict(x_0=encode_vqgan), {}, {}
     if args.freeze_encoder:
         encoders["stored"] = encode_semantic
@@ -432,13 +432,13 @@ def main(args):
                 loss = (raw * weight(t) * contrast).mean()
                 if guide:
                     loss = loss + args.guide_attention * guide.loss()
-                scaler.scale(loss / args.grad_accum).backward()  # so that micro-steps sum to a mean
+                scaler.scale(loss / args.grad_accum).backward()  # so that gradients sum to a mean
             loss_sum += loss.detach() / args.grad_accum
             progress.add(t, raw)
         scaler.unscale_(optimizer)
         grad_norm = clip_gradients(model, args.clip)
         # All processes skip a step, or none does: if only one did, the others would wait for it.
-        # In fp16, infinite gradients are normal: the scaler skips the step and lowers its scale.
+        # In fp16, infinite gradients do not count: the scaler skips the step and lowers its scale.
         is_nan = ~loss_sum.isfinite() | (~grad_norm.isfinite() & (not scaler.is_enabled()))
         skip = nan_steps.skip(is_nan, step, zip(model.buffers(), statistics),
                               positions=batch["position"], captions=batch["caption"])

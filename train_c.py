@@ -14,7 +14,7 @@ The first command takes a minute on a CPU; runs/smoke/samples shows images of th
 with the LoRA. One pass of the loop at the bottom is one optimizer step, written out in full. Three
 things decide whether a fine-tune is good, and are on by default. 5 % of the captions, each drawn
 separately, are replaced by "", which guidance needs. Noise levels reach t = 1, where sampling
-starts. Targets come from the image encoder in float32.
+starts. The image encoder computes x_0 in float32.
 The random numbers of a sample depend only on (seed, position in the stream of samples), those of
 dropout only on (seed, step, process). So any number of processes sees the same samples, and a
 resumed run equals an uninterrupted one.
@@ -155,10 +155,10 @@ def check(args) -> None:
 class StageCSamples(torch.utils.data.Dataset):
     """Maps (position, index, bucket) to a sample, which depends only on these three and the seed.
 
-    position: number of the sample in an endless stream. index: number of its image. The sample is
-    a dict: x_0 (16,h',w') from a cache or pixels (h,w,3) uint8; caption, t, eps (16,h',w'),
-    position; for --preserve also preserve (a bool) and teacher_latents (16,h',w').
-    """
+    position: number of the sample in an endless stream. index: number of its image. bucket: index
+    of its size in `buckets`. The sample is a dict: x_0 (16,h',w') from a cache or pixels (h,w,3)
+    uint8; caption, t, eps (16,h',w'), position; for --preserve also preserve (a bool: whether the
+    target is the teacher's prediction) and teacher_latents (16,h',w')."""
     def __init__(self, dataset, buckets, args, caches, replaced, preserved=None):
         self.dataset, self.buckets, self.args, self.preserved = dataset, buckets, args, preserved
         self.read = ImageReader(dataset, buckets, args, not caches, caches, replaced)
@@ -187,10 +187,9 @@ TRAINING_PARTS = ("prior", "prior_text_encoder", "prior_tokenizer", "image_encod
 
 
 def load_models(args, paths, dtype, autocast, device) -> tuple:
-    """Returns Stage C with its LoRA, the teacher of --preserve (or None), image and text encoder.
-
-    The image encoder stays in eval mode and in float32, so that the targets are exact.
-    """
+    """Returns Stage C (with its LoRA if --lora), the teacher of --preserve or None, the image
+    encoder and the text encoder. The image encoder stays in eval mode and in float32, so that the
+    latents x_0 are exact."""
     prior = build_prior(args, paths["prior"], dtype).to(device)
     text_encoder = load_text_encoder(paths["prior_text_encoder"], paths["prior_tokenizer"],
                                      torch.float32 if args.train_text else dtype)
@@ -221,8 +220,8 @@ class TextAndPrior(torch.nn.Module):
         self.prior, self.text = prior, text_model
 
     def forward(self, x_t, t, text):
-        """x_t (B,16,h,w), t (B,), text (B,N,D) -> eps_hat (B,16,h,w). If the text encoder is
-        trained, text is its ids (B,N) and mask (B,N)."""
+        """x_t (B,16,h,w), t (B,), text (B,N,D) -> predicted noise eps_hat (B,16,h,w). If the text
+        encoder is trained, text is a tuple of token ids (B,N) and mask (B,N) instead."""
         if not isinstance(text, torch.Tensor):
             text = self.text(*text)
         return self.prior(x_t, t, text)
@@ -305,7 +304,7 @@ def main(args):
     # --- optimizer, EMA, and the state of the run -------------------------------------------------
     groups = [*zip(prior.res_blocks, prior.timestep_blocks, prior.attention_blocks)]
     if args.compile:
-        products = args.checkpointing == "products"    # `checkpoint` is then inside compiled blocks
+        products = args.checkpointing == "products"  # if so, blocks are compiled with `checkpoint`
         prior.checkpointing = None if products else args.checkpointing
         compile_blocks(groups, CHECKPOINTING["products"] if products else None)
     if args.fsdp:
@@ -345,7 +344,7 @@ def main(args):
         model.train()
         processes.wait()
 
-    nan_steps, state = NanSteps(args, processes, log, state), None        # frees memory of state
+    nan_steps, state = NanSteps(args, processes, log, state), None   # frees the checkpoint's memory
 
     # --- one pass of this loop is one optimizer step ----------------------------------------------
     stop, progress = GracefulExit(), Progress("Stage C", start, args, processes, order.batch)
@@ -363,7 +362,7 @@ def main(args):
             x_t, target = add_noise(x_0, eps, t), eps                              # (B, 16, h, w)
             if args.preserve:
                 x_t, target = teacher.replace(batch, x_t, eps, t, text)
-            # Dropout's seed depends only on the step, so a resumed run draws the same dropout.
+            # Dropout's seed does not depend on past steps, so a resumed run has the same dropout.
             torch.manual_seed(hash((args.seed, step, micro, processes.rank)) % 2 ** 63)
             # Only the last backward of a step averages gradients over processes. no_sync must also
             # contain forward, because DDP decides in forward whether backward communicates.
@@ -379,11 +378,11 @@ def main(args):
         scaler.unscale_(optimizer)
         grad_norm = clip_gradients(model, args.clip)
         # All processes skip a step, or none does: if only one did, the others would wait for it.
-        # In fp16, infinite gradients are normal: the scaler skips the step and lowers its scale.
+        # In fp16, infinite gradients do not count: the scaler skips the step and lowers its scale.
         is_nan = ~loss_sum.isfinite() | (~grad_norm.isfinite() & (not scaler.is_enabled()))
         skip = nan_steps.skip(is_nan, step, positions=batch["position"], captions=batch["caption"])
         take_step([optimizer], scaler, ema, skip)
-        scaler.update()                  # must follow unscale_, even if the step was skipped
+        scaler.update()  # GradScaler requires this after unscale_, even in a skipped step
         nan_steps.check(due(args.log_every, step + 1, args.steps), save)
 
         # --- log, save, validate, sample ----------------------------------------------------------

@@ -118,7 +118,7 @@ def products_of(call: Callable) -> Callable:
 @torch.no_grad()
 def compare(calls: dict[str, Call], repeats: int, device: str, dtype=torch.float32,
             times: int = 1) -> tuple[list[Row], dict[str, Measured], float]:
-    """Measures all calls in turns. Returns table rows, {name: Measured}, and the GFLOP/s of a large product in dtype.
+    """Measures all calls in turns. Returns rows, {name: Measured}, and the GFLOP/s of a large matrix product in dtype.
 
     times: calls per run. If several calls have the same function `theirs`, it is measured once, and all their ratios
     use this measurement.
