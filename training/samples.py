@@ -1,7 +1,7 @@
 """Training samples from images: which images make up a step, their pixels or cached latents, and their captions.
 
-The scripts add the rest of a sample (noise, noise level). `rng` is a function from a purpose to a random generator, see
-order.sample_rng: all randomness is derived from (seed, position in the stream of samples, purpose).
+The scripts add the rest of a sample (noise, noise level). `rng` is a function that returns the random generator for one
+purpose, such as rng("crop"), seeded with (seed, position in the stream of samples, purpose), see order.sample_rng.
 Needs: torch, numpy; data.py, order.py, cache.py.
 """
 import math
@@ -28,7 +28,7 @@ def to_tensor(pixels, device="cpu") -> Tensor:
 
 
 def encoder_input(images: Tensor) -> Tensor:
-    """Converts images (B,3,H,W) in [0, 1] to the input of the image encoder, (B,3,3H/4,3W/4)."""
+    """Resizes and normalizes images (B,3,H,W) in [0, 1] for the image encoder, see preprocess -> (B,3,3H/4,3W/4)."""
     return preprocess(images, tuple(side * 3 // 4 for side in images.shape[2:]))
 
 
@@ -39,15 +39,15 @@ def semantic_latents(encoder: torch.nn.Module, pixels: Tensor, device) -> Tensor
 
 
 def no_text(config: dict, device: torch.device, captions: list[str]) -> Tensor:
-    """Returns (B,1,c_text), one zero token per caption, instead of text embeddings: for a Stage B without captions."""
+    """Replaces the text embeddings of a Stage B without captions: returns one zero token per caption, (B,1,c_text)."""
     return torch.zeros(len(captions), 1, config["c_text"], device=device)
 
 
 def open_data(args, processes, captions_required: bool = True, unseen: str | None = None) -> tuple:
-    """Returns the datasets of --data and --val-data. Default of --val-data: --data or, for emoji scenes, `unseen`.
+    """Returns the datasets for training (--data) and validation (--val-data).
 
-    One process of each machine opens them, and the others get its result. With --dry-run, writes skipped.tsv, the
-    names of all skipped files with the reasons.
+    Without --val-data, the validation uses --data or, if --data is emoji scenes, `unseen`, the name of other scenes.
+    One process of each machine opens the files. With --dry-run, lists all skipped files with reasons in skipped.tsv.
     """
     index, val_data = Path(getattr(args, "cache", None) or args.out) / "index", args.val_data
     if args.data.split(":")[0] == "scenes":
@@ -81,7 +81,7 @@ def open_data(args, processes, captions_required: bool = True, unseen: str | Non
 
 
 def steps_of(args, dataset, processes) -> int:
-    """Returns --steps, or the number of steps in --epochs."""
+    """Returns the number of training steps: --steps or, if --epochs is given, as many as these epochs need."""
     if not args.epochs:
         return args.steps
     batch = args.batch * args.grad_accum * processes.world
@@ -91,20 +91,20 @@ def steps_of(args, dataset, processes) -> int:
 
 
 def open_cache(args, encoder: torch.nn.Module, **settings) -> Cache:
-    """Returns a Cache in --cache for the outputs of `encoder`. settings: see Cache."""
+    """Returns a Cache in the folder --cache for the outputs of `encoder`. settings: see Cache."""
     dtype = dict(fp16="float16", fp32="float32")[args.cache_dtype]
     return Cache(args.cache, hash_of(encoder), dict(dtype=dtype) | settings)
 
 
 def draw_caption(dataset, index: int, rng: Callable, dropout: float) -> tuple[str, bool]:
-    """Returns one of the captions of image `index`, and whether the caller should replace it by the empty caption.
-    Source of dropping captions: classifier-free guidance, arXiv:2207.12598. dropout: its probability."""
+    """Returns a random caption of image `index`, and whether the caller should replace it by the empty caption (with
+    probability `dropout`): classifier-free guidance, arXiv:2207.12598, also needs predictions without a caption."""
     captions = dataset.captions(index)
     return captions[rng("caption").integers(len(captions))], bool(rng("caption dropout").random() < dropout)
 
 
 def embed_once(paths: dict, dtype: torch.dtype, captions: list[str]) -> Tensor:
-    """Returns embeddings (B,N,D) of captions whose cache entries are lost. Loads Stage C's text encoder each time."""
+    """Embeds captions whose cache entries are lost, (B,N,D). Loads Stage C's text encoder each time: this is rare."""
     files = paths["prior_text_encoder"], paths["prior_tokenizer"]
     return load_text_encoder(*files, dtype)(captions)
 
@@ -112,9 +112,9 @@ def embed_once(paths: dict, dtype: torch.dtype, captions: list[str]) -> Tensor:
 class ImageReader:
     """Reads image `index` or its cached latents, cut to sizes[number]: (index, number, rng) -> (index, dict).
 
-    pixels: whether the dict has pixels (h,w,3) uint8. caches: {name in the dict: Cache of latents}. replaced: result of
-    cache.fill_cache. If the image or its entry in a cache cannot be read, the next image of its bucket is used, so that
-    the run continues; then the returned index differs. The next run computes the entry again.
+    pixels: whether the dict has pixels (h,w,3) uint8. caches: {name in the dict: Cache of latents}. replaced: {index of
+    an unreadable image: index of another image}, see cache.fill_cache. If an image or its cache entry cannot be read,
+    the next image of its bucket is used and its index returned. The next run computes a lost entry again.
     """
     def __init__(self, dataset, sizes: list[tuple[int, int]], args, pixels: bool, caches: dict, replaced: dict):
         self.dataset, self.sizes, self.args, self.pixels = dataset, sizes, args, pixels
@@ -126,7 +126,7 @@ class ImageReader:
         index = self.replaced.get(index, index)
         bucket = self.dataset.bucket
 
-        def others() -> np.ndarray:              # a large array, computed only if an image or an entry is broken
+        def others() -> np.ndarray:              # a large array: computed only if an image or a cache entry is broken
             return np.flatnonzero(bucket == bucket[index])
         for index in candidates(index, others):
             if self.pixels:
@@ -150,7 +150,7 @@ class MultiSizeSampler(BatchSampler):
     """A BatchSampler that draws a resolution for each step. step() returns an index into `sizes` instead of a bucket.
 
     The resolution of step k depends only on (seed, k). Buckets are the shapes of the largest resolution, which has the
-    most shapes; at smaller resolutions, an image gets the nearest shape that exists there.
+    most shapes. At a smaller resolution, a bucket gets the nearest shape that this resolution has.
     Index into sizes = index of the resolution * len(shapes) + bucket.
     """
     def __init__(self, image_sizes: np.ndarray, resolutions: list[int], max_ratio: float, batch: int, seed: int,

@@ -27,12 +27,12 @@ import numpy as np
 from PIL import Image
 
 ASSETS = Path(__file__).parents[1] / "assets"
-CANVAS, CELL, COLUMNS = 128, 80, 16       # side of a scene in px; side of a cell in px and columns of the sprite sheet
+CANVAS, CELL, COLUMNS = 128, 80, 16       # side of a scene and of a sheet's cell in px; the sprite sheet's columns
 
 # The colours are muted, so that a red apple is visible on red. Any two are at least 84 apart in RGB space.
 COLOURS = {"white": (245, 245, 245), "black": (26, 26, 30), "red": (176, 44, 52), "orange": (236, 142, 62),
            "yellow": (250, 222, 110), "green": (84, 158, 92), "blue": (72, 122, 204), "purple": (146, 90, 178)}
-_TABLE = json.loads((ASSETS / "emoji.json").read_text())     # a row for each cell of the sheet, in its order
+_TABLE = json.loads((ASSETS / "emoji.json").read_text())     # one entry per cell of the sprite sheet, in order
 OBJECTS = [row["name"] for row in _TABLE]
 CAPTIONED = [row["name"] for row in _TABLE if row["captioned"]]
 UNCAPTIONED = [row["name"] for row in _TABLE if not row["captioned"]]
@@ -47,12 +47,12 @@ OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "bel
 SIZE_CLASSES = {"small": (40, 46, 10), "medium": (56, 62, 8), "large": (80, 88, 6)}
 PAIR_SIZES = (50, 58)
 MARGIN = 2         # px at each edge of a scene that always show only the background
-PAIR_STRAY = 5     # largest distance in px of a pair's centers from the middle, across the axis of their relation
+PAIR_STRAY = 5     # px that a pair's centers may be off the middle: vertically for "left of", horizontally for "above"
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One or two objects, their positions, and the background's colour. relation: of objects[0] to objects[1]."""
+    """One or two objects on a background. relation: where objects[0] is from objects[1], such as "left of"."""
     objects: tuple[str, ...]
     sizes: tuple[int, ...]                    # side, in px, of the square that each object fills
     centers: tuple[tuple[int, int], ...]      # (x, y) in px, y points down
@@ -83,7 +83,7 @@ def check_name(name: str, known: Sequence[str], kind: str) -> None:
 
 @functools.cache
 def held_out(a: str, b: str) -> bool:
-    """Returns whether the pair of objects a, b, in any order, is held out of training, like a tenth of all pairs.
+    """Returns whether a and b, in any order, are one of the pairs that training never shows, a tenth of all pairs.
 
     A checksum of the names decides, so the held-out pairs are the same for every seed, version and machine.
     """
@@ -93,7 +93,7 @@ def held_out(a: str, b: str) -> bool:
 # ----- drawing scenes at random --------------------------------------------------------------------------------------
 
 def random_scene(rng: np.random.Generator, objects: Sequence[str] = CAPTIONED, held_out_pairs: bool = False) -> Scene:
-    """Draws a scene: a single object with a probability of 40 %, else two different ones that are not held out.
+    """Draws a scene: a single object with a probability of 40 %, else two different ones whose pair is not held out.
 
     held_out_pairs=True draws test scenes: always two objects, always a held-out pair.
     """
@@ -115,7 +115,7 @@ def _draw_pair(rng, objects, held_out_pairs) -> tuple[str, str]:
 
 
 def place_single(rng: np.random.Generator, name: str, size_class: str, colour: str) -> Scene:
-    """Draws a scene of one object, with a random size of its class and a random position near the middle."""
+    """Draws a scene of one object, with a random size of the size class and a random position near the middle."""
     check_name(size_class, list(SIZE_CLASSES), "size class")
     low, high, stray = SIZE_CLASSES[size_class]
     size = int(rng.integers(low // 2, high // 2 + 1)) * 2
@@ -128,11 +128,11 @@ def place_pair(rng: np.random.Generator, a: str, b: str, relation: str, colour: 
     low, high = PAIR_SIZES
     sizes = (rng.integers(low // 2, high // 2 + 1, size=2) * 2).tolist()
     half = CANVAS // 2
-    # Along the axis of the relation, a center is anywhere in the object's own half; across the axis, near the middle.
+    # Along the relation's axis (x for "left of"), an object is anywhere in its half; along the other, near the middle.
     first = int(rng.integers(MARGIN + sizes[0] // 2, half - sizes[0] // 2 + 1))
     second = int(rng.integers(half + sizes[1] // 2, CANVAS - MARGIN - sizes[1] // 2 + 1))
     across = (half + rng.integers(-PAIR_STRAY, PAIR_STRAY + 1, size=2)).tolist()
-    if relation in ("right of", "below"):     # a must be in the right or lower half: mirror both (sizes are even)
+    if relation in ("right of", "below"):     # mirrors both centers, so that a is in the right or lower half
         first, second = CANVAS - first, CANVAS - second
     centers = ((first, across[0]), (second, across[1]))
     if relation in ("above", "below"):
@@ -151,10 +151,10 @@ def _sheet() -> Image.Image:
 
 @functools.cache
 def sprite(name: str, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns an object's image of size x size px as colour times alpha and 255 - alpha, both (size,size,3) uint8."""
+    """Returns an object's image as two arrays (size,size,3) uint8: its colour times alpha / 255, and 255 - alpha."""
     check_name(name, OBJECTS, "object")
     column, row = OBJECTS.index(name) % COLUMNS * CELL, OBJECTS.index(name) // COLUMNS * CELL
-    cell = _sheet().crop((column, row, column + CELL, row + CELL))     # crop first, so that neighbours do not blend in
+    cell = _sheet().crop((column, row, column + CELL, row + CELL))  # crop first: resizing would blend adjacent cells
     rgba = np.array(cell.resize((size, size), Image.LANCZOS))
     alpha = rgba[..., 3:]
     # Lanczos overshoots at edges. Clipping colours to alpha keeps the sum in render() within 255.
@@ -215,7 +215,7 @@ def article(words: str) -> str:
 
 def plain_caption(objects: Sequence[str], colour: str, relation: str | None = None,
                   size_word: str | None = None, layout: str = LAYOUT) -> str:
-    """Returns the caption of a scene with these objects, colour, relation and size, in lower case, not randomized."""
+    """Returns a caption, such as "a small cat on a blue background". layout: a template, LAYOUT or one of its VARIANTS."""
     if relation is None:
         things = article(f"{size_word} {objects[0]}" if size_word else objects[0])
     else:
@@ -262,7 +262,7 @@ class EmojiScenes:
         self.captioned = frozenset(CAPTIONED if objects == "all" else self.objects)
 
     def _draw(self, i: int) -> tuple[Scene, str]:
-        rng = np.random.default_rng([self.seed, i])          # the only source of randomness
+        rng = np.random.default_rng([self.seed, i])          # nothing else is random: scene i depends only on (seed, i)
         scene = random_scene(rng, self.objects)
         return scene, caption(scene, rng) if self.captioned.issuperset(scene.objects) else ""
 

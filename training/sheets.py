@@ -36,7 +36,7 @@ def failure_is_a_warning(step: int):
 class SampleSheets:
     """Writes train_c.py's out/samples/step_000500.png, ...: a row for each prompt, always from the same noise.
 
-    stage_c: the module that the script trains, because FSDP gathers weights only in the outermost module's forward.
+    stage_c: the trained module, which contains Stage C. FSDP gathers weights only in this outermost module's forward.
     With a LoRA, sheets after step 0 have a column without the LoRA and a column with it. Stages A and B are loaded for
     each sheet and freed again, because training needs the memory. Under FSDP all processes must call write.
     """
@@ -84,8 +84,8 @@ class SampleSheets:
 
 
 class Reconstructions:
-    """Writes train_b.py's out/samples/step_000500.png, ...: images of the validation, encoded and decoded by Stages B
-    and A, always from the same noise, with several guidance scales and numbers of steps. fixed: see fixed_set."""
+    """Writes train_b.py's out/samples/step_000500.png, ...: the validation's images `fixed` (see fixed_set), generated
+    from semantic latents by Stages B and A, always from the same noise, at several guidance scales and step counts."""
     def __init__(self, args, model, stage, vqgan, small: bool, fixed, embed: Callable, autocast, processes):
         self.args, self.model, self.stage, self.vqgan = args, model, stage, vqgan
         self.fixed, self.embed, self.autocast, self.processes = fixed, embed, autocast, processes
@@ -97,7 +97,7 @@ class Reconstructions:
 
     @torch.no_grad()
     def write(self, step: int) -> dict[str, float]:
-        """Writes the sheet. Returns the PSNR of each column, for the log. Under FSDP all processes must call this."""
+        """Writes the sheet. Returns {name in the log: PSNR of a column}. Under FSDP all processes must call this."""
         if not (self.processes.is_main or self.args.fsdp):
             return {}
         own, rows = self.pipeline.b, self.fixed.x_0.split(self.args.batch)

@@ -39,11 +39,11 @@ from training.tables import NOT_USABLE, TABLES, Table, hub_table, open_table, wr
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
 HIDDEN = "hidden, as thumbnails of other programs are: rename it if it is meant"
 UNREADABLE = (".heic", ".heif", ".hif", ".jxl", ".jp2", ".jpe", ".apng", ".psd", ".svg", ".tga", ".exr", ".ppm", ".ico",
-              ".dng", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2")      # reported as skipped
+              ".dng", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2")  # not read: reported as skipped
 # Keys of metadata, .json and tables that may have the captions: the first one that exists is used. Case is ignored.
 CAPTION_KEYS = ("text", "caption", "captions", "prompt", "prompts", "description", "txt")
 HEAD = 2 ** 15                   # bytes of an image that are read first to find its size
-SHARDS = 10 ** 6                 # a range of more shards must be a typing error: the largest sources have 200,000
+SHARDS = 10 ** 6                 # most shards in a range; more must be a typing error: large datasets have 200,000
 INDEX_VERSION = 4                # version of the index that _tar_samples writes; a new number rebuilds all indexes
 
 Place = tuple[str, int, int]     # where content can be read: file, offset, number of bytes (-1: up to the file's end)
@@ -63,11 +63,11 @@ class Found:
     files: Counter = field(default_factory=Counter)
     images: Counter = field(default_factory=Counter)
     captions: Counter = field(default_factory=Counter)
-    keys: set = field(default_factory=set)       # all keys of samples without a caption under the expected key
-    numbered: set = field(default_factory=set)   # names of folders such as 10_cat
+    keys: set = field(default_factory=set)       # all keys of samples that have no caption under the expected key
+    numbered: set = field(default_factory=set)   # names of folders such as 10_cat, whose number is ignored
 
     def notes(self) -> list[str]:
-        """Returns texts that name the columns and keys that were used; [] for image files with .txt files."""
+        """Returns notes for the user: which columns and keys were used, and that numbers of folders were ignored."""
         def listed(counts):
             return ", ".join(f"{name} ({n})" if len(counts) > 1 else name for name, n in counts.most_common())
         notes = [f"images from column {listed(self.images)}"] * bool(self.images)
@@ -79,7 +79,7 @@ class Found:
 
 def samples_of(parts: list[tuple[Path, str]], index_folder: Path | None, found: Found, chosen: Chosen = Chosen()
                ) -> Iterator[dict]:
-    """Yields the samples of `parts`, see _samples and parts_of, in fixed order. Raises ValueError for bad parts."""
+    """Yields the samples (see _samples) of `parts` (from parts_of) in fixed order. A broken part raises ValueError."""
     for path, label in parts:
         if os.path.isdir(path):
             prefix = f"{label}/" if len(parts) > 1 else ""
@@ -102,7 +102,7 @@ def content_of(place: Place) -> bytes:
     """Returns the bytes at a place."""
     file, offset, length = place
     check_file(file)
-    with open(file, "rb") as handle:             # opens it each time: worker processes cannot share an open file
+    with open(file, "rb") as handle:     # opened for each place, because worker processes cannot share an open file
         handle.seek(offset)
         return handle.read(length)
 
@@ -110,9 +110,9 @@ def content_of(place: Place) -> bytes:
 # ----- images and the files next to them -----------------------------------------------------------------------------
 
 def _in_folder(folder: Path, label: str) -> list[tuple[Path, str]]:
-    """Returns [(path, name for messages)]: a folder's shards or, if it has none or also has images, the folder."""
+    """Returns [(path, name for messages)]: a folder's shards or, if it has no shards, or has images too, the folder."""
     places, _ = _folder_places(str(folder))
-    if "dataset_dict.json" in places:            # the package datasets writes this file for several splits
+    if "dataset_dict.json" in places:            # the package datasets writes this file if there are several splits
         splits = sorted({name.split("/")[0] for name in places if name.endswith("/state.json")})
         if "train" not in splits and len(splits) != 1:
             raise ValueError(f"{folder} has the splits {', '.join(splits) or 'none'} and no split train: "
@@ -132,7 +132,7 @@ def _shards_among(places: dict[str, Place]) -> list[str]:
 
 
 def _folder_samples(folder: str, found: Found, chosen: Chosen) -> Iterator[dict]:
-    """Yields the samples below a folder, see _samples. Updates `found`."""
+    """Yields a dict, see _samples, for each image below a folder. Counts columns and keys in `found`."""
     places, hidden = _folder_places(folder)
     found.files.update(Counter(_split(name)[1] for name in places))
     yield from (dict(name=name, problem="a shard next to images: give it as a source of its own")
@@ -140,7 +140,7 @@ def _folder_samples(folder: str, found: Found, chosen: Chosen) -> Iterator[dict]
     yield from (dict(name=name, problem=HIDDEN) for name in hidden)
     for sample in _samples(places, chosen):
         parent = posixpath.basename(posixpath.dirname(sample["name"])) or os.path.basename(os.path.abspath(folder))
-        # In names of folders such as "10_cat", kohya's trainer reads the number as repetitions of each image.
+        # kohya's trainer would use each image of a folder "10_cat" 10 times. Here the user is told that this is not so.
         if re.match(r"\d{1,3}_", parent):
             found.numbered.add(parent)
         _count(sample, found)
@@ -178,11 +178,11 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _samples(places: dict[str, Place], chosen: Chosen) -> Iterator[dict]:
-    """Yields a sample for each image among the files `places`, {name: place}, with captions from files of its name.
+    """Yields a sample for each image among the files `places`, {name: place}. Captions come from files of its name.
 
-    A sample is a dict with name and problem: None, or the reason why it cannot be used. If it can, it also has place,
+    A sample is a dict with name and problem: None, or the reason why it cannot be used. A usable one also has place,
     size (height, width), captions and numbers; `key`, the key of the captions, if they are not from a text file; and
-    `keys`, all keys, if the expected key has no caption. JSON can represent all values.
+    `keys`, all keys, if the expected key has no caption. The index stores samples as JSON, so all values allow this.
     """
     rows, doubled = _metadata_rows(places, chosen.image)
     for name in sorted(rows):
@@ -229,7 +229,7 @@ def _size_of(place: Place) -> tuple[int, int]:
         if end - start > LARGEST:
             raise ValueError(f"it has {end - start} bytes, expected at most {LARGEST}")
         handle.seek(start)
-        # A JPEG file has the size near its start, after a preview or a colour profile. Other formats may have it later.
+        # Of a JPEG, first read only HEAD bytes: its size is near the start. In other formats, the size may come later.
         short = [min(start + HEAD, end)] * (handle.read(2) == b"\xff\xd8")
         for stop in (*short, end):
             try:
@@ -238,7 +238,7 @@ def _size_of(place: Place) -> tuple[int, int]:
                     # For TIFF, newer versions of Pillow return the size after rotation, so read the stored size.
                     width, height = (image.tag_v2[256], image.tag_v2[257]) if image.format == "TIFF" else image.size
                     return (width, height) if turned else (height, width)
-            except Exception:                    # HEAD bytes may be too few (many kinds of errors): try the whole file
+            except Exception:     # if HEAD bytes were too few, which raises many kinds of errors, try the whole file
                 if stop == end:
                     raise
 
@@ -294,7 +294,7 @@ def _captions_in(row: dict, column: str | None) -> tuple[str | None, list[str]]:
     for key in [column] if column else [lower.get(key) for key in CAPTION_KEYS]:
         value = row.get(key)
         if isinstance(value, str) and value.startswith("["):
-            with contextlib.suppress(ValueError):          # ValueError: a caption that starts with "[", not a list
+            with contextlib.suppress(ValueError):      # raised for a caption that begins with "[" but is not a list
                 value = parsed(value)
         if captions := _cleaned(value if isinstance(value, list) else [value]):
             return key, captions
@@ -307,7 +307,7 @@ def _cleaned(captions: list) -> list[str]:
 
 
 def _numbers_in(row: dict) -> dict[str, float]:
-    """Returns the values of `row` that filters can compare: numbers, also as text in CSV files; not null and NaN."""
+    """Returns the values of `row` that filters can compare: numbers, also those written as text, except NaN."""
     numbers = {}
     for key, value in row.items():
         with contextlib.suppress(TypeError, ValueError, OverflowError):
@@ -318,19 +318,19 @@ def _numbers_in(row: dict) -> dict[str, float]:
 
 def _metadata_rows(places: dict[str, Place], column: str | None) -> tuple[dict[str, dict], list[tuple[str, str]]]:
     """Returns {image: its row in the nearest metadata.jsonl, .csv or .parquet above it}, where row[""] is the name of
-    that file; and [(image, metadata file)] for images with several rows. column: the rows' key of the image names."""
+    that file; and [(image, metadata file)] for images with several rows. column: the key whose values name the images."""
     rows, doubled, key = {}, [], column or "file_name"
     tables = [name for name in places
               if posixpath.basename(name) in ("metadata.jsonl", "metadata.csv", "metadata.parquet")]
     composed = {_composed(name): name for name in places if not name.isascii()} if tables else {}
-    for table in sorted(tables, key=lambda name: name.count("/")):            # deeper files are last, so they prevail
+    for table in sorted(tables, key=lambda name: name.count("/")):   # the rows of deeper files replace the others
         folder, number = posixpath.dirname(table), 0
         try:
             for number, row in enumerate(_rows(table, places[table]), 1):
                 row = parsed(row) if isinstance(row, str) else row
                 if not isinstance(row, dict):
                     raise ValueError("it is not an object")
-                row = {name: value for name, value in row.items() if name is not None}  # None: surplus cells of a row
+                row = {name: value for name, value in row.items() if name is not None}  # csv's key of surplus cells
                 if key not in row:
                     raise ValueError(f"{key!r} is not among its keys {', '.join(row) or '(none)'}, "
                                      "and --image-column names no other")
@@ -338,7 +338,7 @@ def _metadata_rows(places: dict[str, Place], column: str | None) -> tuple[dict[s
                 name = name if name in places else composed.get(_composed(name), name)
                 doubled += [(name, table)] * (rows.get(name, {}).get("") == table)
                 rows[name] = {**row, "": table}
-        except Exception as error:               # csv, pyarrow and nested JSON raise other errors than ValueError
+        except Exception as error:               # csv, pyarrow and deeply nested JSON raise errors of other kinds
             raise ValueError(f"{places[table][0]}, row {number}: {reason_of(error)}; "
                              f"expected {key} and text in each row") from error
     return rows, doubled
@@ -370,7 +370,7 @@ def _parts(source: str, index_folder: Path | None, chosen: Chosen) -> list[tuple
     if source.startswith("hub:"):
         return [(_table_as_tar(source, source[4:], lambda: hub_table(source[4:], chosen.config), index_folder, chosen),
                  source)]
-    if re.match(r"\w+://", source):              # URLs may need other programs and credentials: only pipe: fetches them
+    if re.match(r"\w+://", source):              # a URL may need credentials, so the user gives a command, pipe:COMMAND
         raise ValueError(f"{source} is not on this disk: "
                          f"give the command that fetches it, such as 'pipe:curl -sfL {source}'{_hub_hint(source)}")
     files, missing = [], []
@@ -405,7 +405,7 @@ def _expand(pattern: str) -> list[str]:
 
 
 def _as_tar(path: Path, index_folder: Path | None, chosen: Chosen) -> Path:
-    """Returns path or, for a table, the path of a tar file that has its rows, under names like 000000012.COLUMN.jpg."""
+    """Returns `path` itself or, if it is a table, the path of a tar file of its images, 000000012.COLUMN.jpg, ..."""
     with reading(path) if not os.path.isdir(path) else contextlib.nullcontext():
         stat = path.stat()
     if path.suffix.lower() not in TABLES or os.path.isdir(path):
@@ -418,7 +418,7 @@ def _tar_samples(path: Path, label: str, index_folder: Path | None, found: Found
     """Yields the samples of a tar file, see _samples, from its index. If the index is missing or old, writes it."""
     stat, of_table = path.stat(), path.name.endswith(".table.tar")
     stamp = [INDEX_VERSION, stat.st_size, stat.st_mtime_ns]
-    if chosen.caption or chosen.image:           # samples depend on these choices, see _texts and _metadata_rows
+    if chosen.caption or chosen.image:           # the samples in the index depend on these choices of the user
         stamp += [chosen.caption, chosen.image]
     known_as = hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest()[:12]
     index = (index_folder / f"{path.stem}-{known_as}.index.json" if index_folder
@@ -458,7 +458,7 @@ def _tar_places(path: Path) -> tuple[dict[str, Place], list[dict], bool]:
         places, links, unusable, end, size = {}, {}, [], 0, os.fstat(file.fileno()).st_size
         with contextlib.suppress(tarfile.TarError), tarfile.open(path, "r:") as tar:
             while (member := tar.next()) is not None:
-                tar.members.clear()              # tarfile would keep all members in memory
+                tar.members.clear()              # otherwise tarfile keeps all members in memory
                 name, complete = posixpath.normpath(member.name), member.offset_data + member.size <= size
                 if member.isdir() or not complete:
                     continue
@@ -477,7 +477,7 @@ def _tar_places(path: Path) -> tuple[dict[str, Place], list[dict], bool]:
                     del places[name]
             end = tar.offset
         file.seek(end)
-        whole = file.read(512) == bytes(512)     # where tarfile has stopped, a complete file has zeros
+        whole = file.read(512) == bytes(512)     # a complete file has zeros at `end`, where tarfile has stopped
     for name in links:
         target = links[name]
         for _ in range(40):                      # follow links to links; more than 40 must be a cycle, as in Linux
@@ -498,7 +498,7 @@ def _tar_places(path: Path) -> tuple[dict[str, Place], list[dict], bool]:
 
 def _spooled(known_as: str, label: str, folder: Path | None, write: Callable[[Path], None],
              suffix: str = ".tar") -> Path:
-    """Returns the path of a tar file in `folder`. known_as identifies it. If it is missing, write(path) creates it."""
+    """Returns the path of the tar file in `folder` for the source `known_as`. If missing, write(path) creates it."""
     if folder is None:
         raise ValueError(f"{known_as} needs an index_folder, where its content is kept")
     label = re.sub(r"[^\w.-]+", "-", label.removesuffix(".tar"))[-40:].lstrip("-.")
@@ -509,14 +509,14 @@ def _spooled(known_as: str, label: str, folder: Path | None, write: Callable[[Pa
 
 
 def _run(command: str, path: Path) -> None:
-    """Writes a command's output to `path`. Raises ValueError if it is no complete tar file: in a | b, a may fail."""
+    """Writes a command's output to `path`. Raises ValueError if it fails or its output is no complete tar file."""
     with open(path, "wb") as file:
         done = subprocess.run(command, shell=True, stdout=file, stderr=subprocess.PIPE)
     message = (done.stderr.decode(errors="replace").strip().splitlines() or ["it gave no message"])[-1]
     if done.returncode:
         raise ValueError(f"pipe:{command} failed with exit status {done.returncode}: {message}")
     try:
-        whole = _tar_places(path)[2]
+        whole = _tar_places(path)[2]     # may be False: if a fails in a | b, the shell returns only b's exit status
     except ValueError as error:
         raise ValueError(f"pipe:{command}: {str(error).replace(str(path), 'its output')} ({message})") from None
     if not whole:

@@ -24,7 +24,7 @@ NOT_USABLE = ".skipped"          # suffix of tar members that contain the reason
 # Names of the column with the images, in order of preference. Another name is possible if only one column has images.
 IMAGE_COLUMNS = ("image", "images", "img", "jpg", "jpeg", "png", "webp", "photo", "picture")
 
-PLAIN = (str, int, float, type(None))            # types of the values, or of list items, that other columns keep
+PLAIN = (str, int, float, type(None))            # other columns keep only values, or lists of values, of these types
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Table:
 
 
 def open_table(file, name: str) -> Table:
-    """Opens a parquet file, or an arrow file of the package datasets, as a Table. Raises ValueError if it cannot."""
+    """Opens a parquet file, or an arrow file of the package datasets, as a Table. Raises ValueError if this fails."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -72,7 +72,7 @@ def open_table(file, name: str) -> Table:
 
 
 def hub_table(name_and_split: str, config: str | None = None) -> Table:
-    """Opens a dataset of the Hub, given as NAME[:SPLIT], as a Table. Raises ValueError if it cannot."""
+    """Opens a dataset of the Hub, given as NAME[:SPLIT], as a Table. Raises ValueError if this fails."""
     name, _, split = name_and_split.partition(":")
     try:
         import datasets
@@ -102,8 +102,8 @@ def hub_table(name_and_split: str, config: str | None = None) -> Table:
 
 
 def write_tar(table: Table, path: Path, asked: str | None = None) -> None:
-    """Writes a table as a tar file. A row becomes NUMBER.COLUMN.jpg and .json, or NUMBER.skipped with the reason.
-
+    """Writes a table as a tar file. A row becomes NUMBER.COLUMN.jpg and NUMBER.COLUMN.json or, if it has no image,
+    NUMBER.skipped, which contains the reason.
     asked: the name that the user gave for the image column, or None. Raises ValueError, see image_column.
     """
     column = image_column(table, asked)
@@ -125,7 +125,7 @@ def write_tar(table: Table, path: Path, asked: str | None = None) -> None:
 
 
 def image_column(table: Table, asked: str | None) -> str:
-    """Returns the image column: `asked`, else the first of IMAGE_COLUMNS, else the only one. May raise ValueError."""
+    """Returns the image column: `asked`, the first of IMAGE_COLUMNS, or the only candidate. May raise ValueError."""
     names = ", ".join(table.columns)
     candidates = [name for name, usable in table.columns.items() if usable]
     if asked is not None:
@@ -145,7 +145,7 @@ def image_column(table: Table, asked: str | None) -> str:
 
 
 def content_of_cell(cell, folders: list[Path]) -> bytes:
-    """Returns the bytes of the image in a cell; reads files only in `folders`. Raises ValueError if there is none."""
+    """Returns the image in a cell as bytes. Reads files only in `folders`. Raises ValueError if this fails."""
     path = cell if isinstance(cell, str) else None
     if isinstance(cell, dict):
         cell, path = cell.get("bytes"), cell.get("path")

@@ -1,7 +1,7 @@
 """Validation: the loss on the same images, noise levels and noise every time, so that its values can be compared.
 
-The training loss cannot be compared between steps: the raw error at t = 0.05 is a hundred times the error at t = 0.95,
-so it mostly depends on the noise levels drawn. Needs: torch, numpy; data.py, order.py, samples.py, wuerstchen.py.
+The training loss cannot be compared between steps, because it mostly depends on the noise levels drawn: the unweighted
+error at t = 0.05 is 100 times the error at t = 0.95. Needs: torch, numpy; data.py, order.py, samples.py, wuerstchen.py.
 """
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ T_GRID = [0.05 + 0.1 * i for i in range(10)]             # noise levels of the v
 
 def random_images(dataset, sizes: list[tuple[int, int]], rng: np.random.Generator,
                   count: int) -> Iterator[tuple[Tensor, str]]:
-    """Draws `count` images with rng. Yields the pixels (1,h,w,3) uint8, cut to the nearest of `sizes`, and captions."""
+    """Yields pixels (1,h,w,3) uint8 and the first caption of `count` random images, cut to the nearest of `sizes`."""
     nearest = nearest_bucket(dataset.sizes, sizes)                                       # (N,)
     rng.shuffle(numbers := np.arange(len(dataset), dtype=np.uint32))                     # (N,)
     for i in numbers[:count].tolist():
@@ -29,7 +29,7 @@ def random_images(dataset, sizes: list[tuple[int, int]], rng: np.random.Generato
 
 
 def fixed_images(dataset, sizes: list[tuple[int, int]], args) -> list[tuple[Tensor, str]]:
-    """Returns pixels and caption of the validation's args.val_count images, always the same ones for args.seed."""
+    """Returns [(pixels, caption)] of the validation's args.val_count images, always the same ones for one args.seed."""
     return list(random_images(dataset, sizes, np.random.default_rng([args.seed, 1]), args.val_count))
 
 
@@ -61,8 +61,8 @@ def by_level(values: Tensor, name: str) -> dict[str, float]:
 # ----- Stage B ------------------------------------------------------------------------------------------
 
 def fixed_set(dataset, side: int, encoders: dict, args, device) -> SimpleNamespace:
-    """Returns the images of train_b.py's validation, as squares of `side` px: pixels (N,r,r,3) uint8, captions, latents
-    x_0 (N,...), and source: raw semantic latents (N,16,h',w') or, if the encoder is trained, its input (N,3,H,W)."""
+    """Returns train_b.py's validation set, N images cut to squares (r = `side` px): pixels (N,r,r,3) uint8, captions,
+    latents x_0 (N,...), and source: raw semantic latents (N,16,h',w') or, if their encoder is trained, its input."""
     pixels, captions = zip(*fixed_images(dataset, [(side, side)], args))
     x_0 = torch.cat([encoders["x_0"](row) for row in pixels])
     if "stored" in encoders:
@@ -73,8 +73,8 @@ def fixed_set(dataset, side: int, encoders: dict, args, device) -> SimpleNamespa
 
 
 def validate(model, fixed, embed: Callable, weight: Callable, stage, autocast, args, processes) -> dict[str, float]:
-    """Returns entries of the log: Stage B's unweighted loss at each noise level of T_GRID, its weighted mean and, for
-    v1, the share of correct tokens. No captions or semantic latents are dropped, and semantic latents get no noise."""
+    """Returns entries of the log: Stage B's unweighted loss at each noise level of T_GRID, the weighted mean over these
+    levels and, for v1, the share of correct tokens. Unlike in training, no conditions are dropped or get noise."""
     levels, config = torch.tensor(T_GRID, device=processes.device), model.decoder.config         # (10,)
 
     def measure(i: int) -> Tensor:

@@ -19,7 +19,7 @@ class VGGFeatures(nn.Module):
     LAYERS = (3, 8, 15, 22, 29)      # indices of the same layers as in LPIPS: relu1_2, 2_2, 3_3, 4_3, 5_3
 
     def __init__(self, weights: str):
-        """weights: a file of torchvision's VGG16 weights, or "vgg16": download them. Raises UserError if this fails."""
+        """weights: a file of torchvision's VGG16 weights, or "vgg16" to download it. Raises UserError if this fails."""
         super().__init__()
         try:
             from torchvision.models import vgg16
@@ -49,7 +49,7 @@ class VGGFeatures(nn.Module):
 
 
 def read_vgg16(weights: str) -> dict[str, Tensor]:
-    """Returns {name in torchvision: tensor} of VGG16's convolutions. weights: see VGGFeatures."""
+    """Returns {name in torchvision: tensor} of VGG16's convolutions. weights: a file, or "vgg16" to download it."""
     if weights == "vgg16":
         from torchvision.models import VGG16_Weights
         tensors = VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True)
@@ -58,11 +58,11 @@ def read_vgg16(weights: str) -> dict[str, Tensor]:
 
 
 def perceptual_loss(features: list[Tensor], targets: list[Tensor]) -> Tensor:
-    """Returns the distance, a scalar, of two batches of images in a classifier's feature maps, each (B,C,h,w).
+    """Returns the distance between two batches of images, a scalar, given their feature maps (B,C,h,w) in each layer.
 
     Each position's vector is scaled to length 1, so that large activations do not dominate. Squared distances are
     summed over channels, averaged over positions and images, and summed over layers. This is LPIPS (arXiv:1801.03924)
-    with all weights 1, without its learned weights.
+    with weight 1 for every channel instead of its learned weights.
     """
     def unit(x: Tensor) -> Tensor:
         return x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
@@ -98,19 +98,19 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 
 
 def generator_loss(fake_logits: Tensor) -> Tensor:
-    """The generator's loss, lower if generated patches look more real: minus the mean of their logits, of any shape."""
+    """Computes the generator's loss: minus the mean logit of generated patches, lower if they look more real."""
     return -fake_logits.mean()
 
 
 def adaptive_weight(reconstruction: Tensor, generator: Tensor, last_layer: Tensor,
                     mean=lambda gradient: gradient) -> Tensor:
-    """Returns a factor for the generator loss: with it, the gradients of both losses at last_layer have the same norm.
+    """Returns a factor that gives the generator loss the same gradient norm at last_layer as the reconstruction loss.
 
-    So the generator loss cannot dominate, even if the discriminator becomes certain. reconstruction, generator: the
+    So the generator loss cannot dominate, even if the discriminator becomes certain. reconstruction, generator: the two
     losses, scalars with a graph. last_layer: the weight of the layer that outputs the pixels. mean: a function that
-    averages a gradient over processes, so that all use the same factor. Source: arXiv:2012.09841; clamped here.
+    averages a gradient over processes, so that all use the same factor. Source: arXiv:2012.09841 and its code.
     """
     lengths = [mean(torch.autograd.grad(loss, last_layer, retain_graph=True)[0]).norm()
                for loss in (reconstruction, generator)]
-    # In float16, a gradient may be infinite if the loss scale is high. Then any factor will do: the step is skipped.
+    # In float16, a gradient may be infinite if the loss scale is too high. Then GradScaler skips the step anyway.
     return (lengths[0] / (lengths[1] + 1e-6)).nan_to_num(0.0).clamp(0, 1e4).detach()
