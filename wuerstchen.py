@@ -6,12 +6,12 @@
   model = Wuerstchen.load("tiny")                         # or "v2", or a folder of weights
   model("a red apple on a blue background", seed=1)[0]    # a PIL image
 
-Two diffusion models in a row, Stages C and B, and one loop for both: `denoise`. It starts from
+Two diffusion models run in a row, Stages C and B, each in the same loop, `denoise`. It starts with
 Gaussian noise and steps down a list of noise levels; at each, a network predicts the noise in x_t.
 Note: noise levels t are real numbers in [0, 1], 0 = clean, 1 = noise, not integers 0..999. The
 signal's share is a function of t, so any falling list of levels is a schedule. Stage C works on
-(raw + 1) / 42, with raw the semantic latents that the image encoder produces and Stage B takes.
-Wuerstchen.load makes the networks faster by speed/fast.py; fast=False keeps the plain networks.
+(raw + 1) / 42, where raw are the semantic latents of the image encoder, the input of Stage B.
+Wuerstchen.load uses speed/fast.py for faster networks; fast=False keeps the plain networks.
 Editing, given embeddings and latents, previews: extras/. Less memory: speed/memory.py. v1: v1/.
 Paper: arXiv:2306.00637.  Needs: torch, numpy, pillow, tqdm; tokenizers.
 """
@@ -47,7 +47,7 @@ def unscale_semantic(x: Tensor) -> Tensor:
 # ----- noise schedule -----------------------------------------------------------------------------
 
 def alphas_cumprod(t: Tensor) -> Tensor:
-    """Computes ab, the signal's share of the variance at noise level t: a cosine of continuous t.
+    """Computes ab, the signal's share of the variance at noise level t: a squared cosine of t.
 
     t any shape, in [0, 1]. Returns float32 of that shape, clamped to [1e-4, 1 - 1e-4] because the
     samplers divide by sqrt(ab) and sqrt(1 - ab): t = 0 is not quite clean, t = 1 not quite noise.
@@ -65,7 +65,7 @@ def alphas_cumprod(t: Tensor) -> Tensor:
 
 
 def per_row(values: Tensor, x: Tensor) -> Tensor:
-    """Reshapes values (B,) to (B,1,1,...): value i is for row i of x. A number () is unchanged."""
+    """Reshapes values (B,) to (B,1,1,...), so that value i is for row i of x. Keeps a scalar ()."""
     return values.view(-1, *[1] * (x.ndim - 1)) if values.ndim else values
 
 
@@ -100,9 +100,9 @@ def ddpm_step(x_t: Tensor, eps: Tensor, t: Tensor, t_prev: Tensor, noise: Tensor
 
 
 def ddim_step(x_t: Tensor, eps: Tensor, t: Tensor, t_prev: Tensor, noise=None, last=None, eta=0.0):
-    """Predicts x_0, then adds less of the predicted noise again.  arXiv:2010.02502, eq. 12 and 16.
+    """Predicts x_0, then adds the predicted noise at level t_prev.  arXiv:2010.02502, eq. 12, 16.
 
-    eta 0: deterministic after the start. eta 1: the same distribution as ddpm_step.
+    eta 0: no fresh noise, so x is a function of the start. eta 1: the distribution of ddpm_step.
     """
     ab, ab_prev = per_row(alphas_cumprod(t), x_t), per_row(alphas_cumprod(t_prev), x_t)
     x_0 = predict_x_0(x_t, eps, t)
@@ -118,8 +118,8 @@ def dpm_solver_step(x_t: Tensor, eps: Tensor, t: Tensor, t_prev: Tensor, noise=N
 
     x_0 is extrapolated to the middle of the step in lam = log(signal / noise), along the line
     through the last two predictions. The error is of second order in the step, DDIM's of first, so
-    half as many steps suffice. The first step is DDIM's; so is the step to t_prev = 0, over which
-    lam changes most.  Source: Lu et al. 2022, arXiv:2211.01095.
+    half as many steps suffice. DDIM takes the first step, which has no earlier x_0, and the step to
+    t_prev = 0, because lam changes most there.  Source: Lu et al. 2022, arXiv:2211.01095.
     """
     ab, ab_prev = per_row(alphas_cumprod(t), x_t), per_row(alphas_cumprod(t_prev), x_t)
     lam, lam_prev = (torch.logit(a) / 2 for a in (ab, ab_prev))    # log(sqrt(ab) / sqrt(1 - ab))
@@ -130,7 +130,7 @@ def dpm_solver_step(x_t: Tensor, eps: Tensor, t: Tensor, t_prev: Tensor, noise=N
         # Near t = 1 alphas_cumprod is clamped. So h_last may be 0: then nothing is extrapolated.
         r = torch.where(h_last > 0, ((lam_prev - lam) / (2 * h_last)).clamp(max=1), 0)
         x_0 = x_0 + r * per_row(t_prev != 0, x_t) * (x_0 - x_0_last)
-    shrink = ((1 - ab_prev) / (1 - ab)).sqrt()           # factor of the noise if x_0 stays the same
+    shrink = ((1 - ab_prev) / (1 - ab)).sqrt()   # noise's std at t_prev, relative to its std at t
     return shrink * x_t + (ab_prev.sqrt() - shrink * ab.sqrt()) * x_0
 
 
@@ -144,8 +144,8 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float, rescale: flo
 
     scale 0: unconditional; 1: conditional; above 1: exaggerates the text's effect. Source:
     arXiv:2207.12598, whose w is our scale - 1. torch.lerp rounds like the released samplers.
-    Guidance raises each image's standard deviation. rescale: how far to lower it again, 1: to the
-    conditional prediction's (arXiv:2305.08891, sec. 3.4).
+    Guidance raises each image's standard deviation. rescale lowers it again: 0 not at all, 1 to
+    that of the conditional prediction (arXiv:2305.08891, sec. 3.4).
     """
     guided = torch.lerp(unconditional, conditional, scale)
     if rescale == 0:
@@ -162,14 +162,14 @@ def denoise(predict: Callable[[Tensor, Tensor, bool], Tensor], x: Tensor,
     predict(x_t, t, guided) -> eps (B,...); if guided, followed by eps without the text: (2B,...)
     draw() -> fresh Gaussian noise (B,...), called in every step whether it is used or not, so that
               a seed gives the same numbers as in the published pipelines with any sampler
-    keep(x_t, t) -> x_t: for inpainting, see extras/editing.py
+    keep(x_t, t) -> x_t with its known part replaced, for inpainting: see extras/editing.py
     callback(i, t, x, x_0) -> None or another x: after step i, with the new x and its noise level
     Raises FloatingPointError if x is not finite; on a GPU after the last step, to avoid waiting.
     """
     x, last, finite, levels, step = x.float(), None, [], sampling.levels, sampling.step_function
-    rows = levels.to(x.device)[:, None].repeat(1, len(x))    # (n + 1, B), in one copy to a GPU
+    rows = levels.to(x.device)[:, None].repeat(1, len(x))    # (n + 1, B), copied to a GPU once
     for i in progress(range(len(levels) - 1)):
-        t, t_prev = levels[i], levels[i + 1]   # on the CPU, where they need no kernel launches
+        t, t_prev = levels[i], levels[i + 1]   # on the CPU: computing with them launches no kernels
         x = x if keep is None else keep(x, rows[i])
         scale = sampling.guidance_at(t.item())
         eps = predict(x, rows[i], scale != 1).float()                              # (B or 2B, ...)
@@ -200,9 +200,9 @@ class Sampling:
 
     steps      a number, spread evenly over t_start .. t_end or, if `early`, more at high noise; or
                segments {2/3: 20, 0: 10}: 20 steps to 2/3, 10 to 0; or the falling noise levels
-    sampler    a name in SAMPLERS, or such a function; eta: randomness of "ddim", at 1 as in ddpm
+    sampler    a name in SAMPLERS, or a function like ddpm_step; eta: noise in "ddim", 1 as in ddpm
     guidance   1: none, in half the time; two numbers: at t = 1 and t = 0, linear in between
-    interval   noise levels on which guidance acts (Kynkäänniemi et al. 2024, arXiv:2404.07724)
+    interval   (low, high): guidance acts only on noise levels between them (arXiv:2404.07724)
     rescale    0 to 1: how far to undo the contrast that guidance adds, see `guide`
     """
     steps: int | dict[float, int] | Sequence[float] | Tensor = 29
@@ -277,7 +277,7 @@ def latent_sizes(height: int, width: int) -> tuple[tuple[int, int], tuple[int, i
     """Returns (h, w) of Stage C's latents and of Stage B's for an image: 24 and 256 for 1024 px.
 
     The grids are the smallest that cover the image. A latent position of Stage C is 42 2/3 px wide.
-    Stage B's U-Net halves its latents up to 4 times: their sides are multiples of 16 (64 px).
+    Stage B's sides are multiples of 16 (64 px), because its U-Net halves them up to 4 times.
     """
     for name, side in (("height", height), ("width", width)):
         if not isinstance(side, Integral) or not 64 <= side <= 2 ** 14:
@@ -289,7 +289,7 @@ def latent_sizes(height: int, width: int) -> tuple[tuple[int, int], tuple[int, i
 class Noise:
     """Draws noise for n images, each from its own generator: noise(C, h, w) -> (n,C,h,w).
 
-    The CPU draws it, so an image depends neither on the images in its batch nor on the device.
+    So an image does not depend on its batch, nor on the device, because the CPU draws the noise.
     """
     def __init__(self, seeds: Sequence[int], device: str | torch.device = "cpu"):
         if not all(isinstance(seed, Integral) and 0 <= seed < 2 ** 32 for seed in seeds):
@@ -312,13 +312,13 @@ class Wuerstchen:
     """Generates images from text. Each step is a method; __call__ calls them in order.
 
     networks: {name: a module, or a function that loads it when it is first needed}, for stage_a,
-    stage_b, stage_c, text_encoder_c, text_encoder_b, image_encoder. size (px), c and b: defaults
-    for calls. To make a loaded model faster or smaller, speed/ replaces `part`, `predictor`,
-    `bind_c`, `bind_b` or `decode_one`; loading/arguments.py adds checks to `accept` and `settings`.
-    The networks are attributes as well: model.stage_c.
+    stage_b, stage_c, text_encoder_c, text_encoder_b, image_encoder; also attributes: model.stage_c.
+    size: default width and height, px. c, b: default settings of Stages C and B. To make a loaded
+    model faster or smaller, speed/ replaces `part`, `predictor`, `bind_c`, `bind_b`, `decode_one`;
+    loading/arguments.py adds checks to `accept` and `settings`.
     """
     channels_c, channels_b = 16, 4             # channels of the noise that C and B start from
-    weights, loras, elsewhere = None, {}, {}   # load sets these; elsewhere: {missing name: hint}
+    weights, loras, elsewhere = None, {}, {}   # set by load; elsewhere: {name in diffusers: advice}
 
     def __init__(self, networks: dict, size: int = 1024, device="cpu", dtype=torch.float32,
                  c: Sampling = Sampling(29, guidance=4.0, early=True), b: Sampling = Sampling(12)):
@@ -346,8 +346,8 @@ class Wuerstchen:
         callback         callback("C" or "B", step, t, latents, x_0) after every step -> None or
                          other latents; to stop, raise an exception
         sampling         any field of Sampling for one stage: steps_c=15, guidance_b=2.0, ...
-        Raises ValueError for impossible settings, before the first step, and for NaN. Image to
-        image, inpainting, lists of seeds, given embeddings, other outputs: extras/editing.py.
+        Raises ValueError for impossible settings, before the first step, and if NaN occurs. Image
+        to image, inpainting, lists of seeds, given embeddings, other outputs: extras/editing.py.
         """
         c, b = self.settings(sampling)
         prompts, seed, height, width, callback = self.accept(
@@ -364,7 +364,7 @@ class Wuerstchen:
 
     @torch.no_grad()
     def encode_text(self, stage: str, prompts: list[str], negatives: list[str]) -> tuple:
-        """Encodes prompts and negatives for stage "c" or "b". Returns two tensors (n,N,D).
+        """Returns embeddings of prompts and negatives for stage "c" or "b", two tensors (n,N,D).
 
         Each text is encoded once and by itself, so that its embedding does not depend on a batch.
         """
@@ -378,7 +378,7 @@ class Wuerstchen:
                  sampling: Sampling | None = None, **options) -> Tensor:
         """Generates raw semantic latents (n,16,h,w) for Stage B from text embeddings (n,N,D).
 
-        draw() returns noise (n,16,h,w). options: see `sample`.
+        unconditional: of negative prompts. draw() returns noise (n,16,h,w). options: see `sample`.
         """
         conditions = [(text, unconditional)]
         x = self.sample("C", self.bind_c, conditions, draw, sampling or self.c, **options)
@@ -398,7 +398,7 @@ class Wuerstchen:
     def sample(self, stage: str, bind: Callable, conditions: list[tuple[Tensor, Tensor]], draw,
                sampling: Sampling, x: Tensor | None = None, keep: Callable | None = None,
                callback: Callable | None = None, progress: bool = False) -> Tensor:
-        """Runs denoise for a stage. conditions: pairs (conditional, unconditional). x: start."""
+        """Runs denoise. conditions: bind's arguments, each (with, without text). x: first x_t."""
         predict = self.predictor(bind, conditions)
         # leave=None removes the finished bar if it is below another bar, as in sample.py.
         bar = functools.partial(tqdm, desc=f"Stage {stage}", unit="step", leave=None)
@@ -423,7 +423,7 @@ class Wuerstchen:
     # ----- the networks and their input: what speed/, v1/ and loading/ replace --------------------
 
     def part(self, name: str):
-        """Returns a network, and loads it if needed. Raises ValueError if there is none."""
+        """Returns the network `name`; loads it if needed. Raises ValueError if it is missing."""
         network = self.networks.get(name)
         if network is None:
             raise ValueError(f"{name} is needed for this, but was not loaded.")
@@ -433,11 +433,11 @@ class Wuerstchen:
         return network
 
     def predictor(self, bind: Callable, conditions: list[tuple[Tensor, Tensor]]) -> Callable:
-        """Returns denoise's predict(x_t, t, guided). conditions: pairs (with, without text)."""
+        """Returns denoise's predict. conditions: bind's arguments, each (with, without text)."""
         networks = {}                          # {whether guided: the function from bind}
 
         def predict(x: Tensor, t: Tensor, guided: bool) -> Tensor:
-            if guided not in networks:         # batch: with the text and, if guided, without
+            if guided not in networks:         # a guided batch: with the text, then without it
                 networks[guided] = bind(*(torch.cat(c) if guided else c[0] for c in conditions))
             x, t = (torch.cat([x, x]), torch.cat([t, t])) if guided else (x, t)
             return networks[guided](x, t)
@@ -480,7 +480,7 @@ class Wuerstchen:
         return [p for p in prompts for _ in range(num_images)], seed, height, width, callback
 
     def settings(self, given: dict) -> tuple[Sampling, Sampling]:
-        """Returns Sampling of Stages C and B: the defaults, changed by given, {"steps_c": 15}."""
+        """Returns the Sampling of Stages C and B: defaults with changes such as {"steps_c": 15}."""
         changes = {"c": {}, "b": {}}
         for name, value in given.items():
             if name[-2:] not in ("_c", "_b") or not hasattr(getattr(self, name[-1]), name[:-2]):

@@ -3,8 +3,8 @@
   prompt -CLIP-> (B,77,1024) -[C]-> (B,16,12,12) -[B]-> tokens (B,128,128) -codebook, [A]-> (B,3,512,512)
 
 Two things differ from v2. Stage B is discrete diffusion over the VQGAN's tokens (see stage_b.py), so it has its own
-sampling settings, TokenSampling. And the released Stage C works on the raw semantic latents, without (raw + 1) / 42.
-Both pipelines get normally distributed noise. Discrete diffusion needs uniform random numbers, so the cumulative
+sampling settings, TokenSampling. And the released Stage C works on the raw semantic latents, not on (raw + 1) / 42.
+As in v2, noise is drawn from a normal distribution. Discrete diffusion needs uniform random numbers, so the cumulative
 distribution function of the normal distribution converts the noise.
 Needs: torch; wuerstchen.py, v1/stage_b.py, v1/sampling.py.
 """
@@ -27,8 +27,8 @@ DEFAULT_C = Sampling(60, guidance=6.0)                       # as in the authors
 class TokenSampling:
     """Settings for sampling v1's Stage B. Raises ValueError for impossible settings.
 
-    sampler        "multinomial" draws tokens, "argmax" takes the likeliest token, "quant" the token nearest to the mean
-    temperature    below 1, likely tokens get likelier: cleaner images, less detail; two numbers: first and last step
+    sampler        "multinomial" draws tokens, "argmax" takes the likeliest, "quant" the one nearest the expected code
+    temperature    below 1 makes likely tokens likelier: cleaner images, less detail; a pair: first and last step
     other fields   as in wuerstchen.Sampling; guidance acts on the logits
     """
     steps: int | dict[float, int] | Sequence[float] | Tensor = 8
@@ -46,13 +46,13 @@ class TokenSampling:
 
     @functools.cached_property
     def continuous(self) -> Sampling:
-        """Returns the settings that v2's stages have as well, as a Sampling, which checks their values."""
+        """Returns a Sampling with the settings that v2 also has. Creating it checks their values."""
         return Sampling(self.steps, guidance=self.guidance, interval=self.interval, t_start=self.t_start,
                         t_end=self.t_end)
 
 
 class WuerstchenV1(Wuerstchen):
-    """The pipeline with v1's Stage B. raw: Stage C uses raw semantic latents, like the released Stage C of v1."""
+    """The pipeline with v1's Stage B. raw: whether Stage C uses raw semantic latents, as in the released v1."""
     channels_b = 1                                           # Stage B's noise: one random number per token
 
     def __init__(self, networks: dict, size: int = 512, device="cpu", dtype=torch.float32, c: Sampling = DEFAULT_C,

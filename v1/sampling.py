@@ -17,8 +17,8 @@ MODES = ("multinomial", "argmax", "quant")
 
 
 def add_noise(tokens: Tensor, t: Tensor, random_tokens: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Replaces each of `tokens` by one of random_tokens with probability t. tokens, random_tokens (B,h,w), t (B,), u
-    (B,h,w) uniform in [0, 1] -> noised tokens (B,h,w), mask (B,h,w).
+    """Replaces each token, with probability t, by the random token at its position. tokens, random_tokens (B,h,w), t
+    (B,), u (B,h,w) uniform in [0, 1] -> noised tokens (B,h,w), mask (B,h,w).
 
     The mask is True where a token was replaced. It is for the loss; the network does not get it.
     """
@@ -62,7 +62,7 @@ def per_step(name: str, value, steps: int) -> list:
 
 
 def temperatures(value, steps: int) -> list[float]:
-    """Turns the argument `temperature` of sample() into one number per step. Raises ValueError unless all are > 0."""
+    """Turns the argument `temperature` of sample() into a number per step. Raises ValueError unless 0 < all < inf."""
     values = per_step("temperature", value, steps)
     if not all(0 < value < math.inf for value in values):
         raise ValueError(f"the temperature is {min(values):g}, expected more than 0, and finite; "
@@ -87,8 +87,8 @@ def sample(predict: Callable[[Tensor, Tensor, bool], Tensor], noise: Tensor, uni
     codes             Stage A's codebook (K,c), for mode quant.
     start             tokens to start from, instead of `noise`, if levels[0] < 1.
     watch(i, t, tokens)  called after step i with the next noise level and the chosen tokens; may return others.
-    Raises ValueError for invalid settings. Raises FloatingPointError if logits are not finite: at once on a CPU, at the
-    end on a GPU.
+    Raises ValueError for invalid settings. Raises FloatingPointError if logits are not finite: on a CPU after the step
+    that computes them, on a GPU after the last step.
     """
     steps = len(levels) - 1
     if steps < 1 or not (levels[1:] < levels[:-1]).all() or levels[0] > 1 or levels[-1] < 0:
@@ -107,7 +107,7 @@ def sample(predict: Callable[[Tensor, Tensor, bool], Tensor], noise: Tensor, uni
             conditional, unconditional = logits.chunk(2)
             logits = torch.lerp(unconditional, conditional, guidance[i])                 # (B, K, h, w)
         finite.append((logits.abs() < torch.inf).all())                                  # NaN < inf is False
-        # On a GPU, the flags are read only after the last step, because reading makes the CPU wait and the GPU idle.
+        # On a GPU, `finite` is read only after the last step, because reading makes the CPU wait and the GPU idle.
         if (tokens.device.type == "cpu" or i == steps - 1) and not (all_finite := torch.stack(finite)).all():
             k = all_finite.tolist().index(False)
             raise FloatingPointError(f"step {k + 1} of {steps} (t = {levels[k]:.3f})")

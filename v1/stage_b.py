@@ -1,4 +1,4 @@
-"""Stage B of Würstchen v1, Paella: turns a small semantic latent into the VQGAN's tokens.
+"""Stage B of Würstchen v1, Paella: turns small semantic latents into the VQGAN's tokens.
 
   caption -CLIP-> (B,77,1024) -[C]-> (B,16,12,12) -[B]-> (B,128,128) tokens -[A]-> (B,3,512,512)
 
@@ -7,8 +7,8 @@ vectors in Stage A's codebook. A token cannot have "a little noise". Instead, th
 that were replaced by random tokens, all of them at t = 1. The network does not see which tokens were replaced. It does
 not predict noise either: for every position it predicts the probability of each token in the clean image. It is a
 classifier, trained with cross-entropy (losses.py), so there is no step formula. The sampler (sampling.py) draws all
-tokens at once from these probabilities. The tokens then fit their positions, but not yet each other. So it replaces a
-share of them (the next, lower t) by random tokens, and calls the network again. 8 steps are enough. The differences:
+tokens at once from these probabilities. Each token then fits its position, but not yet its neighbours. So the sampler
+replaces a share of the tokens (the next, lower t) by random ones, and calls the network again. 8 steps are enough.
 
               v2, continuous                                v1, discrete
   noise       sqrt(ab) x_0 + sqrt(1 - ab) eps               each token random with probability t
@@ -117,9 +117,9 @@ class StageBV1(nn.Module):
                     nn.init.zeros_(module.bias)
         nn.init.zeros_(self.head.weight)       # initially, all tokens have the same probability
         nn.init.normal_(self.embed_token.weight, std=math.sqrt(1 / self.codebook_size))
-        self.classify.weight.copy_(self.embed_token.weight)      # initial logit: similarity to the token's embedding
+        self.classify.weight.copy_(self.embed_token.weight)      # initial logits: similarity to each token's embedding
         for module in self.modules():
-            if isinstance(module, ResBlock):                     # so that their sum does not grow with depth
+            if isinstance(module, ResBlock):     # so that the sum of all blocks' outputs does not grow with depth
                 module.contract.weight *= math.sqrt(1 / sum(self.config["blocks"]))
             elif isinstance(module, TimestepBlock):
                 nn.init.zeros_(module.mapper.weight)             # initially, t has no effect
@@ -135,7 +135,7 @@ class StageBV1(nn.Module):
         linear in them. The cosines are for distributions with several modes (random Fourier features, Rahimi and Recht
         2007).
         """
-        codes = codes.float().cpu()                                       # on the CPU, for equal values on all devices
+        codes = codes.float().cpu()         # computed on the CPU, so that the embeddings are the same for all devices
         z = (codes - codes.mean(0)) / codes.std(0)                                       # (K, c)
         rows, columns = torch.triu_indices(z.shape[1], z.shape[1])
         exact = torch.cat([z, z[:, rows] * z[:, columns]], dim=1)                        # (K, c + c (c + 1) / 2)

@@ -20,7 +20,7 @@ from v1.stage_b import StageBV1
 from wuerstchen import scale_semantic, unscale_semantic
 
 NETWORK = StageBV1
-LEVELS_AT_ONCE = 1           # noise levels per forward pass of validation: logits take much memory
+LEVELS_AT_ONCE = 1           # noise levels per forward pass of validation; only 1, because logits take much memory
 
 
 def defaults(small: bool) -> dict:
@@ -30,7 +30,7 @@ def defaults(small: bool) -> dict:
 
 
 def match_vqgan(decoder: StageBV1, vqgan, new: bool) -> None:
-    """Initializes a new decoder from Stage A's codes. Raises ValueError if their numbers of tokens differ."""
+    """Raises ValueError if Stages A and B differ in number of tokens. Initializes a new Stage B from A's codes."""
     codes = vqgan.codebook.codes
     if len(codes) != decoder.codebook_size:
         raise ValueError(f"the VQGAN has {len(codes)} tokens, Stage B is for {decoder.codebook_size}: "
@@ -40,14 +40,14 @@ def match_vqgan(decoder: StageBV1, vqgan, new: bool) -> None:
 
 
 def semantic_scale(decoder: StageBV1) -> tuple:
-    """Returns the functions (scale, unscale) for Stage C's semantic latents. Only the released v1, whose text has width
-    1024 (CLIP-H), uses raw semantic latents."""
+    """Returns the functions (scale, unscale) for Stage C's semantic latents. Both change nothing for the released v1,
+    recognized by its text width of 1024 (CLIP-H), whose Stage C works on raw semantic latents."""
     raw = decoder.config["c_text"] == 1024
     return (lambda x: x,) * 2 if raw else (scale_semantic, unscale_semantic)
 
 
 def pipeline(vqgan, small: bool, device) -> WuerstchenV1:
-    """Returns a pipeline for sample images, without Stage B: training/sheets.py sets bind_b."""
+    """Returns a pipeline for sample images. Its Stage B is the one in training: training/sheets.py sets bind_b."""
     return WuerstchenV1(dict(stage_a=vqgan), device=device)
 
 
@@ -72,7 +72,7 @@ def draw_noise(rng: np.random.Generator, h: int, w: int, config: dict) -> dict[s
 
 
 def noise_levels(chance: Tensor, blind: bool, args) -> Tensor:
-    """Converts uniform chance (B,) to noise levels t (B,). 7.5 % are 1, where sampling starts; if blind, all are."""
+    """Converts uniform chance (B,) to noise levels t (B,): all 1 if blind; else 7.5 % are 1, the start of sampling."""
     t = training_levels(chance)
     return torch.ones_like(t) if blind else 1 - (1 - t) ** args.high_noise
 
@@ -98,7 +98,7 @@ def raw_losses(logits: Tensor, x_0: Tensor, x_t: Tensor, mask: Tensor, t: Tensor
 
 
 def accuracy(logits: Tensor, x_0: Tensor, mask: Tensor) -> Tensor:
-    """Computes for each image, (B,), in which share of the replaced tokens the clean token has the highest logit."""
+    """Computes, for each image, the share of replaced tokens whose clean token has the highest logit, (B,)."""
     return ((logits.argmax(1) == x_0) & mask).flatten(1).sum(1) / mask.flatten(1).sum(1).clamp(min=1)
 
 
@@ -114,10 +114,10 @@ class AttentionGuide:
     """A loss, only for training: teaches Stage B's attention which semantic vector belongs to which image position.
 
     To the network, semantic vectors are a sequence without positions. It must learn the position of a vector from the
-    vector itself, and the position of an image token from the zero padding at the borders. Neither helps until the
-    other is learned, so a small network uses the vectors only for the background. This loss teaches half of the heads:
-    cross-entropy between their attention and the interpolation weights of the vectors at each position. It must stay
-    on: without the loss, attention forgets the positions within a few thousand steps. Measurements: docs/TRAINING.md.
+    vector itself, and the position of an image token from the zero padding at the borders. Neither position helps until
+    the other is learned, so a small network uses the vectors only for the background. This loss teaches half of the
+    heads. It is the cross-entropy between their attention and the interpolation weights of the vectors at each image
+    position. Train with it to the end: without it, attention soon forgets the positions, see docs/TRAINING.md.
     """
     def __init__(self, decoder: StageBV1):
         self.size, self.errors = (0, 0), []
