@@ -140,7 +140,7 @@ def _folder_samples(folder: str, found: Found, chosen: Chosen) -> Iterator[dict]
     yield from (dict(name=name, problem=HIDDEN) for name in hidden)
     for sample in _samples(places, chosen):
         parent = posixpath.basename(posixpath.dirname(sample["name"])) or os.path.basename(os.path.abspath(folder))
-        # kohya's trainer would use each image of a folder "10_cat" 10 times. Here the user is told that this is not so.
+        # kohya's trainer would use each image of a folder "10_cat" 10 times. Here the number is ignored, with a note.
         if re.match(r"\d{1,3}_", parent):
             found.numbered.add(parent)
         _count(sample, found)
