@@ -100,7 +100,7 @@ def ddpm_step(x_t: Tensor, eps: Tensor, t: Tensor, t_prev: Tensor, noise: Tensor
 
 
 def ddim_step(x_t: Tensor, eps: Tensor, t: Tensor, t_prev: Tensor, noise=None, last=None, eta=0.0):
-    """Predicts x_0, then adds the predicted noise at level t_prev.  arXiv:2010.02502, eq. 12, 16.
+    """Predicts x_0, then adds predicted noise at level t_prev.  arXiv:2010.02502, eq. 12 and 16.
 
     eta 0: no fresh noise, so x is a function of the start. eta 1: the distribution of ddpm_step.
     """

@@ -215,7 +215,7 @@ def article(words: str) -> str:
 
 def plain_caption(objects: Sequence[str], colour: str, relation: str | None = None,
                   size_word: str | None = None, layout: str = LAYOUT) -> str:
-    """Returns a caption, such as "a small cat on a blue background". layout: a template, LAYOUT or one of its VARIANTS."""
+    """Returns a caption, such as "a small cat on a blue background". layout: LAYOUT or one of its VARIANTS."""
     if relation is None:
         things = article(f"{size_word} {objects[0]}" if size_word else objects[0])
     else:

@@ -318,7 +318,7 @@ def _numbers_in(row: dict) -> dict[str, float]:
 
 def _metadata_rows(places: dict[str, Place], column: str | None) -> tuple[dict[str, dict], list[tuple[str, str]]]:
     """Returns {image: its row in the nearest metadata.jsonl, .csv or .parquet above it}, where row[""] is the name of
-    that file; and [(image, metadata file)] for images with several rows. column: the key whose values name the images."""
+    that file; and [(image, metadata file)] for images with several rows. column: the key whose values name images."""
     rows, doubled, key = {}, [], column or "file_name"
     tables = [name for name in places
               if posixpath.basename(name) in ("metadata.jsonl", "metadata.csv", "metadata.parquet")]
