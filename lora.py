@@ -4,8 +4,8 @@
 
 Why a low rank is enough: fine-tuning adds some D (out, in) to a weight W. Each gradient step adds
 outer products g x^T of the gradient at the layer's output and the layer's input. Similar images
-give similar products, so D is close to a matrix of low rank. LoRA writes D as one, with rank *
-(in + out) numbers, not in * out. For a 1536 x 1536 layer of Stage C and rank 8 that is 1 %. The
+give similar products, so D is close to a matrix of low rank. LoRA writes D as up @ down, with rank
+* (in + out) numbers, not in * out: 1 % for a 1536 x 1536 layer of Stage C and rank 8. The
 gradients and the optimizer's two averages shrink to the same share.
 Why up starts at 0: with y = W x + s up h and h = down x, the gradient of up is s g h^T, and that of
 down is s (up^T g) x^T. If both were 0, both gradients would stay 0. So up = 0 and down is random:
@@ -19,7 +19,7 @@ same formula with alpha * sqrt(rank) as alpha, and it is stored that way. DoRA: 
   optimizer = torch.optim.AdamW(lora_parameters(model), ...) # float32 in any model; no weight decay
   save_lora(model, "style.safetensors")                      # a file that diffusers loads as well
   load_lora(model, "other.safetensors", "other", scale=0.8)  # a second LoRA, named "other"
-  merge(model); unmerge(model); remove(model)                # add it to the weights; undo; remove
+  merge(model); unmerge(model); remove(model)                # add LoRAs to weights; undo; remove
 
 A LoRALayer replaces each layer that gets a LoRA, as print(model) shows. It computes the formula.
 (Hooks would not show in print(model). A parametrization would build W' in each forward and leave no
@@ -29,7 +29,7 @@ Any nn.Module works; only the names in files are specific to Stage C. Linear and
 LoRA. Grouped convolutions cannot: down and up would mix the groups, which no merge can express.
 
 Other programs' files: loading/lora_formats.py. Command line: python -m tools.lora.
-Needs: torch; safetensors for files. Works when copied alone.
+Needs: torch; safetensors for files. This file works when copied alone.
 """
 if __name__ == "__main__":
     raise SystemExit("lora.py defines LoRA layers. To generate images: python sample.py --help")
@@ -47,7 +47,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-# `targets` is a name in PRESETS, or a regular expression that re.search looks for in layers' names.
+# add_lora's `targets` is a key of PRESETS, or a regular expression for a part of layers' names.
 PRESETS = {
     "attention":     r"(^|\.)(query|key|value|out)$",      # Stage C: 4 layers in each of 32 blocks
     "attention+mlp": r"(^|\.)(query|key|value|out|text_mapper|expand|contract)$",
@@ -76,13 +76,13 @@ class Adapter(nn.Module):
                 tensor.detach().to(torch.float32, copy=True)))
 
     def product(self, weight: Tensor) -> Tensor:
-        """Computes s up @ down in the shape of `weight`, in float32 also under autocast."""
+        """Computes (alpha / rank) up @ down in `weight`'s shape, in float32 even under autocast."""
         with torch.autocast(weight.device.type, enabled=False):
             product = self.up.flatten(1) @ self.down.flatten(1)                # (out, in * k * k)
             return product.view(weight.shape) * (self.alpha / self.rank)
 
     def gain(self, weight: Tensor) -> Tensor:
-        """Computes DoRA's factors m / |V|, (out,), or (out, 1, 1) for a convolution."""
+        """Computes DoRA's m / |V|, see Adapter: (out,), or (out, 1, 1) for a convolution."""
         with torch.no_grad():
             norms = (weight.float() + self.product(weight)).flatten(1).norm(dim=1)     # (out,)
         return (self.magnitude / norms).view(-1, *(1,) * (weight.ndim - 2))
@@ -132,8 +132,8 @@ class LoRALayer(nn.Module):
             change = F.conv2d(h * s, up)                                       # (B, out, H', W')
         if adapter.magnitude is None:
             return y + change
-        # DoRA changes the output by g V x - W x = (g - 1) W x + g s up down x, with g = m / |V|.
-        # W x is the base's output without its bias.
+        # DoRA: with V = W + s up down and g = m / |V|, the output changes by g V x - W x =
+        # (g - 1) W x + g s up down x. W x is the base's output without its bias.
         g = adapter.gain(self.base.weight)                                     # (out,), (out, 1, 1)
         if self.base.bias is not None:
             base = base - self.base.bias.to(base.dtype).view(g.shape)
@@ -143,7 +143,7 @@ class LoRALayer(nn.Module):
 # ----- finding layers, adding LoRAs --------------------------------------------------------------
 
 def find_layers(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """Returns {name: layer that can get a LoRA}, {name: why not}. Names omit any ".base"."""
+    """Returns {name: layer that can get a LoRA}, {name of another layer: why it cannot}."""
     fit, unfit = {}, {}
     for path, module in model.named_modules():
         parent = model.get_submodule(path.rpartition(".")[0])
@@ -186,11 +186,11 @@ def find_targets(model: nn.Module, targets: str) -> dict[str, nn.Module]:
 def add_lora(model: nn.Module, rank: int = 8, alpha: float | None = None, dropout: float = 0.0,
              targets: str = "attention", name: str = "default", rslora: bool = False,
              dora: bool = False) -> list[str]:
-    """Adds an untrained LoRA and freezes everything except LoRAs. Returns its layers' names.
+    """Adds an untrained LoRA, freezes everything except LoRAs, and returns its layers' names.
 
     rank: 4 to 16 for a style or an object. alpha: strength, by default `rank`. dropout: share of a
     layer's inputs dropped before `down`, in training. targets: a preset or a regular expression.
-    Grouped convolutions get no LoRA. Raises ValueError for impossible settings or no match.
+    rslora, dora: variants, see the file's header. Raises ValueError for bad settings or no match.
     """
     alpha = float(rank if alpha is None else alpha)
     if int(rank) != rank or rank < 1 or not 0 < alpha < math.inf or not 0 <= dropout < 1:
@@ -232,7 +232,7 @@ def inject(model: nn.Module, name: str, new: dict[str, Adapter]) -> None:
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, layer)
         layer.adapters[name] = adapter.to(layer.base.weight.device)
-        layer.train(layer.base.training)     # new modules start in train mode
+        layer.train(layer.base.training)     # the mode of its base; a new module is in train mode
     for parameter in set(model.parameters()) - set(lora_parameters(model)):
         parameter.requires_grad_(False)
 
@@ -245,7 +245,7 @@ def lora_layers(model: nn.Module) -> list[tuple[str, LoRALayer]]:
 
 
 def adapters(model: nn.Module, name: str | None = None) -> list[tuple[str, Adapter]]:
-    """Lists (layer's name, adapter) of LoRA `name`, or of all. Raises ValueError if none exists."""
+    """Lists (layer's name, Adapter) of LoRA `name`, or of all LoRAs. Raises ValueError if none."""
     every = [(path, *item) for path, layer in lora_layers(model) for item in layer.adapters.items()]
     found = [(path, adapter) for path, key, adapter in every if name in (None, key)]
     if not found:
@@ -298,7 +298,7 @@ def merge(model: nn.Module, name: str | None = None) -> None:
 
     The sum is computed in float32 and rounded once. Subtraction would not restore the old weights
     exactly, so they are kept in CPU memory: 0.6 GB for Stage C's attention in float16.
-    Raises ValueError if there is nothing to merge.
+    Raises ValueError if there is nothing to merge, or if an enabled DoRA would stay unmerged.
     """
     chosen = [a for _, a in adapters(model, name) if a.enabled and not a.merged]
     if not chosen:
@@ -353,8 +353,8 @@ def merge_and_unload(model: nn.Module) -> None:
 
 
 # ----- files -------------------------------------------------------------------------------------
-# Files use diffusers' names, lora_state_dict ours; load_lora reads both. diffusers has one list of
-# blocks: our res_blocks[i], timestep_blocks[i], attention_blocks[i] are its 3 i, 3 i + 1, 3 i + 2.
+# Files use diffusers' names, lora_state_dict ours; load_lora reads both. diffusers has one list:
+# our res_blocks[i], timestep_blocks[i], attention_blocks[i] are blocks 3 i, 3 i + 1, 3 i + 2 there.
 
 DIFFUSERS_NAMES = {     # {name of a layer of our Stage C: diffusers' name}
     "embed":                            "projection",
@@ -371,7 +371,7 @@ DIFFUSERS_NAMES = {     # {name of a layer of our Stage C: diffusers' name}
     "head":                             "out.1",
 }
 CONVOLUTIONS = ("projection", "out.1")     # 1x1 convolutions in diffusers, Linear here
-ROLES = {           # {role: endings of tensor names: ours, diffusers', others that load_lora reads}
+ROLES = {       # {role: endings of tensors' names (ours, diffusers', others that load_lora reads)}
     "down":      (".lora_down.weight", ".lora_A.weight"),
     "up":        (".lora_up.weight", ".lora_B.weight"),
     "magnitude": (".lora_magnitude_vector",) * 2 + (".lora_magnitude_vector.weight",),
@@ -393,13 +393,13 @@ def diffusers_names(names) -> dict[str, str]:
 
 
 def to_tensors(weights: dict[str, Adapter], prefix: str = "", naming: int = 0) -> dict[str, Tensor]:
-    """Converts {layer's name: Adapter} to a state dict. naming: 0 ours, 1 diffusers', see ROLES."""
+    """Converts {layer's name: Adapter} to a state dict. naming: index of the endings in ROLES."""
     tensors = {}
     for layer, a in weights.items():
         ones = (1, 1) if layer in CONVOLUTIONS else a.down.shape[2:]
         values = dict(down=a.down.view(*a.down.shape[:2], *ones),
                       up=a.up.view(*a.up.shape[:2], *(1 for _ in ones)),
-                      alpha=torch.tensor(a.alpha, dtype=torch.float64))        # keeps a float exact
+                      alpha=torch.tensor(a.alpha, dtype=torch.float64))  # float64 keeps alpha exact
         if a.magnitude is not None:      # peft's shapes: (out,), for a convolution (1, out, 1, 1)
             values["magnitude"] = a.magnitude.view((1, -1, 1, 1) if ones else -1)
         tensors |= {prefix + layer + ROLES[role][naming]: x for role, x in values.items()}
@@ -440,8 +440,8 @@ def write_file(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str,
     end = 8 + int.from_bytes(data[:8], "little")
     header = dict(__metadata__=dict(sorted(metadata.items()))) | json.loads(data[8:end])
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)                                # aligns the values to 8 bytes
-    half = Path(f"{path}.half")          # temporary, so that no incomplete file remains
+    text += b" " * (-len(text) % 8)                 # the values start at a multiple of 8 bytes
+    half = Path(f"{path}.half")          # temporary, so that `path` is never incomplete
     half.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
     half.replace(path)
 
@@ -454,7 +454,7 @@ def save_lora(model: nn.Module, path: str | Path, name: str = "default") -> None
 
 
 def alpha_from(config: dict, layer: str, rank: int) -> float:
-    """Returns a layer's alpha by diffusers' or peft's configuration, or the rank if it has none."""
+    """Returns a layer's alpha from `config` (diffusers' or peft's), or the rank if it has none."""
     try:
         config = {key.removeprefix("prior."): value for key, value in config.items()}
         patterns = (config.get("alpha_pattern") or {}).items()         # {regular expression: alpha}
@@ -476,7 +476,7 @@ def to_adapter(layer: str, shape: tuple, values: dict) -> Adapter:
     valid = alpha.numel() == 1 and bool(alpha.isfinite())
     try:     # reshape: a 1x1 convolution in the file may be a Linear here, or the reverse
         if tensors["up"].shape[1] == rank > 0 and valid:
-            return Adapter(alpha=alpha.item() or rank,                 # alpha 0 stands for the rank
+            return Adapter(alpha=alpha.item() or rank,         # in a file, alpha 0 means the rank
                            **{role: x.reshape(shapes[role]) for role, x in tensors.items()})
     except (KeyError, IndexError, RuntimeError):
         pass
@@ -521,7 +521,7 @@ def load_lora(model: nn.Module, source: str | Path | dict[str, Tensor], name: st
         raise ValueError(f"the model's LoRA {name!r} has {len(old)} layers of rank {ranks[0]}, the "
                          f"file {len(new)} of rank {ranks[1]}, and they are not the same: "
                          f"remove(model, {name!r}) first, or choose another name")
-    for path, adapter in old.items():        # in place: an optimizer may hold these parameters
+    for path, adapter in old.items():    # in place, because an optimizer may hold the parameters
         adapter.load_state_dict(new[path].state_dict())
         adapter.alpha = new[path].alpha
     if not old:

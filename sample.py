@@ -6,7 +6,7 @@
   python sample.py --prompt "a cat on a blue background" --init apple.png --strength 0.9
   python sample.py --prompt "a rose on a blue background" --init apple.png --mask white-is-new.png
   python sample.py --init apple.png --num-images 4                     # no prompt: variations
-  python sample.py --reconstruct photo.png                             # through all stages and back
+  python sample.py --reconstruct photo.png                             # encoded and decoded again
   python sample.py --prompt "a dog" --interpolate-to "a cat" --frames 12 --out morph.gif
   python sample.py --prompt "a dog" --grid 1,2,4,8 --num-images 3      # seeds x guidance
   python sample.py --prompt-file prompts.txt --batch 8
@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(usage='python sample.py --prompt "..." [options]',
                                 description=__doc__.partition("\nFor readers")[0],
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.error = cli.error                        # argparse's own error() also prints the usage
+    p.error = cli.error                # unlike argparse's error(), it does not print the usage
 
     add = p.add_argument_group("used most").add_argument
     add("--prompt", metavar="TEXT", help="a description of the image")
@@ -128,11 +128,11 @@ def main(argv: list[str] | None = None) -> None:
             tile(model, args.tile)
         for batch in run.progress(cli.batches(jobs)):
             for job, image in run.attempt(functools.partial(make_images, model), batch):
-                run.finished(job, cli.save(image, job, model))   # also stores the settings
+                run.finished(job, cli.save(image, job, model))   # save also stores the settings
 
 
 def make_images(model, jobs: list[argparse.Namespace]) -> list:
-    """Generates the images of jobs that differ only in prompt and seed, in one batch."""
+    """Generates one batch: the images of jobs that differ only in prompts and seed."""
     job = jobs[0]
     options = dict(progress=True, **cli.sampling_options(job, model))
     if job.given & cli.SPECIAL:                        # options that extras/modes.py handles

@@ -4,7 +4,7 @@
 
 Stage A is trained first, without text or diffusion. It is an autoencoder whose latents can be
 quantised to a codebook of 8192 vectors of 4 numbers ("tokens"). Würstchen v1 generates the tokens;
-v2, the default, generates the latents *before* quantisation, so sampling only decodes.
+v2, the default, generates unquantised latents, so it samples without the codebook.
 In   images (B,3,H,W) in [0, 1] (not [-1, 1]), H and W multiples of `downscale` (4)
 Out  latents (B,4,H/4,W/4) of variance about 1; decoded images (B,3,H,W), not clamped to [0, 1]
 Note: `encode` divides latents by `scale_factor` (0.3764, fixed by the released weights) and
@@ -70,7 +70,7 @@ class VQResBlock(nn.Module):
 
 
 class Codebook(nn.Module):
-    """Vector quantisation: the nearest of `size` learned vectors replaces every latent vector."""
+    """Vector quantisation: replaces each latent vector by the nearest of `size` learned vectors."""
     def __init__(self, size: int, c: int):
         super().__init__()
         # Codes start with variance 1, like latents after BatchNorm. If they were closer together,
@@ -120,7 +120,7 @@ class StageA(nn.Module):
         for c_in, c in zip(widths, widths[1:]):
             self.encoder += [nn.Conv2d(c_in, c, 4, stride=2, padding=1), VQResBlock(c)]
         self.to_latent = nn.Linear(widths[-1], c_latent, bias=False)
-        self.norm_latent = nn.BatchNorm2d(c_latent)                    # to mean 0 and variance 1
+        self.norm_latent = nn.BatchNorm2d(c_latent)              # mean 0 and variance 1 for latents
         self.codebook = Codebook(codebook_size, c_latent)
         self.from_latent = nn.Linear(c_latent, widths[-1])
         # Most of the decoder's blocks are at the coarsest level, where activations are smallest.
@@ -179,9 +179,9 @@ class StageA(nn.Module):
     def forward(self, images: Tensor, quantise: bool | Tensor = True) -> dict[str, Tensor]:
         """For training. images (B,3,H,W) -> dict of decoded images, latents, indices and losses.
 
-        quantise: True, False, or a bool for each image, (B,): whether its latents are quantised.
+        quantise: whether to decode quantised latents, a bool or one bool for each image, (B,).
         v2 decodes unquantised latents, v1 codes, so train_a.py trains the decoder on both. Losses
-        have no weights: reconstruction (mean absolute error), codebook, commitment. The returned
+        are not weighted: reconstruction (mean absolute error), codebook, commitment. The returned
         latents (B,h,w,4) are not quantised."""
         z = self.encode_raw(images)                                                   # (B, h, w, 4)
         q, indices, codebook_loss, commitment_loss = self.codebook(z)

@@ -9,8 +9,8 @@ of this file is the semantic compressor (EfficientNetV2-S and a 16-channel mappe
 semantic latents from an image. The paper trains it jointly with Stage B. Stage C later learns to
 generate the compressor's output from text.
 In   x_t (B,4,h,w) noisy latents, h and w multiples of 16; t (B,) noise level, 0 = clean, 1 = noise;
-     semantic (B,16,h',w') from the compressor, or zeros (none); text (B,77,1024) of CLIP-H
-Out  eps (B,4,h,w), the noise in x_t. Note: the last layer does not output it directly, see
+     semantic (B,16,h',w') from the compressor, or zeros for none; text (B,77,1024) of CLIP-H
+Out  eps (B,4,h,w), the noise in x_t. Note: the last layer does not output eps directly, see
      StageB.forward.
 
 Inside, activations are channels-last, (B,H,W,C): a Linear or a norm then reads C contiguously, and
@@ -42,18 +42,18 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def layer_norm(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Normalises x (...,C) to mean 0, variance 1 over C. Casts it to `dtype` if that is 16-bit."""
+    """Normalises x (...,C) to mean 0, variance 1 over C. Casts the result to `dtype` if 16-bit."""
     x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
     return x.to(dtype) if dtype in (torch.float16, torch.bfloat16) else x
 
 
 def widen(x: Tensor) -> Tensor:
-    """Casts float16 to float32: residual sums over the blocks exceed float16's maximum, 65504."""
+    """Casts float16 to float32, because sums over blocks can exceed float16's maximum, 65504."""
     return x.float() if x.dtype == torch.float16 else x
 
 
 def narrow(x: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """If `dtype` is float16, clamps x to +-65504 and casts it to float16. Else returns x itself."""
+    """Clamps x to +-65504 and casts it to float16 if `dtype` is float16. Else returns x itself."""
     return x.clamp(-65504, 65504).half() if dtype == torch.float16 != x.dtype else x
 
 
@@ -94,7 +94,7 @@ class GlobalResponseNorm(nn.Module):
 
 
 class Depthwise(nn.Conv2d):
-    """A convolution that casts its weights to x's dtype, because `widen` makes x float32."""
+    """A convolution that casts its weights to x's dtype: with float16 weights, x is float32."""
     def forward(self, x: Tensor) -> Tensor:
         """x (B,C,H,W) -> (B,C',H,W)."""
         return self._conv_forward(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
@@ -103,7 +103,7 @@ class Depthwise(nn.Conv2d):
 class ResBlock(nn.Module):
     """x + MLP(norm(depthwise(x))): a convolution mixes positions, then a wide MLP mixes channels.
 
-    In Stage B the MLP has more inputs, `extras`: skip connection of the U-Net, semantic latents.
+    In Stage B the MLP also gets `extras`: the U-Net's skip connection and the semantic latents.
     Source: the block of ConvNeXt V2, arXiv:2301.00808, with a smaller kernel."""
     def __init__(self, c: int, c_skip: int = 0, kernel_size: int = 3, dropout: float = 0.0):
         super().__init__()
@@ -123,7 +123,7 @@ class ResBlock(nn.Module):
 
 
 class TimestepBlock(nn.Module):
-    """Conditions on the noise level: scales and shifts each channel by numbers computed from t."""
+    """Conditions x on the noise level t: scales and shifts each channel by functions of t."""
     def __init__(self, c: int, c_timestep: int):
         super().__init__()
         self.mapper = nn.Linear(c_timestep, 2 * c)
@@ -190,7 +190,7 @@ def resize_semantic(semantic: Tensor, size: tuple[int, int]) -> Tensor:
 class StageB(nn.Module):
     """The diffusion decoder (DiffNeXt). Defaults are the official sizes (1055 M parameters).
 
-    Each list has one entry per level, a resolution of the U-Net. Level 0 is the finest.
+    List arguments have one entry per level, a resolution of the U-Net. Level 0 is the finest.
     levels  patterns of blocks: C = ResBlock, T = TimestepBlock, A = AttentionBlock. Level i repeats
             its pattern blocks[i] times.
     inject  whether a level's ResBlocks get the semantic latents. The finest level does not: there
@@ -239,7 +239,7 @@ class StageB(nn.Module):
             c_skip = c_cond if inject[i] else 0
             self.down_blocks.append(nn.ModuleList(
                 block(letter, i, c_skip) for letter in levels[i] * blocks[i]))
-            # In the up path, a level's first block also gets the skip connection.
+            # Except at the coarsest level, up_blocks' first block also gets the skip connection.
             self.up_blocks.append(nn.ModuleList(
                 block(letter, i, c_skip + (c_hidden[i] if k == 0 and i < depth - 1 else 0))
                 for k, letter in enumerate(levels[i] * blocks[i])))
@@ -254,13 +254,13 @@ class StageB(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         for mapper in [self.embed_text, *self.semantic_down, *self.semantic_up]:
-            if mapper is not None:             # small weights: semantic latents have std 42
+            if mapper is not None:             # small weights, because semantic latents have std 42
                 nn.init.normal_(mapper.weight, std=0.02)
         nn.init.zeros_(self.head.weight)       # an untrained network then predicts 2 x_t
         for module in self.modules():
-            if isinstance(module, ResBlock):   # so that their sum does not grow with the depth
+            if isinstance(module, ResBlock):   # so the blocks' sum does not grow with the depth
                 module.contract.weight *= math.sqrt(1 / sum(self.config["blocks"]))
-            elif isinstance(module, TimestepBlock):    # at first, t has no effect
+            elif isinstance(module, TimestepBlock):    # so that t has no effect at first
                 nn.init.zeros_(module.mapper.weight)
 
     def forward(self, x_t: Tensor, t: Tensor, semantic: Tensor, text: Tensor) -> Tensor:
@@ -276,7 +276,7 @@ class StageB(nn.Module):
 
     def signal_and_scale(self, x_t: Tensor, t: Tensor, semantic: Tensor,
                          text: Tensor) -> tuple[Tensor, Tensor]:
-        """Computes the a and b of `forward`, 2 x (B,4,h,w). train_b.py has a loss on each."""
+        """Computes a (signal) and b (noise scale) for `forward` and train_b.py: 2 x (B,4,h,w)."""
         _, channels, h, w = x_t.shape
         if channels != self.config["c_in"] or h % self.multiple or w % self.multiple:
             raise ValueError(
@@ -297,7 +297,7 @@ class StageB(nn.Module):
             x = self.run_level(self.down_blocks[i], self.semantic_down[i], x, t_embedding, semantic,
                                text)                                               # (B, H, W, C_i)
             skips.append(x)
-        skips[-1] = None                    # the coarsest level needs no skip, it continues from x
+        skips[-1] = None         # the coarsest level needs no skip, because the up path starts at x
         for i in reversed(range(depth)):                        # from coarsest to finest level
             x = self.run_level(self.up_blocks[i], self.semantic_up[i], x, t_embedding, semantic,
                                text, skips[i])                                     # (B, H, W, C_i)
@@ -312,7 +312,7 @@ class StageB(nn.Module):
     def run_level(self, blocks: nn.ModuleList, mapper: nn.Linear | None, x: Tensor,
                   t_embedding: Tensor, semantic: Tensor, text: Tensor,
                   skip: Tensor | None = None) -> Tensor:
-        """Applies one level's blocks, x (B,H,W,C) -> (B,H,W,C). skip: the skip connection."""
+        """Applies a level's blocks: x (B,H,W,C) -> (B,H,W,C). mapper: for `semantic`, or None."""
         extras = [] if mapper is None else [mapper(resize_semantic(semantic, x.shape[1:3]))]
         for k, block in enumerate(blocks):
             if isinstance(block, ResBlock):
@@ -355,8 +355,8 @@ class EfficientNetEncoder(nn.Module):
 class TinyImageEncoder(nn.Module):
     """A small image encoder for 128 px: four levels of ResBlocks, 7 % of EfficientNet's compute.
 
-    The last BatchNorm has a fixed weight of 42 and bias of -1. So Stage C, which gets (latents + 1)
-    / 42 as with the released weights, gets mean 0 and variance 1, as diffusion expects."""
+    The last BatchNorm has a fixed weight of 42 and bias of -1. So Stage C's input, (latents + 1) /
+    42 as for the released weights, has mean 0 and variance 1, as diffusion expects."""
     def __init__(self, c_semantic: int = 16, c_hidden=(32, 64, 128, 256), blocks=(1, 2, 2, 2)):
         super().__init__()
         self.config = dict(c_semantic=c_semantic, c_hidden=tuple(c_hidden), blocks=tuple(blocks))
@@ -393,6 +393,6 @@ def preprocess(images: Tensor, size: int | tuple[int, int] = 768) -> Tensor:
     images = F.interpolate(images, size=size, mode="bilinear", antialias=True, align_corners=False)
     top, left = size[0] % 32 // 2, size[1] % 32 // 2
     images = images[..., top:top + size[0] // 32 * 32, left:left + size[1] // 32 * 32]
-    mean, std = (torch.cat([images.new_full((1, 1, 1), v) for v in values])  # no copy from the CPU
+    mean, std = (torch.cat([images.new_full((1, 1, 1), v) for v in values])  # made on the device
                  for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     return (images - mean) / std                                                   # (B, 3, H', W')

@@ -3,12 +3,12 @@
   caption -CLIP-> (B,77,1280) -[C]-> (B,16,24,24) -[B]-> (B,4,256,256) -[A]-> (B,3,1024,1024)
 
 Stage C decides what is in the image; Stages B and A add detail. 1024 px become 24 positions per
-side (42.67 : 1), so it works on 576 positions, needs no U-Net, and is cheap to train: this is the
-whole point of Würstchen. It is a diffusion model: given noisy latents, the noise level and the
+side (42.67 : 1), so Stage C has only 576 positions, needs no U-Net, and is cheap to train: this is
+the whole point of Würstchen. It is a diffusion model: given noisy latents, the noise level and the
 text, it predicts the noise. wuerstchen.py starts from pure noise and removes it in about 30 steps.
 In   x_t (B,16,h,w) noisy latents of any size; t (B,) noise level, 0 = clean, 1 = noise;
      text (B,77,1280) of CLIP-bigG
-Out  eps (B,16,h,w), the noise in x_t. Note: the last layer does not output it directly, see
+Out  eps (B,16,h,w), the noise in x_t. Note: the last layer does not output eps directly, see
      StageC.forward.
 
 Inside, activations are channels-last, (B,H,W,C): a Linear or a norm then reads C contiguously, and
@@ -41,18 +41,18 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def layer_norm(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Normalises x (...,C) to mean 0, variance 1 over C. Casts it to `dtype` if that is 16-bit."""
+    """Normalises x (...,C) to mean 0, variance 1 over C. Casts the result to `dtype` if 16-bit."""
     x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
     return x.to(dtype) if dtype in (torch.float16, torch.bfloat16) else x
 
 
 def widen(x: Tensor) -> Tensor:
-    """Casts float16 to float32: residual sums over the blocks exceed float16's maximum, 65504."""
+    """Casts float16 to float32, because sums over blocks can exceed float16's maximum, 65504."""
     return x.float() if x.dtype == torch.float16 else x
 
 
 def narrow(x: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """If `dtype` is float16, clamps x to +-65504 and casts it to float16. Else returns x itself."""
+    """Clamps x to +-65504 and casts it to float16 if `dtype` is float16. Else returns x itself."""
     return x.clamp(-65504, 65504).half() if dtype == torch.float16 != x.dtype else x
 
 
@@ -93,7 +93,7 @@ class GlobalResponseNorm(nn.Module):
 
 
 class Depthwise(nn.Conv2d):
-    """A convolution that casts its weights to x's dtype, because `widen` makes x float32."""
+    """A convolution that casts its weights to x's dtype: with float16 weights, x is float32."""
     def forward(self, x: Tensor) -> Tensor:
         """x (B,C,H,W) -> (B,C',H,W)."""
         return self._conv_forward(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
@@ -102,7 +102,7 @@ class Depthwise(nn.Conv2d):
 class ResBlock(nn.Module):
     """x + MLP(norm(depthwise(x))): a convolution mixes positions, then a wide MLP mixes channels.
 
-    In Stage B the MLP has more inputs, `extras`: skip connection of the U-Net, semantic latents.
+    In Stage B the MLP also gets `extras`: the U-Net's skip connection and the semantic latents.
     Source: the block of ConvNeXt V2, arXiv:2301.00808, with a smaller kernel."""
     def __init__(self, c: int, c_skip: int = 0, kernel_size: int = 3, dropout: float = 0.0):
         super().__init__()
@@ -122,7 +122,7 @@ class ResBlock(nn.Module):
 
 
 class TimestepBlock(nn.Module):
-    """Conditions on the noise level: scales and shifts each channel by numbers computed from t."""
+    """Conditions x on the noise level t: scales and shifts each channel by functions of t."""
     def __init__(self, c: int, c_timestep: int):
         super().__init__()
         self.mapper = nn.Linear(c_timestep, 2 * c)
@@ -168,14 +168,14 @@ class AttentionBlock(nn.Module):
 
 def keep_products(context, operation, *inputs, **options) -> CheckpointPolicy:
     """Policy of checkpointing "products": keeps results of attention and large matrix products for
-    the backward pass, which recomputes the others (norms, activations, convolutions, LoRA)."""
+    the backward pass, which recomputes all others (norms, activations, convolutions, LoRA)."""
     name = operation.__name__
     large = name.startswith(("addmm", "mm", "linear")) and min(inputs[-1].shape) >= 128
     keep = large or "scaled_dot_product" in name
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-# {name: options of `checkpoint`}. "blocks" keeps only the input of each block, see StageC.forward.
+# {name: options of `checkpoint`}. "blocks" keeps only the inputs of blocks and recomputes the rest.
 CHECKPOINTING = dict(blocks={}, products=dict(
     context_fn=functools.partial(create_selective_checkpoint_contexts, keep_products)))
 
@@ -209,13 +209,13 @@ class StageC(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.zeros_(self.head.weight)       # an untrained network then predicts x_t
-        for block in self.res_blocks:          # so that their sum does not grow with the depth
+        for block in self.res_blocks:          # so the blocks' sum does not grow with the depth
             block.contract.weight *= math.sqrt(1 / len(self.res_blocks))
         for block in self.timestep_blocks:     # so that t has no effect at first
             nn.init.zeros_(block.mapper.weight)
 
     def block(self, i: int, x: Tensor, t_embedding: Tensor, text: Tensor) -> Tensor:
-        """Applies the three blocks of depth i to x (B,h,w,C), with text (B,N,C) -> (B,h,w,C)."""
+        """Applies the three blocks number i: x (B,h,w,C), text (B,N,C) -> (B,h,w,C)."""
         x = self.timestep_blocks[i](self.res_blocks[i](x), t_embedding)              # (B, h, w, C)
         return self.attention_blocks[i](x, text)                                     # (B, h, w, C)
 
@@ -243,5 +243,5 @@ class StageC(nn.Module):
         # With ab = alphas_cumprod, x_t = sqrt(ab) x_0 + sqrt(1 - ab) eps, and therefore
         # eps = (x_t - sqrt(ab) x_0) / sqrt(1 - ab). The head's two outputs stand for the unknowns:
         # a for the signal sqrt(ab) x_0, |1 - b| for the noise scale sqrt(1 - ab). At first
-        # a = b = 0, so eps = x_t, almost right at high noise. abs() and 1e-5 avoid division by 0.
+        # a = b = 0, so eps = x_t, a good start at high noise. abs() and 1e-5 avoid division by 0.
         return (x_t - a) / ((1 - b).abs() + 1e-5)                                    # (B, 16, h, w)

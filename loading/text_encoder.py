@@ -2,9 +2,9 @@
 
   prompt -Tokenizer-> ids (B,77), mask (B,77) -CLIPTextModel-> (B,77,D)
 
-D is 1280 for Stage C (CLIP-bigG, 32 layers), 1024 for Stage B (CLIP-H, 24 layers). It is a GPT-like transformer: each
+D is 1280 for Stage C (CLIP-bigG, 32 layers), 1024 for Stage B (CLIP-H, 24 layers). Both are GPT-like models: each
 token attends to itself and to earlier tokens. CLIP was trained to make one vector per caption similar to its image's
-vector; Stages B and C use the vectors of all tokens. Modules have the names of the published files.
+vector; Stages B and C use the vectors of all tokens. Submodules have the same names as in the published weights.
 Paper: arXiv:2103.00020.  Needs: torch, tokenizers.
 """
 import json
@@ -27,7 +27,7 @@ WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p
 # ----- text -> token ids ---------------------------------------------------------------------------------------------
 
 def byte_pair_encoding(vocabulary: dict[str, int], merges: list[tuple[str, str]]):
-    """Builds CLIP's tokenizer. It lowercases a text, splits it into words and words into bytes, and merges pairs."""
+    """Builds CLIP's tokenizer. It splits lowercase words into bytes, then merges pairs in the order of `merges`."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, end_of_word_suffix="</w>", unk_token=END))
     tokenizer.normalizer = normalizers.Sequence(
@@ -42,10 +42,10 @@ def byte_pair_encoding(vocabulary: dict[str, int], merges: list[tuple[str, str]]
 
 class Tokenizer:
     """Splits texts into tokens: n texts -> ids (n,N) and mask (n,N), which is 1 at tokens and 0 at padding.
-    bpe: see byte_pair_encoding. config: tokenizer_config.json; only pad_token and model_max_length (N) are used."""
+    bpe: a tokenizers.Tokenizer. config: tokenizer_config.json; only its pad_token and model_max_length (N) are used."""
     def __init__(self, bpe, config: dict):
         self.bpe, self.config, self.length = bpe, USUAL | config, int(config.get("model_max_length", 77))
-        bpe.no_padding()                                          # tokenizer.json may turn on padding and truncation
+        bpe.no_padding()                  # tokenizer.json may turn on padding and truncation; here __call__ does both
         bpe.no_truncation()
         pad = self.config["pad_token"]
         self.pad = bpe.token_to_id(pad["content"] if isinstance(pad, dict) else pad)
@@ -54,11 +54,11 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":
-        """Reads tokenizer.json, or vocab.json and merges.txt. Invalid files raise errors of json and tokenizers."""
+        """Reads tokenizer.json if it exists, else vocab.json and merges.txt. Raises errors of json and tokenizers."""
         import tokenizers
         found = {name: (Path(folder) / name).read_text("utf-8") for name in FILES if (Path(folder) / name).is_file()}
         config = json.loads(found.get("tokenizer_config.json", "{}"))
-        if "added_tokens_decoder" not in config:                  # older files have the special tokens separately
+        if "added_tokens_decoder" not in config:        # in older formats, another file has the special tokens
             config |= json.loads(found.get("special_tokens_map.json", "{}"))
         if "tokenizer.json" in found:
             return cls(tokenizers.Tokenizer.from_str(found["tokenizer.json"]), config)
@@ -71,12 +71,12 @@ class Tokenizer:
         return {"tokenizer.json": self.bpe.to_str(pretty=True), "tokenizer_config.json": f"{config}\n"}
 
     def __call__(self, texts: list[str], length: int | None = None) -> tuple[Tensor, Tensor]:
-        """Converts n texts to ids and mask (n,N). length: N, at most model_max_length. Warns if it cuts off a text."""
+        """Converts n texts to ids and mask (n,N). N is `length`, at most model_max_length. Warns if it cuts a text."""
         length = min(length or self.length, self.length)
         ids, mask = torch.full((len(texts), length), self.pad), torch.zeros(len(texts), length, dtype=torch.long)
         for i, text in enumerate(texts):
             found = self.bpe.encode(text)
-            tokens = found.ids[:-1][:length - 1] + found.ids[-1:]         # keeps the last token, the end token
+            tokens = found.ids[:-1][:length - 1] + found.ids[-1:]         # a text that is cut off also ends with END
             if len(tokens) < len(found):
                 warnings.warn(f"a prompt is longer than the {length} tokens that the text encoder takes; this part "
                               f"was cut off: {text[found.offsets[length - 1][0]:]!r}")
@@ -115,7 +115,7 @@ class Layer(nn.Module):
 
 
 class CLIPTextModel(nn.Module):
-    """CLIP's text transformer: token ids (B,N), mask (B,N) -> (B,N,D). Arguments: keys of config.json; _: the rest."""
+    """CLIP's text transformer: ids (B,N), mask (B,N) -> (B,N,D). Arguments: keys of config.json; ignores all others."""
     def __init__(self, vocab_size: int = 49408, hidden_size: int = 512, intermediate_size: int = 2048,
                  num_hidden_layers: int = 12, num_attention_heads: int = 8, max_position_embeddings: int = 77,
                  hidden_act: str = "quick_gelu", layer_norm_eps: float = 1e-5, **_):

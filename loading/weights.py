@@ -4,7 +4,7 @@
   text_encoder/config.json, model.safetensors; tokenizer/          <->  text encoder, in transformers' format
 
 Loading is strict, because weights in the wrong place raise no error later but give bad images: every tensor must be
-known, present, of the right shape and free of NaN. Any problem with a file raises WeightsError with one line.
+known, present, of the right shape and free of NaN. Any problem with a file raises WeightsError, a message of one line.
 names.py translates names, files.py reads and writes files. Nothing is downloaded, and code in a file is not executed.
 Needs: torch, safetensors; tokenizers for text encoders.
 """
@@ -34,7 +34,7 @@ from v1.stage_b import StageBV1
 # ----- loading -------------------------------------------------------------------------------------------------------
 
 class NoStartValues(torch.overrides.TorchFunctionMode):
-    """Skips normal_ and randn. On the meta device they draw no values, but make torch import its slow compiler."""
+    """Context manager that skips normal_ and randn: on the meta device they would only import torch's slow compiler."""
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is nn.init.normal_:
             return kwargs["tensor"]
@@ -51,11 +51,11 @@ def config_of(path: str | Path) -> dict | None:
     return own or (read_config(path.parent) if (path.parent / "config.json").is_file() else None)
 
 
-IMPOSSIBLE = (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError)     # errors due to invalid sizes
+IMPOSSIBLE = (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError)   # raised by models for invalid sizes
 
 
 def new_model(stage: type, config: str | Path | None, **sizes) -> nn.Module:
-    """Returns a model with random weights. `sizes` override the sizes in `config`, a config.json or its folder.
+    """Returns a model with random weights. `sizes` override those in `config`: a config.json, its folder, or None.
     Raises UserError if the sizes are invalid, or if they need more memory than is free."""
     try:
         if config:
@@ -72,10 +72,10 @@ def new_model(stage: type, config: str | Path | None, **sizes) -> nn.Module:
 
 
 def official_sizes(stage: type, shapes: dict[str, tuple]) -> dict:
-    """Guesses arguments of `stage` from tensors' shapes, without config.json: v1's, or {} for v2 (the defaults)."""
+    """Guesses arguments of `stage` from tensors' shapes if there is no config.json: v1's, or {} for v2's defaults."""
     shape = signature_shape(stage, shapes)
     if stage is StageC and shape[1:] == (1024,):
-        return dict(c_cond=1024)                             # the text width of CLIP-H
+        return dict(c_cond=1024)                             # v1: width of CLIP-H's vectors
     if stage is EfficientNetEncoder and shape[:1] == (32,):
         return dict(network="efficientnet_v2_l")
     return {}
@@ -142,10 +142,10 @@ def load(stage: type, path: str | Path, dtype: torch.dtype = torch.float32, int8
         raise WeightsError(f"{file.path}: {error}") from error
 
 
-load_stage_a = partial(load, StageA)            # the VQGAN, from a `vqgan` folder or a file
-load_stage_b = partial(load, StageB)            # the diffusion decoder of v2, from a `decoder` folder or a file
-load_stage_b_v1 = partial(load, StageBV1)       # the token model of v1, from a `decoder` folder or model_stage_b.pt
-load_stage_c = partial(load, StageC)            # the prior, from a `prior` folder or a file
+load_stage_a = partial(load, StageA)            # from a `vqgan` folder or a file
+load_stage_b = partial(load, StageB)            # from v2's `decoder` folder or a file
+load_stage_b_v1 = partial(load, StageBV1)       # from v1's `decoder` folder or model_stage_b.pt
+load_stage_c = partial(load, StageC)            # from a `prior` folder or a file
 
 
 def load_image_encoder(path: str | Path) -> EfficientNetEncoder | TinyImageEncoder:
@@ -154,7 +154,7 @@ def load_image_encoder(path: str | Path) -> EfficientNetEncoder | TinyImageEncod
     if config is None:
         return load(EfficientNetEncoder, path)
     ours = [name for name, stage in encoders.items() if in_our_words(config, stage)]
-    name = ours[0] if ours else str(config.get("_class_name")).removeprefix("Wuerstchen")  # OneTrainer adds a prefix
+    name = ours[0] if ours else str(config.get("_class_name")).removeprefix("Wuerstchen")  # added by OneTrainer
     if name not in encoders:
         raise WeightsError(f"{path}: its config.json describes a {name}, expected one of {', '.join(encoders)}")
     return load(encoders[name], path)
@@ -168,7 +168,7 @@ def load_text_encoder(folder: str | Path, tokenizer_folder: str | Path,
     also contain `position_ids`, which is 0, 1, 2, ... and is ignored. Raises WeightsError.
     """
     config, path = read_config(folder), Path(folder) / "config.json"
-    for name, most in CLIP_SIZES.items():   # sizes above `most` are typing errors: building would take hours
+    for name, most in CLIP_SIZES.items():   # a larger size is a typing error, and building would take hours
         if type(config.get(name, 1)) is not int or not 1 <= config.get(name, 1) <= most:
             raise WeightsError(f"{path} cannot be used: {name} is {config[name]!r:.80}, expected 1 to {most}")
     with reading(path, WeightsError, "cannot be used"), torch.device("meta"), NoStartValues():
@@ -184,7 +184,7 @@ def load_text_encoder(folder: str | Path, tokenizer_folder: str | Path,
         fill(model, ((names[name], tensor) for name, tensor in file if name in names), dtype)
     except WeightsError as error:
         raise WeightsError(f"{file.path}: {error}") from error
-    # This buffer is unused. With it, the hash that identifies training caches equals that of transformers' model.
+    # This unused buffer makes hash_of equal for our model and transformers' model, which then share training caches.
     positions = torch.arange(model.config["max_position_embeddings"])[None]                                 # (1, 77)
     model.embeddings.register_buffer("position_ids", positions, persistent=False)
     tokenizer = load_tokenizer(tokenizer_folder)
@@ -202,7 +202,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     found = [path for name in TOKENIZER_FILES if (path := Path(folder) / name).exists()]
     if not any(path.name in ("tokenizer.json", "vocab.json") for path in found):
         raise WeightsError(f"{folder} holds no tokenizer: expected tokenizer.json, or vocab.json and merges.txt")
-    for path in found:                             # raises errors that name the file, unlike Tokenizer.load
+    for path in found:                # only a check, because errors of Tokenizer.load do not name the file
         read_json(path) if path.suffix == ".json" else read_text(path, WeightsError)
     with reading(found[0], WeightsError, "or a tokenizer's file next to it cannot be read"):
         return Tokenizer.load(folder)
@@ -211,7 +211,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 # ----- checks of files, without reading the values of tensors ---------------------------------------------------------
 
 def check_widths(width: int, folder: str | Path, stage: str) -> None:
-    """Raises WeightsError unless the text encoder in `folder` outputs vectors of the width that a stage expects."""
+    """Raises WeightsError unless the text encoder in `folder` outputs vectors of the `width` that `stage` expects."""
     found = read_config(folder).get("hidden_size")
     if found != width:
         raise WeightsError(f"{stage} takes texts of width {width}, the text encoder {folder} gives {found}: "
@@ -219,7 +219,7 @@ def check_widths(width: int, folder: str | Path, stage: str) -> None:
 
 
 def stage_b_of(path: str | Path) -> type:
-    """Returns the class of a decoder, StageB or StageBV1: from its configuration, or else from its tensors' names."""
+    """Returns the class for a decoder's weights, StageB or StageBV1: by their configuration, else by tensors' names."""
     config = config_of(path)
     if config is not None:
         v1 = config.get("_class_name") == FORMATS[StageBV1].class_name or in_our_words(config, StageBV1)
@@ -229,7 +229,7 @@ def stage_b_of(path: str | Path) -> type:
 
 
 def is_tiny(path: str | Path) -> bool:
-    """Returns whether the image encoder is a TinyImageEncoder, the one of models/tiny, for images of 128 px."""
+    """Returns whether the image encoder at `path` is a TinyImageEncoder, which is made for images of 128 px."""
     config = config_of(path) or {}
     return config.get("_class_name") == "TinyImageEncoder" or in_our_words(config, TinyImageEncoder)
 
@@ -243,7 +243,7 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
     """
     if isinstance(model, StageA):
         assert model.config["scale_factor"] == model.scale_factor, "scale_factor was changed in one place only"
-    tensors = to_half(to_diffusers(model.state_dict(), model))     # if this fails, the old files are still there
+    tensors = to_half(to_diffusers(model.state_dict(), model))     # if this fails, no file has changed yet
     write_files(config_to_diffusers(model), tensors, folder, STEM)
 
 
@@ -255,7 +255,7 @@ def extract_image_encoder(file: str | Path, folder: str | Path) -> None:
 
 
 def save_scheduler(folder: str | Path) -> None:
-    """Writes a `scheduler` folder, which diffusers requires. Our code has only this noise schedule."""
+    """Writes the `scheduler` folder that diffusers requires, with the only noise schedule that our code supports."""
     config = dict(_class_name="DDPMWuerstchenScheduler", s=0.008, scaler=1.0)
     write_atomically(Path(folder) / "scheduler_config.json",
                      lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
@@ -264,7 +264,7 @@ def save_scheduler(folder: str | Path) -> None:
 def save_text_encoder(encoder: TextEncoder, folder: str | Path, tokenizer_folder: str | Path) -> None:
     """Saves a text encoder in float16, and its tokenizer, with the names and in the format of transformers."""
     config = dict(architectures=["CLIPTextModel"], model_type="clip_text_model", **encoder.model.config,
-                  dtype="float16", torch_dtype="float16")         # keys of transformers 5 and of 4
+                  dtype="float16", torch_dtype="float16")         # keys that transformers 5 and 4 read
     tensors = {f"text_model.{name}": tensor for name, tensor in encoder.model.state_dict().items()}
     write_files(config, to_half(tensors), folder, "model")
     for name, content in encoder.tokenizer.files().items():

@@ -4,7 +4,7 @@
 
 A model generates an image for any text, so it cannot detect an unknown word. words.json lists all words of the captions
 that Stage C was trained on; train_c.py writes it for emoji scenes. Other weights, such as v2 or a fine-tune on other
-captions, have no such list, so they cause no warning. A model with a LoRA does not warn: the LoRA may add words.
+captions, have no words.json, so they cause no warning. A model with a LoRA does not warn: the LoRA may add words.
 Needs: lora.py; torch.
 """
 import difflib
@@ -49,14 +49,14 @@ def nearest_phrases(unknown: list[str], known: dict[str, list[str]], n: int = 3)
 
 
 def warn_of_unknown_words(model: Wuerstchen, prior: Path | None, loras: dict) -> Wuerstchen:
-    """Makes the model warn once for each unknown word in a prompt, and returns the model. Raises WeightsError."""
+    """Makes a model without LoRAs warn once for each unknown word in a prompt; returns it. Raises WeightsError."""
     known, seen, encode_text = read_words(prior), set(), model.encode_text
     if not known or loras:
         return model
 
     def encode_and_check(stage: str, prompts: list[str], negatives: list[str]) -> tuple:
         network = model.networks.get("stage_c")
-        if not (model.loras or isinstance(network, torch.nn.Module) and lora_layers(network)):     # without LoRA
+        if not (model.loras or isinstance(network, torch.nn.Module) and lora_layers(network)):    # a LoRA may add words
             for text in [*prompts, *negatives]:
                 unknown = [word for word in unknown_words(text, known) if word.lower() not in seen]
                 seen.update(map(str.lower, unknown))

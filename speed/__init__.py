@@ -1,1 +1,1 @@
-"""Makes the networks faster or smaller. Loading a model applies each method with one call."""
+"""Makes the networks faster or smaller. Each method is one call, which Wuerstchen.load makes."""

@@ -11,9 +11,9 @@ The stage files are simple, not fast. A sampler calls a network 10 to 60 times w
   product, stored next to the text's keys and values; all scales and shifts of a sampling are one product (untried);
 - on a CPU, where allocation takes time, wide activations are computed in place, and Stage A in bands of rows.
 
-bind_c, bind_b and bind_b_v1 return functions for one sampling, which run the blocks of the network. They call its
-layers, so LoRAs and int8 layers work as usual. If a LoRA is added, scaled, switched or removed between two steps, the
-prepared tensors are computed again. These functions are only for sampling: they compute no gradients.
+bind_c, bind_b and bind_b_v1 return functions for one sampling. These functions call the layers of the network, so LoRAs
+and int8 layers work as usual. If a LoRA is added, scaled, switched or removed between two steps, the prepared tensors
+are computed again. The functions compute no gradients, so they are only for sampling.
 Needs: torch; stage_a.py, stage_b.py, stage_c.py, lora.py, int8.py.
 """
 import functools
@@ -38,11 +38,11 @@ from stage_c import StageC
 def gelu_grn(norm: nn.Module, x: Tensor) -> Tensor:
     """Computes norm(gelu(x)) for a GlobalResponseNorm and x (B,H,W,C). On a CPU it overwrites x, except in float16.
 
-    A CPU needs time to allocate memory, and to read x again once it has left the cache. So it computes in place, 512
-    positions at a time. In bfloat16, torch's norm over positions takes three times as long as this whole function.
+    A CPU needs time to allocate memory, and to read x again once it has left the cache. So x is overwritten, in steps
+    of 512 positions. In bfloat16, torch's norm over positions takes three times as long as this whole function.
     """
     if few_launches(x.device) and not torch.compiler.is_compiling() and x.dtype == norm.gamma.dtype:
-        h = F.gelu(x)                          # this branch launches 6 kernels instead of 8
+        h = F.gelu(x)                          # this branch launches 6 kernels, norm(gelu(x)) 8
         dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
         energy = torch.linalg.vector_norm(h, dim=(1, 2), keepdim=True, dtype=dtype)      # (B, 1, 1, C)
         mean, epsilon, one = constants(x.shape[-1], dtype, x.device)
@@ -61,20 +61,20 @@ def gelu_grn(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def few_launches(device: torch.device) -> bool:
-    """Returns whether to join products into fewer kernels. Not on a CPU: there, rounding would change images."""
+    """Returns whether to join matrix products for fewer kernels; False on a CPU, where rounding would change images."""
     return device.type != "cpu"
 
 
 @functools.cache
 def constants(width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns three tensors: weight and bias of a layer that computes (mean of `width` numbers) + 1e-6, and a 1."""
+    """Returns three tensors: weight and bias of a Linear that computes 1e-6 + the mean of `width` inputs; and a 1."""
     return (torch.full((1, width), 1 / width, dtype=dtype, device=device),
             torch.full((1,), 1e-6, dtype=dtype, device=device), torch.ones((), dtype=dtype, device=device))
 
 
 def text_kv(block: AttentionBlock, text: Tensor, lean: bool) -> tuple:
-    """Returns the text's keys and values for `attend`. If lean, joins them, and appends the joint weight and bias of
-    query, key and value. The layers' weights and biases become views of the joint ones, so nothing is stored twice."""
+    """Returns (keys, values) of the text for `attend`. If lean: (keys and values joined, weight, bias); weight and bias
+    join those of query, key and value, which become views of the joint tensors, so nothing is stored twice."""
     kv, layers = block.text_kv(text), (block.query, block.key, block.value)
     if not lean or any(type(layer) is not nn.Linear for layer in layers):
         return kv
@@ -85,7 +85,7 @@ def text_kv(block: AttentionBlock, text: Tensor, lean: bool) -> tuple:
 
 
 def attend(block: AttentionBlock, x: Tensor, kv: tuple) -> Tensor:
-    """Computes block.attend for x (B,H,W,C) and the result kv of the function text_kv above."""
+    """Computes what block.attend computes, for x (B,H,W,C). kv: the result of the function text_kv above."""
     if len(kv) == 2:
         return block.attend(x, kv)
     text, weight, bias = kv
@@ -101,7 +101,7 @@ def attend(block: AttentionBlock, x: Tensor, kv: tuple) -> Tensor:
 
 def all_mappers(network: nn.Module, blocks: list[TimestepBlock], lean: bool, levels: Tensor | None) -> tuple | None:
     """Joins the linear layers `mapper` of all blocks. Returns (function t (B,) -> all scales and shifts, widths of the
-    blocks), or None if not lean or a layer is not a Linear. levels: noise levels to compute in advance, or None."""
+    blocks), or None if not lean or a layer is not a Linear. levels: falling t to compute in advance, or None."""
     layers = [block.mapper for block in blocks]
     if not lean or any(type(layer) is not nn.Linear for layer in layers):
         return None
@@ -133,12 +133,12 @@ def timestep_blocks(network: nn.Module) -> list[TimestepBlock]:
 
 
 def can_split(layer: nn.Module) -> bool:
-    """Returns whether `part` works for a layer. Other layers, such as those with a LoRA, need their whole input."""
+    """Returns whether `part` works for a layer. Other layers, such as a LoRALayer, need their whole input."""
     return type(layer) in (nn.Linear, Int8Linear)
 
 
 def part(layer: nn.Linear | Int8Linear, x: Tensor, start: int = 0) -> Tensor:
-    """Returns a summand of layer(input): weight[:, start:start + C'] x for x (...,C'), plus the bias if start is 0."""
+    """Returns what x (...,C'), the inputs from index `start`, adds to layer(inputs); at start 0, also adds the bias."""
     if isinstance(layer, Int8Linear):
         return layer.part(x, start)
     return F.linear(x, layer.weight[:, start:start + x.shape[-1]], None if start else layer.bias)
@@ -147,7 +147,7 @@ def part(layer: nn.Linear | Int8Linear, x: Tensor, start: int = 0) -> Tensor:
 def res_block(block: ResBlock, x: Tensor, skip: Tensor | None = None, condition: Tensor | None = None,
               share: Tensor | None = None) -> Tensor:
     """Computes block(x, skip, condition) for x (B,H,W,C). share (B,H,W,4C): the result of `part` for the condition, if
-    it was computed before; condition is then None."""
+    that result was computed before; condition is then None."""
     extras = [extra for extra in (skip, condition) if extra is not None]
     mixed = x
     if block.depthwise.in_channels > x.shape[-1]:          # v1's SkipResBlock: the skip connection is convolved too
@@ -173,11 +173,11 @@ def res_block(block: ResBlock, x: Tensor, skip: Tensor | None = None, condition:
 def bind(network: nn.Module, step: Callable, prepare: Callable) -> Callable[[Tensor, Tensor], Tensor]:
     """Returns forward(x_t, t) = step(network, x_t, t, prepare(size)), where size is (h,w) of x_t.
     prepare is called only at the first step, and after a change of the size or of the network's LoRAs. If step has an
-    attribute `fixed`, a dict, prepared tensors have the same addresses in every sampling, see at_fixed."""
+    attribute `fixed`, see at_fixed, all samplings share prepared tensors, so prepare is also called after others."""
     parents = [module for module in network.modules() if module._modules]
     before, prepared, token, fixed = None, None, object(), getattr(step, "fixed", None)
 
-    def state() -> tuple[list, list]:          # takes 0.1 ms at official size; module.children() would take 2 ms
+    def state() -> tuple[list, list]:          # runs at each step in 0.1 ms; module.children() would take 2 ms
         layers = [layer for parent in parents for layer in parent._modules.values()]
         loras = [lora for layer in layers if isinstance(layer, LoRALayer) for lora in layer.adapters.values()]
         return layers, [(lora, lora.scale, lora.enabled, lora.merged) for lora in loras]
@@ -186,7 +186,7 @@ def bind(network: nn.Module, step: Callable, prepare: Callable) -> Callable[[Ten
     def forward(x_t: Tensor, t: Tensor) -> Tensor:
         nonlocal before, prepared
         now = (x_t.shape[-2:], state())
-        if now != before or fixed and step.user is not token:     # the latter: another sampling has overwritten `fixed`
+        if now != before or fixed and step.user is not token:     # user: the sampling that wrote `fixed` last
             before, prepared = now, prepare(x_t.shape[-2:])
             if fixed is not None:
                 prepared, step.user = at_fixed(fixed, prepared), token
@@ -197,12 +197,12 @@ def bind(network: nn.Module, step: Callable, prepare: Callable) -> Callable[[Ten
 def at_fixed(fixed: dict, prepared: tuple) -> tuple:
     """Copies prepared tensors to fixed addresses: over the tensors of an earlier sampling with the same shapes, if any.
 
-    A CUDA graph reads its inputs from the addresses at which it was recorded. torch would copy other inputs there at
-    every step (0.7 GB for Stage B in float32 at 1024 px); this function copies once per sampling. fixed: {shapes: the
-    tensors}, of the last two sets of shapes, such as with and without guidance. Not yet tried on a GPU."""
+    A CUDA graph reads its inputs from the addresses at which it was recorded. torch would copy tensors from other
+    addresses at every step (0.7 GB for Stage B in float32 at 1024 px); this function copies once per sampling. fixed:
+    {shapes: tensors} for the last two sets of shapes, such as with and without guidance. Not yet tried on a GPU."""
     tensors = [x for x in tree_iter(prepared) if isinstance(x, Tensor)]
     key = tuple(x.shape for x in tensors)
-    fixed[key] = fixed.pop(key, tensors)                     # moves the key to the end: most recently used
+    fixed[key] = fixed.pop(key, tensors)                     # keys are in the order of their last use
     for x, new in zip(fixed[key], tensors):
         torch._dynamo.mark_static_address(x.copy_(new), guard=False)
     for old in [*fixed][:-2]:
@@ -216,12 +216,12 @@ def at_fixed(fixed: dict, prepared: tuple) -> tuple:
 def bind_c(network: StageC, text: Tensor, step: Callable | None = None,
            levels: Tensor | None = None) -> Callable[[Tensor, Tensor], Tensor]:
     """Returns forward(x_t, t) = network(x_t, t, text) for one sampling. text (B,N,c_cond). step: a compiled step_c.
-    levels: None, or the falling noise levels of the sampling: each t must be one of them."""
+    levels: None, or the sampling's falling noise levels, to compute results in advance. Each t must be one of them."""
     def prepare(size: tuple[int, int]) -> tuple[list[tuple], tuple | None]:
         embedded = network.embed_text(text)                                              # (B, N, C)
         return ([text_kv(block, embedded, lean) for block in network.attention_blocks],
                 all_mappers(network, network.timestep_blocks, lean, levels))
-    lean = step in (None, step_c) and few_launches(text.device)         # not if compiled: torch.compile joins kernels
+    lean = step in (None, step_c) and few_launches(text.device)         # if compiled, torch joins kernels itself
     return bind(network, step or step_c, prepare)
 
 
@@ -244,7 +244,7 @@ def bind_b(network: StageB, semantic: Tensor, text: Tensor, step: Callable | Non
     """Returns forward(x_t, t) = network(x_t, t, semantic, text). semantic (B,16,h',w'), text (B,N,c_text). step: a
     compiled step_b. levels: see bind_c.
 
-    keep_shares: compute the products of the semantic latents only once. At 1024 px, they take 0.7 GB in float32.
+    keep_shares: whether to keep the products of the semantic latents (0.7 GB in float32 at 1024 px) for all steps.
     """
     def prepare(size: tuple[int, int]) -> tuple[list[tuple], tuple | None]:
         embedded = layer_norm(network.embed_text(text))                                  # (B, N, c_cond)
@@ -291,7 +291,7 @@ def bind_b_v1(network: nn.Module, semantic: Tensor, text: Tensor,
 
 
 def step_b_v1(network: nn.Module, tokens: Tensor, t: Tensor, prepared: tuple) -> Tensor:
-    """Computes StageBV1.forward. prepared: the same kind of tuple as for step_b."""
+    """Computes StageBV1.forward. prepared: (list as for step_b, result of all_mappers)."""
     x = channels_first(layer_norm(network.embed_token(tokens)))                          # (B, c_token, h, w)
     x = layer_norm(network.embed(channels_last(F.pixel_unshuffle(x, network.patch_size))))
     x = u_net(network, x, t, prepared)                                                   # (B, h/2, w/2, C0)
@@ -333,8 +333,8 @@ def u_net(network: nn.Module, x: Tensor, t: Tensor, prepared: tuple) -> Tensor:
 
 @torch.no_grad()
 def decode(stage_a: StageA, latents: Tensor) -> Tensor:
-    """Computes stage_a.decode(latents). On a CPU, blocks with large inputs are computed in bands of rows: 8 % faster at
-    the official size."""
+    """Computes stage_a.decode(latents). On a CPU, blocks with large inputs are computed in bands of rows, which is 8 %
+    faster at the official size."""
     wrong = latents.shape[1] != stage_a.config["c_latent"]              # in this case, stage_a.decode raises an error
     if wrong or latents.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return stage_a.decode(latents)
@@ -346,14 +346,14 @@ def decode(stage_a: StageA, latents: Tensor) -> Tensor:
 
 
 def in_bands(block: VQResBlock, x: Tensor) -> Tensor:
-    """Computes block(x) for x (B,H,W,C) in bands of rows, of about 2^20 numbers, and its MLP for 512 positions at once.
-    So intermediate results fit the cache, and memory is allocated only once, which saves time."""
+    """Computes block(x) for x (B,H,W,C) in bands of rows, each of about 2^20 numbers, and the block's MLP for 512
+    positions at a time. So intermediate results fit the cache, and memory is allocated only once, which saves time."""
     height, n = x.shape[1], max(1, 2 ** 20 // x[0, 0].numel())
     y, wide = torch.empty(x.shape, dtype=x.dtype), x.new_empty(512, block.expand.out_features)
     scale, shift, gate = block.gammas[3:]
     for image, result in zip(x, y):
         for top in range(0, height, n):
-            # The convolution needs one more row above and below the band. At the border of the image, its first or last
+            # The convolution needs one more row above and below the band. At the border of the image, the first or last
             # row is repeated, which is also how the convolution pads.
             rows = torch.arange(top - 1, min(top + n, height) + 1).clamp(0, height - 1)
             band = block.mix(image[rows][None])[0, 1:-1].flatten(0, 1)                   # (n * W, C)
@@ -367,16 +367,16 @@ def in_bands(block: VQResBlock, x: Tensor) -> Tensor:
 # ----- the whole pipeline ----------------------------------------------------------------------------
 
 def accelerate(model, compile: bool = False, keep_shares: bool = True, offload: bool = False) -> None:
-    """Replaces bind_c, bind_b and decode_one of a Wuerstchen by the fast forms in this file.
+    """Replaces methods of a Wuerstchen by the fast forms in this file: bind_c, bind_b, decode_one and sample.
 
     The networks are looked up when a sampling begins, because with low_memory they are loaded again. compile: use
     torch.compile for the steps of Stages B and C; the first step then takes a minute, later prompts take no extra time.
-    keep_shares: see bind_b. offload: weights move between devices, so no CUDA graphs, which store their addresses.
+    keep_shares: see bind_b. offload: avoid CUDA graphs, because they store addresses of weights, and weights move.
     """
     steps = dict(c=step_c, b=step_b, b_v1=step_b_v1)
     if compile:
-        # On a GPU, "reduce-overhead" records a whole step as a CUDA graph. fullgraph is not used: torch keeps only a
-        # few compiled variants, for sizes and LoRA scales. More variants make steps slower; with fullgraph, they fail.
+        # On a GPU, "reduce-overhead" records a whole step as a CUDA graph. fullgraph is not used, because torch keeps
+        # only a few compiled variants (sizes, LoRA scales). More variants run slowly; with fullgraph, they would fail.
         mode = "reduce-overhead" if model.device.type == "cuda" and not offload else None
         steps = {name: torch.compile(step, mode=mode) for name, step in steps.items()}
         for step in steps.values() if mode else ():
@@ -384,7 +384,7 @@ def accelerate(model, compile: bool = False, keep_shares: bool = True, offload: 
 
     def bind_b_of_model(semantic: Tensor, text: Tensor, levels=None) -> Callable[[Tensor, Tensor], Tensor]:
         network = model.part("stage_b")
-        if type(network).__name__ == "StageBV1":           # v1/ imports speed/, so its class cannot be imported here
+        if type(network).__name__ == "StageBV1":           # StageBV1 is not imported here, because v1/ imports speed/
             return bind_b_v1(network, semantic, text, steps["b_v1"])
         return bind_b(network, semantic, text, steps["b"], keep_shares, levels)
 

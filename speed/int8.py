@@ -7,15 +7,15 @@ A layer's y = W x + b becomes y = s_x s_w (W8 x8) + b. W8 are whole numbers, s_w
 computed once. x8 are whole numbers, s_x is one scale per row, that is, per position of the image; both are computed at
 every call ("dynamic quantization"), because activations change. If a layer has at least as many inputs as outputs,
 x8 = 0 stands for the row's minimum. After GELU, where almost all numbers are above 0, this halves the rounding errors.
-Layers in FINE take their input in 16 bits: two products of 8 bits, twice the work, almost no rounding of the input.
+Layers in FINE take their input in 16 bits. This needs two products of 8 bits, but hardly rounds the input.
 
-In   any module tree of nn.Linear, float32
-Out  the same tree, with an Int8Linear for every nn.Linear with at least `least` inputs and outputs. Small layers stay
+In   any model in float32
+Out  the same model, with an Int8Linear for every nn.Linear with at least `least` inputs and outputs. Small layers stay
      float32: they take little time, and rounding harms most in the first and last layers of a network, which are small
 Note: on some processors weights range from -64 to 64 instead of 127. Processors with AVX2 but without VNNI add products
      of 8 bits in pairs, in 16 bits that saturate at 32767. 255 * 127 * 2 is larger, so the sum would be silently wrong;
      255 * 64 * 2 is not. `finest` tests the processor.
-Only for sampling: int8 weights cannot be trained. Merge LoRAs into the float weights first: lora.merge_and_unload.
+Only for sampling: int8 weights cannot be trained. First merge LoRAs into the float weights: lora.merge_and_unload.
 One scale per row and one per output are an idea of LLM.int8(), arXiv:2208.07339.
 Needs: torch only, with oneDNN, which torch has on x86. This file needs no other file of this repository.
 """
@@ -35,17 +35,17 @@ ROWS = 512       # rows to compute at a time: so few that intermediate results s
 
 
 def pack(weight8: Tensor) -> Tensor:
-    """Returns weight8 (N,K) int8 in the order that `product` needs on this processor; its to_dense() is (K,N). Packing
-    is done once per weight. It takes as long as 0.04 (AVX2), 0.5 (AVX-512), 1.1 (VNNI) or 4 (AMX) calls with 1152 rows.
+    """Returns weight8 (N,K) int8 in the order that `product` needs on this processor; the result's to_dense() is (K,N).
+    Packing takes as long as 0.04 (AVX2), 0.5 (AVX-512), 1.1 (VNNI) or 4 (AMX) calls of `product` with 1152 rows.
     """
-    return torch.ops.onednn.qlinear_prepack(weight8.contiguous(), None)            # qlinear_prepack ignores strides
+    return torch.ops.onednn.qlinear_prepack(weight8.contiguous(), None)      # because qlinear_prepack ignores strides
 
 
 def product(x8: Tensor, weight8: Tensor, scale: Tensor) -> Tensor:
     """Returns scale * (x8 - 128) @ weight8.T, (M,N) float32, of x8 (M,K) uint8, weight8 (N,K) int8, scale (N,).
 
-    weight8 may be packed. torch has several int8 products. With AVX2, 1 thread, (256,1536) x (1536,1536), compared to
-    float32: this one is 2.3 times as fast; torch._int_mm 28 times slower; _weight_int8pack_mm 1.3 times slower.
+    weight8 may be packed. torch has several int8 products. For (256,1536) x (1536,1536) on one thread with AVX2, this
+    one is 2.3 times as fast as float32, torch._int_mm 28 times slower, and _weight_int8pack_mm 1.3 times slower.
     quantized.linear_dynamic is 2.5 times as fast, but has one scale for all rows: an image would depend on its batch.
     """
     packed = weight8 if weight8.is_mkldnn else pack(weight8)
@@ -73,7 +73,7 @@ def is_exact(n: int) -> bool:
 
 
 def finest() -> int:
-    """Returns the largest int8 weight that is exact on this processor, 127 or 64. Raises ValueError if none is."""
+    """Returns the largest weight, 127 or 64, with exact int8 products on this processor. Raises ValueError if none."""
     try:
         fits = [n for n in (127, 64) if is_exact(n)]
     except (AttributeError, RuntimeError) as error:
@@ -85,7 +85,7 @@ def finest() -> int:
 
 
 def quantise_weight(weight: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Rounds weight (out,in) to whole numbers from -n to n. Returns these, (out,in) int8, and scales (out,) float32."""
+    """Rounds weight (out,in) to whole numbers from -n to n. Returns numbers (out,in) int8, scales (out,) float32."""
     weight = weight.detach().float()
     scale = weight.abs().amax(1) / n                                                     # (out,)
     return (weight / scale.clamp_min(1e-30)[:, None]).round_().to(torch.int8), scale
@@ -95,7 +95,7 @@ class Int8Linear(nn.Module):
     """A Linear with weight (out,in) int8, scale (out,) and bias (out,) float32. It starts empty; state_of fills it.
 
     fine: whether the input is taken in 16 bits, by two products of 8 bits.
-    The first product packs those columns of the weight that it needs. Once all columns are packed, `weight` is None.
+    A product packs the columns of the weight that it needs, at first use. Once all are packed, `weight` is None.
     total (out,), only if in >= out: the sum of each output's weights, with which of_rows adds back the rows' minimum.
     """
     def __init__(self, in_features: int, out_features: int, bias: bool = True, fine: bool = False, device=None):
@@ -121,7 +121,7 @@ class Int8Linear(nn.Module):
         super()._save_to_state_dict(*args)
 
     def packed(self, start: int, end: int) -> Tensor:
-        """Returns columns start to end of the weight in packed form. Packs them at the first call."""
+        """Returns columns start to end (excluded) of the weight in packed form. Packs them at the first call."""
         if (start, end) not in self.parts:
             if self.weight is None:                          # all columns are already packed, in other ranges
                 self.unpack()
@@ -141,7 +141,7 @@ class Int8Linear(nn.Module):
         return self.part(x, 0)
 
     def part(self, x: Tensor, start: int) -> Tensor:
-        """Returns what x (...,C'), the C' inputs from index `start`, adds to the output; with the bias if it is 0."""
+        """Returns what x (...,C'), the inputs from index `start`, adds to the output; at start 0 also the bias."""
         rows = x.flatten(0, -2)                                                          # (M, C')
         if torch.compiler.is_compiling() or len(rows) <= ROWS:
             y = self.of_rows(rows, start)                                                # (M, out)
@@ -154,7 +154,7 @@ class Int8Linear(nn.Module):
     def of_rows(self, rows: Tensor, start: int) -> Tensor:
         """Computes `part` for rows (M,C') -> (M,out)."""
         from_least = self.total is not None and rows.shape[-1] == self.in_features
-        least, most = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)             # (M, 1); rows.abs() is slower
+        least, most = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)            # (M, 1); faster than rows.abs()
         # Conversion to integers truncates, so 0.5 is added to round.
         if from_least:
             # A step below 1e-6 * |least| would make least / step inaccurate.
@@ -162,12 +162,12 @@ class Int8Linear(nn.Module):
             x8 = torch.addcmul(0.5 - least / step, rows, 1 / step)                       # (M, C') in 0..255
         else:
             step = torch.maximum(most, -least).clamp_min(1e-30) / 127                    # (M, 1)
-            x8 = torch.addcmul(rows.new_tensor(128.5), rows, 1 / step)                   # (M, C') in 1..255; 128: 0
+            x8 = torch.addcmul(rows.new_tensor(128.5), rows, 1 / step)                   # (M, C') in 1..255; 128 is 0
         whole = x8.to(torch.uint8)
         product = torch.ops.wuerstchen.int8_product
         y = product(whole, self.scale, self.number, start)                               # (M, out)
         if self.fine:
-            # The fraction that truncation dropped, in 1 / 256. The product subtracts 128 of them: the 0.5 added above.
+            # The dropped fraction in units of 1 / 256. The product subtracts 128 units, which are the 0.5 added above.
             fine = x8.sub_(whole).mul_(256).to(torch.uint8)
             y = y.add_(product(fine, self.scale, self.number, start), alpha=1 / 256)
         # x8 cannot hold NaN or infinity. But `step` is NaN or infinite if x is, and so the output is as well.
@@ -178,7 +178,7 @@ class Int8Linear(nn.Module):
 
 
 def state_of(name: str, weight: Tensor, n: int) -> dict[str, Tensor]:
-    """Returns {full name: tensor} of an Int8Linear for weight (out,in) of the linear layer `name`. n: see finest."""
+    """Returns an Int8Linear's {full name: tensor} except bias, for weight (out,in) of layer `name`. n: see finest."""
     weight8, scale = quantise_weight(weight, n)
     total = {f"{name}.total": scale * weight8.sum(1)} if weight.shape[1] >= weight.shape[0] else {}
     return {f"{name}.weight": weight8, f"{name}.scale": scale, **total}
@@ -194,7 +194,7 @@ def large(model: nn.Module, least: int = 128) -> list[str]:
 def to_int8(model: nn.Module, least: int = 128) -> list[str]:
     """Replaces the large linear layers by Int8Linear, one by one to save memory. Returns their names.
 
-    In a model on the meta device, the new layers are empty; fill them with `quantised`. Raises ValueError: see check.
+    In a model on the meta device, the new layers are empty; fill them with `quantised`. Raises ValueError, see `check`.
     """
     names, fine = large(model, least), FINE.get(type(model).__name__, ())
     check(model.get_submodule(name).weight.device for name in names)
@@ -224,7 +224,7 @@ def quantised(tensors: Iterable[tuple[str, Tensor]], names: Iterable[str]) -> It
 
 def one_image_at_a_time(model) -> None:
     """Makes a Wuerstchen compute Stages B and C for one image at a time, so that an image is the same to the bit in
-    every batch. Replaces its predictor.
+    every batch. Replaces the model's method `predictor`.
 
     The rows of an int8 layer do not depend on each other. But the float32 products between these layers depend on the
     number of rows, because MKL and oneDNN then sum in another order. That may change a rounding to 8 bits.
@@ -239,13 +239,13 @@ def one_image_at_a_time(model) -> None:
 
         def predict(x: Tensor, t: Tensor, guided: bool) -> Tensor:
             eps = [predict_one(x[i:i + 1].clone(), t[i:i + 1], guided) for i, predict_one in enumerate(each)]
-            return torch.stack(eps, dim=1).flatten(0, 1)                 # all outputs with text, then all without
+            return torch.stack(eps, dim=1).flatten(0, 1)                 # all predictions with text, then all without
         return predict
     model.predictor = predictor
 
 
 def check(devices: Iterable[torch.device], dtype: torch.dtype = torch.float32) -> None:
-    """Raises ValueError if int8 does not work exactly on one of `devices`. dtype: the other layers' dtype."""
+    """Raises ValueError if int8 is not exact on one of `devices`, or if `dtype` (of other layers) is not float32."""
     if dtype != torch.float32:
         raise ValueError(f"int8 computes in float32 between its products, not in {dtype}: remove one of them.")
     for device in devices:

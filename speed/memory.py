@@ -2,7 +2,7 @@
 
   one_at_a_time(model)     keeps one network in memory, and reads each network again when it is needed
   offload(model)           keeps one network on the GPU, the others in main memory
-  tile(model, 64)          decodes images in tiles of 64 x 64 latents; None: only if memory is short
+  tile(model, 64)          decodes images in tiles of 64 x 64 latents; tile(model, None) does so only if memory is short
 
 Each function is called once for a loaded pipeline, and replaces one of its methods. Wuerstchen.load(...,
 low_memory=True, offload=True) calls them. Needs: torch.
@@ -23,7 +23,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def one_at_a_time(model) -> None:
-    """Makes a Wuerstchen keep only one network in memory: frees it when another network is requested and loaded."""
+    """Makes a Wuerstchen keep only one network in memory: frees it before it loads another one."""
     plain, held = model.part, {}
 
     def part(name: str):
@@ -32,7 +32,7 @@ def one_at_a_time(model) -> None:
             return plain(name)
         if load not in held:
             held.clear()
-            gc.collect()                       # needed for networks with reference cycles
+            gc.collect()                       # frees networks that contain reference cycles
             if model.device.type == "cuda":
                 torch.cuda.empty_cache()
             held[load] = load()
@@ -62,7 +62,7 @@ def free_memory(device: torch.device) -> float:
         return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
                 - torch.cuda.memory_allocated(device))
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()       # only on Linux; MemAvailable includes caches
+        lines = Path("/proc/meminfo").read_text().splitlines()       # only on Linux; MemAvailable includes file caches
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return math.inf
@@ -77,7 +77,7 @@ def tile(model, size: int | None) -> None:
     def decode_one(latents: Tensor) -> Tensor:
         stage_a = model.part("stage_a")
         dtype = next(stage_a.parameters()).dtype
-        # Decoding needs 22 to 30 numbers per channel and latent position (peak on a CPU, at official size).
+        # At its peak, decoding needs 22 to 30 numbers per channel and latent position (on a CPU, at official size).
         needed = 24 * stage_a.config["c_hidden"] * latents[0, 0].numel() * dtype.itemsize
         tiled = size or (64 if needed > 0.8 * free_memory(model.device) else None)
         return plain(latents) if tiled is None else decode_tiled(stage_a, latents.to(dtype), tiled, plain)
