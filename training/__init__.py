@@ -1,1 +1,1 @@
-"""Code that the training scripts share: data, processes, checkpoints, logs, reports. The loops are in the scripts."""
+"""Code shared by train_a.py, train_b.py and train_c.py, which have the loops: data, processes, checkpoints, logs."""

@@ -38,9 +38,9 @@ CHECKSUM = 32    # an entry is a .npy file followed by a sha256 of 32 bytes, whi
 class Cache:
     """Stores arrays on disk under keys (texts), for one encoder and one set of settings.
 
-    settings   everything except encoder and key that the arrays depend on, as a dict that JSON can represent. "kind"
-               names the folder: "latents", "texts", ..., by default "entries". "dtype" is "float16" (the default, half
-               the size) or "float32"; for integers, which are stored exactly, it is "int16" or "int32".
+    settings   a dict, for JSON, of everything on which the arrays depend, except the encoder and the key. "kind" names
+               the folder: "latents", "texts", ..., by default "entries". "dtype" is "float16" (the default, half the
+               size) or "float32"; for integers, which are stored exactly, it is "int16" or "int32".
     Raises ValueError for another dtype, TypeError for settings that JSON cannot represent.
     """
     def __init__(self, folder: str | Path, encoder_hash: str, settings: dict):
@@ -50,7 +50,7 @@ class Cache:
         self.dtype = np.dtype(settings["dtype"])
         self._identity = json.dumps([encoder_hash, settings], sort_keys=True)
         self.folder = Path(folder) / f"{settings['kind']}-{_sha256(self._identity)[:16]}"
-        self._writing = self.folder / "writing"            # temporary files: renaming is atomic on the same disk
+        self._writing = self.folder / "writing"            # unfinished files, on the entries' disk for atomic renaming
         self._writing.mkdir(parents=True, exist_ok=True)
         sweep(self._writing)
         if not (self.folder / "info.json").exists():       # info.json is written for people: no code reads it
@@ -62,7 +62,7 @@ class Cache:
         return self.folder / name[:2] / f"{name}.npy"      # 256 subfolders: a million files in one folder would be slow
 
     def get(self, key: str, shape: tuple | None = None) -> np.ndarray | None:
-        """Returns the array of this key, or None. An entry that is damaged or has another shape is removed."""
+        """Returns this key's array, or None if there is none. Removes an entry that is damaged or has another shape."""
         path = self.path(key)
         try:
             content = path.read_bytes()
@@ -148,8 +148,8 @@ class CachedTexts:
 
     Captions without a cached embedding are encoded in batches of `rows` captions, padded with "". The default is 16 on
     a GPU and 1 on a CPU, where larger batches gain little. Matrix products of the same shape use the same kernel, which
-    sums each row in the same order. So on the same kind of device an embedding is the same bit for bit, whatever the
-    other rows are; a varying number of rows would change its rounding. Autocast is turned off while encoding.
+    sums each row in the same order. So on one kind of device, a caption's embedding is the same bit for bit, whatever
+    captions share its batch. Batches of varying size would change its rounding. Autocast is turned off while encoding.
     encoder: a TextEncoder. cache: a Cache or None. most: number of embeddings kept in the device's memory.
     """
     def __init__(self, encoder, device: torch.device, cache=None, most: int = 1000, rows: int | None = None):
@@ -168,7 +168,7 @@ class CachedTexts:
         while len(self.memory) > self.most:
             self.memory.pop(next(iter(self.memory)))
         found |= new
-        with torch.autocast(self.device.type, enabled=False):     # torch.stack of float16 tensors fails under autocast
+        with torch.autocast(self.device.type, enabled=False):     # under bfloat16 autocast, stacking float16 fails
             return torch.stack([found[caption] for caption in captions]).float()         # (B, N, D)
 
     def fill(self, captions: list[str], silent: bool = True) -> None:
@@ -185,7 +185,7 @@ class CachedTexts:
             return embeddings
         for caption, embedding in zip(captions, embeddings):
             self.cache.put("text " + caption, embedding.float().cpu().numpy())
-        return [self._stored(caption) for caption in captions]    # rounded to the cache's dtype, as later runs get them
+        return [self._stored(caption) for caption in captions]    # rounded by the cache: later runs get the same values
 
     def _stored(self, caption: str) -> torch.Tensor | None:
         array = self.cache.get("text " + caption)
@@ -218,10 +218,10 @@ def fill_cache(dataset: ImageDataset, sizes: Callable[[int], list[tuple[int, int
         keys = {key: what for i in images for key, what in keys_of(i, sizes).items()}
         missing = list(dict.fromkeys(key for cache in caches.values() for key in cache.missing([*keys])))
         missing = missing[processes.rank::processes.world]
-        processes.wait()                         # no process writes an entry before all have listed the missing ones
+        processes.wait()                         # all list missing keys before one writes, so that the shares match
         for key in tqdm(missing, desc="caching latents", unit="image", disable=processes.rank > 0 or not missing):
             i, size, flip = keys[key]
-            with contextlib.suppress(BrokenImage):         # a broken image gets no entry, see `broken` below
+            with contextlib.suppress(BrokenImage):         # a broken image gets no entry; _replacements finds another
                 pixels = torch.from_numpy(np.array(fit(dataset.read(i), size, "center", flip)))[None]    # (1, h, w, 3)
                 for name, cache in caches.items():
                     cache.put(key, encoders[name](pixels)[0].cpu().numpy())
@@ -233,7 +233,7 @@ def fill_cache(dataset: ImageDataset, sizes: Callable[[int], list[tuple[int, int
         captions = sorted({""} | {caption for i in range(len(dataset)) for caption in dataset.captions(i)})
         texts.fill(captions[processes.rank::processes.world], silent=processes.rank > 0)
     processes.wait()
-    # List images, not keys, because copies of a file have the same keys.
+    # Search all images for the missing keys, because copies of a broken file have the same keys.
     broken = [i for i in range(len(dataset)) if missing and not missing.isdisjoint(keys_of(i, sizes))]
     return _replacements(dataset, broken, sizes, fill, processes)
 
@@ -255,7 +255,7 @@ def _replacements(dataset: ImageDataset, broken: list[int], sizes: Callable, fil
     for i in broken:
         alike = usable[dataset.bucket[usable] == dataset.bucket[i]]
         replaced[i] = first_after(i, alike if len(alike) else usable)
-        if not len(alike):               # a replacement from another bucket has no cached latents in these sizes yet
+        if not len(alike):               # an image from another bucket has no cached latents in the sizes of i yet
             others.setdefault(replaced[i], []).extend(sizes(i))
     fill([*others], others.get)
     return replaced

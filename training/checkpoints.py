@@ -53,8 +53,8 @@ def lock_run(out: Path):
     """Locks a run's folder against other processes, also on other machines, while the returned file is open.
 
     The lock ends with the process. Raises UserError if another process holds it. Returns None if the operating system
-    or the file system has no locks. Worker processes, which may live for seconds after their
-    run was killed, do not inherit this lock; they would inherit a lock of loading/files.py.
+    or the file system has no locks. Worker processes may live for seconds after their run was killed. So the lock is
+    made with lockf: they do not inherit it. They would inherit a lock made with flock, as in loading/files.py.
     """
     path = out.resolve() / ".lock"
     if fcntl is None or path in LOCKS:
@@ -97,7 +97,7 @@ class TornCheckpoint(UserError):
 
 
 class Checkpoints:
-    """Manages a run's newest `keep` checkpoints, out/checkpoints/step_00000100.pt, ... Each is written as a whole.
+    """Manages a run's newest `keep` checkpoints, out/checkpoints/step_00000100.pt, ... Each is written atomically.
 
     results: names of the files and folders that the script finally writes to --out; no other run may overwrite them.
     """
@@ -114,7 +114,7 @@ class Checkpoints:
         return sorted(self.folder.glob("step_*.pt"))
 
     def find(self, resume: str | None, processes=None) -> Path | None:
-        """Returns the checkpoint to resume from, or None. Locks --out for this run, unless it is a dry run.
+        """Returns the checkpoint to resume from, or None for a new run. Locks --out, unless this is a dry run.
 
         resume: None, "auto" (the newest checkpoint, if there is one) or a file. Raises UserError for a file that does
         not exist, if another run or its result would be overwritten, and if another run is writing to --out.
@@ -125,7 +125,7 @@ class Checkpoints:
         found, card = self.all(), self.out / "README.md"
         results = [self.out / name for name in self.results if (self.out / name).exists()]
         if card.is_file() and "| `--steps` |" in card.read_text(encoding="utf-8", errors="replace"):
-            results.append(card)         # a card of any script: else, two runs would share card, log and base.json
+            results.append(card)         # whichever script wrote it: two runs must not share card, log and base.json
         if resume is None and found:
             raise UserError(f"{found[-1]} exists already: "
                             f"add --resume auto to continue from it, or choose another --out")
@@ -141,7 +141,7 @@ class Checkpoints:
         """Writes a checkpoint of `content`. rotate=False keeps all older ones, in case this state causes NaNs.
 
         Raises UserError for weights that are not finite. Renames checkpoints of later steps, because --resume auto
-        would take them for the newest. They exist if they are torn, or if this run was resumed from an earlier step.
+        would choose them. Such files exist if they were torn and skipped, or if --resume named an earlier checkpoint.
         """
         path = self.folder / f"step_{step:08d}.pt"
         check_finite(content, f"the state after step {step}")
@@ -154,7 +154,7 @@ class Checkpoints:
         write_tensors(path, content)
         for old in self.all()[:-self.keep] if rotate else ():
             old.unlink()
-            old.with_suffix(".safetensors").unlink(missing_ok=True)          # the LoRA of the step, see write_lora
+            old.with_suffix(".safetensors").unlink(missing_ok=True)          # the LoRA that write_lora saved with it
 
     def finished(self, resumed: Path | None, steps: int) -> bool:
         """Returns whether a run that resumes from the checkpoint `resumed` has already done `steps` steps and written
@@ -169,7 +169,7 @@ class Checkpoints:
 
         If the newest checkpoint is torn, --resume auto uses the previous one. Raises UserError for a torn file, for a
         checkpoint of another script or of more steps, and if one of the options `fixed` had another value.
-        processes: only rank 0 reads the file; the others get its content without the tensors, see load_full_state.
+        processes: only rank 0 reads the file. The others get its content without tensors, which load_full_state sends.
         """
         if processes is not None and processes.many:
             content = {}
@@ -206,7 +206,7 @@ class Checkpoints:
     @staticmethod
     def read(path: Path, script: str) -> dict:
         with reading(path, TornCheckpoint, "cannot be read, it is probably cut off or not a checkpoint"):
-            content = torch.load(path, map_location="cpu", weights_only=True)        # mmap=True would skip checksums
+            content = torch.load(path, map_location="cpu", weights_only=True)    # mmap=True would not check checksums
         found = content.get("script") if isinstance(content, dict) else None
         if not isinstance(found, str) or found != script:
             of = f" but of {found}" if isinstance(found, str) else ""
@@ -232,7 +232,7 @@ def full_state(model, optimizer, scaler, ema) -> dict:
     Frozen parameters are omitted. Buffers, such as BatchNorm's statistics, have no EMA: they are averages already.
     """
     learned = StateDictOptions(**FULL, ignore_frozen_params=True)
-    with ema.applied():                  # cloned: tensors that share memory with the weights change back afterwards
+    with ema.applied():                  # clone: `applied` restores the weights, whose memory these tensors may share
         averaged = {name: tensor.clone() for name, tensor in get_model_state_dict(model, options=learned).items()}
     return dict(model=get_model_state_dict(model, options=learned), averaged=averaged, updates=ema.updates,
                 optimizer=get_optimizer_state_dict(model, optimizer, options=StateDictOptions(**FULL)),
@@ -253,9 +253,9 @@ def check_shapes(now: dict, found: dict) -> None:
 
 
 def check_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Raises ValueError if AdamW's moments have other shapes than their parameters, which load_state_dict allows."""
+    """Raises ValueError if AdamW's moments differ in shape from their parameters. load_state_dict does not check it."""
     for parameter, state in optimizer.state.items():
-        for name in ("exp_avg", "exp_avg_sq") if "state1" not in state else ():          # AdamW8bit has state1 instead
+        for name in ("exp_avg", "exp_avg_sq") if "state1" not in state else ():    # AdamW8bit (state1) is not checked
             if state[name].shape != parameter.shape:
                 raise ValueError(f"its {name} of {tuple(state[name].shape)} for {tuple(parameter.shape)}")
 
@@ -278,11 +278,11 @@ def load_full_state(path: Path, state: dict, model, optimizer, scaler, ema, proc
     partial = StateDictOptions(**sent, strict=False)     # the checkpoint has no frozen parameters
     now = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
     learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    with processes.together(), fitting(path):            # check first: if one process failed later, others would wait
+    with processes.together(), fitting(path):            # check first: if rank 0 failed in loading, others would wait
         if processes.is_main:
             for part in ("model", "averaged"):
                 check_shapes(now, state[part])
-            for moment in ("exp_avg", "exp_avg_sq"):     # AdamW8bit has state1 instead
+            for moment in ("exp_avg", "exp_avg_sq"):     # AdamW8bit, which has state1 instead, is not checked
                 found = {name: part[moment] for name, part in state["optimizer"]["state"].items() if moment in part}
                 check_shapes(found and learned, found)
     with fitting(path):
@@ -297,19 +297,19 @@ def load_full_state(path: Path, state: dict, model, optimizer, scaler, ema, proc
 
 
 def full_weights(model) -> dict:
-    """Returns all tensors of a model, with frozen ones, gathered from all processes. All processes must call this."""
+    """Returns all tensors of a model, also frozen ones, gathered from all processes. All processes must call this."""
     return get_model_state_dict(model, options=StateDictOptions(**FULL))
 
 
 def state_of(parts: dict, ema=None) -> dict:
-    """Returns {name: state dict} of `parts`, {name: module, optimizer, ...}, and the EMA's state. Not for FSDP."""
+    """Returns {name: state dict} of `parts`, {name: module, optimizer or scaler}, and the EMA's state. Not for FSDP."""
     averages = {} if ema is None else dict(averaged=ema.mean, updates=ema.updates)
     return {name: part.state_dict() for name, part in parts.items()} | averages
 
 
 def load_state(path: Path, state: dict, parts: dict, ema=None, **tensors: torch.Tensor) -> None:
-    """Loads `state`, a result of state_of, into `parts`. Parts that are not in it are left unchanged, so a resumed run
-    may add parts. path: its checkpoint, for messages. tensors: {name in `state`: tensor filled with the stored values}.
+    """Loads `state`, a result of state_of, into `parts`. A part that `state` lacks stays unchanged, so that a resumed
+    run may add parts. path: the checkpoint, for messages. tensors: {name in `state`: tensor to fill with its values}.
 
     Raises UserError if a part does not fit.
     """
@@ -333,8 +333,8 @@ def load_state(path: Path, state: dict, parts: dict, ema=None, **tensors: torch.
 class Log:
     """The log of a run: `write` appends a line to out/log.jsonl and sends its values to the service of --report-to.
 
-    step: the step at which the run starts. __init__ removes lines of later steps, left by a killed run, and the line of
-    the evaluation after `step`, which is repeated. enabled: true only on the main process; the others write nothing.
+    step: the step at which the run starts. __init__ removes lines of later steps, left by a killed run, and lines of
+    the evaluation at `step`, which this run repeats. enabled: true only on the main process; the others write nothing.
     """
     def __init__(self, out: str | Path, step: int, report_to: str | None = None, settings: dict | None = None,
                  enabled: bool = True):

@@ -19,8 +19,8 @@ class CodebookAverages(nn.Module):
     def __init__(self, codes: Tensor, decay: float = 0.99):
         super().__init__()
         self.decay = decay
-        self.register_buffer("sizes", torch.ones(len(codes)))   # N (K,): mean number of latents
-        self.register_buffer("sums", codes.detach().clone())    # m (K, C): mean sum of latents
+        self.register_buffer("sizes", torch.ones(len(codes)))   # N (K,): running mean of each code's number of latents
+        self.register_buffer("sums", codes.detach().clone())    # m (K, C): running mean of the sum of these latents
 
     @torch.no_grad()
     def update(self, codes: Tensor, counts: Tensor, sums: Tensor, skip: Tensor | bool = False) -> None:
@@ -36,13 +36,13 @@ class CodebookAverages(nn.Module):
 
     @torch.no_grad()
     def restart(self, dead: Tensor, latents: Tensor) -> None:
-        """Restarts the running means of the codes marked in dead (K,) bool, from their new values, latents (dead,C)."""
+        """Restarts the running means of the codes marked in dead (K,) bool: sets N to 1 and m to latents (dead,C)."""
         self.sizes[dead], self.sums[dead] = 1.0, latents
 
 
 @torch.no_grad()
 def count(z: Tensor, indices: Tensor, size: int) -> Tensor:
-    """Returns (size,1 + C): for each code, number and sum of its latents. indices (...): nearest codes of z (...,C)."""
+    """Returns (size,1 + C): for each code, number and sum of its latents in z (...,C). indices (...): their codes."""
     z = torch.cat([torch.ones_like(z[..., :1]), z], dim=-1).float().flatten(0, -2)       # (N, 1 + C)
     return z.new_zeros(size, z.shape[1]).index_add_(0, indices.flatten(), z)
 
@@ -89,7 +89,7 @@ class CodebookUpdates:
     @torch.no_grad()
     def revive(self, step: int, dead: Tensor) -> None:
         """Replaces the codes marked in dead (K,) bool by latents drawn from this step's latents of all processes.
-        Source: Jukebox, arXiv:2005.00341, which restarts codes at random.
+        Source: the "random restarts" of Jukebox, arXiv:2005.00341.
 
         The draw does not depend on how processes and micro-steps share the step. In the sum over processes, each
         process contributes the drawn latents that it has computed, and zeros for the others.
@@ -103,7 +103,7 @@ class CodebookUpdates:
         self.model.codebook.codes[dead] = latents
         if self.averages is not None:
             self.averages.restart(dead, latents)
-        if "codebook.codes" in self.ema.mean:        # the EMA restarts too: a mean of old and new code is not a latent
+        if "codebook.codes" in self.ema.mean:        # restart the EMA: a mean of unrelated codes would match no latent
             self.ema.mean["codebook.codes"][dead] = latents
 
     def used(self) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Datasets of captioned images from any source, and the shapes (buckets) to which images are cut.
 
   folder | tar shards | pipe:... | tables | hub:... | scenes -open_dataset-> ImageDataset: read(i), captions(i), key(i)
-  sizes (N,2) -nearest_bucket-> buckets (N,): the index into bucket_sizes of the size to which each image is cut
+  sizes (N,2) -nearest_bucket-> buckets (N,): for each image, the index in bucket_sizes of the size to which it is cut
   read(i) (H,W,3) uint8 -fit-> (h,w,3) uint8;  order.py decides which images make up a training step
 
 A resolution is always in pixels of the image. The input of the image encoder has 3/4 of the image's width and height.
@@ -67,10 +67,10 @@ def open_dataset(source: str | Path, *, min_side: int = 64, captions_required: b
                        has one)
     dataset_config     configuration of a dataset of the Hub
     skipped            a list to which (name, reason) of all unusable files is added, also if an error is raised. With
-                       such a list, a stored index is not used, because it does not contain the names
+                       such a list, a stored index is not used, because it does not contain all names
     filters            min_KEY, max_KEY: inclusive bounds on numbers in .json or metadata, such as max_punsafe=0.99.
                        An image without such a number, or with null, stays unless require_keys.
-    Raises ValueError, in one line, if the source cannot be read. If no image is left, the error says what was found.
+    Raises ValueError, with a message of one line, if the source cannot be read or has no image that can be used.
     """
     text, folder = str(source), Path(index_folder) if index_folder else None
     limits, found, known = _limits(filters), Found(), set()
@@ -86,7 +86,7 @@ def open_dataset(source: str | Path, *, min_side: int = 64, captions_required: b
         return ImageDataset(text, (), [], folder, stored)
     skipped = [] if skipped is None else skipped
 
-    def kept() -> Iterator[dict]:                # yields the usable samples, of which there may be millions
+    def kept() -> Iterator[dict]:                # yields the usable samples: a list of millions would fill the memory
         for sample in samples_of(parts, folder, found, chosen):
             known.update(sample.get("numbers", ()))
             problem = sample["problem"] or _problem(sample, min_side, captions_required, limits, require_keys)
@@ -140,7 +140,7 @@ def read_filters(texts: list[str]) -> dict[str, float]:
 
 
 def read_prompts(file: str | Path) -> list[str]:
-    """Returns the prompts in a text file, one per line, without empty lines and # comments. Raises ValueError."""
+    """Returns a text file's prompts, one per line, without empty lines and # comments. Raises ValueError if empty."""
     prompts = [settings["prompt"].strip() for _, settings in prompt_lines(Path(file)) if settings.get("prompt")]
     if not any(prompts):
         raise ValueError(f"{file} contains no prompts: expected one per line")
@@ -148,7 +148,7 @@ def read_prompts(file: str | Path) -> list[str]:
 
 
 def _limits(filters: dict) -> dict[str, tuple[float, float]]:
-    """Converts filters to bounds per key: {"max_punsafe": 0.9} to {"punsafe": (-inf, 0.9)}. Raises ValueError."""
+    """Converts {"max_x": 0.9} to bounds, {"x": (-inf, 0.9)}. Raises ValueError for names without min_ or max_."""
     limits = {}
     for name, bound in filters.items():
         side, _, key = name.partition("_")
@@ -200,16 +200,16 @@ class ImageDataset:
     """
     def __init__(self, source: str, samples: Iterable[dict], skipped: list[tuple[str, str]], folder: Path | None,
                  stored: Path | None = None):
-        """samples: see sources.samples_of. folder: index_folder of open_dataset, or None. stored: a folder written by
-        `store`, which replaces samples."""
+        """samples: dicts from sources.samples_of. folder: index_folder of open_dataset, or None. stored: a folder that
+        `store` has written, which is read instead of samples."""
         self.source, self.skipped, self.unlisted, self.notes = source, skipped, 0, []
         self.folder, self._stored, self._keys, self._numbers = folder, None, None, None
         if stored:
             return self._map(stored)
         # All texts are in one block of memory instead of a million Python objects. Reading a Python object changes its
-        # reference count, which copies the memory page that a worker process shares: in time, it would copy all pages.
+        # reference count, so a worker process would soon have its own copy of each memory page that it shares.
         there = folder and next(path for path in (folder, *folder.parents) if path.exists())
-        records = tempfile.SpooledTemporaryFile(2 ** 28 * bool(folder), dir=there)       # in memory up to 256 MiB
+        records = tempfile.SpooledTemporaryFile(2 ** 28 * bool(folder), dir=there)  # on disk above 256 MiB (0: never)
         ends, sizes = array("q", [0]), array("i")
         for sample in samples:
             record = json.dumps([printable(sample["name"]), sample["place"], sample["captions"]]).encode()
@@ -293,7 +293,7 @@ class ImageDataset:
         self.sizes = self.sizes[numbers]
 
     def key(self, i: int) -> str:
-        """Returns image i's key in a cache: the sha256, in hex, of its bytes; different if its colours are converted.
+        """Returns image i's key in a cache: the sha256, in hex, of its bytes (and of a mark if colours are converted).
 
         Keys are stored in index_folder, if there is one, so that each file is read only once to compute its key.
         """
@@ -309,7 +309,7 @@ class ImageDataset:
             content = content_of((file, offset, length))
             digest = hashlib.sha256(content)
             with contextlib.suppress(Exception), open_header(io.BytesIO(content), 0, len(content)) as image:
-                if to_srgb(image):   # get another key than older code, which cached latents without this conversion
+                if to_srgb(image):   # use another key than older code, which cached latents of unconverted colours
                     digest.update(b" in sRGB")
             self._keys[known_as] = digest.hexdigest()
             if key_file:             # append the line in one short write, so that lines of several processes do not mix
@@ -336,8 +336,8 @@ class ImageDataset:
         the end of `allowed`, the search continues at its start.
 
         The replacement depends only on the files, so it is the same in all runs. A broken file is added to `skipped`,
-        but only in this process; callers with worker processes compare the number with i. Raises BrokenImage if no
-        image can be read. allowed: (n,) ascending numbers, or a function that returns them, called only if necessary.
+        but only in this process. Callers of a worker process compare the number with i to notice it. Raises BrokenImage
+        if no image can be read. allowed: (n,) ascending numbers, or a function that returns them, called if necessary.
         """
         for j in candidates(i, allowed):
             try:
@@ -370,7 +370,7 @@ class ImageDataset:
 
 
 class SceneDataset(ImageDataset):
-    """Emoji scenes as a dataset: source is "scenes[:captioned|uncaptioned|all][:N][:SEED]". Draws scenes on request."""
+    """Emoji scenes, each drawn when it is read. source: "scenes[:captioned|uncaptioned|all][:N][:SEED]"."""
     folder = _stored = None
 
     def __init__(self, source: str):
@@ -405,11 +405,11 @@ class SceneDataset(ImageDataset):
 # ----- shapes --------------------------------------------------------------------------------------------------------
 
 def bucket_sizes(resolution: int, max_ratio: float = 2.0) -> list[tuple[int, int]]:
-    """Returns the (height, width) to which images are cut: multiples of 128 px, each of about resolution^2 px.
+    """Returns the sizes (height, width) to which images are cut: multiples of 128 px, with about resolution^2 px each.
 
-    The image encoder resizes 128 px to 96 = 3 x 32 px, which are exactly 3 latent positions of Stage C. The
-    longer side is at most max_ratio times the shorter. Shapes whose area differs by more than a quarter are omitted, so
-    that a batch of each takes about the same memory. Up to a resolution of 256 px, only the square remains.
+    The image encoder resizes 128 px to 96 = 3 x 32 px, which are exactly 3 latent positions of Stage C. The longer side
+    is at most max_ratio times the shorter. Sizes whose area differs by more than a factor of 1.25 are omitted, so that
+    all batches take about the same memory. With a max_ratio of 2, only the square remains up to a resolution of 256 px.
 
     Raises ValueError unless resolution is a multiple of 128.
     """
@@ -428,8 +428,8 @@ def bucket_sizes(resolution: int, max_ratio: float = 2.0) -> list[tuple[int, int
 def nearest_bucket(sizes: np.ndarray, buckets: list[tuple[int, int]]) -> np.ndarray:
     """sizes (N,2) of images -> (N,) index of the bucket that is nearest in shape, in the smallest sufficient dtype.
 
-    Distances are differences of log(height / width), so that 1:2 is as far from 1:1 as 2:1. Differences of the ratios
-    0.5, 1 and 2 would favour the square for wide images.
+    Distances are differences of log(height / width), so that 1:2 is as far from 1:1 as 2:1. With height / width itself,
+    the square would get too many tall images: 1.45 is nearer to 1 than to 2, although 2 / 1.45 is less than 1.45.
     """
     sizes, targets = np.asarray(sizes), np.log(np.asarray(buckets, float)) @ [1, -1]                 # (N, 2), (M,)
     nearest = np.empty(len(sizes), np.min_scalar_type(len(buckets)))                                 # (N,)

@@ -1,7 +1,7 @@
 """The LoRA that train_c.py trains: a new one, or one that continues from a file.
 
-If --weights is the output folder of a LoRA run, --lora-weights is required: the weights of Stage C that the folder
-refers to do not contain the LoRA, so the training would start without it.
+If --weights is the output folder of a LoRA run, --lora-weights is required, or a --prior that contains the LoRA. The
+weights of Stage C that the folder refers to do not contain the LoRA, so the training would start without it.
 Needs: torch; lora.py, loading/, results.py.
 """
 from pathlib import Path
@@ -40,7 +40,7 @@ def locate_start(args, parts: tuple[str, ...]) -> dict[str, Path | None]:
 
 
 def start_lora(prior: torch.nn.Module, args) -> None:
-    """Adds the LoRA to train to Stage C. With --lora-weights, sets args.rank, alpha, targets, dora from the file."""
+    """Adds a new LoRA to Stage C, or loads that of --lora-weights and sets args.rank, alpha, targets, dora to match."""
     with as_user_error():
         if not args.lora_weights:
             lora.add_lora(prior, args.rank, args.alpha, args.lora_dropout, args.targets, rslora=args.rslora,

@@ -22,8 +22,8 @@ def v_weight(t: Tensor, least: float = 0.01) -> Tensor:
     """Returns 1 / alphas_cumprod, at most 1 / least: the squared error of the noise becomes that of v-prediction.
 
     Expressed as weights of the squared error of x_0, v is 1 / (1 - alphas_cumprod), and p2 is alphas_cumprod, which is
-    almost 0 at high noise. There a prediction can depend only on the condition. So with weight v a network learns early
-    to use its condition. Source: Salimans & Ho 2022, arXiv:2202.00512 ("SNR+1 weighting").
+    almost 0 at high noise. At high noise, a prediction can depend only on the condition. So a network that is trained
+    with v learns early to use its condition. Source: Salimans & Ho 2022, arXiv:2202.00512 ("SNR+1 weighting").
     """
     return 1 / alphas_cumprod(t).clamp(min=least)
 

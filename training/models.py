@@ -1,6 +1,6 @@
 """The networks that train_b.py starts from: Stage B and its image encoder, loaded or with random weights.
 
-The second part has the functions that differ between v1 and v2, for v2; v1/training.py has them for v1.
+The second part has v2's version of the functions that differ between v1 and v2. v1/training.py has v1's version.
 Needs: torch; stage_b.py, loading/, wuerstchen.py; torchvision for EfficientNet.
 """
 from pathlib import Path
@@ -40,7 +40,7 @@ def load_models(args, stage, dtype: torch.dtype, processes) -> tuple:
         text_encoder = load_text_encoder(paths["text_encoder"], paths["tokenizer"], dtype)
         text_encoder.to(device).requires_grad_(False)
     encoder.to(device).train(not args.freeze_encoder).requires_grad_(not args.freeze_encoder)
-    encoder.norm.requires_grad_(False)               # its weight 42 and bias -1 set the scale of the latents
+    encoder.norm.requires_grad_(False)               # its weight and bias, 42 and -1 in v2, set the latents' scale
     if processes.many and not args.freeze_encoder:
         SynchronisedBatchNorm.convert(encoder)
     decoder.checkpointing = args.checkpointing
@@ -50,7 +50,7 @@ def load_models(args, stage, dtype: torch.dtype, processes) -> tuple:
 def build_stage_b(args, paths: dict, stage) -> tuple[nn.Module, nn.Module]:
     """Returns Stage B and the image encoder in float32: in 16 bits, rounding would undo the optimizer's small steps.
 
-    stage.NETWORK: the class of Stage B. stage.semantic_scale(network): scaling of semantic latents, and its inverse.
+    stage.NETWORK: the class of Stage B. stage.semantic_scale(network): functions that scale semantic latents, and back.
     """
     if args.init == "weights":
         if stage_b_of(paths["decoder"]) is not stage.NETWORK:
@@ -74,7 +74,7 @@ def new_encoder(kind: type = EfficientNetEncoder, backbone: str | None = None, u
     """Returns a new image encoder with random weights, or with those of `backbone`, a file of torchvision's
     efficientnet_v2_s. config, sizes: see new_model.
 
-    Its last norm gives its latents mean 0 and variance 1 once they are scaled for Stage C. unscale: inverse scaling.
+    Its last norm gives the latents mean 0 and variance 1 after their scaling for Stage C. unscale: inverse scaling.
     """
     encoder = new_model(kind, config, **sizes)
     nn.init.constant_(encoder.norm.weight, unscale(1.0) - unscale(0.0))                  # 42 by default
@@ -88,8 +88,8 @@ def new_encoder(kind: type = EfficientNetEncoder, backbone: str | None = None, u
 
 
 def block_groups(decoder) -> list[list[nn.Module]]:
-    """Returns Stage B's blocks in groups, one for each repetition of a level's pattern, such as [ResBlock,
-    TimestepBlock, AttentionBlock]."""
+    """Returns Stage B's blocks in groups. Each level repeats a pattern of blocks, such as [ResBlock, TimestepBlock,
+    AttentionBlock], and each repetition is a group."""
     return [[*level[i:i + len(pattern)]] for part in (decoder.down_blocks, decoder.up_blocks)
             for level, pattern in zip(part, decoder.config["levels"]) for i in range(0, len(level), len(pattern))]
 
@@ -110,8 +110,8 @@ def semantic_scale(decoder: StageB) -> tuple:
 
 
 def pipeline(vqgan, small: bool, device) -> Wuerstchen:
-    """Returns the pipeline for samples, without Stage B: the caller sets its bind_b. small: Stage B is small and often
-    undecided between objects; guidance makes it follow the semantic latents."""
+    """Returns the pipeline for samples, without Stage B: sheets.py sets its bind_b. small: whether Stage B is small. A
+    small one is often undecided between objects, and guidance makes it follow the semantic latents."""
     return Wuerstchen(dict(stage_a=vqgan), device=device, b=Sampling(12, guidance=4.0 if small else 1.0))
 
 

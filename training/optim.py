@@ -16,13 +16,13 @@ from loading.errors import UserError
 
 def build_optimizer(model: nn.Module, args, share: Callable[[str], float] | None = None,
                     betas: tuple[float, float] | None = None) -> torch.optim.Optimizer:
-    """Returns AdamW. Weight decay applies only to matrices, not to norms, biases and LoRAs.
+    """Returns AdamW for trainable parameters. Weight decay applies only to matrices, not to norms, biases and LoRAs.
 
     share(name of a parameter): a factor of its learning rate, stored as group["share"]. betas: by default from args."""
     groups, lora = {}, getattr(args, "lora", False)
     for name, p in model.named_parameters():
         if p.requires_grad:
-            decays = p.ndim >= 2 and not lora        # does not depend on --weight-decay, which a resumed run may change
+            decays = p.ndim >= 2 and not lora        # also if --weight-decay is 0: a resumed run needs the same groups
             settings = dict(share=share(name)) if share else {}
             groups.setdefault((decays, *settings.items()), []).append(p)
     groups = [dict(settings, params=params, weight_decay=args.weight_decay if decays else 0.0)
@@ -37,7 +37,7 @@ def build_optimizer(model: nn.Module, args, share: Callable[[str], float] | None
 def learning_rate(step: int, args) -> float:
     """Returns the learning rate of a step: a linear warm-up, then args.schedule, which is constant or falls to 0: by
     cosines, linearly, by a power (polynomial, which ends at 1e-7, as in transformers), or in the last fifth only
-    (trapezoid). Until its last fifth, a trapezoid does not depend on args.steps, so a run can be extended from there.
+    (trapezoid). Before this fifth, a trapezoid does not depend on args.steps, so a resumed run may raise --steps there.
     """
     done = max(step - args.warmup, 0) / max(args.steps - args.warmup, 1)
     left, end = max(1 - done, 0.0), min(1e-7 / args.lr, 1.0) if args.lr else 0.0
@@ -49,7 +49,7 @@ def learning_rate(step: int, args) -> float:
 
 
 def set_precision(args, device: torch.device) -> tuple[torch.dtype, torch.autocast]:
-    """Returns dtype and autocast of forward passes (off for float32). Applies --allow-tf32. Sets args.dtype."""
+    """Returns dtype and autocast of forward passes (float32: no autocast). Applies --allow-tf32. Sets args.dtype."""
     set_tf32(args.allow_tf32)
     dtype = dtype_of(args.dtype or ("fp32" if device.type == "cpu" else "bf16"), device)
     args.dtype = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
@@ -86,7 +86,7 @@ class NanSteps:
         """Returns a bool () on the device: whether all processes skip this step, because is_nan () is true in one of
         them. After too many skipped steps in a row, all later steps are skipped, so that the weights stay unchanged
         until look() is called. statistics: (buffer of a BatchNorm, its value before the step), restored if the step is
-        skipped, because a NaN in them would stay forever. batch: what to log of a bad step. On a CPU, calls look()."""
+        skipped, because a NaN in them would stay. batch: values to log in that case. On a CPU, calls look()."""
         skip = self.processes.anywhere(is_nan) | self.over
         self.row = (self.row + 1) * skip
         self.over = self.over | (self.row >= self.args.max_bad_steps)
@@ -112,7 +112,7 @@ class NanSteps:
 
     def check(self, look: bool, save: Callable[[int], None]) -> None:
         """Ends the run after too many bad steps in a row: saves the state before the last of them, by save(number of
-        steps), and raises UserError. Call it after each step. look: whether the CPU may wait for the GPU's flags."""
+        steps), and raises UserError. Call it after each step. look: whether to call look(), which waits for the GPU."""
         if look:
             self.look()
         if self.last is not None:
@@ -129,7 +129,7 @@ class NanSteps:
 def take_step(optimizers: list, scaler, ema: "EMA", skip: Tensor) -> None:
     """Takes a step of each optimizer and updates the EMA, unless skip () is true. Frees the gradients.
 
-    AdamW reads skip on the GPU. With a scaler, which may also skip the step, and with AdamW8bit, the CPU reads it.
+    AdamW reads skip on the GPU. With AdamW8bit or a scaler, which may also skip the step, the CPU waits for skip.
     """
     on_device = not scaler.is_enabled() and all(getattr(o, "_step_supports_amp_scaling", False) for o in optimizers)
     taken = on_device or not skip

@@ -56,7 +56,7 @@ def add_data_options(p, default: str | None = None, what: str = "", crop: str | 
 
 def add_schedule_options(g, steps: int, lr: float | None, schedule: str, warmup: int, lr_note: str = "",
                          epochs: bool = False) -> None:
-    """Adds --steps, --lr, --schedule, --warmup and, if `epochs`, --epochs. lr_note: text added to the help of --lr."""
+    """Adds options for the learning rate, --steps and, if `epochs`, --epochs. lr_note: text for the help of --lr."""
     length = g.add_mutually_exclusive_group()
     length.add_argument("--steps", type=positive_int, default=steps,
                         help="optimizer steps in total, resumed ones included")
@@ -77,8 +77,8 @@ def add_optimization_options(p, *, steps: int, batch: int | None, lr: float | No
                              large: bool = True, title: str = "optimization", **notes: str):
     """Adds options for optimizer steps, batch, precision and processes. Returns the group.
 
-    batch_note, ema_note, decay_note: added to the help. beta2: default of --adam-beta2; 0.99 suits short runs from
-    random weights, whose gradients shrink fast at the start. large: the script also has --compile and --fsdp.
+    batch_note, ema_note, decay_note: for the help of --batch, --ema, --weight-decay. beta2: default of --adam-beta2.
+    0.99 suits short runs from random weights, whose gradients shrink fast at the start. large: adds --compile, --fsdp.
     """
     g = p.add_argument_group(title)
     add_schedule_options(g, steps, lr, schedule, warmup, lr_note, epochs=True)
@@ -129,8 +129,8 @@ def add_output_options(p, *, result: str, save_every: int, log_every: int, val_e
                        sample_every: int, samples: str, val_note: str = "", val_data: str = "", prompts: bool = False):
     """Adds options for --out, checkpoints, log, validation and samples. Returns the group.
 
-    Texts for the help: result: what --out contains in the end; samples: what --sample-every makes; val_note and
-    val_data: added to --val-count and --val-data. prompts: whether samples are made from prompts.
+    Texts for the help: `result` is what --out contains in the end, `samples` is what --sample-every makes. val_note and
+    val_data are added to the help of --val-count and --val-data. prompts: whether samples are made from prompts.
     """
     g = p.add_argument_group("output")
     g.add_argument("--out", required=True,

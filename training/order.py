@@ -1,12 +1,12 @@
-"""The order of training: which samples make up which step, and the randomness of each sample. Both are stateless.
+"""The order of training as a function of the seed: which samples make up which step, and each sample's random numbers.
 
   buckets (N,) -BatchSampler-> step k: positions (batch,), indices (batch,), bucket -split-> the samples of one GPU
   (seed, position, purpose) -sample_rng-> the random numbers of one sample, for its crop, caption, noise, ...
-  batches: combines both with a dataset to an endless stream of micro-batches
+  batches: reads the samples of a dataset in this order, in worker processes -> an endless stream of micro-batches
 
 Position is a sample's number in the stream of all epochs; index is its image's number in the dataset.
-Note: step k depends only on (seed, k), and the randomness of a sample only on (seed, position, purpose). So a resumed
-run need not read any images of earlier steps, and two GPUs together see the same step as one GPU.
+Note: with given buckets and batch, step k depends only on (seed, k). A sample's random numbers depend only on (seed,
+position, purpose). So a resumed run reads no images of earlier steps, and two GPUs together see the step of one GPU.
 For datasets of LARGE images or more, the order of an epoch is computed once per machine and stored in a file, which all
 processes of the machine memory-map.
 Needs: torch, numpy, loading/.
@@ -90,7 +90,7 @@ class BatchSampler:
         Step k is found directly, without computing the steps before it. Every epoch contains the same number of samples
         of each bucket, `count`. So before epoch e, a bucket has count * e samples and count * e // batch steps.
         """
-        # Finds the last epoch that begins after at most k steps. It is below `latest`: a queue holds less than a step.
+        # The last epoch that begins after at most k steps. It is below `latest`: each queue holds less than a step.
         latest = (k + len(self._buckets) + 1) * self.batch // self._n + 2
         epoch = bisect.bisect_right(range(latest), k, key=self._steps_before) - 1
         _, _, step_buckets, step_numbers = self._epoch(epoch)
@@ -99,7 +99,7 @@ class BatchSampler:
         count, start = self._counts[code], self._starts[code]
         # (batch,) numbers of the step's samples, counted within their bucket from the beginning of training
         members = number * self.batch + np.arange(self.batch)
-        epochs = members // count                # (batch,) each sample's epoch: queues may hold samples of earlier ones
+        epochs = members // count                # (batch,) each sample's epoch: queues may hold earlier epochs' samples
         positions, indices = np.empty_like(members), np.empty_like(members)
         for e in range(epochs[0], epochs[-1] + 1):
             order, by_bucket, _, _ = self._epoch(e)
@@ -112,7 +112,7 @@ class BatchSampler:
 
     def _epoch(self, e: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Returns four arrays. order (N,): images of epoch e. by_bucket (N,): positions in `order`, sorted by bucket.
-        Two arrays (steps,), for the steps that epoch e completes: index of the bucket, number in the bucket's steps."""
+        Two arrays (steps,), for the steps that epoch e completes: index of the bucket, number among its steps."""
         if e not in self._epochs:
             while len(self._epochs) > 3:         # keep 4 epochs: each takes 0.3 s and 8 MB per million samples
                 del self._epochs[next(iter(self._epochs))]
@@ -127,7 +127,7 @@ class BatchSampler:
         return self._epochs[e]
 
     def _parts(self, e: int) -> list[tuple[int, int, np.dtype]]:
-        """Returns offset, length and dtype of each array of _epoch in the file of epoch e; int64 is stored first."""
+        """Returns offset, length and dtype of _epoch's arrays in the file of epoch e. int64 is first, for alignment."""
         steps, index = self._steps_before(e + 1) - self._steps_before(e), np.min_scalar_type(self._n)
         code, end = np.min_scalar_type(len(self._buckets)), 8 * steps + 2 * self._n * index.itemsize
         return [(8 * steps, self._n, index), (8 * steps + self._n * index.itemsize, self._n, index),
@@ -173,7 +173,7 @@ class BatchSampler:
                 members, before = by_bucket[ends[bucket] - counts[bucket]:ends[bucket]], filled[bucket]
                 write(at_bucket + (self._starts[bucket] + before) * index.itemsize, done + members, index)
                 number[members] = np.arange(before, before + len(members)) + e * self._counts[bucket]
-            # The bucket's sample with the number (n + 1) * batch - 1 completes the bucket's step n.
+            # In each bucket, the sample with the number (n + 1) * batch - 1 completes this bucket's step n.
             full = np.flatnonzero((number + 1) % self.batch == 0)
             write(at_code + written * code.itemsize, codes[full], code)
             write(at_number + written * 8, number[full] // self.batch, np.int64)
@@ -181,7 +181,7 @@ class BatchSampler:
 
     def _order(self, e: int, low: int, high: int) -> np.ndarray:
         """Returns the images of epoch e whose random bits are from low to high, sorted by these bits."""
-        # Raw bits are the same in every version of numpy; the results of permutation() may change.
+        # Images are sorted by raw bits, which are the same in every version of numpy. permutation() may change.
         bits, values, indices = sample_rng(self.seed, e, "epoch").bit_generator, [], []
         for piece in pieces(self._n):
             raw = bits.random_raw(piece.stop - piece.start)
@@ -233,8 +233,8 @@ def batches(samples: torch.utils.data.Dataset, sampler: BatchSampler, processes,
 
 
 def default_workers(device: torch.device) -> int:
-    """Returns the number of worker processes that read images for a training process: 2 if it trains on a CPU, which
-    needs its cores; 2 to 8 on a GPU. (A worker reads 65 images of 1024 px per second, and an H200 needs 350.)"""
+    """Returns the number of worker processes that read images for a training process. On a CPU 2: training needs the
+    cores. On a GPU 2 to 8, cores per GPU - 1. (A worker reads 65 images of 1024 px per second; an H200 needs 350.)"""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
     return 2 if device.type == "cpu" else min(max(cores // on_this_machine - 1, 2), 8)

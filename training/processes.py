@@ -60,11 +60,11 @@ class Processes:
 
     def any(self, flag: bool, group=None) -> bool:
         """Returns whether the flag is true in any process. All processes get the same answer, so that all take the same
-        branch; otherwise some would wait forever. group: self.patient or None."""
+        branch; otherwise some would wait forever. group: self.patient if processes may wait for hours, else None."""
         return bool(self.largest(int(flag), group))
 
     def largest(self, number: int, group=None) -> int:
-        """Returns the largest of all processes' numbers. Does not wait for the GPU. group: self.patient or None."""
+        """Returns the largest of all processes' numbers. Does not wait for the GPU. group: see `any`."""
         value = torch.tensor(number)
         if self.many:
             dist.all_reduce(value, dist.ReduceOp.MAX, group or self.host)
@@ -136,8 +136,8 @@ class Processes:
         """Splits the weights over processes (FSDP), in float32. Each group of blocks is gathered in one message when it
         runs, in bfloat16 if dtype is bfloat16. Gradients are summed in float32.
 
-        Autocast rounds weights to bfloat16 anyway, except GlobalResponseNorm's gamma. Weights in no group are gathered
-        in float32: embeddings, BatchNorm, and the weight from which forward takes its dtype.
+        Gathering in bfloat16 only changes GlobalResponseNorm's gamma, because autocast rounds all other weights anyway.
+        Weights in no group are gathered in float32: embeddings, BatchNorm, and the one that sets the dtype of forward.
         """
         if self.many:
             from torch.distributed.device_mesh import init_device_mesh
@@ -148,15 +148,15 @@ class Processes:
             policy = MixedPrecisionPolicy(narrow, reduce_dtype=torch.float32, cast_forward_inputs=False)
             for group in groups:
                 fully_shard([*group], mesh=mesh, mp_policy=policy)
-            # By default, model would keep gathered weights until a backward pass. A validation has none, and uses EMA
-            # weights. So the next training step would compute with EMA weights.
+            # By default, FSDP would keep the model's gathered weights until a backward pass. Validation has none, and
+            # uses EMA weights. So the next training step would compute with EMA weights.
             fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
 def compile_blocks(groups: Iterable[Iterable[nn.Module]], checkpointing: dict | None = None) -> None:
     """Compiles each block by itself. Equal blocks are compiled once. Call this before FSDP splits the weights, so that
     its hooks are not compiled. checkpointing: options of `checkpoint`, which is compiled with each block, or None."""
-    torch._dynamo.config.recompile_limit = 64    # a block of Stage B gets 7 shapes, in training and in validation
+    torch._dynamo.config.recompile_limit = 64    # default 8; Stage B's blocks get 7 shapes, in training and validation
     torch._dynamo.config.optimize_ddp = False    # DDPOptimizer would split blocks, which `checkpoint` does not allow
     for block in [block for group in groups for block in group]:
         forward = block.forward
@@ -169,8 +169,8 @@ def compile_blocks(groups: Iterable[Iterable[nn.Module]], checkpointing: dict | 
 def no_sync(model: nn.Module):
     """Context manager in which backward does not average gradients over processes; the next backward outside does.
 
-    Forward must be inside as well: DDP decides in forward whether the following backward communicates. FSDP has another
-    method for it. Does nothing for a model in one process.
+    Forward must be inside as well: DDP decides in forward whether the following backward communicates. For FSDP, this
+    calls set_requires_gradient_sync. For a model in one process, it does nothing.
     """
     if hasattr(model, "set_requires_gradient_sync"):
         model.set_requires_gradient_sync(False)
@@ -196,7 +196,7 @@ class SumOverProcesses(torch.autograd.Function):
 
 
 class SynchronisedBatchNorm(nn.BatchNorm2d):
-    """BatchNorm2d with statistics over the batches of all processes. Without torchrun or in eval mode, BatchNorm2d.
+    """BatchNorm2d with statistics over the batches of all processes. In eval mode or without torchrun, a plain one.
 
     BatchNorm makes the output for an image depend on the other images of its batch. With separate statistics, each of
     64 GPUs with 4 images would train a different and noisier function than the saved one, which has the running

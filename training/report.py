@@ -1,6 +1,6 @@
 """Output for the user: the progress bar, curves of the log, and with --dry-run a description of the run.
 
-Needs: torch, pillow, tqdm; samples.py, loading/.
+Needs: torch, pillow, tqdm; order.py, samples.py, loading/.
 """
 import math
 import shutil
@@ -72,7 +72,7 @@ class Progress:
 def checkpoint_bytes(args, model, discriminator=None) -> int:
     """Returns the size of a checkpoint: weights, EMA weights, AdamW's two moments, and 300 bytes per tensor for the
     file's header. For a LoRA this includes the separate LoRA file. A checkpoint of train_a.py also contains frozen
-    weights, and no EMA weights with --ema 0."""
+    weights and the discriminator, and no EMA weights with --ema 0."""
     learned = [p.nbytes + 300 for p in model.parameters() if p.requires_grad]
     other = [p.nbytes + 300 for p in (*model.parameters(), *model.buffers()) if not p.requires_grad]
     if hasattr(args, "fsdp"):
@@ -109,7 +109,7 @@ def outline(args, model, dataset, sizes, order, discriminator=None) -> None:
 
 
 def dry_run(args, model, dataset, sizes, order, draw_noise: Callable | None = None) -> None:
-    """Prints the outline, the shapes of the latents and the first captions. draw_noise(rng, h, w): as in train_b.py."""
+    """Prints the outline, latents' shapes and first captions. draw_noise(rng, h, w) returns {name: Stage B's noise}."""
     outline(args, model, dataset, sizes, order)
     positions, indices, number = order.step(0)
     h, w = sizes[number]

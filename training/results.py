@@ -35,7 +35,7 @@ def is_local(name: str) -> bool:
 
 
 def write_base(args, parts: tuple[str, ...], **more) -> None:
-    """Writes base.json: the paths of the parts that this run did not write, for sample.py --weights OUT."""
+    """Writes base.json for sample.py --weights OUT: paths of the parts that this run did not write, and `more`."""
     def path(name: str) -> str:
         return str(Path(name).resolve()) if is_local(name) else name
     base = dict(weights=path(args.weights), files={part: path(file) for part, file in files_given(args, parts).items()})
@@ -125,7 +125,7 @@ def usage(prompts: list[str], weights: str, **parts: str) -> str:
 
 
 def write_card(args, head: str, *paragraphs: str) -> None:
-    """Writes the model card README.md: head, paragraphs except empty ones, the newest sample sheet, the settings."""
+    """Writes the model card README.md: head (YAML), the non-empty paragraphs, the newest sample sheet, the settings."""
     out = Path(args.out)
     sheets = sample_sheets(args)
     parts = [f"---\n{head}\n---\n# {place(args, args.push_to_hub).rpartition('/')[2]}", *paragraphs,
@@ -154,9 +154,9 @@ FILES_C = ("prior", "prior_text_encoder", "image_encoder", "decoder", "vqgan", "
 
 
 def write_stage_c(args, model, text_encoder, dataset, processes) -> None:
-    """Writes prior/ or lora.safetensors, base.json, README.md. With --push-to-hub, uploads them.
+    """Writes prior/ (with --lora, lora.safetensors instead), base.json, README.md. With --push-to-hub, uploads them.
 
-    All processes must call this. model.prior: Stage C. text_encoder: a TextEncoder, trained with --train-text.
+    All processes must call this. model.prior: Stage C. text_encoder: a TextEncoder, also written with --train-text.
     """
     weights = full_weights(model)
     processes.on_main(write_files_c, args, model.prior, weights, text_encoder, dataset)
@@ -237,7 +237,7 @@ FILES_B = ("decoder", "image_encoder", "vqgan", "text_encoder")
 
 
 def stage_c_fits(args) -> bool:
-    """Returns whether the Stage C of --weights fits the image encoder: it is frozen and the same as in --weights."""
+    """Returns whether Stage C of --weights fits the encoder: it is frozen and, with --init random, from --weights."""
     if not args.freeze_encoder or args.init == "weights" or args.weights in NAMES:
         return args.freeze_encoder and args.init == "weights"
     own = locate(args.weights, parts=("image_encoder",))["image_encoder"]
