@@ -1,1 +1,1 @@
-"""Generation beyond prompt to image: image files, editing, previews, and the options of sample.py for them."""
+"""Everything beyond text to image: image files, editing, interpolation, previews, and sample.py's options for them."""

@@ -30,7 +30,7 @@ from loading.options import CELLS, FRAMES, SEED, SIDE, STEPS, Number, integer, n
 PUBLISHED_STEPS = "DEFAULT_STAGE_C_TIMESTEPS"    # diffusers' name for the noise levels of Sampling(29, early=True)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")    # formats in which images are saved, see metadata.py
 
-SPECIAL = {*COMBINED, "outpaint", "from_latent", "tensors", "save_latent", "preview_every"}    # handled by modes.py
+SPECIAL = {*COMBINED, "outpaint", "from_latent", "tensors", "save_latent", "preview_every"}    # options for modes.py
 CONFLICTS = (("mask", "outpaint"), ("low_memory", "offload"), ("prompt_file", "reconstruct"), ("reconstruct", "init"),
              ("reconstruct", "from_latent"), ("grid", "from_latent"), ("interpolate_to", "from_latent"),
              ("save_latent", "from_latent"), ("tensors", "interpolate_to"), *itertools.combinations(COMBINED, 2),
@@ -71,7 +71,7 @@ def comma_list(read_one, *counts: int):
 
 
 def steps(text: str) -> int | str | dict | tuple:
-    """Parses "29" (steps), "2/3:20,0:10" (segments), "1,0.6,0.3,0" (levels) or PUBLISHED_STEPS to Sampling.steps."""
+    """Parses "29" (steps), "2/3:20,0:10" (segments) or "1,0.6,0.3,0" (noise levels). Keeps PUBLISHED_STEPS as text."""
     try:
         if text == PUBLISHED_STEPS:
             return text
@@ -193,9 +193,9 @@ def add_output_options(p: argparse.ArgumentParser) -> None:
 # ----- from the command line to jobs ---------------------------------------------------------------------------------
 
 def parse_jobs(p: argparse.ArgumentParser, argv: list[str], run: Run) -> list[argparse.Namespace]:
-    """Returns a job for each image of the command line argv. Raises ValueError for what cannot be used.
+    """Returns a job for each image of the command line argv. Raises ValueError for unusable options or input files.
 
-    In a prompt file, lines that cannot be used are reported by `run` and skipped, unless no line can be used.
+    Unusable lines of a prompt file are reported by `run` and skipped; if all lines are unusable, raises ValueError.
     """
     bad = {}                                     # {number of a line in the prompt file: what is wrong with it}
     prompts = parse_args(p, argv, bad)
@@ -218,7 +218,7 @@ def parse_jobs(p: argparse.ArgumentParser, argv: list[str], run: Run) -> list[ar
 
 
 def parse_args(p: argparse.ArgumentParser, argv: list[str], bad: dict[int, str] | None = None) -> list:
-    """Returns a list of all options, one item per prompt. Raises ValueError for options that cannot be used.
+    """Returns a list with one item per prompt: all its options. Raises ValueError for options that cannot be used.
 
     bad: a dict that collects errors in lines of a prompt file; if it is None, such errors are raised.
     """
@@ -246,7 +246,7 @@ def random_seed() -> int:
 
 
 def needs_seed(args: argparse.Namespace) -> bool:
-    """Returns whether a seed is needed. --from-latent without --to-latent needs none: its file has the state."""
+    """Returns whether a seed is needed. --from-latent without --to-latent restores the generator's state instead."""
     return not args.from_latent or bool(args.to_latent)
 
 
@@ -265,14 +265,14 @@ def read_prompt_file(read: Callable, options: Options, args: argparse.Namespace,
                 line.seed, seed = seed, seed + line.num_images
             check(line)
             prompts.append(line)
-        except ValueError as problem:            # also count this line's seed, so that later lines keep theirs
+        except ValueError as problem:            # a line with an error also takes a seed, so later seeds do not shift
             seed += seed == first and settings.get("seed") in (None, "")
             skip_line(args, problem, bad)
     return prompts
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises ValueError for options that cannot be used. Sets args.given, the set of the options that were given."""
+    """Raises ValueError for options that cannot be used. Sets args.given to the names of the options that are given."""
     for name in PER_IMAGE + PER_RUN:
         if re.search("[\ud800-\udfff]", str(getattr(args, name))):
             error(f"{as_option(name)} contains bytes that are not UTF-8 text: check the terminal's encoding")
@@ -312,7 +312,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def only_for(name: str) -> None:
-    """Raises ValueError for the given option `name`, which weights of this version (v1 or v2) cannot use."""
+    """Raises ValueError: option `name` is given, but only weights of the other version (v1 or v2) can use it."""
     error(f"{as_option(name)} is only for {'v1' if name in ONLY_V1 else 'v2'}, because Stage B of v1 generates "
           f"tokens: remove it")
 
@@ -342,7 +342,7 @@ def output_paths(jobs: list[argparse.Namespace]) -> list[Path]:
     args, out, taken = jobs[0], Path(jobs[0].out), {}
     suffixes = (*SUFFIXES, ".gif") if args.interpolate_to or args.to_latent else SUFFIXES
     try:
-        if any(len(os.fsencode(part)) > 200 for part in out.parts):  # limit: 255 bytes, with suffixes added later
+        if any(len(os.fsencode(part)) > 200 for part in out.parts):  # file systems allow 255 bytes; suffixes come later
             raise OSError("the name is too long")
         is_file = out.suffix.lower() in suffixes and not out.is_dir()
         others = (".gif", ".bmp", ".tif", ".tiff", ".jfif", ".avif", ".heic", ".jxl")
@@ -377,7 +377,7 @@ def files_of(job: argparse.Namespace, path: Path) -> list[Path]:
 
 
 def unused_path(path: Path, job: argparse.Namespace, taken=()) -> Path:
-    """Returns `path` or, if it exists or is in `taken`, the first of name_2.png, name_3.png, ... that is unused."""
+    """Returns the first of `path`, name_2.png, ... that is not in `taken` and, unless --overwrite, does not exist."""
     return next(p for p in numbered(path) if p not in taken
                 and (job.overwrite or not any(file.exists() for file in files_of(job, p))))
 
@@ -416,7 +416,7 @@ def sampling_options(args: argparse.Namespace, model) -> dict:
     """Returns {name: value} of sampling options that differ from their default. Raises ValueError for unusable ones."""
     options = {}
     for name in ("mask", "outpaint"):
-        if not hasattr(model.b, "rescale") and getattr(args, name, None):      # tiny.evaluate has neither option
+        if not hasattr(model.b, "rescale") and getattr(args, name, None):     # tiny.evaluate's args have neither option
             only_for(name)
     for name in OF_STAGES:
         field, value = name[:-2], getattr(args, name)
@@ -432,7 +432,7 @@ def sampling_options(args: argparse.Namespace, model) -> dict:
 
 
 def save(image, job: argparse.Namespace, model) -> Path:
-    """Writes an image, or the frames of a GIF, and its latents. Returns the image's path, or raises ValueError."""
+    """Writes an image, or a GIF's frames, and with --save-latent the latents. Returns the path. Raises ValueError."""
     from extras.metadata import path_for
     settings = None if job.no_metadata else settings_of(job, model, image)
     path = wanted = job.path if job.path.suffix.lower() == ".gif" else path_for(image, job.path)
@@ -449,7 +449,7 @@ def save(image, job: argparse.Namespace, model) -> Path:
 
 
 def write_image(image, job: argparse.Namespace, path: Path, settings: dict | None) -> None:
-    """Writes an image and its latents, or neither. Raises FileExistsError if one may not be overwritten, or OSError."""
+    """Writes an image and, with --save-latent, its latents: both or neither. Raises OSError or FileExistsError."""
     from extras.images import save_gif
     from extras.metadata import save_image
     latent = None

@@ -73,16 +73,16 @@ def generate(model: Wuerstchen, prompt: str | list[str] | None = None, negative_
     """Generates images like Wuerstchen.__call__. These arguments are new, or accept more values:
 
     prompt         may be omitted if `edit` or `given` specify the image
-    seed           as in __call__, or a list of seeds, or a function seed(C, h, w) -> noise (n or 1,C,h,w), n images
+    seed           as in __call__, a list of seeds, or a function seed(C, h, w) -> noise (n or 1,C,h,w) for n images.
                    With given["semantic"], Stage C's noise is drawn and discarded, unless seed is a function. So
                    Stages C and B in two calls with the same seed generate the same image as in one call
-    edit           an InitImage
-    width, height  in px. Default: the weights' size for the shorter side, the shape of `edit` (up to 4 : 1) or a square
+    edit           an InitImage: the image to start from or to change
+    width, height  in px. Default: derived from `edit` or given["semantic"], see image_size; else the weights' size
     given          {name: tensor}. prompt_c, negative_c, prompt_b, negative_b: embeddings (prompts or 1,N,D) instead of
-                   text. semantic: raw latents (n or 1,16,h,w), as from output="semantic", instead of Stage C.
+                   text. semantic: raw latents (n or 1,16,h,w), as from output="semantic"; Stage C is then skipped.
                    latents_c, latents_b: start of Stages C and B (n or 1,C,h,w) instead of noise
     output         "pil"; "np" (n,H,W,3) or "pt" (n,3,H,W) in [0, 1]; "semantic" or "latents_b": latents of Stage C or B
-    callback       may also return False to stop: then the result is []
+    callback       may also return False, which stops the generation: the result is then []
     Raises ValueError for arguments that do not fit together, in most cases before the first step.
     """
     c, b = model.settings(sampling)
@@ -103,7 +103,7 @@ def generate(model: Wuerstchen, prompt: str | list[str] | None = None, negative_
         c = replace(c, steps=levels)
     elif semantic is None:                                                                 # strength 0: skip Stage C
         semantic = model.unscale_semantic(known.semantic)
-    skipped = [shape_c] * len(levels) * ("semantic" in given and len(levels) > 1)          # noise Stage C would draw
+    skipped = [shape_c] * len(levels) * ("semantic" in given and len(levels) > 1)          # shapes of Stage C's noise
     draw_c, draw_b = draws_from(seed, n, model.device, skipped, shape_c, shape_b)
     # Stage C may take a minute, so the inputs of Stage B are checked before it.
     fit = functools.partial(fitting, n, model.device)
@@ -227,7 +227,7 @@ def seed_list(seed: int | Sequence[int] | None, n: int) -> list[int]:
 
 def draws_from(seed, n: int, device: torch.device, skipped: list[tuple], *shapes: tuple) -> list[Callable]:
     """Returns a function for each shape in `shapes`: it draws noise (n, *shape). seed: see `generate`. First draws and
-    discards noise of the shapes `skipped`, unless seed is a function of the user."""
+    discards noise of the shapes `skipped`, the noise of steps that do not run, unless seed is a user's own function."""
     noise = seed if callable(seed) else Noise(seed_list(seed, n), device)
     for shape in skipped if noise is not seed or isinstance(seed, FrameNoise) else ():
         noise(*shape)
@@ -250,7 +250,8 @@ def fitting(n: int, device: torch.device, name: str, tensor: Tensor, shape: tupl
 
 def image_size(model: Wuerstchen, height: int | None, width: int | None, image: Tensor | None,
                semantic: Tensor | None) -> tuple[int, int]:
-    """Returns (height, width), with defaults instead of None, see `generate`. Warns of sizes that were not trained."""
+    """Returns (height, width); warns of untrained sizes. Default for None: with an image, its aspect ratio up to 4 : 1,
+    and model.size for the shorter side; else with semantic latents, the size of their image; else model.size."""
     height, width = (None if side is None else SIDE.check(name, side)
                      for name, side in (("height", height), ("width", width)))
     if image is not None:
@@ -266,13 +267,13 @@ def image_size(model: Wuerstchen, height: int | None, width: int | None, image: 
         height, width = (side * 128 // 3 if given is None else given
                          for given, side in zip((height, width), semantic.shape[-2:]))
     height, width = (model.size if side is None else side for side in (height, width))
-    latent_sizes(height, width)                                                            # may raise ValueError
+    latent_sizes(height, width)                                           # raises ValueError for impossible sizes
     warn_of_size(height, width, model.size)
     return height, width
 
 
 def both_sides(height: int | None, width: int | None, image: Tensor) -> tuple[int, int]:
-    """Returns (height, width). If one is None, computes it from the other and the image's shape, at most 4 : 1."""
+    """Returns (height, width). If one is None, computes it from the other and the image's aspect ratio, up to 4 : 1."""
     h, w = image.shape[-2:]
     h, w = min(h, LONGEST * w), min(w, LONGEST * h)
     return round(width * h / w) if height is None else height, round(height * w / h) if width is None else width
@@ -280,8 +281,9 @@ def both_sides(height: int | None, width: int | None, image: Tensor) -> tuple[in
 
 class PromptBatch:
     """Embeds prompts. After texts = PromptBatch(...), texts("c") returns embeddings of prompts and negative prompts for
-    Stage C, (images,N,D) each; texts("b") for Stage B. __init__ checks all arguments. stages: "c", "b" or "cb".
-    optional: prompts may be empty. Attributes: rows, the number of prompts; silent: whether all prompts are empty."""
+    Stage C, (images,N,D) each; texts("b") for Stage B. __init__ checks all arguments. embeddings: used instead of text.
+    stages: those that will run, "c", "b" or "cb". optional: whether prompts may be empty. Attributes: rows, the number
+    of prompts; silent, whether there is no prompt, neither as text nor as embeddings."""
     def __init__(self, model: Wuerstchen, prompt, negative, embeddings: dict[str, Tensor], num_images: int, stages: str,
                  optional: bool):
         self.model, self.num_images, self.embeddings = model, num_images, dict(embeddings)
@@ -308,7 +310,7 @@ class PromptBatch:
 
     def check_width(self, name: str, embedding: Tensor) -> None:
         stage, key = ("stage_c", "c_cond") if name.endswith("_c") else ("stage_b", "c_text")
-        # The stage is a network, or a function that loads the network and may have no config.
+        # A stage may be a function that loads its network. If it has no config, the width is not checked here.
         config = getattr(self.model.networks.get(stage), "config", None)
         if config is not None and embedding.shape[2] != config[key]:
             raise ValueError(f"embeddings {name} have shape {tuple(embedding.shape)}, "
@@ -357,10 +359,8 @@ def extend(images: Tensor, height: int, width: int) -> Tensor:
 
 
 def cut_levels(levels: Tensor, strength: float) -> Tensor:
-    """For image to image: cuts a schedule of n + 1 noise levels so that it starts at noise level `strength`.
-
-    Returns m + 1 levels, m <= n. If strength is 0 or below the schedule's last level, returns one level: no steps.
-    """
+    """Cuts a schedule of n + 1 noise levels for image to image, so that it starts at noise level `strength`. Returns
+    m + 1 levels, m <= n. If strength is 0 or below the schedule's last level, returns one level: no steps."""
     strength = plain(strength)
     if not isinstance(strength, Real) or not 0 <= strength <= 1:
         shown = f"{strength:g}" if isinstance(strength, Real) else f"{strength!r:.80}"
@@ -396,14 +396,14 @@ class KnownImage:
         return None if self.mask is None else InpaintMask(self.latents.expand_as(eps), self.mask_b, eps)
 
     def paste(self, images: Tensor) -> Tensor:
-        """Replaces the pixels of `images` outside the mask by the known image's. Both blend inside the mask's edge."""
+        """Returns `images` with the known image outside the mask. At the inner edge of the mask, blends the two."""
         if self.mask is None:
             return images
         return torch.lerp(self.image.expand_as(images), images, feather(self.mask, min(images.shape[-2:]) // 64))
 
 
 class InpaintMask:
-    """For inpainting: denoise calls it to replace the known part of x_t by the known latents with noise of level t.
+    """For inpainting: in each step, replaces the known part of x_t by the known latents with noise of level t.
 
     known: x_0 (B,...). mask: broadcast over x_0, True where new content goes. eps: the noise of the known part. It is
     the same at every step, so that this part moves to x_0 along one path, as multistep samplers (dpm++) require.

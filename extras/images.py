@@ -30,13 +30,13 @@ from loading.errors import UserError, warn
 from loading.files import reading, reason_of, write_atomically
 
 # After resizing or sharpening, float images have values a little outside of [0, 1], so values from DARK to BRIGHT are
-# accepted and clipped. Such an image cannot have the range 0 to 255: with values up to 2, it would be almost black.
+# accepted and clipped. An image of 0 to 255 is still rejected, unless it has no value above 2, so is almost black.
 DARK, BRIGHT = -0.1, 2.0
 LARGEST = 2 ** 30                # largest image file that is read, in bytes
 TURNS = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
          6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}    # {EXIF orientation: operation that undoes it}
 PNG, IEND = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"              # first and last bytes of a PNG file
-PNG_TEXTS = (b"XML:com.adobe.xmp", b"Raw profile type exif", b"wuerstchen")  # texts that open_png keeps
+PNG_TEXTS = (b"XML:com.adobe.xmp", b"Raw profile type exif", b"wuerstchen")  # names of texts that open_png keeps
 
 
 # ----- reading -------------------------------------------------------------------------------------------------------
@@ -55,15 +55,15 @@ def read_image(source) -> Tensor:
 
 
 def read_pair(source, mask_source) -> tuple[Tensor, Tensor]:
-    """Returns image (3,H,W) and mask (H,W), see read_image and read_mask. Transparent pixels in the mask do not become
-    white but continue their surroundings, so that no white edge remains. Raises ValueError, also if sizes differ."""
+    """Returns image (3,H,W) and mask (H,W), see read_image and read_mask. Inside the mask, the image's transparent
+    pixels get colours from around them, not white: no white edge remains. Raises ValueError, also if sizes differ."""
     colours, opacity = _channels(source)
     mask = read_mask(mask_source)
     if mask.shape != opacity.shape:
         raise ValueError(f"the mask has {mask.shape[1]} x {mask.shape[0]} px, its image {opacity.shape[1]} x "
                          f"{opacity.shape[0]}: they must be the same.")
     image, solid = colours * opacity + (1 - opacity), opacity >= 0.5
-    # Edges of holes are partly transparent. If the mask covers all holes, edges are filled even outside the mask.
+    # Edges of transparent holes are partly transparent. If the mask covers all holes, fill edges even outside of it.
     theirs = opacity < 1 if (solid | (mask > 0)).all() else (opacity < 1) & (mask > 0)
     return torch.where(theirs, fill(colours, solid), image), mask
 
@@ -87,7 +87,7 @@ def read_mask(source) -> Tensor:
     """
     colours, opacity = _channels(source, "the mask")
     # Many editors export a mask as an image of one arbitrary colour, or as the photo itself, with transparent holes
-    # where new content goes. So if there are holes, opacity decides. The colour stored in the holes is arbitrary.
+    # where new content goes. So if there are holes, they are the mask, whatever colours are stored in and around them.
     hole = opacity < 0.5                                                # (H, W)
     if hole.any():
         sheet = colours[:, ~hole]                                       # (3, n)
@@ -96,9 +96,9 @@ def read_mask(source) -> Tensor:
                  "are the mask, the colours do not count")
         return hole.float()
     red, green, blue = colours * opacity + (1 - opacity)                # 3 x (H, W)
-    # Luminance, defined by ITU-R BT.601 as in Pillow and JPEG.
+    # Luminance as defined by ITU-R BT.601, which Pillow and JPEG also use.
     grey = 0.299 * red + 0.587 * green + 0.114 * blue
-    if (grey - 0.5).abs().lt(0.4).float().mean() > 0.25:                # masks with soft edges have fewer grey pixels
+    if (grey - 0.5).abs().lt(0.4).float().mean() > 0.25:                # more grey than in a mask with soft edges
         warn(f"{_name(source, 'the mask')} is neither black nor white in many places, like a photo: what is lighter "
              "than the middle grey counts as white")
     mask = (grey > 0.5).float()
@@ -163,9 +163,9 @@ def open_image(content: bytes) -> Image.Image:
 
 
 def open_header(file: BinaryIO, start: int, end: int, pixels: bool = False) -> Image.Image:
-    """Returns bytes `start` to `end` of a file as a PIL image that has at least a size, a profile and an orientation.
+    """Returns bytes `start` to `end` of a file as a PIL image with at least its size, colour profile and orientation.
 
-    pixels: whether the pixels can also be loaded. If not, less of a PNG file is read. Raises any error of Pillow.
+    pixels: whether its pixels are also needed. If not, less of a PNG file is read. Raises any error of Pillow.
     """
     file.seek(start)
     if file.read(len(PNG)) == PNG:
@@ -184,7 +184,7 @@ def open_header(file: BinaryIO, start: int, end: int, pixels: bool = False) -> I
 def open_png(file: BinaryIO, start: int, end: int, pixels: bool) -> Image.Image:
     """Does what open_header does, for PNG files. Pillow gets a copy of the file with only the usable chunks.
 
-    EXIF data may follow the pixels in the file; here it is moved before them. Finding it takes a few hundred bytes.
+    EXIF data that follow the pixels are moved before them. Without `pixels`, finding them reads a few hundred bytes.
     Pillow rejects the whole file if a text or a profile is damaged, or larger than 1 MiB when decompressed. So damaged
     profiles, damaged EXIF data and all texts except PNG_TEXTS are omitted here.
     """
@@ -195,7 +195,7 @@ def open_png(file: BinaryIO, start: int, end: int, pixels: bool) -> Image.Image:
     header, data, profile, kind, at = b"", [], None, b"", start + len(PNG)
     while kind != b"IEND" and at < end:
         length, kind = chunk_at(at)
-        size = length + 12                               # size of the whole chunk: also length, kind and checksum
+        size = length + 12                               # size of the whole chunk, with length, kind and checksum
         if kind == b"IDAT" and not pixels:
             # Encoders write the pixels as chunks of equal length, so a binary search finds the last of these chunks.
             following = range(at + size, end, size)
@@ -207,13 +207,13 @@ def open_png(file: BinaryIO, start: int, end: int, pixels: bool) -> Image.Image:
             if kind == b"IDAT":
                 data.append(chunk)
             elif kind == b"iCCP":
-                with contextlib.suppress(zlib.error):   # content: name, byte 0, method, data. Decompress at most 64 MiB
+                with contextlib.suppress(zlib.error):   # content is name, zero byte, method, data (at most 64 MiB)
                     profile = zlib.decompressobj().decompress(content.partition(b"\0")[2][1:], 2 ** 26)
             elif kind in (b"IHDR", b"PLTE") or (_is_usable(header + chunk) if kind in (b"tRNS", b"eXIf")
                                                 or content.partition(b"\0")[0] in PNG_TEXTS else False):
                 header += chunk
         at += size
-    end_mark = IEND * (not pixels or kind == b"IEND")    # empty if the file is cut off, so that Pillow reports it
+    end_mark = IEND * (not pixels or kind == b"IEND")    # omitted if the file is cut off, so that Pillow reports it
     image = Image.open(io.BytesIO(b"".join((PNG, header, *data, end_mark))))
     if profile:
         image.info["icc_profile"] = profile
@@ -230,7 +230,7 @@ def _is_usable(chunks: bytes) -> bool:
 def orientation(image: Image.Image) -> int:
     """Returns the orientation of an image, 1 to 8 (see TURNS), from its EXIF or XMP data; 1 if none can be read."""
     with contextlib.suppress(Exception):                 # damaged data may raise any error
-        return Image.Image.getexif(image).get(0x0112, 1)           # PngImageFile.getexif would decode the pixels
+        return Image.Image.getexif(image).get(0x0112, 1)           # PngImageFile's own getexif would decode the pixels
     return 1
 
 
@@ -251,7 +251,7 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     with contextlib.suppress(ImageCms.PyCMSError, OSError, ValueError):
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         space = source.profile.xcolor_space.strip()
-        if mode == "L" and space == "RGB":               # a grey image with an RGB profile: repeat its channel
+        if mode == "L" and space == "RGB":               # treat a grey image with an RGB profile as RGB
             mode = "RGB"
         if space != {"L": "GRAY"}.get(mode, mode):
             return None
@@ -292,9 +292,9 @@ def pixels_of(image: Image.Image) -> np.ndarray:
 def _to_8_bits(image: Image.Image) -> Image.Image:
     """Converts images of mode I;16, I or F to mode L. Scales the values; Pillow's convert("L") would clip them."""
     values = np.asarray(image).astype(np.float64)        # (H, W)
-    low, high = values.min(), values.max()               # both are NaN if any pixel is NaN
-    # Pillow opens 16-bit PGM files as mode I, and older versions also 16-bit PNG files. For floats, white is taken as 1
-    # if no pixel is above BRIGHT, else as 255: Pillow converts 8-bit images to floats up to 255.
+    low, high = values.min(), values.max()               # NaN if any pixel is NaN: then the check below fails
+    # White is 65535 in mode I, in which Pillow opens 16-bit PGM files (older versions also PNG files). In mode F, white
+    # is 1 if no pixel is above BRIGHT, else 255, because Pillow converts 8-bit images to floats up to 255.
     white = 65535 if image.mode != "F" else 1 if high <= BRIGHT else 255
     least, most = (DARK, BRIGHT) if white == 1 else (0, white)
     if not (low >= least and high <= most):
@@ -325,7 +325,7 @@ def _checked(array: np.ndarray) -> np.ndarray:
         return array.astype(np.float32) / 255
     if array.dtype != bool and not np.issubdtype(array.dtype, np.floating):
         raise ValueError(f"an array of {array.dtype}, expected uint8 from 0 to 255 or floats from 0 to 1")
-    array = array.astype(np.float32)                     # also sets this machine's byte order, as torch requires
+    array = array.astype(np.float32)                     # also sets this machine's byte order, which torch requires
     if not np.isfinite(array).all():
         raise ValueError("it contains NaN or infinity, expected numbers from 0 to 1")
     if array.min() < DARK or array.max() > BRIGHT:
@@ -381,7 +381,7 @@ def enlarge(image: Tensor, left: int, top: int, right: int, bottom: int) -> tupl
 
 
 def fitting_size(height: int, width: int, shorter: int) -> tuple[int, int]:
-    """Returns (height, width), scaled so that the shorter side is `shorter` px. The shape is kept, up to rounding."""
+    """Returns (height, width), scaled so that the shorter side is `shorter` px. Keeps the aspect ratio, but rounds."""
     return round(height * shorter / min(height, width)), round(width * shorter / min(height, width))
 
 
@@ -465,7 +465,7 @@ def save_gif(images: list, path: str | Path, seconds_per_frame: float = 0.15, ov
     """Writes PIL images of equal size to a GIF file that loops forever; writes it completely or not at all.
 
     seconds_per_frame is rounded to 1/100. Pillow joins equal consecutive frames into one that is shown longer.
-    Raises FileExistsError unless `overwrite`, and ValueError without images or if their sizes differ.
+    Raises FileExistsError if the file exists, unless `overwrite`; ValueError without images or if their sizes differ.
     """
     _common_size(images)
     write_atomically(path, lambda temporary: images[0].save(

@@ -46,7 +46,7 @@ def prompt_lines(path: Path) -> list[tuple[int, dict]]:
 
 
 def without_mark(text: str) -> str:
-    """Removes byte-order marks, which would become tokens. Some editors write one; joined files have them anywhere."""
+    """Removes byte-order marks, which would become tokens. Joined files have them also in the middle of the text."""
     return text.replace("\ufeff", "")
 
 
@@ -88,8 +88,8 @@ class Run:
         self.bar = None
 
     def attempt(self, make: Callable[[list], list], batch: list) -> list[tuple]:
-        """Returns pairs (job, image) for the images of make(batch). An error of `make` is raised or, if the batch is
-        from a prompt file and the weights are not the reason, only reported."""
+        """Returns pairs (job, image) for the images of make(batch). Raises errors of `make`; but for a prompt file,
+        tries the jobs one by one and reports those that fail, unless the weights are the reason."""
         try:
             return [*zip(batch, make(batch))]
         except KNOWN as problem:

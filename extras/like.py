@@ -4,10 +4,10 @@
   file -options_like-> {"seed": ["--seed=3"], ...}, overridden by the command line's options -flat-> argv
 
 The type `Options` is {name of an option: its words on the command line}. The list of words is empty if the user typed
---option "", which removes the option. Note: settings that the user did not choose, the weights' defaults, are also
-stored, so that the image stays the same if defaults change. If --like is used with other weights, those defaults are
-omitted. Paths are stored relative to the working folder and searched from all folders above the image, so that folders
-can be moved. Needs: the standard library; torch to write settings, and for some images to read them.
+--option "", which removes the option. Note: if the user did not choose a setting, the weights' default is stored, so
+that the image stays the same if defaults change. If --like is used with other weights, these defaults are omitted.
+Paths are stored relative to the working folder and searched in all folders above the image, so that folders can be
+moved. Needs: the standard library; torch to write settings, and for some images to read them.
 """
 import argparse
 import os
@@ -25,7 +25,7 @@ SAMPLING = dict(steps=None, sampler=None, guidance=None, interval=(0.0, 1.0), re
 # {part that can be replaced by an option of the same name: the part's name in messages}
 FILES = dict(prior="Stage C", decoder="Stage B", vqgan="Stage A", image_encoder="the image encoder",
              prior_text_encoder="Stage C's text encoder", text_encoder="Stage B's text encoder")
-# {value of --weights: whether they are v1}, for weights whose version is known without loading them.
+# {value of --weights: whether these weights are v1}, for weights whose version is known without loading them.
 NAMED = {None: False, "tiny": False, "tiny-v1": True, "v1": True, "v2": False, "v2-base": False, "v2-aesthetic": False}
 # Options for weights of v1 only or of v2 only, whose Stages B differ. SAMPLERS: {stage: samplers of v1 and v2}.
 ONLY_V1, ONLY_V2 = ("temperature_b",), ("mask", "outpaint", "rescale_b", "eta_b")
@@ -39,7 +39,7 @@ PER_IMAGE = ("prompt", "negative_prompt", "seed", "num_images", "width", "height
 PER_RUN = ("reconstruct", "interpolate_to", "to_seed", "frames", "grid", "to_latent", "weights", *FILES, "lora",
            "lora_partial", "revision", "dtype", "allow_tf32", "int8", "tile")
 
-COMBINED = ("reconstruct", "grid", "interpolate_to", "to_latent")            # the output combines several images
+COMBINED = ("reconstruct", "grid", "interpolate_to", "to_latent")         # options whose output combines several images
 REQUIRES = (("mask", "init"), ("outpaint", "init"), ("strength", "init"), ("to_latent", "from_latent"),
             ("to_seed", "interpolate_to", "to_latent"))                      # the first option needs one of the others
 Options = dict[str, list[str]]
@@ -96,7 +96,7 @@ def is_possible(name: str, args: argparse.Namespace) -> bool:
     if name in ("eta_c", "eta_b"):
         return getattr(args, f"sampler_{stage}") == "ddim"
     if name in ("t_start_c", "t_start_b", "t_end_c", "t_end_b"):
-        steps = getattr(args, f"steps_{stage}")              # a dict of steps fixes t_end; a tuple, both ends
+        steps = getattr(args, f"steps_{stage}")              # a dict sets t_end; a tuple sets t_start and t_end
         return steps is None or isinstance(steps, (int, dict) if "start" in name else int)
     return True
 
@@ -121,8 +121,8 @@ def is_v1(args: argparse.Namespace) -> bool | None:
 
 
 def merge(read: Callable[[list[str]], argparse.Namespace], base: Options, more: Options) -> Options:
-    """Returns base | more, without options of `base` that cannot be used with `more`: if `more` removes --init, the
-    result has no --mask of `base`. read: parses command line words to an argparse.Namespace."""
+    """Returns base | more, without options of `base` that cannot be used with `more`. For example, if `more` removes
+    --init, --mask of `base` is also removed. read: parses command line words to an argparse.Namespace."""
     merged = base | more
     before, after = read(flat(base)), read(flat(merged))
     while gone := [name for name in merged.keys() - more.keys()
@@ -135,8 +135,8 @@ def merge(read: Callable[[list[str]], argparse.Namespace], base: Options, more: 
 # ----- --like --------------------------------------------------------------------------------------------------------
 
 def options_like(read: Callable, args: argparse.Namespace, more: Options) -> tuple[Options, dict[str, str]]:
-    """Returns the settings of the image of --like, overridden by `more`, the command line's options; and the hashes of
-    its input files and weights, except those that the command line replaces. Raises ValueError."""
+    """Returns (options, hashes). options: the settings of the --like image, overridden by `more`, those of the command
+    line. hashes: {file: hash} of its input files and weights, except those that `more` replaces. Raises ValueError."""
     from extras.metadata import read_settings
     stored = read_settings(args.like)
     hashes = stored["hashes"] = stored["hashes"] if isinstance(stored.get("hashes"), dict) else {}
@@ -149,7 +149,7 @@ def options_like(read: Callable, args: argparse.Namespace, more: Options) -> tup
     if other_weights or more.keys() & {"init", "outpaint", "from_latent"}:
         own = own_defaults(args.like, stored)
         same = {name for name, value in own.items() if as_text(value) == as_text(stored.get(name))}
-        if not same >= {"width", "height"}:      # only one side is the default: keep both
+        if not same >= {"width", "height"}:      # if only one side is the default, keep both
             same = same - {"width", "height"}
         settings |= dict.fromkeys(same if other_weights else same & {"width", "height"})
     options = merge(read, typed(settings), more)
@@ -193,7 +193,7 @@ def is_tiny(weights: str | Path) -> bool:
 
 
 def own_size(image: str, stored: dict, size: int) -> tuple[int, int]:
-    """Returns the default (height, width) of an image: by its latents file, else the shape of --init, else `size`."""
+    """Returns an image's default (height, width): of its latents file, else in --init's aspect ratio, else a square."""
     from extras import editing, images, modes
     hashes = stored["hashes"]
     try:
@@ -206,7 +206,7 @@ def own_size(image: str, stored: dict, size: int) -> tuple[int, int]:
         left, top, right, bottom = map(int, str(stored.get("outpaint") or "0,0,0,0").split(","))
         h, w = height + top + bottom, width + left + right
         return images.fitting_size(min(h, editing.LONGEST * w), min(w, editing.LONGEST * h), size)
-    except ValueError:                           # no such file: if a stored side is `size`, both are the default
+    except ValueError:                           # the file is missing: if a side is `size`, take both for defaults
         now = stored.get("height"), stored.get("width")
         return now if size in now else (size, size)
 
@@ -226,8 +226,8 @@ def relative(file: str | Path, folder: Path) -> str:
 
 
 def find(image: str | Path, name: str, stored: str, hashes: dict[str, str]) -> str:
-    """Finds the file `stored`, named in an image's settings for option `name`, in the image's folder, the folders above
-    and the working folder. If it finds several, prefers the one with the stored hash. Raises ValueError if none."""
+    """Returns the path of the file `stored`, which an image's settings give for option `name`. Searches the image's
+    folder, all folders above and the working folder; prefers a file with the stored hash. Raises ValueError if none."""
     if is_name(stored):
         return stored
     folders = [*Path(os.path.abspath(image)).parents, Path.cwd()]

@@ -40,7 +40,7 @@ def save_image(image: Image.Image, path: str | Path, settings: dict | None, over
     """Writes a PIL image, with its settings if not None, to a file; writes it completely or not at all.
 
     The suffix .jpg, .jpeg or .webp sets the format; with any other suffix the file is PNG, see save_png. Settings that
-    are too long for a JPEG file (more than about 60 kB) are omitted with a warning.
+    are too long for a JPEG file (more than 65 kB as EXIF or XMP data) are omitted with a warning.
     """
     options = FORMATS.get(Path(path).suffix.lower())
     if options is None:
@@ -55,7 +55,7 @@ def save_image(image: Image.Image, path: str | Path, settings: dict | None, over
             warn(f"{path}: the settings do not fit the {name.upper()} data of a JPEG file: save a PNG file to "
                  "keep them")
             del info[name]
-    data = io.BytesIO()      # in memory: if Pillow wrote a JPEG file itself, it would not notice a full disk
+    data = io.BytesIO()      # encode in memory, because Pillow does not notice a full disk when it writes a JPEG file
     image.save(data, **options, **info)
     write_atomically(path, lambda temporary: temporary.write_bytes(data.getvalue()), overwrite, len(data.getvalue()))
 
@@ -65,7 +65,7 @@ def save_png(image: Image.Image, path: str | Path, settings: dict | None, overwr
 
     "parameters" is for other programs, see parameters_text; "wuerstchen" has all settings as JSON, for read_settings.
     settings: {name: value that JSON can represent}, or None to write no text.
-    Raises FileExistsError unless `overwrite`, and OSError if the file cannot be written.
+    Raises FileExistsError if the file exists, unless `overwrite`, and OSError if the file cannot be written.
     """
     text = PngInfo()
     if settings is not None:
@@ -143,7 +143,7 @@ def read_settings(path: str | Path) -> dict:
 
 
 def _from_xmp(xmp: bytes | None) -> str | None:
-    """Returns the JSON text of the settings in XMP data, or None if there is none."""
+    """Returns the JSON text of the settings in XMP data, or None if they are missing or the data are damaged."""
     try:
         return next((element.text for element in ElementTree.fromstring(xmp or b"").iter(f"{{{SPACE}}}settings")), None)
     except (ElementTree.ParseError, ValueError, LookupError):

@@ -27,9 +27,9 @@ from loading.hub import hashes
 from loading.pipeline import FILES
 from wuerstchen import Noise, Wuerstchen, latent_sizes, to_pil
 
-# --save-latent writes: semantic latents (1,16,h,w); the noise generator's state after Stage C (1,bytes); size (H, W).
+# Tensors in a file of --save-latent: semantic latents (1,16,h,w), noise generator's state (1,bytes), image size (2,).
 LATENT = ("semantic", "states", "size")
-ORIGIN = "wuerstchen"            # the file's metadata stores the result of origin_of under this key
+ORIGIN = "wuerstchen"            # key in the metadata of a file of --save-latent: the result of origin_of
 
 
 def make_images(model, jobs: list[argparse.Namespace], options: dict) -> list:
@@ -51,7 +51,7 @@ def make_images(model, jobs: list[argparse.Namespace], options: dict) -> list:
     if not job.save_latent and job.seed is not None:
         return generate(model, jobs, [job.seed for job in jobs], options)
     noise = Noise([job.seed or 0 for job in jobs], model.device)
-    if job.seed is None:                         # continue with the noise generator's state in the file
+    if job.seed is None:                         # continue with the noise generator's state after Stage C
         state = read_tensors(job.from_latent, *LATENT)["states"][0]
         for generator in noise.generators:
             generator.set_state(state.clone())
@@ -67,7 +67,7 @@ def make_images(model, jobs: list[argparse.Namespace], options: dict) -> list:
 
 
 def save_latent(job: argparse.Namespace, path: Path) -> Path:
-    """Writes the tensors job.latent to `path`. Returns path. Raises FileExistsError unless --overwrite is given."""
+    """Writes tensors job.latent to `path`. Returns path. Raises FileExistsError if it exists, unless --overwrite."""
     metadata = {ORIGIN: json.dumps(job.origin)}
     write_tensors(path, job.latent, metadata, job.overwrite)
     return path
@@ -76,7 +76,7 @@ def save_latent(job: argparse.Namespace, path: Path) -> Path:
 def origin_of(model, job: argparse.Namespace) -> dict:
     """Describes the loaded weights, to store with latents: name, kind, hashes of the networks that decode latents."""
     raw = model.scale_semantic is not Wuerstchen.scale_semantic
-    kind = "tiny" if model.size == 128 else "v1" if raw else "v2"        # a kind decodes its own latents
+    kind = "tiny" if model.size == 128 else "v1" if raw else "v2"        # weights decode only latents of their own kind
     known = {part: value for part, value in hashes(model.paths).items() if part in ("decoder", "vqgan", "text_encoder")}
     weights = job.weights or ("v2" if any(getattr(job, part) for part in FILES) else "tiny")
     return dict(weights=Path(weights).name, kind=kind, hashes=known)
@@ -112,7 +112,7 @@ def generate(model, jobs: list[argparse.Namespace], seed, options: dict, semanti
                   if name not in editing.LATENTS}
     prompts = [job.prompt for job in jobs]
     if not jobs[0].prompt and (embeddings or "edit" not in inputs and "semantic" not in given):
-        prompts = None                           # without prompts, generate needs embeddings or raises an error
+        prompts = None                           # generate then uses the embeddings or, without any, raises an error
     if semantic is not None:
         given = {name: tensor for name, tensor in given.items() if name != "latents_c"} | dict(semantic=semantic)
     return editing.generate(model, prompts, [job.negative_prompt for job in jobs], seed=seed,
@@ -211,7 +211,7 @@ def check_latent(path: str, latent: dict[str, Tensor]) -> None:
 
 @functools.lru_cache(1)
 def previews_of(model) -> Previews:
-    """Returns the model's Previews. Creates them only once, because without a file of matrices they are fitted."""
+    """Returns the model's Previews. Creates them only once, because they may have to be fitted, which takes long."""
     return Previews(model, None)
 
 

@@ -62,9 +62,9 @@ class Previews:
 
 @torch.no_grad()
 def preview_maps(model) -> dict[str, Tensor]:
-    """Returns {"C": (17,3), "B": (5,3)}, the matrices of the stages for apply_linear; "C" requires an image encoder.
+    """Returns each stage's matrix for apply_linear: {"C": (17,3), "B": (5,3)}; without an image encoder, only "B".
 
-    They are fitted once, on smooth images of random colours, and stored in a file next to the weights.
+    They are fitted once, on smooth images of random colours, and stored in model.preview_file, next to the weights.
     """
     if model.preview_file is not None and model.preview_file.is_file():
         with contextlib.suppress(UserError), reading(model.preview_file):      # if the file is unusable, fit again
@@ -77,7 +77,7 @@ def preview_maps(model) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def fit_preview(model, images: Tensor) -> dict[str, Tensor]:
-    """Fits the maps of preview_maps to images (N,3,H,W) in [0, 1], writes them to model.preview_file, returns them."""
+    """Fits the matrices of preview_maps to images (N,3,H,W) in [0, 1]. Returns them and writes model.preview_file."""
     from extras.editing import encode_image, encode_latents
     maps = {"B": fit_linear(torch.cat([encode_latents(model, image[None]).cpu() for image in images]), images)}
     if model.networks.get("image_encoder") is not None:

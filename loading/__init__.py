@@ -1,1 +1,1 @@
-"""Loading: finds, fetches, checks and reads weights, and puts a pipeline together. Start with pipeline.py."""
+"""Loading: finds, fetches, checks and reads weights, and puts a pipeline together. Start reading with pipeline.py."""

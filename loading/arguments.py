@@ -83,7 +83,7 @@ METHODS = dict(
 FIELDS = dict(steps="a number such as 29, a list of noise levels, or {level: number}", guidance="a number, or two",
               sampler="a name", interval="two noise levels", temperature="a number, or two")
 CALL_ITSELF = ("prompt", "negative_prompt", "seed", "num_images", "width", "height", "callback", "progress")
-SENTENCES = ("not needed", "set ", "the result", "one model", "fixed by")     # advice() adds no "use" to such hints
+SENTENCES = ("not needed", "set ", "the result", "one model", "fixed by")  # advice() adds no "use" if a hint begins so
 
 
 # ----- values --------------------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ def advice(hint: str) -> str:
 
 
 def texts_of(name: str, value) -> list:
-    """Turns a text, several texts, or None into a list. The items may have any type. Raises TypeError, ValueError."""
+    """Turns a text, several texts, or None into a list. Items of any type pass. Raises TypeError, ValueError."""
     if isinstance(value, (dict, bytes)) or not isinstance(value, Iterable | None):
         raise TypeError(f"{name} is {value!r:.80}, expected a text or a list of texts.")
     texts = [] if value is None else [value] if isinstance(value, str) else list(value)
@@ -123,7 +123,7 @@ def tensor_of(name: str, value) -> Tensor:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether a device has instructions for bfloat16. A CPU without them computes far slower than in float32."""
+    """Returns whether a device has bfloat16 instructions. On a CPU without them, float32 is far faster."""
     if device.type != "cpu":
         return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     if not torch.backends.mkldnn.is_available():
@@ -135,7 +135,7 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def dtype_of(value, device: torch.device | None = None) -> torch.dtype:
-    """Turns "bf16", "bfloat16", "torch.bfloat16" or torch.bfloat16 into torch.bfloat16. Raises ValueError.
+    """Turns a floating-point dtype or its name ("bf16", "bfloat16", "torch.bfloat16") into a dtype. Raises ValueError.
 
     If a device is given, "auto" is allowed: bfloat16 if it is fast there; otherwise float32 on a CPU, float16 on a GPU.
     """
@@ -162,7 +162,7 @@ def usable_device(name: str | torch.device | None) -> torch.device:
     name or cannot compute on the device."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name is None else name
     try:
-        torch.ones(1, device=name).tolist()                # tolist() fails on "meta", which has no data
+        torch.ones(1, device=name).tolist()                # tolist() fails on the device "meta", which has no data
         set_tf32(False)                                    # exact float32; callers may allow TF32 later
         return torch.device(name)
     except (RuntimeError, AssertionError, TypeError) as error:        # torch raises various errors for missing devices
@@ -191,7 +191,8 @@ def lora_scales(value) -> dict[str, float]:
 
 
 def check_options(weights, files: dict, allowed: Iterable[str], options: Iterable[str]) -> None:
-    """Raises TypeError if `load` has no such option, or if `weights` or a file is not a text or a path."""
+    """Raises TypeError if a name in `files` is not in `allowed`, or if `weights` or a value in `files` is not a text, a
+    path or None. options: other options of `load`, which the message may suggest."""
     for name in sorted(files.keys() - set(allowed)):
         if name in LOAD:
             raise TypeError(f"load has no option {name}: {advice(LOAD[name])}.")
@@ -206,7 +207,7 @@ def check_options(weights, files: dict, allowed: Iterable[str], options: Iterabl
 # ----- a call --------------------------------------------------------------------------------------------------------
 
 def install(model, weights, files: dict, loras: dict[str, float], lora_partial: bool) -> None:
-    """Wraps methods of the pipeline with `accept` and `settings` below. Stores in it the names of what was loaded."""
+    """Adds checks to a pipeline's encode_text, accept and settings. Stores the names of the loaded files in it."""
     model.weights = ", ".join([str(weights), *(f"{part} {path}" for part, path in files.items() if path is not None)])
     model.loras, model.lora_partial = loras, lora_partial
     model.elsewhere = {name: advice(hint) for name, hint in METHODS.items()}
@@ -218,7 +219,7 @@ def install(model, weights, files: dict, loras: dict[str, float], lora_partial: 
 
 
 def accept(model, then: Callable, prompt, negative_prompt, seed, num_images, height, width, callback) -> tuple:
-    """Converts values, calls Wuerstchen.accept (`then`), warns of untrained sizes. Raises TypeError, ValueError."""
+    """Converts and checks the values of a call, and calls Wuerstchen.accept (`then`). Raises TypeError, ValueError."""
     prompts, num_images = texts_of("prompt", prompt), IMAGES.check("num_images", num_images)
     seed = random_seed() if seed is None else plain(seed)
     if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
@@ -236,8 +237,8 @@ def accept(model, then: Callable, prompt, negative_prompt, seed, num_images, hei
 
 
 def checked(callback: Callable | None, kinds: str = "None", stop: Exception | None = None) -> Callable | None:
-    """Wraps a callback to check what it returns: raises ValueError unless that is None or latents of unchanged shape,
-    and `stop`, if given, for False. kinds: what it may return besides latents, for the message."""
+    """Wraps a callback. If it returns False, raises `stop`, if given; if it returns anything else but None or finite
+    latents of unchanged shape, raises ValueError. kinds: what it may return besides latents, for the message."""
     if callback is None:
         return None
     if not callable(callback):
@@ -257,7 +258,7 @@ def checked(callback: Callable | None, kinds: str = "None", stop: Exception | No
 
 
 def settings(model, then: Callable, given: dict) -> tuple:
-    """Converts values, calls Wuerstchen.settings (`then`). For a name of diffusers, raises TypeError with our name."""
+    """Converts options, calls Wuerstchen.settings (`then`). For a name of diffusers, raises TypeError with our name."""
     given = {name: plain(value) for name, value in given.items()}
     given |= {name: int(value) for name, value in given.items() if isinstance(value, bool) and name[:-2] != "early"}
     for name, value in given.items():
@@ -269,7 +270,7 @@ def settings(model, then: Callable, given: dict) -> tuple:
             then({name: value})
         except (TypeError, ValueError, RuntimeError, AttributeError) as error:
             if isinstance(error, ValueError) and re.search("expected|give", str(error)):
-                continue                             # it may be valid with the other values: checked below
+                continue                             # the value may be valid together with others: checked below
             if f"no option {name}" in str(error):
                 ours = [f"{field}_{stage}" for stage in "cb" for field in vars(getattr(model, stage))]
                 raise TypeError(f"{error}; {nearest(name, (*CALL_ITSELF, *ours))}".removesuffix("; ")) from None
@@ -301,8 +302,8 @@ def check_used(stage: str, sampling, given: dict) -> None:
 
 
 def warn_of_size(height: int, width: int, trained: int) -> None:
-    """Warns if the image size (px) is far from the sizes that the weights were trained on."""
-    only = trained in (128, 512)               # these were trained on one size, v2 on many
+    """Warns if the image size (px) is not one that the weights were trained on. trained: their usual size, in px."""
+    only = trained in (128, 512)               # tiny and v1 weights were trained on one size, v2 on many
     if (height, width) != (trained,) * 2 if only else not (
             1024 <= min(height, width) <= 1536 and max(height, width) <= 2048):
         small = min(height, width)
@@ -325,8 +326,7 @@ def set_loras(model, loras) -> None:
 
     LoRAs are added to Stage C, removed, or get a new scale. With int8 or low_memory, Stage C is read again instead.
     If the weights are a folder of train_c.py with a LoRA of their own, that LoRA stays, with scale 1 unless `loras`
-    has another scale for it.
-    Raises WeightsError if a file cannot be used; the model is then unchanged.
+    has another scale for it. Raises WeightsError if a file cannot be used; the model is then unchanged.
     """
     if not isinstance(model, Wuerstchen):
         raise TypeError(f"model is {model!r:.80}, expected a loaded model, and then its LoRAs.")
@@ -359,14 +359,14 @@ def set_loras(model, loras) -> None:
 
 
 def replace_loras(model, loras: dict[str, float]) -> None:
-    """Replaces the content of model.loras, and keeps the dict, because Stage C's loader reads the same dict."""
+    """Replaces the content of the dict model.loras. Does not replace the dict, because Stage C's loader also has it."""
     model.loras.clear()
     model.loras.update(loras)
 
 
 def read_again(model, loras: dict[str, float]) -> None:
-    """Reads Stage C again, with these LoRAs, by a new loader: speed.memory caches networks by their loader."""
+    """Reads Stage C again, with these LoRAs. Creates a new loader, because speed.memory caches networks by loader."""
     replace_loras(model, loras)
     model.networks["stage_c"] = functools.partial(model.load_stage_c)
-    model.networks["stage_c"].config = model.load_stage_c.config         # readable before the network is loaded
+    model.networks["stage_c"].config = model.load_stage_c.config         # can be read before the network is loaded
     model.part("stage_c")

@@ -36,13 +36,13 @@ def printable(text: str) -> str:
 
 
 def tell(message: str) -> None:
-    """Prints one line for the user to stderr. All our messages on stderr pass through this function."""
+    """Prints one line for the user to stderr, with control characters escaped."""
     with contextlib.suppress(OSError):               # stderr may be a file on a full disk
         print(printable(message), file=sys.stderr, flush=True)
 
 
 def warn(message: str) -> None:
-    """Issues a Python warning, so that callers from Python also see it."""
+    """Issues a Python warning: scripts print it as one line, and programs that import this code can catch it."""
     warnings.warn(printable(message), stacklevel=3)
 
 

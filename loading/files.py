@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 STEM = "diffusion_pytorch_model"      # name of diffusers' and our weight files; transformers' files are called "model"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
-OWN_CONFIG = "wuerstchen_config"      # key of the configuration in a .safetensors or .pt file without config.json
+OWN_CONFIG = "wuerstchen_config"      # key of the configuration in a weight file, for use without config.json
 CHUNK = 128 * 2 ** 20                 # number of bytes after which TensorFile maps its file again
 LARGEST = 2 ** 28                     # size in bytes of the largest text file that is read
 EXPLAINED = {RecursionError: "it is nested too deeply", MemoryError: "memory does not suffice for what it contains",
@@ -162,15 +162,15 @@ def listing(folder: Path) -> str:
 def pick_weights(names: Iterable[str], stems: tuple[str, ...], half: bool = False) -> str | None:
     """Returns which of the file names in a folder is the weight file to read, or the index of its shards; or None.
 
-    Prefers .safetensors to .bin; then, among variants such as fp16, fp16 if `half`, else the file without a variant,
-    and unknown variants last; then a single file to shards. stems: possible names without suffix, best first.
+    Prefers, in this order of importance: .safetensors to .bin; the right variant (fp16 if `half`, else none; unknown
+    variants last); a single file to shards. stems: possible names without suffix, best first.
     """
     variants = ("fp16", "bf16", "", "fp32") if half else ("", "fp32", "fp16", "bf16")
     pattern = re.compile(rf"({'|'.join(stems)})(?:\.(\w+))?\.(safetensors|bin)(\.index(?:\.(\w+))?\.json)?")
 
     def rank(match: re.Match) -> tuple:
         stem, variant, kind, index, of_index = match.groups(default="")
-        variant = variant or of_index                    # diffusers writes X.safetensors.index.fp16.json
+        variant = variant or of_index                    # diffusers' name of an index is X.safetensors.index.fp16.json
         place = variants.index(variant) if variant in variants else len(variants)
         return kind == "bin", place, variant, index, stems.index(stem)
     best = min(filter(None, map(pattern.fullmatch, names)), key=rank, default=None)
@@ -315,7 +315,7 @@ def is_safetensors(path: Path) -> bool:
         raise WeightsError(f"{path} is a Git LFS pointer, not the weights: fetch the file itself with `git lfs pull`")
     if start.lstrip()[:1] == b"<":
         raise WeightsError(f"{path} is a web page, not weights: the download failed, try it again")
-    if start and not start.startswith((b"PK", b"\x80")):         # torch writes zip archives, before 2020 pickles
+    if start and not start.startswith((b"PK", b"\x80")):         # torch's files are zip archives, before 2020 pickles
         image = start.startswith((b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF"))
         raise WeightsError(f"{path} is not a file of weights{' but an image' * image}: expected a .safetensors, .bin "
                            "or .pt file")
@@ -333,18 +333,18 @@ def return_freed_memory():
     """Context manager in which freed memory goes back to the operating system at once.
 
     glibc keeps freed blocks of up to 32 MB for reuse, and most weights are smaller. The heap then becomes fragmented:
-    at official size, gigabytes are wasted. Inside, blocks of 1 MB or more are mapped one by one instead. Does nothing
-    with other C libraries.
+    at official size, gigabytes are wasted. Inside this context, each block of 1 MB or more has its own mapping, which
+    is returned when the block is freed. Does nothing with other C libraries.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:
         yield
         return
-    threshold = -3                                       # M_MMAP_THRESHOLD
+    threshold = -3                                       # value of M_MMAP_THRESHOLD in malloc.h
     mallopt(threshold, 2 ** 20)
     try:
         yield
-    finally:         # 32 MB is glibc's own maximum: activations come from the heap again, which is faster
+    finally:         # sets glibc's largest threshold, so that activations come from the heap again, which is faster
         mallopt(threshold, 32 * 2 ** 20)
 
 
@@ -368,7 +368,7 @@ def check_output(path: str | Path, *suffixes: str) -> None:
 
 
 def check_folder(folder: str | Path, shown: str | Path | None = None) -> None:
-    """Raises UserError unless files can be written to a folder, which may not exist yet. shown: path to report."""
+    """Raises UserError unless files can be written to a folder, which may not exist yet. shown: path in the message."""
     folder = Path(folder)
     try:                                     # TemporaryFile deletes its file when it is closed
         with tempfile.TemporaryFile(dir=next(path for path in (folder, *folder.parents) if path.exists())):
@@ -398,7 +398,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], object], overwrit
         raise FileExistsError(taken)
     with temporary_path(path, folder) as temporary, disk_errors(path, temporary, size):
         usage = shutil.disk_usage(path.parent)
-        if size > usage.free and usage.total:            # some network drives report 0 bytes
+        if size > usage.free and usage.total:            # some network drives report a total of 0 bytes
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(temporary)
         if folder:
@@ -449,7 +449,7 @@ def sweep(folder: Path) -> None:
 
 def lock(path: Path, wait: bool = False) -> int | None:
     """Opens and locks a file or folder. Returns the descriptor; closing it or the end of the process ends the lock.
-    Returns None if another program has the lock, or locks are not supported (Windows, some network drives)."""
+    Returns None if another program has the lock (unless `wait`) or if locks are unsupported (Windows, some drives)."""
     if fcntl is None:
         return None
     opened = os.open(path, os.O_NOFOLLOW | (os.O_RDONLY if path.is_dir() else os.O_RDWR))
@@ -477,14 +477,14 @@ def disk_errors(path: Path, temporary: Path | None = None, size: int = 0):
         yield
     except Exception as error:
         problem = error
-        if not isinstance(error, OSError) and temporary is not None:     # torch.save: RuntimeError for a full disk
+        if not isinstance(error, OSError) and temporary is not None:  # torch.save raises RuntimeError for a full disk
             try:
                 with open(temporary, "ab") as file:      # tests whether the disk is full
                     file.write(bytes(2 ** 20))
             except OSError as cause:
                 problem = cause
         if isinstance(error, OSError) and error.errno is None and str(temporary) in str(error):
-            raise OSError(str(error).replace(str(temporary), str(path))) from error      # `path` is a folder
+            raise OSError(str(error).replace(str(temporary), str(path))) from error      # name the final folder
         full = getattr(problem, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         if not full and getattr(problem, "filename", None) != str(temporary):
             raise
@@ -517,7 +517,7 @@ def rename_if_unused(temporary: Path, path: Path) -> bool:
 
 
 def write_unused(path: Path, write: Callable[[Path], object], overwrite: bool = False) -> Path:
-    """Calls write_atomically with the first path of numbered(path) that does not exist yet. Returns that path."""
+    """Calls write_atomically with the first unused path of numbered(path) or, if `overwrite`, `path`. Returns it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for name in numbered(path):
         with contextlib.suppress(FileExistsError):       # if another program has just created it, try the next
@@ -566,7 +566,7 @@ def write_tensors(path: str | Path, content: dict, metadata: dict[str, str] | No
     def write(temporary: Path) -> None:
         if path.suffix == ".safetensors":
             return write_safetensors(temporary, content, metadata or {"format": "pt"})
-        with open(temporary, "wb") as file:              # if given a path, torch.save writes its name into the file
+        with open(temporary, "wb") as file:              # given a path, torch.save would store its name in the file
             torch.save(content, file)
     path = Path(path)
     write_atomically(path, write, overwrite, sum(tensor.nbytes for _, tensor in tensors_in(content)))
@@ -574,12 +574,12 @@ def write_tensors(path: str | Path, content: dict, metadata: dict[str, str] | No
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Writes a file like safetensors' save_file: 8 bytes with the header's length, the header in JSON, the values.
-    save_file itself is not used: it orders metadata at random, and leaves a temporary file if it is killed."""
+    save_file itself is not used, because it orders metadata at random and leaves a temporary file if it is killed."""
     import torch
     kinds = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
              torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
              torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}
-    names, end = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name)), 0  # largest items first, to align
+    names, end = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name)), 0  # big items first, for alignment
     header = dict(__metadata__=dict(sorted(metadata.items())))
     for name in names:
         tensor = tensors[name]
