@@ -120,6 +120,15 @@ def test_a_decoder_fine_tuned_for_a_domain_is_a_folder_that_generates_images(fol
     assert weights_file(out, "decoder") != weights_file(TINY, "decoder")
 
 
+def test_with_another_encoder_nothing_claims_that_stage_c_fits(folder, new, tmp_path):
+    """Even if neither encoder changed, and Stage B started from --weights."""
+    other = train(folder, tmp_path / "other", "--weights", "tiny", steps=1) / "image_encoder"
+    for encoder, fits in ((other, False), (TINY / "image_encoder", True)):
+        out = train(folder, tmp_path / f"run_{fits}", "--weights", "tiny", "--freeze-encoder", "--image-encoder",
+                    str(encoder), steps=1)
+        assert (out / "base.json").exists() == fits
+
+
 def test_if_the_encoder_learned_nothing_claims_that_stage_c_fits(folder, new, tmp_path):
     out = train(folder, tmp_path / "run", *new, "--sample-every", "1", steps=1)
     card, psnr = (out / "README.md").read_text(), next(line["psnr_a"] for line in reversed(lines(out))

@@ -237,9 +237,9 @@ FILES_B = ("decoder", "image_encoder", "vqgan", "text_encoder")
 
 
 def stage_c_fits(args) -> bool:
-    """Returns whether Stage C of --weights fits the encoder: it is frozen and, with --init random, from --weights."""
-    if not args.freeze_encoder or args.init == "weights" or args.weights in NAMES:
-        return args.freeze_encoder and args.init == "weights"
+    """Returns whether Stage C of --weights fits the encoder of this run: it is frozen, and it is that of --weights."""
+    if args.image_encoder is None or not args.freeze_encoder or args.weights in NAMES:
+        return args.freeze_encoder and args.image_encoder is None
     own = locate(args.weights, parts=("image_encoder",))["image_encoder"]
     return own is not None and own.resolve() == Path(args.image_encoder).resolve()
 
