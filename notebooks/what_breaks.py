@@ -80,7 +80,7 @@ BREAKS = {
     "factor_forgotten": without_factor,
     "zeros_for_empty_prompt": lambda model: generate(model, PROMPTS, seed=[1, 2, 3],
                                                      given={"negative_c": torch.zeros(1, 20, 128)}),
-    "padding_zeroed": lambda model: text(model, lambda embeddings: embeddings * (torch.arange(20) < 10)[:, None]),
+    "text_cut": lambda model: text(model, lambda embeddings: embeddings * (torch.arange(20) < 10)[:, None]),
     "half_loaded": half_loaded,
     "image_range": range_of_images}
 
