@@ -184,8 +184,8 @@ def train_mode(model: StageA, step: int, args) -> None:
 
 
 def losses(output: dict, fake, images, vgg, autocast, args) -> tuple:
-    """Computes the reconstruction loss (), the total loss without the discriminator's (), and a
-    dict of losses to log. output: of StageA.forward; fake: images in it; images: the targets."""
+    """Returns three results: the reconstruction loss (), the total loss () without that of the
+    discriminator, a dict of terms. output: of StageA.forward; fake: its images; images: targets."""
     terms = dict(l1=output["reconstruction"], l2=(fake - images).square().mean(),
                  codebook=output["codebook"], commitment=output["commitment"])
     reconstruction = args.l1 * terms["l1"] + args.l2 * terms["l2"]
@@ -205,8 +205,8 @@ def losses(output: dict, fake, images, vgg, autocast, args) -> tuple:
 
 @torch.no_grad()
 def validate(model, fixed, args, processes) -> dict[str, float]:
-    """Computes the PSNR in dB (from the mean squared error over all images) with unquantised and
-    with quantised latents, and how many codes are used. fixed: images (N,3,H,W) uint8."""
+    """Returns figures by name: the PSNR in dB (of the mean squared error over all images), with
+    unquantised and with quantised latents, and the use of codes. fixed: images (N,3,H,W) uint8."""
     errors = torch.zeros(3, device=processes.device)
     counts = torch.zeros(model.config["codebook_size"], device=processes.device)
     for images in fixed[processes.rank::processes.world].split(args.batch):
@@ -225,7 +225,7 @@ def validate(model, fixed, args, processes) -> dict[str, float]:
 
 @torch.no_grad()
 def sample_sheet(model, fixed, device) -> Image.Image:
-    """Draws three rows: images, their reconstructions without and with quantised latents."""
+    """Draws rows of images, and of their reconstructions from unquantised and quantised latents."""
     images = fixed[:8].to(device).float() / 255
     rows = torch.cat([images, *(model.decode(model.encode(images, q)) for q in (False, True))])
     rows = (rows.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()

@@ -177,9 +177,9 @@ class StageBSamples(torch.utils.data.Dataset):
     """Maps (position, index, number) to a sample, which depends only on these three and the seed.
 
     position: number of the sample in an endless stream. index: number of its image. number: index
-    of its size in `sizes`. The sample is a dict: from caches x_0 (4,h/4,w/4) and semantic latents
-    `stored` (16,h',w'), and without `stored` pixels (h,w,3) uint8; caption; position; chance, from
-    which noise_levels computes t; the noise of draw_noise; and, for the semantic latents, noise
+    of its size in `sizes`. The sample is a dict: if cached, x_0 (4,h/4,w/4) and semantic latents
+    `stored` (16,h',w'); if `stored` is not cached, pixels (h,w,3) uint8; caption; position; chance,
+    from which noise_levels computes t; the noise of draw_noise; for the semantic latents, noise
     eps_semantic (16,h',w'), its level t_semantic (0: none), dropped (a bool: set them to 0)."""
     def __init__(self, dataset, sizes, args, caches, replaced, draw_noise):
         self.dataset, self.sizes, self.args, self.draw_noise = dataset, sizes, args, draw_noise
@@ -203,20 +203,20 @@ class StageBSamples(torch.utils.data.Dataset):
 # ----- noise and loss of v2; v1/training.py has functions of the same names for v1 ----------------
 
 def draw_noise(rng: np.random.Generator, h: int, w: int, config: dict) -> dict:
-    """Draws the noise of one sample: {"eps": (4,h,w)}."""
+    """Draws the noise of one sample. Returns {"eps": (4,h,w)}. config: of Stage B."""
     return dict(eps=torch.from_numpy(rng.standard_normal((config["c_in"], h, w), dtype=np.float32)))
 
 
 def noise_levels(chance, blind: bool, args):
-    """Converts uniform random numbers, chance (B,), to noise levels t (B,). 7.5 % of t are 1, where
-    sampling starts. If blind (see corrupt), t is 0.4 to 0.9, where the head learns `a` well."""
+    """Converts chance (B,), uniform from 0 to 1, to noise levels t (B,). 7.5 % of them are 1, where
+    sampling starts; if blind (see corrupt), all are 0.4 to 0.9, where the head learns `a` well."""
     t = ((1 - chance) * 1.08 + 0.001).clamp(0.001, 1)
     return 0.4 + 0.5 * chance if blind else 1 - (1 - t) ** args.high_noise
 
 
 def corrupt(batch: dict, x_0, t, blind: bool) -> tuple:
-    """Adds noise to x_0. Returns x_t, eps, 2 x (B,4,h,w). If blind, x_t hides x_0: it is all 1 (the
-    first norm cannot normalise 0), and eps is the noise with which add_noise gives this x_t."""
+    """Returns x_t and eps, each (B,4,h,w). If blind, x_t tells nothing about x_0: all of x_t is 1
+    (the first norm cannot normalise 0), and eps is such that add_noise(x_0, eps, t) is this x_t."""
     if not blind:
         return add_noise(x_0, batch["eps"], t), batch["eps"]
     x_t, ab = torch.ones_like(x_0), per_row(alphas_cumprod(t), x_0)
@@ -224,18 +224,18 @@ def corrupt(batch: dict, x_0, t, blind: bool) -> tuple:
 
 
 def forward(decoder, x_t, t, semantic, text) -> tuple:
-    """Runs Stage B. Returns its outputs a, b, 2 x (B,4,h,w): the predicted eps is (x_t - a) / b."""
+    """Returns Stage B's outputs a and b, each (B,4,h,w); the predicted eps is (x_t - a) / b."""
     return decoder.signal_and_scale(x_t, t, semantic, text)
 
 
 def prediction(output, x_t):
-    """Computes the predicted noise (B,4,h,w), for sampling, from the outputs of `forward`."""
+    """Returns the predicted noise (B,4,h,w), for sampling. output: the pair a, b from `forward`."""
     a, b = output
     return (x_t - a.float()) / b.float()
 
 
 def raw_losses(output, x_0, x_t, eps, t, args):
-    """Computes each image's mean squared error (B,): of eps or, with --loss head, of a and b."""
+    """Returns each image's mean squared error (B,), of eps or, with --loss head, of a and b."""
     a, b = (part.float() for part in output)
     if args.loss == "eps":
         return ((x_t - a) / b - eps).square().mean(dim=(1, 2, 3))
@@ -248,9 +248,9 @@ def raw_losses(output, x_0, x_t, eps, t, args):
 
 
 def contrast_weight(x_0):
-    """Computes a loss weight for each image, x_0 (B,4,h,w) -> (B,). Callers divide it by its mean.
+    """Returns a loss weight (B,) for images with latents x_0 (B,4,h,w), which callers normalise.
 
-    The squared error of a wrong object grows with its contrast. This weight compensates for that.
+    The squared error of a wrong object grows with the object's contrast; the weight corrects this.
     The variance within the latents of an emoji scene is at least 0.04, at most 1.2, median 0.3.
     """
     return 1 / (x_0.var(dim=(2, 3)).mean(dim=1) + 0.15)  # 0.3 to 2.2 times the mean weight
@@ -275,11 +275,11 @@ class EncoderAndDecoder(torch.nn.Module):
 
     def forward(self, source, x_t=None, t=None, text=None, t_semantic=None, eps_semantic=None,
                 dropped=None):
-        """Encodes source if it is images (B,3,H,W), else takes it as raw semantic latents
+        """Encodes source if it is images (B,3,H,W); otherwise it is raw semantic latents
         (B,16,h',w'). Returns the semantic latents if x_t is None, else the output of stage.forward.
 
         t (B,), text (B,N,D): other inputs of Stage B. eps_semantic (B,16,h',w'), t_semantic (B,):
-        noise and its level (0: none) for the semantic latents. dropped (B,): which are set to 0."""
+        noise for the semantic latents, its level (0: none). dropped (B,): whether to zero them."""
         semantic = self.encoder(source).float() if source.shape[1] == 3 else source
         if x_t is None:                                                            # (B, 16, h', w')
             return semantic
@@ -326,7 +326,7 @@ def main(args):
 
     @torch.no_grad()
     def encode_vqgan(pixels):
-        """Encodes pixels (B,h,w,3) uint8 -> x_0 (B,4,h/4,w/4), with --v1 tokens (B,h/4,w/4)."""
+        """Encodes pixels (B,h,w,3) uint8 to x_0 (B,4,h/4,w/4); with --v1, to tokens (B,h/4,w/4)."""
         return stage.encode(vqgan, to_tensor(pixels, device))
 
     encode_semantic = partial(semantic_latents, encoder, device=device)  # with --freeze-encoder

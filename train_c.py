@@ -156,9 +156,9 @@ class StageCSamples(torch.utils.data.Dataset):
     """Maps (position, index, bucket) to a sample, which depends only on these three and the seed.
 
     position: number of the sample in an endless stream. index: number of its image. bucket: index
-    of its size in `buckets`. The sample is a dict: x_0 (16,h',w') from a cache or pixels (h,w,3)
-    uint8; caption, t, eps (16,h',w'), position; for --preserve also preserve (a bool: whether the
-    target is the teacher's prediction) and teacher_latents (16,h',w')."""
+    of its size in `buckets`. The sample is a dict of x_0 (16,h',w') with a cache, else pixels
+    (h,w,3) uint8; caption; t; eps (16,h',w'); position; and, for --preserve, preserve (a bool:
+    whether the target is the teacher's prediction) and teacher_latents (16,h',w')."""
     def __init__(self, dataset, buckets, args, caches, replaced, preserved=None):
         self.dataset, self.buckets, self.args, self.preserved = dataset, buckets, args, preserved
         self.read = ImageReader(dataset, buckets, args, not caches, caches, replaced)
@@ -220,16 +220,16 @@ class TextAndPrior(torch.nn.Module):
         self.prior, self.text = prior, text_model
 
     def forward(self, x_t, t, text):
-        """x_t (B,16,h,w), t (B,), text (B,N,D) -> predicted noise eps_hat (B,16,h,w). If the text
-        encoder is trained, text is a tuple of token ids (B,N) and mask (B,N) instead."""
+        """Returns the predicted noise eps_hat (B,16,h,w). x_t (B,16,h,w), t (B,), text (B,N,D). If
+        the text encoder is trained, text is a tuple of token ids (B,N) and mask (B,N) instead."""
         if not isinstance(text, torch.Tensor):
             text = self.text(*text)
         return self.prior(x_t, t, text)
 
 
 def validate(model, fixed, embed, weight, autocast, args, processes) -> dict[str, float]:
-    """Computes the loss at each noise level of T_GRID and the weighted mean of these losses, always
-    with the same images and noise. fixed: x_0 (1,16,h,w) and caption of each image."""
+    """Returns figures by name: the loss at each noise level of T_GRID, and the weighted mean of
+    these. fixed: pairs of x_0 (1,16,h,w) and caption. Images and noise are always the same."""
     t = torch.tensor(T_GRID, device=processes.device)                              # (10,)
 
     def raw_losses(i: int):
@@ -276,7 +276,7 @@ def main(args):
     encode = partial(semantic_latents, image_encoder, device=device)               # pixels -> x_0
 
     def embed(captions: list[str]):
-        """Returns embeddings (B,N,D), or token ids and mask if the text encoder is trained."""
+        """Returns captions' embeddings (B,N,D) or, with --train-text, their token ids and mask."""
         if not args.train_text:
             return texts(captions)
         return text_encoder.tokens(captions)

@@ -52,11 +52,10 @@ class Judge:
             self.fft.append(F.conj().resolve_conj())
 
     def find(self, image, most: int = 3):
-        """Finds the objects in an image and the colour of its background.
+        """Finds the objects in an image (square, uint8 RGB, an array or PIL image) and the colour of its background.
 
-        image: square, uint8 RGB, an array or PIL image.
-        Returns (found, colour).  found: a list of at most `most` tuples (name, size, (x, y), explained), best match
-        first; size and center (x, y) in px of a 128 px scene; explained: the gain as a share of a perfect match's gain.
+        Returns (found, colour). found: at most `most` tuples (name, size, (x, y), explained), best match first; size
+        and center (x, y) are in px of a 128 px scene, explained is the gain as a share of a perfect match's gain.
         colour: name of the background's colour, or None if it is near none of COLOURS.
         """
         pixels = np.asarray(image)
@@ -73,9 +72,9 @@ class Judge:
             colour = None
 
         gain, sprite_at, explained = self._search(pixels, background)
-        # In 200 drawn scenes, true sprites reached at least 0.48 of a perfect match's gain (least for a size between
-        # two SIZES), and after blur and noise at least 0.44. Plain background had no positive gain. In bad images, a
-        # spot without an object can also have some gain, so a share below 0.25 does not count as an object.
+        # A perfect match has an `explained` of 1. In 200 drawn scenes, each object had at least 0.48 (the lowest had a
+        # size between two SIZES), and after blur and noise at least 0.44. Plain background had no positive gain. In bad
+        # images, a spot without an object can have a small gain, so spots below MIN_EXPLAINED do not count as objects.
         gain = np.where(explained >= MIN_EXPLAINED, gain, -np.inf)
         found = []
         while len(found) < most and gain.max() > -np.inf:
@@ -88,8 +87,9 @@ class Judge:
         return found, colour
 
     def _search(self, pixels, background):
-        """Finds the best sprite for each of S sizes and each top left corner of its box. Returns, each (S,64,64): its
-        gain (-inf if the box exceeds the image), its index in self.objects, its share of a perfect match's gain."""
+        """Finds the best sprite for each of S sizes and each top left corner of its box. Returns three arrays, each
+        (S,64,64): the best sprite's gain (-inf if its box exceeds the image), the sprite's index in self.objects, and
+        its gain as a share of a perfect match's gain. pixels: (64,64,3), background: (3,); both float32 in [0, 1]."""
         import torch
         background = torch.from_numpy(background).to(self.device)                    # (3,)
         D = torch.from_numpy(pixels).to(self.device).permute(2, 0, 1) - background[:, None, None]
@@ -110,7 +110,7 @@ class Judge:
 
 
 def half_size_sprite(name: str, k: int) -> np.ndarray:
-    """Returns a sprite of 2k px, halved to k px: colour times alpha (3 channels), alpha; (4,k,k) float32 in [0, 1]."""
+    """Returns a sprite, drawn at 2k px and halved to k px, (4,k,k) float32 in [0, 1]: colour times alpha, and alpha."""
     colour, through = sprite(name, 2 * k)                           # (2k, 2k, 3) uint8
     both = np.concatenate([colour, 255 - through[..., :1]], axis=2) / np.float32(255)
     return both.reshape(k, 2, k, 2, 4).mean(axis=(1, 3)).transpose(2, 0, 1)
@@ -125,8 +125,8 @@ def relation_of(first, second) -> str:
 
 
 def verdict(found, colour: str | None, fact: dict) -> dict:
-    """Compares Judge.find's result with a prompt. Returns {"background", "objects", "relation", "size": whether right}.
-    objects: all of them and no others. relation, size: None if not in the prompt, False if the objects are wrong."""
+    """Compares the result of Judge.find with a prompt's dict, `fact`. Returns a dict: whether background, objects (all
+    and no others), relation, size are right; the last two are None if not in the prompt, False if objects are wrong."""
     objects = sorted(name for name, *_ in found) == sorted(fact["objects"])
     relation = size = None
     if fact["relation"]:

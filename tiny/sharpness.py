@@ -25,7 +25,7 @@ BEST = 1e-6            # minimum of the mean squared error: limits PSNR to 60 dB
 
 @functools.cache
 def _cell(name: str) -> Image.Image:
-    """Returns the stored sprite, with a transparent border as wide as the sprite on all sides."""
+    """Returns an object's sprite in its stored size, with a transparent border as wide as the sprite on all sides."""
     colour, through = sprite(name, CELL)
     cell = np.concatenate([colour, 255 - through[..., :1]], axis=2)
     cell = np.pad(cell, ((CELL, CELL), (CELL, CELL), (0, 0)))
@@ -33,8 +33,8 @@ def _cell(name: str) -> Image.Image:
 
 
 def draw(name: str, place, colour: str, box) -> np.ndarray:
-    """Draws the part `box` (left, top, right, bottom; integers) of a scene of one object -> (h,w,3) float32 in [0, 1].
-    place: (size, x, y) of the object in px, floats; (x, y) is its center. colour: name of the background's colour."""
+    """Draws a scene of one object. Returns its part `box` (left, top, right, bottom), (h,w,3) float32 in [0, 1]. place:
+    (size, x, y) of the object in px, floats; (x, y) is the object's center. colour: name of the background's colour."""
     size, x, y = place
     left, top, right, bottom = box
     source = [(edge - center) * CELL / size + 1.5 * CELL for edge, center in zip(box, (x, y, x, y))]
@@ -45,7 +45,7 @@ def draw(name: str, place, colour: str, box) -> np.ndarray:
 
 
 def refine(image: np.ndarray, name: str, place, colour: str) -> tuple[float, float, float]:
-    """Returns the (size, x, y) near `place` at which the sprite has the least squared error to image (128,128,3)."""
+    """Returns the (size, x, y) near `place` at which the drawn object differs least from image (128,128,3) uint8."""
     size, x, y = place
     half = size // 2 + EDGE
     box = max(0, x - half), max(0, y - half), min(CANVAS, x + half), min(CANVAS, y + half)
@@ -62,7 +62,7 @@ def refine(image: np.ndarray, name: str, place, colour: str) -> tuple[float, flo
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Computes a distance like DISTS of images a, b (h,w,3) in [0, 1]; 0 if equal. See the header of this file."""
+    """Returns a perceptual distance similar to DISTS, 0 for equal images. a, b (h,w,3): images, values in [0, 1]."""
     import torch
     import torch.nn.functional as F
     x = torch.from_numpy(np.stack([a, b]).astype(np.float32)).permute(0, 3, 1, 2).flatten(0, 1)[:, None]   # (6,1,h,w)
@@ -83,8 +83,8 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def compare(image, found: list, name: str, colour: str) -> dict | None:
-    """Compares the object `name` in an image with its sprite. Returns a dict: name, place (size, x, y), psnr in dB,
-    distance. Returns None if the object is not in `found`, the objects that Judge.find returned."""
+    """Compares the object `name` in an image with its sprite. Returns a dict of name, place (size, x, y), psnr in dB,
+    distance; or None if `found`, the list of Judge.find, lacks the object. colour: name of the background's colour."""
     image = np.asarray(Image.fromarray(np.asarray(image)).resize((CANVAS, CANVAS), Image.BOX))
     places = [(size, *center) for other, size, center, _ in found if other == name]
     if not places:
@@ -98,8 +98,8 @@ def compare(image, found: list, name: str, colour: str) -> dict | None:
 
 
 def summary(images, found: list[list], facts: list[dict]) -> dict:
-    """Returns a dict: psnr and distance, means over the objects that the judge found; objects, their number; of, the
-    number of all objects that the prompts ask for. found: for each image, the objects that Judge.find returned."""
+    """Returns a dict. psnr, distance: means over the objects in the images that the judge found. objects: their number.
+    of: number of all objects in the prompts. found: of each image, the list of Judge.find. facts: prompts' dicts."""
     objects = [compare(image, seen, name, fact["colour"])
                for image, seen, fact in zip(images, found, facts) for name in fact["objects"]]
     values = [(o["psnr"], o["distance"]) for o in objects if o]
@@ -111,16 +111,16 @@ def summary(images, found: list[list], facts: list[dict]) -> dict:
 
 @functools.cache
 def contrast(name: str, colour: str) -> float:
-    """Computes the root mean squared difference between a sprite's pixels and a background colour, 0 to 1."""
+    """Returns a number from 0 to 1: the root mean squared difference between a sprite's pixels and a background."""
     image, behind = draw(name, (CELL, 64, 64), colour, (24, 24, 104, 104)), np.array(COLOURS[colour]) / 255
     alpha = 1 - sprite(name, CELL)[1] / 255
     return float(np.sqrt(np.square(image - behind).sum() / alpha.sum()))
 
 
 def worst_tenths(found: list[list], facts: list[dict]) -> dict:
-    """Computes how often the judge found difficult objects, in the form of evaluate.tally, for two figures.
-    least_contrast: the tenth of all objects in the prompts that has the least contrast to its background.
-    worst_objects: all objects in the prompts whose name is in the tenth of the names that was found least often."""
+    """Returns two figures in the form of evaluate.tally: the shares of difficult objects that the judge found.
+    least_contrast is about the tenth of all objects in the prompts with the least contrast to their background;
+    worst_objects about all objects whose name is in the tenth of names found least often. Arguments: see summary."""
     asked = [(contrast(name, fact["colour"]), name, any(other == name for other, *_ in seen))
              for seen, fact in zip(found, facts) for name in fact["objects"]]
     rates = {}
@@ -136,8 +136,8 @@ def worst_tenths(found: list[list], facts: list[dict]) -> dict:
 # ----- how much sharpness each stage loses ------------------------------------------------------------
 
 def stages(model, facts: list[dict], pixels: np.ndarray, seed: int = 0, batch: int = 32, **options) -> dict:
-    """Encodes true images, pixels (n,128,128,3) uint8, and decodes them in three ways. Returns {title: n images}: from
-    Stage A's latents, from its quantised latents, and from semantic latents by Stage B. options: of the sampling."""
+    """Reconstructs images, pixels (n,128,128,3) uint8, in three ways. Returns {title: n images}: from Stage A's
+    latents, from quantised ones, from semantic latents by Stage B. facts: the prompts' dicts. options: of sampling."""
     import torch
     from extras.editing import encode_image, generate
     from training.samples import to_tensor

@@ -82,12 +82,12 @@ def labels_of(scenes: list) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def build_head() -> nn.Module:
-    """Returns the head: a cell's 16 numbers -> a vector of object logits (last: NOTHING), place and colour logits."""
+    """Returns the head: a cell's 16 numbers -> object logits (last: NOTHING), place (x, y, size), colour logits."""
     return nn.Sequential(nn.Linear(16, 256), nn.GELU(), nn.Linear(256, NOTHING + 1 + 3 + len(COLOURS)))
 
 
 def head_loss(output: Tensor, objects: Tensor, places: Tensor, colours: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Computes the loss (), and values for the log, from the head's output (B,9,140) and the labels of labels_of."""
+    """Returns the loss () and a dict of values for the log. output: the head's, (B,9,140). Others: see labels_of."""
     names, where, background = output.split([NOTHING + 1, 3, len(COLOURS)], dim=-1)
     there = objects != NOTHING                                                               # (B, 9)
     importance = torch.ones(NOTHING + 1, device=output.device)

@@ -64,8 +64,8 @@ from wuerstchen import scale_semantic
 
 
 def learn_merges(words: set[str]) -> list[tuple[str, str]]:
-    """Learns a byte-pair encoding (arXiv:1508.07909). Returns the pairs of tokens to merge, in order. The most frequent
-    pair is merged until each word is one token; of equally frequent ones the alphabetically last, on every machine."""
+    """Learns a byte-pair encoding (arXiv:1508.07909): merges the most frequent pair of tokens, until each word is one
+    token. Returns the pairs in order. Of equally frequent pairs, the alphabetically last is taken, on all machines."""
     pieces, merges = [[*word[:-1], word[-1] + "</w>"] for word in sorted(words)], []
     while pairs := Counter(pair for word in pieces for pair in zip(word, word[1:])):
         a, b = max(pairs, key=lambda pair: (pairs[pair], pair))
@@ -82,8 +82,7 @@ def new_text_encoder(width: int, depth: int, length: int = 20) -> TextEncoder:
 
     The tokenizer is a byte-level BPE like CLIP's, so it takes any text. Its merges are learned on the words of 4096
     captions and all object names: each of these words becomes one token, other words become several. length: number of
-    tokens of a text, including the start and end tokens; the longest captions need 18.
-    """
+    tokens of a text, including the start and end tokens; the longest captions need 18."""
     texts = EmojiScenes("captioned").batch(0, 4096)[1] + OBJECTS
     merges = learn_merges({word for text in texts for word in text.split()})
     # The tokens are in CLIP's order: all bytes, all bytes that end a word, one token per merge, two special tokens.

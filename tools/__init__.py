@@ -1,1 +1,1 @@
-"""Command-line tools: benchmark, LoRA and weight files, and scripts that make the assets."""
+"""Command-line tools: the benchmark, tools for LoRA and weight files, and scripts that make the assets."""

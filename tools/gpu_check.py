@@ -50,7 +50,7 @@ def parse_args(argv=None):
 
 
 def sizes(rehearse: bool) -> SimpleNamespace:
-    """Returns the sizes of all measurements, and the options of tools/bench that its functions read."""
+    """Returns the sizes of all measurements (small ones to `rehearse`), and options that tools/bench reads."""
     real = dict(device="cuda", side=1024, depth=32, repeats=3, calls=5, width=1536, sides=(512, 1024), small=None,
                 steps={})
     tiny = dict(device="cpu", side=128, depth=1, repeats=1, calls=1, width=64, sides=(128,), small=SMALL,
@@ -90,7 +90,7 @@ def training(at: SimpleNamespace) -> Iterator[tuple[str, Row]]:
 
 
 def network(title: str, batches: tuple[int, ...], at: SimpleNamespace) -> Iterator[tuple[str, Row | dict]]:
-    """Measures a network, for example "Stage C step". Yields ("GPU", Row), and (name, figures) for whole_images."""
+    """Measures `title`, such as "Stage C step". Yields ("GPU", Row), and (call's name, figures) for whole_images."""
     import torch
 
     from tools.bench.measure import Call, compare
@@ -136,7 +136,7 @@ def part(name: str, at: SimpleNamespace) -> Iterator[tuple[str, Row | dict]]:
 # ----- running all parts ----------------------------------------------------------------------------------------------
 
 def in_own_process(name: str, seconds: float) -> tuple[list[tuple], str | None]:
-    """Runs a part in its own process. Returns its results, and the reason why some are missing, or None if complete."""
+    """Runs a part in its own process. Returns a list of its results, and why some are missing (None if complete)."""
     problem = None
     try:
         run = subprocess.run([sys.executable, "-m", "tools.gpu_check", "--part", name], cwd=ROOT, capture_output=True,
@@ -163,7 +163,7 @@ def rehearsed(name: str, _: float) -> tuple[list[tuple], str | None]:
 
 
 def check_all(do: Callable, device: str) -> int:
-    """Runs all parts by do(name, seconds), such as in_own_process. Prints their sections. Returns the exit code."""
+    """Runs all parts by `do`, in_own_process or rehearsed. Prints their sections. Returns the exit code."""
     from statistics import median
 
     from tools.bench.measure import Measured

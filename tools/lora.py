@@ -31,7 +31,7 @@ def info(file: str) -> str:
 
 
 def convert(source: str, target: Path, to: str, lora_partial: bool = False) -> str:
-    """Writes a LoRA of Stage C in another format. What it adds to the weights does not change."""
+    """Converts a LoRA file of Stage C to the format `to`, without changing its effect. Returns a report as text."""
     from loading.lora_formats import read_lora, write_lora
     from lora import diffusers_name
     check_output(target, ".safetensors")
@@ -43,7 +43,7 @@ def convert(source: str, target: Path, to: str, lora_partial: bool = False) -> s
 
 
 def load_prior(path: str):
-    """Loads a prior from a folder or file in any naming. Returns Stage C in float32 and {name: dtype in the file}."""
+    """Loads a prior, in any naming. Returns Stage C in float32, and the dtypes in the file, {tensor's name: dtype}."""
     import torch
     from loading.names import translate
     from loading.weights import build_empty, fill
@@ -59,7 +59,7 @@ def load_prior(path: str):
 
 
 def merge(prior: str, lora: str, out: Path, scale: float, lora_partial: bool = False) -> str:
-    """Writes a prior with a LoRA merged. The sum is computed in float32 and rounded once, to the prior's dtype."""
+    """Writes a prior with a LoRA merged: float32 sums, rounded once, to the prior's dtype. Returns a report as text."""
     from loading.files import STEM, write_atomically, write_files, write_tensors
     from loading.lora_formats import base_hash, load_lora, read_lora
     from loading.names import config_to_diffusers, to_diffusers
@@ -85,7 +85,7 @@ def merge(prior: str, lora: str, out: Path, scale: float, lora_partial: bool = F
 
 
 def nearest_lora(base, tuned, rank: int, targets: str) -> tuple[dict, str]:
-    """Computes the LoRA that best approximates tuned - base. Returns {layer: LoRAWeights}, its quality as text.
+    """Returns the LoRA that best approximates tuned - base, {layer: LoRAWeights}, and a text about its quality.
 
     The best approximation of a matrix by a matrix of rank r consists of its r largest singular values and their vectors
     (Eckart and Young, 1936). The quality is the share of the energy (sum of squares) of the difference that the LoRA
@@ -124,7 +124,7 @@ def nearest_lora(base, tuned, rank: int, targets: str) -> tuple[dict, str]:
 
 
 def extract(base: str, tuned: str, out: Path, rank: int, targets: str) -> str:
-    """Writes the difference of two priors as a LoRA. At official size, the SVDs take ten minutes on two cores."""
+    """Writes a LoRA near to the difference of two priors. Official size takes ten minutes on two cores, for SVDs."""
     from loading.lora_formats import base_hash, write_lora
     from lora import diffusers_name
     check_output(out, ".safetensors")

@@ -40,7 +40,7 @@ UNICORNS = ("a unicorn on an orange background", "a unicorn on a black backgroun
 
 
 def prompts() -> list[str]:
-    """Returns the prompts of the sample image: the quoted texts below it in README.md."""
+    """Returns the prompts of the sample image, which README.md quotes below that image."""
     caption = re.search(r"<sub>(.*?)</sub>", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)[1]
     return re.findall('"(.*?)"', caption)
 

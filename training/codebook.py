@@ -25,7 +25,7 @@ class CodebookAverages(nn.Module):
     @torch.no_grad()
     def update(self, codes: Tensor, counts: Tensor, sums: Tensor, skip: Tensor | bool = False) -> None:
         """Updates the running means, and codes (K,C) in place. counts (K,), sums (K,C): number and sum of a step's
-        latents that are nearest to each code, see `count`. If skip () is true, nothing changes."""
+        latents that are nearest to each code, see `count`. If the scalar skip is true, nothing changes."""
         skip = torch.as_tensor(skip)
         for mean, new in ((self.sizes, counts), (self.sums, sums)):
             mean.copy_(torch.where(skip, mean, mean.lerp(new, 1 - self.decay)))
@@ -42,20 +42,20 @@ class CodebookAverages(nn.Module):
 
 @torch.no_grad()
 def count(z: Tensor, indices: Tensor, size: int) -> Tensor:
-    """Returns (size,1 + C): for each code, number and sum of its latents in z (...,C). indices (...): their codes."""
+    """Returns (size,1 + C): number and sum of each code's latents. z (...,C): latents. indices (...): their codes."""
     z = torch.cat([torch.ones_like(z[..., :1]), z], dim=-1).float().flatten(0, -2)       # (N, 1 + C)
     return z.new_zeros(size, z.shape[1]).index_add_(0, indices.flatten(), z)
 
 
 def perplexity(counts: Tensor) -> Tensor:
-    """Returns exp(entropy) of counts (K,), the uses of each code: from 1 to K; n if n codes are used equally often."""
+    """Returns exp(entropy) of counts (K,), the number of uses of each code: 1 to K; n if n codes are equally used."""
     p = counts / counts.sum()
     return torch.special.entr(p).sum().exp()
 
 
 class CodebookUpdates:
-    """Updates the codebook of a StageA after each optimizer step: counts usage, sets codes to running means with
-    --codebook ema, and every --revive-every steps moves unused codes. With --freeze-encoder, it only counts usage.
+    """Updates the codebook of a StageA after each optimizer step: counts how often codes are used, with --codebook ema
+    sets codes to running means, and every --revive-every steps moves unused codes. --freeze-encoder: only counts.
 
     averages: a CodebookAverages or None. ema: the EMA of the model's weights. usage (2,K): how often each code was used
     since unused codes were last moved (row 0), and since the last line of the log (row 1).
@@ -69,13 +69,13 @@ class CodebookUpdates:
         self.counts = 0
 
     def add(self, latents: Tensor, indices: Tensor) -> None:
-        """Adds the latents (B,h,w,C) of a micro-step and the indices of their nearest codes, (B,h,w)."""
+        """Stores the latents (B,h,w,C) of a micro-step and counts their nearest codes, given by indices (B,h,w)."""
         self.latents.append(latents.detach())
         self.counts = self.counts + count(self.latents[-1], indices, self.usage.shape[1])
 
     def update(self, step: int, skip: Tensor) -> None:
-        """Updates the codebook after a step; all processes must call this. skip (): whether the step was skipped. The
-        CPU waits for the GPU only when unused codes are moved."""
+        """Updates the codebook after a step. All processes must call it. skip: scalar, whether the step was skipped.
+        The CPU waits for the GPU only when unused codes are moved."""
         counts, codes = self.processes.sum(self.counts), self.model.codebook.codes           # (K, 1 + C)
         self.usage += counts[:, 0] * ~torch.as_tensor(skip)
         if self.averages is not None:
@@ -107,7 +107,7 @@ class CodebookUpdates:
             self.ema.mean["codebook.codes"][dead] = latents
 
     def used(self) -> dict[str, float]:
-        """Returns entries for the log: how many codes were used since the last call, and their perplexity."""
+        """Returns entries for the log: how many codes were used since the last call, and the perplexity of this use."""
         counts = self.usage[1].clone()
         self.usage[1] = 0
         return dict(codes_used=int((counts > 0).sum()), perplexity=perplexity(counts).item())

@@ -16,7 +16,7 @@ from training.results import FILES_C, files_given
 
 
 def check_lora(args) -> None:
-    """Raises UserError for LoRA options that conflict. Sets rank, alpha and targets to their defaults if not given."""
+    """Raises UserError for LoRA options that conflict. Sets defaults of args.rank, alpha and targets, if not given."""
     own = (args.rank, args.alpha, args.targets, args.rslora or None, args.dora or None)
     if args.lora_weights and not args.lora:
         raise UserError("--lora-weights continues a LoRA: add --lora")
@@ -29,7 +29,7 @@ def check_lora(args) -> None:
 
 
 def locate_start(args, parts: tuple[str, ...]) -> dict[str, Path | None]:
-    """Returns the paths of the parts to start from. Raises UserError if the LoRA in --weights would be ignored."""
+    """Returns {part: path or None}, where to load weights. Raises UserError if a LoRA in --weights would be ignored."""
     paths = locate(args.weights, files_given(args, FILES_C), parts)
     if paths.get("lora") and args.init == "weights" and not args.lora_weights:
         raise UserError(
@@ -40,7 +40,7 @@ def locate_start(args, parts: tuple[str, ...]) -> dict[str, Path | None]:
 
 
 def start_lora(prior: torch.nn.Module, args) -> None:
-    """Adds a new LoRA to Stage C, or loads that of --lora-weights and sets args.rank, alpha, targets, dora to match."""
+    """Adds a new LoRA to Stage C, or loads --lora-weights and sets args.rank, alpha, targets, dora to its values."""
     with as_user_error():
         if not args.lora_weights:
             lora.add_lora(prior, args.rank, args.alpha, args.lora_dropout, args.targets, rslora=args.rslora,

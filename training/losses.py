@@ -4,7 +4,7 @@ Unweighted errors are largest at low noise levels, where the image is almost cle
   p2       1 - alphas_cumprod: more weight on high noise levels; the released models were trained with it
   v        1 / alphas_cumprod: even more weight on high noise levels; equals the error of v-prediction
   min-snr  between p2 and v;  none: weight 1 at all levels
-All take t (B,) in [0, 1] and return (B,).  Needs: torch; alphas_cumprod.
+All functions take noise levels t (B,) in [0, 1] and return weights (B,).  Needs: torch; alphas_cumprod.
 """
 import torch
 from torch import Tensor

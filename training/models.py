@@ -50,7 +50,7 @@ def load_models(args, stage, dtype: torch.dtype, processes) -> tuple:
 def build_stage_b(args, paths: dict, stage) -> tuple[nn.Module, nn.Module]:
     """Returns Stage B and the image encoder in float32: in 16 bits, rounding would undo the optimizer's small steps.
 
-    stage.NETWORK: the class of Stage B. stage.semantic_scale(network): functions that scale semantic latents, and back.
+    stage: this module or v1/training.py, with NETWORK, the class of Stage B. paths: {part: path or None}.
     """
     if args.init == "weights":
         if stage_b_of(paths["decoder"]) is not stage.NETWORK:
@@ -74,7 +74,7 @@ def new_encoder(kind: type = EfficientNetEncoder, backbone: str | None = None, u
     """Returns a new image encoder with random weights, or with those of `backbone`, a file of torchvision's
     efficientnet_v2_s. config, sizes: see new_model.
 
-    Its last norm gives the latents mean 0 and variance 1 after their scaling for Stage C. unscale: inverse scaling.
+    Its last norm gives the latents mean 0 and variance 1 after the scaling for Stage C, whose inverse is `unscale`.
     """
     encoder = new_model(kind, config, **sizes)
     nn.init.constant_(encoder.norm.weight, unscale(1.0) - unscale(0.0))                  # 42 by default
@@ -101,17 +101,17 @@ LEVELS_AT_ONCE = 10          # noise levels per forward pass in validation
 
 
 def match_vqgan(decoder: StageB, vqgan, new: bool) -> None:
-    """Does nothing: every VQGAN fits, because all have latents of 4 channels. For v1, this function checks the fit."""
+    """Does nothing, because every VQGAN fits: all have 4 latent channels. v1/training.py has a function that checks."""
 
 
 def semantic_scale(decoder: StageB) -> tuple:
-    """Returns two functions: scaling of semantic latents for Stage C, and its inverse."""
+    """Returns two functions: one scales semantic latents for Stage C, the other is its inverse."""
     return scale_semantic, unscale_semantic
 
 
 def pipeline(vqgan, small: bool, device) -> Wuerstchen:
-    """Returns the pipeline for samples, without Stage B: sheets.py sets its bind_b. small: whether Stage B is small. A
-    small one is often undecided between objects, and guidance makes it follow the semantic latents."""
+    """Returns the pipeline for sample images, without a Stage B: sheets.py sets its bind_b. small: whether Stage B is
+    small. A small one is often undecided between objects, and guidance makes it follow the semantic latents."""
     return Wuerstchen(dict(stage_a=vqgan), device=device, b=Sampling(12, guidance=4.0 if small else 1.0))
 
 
@@ -120,7 +120,7 @@ def cache_settings(vqgan) -> dict:
 
 
 def encode(vqgan, images):
-    """images (B,3,H,W) in [0, 1] -> latents x_0 (B,4,H/4,W/4) float32, not quantised."""
+    """Encodes images (B,3,H,W), values in [0, 1], to latents x_0 (B,4,H/4,W/4) float32, which are not quantised."""
     return vqgan.encode(images)
 
 

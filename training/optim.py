@@ -18,7 +18,7 @@ def build_optimizer(model: nn.Module, args, share: Callable[[str], float] | None
                     betas: tuple[float, float] | None = None) -> torch.optim.Optimizer:
     """Returns AdamW for trainable parameters. Weight decay applies only to matrices, not to norms, biases and LoRAs.
 
-    share(name of a parameter): a factor of its learning rate, stored as group["share"]. betas: by default from args."""
+    share: maps a parameter's name to a factor of its learning rate, in group["share"]. betas: by default from args."""
     groups, lora = {}, getattr(args, "lora", False)
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -49,7 +49,7 @@ def learning_rate(step: int, args) -> float:
 
 
 def set_precision(args, device: torch.device) -> tuple[torch.dtype, torch.autocast]:
-    """Returns dtype and autocast of forward passes (float32: no autocast). Applies --allow-tf32. Sets args.dtype."""
+    """Returns dtype and autocast (off in float32) for forward passes. Applies --allow-tf32. Sets args.dtype."""
     set_tf32(args.allow_tf32)
     dtype = dtype_of(args.dtype or ("fp32" if device.type == "cpu" else "bf16"), device)
     args.dtype = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
@@ -58,7 +58,7 @@ def set_precision(args, device: torch.device) -> tuple[torch.dtype, torch.autoca
 
 def clip_gradients(model: nn.Module, limit: float) -> Tensor:
     """Scales the gradients down to norm `limit` if their norm, over all processes, is larger. With limit 0, does not
-    scale them. Returns the norm () before scaling."""
+    scale them. Returns the norm before scaling, a scalar tensor."""
     norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], limit or math.inf)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm      # FSDP returns the norm as a DTensor
 
@@ -83,10 +83,10 @@ class NanSteps:
         self.over = torch.zeros((), dtype=torch.bool, device=processes.device)
 
     def skip(self, is_nan: Tensor, step: int, statistics: Iterable[tuple[Tensor, Tensor]] = (), **batch) -> Tensor:
-        """Returns a bool () on the device: whether all processes skip this step, because is_nan () is true in one of
-        them. After too many skipped steps in a row, all later steps are skipped, so that the weights stay unchanged
-        until look() is called. statistics: (buffer of a BatchNorm, its value before the step), restored if the step is
-        skipped, because a NaN in them would stay. batch: values to log in that case. On a CPU, calls look()."""
+        """Returns a scalar bool tensor: whether all processes skip this step. They do if the scalar is_nan is true in
+        one of them. After too many skipped steps in a row, they skip all later steps, so that the weights stay as they
+        are until look() is called. statistics: pairs of a BatchNorm's buffer and its value before the step. A skipped
+        step restores the buffers, because a NaN would stay in them, and logs `batch`. On a CPU, calls look()."""
         skip = self.processes.anywhere(is_nan) | self.over
         self.row = (self.row + 1) * skip
         self.over = self.over | (self.row >= self.args.max_bad_steps)
@@ -127,9 +127,9 @@ class NanSteps:
 
 
 def take_step(optimizers: list, scaler, ema: "EMA", skip: Tensor) -> None:
-    """Takes a step of each optimizer and updates the EMA, unless skip () is true. Frees the gradients.
+    """Takes a step of each optimizer and updates the EMA, unless the scalar tensor skip is true. Frees the gradients.
 
-    AdamW reads skip on the GPU. With AdamW8bit or a scaler, which may also skip the step, the CPU waits for skip.
+    AdamW reads skip on the GPU. With AdamW8bit or a scaler, the CPU waits for skip. A scaler may also skip by itself.
     """
     on_device = not scaler.is_enabled() and all(getattr(o, "_step_supports_amp_scaling", False) for o in optimizers)
     taken = on_device or not skip
@@ -165,7 +165,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, skip: Tensor | None = None) -> None:
-        """Updates the averages, unless skip () is true. If skip is on the GPU, the CPU does not wait for it."""
+        """Updates the averages, unless the scalar tensor skip is true. The CPU does not wait for a skip on the GPU."""
         done = torch.ones_like(self.count) if skip is None else (~skip).float()
         weight = (9 / (10 + self.count)).clamp(min=1 - self.decay) * done        # 9 / (10 + n) = 1 - (1 + n) / (10 + n)
         self.count += done

@@ -85,7 +85,7 @@ class BatchSampler:
         return map(self.step, itertools.count(start))
 
     def step(self, k: int) -> tuple[np.ndarray, np.ndarray, int]:
-        """Returns positions (batch,) in the stream, ascending; indices (batch,) of the images; the bucket they share.
+        """Returns the samples' positions (batch,) in the stream, ascending; their image indices (batch,); their bucket.
 
         Step k is found directly, without computing the steps before it. Every epoch contains the same number of samples
         of each bucket, `count`. So before epoch e, a bucket has count * e samples and count * e // batch steps.
@@ -111,8 +111,8 @@ class BatchSampler:
         return int((epoch * self._counts // self.batch).sum())
 
     def _epoch(self, e: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Returns four arrays. order (N,): images of epoch e. by_bucket (N,): positions in `order`, sorted by bucket.
-        Two arrays (steps,), for the steps that epoch e completes: index of the bucket, number among its steps."""
+        """Returns four arrays for epoch e: order (N,), its images; by_bucket (N,), positions in `order`, sorted by
+        bucket; and for each step that it completes, (steps,), the bucket's index and the number among its steps."""
         if e not in self._epochs:
             while len(self._epochs) > 3:         # keep 4 epochs: each takes 0.3 s and 8 MB per million samples
                 del self._epochs[next(iter(self._epochs))]
@@ -127,7 +127,7 @@ class BatchSampler:
         return self._epochs[e]
 
     def _parts(self, e: int) -> list[tuple[int, int, np.dtype]]:
-        """Returns offset, length and dtype of _epoch's arrays in the file of epoch e. int64 is first, for alignment."""
+        """Returns (offset, length, dtype) of _epoch's arrays in the file of epoch e. int64 is first, for alignment."""
         steps, index = self._steps_before(e + 1) - self._steps_before(e), np.min_scalar_type(self._n)
         code, end = np.min_scalar_type(len(self._buckets)), 8 * steps + 2 * self._n * index.itemsize
         return [(8 * steps, self._n, index), (8 * steps + self._n * index.itemsize, self._n, index),
@@ -192,7 +192,7 @@ class BatchSampler:
 
 
 def split(positions: np.ndarray, micro: int, rank: int, world: int, micro_batch: int) -> slice:
-    """Returns the slice of positions, a step's samples, that process `rank` of `world` computes in micro-step `micro`.
+    """Returns the slice of `positions`, a step's samples, that process `rank` of `world` takes in micro-step `micro`.
     All slices together contain each sample once. Raises ValueError if they cannot all have micro_batch samples."""
     parts, rest = divmod(len(positions), micro_batch * world)
     if rest or not parts:
@@ -211,7 +211,7 @@ def batches(samples: torch.utils.data.Dataset, sampler: BatchSampler, processes,
     samples    a dataset: samples[position, index, bucket] -> a dict that depends only on these three and the seed
     processes  an object with rank, world and device, see processes.py
     args       batch (samples of a micro-batch), grad_accum, workers (processes that read; None: default_workers)
-    -> dicts with the same keys: strings as a list, everything else stacked to a tensor.
+    A micro-batch is a dict with the keys of a sample: strings are in a list, other values are stacked to a tensor.
     """
     class MicroBatches:
         """A batch sampler for DataLoader: yields the list of keys in `samples` for each micro-batch of this process."""
@@ -241,8 +241,8 @@ def default_workers(device: torch.device) -> int:
 
 
 def micro_batches(samples: Iterator[dict], args, processes, save: Callable, step: int) -> list[dict]:
-    """Returns the micro-batches of a step, from samples = batches(...). If one process cannot read its micro-batches,
-    all processes save the state before this step, by save(step), and end."""
+    """Returns the micro-batches of a step. samples: the result of `batches`. If a process cannot read its samples, all
+    processes save the state before this step, by save(step), and end."""
     failure = None
     try:
         found = [next(samples) for _ in range(args.grad_accum)]
@@ -256,7 +256,7 @@ def micro_batches(samples: Iterator[dict], args, processes, save: Callable, step
 
 
 class ErrorsAsItems(torch.utils.data.Dataset):
-    """A dataset that returns UserErrors as items: torch would add a traceback to an error raised in a worker."""
+    """A dataset that returns UserErrors as items, because torch adds a traceback to an error raised in a worker."""
     def __init__(self, samples: torch.utils.data.Dataset):
         self.samples = samples
 

@@ -1,4 +1,4 @@
-"""Measures time and memory for the benchmark: of actions in turns, functions in fresh processes, and networks."""
+"""Measures for the benchmark: times actions in turns, finds peak memory in fresh processes, and compares networks."""
 import math
 import multiprocessing
 import time
@@ -38,7 +38,7 @@ def in_turns(actions: dict[Hashable, Callable], repeats: int) -> dict[Hashable, 
 
 
 def ratio(above: list[float], below: list[float]) -> float:
-    """Returns the median of above / below over pairs of runs: a slow phase of the machine slows both runs of a pair."""
+    """Returns the median of a / b over pairs of runs, because a slow phase of the machine slows both runs of a pair."""
     return median(a / b for a, b in zip(above, below, strict=True))
 
 
@@ -49,23 +49,22 @@ def in_own_process(function: Callable, *args):
 
 
 def memory(line: str) -> int:
-    """Returns this process's memory in bytes. line: of /proc/self/status, "VmRSS" (now) or "VmHWM" (the peak)."""
+    """Returns this process's memory in bytes. line: "VmRSS" (now) or "VmHWM" (peak), a line of /proc/self/status."""
     status = Path("/proc/self/status").read_text().splitlines()
     return next(int(text.split()[1]) * 1024 for text in status if text.startswith(line))
 
 
 def peak_memory(device: str, before: int) -> int:
-    """Returns the peak memory of this process in bytes: the GPU's if device is one, else main memory minus `before`."""
+    """Returns the peak memory of this process in bytes: on a GPU that of its tensors, else main memory - `before`."""
     return torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else memory("VmHWM") - before
 
 
 # ----- networks --------------------------------------------------------------------------------------
 
 class Call(NamedTuple):
-    """Functions to measure: ours, and theirs (diffusers') or None. alone: whether to also measure products_of(ours).
-    eager: if ours is compiled, the same function in eager form, which is also measured for comparison. Operations are
-    counted in the eager form, because torch cannot count them in a compiled function.
-    """
+    """What to measure. ours: our function. theirs: diffusers' function, or None. alone: whether to also measure
+    products_of(ours). eager: the eager form of `ours` if `ours` is compiled. It is measured for comparison, and
+    operations are counted in it, because torch cannot count them in a compiled function."""
     ours: Callable
     theirs: Callable | None
     alone: bool = False
@@ -73,8 +72,8 @@ class Call(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """ours, theirs: median seconds of our call and of diffusers'. flops: operations of our call. difference: largest
-    difference of the two results, relative to the largest value. l2: their relative difference in the L2 norm."""
+    """The figures of a Call. ours, theirs: median seconds of our and of diffusers' function. flops: operations of ours.
+    difference: largest difference of their results, relative to the largest value. l2: the same in the L2 norm."""
     ours: float
     theirs: float | None
     flops: int
@@ -118,7 +117,7 @@ def products_of(call: Callable) -> Callable:
 @torch.no_grad()
 def compare(calls: dict[str, Call], repeats: int, device: str, dtype=torch.float32,
             times: int = 1) -> tuple[list[Row], dict[str, Measured], float]:
-    """Measures all calls in turns. Returns rows, {name: Measured}, and the GFLOP/s of a large matrix product in dtype.
+    """Measures all calls in turns. Returns table rows, {name: Measured}, and the GFLOP/s of a large product in dtype.
 
     times: calls per run. If several calls have the same function `theirs`, it is measured once, and all their ratios
     use this measurement.
@@ -154,7 +153,8 @@ def compare(calls: dict[str, Call], repeats: int, device: str, dtype=torch.float
 
 def rows_of(what: str, call: Call, found: Measured, seconds: dict[Hashable, list[float]], alone: list[float] | None,
             peak: float) -> list[Row]:
-    """Returns the table rows of call `what`. alone: seconds of only its products. peak: GFLOP/s of a large product."""
+    """Returns the table rows of a call, named `what`. found: its figures. seconds: {function: seconds of each run}.
+    alone: seconds of only the call's products, or None. peak: GFLOP/s of a large product."""
     def text(values: list[float]) -> str:
         return f"{median(values):.2f} s" if median(values) >= 1 else f"{1000 * median(values):.2f} ms"
     ours, theirs, speed, more = seconds[call.ours], seconds.get(call.theirs), found.flops / found.ours / 1e9, []

@@ -1,4 +1,4 @@
-"""Measures memory at official size: for loading Stage C, and for an image with one part in memory at a time (Linux)."""
+"""Measures, at official size on Linux, the loading of Stage C, and the memory for an image with one part at a time."""
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +39,7 @@ def measure(args) -> tuple[str, list[Row]]:
 
 
 def write_official_files(folder: Path) -> None:
-    """Writes random weights with the names, sizes and folders of diffusers' combined pipeline: float16, 6.3 GB."""
+    """Writes random float16 weights, 6.3 GB, with the names, sizes and folders of diffusers' combined pipeline."""
     for part, stage in dict(prior_prior=StageC, decoder=StageB, vqgan=StageA).items():
         weights.save_model(random_network(stage, {}, "cpu", torch.float16), folder / part)
     tokenizer = weights.load_tokenizer(ROOT / "models" / "tiny" / "tokenizer")           # any tokenizer would do
@@ -51,7 +51,7 @@ def write_official_files(folder: Path) -> None:
 # ----- functions that run in their own process -------------------------------------------------------
 
 def loading_times(folder: Path) -> list[float]:
-    """Returns the median seconds of loading Stage C in float16, and of reading its file."""
+    """Returns two medians, in seconds: the time to load Stage C in float16, and the time to read its file."""
     file = next((folder / "prior_prior").glob("*.safetensors"))
     file.read_bytes()                                    # warm up: later reads come from the system's file cache
     times = [(seconds_of(lambda: load_stage_c(folder, "cpu", torch.float16)), seconds_of(file.read_bytes))
@@ -60,7 +60,7 @@ def loading_times(folder: Path) -> list[float]:
 
 
 def peak_of(action: Callable, folder: Path, device: str, dtype: torch.dtype) -> int:
-    """Returns the peak memory of an action in bytes, without the memory for imports and a first matrix product."""
+    """Returns the peak memory of action(folder, device, dtype) in bytes, minus that of imports and a first product."""
     import tokenizers as _
     torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)
     before = memory("VmRSS")

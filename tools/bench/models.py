@@ -11,7 +11,7 @@ from speed.int8 import quantised, to_int8
 
 
 def diffusers_classes() -> dict[str, type]:
-    """Returns {"prior", "decoder", "vqgan": diffusers' class}, or {} if diffusers is not installed."""
+    """Returns diffusers' classes of "prior", "decoder" and "vqgan", by name, or {} if diffusers is not installed."""
     try:
         from diffusers.pipelines.deprecated import wuerstchen as theirs
     except ImportError:
@@ -38,7 +38,7 @@ def random_network(kind: Callable, config: dict, device: str, dtype=torch.float3
 
 
 def random_pair(stage: type, part: str, config: dict, device: str, dtype=torch.float32) -> tuple[nn.Module, nn.Module]:
-    """Builds our network `stage` with random weights, and diffusers' network `part`, which shares these weights."""
+    """Returns our network stage(**config) with random weights, and diffusers' network `part`, which shares them."""
     ours = random_network(stage, config, device, dtype)
     with torch.device("meta"):
         theirs = diffusers_classes()[part](**{key: value for key, value in config_to_diffusers(ours).items()
@@ -63,5 +63,5 @@ def int8_copy(network: nn.Module) -> nn.Module:
 
 
 def noise(device: str, dtype=torch.float32) -> Callable:
-    """Returns a function: random(*shape) draws a tensor, always with the same random numbers, on every device."""
+    """Returns a function that draws a tensor of a given shape, with the same random numbers on every device."""
     return lambda *shape: torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)

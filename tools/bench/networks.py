@@ -1,4 +1,4 @@
-"""Measures the networks of given weights: each call, compared with diffusers, and a batch of images."""
+"""Measures the networks of given weights: compares each call with diffusers', and times a batch of 16 images."""
 from collections.abc import Callable
 from functools import partial
 from statistics import median
@@ -45,8 +45,8 @@ def calls_of(model: Wuerstchen, theirs: dict, args) -> dict[str, Call]:
 
 def step_calls(title: str, suffix: str, args, networks: tuple[nn.Module, nn.Module | None], fast: Callable, x: Tensor,
                *conditions: Tensor) -> dict[str, Call]:
-    """Returns {name: Call} for a step at t = 0.5 by `fast`, the function that the pipeline calls, and, with --plain, by
-    our network itself. networks: our network, and diffusers' or None. conditions: inputs after x and t."""
+    """Returns {name: Call} for a step at t = 0.5 by `fast`, which the pipeline calls, and with --plain also by our
+    network. A name is title + suffix. networks: ours, and diffusers' or None. conditions: their inputs after x, t."""
     (ours, theirs), t = networks, torch.full((len(x),), 0.5, device=args.device)
     other = theirs and partial(theirs, x, t.to(x.dtype), *conditions)
     plain = {f"{title}, plain{suffix}": Call(partial(ours, x, t, *conditions), other)} if args.plain else {}
@@ -55,7 +55,7 @@ def step_calls(title: str, suffix: str, args, networks: tuple[nn.Module, nn.Modu
 
 def decode_calls(suffix: str, args, networks: tuple[nn.Module, nn.Module | None], fast: Callable,
                  x: Tensor) -> dict[str, Call]:
-    """Returns {name: Call} for decoding latents x by Stage A. Arguments as for step_calls."""
+    """Returns {name: Call} for decoding latents x by Stage A. For the other arguments, see step_calls."""
     ours, theirs = networks
     other = theirs and (lambda: theirs.decode(x * ours.scale_factor).sample)
     plain = {f"Stage A decode, plain{suffix}": Call(partial(ours.decode, x), other)} if args.plain else {}

@@ -1,4 +1,4 @@
-"""Measures networks of official size with random weights: each call, compared with diffusers, and a whole image."""
+"""Measures networks of official size with random weights: compares calls with diffusers', adds up a whole image."""
 import gc
 import sys
 from collections.abc import Callable
@@ -53,7 +53,7 @@ def measure(args) -> tuple[str, list[Row], str]:
 
 
 def calls_of_stage(title: str, args, small: dict | None = None) -> dict[str, Call]:
-    """Returns {name: Call} of a network. title: a key of STEPS. small: {part: sizes instead of the official ones}."""
+    """Returns {name: Call} for `title`, a key of STEPS. small: {part: sizes instead of the official ones} or None."""
     (size_c, size_b), dtype = latent_sizes(args.side, args.side), getattr(torch, DTYPES[args.dtype])
     random = noise(args.device, dtype)
     blocks = tuple(max(1, n * args.depth // 32) for n in (4, 4, 14, 4))
@@ -77,7 +77,7 @@ def calls_of_stage(title: str, args, small: dict | None = None) -> dict[str, Cal
 
 
 def forms_of(args) -> dict[str, torch.dtype]:
-    """Returns {suffix of a call's name: dtype to measure}: args.dtype and, if that is float32 on a CPU, bfloat16."""
+    """Returns the dtypes to measure, by suffix of a call's name: args.dtype and, if it is fp32 on a CPU, bfloat16."""
     more = {", bf16": torch.bfloat16} if args.device == "cpu" and args.dtype == "fp32" else {}
     return {"": getattr(torch, DTYPES[args.dtype])} | more
 
@@ -85,8 +85,8 @@ def forms_of(args) -> dict[str, torch.dtype]:
 @torch.no_grad()
 def calls_of(title: str, args, bind: Callable, step: Callable, inputs: Callable[[int], tuple],
              build: Callable[..., tuple[nn.Module, nn.Module]]) -> dict[str, Call]:
-    """Returns {name: Call} of Stage C or B, in all forms to measure, such as int8. bind, step: the stage's functions in
-    speed/fast.py. inputs(n): x_t and conditions for n images. build(dtype): our network and diffusers' network."""
+    """Returns {name: Call} for Stage C or B in all forms to measure, such as int8. bind, step: the stage's functions in
+    speed/fast.py. inputs(n) returns x_t and conditions for n images, build(dtype) our network and diffusers'."""
     def compiled(function: Callable) -> Callable:
         mode = dict(mode="reduce-overhead") if args.device.startswith("cuda") else {}
         return torch.compile(function, dynamic=False, **mode)
@@ -111,7 +111,7 @@ def calls_of(title: str, args, bind: Callable, step: Callable, inputs: Callable[
 
 
 def whole_images(found: dict[str, Measured], n: int, peak: float) -> list[Row]:
-    """Returns rows for n images, added up from calls. Calls without a form, such as int8, count in the default form."""
+    """Returns rows for n images: sums of calls in `found`. If a call lacks a form, such as int8, its default counts."""
     def added(form: str, field: str) -> float:
         calls = (found.get(f"{title}{form}{suffix}", found[title + suffix]) for title in STEPS)
         return sum(count * getattr(call, field) for call, count in zip(calls, STEPS.values()))

@@ -1,4 +1,4 @@
-"""Writes the sections of BENCHMARKS.md: a table of figures and goals, with the command, date and machine."""
+"""Writes the sections of BENCHMARKS.md. Each has the command, date and machine, and a table of figures and goals."""
 import importlib.metadata
 import math
 import os
@@ -45,8 +45,8 @@ GOALS = {
 
 
 class Row(NamedTuple):
-    """A row of a table. ours, other: two values as text. ratio: ours / other, or another number that has a goal. more:
-    remarks. floor: the share of our time that matrix products and attention take by themselves."""
+    """A row of a table. what: its name. ours, other: two values as text. ratio: ours / other, or another number with a
+    goal. more: remarks. floor: the share of our time that matrix products and attention take by themselves."""
     what: str
     ours: str
     other: str
@@ -56,13 +56,13 @@ class Row(NamedTuple):
 
 
 def goals_of(section: str, but: set[str] = frozenset()) -> list[str]:
-    """Returns the goals of a section as texts, except goals of the rows in `but`."""
+    """Returns the goals of a section as texts, except those of the rows whose names are in `but`."""
     return [f"{what} ({kind} {goal:g})" for (of, what), (kind, goal) in GOALS.items()
             if of == section and what not in but]
 
 
 def verdict(section: str, row: Row) -> tuple[str, str]:
-    """Returns the goal as text, and "yes" or "no" for whether it is met. Both are "" if the row has no goal."""
+    """Returns a row's goal as text, and whether the row meets it, "yes" or "no". Both are "" if the row has no goal."""
     if (section, row.what) not in GOALS:
         return "", ""
     kind, goal = GOALS[section, row.what]
@@ -95,7 +95,7 @@ def replace_section(text: str, title: str, body: str) -> str:
 
 
 def machine(device: str) -> str:
-    """Describes the conditions of a measurement: date, processor, load, versions."""
+    """Returns the conditions of a measurement as text: date, processor or GPU, load, versions of packages."""
     import torch
     installed = {part.name: part.version for part in importlib.metadata.distributions()}
     versions = [f"Python {platform.python_version()}", f"torch {torch.__version__}",
@@ -109,7 +109,7 @@ def machine(device: str) -> str:
 
 
 def write(args, section: str, rows: list[Row], note: str = "") -> None:
-    """Prints a section, and writes it to the file args.out instead of its old version."""
+    """Prints a section, and writes it to the file args.out, where it replaces its old version."""
     from loading.files import write_atomically
     command = " ".join(["python -m tools.bench", *args.typed]).split(" --out")[0]
     medians = "" if section in ("Memory", "Int8") else f"; medians of {args.repeats}"          # these ignore --repeats

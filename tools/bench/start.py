@@ -1,4 +1,4 @@
-"""Measures whole programs: `python sample.py` until the image is on disk, its lower bound (imports), and `--help`."""
+"""Times whole programs: `python sample.py` for an image, its lower bound (a process that only imports), `--help`."""
 import subprocess
 import sys
 import tempfile

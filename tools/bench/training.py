@@ -1,6 +1,6 @@
 """Measures time and memory of training steps of Stage C next to diffusers and peft, and estimates an epoch's time.
 
-Only on Linux. Each setting runs in its own process, with random weights. The settings run in turns.
+It works only on Linux. Each setting runs in its own process, with random weights. The settings run in turns.
 """
 import math
 import sys
@@ -25,8 +25,8 @@ from tools.bench.report import PROMPT, Row
 
 
 class Run(NamedTuple):
-    """A setting to measure. who: "ours" or "diffusers". full: train all of Stage C, else a LoRA of rank 8 on attention.
-    checkpointing: None, "blocks" or (only ours) "products". bf16: whether ours trains like train_c.py --dtype bf16."""
+    """A setting to measure. who: "ours" or "diffusers". full: whether to train all of Stage C; else a LoRA of rank 8 on
+    attention. checkpointing: None, "blocks" or (only ours) "products". bf16: whether ours trains with --dtype bf16."""
     who: str
     full: bool
     checkpointing: str | None
@@ -77,7 +77,8 @@ def rows_of(run: Run, ours: list[dict], theirs: list[dict]) -> list[Row]:
 
 
 def measure_epoch(args) -> tuple[str, list[Row], str]:
-    """Computes the time of an epoch of 200 images, with and without --cache, from one step, to save hours on a CPU."""
+    """Estimates the time of an epoch of 200 images, with and without --cache, from the time of a step: an epoch would
+    take hours on a CPU. Returns the section's title, rows and note."""
     side, steps, found = args.side or 768, 200 / args.batch, []
     for _ in range(args.repeats):
         step = in_own_process(fresh_steps, Run("ours", False, None), args.depth, side, args.batch, args.device)
@@ -97,7 +98,7 @@ def measure_epoch(args) -> tuple[str, list[Row], str]:
 
 
 def fresh_steps(run: Run, *sizes) -> dict:
-    """Runs training_steps, first for a small model, so that memory torch and peft allocate once is not measured."""
+    """Returns training_steps(run, *sizes). Runs a small model first, so memory allocated only once is not measured."""
     training_steps(run, 1, 128, 1, sizes[-1], width=64)
     return training_steps(run, *sizes)
 
@@ -105,9 +106,8 @@ def fresh_steps(run: Run, *sizes) -> dict:
 def training_steps(run: Run, depth: int, side: int, batch: int, device: str, width: int = 1536, steps: int = 3) -> dict:
     """Runs optimizer steps like train_c.py and diffusers' training script, with random weights.
 
-    Returns a dict. seconds: the median step, without the first; products: seconds of our matrix products and attention,
-    or None; loss: the first loss; peak: the peak memory in GB, minus the memory before; size: the weights in GB.
-    """
+    Returns a dict. seconds: the median step, without the first. products: seconds of our matrix products and attention
+    (None for diffusers and with checkpointing). loss: the first loss. peak: peak_memory in GB. size: weights in GB."""
     before = memory("VmRSS")
     model = build(run, depth, device, width).train()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -165,7 +165,7 @@ def build(run: Run, depth: int, device: str, width: int) -> nn.Module:
 
 @torch.no_grad()
 def encoding(side: int, batch: int, device: str) -> float:
-    """Returns the seconds that --cache saves in a step: the time of image encoder and CLIP-bigG, at official size."""
+    """Returns the seconds of the image encoder and CLIP-bigG at official size: --cache saves this time in each step."""
     encoder, text_model = EfficientNetEncoder().eval().to(device), random_text_model(1280, 32, 20, device)
     images, ids = torch.rand(batch, 3, side, side, device=device), torch.arange(77, device=device).expand(batch, -1)
     mask = torch.ones_like(ids)
