@@ -1,4 +1,4 @@
-"""The whole of Würstchen, from a prompt to images: noise schedule, samplers, guidance, pipeline.
+"""Generates images from prompts with Würstchen: noise schedule, samplers, guidance, pipeline.
 
   prompt -CLIP-> (B,77,1280) -[C]-> (B,16,24,24) -[B]-> (B,4,256,256) -[A]-> (B,3,1024,1024)
 
@@ -12,7 +12,7 @@ Note: noise levels t are real numbers in [0, 1], 0 = clean, 1 = noise, not integ
 signal's share is a function of t, so any falling list of levels is a schedule. Stage C works on
 (raw + 1) / 42, where raw are the semantic latents of the image encoder, the input of Stage B.
 Wuerstchen.load uses speed/fast.py for faster networks; fast=False keeps the plain networks.
-Editing, given embeddings and latents, previews: extras/. Less memory: speed/memory.py. v1: v1/.
+See extras/ for editing and previews, speed/memory.py for less memory, and v1/ for Würstchen v1.
 Paper: arXiv:2306.00637.  Needs: torch, numpy, pillow, tqdm; tokenizers.
 """
 if __name__ == "__main__":
@@ -65,12 +65,12 @@ def alphas_cumprod(t: Tensor) -> Tensor:
 
 
 def per_row(values: Tensor, x: Tensor) -> Tensor:
-    """Reshapes values (B,) to (B,1,1,...), so that value i is for row i of x. Keeps a scalar ()."""
+    """Reshapes values (B,) to (B,1,1,...), so that value i is for row i of x. A scalar is kept."""
     return values.view(-1, *[1] * (x.ndim - 1)) if values.ndim else values
 
 
 def add_noise(x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """Forward diffusion: x_0, eps (B,...), t (B,) -> x_t (B,...).  arXiv:2006.11239, eq. 4."""
+    """Returns x_t: x_0 with noise eps, each (B,...), at level t (B,).  arXiv:2006.11239, eq. 4."""
     ab = per_row(alphas_cumprod(t), x_0)
     return ab.sqrt() * x_0 + (1 - ab).sqrt() * eps
 
@@ -87,7 +87,7 @@ def predict_x_0(x_t: Tensor, eps: Tensor, t: Tensor) -> Tensor:
 # function to SAMPLERS; for the command line, add its name to SAMPLERS of extras/like.py.
 
 def ddpm_step(x_t: Tensor, eps: Tensor, t: Tensor, t_prev: Tensor, noise: Tensor, last=None):
-    """The original model's sampler: removes predicted noise, adds a little fresh noise.
+    """A step of the original model's sampler: removes predicted noise, adds less fresh noise.
 
     The last step, to t_prev = 0, adds no noise.  Source: arXiv:2006.11239, algorithm 2, with the
     smaller of its two variances.
@@ -102,7 +102,7 @@ def ddpm_step(x_t: Tensor, eps: Tensor, t: Tensor, t_prev: Tensor, noise: Tensor
 def ddim_step(x_t: Tensor, eps: Tensor, t: Tensor, t_prev: Tensor, noise=None, last=None, eta=0.0):
     """Predicts x_0, then adds predicted noise at level t_prev.  arXiv:2010.02502, eq. 12 and 16.
 
-    eta 0: no fresh noise, so x is a function of the start. eta 1: the distribution of ddpm_step.
+    eta 0: no fresh noise, so the first x_t decides the result. eta 1: ddpm_step's distribution.
     """
     ab, ab_prev = per_row(alphas_cumprod(t), x_t), per_row(alphas_cumprod(t_prev), x_t)
     x_0 = predict_x_0(x_t, eps, t)
@@ -114,7 +114,7 @@ def ddim_step(x_t: Tensor, eps: Tensor, t: Tensor, t_prev: Tensor, noise=None, l
 
 
 def dpm_solver_step(x_t: Tensor, eps: Tensor, t: Tensor, t_prev: Tensor, noise=None, last=None):
-    """DPM-Solver++(2M): DDIM that also extrapolates the change of x_0 since the last step.
+    """A step of DPM-Solver++(2M): DDIM that also extrapolates x_0's change since the last step.
 
     x_0 is extrapolated to the middle of the step in lam = log(signal / noise), along the line
     through the last two predictions. The error is of second order in the step, DDIM's of first, so
@@ -140,7 +140,7 @@ SAMPLERS = {"ddpm": ddpm_step, "ddim": ddim_step, "dpm++": dpm_solver_step}
 # ----- guidance and the loop ----------------------------------------------------------------------
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float, rescale: float = 0.0) -> Tensor:
-    """Classifier-free guidance: moves from the unconditional towards the conditional prediction.
+    """Classifier-free guidance: returns unconditional + scale * (conditional - unconditional).
 
     scale 0: unconditional; 1: conditional; above 1: exaggerates the text's effect. Source:
     arXiv:2207.12598, whose w is our scale - 1. torch.lerp rounds like the released samplers.
@@ -157,7 +157,7 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float, rescale: flo
 def denoise(predict: Callable[[Tensor, Tensor, bool], Tensor], x: Tensor,
             draw: Callable[[], Tensor], sampling: "Sampling", keep: Callable | None = None,
             callback: Callable | None = None, progress: Callable[[Iterable], Iterable] = iter):
-    """Denoises x (B,...) from the first noise level to the last. Returns float32.
+    """Denoises x (B,...) from the first noise level of `sampling` to the last. Returns float32.
 
     predict(x_t, t, guided) -> eps (B,...); if guided, followed by eps without the text: (2B,...)
     draw() -> fresh Gaussian noise (B,...), called in every step whether it is used or not, so that
@@ -186,7 +186,7 @@ def denoise(predict: Callable[[Tensor, Tensor, bool], Tensor], x: Tensor,
 
 
 def check_finite(finite: Tensor, levels: Tensor) -> None:
-    """Raises FloatingPointError, naming the first step at which finite (steps,) is False."""
+    """Raises FloatingPointError, naming the first step i, if any, at which finite[i] is False."""
     if not finite.all():
         i = finite.tolist().index(False)
         raise FloatingPointError(f"step {i + 1} of {len(levels) - 1} (t = {levels[i]:.3f})")
@@ -199,8 +199,9 @@ class Sampling:
     """Settings for sampling one stage. Raises ValueError for impossible settings.
 
     steps      a number, spread evenly over t_start .. t_end or, if `early`, more at high noise; or
-               segments {2/3: 20, 0: 10}: 20 steps to 2/3, 10 to 0; or the falling noise levels
-    sampler    a name in SAMPLERS, or a function like ddpm_step; eta: noise in "ddim", 1 as in ddpm
+               {2/3: 20, 0: 10}: 20 steps to t = 2/3, then 10 to 0; or a list of all noise levels
+    sampler    a name in SAMPLERS, or a function like ddpm_step
+    eta        for "ddim", how much fresh noise a step adds: 0 none, 1 as much as "ddpm"
     guidance   1: none, in half the time; two numbers: at t = 1 and t = 0, linear in between
     interval   (low, high): guidance acts only on noise levels between them (arXiv:2404.07724)
     rescale    0 to 1: how far to undo the contrast that guidance adds, see `guide`
@@ -260,7 +261,7 @@ class Sampling:
 
     @property
     def step_function(self) -> Callable:
-        """Returns the function that takes one step; for "ddim", with eta set."""
+        """Returns the function that takes one step, such as ddpm_step; ddim_step gets `eta`."""
         step = SAMPLERS.get(self.sampler, self.sampler)
         return functools.partial(step, eta=self.eta) if step is ddim_step else step
 
@@ -274,7 +275,7 @@ class Sampling:
 # ----- sizes, random numbers, text ----------------------------------------------------------------
 
 def latent_sizes(height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Returns (h, w) of Stage C's latents and of Stage B's for an image: 24 and 256 for 1024 px.
+    """Returns two sizes (h, w), of Stage C's and of Stage B's latents: 24 and 256 for 1024 px.
 
     The grids are the smallest that cover the image. A latent position of Stage C is 42 2/3 px wide.
     Stage B's sides are multiples of 16 (64 px), because its U-Net halves them up to 4 times.
@@ -287,10 +288,8 @@ def latent_sizes(height: int, width: int) -> tuple[tuple[int, int], tuple[int, i
 
 
 class Noise:
-    """Draws noise for n images, each from its own generator: noise(C, h, w) -> (n,C,h,w).
-
-    So an image does not depend on its batch, nor on the device, because the CPU draws the noise.
-    """
+    """Draws noise for n images, each with its own seed: noise(C, h, w) -> (n,C,h,w).
+    So an image does not depend on its batch, nor on the device, because the CPU draws the noise."""
     def __init__(self, seeds: Sequence[int], device: str | torch.device = "cpu"):
         if not all(isinstance(seed, Integral) and 0 <= seed < 2 ** 32 for seed in seeds):
             # torch accepts larger seeds, but its generator uses only 32 bits.
@@ -312,7 +311,7 @@ class Wuerstchen:
     """Generates images from text. Each step is a method; __call__ calls them in order.
 
     networks: {name: a module, or a function that loads it when it is first needed}, for stage_a,
-    stage_b, stage_c, text_encoder_c, text_encoder_b, image_encoder; also attributes: model.stage_c.
+    stage_b, stage_c, text_encoder_c, text_encoder_b, image_encoder; each is also an attribute.
     size: default width and height, px. c, b: default settings of Stages C and B. To make a loaded
     model faster or smaller, speed/ replaces `part`, `predictor`, `bind_c`, `bind_b`, `decode_one`;
     loading/arguments.py adds checks to `accept` and `settings`.
@@ -364,7 +363,7 @@ class Wuerstchen:
 
     @torch.no_grad()
     def encode_text(self, stage: str, prompts: list[str], negatives: list[str]) -> tuple:
-        """Returns embeddings of prompts and negatives for stage "c" or "b", two tensors (n,N,D).
+        """Returns embeddings for stage "c" or "b": of prompts and of negatives, each (n,N,D).
 
         Each text is encoded once and by itself, so that its embedding does not depend on a batch.
         """
@@ -378,7 +377,8 @@ class Wuerstchen:
                  sampling: Sampling | None = None, **options) -> Tensor:
         """Generates raw semantic latents (n,16,h,w) for Stage B from text embeddings (n,N,D).
 
-        unconditional: of negative prompts. draw() returns noise (n,16,h,w). options: see `sample`.
+        unconditional: negative prompts' embeddings. draw() returns noise (n,16,h,w). options: x,
+        keep, callback, progress, see `sample`.
         """
         conditions = [(text, unconditional)]
         x = self.sample("C", self.bind_c, conditions, draw, sampling or self.c, **options)
@@ -398,7 +398,7 @@ class Wuerstchen:
     def sample(self, stage: str, bind: Callable, conditions: list[tuple[Tensor, Tensor]], draw,
                sampling: Sampling, x: Tensor | None = None, keep: Callable | None = None,
                callback: Callable | None = None, progress: bool = False) -> Tensor:
-        """Runs denoise. conditions: bind's arguments, each (with, without text). x: first x_t."""
+        """Runs denoise. bind, conditions: see predictor. x: the first x_t, by default draw()."""
         predict = self.predictor(bind, conditions)
         # leave=None removes the finished bar if it is below another bar, as in sample.py.
         bar = functools.partial(tqdm, desc=f"Stage {stage}", unit="step", leave=None)
@@ -423,7 +423,7 @@ class Wuerstchen:
     # ----- the networks and their input: what speed/, v1/ and loading/ replace --------------------
 
     def part(self, name: str):
-        """Returns the network `name`; loads it if needed. Raises ValueError if it is missing."""
+        """Returns the network `name`; loads it if needed. Raises ValueError if there is none."""
         network = self.networks.get(name)
         if network is None:
             raise ValueError(f"{name} is needed for this, but was not loaded.")
@@ -433,7 +433,7 @@ class Wuerstchen:
         return network
 
     def predictor(self, bind: Callable, conditions: list[tuple[Tensor, Tensor]]) -> Callable:
-        """Returns denoise's predict. conditions: bind's arguments, each (with, without text)."""
+        """Returns denoise's predict. conditions: (with, without text) for each argument of bind."""
         networks = {}                          # {whether guided: the function from bind}
 
         def predict(x: Tensor, t: Tensor, guided: bool) -> Tensor:
@@ -474,7 +474,7 @@ class Wuerstchen:
     unscale_semantic = staticmethod(unscale_semantic)
 
     def accept(self, prompt, negative_prompt, seed, num_images, height, width, callback) -> tuple:
-        """Returns what __call__ needs: a prompt for each image, seed, height, width, callback."""
+        """Returns (a prompt for each image, seed, height, width, callback), with default sizes."""
         prompts = [prompt] if isinstance(prompt, str) else prompt
         height, width = (self.size if side is None else side for side in (height, width))
         return [p for p in prompts for _ in range(num_images)], seed, height, width, callback

@@ -207,7 +207,7 @@ def pipeline_for(paths: dict, empty: dict, loaders: dict, device, dtype) -> Wuer
         return Wuerstchen(loaders, 128 if tiny else 1024, device, dtype,
                           b=Sampling(12, guidance=4.0) if tiny else Sampling(12))
     from v1.pipeline import WuerstchenV1
-    # The released v1 (text width 1024, CLIP H) works on raw semantic latents. Other v1 models may use v2's scaled ones.
+    # The released v1 has text width 1024 (CLIP H) and uses raw semantic latents; other v1 models use scaled ones.
     raw = (prior.config["c_cond"] if prior else decoder.config["c_text"]) == 1024
     more = {} if raw else dict(c=Sampling(29, guidance=4.0, early=True))
     return WuerstchenV1(loaders, 128 if tiny else 512, device, dtype, raw=raw, **more)

@@ -1,6 +1,6 @@
-"""Training in one or several processes: sums over processes, synchronised BatchNorm, DDP, FSDP, a graceful exit.
+"""Runs training in one or several processes: sums over processes, synchronised BatchNorm, DDP, FSDP, a graceful exit.
 
-One process runs the same code as several, so a training loop needs no second version. Works with any model.
+One process runs the same code as several, so a training loop needs no second version. This works with any model.
 Needs: torch; loading/.
 """
 import contextlib
@@ -21,12 +21,13 @@ from loading.errors import RESUME_HINT, tell
 
 
 class Processes:
-    """This process and its communication with the other processes of torchrun. Without torchrun it is the only process.
+    """Represents this process and communicates with the other processes of torchrun. Without torchrun, there are none.
 
-    rank: 0 .. world - 1; is_main: rank 0, which writes files; device: of this process; many: whether torchrun was used.
+    world: number of processes; rank: this one's number, 0 to world - 1; is_main: whether rank is 0, which writes files;
+    device: this process's device; many: whether torchrun was used.
     """
     def __init__(self, device: str | None = None, minutes: float = 30):
-        """minutes: a process that waits longer than this for another, such as one that samples images, fails."""
+        """minutes: a process fails if it waits longer than this for another one, such as one that samples images."""
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.is_main, self.many, self.patient, self.host = self.rank == 0, "RANK" in os.environ, None, None
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -64,14 +65,14 @@ class Processes:
         return bool(self.largest(int(flag), group))
 
     def largest(self, number: int, group=None) -> int:
-        """Returns the largest of all processes' numbers. Does not wait for the GPU. group: see `any`."""
+        """Returns the largest `number` of all processes, without waiting for the GPU. group: see `any`."""
         value = torch.tensor(number)
         if self.many:
             dist.all_reduce(value, dist.ReduceOp.MAX, group or self.host)
         return int(value)
 
     def anywhere(self, flag: Tensor) -> Tensor:
-        """Returns whether flag () is true in any process, as a tensor on the device: the CPU need not wait for it."""
+        """Returns whether the scalar tensor flag is true in any process, as a scalar tensor, without waiting for it."""
         return self.sum(flag.float()) > 0
 
     def to_device(self, batch: dict) -> dict:
@@ -85,7 +86,7 @@ class Processes:
 
     @contextlib.contextmanager
     def together(self, group=None):
-        """Context manager: at its end all processes wait for each other. If one fails, the others exit with code 2."""
+        """Context manager that waits at its end for all processes. If one fails, the others exit with code 2."""
         try:
             yield
         except Exception:
@@ -95,7 +96,7 @@ class Processes:
             sys.exit(2)                          # only the process that failed reports the error
 
     def on_main(self, do: Callable, *args) -> None:
-        """Calls do(*args) on the main process while the others wait. If it fails, the others exit with code 2."""
+        """Calls do(*args) on the main process while the others wait. If do fails, the others exit with code 2."""
         with self.together():
             if self.is_main:
                 do(*args)
@@ -108,8 +109,8 @@ class Processes:
     def once_per_node(self, make: Callable):
         """Calls make() in one process per machine, first in rank 0. Returns the result in all processes of the machine.
 
-        make does work whose result stays on disk, such as an index or a download. The returned value is pickled. The
-        other processes wait as long as it takes.
+        make() does work whose result stays on disk, such as an index or a download. Its return value is pickled. The
+        other processes wait for it without a time limit.
         """
         made = None
         for turn in (self.is_main, self.local_rank == 0 and not self.is_main):
@@ -123,7 +124,7 @@ class Processes:
         return everywhere[self.rank - self.local_rank]
 
     def data_parallel(self, model: nn.Module) -> nn.Module:
-        """Returns the module to call in a training step: model in DistributedDataParallel or, without torchrun, model.
+        """Returns the module to call in training: `model` in DistributedDataParallel or, without torchrun, `model`.
 
         Buffers are not broadcast, because they are the same in all processes: BatchNorm is synchronised.
         """
@@ -133,11 +134,11 @@ class Processes:
         return nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
 
     def split_weights(self, model: nn.Module, groups: Iterable[Iterable[nn.Module]], dtype: torch.dtype) -> None:
-        """Splits the weights over processes (FSDP), in float32. Each group of blocks is gathered in one message when it
-        runs, in bfloat16 if dtype is bfloat16. Gradients are summed in float32.
+        """Splits the model's float32 weights over processes (FSDP). Each group of blocks is gathered in one message
+        when the group runs, in bfloat16 if dtype is bfloat16. Gradients are summed in float32.
 
         Gathering in bfloat16 only changes GlobalResponseNorm's gamma, because autocast rounds all other weights anyway.
-        Weights in no group are gathered in float32: embeddings, BatchNorm, and the one that sets the dtype of forward.
+        Weights outside of `groups` are gathered in float32: embeddings, BatchNorm, the one whose dtype forward uses.
         """
         if self.many:
             from torch.distributed.device_mesh import init_device_mesh
@@ -154,8 +155,9 @@ class Processes:
 
 
 def compile_blocks(groups: Iterable[Iterable[nn.Module]], checkpointing: dict | None = None) -> None:
-    """Compiles each block by itself. Equal blocks are compiled once. Call this before FSDP splits the weights, so that
-    its hooks are not compiled. checkpointing: options of `checkpoint`, which is compiled with each block, or None."""
+    """Compiles each block of `groups` by itself, equal blocks only once. Call this before FSDP splits the weights, so
+    that FSDP's hooks are not compiled. checkpointing: options of torch's `checkpoint`, compiled with each block, or
+    None for no checkpointing."""
     torch._dynamo.config.recompile_limit = 64    # default 8; Stage B's blocks get 7 shapes, in training and validation
     torch._dynamo.config.optimize_ddp = False    # DDPOptimizer would split blocks, which `checkpoint` does not allow
     for block in [block for group in groups for block in group]:
@@ -169,8 +171,8 @@ def compile_blocks(groups: Iterable[Iterable[nn.Module]], checkpointing: dict | 
 def no_sync(model: nn.Module):
     """Context manager in which backward does not average gradients over processes; the next backward outside does.
 
-    Forward must be inside as well: DDP decides in forward whether the following backward communicates. For FSDP, this
-    calls set_requires_gradient_sync. For a model in one process, it does nothing.
+    Forward must be inside as well: DDP decides in forward whether the following backward communicates. For FSDP,
+    no_sync calls set_requires_gradient_sync; for a model in one process, it does nothing.
     """
     if hasattr(model, "set_requires_gradient_sync"):
         model.set_requires_gradient_sync(False)
@@ -182,8 +184,8 @@ def no_sync(model: nn.Module):
 
 
 class SumOverProcesses(torch.autograd.Function):
-    """Differentiable sum of x over all processes. The result of every process depends on every x, so the gradient of x
-    is the sum of the gradients of all processes."""
+    """Computes the sum of x over all processes, with gradients. The result of every process depends on every x, so the
+    gradient of x is the sum of the gradients of all processes' results."""
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         x = x.clone()
@@ -196,7 +198,7 @@ class SumOverProcesses(torch.autograd.Function):
 
 
 class SynchronisedBatchNorm(nn.BatchNorm2d):
-    """BatchNorm2d with statistics over the batches of all processes. In eval mode or without torchrun, a plain one.
+    """BatchNorm2d with statistics over all processes' batches; a plain BatchNorm2d in eval mode or without torchrun.
 
     BatchNorm makes the output for an image depend on the other images of its batch. With separate statistics, each of
     64 GPUs with 4 images would train a different and noisier function than the saved one, which has the running
@@ -204,13 +206,13 @@ class SynchronisedBatchNorm(nn.BatchNorm2d):
     """
     @staticmethod
     def convert(model: nn.Module) -> None:
-        """Turns every BatchNorm2d in model into this class. Modules and weights stay the same; only forward changes."""
+        """Changes the class of each BatchNorm2d in `model` to SynchronisedBatchNorm. Its weights stay the same."""
         for module in model.modules():
             if type(module) is nn.BatchNorm2d:
                 module.__class__ = SynchronisedBatchNorm
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B,C,H,W) -> (B,C,H,W) in the dtype of x. Computes in float32."""
+        """Normalises x (B,C,H,W). Returns the same shape and dtype; in training, computes in float32."""
         if not (self.training and dist.is_initialized()):
             return super().forward(x)
         wide = x.float()
@@ -232,9 +234,7 @@ class SynchronisedBatchNorm(nn.BatchNorm2d):
 class GracefulExit:
     """Handles SIGTERM (a scheduler's last warning) and Ctrl-C: sets `received` to the signal's number, so that a loop
     can finish its step, save, and call `leave`. Create it just before the loop: earlier, there is nothing to save.
-
-    A second Ctrl-C ends the program at once. restore() sets the previous signal handlers.
-    """
+    A second Ctrl-C ends the program at once. restore() sets the previous signal handlers."""
     def __init__(self):
         self.received, self.before = 0, {}
         for name in (signal.SIGTERM, signal.SIGINT):
@@ -246,8 +246,8 @@ class GracefulExit:
             signal.signal(name, handler)
 
     def leave(self, number: int, step: int, processes: Processes | None = None) -> None:
-        """Ends the program after `step` steps because of signal `number`. Its exit code is the one that shells use, 143
-        for SIGTERM or 130 for Ctrl-C, so that a scheduler or a shell's && does not take the run for finished."""
+        """Ends the program after `step` steps because of signal `number`. The exit code is 143 for SIGTERM or 130
+        for Ctrl-C, as in shells, so that a scheduler or a shell's && does not take the run for finished."""
         self.restore()
         if processes is None or processes.is_main:
             tell(f"stopped after step {step} and saved: {RESUME_HINT}")

@@ -1,4 +1,4 @@
-"""Output for the user: the progress bar, curves of the log, and with --dry-run a description of the run.
+"""Shows a run to the user: its progress bar, curves of its log and, with --dry-run, a description of the run.
 
 Needs: torch, pillow, tqdm; order.py, samples.py, loading/.
 """
@@ -21,14 +21,14 @@ from training.samples import draw_caption
 
 
 def due(every: int, step: int, steps: int) -> bool:
-    """Returns whether an action is due after `step` of `steps` steps: every `every` steps (0: never) and at the end."""
+    """Returns whether an action is due after `step` of `steps` steps: each `every` steps (0: never) and at the end."""
     return bool(every) and (step % every == 0 or step == steps)
 
 
 class Progress:
-    """The progress bar of a run. Also computes values for the log, over the steps since the last line of the log.
+    """Shows the progress bar of a run, and computes values for the log from the steps since the log's last line.
 
-    Iterating over it yields the numbers of the remaining steps. batch: samples per step of all processes together.
+    Iterating over a Progress yields the numbers of the remaining steps, from `start`. batch: samples per step in all.
     """
     def __init__(self, title: str, start: int, args, processes, batch: int):
         self.processes, self.batch, self.smooth = processes, batch, None
@@ -40,13 +40,13 @@ class Progress:
         return iter(self.bar)
 
     def add(self, t: Tensor, raw: Tensor) -> None:
-        """Adds the unweighted losses raw (B,) of samples at noise levels t (B,) to self.sums."""
+        """Adds the unweighted losses raw (B,) of samples to self.sums, by their noise levels t (B,)."""
         level, raw = (t * 10).long().clamp(max=9), raw.detach()
         self.sums[0].index_add_(0, level, raw.nan_to_num(0, 0, 0))       # NaN and infinity do not count
         self.sums[1].index_add_(0, level, raw.isfinite().float())
 
     def values(self, step: int, loss: Tensor) -> dict:
-        """Returns values to log after `step` steps. loss (): the last step's loss. All processes must call this."""
+        """Returns {name: value} to log after `step` steps. loss (): of the last step. All processes must call this."""
         loss = (self.processes.sum(loss.clone()) / self.processes.world).item()
         self.smooth = loss if self.smooth is None else 0.9 * self.smooth + 0.1 * loss
         raw, count = self.processes.sum(self.sums.clone())
@@ -61,7 +61,7 @@ class Progress:
         return values
 
     def show(self, line: dict, *more: str) -> None:
-        """Shows values of `line`, a line of the log, and the texts `more` at the end of the progress bar."""
+        """Shows values of `line`, a line of the log, and the texts `more` to the right of the progress bar."""
         words = [f"mean loss {line['smooth_loss']:.4f}", f"|grad| {line['grad_norm']:.2f}", *more,
                  f"lr {line['lr']:.1e}", f"{line['images_per_second']:.1f} images/s"]
         if line["memory_gib"]:
@@ -70,9 +70,9 @@ class Progress:
 
 
 def checkpoint_bytes(args, model, discriminator=None) -> int:
-    """Returns the size of a checkpoint: weights, EMA weights, AdamW's two moments, and 300 bytes per tensor for the
-    file's header. For a LoRA this includes the separate LoRA file. A checkpoint of train_a.py also contains frozen
-    weights and the discriminator, and no EMA weights with --ema 0."""
+    """Returns a checkpoint's size in bytes: weights, EMA weights, AdamW's two moments, and 300 per tensor for the
+    file's header. With a LoRA, the size includes the separate LoRA file. A checkpoint of train_a.py also has frozen
+    weights and the discriminator; with --ema 0, it has no EMA weights."""
     learned = [p.nbytes + 300 for p in model.parameters() if p.requires_grad]
     other = [p.nbytes + 300 for p in (*model.parameters(), *model.buffers()) if not p.requires_grad]
     if hasattr(args, "fsdp"):
@@ -89,7 +89,7 @@ def free_bytes(folder: Path) -> int:
 
 
 def outline(args, model, dataset, sizes, order, discriminator=None) -> None:
-    """Prints a run's numbers of parameters, memory, disk space, images per step and epochs. order: a BatchSampler.
+    """Prints a run's number of parameters, memory, disk space, images per step and epochs. order: a BatchSampler.
     sizes: (height, width) of each bucket. discriminator: the one that train_a.py trains, or None."""
     learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
@@ -109,7 +109,7 @@ def outline(args, model, dataset, sizes, order, discriminator=None) -> None:
 
 
 def dry_run(args, model, dataset, sizes, order, draw_noise: Callable | None = None) -> None:
-    """Prints the outline, latents' shapes and first captions. draw_noise(rng, h, w) returns {name: Stage B's noise}."""
+    """Prints `outline`, latents' shapes and first captions. draw_noise(rng, h, w) returns Stage B's {name: noise}."""
     outline(args, model, dataset, sizes, order)
     positions, indices, number = order.step(0)
     h, w = sizes[number]
@@ -128,7 +128,7 @@ def dry_run(args, model, dataset, sizes, order, draw_noise: Callable | None = No
 
 
 def draw_curves(lines: list[dict], names: list[str], path: str | Path, width: int = 560, height: int = 300) -> None:
-    """Writes a PNG file with a plot over the steps for each of `names`, keys of lines. Loss axes are logarithmic."""
+    """Writes a PNG file with a plot of each of `names`, keys of `lines`, over the steps. Loss axes are logarithmic."""
     font, plots = ImageFont.load_default(size=12), []
     for name in names:
         points = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), (int, float))

@@ -35,7 +35,7 @@ def is_local(name: str) -> bool:
 
 
 def write_base(args, parts: tuple[str, ...], **more) -> None:
-    """Writes base.json for sample.py --weights OUT: paths of the parts that this run did not write, and `more`."""
+    """Writes base.json for sample.py --weights OUT: the weights this run used for `parts`, and the entries `more`."""
     def path(name: str) -> str:
         return str(Path(name).resolve()) if is_local(name) else name
     base = dict(weights=path(args.weights), files={part: path(file) for part, file in files_given(args, parts).items()})
@@ -56,7 +56,7 @@ TEXTS = ("trigger", "targets", "sample_prompt", "project")           # options w
 
 
 def without_folders(name: str, value):
-    """Returns an option's value for the model card. A path is cut to its last part, "pipe:COMMAND" to "pipe:"."""
+    """Returns the value of option `name` for the model card: a path's last part, "pipe:" of a command, else `value`."""
     if isinstance(value, list | tuple):
         return type(value)(without_folders(name, each) for each in value)
     if not isinstance(value, str) or name in TEXTS or value.startswith("hub:") or value in REVISIONS:
@@ -81,19 +81,19 @@ def described(name: str) -> str:
 
 
 def base_model(args, part: str) -> str:
-    """Returns the card's line "base_model: REPO" for the hub's repository from which `part` started, or "" if none."""
+    """Returns the card's line "base_model: REPO", or "" if `part` did not start from weights in a repository REPO."""
     name = getattr(args, part) or args.weights
     repo = NAMES[name][part][0] if name in NAMES else "/".join(name.removeprefix("hub:").split("@")[0].split("/")[:2])
     return "" if args.init == "random" or name in SHIPPED or is_local(name) else f"base_model: {repo}\n"
 
 
 def place(args, repo: str | None) -> str:
-    """Returns the name of the result for the model card: the repository, or the folder of --out without its parents."""
+    """Returns the result's name for the model card: "hub:REPO" or, if repo is None, "./" and the last part of --out."""
     return f"hub:{repo}" if repo else f"./{Path(args.out).resolve().name}"
 
 
 def is_portable(args, parts: tuple[str, ...]) -> bool:
-    """Returns whether all parts that base.json names are available on other machines."""
+    """Returns whether --weights and the options of `parts` name no local files, so that base.json works elsewhere."""
     return not any(map(is_local, (args.weights, *files_given(args, parts).values())))
 
 
@@ -108,8 +108,8 @@ def three_prompts(args, dataset) -> list[str]:
 
 
 def usage(prompts: list[str], weights: str, **parts: str) -> str:
-    """Returns commands and Python code, for the card, to generate images or, without prompts, to reconstruct an image.
-    weights, parts: the values of sample.py's options --weights, --decoder, --lora, ..."""
+    """Returns the card's commands and Python code for generating images or, without prompts, reconstructing an image.
+    weights, parts: values of sample.py's options --weights and, for example, decoder="FOLDER", lora="FILE"."""
     options = "".join(f" --{part.replace('_', '-')} {file}" for part, file in dict(weights=weights, **parts).items())
     load = ", ".join([f'"{weights}"', *(f'{part}="{file}"' for part, file in parts.items())])
     tasks = [f"--prompt {shlex.quote(prompt)}" for prompt in prompts] or ["--reconstruct photo.png"]
@@ -141,7 +141,7 @@ def sample_sheets(args) -> list[Path]:
 
 
 def diffusers_tensors(model: torch.nn.Module, tensors: dict | None = None) -> dict[str, torch.Tensor]:
-    """Returns {diffusers' name: tensor on the CPU} for `tensors`, by default the state dict of `model`."""
+    """Returns {diffusers' name: tensor on the CPU} for `tensors`, {our name: tensor}, by default model's state dict."""
     named = to_diffusers(model.state_dict() if tensors is None else tensors, model)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
 
@@ -156,7 +156,7 @@ FILES_C = ("prior", "prior_text_encoder", "image_encoder", "decoder", "vqgan", "
 def write_stage_c(args, model, text_encoder, dataset, processes) -> None:
     """Writes prior/ (with --lora, lora.safetensors instead), base.json, README.md. With --push-to-hub, uploads them.
 
-    All processes must call this. model.prior: Stage C. text_encoder: a TextEncoder, also written with --train-text.
+    All processes must call this. model.prior: Stage C. text_encoder: a TextEncoder, written if --train-text is given.
     """
     weights = full_weights(model)
     processes.on_main(write_files_c, args, model.prior, weights, text_encoder, dataset)
@@ -206,7 +206,7 @@ def write_card_c(args, dataset) -> None:
 
 
 def write_lora(args, prior, steps: int, images: int, path: Path | None = None) -> None:
-    """With --lora, writes the LoRA as it is after `steps` steps. path: by default next to the step's checkpoint."""
+    """With --lora, writes prior's LoRA after `steps` steps on `images` images to `path`, by default to checkpoints/."""
     if not args.lora:
         return
     metadata = dict(base="local" if is_local(args.weights) else args.weights,
@@ -237,7 +237,7 @@ FILES_B = ("decoder", "image_encoder", "vqgan", "text_encoder")
 
 
 def stage_c_fits(args) -> bool:
-    """Returns whether Stage C of --weights fits the encoder of this run: it is frozen, and it is that of --weights."""
+    """Returns whether Stage C of --weights fits this run's encoder: the encoder was frozen and came from --weights."""
     if args.image_encoder is None or not args.freeze_encoder or args.weights in NAMES:
         return args.freeze_encoder and args.image_encoder is None
     own = locate(args.weights, parts=("image_encoder",))["image_encoder"]
@@ -254,7 +254,6 @@ def save_encoder(encoder: torch.nn.Module, folder: Path, frozen: bool) -> None:
 
 def write_stage_b(args, model, encoder, dataset, log_lines: list[dict], processes) -> None:
     """Writes decoder/, image_encoder/, README.md and, if Stage C still fits, base.json. --push-to-hub uploads them.
-
     All processes must call this. model.decoder: Stage B. log_lines: lines of the log; the card quotes their last PSNR.
     """
     weights = full_weights(model)
@@ -267,7 +266,8 @@ def write_files_b(args, decoder, encoder, weights: dict, dataset, log_lines: lis
     (out / "README.md").unlink(missing_ok=True)      # the card is written last: if it exists, the result is complete
 
     def filled(network: torch.nn.Module, prefix: str) -> torch.nn.Module:
-        """Returns a copy of the network with full weights: under FSDP, the network has only a part of each tensor."""
+        """Returns a copy of the network with full tensors, those of `weights` whose names begin with `prefix`. Under
+        FSDP, the network itself has only a part of each tensor."""
         with torch.device("meta"), NoStartValues():
             new = type(network)(**network.config)
         tensors = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
@@ -309,7 +309,7 @@ def write_card_b(args, dataset, log_lines: list[dict]) -> None:
 @torch.no_grad()
 def write_stage_a(args, model, fixed: torch.Tensor, values: dict, images: int) -> None:
     """Writes vqgan/ and README.md. With --push-to-hub, uploads them. fixed: the validation's images, (N,3,H,W) uint8.
-    values: the validation's results. images: number of images trained on."""
+    values: {name in the log: result of the validation}. images: number of images trained on."""
     check_finite(model.state_dict(), "the result")
     (Path(args.out) / "README.md").unlink(missing_ok=True)       # the card is written last: it marks a complete result
     if not args.freeze_encoder:          # set the factor that scales the latents to unit variance for Stage B
@@ -337,7 +337,7 @@ def write_stage_a(args, model, fixed: torch.Tensor, values: dict, images: int) -
 # ----- the upload ----------------------------------------------------------------------------------------
 
 def pushed_files(args) -> dict[str, Path]:
-    """Returns {path in the repository: file} for the files of the result. --out may contain other files, such as
+    """Returns {path in the repository: file} for the files of the result, without other files in --out, such as
     caches, logs of services and parts of other runs."""
     out, names = Path(args.out), ["README.md", "log.jsonl", "curves.png"]
     if hasattr(args, "lora"):                            # only train_c.py has this option

@@ -1,4 +1,4 @@
-"""Training samples from images: which images make up a step, their pixels or cached latents, and their captions.
+"""Makes training samples from images: opens datasets, reads pixels or cached latents, draws captions and resolutions.
 
 The scripts add the rest of a sample (noise, noise level). `rng` is a function that returns the random generator for one
 purpose, such as rng("crop"), seeded with (seed, position in the stream of samples, purpose), see order.sample_rng.
@@ -23,23 +23,23 @@ from wuerstchen import scale_semantic
 
 
 def to_tensor(pixels, device="cpu") -> Tensor:
-    """pixels (B,H,W,3) uint8, array or tensor -> images (B,3,H,W) float32 in [0, 1], in channels-last memory format."""
+    """Converts pixels (B,H,W,3) uint8, an array or tensor, to channels-last images (B,3,H,W) float32 in [0, 1]."""
     return torch.as_tensor(pixels).to(device).permute(0, 3, 1, 2).float() / 255
 
 
 def encoder_input(images: Tensor) -> Tensor:
-    """Resizes and normalizes images (B,3,H,W) in [0, 1] for the image encoder, see preprocess -> (B,3,3H/4,3W/4)."""
+    """Resizes images (B,3,H,W) in [0, 1] to (B,3,3H/4,3W/4) and normalizes them with `preprocess`, for the encoder."""
     return preprocess(images, tuple(side * 3 // 4 for side in images.shape[2:]))
 
 
 @torch.no_grad()
 def semantic_latents(encoder: torch.nn.Module, pixels: Tensor, device) -> Tensor:
-    """pixels (B,H,W,3) uint8 -> semantic latents (B,16,h,w) float32, scaled for Stage C to about unit variance."""
+    """Encodes pixels (B,H,W,3) uint8 as semantic latents (B,16,h,w) float32, scaled to about unit variance."""
     return scale_semantic(encoder(encoder_input(to_tensor(pixels, device))))
 
 
 def no_text(config: dict, device: torch.device, captions: list[str]) -> Tensor:
-    """Replaces the text embeddings of a Stage B without captions: returns one zero token per caption, (B,1,c_text)."""
+    """Returns embeddings (B,1,c_text) for a Stage B without text: a zero token per caption. config: Stage B's."""
     return torch.zeros(len(captions), 1, config["c_text"], device=device)
 
 
@@ -47,7 +47,8 @@ def open_data(args, processes, captions_required: bool = True, unseen: str | Non
     """Returns the datasets for training (--data) and validation (--val-data).
 
     Without --val-data, the validation uses --data or, if --data is emoji scenes, `unseen`, the name of other scenes.
-    One process of each machine opens the files. With --dry-run, lists all skipped files with reasons in skipped.tsv.
+    captions_required: whether images without a caption are skipped. One process of each machine opens the files. With
+    --dry-run, writes skipped.tsv, a list of all skipped files with reasons.
     """
     index, val_data = Path(getattr(args, "cache", None) or args.out) / "index", args.val_data
     if args.data.split(":")[0] == "scenes":
@@ -91,31 +92,30 @@ def steps_of(args, dataset, processes) -> int:
 
 
 def open_cache(args, encoder: torch.nn.Module, **settings) -> Cache:
-    """Returns a Cache in the folder --cache for the outputs of `encoder`. settings: see Cache."""
+    """Returns a Cache in the folder --cache for the outputs of `encoder`. settings: what else they depend on."""
     dtype = dict(fp16="float16", fp32="float32")[args.cache_dtype]
     return Cache(args.cache, hash_of(encoder), dict(dtype=dtype) | settings)
 
 
 def draw_caption(dataset, index: int, rng: Callable, dropout: float) -> tuple[str, bool]:
-    """Returns a random caption of image `index`, and whether the caller should replace it by the empty caption (with
-    probability `dropout`): classifier-free guidance, arXiv:2207.12598, also needs predictions without a caption."""
+    """Returns a random caption of image `index`, and whether to use the empty caption instead. This has probability
+    `dropout`, because classifier-free guidance, arXiv:2207.12598, also needs predictions without a caption."""
     captions = dataset.captions(index)
     return captions[rng("caption").integers(len(captions))], bool(rng("caption dropout").random() < dropout)
 
 
 def embed_once(paths: dict, dtype: torch.dtype, captions: list[str]) -> Tensor:
-    """Embeds captions whose cache entries are lost, (B,N,D). Loads Stage C's text encoder each time: this is rare."""
+    """Returns embeddings (B,N,D) of captions without a cache entry. Loads the encoder in each call: calls are rare."""
     files = paths["prior_text_encoder"], paths["prior_tokenizer"]
     return load_text_encoder(*files, dtype)(captions)
 
 
 class ImageReader:
-    """Reads image `index` or its cached latents, cut to sizes[number]: (index, number, rng) -> (index, dict).
+    """A function (index, number, rng) -> (index, dict) that reads image `index`, cut to sizes[number], or its latents.
 
-    pixels: whether the dict has pixels (h,w,3) uint8. caches: {name in the dict: Cache of latents}. replaced: {index of
-    an unreadable image: index of another image}, see cache.fill_cache. If an image or its cache entry cannot be read,
-    the next image of its bucket is used and its index returned. The next run computes a lost entry again.
-    """
+    pixels: whether the dict has "pixels" (h,w,3) uint8. caches: {name in the dict: Cache of latents}. replaced: {index
+    of an unreadable image: index of another image}, see cache.fill_cache. If an image or its cache entry cannot be
+    read, the next image of its bucket is used, and its index returned. The next run computes a lost entry again."""
     def __init__(self, dataset, sizes: list[tuple[int, int]], args, pixels: bool, caches: dict, replaced: dict):
         self.dataset, self.sizes, self.args, self.pixels = dataset, sizes, args, pixels
         self.caches, self.replaced = caches, replaced
@@ -147,7 +147,7 @@ class ImageReader:
 
 
 class MultiSizeSampler(BatchSampler):
-    """A BatchSampler that draws a resolution for each step. step() returns an index into `sizes` instead of a bucket.
+    """A BatchSampler that draws a resolution for each step: instead of a bucket, step() returns an index into `sizes`.
 
     The resolution of step k depends only on (seed, k). Buckets are the shapes of the largest resolution, which has the
     most shapes. At a smaller resolution, a bucket gets the nearest shape that this resolution has.

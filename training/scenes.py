@@ -1,11 +1,11 @@
-"""Emoji scenes: captioned images drawn on the fly, nothing to download.
+"""Draws emoji scenes, captioned images for training. Nothing is downloaded.
 
   (seed, i) -random_scene-> Scene -render-> (128,128,3) uint8     the image
                                   -caption-> "a cat left of a red apple on a blue background"
 
 A scene is one or two emojis on a plain background. These scenes are simple enough to be learned in an hour and rich
-enough to test a text-to-image model: objects, sizes, colours and relations. About a tenth of all pairs of objects is
-held out of training: a model that generates them correctly has learned to compose, not to remember.
+enough to test whether a model understands objects, sizes, colours and relations. About a tenth of all pairs of objects
+is held out of training: a model that generates these pairs correctly has learned to compose, not to remember.
   128 objects    64 captioned: Stage C learns their names. 64 uncaptioned: only Stages A and B are trained on them, so
                  their names are new words for a later fine-tuning.
   8 colours      of the background, exact RGB values in COLOURS
@@ -52,7 +52,7 @@ PAIR_STRAY = 5     # px that a pair's centers may be off the middle: vertically 
 
 @dataclass(frozen=True)
 class Scene:
-    """One or two objects on a background. relation: where objects[0] is from objects[1], such as "left of"."""
+    """One or two objects on a background. relation: position of objects[0] relative to objects[1], as in RELATIONS."""
     objects: tuple[str, ...]
     sizes: tuple[int, ...]                    # side, in px, of the square that each object fills
     centers: tuple[tuple[int, int], ...]      # (x, y) in px, y points down
@@ -68,14 +68,14 @@ class Scene:
 
     @property
     def size_class(self) -> str | None:
-        """Returns "small", "medium" or "large" for a single object, None for two."""
+        """Returns "small", "medium" or "large" for a scene of one object, None for a scene of two."""
         if len(self.objects) == 2:
             return None
         return next((name for name, (low, high, _) in SIZE_CLASSES.items() if low <= self.sizes[0] <= high), "medium")
 
 
 def check_name(name: str, known: Sequence[str], kind: str) -> None:
-    """Raises ValueError with the nearest known names if `name` is not one of `known`."""
+    """Raises ValueError, which suggests similar names, if `name`, a `kind` such as "colour", is not one of `known`."""
     if name not in known:
         near = difflib.get_close_matches(str(name), known, n=3) or list(known)[:3]
         raise ValueError(f"unknown {kind} {name!r}, expected for example {', '.join(near)}")
@@ -83,9 +83,9 @@ def check_name(name: str, known: Sequence[str], kind: str) -> None:
 
 @functools.cache
 def held_out(a: str, b: str) -> bool:
-    """Returns whether a and b, in any order, are one of the pairs that training never shows, a tenth of all pairs.
+    """Returns whether training never shows the objects a and b together, which holds for a tenth of all pairs.
 
-    A checksum of the names decides, so the held-out pairs are the same for every seed, version and machine.
+    A checksum of the two names decides, so the held-out pairs are the same for every seed, version and machine.
     """
     return zlib.crc32(f"{min(a, b)}|{max(a, b)}".encode()) % 10 == 0
 
@@ -93,10 +93,8 @@ def held_out(a: str, b: str) -> bool:
 # ----- drawing scenes at random --------------------------------------------------------------------------------------
 
 def random_scene(rng: np.random.Generator, objects: Sequence[str] = CAPTIONED, held_out_pairs: bool = False) -> Scene:
-    """Draws a scene: a single object with a probability of 40 %, else two different ones whose pair is not held out.
-
-    held_out_pairs=True draws test scenes: always two objects, always a held-out pair.
-    """
+    """Draws a scene with one of `objects` (40 %) or with two different ones whose pair is not held out of training.
+    held_out_pairs=True draws a test scene: always two objects, whose pair is held out."""
     colour = list(COLOURS)[rng.integers(len(COLOURS))]
     if not held_out_pairs and (len(objects) == 1 or rng.random() < 0.4):
         name = objects[rng.integers(len(objects))]
@@ -115,7 +113,7 @@ def _draw_pair(rng, objects, held_out_pairs) -> tuple[str, str]:
 
 
 def place_single(rng: np.random.Generator, name: str, size_class: str, colour: str) -> Scene:
-    """Draws a scene of one object, with a random size of the size class and a random position near the middle."""
+    """Draws a scene of the object `name`, with a random size of the size class, at a random place near the middle."""
     check_name(size_class, list(SIZE_CLASSES), "size class")
     low, high, stray = SIZE_CLASSES[size_class]
     size = int(rng.integers(low // 2, high // 2 + 1)) * 2
@@ -151,7 +149,7 @@ def _sheet() -> Image.Image:
 
 @functools.cache
 def sprite(name: str, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns an object's image as two arrays (size,size,3) uint8: its colour times alpha / 255, and 255 - alpha."""
+    """Returns two arrays (size,size,3) uint8 of an object's image: its colours times alpha / 255, and 255 - alpha."""
     check_name(name, OBJECTS, "object")
     column, row = OBJECTS.index(name) % COLUMNS * CELL, OBJECTS.index(name) // COLUMNS * CELL
     cell = _sheet().crop((column, row, column + CELL, row + CELL))  # crop first: resizing would blend adjacent cells
@@ -215,7 +213,8 @@ def article(words: str) -> str:
 
 def plain_caption(objects: Sequence[str], colour: str, relation: str | None = None,
                   size_word: str | None = None, layout: str = LAYOUT) -> str:
-    """Returns a caption, such as "a small cat on a blue background". layout: LAYOUT or one of its VARIANTS."""
+    """Returns a caption such as "a small cat on a blue background". objects: two if a relation is given, else one.
+    layout: LAYOUT or one of its VARIANTS."""
     if relation is None:
         things = article(f"{size_word} {objects[0]}" if size_word else objects[0])
     else:
@@ -224,7 +223,7 @@ def plain_caption(objects: Sequence[str], colour: str, relation: str | None = No
 
 
 def vocabulary(objects: Sequence[str] = CAPTIONED) -> dict[str, list[str]]:
-    """Returns {kind: words}: all words in captions of these objects, which a Stage C trained on the captions knows."""
+    """Returns {kind: words}, all words in captions of `objects`, which a Stage C trained on such captions knows."""
     relations = [words for plain in RELATIONS for words in (plain, *VARIANTS[plain])]
     other = " ".join(["a an", LAYOUT, *VARIANTS[LAYOUT]]).split()
     return dict(objects=list(objects), colours=list(COLOURS), sizes=["small", "large"], relations=relations,
@@ -232,7 +231,7 @@ def vocabulary(objects: Sequence[str] = CAPTIONED) -> dict[str, list[str]]:
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """Draws a true caption of the scene: random order of the objects, with or without size, plain or variant."""
+    """Returns a true caption of the scene. Order of the objects, mention of the size, and wording are random."""
     objects, relation, size_word, layout = scene.objects, scene.relation, None, LAYOUT
     if relation is None and scene.size_class != "medium" and rng.random() < 0.5:
         size_word = scene.size_class
@@ -276,6 +275,6 @@ class EmojiScenes:
         return [self.scene(i) for i in range(start, start + n)]
 
     def batch(self, start: int, n: int) -> tuple[np.ndarray, list[str]]:
-        """Returns the images of scenes start .. start + n - 1, (n,size,size,3) uint8, and their n captions."""
+        """Returns the images (n,size,size,3) uint8 of the scenes start to start + n - 1, and their n captions."""
         scenes, captions = zip(*(self._draw(i) for i in range(start, start + n)))
         return np.stack([render(scene, self.size) for scene in scenes]), list(captions)

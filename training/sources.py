@@ -59,7 +59,7 @@ class Chosen:
 
 @dataclass
 class Found:
-    """Counts of what a source contains: files by suffix; images and captions by the column or key that has them."""
+    """Counts what a source contains: files by suffix; images and captions by the column or key that has them."""
     files: Counter = field(default_factory=Counter)
     images: Counter = field(default_factory=Counter)
     captions: Counter = field(default_factory=Counter)
@@ -79,7 +79,8 @@ class Found:
 
 def samples_of(parts: list[tuple[Path, str]], index_folder: Path | None, found: Found, chosen: Chosen = Chosen()
                ) -> Iterator[dict]:
-    """Yields the samples (see _samples) of `parts` (from parts_of) in fixed order. A broken part raises ValueError."""
+    """Yields the samples (dicts, see _samples) of `parts`, the result of parts_of, in fixed order. Counts files and
+    keys in `found`. index_folder: for indexes of tar files, None: next to them. Raises ValueError for a broken part."""
     for path, label in parts:
         if os.path.isdir(path):
             prefix = f"{label}/" if len(parts) > 1 else ""
@@ -93,13 +94,13 @@ def samples_of(parts: list[tuple[Path, str]], index_folder: Path | None, found: 
 
 def parts_of(source: str, index_folder: Path | None, chosen: Chosen = Chosen()) -> list[tuple[Path, str]]:
     """Returns [(folder of images or tar file, its name for messages)] for a source: folders, shards (path, glob or
-    {000..031}), pipe:COMMAND, hub:NAME[:SPLIT]. Rewrites tables as tar files. Raises ValueError, in one line."""
+    {000..031}), pipe:COMMAND, hub:NAME[:SPLIT]. Rewrites tables as tar files. Raises ValueError if that fails."""
     return [(_as_tar(path, index_folder, chosen), label) for part, name in _parts(source, index_folder, chosen)
             for path, label in (_in_folder(part, name) if os.path.isdir(part) else [(part, name)])]
 
 
 def content_of(place: Place) -> bytes:
-    """Returns the bytes at a place."""
+    """Returns the bytes at `place`, which is (file, offset, number of bytes)."""
     file, offset, length = place
     check_file(file)
     with open(file, "rb") as handle:     # opened for each place, because worker processes cannot share an open file
@@ -110,7 +111,7 @@ def content_of(place: Place) -> bytes:
 # ----- images and the files next to them -----------------------------------------------------------------------------
 
 def _in_folder(folder: Path, label: str) -> list[tuple[Path, str]]:
-    """Returns [(path, name for messages)]: a folder's shards or, if it has no shards, or has images too, the folder."""
+    """Returns [(path, name for messages)] of a folder's shards or, if it has images or no shards, of the folder."""
     places, _ = _folder_places(str(folder))
     if "dataset_dict.json" in places:            # the package datasets writes this file if there are several splits
         splits = sorted({name.split("/")[0] for name in places if name.endswith("/state.json")})
@@ -132,7 +133,7 @@ def _shards_among(places: dict[str, Place]) -> list[str]:
 
 
 def _folder_samples(folder: str, found: Found, chosen: Chosen) -> Iterator[dict]:
-    """Yields a dict, see _samples, for each image below a folder. Counts columns and keys in `found`."""
+    """Yields a sample (a dict, see _samples) for each image or unusable file in a folder. Counts keys in `found`."""
     places, hidden = _folder_places(folder)
     found.files.update(Counter(_split(name)[1] for name in places))
     yield from (dict(name=name, problem="a shard next to images: give it as a source of its own")
@@ -153,8 +154,8 @@ def _count(sample: dict, found: Found) -> None:
 
 
 def _folder_places(folder: str) -> tuple[dict[str, Place], list[str]]:
-    """Returns {name relative to the folder: place} of all files below it, sorted; and the names of hidden folders and
-    hidden images, whose names begin with a dot. macOS and file managers create them for thumbnails."""
+    """Returns {name relative to the folder: place} of all files below it, sorted; and the names of folders and images
+    that are hidden, because their names begin with a dot. macOS and file managers create such files for thumbnails."""
     def stop(error):                             # without this, os.walk skips folders that it is not allowed to read
         raise error
     places, hidden, seen = {}, [], set()
@@ -172,18 +173,17 @@ def _folder_places(folder: str) -> tuple[dict[str, Place], list[str]]:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Splits "a/B.JPG" into "a/B" and ".jpg"."""
+    """Returns the name without its suffix, and the suffix in lower case: "a/B" and ".jpg" for "a/B.JPG"."""
     stem, suffix = posixpath.splitext(name)
     return stem, suffix.lower()
 
 
 def _samples(places: dict[str, Place], chosen: Chosen) -> Iterator[dict]:
-    """Yields a sample for each image among the files `places`, {name: place}. Captions come from files of its name.
+    """Yields a sample for each image among the files `places`, {name: place}. Captions come from the files next to it.
 
-    A sample is a dict with name and problem: None, or the reason why it cannot be used. A usable one also has place,
-    size (height, width), captions and numbers; `key`, the key of the captions, if they are not from a text file; and
-    `keys`, all keys, if the expected key has no caption. The index stores samples as JSON, so all values allow this.
-    """
+    A sample is a dict. All samples have "name" and "problem", the reason why the sample cannot be used, or None. Usable
+    ones also have "place", "size" (height, width), "captions" and "numbers" (for filters); "key", the captions' key in
+    metadata or .json; and "keys", all keys, if the expected key has no caption. All values can be stored as JSON."""
     rows, doubled = _metadata_rows(places, chosen.image)
     for name in sorted(rows):
         if name not in places:
@@ -221,7 +221,7 @@ def _composed(name: str) -> str:
 
 
 def _size_of(place: Place) -> tuple[int, int]:
-    """Returns an image's (height, width) after EXIF orientation. Reads as little as possible. May raise any error."""
+    """Returns an image's (height, width) after EXIF orientation. Raises errors of any kind for a damaged image."""
     file, start, length = place
     check_file(file)
     with open(file, "rb") as handle:
@@ -244,11 +244,11 @@ def _size_of(place: Place) -> tuple[int, int]:
 
 
 def _texts(stem: str, by_stem: dict[tuple[str, str], Place], row: dict, column: str | None) -> dict:
-    """Returns dict(captions, numbers, key, keys) of an image, see _samples. Captions come from its row of metadata,
-    else .txt, else .caption, else .json. With `column`, the user's choice of key, .json comes before .txt.
+    """Returns a dict of an image's captions, numbers, key, keys, see _samples. Captions come from its metadata, `row`,
+    else .txt, else .caption, else .json. With `column`, the user's choice of key, .json precedes .txt.
 
-    stem: the image's name without suffix. by_stem: {(stem, suffix): place of the file}. Raises ValueError.
-    """
+    stem: the image's name without suffix. by_stem: {(stem, suffix): place of the file}. Raises ValueError or OSError if
+    a file cannot be read."""
     def beside(suffix: str) -> str | None:
         place = by_stem.get((stem, suffix)) or by_stem.get((_composed(stem), suffix))
         return place and _text(place)
@@ -286,8 +286,8 @@ def _text(place: Place, most: int = 2 ** 24) -> str:
 
 
 def _captions_in(row: dict, column: str | None) -> tuple[str | None, list[str]]:
-    """Returns the first key of `row` that has captions, and its captions, or (None, []). Tries only the key `column`
-    or, if it is None, all CAPTION_KEYS."""
+    """Returns the first key of `row` that has captions, and the list of its captions; (None, []) if no key has any.
+    Tries only the key `column` or, if column is None, all CAPTION_KEYS."""
     if not row:                                  # the usual case, without metadata, must be fast
         return None, []
     lower = {} if column else {key.lower(): key for key in row}
@@ -307,7 +307,7 @@ def _cleaned(captions: list) -> list[str]:
 
 
 def _numbers_in(row: dict) -> dict[str, float]:
-    """Returns the values of `row` that filters can compare: numbers, also those written as text, except NaN."""
+    """Returns {key: number} for values of `row` that filters can compare: numbers, also as text, except NaN."""
     numbers = {}
     for key, value in row.items():
         with contextlib.suppress(TypeError, ValueError, OverflowError):
@@ -345,7 +345,7 @@ def _metadata_rows(places: dict[str, Place], column: str | None) -> tuple[dict[s
 
 
 def _rows(table: str, place: Place) -> Iterator[dict | str]:
-    """Yields the rows of a metadata file: dicts or, for .jsonl, lines of text. table: the file's name."""
+    """Yields the rows of the metadata file `table` (a name) at `place`: dicts or, for .jsonl, lines of text."""
     if table.endswith(".parquet"):
         yield from open_table(io.BytesIO(content_of(place)), table).rows
         return
@@ -360,7 +360,7 @@ def _rows(table: str, place: Place) -> Iterator[dict | str]:
 # ----- shards --------------------------------------------------------------------------------------------------------
 
 def _parts(source: str, index_folder: Path | None, chosen: Chosen) -> list[tuple[Path, str]]:
-    """Returns [(folder or shard, its name for messages)] of a source, in order. Downloads remote shards first."""
+    """Returns [(folder or shard, its name for messages)] of a source. Stores data of pipe: and hub: as tar files."""
     if chosen.config and not source.startswith("hub:"):
         raise ValueError(f"{source} has no configurations: remove --dataset-config, or give hub:NAME")
     if source.startswith("pipe:"):
@@ -405,7 +405,7 @@ def _expand(pattern: str) -> list[str]:
 
 
 def _as_tar(path: Path, index_folder: Path | None, chosen: Chosen) -> Path:
-    """Returns `path` itself or, if it is a table, the path of a tar file of its images, 000000012.COLUMN.jpg, ..."""
+    """Returns `path` or, if it leads to a table, the path of a tar file of its images, 000000012.COLUMN.jpg, ..."""
     with reading(path) if not os.path.isdir(path) else contextlib.nullcontext():
         stat = path.stat()
     if path.suffix.lower() not in TABLES or os.path.isdir(path):
@@ -415,7 +415,7 @@ def _as_tar(path: Path, index_folder: Path | None, chosen: Chosen) -> Path:
 
 
 def _tar_samples(path: Path, label: str, index_folder: Path | None, found: Found, chosen: Chosen) -> Iterator[dict]:
-    """Yields the samples of a tar file, see _samples, from its index. If the index is missing or old, writes it."""
+    """Yields the samples (see _samples) of a tar file, from its index. Writes the index if it is missing or old."""
     stat, of_table = path.stat(), path.name.endswith(".table.tar")
     stamp = [INDEX_VERSION, stat.st_size, stat.st_mtime_ns]
     if chosen.caption or chosen.image:           # the samples in the index depend on these choices of the user
@@ -449,8 +449,8 @@ def _tar_samples(path: Path, label: str, index_folder: Path | None, found: Found
 
 
 def _tar_places(path: Path) -> tuple[dict[str, Place], list[dict], bool]:
-    """Returns {name: place of its content} for the members of an uncompressed tar file; samples, with only name and
-    problem, of unusable members; and whether the tar file is complete."""
+    """Returns, for an uncompressed tar file, {member's name: place of its content}; a list of samples, with only name
+    and problem, of unusable members; and whether the tar file is complete."""
     with open(path, "rb") as file:
         if file.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):   # gzip, bzip2, xz, zstd
             raise ValueError(f"{path} is compressed, so it could only be read from its beginning: unpack it to a plain "
@@ -509,7 +509,7 @@ def _spooled(known_as: str, label: str, folder: Path | None, write: Callable[[Pa
 
 
 def _run(command: str, path: Path) -> None:
-    """Writes a command's output to `path`. Raises ValueError if it fails or its output is no complete tar file."""
+    """Writes a command's output to `path`. Raises ValueError if the command fails or its output is incomplete."""
     with open(path, "wb") as file:
         done = subprocess.run(command, shell=True, stdout=file, stderr=subprocess.PIPE)
     message = (done.stderr.decode(errors="replace").strip().splitlines() or ["it gave no message"])[-1]
@@ -525,7 +525,7 @@ def _run(command: str, path: Path) -> None:
 
 def _table_as_tar(known_as: str, label: str, table: Callable[[], Table], index_folder: Path | None, chosen: Chosen
                   ) -> Path:
-    """Returns the path of a tar file of a table's rows, written once for each chosen column and configuration."""
+    """Returns the path of a tar file with the rows of table(), one file per image column and configuration chosen."""
     known_as = " ".join([known_as, *(f"{name} {value}" for name, value in (("image", chosen.image),
                                                                            ("config", chosen.config)) if value)])
     return _spooled(known_as, label, index_folder, lambda tar: write_tar(table(), tar, chosen.image), ".table.tar")

@@ -1,4 +1,4 @@
-"""Tables with an image in each row: parquet and arrow files, datasets of the Hub. They are rewritten as tar files.
+"""Reads tables with an image in each row (parquet and arrow files, datasets of the Hub) and writes them as tar files.
 
   path -open_table-> Table;  "NAME:SPLIT" -hub_table-> Table;  Table -write_tar-> a tar file, an image per row
 
@@ -38,7 +38,7 @@ class Table:
 
 
 def open_table(file, name: str) -> Table:
-    """Opens a parquet file, or an arrow file of the package datasets, as a Table. Raises ValueError if this fails."""
+    """Opens a parquet or arrow `file` (path or file object) as a Table. Raises ValueError if it cannot be read."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -72,7 +72,7 @@ def open_table(file, name: str) -> Table:
 
 
 def hub_table(name_and_split: str, config: str | None = None) -> Table:
-    """Opens a dataset of the Hub, given as NAME[:SPLIT], as a Table. Raises ValueError if this fails."""
+    """Opens a dataset of the Hub, NAME[:SPLIT], as a Table. Raises ValueError if it cannot be loaded."""
     name, _, split = name_and_split.partition(":")
     try:
         import datasets
@@ -103,9 +103,8 @@ def hub_table(name_and_split: str, config: str | None = None) -> Table:
 
 def write_tar(table: Table, path: Path, asked: str | None = None) -> None:
     """Writes a table as a tar file. A row becomes NUMBER.COLUMN.jpg and NUMBER.COLUMN.json or, if it has no image,
-    NUMBER.skipped, which contains the reason.
-    asked: the name that the user gave for the image column, or None. Raises ValueError, see image_column.
-    """
+    NUMBER.skipped, which contains the reason. asked: the user's name of the image column, or None. Raises ValueError
+    if the table has no such column."""
     column = image_column(table, asked)
     label = re.sub(r"[^\w-]+", "-", column)
     with tarfile.open(path, "w") as tar:
@@ -125,7 +124,8 @@ def write_tar(table: Table, path: Path, asked: str | None = None) -> None:
 
 
 def image_column(table: Table, asked: str | None) -> str:
-    """Returns the image column: `asked`, the first of IMAGE_COLUMNS, or the only candidate. May raise ValueError."""
+    """Returns the name of the image column: `asked` or, if that is None, the first of IMAGE_COLUMNS that may contain
+    images, or else the only column that may. Raises ValueError if there is no such column, or more than one."""
     names = ", ".join(table.columns)
     candidates = [name for name, usable in table.columns.items() if usable]
     if asked is not None:
@@ -145,7 +145,7 @@ def image_column(table: Table, asked: str | None) -> str:
 
 
 def content_of_cell(cell, folders: list[Path]) -> bytes:
-    """Returns the image in a cell as bytes. Reads files only in `folders`. Raises ValueError if this fails."""
+    """Returns the image in a cell as bytes. Raises ValueError if there is none or it is a file outside of `folders`."""
     path = cell if isinstance(cell, str) else None
     if isinstance(cell, dict):
         cell, path = cell.get("bytes"), cell.get("path")

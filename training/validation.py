@@ -1,4 +1,4 @@
-"""Validation: the loss on the same images, noise levels and noise every time, so that its values can be compared.
+"""Computes the validation loss, each time on the same images, noise levels and noise, so that values can be compared.
 
 The training loss cannot be compared between steps, because it mostly depends on the noise levels drawn: the unweighted
 error at t = 0.05 is 100 times the error at t = 0.95. Needs: torch, numpy; data.py, order.py, samples.py, wuerstchen.py.
@@ -20,7 +20,7 @@ T_GRID = [0.05 + 0.1 * i for i in range(10)]             # noise levels of the v
 
 def random_images(dataset, sizes: list[tuple[int, int]], rng: np.random.Generator,
                   count: int) -> Iterator[tuple[Tensor, str]]:
-    """Yields pixels (1,h,w,3) uint8 and the first caption of `count` random images, cut to the nearest of `sizes`."""
+    """Yields (pixels (1,h,w,3) uint8, first caption) of `count` random images, each cut to the nearest of `sizes`."""
     nearest = nearest_bucket(dataset.sizes, sizes)                                       # (N,)
     rng.shuffle(numbers := np.arange(len(dataset), dtype=np.uint32))                     # (N,)
     for i in numbers[:count].tolist():
@@ -29,20 +29,20 @@ def random_images(dataset, sizes: list[tuple[int, int]], rng: np.random.Generato
 
 
 def fixed_images(dataset, sizes: list[tuple[int, int]], args) -> list[tuple[Tensor, str]]:
-    """Returns [(pixels, caption)] of the validation's args.val_count images, always the same ones for one args.seed."""
+    """Returns [(pixels, caption)] of args.val_count images for the validation, the same ones for each args.seed."""
     return list(random_images(dataset, sizes, np.random.default_rng([args.seed, 1]), args.val_count))
 
 
 def fixed_noise(i: int, shape: tuple[int, ...], args) -> Tensor:
-    """Returns the noise (10, *shape) for the validation's image i, a row for each noise level of T_GRID."""
+    """Returns the noise (10, *shape) for the validation's image i: one row per noise level of T_GRID."""
     rng = sample_rng(args.seed, i, "validation")
     return torch.from_numpy(rng.standard_normal((len(T_GRID), *shape), dtype="float32"))
 
 
 @torch.no_grad()
 def mean_over(count: int, measure: Callable[[int], Tensor], args, processes, shape: tuple = (len(T_GRID),)) -> Tensor:
-    """Returns the mean of measure(0), ..., measure(count - 1), tensors of `shape`. Each process computes its share;
-    under FSDP each computes all, because a forward pass needs every process."""
+    """Returns the mean of measure(0), ..., measure(count - 1), tensors of `shape`. Each process computes its share of
+    them. Under FSDP, each process computes all of them, because a forward pass needs every process."""
     values, n = torch.zeros(shape, device=processes.device), torch.zeros((), device=processes.device)
     for i in range(count):
         if args.fsdp or i % processes.world == processes.rank:
@@ -62,7 +62,8 @@ def by_level(values: Tensor, name: str) -> dict[str, float]:
 
 def fixed_set(dataset, side: int, encoders: dict, args, device) -> SimpleNamespace:
     """Returns train_b.py's validation set, N images cut to squares (r = `side` px): pixels (N,r,r,3) uint8, captions,
-    latents x_0 (N,...), and source: raw semantic latents (N,16,h',w') or, if their encoder is trained, its input."""
+    latents x_0 (N,...), and source: raw semantic latents (N,16,h',w') or, if their encoder is trained, its input.
+    encoders: functions from pixels to latents: "x_0" and, if the image encoder is frozen, "stored"."""
     pixels, captions = zip(*fixed_images(dataset, [(side, side)], args))
     x_0 = torch.cat([encoders["x_0"](row) for row in pixels])
     if "stored" in encoders:
@@ -73,8 +74,8 @@ def fixed_set(dataset, side: int, encoders: dict, args, device) -> SimpleNamespa
 
 
 def validate(model, fixed, embed: Callable, weight: Callable, stage, autocast, args, processes) -> dict[str, float]:
-    """Returns entries of the log: Stage B's unweighted loss at each noise level of T_GRID, the weighted mean over these
-    levels and, for v1, the share of correct tokens. Unlike in training, no conditions are dropped or get noise."""
+    """Returns {name in the log: value}: Stage B's unweighted loss at each noise level of T_GRID, their weighted
+    mean and, for v1, the shares of correct tokens. Unlike in training, no conditions are dropped or get noise."""
     levels, config = torch.tensor(T_GRID, device=processes.device), model.decoder.config         # (10,)
 
     def measure(i: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Losses of Stage A that need another network: a perceptual loss, and a discriminator against blur.
+"""Computes losses of Stage A that need another network: a perceptual loss, and that of a discriminator against blur.
 
   images, output -VGGFeatures-> 5 feature maps each -perceptual_loss-> scalar
   output -PatchDiscriminator-> logits -generator_loss x adaptive_weight-> scalar, added to the reconstruction loss
@@ -39,7 +39,7 @@ class VGGFeatures(nn.Module):
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """images (B,3,H,W) in [0, 1] -> [(B,64,H,W), (B,128,H/2,W/2), ... (B,512,H/16,W/16)]."""
+        """Returns features of images (B,3,H,W) in [0, 1]: [(B,64,H,W), (B,128,H/2,W/2), ... (B,512,H/16,W/16)]."""
         x, features = (images - self.mean) / self.std, []
         for i, layer in enumerate(self.layers):
             x = layer(x)
@@ -49,7 +49,7 @@ class VGGFeatures(nn.Module):
 
 
 def read_vgg16(weights: str) -> dict[str, Tensor]:
-    """Returns {name in torchvision: tensor} of VGG16's convolutions. weights: a file, or "vgg16" to download it."""
+    """Returns VGG16's convolutions, {name without "features.": tensor}. weights: a file, or "vgg16" to download it."""
     if weights == "vgg16":
         from torchvision.models import VGG16_Weights
         tensors = VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True)
@@ -58,7 +58,7 @@ def read_vgg16(weights: str) -> dict[str, Tensor]:
 
 
 def perceptual_loss(features: list[Tensor], targets: list[Tensor]) -> Tensor:
-    """Returns the distance between two batches of images, a scalar, given their feature maps (B,C,h,w) in each layer.
+    """Returns the mean distance, a scalar, of two batches of images. features, targets: their maps (B,C,h,w) per layer.
 
     Each position's vector is scaled to length 1, so that large activations do not dominate. Squared distances are
     summed over channels, averaged over positions and images, and summed over layers. This is LPIPS (arXiv:1801.03924)
@@ -85,12 +85,12 @@ class PatchDiscriminator(nn.Module):
             nn.Conv2d(4 * c, 1, 1))                                                      # (B, 1, H/4, W/4)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images (B,3,H,W) in [0, 1] -> logits (B,1,H/4,W/4), positive = real."""
+        """Returns logits (B,1,H/4,W/4), one per patch, of images (B,3,H,W) in [0, 1]. Positive logits mean real."""
         return self.layers(images * 2 - 1)
 
 
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """Hinge loss: pushes logits of real patches above +1, of generated patches below -1. Any shape -> scalar.
+    """Returns the hinge loss, a scalar: it pushes logits of real patches above +1, of generated patches below -1.
 
     Source: Geometric GAN, arXiv:1705.02894. The VQGAN paper states the logarithmic loss; its code uses the hinge loss.
     """
@@ -98,7 +98,7 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 
 
 def generator_loss(fake_logits: Tensor) -> Tensor:
-    """Computes the generator's loss: minus the mean logit of generated patches, lower if they look more real."""
+    """Returns the generator's loss, a scalar: minus the mean logit of generated patches, lower if they look real."""
     return -fake_logits.mean()
 
 

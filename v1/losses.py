@@ -1,4 +1,4 @@
-"""The loss of v1's Stage B: cross-entropy with the clean tokens, with less weight for tokens without noise.
+"""Computes the loss of v1's Stage B: cross-entropy with the clean tokens, less weighted for tokens without noise.
 
   tokens -some replaced at random, sampling.add_noise-> (B,h,w) -[B]-> logits (B,K,h,w) -> cross-entropy with tokens
 
@@ -16,16 +16,16 @@ def training_levels(u: Tensor) -> Tensor:
 
 
 def loss_weight(t: Tensor, mask: Tensor, least: float = 0.3) -> Tensor:
-    """Computes the loss weight of each token, (B,h,w), from noise levels t (B,) and the mask (B,h,w) of add_noise.
+    """Returns the tokens' loss weights (B,h,w), given noise levels t (B,) and the mask (B,h,w) of replaced tokens.
 
-    Tokens that add_noise replaced have weight 1. The weight of the others falls from 1 at t = 1 to `least` at t = 0,
+    Tokens that add_noise replaced have weight 1. The weight of other tokens falls from 1 at t = 1 to `least` at t = 0,
     because a network easily learns to copy them.
     """
     return 1 - ~mask * ((1 - t) * (1 - least))[:, None, None]
 
 
 def training_errors(logits: Tensor, tokens: Tensor, t: Tensor, mask: Tensor, smoothing: float = 0.1) -> Tensor:
-    """Computes the error of each image, (B,). logits (B,K,h,w), clean tokens (B,h,w), t (B,), mask (B,h,w).
+    """Returns errors (B,), one per image, of logits (B,K,h,w) for clean tokens (B,h,w). t (B,), mask: see loss_weight.
 
     The error is cross-entropy with label smoothing (arXiv:1512.00567): the target is 0.9 for the true token plus 0.1
     spread over all tokens, because many of the 8192 codes look the same. The mean over an image uses loss_weight.
@@ -38,5 +38,5 @@ def training_errors(logits: Tensor, tokens: Tensor, t: Tensor, mask: Tensor, smo
 
 
 def training_loss(logits: Tensor, tokens: Tensor, t: Tensor, mask: Tensor, smoothing: float = 0.1) -> Tensor:
-    """Computes the mean of training_errors over the images, a scalar."""
+    """Returns the mean of training_errors over the images, a scalar."""
     return training_errors(logits, tokens, t, mask, smoothing).mean()

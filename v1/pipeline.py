@@ -52,7 +52,7 @@ class TokenSampling:
 
 
 class WuerstchenV1(Wuerstchen):
-    """The pipeline with v1's Stage B. raw: whether Stage C uses raw semantic latents, as in the released v1."""
+    """A Wuerstchen with v1's Stage B. raw: whether Stage C generates raw semantic latents, as in the released v1."""
     channels_b = 1                                           # Stage B's noise: one random number per token
 
     def __init__(self, networks: dict, size: int = 512, device="cpu", dtype=torch.float32, c: Sampling = DEFAULT_C,
@@ -65,10 +65,9 @@ class WuerstchenV1(Wuerstchen):
     def sample_b(self, semantic: Tensor, text: Tensor, unconditional: Tensor, draw: Callable[[], Tensor],
                  sampling: TokenSampling | None = None, x: Tensor | None = None, keep: None = None,
                  callback: Callable | None = None, progress: bool = False) -> Tensor:
-        """Like Wuerstchen.sample_b, but samples tokens, and returns the latents of these tokens. draw() returns
-        normally distributed noise (n,1,h',w').
-        callback gets tokens (n,h',w') instead of latents, and their latents as x_0. It may return other tokens.
-        """
+        """Generates the VQGAN's latents (n,4,h',w') like Wuerstchen.sample_b, but as tokens, which it converts to
+        latents at the end. draw() returns normally distributed noise (n,1,h',w'); x: the first such noise.
+        callback gets tokens (n,h',w') instead of latents, and their latents as x_0. It may return other tokens."""
         sampling, stage_a, semantic = sampling or self.b, self.part("stage_a"), semantic.to(self.dtype)
         codes, scale_factor = stage_a.codebook.codes.detach().clone(), stage_a.scale_factor
         conditions = [(semantic, torch.zeros_like(semantic)), (text, unconditional)]

@@ -17,23 +17,23 @@ MODES = ("multinomial", "argmax", "quant")
 
 
 def add_noise(tokens: Tensor, t: Tensor, random_tokens: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Replaces each token, with probability t, by the random token at its position. tokens, random_tokens (B,h,w), t
-    (B,), u (B,h,w) uniform in [0, 1] -> noised tokens (B,h,w), mask (B,h,w).
+    """Replaces each of `tokens` (B,h,w) with probability t (B,) by the one of `random_tokens` (B,h,w) at its position.
+    u (B,h,w): random numbers, uniform in [0, 1]; a token is replaced if u <= t.
 
-    The mask is True where a token was replaced. It is for the loss; the network does not get it.
-    """
+    Returns the noised tokens, and a mask that is True where a token was replaced, each (B,h,w). The mask is for the
+    loss; the network does not get it."""
     mask = u <= t[:, None, None]
     return torch.where(mask, random_tokens, tokens), mask
 
 
 def choose(logits: Tensor, mode: str, temperature: float, u: Tensor, codes: Tensor | None = None) -> Tensor:
-    """Chooses tokens (B,h,w) by logits (B,K,h,w). The modes are:
+    """Returns tokens (B,h,w), chosen from logits (B,K,h,w). mode is one of:
 
     multinomial  draws from the probabilities softmax(logits / temperature): low temperatures favour likely tokens.
     argmax       takes the likeliest token.
-    quant        takes the code nearest to the expected code, the mean of all codes (K,c) weighted by probability:
-                 smooth, slightly blurred images.
-    u (B,h,w): uniform in [0, 1], for multinomial.
+    quant        takes the code nearest to the expected code, the mean of all codes (K,c) weighted by probability, which
+                 gives smooth, slightly blurred images.
+    u (B,h,w): random numbers for multinomial, uniform in [0, 1]. codes: Stage A's codebook, for quant.
     """
     logits = channels_last(logits)                                                       # (B, h, w, K)
     if mode == "argmax":
@@ -49,8 +49,8 @@ def choose(logits: Tensor, mode: str, temperature: float, u: Tensor, codes: Tens
 
 
 def per_step(name: str, value, steps: int) -> list:
-    """Returns a list of one value per step. value: one value for all steps, a pair (first and last step, linear in
-    between), or a list of one value per step. Raises ValueError for a list of another length."""
+    """Returns a list of one value per step. value: one value for all steps, a pair (of the first and last step, linear
+    in between), or a list with a value per step. Raises ValueError, with `name` in it, for a list of another length."""
     if isinstance(value, (str, float, int)):
         return [value] * steps
     if len(value) == 2 and not isinstance(value[0], str):
@@ -62,7 +62,7 @@ def per_step(name: str, value, steps: int) -> list:
 
 
 def temperatures(value, steps: int) -> list[float]:
-    """Turns the argument `temperature` of sample() into a number per step. Raises ValueError unless 0 < all < inf."""
+    """Returns a temperature for each step, see per_step. Raises ValueError if one is not positive and finite."""
     values = per_step("temperature", value, steps)
     if not all(0 < value < math.inf for value in values):
         raise ValueError(f"the temperature is {min(values):g}, expected more than 0, and finite; "
@@ -76,7 +76,7 @@ def sample(predict: Callable[[Tensor, Tensor, bool], Tensor], noise: Tensor, uni
            guidance: float | Sequence[float] = 2.0, mode: str | Sequence[str] = "multinomial",
            renoise_steps: int | None = None, codes: Tensor | None = None, start: Tensor | None = None,
            watch: Callable | None = None, progress: Callable[[Iterable], Iterable] = iter) -> Tensor:
-    """Samples: random tokens `noise` (B,h,w) -> tokens (B,h,w) of images.
+    """Returns tokens (B,h,w) of images, sampled from the random tokens `noise` (B,h,w).
 
     predict(tokens, t, guided) returns conditional logits (B,K,h,w); if guided, also unconditional logits: (2B,K,h,w).
     uniform() returns random numbers (B,h,w) in [0, 1]. It is called twice in every step, even if they are not used.

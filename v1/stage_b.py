@@ -47,7 +47,7 @@ class SkipResBlock(ResBlock):
         self.depthwise = Depthwise(2 * c, c, kernel_size, padding=kernel_size // 2, groups=c)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        """x, skip (B,H,W,C) -> (B,H,W,C)."""
+        """Applies the block to x and the skip connection, both (B,H,W,C). Returns (B,H,W,C)."""
         h = channels_first(torch.cat([x, skip], dim=-1))                                 # (B, 2C, H, W)
         h = layer_norm(channels_last(self.depthwise(h)), self.grn.gamma.dtype)           # (B, H, W, C)
         h = self.grn(F.gelu(self.expand(h)))                                             # (B, H, W, 4C)
@@ -58,7 +58,7 @@ class StageBV1(nn.Module):
     """The token model (Paella). Defaults are the official sizes (731 M parameters).
 
     levels  one pattern per resolution, finest first; pattern i is repeated blocks[i] times. C = ResBlock,
-            T = TimestepBlock, A = AttentionBlock.
+            T = TimestepBlock, A = AttentionBlock (heads: -1 for a level that has none).
     dropout one rate for all levels, or one for each level.
     """
     def __init__(self, codebook_size: int = 8192, c_token: int = 256, c_timestep: int = 64, patch_size: int = 2,
@@ -126,8 +126,8 @@ class StageBV1(nn.Module):
 
     @torch.no_grad()
     def init_tokens(self, codes: Tensor) -> None:
-        """Sets initial token embeddings for training from scratch, which are similar for tokens that look alike. codes
-        (codebook_size,c): Stage A's codebook.
+        """Sets initial token embeddings for training from scratch. They are similar for tokens that look alike. codes:
+        Stage A's codebook, (codebook_size,c).
 
         With random embeddings, a colour that has 50 tokens would have to be learned 50 times. A token's features are
         its code z, all products of two components of z, and cosines of random projections of z. From z and the
@@ -150,18 +150,18 @@ class StageBV1(nn.Module):
         self.classify.weight.copy_(features)
 
     def condition(self, semantic: Tensor, text: Tensor | None = None) -> Tensor:
-        """Computes the sequence (B,h'*w' + N,c_cond) to which all attention blocks attend: first the semantic latents
-        (B,16,h',w'), then the text (B,N,c_text)."""
+        """Returns the sequence (B,h'*w' + N,c_cond) to which all attention blocks attend: first the semantic latents
+        (B,16,h',w'), then the text embeddings (B,N,c_text), if given."""
         sequence = self.embed_semantic(channels_last(semantic).flatten(1, 2))            # (B, h'*w', c_cond)
         if text is not None:
             sequence = torch.cat([sequence, self.embed_text(text)], dim=1)               # (B, h'*w' + N, c_cond)
         return layer_norm(sequence)
 
     def forward(self, tokens: Tensor, t: Tensor, semantic: Tensor, text: Tensor | None = None) -> Tensor:
-        """tokens (B,h,w), t (B,) in [0, 1], semantic (B,16,h',w') of any size, text (B,N,c_text)
-        -> logits (B,8192,h,w).
+        """Returns logits (B,codebook_size,h,w) of the clean tokens, from noised tokens (B,h,w) at noise levels t (B,),
+        semantic latents (B,16,h',w') of any size, and text embeddings (B,N,c_text) or None.
 
-        Raises ValueError if h and w are not multiples of `multiple` (official: 8).
+        Raises ValueError if h or w is not a multiple of `multiple` (official: 8).
         """
         if tokens.ndim != 3 or tokens.shape[1] % self.multiple or tokens.shape[2] % self.multiple:
             raise ValueError(f"Stage B of v1 got tokens of shape {tuple(tokens.shape)}, expected (B, h, w) with h and "
@@ -191,7 +191,7 @@ class StageBV1(nn.Module):
 
     def run_level(self, blocks: nn.ModuleList, x: Tensor, t_embedding: Tensor, sequence: Tensor,
                   skip: Tensor | None = None) -> Tensor:
-        """Applies the blocks of one level: x (B,H,W,C) -> (B,H,W,C). skip: the skip connection, for a SkipResBlock."""
+        """Applies a level's blocks to x (B,H,W,C). Returns (B,H,W,C). skip: the skip connection, for a SkipResBlock."""
         for block in blocks:
             inputs = ([skip] if isinstance(block, SkipResBlock) else [] if isinstance(block, ResBlock) else
                       [t_embedding if isinstance(block, TimestepBlock) else sequence])

@@ -1,4 +1,4 @@
-"""Training of v1's Stage B, by train_b.py --v1. v1's Stage B generates the VQGAN's tokens, v2's generates its latents.
+"""Trains v1's Stage B in train_b.py --v1. v1's Stage B generates the VQGAN's tokens, v2's generates the latents.
 
   image -VQGAN-> tokens x_0 (B,h,w) -some replaced at random-> x_t (B,h,w) -[B]-> logits (B,K,h,w) -> cross-entropy
 
@@ -24,13 +24,13 @@ LEVELS_AT_ONCE = 1           # noise levels per forward pass of validation; only
 
 
 def defaults(small: bool) -> dict:
-    """Returns {option of train_b.py: default with --v1} for the options whose default differs from v2's."""
+    """Returns {option of train_b.py: default with --v1} where this is not v2's. small: for models of emoji scenes."""
     more = {} if small else dict(resolution=[512])
     return dict(blind=0, guide_attention=0.3 if small else 0, high_noise=1.0, loss="ce", loss_weight="none") | more
 
 
 def match_vqgan(decoder: StageBV1, vqgan, new: bool) -> None:
-    """Raises ValueError if Stages A and B differ in number of tokens. Initializes a new Stage B from A's codes."""
+    """Raises ValueError if Stages A and B differ in number of tokens. If new, initializes B's tokens from A's codes."""
     codes = vqgan.codebook.codes
     if len(codes) != decoder.codebook_size:
         raise ValueError(f"the VQGAN has {len(codes)} tokens, Stage B is for {decoder.codebook_size}: "
@@ -40,24 +40,24 @@ def match_vqgan(decoder: StageBV1, vqgan, new: bool) -> None:
 
 
 def semantic_scale(decoder: StageBV1) -> tuple:
-    """Returns the functions (scale, unscale) for Stage C's semantic latents. Both change nothing for the released v1,
-    recognized by its text width of 1024 (CLIP-H), whose Stage C works on raw semantic latents."""
+    """Returns two functions, which scale and unscale semantic latents for Stage C. For the released v1, recognized by
+    its text width of 1024 (CLIP-H), both change nothing, because its Stage C works on raw semantic latents."""
     raw = decoder.config["c_text"] == 1024
     return (lambda x: x,) * 2 if raw else (scale_semantic, unscale_semantic)
 
 
 def pipeline(vqgan, small: bool, device) -> WuerstchenV1:
-    """Returns a pipeline for sample images. Its Stage B is the one in training: training/sheets.py sets bind_b."""
+    """Returns a pipeline for sample sheets, without Stage B: training/sheets.py sets bind_b to the one in training."""
     return WuerstchenV1(dict(stage_a=vqgan), device=device)
 
 
 def cache_settings(vqgan) -> dict:
-    """Returns the settings of the cache. Tokens are stored as integers, because float16 would round them."""
+    """Returns the settings of the tokens' cache. Tokens are stored as integers, because float16 would round them."""
     return dict(kind="tokens", dtype="int16" if vqgan.config["codebook_size"] <= 2 ** 15 else "int32")
 
 
 def encode(vqgan, images: Tensor) -> Tensor:
-    """Encodes images (B,3,H,W) in [0, 1] -> tokens (B,h,w) int64."""
+    """Encodes images (B,3,H,W) in [0, 1] as tokens (B,h,w) int64."""
     return vqgan.encode_indices(images)
 
 
@@ -66,39 +66,39 @@ def decode(vqgan, x_0: Tensor) -> Tensor:
 
 
 def draw_noise(rng: np.random.Generator, h: int, w: int, config: dict) -> dict[str, Tensor]:
-    """Draws the noise of one image: random_tokens (h,w), and uniform u (h,w): see v1/sampling.add_noise."""
+    """Draws one image's arguments of add_noise: random_tokens (h,w), and u (h,w), uniform. config: Stage B's."""
     return dict(random_tokens=torch.from_numpy(rng.integers(config["codebook_size"], size=(h, w))),
                 u=torch.from_numpy(rng.random((h, w), dtype=np.float32)))
 
 
 def noise_levels(chance: Tensor, blind: bool, args) -> Tensor:
-    """Converts uniform chance (B,) to noise levels t (B,): all 1 if blind; else 7.5 % are 1, the start of sampling."""
+    """Converts chance (B,), uniform in [0, 1], to noise levels t (B,): if blind, all are 1, else 7.5 % of them."""
     t = training_levels(chance)
     return torch.ones_like(t) if blind else 1 - (1 - t) ** args.high_noise
 
 
 def corrupt(batch: dict, x_0: Tensor, t: Tensor, blind: bool) -> tuple[Tensor, Tensor]:
-    """Replaces each token by a random one with probability t -> x_t (B,h,w), mask (B,h,w) of the replaced tokens."""
+    """Replaces each token of x_0 with probability t by a random one. Returns x_t and a mask of these, each (B,h,w)."""
     return add_noise(x_0, t, batch["random_tokens"], batch["u"])
 
 
 def forward(decoder: StageBV1, x_t: Tensor, t: Tensor, semantic: Tensor, text: Tensor) -> Tensor:
-    """Runs Stage B. Returns logits (B,K,h,w)."""
+    """Runs Stage B. Returns logits (B,K,h,w) of the clean tokens."""
     return decoder(x_t, t, semantic, text)
 
 
 def prediction(logits: Tensor, x_t: Tensor) -> Tensor:
-    """Converts the logits of `forward` to float32, which sampling needs."""
+    """Returns the logits of `forward` in float32, which sampling needs."""
     return logits.float()
 
 
 def raw_losses(logits: Tensor, x_0: Tensor, x_t: Tensor, mask: Tensor, t: Tensor, args) -> Tensor:
-    """Computes the weighted cross-entropy of each image, (B,), see v1/losses.py."""
+    """Returns the losses (B,), one per image: cross-entropies, weighted as v1/losses.py describes."""
     return training_errors(logits, x_0, t, mask)
 
 
 def accuracy(logits: Tensor, x_0: Tensor, mask: Tensor) -> Tensor:
-    """Computes, for each image, the share of replaced tokens whose clean token has the highest logit, (B,)."""
+    """Returns, for each image, the share of replaced tokens (mask) whose clean token has the highest logit: (B,)."""
     return ((logits.argmax(1) == x_0) & mask).flatten(1).sum(1) / mask.flatten(1).sum(1).clamp(min=1)
 
 
@@ -111,7 +111,7 @@ def share_over(n: int, m: int, device=None) -> Tensor:
 
 
 class AttentionGuide:
-    """A loss, only for training: teaches Stage B's attention which semantic vector belongs to which image position.
+    """Computes a training loss that teaches Stage B's attention which semantic vector belongs to which image position.
 
     To the network, semantic vectors are a sequence without positions. It must learn the position of a vector from the
     vector itself, and the position of an image token from the zero padding at the borders. Neither position helps until
@@ -127,12 +127,12 @@ class AttentionGuide:
                 module.register_forward_pre_hook(self.add)
 
     def begin(self, decoder: StageBV1, inputs: tuple) -> None:
-        """Hook before a forward pass: clears the losses, and stores the size of the semantic latents (B,16,h',w')."""
+        """Hook before a forward pass: clears the losses, and stores the size (h', w') of the semantic latents."""
         if torch.is_grad_enabled():
             self.size, self.errors = tuple(inputs[2].shape[2:]), []
 
     def add(self, block: AttentionBlock, inputs: tuple) -> None:
-        """Hook before an attention block: stores its loss. inputs: x (B,H,W,C), condition (B,h'*w' + N,c_cond)."""
+        """Hook before a block: stores the block's loss. inputs: (x (B,H,W,C), condition (B,h'*w' + N,c_cond))."""
         if not torch.is_grad_enabled():
             return
         (x, condition), (h, w), heads = inputs, self.size, (block.heads + 1) // 2
@@ -147,5 +147,5 @@ class AttentionGuide:
         self.errors.append(-(log_attention * share).sum(-1).mean())
 
     def loss(self) -> Tensor:
-        """Returns the loss of the last forward pass, a scalar: the mean loss of its attention blocks."""
+        """Returns the loss of the last forward pass, a scalar: the mean of the attention blocks' losses."""
         return torch.stack(self.errors).mean()
