@@ -82,13 +82,13 @@ class Adapter(nn.Module):
             return product.view(weight.shape) * (self.alpha / self.rank)
 
     def gain(self, weight: Tensor) -> Tensor:
-        """Computes DoRA's m / |V|, see Adapter: (out,), or (out, 1, 1) for a convolution."""
+        """Computes DoRA's factor m / |V|, see Adapter: (out,), or (out,1,1) for a convolution."""
         with torch.no_grad():
             norms = (weight.float() + self.product(weight)).flatten(1).norm(dim=1)     # (out,)
         return (self.magnitude / norms).view(-1, *(1,) * (weight.ndim - 2))
 
     def delta(self, weight: Tensor) -> Tensor:
-        """Computes the change W' - W of `weight`, in its shape and in float32."""
+        """Computes the change W' - W of the base layer's `weight`, in its shape and in float32."""
         if self.magnitude is None:
             return self.product(weight)
         weight = weight.float()
@@ -113,7 +113,7 @@ class LoRALayer(nn.Module):
         return y
 
     def apply_adapter(self, adapter: Adapter, x: Tensor, base: Tensor, y: Tensor) -> Tensor:
-        """Adds the change by one LoRA to y, in x's dtype. base: self.base(x), without any LoRA."""
+        """Returns y plus one LoRA's change for input x. base: self.base(x), without any LoRA."""
         if self.training and adapter.dropout:
             x = F.dropout(x, adapter.dropout)
         down, up = adapter.down.to(x.dtype), adapter.up.to(x.dtype)
@@ -143,7 +143,7 @@ class LoRALayer(nn.Module):
 # ----- finding layers, adding LoRAs --------------------------------------------------------------
 
 def find_layers(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """Returns {name: layer that can get a LoRA}, {name of another layer: why it cannot}."""
+    """Returns {name: layer that can get a LoRA} and {name of another layer: why it cannot}."""
     fit, unfit = {}, {}
     for path, module in model.named_modules():
         parent = model.get_submodule(path.rpartition(".")[0])
@@ -168,7 +168,7 @@ def summary(names) -> str:
 
 
 def find_targets(model: nn.Module, targets: str) -> dict[str, nn.Module]:
-    """Returns {name: layer} for layers that `targets` matches. Raises ValueError if none does."""
+    """Returns {name: layer} of layers that `targets` matches. Raises ValueError if none does."""
     fit, unfit = find_layers(model)
     try:
         pattern = re.compile(PRESETS.get(targets, targets))
@@ -186,12 +186,12 @@ def find_targets(model: nn.Module, targets: str) -> dict[str, nn.Module]:
 def add_lora(model: nn.Module, rank: int = 8, alpha: float | None = None, dropout: float = 0.0,
              targets: str = "attention", name: str = "default", rslora: bool = False,
              dora: bool = False) -> list[str]:
-    """Adds an untrained LoRA, freezes everything except LoRAs, and returns its layers' names.
+    """Adds an untrained LoRA, freezes all except LoRAs, and returns the names of the LoRA's layers.
 
     rank: 4 to 16 for a style or an object. alpha: strength, by default `rank`. dropout: share of a
     layer's inputs dropped before `down`, in training. targets: a preset or a regular expression.
-    rslora, dora: variants, see the file's header. Raises ValueError for bad settings or no match.
-    """
+    rslora, dora: variants, see the file's header. Raises ValueError if a setting is invalid, the
+    name is taken, or no layer matches."""
     alpha = float(rank if alpha is None else alpha)
     if int(rank) != rank or rank < 1 or not 0 < alpha < math.inf or not 0 <= dropout < 1:
         raise ValueError(f"rank {rank}, alpha {alpha}, dropout {dropout}: expected rank 1, 2, ..., "
@@ -216,7 +216,7 @@ def add_lora(model: nn.Module, rank: int = 8, alpha: float | None = None, dropou
 
 
 def check_name(model: nn.Module, name: str) -> None:
-    """Raises ValueError if `name` cannot name a LoRA, or if a LoRA is merged at the moment."""
+    """Raises ValueError if `name` is not a valid name, or if a LoRA is merged at the moment."""
     check_unmerged(model)
     if not re.fullmatch(r"[\w-]+", name) or hasattr(nn.ModuleDict(), name):
         raise ValueError(f"{name!r} cannot name a LoRA: use letters, digits, _ and -, and no "
@@ -224,7 +224,7 @@ def check_name(model: nn.Module, name: str) -> None:
 
 
 def inject(model: nn.Module, name: str, new: dict[str, Adapter]) -> None:
-    """Adds {layer's name: Adapter} to the model as the LoRA `name`. Freezes all except LoRAs."""
+    """Adds a LoRA called `name` and freezes all except LoRAs. new: {layer's name: Adapter}."""
     for path, adapter in new.items():
         layer = model.get_submodule(path)
         if not isinstance(layer, LoRALayer):
@@ -245,7 +245,7 @@ def lora_layers(model: nn.Module) -> list[tuple[str, LoRALayer]]:
 
 
 def adapters(model: nn.Module, name: str | None = None) -> list[tuple[str, Adapter]]:
-    """Lists (layer's name, Adapter) of LoRA `name`, or of all LoRAs. Raises ValueError if none."""
+    """Lists (layer's name, Adapter) of LoRA `name`, or of all; raises ValueError if none exists."""
     every = [(path, *item) for path, layer in lora_layers(model) for item in layer.adapters.items()]
     found = [(path, adapter) for path, key, adapter in every if name in (None, key)]
     if not found:
@@ -256,7 +256,7 @@ def adapters(model: nn.Module, name: str | None = None) -> list[tuple[str, Adapt
 
 
 def lora_parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
-    """Lists the parameters of LoRA `name`, or of all LoRAs, for the optimizer."""
+    """Returns the parameters of LoRA `name`, or of all LoRAs if name is None, for the optimizer."""
     return [parameter for _, adapter in adapters(model, name) for parameter in adapter.parameters()]
 
 
@@ -283,7 +283,7 @@ def set_scale(model: nn.Module, scale: float, name: str | None = None) -> None:
 
 
 def enable(model: nn.Module, name: str | None = None, on: bool = True) -> None:
-    """Turns LoRA `name`, or all, on or off. With all off, the output equals the base model's."""
+    """Turns LoRA `name`, or all, on or off. If all are off, the output is the base model's."""
     check_unmerged(model)
     for _, adapter in adapters(model, name):
         adapter.enabled = on
@@ -296,7 +296,7 @@ disable = functools.partial(enable, on=False)        # call: disable(model, name
 def merge(model: nn.Module, name: str | None = None) -> None:
     """Merges LoRA `name`, or all enabled LoRAs, into the weights, which makes forward faster.
 
-    The sum is computed in float32 and rounded once. Subtraction would not restore the old weights
+    New weights are computed in float32 and rounded once. Subtraction would not restore the old ones
     exactly, so they are kept in CPU memory: 0.6 GB for Stage C's attention in float16.
     Raises ValueError if there is nothing to merge, or if an enabled DoRA would stay unmerged.
     """
@@ -380,7 +380,7 @@ ROLES = {       # {role: endings of tensors' names (ours, diffusers', others tha
 
 
 def diffusers_name(name: str) -> str:
-    """Converts our name of a layer of Stage C to diffusers' name. Keeps other names."""
+    """Returns diffusers' name of a layer of our Stage C. Any other name is returned unchanged."""
     i = int((re.findall(r"_blocks\.(\d+)\.", name) or [0])[0])
     theirs = DIFFUSERS_NAMES.get(re.sub(r"(?<=_blocks\.)\d+", "{i}", name), name)
     return theirs.format(res=3 * i, time=3 * i + 1, att=3 * i + 2)
@@ -393,7 +393,7 @@ def diffusers_names(names) -> dict[str, str]:
 
 
 def to_tensors(weights: dict[str, Adapter], prefix: str = "", naming: int = 0) -> dict[str, Tensor]:
-    """Converts {layer's name: Adapter} to a state dict. naming: index of the endings in ROLES."""
+    """Converts {layer: Adapter} to a state dict. prefix: of names. naming: 0 ours, 1 diffusers'."""
     tensors = {}
     for layer, a in weights.items():
         ones = (1, 1) if layer in CONVOLUTIONS else a.down.shape[2:]
@@ -414,7 +414,7 @@ def lora_state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor
 
 
 def to_diffusers(weights: dict[str, Adapter]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Converts {diffusers' name of a layer: Adapter} to a LoRA file's (tensors, metadata).
+    """Returns the tensors and the metadata of a LoRA file. weights: {diffusers' name: Adapter}.
 
     diffusers and peft read alpha from the metadata: a default, and patterns for layers that differ.
     Versions that do not read the metadata take alpha = rank, which is the default here.
@@ -454,7 +454,7 @@ def save_lora(model: nn.Module, path: str | Path, name: str = "default") -> None
 
 
 def alpha_from(config: dict, layer: str, rank: int) -> float:
-    """Returns a layer's alpha from `config` (diffusers' or peft's), or the rank if it has none."""
+    """Returns a layer's alpha from `config` (diffusers' or peft's), or `rank` if it has none."""
     try:
         config = {key.removeprefix("prior."): value for key, value in config.items()}
         patterns = (config.get("alpha_pattern") or {}).items()         # {regular expression: alpha}
@@ -467,7 +467,7 @@ def alpha_from(config: dict, layer: str, rank: int) -> float:
 
 
 def to_adapter(layer: str, shape: tuple, values: dict) -> Adapter:
-    """Builds an Adapter from {"down": ..., "up": ..., "alpha": ...} for a weight of `shape`."""
+    """Builds an Adapter from {key of ROLES: tensor} for a weight of `shape`. layer: for errors."""
     rank = len(values.get("down", ()))
     shapes = dict(down=(rank, *shape[1:]), up=(shape[0], rank, *(1 for _ in shape[2:])),
                   magnitude=shape[:1])

@@ -108,7 +108,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Exit codes: 0 success; 1 some lines of a prompt file failed; 2 user error; 130 Ctrl-C."""
+    """Runs the script. Exit code: 0 success, 1 some prompts failed, 2 user error, 130 Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv:
         return print(USAGE)
@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def make_images(model, jobs: list[argparse.Namespace]) -> list:
-    """Generates one batch: the images of jobs that differ only in prompts and seed."""
+    """Generates one batch of images: those of jobs that differ only in prompts and seed."""
     job = jobs[0]
     options = dict(progress=True, **cli.sampling_options(job, model))
     if job.given & cli.SPECIAL:                        # options that extras/modes.py handles

@@ -28,12 +28,12 @@ from torch import Tensor
 
 
 def channels_first(x: Tensor) -> Tensor:
-    """(B,H,W,C) -> (B,C,H,W), a view. Convolutions expect this order of dimensions."""
+    """Returns x (B,H,W,C) as a view (B,C,H,W), the order of dimensions that convolutions expect."""
     return x.permute(0, 3, 1, 2)
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """(B,C,H,W) -> (B,H,W,C), a view. Linear layers and norms expect this order."""
+    """Returns x (B,C,H,W) as a view (B,H,W,C), the order that Linear layers and norms expect."""
     return x.permute(0, 2, 3, 1)
 
 
@@ -51,14 +51,14 @@ class VQResBlock(nn.Module):
         self.gammas = nn.Parameter(torch.zeros(6))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B,H,W,C) -> (B,H,W,C)."""
+        """Applies both branches to x (B,H,W,C). Keeps the shape."""
         x = self.mix(x)                                                              # (B, H, W, C)
         scale, shift, gate = self.gammas[3:]
         h = F.gelu(self.expand(self.norm(x, scale, shift)))                         # (B, H, W, 4C)
         return torch.addcmul(x, self.contract(h), gate)         # x + gate * contract: (B, H, W, C)
 
     def mix(self, x: Tensor) -> Tensor:
-        """Applies the first branch, which mixes positions: x (B,H,W,C) -> (B,H,W,C)."""
+        """Applies the first branch, which mixes positions, to x (B,H,W,C). Keeps the shape."""
         scale, shift, gate = self.gammas[:3]
         h = self.depthwise(channels_first(self.norm(x, scale, shift)))               # (B, C, H, W)
         return torch.addcmul(x, channels_last(h), gate)                              # (B, H, W, C)
@@ -78,7 +78,7 @@ class Codebook(nn.Module):
         self.codes = nn.Parameter(torch.randn(size, c))                                     # (K, C)
 
     def nearest(self, z: Tensor) -> Tensor:
-        """Finds the codes with the smallest Euclidean distance: z (B,H,W,C) -> indices (B,H,W).
+        """Returns indices (B,H,W) of the codes with the smallest Euclidean distance to z (B,H,W,C).
 
         |z - c|^2 = |z|^2 - 2 z.c + |c|^2, and |z|^2 is the same for every c, so it is omitted.
         Computed in float32, because two of 8192 codes in 4 dimensions are often so close that half
@@ -87,7 +87,7 @@ class Codebook(nn.Module):
         return (codes.square().sum(1) - 2 * z @ codes.T).argmin(-1)                      # (B, H, W)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """z (B,H,W,C) -> nearest codes (B,H,W,C), indices (B,H,W), codebook and commitment loss.
+        """Returns the codes (B,H,W,C) nearest to z (B,H,W,C), their indices (B,H,W) and two losses.
 
         The codebook loss moves codes to the latents. The commitment loss moves latents to their
         codes (arXiv:1711.00937). argmin has no gradient, so z + (q - z).detach() passes the
@@ -130,7 +130,7 @@ class StageA(nn.Module):
         self.to_pixels = nn.Linear(widths[0], 3 * 4)                   # output: 2 x 2 px, 3 colours
 
     def encode_raw(self, images: Tensor) -> Tensor:
-        """images (B,3,H,W) in [0, 1] -> latents (B,h,w,4), not divided by scale_factor."""
+        """Encodes images (B,3,H,W) in [0, 1] to latents (B,h,w,4), not divided by scale_factor."""
         _, channels, h, w = images.shape
         if channels != 3 or h % self.downscale or w % self.downscale:
             raise ValueError(
@@ -142,14 +142,14 @@ class StageA(nn.Module):
         return channels_last(self.norm_latent(channels_first(self.to_latent(x))))     # (B, h, w, 4)
 
     def decode_raw(self, z: Tensor) -> Tensor:
-        """z (B,h,w,4), not divided by scale_factor -> images (B,3,H,W), not clamped."""
+        """Decodes z (B,h,w,4), not divided by scale_factor, to images (B,3,H,W), not clamped."""
         x = self.from_latent(z)                                                       # (B, h, w, C)
         for layer in self.decoder:
             x = run(layer, x)
         return F.pixel_shuffle(channels_first(self.to_pixels(x)), 2)                  # (B, 3, H, W)
 
     def encode(self, images: Tensor, quantise: bool = False) -> Tensor:
-        """images (B,3,H,W) in [0, 1] -> latents (B,4,H/4,W/4) for Stage B.
+        """Encodes images (B,3,H,W) in [0, 1] to latents (B,4,H/4,W/4) for Stage B.
 
         quantise=True replaces latents by the nearest codes. Raises ValueError for wrong shapes."""
         z = self.encode_raw(images)                                                   # (B, h, w, 4)
@@ -158,7 +158,7 @@ class StageA(nn.Module):
         return channels_first(z) / self.scale_factor                                  # (B, 4, h, w)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """latents (B,4,h,w) from Stage B or `encode` -> images (B,3,4h,4w).
+        """Decodes latents (B,4,h,w) from Stage B or `encode` to images (B,3,4h,4w).
 
         Clamp images to [0, 1] before saving. Raises ValueError for a wrong number of channels."""
         if latents.shape[1] != self.config["c_latent"]:
@@ -169,20 +169,20 @@ class StageA(nn.Module):
         return self.decode_raw(channels_last(latents * self.scale_factor))
 
     def encode_indices(self, images: Tensor) -> Tensor:
-        """images (B,3,H,W) in [0, 1] -> codebook indices (B,H/4,W/4), int64."""
+        """Encodes images (B,3,H,W) in [0, 1] to codebook indices (B,H/4,W/4), int64."""
         return self.codebook.nearest(self.encode_raw(images))
 
     def decode_indices(self, indices: Tensor) -> Tensor:
-        """indices (B,h,w) in [0, codebook_size) -> images (B,3,4h,4w), not clamped."""
+        """Decodes codebook indices (B,h,w) to images (B,3,4h,4w), which are not clamped."""
         return self.decode_raw(F.embedding(indices, self.codebook.codes))
 
     def forward(self, images: Tensor, quantise: bool | Tensor = True) -> dict[str, Tensor]:
-        """For training. images (B,3,H,W) -> dict of decoded images, latents, indices and losses.
+        """Returns, for training, a dict of decoded images, latents, indices and losses.
 
-        quantise: whether to decode quantised latents, a bool or one bool for each image, (B,).
-        v2 decodes unquantised latents, v1 codes, so train_a.py trains the decoder on both. Losses
-        are not weighted: reconstruction (mean absolute error), codebook, commitment. The returned
-        latents (B,h,w,4) are not quantised."""
+        images (B,3,H,W). quantise: whether to decode quantised latents, a bool or one for each
+        image. v2 decodes unquantised latents, v1 codes, so train_a.py trains the decoder on both.
+        Losses are not weighted: reconstruction (mean absolute error), codebook, commitment. The
+        returned latents (B,h,w,4) are not quantised."""
         z = self.encode_raw(images)                                                   # (B, h, w, 4)
         q, indices, codebook_loss, commitment_loss = self.codebook(z)
         rows = torch.as_tensor(quantise, device=z.device).reshape(-1, 1, 1, 1)   # (1 or B, 1, 1, 1)

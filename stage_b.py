@@ -32,12 +32,12 @@ from torch.utils.checkpoint import checkpoint
 
 
 def channels_first(x: Tensor) -> Tensor:
-    """(B,H,W,C) -> (B,C,H,W), a view. Convolutions expect this order of dimensions."""
+    """Returns x (B,H,W,C) as a view (B,C,H,W), the order of dimensions that convolutions expect."""
     return x.permute(0, 3, 1, 2)
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """(B,C,H,W) -> (B,H,W,C), a view. Linear layers and norms expect this order."""
+    """Returns x (B,C,H,W) as a view (B,H,W,C), the order that Linear layers and norms expect."""
     return x.permute(0, 2, 3, 1)
 
 
@@ -48,17 +48,17 @@ def layer_norm(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def widen(x: Tensor) -> Tensor:
-    """Casts float16 to float32, because sums over blocks can exceed float16's maximum, 65504."""
+    """Casts a float16 x to float32, because sums over blocks can exceed float16's maximum 65504."""
     return x.float() if x.dtype == torch.float16 else x
 
 
 def narrow(x: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Clamps x to +-65504 and casts it to float16 if `dtype` is float16. Else returns x itself."""
+    """Returns x clamped to +-65504 and cast to float16 if `dtype` is float16, else x unchanged."""
     return x.clamp(-65504, 65504).half() if dtype == torch.float16 != x.dtype else x
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
-    """Noise levels t (B,) in [0, 1] -> (B,width): sines, then cosines, of t at falling frequencies.
+    """Embeds noise levels t (B,) in [0, 1] as (B,width): sines, then cosines, of falling frequency.
 
     Computed in float32, always in this order of operations. Angles reach 10^4, where float32 has
     steps of 1e-3: another order would change the networks' outputs by 1e-4, and half precision
@@ -84,7 +84,7 @@ class GlobalResponseNorm(nn.Module):
         self.beta = nn.Parameter(torch.zeros(c))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B,H,W,C) -> (B,H,W,C) in x's dtype, even under autocast."""
+        """Normalises x (B,H,W,C). The result has x's shape and dtype, even under autocast."""
         dtype = torch.float32 if x.dtype.itemsize == 2 else None      # 16 bits are inexact for sums
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             energy = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=dtype)  # (B,1,1,C)
@@ -96,12 +96,12 @@ class GlobalResponseNorm(nn.Module):
 class Depthwise(nn.Conv2d):
     """A convolution that casts its weights to x's dtype: with float16 weights, x is float32."""
     def forward(self, x: Tensor) -> Tensor:
-        """x (B,C,H,W) -> (B,C',H,W)."""
+        """Convolves x (B,C,H,W). Returns (B,C',H,W)."""
         return self._conv_forward(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 
 class ResBlock(nn.Module):
-    """x + MLP(norm(depthwise(x))): a convolution mixes positions, then a wide MLP mixes channels.
+    """Computes x + MLP(norm(depthwise(x))): a convolution mixes positions, an MLP mixes channels.
 
     In Stage B the MLP also gets `extras`: the U-Net's skip connection and the semantic latents.
     Source: the block of ConvNeXt V2, arXiv:2301.00808, with a smaller kernel."""
@@ -114,7 +114,7 @@ class ResBlock(nn.Module):
         self.contract = nn.Linear(4 * c, c)
 
     def forward(self, x: Tensor, *extras: Tensor) -> Tensor:
-        """x (B,H,W,C), extras (B,H,W,C_i) with sum C_i = c_skip -> (B,H,W,C)."""
+        """Applies the block to x (B,H,W,C). extras (B,H,W,C_i): c_skip channels in total."""
         h = channels_last(self.depthwise(channels_first(x)))                         # (B, H, W, C)
         h = layer_norm(h, self.grn.gamma.dtype)
         h = torch.cat([h, *(narrow(e, h.dtype) for e in extras)], dim=-1) if extras else h
@@ -129,7 +129,7 @@ class TimestepBlock(nn.Module):
         self.mapper = nn.Linear(c_timestep, 2 * c)
 
     def forward(self, x: Tensor, t_embedding: Tensor) -> Tensor:
-        """x (B,H,W,C), t_embedding (B,c_timestep) -> (B,H,W,C)."""
+        """Scales and shifts x (B,H,W,C). t_embedding (B,c_timestep): from timestep_embedding."""
         scale, shift = self.mapper(t_embedding)[:, None, None].chunk(2, dim=-1)  # 2 x (B, 1, 1, C)
         return torch.addcmul(shift, x, 1 + scale)            # x (1 + scale) + shift: (B, H, W, C)
 
@@ -146,12 +146,12 @@ class AttentionBlock(nn.Module):
         self.query, self.key, self.value, self.out = (nn.Linear(c, c) for _ in range(4))
 
     def text_kv(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Computes keys and values of text (B,N,c_text), 2 x (B,N,C). They do not depend on x."""
+        """Returns keys and values, each (B,N,C), of text (B,N,c_text). They do not depend on x."""
         text = self.text_mapper(F.silu(text))                                           # (B, N, C)
         return self.key(text), self.value(text)
 
     def attend(self, x: Tensor, kv: tuple[Tensor, Tensor]) -> Tensor:
-        """Attention from x (B,H,W,C) to x and text -> (B,H,W,C). kv: from text_kv, 2 x (B,N,C)."""
+        """Returns x (B,H,W,C) plus attention from x to x and text. kv: the result of text_kv."""
         tokens = layer_norm(x, kv[0].dtype).flatten(1, 2)                             # (B, H*W, C)
         # Image and text are projected separately, not after concatenation. So if the layers that
         # compute the text's keys and values are frozen, no gradient is computed for the text.
@@ -163,12 +163,12 @@ class AttentionBlock(nn.Module):
         return x + self.out(h.transpose(1, 2).flatten(2)).view_as(x)                 # (B, H, W, C)
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
-        """x (B,H,W,C), text (B,N,c_text) -> (B,H,W,C)."""
+        """Returns x (B,H,W,C) plus attention from x to x and text (B,N,c_text)."""
         return self.attend(x, self.text_kv(text))
 
 
 def resize_semantic(semantic: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resizes semantic latents (B,C,h,w) to (B,*size,C), bicubic, computed in float32.
+    """Resizes semantic latents (B,C,h,w) to size (H,W), bicubic, in float32. Returns (B,H,W,C).
 
     The result equals F.interpolate's, but is computed by two matrix products, one for rows and one
     for columns, because torch.compile cannot differentiate F.interpolate when sizes vary. The
@@ -264,10 +264,10 @@ class StageB(nn.Module):
                 nn.init.zeros_(module.mapper.weight)
 
     def forward(self, x_t: Tensor, t: Tensor, semantic: Tensor, text: Tensor) -> Tensor:
-        """x_t (B,4,h,w), t (B,) in [0, 1], semantic (B,16,h',w') of any size, text (B,N,c_text)
-        -> eps (B,4,h,w) in x_t's dtype. Give x_t in float32 even if weights are in half precision:
-        the last line magnifies rounding errors. Raises ValueError unless `multiple` divides h, w.
-        """
+        """Predicts the noise eps (B,4,h,w) in noisy latents x_t (B,4,h,w) from the noise level t
+        (B,) in [0, 1], semantic (B,16,h',w') of any size and text (B,N,c_text). eps has x_t's
+        dtype. Give x_t in float32 even if weights are in half precision, because the last line
+        magnifies rounding errors. Raises ValueError unless h and w are multiples of `multiple`."""
         # With ab = alphas_cumprod, x_t = sqrt(ab) x_0 + sqrt(1 - ab) eps, and therefore
         # eps = (x_t - sqrt(ab) x_0) / sqrt(1 - ab). The head's two outputs stand for the unknowns:
         # a for the signal sqrt(ab) x_0, b in (0.001, 0.999) for the noise scale sqrt(1 - ab).
@@ -276,7 +276,7 @@ class StageB(nn.Module):
 
     def signal_and_scale(self, x_t: Tensor, t: Tensor, semantic: Tensor,
                          text: Tensor) -> tuple[Tensor, Tensor]:
-        """Computes a (signal) and b (noise scale) for `forward` and train_b.py: 2 x (B,4,h,w)."""
+        """Returns a (signal) and b (noise scale), each (B,4,h,w), for `forward` and train_b.py."""
         _, channels, h, w = x_t.shape
         if channels != self.config["c_in"] or h % self.multiple or w % self.multiple:
             raise ValueError(
@@ -312,7 +312,7 @@ class StageB(nn.Module):
     def run_level(self, blocks: nn.ModuleList, mapper: nn.Linear | None, x: Tensor,
                   t_embedding: Tensor, semantic: Tensor, text: Tensor,
                   skip: Tensor | None = None) -> Tensor:
-        """Applies a level's blocks: x (B,H,W,C) -> (B,H,W,C). mapper: for `semantic`, or None."""
+        """Applies one level's blocks to x (B,H,W,C). mapper: for `semantic`; if None, not used."""
         extras = [] if mapper is None else [mapper(resize_semantic(semantic, x.shape[1:3]))]
         for k, block in enumerate(blocks):
             if isinstance(block, ResBlock):
@@ -348,7 +348,7 @@ class EfficientNetEncoder(nn.Module):
         self.norm = nn.BatchNorm2d(c_semantic)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images (B,3,H,W) from `preprocess` -> raw semantic latents (B,16,H/32,W/32)."""
+        """Encodes images (B,3,H,W) from `preprocess` to raw latents (B,16,H/32,W/32)."""
         return self.norm(self.to_semantic(self.backbone(images)))
 
 
@@ -371,7 +371,7 @@ class TinyImageEncoder(nn.Module):
         nn.init.constant_(self.norm.bias, -1).requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images (B,3,H,W) from `preprocess` -> raw semantic latents (B,16,H/32,W/32)."""
+        """Encodes images (B,3,H,W) from `preprocess` to raw latents (B,16,H/32,W/32)."""
         x = channels_last(images)                                                     # (B, H, W, 3)
         for downsample, blocks in zip(self.downsample, self.blocks):
             x = layer_norm(channels_last(downsample(channels_first(x))))          # (B, H', W', C_i)
@@ -381,8 +381,8 @@ class TinyImageEncoder(nn.Module):
 
 
 def preprocess(images: Tensor, size: int | tuple[int, int] = 768) -> Tensor:
-    """Prepares images (B,3,H,W) in [0, 1] for the image encoders -> (B,3,H',W'): resizes them
-    (bilinear, antialiased) and normalises them with ImageNet's mean and standard deviation.
+    """Prepares images (B,3,H,W) in [0, 1] for the image encoders: resizes them (bilinear,
+    antialiased) and normalises with ImageNet's mean and standard deviation. Returns (B,3,H',W').
 
     size: the shorter side in px, which keeps the aspect ratio, or (height, width). The encoders
     expect 0.75 of the image's size: official 1024 -> 768, tiny 128 -> 96. A side that is not a

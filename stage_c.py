@@ -31,12 +31,12 @@ from torch.utils.checkpoint import (CheckpointPolicy, checkpoint,
 
 
 def channels_first(x: Tensor) -> Tensor:
-    """(B,H,W,C) -> (B,C,H,W), a view. Convolutions expect this order of dimensions."""
+    """Returns x (B,H,W,C) as a view (B,C,H,W), the order of dimensions that convolutions expect."""
     return x.permute(0, 3, 1, 2)
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """(B,C,H,W) -> (B,H,W,C), a view. Linear layers and norms expect this order."""
+    """Returns x (B,C,H,W) as a view (B,H,W,C), the order that Linear layers and norms expect."""
     return x.permute(0, 2, 3, 1)
 
 
@@ -47,17 +47,17 @@ def layer_norm(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def widen(x: Tensor) -> Tensor:
-    """Casts float16 to float32, because sums over blocks can exceed float16's maximum, 65504."""
+    """Casts a float16 x to float32, because sums over blocks can exceed float16's maximum 65504."""
     return x.float() if x.dtype == torch.float16 else x
 
 
 def narrow(x: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Clamps x to +-65504 and casts it to float16 if `dtype` is float16. Else returns x itself."""
+    """Returns x clamped to +-65504 and cast to float16 if `dtype` is float16, else x unchanged."""
     return x.clamp(-65504, 65504).half() if dtype == torch.float16 != x.dtype else x
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
-    """Noise levels t (B,) in [0, 1] -> (B,width): sines, then cosines, of t at falling frequencies.
+    """Embeds noise levels t (B,) in [0, 1] as (B,width): sines, then cosines, of falling frequency.
 
     Computed in float32, always in this order of operations. Angles reach 10^4, where float32 has
     steps of 1e-3: another order would change the networks' outputs by 1e-4, and half precision
@@ -83,7 +83,7 @@ class GlobalResponseNorm(nn.Module):
         self.beta = nn.Parameter(torch.zeros(c))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B,H,W,C) -> (B,H,W,C) in x's dtype, even under autocast."""
+        """Normalises x (B,H,W,C). The result has x's shape and dtype, even under autocast."""
         dtype = torch.float32 if x.dtype.itemsize == 2 else None      # 16 bits are inexact for sums
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             energy = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=dtype)  # (B,1,1,C)
@@ -95,12 +95,12 @@ class GlobalResponseNorm(nn.Module):
 class Depthwise(nn.Conv2d):
     """A convolution that casts its weights to x's dtype: with float16 weights, x is float32."""
     def forward(self, x: Tensor) -> Tensor:
-        """x (B,C,H,W) -> (B,C',H,W)."""
+        """Convolves x (B,C,H,W). Returns (B,C',H,W)."""
         return self._conv_forward(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 
 class ResBlock(nn.Module):
-    """x + MLP(norm(depthwise(x))): a convolution mixes positions, then a wide MLP mixes channels.
+    """Computes x + MLP(norm(depthwise(x))): a convolution mixes positions, an MLP mixes channels.
 
     In Stage B the MLP also gets `extras`: the U-Net's skip connection and the semantic latents.
     Source: the block of ConvNeXt V2, arXiv:2301.00808, with a smaller kernel."""
@@ -113,7 +113,7 @@ class ResBlock(nn.Module):
         self.contract = nn.Linear(4 * c, c)
 
     def forward(self, x: Tensor, *extras: Tensor) -> Tensor:
-        """x (B,H,W,C), extras (B,H,W,C_i) with sum C_i = c_skip -> (B,H,W,C)."""
+        """Applies the block to x (B,H,W,C). extras (B,H,W,C_i): c_skip channels in total."""
         h = channels_last(self.depthwise(channels_first(x)))                         # (B, H, W, C)
         h = layer_norm(h, self.grn.gamma.dtype)
         h = torch.cat([h, *(narrow(e, h.dtype) for e in extras)], dim=-1) if extras else h
@@ -128,7 +128,7 @@ class TimestepBlock(nn.Module):
         self.mapper = nn.Linear(c_timestep, 2 * c)
 
     def forward(self, x: Tensor, t_embedding: Tensor) -> Tensor:
-        """x (B,H,W,C), t_embedding (B,c_timestep) -> (B,H,W,C)."""
+        """Scales and shifts x (B,H,W,C). t_embedding (B,c_timestep): from timestep_embedding."""
         scale, shift = self.mapper(t_embedding)[:, None, None].chunk(2, dim=-1)  # 2 x (B, 1, 1, C)
         return torch.addcmul(shift, x, 1 + scale)            # x (1 + scale) + shift: (B, H, W, C)
 
@@ -145,12 +145,12 @@ class AttentionBlock(nn.Module):
         self.query, self.key, self.value, self.out = (nn.Linear(c, c) for _ in range(4))
 
     def text_kv(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Computes keys and values of text (B,N,c_text), 2 x (B,N,C). They do not depend on x."""
+        """Returns keys and values, each (B,N,C), of text (B,N,c_text). They do not depend on x."""
         text = self.text_mapper(F.silu(text))                                           # (B, N, C)
         return self.key(text), self.value(text)
 
     def attend(self, x: Tensor, kv: tuple[Tensor, Tensor]) -> Tensor:
-        """Attention from x (B,H,W,C) to x and text -> (B,H,W,C). kv: from text_kv, 2 x (B,N,C)."""
+        """Returns x (B,H,W,C) plus attention from x to x and text. kv: the result of text_kv."""
         tokens = layer_norm(x, kv[0].dtype).flatten(1, 2)                             # (B, H*W, C)
         # Image and text are projected separately, not after concatenation. So if the layers that
         # compute the text's keys and values are frozen, no gradient is computed for the text.
@@ -162,13 +162,13 @@ class AttentionBlock(nn.Module):
         return x + self.out(h.transpose(1, 2).flatten(2)).view_as(x)                 # (B, H, W, C)
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
-        """x (B,H,W,C), text (B,N,c_text) -> (B,H,W,C)."""
+        """Returns x (B,H,W,C) plus attention from x to x and text (B,N,c_text)."""
         return self.attend(x, self.text_kv(text))
 
 
 def keep_products(context, operation, *inputs, **options) -> CheckpointPolicy:
-    """Policy of checkpointing "products": keeps results of attention and large matrix products for
-    the backward pass, which recomputes all others (norms, activations, convolutions, LoRA)."""
+    """Decides for checkpointing "products" which results to keep for the backward pass: those of
+    attention and large matrix products. All others (norms, LoRA, ...) are recomputed."""
     name = operation.__name__
     large = name.startswith(("addmm", "mm", "linear")) and min(inputs[-1].shape) >= 128
     keep = large or "scaled_dot_product" in name
@@ -215,15 +215,15 @@ class StageC(nn.Module):
             nn.init.zeros_(block.mapper.weight)
 
     def block(self, i: int, x: Tensor, t_embedding: Tensor, text: Tensor) -> Tensor:
-        """Applies the three blocks number i: x (B,h,w,C), text (B,N,C) -> (B,h,w,C)."""
+        """Applies the three blocks of index i to x (B,h,w,C). text (B,N,C): from embed_text."""
         x = self.timestep_blocks[i](self.res_blocks[i](x), t_embedding)              # (B, h, w, C)
         return self.attention_blocks[i](x, text)                                     # (B, h, w, C)
 
     def forward(self, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        """x_t (B,16,h,w), t (B,) in [0, 1], text (B,N,c_cond) -> eps (B,16,h,w) in x_t's dtype.
+        """Predicts the noise eps (B,16,h,w) in x_t (B,16,h,w). t (B,) in [0, 1], text (B,N,c_cond).
 
         Give x_t in float32 even if weights are in half precision: the last line magnifies rounding
-        errors. Raises ValueError for a wrong number of channels."""
+        errors. eps has x_t's dtype. Raises ValueError for a wrong number of channels."""
         if x_t.shape[1] != self.config["c_in"]:
             raise ValueError(
                 f"Stage C got latents of shape {tuple(x_t.shape)}, expected {self.config['c_in']} "

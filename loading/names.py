@@ -55,12 +55,12 @@ BLOCKS = {"C": RES_BLOCK, "T": TIMESTEP_BLOCK, "A": ATTENTION_BLOCK}     # {lett
 
 
 def inside(ours: str, theirs: str, block: list) -> list:
-    """Returns the rules of one block, whose name is `ours` here and `theirs` in diffusers. block: such as RES_BLOCK."""
+    """Prefixes the rules `block`, such as RES_BLOCK, with a block's name: `ours` here, `theirs` in diffusers."""
     return [(f"{ours}.{a}", f"{theirs}.{b}", kind) for a, b, kind in block]
 
 
 def rules_a(levels: int, bottleneck_blocks: int, **_) -> list:
-    """Returns Stage A's rules. In diffusers, the lists of blocks also contain to_latent, norm_latent, from_latent."""
+    """Returns a StageA's rules. In diffusers, its lists of blocks also contain to_latent, norm_latent, from_latent."""
     encoder = ["block"] + ["downsample", "block"] * (levels - 1)
     decoder = ["block"] * bottleneck_blocks + ["upsample", "block"] * (levels - 1)
     rules = [
@@ -79,8 +79,8 @@ def rules_a(levels: int, bottleneck_blocks: int, **_) -> list:
 
 
 def rules_b(levels, blocks, inject, **_) -> list:
-    """Returns Stage B's rules. In diffusers, down- and upsampling layers are elements of the levels' lists of blocks,
-    and up_blocks are numbered in reverse: up_blocks.0 is the deepest level. Here up_blocks.i belongs to level i."""
+    """Returns a StageB's rules. In diffusers, the lists of blocks also contain down- and upsampling layers, and
+    up_blocks are numbered from the coarsest level. Here up_blocks.i belongs to level i, where level 0 is the finest."""
     n = len(levels)
     rules = [
         ("embed",      "embedding.1", "1x1"),        # embedding.0, PixelUnshuffle, has no weights
@@ -104,7 +104,7 @@ def rules_b(levels, blocks, inject, **_) -> list:
 
 
 def rules_b_v1(levels, blocks, **_) -> list:
-    """Returns the rules of v1's Stage B, numbered like v2's. "byt5_mapper" is named after an earlier text encoder."""
+    """Returns StageBV1's rules. Levels are numbered as in rules_b. "byt5_mapper" was named after an earlier encoder."""
     unet = rules_b(levels, blocks, inject=[False] * len(levels))
     return [rule for rule in unet if rule[0] != "embed_text"] + [
         ("embed_token",    "in_mapper.0",   ""),     # in_mapper.1, the norm, has no weights
@@ -115,7 +115,7 @@ def rules_b_v1(levels, blocks, **_) -> list:
 
 
 def rules_c(depth: int, **_) -> list:
-    """Returns Stage C's rules. In diffusers, all blocks are in one list, in the order in which they run."""
+    """Returns a StageC's rules. In diffusers, all its blocks are in one list, in the order in which they run."""
     rules = [
         ("embed",        "projection",    "1x1"),
         ("embed_text.0", "cond_mapper.0", ""),
@@ -187,12 +187,12 @@ FORMATS = {
 
 
 def recognise(names: Iterable[str]) -> type | None:
-    """Returns our class for weights with these tensor names, in any naming; None if no class fits."""
+    """Returns our class, such as StageA, for weights with these tensor names in any naming; None if no class fits."""
     return next((stage for stage, form in FORMATS.items() if any(name in names for name in form.signature)), None)
 
 
 def describe(shapes: dict[str, tuple]) -> str | None:
-    """Returns what a file with these tensor names and shapes probably is, for error messages; None if unknown."""
+    """Returns a phrase such as "a v2 Stage C" for a file with these {tensor name: shape}; None if unknown."""
     if any("lora" in name for name in shapes):
         return "a LoRA, which is added to a model and is not a model by itself"
     if any(name.startswith(("clip_txt_mapper.", "clip_txt_pooled_mapper.")) for name in shapes):
@@ -207,14 +207,14 @@ def describe(shapes: dict[str, tuple]) -> str | None:
 
 
 def signature_shape(stage: type, shapes: dict[str, tuple]) -> tuple:
-    """Returns the shape of the tensor by which `stage` is recognised, see Format.signature; () if it is missing."""
+    """Returns from {tensor name: shape} the shape of the tensor by which `stage` is recognised; () if it is missing."""
     return next((shapes[name] for name in FORMATS[stage].signature if name in shapes), ())
 
 
 # ----- state dicts: from any naming to ours, and back ----------------------------------------------------------------
 
 def name_table(model: nn.Module) -> dict[str, tuple[str, str]]:
-    """Returns {diffusers' name: (our name, third column of its rule)} of all tensors of one of our models."""
+    """Returns {diffusers' name: (our name, kind)} of a model's tensors. kind: "1x1", "grn" or "", see RES_BLOCK."""
     parts = {ours: (theirs, kind) for ours, theirs, kind in FORMATS[type(model)].rules(**model.config)}
     table = {}
     for name in model.state_dict():
@@ -228,7 +228,7 @@ def name_table(model: nn.Module) -> dict[str, tuple[str, str]]:
 
 
 def original_to_diffusers(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Converts the original naming to diffusers'. Splits the stack of query, key and value into three matrices."""
+    """Converts a state dict from the original naming to diffusers'. Splits each query-key-value matrix into three."""
     result = {}
     for name, tensor in state_dict.items():
         if ".attn.in_proj_" in name:                                                     # (3C, C) or (3C,)
@@ -241,7 +241,7 @@ def original_to_diffusers(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def diffusers_to_original(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Inverts original_to_diffusers exactly: stacks query, key and value in one matrix again."""
+    """Converts a state dict from diffusers' naming to the original. Stacks query, key and value in one matrix again."""
     result = {}
     for name, tensor in state_dict.items():
         if ".attention.to_q." in name:
@@ -254,19 +254,19 @@ def diffusers_to_original(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def add_ones(tensor: Tensor, kind: str) -> Tensor:
-    """Converts a tensor from our shape to diffusers'. kind: third column of its rule. Biases stay vectors."""
+    """Returns a tensor of ours in diffusers' shape, which may have more dimensions of size 1. kind: see name_table."""
     if kind == "1x1" and tensor.ndim == 2:
         return tensor[:, :, None, None]                                                  # (D, C, 1, 1)
     return tensor[None, None, None] if kind == "grn" else tensor                         # (1, 1, 1, C)
 
 
 def in_our_names(names, model: nn.Module) -> bool:
-    """Returns whether more of `names` are our names than diffusers'. Counts them, because some are the same in both."""
+    """Returns whether more of `names` are ours than diffusers'. It counts all, because some names occur in both."""
     return len(names & model.state_dict().keys()) > len(names & name_table(model).keys())
 
 
 def translate(tensors: Iterable[tuple[str, Tensor]], names, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Converts (name, tensor) pairs from any of the three namings to our names and shapes. Tensors are views.
+    """Converts (name, tensor) pairs from any of the three namings to our names and shapes. The tensors are views.
 
     names: the names of all pairs, to recognise the naming before the first pair is read. They must pass check_fit.
     """
@@ -281,7 +281,7 @@ def translate(tensors: Iterable[tuple[str, Tensor]], names, model: nn.Module) ->
 
 
 def check_fit(shapes: dict[str, tuple], model: nn.Module) -> None:
-    """Raises WeightsError unless these names, in any of the three namings, and shapes are exactly those of `model`."""
+    """Raises WeightsError unless {name in any of the three namings: shape} fits the tensors of `model` exactly."""
     found = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     wanted = model.state_dict()
     if not in_our_names(shapes.keys(), model):
@@ -290,7 +290,7 @@ def check_fit(shapes: dict[str, tuple], model: nn.Module) -> None:
 
 
 def check_names(found: dict[str, tuple], wanted: dict[str, tuple]) -> None:
-    """Raises WeightsError if the {name: shape} differ, with the number and first names of tensors that do not match."""
+    """Raises WeightsError, which lists names that do not match, unless found equals wanted, each {name: shape}."""
     def some(names: list) -> str:
         return f"{len(names)} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
 
@@ -305,21 +305,21 @@ def check_names(found: dict[str, tuple], wanted: dict[str, tuple]) -> None:
 
 
 def to_diffusers(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Converts a state dict of `model`, for example EMA weights, to diffusers' naming. Tensors are views."""
+    """Converts a state dict of `model`, such as EMA weights, to diffusers' names and shapes. Its tensors are views."""
     return {theirs: add_ones(state_dict[ours], kind) for theirs, (ours, kind) in name_table(model).items()}
 
 
 def to_original(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Converts a state dict of `model` to the original naming."""
+    """Converts a state dict of `model` to the names and shapes of the original naming."""
     return diffusers_to_original(to_diffusers(state_dict, model))
 
 
 # ----- config.json: our constructor arguments and diffusers' ---------------------------------------------------------
 
 def config_to_ours(config: dict, stage: type) -> dict:
-    """Converts a config.json's content to arguments for `stage`. Raises WeightsError for another class or bad values.
+    """Converts a config.json's content to arguments of `stage`. Raises WeightsError for another class or a bad value.
 
-    A config.json of `tools.weights convert --to ours` is accepted too: its keys are our arguments, without _class_name.
+    A config.json by `tools.weights convert --to ours`, whose keys are our arguments, without _class_name, is accepted.
     """
     class_name, arguments, fixed = FORMATS[stage].class_name, FORMATS[stage].arguments, FORMATS[stage].fixed
     if in_our_words(config, stage):
@@ -363,7 +363,7 @@ RANGES = dict(depth=(1, 1000), blocks=(0, 1000), bottleneck_blocks=(0, 1000), le
 
 
 def check_levels(sizes: dict) -> None:
-    """Raises WeightsError if per-level lists differ in length, kernel_size is even, or heads do not divide a width."""
+    """Raises WeightsError if lists in `sizes` differ in length, kernel_size is even, or heads do not divide a width."""
     lists = {name: value for name, value in sizes.items() if isinstance(value, tuple)}
     if len({*map(len, lists.values())}) > 1:
         raise WeightsError("its lists have different lengths, expected one entry for each level: " + ", ".join(
@@ -380,7 +380,7 @@ def check_levels(sizes: dict) -> None:
 
 
 def in_our_words(config: dict, stage: type) -> bool:
-    """Returns whether the keys of a config.json are our argument names for `stage`, rather than diffusers' keys."""
+    """Returns whether the keys of a config.json are our argument names for `stage`, not diffusers' keys."""
     ours, theirs = FORMATS[stage].arguments.keys(), {key for key, _ in FORMATS[stage].arguments.values()}
     return "_class_name" not in config and 0 < len(config) and config.keys() <= ours \
         and (ours == theirs or not config.keys() <= theirs)

@@ -1,4 +1,4 @@
-"""Command lines of all scripts: the parser, and types for numbers within a range.
+"""Defines the command-line parser of all scripts, and types for numbers within a range.
 
   p.add_argument("--frames", type=FRAMES)   # argument --frames: expected a whole number from 2 to 1000, got '1'
   FRAMES.check("frames", frames)            # checks the same range for an argument in Python
@@ -32,7 +32,7 @@ FROM_DIFFUSERS = dict(
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Adds the default to the help of each option that takes a value, unless the text already mentions it."""
+    """Adds the default value to the help text of each option that takes a value, unless the text mentions a default."""
     def _get_help_string(self, action):
         if "default" in action.help or action.required or not action.option_strings or action.nargs == 0:
             return action.help
@@ -44,7 +44,7 @@ USED_MOST = ("data", "out", "weights", "lora", "steps", "lr", "batch", "resoluti
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose --help shows the docstring and all defaults, and whose UserErrors suggest a similar option."""
+    """An ArgumentParser whose --help shows `docstring` and all defaults, and whose errors suggest a similar option."""
     def __init__(self, docstring: str = "", **more):
         super().__init__(description=docstring, formatter_class=HelpFormatter, **more)
 
@@ -67,7 +67,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
     def format_help(self) -> str:
-        """Formats --help. For training scripts, it starts with a usage of one line and the options of USED_MOST."""
+        """Returns the text of --help. In training scripts, it starts with one line of usage and USED_MOST options."""
         if any(action.dest == "data" for action in self._actions):
             first = self.add_argument_group("used most")
             first._group_actions = sorted((action for action in self._actions if action.dest in USED_MOST),
@@ -84,7 +84,7 @@ def option_strings(parser: argparse.ArgumentParser) -> list[str]:
 
 
 def nearest_option(parser: argparse.ArgumentParser, unknown: str) -> str:
-    """Returns a hint for an unknown option: the most similar option of `parser`, else the advice to use --help."""
+    """Returns a hint for the option `unknown`: the most similar option of `parser`, else the advice to use --help."""
     name = unknown.partition("=")[0].replace("_", "-")
     return nearest(name, option_strings(parser)) or "--help lists all options"
 
@@ -92,14 +92,14 @@ def nearest_option(parser: argparse.ArgumentParser, unknown: str) -> str:
 # ----- numbers -------------------------------------------------------------------------------------------------------
 
 class NumberError(UserError, argparse.ArgumentTypeError):
-    """An invalid number. As this is an ArgumentTypeError, argparse adds the name of the option to the message."""
+    """The error for an invalid number. Because it is an ArgumentTypeError, argparse adds the option's name to it."""
 
 
 @dataclass(frozen=True)
 class Number:
     """A range of numbers from `low` to `high`. As `type` of an option, it converts a text to a number in this range.
 
-    whole: whole numbers only. step: only multiples of step. above: excludes `low` itself. below: excludes `high`.
+    whole: only whole numbers. step: only multiples of step. above: excludes `low` itself. below: excludes `high`.
     The default limits are about those of float32. unit: a text for messages, such as " of px".
     """
     low: float = -1e38
@@ -122,8 +122,8 @@ class Number:
             value < self.high if self.below else value <= self.high) and (not self.whole or value % self.step == 0)
 
     def __call__(self, text: str) -> float:
-        """Converts a text to a number. Checks a pattern first, because int() and float() also accept 1_000. Fraction()
-        is not used, because it would take almost forever for 1e-999999999."""
+        """Converts a text to a number in this range, else raises NumberError. Checks a pattern first, because int() and
+        float() also accept 1_000. Fraction() is not used, because it would take almost forever for 1e-999999999."""
         text = text.strip()
         value, (top, slash, bottom) = math.nan, text.partition("/")
         with contextlib.suppress(ValueError, ArithmeticError):
@@ -134,7 +134,7 @@ class Number:
         return value
 
     def check(self, name: str, value) -> float:
-        """Returns `value` as a Python number. Raises TypeError, or UserError outside the range. name: for the error."""
+        """Returns `value` as a Python number. Raises TypeError, or UserError if out of range; both mention `name`."""
         value = plain(value)
         if not isinstance(value, Integral if self.whole else Real):
             raise TypeError(f"{name} is {value!r:.80}, expected {self}.")

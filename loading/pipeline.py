@@ -42,15 +42,15 @@ def load(weights: str | Path | None = None, device: str | None = None, dtype: to
     files       single parts to use instead of parts of `weights`, each a folder, a file or "hub:owner/name": prior,
                 decoder, vqgan, image_encoder, prior_text_encoder, text_encoder; `weights` is then "v2" by default
     device      default cuda if there is one. dtype: such as "bf16", or "auto" (fast); default fp32 on CPUs, else bf16
-    parts       the only parts to load: hub.TEXT_TO_IMAGE (default), hub.RECONSTRUCTION, or a list of names
+    parts       the parts to load, no others: hub.TEXT_TO_IMAGE (default), hub.RECONSTRUCTION, or a list of names
     offline, revision   see hub.fetch
-    fast        use the faster implementations of speed/fast.py; compile: also use torch.compile
-    int8        the large layers of Stages B and C in 8 bits, on a CPU: a quarter of their memory, see speed/int8.py
-    low_memory  one network in memory at a time, read again when needed; default: only if memory cannot hold all
-    offload     one network on the device at a time, the others in main memory
+    fast        use the faster implementations in speed/fast.py; compile: also use torch.compile
+    int8        store large layers of Stages B and C in 8 bits, on a CPU: a quarter of their memory, see speed/int8.py
+    low_memory  keep one network in memory at a time, and read it again when needed; default: if memory is too small
+    offload     keep one network on the device at a time, the others in main memory
     lora        LoRAs for Stage C: a file or "hub:owner/name", a list, or {file: scale}, where 1 is the trained scale;
                 to change later: arguments.set_loras. lora_partial: skip unknown layers with a warning, not an error
-    Raises WeightsError (a ValueError) for files that cannot be used, UserError for a device that is not available.
+    Raises WeightsError (a ValueError) if files cannot be used, UserError if the device is not available.
     """
     check_options(weights, files, FILES, load.__annotations__)
     device = usable_device(device)
@@ -92,7 +92,7 @@ def load(weights: str | Path | None = None, device: str | None = None, dtype: to
 
 
 def choose_dtype(dtype: torch.dtype | str | None, device: torch.device, int8: bool) -> torch.dtype:
-    """Returns the dtype for `load`. Default on a CPU: float32, so that a seed's image depends little on the machine."""
+    """Returns the dtype to use. On a CPU, the default is float32: a seed's image then depends little on the machine."""
     if dtype is None or int8 and dtype == "auto":
         dtype = "fp32" if device.type == "cpu" else "bf16"
     dtype = dtype_of(dtype, device)
@@ -108,7 +108,7 @@ def suggest_bf16(networks: dict[str, torch.nn.Module]) -> None:
 
 
 def fetch_loras(lora: dict[str, float], partial: bool, offline: bool, revision: str | None) -> dict[str, float]:
-    """Fetches the LoRAs in {LoRA: scale}. Returns {path of its file: scale}. Raises WeightsError for invalid files."""
+    """Fetches the LoRAs in {file or "hub:owner/name": scale}. Returns {path: scale}. partial: ignore unknown layers."""
     found = {str(hub.fetch_lora(source, offline, revision)): scale for source, scale in lora.items()}
     for file in found:
         read_lora(file, partial)                 # report errors before 12 GB of weights are fetched
@@ -117,7 +117,7 @@ def fetch_loras(lora: dict[str, float], partial: bool, offline: bool, revision: 
 
 def fetch_encoder_later(weights: str | Path, empty: dict, device: torch.device, files: dict, offline: bool,
                         revision: str | None):
-    """Returns a function that fetches and loads the image encoder. It is called only if the encoder is needed."""
+    """Returns a function that fetches and loads the image encoder. It is only called if something needs the encoder."""
     if weights in hub.NAMES:
         weights = "v1" if isinstance(empty.get("decoder"), w.StageBV1) else "v2"
     return lambda: w.load_image_encoder(locate(weights, files, ("image_encoder",), offline=offline, revision=revision)
@@ -125,14 +125,14 @@ def fetch_encoder_later(weights: str | Path, empty: dict, device: torch.device, 
 
 
 def warn_of_unused_lora(weights: str | Path, prior: str | Path | None) -> None:
-    """Warns if `weights` is a folder with a LoRA, which is not used because the user gave another prior."""
+    """Warns if the folder `weights` has a LoRA that is not used, because the user gave another prior."""
     if prior and (Path(weights) / "lora.safetensors").is_file():
         warn(f"the LoRA of {weights} is not used, because it was trained on another prior than {prior}: "
              f"to use it all the same, add --lora {weights} (in Python lora=...)")
 
 
 def preview_file_of(model: Wuerstchen, weights: str | Path, files: dict, vqgan: Path | None) -> Path | None:
-    """Returns the file for the preview matrices of these weights (extras/previews.py), or None for mixed weights."""
+    """Returns the file for preview matrices, see extras/previews.py, or None for hub:owner/name or mixed weights."""
     folder = hub.own_cache() if weights in hub.NAMES else vqgan.parent if vqgan else None
     own = not (files.get("vqgan") or files.get("image_encoder") or hub.is_reference(weights)) and folder is not None
     raw = model.scale_semantic is not Wuerstchen.scale_semantic
@@ -140,7 +140,7 @@ def preview_file_of(model: Wuerstchen, weights: str | Path, files: dict, vqgan: 
 
 
 def build_all(paths: dict) -> dict[str, torch.nn.Module]:
-    """Builds {part: model on the meta device} for Stages A, B and C. Raises WeightsError if files do not fit."""
+    """Returns {part: model on the meta device} for Stages A, B and C. Raises WeightsError if files do not match."""
     stages = dict(vqgan=w.StageA, decoder=w.stage_b_of(paths["decoder"]) if paths["decoder"] else None, prior=w.StageC)
     empty = {part: w.build_empty(stage, paths[part])[0] for part, stage in stages.items() if paths[part]}
     for part, key, encoder, name in (("prior", "c_cond", "prior_text_encoder", "Stage C"),
@@ -156,7 +156,8 @@ def build_all(paths: dict) -> dict[str, torch.nn.Module]:
 
 def loaders_of(paths: dict, empty: dict, device: torch.device, dtype: torch.dtype, int8: bool, loras: dict,
                lora_partial: bool) -> dict:
-    """Returns {name of a network in Wuerstchen: function that loads it onto the device} for the parts in `paths`."""
+    """Returns {name of a network in Wuerstchen: function that loads it onto `device`} for the parts in `paths`.
+    empty: the result of build_all. loras: {path: scale}."""
     def stage(part: str, int8: bool) -> torch.nn.Module:
         # Activations of the VQGAN can exceed float16's maximum, 65504. So instead of float16, it is loaded in float32.
         half = dtype == torch.float16 and part == "vqgan"
@@ -199,7 +200,7 @@ def loaders_of(paths: dict, empty: dict, device: torch.device, dtype: torch.dtyp
 
 
 def pipeline_for(paths: dict, empty: dict, loaders: dict, device, dtype) -> Wuerstchen:
-    """Builds a Wuerstchen, or WuerstchenV1 if the decoder is v1's, with default sampling settings for these weights."""
+    """Returns a Wuerstchen, or WuerstchenV1 if the decoder is v1's, with default settings. loaders: from loaders_of."""
     tiny = bool(paths["image_encoder"]) and w.is_tiny(paths["image_encoder"])
     decoder, prior = empty.get("decoder"), empty.get("prior")
     if not isinstance(decoder, w.StageBV1):
@@ -214,7 +215,7 @@ def pipeline_for(paths: dict, empty: dict, loaders: dict, device, dtype) -> Wuer
 
 
 def bytes_needed(paths: dict, empty: dict, dtype: torch.dtype, int8: bool) -> float:
-    """Computes how many bytes all networks need. With int8, converts the layers of the empty Stages B and C to int8."""
+    """Returns how many bytes all networks need. If int8, first converts large layers of Stages B and C in `empty`."""
     for part in ("decoder", "prior"):
         if int8 and part in empty:
             to_int8(empty[part])

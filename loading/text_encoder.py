@@ -1,4 +1,4 @@
-"""The text encoder, CLIP's text model: turns a prompt into one vector per token, the condition of Stages B and C.
+"""The text encoder, CLIP's text model: turns a prompt into one vector per token. Stages B and C get these vectors.
 
   prompt -Tokenizer-> ids (B,77), mask (B,77) -CLIPTextModel-> (B,77,D)
 
@@ -41,7 +41,7 @@ def byte_pair_encoding(vocabulary: dict[str, int], merges: list[tuple[str, str]]
 
 
 class Tokenizer:
-    """Splits texts into tokens: n texts -> ids (n,N) and mask (n,N), which is 1 at tokens and 0 at padding.
+    """Splits n texts into tokens. Returns ids (n,N) and a mask (n,N), which is 1 at tokens and 0 at padding.
     bpe: a tokenizers.Tokenizer. config: tokenizer_config.json; only its pad_token and model_max_length (N) are used."""
     def __init__(self, bpe, config: dict):
         self.bpe, self.config, self.length = bpe, USUAL | config, int(config.get("model_max_length", 77))
@@ -54,7 +54,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":
-        """Reads tokenizer.json if it exists, else vocab.json and merges.txt. Raises errors of json and tokenizers."""
+        """Loads a folder's tokenizer from tokenizer.json, or if it is missing, from vocab.json and merges.txt."""
         import tokenizers
         found = {name: (Path(folder) / name).read_text("utf-8") for name in FILES if (Path(folder) / name).is_file()}
         config = json.loads(found.get("tokenizer_config.json", "{}"))
@@ -66,12 +66,12 @@ class Tokenizer:
         return cls(byte_pair_encoding(json.loads(found["vocab.json"]), [(a, b) for a, b in lines]), config)
 
     def files(self) -> dict[str, str]:
-        """Returns {file name: content} in the format that transformers reads."""
+        """Returns {name: content} of the files in which transformers stores this tokenizer."""
         config = json.dumps(self.config, indent=2, sort_keys=True)
         return {"tokenizer.json": self.bpe.to_str(pretty=True), "tokenizer_config.json": f"{config}\n"}
 
     def __call__(self, texts: list[str], length: int | None = None) -> tuple[Tensor, Tensor]:
-        """Converts n texts to ids and mask (n,N). N is `length`, at most model_max_length. Warns if it cuts a text."""
+        """Converts n texts to ids and mask, each (n,N). N: length, at most model_max_length. Warns if a text is cut."""
         length = min(length or self.length, self.length)
         ids, mask = torch.full((len(texts), length), self.pad), torch.zeros(len(texts), length, dtype=torch.long)
         for i, text in enumerate(texts):
@@ -90,7 +90,7 @@ ACTIVATIONS = dict(gelu=F.gelu, quick_gelu=lambda x: x * torch.sigmoid(1.702 * x
 
 
 class Attention(nn.Module):
-    """Self-attention: x (B,N,D), visible (B,1,N,N) -> (B,N,D). visible[b,0,i,j]: whether token i attends to token j."""
+    """Self-attention on x (B,N,D). visible (B,1,N,N): visible[b,0,i,j] is True if token i attends to token j."""
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
@@ -115,7 +115,7 @@ class Layer(nn.Module):
 
 
 class CLIPTextModel(nn.Module):
-    """CLIP's text transformer: ids (B,N), mask (B,N) -> (B,N,D). Arguments: keys of config.json; ignores all others."""
+    """CLIP's text transformer: ids and mask, each (B,N) -> (B,N,D). Arguments: config.json's keys; ignores others."""
     def __init__(self, vocab_size: int = 49408, hidden_size: int = 512, intermediate_size: int = 2048,
                  num_hidden_layers: int = 12, num_attention_heads: int = 8, max_position_embeddings: int = 77,
                  hidden_act: str = "quick_gelu", layer_norm_eps: float = 1e-5, **_):
@@ -147,7 +147,7 @@ class CLIPTextModel(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Tokenizer and text model: n prompts -> (n,N,D). Stages B and C also attend to the vectors at padding tokens."""
+    """A tokenizer and a text model: n prompts -> (n,N,D). Stages B and C also attend to vectors of padding tokens."""
     def __init__(self, tokenizer: Tokenizer, model: CLIPTextModel):
         super().__init__()
         self.tokenizer, self.model = tokenizer, model

@@ -34,7 +34,7 @@ from v1.stage_b import StageBV1
 # ----- loading -------------------------------------------------------------------------------------------------------
 
 class NoStartValues(torch.overrides.TorchFunctionMode):
-    """Context manager that skips normal_ and randn: on the meta device they would only import torch's slow compiler."""
+    """A context manager that skips normal_ and randn. On the meta device they only import torch's slow compiler."""
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is nn.init.normal_:
             return kwargs["tensor"]
@@ -42,8 +42,8 @@ class NoStartValues(torch.overrides.TorchFunctionMode):
 
 
 def config_of(path: str | Path) -> dict | None:
-    """Reads the configuration of weights. For a folder: its config.json. For a file: the configuration in the file, or
-    else the config.json next to it; None if both are missing. Raises WeightsError."""
+    """Returns the configuration of weights: a folder's config.json; for a file, the configuration in it, or else the
+    config.json next to it, or None if there is neither. Raises WeightsError if a config.json cannot be read."""
     path = Path(path)
     if path.is_dir():
         return read_config(path)
@@ -55,8 +55,8 @@ IMPOSSIBLE = (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError)
 
 
 def new_model(stage: type, config: str | Path | None, **sizes) -> nn.Module:
-    """Returns a model with random weights. `sizes` override those in `config`: a config.json, its folder, or None.
-    Raises UserError if the sizes are invalid, or if they need more memory than is free."""
+    """Returns a model of class `stage` with random weights. `sizes` override those in `config`, a config.json or its
+    folder. Raises UserError if the sizes are invalid, or if they need more memory than is free."""
     try:
         if config:
             found = read_config(config) if Path(config).is_dir() else read_json(config)
@@ -72,7 +72,7 @@ def new_model(stage: type, config: str | Path | None, **sizes) -> nn.Module:
 
 
 def official_sizes(stage: type, shapes: dict[str, tuple]) -> dict:
-    """Guesses arguments of `stage` from tensors' shapes if there is no config.json: v1's, or {} for v2's defaults."""
+    """Guesses arguments of `stage` from {tensor name: shape}, for weights without config.json: v1's, or {} for v2's."""
     shape = signature_shape(stage, shapes)
     if stage is StageC and shape[1:] == (1024,):
         return dict(c_cond=1024)                             # v1: width of CLIP-H's vectors
@@ -82,10 +82,10 @@ def official_sizes(stage: type, shapes: dict[str, tuple]) -> dict:
 
 
 def build_empty(stage: type, path: str | Path) -> tuple[nn.Module, TensorFile]:
-    """Builds a model on the meta device -> (model, its file). Checks names and shapes of the file, but reads no values.
+    """Builds a model on the meta device and opens its file. Returns both. Checks names and shapes, but reads no values.
 
-    path: the model's folder, or a single file. The sizes come from config_of(path). If that is None, as for the
-    original .pt files, the sizes are the official ones of v1 or v2. Raises WeightsError.
+    path: the model's folder, or a single file. The sizes are those in config_of(path). If that returns None, as for the
+    original .pt files, they are the official sizes of v1 or v2. Raises WeightsError if the file does not fit the sizes.
     """
     def open_file() -> TensorFile:
         return TensorFile(find_file(path, (STEM, "model")), FORMATS[stage].sections)
@@ -109,11 +109,11 @@ def build_empty(stage: type, path: str | Path) -> tuple[nn.Module, TensorFile]:
 
 @return_freed_memory()
 def fill(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> nn.Module:
-    """Fills a model that was built on the meta device with (our name, tensor) pairs, in `dtype`. Sets eval mode.
+    """Fills a model on the meta device with the tensors in (our name, tensor) pairs, in `dtype`, and sets eval mode.
 
     A model on the meta device has shapes but no memory, so no time is spent on random weights that are overwritten.
     Tensors are converted one at a time, so the file and the model are never both in memory as a whole.
-    Counters (num_batches_tracked) stay integers. Raises WeightsError for NaN or infinity.
+    Counters (num_batches_tracked) stay integers. Raises WeightsError if a tensor contains NaN or infinity.
     """
     wanted, converted = model.state_dict(), {}
     for name, tensor in tensors:
@@ -130,8 +130,8 @@ def fill(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch.d
 
 
 def load(stage: type, path: str | Path, dtype: torch.dtype = torch.float32, int8: bool = False) -> nn.Module:
-    """Loads one model from its folder or file, in eval mode. int8: converts large layers to int8 while reading.
-    Raises WeightsError."""
+    """Loads a model of class `stage` from its folder or file, in eval mode. int8: whether to convert large layers to
+    int8 while reading. Raises WeightsError if the file cannot be used."""
     model, file = build_empty(stage, path)
     tensors = translate(file, file.shapes.keys(), model)
     if int8:
@@ -165,7 +165,7 @@ def load_text_encoder(folder: str | Path, tokenizer_folder: str | Path,
     """Loads a TextEncoder, in eval mode, from the two folders that transformers writes.
 
     In the published files every tensor's name starts with "text_model."; transformers 5 omits this prefix. Older files
-    also contain `position_ids`, which is 0, 1, 2, ... and is ignored. Raises WeightsError.
+    also contain `position_ids`, which is 0, 1, 2, ... and is ignored. Raises WeightsError if a file cannot be used.
     """
     config, path = read_config(folder), Path(folder) / "config.json"
     for name, most in CLIP_SIZES.items():   # a larger size is a typing error, and building would take hours
@@ -219,7 +219,7 @@ def check_widths(width: int, folder: str | Path, stage: str) -> None:
 
 
 def stage_b_of(path: str | Path) -> type:
-    """Returns the class for a decoder's weights, StageB or StageBV1: by their configuration, else by tensors' names."""
+    """Returns StageB or StageBV1, the class for a decoder's weights, as their config or else tensors' names show."""
     config = config_of(path)
     if config is not None:
         v1 = config.get("_class_name") == FORMATS[StageBV1].class_name or in_our_words(config, StageBV1)

@@ -1,4 +1,4 @@
-"""The words that a small model knows, and a warning for prompts with unknown words.
+"""Reads the words that a small model knows, and warns if a prompt has unknown words.
 
   prior/words.json + "a zebra on a blue background"  ->  warning: the model does not know "zebra"; ...
 
@@ -24,7 +24,7 @@ WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*|[^\w\s!-~\u2010-\u205e]+")
 
 
 def read_words(prior: Path | None) -> dict[str, list[str]]:
-    """Reads words.json in Stage C's folder -> {kind: known phrases}; {} if there is no file. Raises WeightsError."""
+    """Returns {kind: known phrases} of Stage C's words.json, {} without this file. Raises WeightsError if it is bad."""
     if not prior or not (path := Path(prior) / FILE).exists():
         return {}
     words = read_json(path)
@@ -35,13 +35,13 @@ def read_words(prior: Path | None) -> dict[str, list[str]]:
 
 
 def unknown_words(prompt: str, known: dict[str, list[str]]) -> list[str]:
-    """Returns the unknown words of a prompt, spelled as in the prompt. The comparison with `known` ignores case."""
+    """Returns the words of a prompt that are in no phrase of `known`, {kind: phrases}. The comparison ignores case."""
     words = {word for phrases in known.values() for phrase in phrases for word in phrase.split()}
     return [word for word in dict.fromkeys(WORD.findall(prompt)) if word.lower() not in words]
 
 
 def nearest_phrases(unknown: list[str], known: dict[str, list[str]], n: int = 3) -> list[str]:
-    """Suggests up to n known phrases: phrases with a word similar to an unknown word, then objects in list order."""
+    """Returns up to n phrases of `known`: those with a word similar to an unknown word, then objects in list order."""
     phrase_of = {word: phrase for phrases in reversed(known.values()) for phrase in reversed(phrases)
                  for word in phrase.split() if len(word) > 2}     # {word of 3 letters or more: first phrase with it}
     near = [phrase_of[match] for word in unknown for match in difflib.get_close_matches(word.lower(), phrase_of, n=1)]
@@ -49,7 +49,7 @@ def nearest_phrases(unknown: list[str], known: dict[str, list[str]], n: int = 3)
 
 
 def warn_of_unknown_words(model: Wuerstchen, prior: Path | None, loras: dict) -> Wuerstchen:
-    """Makes a model without LoRAs warn once for each unknown word in a prompt; returns it. Raises WeightsError."""
+    """Makes a model without LoRAs warn once for each unknown word. Returns the model. prior: folder of Stage C."""
     known, seen, encode_text = read_words(prior), set(), model.encode_text
     if not known or loras:
         return model

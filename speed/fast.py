@@ -1,4 +1,4 @@
-"""Fast forms of the networks for sampling: the same outputs as stage_a.py, stage_b.py and stage_c.py, in less time.
+"""Computes the same outputs as stage_a.py, stage_b.py and stage_c.py in less time, for sampling.
 
   accelerate(model)                                          # a Wuerstchen; Wuerstchen.load calls it
   predict = bind_c(stage_c, text); eps = predict(x_t, t)     # = stage_c(x_t, t, text), at every step of a sampling
@@ -67,14 +67,14 @@ def few_launches(device: torch.device) -> bool:
 
 @functools.cache
 def constants(width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns three tensors: weight and bias of a Linear that computes 1e-6 + the mean of `width` inputs; and a 1."""
+    """Returns three tensors: weight and bias of a Linear that computes the mean of `width` inputs + 1e-6; and a 1."""
     return (torch.full((1, width), 1 / width, dtype=dtype, device=device),
             torch.full((1,), 1e-6, dtype=dtype, device=device), torch.ones((), dtype=dtype, device=device))
 
 
 def text_kv(block: AttentionBlock, text: Tensor, lean: bool) -> tuple:
-    """Returns (keys, values) of the text for `attend`. If lean: (keys and values joined, weight, bias); weight and bias
-    join those of query, key and value, which become views of the joint tensors, so nothing is stored twice."""
+    """Returns keys and values of the text, each (B,N,C). If lean: both in one tensor, and the joint weight
+    and bias of query, key and value. Their own tensors become views of the joint ones, so nothing is stored twice."""
     kv, layers = block.text_kv(text), (block.query, block.key, block.value)
     if not lean or any(type(layer) is not nn.Linear for layer in layers):
         return kv
@@ -100,8 +100,8 @@ def attend(block: AttentionBlock, x: Tensor, kv: tuple) -> Tensor:
 
 
 def all_mappers(network: nn.Module, blocks: list[TimestepBlock], lean: bool, levels: Tensor | None) -> tuple | None:
-    """Joins the linear layers `mapper` of all blocks. Returns (function t (B,) -> all scales and shifts, widths of the
-    blocks), or None if not lean or a layer is not a Linear. levels: falling t to compute in advance, or None."""
+    """Joins the layers `mapper` of all blocks. Returns a function from t (B,) to all scales and shifts, and blocks'
+    widths; None if not lean or if a layer is not a Linear. levels: falling t to compute in advance, or None."""
     layers = [block.mapper for block in blocks]
     if not lean or any(type(layer) is not nn.Linear for layer in layers):
         return None
@@ -116,7 +116,7 @@ def all_mappers(network: nn.Module, blocks: list[TimestepBlock], lean: bool, lev
 
 
 def all_scales(network: nn.Module, blocks: list[TimestepBlock], mappers: tuple | None, t: Tensor, dtype) -> list:
-    """Returns for each block a function x (B,H,W,C) -> block(x, embedding of t). mappers: from all_mappers."""
+    """Returns one function per block: from x (B,H,W,C) to block(x, embedding of t). mappers: see all_mappers."""
     if mappers is None:
         t_embedding = timestep_embedding(t, network.c_timestep).to(dtype)                # (B, c_timestep)
         return [functools.partial(block, t_embedding=t_embedding) for block in blocks]
@@ -133,12 +133,12 @@ def timestep_blocks(network: nn.Module) -> list[TimestepBlock]:
 
 
 def can_split(layer: nn.Module) -> bool:
-    """Returns whether `part` works for a layer. Other layers, such as a LoRALayer, need their whole input."""
+    """Returns whether `part` works for a layer. Others, such as LoRALayers, need the whole input at once."""
     return type(layer) in (nn.Linear, Int8Linear)
 
 
 def part(layer: nn.Linear | Int8Linear, x: Tensor, start: int = 0) -> Tensor:
-    """Returns what x (...,C'), the inputs from index `start`, adds to layer(inputs); at start 0, also adds the bias."""
+    """Returns what a slice x (...,C') of inputs adds to layer(inputs). start: its first index; 0 also adds the bias."""
     if isinstance(layer, Int8Linear):
         return layer.part(x, start)
     return F.linear(x, layer.weight[:, start:start + x.shape[-1]], None if start else layer.bias)
@@ -173,7 +173,7 @@ def res_block(block: ResBlock, x: Tensor, skip: Tensor | None = None, condition:
 def bind(network: nn.Module, step: Callable, prepare: Callable) -> Callable[[Tensor, Tensor], Tensor]:
     """Returns forward(x_t, t) = step(network, x_t, t, prepare(size)), where size is (h,w) of x_t.
     prepare is called only at the first step, and after a change of the size or of the network's LoRAs. If step has an
-    attribute `fixed`, see at_fixed, all samplings share prepared tensors, so prepare is also called after others."""
+    attribute `fixed`, see at_fixed, all samplings share tensors, so prepare is also called after another sampling."""
     parents = [module for module in network.modules() if module._modules]
     before, prepared, token, fixed = None, None, object(), getattr(step, "fixed", None)
 
@@ -195,7 +195,7 @@ def bind(network: nn.Module, step: Callable, prepare: Callable) -> Callable[[Ten
 
 
 def at_fixed(fixed: dict, prepared: tuple) -> tuple:
-    """Copies prepared tensors to fixed addresses: over the tensors of an earlier sampling with the same shapes, if any.
+    """Copies tensors to fixed addresses, those of an earlier sampling with the same shapes, if any; returns `prepared`.
 
     A CUDA graph reads its inputs from the addresses at which it was recorded. torch would copy tensors from other
     addresses at every step (0.7 GB for Stage B in float32 at 1024 px); this function copies once per sampling. fixed:
@@ -226,7 +226,7 @@ def bind_c(network: StageC, text: Tensor, step: Callable | None = None,
 
 
 def step_c(network: StageC, x_t: Tensor, t: Tensor, prepared: tuple[list[tuple], tuple | None]) -> Tensor:
-    """Computes StageC.forward. prepared: (results of text_kv for all attention blocks, result of all_mappers)."""
+    """Computes StageC.forward. prepared: (list of text_kv's result for each attention block, result of all_mappers)."""
     dtype = next(network.parameters()).dtype
     x = widen(network.embed(channels_last(x_t).to(dtype)))                               # (B, h, w, C)
     kvs, mappers = prepared
@@ -268,8 +268,8 @@ def bind_b(network: StageB, semantic: Tensor, text: Tensor, step: Callable | Non
 
 
 def step_b(network: StageB, x_t: Tensor, t: Tensor, prepared: tuple) -> Tensor:
-    """Computes StageB.forward. prepared: (list with an entry for each attention block and ResBlock in the order in
-    which they run, see bind_b; result of all_mappers)."""
+    """Computes StageB.forward. prepared: a list with one entry for each attention block and ResBlock, in the order in
+    which they run, and all_mappers' result; see bind_b."""
     dtype = next(network.parameters()).dtype
     x = network.embed(channels_last(F.pixel_unshuffle(x_t.to(dtype), network.patch_size)))         # (B, h/2, w/2, C0)
     x = u_net(network, layer_norm(x), t, prepared)                                       # (B, h/2, w/2, C0)
@@ -280,7 +280,7 @@ def step_b(network: StageB, x_t: Tensor, t: Tensor, prepared: tuple) -> Tensor:
 
 def bind_b_v1(network: nn.Module, semantic: Tensor, text: Tensor,
               step: Callable | None = None) -> Callable[[Tensor, Tensor], Tensor]:
-    """Does what bind_b does, for v1's Stage B: returns forward(tokens, t), which computes logits."""
+    """Returns forward(tokens, t) = network(tokens, t, semantic, text), logits of v1's Stage B. step: see bind_b."""
     def prepare(size: tuple[int, int]) -> tuple[list[tuple], tuple | None]:
         sequence = network.condition(semantic, text)                                     # (B, h'*w' + N, c_cond)
         blocks = (block for level in (*network.down_blocks, *reversed(network.up_blocks)) for block in level)
@@ -291,7 +291,7 @@ def bind_b_v1(network: nn.Module, semantic: Tensor, text: Tensor,
 
 
 def step_b_v1(network: nn.Module, tokens: Tensor, t: Tensor, prepared: tuple) -> Tensor:
-    """Computes StageBV1.forward. prepared: (list as for step_b, result of all_mappers)."""
+    """Computes StageBV1.forward, the logits (B,8192,h,w) of tokens (B,h,w). prepared: see step_b."""
     x = channels_first(layer_norm(network.embed_token(tokens)))                          # (B, c_token, h, w)
     x = layer_norm(network.embed(channels_last(F.pixel_unshuffle(x, network.patch_size))))
     x = u_net(network, x, t, prepared)                                                   # (B, h/2, w/2, C0)
@@ -300,8 +300,8 @@ def step_b_v1(network: nn.Module, tokens: Tensor, t: Tensor, prepared: tuple) ->
 
 
 def u_net(network: nn.Module, x: Tensor, t: Tensor, prepared: tuple) -> Tensor:
-    """Runs Stage B's U-Net like signal_and_scale in stage_b.py: levels down, levels up, and the norm before the head.
-    x (B,h/2,w/2,C0) -> (B,h/2,w/2,C0)."""
+    """Runs the U-Net of Stage B, v2's or v1's: levels down, levels up, and the norm before the head. prepared: see
+    step_b. x (B,h/2,w/2,C0) -> (B,h/2,w/2,C0)."""
     inputs, dtype, x = iter(prepared[0]), x.dtype, widen(x)
     timesteps = iter(all_scales(network, timestep_blocks(network), prepared[1], t, dtype))
 
@@ -333,8 +333,8 @@ def u_net(network: nn.Module, x: Tensor, t: Tensor, prepared: tuple) -> Tensor:
 
 @torch.no_grad()
 def decode(stage_a: StageA, latents: Tensor) -> Tensor:
-    """Computes stage_a.decode(latents). On a CPU, blocks with large inputs are computed in bands of rows, which is 8 %
-    faster at the official size."""
+    """Computes stage_a.decode(latents). On a CPU, blocks with large inputs are computed in bands of rows, which
+    is 8 % faster at the official size."""
     wrong = latents.shape[1] != stage_a.config["c_latent"]              # in this case, stage_a.decode raises an error
     if wrong or latents.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return stage_a.decode(latents)

@@ -1,4 +1,4 @@
-"""Int8: the large linear layers of a network in a quarter of the memory, and about twice as fast on a CPU.
+"""Int8: stores large linear layers in a quarter of the memory, and computes them about twice as fast on a CPU.
 
   model.requires_grad_(False)
   to_int8(model)                           # in place; or before loading, on the meta device: see quantised
@@ -73,7 +73,7 @@ def is_exact(n: int) -> bool:
 
 
 def finest() -> int:
-    """Returns the largest weight, 127 or 64, with exact int8 products on this processor. Raises ValueError if none."""
+    """Returns the largest weight, 127 or 64, with exact int8 products on this processor; if none, raises ValueError."""
     try:
         fits = [n for n in (127, 64) if is_exact(n)]
     except (AttributeError, RuntimeError) as error:
@@ -85,7 +85,7 @@ def finest() -> int:
 
 
 def quantise_weight(weight: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Rounds weight (out,in) to whole numbers from -n to n. Returns numbers (out,in) int8, scales (out,) float32."""
+    """Rounds weight (out,in) / scale (out,) to whole numbers from -n to n. Returns the numbers (int8) and the scale."""
     weight = weight.detach().float()
     scale = weight.abs().amax(1) / n                                                     # (out,)
     return (weight / scale.clamp_min(1e-30)[:, None]).round_().to(torch.int8), scale
@@ -137,11 +137,11 @@ class Int8Linear(nn.Module):
         self.parts = {}
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (...,in) float32 -> (...,out)."""
+        """Applies the layer to x (...,in) in float32. Returns (...,out)."""
         return self.part(x, 0)
 
     def part(self, x: Tensor, start: int) -> Tensor:
-        """Returns what x (...,C'), the inputs from index `start`, adds to the output; at start 0 also the bias."""
+        """Returns what a slice x (...,C') of the inputs adds to the output. start: its first index; 0 adds the bias."""
         rows = x.flatten(0, -2)                                                          # (M, C')
         if torch.compiler.is_compiling() or len(rows) <= ROWS:
             y = self.of_rows(rows, start)                                                # (M, out)
@@ -152,7 +152,7 @@ class Int8Linear(nn.Module):
         return y.view(*x.shape[:-1], self.out_features)
 
     def of_rows(self, rows: Tensor, start: int) -> Tensor:
-        """Computes `part` for rows (M,C') -> (M,out)."""
+        """Computes the result (M,out) of `part` for rows (M,C')."""
         from_least = self.total is not None and rows.shape[-1] == self.in_features
         least, most = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)            # (M, 1); faster than rows.abs()
         # Conversion to integers truncates, so 0.5 is added to round.
@@ -178,7 +178,7 @@ class Int8Linear(nn.Module):
 
 
 def state_of(name: str, weight: Tensor, n: int) -> dict[str, Tensor]:
-    """Returns an Int8Linear's {full name: tensor} except bias, for weight (out,in) of layer `name`. n: see finest."""
+    """Returns the state dict, without bias, of an Int8Linear `name` for this weight (out,in). n: see `finest`."""
     weight8, scale = quantise_weight(weight, n)
     total = {f"{name}.total": scale * weight8.sum(1)} if weight.shape[1] >= weight.shape[0] else {}
     return {f"{name}.weight": weight8, f"{name}.scale": scale, **total}
@@ -192,7 +192,7 @@ def large(model: nn.Module, least: int = 128) -> list[str]:
 
 @torch.no_grad()
 def to_int8(model: nn.Module, least: int = 128) -> list[str]:
-    """Replaces the large linear layers by Int8Linear, one by one to save memory. Returns their names.
+    """Replaces large linear layers by Int8Linear, one by one to save memory. Returns their names. least: see `large`.
 
     In a model on the meta device, the new layers are empty; fill them with `quantised`. Raises ValueError, see `check`.
     """
@@ -212,7 +212,7 @@ def to_int8(model: nn.Module, least: int = 128) -> list[str]:
 
 
 def quantised(tensors: Iterable[tuple[str, Tensor]], names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """Converts the (name, tensor) pairs of a float model to those of the model with the layers `names` in int8.
+    """Yields (name, tensor) pairs for a model with the layers `names` in int8, converted from a float model's pairs.
     Pairs are converted one by one, so the whole float model is never in memory."""
     weights, n = {f"{name}.weight": name for name in names}, finest()
     for name, tensor in tensors:
@@ -245,7 +245,7 @@ def one_image_at_a_time(model) -> None:
 
 
 def check(devices: Iterable[torch.device], dtype: torch.dtype = torch.float32) -> None:
-    """Raises ValueError if int8 is not exact on one of `devices`, or if `dtype` (of other layers) is not float32."""
+    """Raises ValueError unless all devices are CPUs with exact int8 products and dtype, of other layers, is float32."""
     if dtype != torch.float32:
         raise ValueError(f"int8 computes in float32 between its products, not in {dtype}: remove one of them.")
     for device in devices:

@@ -1,4 +1,4 @@
-"""Less memory: one network at a time, networks that wait in main memory, images decoded in tiles.
+"""Saves memory: keeps one network at a time, moves waiting networks to main memory, decodes images in tiles.
 
   one_at_a_time(model)     keeps one network in memory, and reads each network again when it is needed
   offload(model)           keeps one network on the GPU, the others in main memory
@@ -23,7 +23,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def one_at_a_time(model) -> None:
-    """Makes a Wuerstchen keep only one network in memory: frees it before it loads another one."""
+    """Makes a Wuerstchen keep only one network in memory: frees the previous network before it loads the next."""
     plain, held = model.part, {}
 
     def part(name: str):

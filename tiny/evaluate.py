@@ -62,7 +62,7 @@ def fixed_prompts(seed: int = 0) -> list[dict]:
 
 
 def prompts_of(name: str, seed: int = 0) -> list[dict]:
-    """Returns 64 prompts about one object, dicts as in fixed_prompts: 24 only of it (8 colours x 3 sizes), 40 pairs."""
+    """Returns 64 prompts, see fixed_prompts, about object `name`: 24 only of it (8 colours x 3 sizes), 40 pairs."""
     rng = np.random.default_rng(seed)
     others = [other for other in rng.permutation(CAPTIONED).tolist() if other != name][:40]
     sizes, colours = [None, "small", "large"] * 8, sorted(COLOURS) * 8
@@ -104,7 +104,7 @@ def tally(verdicts: list[dict], facts: list[dict]) -> dict:
 
 def score(images, facts: list[dict], judge: Judge | None = None) -> dict:
     """Judges whether images show what their prompts ask for. Returns the shares of correct images, see tally.
-    images: n square uint8 RGB images; facts: their n prompts, dicts of fixed_prompts()."""
+    images: n square uint8 RGB images; facts: their n prompts, as in fixed_prompts. Raises ValueError if n differs."""
     if len(images) != len(facts):
         raise ValueError(f"Got {len(images)} images for {len(facts)} prompts; give one per prompt.")
     judge = judge or Judge()
@@ -118,7 +118,7 @@ def print_table(title: str, figures: dict) -> None:
 
 
 def draw_grid(images, facts: list[dict], verdicts: list[dict], columns: int = 8) -> Image.Image:
-    """Draws images with their prompts below: in green if the image shows everything in the prompt, else in red."""
+    """Draws a grid of images, each above its prompt, which is green if the verdict has no False, else red."""
     width, height = CANVAS + 8, CANVAS + 44
     grid = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
     draw, font = ImageDraw.Draw(grid), ImageFont.load_default(size=10)
@@ -182,7 +182,7 @@ def parse_args(argv=None):
 
 
 def load(args):
-    """Returns the model, and the sampling options that the user gave."""
+    """Loads the weights in args. Returns the model and a dict of the sampling options that the user gave."""
     from wuerstchen import Wuerstchen                    # imported here, so that --help and --real start fast
     model = Wuerstchen.load(args.weights, dtype=args.dtype, int8=args.int8, lora=args.lora)
     return model, sampling_options(argparse.Namespace(**dict.fromkeys(OF_STAGES) | vars(args)), model)
@@ -198,8 +198,8 @@ def sample(args, prompts: list[str]) -> list[Image.Image]:
 
 
 def sharpness_of(args, run: dict, facts: list[dict], judge: Judge) -> dict:
-    """Prints and returns {title: result of sharpness.summary}, the sharpness of objects, for the images of `run`, which
-    is {title: images}. Without --real, also for true images after Stage A and after Stage B, see sharpness.stages."""
+    """Prints and returns the sharpness of objects: {title: result of sharpness.summary}. run: {title: images} to
+    measure. Without --real, the result includes real images after Stage A and after Stage B, see sharpness.stages."""
     from tiny.sharpness import stages, summary
     (title, images), rows = *run.items(), {}
     if not args.real:
