@@ -150,7 +150,7 @@ class CachedTexts:
     a GPU and 1 on a CPU, where larger batches gain little. Matrix products of the same shape use the same kernel, which
     sums each row in the same order. So on one kind of device, a caption's embedding is the same bit for bit, whatever
     captions share its batch. Batches of varying size would change its rounding. Autocast is turned off while encoding.
-    encoder: a TextEncoder. cache: a Cache or None. most: number of embeddings kept in the device's memory.
+    encoder: a TextEncoder. cache: a Cache or None. most: largest number of embeddings kept in the device's memory.
     """
     def __init__(self, encoder, device: torch.device, cache=None, most: int = 1000, rows: int | None = None):
         self.encoder, self.device, self.cache, self.most, self.memory = encoder, device, cache, most, {}
@@ -204,7 +204,7 @@ def fill_cache(dataset: ImageDataset, sizes: Callable[[int], list[tuple[int, int
     """Computes the latents of images and embeddings of captions that are not cached yet. Each process does its share.
 
     sizes     a function: sizes(i) is a list of all (height, width) to which image i is cut around its center
-    flips     whether to cache the latents of mirrored images as well;  texts: a CachedTexts, or None
+    flips     whether to also cache the latents of mirrored images;  texts: a CachedTexts, or None for no embeddings
     caches    {name: Cache};  encoders: {name: function from pixels (1,h,w,3) uint8 to latents (1,C,h',w')}
     Returns {index of an unreadable image: index of the image to use instead}: the next readable image in the same
     bucket (dataset.bucket) or, if there is none, in the whole dataset. Raises ValueError if no image can be read.
@@ -214,7 +214,7 @@ def fill_cache(dataset: ImageDataset, sizes: Callable[[int], list[tuple[int, int
                 for flip in (False, True)[:1 + flips]}
 
     def fill(images: Iterable[int], sizes: Callable) -> set[str]:
-        """Computes missing entries. Returns the keys that still have none because their image cannot be read."""
+        """Computes the missing entries of images, cut to sizes(i). Returns the keys of images that cannot be read."""
         keys = {key: what for i in images for key, what in keys_of(i, sizes).items()}
         missing = list(dict.fromkeys(key for cache in caches.values() for key in cache.missing([*keys])))
         missing = missing[processes.rank::processes.world]
@@ -240,7 +240,7 @@ def fill_cache(dataset: ImageDataset, sizes: Callable[[int], list[tuple[int, int
 
 def _replacements(dataset: ImageDataset, broken: list[int], sizes: Callable, fill: Callable, processes
                   ) -> dict[int, int]:
-    """Returns {index of a broken image: index of the image to use instead}, see fill_cache. Reports broken images."""
+    """Returns {index of a broken image: index of its replacement} and caches replacements by `fill`. See fill_cache."""
     def first_after(i: int, usable: np.ndarray) -> int:
         return int(usable[np.searchsorted(usable, i) % len(usable)])
 

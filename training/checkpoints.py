@@ -80,7 +80,7 @@ def lock_run(out: Path):
 
 
 def remove_unused(out: Path, lock) -> None:
-    """Removes a run's folder if it contains only the lock file: the run then failed before it wrote anything."""
+    """Removes a run's folder if it has only the lock file: the run wrote nothing. lock: that file, open until now."""
     with contextlib.suppress(OSError):
         if [path.name for path in out.iterdir()] == [".lock"]:
             (out / ".lock").unlink()
@@ -138,7 +138,8 @@ class Checkpoints:
         return (found[-1] if found else None) if resume in (None, "auto") else Path(resume)
 
     def save(self, step: int, content: dict, rotate: bool = True) -> None:
-        """Writes a checkpoint of `content`. rotate=False keeps all older ones, in case this state causes NaNs.
+        """Writes a checkpoint of `content`. rotate: whether to remove old checkpoints. After a step with NaN, it is
+        False, because the weights in this checkpoint may be the reason.
 
         Raises UserError for weights that are not finite. Renames checkpoints of later steps, because --resume auto
         would choose them. Such files exist if they were torn and skipped, or if --resume named an earlier checkpoint.
@@ -157,15 +158,15 @@ class Checkpoints:
             old.with_suffix(".safetensors").unlink(missing_ok=True)          # the LoRA that write_lora saved with it
 
     def finished(self, resumed: Path | None, steps: int) -> bool:
-        """Returns whether a run that resumes from the checkpoint `resumed` has already done `steps` steps and written
-        its result: README.md, the last file of the result, must state this number of steps."""
+        """Returns whether a run that resumes from checkpoint `resumed` (None: a new run) has done all its `steps` and
+        written its result: README.md, the last file of a result, must state this number of steps."""
         card = self.out / "README.md"
         return resumed is not None and resumed.name == f"step_{steps:08d}.pt" and card.exists() and \
             f"| `--steps` | {steps} |" in card.read_text(encoding="utf-8", errors="replace") and \
             all((self.out / name).exists() for name in self.results)
 
     def load(self, path: Path, script: str, settings: dict, fixed: tuple[str, ...] = (), processes=None) -> dict:
-        """Returns the content of a checkpoint. Prints the settings that differ from those of this run to stderr.
+        """Returns the content of a checkpoint. Prints to stderr which settings differ between checkpoint and this run.
 
         If the newest checkpoint is torn, --resume auto uses the previous one. Raises UserError for a torn file, for a
         checkpoint of another script or of more steps, and if one of the options `fixed` had another value.
@@ -302,16 +303,15 @@ def full_weights(model) -> dict:
 
 
 def state_of(parts: dict, ema=None) -> dict:
-    """Returns {name: state dict} of `parts`, {name: module, optimizer or scaler}, and the EMA's state. Not for FSDP."""
+    """Returns {part's name: state dict} and the EMA's state. parts: {name: module, optimizer, scaler}, without FSDP."""
     averages = {} if ema is None else dict(averaged=ema.mean, updates=ema.updates)
     return {name: part.state_dict() for name, part in parts.items()} | averages
 
 
 def load_state(path: Path, state: dict, parts: dict, ema=None, **tensors: torch.Tensor) -> None:
     """Loads `state`, a result of state_of, into `parts`. A part that `state` lacks stays unchanged, so that a resumed
-    run may add parts. path: the checkpoint, for messages. tensors: {name in `state`: tensor to fill with its values}.
-
-    Raises UserError if a part does not fit.
+    run may add parts. path: the checkpoint, for messages. tensors: {name: tensor to fill with the values state[name]}.
+    Raises UserError if names or shapes in `state` differ from those of a part, the EMA or a tensor.
     """
     with fitting(path):
         for name, part in parts.items():

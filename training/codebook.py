@@ -36,7 +36,7 @@ class CodebookAverages(nn.Module):
 
     @torch.no_grad()
     def restart(self, dead: Tensor, latents: Tensor) -> None:
-        """Restarts the running means of the codes marked in dead (K,) bool: sets N to 1 and m to latents (dead,C)."""
+        """Sets N to 1 and m to the latents (n,C) for the n codes marked in dead (K,) bool, so their means restart."""
         self.sizes[dead], self.sums[dead] = 1.0, latents
 
 

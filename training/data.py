@@ -107,8 +107,8 @@ def open_dataset(source: str | Path, *, min_side: int = 64, captions_required: b
 
 
 def check_choices(text: str, chosen: Chosen, found: Found, unknown: list[str], known: set[str]) -> None:
-    """Raises ValueError for columns and filter keys that no image has: misspelt filters would have no effect.
-    unknown: keys of filters that no image has. known: all keys of numbers that images have."""
+    """Raises ValueError if no image has a chosen column or a filter's key, because a misspelt one would do nothing.
+    text: the source. unknown: keys of filters that no image has. known: all keys of numbers that images have."""
     if unknown:
         raise ValueError(f"{text}: no image has a number {unknown[0]!r} to filter by, "
                          f"found: {', '.join(sorted(known)) or 'none'}")
@@ -120,8 +120,8 @@ def check_choices(text: str, chosen: Chosen, found: Found, unknown: list[str], k
 
 
 def stored_in(folder: Path, options: list, parts: list[tuple[Path, str]]) -> Path | None:
-    """Returns the path of the folder for a dataset's index. Its name is a hash of the options and the tar files.
-    Returns None if a part is a folder of images, because any file in it may have changed."""
+    """Returns the path of the folder for a dataset's index, whose name is a hash of the options and of the tar files
+    in `parts`. Returns None if a part is a folder of images, because any file in it may have changed."""
     if any(os.path.isdir(path) for path, _ in parts):
         return None
     digest = hashlib.sha256(json.dumps([INDEX_VERSION, options]).encode())
@@ -132,7 +132,7 @@ def stored_in(folder: Path, options: list, parts: list[tuple[Path, str]]) -> Pat
 
 
 def read_filters(texts: list[str]) -> dict[str, float]:
-    """Parses the values of --filter, ["min_aesthetic=5", ...], to {"min_aesthetic": 5.0, ...}. Raises ValueError."""
+    """Converts values of --filter, such as ["min_x=5"], to {"min_x": 5.0}. Raises ValueError for other texts."""
     try:
         return {name: Number()(value) for name, _, value in (text.partition("=") for text in texts)}
     except ValueError:
@@ -140,7 +140,7 @@ def read_filters(texts: list[str]) -> dict[str, float]:
 
 
 def read_prompts(file: str | Path) -> list[str]:
-    """Returns a text file's prompts, one per line, without empty lines and # comments. Raises ValueError if empty."""
+    """Returns a file's prompts, one per line, without empty lines and # comments. Raises ValueError if it has none."""
     prompts = [settings["prompt"].strip() for _, settings in prompt_lines(Path(file)) if settings.get("prompt")]
     if not any(prompts):
         raise ValueError(f"{file} contains no prompts: expected one per line")
@@ -161,7 +161,7 @@ def _limits(filters: dict) -> dict[str, tuple[float, float]]:
 
 
 def _problem(sample: dict, min_side: int, captions_required: bool, limits: dict, require_keys: bool) -> str | None:
-    """Returns the reason why a sample is skipped, or None."""
+    """Returns the reason why a sample is skipped, or None if it is kept. limits: the result of _limits."""
     height, width = sample["size"]
     if min(height, width) < min_side:
         return f"{width} x {height} px, fewer than {min_side}"
@@ -183,8 +183,8 @@ def _listed(skipped: list[tuple[str, str]], more: int = 0) -> str:
 
 
 def candidates(index: int, others: np.ndarray | Callable[[], np.ndarray]) -> Iterator[int]:
-    """Yields index, then the greater numbers in others (N,), then the smaller ones. others may be a function: it is
-    called only if a second number is requested."""
+    """Yields `index`, then the greater numbers in others (N,), then the smaller ones. If others is a function, which
+    returns these numbers, it is called only when a second number is requested."""
     yield index
     others = np.asarray(others() if callable(others) else others)
     yield from others[others > index].tolist()
@@ -200,8 +200,8 @@ class ImageDataset:
     """
     def __init__(self, source: str, samples: Iterable[dict], skipped: list[tuple[str, str]], folder: Path | None,
                  stored: Path | None = None):
-        """samples: dicts from sources.samples_of. folder: index_folder of open_dataset, or None. stored: a folder that
-        `store` has written, which is read instead of samples."""
+        """Reads samples, dicts from sources.samples_of, or, if it is not None, stored, a folder that the method `store`
+        has written. folder: index_folder of open_dataset, or None."""
         self.source, self.skipped, self.unlisted, self.notes = source, skipped, 0, []
         self.folder, self._stored, self._keys, self._numbers = folder, None, None, None
         if stored:
@@ -225,8 +225,8 @@ class ImageDataset:
                 self._records = np.frombuffer(records.read(), np.uint8)
 
     def store(self, path: Path | None) -> "ImageDataset":
-        """If the dataset is large, writes its index (records, sizes) to the folder `path` and memory-maps the index.
-        path None: a folder in index_folder whose name is a hash of the content. Returns self."""
+        """If the dataset is large, writes its index (records, sizes) to the folder `path` and memory-maps the index. If
+        path is None, the folder is in index_folder, and its name is a hash of the content. Returns self."""
         if not self.folder or len(self) < LARGE:
             return self
 
@@ -262,7 +262,7 @@ class ImageDataset:
             self.sizes = self.sizes[self._numbers]
 
     def __getstate__(self) -> dict:
-        """Returns the state for pickling, without memory-mapped arrays: other processes map the same files."""
+        """Returns the state for pickling, without memory-mapped arrays, because other processes map the same files."""
         mapped = ("_records", "_ends", "sizes") if self._stored else ()
         return {name: value for name, value in vars(self).items() if name not in mapped}
 
@@ -320,7 +320,7 @@ class ImageDataset:
         return self._keys[known_as]
 
     def read(self, i: int) -> np.ndarray:
-        """Returns image i as (H,W,3) uint8 in sRGB, upright, with transparent pixels over white. Raises BrokenImage."""
+        """Returns image i, (H,W,3) uint8 in sRGB, upright, drawn over white. Raises BrokenImage if it is unreadable."""
         name, place, _ = self._record(i)
         try:
             with decoding(), open_image(content_of(place)) as image:
@@ -332,12 +332,12 @@ class ImageDataset:
         return (read_image(pixels) * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
 
     def read_or_next(self, i: int, allowed: np.ndarray) -> tuple[np.ndarray, int]:
-        """Returns read(i) and i or, if image i is broken, the next readable image in `allowed` and its number. After
-        the end of `allowed`, the search continues at its start.
+        """Returns image i and the number i. If image i is broken, returns the next readable image in `allowed` and its
+        number; after the end of `allowed`, the search continues at its start. Raises BrokenImage if none is readable.
 
         The replacement depends only on the files, so it is the same in all runs. A broken file is added to `skipped`,
-        but only in this process. Callers of a worker process compare the number with i to notice it. Raises BrokenImage
-        if no image can be read. allowed: (n,) ascending numbers, or a function that returns them, called if necessary.
+        but only in this process. Callers need the number to find the replacement's caption and cache entries.
+        allowed: (n,) ascending numbers, or a function that returns them, which is called if image i is broken.
         """
         for j in candidates(i, allowed):
             try:
@@ -352,7 +352,7 @@ class ImageDataset:
 
     def read_or_replace(self, i: int, allowed: np.ndarray) -> tuple[np.ndarray, int]:
         """Does what read_or_next does, but if no image in `allowed` can be read, also searches all other images. Names
-        broken images on stderr, once per process. Raises BrokenImage if no image at all can be read."""
+        broken images on stderr, once per process. Raises BrokenImage only if no image of the dataset can be read."""
         known = len(self.skipped)
         try:
             image, j = self.read_or_next(i, allowed)
@@ -364,13 +364,13 @@ class ImageDataset:
         return image, j
 
     def describe(self) -> str:
-        """Returns one line: number of images, source, columns and keys that were used, and files that were skipped."""
+        """Describes the dataset in a line: number of images, source, columns and keys used, files that were skipped."""
         return "; ".join([f"{len(self)} images in {self.source}", *self.notes]
                          + [_listed(self.skipped, self.unlisted)] * bool(self.skipped))
 
 
 class SceneDataset(ImageDataset):
-    """Emoji scenes, each drawn when it is read. source: "scenes[:captioned|uncaptioned|all][:N][:SEED]"."""
+    """Dataset of emoji scenes, drawn when they are read. source: "scenes[:captioned|uncaptioned|all][:N][:SEED]"."""
     folder = _stored = None
 
     def __init__(self, source: str):
@@ -426,7 +426,7 @@ def bucket_sizes(resolution: int, max_ratio: float = 2.0) -> list[tuple[int, int
 
 
 def nearest_bucket(sizes: np.ndarray, buckets: list[tuple[int, int]]) -> np.ndarray:
-    """sizes (N,2) of images -> (N,) index of the bucket that is nearest in shape, in the smallest sufficient dtype.
+    """Returns indices (N,), in the smallest sufficient dtype, of the buckets nearest in shape to images of sizes (N,2).
 
     Distances are differences of log(height / width), so that 1:2 is as far from 1:1 as 2:1. With height / width itself,
     the square would get too many tall images: 1.45 is nearer to 1 than to 2, although 2 / 1.45 is less than 1.45.
@@ -445,7 +445,7 @@ def fit(image: np.ndarray, size: tuple[int, int], crop: str = "center", flip: bo
 
     crop  "center", or "random": anywhere along the side that is too long, drawn from rng
     flip  whether to mirror the result
-    Raises ValueError for other crops and arrays.
+    Raises ValueError for another value of `crop`, and if image is not (H,W,3) uint8.
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"an image of shape {image.shape} and {image.dtype}, expected (H,W,3) of uint8")

@@ -15,7 +15,7 @@ def add_data_options(p, default: str | None = None, what: str = "", crop: str | 
                      cache: str | None = None):
     """Adds --data and the options for images and captions. Returns the group, to which the script adds --resolution.
 
-    default: default of --data, which is required if this is None. what: text added to the help of --data. crop: default
+    default: default of --data; if it is None, --data is required. what: text added to the help of --data. crop: default
     of --crop. captions: whether the script uses captions and buckets. cache: what --cache stores; None: no --cache.
     """
     g = p.add_argument_group("data")
@@ -78,8 +78,8 @@ def add_optimization_options(p, *, steps: int, batch: int | None, lr: float | No
     """Adds options for optimizer steps, batch, precision and processes. Returns the group.
 
     batch_note, ema_note, decay_note: for the help of --batch, --ema, --weight-decay. beta2: default of --adam-beta2.
-    0.99 suits short runs from random weights, whose gradients shrink fast at the start. large: adds --compile, --fsdp.
-    """
+    0.99 suits short runs from random weights, whose gradients shrink fast at the start. large: whether to add --compile
+    and --fsdp."""
     g = p.add_argument_group(title)
     add_schedule_options(g, steps, lr, schedule, warmup, lr_note, epochs=True)
     g.add_argument("--batch", type=BATCH, default=batch,
