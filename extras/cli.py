@@ -1,10 +1,10 @@
-"""The command line of sample.py: advanced options, the jobs they describe, and saving images.
+"""Implements the command line of sample.py: reads the advanced options, turns them into jobs, and saves images.
 
-  argv -parse_jobs-> jobs, one for each image: all options, its seed, its path -batches-> lists of jobs for one call
-  image, job -save-> a PNG, JPEG or WebP file with the settings that made it
+  argv -parse_jobs-> a list of jobs -batches-> lists of jobs whose images are generated in one call
+  image, job -save-> a PNG, JPEG or WebP file that contains the image and the settings that made it
 
-A job is an argparse.Namespace. Most options are passed on to the pipeline as arguments of the same name. modes.py has
-the code for options that change what sample.py does: grids, interpolation, reconstruction, latents, previews.
+A job is an argparse.Namespace with all options, the seed and the path of one image. Most options are passed on to the
+pipeline as arguments of the same name. modes.py implements grids, interpolation, reconstruction, latents and previews.
 Note: options come from three sources: the command line, the image of --like, and the lines of --prompt-file. like.py
 turns options of the last two sources into words of a command line, so that all are checked in the same way.
 Needs: the standard library, so that `--help` and error messages appear at once.
@@ -71,7 +71,8 @@ def comma_list(read_one, *counts: int):
 
 
 def steps(text: str) -> int | str | dict | tuple:
-    """Parses "29" (steps), "2/3:20,0:10" (segments) or "1,0.6,0.3,0" (noise levels). Keeps PUBLISHED_STEPS as text."""
+    """Parses the value of --steps-c or --steps-b: "29" (steps) to an int, "2/3:20,0:10" (segments) to a dict, or
+    "1,0.6,0.3,0" (noise levels) to a tuple. Returns the text PUBLISHED_STEPS unchanged."""
     try:
         if text == PUBLISHED_STEPS:
             return text
@@ -89,7 +90,7 @@ def steps(text: str) -> int | str | dict | tuple:
 
 
 def loras(text: str) -> dict[str, float]:
-    """Parses "a.safetensors:0.8,b.safetensors" to {"a.safetensors": 0.8, "b.safetensors": 1.0}."""
+    """Parses the value of --lora: "a.safetensors:0.8,b.safetensors" to {"a.safetensors": 0.8, "b.safetensors": 1.0}."""
     result = {}
     for part in text.split(","):
         file, colon, scale = part.rpartition(":")
@@ -193,10 +194,8 @@ def add_output_options(p: argparse.ArgumentParser) -> None:
 # ----- from the command line to jobs ---------------------------------------------------------------------------------
 
 def parse_jobs(p: argparse.ArgumentParser, argv: list[str], run: Run) -> list[argparse.Namespace]:
-    """Returns a job for each image of the command line argv. Raises ValueError for unusable options or input files.
-
-    Unusable lines of a prompt file are reported by `run` and skipped; if all lines are unusable, raises ValueError.
-    """
+    """Returns a job for each image that the command line argv requests. Raises ValueError for unusable options or input
+    files. `run` reports unusable lines of a prompt file, which are skipped. If no line is usable, raises ValueError."""
     bad = {}                                     # {number of a line in the prompt file: what is wrong with it}
     prompts = parse_args(p, argv, bad)
     jobs = [argparse.Namespace(**vars(args) | dict(seed=None if args.seed is None else args.seed + i))
@@ -218,10 +217,8 @@ def parse_jobs(p: argparse.ArgumentParser, argv: list[str], run: Run) -> list[ar
 
 
 def parse_args(p: argparse.ArgumentParser, argv: list[str], bad: dict[int, str] | None = None) -> list:
-    """Returns a list with one item per prompt: all its options. Raises ValueError for options that cannot be used.
-
-    bad: a dict that collects errors in lines of a prompt file; if it is None, such errors are raised.
-    """
+    """Parses the command line argv. Returns an argparse.Namespace with all options for each prompt. Raises ValueError
+    for unusable options. bad: collects {line of a prompt file: error}; if it is None, raises these errors as well."""
     read, options, hashes = functools.partial(read_options, p), split(p, argv), {}
     args = read(flat(options))
     if args.like is not None:
@@ -246,13 +243,14 @@ def random_seed() -> int:
 
 
 def needs_seed(args: argparse.Namespace) -> bool:
-    """Returns whether a seed is needed. --from-latent without --to-latent restores the generator's state instead."""
+    """Returns whether a job needs a seed. --from-latent without --to-latent restores the generator's state instead."""
     return not args.from_latent or bool(args.to_latent)
 
 
 def read_prompt_file(read: Callable, options: Options, args: argparse.Namespace,
                      bad: dict[int, str] | None) -> list[argparse.Namespace]:
-    """Returns the options of each line of a prompt file: `options`, changed by the line. Stores errors in `bad`."""
+    """Returns the options for each line of args.prompt_file: those of the command line, overridden by the line. read:
+    parses words to an argparse.Namespace. options, args: the command line, as words and parsed. bad: see parse_args."""
     prompts, seed = [], random_seed() if args.seed is None else args.seed
     for number, settings in prompt_lines(Path(args.prompt_file)):
         args.line, first = number, seed
@@ -312,7 +310,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def only_for(name: str) -> None:
-    """Raises ValueError: option `name` is given, but only weights of the other version (v1 or v2) can use it."""
+    """Raises ValueError with the message that only weights of the other version (v1 or v2) can use option `name`."""
     error(f"{as_option(name)} is only for {'v1' if name in ONLY_V1 else 'v2'}, because Stage B of v1 generates "
           f"tokens: remove it")
 
@@ -338,7 +336,7 @@ def check_sampling(args: argparse.Namespace, stage: str) -> None:
 # ----- paths ---------------------------------------------------------------------------------------------------------
 
 def output_paths(jobs: list[argparse.Namespace]) -> list[Path]:
-    """Returns the path of each job's image. Raises ValueError if one cannot be written."""
+    """Returns a list with the path of each job's image. Raises ValueError if a path cannot be written to."""
     args, out, taken = jobs[0], Path(jobs[0].out), {}
     suffixes = (*SUFFIXES, ".gif") if args.interpolate_to or args.to_latent else SUFFIXES
     try:
@@ -377,7 +375,8 @@ def files_of(job: argparse.Namespace, path: Path) -> list[Path]:
 
 
 def unused_path(path: Path, job: argparse.Namespace, taken=()) -> Path:
-    """Returns the first of `path`, name_2.png, ... that is not in `taken` and, unless --overwrite, does not exist."""
+    """Returns the first of `path`, name_2.png, ... that is not in `taken`. Without --overwrite, also skips paths where
+    one of the files that the job writes exists already."""
     return next(p for p in numbered(path) if p not in taken
                 and (job.overwrite or not any(file.exists() for file in files_of(job, p))))
 
@@ -413,7 +412,7 @@ def batches(jobs: list[argparse.Namespace]) -> Iterator[list[argparse.Namespace]
 
 
 def sampling_options(args: argparse.Namespace, model) -> dict:
-    """Returns {name: value} of sampling options that differ from their default. Raises ValueError for unusable ones."""
+    """Returns {name: value} of sampling options that are not the default. Raises ValueError if the model lacks one."""
     options = {}
     for name in ("mask", "outpaint"):
         if not hasattr(model.b, "rescale") and getattr(args, name, None):     # tiny.evaluate's args have neither option
@@ -432,7 +431,8 @@ def sampling_options(args: argparse.Namespace, model) -> dict:
 
 
 def save(image, job: argparse.Namespace, model) -> Path:
-    """Writes an image, or a GIF's frames, and with --save-latent the latents. Returns the path. Raises ValueError."""
+    """Writes an image or, if it is a list, a GIF, and with --save-latent the latents. Returns the path of the image.
+    Raises ValueError if a file cannot be written."""
     from extras.metadata import path_for
     settings = None if job.no_metadata else settings_of(job, model, image)
     path = wanted = job.path if job.path.suffix.lower() == ".gif" else path_for(image, job.path)
@@ -449,7 +449,8 @@ def save(image, job: argparse.Namespace, model) -> Path:
 
 
 def write_image(image, job: argparse.Namespace, path: Path, settings: dict | None) -> None:
-    """Writes an image and, with --save-latent, its latents: both or neither. Raises OSError or FileExistsError."""
+    """Writes an image, with `settings` unless they are None, and for --save-latent the latents: both files or neither.
+    Raises FileExistsError if a file exists and --overwrite is not given, and OSError if a file cannot be written."""
     from extras.images import save_gif
     from extras.metadata import save_image
     latent = None

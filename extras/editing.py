@@ -1,4 +1,4 @@
-"""Generation from more than a prompt: images, masks, embeddings and latents as input of a loaded model.
+"""Generates images from more than a prompt: from images, masks, embeddings and latents, with a loaded model.
 
   generate(model, "a cat", edit=InitImage("apple.png", strength=0.9))             # image to image
   generate(model, "a rose", edit=InitImage("apple.png", mask="mask.png"))         # inpainting: white is new content
@@ -53,7 +53,7 @@ class InitImage:
     mask: Any = None
 
     def read(self) -> tuple[Tensor, Tensor | None]:
-        """Returns the image (3,H,W) and the mask (H,W), or None if there is no mask."""
+        """Returns two values: the image (3,H,W), and the mask (H,W) or, if there is no mask, None."""
         return (read_image(self.image), None) if self.mask is None else read_pair(self.image, self.mask)
 
     def strength_for(self, silent: bool) -> float:
@@ -129,7 +129,7 @@ def generate(model: Wuerstchen, prompt: str | list[str] | None = None, negative_
 
 
 def reconstruct(model: Wuerstchen, image, prompt: str = "", **options):
-    """Encodes an image to semantic latents and decodes them with Stages B and A. Returns what `generate` returns."""
+    """Encodes an image to semantic latents and decodes these with Stages B and A. Returns what `generate` returns."""
     return generate(model, prompt, edit=InitImage(image, 0.0), **options)
 
 
@@ -138,9 +138,8 @@ def interpolate(model: Wuerstchen, a: str | Tensor, b: str | Tensor, frames: int
                 to_seed: int | None = None, batch: int = 1, **options) -> list:
     """Returns `frames` PIL images from a to b, both ends included. a, b: prompts, or semantic latents (1,16,h,w).
 
-    Embeddings or latents are interpolated along a sphere (slerp). to_seed: the noise is also interpolated, from the
-    noise of `seed` to the noise of `to_seed`. batch: images computed at a time. options: arguments of generate.
-    """
+    The prompts' embeddings, or the latents, are interpolated along a sphere (slerp). to_seed: if given, the noise is
+    interpolated from that of `seed` to that of `to_seed`. batch: images computed at a time. options: for `generate`."""
     frames, batch = FRAMES.check("frames", frames), BATCH.check("batch", batch)
     seed = random_seed() if seed is None else SEED.check("seed", seed)
     to_seed = None if to_seed is None else SEED.check("to_seed", to_seed)
@@ -168,7 +167,7 @@ def interpolate(model: Wuerstchen, a: str | Tensor, b: str | Tensor, frames: int
 # ----- arguments -----------------------------------------------------------------------------------------------------
 
 def check_arguments(model: Wuerstchen, given: dict | None, edit: InitImage | None, output: str) -> dict[str, Tensor]:
-    """Returns `given` with tensors as values. Raises ValueError for arguments of generate that conflict."""
+    """Returns `given` with values converted to tensors. Raises ValueError for arguments of `generate` that conflict."""
     given = check_given(given, edit)
     if output not in OUTPUTS:
         raise ValueError(f"output is {output!r}, expected one of {', '.join(OUTPUTS)}.")
@@ -178,7 +177,7 @@ def check_arguments(model: Wuerstchen, given: dict | None, edit: InitImage | Non
 
 
 def check_given(given: dict | None, edit: InitImage | None) -> dict[str, Tensor]:
-    """Does the checks of check_arguments that need no model. Returns `given` with tensors as values."""
+    """Does the checks of check_arguments that need no model. Returns `given` with values converted to tensors."""
     if not isinstance(given, dict | None) or not isinstance(edit, InitImage | None):
         raise TypeError(f"got given {given!r:.80} and edit {edit!r:.80}, expected {{\"semantic\": tensor}} with any of "
                         f"{', '.join(EMBEDDINGS + LATENTS)}, and InitImage(image, strength, mask).")
@@ -196,8 +195,8 @@ def check_given(given: dict | None, edit: InitImage | None) -> dict[str, Tensor]
 
 
 def prompt_lists(prompt, negative, optional: bool) -> tuple[list[str], list[str]]:
-    """Returns a list of prompts and as many negative prompts. prompt, negative: a text or a list of texts.
-    Raises ValueError if they cannot be used. optional: whether prompts may be empty."""
+    """Returns two lists of equal length: prompts and negative prompts. prompt, negative: a text or a list of texts.
+    Raises ValueError if the lengths do not match, or if a prompt is empty and prompts are not `optional`."""
     prompts, negatives = texts_of("prompt", prompt), texts_of("negative_prompt", negative) or [""]
     negatives = negatives * len(prompts) if len(negatives) == 1 else negatives
     if not prompts or not all(isinstance(p, str) and (optional or p.strip()) for p in prompts):
@@ -212,7 +211,8 @@ def prompt_lists(prompt, negative, optional: bool) -> tuple[list[str], list[str]
 
 
 def seed_list(seed: int | Sequence[int] | None, n: int) -> list[int]:
-    """Returns n seeds. seed: the first one, or a list of n, or None for random ones. Raises ValueError or TypeError."""
+    """Returns n seeds. seed: a list of n seeds, or the first of n consecutive seeds; None: a random first seed. Raises
+    TypeError for values of other types, and ValueError for another number of seeds."""
     seed = random_seed() if seed is None else plain(seed)
     expected = f"seed is {seed!r:.80}, expected a whole number, one for each image, a function or None."
     if not isinstance(seed, Integral | Iterable) or isinstance(seed, str):
@@ -226,8 +226,8 @@ def seed_list(seed: int | Sequence[int] | None, n: int) -> list[int]:
 
 
 def draws_from(seed, n: int, device: torch.device, skipped: list[tuple], *shapes: tuple) -> list[Callable]:
-    """Returns a function for each shape in `shapes`: it draws noise (n, *shape). seed: see `generate`. First draws and
-    discards noise of the shapes `skipped`, the noise of steps that do not run, unless seed is a user's own function."""
+    """Returns a list with a function for each shape in `shapes`, which draws noise (n, *shape). seed: see `generate`.
+    skipped: shapes of noise for steps that do not run. This noise is discarded, unless seed is a user's function."""
     noise = seed if callable(seed) else Noise(seed_list(seed, n), device)
     for shape in skipped if noise is not seed or isinstance(seed, FrameNoise) else ():
         noise(*shape)
@@ -241,7 +241,7 @@ def rows(n: int) -> str:
 
 
 def fitting(n: int, device: torch.device, name: str, tensor: Tensor, shape: tuple) -> Tensor:
-    """Returns `tensor`, (n or 1, *shape), as (n, *shape) float32 on the device. Raises ValueError for other shapes."""
+    """Expands `tensor` (n or 1, *shape) to (n, *shape), float32 on the device. Raises ValueError for other shapes."""
     tensor = tensor_of(name, tensor)
     if tuple(tensor.shape[1:]) != shape or len(tensor) not in (1, n):
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected ({rows(n)}, {', '.join(map(str, shape))}).")
@@ -250,8 +250,9 @@ def fitting(n: int, device: torch.device, name: str, tensor: Tensor, shape: tupl
 
 def image_size(model: Wuerstchen, height: int | None, width: int | None, image: Tensor | None,
                semantic: Tensor | None) -> tuple[int, int]:
-    """Returns (height, width); warns of untrained sizes. Default for None: with an image, its aspect ratio up to 4 : 1,
-    and model.size for the shorter side; else with semantic latents, the size of their image; else model.size."""
+    """Returns (height, width) of the images to generate. With an `image`, a side that is None follows from the other
+    side and the image's aspect ratio, up to 4 : 1; if both are None, the shorter side is model.size. Without an image,
+    a side that is None follows from `semantic` (n,16,h,w) or else is model.size. Warns of untrained sizes."""
     height, width = (None if side is None else SIDE.check(name, side)
                      for name, side in (("height", height), ("width", width)))
     if image is not None:
@@ -280,10 +281,10 @@ def both_sides(height: int | None, width: int | None, image: Tensor) -> tuple[in
 
 
 class PromptBatch:
-    """Embeds prompts. After texts = PromptBatch(...), texts("c") returns embeddings of prompts and negative prompts for
-    Stage C, (images,N,D) each; texts("b") for Stage B. __init__ checks all arguments. embeddings: used instead of text.
-    stages: those that will run, "c", "b" or "cb". optional: whether prompts may be empty. Attributes: rows, the number
-    of prompts; silent, whether there is no prompt, neither as text nor as embeddings."""
+    """Embeds prompts. After texts = PromptBatch(...), texts("c") returns the embeddings of prompts and of negative
+    prompts for Stage C, each (images,N,D); texts("b") returns those for Stage B. embeddings: {"prompt_c": tensor, ...},
+    used instead of text. stages: the stages that will run, "c", "b" or "cb". optional: whether prompts may be empty.
+    rows: the number of prompts. silent: whether there is no prompt, neither as text nor as embeddings."""
     def __init__(self, model: Wuerstchen, prompt, negative, embeddings: dict[str, Tensor], num_images: int, stages: str,
                  optional: bool):
         self.model, self.num_images, self.embeddings = model, num_images, dict(embeddings)
@@ -372,7 +373,7 @@ def cut_levels(levels: Tensor, strength: float) -> Tensor:
 class KnownImage:
     """An encoded InitImage: Stage C starts from it and, with a mask, both stages keep a part of it (inpainting)."""
     def __init__(self, model: Wuerstchen, image: Tensor, mask: Tensor | None, height: int, width: int):
-        """image (3,H,W) and mask (H,W), see InitImage.read, are resized and cropped to cover height x width."""
+        """Resizes and crops image (3,H,W) and mask (H,W), see InitImage.read, to height x width, and encodes them."""
         self.image = cover(image, height, width).to(model.device)                          # (3, height, width)
         (h, w), (h_b, w_b) = latent_sizes(height, width)
         self.semantic = model.scale_semantic(encode_image(model, self.image[None]))                 # (1, 16, h, w)
@@ -386,7 +387,7 @@ class KnownImage:
         self.latents = encode_latents(model, extend(self.image[None], 4 * h_b, 4 * w_b))   # (1, 4, h_b, w_b)
 
     def start_c(self, eps: Tensor, t: Tensor) -> Tensor:
-        """Returns the start of Stage C (n,16,h,w): the image's semantic latents with noise eps at noise level t ()."""
+        """Returns the first x_t of Stage C (n,16,h,w): the image's semantic latents with noise eps of level t."""
         return eps if t == 1 else add_noise(self.semantic.expand_as(eps), eps, t.to(eps.device).expand(len(eps)))
 
     def keep_c(self, eps: Tensor) -> "InpaintMask | None":
@@ -396,7 +397,7 @@ class KnownImage:
         return None if self.mask is None else InpaintMask(self.latents.expand_as(eps), self.mask_b, eps)
 
     def paste(self, images: Tensor) -> Tensor:
-        """Returns `images` with the known image outside the mask. At the inner edge of the mask, blends the two."""
+        """Returns `images` with the known image outside the mask. Inside the mask, blends both along the edge."""
         if self.mask is None:
             return images
         return torch.lerp(self.image.expand_as(images), images, feather(self.mask, min(images.shape[-2:]) // 64))
@@ -405,10 +406,9 @@ class KnownImage:
 class InpaintMask:
     """For inpainting: in each step, replaces the known part of x_t by the known latents with noise of level t.
 
-    known: x_0 (B,...). mask: broadcast over x_0, True where new content goes. eps: the noise of the known part. It is
-    the same at every step, so that this part moves to x_0 along one path, as multistep samplers (dpm++) require.
-    Source: RePaint, arXiv:2201.09865, without its resampling.
-    """
+    known: x_0 (B,...). mask: broadcast over x_0, True where new content goes. eps: the noise of the known part, used at
+    every step, so that this part moves to x_0 along one path, as multistep samplers (dpm++) require.
+    Source: RePaint, arXiv:2201.09865, without its resampling."""
     def __init__(self, known: Tensor, mask: Tensor, eps: Tensor):
         self.known, self.mask, self.eps = known, mask, eps
 
@@ -429,11 +429,10 @@ class FrameNoise:
 
 
 def slerp(a: Tensor, b: Tensor, f: float | Tensor) -> Tensor:
-    """Interpolates each row along a sphere, from a (f = 0) to b (f = 1): a, b (B,...), f a number or (B,) -> (B,...).
+    """Interpolates each row along a sphere, from a (B,...) at f = 0 to b (B,...) at f = 1. f: a number or (B,).
 
     Halfway, a linear interpolation of two noise tensors would have variance 1/2, but the network expects 1.
-    Source: Shoemake 1985, "Animating rotation with quaternion curves".
-    """
+    Source: Shoemake 1985, "Animating rotation with quaternion curves"."""
     f = per_row(torch.as_tensor(f, dtype=a.dtype, device=a.device).expand(len(a)), a)
     cosine = F.cosine_similarity(a.flatten(1), b.flatten(1)).view_as(f).clamp(-1, 1)
     angle = cosine.arccos()

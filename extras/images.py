@@ -55,8 +55,8 @@ def read_image(source) -> Tensor:
 
 
 def read_pair(source, mask_source) -> tuple[Tensor, Tensor]:
-    """Returns image (3,H,W) and mask (H,W), see read_image and read_mask. Inside the mask, the image's transparent
-    pixels get colours from around them, not white: no white edge remains. Raises ValueError, also if sizes differ."""
+    """Reads an image (3,H,W) by read_image and a mask (H,W) by read_mask. Inside the mask, transparent pixels of the
+    image get colours from around them, so that no white edge remains. Raises ValueError if the sizes differ."""
     colours, opacity = _channels(source)
     mask = read_mask(mask_source)
     if mask.shape != opacity.shape:
@@ -69,7 +69,7 @@ def read_pair(source, mask_source) -> tuple[Tensor, Tensor]:
 
 
 def fill(colours: Tensor, known: Tensor) -> Tensor:
-    """colours (3,H,W), known (H,W) bool -> (3,H,W), in which unknown pixels have the mean of known pixels near them.
+    """Returns colours (3,H,W) with unknown pixels replaced by the mean of known pixels near them. known: (H,W) bool.
 
     The means are computed in images of half, a quarter, ... of the size. If no pixel is known, the result is white.
     """
@@ -132,7 +132,7 @@ def _channels(source, what: str = "the image") -> tuple[Tensor, Tensor]:
 
 
 def read_file(path: str | Path) -> np.ndarray:
-    """Reads an image file to an array (H,W,3) or (H,W,4) uint8, see pixels_of. Raises UserError if it cannot."""
+    """Reads an image file to an array (H,W,3) or (H,W,4) uint8, see pixels_of. Raises UserError if that fails."""
     with reading(path, most=LARGEST), decoding(), open_image(Path(path).read_bytes()) as image:
         return pixels_of(image)
 
@@ -163,9 +163,9 @@ def open_image(content: bytes) -> Image.Image:
 
 
 def open_header(file: BinaryIO, start: int, end: int, pixels: bool = False) -> Image.Image:
-    """Returns bytes `start` to `end` of a file as a PIL image with at least its size, colour profile and orientation.
+    """Opens bytes `start` to `end` of a file as a PIL image, which has at least size, colour profile and orientation.
 
-    pixels: whether its pixels are also needed. If not, less of a PNG file is read. Raises any error of Pillow.
+    pixels: whether the pixels are also needed. If not, less of a PNG file is read. Raises any error of Pillow.
     """
     file.seek(start)
     if file.read(len(PNG)) == PNG:
@@ -182,7 +182,7 @@ def open_header(file: BinaryIO, start: int, end: int, pixels: bool = False) -> I
 
 
 def open_png(file: BinaryIO, start: int, end: int, pixels: bool) -> Image.Image:
-    """Does what open_header does, for PNG files. Pillow gets a copy of the file with only the usable chunks.
+    """Does what open_header does, but for PNG files only. Pillow gets a copy of the file with only the usable chunks.
 
     EXIF data that follow the pixels are moved before them. Without `pixels`, finding them reads a few hundred bytes.
     Pillow rejects the whole file if a text or a profile is damaged, or larger than 1 MiB when decompressed. So damaged
@@ -303,7 +303,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def _array_of(tensor: Tensor) -> np.ndarray:
-    """Returns an image tensor (3,H,W), (1,3,H,W) or (H,W) as array (H,W,3) or (H,W), float32. Raises ValueError."""
+    """Converts tensor (3,H,W), (1,3,H,W) or (H,W) to array (H,W,3) or (H,W) float32. Raises ValueError for others."""
     shape = tuple(tensor.shape)
     if tensor.ndim == 4 and len(tensor) == 1:
         tensor = tensor[0]
@@ -315,7 +315,7 @@ def _array_of(tensor: Tensor) -> np.ndarray:
 
 
 def _checked(array: np.ndarray) -> np.ndarray:
-    """Converts an image array to (H,W,3) or (H,W,4) float32 from DARK to BRIGHT. Raises ValueError if it cannot."""
+    """Converts an image array to (H,W,3) or (H,W,4) float32. Raises ValueError for wrong shapes, types and values."""
     shape = array.shape
     if array.ndim == 2:
         array = np.repeat(array[..., None], 3, axis=2)   # (H, W, 3)  grey
@@ -341,7 +341,7 @@ def _name(source, otherwise: str) -> str:
 # ----- fitting and blending ------------------------------------------------------------------------------------------
 
 def cover(image: Tensor, height: int, width: int, nearest: bool = False) -> Tensor:
-    """Resizes image (C,H,W), without distortion, to cover height x width. Crops it to the middle, (C,height,width).
+    """Resizes image (C,H,W), without distortion, to cover height x width. Returns its middle (C,height,width).
 
     nearest: use nearest-neighbour interpolation, which keeps the values 0 and 1 of a mask. An image that already has
     this size is not changed at all. Raises ValueError for other shapes and for sizes below 1.
@@ -370,9 +370,9 @@ def middle_of(image: Tensor, height: int, width: int) -> Tensor:
 
 
 def enlarge(image: Tensor, left: int, top: int, right: int, bottom: int) -> tuple[Tensor, Tensor]:
-    """Adds a border for outpainting to image (3,H,W). Returns (3,H',W'), with the edges repeated, and a mask (H',W'),
-    which is 1 on the border. left, top, right, bottom: px to add. Raises ValueError if nothing is added.
-    """
+    """Adds a border for outpainting to image (3,H,W). Returns the larger image (3,H',W'), whose border repeats the edge
+    pixels, and a mask (H',W'), which is 1 on the border. left, top, right, bottom: px to add. Raises ValueError if
+    nothing is added."""
     if max(left, top, right, bottom) < 1:
         raise ValueError("nothing is added around the image: at least one side must be larger than 0 px")
     border = left, right, top, bottom
@@ -381,14 +381,14 @@ def enlarge(image: Tensor, left: int, top: int, right: int, bottom: int) -> tupl
 
 
 def fitting_size(height: int, width: int, shorter: int) -> tuple[int, int]:
-    """Returns (height, width), scaled so that the shorter side is `shorter` px. Keeps the aspect ratio, but rounds."""
+    """Returns (height, width), scaled so that the shorter side is `shorter` px. Keeps the aspect ratio, and rounds."""
     return round(height * shorter / min(height, width)), round(width * shorter / min(height, width))
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Returns the peak signal-to-noise ratio of two images in [0, 1], in dB: -10 log10 of the mean squared error.
+    """Returns the peak signal-to-noise ratio of two images: -10 log10 of the mean squared error, in dB; inf if equal.
 
-    It is inf for equal images. Raises ValueError if their shapes differ: broadcasting would hide the difference.
+    a, b: images with values from 0 to 1. Raises ValueError if their shapes differ: broadcasting would hide that.
     """
     if a.shape != b.shape:
         raise ValueError(f"images of shapes {tuple(a.shape)} and {tuple(b.shape)} cannot be compared: "
@@ -398,7 +398,7 @@ def psnr(a: Tensor, b: Tensor) -> float:
 
 
 def feather(mask: Tensor, radius: int) -> Tensor:
-    """mask (H,W) of 0 and 1 -> weights (H,W) float32, 0 outside the mask, rising to 1 inside it, for blending.
+    """Returns weights (H,W) float32 to blend images at a mask (H,W) of 0 and 1: 0 outside it, rising to 1 inside it.
 
     The n-th pixel from the mask's edge gets n / (radius + 1), at most 1. Blending with these weights leaves no seam and
     never changes unmasked pixels. The borders of the image do not count as edges. With radius 0, the result is the
@@ -420,13 +420,13 @@ def feather(mask: Tensor, radius: int) -> Tensor:
 # ----- laying out ----------------------------------------------------------------------------------------------------
 
 def strip(images: list, labels: list[str] | None = None, gap: int = 4) -> Image.Image:
-    """Returns one image with a row of PIL images of equal size and, above them, labels; see grid."""
+    """Returns one image with a row of PIL images of equal size and labels above them. gap: see grid."""
     return grid(images, len(images), labels, gap=gap)
 
 
 def grid(images: list, columns: int, column_labels: list[str] | None = None, row_labels: list[str] | None = None,
          gap: int = 4) -> Image.Image:
-    """Returns one RGB image with PIL images of equal size, row by row, and white gaps of `gap` px between them.
+    """Returns one RGB image with PIL images of equal size, `columns` in each row, and white gaps of `gap` px.
 
     Labels stand above the columns and left of the rows, each a gap away. Labels wider than an image end in an ellipsis.
     Without labels the images begin in the top left corner; they always end in the bottom right corner. Raises

@@ -1,6 +1,7 @@
-"""A run of sample.py with one job or many: prompt files, progress, and the handling of errors.
+"""Manages a run of sample.py with one job or many: reads prompt files, shows progress, and handles errors.
 
-  .txt or .jsonl -prompt_lines-> the settings of each line;  with exit_on_error() as run: wraps the whole script
+  prompt_lines(path)              returns the settings of each line of a .txt or .jsonl file
+  with exit_on_error() as run:    wraps the whole script; `run` reports errors and shows progress
 
 If a line of a prompt file fails, the error names the line, the run continues, and the exit code is 1. Any other error
 that a user can fix ends the run with a message of one line and exit code 2.
@@ -24,7 +25,8 @@ KNOWN = (ValueError, OSError, RuntimeError, MemoryError)             # errors th
 # ----- prompt files --------------------------------------------------------------------------------------------------
 
 def prompt_lines(path: Path) -> list[tuple[int, dict]]:
-    """Returns [(line number, settings)] of a prompt file, without empty lines and # comments. Raises ValueError."""
+    """Returns [(line number, settings)] of a prompt file, without empty lines and # comments. Raises ValueError if
+    the file cannot be read or has no prompts, or if a line of a .jsonl file is invalid."""
     text = read_text(path, failed="cannot be read as a text file")
     result, is_json = [], path.suffix.lower() == ".jsonl"
     for i, line in enumerate(without_mark(text).split("\n"), 1):
@@ -88,8 +90,8 @@ class Run:
         self.bar = None
 
     def attempt(self, make: Callable[[list], list], batch: list) -> list[tuple]:
-        """Returns pairs (job, image) for the images of make(batch). Raises errors of `make`; but for a prompt file,
-        tries the jobs one by one and reports those that fail, unless the weights are the reason."""
+        """Returns pairs (job, image) for the images of make(batch). If `make` fails for jobs of a prompt file, tries
+        them one by one and reports those that fail. Raises the error for other jobs, and if the weights are wrong."""
         try:
             return [*zip(batch, make(batch))]
         except KNOWN as problem:
@@ -109,7 +111,7 @@ def place_of(job: argparse.Namespace) -> str:
 
 
 def skip_line(args: argparse.Namespace, problem: ValueError, bad: dict[int, str] | None) -> None:
-    """Stores the error `problem` of line args.line of a prompt file in `bad`. Raises it if args.line or bad is None."""
+    """Stores the message of `problem` in bad[args.line]. If args.line or bad is None, raises a UserError instead."""
     if not args.line or bad is None:
         raise UserError(place_of(args) + str(problem)) from None
     bad[args.line] = place_of(args) + str(problem)
@@ -118,10 +120,8 @@ def skip_line(args: argparse.Namespace, problem: ValueError, bad: dict[int, str]
 @contextlib.contextmanager
 def exit_on_error() -> Iterator[Run]:
     """Context manager for the whole script. Prints an error that a user can fix as one line and exits with code 2.
-
-    Other errors keep their traceback. The exit code is 1 if errors were reported and the run continued, 130 after
-    Ctrl-C. Each warning is printed as one line. Previews are removed at the end.
-    """
+    Other errors keep their traceback. The exit code is 1 if errors were reported and the run continued, and 130 after
+    Ctrl-C. Each warning is printed as one line. Previews are removed at the end."""
     run = Run()
     try:
         with warnings.catch_warnings():

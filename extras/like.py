@@ -1,4 +1,4 @@
-"""The settings of an image: written into its file, and read by --like as command line options.
+"""Collects the settings of an image for its file, and reads them for --like as command line options.
 
   job, model, image -settings_of-> settings -metadata.save_image-> PNG, JPEG or WebP file
   file -options_like-> {"seed": ["--seed=3"], ...}, overridden by the command line's options -flat-> argv
@@ -61,8 +61,8 @@ def as_option(name: str) -> str:
 
 
 def typed(settings: dict) -> Options:
-    """Converts settings, except None, to Options: {"seed": 3, "int8": True, "mask": ""} to {"seed": ["--seed=3"],
-    "int8": ["--int8"], "mask": []}."""
+    """Converts settings to Options, and omits those that are None. For {"seed": 3, "int8": True, "mask": ""}, returns
+    {"seed": ["--seed=3"], "int8": ["--int8"], "mask": []}."""
     return {name: [] if value == "" else [as_option(name) + ("" if value is True else f"={as_text(value)}")]
             for name, value in settings.items() if value is not None}
 
@@ -102,14 +102,14 @@ def is_possible(name: str, args: argparse.Namespace) -> bool:
 
 
 def of_other_version(args: argparse.Namespace, v1: bool) -> list[str]:
-    """Returns the names of given options that weights of v1 (`v1` is True) or v2 (False) cannot use."""
+    """Returns the names of options in `args` that the weights cannot use. v1: whether the weights are v1, not v2."""
     names = [name for name in (ONLY_V2 if v1 else ONLY_V1)
              if getattr(args, name) not in (None, "", SAMPLING.get(name[:-2]))]
     return names + ["sampler_b"] * bool(args.sampler_b and (args.sampler_b in SAMPLERS["c"]) == v1)
 
 
 def is_v1(args: argparse.Namespace) -> bool | None:
-    """Returns whether the weights of args are v1, or None if this is unknown without downloading or loading them."""
+    """Returns whether the weights that `args` selects are v1, or None if finding out would need a download."""
     if args.weights in NAMED and not args.decoder:
         return NAMED[args.weights]
     try:
@@ -135,8 +135,9 @@ def merge(read: Callable[[list[str]], argparse.Namespace], base: Options, more: 
 # ----- --like --------------------------------------------------------------------------------------------------------
 
 def options_like(read: Callable, args: argparse.Namespace, more: Options) -> tuple[Options, dict[str, str]]:
-    """Returns (options, hashes). options: the settings of the --like image, overridden by `more`, those of the command
-    line. hashes: {file: hash} of its input files and weights, except those that `more` replaces. Raises ValueError."""
+    """Returns (options, hashes). options: the settings of the image args.like, overridden by `more`, the options of the
+    command line. hashes: {option or part: hash} of the image's input files and weights that `more` does not replace.
+    read: see merge. args: `more`, parsed. Raises ValueError if the image has no settings or a file is missing."""
     from extras.metadata import read_settings
     stored = read_settings(args.like)
     hashes = stored["hashes"] = stored["hashes"] if isinstance(stored.get("hashes"), dict) else {}
@@ -170,7 +171,8 @@ def options_like(read: Callable, args: argparse.Namespace, more: Options) -> tup
 
 
 def own_defaults(image: str, stored: dict) -> dict:
-    """Returns {option: its default for the weights in `stored`}, for options whose default depends on the weights."""
+    """Returns {option: default for the weights} of options whose default depends on the weights. stored: the settings
+    in the file `image`, among them the weights."""
     weights = str(stored.get("weights") or "tiny")
     v1, tiny = "temperature_b" in stored, is_tiny(weights) or is_tiny(Path(image).parent / weights)
     height, width = own_size(image, stored, 128 if tiny else 512 if v1 else 1024)
@@ -193,7 +195,8 @@ def is_tiny(weights: str | Path) -> bool:
 
 
 def own_size(image: str, stored: dict, size: int) -> tuple[int, int]:
-    """Returns an image's default (height, width): of its latents file, else in --init's aspect ratio, else a square."""
+    """Returns the default (height, width) for settings `stored` in the file `image`: that of their --from-latent
+    file, or the aspect ratio of their --init image, or else a square. size: the shorter side of these two, in px."""
     from extras import editing, images, modes
     hashes = stored["hashes"]
     try:
@@ -215,7 +218,7 @@ def own_size(image: str, stored: dict, size: int) -> tuple[int, int]:
 
 def relative(file: str | Path, folder: Path) -> str:
     """Returns the path of an input file for the settings of an image that is saved in `folder`. The path is relative to
-    the working folder if this contains `folder`, else to `folder`. Names of weights are returned unchanged."""
+    the working folder if `folder` is inside it, else to `folder`. Names of weights are returned unchanged."""
     if is_name(file):
         return file
     folder = Path(os.path.abspath(folder))
@@ -226,8 +229,9 @@ def relative(file: str | Path, folder: Path) -> str:
 
 
 def find(image: str | Path, name: str, stored: str, hashes: dict[str, str]) -> str:
-    """Returns the path of the file `stored`, which an image's settings give for option `name`. Searches the image's
-    folder, all folders above and the working folder; prefers a file with the stored hash. Raises ValueError if none."""
+    """Returns the path of the file `stored`, which the settings of `image` name for option `name`. Searches the image's
+    folder, all folders above and the working folder. Prefers a file with the stored hash. hashes: {option: hash}.
+    Raises ValueError if no file is found."""
     if is_name(stored):
         return stored
     folders = [*Path(os.path.abspath(image)).parents, Path.cwd()]
@@ -245,10 +249,8 @@ def find(image: str | Path, name: str, stored: str, hashes: dict[str, str]) -> s
 # ----- writing -------------------------------------------------------------------------------------------------------
 
 def settings_of(job: argparse.Namespace, model, image) -> dict:
-    """Returns all settings that are needed to generate the image again, with file hashes and package versions.
-
-    Warns if a file has changed since the image of --like was generated from it.
-    """
+    """Returns all settings that are needed to generate the image again, with file hashes and package versions. Warns if
+    a file has changed since the image of --like was generated from it."""
     from importlib.metadata import version
     import torch
     files = {name: getattr(job, name) for name in INPUTS if getattr(job, name)}

@@ -37,10 +37,10 @@ LARGEST = {"JPEG": 65500, "WEBP": 16383}         # {format: longest possible sid
 
 
 def save_image(image: Image.Image, path: str | Path, settings: dict | None, overwrite: bool = False) -> None:
-    """Writes a PIL image, with its settings if not None, to a file; writes it completely or not at all.
+    """Writes a PIL image and, unless they are None, its settings to a file. Writes it completely or not at all.
 
-    The suffix .jpg, .jpeg or .webp sets the format; with any other suffix the file is PNG, see save_png. Settings that
-    are too long for a JPEG file (more than 65 kB as EXIF or XMP data) are omitted with a warning.
+    The suffix .jpg, .jpeg or .webp sets the format; with any other suffix the file is PNG. For `settings` and errors,
+    see save_png. Settings too long for a JPEG file (over 65 kB as EXIF or XMP data) are omitted with a warning.
     """
     options = FORMATS.get(Path(path).suffix.lower())
     if options is None:
@@ -61,7 +61,7 @@ def save_image(image: Image.Image, path: str | Path, settings: dict | None, over
 
 
 def save_png(image: Image.Image, path: str | Path, settings: dict | None, overwrite: bool = False) -> None:
-    """Writes a PIL image, with its settings as two texts, to a PNG file; writes it completely or not at all.
+    """Writes a PIL image to a PNG file, with its settings in two texts. Writes the file completely or not at all.
 
     "parameters" is for other programs, see parameters_text; "wuerstchen" has all settings as JSON, for read_settings.
     settings: {name: value that JSON can represent}, or None to write no text.
@@ -120,12 +120,12 @@ Version: wuerstchen
 
 
 def _quoted(value: str) -> str:
-    """Returns the value; as a JSON string if it contains characters that have a meaning in the web UI's format."""
+    """Returns the value, as a JSON string if it contains characters that have a meaning in the web UI's format."""
     return json.dumps(value, ensure_ascii=False) if any(letter in value for letter in ',:"\n') else value
 
 
 def read_settings(path: str | Path) -> dict:
-    """Returns the settings that save_image wrote into a file. Raises ValueError, in one line, if it cannot."""
+    """Returns the settings that save_image wrote into a file. Raises ValueError, in one line, if there are none."""
     from extras.images import LARGEST, decoding, open_image
     with reading(path, most=LARGEST), decoding(), open_image(Path(path).read_bytes()) as image:
         text = image.text.get(CHUNK) if image.format == "PNG" else _from_xmp(image.info.get("xmp"))

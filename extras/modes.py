@@ -1,4 +1,4 @@
-"""The modes of sample.py other than prompt to image: input files, previews, latents, grids, interpolations.
+"""Implements modes of sample.py other than prompt to image: input files, previews, latents, grids, interpolations.
 
   jobs that differ only in prompt and seed, sampling options -make_images-> an image for each job
 
@@ -33,7 +33,8 @@ ORIGIN = "wuerstchen"            # key in the metadata of a file of --save-laten
 
 
 def make_images(model, jobs: list[argparse.Namespace], options: dict) -> list:
-    """Returns a PIL image for each job or, for a .gif, its frames. options: further arguments of editing.generate."""
+    """Returns a list with an image for each job: a PIL image or, for a .gif, a list of its frames. The jobs differ only
+    in prompt and seed. options: more arguments of editing.generate."""
     job = jobs[0]
     options |= dict(width=job.width, height=job.height)
     for latent in filter(None, (job.from_latent, job.to_latent)):
@@ -67,14 +68,14 @@ def make_images(model, jobs: list[argparse.Namespace], options: dict) -> list:
 
 
 def save_latent(job: argparse.Namespace, path: Path) -> Path:
-    """Writes tensors job.latent to `path`. Returns path. Raises FileExistsError if it exists, unless --overwrite."""
+    """Writes the tensors job.latent to `path`. Returns it. Raises FileExistsError if it exists, unless --overwrite."""
     metadata = {ORIGIN: json.dumps(job.origin)}
     write_tensors(path, job.latent, metadata, job.overwrite)
     return path
 
 
 def origin_of(model, job: argparse.Namespace) -> dict:
-    """Describes the loaded weights, to store with latents: name, kind, hashes of the networks that decode latents."""
+    """Returns a dict that describes the loaded weights: name, kind, hashes of the networks that decode latents."""
     raw = model.scale_semantic is not Wuerstchen.scale_semantic
     kind = "tiny" if model.size == 128 else "v1" if raw else "v2"        # weights decode only latents of their own kind
     known = {part: value for part, value in hashes(model.paths).items() if part in ("decoder", "vqgan", "text_encoder")}
@@ -102,10 +103,8 @@ def check_origin(path: str, model, job: argparse.Namespace) -> None:
 # ----- files as input ------------------------------------------------------------------------------------------------
 
 def generate(model, jobs: list[argparse.Namespace], seed, options: dict, semantic: Tensor | None = None):
-    """Calls editing.generate with the input files of the jobs. seed: a list of seeds, or a Noise.
-
-    semantic: the output of Stage C, if it has run already, or None.
-    """
+    """Calls editing.generate with the prompts and input files of the jobs. Returns its result. seed: a list of seeds or
+    a Noise. options: more arguments. semantic: the output of Stage C if it has run already, else None."""
     inputs, n = read_inputs(jobs[0]), len(jobs)
     given = inputs["given"]
     embeddings = {name: tensor.expand(n, *tensor.shape[1:]) for name, tensor in given.items()
@@ -120,7 +119,7 @@ def generate(model, jobs: list[argparse.Namespace], seed, options: dict, semanti
 
 
 def read_inputs(job: argparse.Namespace) -> dict:
-    """Reads all input files of the job. Returns arguments of editing.generate. Raises ValueError if it cannot."""
+    """Reads all input files of a job. Returns arguments of editing.generate. Raises ValueError for unusable files."""
     inputs, given = {}, {}
     if job.init or job.reconstruct:
         image, mask = InitImage(job.init or job.reconstruct, mask=job.mask or None).read() # (3, H, W), (H, W) or None
@@ -177,7 +176,7 @@ def check_inputs(job: argparse.Namespace) -> None:
 
 
 def read_tensors(path: str, *needed: str) -> dict[str, Tensor]:
-    """Reads a .safetensors file to {name: tensor}. Raises ValueError if it cannot or if one of `needed` is missing."""
+    """Reads a .safetensors file to {name: tensor}. Raises ValueError if that fails or one of `needed` is missing."""
     with reading(path, failed="cannot be read as a .safetensors file"):
         tensors = load_file(path)
     if not set(needed) <= tensors.keys():
@@ -211,12 +210,12 @@ def check_latent(path: str, latent: dict[str, Tensor]) -> None:
 
 @functools.lru_cache(1)
 def previews_of(model) -> Previews:
-    """Returns the model's Previews. Creates them only once, because they may have to be fitted, which takes long."""
+    """Returns a Previews for the model. Creates only one, because fitting its matrices may take long."""
     return Previews(model, None)
 
 
 def write_previews(jobs: list[argparse.Namespace], stage: str, step: int, images: Tensor) -> None:
-    """Every --preview-every steps, writes NAME_preview.png for each job, about as large as the image will be."""
+    """Every --preview-every steps, enlarges images (n,3,h,w) and writes one NAME_preview.png for each job."""
     if (step + 1) % jobs[0].preview_every:
         return
     scale = {"C": 128 / 3, "B": 4}[stage]        # px of the image per latent position
@@ -255,7 +254,7 @@ def guidance_grid(model, job: argparse.Namespace, options: dict):
 
 
 def interpolation(model, job: argparse.Namespace, options: dict):
-    """Returns a strip of --frames images or, for a .gif, a list of these images."""
+    """Returns --frames interpolated images: as a list for a .gif, else as one image, in a row."""
     options |= read_inputs(job) | dict(negative_prompt=job.negative_prompt)
     ends = job.prompt, job.interpolate_to
     if job.to_latent:

@@ -1,4 +1,4 @@
-"""Previews: approximate images of latents without a decoder, by a linear map from the latent vector to a colour.
+"""Computes previews, which are approximate images of latents, by a linear map from the latent vector to a colour.
 
   latents (N,C,h,w), their images -fit_linear-> matrix (C+1,3);  latents (B,C,h,w) -apply_linear-> images (B,3,h,w)
   model("a cat", callback=Previews(model, show))           # show("C" or "B", step, images (n,3,h,w)) after every step
@@ -37,7 +37,7 @@ def fit_linear(latents: Tensor, images: Tensor) -> Tensor:
 
 
 def apply_linear(latents: Tensor, matrix: Tensor) -> Tensor:
-    """latents (B,C,h,w), matrix (C+1,3) from fit_linear -> small images (B,3,h,w) float32 in [0, 1].
+    """Returns small images (B,3,h,w) float32 in [0, 1] of latents (B,C,h,w). matrix (C+1,3): from fit_linear.
 
     Raises ValueError if the matrix is for another number of channels.
     """
@@ -64,7 +64,7 @@ class Previews:
 def preview_maps(model) -> dict[str, Tensor]:
     """Returns each stage's matrix for apply_linear: {"C": (17,3), "B": (5,3)}; without an image encoder, only "B".
 
-    They are fitted once, on smooth images of random colours, and stored in model.preview_file, next to the weights.
+    The matrices are fitted to smooth images of random colours and stored in model.preview_file, for the next call.
     """
     if model.preview_file is not None and model.preview_file.is_file():
         with contextlib.suppress(UserError), reading(model.preview_file):      # if the file is unusable, fit again
@@ -77,7 +77,7 @@ def preview_maps(model) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def fit_preview(model, images: Tensor) -> dict[str, Tensor]:
-    """Fits the matrices of preview_maps to images (N,3,H,W) in [0, 1]. Returns them and writes model.preview_file."""
+    """Fits the matrices of preview_maps to images (N,3,H,W) in [0, 1]. Returns and stores them like preview_maps."""
     from extras.editing import encode_image, encode_latents
     maps = {"B": fit_linear(torch.cat([encode_latents(model, image[None]).cpu() for image in images]), images)}
     if model.networks.get("image_encoder") is not None:

@@ -1,1 +1,1 @@
-"""Loading: finds, fetches, checks and reads weights, and puts a pipeline together. Start reading with pipeline.py."""
+"""Finds, fetches, checks and reads weights, and puts a pipeline together. Start reading with pipeline.py."""

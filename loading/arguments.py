@@ -1,4 +1,4 @@
-"""Arguments of `load` and of a loaded model: converts them to one form, checks them, and explains wrong names.
+"""Converts arguments of `load` and of a loaded model to one form, checks them, and explains wrong names.
 
   lora="a.safetensors", dtype="bf16", seed=np.int64(3), steps_c=torch.tensor(15)  ->  the form that the code uses
   model(prompt, num_inference_steps=15)  ->  TypeError: ... steps_c for Stage C, steps_b for Stage B
@@ -94,7 +94,8 @@ def advice(hint: str) -> str:
 
 
 def texts_of(name: str, value) -> list:
-    """Turns a text, several texts, or None into a list. Items of any type pass. Raises TypeError, ValueError."""
+    """Converts a text, several texts, or None to a list. Does not check the types of its items. Raises TypeError for
+    other values, and ValueError for a text with half a character (a lone surrogate)."""
     if isinstance(value, (dict, bytes)) or not isinstance(value, Iterable | None):
         raise TypeError(f"{name} is {value!r:.80}, expected a text or a list of texts.")
     texts = [] if value is None else [value] if isinstance(value, str) else list(value)
@@ -110,7 +111,7 @@ def random_seed() -> int:
 
 
 def tensor_of(name: str, value) -> Tensor:
-    """Turns a tensor, an array, or lists of numbers or tensors into a tensor of real numbers. Raises TypeError."""
+    """Converts a tensor, an array, or lists of numbers or tensors to a tensor. Raises TypeError unless it is real."""
     try:
         if isinstance(value, (list, tuple)) and value and all(isinstance(row, Tensor) for row in value):
             value = torch.cat([*value])              # a list of one tensor per prompt, as in diffusers
@@ -135,10 +136,9 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def dtype_of(value, device: torch.device | None = None) -> torch.dtype:
-    """Turns a floating-point dtype or its name ("bf16", "bfloat16", "torch.bfloat16") into a dtype. Raises ValueError.
-
-    If a device is given, "auto" is allowed: bfloat16 if it is fast there; otherwise float32 on a CPU, float16 on a GPU.
-    """
+    """Converts a floating-point dtype or its name ("bf16", "bfloat16", "torch.bfloat16") to a dtype. If a device is
+    given, "auto" is allowed: bfloat16 if it is fast there; otherwise float32 on a CPU, float16 on other devices.
+    Raises ValueError for other names."""
     if device is not None and value == "auto":
         return torch.bfloat16 if has_bf16(device) else torch.float32 if device.type == "cpu" else torch.float16
     name = str(value).lower().removeprefix("torch.")
@@ -158,8 +158,8 @@ def set_tf32(allowed: bool) -> None:
 
 
 def usable_device(name: str | torch.device | None) -> torch.device:
-    """Returns the device to use; for None, cuda if it exists, else cpu. Raises UserError if torch does not know the
-    name or cannot compute on the device."""
+    """Returns the device `name`; for None, cuda if it exists, else cpu. Turns TF32 off. Raises UserError if torch does
+    not know the name or cannot compute on the device."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name is None else name
     try:
         torch.ones(1, device=name).tolist()                # tolist() fails on the device "meta", which has no data
@@ -173,7 +173,8 @@ def usable_device(name: str | torch.device | None) -> torch.device:
 
 
 def lora_scales(value) -> dict[str, float]:
-    """Turns None, LoRA files or folders, or {file: scale} into {file: scale}. Raises TypeError, ValueError."""
+    """Converts None, LoRA files or folders, or {file: scale} to {file: scale}. Raises TypeError for other values, and
+    WeightsError for a file that is given twice."""
     if value is None or isinstance(value, (str, Path)):
         value = [value] if value else []
     pairs = [*value.items()] if isinstance(value, dict) else [
@@ -207,7 +208,7 @@ def check_options(weights, files: dict, allowed: Iterable[str], options: Iterabl
 # ----- a call --------------------------------------------------------------------------------------------------------
 
 def install(model, weights, files: dict, loras: dict[str, float], lora_partial: bool) -> None:
-    """Adds checks to a pipeline's encode_text, accept and settings. Stores the names of the loaded files in it."""
+    """Adds checks of arguments to a pipeline's methods encode_text, accept and settings. Stores what was loaded."""
     model.weights = ", ".join([str(weights), *(f"{part} {path}" for part, path in files.items() if path is not None)])
     model.loras, model.lora_partial = loras, lora_partial
     model.elsewhere = {name: advice(hint) for name, hint in METHODS.items()}
@@ -219,7 +220,8 @@ def install(model, weights, files: dict, loras: dict[str, float], lora_partial: 
 
 
 def accept(model, then: Callable, prompt, negative_prompt, seed, num_images, height, width, callback) -> tuple:
-    """Converts and checks the values of a call, and calls Wuerstchen.accept (`then`). Raises TypeError, ValueError."""
+    """Converts and checks arguments of a call of the model. Returns the result of `then`, which is Wuerstchen.accept.
+    Raises TypeError for wrong types, and ValueError for empty prompts and impossible sizes."""
     prompts, num_images = texts_of("prompt", prompt), IMAGES.check("num_images", num_images)
     seed = random_seed() if seed is None else plain(seed)
     if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
@@ -237,8 +239,8 @@ def accept(model, then: Callable, prompt, negative_prompt, seed, num_images, hei
 
 
 def checked(callback: Callable | None, kinds: str = "None", stop: Exception | None = None) -> Callable | None:
-    """Wraps a callback. If it returns False, raises `stop`, if given; if it returns anything else but None or finite
-    latents of unchanged shape, raises ValueError. kinds: what it may return besides latents, for the message."""
+    """Returns `callback` with a check of its result. For False, raises `stop`, if given. For any other result than None
+    and finite latents of unchanged shape, raises ValueError. kinds: the other allowed results, for its message."""
     if callback is None:
         return None
     if not callable(callback):
@@ -258,7 +260,8 @@ def checked(callback: Callable | None, kinds: str = "None", stop: Exception | No
 
 
 def settings(model, then: Callable, given: dict) -> tuple:
-    """Converts options, calls Wuerstchen.settings (`then`). For a name of diffusers, raises TypeError with our name."""
+    """Converts and checks sampling options. Returns the result of `then`, which is Wuerstchen.settings. Raises
+    TypeError for unknown names, with our name for one of diffusers, and wrong types; ValueError for wrong values."""
     given = {name: plain(value) for name, value in given.items()}
     given |= {name: int(value) for name, value in given.items() if isinstance(value, bool) and name[:-2] != "early"}
     for name, value in given.items():
@@ -291,7 +294,7 @@ def settings(model, then: Callable, given: dict) -> tuple:
 
 
 def check_used(stage: str, sampling, given: dict) -> None:
-    """Raises ValueError if another setting makes a setting ineffective. The command line has the same checks."""
+    """Raises ValueError if a setting of the stage has no effect because of another one. sample.py checks the same."""
     if given.get(f"eta_{stage}") and sampling.sampler not in ("ddim", ddim_step):
         raise ValueError(f"eta_{stage} is {given[f'eta_{stage}']!r}, expected sampler_{stage}=\"ddim\" with it: "
                          f"{sampling.sampler!r:.80} has no eta.")
@@ -326,8 +329,7 @@ def set_loras(model, loras) -> None:
 
     LoRAs are added to Stage C, removed, or get a new scale. With int8 or low_memory, Stage C is read again instead.
     If the weights are a folder of train_c.py with a LoRA of their own, that LoRA stays, with scale 1 unless `loras`
-    has another scale for it. Raises WeightsError if a file cannot be used; the model is then unchanged.
-    """
+    has another scale for it. Raises WeightsError if a file cannot be used; the model is then unchanged."""
     if not isinstance(model, Wuerstchen):
         raise TypeError(f"model is {model!r:.80}, expected a loaded model, and then its LoRAs.")
     wanted, before, network = lora_scales(loras), dict(model.loras), model.networks.get("stage_c")
@@ -359,7 +361,7 @@ def set_loras(model, loras) -> None:
 
 
 def replace_loras(model, loras: dict[str, float]) -> None:
-    """Replaces the content of the dict model.loras. Does not replace the dict, because Stage C's loader also has it."""
+    """Replaces the content of the dict model.loras. Keeps the dict itself, because Stage C's loader also has it."""
     model.loras.clear()
     model.loras.update(loras)
 

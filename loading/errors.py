@@ -1,4 +1,4 @@
-"""Errors that the user can fix, and messages for the user. Such an error ends a script with one line on stderr.
+"""Defines errors that the user can fix, and prints messages. Such an error ends a script with one line on stderr.
 
 The message of a UserError says what was wrong, what was expected and what to do. Any other exception except OSError is
 a bug of ours and keeps its traceback. A WeightsError is a UserError about a file or folder of weights.
@@ -66,8 +66,8 @@ def memory_ran_out(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def exit_on_user_error(hint: str | None = None, memory: str = "close other programs, or use a larger machine"):
-    """Context manager for a whole script. A UserError, an OSError or a lack of memory ends it with one line and exit
-    code 2, Ctrl-C with 130, SIGTERM with 143. Each warning is shown once, as one line.
+    """Context manager for a whole script. A UserError, an OSError or a lack of memory ends the script with one line and
+    exit code 2, Ctrl-C with exit code 130, SIGTERM with 143. Each warning is shown once, as one line.
 
     hint: what to do after Ctrl-C, for example RESUME_HINT. memory: what to do if the memory runs out.
     """

@@ -55,10 +55,10 @@ EXPLAINED = {RecursionError: "it is nested too deeply", MemoryError: "memory doe
 @contextlib.contextmanager
 def reading(path: str | Path, kind: type = UserError, failed: str = "cannot be read", most: float = math.inf,
             advice: str = ""):
-    """Context manager for reading a file that may be damaged. Any error becomes a `kind` of one line with the path.
+    """Context manager for code that reads a file. Turns any error into a `kind` with a message of one line.
 
     Files of more than `most` bytes are errors, and so are pipes and devices, because reading them may never end. A
-    UserError is not changed, because it names the file already. failed, advice: parts of the message.
+    UserError is not changed, because it names the file already. failed, advice: parts of the message, after the path.
     """
     try:
         check_file(path, most)
@@ -70,7 +70,7 @@ def reading(path: str | Path, kind: type = UserError, failed: str = "cannot be r
 
 
 def check_file(path: str | Path, most: float = math.inf) -> None:
-    """Raises ValueError or OSError, without the path in it, unless path is a regular file of at most `most` bytes."""
+    """Raises ValueError or OSError unless `path` is a regular file of at most `most` bytes. Messages lack the path."""
     state = os.stat(path)
     if stat.S_ISDIR(state.st_mode):
         raise IsADirectoryError
@@ -81,7 +81,7 @@ def check_file(path: str | Path, most: float = math.inf) -> None:
 
 
 def reason_of(error: Exception) -> str:
-    """Returns a library's error as one line. Omits torch's advice to load a file in a way that executes its code."""
+    """Returns a library's message as one line. Omits torch's advice to load a file in a way that executes its code."""
     for explained, text in EXPLAINED.items():
         if isinstance(error, explained) and (not isinstance(error, OSError) or error.errno or not error.args):
             return text
@@ -93,13 +93,13 @@ def reason_of(error: Exception) -> str:
 
 
 def read_text(path: str | Path, kind: type = UserError, failed: str = "cannot be read") -> str:
-    """Returns the content of a text file in UTF-8, with or without a byte order mark. Raises `kind` if it cannot."""
+    """Returns the content of a UTF-8 text file, with or without a byte order mark. Raises `kind` if reading fails."""
     with reading(path, kind, failed, LARGEST):
         return decoded(Path(path).read_bytes())
 
 
 def decoded(content: bytes) -> str:
-    """Decodes UTF-8, with or without a byte order mark. Line ends become \\n. Raises ValueError if it cannot."""
+    """Decodes UTF-8, with or without a byte order mark. Line ends become \\n. Raises ValueError for other content."""
     try:
         text = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except ValueError as error:
@@ -160,11 +160,10 @@ def listing(folder: Path) -> str:
 
 
 def pick_weights(names: Iterable[str], stems: tuple[str, ...], half: bool = False) -> str | None:
-    """Returns which of the file names in a folder is the weight file to read, or the index of its shards; or None.
+    """Returns the name of the weight file to read, or of the index of its shards; None if `names` contain neither.
 
     Prefers, in this order of importance: .safetensors to .bin; the right variant (fp16 if `half`, else none; unknown
-    variants last); a single file to shards. stems: possible names without suffix, best first.
-    """
+    variants last); a single file to shards. names: files in a folder. stems: names without suffix, best first."""
     variants = ("fp16", "bf16", "", "fp32") if half else ("", "fp32", "fp16", "bf16")
     pattern = re.compile(rf"({'|'.join(stems)})(?:\.(\w+))?\.(safetensors|bin)(\.index(?:\.(\w+))?\.json)?")
 
@@ -178,7 +177,8 @@ def pick_weights(names: Iterable[str], stems: tuple[str, ...], half: bool = Fals
 
 
 def find_file(path: str | Path, stems: tuple[str, ...]) -> Path:
-    """Returns the path itself if it is a file; in a folder, the file that pick_weights chooses. Raises WeightsError."""
+    """Returns `path` if it is a file, or the file in this folder that pick_weights chooses. stems: see pick_weights.
+    Raises WeightsError if there is no such file."""
     path = Path(path)
     if path.is_file():
         return path
@@ -191,7 +191,7 @@ def find_file(path: str | Path, stems: tuple[str, ...]) -> Path:
 
 
 def shards(index: Path) -> list[str]:
-    """Returns the shards' file names in an index such as model.safetensors.index.json. Raises WeightsError."""
+    """Returns the names of the shards in an index file. Raises WeightsError if it is invalid or names other folders."""
     table = read_json(index).get("weight_map")
     if not isinstance(table, dict) or not table or not all(isinstance(name, str) for name in table.values()):
         raise WeightsError(f"{index} is not an index of weight files: expected a weight_map from tensors to files")
@@ -207,11 +207,11 @@ reading_weights = functools.partial(
 
 
 class TensorFile:
-    """Reads a .safetensors, .bin or .pt file, or the index of shards. shapes: {name: shape}. Yields (name, tensor).
+    """Reads a .safetensors, .bin or .pt file, or the shards of an index. Iteration yields (name, tensor).
 
     The file is memory-mapped. A tensor takes memory from when it is read until the mapping ends. So the file is mapped
     again after every CHUNK bytes, and callers must copy the tensors that they keep.
-    sections: keys under which the file may have the state dict; the first key found is used.
+    shapes: {name: shape}. sections: keys under which the file may have the state dict; the first key found is used.
     The prefixes that DDP and torch.compile add to names (module., _orig_mod.) are removed.
     Code in a file is never executed. Raises WeightsError unless it is a complete file of tensors.
     """
@@ -271,7 +271,8 @@ class TensorFile:
 
 
 def read_tensors(path: str | Path, start: str) -> dict[str, Tensor]:
-    """Reads the tensors whose names begin with `start`. Returns {name without start: tensor}. Raises WeightsError."""
+    """Returns {name without `start`: tensor} of all tensors in a file whose names begin with `start`. Raises
+    WeightsError if the file is invalid or one of these tensors contains NaN or infinity."""
     tensors = {name.removeprefix(start): tensor.clone() for name, tensor in TensorFile(Path(path))
                if name.startswith(start)}
     for name, tensor in tensors.items():
@@ -399,7 +400,7 @@ SWEPT = set()                                            # folders for which thi
 
 def write_atomically(path: str | Path, write: Callable[[Path], object], overwrite: bool = True, size: int = 0,
                      folder: bool = False) -> None:
-    """Calls write(temporary_path), then renames the file: `path` is complete or missing, even after a power cut.
+    """Calls write(temporary_path), then renames that file, so `path` is never incomplete, even after a power cut.
 
     size: bytes that `write` needs, if known. If the disk has less free space, `write` is not called.
     folder: `write` gets a new folder, which it fills by write_atomically. Only an empty folder is ever replaced.
@@ -431,7 +432,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], object], overwrit
 
 @contextlib.contextmanager
 def temporary_path(path: Path, folder: bool = False) -> Iterator[Path]:
-    """Context manager: yields a new file or folder, to be renamed to `path`. At the end, removes it unless renamed."""
+    """Context manager that yields the path of a new file or folder, to be renamed to `path`. Removes it in the end."""
     while True:
         temporary = path.with_name(f".{path.stem}.tmp-{HOST}-{uuid.uuid4().hex[:8]}{path.suffix}")
         temporary.mkdir() if folder else temporary.touch(exist_ok=False)
@@ -487,7 +488,8 @@ def remove(path: Path) -> None:
 @contextlib.contextmanager
 def disk_errors(path: Path, temporary: Path | None = None, size: int = 0):
     """Context manager for code that writes a file. Turns any library's exception for a full disk into an OSError of one
-    line: the file, the space that it needs and the free space. Exceptions not caused by the disk stay unchanged."""
+    line: the file, the space that it needs and the free space. Exceptions not caused by the disk stay unchanged.
+    temporary: the file that is written before it is renamed to `path`. size: bytes to write, 0 if unknown."""
     try:
         yield
     except Exception as error:
@@ -517,7 +519,7 @@ def bytes_text(number: float) -> str:
 
 
 def rename_if_unused(temporary: Path, path: Path) -> bool:
-    """Renames a file unless `path` exists. Returns whether it did. If two programs try at once, only one succeeds."""
+    """Renames `temporary` to `path` unless that exists. Returns whether it did. Of two programs, only one succeeds."""
     try:
         try:
             os.link(temporary, path)                     # unlike os.replace, this fails if the name is taken
@@ -532,7 +534,8 @@ def rename_if_unused(temporary: Path, path: Path) -> bool:
 
 
 def write_unused(path: Path, write: Callable[[Path], object], overwrite: bool = False) -> Path:
-    """Calls write_atomically with the first unused path of numbered(path) or, if `overwrite`, `path`. Returns it."""
+    """Writes a file by write_atomically at the first unused path of numbered(path). Returns this path. overwrite:
+    write to `path` itself, even if it exists."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for name in numbered(path):
         with contextlib.suppress(FileExistsError):       # if another program has just created it, try the next
@@ -541,17 +544,15 @@ def write_unused(path: Path, write: Callable[[Path], object], overwrite: bool = 
 
 
 def numbered(path: Path) -> Iterator[Path]:
-    """Yields name.png, name_2.png, name_3.png, ... without end, to find a name that is not used yet."""
+    """Yields `path`, such as name.png, then name_2.png, name_3.png, ... without end, to find an unused name."""
     yield path
     yield from (path.with_stem(f"{path.stem}_{n}") for n in itertools.count(2))
 
 
 def to_half(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copies tensors to the CPU in float16, like the released weights. Integers stay integers. BatchNorm's running
-    statistics keep their dtype: they are few, and float16 is too inexact for a small variance.
-
-    Raises WeightsError for values that float16 cannot hold.
-    """
+    statistics keep their dtype: they are few, and float16 is too inexact for a small variance. Raises WeightsError for
+    values that float16 cannot hold."""
     import torch
     result = {}
     for name, tensor in tensors.items():

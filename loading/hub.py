@@ -168,9 +168,9 @@ def is_safe(name: str) -> bool:
 
 
 def list_files(repo: str, revision: str, offline: bool) -> dict[str, File]:
-    """Returns {name: File} of a repository's files on the hub or, if offline, in the cache. Raises WeightsError.
-
-    Omits files whose names, such as ../x, lead out of the cache, so that they are never fetched."""
+    """Returns {name: File} of a repository's files on the hub or, if offline, in the cache. Omits files whose names,
+    such as ../x, lead out of the cache, so that they are never fetched. Raises WeightsError if `revision` is not a
+    valid name or the hub gives no usable list."""
     if not is_safe(revision):
         raise WeightsError(f"{revision!r} is not a revision of {repo}: expected a branch, tag or commit, such as main")
     snapshots, ref = repo_cache(repo) / "snapshots", repo_cache(repo) / "refs" / revision
@@ -198,7 +198,7 @@ def list_files(repo: str, revision: str, offline: bool) -> dict[str, File]:
 
 
 def ask_for_list(repo: str, revision: str):
-    """Returns the hub's list of a repository's files, as parsed JSON. Raises WeightsError, also for an endless list."""
+    """Returns the hub's list of a repository's files, as parsed JSON. Raises WeightsError if absent or endless."""
     from huggingface_hub import constants
     (most, seconds), path = LONGEST_LIST, f"/api/models/{repo}/revision/{quote(revision, safe='')}?blobs=true"
 
@@ -257,7 +257,7 @@ def patiently(call: Callable, progress: Callable[[], int] | None = None):
 
 
 def download(repo: str, revision: str, files: dict[str, File]) -> Path:
-    """Fetches files of one commit, unless they are in the cache. Returns the commit's folder in the cache."""
+    """Fetches the files of one commit that are not in the cache. Returns the commit's folder in the cache."""
     with hub_errors(repo, revision):
         for name, file in files.items():
             folder = repo_cache(repo) / "snapshots" / file.commit
@@ -270,8 +270,7 @@ def fetch_file(repo: str, name: str, file: File) -> None:
     """Fetches one file and stores it like huggingface_hub: in blobs/DIGEST, with a link to it in snapshots/.
 
     An interrupted download can resume in another process, because the name of the partial file depends only on the
-    digest. The complete file is compared with the digest before it gets its final name.
-    """
+    digest. The complete file is compared with the digest before it gets its final name."""
     from huggingface_hub import constants, get_hf_file_metadata
     from huggingface_hub.utils import WeakFileLock
     path = f"/{repo}/resolve/{file.commit}/{quote(name)}"
@@ -314,7 +313,8 @@ def fetch_file(repo: str, name: str, file: File) -> None:
 
 
 def resume(path: str, partial: Path, file: File, name: str) -> None:
-    """Fetches the rest of a file and appends it to `partial`. Never writes more than file.size bytes."""
+    """Fetches the rest of a file from `path`, on the hub, and appends it to `partial`, which never gets more than
+    file.size bytes. name: for the progress bar."""
     from huggingface_hub import constants
     from huggingface_hub.utils import tqdm
     start = size_of(partial)
@@ -383,8 +383,8 @@ class Repository:
     """A repository of the hub, or a folder or file in it: hub:OWNER/NAME, then optionally @REVISION and /PATH. The
     constructor only lists the files. The method `fetch` fetches files into the hub's cache.
 
-    names: paths of all files in the folder (for a file: its folder), relative to it. Raises WeightsError if none exist.
-    """
+    names: paths, relative to the folder, of all files in it; for a file, in the file's folder. Raises WeightsError if
+    there are no files."""
     def __init__(self, reference: str | Path, offline: bool = False, revision: str | None = None):
         match = REFERENCE.fullmatch(str(reference))
         if match is None or not is_safe(match[3] or "x") or re.search(r"--|\.\.", match[1]):
@@ -407,7 +407,7 @@ class Repository:
         return {str(parent) for name in self.names for parent in Path(name).parents} - {"."}
 
     def files_of(self, place: str, half: bool = False) -> list[str]:
-        """Returns the names of the files to fetch for a part. place: the part's folder, or its weight file."""
+        """Returns names of files to fetch for a part. place: its folder or its weight file. half: prefer float16."""
         folder, _, file = place.rpartition("/") if place in self.names else (place, "", "")
         start = f"{folder}/" if folder else ""
         inside = [name.removeprefix(start) for name in self.names
@@ -417,7 +417,7 @@ class Repository:
         return [start + name for name in inside if name == best or name in small]
 
     def fetch(self, names: list[str]) -> Path:
-        """Fetches files. If one is an index of shards, also fetches the shards. Returns their folder in the cache."""
+        """Fetches the files `names`, and the shards if one is an index of shards. Returns the folder in the cache."""
         files = [self.start + name for name in dict.fromkeys(names)]
         if not files:
             raise WeightsError(f"{self.reference} holds nothing that is needed: found {some(self.names)}")
@@ -529,7 +529,7 @@ def hashes(paths: dict[str, Path | None]) -> dict[str, str]:
 
 
 def digest(path: str | Path) -> str | None:
-    """Returns the sha256 of a file or a folder's weight file; for shards, of their joined hashes. None if no file."""
+    """Returns the sha256 of a file or a folder's weight file; for shards, of their joined hashes; None if missing."""
     try:
         file = find_file(path, (STEM, "model", "pytorch_model"))
         several = [hash_of(file.parent / name) for name in shards(file)] if file.suffix == ".json" else []
@@ -539,7 +539,7 @@ def digest(path: str | Path) -> str | None:
 
 
 def hash_of(path: Path, known: str = "") -> str:
-    """Returns the sha256 of a file. For files of over 100 MB, stores it on disk, to compute it only once. known: the
+    """Returns the sha256 of a file. Stores that of files of over 100 MB on disk, to compute it only once. known: the
     sha256 if it was just checked. Hashes in file names of the hub's cache are not trusted, so they are not used."""
     path, memory_file = path.resolve(), own_cache() / "hashes.json"
     state = path.stat()

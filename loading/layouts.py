@@ -1,4 +1,4 @@
-"""Layouts: finds the parts of a pipeline, in a folder of any known layout or by a name such as "v2".
+"""Finds the parts of a pipeline, in a folder of any known layout or by a name such as "v2".
 
   "tiny", "v2", "hub:owner/name" or a folder  -locate->  {part: its folder or file, or None}
 
@@ -59,7 +59,8 @@ def find_parts(folder: str | Path, given: Iterable[str] = ()) -> dict[str, Path 
 
 
 def match_layout(names: set[str], given: Iterable[str], source, found: str) -> dict[str, str | None]:
-    """Returns {part: one of `names` (of folders and .pt files) or None}, like find_parts. source, found: for errors."""
+    """Finds the parts of a pipeline by `names` of folders and .pt files. Returns {part: its name, or None if missing}.
+    given, and the errors raised: see find_parts. source, found: the searched place and its content, for messages."""
     def find(pattern: str) -> str | None:
         matches = sorted(fnmatch.filter(names, pattern))
         if len(matches) > 1:                             # several versions of a file: the last name is the newest
@@ -79,10 +80,8 @@ def match_layout(names: set[str], given: Iterable[str], source, found: str) -> d
 
 
 def check_scheduler(folder: str | Path | None) -> None:
-    """Raises WeightsError if a `scheduler` folder has another noise schedule than wuerstchen.py.
-
-    All released weights use s = 0.008 and scaler = 1. With a wrong schedule, images would be grey noise.
-    """
+    """Raises WeightsError if a `scheduler` folder has another noise schedule than wuerstchen.py. All released weights
+    use s = 0.008 and scaler = 1. With a wrong schedule, images would be grey noise."""
     if folder is None:
         return
     path = Path(folder) / "scheduler_config.json"
@@ -160,7 +159,7 @@ def with_tokenizers(parts: Iterable[str]) -> tuple[str, ...]:
 def base_of(folder: Path) -> tuple[dict, tuple[str, ...]] | None:
     """Returns (content of base.json, parts that the folder may have). The content names the weights with the other
     parts. A folder with one of diffusers' HALVES has no base.json, so its content is dict(weights="v2").
-    Returns None for other folders. Raises WeightsError."""
+    Returns None for other folders. Raises WeightsError if base.json is invalid."""
     if (folder / "base.json").is_file():
         base = read_json(folder / "base.json")
         files = base.get("files", {})
@@ -177,10 +176,10 @@ def base_of(folder: Path) -> tuple[dict, tuple[str, ...]] | None:
 
 
 def locate_trained(folder: Path, own: dict, parts: tuple[str, ...], options: dict, named_by: tuple) -> dict:
-    """Like locate, returns {part: path}. Parts are from `folder` or else from the weights in base.json.
-
-    Adds the key "lora" if that run, or the run it started from, trained a LoRA for the prior that is used.
-    """
+    """Returns {part: path or None}, like locate, for a folder with only some parts. The other parts come from the
+    weights that base_of(folder) names. own: {part: path} of parts to use instead. options: half, offline and revision
+    as a dict. named_by: see locate. Adds the key "lora" if the training run that wrote the folder, or the run that it
+    started from, trained a LoRA for the prior in the result."""
     base, names = base_of(folder)
     start, start_files = base["weights"], base.get("files", {})
     if start in named_by:
@@ -201,7 +200,7 @@ def locate_trained(folder: Path, own: dict, parts: tuple[str, ...], options: dic
 
 
 def fetch_repository(reference: str, wanted: set[str], options: dict) -> Path:
-    """Fetches the wanted parts of a repository in any layout. Returns its folder in the cache. Always fetches the
+    """Fetches the wanted parts of a repository in any layout. Returns its folder in the cache. Also fetches the
     schedulers, to check them, and the image encoder's configuration, on which the default image size depends."""
     repo = Repository(reference, options["offline"], options["revision"])
     names = [name for name in ("base.json", "model_index.json") if name in repo.names]
@@ -222,7 +221,8 @@ def fetch_repository(reference: str, wanted: set[str], options: dict) -> Path:
 
 
 def single_parts(files: dict[str, str | Path | None], options: dict) -> dict[str, Path]:
-    """Converts {part: path or hub:OWNER/NAME} to {part: path}, and adds the tokenizer of each text encoder in it."""
+    """Converts {part: path or hub:OWNER/NAME} to {part: path}, and adds the tokenizer of each text encoder. Fetches
+    parts from the hub. options: see locate_trained."""
     own = {part: Path(path) for part, path in files.items() if path is not None}
     for part, path in own.items():
         if is_reference(path):

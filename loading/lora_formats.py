@@ -1,4 +1,4 @@
-"""LoRA files of other programs: reads them into lora.py's names, and writes them for other programs.
+"""Reads LoRA files of other programs into lora.py's names, and writes LoRA files for other programs.
 
 All programs store the same two matrices for a layer, under different names. The original code, and programs built on
 it, stack query, key and value in one matrix `in_proj`. We `split` its LoRA into three LoRAs, and `fuse` them again.
@@ -89,7 +89,7 @@ def find_lora(path: str | Path) -> Path:
 
 def open_lora(source: str | Path | dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Returns (tensors, metadata) of a LoRA. source: a file, a folder with one of LORA_FILES, "hub:owner/name", or a
-    state dict. Adds peft's configuration, which is a separate file, to the metadata. Raises ValueError."""
+    state dict. Adds peft's configuration, a separate file, to the metadata. Raises ValueError for invalid files."""
     if isinstance(source, dict):
         return source, {}
     path, metadata = find_lora(fetch_lora(source) if is_reference(source) else source), {}
@@ -114,7 +114,7 @@ def open_lora(source: str | Path | dict[str, Tensor]) -> tuple[dict[str, Tensor]
 
 
 def read_config(metadata: dict[str, str]) -> dict:
-    """Returns peft's configuration (alpha, ...) in the metadata, or {}. Raises ValueError if it cannot be used."""
+    """Returns peft's configuration (alpha, ...) in the metadata, or {}. Raises ValueError if not of a plain LoRA."""
     config = parsed(metadata.get(CONFIG) or "{}")
     if not isinstance(config, dict):
         raise ValueError(f"its {CONFIG} is not a JSON object")
@@ -156,7 +156,7 @@ def aliases(names: dict[str, str]) -> dict[str, tuple[str, ...]]:
 
 
 def parse_name(name: str, lookup: dict[str, tuple[str, ...]]) -> tuple[tuple[str, ...] | None, str]:
-    """Returns (our layers' names, "down" or another key of ENDINGS) for a tensor's name, or (None, "") if unknown."""
+    """Parses a tensor's name. Returns (our names of the layers, key of ENDINGS such as "up"); (None, "") if unknown."""
     for name in dict.fromkeys((name, WRAPPERS.sub("", name))):       # a layer's own name may be "module", so try both
         for role, endings in ENDINGS.items():
             for ending in (ending for ending in endings if name.endswith(ending)):
@@ -168,7 +168,7 @@ def parse_name(name: str, lookup: dict[str, tuple[str, ...]]) -> tuple[tuple[str
 
 def by_layer(tensors: dict[str, Tensor], lookup: dict,
              partial: bool) -> tuple[dict[tuple[str, ...], dict[str, Tensor]], list[str]]:
-    """Groups a file's tensors by layer. Returns {our layers' names: {"down": tensor, ...}}, names of omitted tensors.
+    """Groups a file's tensors by layer. Returns ({our layers' names: {"down": tensor, ...}}, names of omitted tensors).
 
     lookup: see aliases. Raises ValueError if a tensor is unknown or, with `partial`, only if no layer can be loaded.
     """
@@ -204,7 +204,7 @@ def by_layer(tensors: dict[str, Tensor], lookup: dict,
 
 
 def split(values: dict[str, Tensor], n: int) -> list[dict[str, Tensor]]:
-    """Splits the LoRA of a matrix that stacks n layers into n LoRAs. Each gets its layer's rows of `up`, and `down`.
+    """Splits the LoRA of a matrix that stacks n layers into n LoRAs. Each gets `down`, and its layer's rows of `up`.
 
     Rows of `down` that a layer's `up` multiplies by 0 are omitted from its LoRA. So split is the inverse of `fuse`.
     """
@@ -221,11 +221,11 @@ def split(values: dict[str, Tensor], n: int) -> list[dict[str, Tensor]]:
 
 
 def read_layers(source, shapes: dict[str, tuple] | None, partial: bool) -> tuple[dict[str, dict], dict[str, str]]:
-    """Reads a LoRA in any format. Returns {our layer's name: {"down": tensor, "up": ..., "alpha": ...}}, metadata.
+    """Reads a LoRA in any format. Returns ({our layer's name: {"down": tensor, "up": ..., "alpha": ...}}, metadata).
 
     shapes: {our layer's name: shape of its weight}. None: accept a Stage C of any size; 1x1 kernels become matrices.
     Layers are returned in the model's order, so converting a LoRA there and back gives the same file. Raises ValueError
-    if the file does not fit. Warns if alpha is assumed, or if `partial` omits tensors.
+    if the file does not fit `shapes`. Warns if alpha is assumed, or if `partial` omits unknown tensors.
     """
     tensors, metadata = open_lora(source)
     tensors = {name: tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor  # of float8
@@ -296,10 +296,10 @@ def naming_source(source):
 
 def load_lora(model: nn.Module, source: str | Path | dict[str, Tensor], name: str = "default",
               scale: float = 1.0, lora_partial: bool = False) -> list[str]:
-    """Like lora.load_lora, adds a LoRA to a model and returns its layers' names, but from a file in any format.
+    """Adds a LoRA to a model, like lora.load_lora, but from a file in any format. Returns the names of its layers.
 
-    lora_partial: load the known layers, and warn of unknown tensors. Raises WeightsError; the model is then unchanged.
-    """
+    lora_partial: load the known layers, and warn of unknown tensors. If the file cannot be used, raises WeightsError
+    and does not change the model."""
     lora.check_name(model, name)
     with naming_source(source):
         known = lora.find_layers(model)[0]
@@ -311,7 +311,7 @@ def load_lora(model: nn.Module, source: str | Path | dict[str, Tensor], name: st
 
 def read_lora(source: str | Path | dict[str, Tensor],
               lora_partial: bool = False) -> tuple[dict[str, LoRAWeights], dict[str, str]]:
-    """Reads a LoRA in any format, for a Stage C of any size. Returns {our layer's name: LoRAWeights}, metadata."""
+    """Reads a LoRA in any format, for a Stage C of any size. Returns ({our layer's name: LoRAWeights}, metadata)."""
     with naming_source(source):
         layers, metadata = read_layers(source, None, lora_partial)
     return {name: LoRAWeights(**values | dict(alpha=float(values["alpha"]) or float(len(values["down"]))))
@@ -379,7 +379,8 @@ def describe(weights: dict[str, LoRAWeights]) -> dict[str, str]:
 
 def write_lora(path: str | Path, weights: dict[str, LoRAWeights], names: dict[str, str], to: str,
                metadata: dict, overwrite: bool = True) -> int:
-    """Writes a LoRA as a .safetensors file. Returns the number of tensors. names, to: see to_tensors."""
+    """Writes a LoRA as a .safetensors file. Returns the number of tensors. names, to: see to_tensors. metadata: see
+    save_lora."""
     tensors, its_own = to_tensors(weights, names, to)
     metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
     metadata |= dict(format_version="1") | describe(weights) | its_own
@@ -389,12 +390,11 @@ def write_lora(path: str | Path, weights: dict[str, LoRAWeights], names: dict[st
 
 def save_lora(model: nn.Module, path: str | Path, name: str = "default", to: str = "diffusers",
               metadata: dict | None = None) -> None:
-    """Writes one LoRA of a model as a .safetensors file in one of FORMATS. The `scale` given at loading is not stored.
+    """Writes the LoRA `name` of a model as a .safetensors file in format `to`, one of FORMATS, without its scale.
 
     metadata: entries in addition to rank, alpha, targets and format_version. For example
     dict(base_hash=base_hash(model), steps=1000, images=24, trigger_words=["a zorp"]). Raises ValueError if the format
-    cannot hold this LoRA.
-    """
+    cannot hold this LoRA."""
     names = lora.diffusers_names(lora.find_layers(model)[0])
     write_lora(path, dict(lora.adapters(model, name)), names, to, metadata or {})
 
