@@ -375,8 +375,7 @@ def files_of(job: argparse.Namespace, path: Path) -> list[Path]:
 
 
 def unused_path(path: Path, job: argparse.Namespace, taken=()) -> Path:
-    """Returns the first of `path`, name_2.png, ... that is not in `taken`. Without --overwrite, also skips paths where
-    one of the files that the job writes exists already."""
+    """Returns the first of `path`, name_2.png, ... that is not in `taken` and, unless --overwrite, not used on disk."""
     return next(p for p in numbered(path) if p not in taken
                 and (job.overwrite or not any(file.exists() for file in files_of(job, p))))
 

@@ -71,8 +71,7 @@ def read_pair(source, mask_source) -> tuple[Tensor, Tensor]:
 def fill(colours: Tensor, known: Tensor) -> Tensor:
     """Returns colours (3,H,W) with unknown pixels replaced by the mean of known pixels near them. known: (H,W) bool.
 
-    The means are computed in images of half, a quarter, ... of the size. If no pixel is known, the result is white.
-    """
+    The means are computed in images of half, a quarter, ... of the size. If no pixel is known, the result is white."""
     if known.all() or not known.any():
         return colours if known.any() else torch.ones_like(colours)
     means = F.avg_pool2d(torch.cat([colours * known, known[None]])[None], 2, ceil_mode=True)[0]    # (4, H/2, W/2)

@@ -171,8 +171,7 @@ def options_like(read: Callable, args: argparse.Namespace, more: Options) -> tup
 
 
 def own_defaults(image: str, stored: dict) -> dict:
-    """Returns {option: default for the weights} of options whose default depends on the weights. stored: the settings
-    in the file `image`, among them the weights."""
+    """Returns {option: its default for the weights in `stored`}, for options whose default depends on the weights."""
     weights = str(stored.get("weights") or "tiny")
     v1, tiny = "temperature_b" in stored, is_tiny(weights) or is_tiny(Path(image).parent / weights)
     height, width = own_size(image, stored, 128 if tiny else 512 if v1 else 1024)
@@ -230,8 +229,7 @@ def relative(file: str | Path, folder: Path) -> str:
 
 def find(image: str | Path, name: str, stored: str, hashes: dict[str, str]) -> str:
     """Returns the path of the file `stored`, which the settings of `image` name for option `name`. Searches the image's
-    folder, all folders above and the working folder. Prefers a file with the stored hash. hashes: {option: hash}.
-    Raises ValueError if no file is found."""
+    folder, those above and the working folder. Prefers a file with the stored hash. Raises ValueError if none exists."""
     if is_name(stored):
         return stored
     folders = [*Path(os.path.abspath(image)).parents, Path.cwd()]

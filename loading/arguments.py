@@ -173,8 +173,7 @@ def usable_device(name: str | torch.device | None) -> torch.device:
 
 
 def lora_scales(value) -> dict[str, float]:
-    """Converts None, LoRA files or folders, or {file: scale} to {file: scale}. Raises TypeError for other values, and
-    WeightsError for a file that is given twice."""
+    """Converts None, LoRA files or folders, or {file: scale} to {file: scale}. Raises ValueError for duplicates."""
     if value is None or isinstance(value, (str, Path)):
         value = [value] if value else []
     pairs = [*value.items()] if isinstance(value, dict) else [

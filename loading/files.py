@@ -177,8 +177,7 @@ def pick_weights(names: Iterable[str], stems: tuple[str, ...], half: bool = Fals
 
 
 def find_file(path: str | Path, stems: tuple[str, ...]) -> Path:
-    """Returns `path` if it is a file, or the file in this folder that pick_weights chooses. stems: see pick_weights.
-    Raises WeightsError if there is no such file."""
+    """Returns `path` if it is a file, else the file in it that pick_weights chooses. Raises WeightsError if none."""
     path = Path(path)
     if path.is_file():
         return path
