@@ -229,7 +229,7 @@ def relative(file: str | Path, folder: Path) -> str:
 
 def find(image: str | Path, name: str, stored: str, hashes: dict[str, str]) -> str:
     """Returns the path of the file `stored`, which the settings of `image` name for option `name`. Searches the image's
-    folder, those above and the working folder. Prefers a file with the stored hash. Raises ValueError if none exists."""
+    folder, those above and the working folder. Prefers one with the stored hash. Raises ValueError if none is found."""
     if is_name(stored):
         return stored
     folders = [*Path(os.path.abspath(image)).parents, Path.cwd()]
