@@ -41,7 +41,7 @@ def load(weights: str | Path | None = None, device: str | None = None, dtype: to
                 layouts.find_parts); or any repository, "hub:owner/name" (see hub.Repository)
     files       single parts to use instead of parts of `weights`, each a folder, a file or "hub:owner/name": prior,
                 decoder, vqgan, image_encoder, prior_text_encoder, text_encoder; `weights` is then "v2" by default
-    device      default cuda if there is one. dtype: such as "bf16", or "auto" (fast); default fp32 on CPUs, else bf16
+    device      default: cuda if there is one. dtype: such as "bf16", or "auto" (fast); default: fp32 on CPUs, else bf16
     parts       the parts to load, no others: hub.TEXT_TO_IMAGE (default), hub.RECONSTRUCTION, or a list of names
     offline, revision   see hub.fetch
     fast        use the faster implementations in speed/fast.py; compile: also use torch.compile

@@ -73,8 +73,8 @@ def constants(width: int, dtype: torch.dtype, device: torch.device) -> tuple[Ten
 
 
 def text_kv(block: AttentionBlock, text: Tensor, lean: bool) -> tuple:
-    """Returns keys and values of the text, each (B,N,C). If lean: both in one tensor, and the joint weight
-    and bias of query, key and value. Their own tensors become views of the joint ones, so nothing is stored twice."""
+    """Returns keys and values of the text, each (B,N,C). If lean: keys and values in one tensor (B,N,2C), and the joint
+    weight and bias of query, key and value, whose own weights become views of them, so nothing is stored twice."""
     kv, layers = block.text_kv(text), (block.query, block.key, block.value)
     if not lean or any(type(layer) is not nn.Linear for layer in layers):
         return kv
@@ -100,8 +100,8 @@ def attend(block: AttentionBlock, x: Tensor, kv: tuple) -> Tensor:
 
 
 def all_mappers(network: nn.Module, blocks: list[TimestepBlock], lean: bool, levels: Tensor | None) -> tuple | None:
-    """Joins the layers `mapper` of all blocks. Returns a function from t (B,) to all scales and shifts, and blocks'
-    widths; None if not lean or if a layer is not a Linear. levels: falling t to compute in advance, or None."""
+    """Joins the layers `mapper` of all blocks. Returns a function from t (B,) to all scales and shifts, and the widths
+    of the blocks; None if not lean or a layer is not a Linear. levels: falling t to compute in advance, or None."""
     layers = [block.mapper for block in blocks]
     if not lean or any(type(layer) is not nn.Linear for layer in layers):
         return None
@@ -146,8 +146,8 @@ def part(layer: nn.Linear | Int8Linear, x: Tensor, start: int = 0) -> Tensor:
 
 def res_block(block: ResBlock, x: Tensor, skip: Tensor | None = None, condition: Tensor | None = None,
               share: Tensor | None = None) -> Tensor:
-    """Computes block(x, skip, condition) for x (B,H,W,C). share (B,H,W,4C): the result of `part` for the condition, if
-    that result was computed before; condition is then None."""
+    """Computes block(x, skip, condition) for x (B,H,W,C). skip: the skip connection. condition: the semantic latents.
+    share (B,H,W,4C): the result of `part` for them, if computed before; condition is then None. Each may be None."""
     extras = [extra for extra in (skip, condition) if extra is not None]
     mixed = x
     if block.depthwise.in_channels > x.shape[-1]:          # v1's SkipResBlock: the skip connection is convolved too
@@ -300,8 +300,8 @@ def step_b_v1(network: nn.Module, tokens: Tensor, t: Tensor, prepared: tuple) ->
 
 
 def u_net(network: nn.Module, x: Tensor, t: Tensor, prepared: tuple) -> Tensor:
-    """Runs the U-Net of Stage B, v2's or v1's: levels down, levels up, and the norm before the head. prepared: see
-    step_b. x (B,h/2,w/2,C0) -> (B,h/2,w/2,C0)."""
+    """Runs the U-Net of Stage B, v2's or v1's: down through all levels, up again, and the norm before the head. Returns
+    (B,h/2,w/2,C0), the shape of x. prepared: see step_b."""
     inputs, dtype, x = iter(prepared[0]), x.dtype, widen(x)
     timesteps = iter(all_scales(network, timestep_blocks(network), prepared[1], t, dtype))
 

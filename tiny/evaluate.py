@@ -91,7 +91,7 @@ def degrade(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 # ----- score -----------------------------------------------------------------------------------------
 
 def tally(verdicts: list[dict], facts: list[dict]) -> dict:
-    """Returns {figure, such as "pair_seen": {"right": share of correct images, "n": number of images}}. Omits figures
+    """Returns {name, such as "pair_seen": {"right": share of correct images, "n": number of images}}, without names
     with n = 0. verdicts, facts: for each image, the result of judge.verdict and the prompt's dict."""
     def of(kind, key):
         return [v[key] for v, f in zip(verdicts, facts) if f["kind"] == kind and v[key] is not None]
