@@ -138,7 +138,7 @@ def can_split(layer: nn.Module) -> bool:
 
 
 def part(layer: nn.Linear | Int8Linear, x: Tensor, start: int = 0) -> Tensor:
-    """Returns what a slice x (...,C') of inputs adds to layer(inputs). start: its first index; 0 also adds the bias."""
+    """Returns what a slice x (...,C') of inputs adds to layer(inputs). start: its first index; if 0, adds the bias."""
     if isinstance(layer, Int8Linear):
         return layer.part(x, start)
     return F.linear(x, layer.weight[:, start:start + x.shape[-1]], None if start else layer.bias)

@@ -141,7 +141,7 @@ class Int8Linear(nn.Module):
         return self.part(x, 0)
 
     def part(self, x: Tensor, start: int) -> Tensor:
-        """Returns what a slice x (...,C') of the inputs adds to the output. start: its first index; 0 adds the bias."""
+        """Returns what a slice x (...,C') of inputs adds to the output. start: its first index; if 0, adds the bias."""
         rows = x.flatten(0, -2)                                                          # (M, C')
         if torch.compiler.is_compiling() or len(rows) <= ROWS:
             y = self.of_rows(rows, start)                                                # (M, out)
@@ -194,7 +194,7 @@ def large(model: nn.Module, least: int = 128) -> list[str]:
 def to_int8(model: nn.Module, least: int = 128) -> list[str]:
     """Replaces large linear layers by Int8Linear, one by one to save memory. Returns their names. least: see `large`.
 
-    In a model on the meta device, the new layers are empty; fill them with `quantised`. Raises ValueError, see `check`.
+    In a model on the meta device, the new layers are empty; fill them with `quantised`. Raises ValueError if `check` does.
     """
     names, fine = large(model, least), FINE.get(type(model).__name__, ())
     check(model.get_submodule(name).weight.device for name in names)
