@@ -194,7 +194,7 @@ def large(model: nn.Module, least: int = 128) -> list[str]:
 def to_int8(model: nn.Module, least: int = 128) -> list[str]:
     """Replaces large linear layers by Int8Linear, one by one to save memory. Returns their names. least: see `large`.
 
-    In a model on the meta device, the new layers are empty; fill them with `quantised`. Raises ValueError if `check` does.
+    In a model on the meta device, the new layers are empty; fill them with `quantised`. Raises errors of `check`.
     """
     names, fine = large(model, least), FINE.get(type(model).__name__, ())
     check(model.get_submodule(name).weight.device for name in names)
