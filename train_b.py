@@ -267,7 +267,7 @@ def mean_contrast_weight(dataset, sizes, encode_vqgan, args) -> float:
 # ----- what is trained ----------------------------------------------------------------------------
 
 class EncoderAndDecoder(torch.nn.Module):
-    """Stage B, and the image encoder if it is trained, as one module with one forward, for DDP."""
+    """Stage B and, if it is trained, the image encoder, as one module, which DDP needs."""
     def __init__(self, decoder, encoder, stage):
         super().__init__()
         self.decoder, self.encoder, self.stage = decoder, encoder, stage
@@ -276,7 +276,7 @@ class EncoderAndDecoder(torch.nn.Module):
     def forward(self, source, x_t=None, t=None, text=None, t_semantic=None, eps_semantic=None,
                 dropped=None):
         """Encodes source if it is images (B,3,H,W); otherwise it is raw semantic latents
-        (B,16,h',w'). Returns the semantic latents if x_t is None, else the output of stage.forward.
+        (B,16,h',w'). Returns the semantic latents if x_t is None, else the result of stage.forward.
 
         t (B,), text (B,N,D): other inputs of Stage B. eps_semantic (B,16,h',w'), t_semantic (B,):
         noise for the semantic latents, its level (0: none). dropped (B,): whether to zero them."""

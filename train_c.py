@@ -214,7 +214,7 @@ def build_prior(args, path, dtype) -> StageC:
 
 
 class TextAndPrior(torch.nn.Module):
-    """Stage C, and the text encoder if it is trained, as one module with one forward, for DDP."""
+    """Stage C and, if it is trained, the text encoder, as one module, which DDP needs."""
     def __init__(self, prior, text_model=None):
         super().__init__()
         self.prior, self.text = prior, text_model

@@ -110,7 +110,7 @@ class Judge:
 
 
 def half_size_sprite(name: str, k: int) -> np.ndarray:
-    """Returns a sprite, drawn at 2k px and halved to k px, (4,k,k) float32 in [0, 1]: colour times alpha, and alpha."""
+    """Returns a sprite, halved from 2k to k px, (4,k,k) float32 in [0, 1]: colour times alpha in 3 channels, alpha."""
     colour, through = sprite(name, 2 * k)                           # (2k, 2k, 3) uint8
     both = np.concatenate([colour, 255 - through[..., :1]], axis=2) / np.float32(255)
     return both.reshape(k, 2, k, 2, 4).mean(axis=(1, 3)).transpose(2, 0, 1)

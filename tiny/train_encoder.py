@@ -87,7 +87,7 @@ def build_head() -> nn.Module:
 
 
 def head_loss(output: Tensor, objects: Tensor, places: Tensor, colours: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Returns the loss () and a dict of values for the log. output: the head's, (B,9,140). Others: see labels_of."""
+    """Returns the loss () and a dict of values for the log. output (B,9,140): the head's. Others: from labels_of."""
     names, where, background = output.split([NOTHING + 1, 3, len(COLOURS)], dim=-1)
     there = objects != NOTHING                                                               # (B, 9)
     importance = torch.ones(NOTHING + 1, device=output.device)

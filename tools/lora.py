@@ -59,7 +59,7 @@ def load_prior(path: str):
 
 
 def merge(prior: str, lora: str, out: Path, scale: float, lora_partial: bool = False) -> str:
-    """Writes a prior with a LoRA merged: float32 sums, rounded once, to the prior's dtype. Returns a report as text."""
+    """Writes a prior with a LoRA merged. Adds in float32 and rounds once, to the prior's dtype. Returns a report."""
     from loading.files import STEM, write_atomically, write_files, write_tensors
     from loading.lora_formats import base_hash, load_lora, read_lora
     from loading.names import config_to_diffusers, to_diffusers
@@ -124,7 +124,7 @@ def nearest_lora(base, tuned, rank: int, targets: str) -> tuple[dict, str]:
 
 
 def extract(base: str, tuned: str, out: Path, rank: int, targets: str) -> str:
-    """Writes a LoRA near to the difference of two priors. Official size takes ten minutes on two cores, for SVDs."""
+    """Writes the LoRA of nearest_lora for two priors. At official size, the SVDs take ten minutes on two cores."""
     from loading.lora_formats import base_hash, write_lora
     from lora import diffusers_name
     check_output(out, ".safetensors")

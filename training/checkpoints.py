@@ -138,8 +138,8 @@ class Checkpoints:
         return (found[-1] if found else None) if resume in (None, "auto") else Path(resume)
 
     def save(self, step: int, content: dict, rotate: bool = True) -> None:
-        """Writes a checkpoint of `content`. rotate: whether to remove old checkpoints. After a step with NaN, it is
-        False, because the weights in this checkpoint may be the reason.
+        """Writes a checkpoint of `content`. rotate: whether to remove old checkpoints. After a step with NaN,
+        callers pass False, because the weights in this checkpoint may be the reason.
 
         Raises UserError for weights that are not finite. Renames checkpoints of later steps, because --resume auto
         would choose them. Such files exist if they were torn and skipped, or if --resume named an earlier checkpoint.

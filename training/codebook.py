@@ -48,7 +48,7 @@ def count(z: Tensor, indices: Tensor, size: int) -> Tensor:
 
 
 def perplexity(counts: Tensor) -> Tensor:
-    """Returns exp(entropy) of counts (K,), the number of uses of each code: 1 to K; n if n codes are equally used."""
+    """Returns the perplexity exp(entropy) of counts (K,), each code's uses. It is n if n codes are used equally."""
     p = counts / counts.sum()
     return torch.special.entr(p).sum().exp()
 

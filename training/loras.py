@@ -29,7 +29,7 @@ def check_lora(args) -> None:
 
 
 def locate_start(args, parts: tuple[str, ...]) -> dict[str, Path | None]:
-    """Returns {part: path or None}, where to load weights. Raises UserError if a LoRA in --weights would be ignored."""
+    """Returns the weights to start from, {part: path or None}. Raises UserError if a LoRA in them would be ignored."""
     paths = locate(args.weights, files_given(args, FILES_C), parts)
     if paths.get("lora") and args.init == "weights" and not args.lora_weights:
         raise UserError(

@@ -13,7 +13,7 @@ from wuerstchen import alphas_cumprod
 
 
 def p2_weight(t: Tensor, k: float = 1.0, gamma: float = 1.0) -> Tensor:
-    """Returns (k + SNR)^-gamma, or 1 - alphas_cumprod for k = gamma = 1. Source: Choi et al. 2022, arXiv:2204.00227."""
+    """Returns (k + SNR)^-gamma; by default, this is 1 - alphas_cumprod. Source: Choi et al. 2022, arXiv:2204.00227."""
     ab = alphas_cumprod(t)
     return (k + ab / (1 - ab)) ** -gamma
 

@@ -101,7 +101,7 @@ LEVELS_AT_ONCE = 10          # noise levels per forward pass in validation
 
 
 def match_vqgan(decoder: StageB, vqgan, new: bool) -> None:
-    """Does nothing, because every VQGAN fits: all have 4 latent channels. v1/training.py has a function that checks."""
+    """Does nothing, because every VQGAN fits: all have 4 latent channels. The function of this name for v1 checks."""
 
 
 def semantic_scale(decoder: StageB) -> tuple:

@@ -129,7 +129,7 @@ class NanSteps:
 def take_step(optimizers: list, scaler, ema: "EMA", skip: Tensor) -> None:
     """Takes a step of each optimizer and updates the EMA, unless the scalar tensor skip is true. Frees the gradients.
 
-    AdamW reads skip on the GPU. With AdamW8bit or a scaler, the CPU waits for skip. A scaler may also skip by itself.
+    AdamW reads skip on the GPU. With AdamW8bit or a scaler, the CPU waits for skip. A scaler may also skip a step.
     """
     on_device = not scaler.is_enabled() and all(getattr(o, "_step_supports_amp_scaling", False) for o in optimizers)
     taken = on_device or not skip

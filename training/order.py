@@ -152,8 +152,8 @@ class BatchSampler:
         return path
 
     def _lay_out(self, e: int, out) -> None:
-        """Writes the arrays of epoch e to the file `out`, in parts to save memory: a part has the images whose random
-        bits are in one range."""
+        """Writes the arrays of epoch e to the file `out`, in parts to save memory. A part has the images whose random
+        bits, see _order, are in one range."""
         done, written, filled = 0, 0, np.zeros_like(self._counts)
         (at_order, _, index), (at_bucket, _, _), (at_code, _, code), (at_number, _, _) = self._parts(e)
 
@@ -180,7 +180,7 @@ class BatchSampler:
             done, written, filled = done + len(order), written + len(full), filled + counts
 
     def _order(self, e: int, low: int, high: int) -> np.ndarray:
-        """Returns the images of epoch e whose random bits are from low to high, sorted by these bits."""
+        """Returns the images of epoch e whose 64 random bits are a number from low to high, sorted by these numbers."""
         # Images are sorted by raw bits, which are the same in every version of numpy. permutation() may change.
         bits, values, indices = sample_rng(self.seed, e, "epoch").bit_generator, [], []
         for piece in pieces(self._n):
@@ -233,8 +233,8 @@ def batches(samples: torch.utils.data.Dataset, sampler: BatchSampler, processes,
 
 
 def default_workers(device: torch.device) -> int:
-    """Returns the number of worker processes that read images for a training process. On a CPU 2: training needs the
-    cores. On a GPU 2 to 8, cores per GPU - 1. (A worker reads 65 images of 1024 px per second; an H200 needs 350.)"""
+    """Returns the number of worker processes that read images for a training process: on a CPU 2, as training needs the
+    cores; on a GPU 2 to 8, cores per GPU - 1. (A worker reads 65 images of 1024 px per second; an H200 needs 350.)"""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
     return 2 if device.type == "cpu" else min(max(cores // on_this_machine - 1, 2), 8)

@@ -38,7 +38,7 @@ def in_turns(actions: dict[Hashable, Callable], repeats: int) -> dict[Hashable, 
 
 
 def ratio(above: list[float], below: list[float]) -> float:
-    """Returns the median of a / b over pairs of runs, because a slow phase of the machine slows both runs of a pair."""
+    """Returns the median of above / below over pairs of runs, because a slow phase of the machine slows both runs."""
     return median(a / b for a, b in zip(above, below, strict=True))
 
 
@@ -62,7 +62,7 @@ def peak_memory(device: str, before: int) -> int:
 # ----- networks --------------------------------------------------------------------------------------
 
 class Call(NamedTuple):
-    """What to measure. ours: our function. theirs: diffusers' function, or None. alone: whether to also measure
+    """A comparison to measure. ours: our function. theirs: diffusers' function, or None. alone: whether to also measure
     products_of(ours). eager: the eager form of `ours` if `ours` is compiled. It is measured for comparison, and
     operations are counted in it, because torch cannot count them in a compiled function."""
     ours: Callable
@@ -73,7 +73,7 @@ class Call(NamedTuple):
 
 class Measured(NamedTuple):
     """The figures of a Call. ours, theirs: median seconds of our and of diffusers' function. flops: operations of ours.
-    difference: largest difference of their results, relative to the largest value. l2: the same in the L2 norm."""
+    difference: largest difference of their results, relative to the largest value. l2: in the L2 norm."""
     ours: float
     theirs: float | None
     flops: int

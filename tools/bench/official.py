@@ -111,7 +111,7 @@ def calls_of(title: str, args, bind: Callable, step: Callable, inputs: Callable[
 
 
 def whole_images(found: dict[str, Measured], n: int, peak: float) -> list[Row]:
-    """Returns rows for n images: sums of calls in `found`. If a call lacks a form, such as int8, its default counts."""
+    """Returns rows for n images: sums of calls in `found`. If a call lacks a form, such as int8, the default counts."""
     def added(form: str, field: str) -> float:
         calls = (found.get(f"{title}{form}{suffix}", found[title + suffix]) for title in STEPS)
         return sum(count * getattr(call, field) for call, count in zip(calls, STEPS.values()))
