@@ -75,7 +75,7 @@ def save_latent(job: argparse.Namespace, path: Path) -> Path:
 
 
 def origin_of(model, job: argparse.Namespace) -> dict:
-    """Returns a dict that describes the loaded weights: name, kind, hashes of the networks that decode latents."""
+    """Describes the loaded weights. Returns {"weights": name, "kind": "tiny", "v1" or "v2", "hashes": {part: hash}}."""
     raw = model.scale_semantic is not Wuerstchen.scale_semantic
     kind = "tiny" if model.size == 128 else "v1" if raw else "v2"        # weights decode only latents of their own kind
     known = {part: value for part, value in hashes(model.paths).items() if part in ("decoder", "vqgan", "text_encoder")}

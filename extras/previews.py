@@ -77,7 +77,7 @@ def preview_maps(model) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def fit_preview(model, images: Tensor) -> dict[str, Tensor]:
-    """Fits the matrices of preview_maps to images (N,3,H,W) in [0, 1]. Returns and stores them like preview_maps."""
+    """Fits the matrices of preview_maps to images (N,3,H,W) of values from 0 to 1. Returns and stores the matrices."""
     from extras.editing import encode_image, encode_latents
     maps = {"B": fit_linear(torch.cat([encode_latents(model, image[None]).cpu() for image in images]), images)}
     if model.networks.get("image_encoder") is not None:

@@ -55,7 +55,7 @@ EXPLAINED = {RecursionError: "it is nested too deeply", MemoryError: "memory doe
 @contextlib.contextmanager
 def reading(path: str | Path, kind: type = UserError, failed: str = "cannot be read", most: float = math.inf,
             advice: str = ""):
-    """Context manager for code that reads a file. Turns any error into a `kind` with a message of one line.
+    """Context manager for code that reads a file. Turns any error into a `kind`, an exception with one line of text.
 
     Files of more than `most` bytes are errors, and so are pipes and devices, because reading them may never end. A
     UserError is not changed, because it names the file already. failed, advice: parts of the message, after the path.

@@ -101,7 +101,7 @@ RECONSTRUCTION = ("image_encoder", "decoder", "text_encoder", "tokenizer", "vqga
 
 def revision_of(repo: str, override: str | None, weights: str = "v2") -> str:
     """Returns the revision of a repository: the one in `override`, else the one in REVISIONS, else "main".
-    override: "NAME" for all repositories, "REPO=NAME" for one, or None. weights: a key of NAMES; only v1 differs."""
+    override: "NAME" for all repositories, "REPO=NAME" for one, or None. weights: one of NAMES; v1 has its own entry."""
     which, _, name = (override or "").rpartition("=")
     return name if name and which in ("", repo) else REVISIONS.get(f"{repo} ({weights})", REVISIONS.get(repo, "main"))
 
@@ -146,7 +146,7 @@ def fetch(name: str, parts: tuple[str, ...] = TEXT_TO_IMAGE, half: bool = False,
 # ----- files of a repository ------------------------------------------------------------------------------------------
 
 class File(NamedTuple):
-    """An entry in a repository's list of files. cached: it is on disk. size, digest: None if the list lacks them."""
+    """A file in a repository's list of files. cached: whether it is on disk. size, digest: None if not in the list."""
     commit: str
     cached: bool
     size: int | None = None          # bytes

@@ -47,9 +47,9 @@ HALVES = dict(WuerstchenPriorPipeline=("prior", "prior_text_encoder", "prior_tok
 
 
 def find_parts(folder: str | Path, given: Iterable[str] = ()) -> dict[str, Path | None]:
-    """Returns {part, as named in LAYOUTS: its path in the folder, or None if it is missing}. Only parts in OPTIONAL or
-    `given` may be missing and, in the layouts of original files, text encoders. Raises WeightsError if other parts are
-    missing, or if the folder follows none of the layouts."""
+    """Returns {part, as named in LAYOUTS: its path in the folder, or None if it is missing}. given: parts that may be
+    missing, in addition to OPTIONAL and, in the layouts of original files, the text encoders. Raises WeightsError if
+    other parts are missing, or if the folder follows none of the layouts."""
     folder = Path(folder)
     if not folder.is_dir():
         raise WeightsError(f"{folder} is not a folder of weights: there is no such folder")
@@ -114,8 +114,8 @@ def locate(weights: str | Path, files: dict[str, str | Path] | None = None, part
     weights: a name in SHIPPED or NAMES, a folder, or a repository, hub:OWNER/NAME. parts: the wanted parts; only these
     are fetched, or required in a folder. files: {part: path or hub:OWNER/NAME} of parts to use instead of those of
     `weights`; the tokenizer of a text encoder is in its folder, or next to it in `tokenizer`. half, offline, revision:
-    see hub.fetch. named_by: the weights whose base.json named `weights`, to detect cycles. Raises WeightsError.
-    """
+    see hub.fetch. named_by: the weights whose base.json named `weights`, to detect cycles. Raises
+    WeightsError if a part is missing or cannot be fetched."""
     weights = official_name(weights)
     name, weights = weights, SHIPPED.get(weights, weights)
     options = dict(half=half, offline=offline, revision=revision)

@@ -261,7 +261,7 @@ def read_layers(source, shapes: dict[str, tuple] | None, partial: bool) -> tuple
 
 
 def check_fit(layers: dict[str, dict], shapes: dict[str, tuple] | None) -> None:
-    """Raises ValueError if layers contain NaN or do not fit weights of these shapes. shapes None: accept any shape."""
+    """Raises ValueError if layers contain NaN or do not fit weights of `shapes`. If it is None, accepts any shape."""
     misfits = []
     for name, values in layers.items():
         try:
