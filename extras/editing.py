@@ -334,14 +334,14 @@ class PromptBatch:
 
 @torch.no_grad()
 def encode_latents(model: Wuerstchen, images: Tensor) -> Tensor:
-    """Encodes images (n,3,H,W) of values from 0 to 1 to the VQGAN's latents (n,4,H/4,W/4) float32. 4 divides H and W."""
+    """Encodes images (n,3,H,W) with values from 0 to 1 to latents (n,4,H/4,W/4) float32 of the VQGAN."""
     stage_a = model.part("stage_a")
     return stage_a.encode(images.to(model.device, next(stage_a.parameters()).dtype)).float()
 
 
 @torch.no_grad()
 def encode_image(model: Wuerstchen, images: Tensor) -> Tensor:
-    """Encodes images (n,3,H,W) of values from 0 to 1 to raw (unscaled) semantic latents (n,16,h,w) float32.
+    """Encodes images (n,3,H,W) with values from 0 to 1 to raw (unscaled) semantic latents (n,16,h,w) float32.
 
     The images are extended to the size that Stage B generates, then resized to about 3/4, so that each latent position
     covers 32 x 32 px. Raises ValueError for sides below 64 px, and if the model has no image encoder.
