@@ -87,7 +87,7 @@ def predict_x_0(x_t: Tensor, eps: Tensor, t: Tensor) -> Tensor:
 # function to SAMPLERS; for the command line, add its name to SAMPLERS of extras/like.py.
 
 def ddpm_step(x_t: Tensor, eps: Tensor, t: Tensor, t_prev: Tensor, noise: Tensor, last=None):
-    """A step of the original model's sampler: removes predicted noise, adds less fresh noise.
+    """Takes a step of the original sampler: removes predicted noise, adds a little fresh noise.
 
     The last step, to t_prev = 0, adds no noise.  Source: arXiv:2006.11239, algorithm 2, with the
     smaller of its two variances.
@@ -114,7 +114,7 @@ def ddim_step(x_t: Tensor, eps: Tensor, t: Tensor, t_prev: Tensor, noise=None, l
 
 
 def dpm_solver_step(x_t: Tensor, eps: Tensor, t: Tensor, t_prev: Tensor, noise=None, last=None):
-    """A step of DPM-Solver++(2M): DDIM that also extrapolates x_0's change since the last step.
+    """Takes a DPM-Solver++(2M) step: like DDIM, but extrapolates x_0's change since the last step.
 
     x_0 is extrapolated to the middle of the step in lam = log(signal / noise), along the line
     through the last two predictions. The error is of second order in the step, DDIM's of first, so
@@ -389,7 +389,7 @@ class Wuerstchen:
                  draw: Callable[[], Tensor], sampling: Sampling | None = None, **options) -> Tensor:
         """Generates the VQGAN's latents (n,4,h',w') from raw semantic latents (n,16,h,w) and text.
 
-        The unconditional prediction gets the negative prompt, and zeros as semantic latents.
+        unconditional: negative prompts' embeddings; used together with zeros as semantic latents.
         """
         semantic = semantic.to(self.dtype)
         conditions = [(semantic, torch.zeros_like(semantic)), (text, unconditional)]
@@ -480,7 +480,7 @@ class Wuerstchen:
         return [p for p in prompts for _ in range(num_images)], seed, height, width, callback
 
     def settings(self, given: dict) -> tuple[Sampling, Sampling]:
-        """Returns the Sampling of Stages C and B: defaults with changes such as {"steps_c": 15}."""
+        """Returns Sampling of Stages C and B: defaults changed by given, e.g. {"steps_c": 15}."""
         changes = {"c": {}, "b": {}}
         for name, value in given.items():
             if name[-2:] not in ("_c", "_b") or not hasattr(getattr(self, name[-1]), name[:-2]):

@@ -511,7 +511,7 @@ def hub_errors(repo: str, revision: str, what: str = "read"):
             message = f"the disk is full: make room in {cache_folder()}, or set HF_HOME to another disk"
         elif isinstance(error, OSError) and error.filename is not None:
             message = f"the cache cannot be used: {reason}; make it writable, or set HF_HOME to another folder"
-        else:      # taken for a network error: these cannot be listed, because each HTTP library has its own classes
+        else:      # all other errors count as network errors, which cannot be listed: each HTTP library has its own
             message = f"{constants.ENDPOINT} cannot be reached ({reason}): check the network" + (
                 ". With --offline, weights in the cache can be used" if what == "read" else "")
         raise WeightsError(message) from error

@@ -30,7 +30,7 @@ class Teacher:
     """The original Stage C, a function (x_t, t, text) -> eps (B,16,h,w). Create it before training changes `network`.
 
     with_lora: whether a LoRA is trained. If so, the teacher is the network itself, with its LoRA turned off during the
-    teacher's predictions. Otherwise the teacher is a copy of the network in `dtype`. autocast: context of its calls.
+    teacher's predictions, else a copy of the network in `dtype`. autocast: a context manager for the predictions.
     """
     def __init__(self, network: torch.nn.Module, with_lora: bool, dtype: torch.dtype, autocast):
         self.identity, self.autocast, self.live = hash_of(network), autocast, network if with_lora else None
@@ -47,8 +47,8 @@ class Teacher:
             return eps
 
     def replace(self, batch: dict, x_t: Tensor, eps: Tensor, t: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns a batch's x_t and training target, each (B,16,h,w). In rows that batch["preserve"] marks, x_t is
-        batch["teacher_latents"] with noise, the target the teacher's prediction; in other rows, x_t and eps stay."""
+        """Returns a batch's x_t and training target, each (B,16,h,w). In rows that batch["preserve"] marks, these are
+        batch["teacher_latents"] with noise and the teacher's prediction; in other rows, the given x_t and eps."""
         rows = batch["preserve"].to(x_t.device).view(-1, 1, 1, 1)                        # (B, 1, 1, 1)
         x_t = torch.where(rows, add_noise(batch["teacher_latents"].to(x_t.device), eps, t), x_t)
         return x_t, torch.where(rows, self(x_t, t, text), eps)

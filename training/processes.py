@@ -1,4 +1,4 @@
-"""Runs training in one or several processes: sums over processes, synchronised BatchNorm, DDP, FSDP, a graceful exit.
+"""Trains in one or several processes with DDP or FSDP: sums over processes, synchronises BatchNorm, handles signals.
 
 One process runs the same code as several, so a training loop needs no second version. This works with any model.
 Needs: torch; loading/.
@@ -72,7 +72,7 @@ class Processes:
         return int(value)
 
     def anywhere(self, flag: Tensor) -> Tensor:
-        """Returns whether the scalar tensor flag is true in any process, as a scalar tensor, without waiting for it."""
+        """Returns as a tensor whether the scalar tensor flag is true in any process. The CPU does not wait for it."""
         return self.sum(flag.float()) > 0
 
     def to_device(self, batch: dict) -> dict:
@@ -124,7 +124,7 @@ class Processes:
         return everywhere[self.rank - self.local_rank]
 
     def data_parallel(self, model: nn.Module) -> nn.Module:
-        """Returns the module to call in training: `model` in DistributedDataParallel or, without torchrun, `model`.
+        """Returns the module to call in training: `model` wrapped for DDP or, without torchrun, `model` itself.
 
         Buffers are not broadcast, because they are the same in all processes: BatchNorm is synchronised.
         """

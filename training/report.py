@@ -21,14 +21,14 @@ from training.samples import draw_caption
 
 
 def due(every: int, step: int, steps: int) -> bool:
-    """Returns whether an action is due after `step` of `steps` steps: each `every` steps (0: never) and at the end."""
+    """Returns whether an action is due: `step` is a multiple of `every`, or the last of `steps`. every 0: never."""
     return bool(every) and (step % every == 0 or step == steps)
 
 
 class Progress:
     """Shows the progress bar of a run, and computes values for the log from the steps since the log's last line.
 
-    Iterating over a Progress yields the numbers of the remaining steps, from `start`. batch: samples per step in all.
+    Iterating yields the numbers of the remaining steps, from `start`. batch: samples per step of all processes.
     """
     def __init__(self, title: str, start: int, args, processes, batch: int):
         self.processes, self.batch, self.smooth = processes, batch, None
@@ -46,7 +46,7 @@ class Progress:
         self.sums[1].index_add_(0, level, raw.isfinite().float())
 
     def values(self, step: int, loss: Tensor) -> dict:
-        """Returns {name: value} to log after `step` steps. loss (): of the last step. All processes must call this."""
+        """Returns {name: value} for the log. loss: the last step's loss, a scalar. All processes must call this."""
         loss = (self.processes.sum(loss.clone()) / self.processes.world).item()
         self.smooth = loss if self.smooth is None else 0.9 * self.smooth + 0.1 * loss
         raw, count = self.processes.sum(self.sums.clone())
@@ -70,7 +70,7 @@ class Progress:
 
 
 def checkpoint_bytes(args, model, discriminator=None) -> int:
-    """Returns a checkpoint's size in bytes: weights, EMA weights, AdamW's two moments, and 300 per tensor for the
+    """Returns a checkpoint's size in bytes: weights, EMA weights, AdamW's two moments, and 300 bytes per tensor for the
     file's header. With a LoRA, the size includes the separate LoRA file. A checkpoint of train_a.py also has frozen
     weights and the discriminator; with --ema 0, it has no EMA weights."""
     learned = [p.nbytes + 300 for p in model.parameters() if p.requires_grad]
@@ -89,7 +89,7 @@ def free_bytes(folder: Path) -> int:
 
 
 def outline(args, model, dataset, sizes, order, discriminator=None) -> None:
-    """Prints a run's number of parameters, memory, disk space, images per step and epochs. order: a BatchSampler.
+    """Prints a run's parameter count, memory, disk space, images per step and epochs. order: a BatchSampler.
     sizes: (height, width) of each bucket. discriminator: the one that train_a.py trains, or None."""
     learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
@@ -109,7 +109,7 @@ def outline(args, model, dataset, sizes, order, discriminator=None) -> None:
 
 
 def dry_run(args, model, dataset, sizes, order, draw_noise: Callable | None = None) -> None:
-    """Prints `outline`, latents' shapes and first captions. draw_noise(rng, h, w) returns Stage B's {name: noise}."""
+    """Calls outline, prints latents' shapes and captions. draw_noise(rng, h, w) returns Stage B's {name: noise}."""
     outline(args, model, dataset, sizes, order)
     positions, indices, number = order.step(0)
     h, w = sizes[number]

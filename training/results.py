@@ -35,7 +35,7 @@ def is_local(name: str) -> bool:
 
 
 def write_base(args, parts: tuple[str, ...], **more) -> None:
-    """Writes base.json for sample.py --weights OUT: the weights this run used for `parts`, and the entries `more`."""
+    """Writes base.json for sample.py --weights OUT. It has --weights, the options of `parts`, and entries `more`."""
     def path(name: str) -> str:
         return str(Path(name).resolve()) if is_local(name) else name
     base = dict(weights=path(args.weights), files={part: path(file) for part, file in files_given(args, parts).items()})
@@ -56,7 +56,7 @@ TEXTS = ("trigger", "targets", "sample_prompt", "project")           # options w
 
 
 def without_folders(name: str, value):
-    """Returns the value of option `name` for the model card: a path's last part, "pipe:" of a command, else `value`."""
+    """Returns the value of option `name` for the model card, without folders of paths and the command of "pipe:"."""
     if isinstance(value, list | tuple):
         return type(value)(without_folders(name, each) for each in value)
     if not isinstance(value, str) or name in TEXTS or value.startswith("hub:") or value in REVISIONS:

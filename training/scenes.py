@@ -93,7 +93,7 @@ def held_out(a: str, b: str) -> bool:
 # ----- drawing scenes at random --------------------------------------------------------------------------------------
 
 def random_scene(rng: np.random.Generator, objects: Sequence[str] = CAPTIONED, held_out_pairs: bool = False) -> Scene:
-    """Draws a scene with one of `objects` (40 %) or with two different ones whose pair is not held out of training.
+    """Draws a scene with one of `objects` (in 40 % of all cases) or with two different ones whose pair is not held out.
     held_out_pairs=True draws a test scene: always two objects, whose pair is held out."""
     colour = list(COLOURS)[rng.integers(len(COLOURS))]
     if not held_out_pairs and (len(objects) == 1 or rng.random() < 0.4):

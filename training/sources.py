@@ -94,7 +94,7 @@ def samples_of(parts: list[tuple[Path, str]], index_folder: Path | None, found: 
 
 def parts_of(source: str, index_folder: Path | None, chosen: Chosen = Chosen()) -> list[tuple[Path, str]]:
     """Returns [(folder of images or tar file, its name for messages)] for a source: folders, shards (path, glob or
-    {000..031}), pipe:COMMAND, hub:NAME[:SPLIT]. Rewrites tables as tar files. Raises ValueError if that fails."""
+    {000..031}), pipe:COMMAND, hub:NAME[:SPLIT]. Rewrites tables as tar files. Raises ValueError if this fails."""
     return [(_as_tar(path, index_folder, chosen), label) for part, name in _parts(source, index_folder, chosen)
             for path, label in (_in_folder(part, name) if os.path.isdir(part) else [(part, name)])]
 
@@ -525,7 +525,7 @@ def _run(command: str, path: Path) -> None:
 
 def _table_as_tar(known_as: str, label: str, table: Callable[[], Table], index_folder: Path | None, chosen: Chosen
                   ) -> Path:
-    """Returns the path of a tar file with the rows of table(), one file per image column and configuration chosen."""
+    """Returns the path of a tar file with the rows of table(), one for each image column and configuration."""
     known_as = " ".join([known_as, *(f"{name} {value}" for name, value in (("image", chosen.image),
                                                                            ("config", chosen.config)) if value)])
     return _spooled(known_as, label, index_folder, lambda tar: write_tar(table(), tar, chosen.image), ".table.tar")

@@ -29,7 +29,7 @@ def random_images(dataset, sizes: list[tuple[int, int]], rng: np.random.Generato
 
 
 def fixed_images(dataset, sizes: list[tuple[int, int]], args) -> list[tuple[Tensor, str]]:
-    """Returns [(pixels, caption)] of args.val_count images for the validation, the same ones for each args.seed."""
+    """Returns [(pixels, caption)] of args.val_count images for the validation, which args.seed determines."""
     return list(random_images(dataset, sizes, np.random.default_rng([args.seed, 1]), args.val_count))
 
 
@@ -75,7 +75,8 @@ def fixed_set(dataset, side: int, encoders: dict, args, device) -> SimpleNamespa
 
 def validate(model, fixed, embed: Callable, weight: Callable, stage, autocast, args, processes) -> dict[str, float]:
     """Returns {name in the log: value}: Stage B's unweighted loss at each noise level of T_GRID, their weighted
-    mean and, for v1, the shares of correct tokens. Unlike in training, no conditions are dropped or get noise."""
+    mean and, for v1, the shares of correct tokens. Unlike in training, no conditions are dropped or get noise. fixed:
+    the result of fixed_set. weight: a function from noise levels to weights. stage: train_b or v1.training."""
     levels, config = torch.tensor(T_GRID, device=processes.device), model.decoder.config         # (10,)
 
     def measure(i: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Computes losses of Stage A that need another network: a perceptual loss, and that of a discriminator against blur.
+"""Computes losses of Stage A that need another network: a perceptual loss, and the losses of a discriminator.
 
   images, output -VGGFeatures-> 5 feature maps each -perceptual_loss-> scalar
   output -PatchDiscriminator-> logits -generator_loss x adaptive_weight-> scalar, added to the reconstruction loss
@@ -58,7 +58,7 @@ def read_vgg16(weights: str) -> dict[str, Tensor]:
 
 
 def perceptual_loss(features: list[Tensor], targets: list[Tensor]) -> Tensor:
-    """Returns the mean distance, a scalar, of two batches of images. features, targets: their maps (B,C,h,w) per layer.
+    """Returns the distance of two batches of images, a scalar. features, targets: their maps (B,C,h,w), one per layer.
 
     Each position's vector is scaled to length 1, so that large activations do not dominate. Squared distances are
     summed over channels, averaged over positions and images, and summed over layers. This is LPIPS (arXiv:1801.03924)

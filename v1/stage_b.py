@@ -55,7 +55,7 @@ class SkipResBlock(ResBlock):
 
 
 class StageBV1(nn.Module):
-    """The token model (Paella). Defaults are the official sizes (731 M parameters).
+    """v1's Stage B (Paella), which predicts clean tokens. Defaults are the official sizes (731 M parameters).
 
     levels  one pattern per resolution, finest first; pattern i is repeated blocks[i] times. C = ResBlock,
             T = TimestepBlock, A = AttentionBlock (heads: -1 for a level that has none).

@@ -78,7 +78,7 @@ def noise_levels(chance: Tensor, blind: bool, args) -> Tensor:
 
 
 def corrupt(batch: dict, x_0: Tensor, t: Tensor, blind: bool) -> tuple[Tensor, Tensor]:
-    """Replaces each token of x_0 with probability t by a random one. Returns x_t and a mask of these, each (B,h,w)."""
+    """Replaces tokens of x_0 at random, with probability t. Returns x_t and the mask of replaced ones, each (B,h,w)."""
     return add_noise(x_0, t, batch["random_tokens"], batch["u"])
 
 
