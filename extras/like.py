@@ -109,7 +109,7 @@ def of_other_version(args: argparse.Namespace, v1: bool) -> list[str]:
 
 
 def is_v1(args: argparse.Namespace) -> bool | None:
-    """Returns whether the weights that `args` selects are v1, or None if finding out would need a download."""
+    """Returns whether the weights that `args` selects are v1, or None if this cannot be found out offline."""
     if args.weights in NAMED and not args.decoder:
         return NAMED[args.weights]
     try:

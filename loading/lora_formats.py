@@ -114,7 +114,7 @@ def open_lora(source: str | Path | dict[str, Tensor]) -> tuple[dict[str, Tensor]
 
 
 def read_config(metadata: dict[str, str]) -> dict:
-    """Returns peft's configuration (alpha, ...) in the metadata, or {}. Raises ValueError if not of a plain LoRA."""
+    """Returns peft's configuration (alpha, ...) in the metadata, or {}. Raises ValueError if it cannot be used."""
     config = parsed(metadata.get(CONFIG) or "{}")
     if not isinstance(config, dict):
         raise ValueError(f"its {CONFIG} is not a JSON object")
