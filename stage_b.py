@@ -256,7 +256,7 @@ class StageB(nn.Module):
         for mapper in [self.embed_text, *self.semantic_down, *self.semantic_up]:
             if mapper is not None:             # small weights, because semantic latents have std 42
                 nn.init.normal_(mapper.weight, std=0.02)
-        nn.init.zeros_(self.head.weight)       # an untrained network then predicts 2 x_t
+        nn.init.zeros_(self.head.weight)       # then a = 0, b = 1/2, and eps is 2 x_t
         for module in self.modules():
             if isinstance(module, ResBlock):   # so the blocks' sum does not grow with the depth
                 module.contract.weight *= math.sqrt(1 / sum(self.config["blocks"]))

@@ -227,7 +227,8 @@ def seed_list(seed: int | Sequence[int] | None, n: int) -> list[int]:
 
 def draws_from(seed, n: int, device: torch.device, skipped: list[tuple], *shapes: tuple) -> list[Callable]:
     """Returns a list with a function for each shape in `shapes`, which draws noise (n, *shape). seed: see `generate`.
-    skipped: shapes of noise for steps that do not run. This noise is discarded, unless seed is a user's function."""
+    skipped: shapes of the noise of steps that do not run. It is drawn and discarded, so that later steps have the same
+    noise as in a full run. If seed is a user's function, it is not drawn."""
     noise = seed if callable(seed) else Noise(seed_list(seed, n), device)
     for shape in skipped if noise is not seed or isinstance(seed, FrameNoise) else ():
         noise(*shape)

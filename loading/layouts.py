@@ -40,7 +40,7 @@ SHIPPED = {name: Path(__file__).parents[1] / "models" / name for name in ("tiny"
 MODELS = ("prior", "decoder", "vqgan")
 OPTIONAL = ("image_encoder", "scheduler", "prior_scheduler")
 TEXT = ("prior_text_encoder", "prior_tokenizer", "text_encoder", "tokenizer")
-# TRAINED: parts that training writes, next to base.json. HALVES: {diffusers' pipeline: its parts}; v2 gives the rest.
+# TRAINED: parts that training may write. HALVES: {a half pipeline of diffusers: its parts}; v2 has the other parts.
 TRAINED = ("prior", "prior_text_encoder", "prior_tokenizer", "decoder", "image_encoder")
 HALVES = dict(WuerstchenPriorPipeline=("prior", "prior_text_encoder", "prior_tokenizer"),
               WuerstchenDecoderPipeline=("decoder", "text_encoder", "tokenizer", "vqgan"))

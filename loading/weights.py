@@ -168,7 +168,7 @@ def load_text_encoder(folder: str | Path, tokenizer_folder: str | Path,
     also contain `position_ids`, which is 0, 1, 2, ... and is ignored. Raises WeightsError if a file cannot be used.
     """
     config, path = read_config(folder), Path(folder) / "config.json"
-    for name, most in CLIP_SIZES.items():   # a larger size is a typing error, and building would take hours
+    for name, most in CLIP_SIZES.items():   # a larger size is a typo; such a model would be built for hours
         if type(config.get(name, 1)) is not int or not 1 <= config.get(name, 1) <= most:
             raise WeightsError(f"{path} cannot be used: {name} is {config[name]!r:.80}, expected 1 to {most}")
     with reading(path, WeightsError, "cannot be used"), torch.device("meta"), NoStartValues():

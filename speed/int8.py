@@ -95,8 +95,9 @@ class Int8Linear(nn.Module):
     """A Linear with weight (out,in) int8, scale (out,) and bias (out,) float32. It starts empty; state_of fills it.
 
     fine: whether the input is taken in 16 bits, by two products of 8 bits.
-    A product packs the columns of the weight that it needs, at first use. Once all are packed, `weight` is None.
-    total (out,), only if in >= out: the sum of each output's weights, with which of_rows adds back the rows' minimum.
+    Columns of the weight are packed when a product first needs them. Once all are packed, `weight` is None.
+    total (out,): sum of each output's weights. of_rows subtracts each row's minimum before it rounds the row to 8 bits,
+    and adds minimum * total to the result. None if in < out: of_rows then rounds without subtracting a minimum.
     """
     def __init__(self, in_features: int, out_features: int, bias: bool = True, fine: bool = False, device=None):
         super().__init__()

@@ -55,7 +55,7 @@ class Judge:
         """Finds the objects in an image (square, uint8 RGB, an array or PIL image) and the colour of its background.
 
         Returns (found, colour). found: at most `most` tuples (name, size, (x, y), explained), best match first; size
-        and center (x, y) are in px of a 128 px scene, explained is the gain as a share of a perfect match's gain.
+        and center (x, y) are in px of a 128 px scene; explained is the gain (see Judge) as a share of a perfect one.
         colour: name of the background's colour, or None if it is near none of COLOURS.
         """
         pixels = np.asarray(image)

@@ -120,8 +120,8 @@ def check_choices(text: str, chosen: Chosen, found: Found, unknown: list[str], k
 
 
 def stored_in(folder: Path, options: list, parts: list[tuple[Path, str]]) -> Path | None:
-    """Returns the path of the folder for a dataset's index, whose name is a hash of the options and of the tar files
-    in `parts`. Returns None if a part is a folder of images, because any file in it may have changed."""
+    """Returns the path of the folder for a dataset's index, whose name is a hash of the options and of the path, size
+    and time of change of each tar file in `parts`. Returns None if a part is a folder: any file in it may change."""
     if any(os.path.isdir(path) for path, _ in parts):
         return None
     digest = hashlib.sha256(json.dumps([INDEX_VERSION, options]).encode())

@@ -90,7 +90,7 @@ class BatchSampler:
         Step k is found directly, without computing the steps before it. Every epoch contains the same number of samples
         of each bucket, `count`. So before epoch e, a bucket has count * e samples and count * e // batch steps.
         """
-        # The last epoch that begins after at most k steps. It is below `latest`: each queue holds less than a step.
+        # Finds the last epoch that begins after at most k steps. `latest` is an upper bound for its number.
         latest = (k + len(self._buckets) + 1) * self.batch // self._n + 2
         epoch = bisect.bisect_right(range(latest), k, key=self._steps_before) - 1
         _, _, step_buckets, step_numbers = self._epoch(epoch)

@@ -16,9 +16,10 @@ networks   one step of Stage C (guided: batch 2), one of Stage B (batch 1) and o
 Our networks run as `Wuerstchen.load` sets them up by default, in their fast form (speed/fast.py).
 Compared calls run in turns, A B A B ..., so that a slow phase of the machine slows both. Times are medians. A ratio is
 ours / theirs, the median over pairs of neighbouring runs; below 1, ours is faster or needs less memory. The floor is
-the share of our time that matrix products and attention take by themselves. A command replaces only its sections.
-Operations are those that torch counts in products and convolutions. The peak is the speed of one large matrix product
-in the same dtype, measured in turns with the networks. No test checks the figures, because they depend on the machine.
+the share of our time that matrix products and attention take by themselves. The tables also give GFLOP, the operations
+that torch counts in products and convolutions, and the speed as a share of the peak, which is the speed of one large
+matrix product in the same dtype, measured in turns with the networks. A command replaces only its own sections of the
+file. No test checks the figures, because they depend on the machine.
 Needs: what wuerstchen.py needs; diffusers and peft for the comparisons.
 """
 import sys

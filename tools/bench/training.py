@@ -143,7 +143,7 @@ def training_steps(run: Run, depth: int, side: int, batch: int, device: str, wid
 def build(run: Run, depth: int, device: str, width: int) -> nn.Module:
     """Builds our Stage C or diffusers', prepared for `run`, without dropout, so that both compute the same."""
     config = dict(c_in=16, c=width, c_cond=1280, c_timestep=64, depth=depth, heads=width // 64, dropout=0.0)
-    # As in train_c.py, weights that a LoRA does not change have the dtype of autocast.
+    # As in train_c.py, with a LoRA the frozen base weights are stored in the dtype of autocast.
     ours, theirs = random_pair(StageC, "prior", config, device,
                                torch.bfloat16 if run.bf16 and not run.full else torch.float32)
     model = ours if run.who == "ours" else theirs
