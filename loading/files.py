@@ -328,39 +328,24 @@ def is_finite(tensor: Tensor) -> bool:
     return tensor.numel() == 0 or torch.stack(torch.aminmax(tensor)).isfinite().all().item()
 
 
-def glibc() -> ctypes.CDLL | None:
-    """Returns the C library if it is glibc, whose memory allocator can be set, else None."""
-    library = ctypes.CDLL(None) if sys.platform == "linux" else None
-    return library if hasattr(library, "malloc_trim") else None
-
-
-def keep_freed_memory() -> None:
-    """Makes glibc keep freed blocks for reuse, like torch's allocator on a GPU. Other C libraries: does nothing.
-
-    By default glibc returns freed blocks above 32 MB to the system. A network would then get fresh pages for its
-    activations at each step, and the system clears each page: 5 to 15 % of a step's time on a CPU.
-    """
-    if library := glibc():
-        library.mallopt(-4, 0)             # M_MMAP_MAX: map no block by itself
-        library.mallopt(-1, -1)            # M_TRIM_THRESHOLD: never shrink the heap
-
-
 @contextlib.contextmanager
 def return_freed_memory():
-    """Context manager in which freed blocks of 1 MB or more go back to the system at once. Other C libraries: does
-    nothing. At its end calls keep_freed_memory.
+    """Context manager in which freed memory goes back to the operating system at once.
 
-    Most weights are smaller than 32 MB, so glibc would keep freed ones for reuse. The heap then becomes fragmented:
-    at official size, gigabytes are wasted. Inside, blocks of 1 MB or more are mapped one by one instead.
+    glibc keeps freed blocks of up to 32 MB for reuse, and most weights are smaller. The heap then becomes fragmented:
+    at official size, gigabytes are wasted. Inside this context, each block of 1 MB or more has its own mapping, which
+    is returned when the block is freed. Does nothing with other C libraries.
     """
-    if library := glibc():
-        library.malloc_trim(0)             # return what was kept, so that it does not add to the peak
-        library.mallopt(-4, 65536)         # M_MMAP_MAX: glibc's default
-        library.mallopt(-3, 2 ** 20)       # M_MMAP_THRESHOLD
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        yield
+        return
+    threshold = -3                                       # value of M_MMAP_THRESHOLD in malloc.h
+    mallopt(threshold, 2 ** 20)
     try:
         yield
-    finally:
-        keep_freed_memory()
+    finally:         # sets glibc's largest threshold, so that activations come from the heap again, which is faster
+        mallopt(threshold, 32 * 2 ** 20)
 
 
 # ----- writing -------------------------------------------------------------------------------------------------------

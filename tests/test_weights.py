@@ -1,7 +1,6 @@
 """Weights load into the right tensors and are saved unchanged; each unusable file is one clear line."""
 import json
 import pickle
-import resource
 import shutil
 
 import pytest
@@ -912,15 +911,3 @@ def test_our_safetensors_file_is_theirs_byte_for_byte(tmp_path):
     files.write_safetensors(tmp_path / "ours", tensors, {"format": "pt"})
     save_file(tensors, tmp_path / "theirs", {"format": "pt"})
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
-
-
-@pytest.mark.skipif(files.glibc() is None, reason="only glibc's allocator can be set")
-def test_activations_use_the_same_memory_at_each_step():
-    """After weights were loaded, a freed block of 48 MB is used again. While they are loaded, it is returned."""
-    def page_faults() -> int:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.ones(12 * 2 ** 20)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-    with files.return_freed_memory():
-        returned = min(page_faults() for _ in range(3))
-    assert min(page_faults() for _ in range(5)) < returned / 10

@@ -8,7 +8,6 @@ from statistics import median
 import torch
 from torch import nn
 
-from loading.files import keep_freed_memory
 from speed.fast import bind_b, bind_c, decode, step_b, step_c
 from stage_a import StageA
 from stage_b import StageB
@@ -30,7 +29,6 @@ def measure(args) -> tuple[str, list[Row], str]:
     gpu, rows, found, peaks = args.device.startswith("cuda"), [], {}, []
     args.dtype, args.side = args.dtype or ("bf16" if gpu else "fp32"), args.side or 1024
     args.pictures, args.calls = args.pictures or ([1, 4, 8] if gpu else [1]), args.calls if gpu else 1
-    keep_freed_memory()                                  # as loading weights does; here it also speeds up diffusers
     for title in STEPS:                                  # one network at a time, to save memory
         new_rows, new, peak = compare(calls_of_stage(title, args), args.repeats, args.device,
                                       getattr(torch, DTYPES[args.dtype]), args.calls)

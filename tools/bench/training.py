@@ -16,7 +16,6 @@ from PIL import Image
 from torch import nn
 
 import lora
-from loading.files import keep_freed_memory
 from stage_b import EfficientNetEncoder, preprocess
 from stage_c import StageC
 from tools.bench.measure import in_own_process, memory, peak_memory, products_of, ratio, seconds_of
@@ -150,7 +149,6 @@ def build(run: Run, depth: int, device: str, width: int) -> nn.Module:
     if run.full:
         model.requires_grad_(True)
     if run.who == "ours":
-        keep_freed_memory()                              # as train_c.py does after it has loaded the weights
         model.checkpointing = run.checkpointing
         if not run.full:
             lora.add_lora(model, 8)
