@@ -147,7 +147,7 @@ def parser() -> Parser:
     commands = p.add_subparsers(dest="command", required=True)
     c = commands.add_parser("info", help="what is inside a LoRA file")
     c.add_argument("file", help=".safetensors, .bin or .pt file; or a folder of diffusers, peft or train_c.py")
-    c = commands.add_parser("convert", help="write a LoRA for another program, values unchanged")
+    c = commands.add_parser("convert", help="write a LoRA with the same effect for another program")
     c.add_argument("source", help="the LoRA, in any format")
     c.add_argument("target", type=Path, help=".safetensors file to write; must not exist yet")
     c.add_argument("--to", required=True, choices=["diffusers", "kohya", "comfy", "original", "ours"],

@@ -1,7 +1,7 @@
 """Loss weights: factors of the squared error at noise level t, for a network that predicts the noise.
 
 Unweighted errors are largest at low noise levels, where the image is almost clean and little of it is left to decide.
-  p2       1 - alphas_cumprod: more weight on high noise levels; the released models were trained with it
+  p2       1 - alphas_cumprod: more weight on high noise levels; used in the authors' script for Stage C
   v        1 / alphas_cumprod: even more weight on high noise levels; equals the error of v-prediction
   min-snr  between p2 and v;  none: weight 1 at all levels
 All functions take noise levels t (B,) in [0, 1] and return weights (B,).  Needs: torch; alphas_cumprod.
