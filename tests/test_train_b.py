@@ -25,7 +25,7 @@ from training.losses import p2_weight, v_weight
 from loading.errors import UserError, WeightsError
 from helpers import count_messages, lines, main_of, newest, same, together
 from stage_a import StageA
-from stage_b import EfficientNetEncoder, StageB, TinyImageEncoder
+from stage_b import EfficientNetEncoder, ResBlock, StageB, TinyImageEncoder
 from training import models, samples as training_samples
 from training.models import block_groups
 from training.processes import compile_blocks
@@ -454,6 +454,20 @@ def test_blocks_of_equal_shape_are_compiled_once(kind):
             torch.testing.assert_close(network(*given), plain)
         counts.append(counter.frame_count)
     assert counts == [6, 6]
+
+
+def test_compiled_blocks_learn_at_several_sizes():
+    """Inductor cannot return a view whose sizes vary from a forward pass, and a ResBlock's backward needs one: training
+    with --compile failed at the second size, which every Stage B of two levels has."""
+    torch.manual_seed(0)
+    block, sizes = ResBlock(8), [torch.randn(2, 4, 4, 8), torch.randn(2, 6, 8, 8)]
+
+    def gradients():
+        return [torch.autograd.grad(block(x).square().sum(), [*block.parameters()]) for x in sizes]
+    plain = gradients()
+    torch._dynamo.reset()
+    compile_blocks([[block]])
+    torch.testing.assert_close(gradients(), plain, rtol=1e-4, atol=1e-4)
 
 
 def test_gradients_travel_once_per_step(folder, still, tmp_path):
