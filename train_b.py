@@ -78,10 +78,10 @@ def parse_args(argv=None):
                    "levels towards 1, where semantic latents matter (default: 1, even; small 1.5, "
                    "not with --v1)")
     g.add_argument("--loss", choices=["eps", "head"], help="eps, the default: error of the noise, "
-                   "as the released models were trained; head: of signal and noise scale, the two "
-                   "outputs it is made of, which learns faster from random weights")
+                   "as in the authors' script for Stage C (for v2's B there is none); head: of the two "
+                   "outputs, signal and noise scale, which learns faster from random weights")
     g.add_argument("--loss-weight", choices=["v", "p2", "none"], help="weight of errors by noise "
-                   "level: training/losses.py (default: p2, the original's; small v)")
+                   "level: training/losses.py (default: p2, as in that script; small v)")
     g.add_argument("--even-contrast", action="store_true", help="give images of little contrast "
                    "more weight (a snowflake's lines): the squared error hardly sees them")
     g.add_argument("--checkpointing", action="store_true",
