@@ -78,7 +78,7 @@ def parse_args(argv=None):
                    "levels towards 1, where semantic latents matter (default: 1, even; small 1.5, "
                    "not with --v1)")
     g.add_argument("--loss", choices=["eps", "head"], help="eps, the default: error of the noise, "
-                   "as in the authors' script for Stage C (for v2's B there is none); head: of the two "
+                   "as in the authors' script for Stage C (v2's B has none); head: of the two "
                    "outputs, signal and noise scale, which learns faster from random weights")
     g.add_argument("--loss-weight", choices=["v", "p2", "none"], help="weight of errors by noise "
                    "level: training/losses.py (default: p2, as in that script; small v)")
