@@ -457,10 +457,10 @@ def test_blocks_of_equal_shape_are_compiled_once(kind):
 
 
 def test_compiled_blocks_learn_at_several_sizes():
-    """With sizes that vary, inductor's backward of a ResBlock fails: training with --compile ended at the second size,
-    which every Stage B of two levels has, or at the third. So each size is compiled by itself."""
+    """Inductor cannot return a view whose sizes vary from a forward pass, and a ResBlock's backward needs one: training
+    with --compile failed at the second size, which every Stage B of two levels has."""
     torch.manual_seed(0)
-    block, sizes = ResBlock(8), [torch.randn(2, h, w, 8) for h, w in ((3, 3), (4, 6), (5, 3))]
+    block, sizes = ResBlock(8), [torch.randn(2, 4, 4, 8), torch.randn(2, 6, 8, 8)]
 
     def gradients():
         return [torch.autograd.grad(block(x).square().sum(), [*block.parameters()]) for x in sizes]

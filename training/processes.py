@@ -160,11 +160,12 @@ def compile_blocks(groups: Iterable[Iterable[nn.Module]], checkpointing: dict | 
     None for no checkpointing."""
     torch._dynamo.config.recompile_limit = 64    # default 8; Stage B's blocks get 7 shapes, in training and validation
     torch._dynamo.config.optimize_ddp = False    # DDPOptimizer would split blocks, which `checkpoint` does not allow
+    torch._functorch.config.recompute_views = True    # inductor cannot keep views of varying sizes for backward
     for block in [block for group in groups for block in group]:
         forward = block.forward
         if checkpointing is not None:
             forward = functools.partial(checkpoint, type(block).forward, block, use_reentrant=False, **checkpointing)
-        block.forward = torch.compile(forward, dynamic=False)    # inductor's backward fails if a ResBlock's sizes vary
+        block.forward = torch.compile(forward)
 
 
 @contextlib.contextmanager
