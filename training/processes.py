@@ -160,8 +160,10 @@ def compile_blocks(groups: Iterable[Iterable[nn.Module]], checkpointing: dict | 
     None for no checkpointing."""
     torch._dynamo.config.recompile_limit = 64    # default 8; Stage B's blocks get 7 shapes, in training and validation
     torch._dynamo.config.optimize_ddp = False    # DDPOptimizer would split blocks, which `checkpoint` does not allow
-    torch._functorch.config.recompute_views = True    # inductor cannot keep views of varying sizes for backward
     for block in [block for group in groups for block in group]:
+        for layer in block.modules():
+            if isinstance(layer, nn.Conv2d):         # inductor cannot differentiate it on views of varying sizes
+                layer.register_forward_pre_hook(lambda _, given: given[0].contiguous())
         forward = block.forward
         if checkpointing is not None:
             forward = functools.partial(checkpoint, type(block).forward, block, use_reentrant=False, **checkpointing)
