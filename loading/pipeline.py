@@ -204,9 +204,9 @@ def pipeline_for(paths: dict, empty: dict, loaders: dict, device, dtype) -> Wuer
     tiny = bool(paths["image_encoder"]) and w.is_tiny(paths["image_encoder"])
     decoder, prior = empty.get("decoder"), empty.get("prior")
     if not isinstance(decoder, w.StageBV1):
-        # A small Stage B often fails to decide between two objects. Guidance makes it follow the semantic latents.
+        # A small Stage B often fails to decide between two objects. Guidance at high noise makes it decide.
         return Wuerstchen(loaders, 128 if tiny else 1024, device, dtype,
-                          b=Sampling(12, guidance=4.0) if tiny else Sampling(12))
+                          b=Sampling(12, guidance=(4.0, 1.0) if tiny else 1.0))
     from v1.pipeline import WuerstchenV1
     # The released v1 has text width 1024 (CLIP H) and uses raw semantic latents; other v1 models use scaled ones.
     raw = (prior.config["c_cond"] if prior else decoder.config["c_text"]) == 1024

@@ -84,7 +84,7 @@ def test_an_object_is_found_whatever_else_the_image_shows(monkeypatch, tmp_path)
 # ----- the judge is right ----------------------------------------------------------------------------
 
 def test_the_judge_accepts_real_scenes_clean_or_degraded(judge):
-    """Its own errors must not count against a model: of 512 each, 512 clean ones and 511 degraded ones were right."""
+    """Its own errors must not count against a model: 512 of 512 clean ones and 512 degraded ones were right."""
     rng = np.random.default_rng(0)
     images = [real_image(f, rng) for f in FACTS[:32]]
     images = images[:20] + [degrade(image, rng) for image in images[20:]]

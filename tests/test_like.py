@@ -126,7 +126,7 @@ def test_a_size_that_came_from_the_image_goes_with_it():
 
 KINDS = dict(
     tiny=dict(width=128, height=128, steps_c=29, sampler_c="ddpm", guidance_c=4.0, steps_b=12, sampler_b="ddpm",
-              guidance_b=4.0, device="cpu", dtype="fp32"),
+              guidance_b="4,1", device="cpu", dtype="fp32"),
     v2=dict(width=1024, height=1024, steps_c=29, sampler_c="ddpm", guidance_c=4.0, steps_b=12, sampler_b="ddpm",
             guidance_b=1.0, device="cuda", dtype="bf16"),
     v1=dict(width=512, height=512, steps_c=60, sampler_c="ddpm", guidance_c=6.0, steps_b=8, sampler_b="multinomial",
@@ -137,7 +137,7 @@ KINDS["tiny-v1"] = KINDS["tiny"] | {name: KINDS["v1"][name] for name in KINDS["v
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("other", [["--weights", "v2-base"], ["--weights", ""], ["--decoder", "d"]])
 def test_with_other_weights_only_wishes_are_taken_over(kind, other):
-    """Their own defaults: 128 px on v2, guidance 4 in Stage B, the sampler ddpm on v1 were asked for by nobody."""
+    """Their own defaults: 128 px on v2, guidance 4 to 1 in Stage B, the sampler ddpm on v1 were asked for by nobody."""
     defaults = {name: value for name, value in KINDS[kind].items() if name != "device"}
     found = options("--like", png(prompt="a", seed=3, weights=kind, **KINDS[kind]), *other)
     assert found == options("--prompt", "a", "--seed", "3", *(["--weights", kind] if "--decoder" in other else []),

@@ -588,7 +588,7 @@ def test_an_image_contains_how_it_was_made():
         prompt=prompt, negative_prompt=negative, seed=7, width=128, height=128, init="photo.png", weights="tiny",
         steps_c=3, sampler_c="ddpm", guidance_c=2.5, interval_c="0.2,1", rescale_c=0.0, eta_c=0.0, t_start_c=1.0,
         t_end_c=0.0,
-        steps_b=2, sampler_b="ddpm", guidance_b=4.0, interval_b="0,1", rescale_b=0.0, eta_b=0.0, t_start_b=1.0,
+        steps_b=2, sampler_b="ddpm", guidance_b="4,1", interval_b="0,1", rescale_b=0.0, eta_b=0.0, t_start_b=1.0,
         t_end_b=0.0,
         dtype=settings["dtype"], device=settings["device"], batch=1, compile=False, software="wuerstchen, sample.py",
         versions=dict(torch=torch.__version__, tokenizers=tokenizers.__version__), hashes=settings["hashes"])

@@ -539,7 +539,7 @@ def test_a_photo_that_lies_on_its_side_is_set_upright_before_its_size_is_taken(t
 RIGHT, LOWER = ((np.indices((128, 128))[axis] >= 64).astype(np.uint8) * 255 for axis in (1, 0))
 PAINTED_ANEW = [("dog", "cat", "rose", "left of", "green"), ("rocket", "moon", "banana", "left of", "green"),
                 ("car", "bus", "heart", "left of", "white"), ("tree", "house", "castle", "above", "yellow"),
-                ("penguin", "owl", "donut", "above", "blue")]
+                ("penguin", "owl", "star", "above", "blue")]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -709,7 +709,7 @@ def rim(images: Tensor) -> Tensor:
 def test_previews_come_to_resemble_the_image(tiny):
     """From three middle steps on in Stage C the background is right; in Stage B the image is, but for detail."""
     shown = []
-    images = generate(tiny, [CAT, STAR, "a snowman above a car on a yellow background"], seed=5, output="pt",
+    images = generate(tiny, [CAT, STAR, "a snowman above a car on a yellow background"], seed=7, output="pt",
                       callback=Previews(tiny, lambda stage, i, images: shown.append((stage, i, images))))
     assert [(stage, i) for stage, i, _ in shown] == [("C", i) for i in range(29)] + [("B", i) for i in range(12)]
     for stage, i, preview in shown:

@@ -7,10 +7,11 @@ import pytest
 from PIL import Image
 
 from training import scenes
-from training.scenes import (CAPTIONED, COLOURS, OBJECTS, OPPOSITE, RELATIONS, UNCAPTIONED, VARIANTS, EmojiScenes,
-                             Scene, caption, held_out, random_scene, render)
+from training.scenes import (CAPTIONED, CELLS, COLOURS, GRID, OBJECTS, OPPOSITE, PAIR_SIZE, RELATIONS, SIZES,
+                             UNCAPTIONED, VARIANTS, EmojiScenes, Scene, caption, held_out, random_scene, render)
 
 SCENES = EmojiScenes("captioned").scenes(0, 2000)
+VARIED = EmojiScenes("varied").scenes(0, 2000)
 
 
 def boxes(scene):
@@ -35,24 +36,26 @@ def parse(text):
 
 # ---- objects and colours ---------------------------------------------------------------------
 
-def test_there_are_128_distinct_names_half_of_them_captioned():
+def test_there_are_80_objects_64_of_them_captioned_and_48_more_in_varied_scenes():
     """A name used twice would be two objects with one caption."""
-    assert len(set(OBJECTS)) == 128 and OBJECTS == CAPTIONED + UNCAPTIONED
-    assert len(CAPTIONED) == len(UNCAPTIONED) == 64
-    assert {"rocket", "moon", "red apple"} <= set(CAPTIONED)
+    assert len(CAPTIONED) == 64 and len(UNCAPTIONED) == 16 and OBJECTS == CAPTIONED + UNCAPTIONED
+    assert len(CELLS) == len(set(CELLS)) == 128 and set(OBJECTS) < set(CELLS)
+    assert {"rocket", "moon", "red apple"} <= set(CAPTIONED) and "unicorn" in UNCAPTIONED
+    assert {name for scene in VARIED for name in scene.objects} == set(CELLS)
+    assert {name for scene in EmojiScenes("all").scenes(0, 1000) for name in scene.objects} == set(OBJECTS)
 
 
 def test_names_are_plain_lower_case_words():
     """They go into captions unchanged, so they must read well after "a"."""
-    assert all(re.fullmatch(r"[a-z]+( [a-z]+){0,2}", name) for name in OBJECTS)
+    assert all(re.fullmatch(r"[a-z]+( [a-z]+){0,2}", name) for name in CELLS)
 
 
 def test_every_cell_of_the_sheet_has_its_own_image():
     """The table names cells only by their order: one missing or doubled cell would shift the rest."""
     with Image.open(scenes.ASSETS / "emoji.png") as sheet:
         assert (sheet.mode, sheet.size) == ("RGBA", (16 * 80, 8 * 80))
-    sprites = [scenes.sprite(name, 40)[0].astype(int) for name in OBJECTS]
-    assert all((scenes.sprite(name, 40)[1] < 128).mean() > 0.1 for name in OBJECTS)
+    sprites = [scenes.sprite(name, 40)[0].astype(int) for name in CELLS]
+    assert all((scenes.sprite(name, 40)[1] < 128).mean() > 0.1 for name in CELLS)
     difference = [np.abs(a - b).mean() for a, b in itertools.combinations(sprites, 2)]
     assert min(difference) > 10
 
@@ -68,7 +71,7 @@ def test_colours_are_far_apart():
 
 def test_about_a_tenth_of_all_pairs_is_held_out_in_either_order():
     """Asymmetry would show the pair in training after all, named the other way round."""
-    pairs = list(itertools.combinations(OBJECTS, 2))
+    pairs = list(itertools.combinations(CELLS, 2))
     assert 0.09 < np.mean([held_out(a, b) for a, b in pairs]) < 0.11
     assert all(held_out(a, b) == held_out(b, a) for a, b in pairs)
     assert sum(held_out(a, b) for a, b in itertools.combinations(CAPTIONED, 2)) >= 128
@@ -76,9 +79,10 @@ def test_about_a_tenth_of_all_pairs_is_held_out_in_either_order():
 
 def test_held_out_pairs_never_appear_in_training_scenes():
     """Otherwise drawing them would be memory, not composition."""
-    pairs = [scene.objects for scene in SCENES if len(scene.objects) == 2]
-    assert 0.55 < len(pairs) / len(SCENES) < 0.65
-    assert not any(held_out(*pair) for pair in pairs)
+    for scenes in (SCENES, VARIED):
+        pairs = [scene.objects for scene in scenes if len(scene.objects) == 2]
+        assert 0.55 < len(pairs) / len(scenes) < 0.65
+        assert not any(held_out(*pair) for pair in pairs)
 
 
 def test_held_out_scenes_show_nothing_else():
@@ -101,7 +105,7 @@ def test_the_same_index_gives_the_same_image_whatever_came_before():
 
 def test_two_objects_never_overlap_and_stay_off_the_rim():
     """The judge and the relations rely on separate objects on plain background."""
-    for scene in SCENES:
+    for scene in SCENES + VARIED:
         for left, top, right, bottom in boxes(scene):
             assert min(left, top) >= scenes.MARGIN and max(right, bottom) <= 128 - scenes.MARGIN
         if scene.relation:
@@ -111,7 +115,7 @@ def test_two_objects_never_overlap_and_stay_off_the_rim():
 
 def test_the_relation_agrees_with_the_centers():
     """Clearly: the distance along its axis is twice the distance across."""
-    for scene in (s for s in SCENES if s.relation):
+    for scene in (s for s in SCENES + VARIED if s.relation):
         (x1, y1), (x2, y2) = scene.centers
         along, across = {"left of": (x2 - x1, y2 - y1), "right of": (x1 - x2, y2 - y1),
                          "above": (y2 - y1, x2 - x1), "below": (y1 - y2, x2 - x1)}[scene.relation]
@@ -120,9 +124,22 @@ def test_the_relation_agrees_with_the_centers():
 
 def test_sizes_of_single_objects_leave_gaps_between_the_classes():
     """So that "small" and "large" are never a matter of taste."""
-    sizes = {c: [s.sizes[0] for s in SCENES if s.size_class == c] for c in scenes.SIZE_CLASSES}
+    sizes = {c: [s.sizes[0] for s in VARIED if s.size_class == c] for c in scenes.SIZE_CLASSES}
     assert min(map(len, sizes.values())) > 200
     assert max(sizes["small"]) < min(sizes["medium"]) <= max(sizes["medium"]) < min(sizes["large"])
+    assert min(max(sizes[c]) - min(sizes[c]) for c in sizes) >= 6
+    for c, size in SIZES.items():
+        assert {s.sizes[0] for s in SCENES if s.size_class == c} == {size}
+
+
+def test_objects_have_one_of_three_sizes_and_edges_on_a_grid():
+    """Stage B remembers each object at each size and shift: the fewer, the sharper. Varied scenes have all shifts."""
+    assert {size for scene in SCENES for size in scene.sizes} == {*SIZES.values(), PAIR_SIZE} == {40, 56, 80}
+    assert GRID == 8 and {edge % 8 for scene in SCENES for box in boxes(scene) for edge in box} == {0}
+    assert {edge % 8 for scene in VARIED for box in boxes(scene) for edge in box} == set(range(8))
+    for size in SIZES.values():              # several places, and as often on each side of the middle
+        centers = np.array([s.centers[0] for s in SCENES if len(s.sizes) == 1 and s.sizes[0] == size])
+        assert len(np.unique(centers[:, 0])) >= 3 and np.abs(centers.mean(axis=0) - 64).max() < 1.5
 
 
 # ---- images --------------------------------------------------------------------------------
@@ -147,15 +164,6 @@ def test_render_equals_pillows_alpha_compositing():
             image.alpha_composite(straight, (left, top))
         reference = np.asarray(image.convert("RGB"), int)
         assert np.abs(render(scene).astype(int) - reference).max() <= 2
-
-
-def test_other_sizes_are_the_same_image_resized():
-    """A model for larger images sees the same world."""
-    scene = SCENES[0]
-    small, large = render(scene), render(scene, 256)
-    assert large.shape == (256, 256, 3)
-    halved = large.reshape(128, 2, 128, 2, 3).mean(axis=(1, 3))
-    assert np.abs(halved - small).mean() < 2
 
 
 # ---- captions --------------------------------------------------------------------------------

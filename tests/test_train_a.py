@@ -39,8 +39,8 @@ TINY = ROOT / "models" / "tiny" / "vqgan"
 def folder(tmp_path_factory) -> Path:
     """Twelve images of 64 px, without captions."""
     out = tmp_path_factory.mktemp("images")
-    for i, image in enumerate(scenes.EmojiScenes("all", size=64, seed=5).batch(0, 12)[0]):
-        Image.fromarray(image).save(out / f"{i:02d}.png")
+    for i, image in enumerate(scenes.EmojiScenes("varied", seed=5).batch(0, 12)[0]):
+        Image.fromarray(image).resize((64, 64), Image.BICUBIC).save(out / f"{i:02d}.png")
     return out
 
 

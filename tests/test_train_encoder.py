@@ -17,7 +17,7 @@ from stage_b import TinyImageEncoder
 from tiny import train_encoder
 from training import models
 from training.processes import Processes
-from training.scenes import COLOURS, OBJECTS, EmojiScenes
+from training.scenes import CELLS, COLOURS, EmojiScenes
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +42,12 @@ def weights_file(out) -> bytes:
 
 def test_labels_say_where_the_objects_are():
     """Cells row by row, 42.67 px wide; the place within the cell; sizes in units of 64 px; the rest is nothing."""
-    scenes = EmojiScenes("all", seed=3).scenes(0, 40)
+    scenes = EmojiScenes("varied", seed=3).scenes(0, 40)
     objects, places, colours = train_encoder.labels_of(scenes)
     for scene, found, where, colour in zip(scenes, objects, places, colours):
-        assert list(COLOURS)[colour] == scene.colour and (found != len(OBJECTS)).sum() == len(scene.objects)
+        assert list(COLOURS)[colour] == scene.colour and (found != len(CELLS)).sum() == len(scene.objects)
         for name, size, (x, y) in zip(scene.objects, scene.sizes, scene.centers):
-            k = next(k for k in range(9) if found[k] == OBJECTS.index(name))
+            k = next(k for k in range(9) if found[k] == CELLS.index(name))
             center = np.array([k % 3, k // 3]) + where[k, :2]                    # in cells
             assert center * 128 / 3 == pytest.approx([x, y], abs=1e-3) and where[k, 2] * 64 == pytest.approx(size)
 

@@ -60,10 +60,10 @@ from training.optim import learning_rate
 from training.processes import GracefulExit
 from training.report import due
 from training.samples import to_tensor
-from training.scenes import CANVAS, COLOURS, OBJECTS, EmojiScenes
+from training.scenes import CANVAS, CELLS, COLOURS, EmojiScenes
 from wuerstchen import add_noise, scale_semantic
 
-NOTHING = len(OBJECTS)           # the label of a cell without an object
+NOTHING = len(CELLS)             # the label of a cell without an object
 
 
 def labels_of(scenes: list) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -77,7 +77,7 @@ def labels_of(scenes: list) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     for i, scene in enumerate(scenes):
         for name, size, (x, y) in zip(scene.objects, scene.sizes, scene.centers):
             k = int(y // cell) * 3 + int(x // cell)
-            objects[i, k], places[i, k] = OBJECTS.index(name), (x / cell % 1, y / cell % 1, size / 64)
+            objects[i, k], places[i, k] = CELLS.index(name), (x / cell % 1, y / cell % 1, size / 64)
     return objects, places, np.array([list(COLOURS).index(scene.colour) for scene in scenes])
 
 
@@ -105,7 +105,7 @@ def main(args):
     resumed, settings = checkpoints.find(args.resume), settings_of(args)
     device = usable_device(args.device)
     torch.manual_seed(args.seed)
-    scenes = EmojiScenes("all", seed=args.seed + 1)                      # scene i depends only on seed and i
+    scenes = EmojiScenes("varied", seed=args.seed + 1)                   # scene i depends only on seed and i
     encoder, head = new_model(TinyImageEncoder, args.config).to(device).train(), build_head().to(device)
     parameters = [p for p in encoder.parameters() if p.requires_grad]    # without the last norm, which is fixed
     optimizer = torch.optim.AdamW([*parameters, *head.parameters()], lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-3)

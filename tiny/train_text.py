@@ -7,7 +7,6 @@
 CLIP learned to make the vector at a caption's end token similar to the vector of its image (arXiv:2103.00020). This is
 the same idea in its simplest form: a linear layer, which is discarded after training, predicts the semantic latents
 from the vector at the end token. So the encoder learns in minutes how objects look and where "left of" places them.
-With Stage C's loss it learned half as much in an hour, because at most noise levels Stage C sees the objects in x_t.
 Written to --out: text_encoder/, tokenizer/, checkpoints/, log.jsonl.
 Needs: torch, tokenizers, numpy, pillow, tqdm.
 """
@@ -59,7 +58,7 @@ from training.optim import learning_rate
 from training.processes import GracefulExit
 from training.report import due
 from training.samples import to_tensor
-from training.scenes import OBJECTS, EmojiScenes
+from training.scenes import CELLS, EmojiScenes
 from wuerstchen import scale_semantic
 
 
@@ -83,7 +82,7 @@ def new_text_encoder(width: int, depth: int, length: int = 20) -> TextEncoder:
     The tokenizer is a byte-level BPE like CLIP's, so it takes any text. Its merges are learned on the words of 4096
     captions and all object names: each of these words becomes one token, other words become several. length: number of
     tokens of a text, including the start and end tokens; the longest captions need 18."""
-    texts = EmojiScenes("captioned").batch(0, 4096)[1] + OBJECTS
+    texts = EmojiScenes("captioned", varied=True).batch(0, 4096)[1] + CELLS
     merges = learn_merges({word for text in texts for word in text.split()})
     # The tokens are in CLIP's order: all bytes, all bytes that end a word, one token per merge, two special tokens.
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -101,7 +100,7 @@ def main(args):
     resumed, settings = checkpoints.find(args.resume), settings_of(args)
     device = usable_device(args.device)
     torch.manual_seed(args.seed)
-    scenes = EmojiScenes("captioned", seed=args.seed + 3)                # scene i depends only on seed and i
+    scenes = EmojiScenes("captioned", seed=args.seed + 3, varied=True)   # scene i depends only on seed and i
     encoder = load_image_encoder(args.image_encoder).to(device).requires_grad_(False)
     text_encoder = new_text_encoder(args.width, args.depth).to(device).train()
     head = nn.Linear(args.width, 16 * 3 * 3).to(device)

@@ -1,13 +1,12 @@
 """Makes images of this repository: those in README.md, and the images of the fine-tuning example.
 
   python -m tools.make_images samples                          # assets/samples.png, from the prompts in README.md
-  python -m tools.make_images unicorn --lora runs/unicorn:1.07 # assets/unicorn.png, without and with this LoRA
+  python -m tools.make_images unicorn --lora runs/unicorn:1.3  # assets/unicorn.png, without and with this LoRA
   python -m tools.make_images example                          # examples/unicorn, which must not exist yet
 
-examples/unicorn has 24 images of one of the 64 objects that Stages A and B were trained on without captions. So the
-tiny model can generate a unicorn, but does not know its name. The images show a unicorn alone or next to another
-object, on five of the eight backgrounds. Each image has one or two captions, one per line. In pairs, "unicorn" is
-the first object of one caption and the second of the other, so the model learns the word independently of its position.
+examples/unicorn has 24 images of one of the 16 objects that Stages A and B were trained on without captions. So the
+tiny model can generate a unicorn, but does not know its name. Each image has one or two captions, one per line. In
+pairs, "unicorn" is the first object of one caption and the second of the other, so its position does not matter.
 Needs: what wuerstchen.py needs.
 """
 import re
@@ -72,7 +71,7 @@ def write_example(folder: Path) -> None:
 def main() -> None:
     p = Parser(__doc__, prog="python -m tools.make_images")
     p.add_argument("what", choices=["samples", "unicorn", "example"])
-    p.add_argument("--lora", metavar="FILE:SCALE", type=loras, default="runs/unicorn:1.07", help="for unicorn")
+    p.add_argument("--lora", metavar="FILE:SCALE", type=loras, default="runs/unicorn:1.3", help="for unicorn")
     args = p.parse_args()
     if args.what == "example":
         return write_example(ROOT / "examples" / "unicorn")

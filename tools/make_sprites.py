@@ -4,8 +4,8 @@
 
   python -m tools.make_sprites --font NotoColorEmoji.ttf --out FOLDER
 
-emoji.json lists a glyph for each cell, chosen by eye to differ in shape and colour even at 30 px. Rows 1 to 4 of the
-sheet are the 64 captioned objects, rows 5 to 8 the 64 uncaptioned objects, see training/scenes.py.
+emoji.json lists a glyph for each cell, chosen by eye to differ in shape and colour even at 30 px. It also says which
+scenes show it: rows 1 to 4 of the sheet are the 64 captioned objects, see training/scenes.py.
 The repository contains the sheet, because the weights were trained on it, and other versions of the font have other
 glyphs.
 Note: the font contains bitmaps of one size, so it loads only with size 109.

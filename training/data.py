@@ -57,7 +57,7 @@ def open_dataset(source: str | Path, *, min_side: int = 64, captions_required: b
             pipe:COMMAND: COMMAND's output is such a tar file and is stored in index_folder.  Braces as above
             FILE.parquet, FILE.arrow or a folder of datasets' save_to_disk (need pyarrow), hub:NAME[:SPLIT] (needs
             datasets): rewritten once as a tar file in index_folder
-            scenes[:captioned|uncaptioned|all][:N][:SEED]: N (24000) emoji scenes.  ./scenes is a folder of that name
+            scenes[:OBJECTS][:N][:SEED]: N (24000) emoji scenes, see scenes.py.  ./scenes is a folder of that name
     min_side           px: images with a shorter side are skipped
     captions_required  skip images without a caption; False: they get the caption ""
     index_folder       where indexes and copies of remote shards go (default: an index stands next to its shard)
@@ -370,7 +370,7 @@ class ImageDataset:
 
 
 class SceneDataset(ImageDataset):
-    """Dataset of emoji scenes, drawn when they are read. source: "scenes[:captioned|uncaptioned|all][:N][:SEED]"."""
+    """Dataset of emoji scenes, drawn when they are read. source: "scenes[:OBJECTS][:N][:SEED]", see scenes.py."""
     folder = _stored = None
 
     def __init__(self, source: str):
@@ -381,7 +381,7 @@ class SceneDataset(ImageDataset):
             count, seed = words + ["24000", "0"][len(words):]
             count, self._seed = integer(1, 10 ** 7)(count), SEED(seed)
         except ValueError:
-            raise ValueError(f"cannot read {source!r}: expected scenes[:captioned|uncaptioned|all][:N][:SEED], "
+            raise ValueError(f"cannot read {source!r}: expected scenes[:captioned|uncaptioned|all|varied][:N][:SEED], "
                              "such as scenes:all:500:1, and N of 10 million at most") from None
         self.source, self.skipped, self.unlisted, self.notes = source, [], 0, []
         self._scenes = EmojiScenes(self._objects, seed=self._seed)

@@ -6,13 +6,15 @@
 A scene is one or two emojis on a plain background. These scenes are simple enough to be learned in an hour and rich
 enough to test whether a model understands objects, sizes, colours and relations. About a tenth of all pairs of objects
 is held out of training: a model that generates these pairs correctly has learned to compose, not to remember.
-  128 objects    64 captioned: Stage C learns their names. 64 uncaptioned: only Stages A and B are trained on them, so
+  80 objects     64 captioned: Stage C learns their names. 16 uncaptioned: only Stages A and B are trained on them, so
                  their names are new words for a later fine-tuning.
+  3 sizes        SIZES, with edges at multiples of GRID px. Stage B has to remember each object at each size and shift:
+                 the fewer there are, the sharper are the images of a small Stage B.
   8 colours      of the background, exact RGB values in COLOURS
+The varied scenes, from which tiny/train.sh starts, show 48 more objects, in all sizes of SIZE_CLASSES, at any place.
 Out  EmojiScenes.batch(start, n) -> images (n,128,128,3) uint8, RGB; captions, n strings.
 data.py makes them available as the dataset "scenes:OBJECTS:NUMBER:SEED".
-Note: there is no list of images. Image i depends only on (seed, i), so the set is endless, and a training that resumes
-at image 12800 sees the same images as an uninterrupted training.
+Note: image i depends only on (seed, i), so the set is endless, and a training that resumes sees the same images.
 Emojis: Noto Color Emoji, assets/OFL.txt, sheet made by tools/make_sprites.py.  Needs: numpy, pillow.
 """
 import difflib
@@ -33,21 +35,25 @@ CANVAS, CELL, COLUMNS = 128, 80, 16       # side of a scene and of a sheet's cel
 COLOURS = {"white": (245, 245, 245), "black": (26, 26, 30), "red": (176, 44, 52), "orange": (236, 142, 62),
            "yellow": (250, 222, 110), "green": (84, 158, 92), "blue": (72, 122, 204), "purple": (146, 90, 178)}
 _TABLE = json.loads((ASSETS / "emoji.json").read_text())     # one entry per cell of the sprite sheet, in order
-OBJECTS = [row["name"] for row in _TABLE]
-CAPTIONED = [row["name"] for row in _TABLE if row["captioned"]]
-UNCAPTIONED = [row["name"] for row in _TABLE if not row["captioned"]]
+CELLS = [row["name"] for row in _TABLE]
+CAPTIONED = [row["name"] for row in _TABLE if row["set"] == "captioned"]
+UNCAPTIONED = [row["name"] for row in _TABLE if row["set"] == "uncaptioned"]
+OBJECTS = CAPTIONED + UNCAPTIONED         # the other names in CELLS are only in varied scenes
 
 RELATIONS = ("left of", "right of", "above", "below")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
-# {size class of a single object: (smallest size, largest size, largest distance of its center from the middle) in px}.
-# Sizes are even, which halves the number of cached sprites (50 MB for all). The gaps between the classes make "small"
-# and "large" unambiguous; captions never call an object medium. Even the smallest objects, of 40 px, cover 10 x 10
-# latent positions of Stage B.
-SIZE_CLASSES = {"small": (40, 46, 10), "medium": (56, 62, 8), "large": (80, 88, 6)}
-PAIR_SIZES = (50, 58)
+SIZES = {"small": 40, "medium": 56, "large": 80}    # px of a single object; captions never call an object medium
+PAIR_SIZE = 56
+GRID = 8           # px: a position of Stage B's finest level
 MARGIN = 2         # px at each edge of a scene that always show only the background
 PAIR_STRAY = 5     # px that a pair's centers may be off the middle: vertically for "left of", horizontally for "above"
+
+# Varied scenes: {size class: (smallest size, largest size, largest distance of the center from the middle) in px}.
+# Sizes are even, which halves the number of cached sprites. The gaps make "small" and "large" unambiguous.
+SIZE_CLASSES = {"small": (40, 46, 10), "medium": (56, 62, 8), "large": (80, 88, 6)}
+PAIR_SIZES = (50, 58)
+STRAY = 12         # like the distances in SIZE_CLASSES, for scenes that are not varied
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ class Scene:
 
     def __post_init__(self):
         for name in self.objects:
-            check_name(name, OBJECTS, "object")
+            check_name(name, CELLS, "object")
         check_name(self.colour, COLOURS, "colour")
         if self.relation is not None:
             check_name(self.relation, RELATIONS, "relation")
@@ -83,24 +89,23 @@ def check_name(name: str, known: Sequence[str], kind: str) -> None:
 
 @functools.cache
 def held_out(a: str, b: str) -> bool:
-    """Returns whether training never shows the objects a and b together, which holds for a tenth of all pairs.
-
-    A checksum of the two names decides, so the held-out pairs are the same for every seed, version and machine.
-    """
+    """Returns whether training never shows the objects a and b together, which holds for a tenth of all pairs. A
+    checksum of the two names decides, so the held-out pairs are the same for every seed, version and machine."""
     return zlib.crc32(f"{min(a, b)}|{max(a, b)}".encode()) % 10 == 0
 
 
 # ----- drawing scenes at random --------------------------------------------------------------------------------------
 
-def random_scene(rng: np.random.Generator, objects: Sequence[str] = CAPTIONED, held_out_pairs: bool = False) -> Scene:
+def random_scene(rng: np.random.Generator, objects: Sequence[str] = CAPTIONED, held_out_pairs: bool = False,
+                 varied: bool = False) -> Scene:
     """Draws a scene with one of `objects` (in 40 % of all cases) or with two different ones whose pair is not held out.
-    held_out_pairs=True draws a test scene: always two objects, whose pair is held out."""
+    held_out_pairs=True draws a test scene: always two objects, whose pair is held out. varied: see the file's top."""
     colour = list(COLOURS)[rng.integers(len(COLOURS))]
     if not held_out_pairs and (len(objects) == 1 or rng.random() < 0.4):
         name = objects[rng.integers(len(objects))]
-        return place_single(rng, name, list(SIZE_CLASSES)[rng.integers(len(SIZE_CLASSES))], colour)
+        return place_single(rng, name, list(SIZES)[rng.integers(len(SIZES))], colour, varied)
     a, b = _draw_pair(rng, objects, held_out_pairs)
-    return place_pair(rng, a, b, RELATIONS[rng.integers(len(RELATIONS))], colour)
+    return place_pair(rng, a, b, RELATIONS[rng.integers(len(RELATIONS))], colour, varied)
 
 
 def _draw_pair(rng, objects, held_out_pairs) -> tuple[str, str]:
@@ -112,24 +117,31 @@ def _draw_pair(rng, objects, held_out_pairs) -> tuple[str, str]:
     raise ValueError(f"no {kind} pair among these {len(objects)} objects: give more objects")
 
 
-def place_single(rng: np.random.Generator, name: str, size_class: str, colour: str) -> Scene:
-    """Draws a scene of the object `name`, with a random size of the size class, at a random place near the middle."""
-    check_name(size_class, list(SIZE_CLASSES), "size class")
-    low, high, stray = SIZE_CLASSES[size_class]
+def _near_middle(rng, size: int, stray: int, varied: bool) -> list[int]:
+    # Returns random x and y of a center, at most `stray` px off the middle. Unless varied, the edges are on the grid.
+    if varied:
+        return (CANVAS // 2 + rng.integers(-stray, stray + 1, size=2)).tolist()
+    centers = [edge + size // 2 for edge in range(0, CANVAS, GRID) if abs(edge + size // 2 - CANVAS // 2) <= stray]
+    return [centers[rng.integers(len(centers))] for _ in "xy"]
+
+
+def place_single(rng: np.random.Generator, name: str, size_class: str, colour: str, varied: bool = False) -> Scene:
+    """Draws a scene of the object `name`, at a random place near the middle. varied: the size is random as well."""
+    check_name(size_class, list(SIZES), "size class")
+    low, high, stray = SIZE_CLASSES[size_class] if varied else (SIZES[size_class], SIZES[size_class], STRAY)
     size = int(rng.integers(low // 2, high // 2 + 1)) * 2
-    x, y = (CANVAS // 2 + rng.integers(-stray, stray + 1, size=2)).tolist()
-    return Scene((name,), (size,), ((x, y),), colour)
+    return Scene((name,), (size,), (tuple(_near_middle(rng, size, stray, varied)),), colour)
 
 
-def place_pair(rng: np.random.Generator, a: str, b: str, relation: str, colour: str) -> Scene:
+def place_pair(rng: np.random.Generator, a: str, b: str, relation: str, colour: str, varied: bool = False) -> Scene:
     """Draws a scene "a RELATION b". Each object is in its own half of the image, so they cannot overlap."""
-    low, high = PAIR_SIZES
+    low, high, margin = (*PAIR_SIZES, MARGIN) if varied else (PAIR_SIZE, PAIR_SIZE, GRID)
     sizes = (rng.integers(low // 2, high // 2 + 1, size=2) * 2).tolist()
     half = CANVAS // 2
     # Along the relation's axis (x for "left of"), an object is anywhere in its half; along the other, near the middle.
-    first = int(rng.integers(MARGIN + sizes[0] // 2, half - sizes[0] // 2 + 1))
-    second = int(rng.integers(half + sizes[1] // 2, CANVAS - MARGIN - sizes[1] // 2 + 1))
-    across = (half + rng.integers(-PAIR_STRAY, PAIR_STRAY + 1, size=2)).tolist()
+    first = int(rng.integers(margin + sizes[0] // 2, half - sizes[0] // 2 + 1))
+    second = int(rng.integers(half + sizes[1] // 2, CANVAS - margin - sizes[1] // 2 + 1))
+    across = _near_middle(rng, PAIR_SIZE, PAIR_STRAY, varied)
     if relation in ("right of", "below"):     # mirrors both centers, so that a is in the right or lower half
         first, second = CANVAS - first, CANVAS - second
     centers = ((first, across[0]), (second, across[1]))
@@ -150,8 +162,8 @@ def _sheet() -> Image.Image:
 @functools.cache
 def sprite(name: str, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns two arrays (size,size,3) uint8 of an object's image: its colours times alpha / 255, and 255 - alpha."""
-    check_name(name, OBJECTS, "object")
-    column, row = OBJECTS.index(name) % COLUMNS * CELL, OBJECTS.index(name) // COLUMNS * CELL
+    check_name(name, CELLS, "object")
+    column, row = CELLS.index(name) % COLUMNS * CELL, CELLS.index(name) // COLUMNS * CELL
     cell = _sheet().crop((column, row, column + CELL, row + CELL))  # crop first: resizing would blend adjacent cells
     rgba = np.array(cell.resize((size, size), Image.LANCZOS))
     alpha = rgba[..., 3:]
@@ -164,11 +176,8 @@ def _background(colour: str) -> np.ndarray:
     return np.full((CANVAS, CANVAS, 3), COLOURS[colour], np.uint8)
 
 
-def render(scene: Scene, size: int = CANVAS) -> np.ndarray:
-    """Returns the image of a scene, (size,size,3) uint8 RGB. It is drawn at 128 px and then resized.
-
-    Raises ValueError if an object extends beyond the edge.
-    """
+def render(scene: Scene) -> np.ndarray:
+    """Returns the image of a scene, (128,128,3) uint8 RGB. Raises ValueError if an object extends beyond the edge."""
     image = _background(scene.colour).copy()
     for name, k, (x, y) in zip(scene.objects, scene.sizes, scene.centers):
         left, top = x - k // 2, y - k // 2
@@ -181,8 +190,6 @@ def render(scene: Scene, size: int = CANVAS) -> np.ndarray:
         # to 255 * 255.
         behind = np.multiply(window, transparency, dtype=np.uint16) + np.uint16(128)          # (k, k, 3)
         window[:] = colour + (behind + (behind >> 8) >> 8).astype(np.uint8)
-    if size != CANVAS:
-        image = np.array(Image.fromarray(image).resize((size, size), Image.BICUBIC))
     return image
 
 
@@ -250,31 +257,28 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 class EmojiScenes:
     """An endless sequence of scenes. Scene i depends only on (seed, i).
 
-    objects  "captioned" (to train Stage C), "uncaptioned" (to fine-tune), or "all" (to train Stages A and B). With
-             "all", a scene with an uncaptioned object gets the caption "", so that no stage learns the object's name.
-    size     width and height of the images in px
-    """
-    def __init__(self, objects: str = "all", size: int = CANVAS, seed: int = 0):
-        choices = {"all": OBJECTS, "captioned": CAPTIONED, "uncaptioned": UNCAPTIONED}
+    objects  "captioned" (to train Stage C), "uncaptioned" (to fine-tune), "all" (to train Stages A and B), or "varied"
+             (to train them first). With the last two, a scene with an object that is not captioned gets the caption
+             "", so that no stage learns the object's name.
+    varied   whether sizes and places are varied; they always are if objects is "varied"."""
+    def __init__(self, objects: str = "all", seed: int = 0, varied: bool = False):
+        choices = {"all": OBJECTS, "captioned": CAPTIONED, "uncaptioned": UNCAPTIONED, "varied": CELLS}
         check_name(objects, list(choices), "set of objects")
-        self.objects, self.size, self.seed = choices[objects], size, seed
-        self.captioned = frozenset(CAPTIONED if objects == "all" else self.objects)
+        self.objects, self.seed, self.varied = choices[objects], seed, varied or objects == "varied"
+        self.captioned = frozenset(self.objects if objects == "uncaptioned" else CAPTIONED)
 
     def _draw(self, i: int) -> tuple[Scene, str]:
         rng = np.random.default_rng([self.seed, i])          # nothing else is random: scene i depends only on (seed, i)
-        scene = random_scene(rng, self.objects)
+        scene = random_scene(rng, self.objects, varied=self.varied)
         return scene, caption(scene, rng) if self.captioned.issuperset(scene.objects) else ""
-
-    def scene(self, i: int) -> Scene:
-        return self._draw(i)[0]
 
     def caption(self, i: int) -> str:
         return self._draw(i)[1]
 
     def scenes(self, start: int, n: int) -> list[Scene]:
-        return [self.scene(i) for i in range(start, start + n)]
+        return [self._draw(i)[0] for i in range(start, start + n)]
 
     def batch(self, start: int, n: int) -> tuple[np.ndarray, list[str]]:
-        """Returns the images (n,size,size,3) uint8 of the scenes start to start + n - 1, and their n captions."""
+        """Returns the images (n,128,128,3) uint8 of the scenes start to start + n - 1, and their n captions."""
         scenes, captions = zip(*(self._draw(i) for i in range(start, start + n)))
-        return np.stack([render(scene, self.size) for scene in scenes]), list(captions)
+        return np.stack([render(scene) for scene in scenes]), list(captions)
