@@ -105,6 +105,18 @@ def test_size_and_position_are_found_within_a_few_pixels(judge):
         assert np.abs(np.subtract(center, truth[name][1])).max() <= 4
 
 
+@pytest.mark.parametrize("upper, lower, both, colour", [("robot", "dog", "owl", "black"),
+                                                         ("fish", "cat", "pineapple", "blue")])
+def test_two_objects_are_not_taken_for_one_that_covers_both(judge, upper, lower, both, colour):
+    """Blurred, they resemble one large object: the sprite that explains most of the image, though not as much as two."""
+    scene = Scene((upper, lower), (56, 56), ((60, 36), (68, 92)), colour, "above")
+    blurred = np.asarray(Image.fromarray(render(scene)).filter(ImageFilter.GaussianBlur(3)))
+    pixels = np.asarray(Image.fromarray(blurred).resize((64, 64), Image.BOX), np.float32) / 255
+    gain, sprite_at, _ = judge._search(pixels, pixels[0, 0])
+    assert judge.objects[sprite_at.ravel()[gain.argmax()]] == both
+    assert {name for name, *_ in judge.find(blurred)[0]} == {upper, lower}
+
+
 def test_the_gain_is_the_drop_in_squared_error(judge):
     """The closed form by FFT against placing the sprite and subtracting, at one odd position."""
     s, y, x = 3, 21, 30
