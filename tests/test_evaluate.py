@@ -108,7 +108,7 @@ def test_size_and_position_are_found_within_a_few_pixels(judge):
 @pytest.mark.parametrize("upper, lower, both, colour", [("robot", "dog", "owl", "black"),
                                                          ("fish", "cat", "pineapple", "blue")])
 def test_two_objects_are_not_taken_for_one_that_covers_both(judge, upper, lower, both, colour):
-    """Blurred, they resemble one large object: the sprite that explains most of the image, though not as much as two."""
+    """Blurred, they resemble one large object: this sprite explains most of the image, though not as much as two."""
     scene = Scene((upper, lower), (56, 56), ((60, 36), (68, 92)), colour, "above")
     blurred = np.asarray(Image.fromarray(render(scene)).filter(ImageFilter.GaussianBlur(3)))
     pixels = np.asarray(Image.fromarray(blurred).resize((64, 64), Image.BOX), np.float32) / 255

@@ -351,7 +351,7 @@ def look_at_blocks(argv: list[str]) -> None:
 def test_fsdp_gathers_bf16_once_per_block_and_learns_what_autocast_learns(folder, tmp_path, compiled):
     """Blocks are gathered in bfloat16, in one group per (res, timestep, attention), and equal ones are compiled once.
     The network's inputs stay float32, as t must."""
-    options = ["--dtype", "bf16"]
+    options = ["--dtype", "bf16", "--seed", "1"]
     one = train(folder, tmp_path / "one", *options, "--batch", "4", steps=3)
     together(2, tmp_path, look_at_blocks, [*SMALL, *options, "--data", str(folder), "--out", "two", "--batch", "2",
                                            "--steps", "3", "--fsdp", *["--compile"] * compiled])

@@ -54,7 +54,7 @@ def sizes(rehearse: bool) -> SimpleNamespace:
     real = dict(device="cuda", side=1024, depth=32, repeats=3, calls=5, width=1536, sides=(512, 1024), small=None,
                 steps={})
     tiny = dict(device="cpu", side=128, depth=1, repeats=1, calls=1, width=64, sides=(128,), small=SMALL,
-                steps=dict(steps_c=2, steps_b=2, width=128, height=128))
+                steps=dict(steps_c=4, steps_b=4, width=128, height=128))
     return SimpleNamespace(dtype="bf16", compile=True, plain=False, official=False, **(tiny if rehearse else real))
 
 
