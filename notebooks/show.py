@@ -132,5 +132,5 @@ def activations(title, **tensors):
         limit = values.abs().quantile(0.995)
         ax.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
         ax.set(xticks=[], yticks=[])
-        ax.set_title(f"{name} {tuple(x.shape)}: mean {values.mean():.2f}, deviation {values.std():.2f}", fontsize=9.5)
+        ax.set_title(f"{name} {tuple(x.shape)}: mean {values.mean():z.2f}, deviation {values.std():.2f}", fontsize=9.5)
     finish()
