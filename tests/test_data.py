@@ -1005,13 +1005,25 @@ def test_emoji_scenes_are_images_like_any_other():
         dataset.captions(50)
 
 
-def test_scenes_have_keys_without_being_drawn():
+def test_scenes_have_keys_without_being_drawn(monkeypatch):
     """The cache needs the keys of all of them."""
     sets = [open_dataset(source) for source in ("scenes", "scenes:500", "scenes:uncaptioned:500", "scenes:500:1",
                                                  "scenes:captioned:500:0")]
     assert [len(dataset) for dataset in sets] == [24000] + [500] * 4
-    assert sets[0].key(9) == sets[1].key(9) == sets[4].key(9) == hashlib.sha256(b"scene 0 captioned 9").hexdigest()
-    assert len({dataset.key(i) for dataset in sets[1:4] for i in range(500)}) == 1500
+    with monkeypatch.context() as patch:
+        patch.setattr("training.scenes.render", lambda scene: pytest.fail("a scene was drawn"))
+        name = f"scene 0 captioned 9 {EmojiScenes('captioned').scenes(9, 1)}".encode()
+        assert sets[0].key(9) == sets[1].key(9) == sets[4].key(9) == hashlib.sha256(name).hexdigest()
+        assert len({dataset.key(i) for dataset in sets[1:4] for i in range(500)}) == 1500
+
+
+def test_a_scene_that_is_drawn_in_another_way_is_not_taken_from_an_old_cache(monkeypatch):
+    """Its name "scenes:all:50:3" stays the same if training/scenes.py changes, and so do seed and number."""
+    before = [open_dataset("scenes:all:50:3").key(i) for i in range(50)]
+    assert len(set(before)) == 50 and before == [open_dataset("scenes:all:60:3").key(i) for i in range(50)]
+    monkeypatch.setattr("training.scenes.SIZES", dict(small=32, medium=48, large=72))
+    monkeypatch.setattr("training.scenes.PAIR_SIZE", 48)
+    assert not set(before) & {open_dataset("scenes:all:50:3").key(i) for i in range(50)}
 
 
 @pytest.mark.parametrize("source, message", [("scenes:some", "unknown set of objects 'some'"),

@@ -395,8 +395,9 @@ class SceneDataset(ImageDataset):
     def select(self, numbers: np.ndarray) -> None:
         self.sizes = self.sizes[numbers]         # keep the first len(numbers) scenes: all are random, so any will do
 
-    def key(self, i: int) -> str:
-        return hashlib.sha256(f"scene {self._seed} {self._objects} {i}".encode()).hexdigest()
+    def key(self, i: int) -> str:      # contains the scene, because scenes.py may draw others one day
+        text = f"scene {self._seed} {self._objects} {i} {self._scenes.scenes(i, 1)}"
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def read(self, i: int) -> np.ndarray:
         return self._scenes.batch(i, 1)[0][0]    # (128, 128, 3)

@@ -12,8 +12,7 @@ is held out of training: a model that generates these pairs correctly has learne
                  the fewer there are, the sharper are the images of a small Stage B.
   8 colours      of the background, exact RGB values in COLOURS
 The varied scenes, from which tiny/train.sh starts, show 48 more objects, in all sizes of SIZE_CLASSES, at any place.
-Out  EmojiScenes.batch(start, n) -> images (n,128,128,3) uint8, RGB; captions, n strings.
-data.py makes them available as the dataset "scenes:OBJECTS:NUMBER:SEED".
+Out  EmojiScenes.batch(start, n) -> images (n,128,128,3) uint8, RGB; captions. In data.py "scenes:OBJECTS:NUMBER:SEED".
 Note: image i depends only on (seed, i), so the set is endless, and a training that resumes sees the same images.
 Emojis: Noto Color Emoji, assets/OFL.txt, sheet made by tools/make_sprites.py.  Needs: numpy, pillow.
 """
