@@ -68,6 +68,9 @@ def new(config) -> list[str]:
     return ["--weights", "tiny", "--init", "random", "--config", str(config)]
 
 
+# On an AMD CPU, runs with and without a cache differ by some 1e-6 after Adam. On an Intel CPU they are equal.
+CPUINFO = Path("/proc/cpuinfo")
+ROUNDING = 1e-5 if CPUINFO.is_file() and "AuthenticAMD" in CPUINFO.read_text() else 0.0
 SMALL = ["--workers", "0", "--val-every", "0", "--sample-every", "0", "--log-every", "1", "--device", "cpu", "--warmup",
          "2", "--lr", "1e-3", "--batch", "4",
          "--blind", "0"]
@@ -354,7 +357,7 @@ def test_training_on_two_resolutions_and_their_cache(folder, new, tmp_path):
     plain = train(folder, tmp_path / "plain", *options, steps=4)
     cached = train(folder, tmp_path / "cached", *options, "--cache", str(tmp_path / "cache"), "--cache-dtype", "fp32",
                    steps=4)
-    same(newest(plain)["model"], newest(cached)["model"], 1e-5)           # on AMD, Adam makes 1e-6 of the last bit
+    same(newest(plain)["model"], newest(cached)["model"], ROUNDING)
     shapes = {np.load(path).shape for path in (tmp_path / "cache").glob("*/??/*.npy")}
     assert {(4, 32, 32), (4, 64, 64), (16, 3, 3), (16, 6, 6)} <= shapes
 
@@ -550,7 +553,7 @@ def test_a_cache_keeps_only_what_does_not_change(folder, new, tmp_path, monkeypa
         plain = train(folder, tmp_path / f"{name} plain", *options, steps=3)
         options += ["--cache", str(tmp_path / "cache"), "--cache-dtype", "fp32"]
         cached = train(folder, tmp_path / f"{name} cached", *options, steps=3)
-        same(newest(plain)["model"], newest(cached)["model"], 1e-5)       # on AMD, Adam makes 1e-6 of the last bit
+        same(newest(plain)["model"], newest(cached)["model"], ROUNDING)
         calls, forward = [], TinyImageEncoder.forward
         with monkeypatch.context() as patch:
             patch.setattr(StageA, "encode", lambda *_: pytest.fail("an image was encoded"))
