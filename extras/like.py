@@ -175,7 +175,8 @@ def own_defaults(image: str, stored: dict) -> dict:
     weights = str(stored.get("weights") or "tiny")
     v1, tiny = "temperature_b" in stored, is_tiny(weights) or is_tiny(Path(image).parent / weights)
     height, width = own_size(image, stored, 128 if tiny else 512 if v1 else 1024)
-    own = dict(zip(("steps_c", "sampler_c", "guidance_c"), (60, "ddpm", 6.0) if v1 and not tiny else (29, "ddpm", 4.0)))
+    own = dict(zip(("steps_c", "sampler_c", "guidance_c"),
+                   (29, "ddpm", 2.0) if tiny else (60, "ddpm", 6.0) if v1 else (29, "ddpm", 4.0)))
     own |= dict(steps_b=8, sampler_b="multinomial", guidance_b=2.0, temperature_b=(1.0, 0.6)) if v1 else \
         dict(steps_b=12, sampler_b="ddpm", guidance_b=(4.0, 1.0) if tiny else 1.0)
     return own | dict(height=height, width=width, dtype={"cpu": "fp32", None: None}.get(stored.get("device"), "bf16"))
@@ -197,14 +198,13 @@ def own_size(image: str, stored: dict, size: int) -> tuple[int, int]:
     """Returns the default (height, width) for settings `stored` in the file `image`: that of their --from-latent
     file, or the aspect ratio of their --init image, or else a square. size: the shorter side of these two, in px."""
     from extras import editing, images, modes
-    hashes = stored["hashes"]
     try:
         if latent := stored.get("from_latent"):
-            path = find(image, "from_latent", str(latent), hashes)
+            path = find(image, "from_latent", str(latent), stored["hashes"])
             return tuple(modes.read_tensors(path, *modes.LATENT)["size"].tolist())
         if not (init := stored.get("init")):
             return size, size
-        height, width = images.read_image(find(image, "init", str(init), hashes)).shape[-2:]
+        height, width = images.read_image(find(image, "init", str(init), stored["hashes"])).shape[-2:]
         left, top, right, bottom = map(int, str(stored.get("outpaint") or "0,0,0,0").split(","))
         h, w = height + top + bottom, width + left + right
         return images.fitting_size(min(h, editing.LONGEST * w), min(w, editing.LONGEST * h), size)

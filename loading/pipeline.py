@@ -203,15 +203,15 @@ def pipeline_for(paths: dict, empty: dict, loaders: dict, device, dtype) -> Wuer
     """Returns a Wuerstchen, or WuerstchenV1 if the decoder is v1's, with default settings. loaders: from loaders_of."""
     tiny = bool(paths["image_encoder"]) and w.is_tiny(paths["image_encoder"])
     decoder, prior = empty.get("decoder"), empty.get("prior")
+    c = Sampling(29, guidance=2.0 if tiny else 4.0, early=True)   # at 4, a small Stage C makes small objects large
     if not isinstance(decoder, w.StageBV1):
         # A small Stage B often fails to decide between two objects. Guidance at high noise makes it decide.
-        return Wuerstchen(loaders, 128 if tiny else 1024, device, dtype,
-                          b=Sampling(12, guidance=(4.0, 1.0) if tiny else 1.0))
+        return Wuerstchen(loaders, 128 if tiny else 1024, device, dtype, c,
+                          Sampling(12, guidance=(4.0, 1.0) if tiny else 1.0))
     from v1.pipeline import WuerstchenV1
     # The released v1 has text width 1024 (CLIP H) and uses raw semantic latents; other v1 models use scaled ones.
     raw = (prior.config["c_cond"] if prior else decoder.config["c_text"]) == 1024
-    more = {} if raw else dict(c=Sampling(29, guidance=4.0, early=True))
-    return WuerstchenV1(loaders, 128 if tiny else 512, device, dtype, raw=raw, **more)
+    return WuerstchenV1(loaders, 128 if tiny else 512, device, dtype, raw=raw, **({} if raw else dict(c=c)))
 
 
 def bytes_needed(paths: dict, empty: dict, dtype: torch.dtype, int8: bool) -> float:

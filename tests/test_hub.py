@@ -209,7 +209,8 @@ def test_v2_gives_the_same_image_from_the_hub_and_from_a_folder(served, tmp_path
     result = run(served, tmp_path, "sample.py", "--weights", "v2", "--prompt", prompt, *settings, "--out", "cat.png",
                  "--device", "cpu")
     assert result.returncode == 0, result.stderr
-    here = Wuerstchen.load("tiny", "cpu")(prompt, seed=3, steps_c=2, steps_b=2, guidance_b=1.0)[0]
+    here = Wuerstchen.load("tiny", "cpu")(prompt, seed=3, steps_c=2, steps_b=2, guidance_c=4.0,
+                                          guidance_b=1.0)[0]
     assert np.abs(np.asarray(Image.open(tmp_path / "cat.png"), int) - np.asarray(here, int)).max() <= 1
 
 

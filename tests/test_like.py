@@ -125,7 +125,7 @@ def test_a_size_that_came_from_the_image_goes_with_it():
 # --- other weights -----------------------------------------------------------------------------------
 
 KINDS = dict(
-    tiny=dict(width=128, height=128, steps_c=29, sampler_c="ddpm", guidance_c=4.0, steps_b=12, sampler_b="ddpm",
+    tiny=dict(width=128, height=128, steps_c=29, sampler_c="ddpm", guidance_c=2.0, steps_b=12, sampler_b="ddpm",
               guidance_b="4,1", device="cpu", dtype="fp32"),
     v2=dict(width=1024, height=1024, steps_c=29, sampler_c="ddpm", guidance_c=4.0, steps_b=12, sampler_b="ddpm",
             guidance_b=1.0, device="cuda", dtype="bf16"),

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains the bundled model from random weights, in the order of the paper: A, image encoder, B, text encoder, C, B again.
-#   bash tiny/train.sh runs/scratch          # about seven hours on two CPU cores; run it again to resume where it stopped
+#   bash tiny/train.sh runs/scratch          # about nine hours on two CPU cores; run it again to resume where it stopped
 # docs/TRAINING.md explains the steps. The result is the folder OUT/model, which sample.py --weights takes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -36,14 +36,21 @@ train_b "$out/b_more/decoder" --data scenes:varied:32000:1 --steps 10000 --seed 
 # ----- the scenes that the model will show: 80 objects, in three sizes, on a grid --------------------
 
 train_b "$out/b_last/decoder" --data scenes:all:32000:1 --steps 13500 --out "$out/b_sharp"
-python train_c.py --weights tiny --init random --config models/tiny/prior/config.json --image-encoder "$out/b/image_encoder" \
-    --prior-text-encoder "$out/text/text_encoder" --data scenes:captioned:32000:2 --cache "$out/cache" --batch 64 \
-    --steps 9000 --lr 2e-3 --warmup 200 --schedule linear --ema 0.998 --loss-weight v --out "$out/c" --resume auto
+train_b "$out/b_sharp/decoder" --data scenes:all:32000:1 --steps 14500 --schedule linear --seed 1 --out "$out/b_sharper"
+
+# Stage C does not need Stage B, only the image encoder.
+train_c() {
+    python train_c.py --weights tiny --image-encoder "$out/b/image_encoder" --prior-text-encoder "$out/text/text_encoder" \
+        --data scenes:captioned:32000:2 --cache "$out/cache" --batch 64 --lr 2e-3 --warmup 200 --schedule linear \
+        --ema 0.998 --loss-weight v "$@" --resume auto
+}
+train_c --init random --config models/tiny/prior/config.json --steps 9000 --out "$out/c"
+train_c --prior "$out/c/prior" --seed 1 --steps 6500 --out "$out/c_more"
 
 # How often the model is right, and how sharp its images are.
 if [ ! -e "$out/evaluation.json" ]; then
     mkdir -p "$out/model"
-    cp -r "$out"/{a/vqgan,b_sharp/decoder,b/image_encoder,c/prior,c/scheduler,text/text_encoder,text/tokenizer} "$out/model"
+    cp -r "$out"/{a/vqgan,b_sharper/decoder,b/image_encoder,c_more/prior,c_more/scheduler,text/text_encoder,text/tokenizer} "$out/model"
     python -m tiny.evaluate --weights "$out/model" --seeds 4 --sharp --out "$out/evaluation.json"
 fi
 echo "done: python sample.py --weights $out/model --prompt \"a red apple on a blue background\""
