@@ -75,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
     add("--guidance-c", metavar="SCALE", type=comma_list(Number(), 1, 2),
         help="how strongly Stage C follows the prompt: 1 is no guidance, in half the time; raise "
              "it if the prompt is ignored, lower it if colours glare; two numbers, 8,2: at noise "
-             "level 1 and at 0 (default: 4; for v1 6; for the tiny weights 2)")
+             "level 1 and at 0 (default: 4; for v1 6; for tiny and tiny-v1 2)")
     cli.add_input_options(p)
     add = p.add_argument_group("sampling", "Stage C (-c) decides what is in the image, Stage B "
                                "(-b) adds detail. Both take the same values.").add_argument
@@ -84,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
              "10 to 0; or the levels themselves, 1,0.6,0.3,0; or "
              f"{cli.PUBLISHED_STEPS}, 29 steps (default: 12; for v1 8)")
     add("--guidance-b", metavar="SCALE", type=comma_list(Number(), 1, 2),
-        help="default: 1; for v1 2; for the tiny weights 4,1")
+        help="default: 1; for v1 and tiny-v1 2; for tiny 4,1")
     add("--sampler-c", choices=cli.SAMPLERS["c"],
         help="ddpm, the original's; ddim, deterministic; or dpm++, of second order, which needs "
              "half as many steps (default: ddpm)")

@@ -203,7 +203,7 @@ def pipeline_for(paths: dict, empty: dict, loaders: dict, device, dtype) -> Wuer
     """Returns a Wuerstchen, or WuerstchenV1 if the decoder is v1's, with default settings. loaders: from loaders_of."""
     tiny = bool(paths["image_encoder"]) and w.is_tiny(paths["image_encoder"])
     decoder, prior = empty.get("decoder"), empty.get("prior")
-    c = Sampling(29, guidance=2.0 if tiny else 4.0, early=True)   # at 4, a small Stage C makes small objects large
+    c = Sampling(29, guidance=2.0 if tiny else 4.0, early=True)   # at 4, small objects become too large
     if not isinstance(decoder, w.StageBV1):
         # A small Stage B often fails to decide between two objects. Guidance at high noise makes it decide.
         return Wuerstchen(loaders, 128 if tiny else 1024, device, dtype, c,

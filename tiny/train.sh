@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains the bundled model from random weights, in the order of the paper: A, image encoder, B, text encoder, C, B again.
-#   bash tiny/train.sh runs/scratch          # about nine hours on two CPU cores; run it again to resume where it stopped
+# Trains the bundled model from random weights: A, image encoder, B, text encoder, B again, C.
+#   bash tiny/train.sh runs/scratch          # its steps took nine hours, most of them on one core; run it again to resume
 # docs/TRAINING.md explains the steps. The result is the folder OUT/model, which sample.py --weights takes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
