@@ -175,11 +175,11 @@ def own_defaults(image: str, stored: dict) -> dict:
     weights = str(stored.get("weights") or "tiny")
     v1, tiny = "temperature_b" in stored, is_tiny(weights) or is_tiny(Path(image).parent / weights)
     height, width = own_size(image, stored, 128 if tiny else 512 if v1 else 1024)
-    own = dict(zip(("steps_c", "sampler_c", "guidance_c"),
-                   (29, "ddpm", 2.0) if tiny else (60, "ddpm", 6.0) if v1 else (29, "ddpm", 4.0)))
+    own = dict(steps_c=60, guidance_c=6.0) if v1 and not tiny else dict(steps_c=29, guidance_c=2.0 if tiny else 4.0)
     own |= dict(steps_b=8, sampler_b="multinomial", guidance_b=2.0, temperature_b=(1.0, 0.6)) if v1 else \
         dict(steps_b=12, sampler_b="ddpm", guidance_b=(4.0, 1.0) if tiny else 1.0)
-    return own | dict(height=height, width=width, dtype={"cpu": "fp32", None: None}.get(stored.get("device"), "bf16"))
+    dtype = {"cpu": "fp32", None: None}.get(stored.get("device"), "bf16")
+    return own | dict(sampler_c="ddpm", height=height, width=width, dtype=dtype)
 
 
 def is_tiny(weights: str | Path) -> bool:
